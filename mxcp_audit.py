@@ -25,6 +25,11 @@ documented columns of `logs`, the names in `__all__` and the exit codes will not
 
 from __future__ import annotations
 
+import codecs
+import re
+import sys
+from typing import NoReturn
+
 __version__ = "0.1.0"
 
 
@@ -110,6 +115,470 @@ class QueryError(StoreError):
 
 # === Config ===
 # may name: Errors
+#
+# Guarantees: for any text whatsoever, `parse_yaml` returns a value equal, types included, to what
+# PyYAML's `safe_load` (which MXCP uses) returns, or raises ConfigError with line, column, the name
+# of the construct and the remedy. Where PyYAML raises, so does it. Nothing is guessed, no other
+# exception escapes, and the time is linear in the size. `load_config` never takes a wrong setting
+# for a right one: each wrong type, name or value is a ConfigError with line and key trail.
+#
+# How the reader works: a cursor walks over the text once. A block collection is known by its column:
+# after any node the cursor stands on the first token of a later line, and that token's column says
+# whether the collection goes on (same), has ended (smaller) or is broken (larger). The end of the
+# text, `---` and `...` count as column -1, so that they end everything. Flow collections ignore
+# columns. A scalar is cut out by one search for what may end it. Recursion ends at MAX_DEPTH.
+#
+# Refused on purpose, because no settings file needs them: anchors, aliases, merge keys, tags,
+# complex keys (?), directives, several documents, dates, duplicate keys, a byte order mark inside
+# the text, and U+0085, U+2028, U+2029: line breaks to PyYAML that no editor shows.
+#
+# Rejected: depending on PyYAML (this file is to be copied alone); YAML 1.2 types (MXCP would see
+# False where we see the text "no"); PyYAML's own method, tokens and a table of possible keys (twice
+# the code for the same answers: without `?`, a key is a scalar on one line before a colon);
+# patterns line by line (silently wrong on wrapped text).
+
+MAX_SITE_FILE_BYTES = 16 << 20  # arbitrary; real ones have a few hundred bytes
+MAX_DEPTH = 100  # arbitrary; a little deeper PyYAML itself ends in RecursionError
+MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
+MAX_NUMBER_CHARS = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
+MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
+
+_NULLS = ("~", "null", "Null", "NULL")
+_BOOLEANS = {
+    word: value
+    for value, words in ((True, ("yes", "true", "on")), (False, ("no", "false", "off")))
+    for lower in words
+    for word in (lower, lower.title(), lower.upper())
+}
+_NAN = float("nan")  # one object, as in PyYAML: two `.nan` keys are duplicates
+_INTEGER = re.compile(
+    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
+)
+_FLOAT = re.compile(
+    r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
+    r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+)
+_DATE = re.compile(
+    r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt]|[ \t]+)[0-9]{1,2}"
+    r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
+)
+
+# The reader appends one NUL, which can't occur elsewhere: no look-ahead runs off the end.
+_REFUSED_CHARACTER = re.compile(
+    r"[^\t\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
+)
+_BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
+_MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n\0])")
+_DASH = re.compile(r"-(?=[ \t\n\0])")
+_COLON = re.compile(r" *:(?=[ \t\n\0])")
+_LINE_GAP = re.compile(r" *\n[ \n]*")
+_LINE_END = re.compile(r"[\n\0]")
+_LEADING_LINES = re.compile(r"(?:\n *)*")
+_BLOCK_HEADER = re.compile(r"[|>](?:([+-]?)([1-9]?)|([1-9])([+-]))(?: +#[^\n\0]*| *)(?=[\n\0])")
+_PLAIN_START = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])")
+_PLAIN_END = re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")
+_FLOW_PLAIN_START = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])")
+_FLOW_PLAIN_END = re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #")
+_QUOTED = {
+    "'": re.compile(r"'([^']*(?:''[^']*)*)'"),
+    '"': re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL),
+}
+_QUOTED_MARKER = re.compile(r"\n(?:---|\.\.\.)[ \t\n]")
+_SINGLE_PART = re.compile(r"''|[ \t\n]+")
+_DOUBLE_PART = re.compile(r"\\(?:x(.{2})|u(.{4})|U(.{8})|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL)
+_HEXADECIMAL = re.compile(r"[0-9A-Fa-f]+")
+_ESCAPES = {
+    **{"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r"},
+    **{"e": "\x1b", " ": " ", '"': '"', "\\": "\\", "/": "/"},
+    **{"N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"},
+}
+_REFUSALS = {
+    "\t": "a tab between tokens; use spaces",
+    "&": "an anchor (&name); write the value out, or put text that starts with & in quotes",
+    "*": "an alias (*name); write the value out, or put text that starts with * in quotes",
+    "!": "a tag (!name); remove it, or put text that starts with ! in quotes",
+    "%": "a directive (%NAME); remove it, or put text that starts with % in quotes",
+    "?": "a complex key (?), or a question mark in [] or {}; put the text in quotes",
+    "\0": "the text ends too early",
+}
+
+
+def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
+    """Return what PyYAML's `safe_load` returns for the same document, or raise; never anything else.
+
+    Values are dict, list, str, int, float, bool and None, typed by the rules of YAML 1.1.
+
+    Args:
+        text: the document; bytes are UTF-8, or UTF-16 with a byte order mark.
+        path: the file's name, for the error only.
+
+    Raises:
+        ConfigError: PyYAML refuses the document as well, or it uses what this module leaves out
+            (docs/configuration.md lists that); with line, column and the remedy.
+    """
+    return _YamlReader(text, path).document()
+
+
+class _YamlReader:
+    """Reads one YAML document; the comment atop this room says how.
+
+    `places` says where each entry starts, by the id of its mapping or list and its key or index.
+    """
+
+    def __init__(self, text: str | bytes, path: str | None) -> None:
+        self.path = path
+        self.pos = self.line_start = self.depth = 0
+        self.places: dict[tuple[int, object], int] = {}
+        if isinstance(text, bytes):
+            text = self.decoded(text)
+        self.text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
+        bad = _REFUSED_CHARACTER.search(self.text)
+        if bad:
+            self.fail(f"the character U+{ord(bad[0]):04X}; remove it, or escape it in double quotes", bad.start())
+        self.text += "\0"
+
+    def decoded(self, data: bytes) -> str:
+        utf_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+        encoding = utf_16.get(data[:2], "utf-8")
+        try:
+            return data.decode(encoding)
+        except UnicodeDecodeError as error:
+            self.text = data[: error.start].decode(encoding, "replace")
+            line, column = self.line_and_column(len(self.text))
+            problem = f"byte 0x{data[error.start]:02X} is not {encoding.upper()}; save the file as UTF-8"
+            raise ConfigError(problem, path=self.path, line=line, column=column) from error
+
+    def fail(self, problem: str, at: int | None = None) -> NoReturn:
+        """Raise ConfigError for the position `at`, or the cursor's."""
+        line, column = self.line_and_column(self.pos if at is None else at)
+        raise ConfigError(problem, path=self.path, line=line, column=column)
+
+    def fail_here(self, expected: str) -> NoReturn:
+        """Raise ConfigError for the token at the cursor, by the name of what it would begin."""
+        found = self.text[self.pos]
+        self.fail(_REFUSALS.get(found) or f"expected {expected}, found {found!r}; put text in quotes")
+
+    def line_and_column(self, at: int) -> tuple[int, int]:
+        return self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
+
+    # Moving on.
+
+    def skip(self) -> bool:
+        """Pass blanks, line breaks and comments; True if there was a line break."""
+        match = _BLANKS.match(self.text, self.pos)
+        assert match is not None  # it matches the empty text
+        line_break = self.text.rfind("\n", self.pos, match.end())
+        self.pos = match.end()
+        if line_break >= 0:
+            self.line_start = line_break + 1
+        return line_break >= 0
+
+    def skip_line(self) -> None:
+        """Pass the rest of a line that must hold nothing else, and go to the next token."""
+        if not self.skip() and self.text[self.pos] != "\0":
+            self.fail_here("the end of the line")
+
+    def skip_in_flow(self) -> str:
+        """Pass blanks inside brackets and return the next character."""
+        self.skip()
+        if self.column() < 0:
+            self.fail("a bracket is not closed before this place; close it")
+        return self.text[self.pos]
+
+    def column(self) -> int:
+        """The cursor's column, counted from 0; -1 at the end of the text and at a document marker."""
+        column = self.pos - self.line_start
+        if self.text[self.pos] == "\0" or (column == 0 and _MARKER.match(self.text, self.pos)):
+            return -1
+        return column
+
+    def descend(self) -> None:
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"more than {MAX_DEPTH} collections inside each other; flatten them")
+
+    # The document and its blocks: each leaves the cursor on the first token of a later line.
+
+    def document(self) -> object:
+        """The value of the only document; None where there are only comments."""
+        self.skip()
+        explicit = self.column() < 0 and self.text[self.pos] == "-"
+        if explicit:
+            self.pos += len("---")
+        started = explicit or self.column() >= 0
+        value = self.block_node(-1, inline=explicit)
+        while started and self.column() < 0 and self.text[self.pos] == ".":
+            self.pos += len("...")
+            self.skip_line()
+        if self.column() >= 0:
+            self.fail("text after the end of the value; check the indentation of this line")
+        if self.text[self.pos] != "\0":
+            self.fail("a second document; keep one to a file")
+        return value
+
+    def block_node(self, indent: int, *, inline: bool, of_key: bool = False) -> object:
+        """The next node if it is deeper than the column `indent`, else None.
+
+        Args:
+            indent: the column of the collection around it, -1 at the top.
+            inline: a key or `---` precedes, so no block collection may start on the same line.
+            of_key: it is a key's value: a sequence may stand at the column of the key.
+        """
+        inline = not self.skip() and inline
+        column = self.column()
+        dash = _DASH.match(self.text, self.pos)
+        if column <= indent and not (dash and of_key and column == indent):
+            return None
+        if dash and not inline:
+            return self.block_sequence(column)
+        if self.key_end() and not inline:
+            return self.block_mapping(column)
+        if dash or self.key_end():
+            self.fail("a collection on the line of its key; begin it on the next line, or put text in quotes")
+        value: object
+        if self.text[self.pos] in "|>":
+            value = self.block_scalar(indent)
+        elif self.text[self.pos] in "[{":
+            value = self.flow_collection()
+        else:
+            value = self.scalar(indent, flow=False)
+        self.skip_line()
+        return value
+
+    def block_mapping(self, column: int) -> dict[object, object]:
+        mapping: dict[object, object] = {}
+        self.descend()
+        while self.column() == column:
+            start, end = self.pos, self.key_end()
+            if not end:
+                self.fail_here("a key, a colon and a blank")
+            key = self.scalar(column, flow=False)
+            self.pos = end
+            self.put(mapping, key, self.block_node(column, inline=True, of_key=True), start)
+        self.depth -= 1
+        return mapping
+
+    def block_sequence(self, column: int) -> list[object]:
+        sequence: list[object] = []
+        self.descend()
+        while self.column() == column and _DASH.match(self.text, self.pos):
+            self.places[id(sequence), len(sequence)] = self.pos
+            self.pos += 1
+            sequence.append(self.block_node(column, inline=False))
+        self.depth -= 1
+        return sequence
+
+    def key_end(self) -> int:
+        """Where the colon ends if a key starts at the cursor, else 0."""
+        start, quoted = self.pos, _QUOTED.get(self.text[self.pos])
+        if quoted:
+            match = quoted.match(self.text, start)
+            end = match.end() if match else start
+        elif _PLAIN_START.match(self.text, start):
+            end = start + len(self.plain_line(start, flow=False))
+        else:
+            return 0
+        colon = _COLON.match(self.text, end)
+        if not colon or self.text.find("\n", start, end) >= 0:
+            return 0
+        if colon.end() - 1 - start > MAX_KEY_CHARS:
+            self.fail(f"a key of more than {MAX_KEY_CHARS} characters; shorten it")
+        return colon.end()
+
+    def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
+        """Enter a pair that starts at `at` and return the mapping."""
+        if isinstance(key, (dict, list)):
+            self.fail("a collection as a key; use text", at)
+        if isinstance(key, int) and abs(key) >= MAX_KEY_INTEGER:
+            self.fail("an integer key of more than 60 bits; put it in quotes", at)
+        if key in mapping:  # 1, 1.0 and true are equal
+            self.fail(f"the key {key!r:.60} is here a second time; keep one", at)
+        mapping[key] = value
+        self.places[id(mapping), key] = at
+        return mapping
+
+    # Flow collections.
+
+    def flow_collection(self) -> object:
+        """The `[…]` or `{…}` at the cursor."""
+        mapping: dict[object, object] = {}
+        sequence: list[object] = []
+        braces = self.text[self.pos] == "{"
+        closing = "}" if braces else "]"
+        self.descend()
+        self.pos += 1
+        while self.skip_in_flow() != closing:
+            start = self.pos
+            key, value = self.flow_node(), None
+            pair = self.skip_in_flow() == ":"
+            if pair:
+                if self.pos - start > MAX_KEY_CHARS or self.text.find("\n", start, self.pos) >= 0:
+                    self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
+                self.pos += 1
+                if self.skip_in_flow() not in ",]}":
+                    value = self.flow_node()
+            if braces:
+                self.put(mapping, key, value, start)
+            else:
+                self.places[id(sequence), len(sequence)] = start
+                sequence.append(self.put({}, key, value, start) if pair else key)
+            if self.skip_in_flow() == ",":
+                self.pos += 1
+            elif self.text[self.pos] != closing:
+                self.fail_here(f"a comma or {closing}")
+        self.pos += 1
+        self.depth -= 1
+        return mapping if braces else sequence
+
+    def flow_node(self) -> object:
+        return self.flow_collection() if self.text[self.pos] in "[{" else self.scalar(-1, flow=True)
+
+    # Scalars: each leaves the cursor right behind itself.
+
+    def scalar(self, indent: int, *, flow: bool) -> object:
+        """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
+        if self.text[self.pos] in _QUOTED:
+            return self.quoted()
+        if not (_FLOW_PLAIN_START if flow else _PLAIN_START).match(self.text, self.pos):
+            self.fail_here("a value")
+        start, position, pieces = self.pos, self.pos, [""]
+        while line := self.plain_line(position, flow=flow):
+            pieces.append(line)
+            self.pos = position + len(line)
+            gap = _LINE_GAP.match(self.text, self.pos)
+            if not gap or self.text[gap.end()] == "#":
+                break
+            position = gap.end()
+            column = position - self.text.rfind("\n", self.pos, position) - 1
+            if column <= indent or (column == 0 and _MARKER.match(self.text, position)):
+                break
+            pieces.append(_folded(gap[0]))
+        else:
+            pieces.pop()  # the line break after which no more text followed
+        return self.typed("".join(pieces), start)
+
+    def plain_line(self, start: int, *, flow: bool) -> str:
+        """What belongs to a plain scalar from `start` to the end of its line."""
+        end = (_FLOW_PLAIN_END if flow else _PLAIN_END).search(self.text, start)
+        assert end is not None  # the NUL ends everything
+        return self.text[start : end.start()].rstrip(" ")
+
+    def typed(self, text: str, start: int) -> object:
+        """The value of a plain scalar by YAML 1.1, as PyYAML understands it."""
+        if text in _NULLS:
+            return None
+        if text in _BOOLEANS:
+            return _BOOLEANS[text]
+        if text in ("<<", "="):
+            self.fail(f"a merge key or value sign ({text}); put it in quotes", start)
+        if text[0] not in "+-.0123456789":
+            return text
+        if _DATE.fullmatch(text):
+            self.fail("a date; put it in quotes", start)
+        integer = _INTEGER.fullmatch(text)
+        if not integer and not _FLOAT.fullmatch(text):
+            return text
+        if len(text) > MAX_NUMBER_CHARS:
+            self.fail(f"a number of more than {MAX_NUMBER_CHARS} characters; put it in quotes", start)
+        try:
+            return _integer(text) if integer else _float(text)
+        except (ValueError, OverflowError) as error:  # 0x_, 1:0:0:….5, more digits than Python takes
+            line, column = self.line_and_column(start)
+            problem = "a number that has no value; put it in quotes"
+            raise ConfigError(problem, path=self.path, line=line, column=column) from error
+
+    def quoted(self) -> str:
+        quote = self.text[self.pos]
+        match = _QUOTED[quote].match(self.text, self.pos)
+        if not match:
+            self.fail(f"the closing {quote} is missing; add it")
+        if _QUOTED_MARKER.search(match[1]):
+            self.fail("a document marker (--- or ...) inside quotes; indent it")
+        self.pos = match.end()
+        if quote == "'":
+            return _SINGLE_PART.sub(lambda part: "'" if part[0] == "''" else _folded(part[0]), match[1])
+        return _DOUBLE_PART.sub(lambda part: self.double_part(part, match.start(1)), match[1])
+
+    def double_part(self, part: re.Match[str], offset: int) -> str:
+        """What an escape, or a run of blanks, in double quotes stands for."""
+        if part[0][0] != "\\":
+            return _folded(part[0])
+        if part[0][1] == "\n":
+            return "\n" * (part[0].count("\n") - 1)
+        code = part[1] or part[2] or part[3]
+        if code and _HEXADECIMAL.fullmatch(code) and int(code, 16) <= sys.maxunicode:
+            return chr(int(code, 16))
+        if code or part[0][1] not in _ESCAPES:
+            problem = f"{part[0]} is no escape; write \\\\ for a backslash, or use single quotes"
+            self.fail(problem, offset + part.start())
+        return _ESCAPES[part[0][1]]
+
+    def block_scalar(self, indent: int) -> str:
+        """The `|` or `>` scalar at the cursor, inside a collection at the column `indent`."""
+        header = _BLOCK_HEADER.match(self.text, self.pos)
+        if not header:
+            self.fail("only +, -, a digit and a comment may follow | or >; put text in quotes")
+        folds, chomping, digit = header[0][0] == ">", header[1] or header[4], header[2] or header[3]
+        self.pos = header.end()
+        # 1. The column of the text: given, or the deepest up to its first character.
+        column = max(indent + 1, 1)
+        if digit:
+            column += int(digit) - 1
+        else:
+            leading = _LEADING_LINES.match(self.text, self.pos)
+            assert leading is not None  # it matches the empty text
+            column = max(column, *map(len, leading[0].split("\n")))
+        # 2. Its lines. The cursor stays on the line break before the first line that isn't taken.
+        pieces, last, breaks, final = [], "", 0, ""
+        while self.text[self.pos] == "\n":
+            end = _LINE_END.search(self.text, self.pos + 1).start()  # type: ignore[union-attr]
+            margin_end = min(self.pos + 1 + column, end)
+            margin, line = self.text[self.pos + 1 : margin_end], self.text[margin_end:end]
+            if margin.strip(" ") or (not line and self.text[end] == "\0"):
+                break
+            self.pos = end
+            if not line:
+                breaks += 1
+                continue
+            if last:
+                fold = folds and last[0] not in " \t" and line[0] not in " \t"
+                pieces.append("\n" if not fold else "" if breaks else " ")
+            pieces += ["\n" * breaks, line]
+            last, breaks, final = line, 0, self.text[end].rstrip("\0")
+        # 3. Its end.
+        if chomping != "-":
+            pieces.append(final)
+        if chomping == "+":
+            pieces.append("\n" * breaks)
+        return "".join(pieces)
+
+
+def _folded(blanks: str) -> str:
+    """What a run of blanks in a wrapped scalar stands for: one line break is a space, n are n - 1."""
+    breaks = blanks.count("\n")
+    return blanks if not breaks else " " if breaks == 1 else "\n" * (breaks - 1)
+
+
+def _integer(text: str) -> int:
+    sign, digits = -1 if text[0] == "-" else 1, text.replace("_", "").lstrip("+-")
+    if digits[:2] in ("0b", "0x"):
+        return sign * int(digits[2:], 2 if digits[1] == "b" else 16)
+    if digits[0] == "0":
+        return sign * int(digits, 8)
+    value = 0
+    for part in digits.split(":"):
+        value = value * 60 + int(part)
+    return sign * value
+
+
+def _float(text: str) -> float:
+    sign, digits = -1 if text[0] == "-" else 1, text.replace("_", "").lstrip("+-").lower()
+    if digits == ".nan":
+        return _NAN
+    value, weight = 0.0, 1
+    for part in reversed(digits.removeprefix(".").split(":") if digits == ".inf" else digits.split(":")):
+        value, weight = value + float(part) * weight, weight * 60  # the order of PyYAML's roundings
+    return sign * value
 
 
 # === Events ===
