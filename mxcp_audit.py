@@ -26,9 +26,15 @@ documented columns of `logs`, the names in `__all__` and the exit codes will not
 from __future__ import annotations
 
 import codecs
+import difflib
+import os
 import re
 import sys
-from typing import NoReturn
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from math import isfinite
+from pathlib import Path
+from typing import Any, NoReturn, cast
 
 __version__ = "0.1.0"
 
@@ -234,7 +240,9 @@ class _YamlReader:
         self.text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
         bad = _REFUSED_CHARACTER.search(self.text)
         if bad:
-            self.fail(f"the character U+{ord(bad[0]):04X}; remove it, or escape it in double quotes", bad.start())
+            self.fail(
+                f"the character U+{ord(bad[0]):04X}; remove it, or escape it in double quotes", bad.start()
+            )
         self.text += "\0"
 
     def decoded(self, data: bytes) -> str:
@@ -248,10 +256,10 @@ class _YamlReader:
             problem = f"byte 0x{data[error.start]:02X} is not {encoding.upper()}; save the file as UTF-8"
             raise ConfigError(problem, path=self.path, line=line, column=column) from error
 
-    def fail(self, problem: str, at: int | None = None) -> NoReturn:
+    def fail(self, problem: str, at: int | None = None, trail: tuple[str, ...] = ()) -> NoReturn:
         """Raise ConfigError for the position `at`, or the cursor's."""
         line, column = self.line_and_column(self.pos if at is None else at)
-        raise ConfigError(problem, path=self.path, line=line, column=column)
+        raise ConfigError(problem, path=self.path, line=line, column=column, trail=trail)
 
     def fail_here(self, expected: str) -> NoReturn:
         """Raise ConfigError for the token at the cursor, by the name of what it would begin."""
@@ -413,7 +421,9 @@ class _YamlReader:
             pair = self.skip_in_flow() == ":"
             if pair:
                 if self.pos - start > MAX_KEY_CHARS or self.text.find("\n", start, self.pos) >= 0:
-                    self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
+                    self.fail(
+                        f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start
+                    )
                 self.pos += 1
                 if self.skip_in_flow() not in ",]}":
                     value = self.flow_node()
@@ -576,9 +586,370 @@ def _float(text: str) -> float:
     if digits == ".nan":
         return _NAN
     value, weight = 0.0, 1
-    for part in reversed(digits.removeprefix(".").split(":") if digits == ".inf" else digits.split(":")):
+    for part in reversed(digits.replace(".inf", "inf").split(":")):
         value, weight = value + float(part) * weight, weight * 60  # the order of PyYAML's roundings
     return sign * value
+
+
+# Settings.
+
+SITE_FILE = "mxcp-site.yml"
+MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
+MIN_INPUT_BYTES, MAX_INPUT_BYTES = 256, 64 << 20  # arbitrary; the writer's queue holds 64 MiB
+
+_UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION = re.compile(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+")
+_DURATION_PART = re.compile(r"([0-9]+)(ms|[smhdw])")
+# DuckDB's own rule for what ATTACH takes as `extension:rest`; one letter is a Windows drive.
+_TARGET = re.compile(r"[A-Za-z0-9_]{2,}:")
+_OPTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NOT_IN_A_PATH = re.compile(r"[\0\ud800-\udfff]")
+
+
+def parse_duration(text: str) -> float:
+    """Return the seconds that a text such as "10m" or "1h30m" stands for: more than 0, at most 100 years.
+
+    Units are ms, s, m (minutes), h, d and w; whole numbers only, parts are added up.
+
+    Raises:
+        ValueError: anything else: "1.5h", "5M", "5 m", "1y", "10", "-1h", "0s".
+    """
+    parts = _DURATION_PART.findall(text) if isinstance(text, str) and _DURATION.fullmatch(text) else ()
+    seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
+    if not 0 < seconds <= MAX_DURATION_S:
+        raise ValueError(
+            f"{text!r:.60} is no duration; write whole numbers with a unit (ms, s, m, h, d, w),"
+            ' such as "10m" or "1h30m", more than 0 and at most 100 years'
+        )
+    return seconds
+
+
+@dataclass(frozen=True)
+class Config:
+    """The settings that hold, each with its source; made by `load_config`, already validated.
+
+    Args:
+        path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given.
+        profile: the profile's name.
+        site_file: absolute path of the site file, None without one.
+        enabled: whether to record at all.
+        journal: absolute path of the journal directory; None is "<path>.journal" beside a database file.
+        attach: options for ATTACH by name; they may hold secrets, so `repr` leaves them out.
+        flush_interval: seconds between two ingests.
+        durable: whether `log_event` waits for the disk.
+        on_full: "block" or "drop": what happens when the queue is full.
+        max_input_bytes: bytes of `input_json` that are kept of an event.
+        redact: more names whose values are secrets.
+        keep: names whose values are no secrets although they look so.
+        redact_mode: "constant" or "hmac": what stands for a secret.
+        retention: seconds after which `purge` may delete an event; None keeps all.
+        sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
+            "mxcp-site.yml:12" (file and line).
+    """
+
+    path: str
+    profile: str = "default"
+    site_file: str | None = None
+    enabled: bool = False
+    journal: str | None = None
+    attach: Mapping[str, str | int | float | bool] = field(default_factory=dict, repr=False)
+    flush_interval: float = 1.0
+    durable: bool = False
+    on_full: str = "block"
+    max_input_bytes: int = 1 << 20
+    redact: tuple[str, ...] = ()
+    keep: tuple[str, ...] = ()
+    redact_mode: str = "constant"
+    retention: float | None = None
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+
+
+def is_attach_target(path: str) -> bool:
+    """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
+    return _TARGET.match(path) is not None
+
+
+def check_settings(
+    settings: Mapping[str, object], place: Callable[..., Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Return the settings as `Config` holds them (lists as tuples, durations in seconds), or raise.
+
+    Both the site file and the keyword arguments of `AuditLogger` go through here, so that they take
+    the same values and raise the same texts. Paths stay as they are. A keyword argument that was
+    not given must be left out: None is refused.
+
+    Args:
+        settings: names and values, such as {"enabled": True, "flush_interval": "500ms"}.
+        place: for a setting's name and perhaps an entry in its value, returns the arguments of
+            ConfigError that say where it is; without it, the error has the name only.
+
+    Raises:
+        ConfigError: an unknown name (the nearest known one is offered) or a wrong value.
+    """
+    checked = {}
+    for name, value in settings.items():
+        try:
+            if name not in _SETTINGS:
+                near = difflib.get_close_matches(str(name), _SETTINGS, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_SETTINGS)}"
+                raise ValueError(f"there is no such setting; {hint}")
+            if value is None:
+                raise ValueError("it has no value; write one, or remove the setting")
+            checked[name] = _SETTINGS[name](value)
+        except ValueError as error:  # the problem and, for a list or mapping, the entry
+            problem, *entry = error.args
+            where = place(name, *entry) if place else {"trail": (_trail_end(name, *entry),)}
+            raise ConfigError(problem, **where) from error
+    return checked
+
+
+def _trail_end(name: object, entry: object = None) -> str:
+    return str(name) if entry is None else f"{name}[{entry}]" if isinstance(entry, int) else f"{name}.{entry}"
+
+
+def _described(value: object) -> str:
+    """A value with its kind, because YAML's is often a surprise: no is False, 1.10 is 1.1."""
+    kinds = {str: "text", bool: "boolean", int: "number", float: "number", list: "list", dict: "mapping"}
+    return f"the {kinds.get(type(value), type(value).__name__)} {value!r:.60}"
+
+
+def _boolean(value: object) -> bool:
+    if not isinstance(value, bool):
+        raise ValueError(f"must be true or false without quotes, not {_described(value)}")
+    return value
+
+
+def _path(value: object) -> str:
+    path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if not isinstance(path, str) or not path.strip():
+        raise ValueError(f"must be a path, not {_described(value)}; put text in quotes")
+    if _NOT_IN_A_PATH.search(path):
+        raise ValueError("a path can't hold NUL or half a character (a surrogate); correct the escape")
+    return path
+
+
+def _database(value: object) -> str:
+    path = _path(value)
+    if path.lower().endswith(".jsonl"):
+        raise ValueError(
+            "a .jsonl file is the log of newer MXCP versions, not a database; name a .duckdb file here"
+            " and take the old log in with `mxcp-audit import FILE`"
+        )
+    if path == ":memory:":
+        raise ValueError("a database in memory would be lost; name a file")
+    return path
+
+
+def _choice(*choices: str) -> Callable[[object], str]:
+    def choice(value: object) -> str:
+        if not isinstance(value, str) or value not in choices:
+            raise ValueError(f"must be {' or '.join(choices)}, not {_described(value)}")
+        return value
+
+    return choice
+
+
+def _input_bytes(value: object) -> int:
+    if type(value) is not int or not MIN_INPUT_BYTES <= value <= MAX_INPUT_BYTES:
+        limits = f"{MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}"
+        raise ValueError(f"must be a whole number of bytes from {limits}, not {_described(value)}")
+    return value
+
+
+def _duration(value: object) -> float:
+    if isinstance(value, str):
+        return parse_duration(value)
+    if type(value) not in (int, float) or not 0 < value <= MAX_DURATION_S:  # type: ignore[operator]
+        raise ValueError(f'must be a duration such as "10m", or seconds above 0, not {_described(value)}')
+    return float(value)  # type: ignore[arg-type]
+
+
+def _names(value: object) -> tuple[str, ...]:
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(f"must be a list of names such as [email, phone], not {_described(value)}")
+    for index, name in enumerate(value):
+        if not isinstance(name, str) or not name.strip():
+            raise ValueError(f"must be a name, not {_described(name)}; put it in quotes", index)
+    return tuple(value)
+
+
+def _options(value: object) -> dict[str, str | int | float | bool]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"must be a mapping of options, not {_described(value)}")
+    for name, option in value.items():
+        if not isinstance(name, str) or not _OPTION_NAME.fullmatch(name):
+            raise ValueError("the name of an option has letters, digits and _ only; correct it", name)
+        if not isinstance(option, (str, int, float)) or (isinstance(option, float) and not isfinite(option)):
+            raise ValueError(f"must be text, a number or a boolean, not {_described(option)}", name)
+    return dict(value)
+
+
+_SETTINGS: dict[str, Callable[[object], object]] = {
+    "enabled": _boolean,
+    "path": _database,
+    "journal": _path,
+    "attach": _options,
+    "flush_interval": _duration,
+    "durable": _boolean,
+    "on_full": _choice("block", "drop"),
+    "max_input_bytes": _input_bytes,
+    "redact": _names,
+    "keep": _names,
+    "redact_mode": _choice("constant", "hmac"),
+    "retention": _duration,
+}
+_SETTINGS_OF_MXCP = ("max_file_size",)  # of its JSONL log; means nothing here
+
+
+# The site file.
+
+
+class _SiteFile:
+    """A site file that was read, and where in it everything stands."""
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.reader = _YamlReader(_site_bytes(path), path)
+        root = self.reader.document()
+        if root is not None and not isinstance(root, dict):
+            self.reader.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
+        self.root: dict[object, object] = root or {}
+
+    def at(
+        self, parent: dict[object, object], key: object, *trail: str, entry: object = None
+    ) -> dict[str, Any]:
+        """The arguments of ConfigError that say where a key, or an entry in its value, stands."""
+        position = self.reader.places[id(parent), key]
+        if entry is not None:
+            position = self.reader.places.get((id(parent[key]), entry), position)
+        line, column = self.reader.line_and_column(position)
+        return {"path": self.path, "line": line, "column": column, "trail": (*trail, _trail_end(key, entry))}
+
+    def source(self, parent: dict[object, object], key: object) -> str:
+        return f"{os.path.basename(self.path)}:{self.at(parent, key)['line']}"
+
+    def section(self, parent: dict[object, object], key: str, *trail: str) -> dict[object, object]:
+        """The mapping under a key; empty where the key, or what follows it, is missing."""
+        value = parent.get(key)
+        if value is not None and not isinstance(value, dict):
+            raise ConfigError(f"must be a mapping, not {_described(value)}", **self.at(parent, key, *trail))
+        return value or {}
+
+    def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
+        """The name of the profile that holds, and who chose it."""
+        where: dict[str, Any]
+        if argument is not None:
+            name, source, where = argument, "argument", {"trail": ("profile",)}
+        elif environ.get("MXCP_PROFILE"):
+            name, source, where = environ["MXCP_PROFILE"], "MXCP_PROFILE", {"trail": ("MXCP_PROFILE",)}
+        elif self.root.get("profile") is not None:
+            name, source = cast(str, self.root["profile"]), self.source(self.root, "profile")
+            where = self.at(self.root, "profile")
+        else:
+            name, source, where = "default", "default", {}
+        if not isinstance(name, str) or not name:
+            raise ConfigError(
+                f"must be the name of a profile, not {_described(name)}; put text in quotes", **where
+            )
+        profiles = self.section(self.root, "profiles")
+        if profiles and name not in profiles:
+            known = ", ".join(
+                key if isinstance(key, str) else f"{_described(key)} (quote it)" for key in profiles
+            )
+            problem = f"there is no profile {name!r:.60} (chosen by {source}); known are {known}"
+            raise ConfigError(problem, **(where or self.at(self.root, "profiles")))
+        return name, source
+
+    def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
+        """What the profile sets, checked, and the source of each."""
+        profiles = self.section(self.root, "profiles")
+        audit = self.section(self.section(profiles, profile, "profiles"), "audit", "profiles", profile)
+        ours = {cast(str, name): value for name, value in audit.items() if name not in _SETTINGS_OF_MXCP}
+
+        def place(name: object, entry: object = None) -> dict[str, Any]:
+            return self.at(audit, name, "profiles", profile, "audit", entry=entry)
+
+        if type(ours.get("retention")) in (int, float):
+            raise ConfigError('needs a unit in this file; write "90d" for 90 days', **place("retention"))
+        return check_settings(ours, place), {name: self.source(audit, name) for name in ours}
+
+
+def load_config(
+    *,
+    config: str | os.PathLike[str] | None = None,
+    profile: str | None = None,
+    cwd: str | os.PathLike[str] | None = None,
+    environ: Mapping[str, str] | None = None,
+) -> Config:
+    """Return the settings of one profile of `mxcp-site.yml`, or raise; no setting is silently wrong.
+
+    A file without `profiles`, and a profile without `audit`, mean: not enabled.
+
+    Args:
+        config: the site file; without it `mxcp-site.yml` is searched in `cwd`, then in its parents.
+        profile: the profile; without it a non-empty MXCP_PROFILE, else the file's `profile`, else "default".
+        cwd: where relative paths and the search start; without it the working directory.
+        environ: the environment; without it `os.environ`.
+
+    Raises:
+        ConfigError: no site file, one that can't be read, an unknown profile, or a wrong setting;
+            with file, line, column and the keys that lead there.
+    """
+    site_file, site_source = _find_site_file(config, cwd)
+    site = _SiteFile(site_file)
+    name, name_source = site.profile(profile, os.environ if environ is None else environ)
+    settings, sources = site.settings(name)
+    folder = Path(site_file).parent
+    settings.setdefault("path", f"logs-{name}.duckdb")
+    remote = is_attach_target(settings["path"])
+    if remote:
+        settings.setdefault("journal", f"logs-{name}.journal")
+    for setting in ("path", "journal"):
+        if setting not in sources and setting in settings and re.search(r"[/\\\0\ud800-\udfff]", name):
+            problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
+            raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
+    if not remote:
+        settings["path"] = str(folder / settings["path"])
+    if "journal" in settings:
+        settings["journal"] = str(folder / settings["journal"])
+    defaults = dict.fromkeys((each.name for each in fields(Config) if each.name != "sources"), "default")
+    all_sources = {**defaults, **sources, "profile": name_source, "site_file": site_source}
+    return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
+
+
+def _find_site_file(
+    config: str | os.PathLike[str] | None, cwd: str | os.PathLike[str] | None
+) -> tuple[str, str]:
+    """The absolute path of the site file, and who chose it."""
+    try:
+        start = Path(os.path.abspath(cwd if cwd is not None else os.getcwd()))
+    except OSError as error:
+        raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
+    if config is not None:
+        return str(start / config), "argument"
+    for folder in (start, *start.parents):
+        if os.path.lexists(folder / SITE_FILE):
+            return str(folder / SITE_FILE), "found"
+    raise ConfigError(
+        f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
+        " do without by --db or AuditLogger(path), or create one that says:"
+        " profiles: {default: {audit: {enabled: true}}}",
+        path=str(start),
+    )
+
+
+def _site_bytes(path: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_SITE_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
+        reason = getattr(error, "strerror", None) or error
+        raise ConfigError(
+            f"the site file can't be read: {reason}; name another with --config", path=path
+        ) from error
+    if len(data) > MAX_SITE_FILE_BYTES:
+        raise ConfigError(f"more than {MAX_SITE_FILE_BYTES} bytes is no site file; name another", path=path)
+    return data
 
 
 # === Events ===

@@ -34,8 +34,38 @@ SUITES = ("yaml_suite.json", "yaml_bugcases.json", "yaml_realfiles.json")
 # What has a meaning in YAML, or nearly has.
 PIECES = [
     *"-?:,[]{}#&*!|>'\"%@`=<~ \t\n\r.\\/_+019aex\x85\u2028\ufeff\x00é😀",
-    *(": ", "- ", " #", "? ", "\n ", "\n  ", "\n    ", "\n\n", "\r\n", ":\n", ": |\n", ": >-\n", "- - ", "''"),
-    *("---", "...", "---\n", "\n...\n", "no", "True", "null", "0x_", "0b1", "017", "1:10", "1e3", "1.5", ".inf"),
+    *(
+        ": ",
+        "- ",
+        " #",
+        "? ",
+        "\n ",
+        "\n  ",
+        "\n    ",
+        "\n\n",
+        "\r\n",
+        ":\n",
+        ": |\n",
+        ": >-\n",
+        "- - ",
+        "''",
+    ),
+    *(
+        "---",
+        "...",
+        "---\n",
+        "\n...\n",
+        "no",
+        "True",
+        "null",
+        "0x_",
+        "0b1",
+        "017",
+        "1:10",
+        "1e3",
+        "1.5",
+        ".inf",
+    ),
     *("<<", ".nan", "2001-01-01", "&a ", "*a", "!!str ", "|2\n", "|+\n", "\\\n", "\\x41", "\\ud83d", "a: b"),
 ]
 
@@ -122,17 +152,47 @@ def short_documents(alphabet: Iterable[str], length: int) -> Iterator[str]:
         yield from map("".join, itertools.product(pieces, repeat=size))
 
 
-SHORT_ALPHABETS = ("a:- \n", "a:\n -#'", "a[]{},:\n ", "a>|\n -+2", "ab:'\"\n \\", "0x_b1:.e+-", "-. \na:#", "?a,[: {}]")
+SHORT_ALPHABETS = (
+    "a:- \n",
+    "a:\n -#'",
+    "a[]{},:\n ",
+    "a>|\n -+2",
+    "ab:'\"\n \\",
+    "0x_b1:.e+-",
+    "-. \na:#",
+    "?a,[: {}]",
+)
 
 
 def generated(count: int, seed: int) -> Iterator[str]:
     """Random documents in many spellings of the same values; most of them are valid YAML."""
     chance = random.Random(seed)
     for _ in range(count):
-        yield chance.choice(("", "", "---\n", "# c\n", "\n")) + _node(chance, 0, 4) + chance.choice(("", "\n", "\n...\n"))
+        yield (
+            chance.choice(("", "", "---\n", "# c\n", "\n"))
+            + _node(chance, 0, 4)
+            + chance.choice(("", "\n", "\n...\n"))
+        )
 
 
-WORDS = ("a", "b c", "no", "1", "0o7", "010", "~", "x:y", "a#b", "-x", "1_0", "1.5", "http://h/p", "é", "it's", "+1")
+WORDS = (
+    "a",
+    "b c",
+    "no",
+    "1",
+    "0o7",
+    "010",
+    "~",
+    "x:y",
+    "a#b",
+    "-x",
+    "1_0",
+    "1.5",
+    "http://h/p",
+    "é",
+    "it's",
+    "+1",
+)
 
 
 def _scalar(chance: random.Random, indent: int, wraps: bool) -> str:
@@ -161,8 +221,12 @@ def _flow(chance: random.Random, depth: int) -> str:
 
 
 def _block_scalar(chance: random.Random, indent: int) -> str:
-    head = chance.choice("|>") + chance.choice(("", "", "-", "+", "1", "2-")) + chance.choice(("", "", " # c"))
-    lines = (chance.choice((0, 0, 0, 1, 2)) * " " + chance.choice((*WORDS, "", "\tt", "# no")) for _ in range(4))
+    head = (
+        chance.choice("|>") + chance.choice(("", "", "-", "+", "1", "2-")) + chance.choice(("", "", " # c"))
+    )
+    lines = (
+        chance.choice((0, 0, 0, 1, 2)) * " " + chance.choice((*WORDS, "", "\tt", "# no")) for _ in range(4)
+    )
     return head + "".join("\n" + " " * indent + line for line in lines)
 
 
@@ -233,15 +297,18 @@ HOSTILE: dict[str, Callable[[int], str]] = {
     "underscores": lambda size: "a: 1" + "_" * size + "x",
     "aliases": lambda size: "a: &a [b]\n" + "- *a\n" * (size // 5),
     "nested blocks": lambda size: "".join(" " * depth + "a:\n" for depth in range(int((2 * size) ** 0.5))),
-    "deep enough blocks": lambda size: ("".join(" " * d + "- \n" for d in range(90)) + " " * 90 + "b\n") * (size // 4500),
+    "deep enough blocks": lambda size: (
+        ("".join(" " * d + "- \n" for d in range(90)) + " " * 90 + "b\n") * (size // 4500)
+    ),
     "sequence of mappings": lambda size: "- a: 1\n  b:\n  - c\n" * (size // 18),
 }
 
 
 def hostile_times(sizes: tuple[int, int, int] = (1 << 18, 1 << 19, 1 << 20)) -> bool:
-    """Print the seconds for each hostile document and their mean ratio as the size doubles; True if all is well.
+    """Print the seconds for each hostile document and their mean ratio as the size doubles.
 
     Linear is a ratio of 2; 3 allows for noise and for memory that has to be fetched first, 4 is quadratic.
+    Returns whether all were linear and none raised anything but ConfigError.
     """
     fine = True
     for name, make in HOSTILE.items():
@@ -290,7 +357,9 @@ def main(argv: list[str] | None = None) -> int:
     if options.hostile:
         return 0 if hostile_times() else 1
     if options.enumerate is not None:
-        found = sum(check(short_documents(a, options.enumerate), f"enumerated {a!r}") for a in SHORT_ALPHABETS)
+        found = sum(
+            check(short_documents(a, options.enumerate), f"enumerated {a!r}") for a in SHORT_ALPHABETS
+        )
     elif options.generate is not None:
         found = check(generated(options.generate, options.seed), "generated")
     else:
