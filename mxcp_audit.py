@@ -25,16 +25,45 @@ documented columns of `logs`, the names in `__all__` and the exit codes will not
 
 from __future__ import annotations
 
+import atexit
 import codecs
+import contextlib
+import datetime
 import difflib
+import errno
+import json
+import logging
 import os
 import re
+import stat
 import sys
-from collections.abc import Callable, Mapping
+import threading
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import (
+    TYPE_CHECKING,
+    Any,
+    ClassVar,
+    Final,
+    NamedTuple,
+    NoReturn,
+    Protocol,
+    TextIO,
+    TypeAlias,
+    cast,
+)
+
+if sys.platform == "win32":
+    import msvcrt
+else:
+    import fcntl
+
+if TYPE_CHECKING:
+    import argparse
+    import subprocess
 
 __version__ = "0.1.0"
 
@@ -663,6 +692,11 @@ class Config:
     retention: float | None = None
     sources: Mapping[str, str] = field(default_factory=dict, compare=False)
 
+    @property
+    def journal_directory(self) -> str:
+        """Where the journal is: `journal`, or beside a database file."""
+        return self.journal or self.path + ".journal"
+
 
 def is_attach_target(path: str) -> bool:
     """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
@@ -874,6 +908,29 @@ class _SiteFile:
         return check_settings(ours, place), {name: self.source(audit, name) for name in ours}
 
 
+def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
+    """Return the settings given as keyword arguments, checked like those of a site file.
+
+    Args:
+        path: the database, relative to the working directory, or an ATTACH target.
+        settings: the others, by name; one that is None was not given.
+
+    Raises:
+        ConfigError: a wrong value, or no `journal` for a target that is no file.
+    """
+    given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
+    checked = check_settings(given)
+    if is_attach_target(checked["path"]):
+        if "journal" not in checked:
+            problem = f"{checked['path']:.40} is no file, so there is no place beside it; name a directory"
+            raise ConfigError(problem, trail=("journal",))
+    else:
+        checked["path"] = os.path.abspath(checked["path"])
+    if "journal" in checked:
+        checked["journal"] = os.path.abspath(checked["journal"])
+    return Config(**{"enabled": True, **checked}, sources=dict.fromkeys(given, "argument"))
+
+
 def load_config(
     *,
     config: str | os.PathLike[str] | None = None,
@@ -954,15 +1011,3346 @@ def _site_bytes(path: str) -> bytes:
 
 # === Events ===
 # may name: Errors
+#
+# What an event is made of. COLUMNS is the only place that knows the columns: the table, the
+# journal reader, SELECT lists, headers and JSON keys all come from it. The first ten are the
+# specification's and never change; new ones go to the end, before `segment` and `seq`.
+
+
+class Column(NamedTuple):
+    """A column of `logs`: its name and its type in DuckDB."""
+
+    name: str
+    sql_type: str
+
+
+COLUMNS: Final = (
+    Column("timestamp", "TIMESTAMP"),
+    Column("caller", "VARCHAR"),
+    Column("type", "VARCHAR"),
+    Column("name", "VARCHAR"),
+    Column("input_json", "VARCHAR"),
+    Column("duration_ms", "INTEGER"),
+    Column("policy_decision", "VARCHAR"),
+    Column("reason", "VARCHAR"),
+    Column("status", "VARCHAR"),
+    Column("error", "VARCHAR"),
+    Column("user_id", "VARCHAR"),
+    Column("session_id", "VARCHAR"),
+    Column("trace_id", "VARCHAR"),
+    Column("segment", "VARCHAR"),
+    Column("seq", "INTEGER"),
+)
+EVENT_TYPES: Final = ("tool", "resource", "prompt")
+POLICY_DECISIONS: Final = ("allow", "deny", "warn", "n/a")
+STATUSES: Final = ("success", "error")
+MAX_DURATION_MS: Final = 2**31 - 1  # the largest INTEGER; DuckDB refuses a whole segment for one more
+
+_SEGMENT_ID: Final = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
+
+
+def new_segment_id(now_ns: int) -> str:
+    """Return a segment id, `<UTC to the microsecond>-<8 hex>`: sortable by age and unguessable.
+
+    Args:
+        now_ns: nanoseconds since the epoch. A clock that stands still or repeats is harmless:
+            the random half tells two segments apart, and the file is created exclusively.
+    """
+    second, ns = divmod(now_ns, 1_000_000_000)
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
+    return f"{stamp}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
+
+
+def utc_now_text() -> str:
+    """Return the present moment as DuckDB reads it, in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+def is_segment_id(text: str) -> bool:
+    """Say whether `text` has the form of a segment id."""
+    return _SEGMENT_ID.fullmatch(text) is not None
+
+
+def parse_event_id(text: str) -> tuple[str, int]:
+    """Return segment and sequence number of an event id, `<segment>:<seq>`.
+
+    Raises:
+        EventError: the text is no event id.
+    """
+    segment, _, seq = text.strip().rpartition(":")
+    if not is_segment_id(segment) or not re.fullmatch(r"[1-9][0-9]{0,9}", seq):
+        raise EventError(f"{text!r} is no event id; one looks like {new_segment_id(0)}:1", field="event_id")
+    return segment, int(seq)
 
 
 # === Redaction ===
 # may name: Errors
 
+REDACTED: Final = "[REDACTED]"
+
+
+def clip_plain(plain: object, max_bytes: int) -> object:
+    return {"cut": max_bytes}
+
+
+class Redactor:
+    def __init__(
+        self,
+        redact: Sequence[str] = (),
+        keep: Sequence[str] = (),
+        *,
+        mode: str = "constant",
+        key: bytes | None = None,
+    ) -> None:
+        self._known: dict[str, bool] = {}
+
+    def is_sensitive(self, name: str, tool: str | None = None) -> bool:
+        return any(w in name.lower() for w in ("password", "secret", "token", "api_key"))
+
+    def redact(
+        self,
+        value: object,
+        *,
+        tool: str | None = None,
+        endpoint_def: object = None,
+        echoes: list[str] | None = None,
+    ) -> object:
+        if isinstance(value, dict):
+            out: dict[str, object] = {}
+            for k, v in value.items():
+                s = self._known.get(k)
+                if s is None:
+                    s = self._known[k] = self.is_sensitive(str(k))
+                out[str(k)] = REDACTED if s else self.redact(v)
+            return out
+        if isinstance(value, (list, tuple)):
+            return [self.redact(v) for v in value]
+        if value is None or isinstance(value, (str, int, float)):
+            return value
+        return str(value)
+
+    def scrub(self, text: str, echoes: Sequence[str] = ()) -> str:
+        return text
+
 
 # === Encoding ===
 # may name: Errors, Events, Redaction
+#
+# Event → line. A line is one JSON object with the names of COLUMNS, in UTF-8, ending with a line
+# feed; `seq` comes last, because only the writer knows it. Redaction comes first, so a line never
+# holds a secret. DuckDB's JSON reader rejects a whole file for one lone surrogate, one invalid
+# UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
+# Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
+
+_JSON_CONSTANTS: Final = {
+    text: f'"{text}"' for text in (*EVENT_TYPES, *POLICY_DECISIONS, *STATUSES, "cli", "http", "stdio")
+}
+_TYPE_JSON: Final = {text: _JSON_CONSTANTS[text] for text in EVENT_TYPES}
+_POLICY_JSON: Final = {text: _JSON_CONSTANTS[text] for text in POLICY_DECISIONS}
+_STATUS_JSON: Final = {text: _JSON_CONSTANTS[text] for text in STATUSES}
+_NAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; a flood of made-up ones must not stay
+
+REPLACEMENT: Final = "\ufffd"
+_ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
+
+
+def _json_encoder() -> Callable[[object], str]:
+    """Return the fastest encoder of plain values: compact, non-ASCII text as it is."""
+    c_make_encoder = getattr(json.encoder, "c_make_encoder", None)
+    if c_make_encoder is None:  # PyPy has no C encoder
+        return json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), check_circular=False).encode
+    # JSONEncoder.encode builds this object anew at each call, which costs a third of its time.
+    chunks = c_make_encoder(None, str, json.encoder.encode_basestring, None, ":", ",", False, False, True)
+    return lambda plain: "".join(chunks(plain, 0))
+
+
+encode_json: Final = _json_encoder()
+encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
+
+
+class Encoder:
+    """Turns events into lines; whatever it is given, it raises nothing but MemoryError.
+
+    Args:
+        redactor: what is applied to input, name, reason and error before anything else.
+        max_input_bytes: the limit of `input_json`; longer input is cut with a visible marker.
+        clock: nanoseconds since the epoch, UTC.
+    """
+
+    def __init__(
+        self, redactor: Redactor, *, max_input_bytes: int, clock: Callable[[], int] = time.time_ns
+    ) -> None:
+        self._redactor = redactor
+        self._max_input_bytes = max_input_bytes
+        self._clock = clock
+        self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
+        self._names: dict[str, str] = {}
+
+    def input_json(
+        self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
+    ) -> str:
+        """Return the input as it is recorded: JSON text inside of a JSON text, or `null` for None.
+
+        The text is complete when this returns, so that what the caller does to the input
+        afterwards changes nothing.
+
+        Args:
+            input_params: any object; mappings are usual.
+            name: the tool's name, for rules that hold for one tool.
+            endpoint_def: MXCP's definition of the endpoint, with its `sensitive` marks.
+            echoes: receives the texts that were redacted, for `line` to remove from error and reason.
+        """
+        if input_params is None:
+            return "null"
+        tool = name if type(name) is str else None
+        plain = self._redactor.redact(input_params, tool=tool, endpoint_def=endpoint_def, echoes=echoes)
+        text = encode_json(plain)
+        limit = self._max_input_bytes
+        if len(text) * 4 > limit and len(text.encode("utf-8", "surrogatepass")) > limit:
+            text = encode_json(clip_plain(plain, limit))
+        if "\\u0000" in text:
+            text = _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
+        return encode_text(text)
+
+    def line(
+        self,
+        caller: object,
+        event_type: object,
+        name: object,
+        input_json: str,
+        duration_ms: object,
+        policy_decision: object,
+        reason: object,
+        status: object,
+        error: object,
+        user_id: object,
+        session_id: object,
+        trace_id: object,
+        echoes: Sequence[str],
+    ) -> bytes:
+        """Return the line of an event, up to where `seq` belongs; finish it with `finish_line`.
+
+        Values outside the allowed ones are recorded as they were given, and `reason` says so.
+        """
+        second, ns = divmod(self._clock(), 1_000_000_000)
+        stamp = self._second
+        if stamp[0] != second:
+            stamp = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
+        try:
+            type_json = _TYPE_JSON[event_type]  # type: ignore[index]
+            policy_json = _POLICY_JSON[policy_decision]  # type: ignore[index]
+            status_json = _STATUS_JSON[status]  # type: ignore[index]
+            flag = ""
+        except (KeyError, TypeError):
+            type_json, policy_json, status_json, flag = self._flagged(event_type, policy_decision, status)
+        if type(duration_ms) is not int or not 0 <= duration_ms <= MAX_DURATION_MS:
+            duration_ms, flag = _clamped(duration_ms, flag)
+        if flag:
+            reason = flag if reason is None else f"{self._plain_text(reason)}; {flag}"
+        name_json = self._names.get(name) if type(name) is str else None
+        caller_json = _JSON_CONSTANTS.get(caller) if type(caller) is str else None
+        text = (
+            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}Z"'
+            f',"caller":{caller_json or self._text_json(caller)}'
+            f',"type":{type_json}'
+            f',"name":{name_json or self._name_json(name)}'
+            f',"input_json":{input_json},"duration_ms":{duration_ms}'
+            f',"policy_decision":{policy_json}'
+            f',"reason":{"null" if reason is None else self._text_json(reason, echoes)}'
+            f',"status":{status_json}'
+            f',"error":{"null" if error is None else self._text_json(error, echoes)}'
+            f',"user_id":{"null" if user_id is None else self._id_json(user_id)}'
+            f',"session_id":{"null" if session_id is None else self._id_json(session_id)}'
+            f',"trace_id":{"null" if trace_id is None else self._id_json(trace_id)}'
+        )
+        try:
+            return text.encode()
+        except UnicodeEncodeError:  # lone surrogates; a pair of them is one character
+            return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
+
+    def _name_json(self, name: object) -> str:
+        text = self._text_json(name)
+        if type(name) is str:
+            if len(self._names) >= _NAME_CACHE_SIZE:
+                self._names.clear()
+            self._names[name] = text
+        return text
+
+    def _text_json(self, value: object, echoes: Sequence[str] = ()) -> str:
+        return encode_text(self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT))
+
+    def _id_json(self, value: object) -> str:
+        return encode_text(
+            (value if type(value) is str else self._plain_text(value)).replace("\0", REPLACEMENT)
+        )
+
+    def _plain_text(self, value: object) -> str:
+        if type(value) is str:
+            return value
+        plain = self._redactor.redact(value)
+        return plain if isinstance(plain, str) else encode_json(plain)
+
+    def _flagged(
+        self, event_type: object, policy_decision: object, status: object
+    ) -> tuple[str, str, str, str]:
+        """Return the three as JSON texts, as they were given, and what is wrong with them."""
+        texts, flags = [], []
+        for argument, value, allowed in (
+            ("event_type", event_type, EVENT_TYPES),
+            ("policy_decision", "n/a" if policy_decision is None else policy_decision, POLICY_DECISIONS),
+            ("status", status, STATUSES),
+        ):
+            text = self._redactor.scrub(self._plain_text(value))
+            texts.append(encode_text(text))
+            if text not in allowed:
+                flags.append(f"mxcp_audit: {argument} is none of {', '.join(allowed)}")
+        return texts[0], texts[1], texts[2], "; ".join(flags)
+
+
+def finish_line(line: bytes, seq: int) -> bytes:
+    """Return the whole line: `seq` added, closed, ended by a line feed."""
+    return b'%b,"seq":%d}\n' % (line, seq)
+
+
+def _clamped(duration_ms: object, flag: str) -> tuple[int | str, str]:
+    """Return `duration_ms` as an INTEGER of 0 … 2³¹−1, or "null" with a flag if it is no number."""
+    problem = "mxcp_audit: duration_ms is no number"
+    try:
+        value = round(float(duration_ms))  # type: ignore[arg-type]
+    except OverflowError:
+        return MAX_DURATION_MS, flag
+    except Exception:  # whatever an object's own __float__ raises
+        return "null", f"{flag}; {problem}" if flag else problem
+    return min(max(value, 0), MAX_DURATION_MS), flag
+
+
+def line_fault(line: bytes) -> str | None:
+    """Say what makes a journal line unusable, or return None for a sound one.
+
+    DuckDB decides what goes in; this gives the reason that is kept beside a rejected line, and
+    refuses what DuckDB would quietly turn into NULL.
+    """
+    try:
+        event = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        return f"invalid UTF-8 at byte {error.start + 1}"
+    except (ValueError, RecursionError) as error:
+        return f"invalid JSON: {error}"
+    if not isinstance(event, dict):
+        return "no JSON object"
+    for column in COLUMNS:
+        value = event.get(column.name)
+        if column.name == "segment":
+            continue
+        if column.sql_type == "INTEGER":
+            if value is not None and (type(value) is not int or not 0 <= value <= MAX_DURATION_MS):
+                return f"{column.name} is no integer from 0 to {MAX_DURATION_MS}"
+        elif value is not None and not isinstance(value, str):
+            return f"{column.name} is no text"
+    if not event.get("seq"):
+        return "seq is missing"
+    try:
+        datetime.datetime.strptime(event.get("timestamp") or "", "%Y-%m-%dT%H:%M:%S.%fZ")
+    except ValueError:
+        return f"timestamp {event.get('timestamp')!r} is no time"
+    return None
 
 
 # === Journal ===
 # may name: Errors, Events, Encoding
+#
+# The append-only files between the server and the database:
+#
+#     logs-default.duckdb.journal/                     mode 0700
+#         20261125T010203123456Z-1f2e3d4c.jsonl        a segment, mode 0600
+#         20261125T010203123456Z-1f2e3d4c.torn         what a dead writer left half written
+#         20261125T010203123456Z-1f2e3d4c.rejected     lines that could not be ingested, with the reason
+#         ingest.lock                                  held by the one process that ingests
+#         journal.id                                   names this journal in the ledger
+#
+# A process writes its own segments only, so nothing depends on concurrent appends being atomic
+# (APFS loses some). Live = its writer holds the lock; sealed or orphaned = the lock can be had.
+# The lock belongs to the open file (flock), not to the process: pids are reused, and differ between
+# containers. A name never changes: a rename under a reader's feet makes its query fail.
+#
+# Caveat: on a file system without locks nobody can tell a live segment from an orphan. There,
+# events are recorded and readable, but never ingested; the error says so.
+
+SEGMENT_SUFFIX: Final = ".jsonl"
+_DIRECTORY_MODE: Final = 0o700
+_FILE_MODE: Final = 0o600
+_NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
+
+
+def try_lock(fd: int) -> bool:
+    """Take the exclusive lock of an open file without waiting; False if somebody else has it.
+
+    Raises:
+        OSError: the file system has no locks (ENOLCK, EOPNOTSUPP on some network shares).
+    """
+    try:
+        if sys.platform != "win32":
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        else:
+            os.lseek(fd, _LOCK_OFFSET, os.SEEK_SET)
+            msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
+    except (BlockingIOError, PermissionError):
+        return False
+    return True
+
+
+def _same_file(fd: int, path: str) -> bool:
+    """Say whether `path` still leads to the open file `fd`."""
+    try:
+        there = os.stat(path, follow_symlinks=False)
+    except FileNotFoundError:
+        return False
+    here = os.fstat(fd)
+    return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+class Segment:
+    """One journal file while this process writes it.
+
+    Guarantees that the file holds whole lines whenever `append` returns or raises, and that
+    nobody ingests it before `seal`.
+    """
+
+    __slots__ = ("_dirty", "_fd", "events", "id", "opened", "path", "size")
+
+    def __init__(self, fd: int, path: str, segment_id: str, opened: float) -> None:
+        self._fd = fd
+        self._dirty = False
+        self.path = path
+        self.id = segment_id
+        self.opened = opened
+        self.size = 0
+        self.events = 0
+
+    def append(self, data: bytes, events: int) -> None:
+        """Write whole lines at the end, all of them or none.
+
+        Raises:
+            OSError: nothing of `data` is in the file, or will be once it can be truncated, which
+                the next call does first.
+        """
+        if self._dirty:
+            os.ftruncate(self._fd, self.size)
+            self._dirty = False
+        rest = memoryview(data)
+        try:
+            while rest:
+                written = os.write(self._fd, rest)
+                if not written:
+                    raise OSError(errno.EIO, "the file takes no more bytes", self.path)
+                rest = rest[written:]
+        except OSError:
+            self._dirty = True
+            os.ftruncate(self._fd, self.size)
+            self._dirty = False
+            raise
+        self.size += len(data)
+        self.events += events
+
+    def sync(self) -> None:
+        """Force the file to the disk. Raises OSError if that can't be had."""
+        os.fsync(self._fd)
+
+    def is_in_place(self) -> bool:
+        """Say whether the file still lies where readers look for it."""
+        return _same_file(self._fd, self.path)
+
+    def rescue(self) -> bytes:
+        """Return what a deleted file holds, as long as this process has it open; b"" if it only moved."""
+        if os.fstat(self._fd).st_nlink:
+            return b""
+        return os.pread(self._fd, self.size, 0)
+
+    def seal(self) -> None:
+        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless."""
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        try:
+            if not self.size and _same_file(fd, self.path):
+                os.unlink(self.path)
+        finally:
+            os.close(fd)
+
+    def forget(self) -> None:
+        """Close the descriptor that a fork copied; the parent's lock and file are left alone."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+
+class Claim:
+    """A sealed or orphaned segment whose lock this process holds: nobody else ingests it."""
+
+    __slots__ = ("_fd", "id", "lines", "longest", "path", "size", "torn")
+
+    def __init__(self, fd: int, path: str) -> None:
+        self._fd = fd
+        self.path = path
+        self.id = segment_id_of(path)
+        self.lines = self.longest = self.size = self.torn = 0
+
+    def inspect(self) -> None:
+        """Count the lines and cut off a torn tail, which is kept beside the segment as `.torn`."""
+        data = self.read()
+        end = data.rfind(b"\n") + 1
+        if end < len(data):
+            self.torn = len(data) - end
+            _write_beside(self.path, ".torn", data[end:])
+            os.ftruncate(self._fd, end)
+        self.lines = data.count(b"\n")
+        self.longest = max(map(len, data[:end].split(b"\n")))
+        self.size = end
+
+    def read(self) -> bytes:
+        """Return the whole segment."""
+        with open(self.path, "rb") as file:
+            return file.read()
+
+    def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
+        """Keep lines that can't be ingested beside the segment, in `.rejected`, for whoever repairs them.
+
+        Args:
+            faults: line number from 1, reason, and the line. Each becomes a JSON object; bytes that
+                are no UTF-8 are written as lone surrogates, so that none is lost (PEP 383).
+        """
+        _write_beside(
+            self.path,
+            ".rejected",
+            b"".join(
+                json.dumps(
+                    {"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")}
+                ).encode()
+                + b"\n"
+                for number, reason, line in faults
+            ),
+        )
+
+    def release(self, *, delete: bool = False) -> None:
+        """Give the claim up, and delete the segment if its events are safely elsewhere.
+
+        Raises:
+            OSError: the segment could not be deleted; the claim is given up all the same.
+        """
+        fd, self._fd = self._fd, -1
+        if fd < 0:
+            return
+        try:
+            if delete and sys.platform != "win32":
+                os.unlink(self.path)
+        finally:
+            os.close(fd)
+        if delete and sys.platform == "win32":  # it deletes no open file
+            os.unlink(self.path)
+
+
+def segment_id_of(path: str) -> str:
+    """Return the segment id that a journal file's path stands for."""
+    return os.path.basename(path).removesuffix(SEGMENT_SUFFIX)
+
+
+def _write_beside(path: str, suffix: str, data: bytes) -> None:
+    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
+    target = path.removesuffix(SEGMENT_SUFFIX) + suffix
+    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, _FILE_MODE)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
+
+
+class Journal:
+    """The directory of segments. Making the object touches nothing; the first segment makes the directory.
+
+    Args:
+        directory: where the segments lie; made with mode 0700, its parents as the umask says.
+        clock: nanoseconds since the epoch, for names only.
+    """
+
+    def __init__(self, directory: str | os.PathLike[str], *, clock: Callable[[], int] = time.time_ns) -> None:
+        self.directory = os.path.abspath(directory)
+        self._clock = clock
+
+    def open_segment(self, *, durable: bool = False) -> Segment:
+        """Create a new segment and lock it.
+
+        Args:
+            durable: also force the new name to the disk.
+
+        Raises:
+            OSError: the directory can't be made or written.
+            JournalError: the directory is a symbolic link or belongs to somebody else.
+        """
+        self._make_directory()
+        while True:
+            segment_id = new_segment_id(self._clock())
+            path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
+            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _NO_FOLLOW
+            try:
+                fd = os.open(path, flags, _FILE_MODE)
+            except FileExistsError:
+                continue
+            try:
+                # A claimer may have found the empty file first, and deleted it.
+                mine = self._lock_new(fd) and _same_file(fd, path)
+            except BaseException:
+                os.close(fd)
+                raise
+            if mine:
+                break
+            os.close(fd)
+        if durable:
+            sync_directory(self.directory)
+        return Segment(fd, path, segment_id, time.monotonic())
+
+    def _lock_new(self, fd: int) -> bool:
+        try:
+            return try_lock(fd)
+        except OSError:  # no locks here: the claimers find out as well, and leave everything alone
+            return True
+
+    def _make_directory(self) -> None:
+        try:
+            os.makedirs(os.path.dirname(self.directory), exist_ok=True)
+            os.mkdir(self.directory, _DIRECTORY_MODE)
+            return
+        except FileExistsError:
+            pass
+        found = os.lstat(self.directory)
+        if not stat.S_ISDIR(found.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
+            raise JournalError(
+                f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`",
+                path=self.directory,
+            )
+        if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
+            raise JournalError(
+                f"belongs to user {found.st_uid}, so that its owner could read and change what is recorded; "
+                "make it your own, or set `journal`",
+                path=self.directory,
+            )
+
+    def segments(self) -> list[str]:
+        """Return the paths of all segments, oldest first; none if there is no journal yet.
+
+        Raises:
+            JournalError: the directory can't be read.
+        """
+        try:
+            names = os.listdir(self.directory)
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
+        return [
+            os.path.join(self.directory, name)
+            for name in sorted(names)
+            if name.endswith(SEGMENT_SUFFIX) and is_segment_id(name.removesuffix(SEGMENT_SUFFIX))
+        ]
+
+    def claim(self, *, limit_bytes: int) -> tuple[list[Claim], list[JournalError]]:
+        """Lock sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
+
+        Live segments are passed over; empty ones are deleted. Release every claim.
+
+        Returns:
+            the claims, and what kept others from being claimed: one bad file doesn't stop the rest.
+        """
+        total = 0
+        claims: list[Claim] = []
+        problems: list[JournalError] = []
+        for path in self.segments():
+            if total >= limit_bytes:
+                break
+            try:
+                claim = self._claim_one(path)
+            except JournalError as error:
+                problems.append(error)
+                continue
+            if claim is not None:
+                claims.append(claim)
+                total += claim.size
+        return claims, problems
+
+    def _claim_one(self, path: str) -> Claim | None:
+        try:
+            fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+        except FileNotFoundError:
+            return None
+        except OSError as error:
+            if error.errno == errno.ELOOP:  # a link that somebody planted is none of ours
+                return None
+            raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
+        claim = Claim(fd, path)
+        try:
+            if not try_lock(fd) or not _same_file(fd, path):
+                claim.release()
+                return None
+            claim.inspect()
+            if not claim.lines:
+                claim.release(delete=True)
+                return None
+        except OSError as error:
+            claim.release()
+            raise JournalError(
+                f"can't be claimed: {error.strerror}; nothing is ingested until it can "
+                "(a file system without locks can't hold the journal of a shared database: set `journal`)",
+                path=path,
+            ) from error
+        return claim
+
+    @contextlib.contextmanager
+    def ingest_lock(self) -> Iterator[bool]:
+        """Hold the lock of the one process that ingests from here; yields False if another has it.
+
+        Raises:
+            JournalError: the file can't be opened or locked.
+        """
+        path = os.path.join(self.directory, "ingest.lock")
+        try:
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+        except FileNotFoundError:
+            yield False  # no directory, so nothing to ingest either
+            return
+        except OSError as error:
+            raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
+        try:
+            try:
+                locked = try_lock(fd)
+            except OSError as error:
+                raise JournalError(
+                    f"can't be locked: {error.strerror}; nothing is ingested", path=path
+                ) from error
+            yield locked
+        finally:
+            os.close(fd)
+
+    def identity(self) -> str:
+        """Return the random name under which this journal appears in the ledger, made at the first call.
+
+        Call it under the ingest lock only, so that two processes can't make two names.
+        """
+        path = os.path.join(self.directory, "journal.id")
+        try:
+            with open(path, encoding="ascii") as file:
+                known = file.read().strip()
+            if known:
+                return known
+        except FileNotFoundError:
+            pass
+        fresh = os.urandom(8).hex()
+        scratch = f"{path}.{fresh}"
+        with open(
+            os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _FILE_MODE), "w"
+        ) as file:
+            file.write(fresh + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(scratch, path)
+        return fresh
+
+    def waiting_bytes(self) -> int:
+        """Return the size of all segments: what is not in the database yet."""
+        total = 0
+        for path in self.segments():
+            with contextlib.suppress(FileNotFoundError):
+                total += os.stat(path).st_size
+        return total
+
+
+def sync_directory(directory: str) -> None:
+    """Force the names in a directory to the disk, where the system can."""
+    if sys.platform == "win32":  # it has no such call, and needs none
+        return
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+# === Writer ===
+# may name: Errors, Encoding, Journal
+#
+# Two daemon threads, started at the first event and asleep while there is nothing to do: the
+# writer (queue → journal) and the ingester (journal → database, through the callback that it is
+# given), so that the journal's latency never depends on DuckDB.
+#
+# `put` runs in the caller's thread, in signal handlers and in destructors too. So its lock is
+# re-entrant, it waits for nothing but room in the queue, and it wakes the writer once for each of
+# its sleeps. The writer then lets a few milliseconds of events gather: one write a batch, and
+# callers don't fight it for the interpreter at each event. Rejected: queue.SimpleQueue (wakes the
+# writer for each event: four times slower), a polling thread (never idle).
+#
+# Where no thread can be started (interpreter exit, process limits), the caller's thread writes.
+
+QUEUE_BYTES: Final = 64 * 2**20
+SEGMENT_BYTES: Final = 8 * 2**20
+_PIECE_BYTES: Final = 2**20  # arbitrary: what one write holds, so that a segment overshoots by little
+_GATHER_SECONDS: Final = 0.005  # the window in which `kill -9` loses events, plus one write
+_RETRY_SECONDS: Final = (0.05, 5.0)  # first and longest pause after a failed write
+_REPORT_SECONDS: Final = 60.0  # how often the same trouble is told
+
+_LOG: Final = logging.getLogger("mxcp_audit")
+
+
+class Diagnostics:
+    """What went wrong and how often: counters for health checks, and `logging` at most once a minute a kind.
+
+    Nothing here raises, whatever a logging handler does, and a handler that itself logs an event
+    doesn't come back here.
+    """
+
+    def __init__(self) -> None:
+        self.errors = 0
+        self.dropped = 0
+        self.rejected = 0
+        self.ingested = 0
+        self.last_error: str | None = None
+        self._told: dict[str, float] = {}
+        self._telling = threading.local()
+
+    def report(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
+        """Count a fault and tell of it, unless the same kind was told within the last minute.
+
+        Args:
+            kind: a fixed word, so that a flood of one fault doesn't hide another.
+            message: what happened and what to do; never any recorded content.
+            error: the cause; its text is added.
+        """
+        self.errors += 1
+        text = message if error is None else f"{message}: {error}"
+        self.last_error = text
+        now = time.monotonic()
+        if now - self._told.get(kind, -_REPORT_SECONDS) < _REPORT_SECONDS or getattr(
+            self._telling, "on", False
+        ):
+            return
+        self._told[kind] = now
+        self._telling.on = True
+        try:
+            _LOG.warning("mxcp_audit: %s", text)
+        except Exception:  # noqa: S110 - a broken handler must not reach the caller, and there is nobody to tell
+            pass
+        finally:
+            self._telling.on = False
+
+
+class Writer:
+    """The queue and the thread that empties it into the journal.
+
+    Args:
+        journal: where the segments go.
+        flush_interval: seconds after which a segment is sealed.
+        durable: each batch is forced to the disk before it counts as written.
+        drop_when_full: what a full queue does: drop the event and count it, or make the caller wait.
+        diagnostics: who is told of faults.
+        on_start: called before a thread is started; False if none may be, because the program ends.
+        on_sealed: called, in whichever thread wrote, after a segment was sealed.
+    """
+
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        flush_interval: float,
+        durable: bool,
+        drop_when_full: bool,
+        diagnostics: Diagnostics,
+        on_start: Callable[[], bool],
+        on_sealed: Callable[[], None],
+    ) -> None:
+        self._journal = journal
+        self._flush_interval = flush_interval
+        self._durable = durable
+        self._drop_when_full = drop_when_full
+        self._diagnostics = diagnostics
+        self._on_start = on_start
+        self._on_sealed = on_sealed
+        self.accepted = 0
+        self.written = 0
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Begin with an empty queue and no thread: at first, and in a child after a fork.
+
+        What the parent had queued is the parent's to write; its segment is closed, not sealed.
+        """
+        self._lock = threading.RLock()
+        self._progress = threading.Condition(self._lock)
+        self._writing = threading.RLock()
+        self._wake = threading.Lock()
+        self._wake.acquire()
+        self._queue: list[bytes] = []
+        self._queued_bytes = 0
+        self._held_bytes = 0
+        self._asleep = True
+        self._closing = False
+        self._inline = 0  # the thread that writes without being the writer
+        self._thread: threading.Thread | None = None
+        self._sealed = self.accepted = self.written
+        self._seal_wanted = 0
+        segment: Segment | None = getattr(self, "_segment", None)
+        self._segment: Segment | None = None
+        if segment is not None:
+            segment.forget()
+
+    # --- the caller's side
+
+    def put(self, line: bytes) -> int:
+        """Queue an unfinished line and return its ticket for `wait_written`."""
+        with self._lock:
+            if self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._has_room():
+                return 0
+            self._queue.append(line)
+            self._queued_bytes += len(line)
+            self.accepted = ticket = self.accepted + 1
+            asleep, self._asleep = self._asleep, False
+        if asleep:
+            self._rouse()
+        return ticket
+
+    def wait_written(self, ticket: int) -> None:
+        """Return when the line with this ticket is in the journal; at once inside of the writing thread."""
+        if self._thread is not threading.current_thread() and self._inline != threading.get_ident():
+            self._wait_until(lambda: self.written >= ticket, None)
+
+    def flush(self, timeout: float) -> bool:
+        """Write and seal all that was put before; False if `timeout` seconds were not enough."""
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            ticket = self.accepted
+            self._seal_wanted = max(self._seal_wanted, ticket)
+            asleep, self._asleep = self._asleep, False
+            self._progress.notify_all()
+        if asleep:
+            self._rouse()
+        return self._wait_until(lambda: self._sealed >= ticket, deadline)
+
+    def close(self, timeout: float) -> int:
+        """Write and seal everything, end the thread, and return how many lines could not be written.
+
+        Lines put later are written at once by whoever puts them. Twice is harmless.
+        """
+        deadline = time.monotonic() + timeout
+        with self._lock:
+            self._closing = True
+            self._seal_wanted = self.accepted
+            thread = self._thread
+            asleep, self._asleep = self._asleep, False
+            self._progress.notify_all()
+        if asleep:
+            self._rouse()
+        if thread is not None and thread is not threading.current_thread():
+            thread.join(max(0.0, deadline - time.monotonic()))
+        if self._thread is None:
+            while not self._work_inline() and time.monotonic() < deadline:
+                time.sleep(_RETRY_SECONDS[0])
+        with self._lock:
+            return self.accepted - self.written
+
+    @property
+    def pending(self) -> int:
+        """How many accepted lines are not in the journal yet."""
+        return self.accepted - self.written
+
+    def _has_room(self) -> bool:
+        if self._drop_when_full:
+            self._diagnostics.dropped += 1
+            self._diagnostics.report(
+                "full", f"the queue is full ({QUEUE_BYTES // 2**20} MiB): events are dropped (on_full: drop)"
+            )
+            return False
+        # The writer itself, or a logging handler in its thread, must not wait for the writer.
+        if threading.current_thread() is not self._thread:
+            self._diagnostics.report(
+                "full", f"the queue is full ({QUEUE_BYTES // 2**20} MiB): callers wait (on_full: block)"
+            )
+            self._progress.wait_for(
+                lambda: self._queued_bytes + self._held_bytes <= QUEUE_BYTES or self._closing
+            )
+        return True
+
+    def _wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
+        with self._progress:
+            while not done():
+                left = None if deadline is None else deadline - time.monotonic()
+                if left is not None and left <= 0:
+                    return False
+                self._progress.wait(left)
+            return True
+
+    def _rouse(self) -> None:
+        """Wake the writer, start it, or do its work here: `_asleep` was just set to False."""
+        if self._thread is not None:
+            with contextlib.suppress(RuntimeError):  # a signal handler roused it in between
+                self._wake.release()
+            return
+        if self._on_start() and not self._closing:
+            self._thread = threading.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+            try:
+                self._thread.start()
+                return
+            except RuntimeError as error:  # "can't start new thread": a process limit, or the program ends
+                self._thread = None
+                if threading.main_thread().is_alive():
+                    self._diagnostics.report(
+                        "thread", "no writer thread, callers write themselves", error=error
+                    )
+        self._work_inline()
+
+    def _work_inline(self) -> bool:
+        """Do the writer's work in this thread, once; False if lines are left that could not be written."""
+        me = threading.get_ident()
+        if self._inline == me:
+            return True  # a signal handler or destructor inside of our own write: the outer call goes on
+        with self._writing:
+            self._inline = me
+            try:
+                done = self._drain()
+                if self._seal_wanted > self._sealed or self._closing:
+                    self._seal()
+            finally:
+                self._inline = 0
+        with self._lock:
+            if self._thread is None:
+                self._asleep = True  # so that the next line comes here, or starts a thread, again
+        return done
+
+    # --- the writer's side
+
+    def _run(self) -> None:
+        pause = _RETRY_SECONDS[0]
+        try:
+            while True:
+                if not (self._durable or self._closing or self._seal_wanted > self._sealed):
+                    time.sleep(_GATHER_SECONDS)
+                with self._writing:
+                    done = self._drain()
+                    if done and self._seal_is_due():
+                        self._seal()
+                if done:
+                    pause = _RETRY_SECONDS[0]
+                    if not self._sleep():
+                        return
+                else:
+                    with self._progress:
+                        if self._closing:  # `close` goes on trying as long as it may
+                            self._retire()
+                            return
+                        self._progress.wait(pause)
+                    pause = min(pause * 2, _RETRY_SECONDS[1])
+        except BaseException as error:
+            self._diagnostics.report(
+                "writer", "the writer thread ended; the next event starts another", error=error
+            )
+            with self._lock:
+                self._retire()
+
+    def _retire(self) -> None:
+        """Leave the next line to its caller, or to a new thread. Call it with the lock held."""
+        self._thread = None
+        self._asleep = True
+        self._progress.notify_all()
+
+    def _sleep(self) -> bool:
+        """Wait for a line, or until the segment must be sealed; False if it is time to end."""
+        with self._lock:
+            if self._queue or self._seal_wanted > self._sealed:
+                return True
+            if self._closing:
+                self._retire()
+                return False
+            self._asleep = True
+            segment = self._segment
+        timeout = -1.0
+        if segment is not None:
+            timeout = max(0.0, segment.opened + self._flush_interval - time.monotonic())
+        if self._wake.acquire(timeout=timeout):
+            return True
+        with self._lock:
+            roused = not self._asleep
+            self._asleep = False
+        if roused:  # between the end of the wait and this line
+            self._wake.acquire()
+        return True
+
+    def _drain(self) -> bool:
+        """Move the queue into the journal; False, with all that is left queued again, on a fault."""
+        while True:
+            with self._lock:
+                batch, self._queue = self._queue, []
+                self._held_bytes, self._queued_bytes = self._queued_bytes, 0
+            if not batch:
+                self._held_bytes = 0
+                return True
+            written = 0
+            try:
+                for piece in _pieces(batch):
+                    self._write(piece)
+                    written += len(piece)
+            except (OSError, JournalError) as error:
+                self._diagnostics.report(
+                    "journal",
+                    "the journal can't be written; events wait in memory and it is tried again",
+                    error=error,
+                )
+            finally:
+                rest = batch[written:]
+                with self._progress:
+                    self._held_bytes = 0
+                    self._queue[:0] = rest
+                    self._queued_bytes += sum(map(len, rest))
+                    self.written += written
+                    self._progress.notify_all()
+            if written < len(batch):
+                return False
+
+    def _write(self, piece: list[bytes]) -> None:
+        segment = self._segment
+        if segment is not None and not segment.is_in_place():
+            segment = self._replace(segment)
+        if segment is None:
+            segment = self._segment = self._journal.open_segment(durable=self._durable)
+        first = segment.events + 1
+        segment.append(
+            b"".join([finish_line(line, seq) for seq, line in enumerate(piece, first)]), len(piece)
+        )
+        if self._durable:
+            segment.sync()
+        if segment.size >= SEGMENT_BYTES:
+            self._seal()
+
+    def _replace(self, segment: Segment) -> Segment | None:
+        """Start anew after somebody deleted or moved the segment; what a deleted one held is written again."""
+        self._diagnostics.report("moved", f"{segment.path} was deleted or replaced; a new segment is written")
+        held = segment.rescue()
+        fresh = None
+        if held:
+            fresh = self._journal.open_segment(durable=self._durable)
+            fresh.append(held, segment.events)
+        self._segment = fresh
+        segment.forget()
+        return fresh
+
+    def _seal_is_due(self) -> bool:
+        segment = self._segment
+        if self._closing or self._seal_wanted > self._sealed:
+            return True
+        return segment is not None and time.monotonic() - segment.opened >= self._flush_interval
+
+    def _seal(self) -> None:
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            try:
+                if not segment.is_in_place():
+                    segment = self._replace(segment)
+                if segment is not None:
+                    self._segment = None
+                    segment.seal()
+            except (OSError, JournalError) as error:
+                self._diagnostics.report("seal", "a segment could not be sealed", error=error)
+        with self._progress:
+            self._sealed = self.written
+            self._progress.notify_all()
+        if segment is not None:
+            self._on_sealed()
+
+
+def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
+    """Split a batch into runs of about `_PIECE_BYTES`."""
+    start = size = 0
+    for end, line in enumerate(batch, 1):
+        size += len(line)
+        if size >= _PIECE_BYTES:
+            yield batch[start:end]
+            start, size = end, 0
+    if start < len(batch):
+        yield batch[start:]
+
+
+class IngestSide(Protocol):
+    """What the recording side knows of the database: the door in the wall."""
+
+    def ingest(self) -> bool:
+        """Move what is sealed into the database; True if nothing is left that a retry could move."""
+
+    def interrupt(self) -> None:
+        """End a running `ingest` soon, from any thread; it leaves everything in the journal."""
+
+    def before_fork(self) -> None:
+        """Let go of what a child must not inherit."""
+
+    def after_fork(self, *, child: bool) -> None:
+        """Take up work again, in the parent and in the child."""
+
+
+class Ingester:
+    """The thread that calls `IngestSide.ingest` after a segment was sealed, and again while something waits.
+
+    Args:
+        side: what to call; it counts into the same diagnostics.
+        interval: seconds until the first retry; later ones wait longer, up to 30 s.
+        diagnostics: who is told of faults.
+    """
+
+    _LONGEST_PAUSE_SECONDS: Final = 30.0
+
+    def __init__(self, side: IngestSide, *, interval: float, diagnostics: Diagnostics) -> None:
+        self._side = side
+        self._interval = interval
+        self._diagnostics = diagnostics
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Begin without a thread: at first, and in a child after a fork."""
+        self._changed = threading.Condition(threading.RLock())
+        self._wanted = self._done = 0
+        self._stopping = False
+        self._busy = False
+        self._thread: threading.Thread | None = None
+
+    def notify(self) -> None:
+        """Say that a segment was sealed."""
+        with self._changed:
+            self._wanted += 1
+            self._changed.notify_all()
+            if self._stopping or (self._thread is not None and self._thread.is_alive()):
+                return
+            self._thread = threading.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
+            try:
+                self._thread.start()
+            except RuntimeError:  # no threads to be had: shutdown, or the next process, ingests
+                self._thread = None
+
+    def wait(self, timeout: float) -> bool:
+        """Wait until all that was sealed before has been tried once; False if `timeout` seconds were not enough."""
+        with self._changed:
+            target = self._wanted
+            if self._thread is None:
+                return False
+            return self._changed.wait_for(lambda: self._done >= target or self._thread is None, timeout)
+
+    def stop(self, timeout: float) -> None:
+        """Ingest once more and end the thread; after `timeout` seconds, interrupt and then end it.
+
+        A daemon thread inside of DuckDB when the interpreter ends would abort the process, so this
+        returns only when nothing runs any more.
+        """
+        with self._changed:
+            self._stopping = True
+            thread = self._thread
+            work_left = self._done < self._wanted
+            self._changed.notify_all()
+        if thread is None:
+            if work_left:
+                self._attempt()
+            return
+        if thread is threading.current_thread():
+            return
+        thread.join(timeout)
+        while thread.is_alive():
+            self._side.interrupt()
+            thread.join(0.1)
+
+    def _run(self) -> None:
+        pause = self._interval
+        waiting = False
+        while True:
+            with self._changed:
+                if not self._stopping and self._done >= self._wanted:
+                    self._changed.wait(pause if waiting else None)
+                if self._done >= self._wanted and (self._stopping or not waiting):
+                    if self._stopping:
+                        self._thread = None
+                        self._changed.notify_all()
+                        return
+                    continue
+                target = self._wanted
+            waiting = not self._attempt()
+            pause = min(pause * 2, self._LONGEST_PAUSE_SECONDS) if waiting else self._interval
+            with self._changed:
+                self._done = max(self._done, target)
+                self._changed.notify_all()
+
+    def _attempt(self) -> bool:
+        try:
+            return self._side.ingest()
+        except AuditError as error:
+            self._diagnostics.report("ingest", "events stay in the journal", error=error)
+        except Exception as error:
+            self._diagnostics.report("ingest", "events stay in the journal; ingesting failed", error=error)
+        return False
+
+
+# === Calls ===
+# may name: Errors, Events, Redaction, Encoding, Writer
+#
+# An execution while it runs. A call's input is encoded when the call begins, so that a tool that
+# changes its arguments can't change what is recorded; the rest is known when it ends.
+# What frameworks hand over is read by attribute and never imported: any callable of the shape
+# `(context, call_next)` serves FastMCP and the `mcp` SDK alike.
+
+MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
+
+DeniedBy: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
+
+
+class Recorder(Protocol):
+    """What a call needs of the logger."""
+
+    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+        """Return the encoded input and what was redacted in it."""
+
+    def finish(self, call: Call) -> int:
+        """Record the call and return the ticket of its line."""
+
+    def wait(self, ticket: int) -> None:
+        """With `durable`, return when the line is on the disk."""
+
+    async def wait_async(self, ticket: int) -> None:
+        """The same, without blocking the event loop."""
+
+
+class Call:
+    """One execution: times it, records how it ended, and re-raises what it raised.
+
+    Use it as `with` or `async with`. What goes wrong while recording never reaches the body.
+
+        with audit.record("tool", "get_user", {"id": 7}, caller="http") as call:
+            call.policy("warn", "outside of office hours")
+
+    Attributes may be changed until the end: `user_id`, `session_id`, `trace_id`, `caller`.
+    """
+
+    def __init__(
+        self,
+        recorder: Recorder,
+        event_type: str,
+        name: str,
+        input_params: object = None,
+        *,
+        caller: str = "cli",
+        endpoint_def: object = None,
+        user_id: str | None = None,
+        session_id: str | None = None,
+        trace_id: str | None = None,
+        denied_by: DeniedBy = (),
+    ) -> None:
+        self.event_type = event_type
+        self.name = name
+        self.caller = caller
+        self.user_id = user_id
+        self.session_id = session_id
+        self.trace_id = trace_id
+        self.policy_decision = "n/a"
+        self.reason: object = None
+        self.status = "success"
+        self.error: object = None
+        self.duration_ms = 0
+        self._recorder = recorder
+        self._denied_by = denied_by
+        self._started = time.perf_counter()
+        self.input_json, self.echoes = recorder.begin(input_params, name, endpoint_def)
+
+    def policy(self, decision: str, reason: str | None = None) -> None:
+        """Record what a policy decided: allow, deny or warn, and why."""
+        self.policy_decision, self.reason = decision, reason
+
+    def fail(self, error: object) -> None:
+        """Record an error although nothing is raised, such as a result that is marked as one."""
+        self.status, self.error = "error", error
+
+    def _end(self, error: BaseException | None) -> int:
+        self.duration_ms = round((time.perf_counter() - self._started) * 1000)
+        if error is not None:
+            self.fail(describe_exception(error))
+            denial = _find_cause(error, self._denied_by)
+            if denial is not None and self.policy_decision == "n/a":
+                self.policy("deny", describe_exception(denial, with_type=False))
+        return self._recorder.finish(self)
+
+    def __enter__(self) -> Call:
+        self._started = time.perf_counter()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._recorder.wait(self._end(error))
+
+    async def __aenter__(self) -> Call:
+        return self.__enter__()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        await self._recorder.wait_async(self._end(error))
+
+
+def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
+    """Return `Type: message`, whatever the exception's own `__str__` does."""
+    name = type(error).__name__
+    try:
+        text = str(error)
+    except Exception:
+        text = "(its message can't be shown)"
+    if not text:
+        return name
+    return f"{name}: {text}" if with_type else text
+
+
+def _find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
+    """Return the error or the cause of it that is of the given kinds: frameworks wrap what tools raise."""
+    seen: BaseException | None = error
+    for _ in range(32):  # arbitrary; chains may be circular
+        if seen is None or isinstance(seen, kinds):
+            return seen
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def mcp_caller(context: object) -> str:
+    """Return `http` if the request came over HTTP, else `stdio`."""
+    inner = getattr(context, "fastmcp_context", None) or context
+    for owner in (inner, _attribute(inner, "request_context")):
+        if _attribute(owner, "request") is not None:
+            return "http"
+    return "stdio"
+
+
+def _attribute(owner: object, name: str) -> Any:
+    """Return an attribute, or None: frameworks raise what they like outside of a request."""
+    try:
+        return getattr(owner, name, None)
+    except Exception:
+        return None
+
+
+def _error_of_result(result: object) -> object:
+    """Return the message of a result that is marked as an error, or None."""
+    if not (_attribute(result, "isError") is True or _attribute(result, "is_error") is True):
+        return None
+    content = _attribute(result, "content")
+    texts = [_attribute(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
+    return "\n".join(text for text in texts if isinstance(text, str)) or "the result is marked as an error"
+
+
+def middleware(
+    record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
+    """Return a middleware `(context, call_next)` that records tool calls, resource reads and prompts.
+
+    Args:
+        record: `AuditLogger.record`.
+        caller: what to record as caller; found out for each call if None.
+        denied_by: exceptions that are recorded as the policy decision `deny`.
+    """
+
+    async def audit(context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
+        event_type = MCP_METHODS.get(_attribute(context, "method"))
+        if event_type is None:
+            return await call_next(context)
+        message = _attribute(context, "message")
+        name = _attribute(message, "name") or _attribute(message, "uri")
+        call = record(
+            event_type,
+            name if isinstance(name, str) else str(name),
+            _attribute(message, "arguments"),
+            caller=caller or mcp_caller(context),
+            denied_by=denied_by,
+        )
+        async with call:
+            result = await call_next(context)
+            error = _error_of_result(result)
+            if error is not None:
+                call.fail(error)
+            return result
+
+    return audit
+
+
+# === Logger ===
+# may name: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Calls
+#
+# What servers hold. It joins the rooms above and adds what belongs to the process: exit, fork,
+# children of multiprocessing. It never reads and knows no DuckDB: Assembly hangs the database's
+# side in `_ingest_side`, and without it events stay in the journal.
+#
+# No signal handlers: they belong to the application. Threads start at the first event, so that
+# importing the module and making a logger cost nothing and disturb no fork.
+
+
+class Counters(NamedTuple):
+    """How a logger is doing, for health checks. Everything counts from the start of this process."""
+
+    accepted: int  # events taken by log_event
+    written: int  # of these, in the journal
+    ingested: int  # events that this process moved into the database, other processes' included
+    dropped: int  # lost because the queue was full (on_full: drop)
+    rejected: int  # journal lines that could not be ingested and are kept aside
+    errors: int  # faults of any kind
+    last_error: str | None
+
+
+class AuditLogger:
+    """Records events: each becomes a line in the journal within milliseconds, and a row in DuckDB soon after.
+
+    `log_event` never raises and, unless `durable` is set or the queue is full, never waits. It may be
+    called from any thread, signal handler or exit handler.
+
+    Args:
+        path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
+        enabled: False makes every call return at once.
+        journal: the journal's directory; by default `<path>.journal`.
+        flush_interval: seconds after which events leave the journal for the database.
+        durable: wait in `log_event` until the event is on the disk.
+        on_full: what to do when 64 MiB wait in memory: "block" the caller or "drop" the event.
+        max_input_bytes: longer input is cut, visibly.
+        redact, keep: names, or `tool.parameter`, that are always or never redacted.
+        redact_mode: "constant", or "hmac" to tell equal secrets apart from different ones.
+        retention: delete events older than this, such as "90d".
+        attach: options of the ATTACH statement for targets other than files.
+
+    Raises:
+        ConfigError: an argument has the wrong type or value.
+    """
+
+    _ingest_side: ClassVar[Callable[[Config, Diagnostics], IngestSide] | None] = None
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        enabled: bool = True,
+        *,
+        journal: str | os.PathLike[str] | None = None,
+        flush_interval: float | str = 1.0,
+        durable: bool = False,
+        on_full: str = "block",
+        max_input_bytes: int = 2**20,
+        redact: Sequence[str] = (),
+        keep: Sequence[str] = (),
+        redact_mode: str = "constant",
+        retention: float | str | None = None,
+        attach: Mapping[str, object] | None = None,
+    ) -> None:
+        self._start(
+            config_from_arguments(
+                path,
+                enabled=enabled,
+                journal=journal,
+                flush_interval=flush_interval,
+                durable=durable,
+                on_full=on_full,
+                max_input_bytes=max_input_bytes,
+                redact=redact,
+                keep=keep,
+                redact_mode=redact_mode,
+                retention=retention,
+                attach=attach,
+            )
+        )
+
+    @classmethod
+    def from_config(
+        cls, config: str | os.PathLike[str] | None = None, *, profile: str | None = None
+    ) -> AuditLogger:
+        """Return the logger that `mxcp-site.yml` describes; a disabled one if the profile doesn't enable it.
+
+        Args:
+            config: the site file; searched in the working directory and its parents if None.
+            profile: by default `MXCP_PROFILE`, else the file's own `profile`.
+
+        Raises:
+            ConfigError: the file can't be found or says something wrong; path and line are named.
+        """
+        self = cls.__new__(cls)
+        self._start(load_config(config=config, profile=profile))
+        return self
+
+    def _start(self, config: Config) -> None:
+        self.config = config
+        self.enabled = config.enabled
+        self._diagnostics = Diagnostics()
+        key = os.environ.get("MXCP_AUDIT_KEY")
+        redactor = Redactor(
+            config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None
+        )
+        self._encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes)
+        side = type(self)._ingest_side
+        self._side = None if side is None else side(config, self._diagnostics)
+        self._ingester = (
+            None
+            if self._side is None
+            else Ingester(self._side, interval=config.flush_interval, diagnostics=self._diagnostics)
+        )
+        self._writer = Writer(
+            Journal(config.journal_directory),
+            flush_interval=config.flush_interval,
+            durable=config.durable,
+            drop_when_full=config.on_full == "drop",
+            diagnostics=self._diagnostics,
+            on_start=self._activate,
+            on_sealed=self._sealed,
+        )
+        self._put = self._writer.put
+
+    def log_event(
+        self,
+        caller: str,
+        event_type: str,
+        name: str,
+        input_params: object = None,
+        duration_ms: float = 0,
+        policy_decision: str = "n/a",
+        reason: str | None = None,
+        status: str = "success",
+        error: str | None = None,
+        endpoint_def: object = None,
+        user_id: str | None = None,
+        session_id: str | None = None,
+        trace_id: str | None = None,
+    ) -> None:
+        """Record one event. Never raises; the first ten arguments are those of MXCP's own logger.
+
+        Args:
+            caller: where the call came from: cli, http, stdio.
+            event_type: tool, resource or prompt.
+            name: the tool, resource URI or prompt.
+            input_params: what it was called with; redacted, and encoded before this returns.
+            duration_ms: milliseconds, 0 … 2³¹−1.
+            policy_decision: allow, deny, warn or n/a; `reason` says why.
+            status: success or error; `error` is the message.
+            endpoint_def: MXCP's definition of the endpoint: parameters marked `sensitive: true` are redacted.
+            user_id, session_id, trace_id: who, in which session, in which trace; None where unknown.
+        """
+        if not self.enabled:
+            return
+        encoder = self._encoder
+        echoes: list[str] | None = None if error is None and reason is None else []
+        try:
+            ticket = self._put(
+                encoder.line(
+                    caller,
+                    event_type,
+                    name,
+                    encoder.input_json(input_params, name, endpoint_def, echoes),
+                    duration_ms,
+                    policy_decision,
+                    reason,
+                    status,
+                    error,
+                    user_id,
+                    session_id,
+                    trace_id,
+                    echoes or (),
+                )
+            )
+        except Exception as fault:
+            ticket = self._put_without_content(fault)
+        if self.config.durable:
+            self._writer.wait_written(ticket)
+
+    def record(
+        self,
+        event_type: str,
+        name: str,
+        input_params: object = None,
+        *,
+        caller: str = "cli",
+        endpoint_def: object = None,
+        user_id: str | None = None,
+        session_id: str | None = None,
+        trace_id: str | None = None,
+        denied_by: DeniedBy = (),
+    ) -> Call:
+        """Return a context manager that times its body, records how it ended, and re-raises.
+
+        Arguments are those of `log_event`; exceptions of `denied_by` are recorded as the policy
+        decision `deny`. Works with `with` and `async with`.
+        """
+        return Call(
+            self,
+            event_type,
+            name,
+            input_params,
+            caller=caller,
+            endpoint_def=endpoint_def,
+            user_id=user_id,
+            session_id=session_id,
+            trace_id=trace_id,
+            denied_by=denied_by,
+        )
+
+    def middleware(
+        self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
+        """Return a middleware for FastMCP: `server.add_middleware(audit.middleware())`.
+
+        Args:
+            caller: recorded as caller; by default `http` or `stdio`, as the request came.
+            denied_by: exceptions that are recorded as the policy decision `deny`.
+        """
+        return middleware(self.record, caller=caller, denied_by=denied_by)
+
+    @property
+    def counters(self) -> Counters:
+        """How the logger is doing: a snapshot for health checks."""
+        writer, told = self._writer, self._diagnostics
+        return Counters(
+            writer.accepted,
+            writer.written,
+            told.ingested,
+            told.dropped,
+            told.rejected,
+            told.errors,
+            told.last_error,
+        )
+
+    def flush(self, timeout: float = 10.0) -> bool:
+        """Return True once every event logged before is in the journal, where `kill -9` can't reach it.
+
+        Then waits, within the same limit, until one attempt was made to move them into the
+        database; `counters` says how it went.
+
+        Args:
+            timeout: seconds. After that the answer is False, and nothing is lost.
+        """
+        if not self.enabled:
+            return True
+        deadline = time.monotonic() + timeout
+        if not self._writer.flush(timeout):
+            return False
+        if self._ingester is not None:
+            self._ingester.wait(max(0.0, deadline - time.monotonic()))
+        return True
+
+    def shutdown(self, timeout: float = 10.0) -> bool:
+        """Write what is queued, ingest, end the threads. Called at exit; calling it twice is harmless.
+
+        If the database is locked, the journal keeps the events for the next start. An event logged
+        later is written to the journal directly.
+
+        Args:
+            timeout: seconds that writing and ingesting may take together.
+
+        Returns:
+            False if events are left in memory that could not be written; `logging` says how many.
+        """
+        deadline = time.monotonic() + timeout
+        left = self._writer.close(timeout)
+        if self._ingester is not None:
+            self._ingester.stop(max(0.0, deadline - time.monotonic()))
+        _live.loggers.discard(self)
+        if left:
+            self._diagnostics.report(
+                "left", f"{left} events could not be written to the journal before shutdown"
+            )
+        return not left
+
+    close = shutdown
+
+    def __enter__(self) -> AuditLogger:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.shutdown()
+
+    # --- what calls need (Recorder)
+
+    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+        """Encode the input of a call that begins."""
+        echoes: list[str] = []
+        if not self.enabled:
+            return "null", echoes
+        try:
+            return self._encoder.input_json(input_params, name, endpoint_def, echoes), echoes
+        except Exception as fault:
+            self._diagnostics.report("encode", "an input could not be encoded", error=fault)
+            return encode_text(encode_json(_UNENCODABLE)), echoes
+
+    def finish(self, call: Call) -> int:
+        """Queue the line of a call that ended."""
+        if not self.enabled:
+            return 0
+        try:
+            return self._put(
+                self._encoder.line(
+                    call.caller,
+                    call.event_type,
+                    call.name,
+                    call.input_json,
+                    call.duration_ms,
+                    call.policy_decision,
+                    call.reason,
+                    call.status,
+                    call.error,
+                    call.user_id,
+                    call.session_id,
+                    call.trace_id,
+                    call.echoes,
+                )
+            )
+        except Exception as fault:
+            return self._put_without_content(fault)
+
+    def wait(self, ticket: int) -> None:
+        """With `durable`, return when the line is on the disk."""
+        if self.config.durable and self.enabled:
+            self._writer.wait_written(ticket)
+
+    async def wait_async(self, ticket: int) -> None:
+        """With `durable`, return when the line is on the disk; the event loop goes on meanwhile."""
+        if self.config.durable and self.enabled:
+            import asyncio
+
+            await asyncio.get_running_loop().run_in_executor(None, self._writer.wait_written, ticket)
+
+    def _put_without_content(self, fault: Exception) -> int:
+        """Record that there was an event, although it could not be encoded."""
+        self._diagnostics.report(
+            "encode", "an event could not be encoded; it is recorded without content", error=fault
+        )
+        input_json = encode_text(encode_json(_UNENCODABLE))
+        try:
+            return self._put(
+                self._encoder.line(
+                    "", "", "", input_json, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ()
+                )
+            )
+        except Exception as error:
+            self._diagnostics.report("encode", "an event could not be recorded", error=error)
+            return 0
+
+    # --- the process
+
+    def _activate(self) -> bool:
+        """Before the first thread: be found by the exit hooks. False while the program ends."""
+        if _live.exiting:
+            return False
+        _live.loggers.add(self)
+        children = sys.modules.get("multiprocessing.util")
+        process = sys.modules.get("multiprocessing.process")
+        if children is not None and process is not None and process.parent_process() is not None:
+            # Children of multiprocessing leave through os._exit: atexit never runs there.
+            children.Finalize(None, self.shutdown, exitpriority=-100)
+        return True
+
+    def _sealed(self) -> None:
+        if self._ingester is not None and not _live.exiting:
+            self._ingester.notify()
+
+    def _before_fork(self) -> None:
+        if self._side is not None:
+            self._side.before_fork()
+
+    def _after_fork_in_parent(self) -> None:
+        if self._side is not None:
+            self._side.after_fork(child=False)
+
+    def _after_fork_in_child(self) -> None:
+        self._writer.start_afresh()
+        if self._ingester is not None:
+            self._ingester.start_afresh()
+        if self._side is not None:
+            self._side.after_fork(child=True)
+
+
+_UNENCODABLE: Final = "[UNENCODABLE]"
+
+
+class _Live:
+    """The loggers whose threads run in this process, and whether it is ending."""
+
+    def __init__(self) -> None:
+        self.loggers: set[AuditLogger] = set()
+        self.exiting = False
+
+
+_live: Final = _Live()
+
+
+def _at_exit() -> None:
+    try:
+        for logger in list(_live.loggers):
+            logger.shutdown()
+    except KeyboardInterrupt:  # a second Ctrl+C: leave at once, and say what is left
+        left = sum(logger.counters.accepted - logger.counters.written for logger in list(_live.loggers))
+        _LOG.warning("mxcp_audit: interrupted at exit; %d events were not written", left)
+    finally:
+        _live.exiting = True
+
+
+def _before_fork() -> None:
+    for logger in list(_live.loggers):
+        logger._before_fork()
+
+
+def _after_fork_in_parent() -> None:
+    for logger in list(_live.loggers):
+        logger._after_fork_in_parent()
+
+
+def _after_fork_in_child() -> None:
+    for logger in list(_live.loggers):
+        logger._after_fork_in_child()
+    _live.loggers.clear()
+
+
+atexit.register(_at_exit)
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork, after_in_parent=_after_fork_in_parent, after_in_child=_after_fork_in_child
+    )
+
+
+# === SQL ===
+# may name: Errors, Config, Events
+#
+# The wall: everything above records, everything below reads. Statements are constants with `$name`
+# parameters; the only texts put together are fixed words of ours (column names, conditions), never
+# values. The target is attached as `audit`; the same statements run on every target.
+
+_NAMES: Final = ", ".join(column.name for column in COLUMNS)
+_DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
+_JOURNAL_COLUMNS: Final = ", ".join(
+    f"{column.name}: '{column.sql_type}'" for column in COLUMNS if column.name != "segment"
+)
+_JOURNAL_NAMES: Final = ", ".join(column.name for column in COLUMNS if column.name != "segment")
+
+CREATE_LOGS: Final = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
+WIDEN_LOGS: Final = tuple(
+    f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
+    for column in COLUMNS[10:]
+)
+# `kind` is `segment`, `loss` or `purge`; `position` counts the entries of one journal's chain from 1.
+CREATE_LEDGER: Final = """\
+CREATE TABLE IF NOT EXISTS audit.ledger (
+    journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT,
+    first_event TIMESTAMP, last_event TIMESTAMP, digest VARCHAR, seal VARCHAR,
+    detail VARCHAR, host VARCHAR, ingested_at TIMESTAMP)"""
+
+# Reading a segment: `columns` always, because detection types the same file differently in 1.5 and 2.0.
+STAGE: Final = f"""\
+CREATE OR REPLACE TEMP TABLE batch AS
+SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
+FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}}, filename = true,
+               maximum_object_size = $longest, ignore_errors = $lenient)"""
+STAGED_COUNTS: Final = """\
+SELECT segment::VARCHAR, count(seq)::BIGINT, count(DISTINCT seq)::BIGINT, count(timestamp)::BIGINT
+FROM batch GROUP BY ALL"""
+STAGED_SEQS: Final = (
+    "SELECT DISTINCT seq::BIGINT FROM batch WHERE segment = $segment AND timestamp IS NOT NULL"
+)
+UNSTAGE_SEGMENT: Final = "DELETE FROM batch WHERE segment = $segment"
+RESTAGE_SEGMENT: Final = f"""\
+INSERT INTO batch BY NAME
+SELECT DISTINCT ON (seq) {_JOURNAL_NAMES}, $segment AS segment
+FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}},
+               maximum_object_size = $longest, ignore_errors = true)
+WHERE seq IN (SELECT unnest($seqs)) AND timestamp IS NOT NULL"""
+KNOWN_SEGMENTS: Final = """\
+SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
+UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
+INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
+LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
+INSERT_SEGMENTS: Final = """\
+INSERT INTO audit.ledger BY NAME
+SELECT $journal AS journal, $position + row_number() OVER (ORDER BY claimed) AS position, 'segment' AS kind,
+       claimed AS segment, count(seq) AS events, min(timestamp) AS first_event, max(timestamp) AS last_event,
+       $host AS host, $now::TIMESTAMP AS ingested_at
+FROM (SELECT unnest($segments) AS claimed) LEFT JOIN batch ON segment = claimed GROUP BY claimed"""
+INSERT_LOSS: Final = """\
+INSERT INTO audit.ledger BY NAME
+SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS segment, $events::BIGINT AS events,
+       $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+
+TABLE_COLUMNS: Final = """\
+SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
+WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
+
+JOURNAL_ROWS: Final = f"""\
+SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
+FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}}, filename = true,
+               maximum_object_size = $longest, ignore_errors = true)
+WHERE seq IS NOT NULL AND timestamp IS NOT NULL"""
+NO_ROWS: Final = "SELECT " + ", ".join(f"NULL::{c.sql_type} AS {c.name}" for c in COLUMNS) + " WHERE false"
+
+NEWEST_FIRST: Final = "timestamp DESC, segment DESC, seq DESC"
+OLDEST_FIRST: Final = "timestamp, segment, seq"
+
+PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:13]), "event_id")
+_EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
+_ISO_TIME: Final = "strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')"
+
+
+def table_rows(present: Collection[str]) -> str:
+    """Return the SELECT of the table's rows in the shape of COLUMNS: what an older table lacks is NULL."""
+    return (
+        "SELECT "
+        + ", ".join(c.name if c.name in present else f"NULL::{c.sql_type} AS {c.name}" for c in COLUMNS)
+        + " FROM audit.logs"
+    )
+
+
+def public_select(*, typed: bool = False, plain_csv: bool = True) -> str:
+    """Return the SELECT list of every output: the public columns, as types that both engines return alike.
+
+    Args:
+        typed: timestamps stay timestamps, for formats that have them.
+        plain_csv: False to neutralise text that a spreadsheet would run, by a leading apostrophe.
+    """
+    parts = []
+    for name in PUBLIC_COLUMNS:
+        if name == "timestamp":
+            parts.append("timestamp" if typed else f"{_ISO_TIME} AS timestamp")
+        elif name == "duration_ms":
+            parts.append("duration_ms" if typed else "duration_ms::BIGINT AS duration_ms")
+        else:
+            value = f"({_EVENT_ID})" if name == "event_id" else name
+            if not plain_csv:
+                value = f"CASE WHEN regexp_matches({value}, $formula) THEN '''' || {value} ELSE {value} END"
+            parts.append(f"{value} AS {name}")
+    return ", ".join(parts)
+
+
+# What Excel, LibreOffice and Sheets take for a formula, also behind blanks, and the apostrophe itself,
+# so that removing one leading apostrophe gives every cell back as it was.
+FORMULA: Final = r"^\s*[=+\-@|＝＋－＠]|^[\t\r\n']"
+
+
+_TEXT_TEST: Final = " OR ".join(
+    rf"{name} ILIKE $pattern ESCAPE '\'" for name in ("name", "input_json", "error", "reason")
+)
+
+
+@dataclass(frozen=True)
+class Filter:
+    """Which events are meant. Everything that is set must hold; within a tuple, any of it.
+
+    Names may hold `*` for any text. Times are naive UTC texts that DuckDB reads, as `parse_time` returns them.
+    """
+
+    tools: tuple[str, ...] = ()
+    resources: tuple[str, ...] = ()
+    prompts: tuple[str, ...] = ()
+    event_type: str | None = None
+    policy: str | None = None
+    status: str | None = None
+    since: str | None = None
+    until: str | None = None
+    caller: str | None = None
+    user: str | None = None
+    session: str | None = None
+    trace: str | None = None
+    event_id: str | None = None
+    text: str | None = None
+    min_ms: int | None = None
+
+    def where(self) -> tuple[str, dict[str, object]]:
+        """Return the WHERE condition, `true` if everything is meant, and its parameters."""
+        conditions: list[str] = []
+        params: dict[str, object] = {}
+        named = []
+        for event_type, names in (
+            ("tool", self.tools),
+            ("resource", self.resources),
+            ("prompt", self.prompts),
+        ):
+            for number, name in enumerate(names):
+                key = f"{event_type}_{number}"
+                params[key] = _like(name) if "*" in name else name
+                test = rf"name LIKE ${key} ESCAPE '\'" if "*" in name else f"name = ${key}"
+                named.append(f"(type = '{event_type}' AND {test})")
+        if named:
+            conditions.append("(" + " OR ".join(named) + ")")
+        for key, value, test in (
+            ("event_type", self.event_type, "type = $event_type"),
+            ("policy", self.policy, "policy_decision = $policy"),
+            ("status", self.status, "status = $status"),
+            ("since", self.since, "timestamp >= $since::TIMESTAMP"),
+            ("until", self.until, "timestamp < $until::TIMESTAMP"),
+            ("caller", self.caller, "caller = $caller"),
+            ("user_is", self.user, "user_id = $user_is"),
+            ("session_is", self.session, "session_id = $session_is"),
+            ("trace", self.trace, "trace_id = $trace"),
+            ("min_ms", self.min_ms, "duration_ms >= $min_ms"),
+        ):
+            if value is not None:
+                conditions.append(test)
+                params[key] = value
+        if self.event_id is not None:
+            params["segment_is"], params["seq_is"] = parse_event_id(self.event_id)
+            conditions.append("segment = $segment_is AND seq = $seq_is")
+        if self.text is not None:
+            params["pattern"] = _like(f"*{self.text}*", wild=False)
+            conditions.append(f"({_TEXT_TEST})")
+        return " AND ".join(conditions) or "true", params
+
+
+def _like(text: str, *, wild: bool = True) -> str:
+    r"""Return the LIKE pattern (escape `\`) in which `*` is any text; with `wild` False only at both ends."""
+    inner = text if wild else text[1:-1]
+    escaped = inner.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+    return escaped.replace("*", "%") if wild else f"%{escaped}%"
+
+
+# === Engines ===
+# may name: Errors, SQL
+#
+# The two ways to DuckDB: the package, in this process, and the program, as a child that is fed SQL
+# on standard input. Both take the same statements and return the same values. A session begins at
+# the first `execute` and ends with `close`, or with the first error: then whatever was attached or
+# begun is gone, and the next `execute` begins a new one.
+#
+# What DuckDB says when something fails is matched in one table, here and nowhere else.
+
+Params = Mapping[str, object]
+Row = tuple[Any, ...]
+
+_PARAMETER: Final = re.compile(r"\$([a-z_][a-z_0-9]*)")
+_GUEST_MEMORY: Final = "256MB"  # a logger is a guest in its server; a batch of 64 MiB fits
+_SESSION_SETTINGS: Final = "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false;"
+
+# The order matters: the first that is found decides.
+_ENGINE_ERRORS: Final = (
+    (DatabaseLockedError, "could not set lock on file"),
+    (DatabaseLockedError, "conflicting lock is held"),
+    (DatabaseLockedError, "being used by another process"),
+    (DatabaseLockedError, "is already attached"),
+    (DatabaseLockedError, "already open in another"),
+    (DatabaseNotFoundError, "database does not exist"),
+    (DatabaseCorruptError, "not a valid duckdb database file"),
+    (DatabaseCorruptError, "corrupt"),
+    (DatabaseCorruptError, "computed checksum"),
+    (DatabaseCorruptError, "database file with version number"),
+    (DatabaseCorruptError, "trying to read a database"),
+    (DatabaseCorruptError, "failure while replaying wal"),
+    (DatabaseCorruptError, "serialization error"),
+    (DatabaseCorruptError, "internal error"),
+    (DatabaseCorruptError, "database has been invalidated"),
+)
+_HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
+
+
+def store_error(message: str) -> StoreError:
+    """Return the error of ours that a message of DuckDB's stands for."""
+    lowered = message.lower()
+    for kind, sign in _ENGINE_ERRORS:
+        if sign in lowered:
+            holder = _HOLDER.search(message)
+            if kind is DatabaseLockedError and holder:
+                return kind(f"in use by {holder[1]} (PID {holder[2]})")
+            return kind(message.strip().splitlines()[0])
+    return QueryError(message.strip())
+
+
+def sql_literal(value: object) -> str:
+    """Return a value as SQL text, for what can't be a parameter and for the program.
+
+    Raises:
+        QueryError: a text with a NUL, which ends what the program reads, or a type that has no literal.
+    """
+    if value is None:
+        return "NULL"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, int):
+        return str(value)
+    if isinstance(value, str):
+        if "\0" in value:
+            raise QueryError("a text with a NUL character can't be searched for; the log holds none")
+        value = value.encode("utf-8", "replace").decode()
+        return "'" + value.replace("'", "''") + "'"
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
+    raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
+
+
+def bind(sql: str, params: Params) -> str:
+    """Return a statement of ours with its `$name` parameters replaced by literals."""
+    return _PARAMETER.sub(lambda match: sql_literal(params[match[1]]), sql)
+
+
+class Engine(Protocol):
+    """What the store needs of DuckDB."""
+
+    name: str
+    keeps: bool  # whether an idle session is worth keeping
+
+    def execute(self, sql: str, params: Params = {}) -> list[Row]:
+        """Run one statement and return its rows. Raises StoreError; the session is over then."""
+
+    def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
+        """The same, row by row; exhaust or close it before the next statement."""
+
+    def interrupt(self) -> None:
+        """Make a running statement fail soon, from any thread."""
+
+    def close(self) -> None:
+        """End the session. Twice is harmless."""
+
+
+class PackageEngine:
+    """DuckDB in this process, through the `duckdb` package.
+
+    Args:
+        guest: one thread and little memory, for use inside of a server.
+    """
+
+    name = "package"
+    keeps = True
+
+    def __init__(self, *, guest: bool) -> None:
+        self._guest = guest
+        self._connection: Any = None
+
+    @staticmethod
+    def version() -> str:
+        """Return DuckDB's version, such as "2.0.1". Raises ImportError if the package can't be loaded."""
+        import duckdb
+
+        return str(duckdb.__version__)
+
+    def _open(self) -> Any:
+        import duckdb  # lazily: it costs more than everything else here, and writing needs none of it
+
+        config: dict[str, Any] = {"temp_directory": _scratch_directory()}
+        if self._guest:
+            config |= {"threads": 1, "memory_limit": _GUEST_MEMORY}
+        connection = duckdb.connect(":memory:", config=config)
+        connection.execute(_SESSION_SETTINGS)
+        return connection
+
+    def execute(self, sql: str, params: Params = {}) -> list[Row]:
+        """Run one statement and return its rows."""
+        return list(self.stream(sql, params))
+
+    def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
+        """Run one statement and yield its rows."""
+        import duckdb
+
+        try:
+            if self._connection is None:
+                self._connection = self._open()
+            used = {name: params[name] for name in _PARAMETER.findall(sql)} if params else None
+            result = self._connection.execute(sql, used)
+            while rows := result.fetchmany(1000):
+                yield from rows
+        except duckdb.Error as error:
+            self.close()
+            raise store_error(str(error)) from error
+        except UnicodeEncodeError as error:
+            self.close()
+            raise QueryError(f"the text can't be searched for: {error.reason}") from error
+
+    def interrupt(self) -> None:
+        """Make a running statement fail soon."""
+        connection = self._connection
+        if connection is not None:
+            connection.interrupt()
+
+    def close(self) -> None:
+        """Close the in-memory database, and with it whatever is attached."""
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            connection.close()
+
+
+class CliEngine:
+    """DuckDB as a child process: the `duckdb` program, fed SQL on standard input.
+
+    Each statement is followed by a `.print` of a random word, at which its rows end. The user's
+    `~/.duckdbrc` doesn't matter (`-no-init`), and the first error ends the child (`-bail`).
+
+    Args:
+        program: the path of the program.
+        guest: one thread and little memory.
+    """
+
+    name = "cli"
+    keeps = False
+
+    def __init__(self, program: str, *, guest: bool) -> None:
+        self.program = program
+        self._guest = guest
+        self._process: subprocess.Popen[bytes] | None = None
+        self._mark = os.urandom(8).hex()
+
+    def version(self) -> str:
+        """Return DuckDB's version, such as "1.5.6"."""
+        return str(self.execute("SELECT version()::VARCHAR AS version")[0][0]).lstrip("v")
+
+    def _open(self) -> subprocess.Popen[bytes]:
+        import subprocess
+        import tempfile
+
+        self._complaints = tempfile.TemporaryFile()
+        options = ["-no-init", "-batch", "-bail", "-jsonlines", ":memory:"]
+        try:
+            process = subprocess.Popen(
+                [self.program, *options],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._complaints,
+                umask=0o077 if hasattr(os, "fork") else -1,
+                start_new_session=True,  # Ctrl+C is ours to handle: a half-done ingest would be rolled back
+            )
+        except OSError as error:
+            raise EngineNotFoundError(f"{self.program} can't be run: {error.strerror}") from error
+        settings = _SESSION_SETTINGS + f"SET temp_directory = {sql_literal(_scratch_directory())};"
+        if self._guest:
+            settings += f"SET threads = 1; SET memory_limit = {sql_literal(_GUEST_MEMORY)};"
+        assert process.stdin is not None
+        process.stdin.write(settings.encode() + b"\n")
+        return process
+
+    def execute(self, sql: str, params: Params = {}) -> list[Row]:
+        """Run one statement and return its rows."""
+        return list(self.stream(sql, params))
+
+    def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
+        """Run one statement and yield its rows."""
+        text = bind(sql, params) if params else sql
+        if self._process is None:
+            self._process = self._open()
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(f"{text}\n;\n.print {self._mark}\n".encode())
+            process.stdin.flush()
+        except OSError:
+            raise self._failure() from None
+        mark = self._mark.encode() + b"\n"
+        finished = False
+        try:
+            for line in process.stdout:
+                if line == mark:
+                    finished = True
+                    return
+                if line != b"\n":
+                    yield tuple(json.loads(line).values())
+            raise self._failure()
+        finally:
+            if not finished:
+                self.close()
+
+    def _failure(self) -> StoreError:
+        """Return what the child said before it ended."""
+        process, complaints = self._process, self._complaints
+        self._process = None
+        if process is not None:
+            _end_process(process)
+        complaints.seek(0)
+        text = complaints.read().decode("utf-8", "replace").strip()
+        complaints.close()
+        return store_error(text or "the duckdb program ended without a word (was it killed?)")
+
+    def interrupt(self) -> None:
+        """Kill the child; the transaction that it was in never happened."""
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """End the child."""
+        process, self._process = self._process, None
+        if process is not None:
+            _end_process(process)
+            self._complaints.close()
+
+
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    """Close the child's input and wait for its end; a child that goes on computing is killed."""
+    import subprocess
+
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    try:
+        process.wait(1)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
+def _scratch_directory() -> str:
+    """Return where DuckDB may spill: never beside the data, which may be read-only. Made only if needed."""
+    import tempfile
+
+    return os.path.join(tempfile.gettempdir(), f"mxcp_audit-{os.getpid()}-{os.urandom(4).hex()}")
+
+
+def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
+    """Return the path of the `duckdb` program: `MXCP_AUDIT_DUCKDB`, the `duckdb_cli` package's, or PATH's."""
+    import importlib.util
+    import shutil
+
+    named = environ.get("MXCP_AUDIT_DUCKDB")
+    if named:
+        return named
+    # The package's own `duckdb` on PATH is a Python wrapper, which costs an interpreter's start.
+    package = importlib.util.find_spec("duckdb_cli")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        for name in ("duckdb", "duckdb.exe"):
+            path = os.path.join(folder, name)
+            if os.access(path, os.X_OK):
+                return path
+    return shutil.which("duckdb", path=environ.get("PATH"))
+
+
+def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ) -> Engine:
+    """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `program`, or by default whichever is there.
+
+    Raises:
+        EngineNotFoundError: neither is there, or not the one that was asked for.
+    """
+    choice = environ.get("MXCP_AUDIT_ENGINE") or "auto"
+    if choice not in ("auto", "package", "cli"):
+        raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
+    if choice in ("auto", "package"):
+        try:
+            PackageEngine.version()
+            return PackageEngine(guest=guest)
+        except ImportError as error:
+            if choice == "package":
+                raise EngineNotFoundError(
+                    f"the duckdb package can't be loaded ({error}): pip install duckdb"
+                ) from error
+    program = find_program(environ)
+    if program is None:
+        raise EngineNotFoundError(
+            "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or into MXCP_AUDIT_DUCKDB"
+        )
+    return CliEngine(program, guest=guest)
+
+
+# === Store ===
+# may name: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines
+#
+# The database and the journal as one log. Ingest moves segments into `logs` exactly once: the ledger
+# row of a segment is committed together with its rows, and a segment is deleted only after a
+# checkpoint, so that a crash at any point repeats a step that the ledger turns into nothing.
+# Reading attaches read-only first, then lists the journal, then asks the ledger: while a reader holds
+# its lock nobody can ingest, so the three agree, and every event is seen once.
+#
+# Caveats, each with its remedy:
+# - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here;
+#   the ingest lock guards besides.
+# - A damaged WAL opens without an error and drops the last transaction. → Segments stay until a
+#   checkpoint succeeded.
+# - After a fork the child's copy of an open database harms the parent's rows. → `before_fork` waits for
+#   a running ingest and closes the session.
+
+INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
+_LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
+_FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
+
+
+class Store:
+    """The database of a configuration, with its journal.
+
+    Args:
+        config: says where both are.
+        diagnostics: counts what was ingested and rejected.
+        opener: makes engines; `open_engine`, unless a test brings its own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        diagnostics: Diagnostics | None = None,
+        opener: Callable[..., Engine] = open_engine,
+    ) -> None:
+        self.path = config.path
+        self.is_file = not is_attach_target(config.path)
+        self.journal = Journal(config.journal_directory)
+        self._options = config.attach
+        self._diagnostics = diagnostics or Diagnostics()
+        self._opener = opener
+        self._engine: Engine | None = None
+        self._busy = threading.RLock()
+        self._fork_held = False
+
+    # --- ingest (IngestSide)
+
+    def ingest(self) -> bool:
+        """Move every sealed and orphaned segment into the database; True if none is left that a retry could move.
+
+        Raises:
+            JournalError: a segment can't be claimed; the others are done.
+            StoreError: the database can't be had. Everything stays in the journal.
+        """
+        with self._busy, self.journal.ingest_lock() as mine:
+            if not mine:
+                return not self.journal.segments()
+            while True:
+                claims, problems = self.journal.claim(limit_bytes=INGEST_BYTES)
+                try:
+                    if claims:
+                        self._ingest_claims(claims)
+                finally:
+                    for claim in claims:
+                        claim.release()
+                if sum(claim.size for claim in claims) < INGEST_BYTES:
+                    break
+            if problems:
+                raise problems[0]
+            return True
+
+    def interrupt(self) -> None:
+        """End a running ingest soon; it leaves everything in the journal."""
+        engine = self._engine
+        if engine is not None:
+            engine.interrupt()
+
+    def before_fork(self) -> None:
+        """Wait for a running ingest, interrupt it if it is long, and close the session."""
+        self._fork_held = self._busy.acquire(timeout=_FORK_WAIT_SECONDS[0])
+        if not self._fork_held:
+            self.interrupt()
+            self._fork_held = self._busy.acquire(timeout=_FORK_WAIT_SECONDS[1])
+        if self._fork_held and self._engine is not None:
+            self._engine.close()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Take up work again."""
+        if self._fork_held:
+            self._fork_held = False
+            self._busy.release()
+        elif child:  # somebody else's thread was inside: leave what it used alone
+            self._busy = threading.RLock()
+            self._engine = None
+
+    def refuse_own_files(self, path: str) -> None:
+        """Raise StoreError if writing to `path` would destroy the log itself."""
+        target = os.path.realpath(path)
+        inside = (
+            os.path.commonpath([target, os.path.realpath(self.journal.directory)]) if self.is_file else ""
+        )
+        if self.is_file and target in (os.path.realpath(self.path), os.path.realpath(self.path) + ".wal"):
+            raise StoreError(f"{path} is the audit database itself; name another file")
+        if inside == os.path.realpath(self.journal.directory):
+            raise StoreError(f"{path} lies in the journal; name a file elsewhere")
+
+    def _ingest_claims(self, claims: list[Claim]) -> None:
+        engine = self._guest()
+        try:
+            losses = self._stage(engine, claims)
+            fresh = self._commit(engine, claims, losses)
+        except BaseException:
+            engine.close()
+            raise
+        if not engine.keeps:
+            engine.close()
+        self._diagnostics.ingested += sum(claim.lines for claim in claims if claim.id in fresh)
+        for claim in claims:
+            faults = losses.get(claim.id, 0)
+            if claim.id in fresh and faults:
+                self._diagnostics.ingested -= faults
+                self._diagnostics.rejected += faults
+                self._diagnostics.report(
+                    "rejected",
+                    f"{faults} lines of {claim.path} can't be ingested; kept beside it in .rejected",
+                )
+            if claim.torn:
+                self._diagnostics.report(
+                    "torn", f"{claim.path} ended within a line; its last {claim.torn} bytes are kept in .torn"
+                )
+            try:
+                claim.release(delete=True)
+            except OSError as error:
+                self._diagnostics.report(
+                    "delete", "an ingested segment can't be deleted; it is not ingested again", error=error
+                )
+
+    def _guest(self) -> Engine:
+        if self._engine is None:
+            self._engine = self._opener(guest=True)
+        return self._engine
+
+    def _stage(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
+        """Read the segments into the temporary table `batch`; return how many lines of which were rejected."""
+        params: dict[str, object] = {
+            "files": [claim.path for claim in claims],
+            "longest": max(_LONGEST_LINE, *(claim.longest + 1 for claim in claims)),
+            "lenient": False,
+        }
+        try:
+            engine.execute(STAGE, params)
+            doubtful = False
+        except QueryError:
+            engine.execute(STAGE, {**params, "lenient": True})
+            doubtful = True  # what was wrong is NULL now, so every line is looked at
+        counts = {segment: found for segment, *found in engine.execute(STAGED_COUNTS)}
+        return {
+            claim.id: self._salvage(engine, claim)
+            for claim in claims
+            if doubtful or counts.get(claim.id) != [claim.lines] * 3
+        }
+
+    def _salvage(self, engine: Engine, claim: Claim) -> int:
+        """Take the good lines of a segment only, set the others aside, and return how many those are."""
+        readable = {seq for (seq,) in engine.execute(STAGED_SEQS, {"segment": claim.id})}
+        good: list[int] = []
+        faults: list[tuple[int, str, bytes]] = []
+        for number, line in enumerate(claim.read().split(b"\n")[:-1], 1):
+            fault = line_fault(line)
+            if fault is None:
+                seq = json.loads(line)["seq"]
+                if seq in readable:
+                    readable.remove(seq)
+                    good.append(seq)
+                    continue
+                fault = f"DuckDB can't read it, or seq {seq} stands twice"
+            faults.append((number, fault, line))
+        if faults:
+            claim.reject(faults)
+            engine.execute(UNSTAGE_SEGMENT, {"segment": claim.id})
+            engine.execute(
+                RESTAGE_SEGMENT,
+                {
+                    "segment": claim.id,
+                    "files": [claim.path],
+                    "longest": max(_LONGEST_LINE, claim.longest + 1),
+                    "seqs": good or [0],
+                },
+            )
+        return len(faults)
+
+    def _commit(self, engine: Engine, claims: list[Claim], losses: Mapping[str, int]) -> set[str]:
+        """Put `batch` into the database and make it durable; return the segments that were not there yet."""
+        segments = [claim.id for claim in claims]
+        with self._attached(engine, read_only=False):
+            self._create_tables(engine)
+            engine.execute("BEGIN")
+            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": segments})}
+            fresh = [segment for segment in segments if segment not in known]
+            if known:
+                engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
+            if fresh:
+                engine.execute(INSERT_ROWS)
+                self._enter_ledger(engine, fresh, losses)
+            engine.execute("COMMIT")
+            if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
+                engine.execute("CHECKPOINT audit")
+        return set(fresh)
+
+    def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> None:
+        entry: dict[str, object] = {
+            "journal": self.journal.identity(),
+            "host": platform_node(),
+            "now": utc_now_text(),
+        }
+        ((position,),) = engine.execute(LAST_POSITION, entry)
+        engine.execute(INSERT_SEGMENTS, {**entry, "position": position, "segments": segments})
+        position += len(segments)
+        for segment in segments:
+            if losses.get(segment):
+                position += 1
+                engine.execute(
+                    INSERT_LOSS,
+                    {
+                        **entry,
+                        "position": position,
+                        "segment": segment,
+                        "events": losses[segment],
+                        "detail": "lines that could not be ingested, kept in the journal as .rejected",
+                    },
+                )
+
+    def _create_tables(self, engine: Engine) -> None:
+        present = self._columns(engine)
+        if "logs" not in present:
+            engine.execute(CREATE_LOGS)
+        elif any(column.name not in present["logs"] for column in COLUMNS):
+            for statement in WIDEN_LOGS:
+                engine.execute(statement)
+        if "ledger" not in present:
+            engine.execute(CREATE_LEDGER)
+
+    def _columns(self, engine: Engine) -> dict[str, set[str]]:
+        present: dict[str, set[str]] = {}
+        for table, column in engine.execute(TABLE_COLUMNS):
+            present.setdefault(table, set()).add(column)
+        return present
+
+    # --- both
+
+    @contextlib.contextmanager
+    def _attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
+        """Attach the target as `audit`; on an error the whole session ends, and with it any transaction."""
+        options = dict(self._options)
+        fresh = self.is_file and self._is_absent()
+        if read_only:
+            options["READ_ONLY"] = True
+        elif fresh:
+            # A file made by DuckDB 2.0 without this can't be read by 1.5.
+            options["STORAGE_VERSION"] = "v1.0.0"
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)  # somebody ran `touch`: DuckDB refuses an empty file
+        if self.is_file:
+            options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
+        words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
+        try:
+            engine.execute(f"ATTACH {sql_literal(self.path)} AS audit ({words})")
+            if fresh:
+                os.chmod(self.path, 0o600)
+            yield
+            engine.execute("DETACH audit")
+        except StoreError as error:
+            engine.close()
+            if isinstance(error, QueryError):
+                raise
+            raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
+        except BaseException:
+            engine.close()
+            raise
+
+    def _is_absent(self) -> bool:
+        """Say whether there is no database file; an empty one counts as none."""
+        try:
+            return os.stat(self.path).st_size == 0
+        except FileNotFoundError:
+            return True
+        except OSError as error:
+            raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
+
+    # --- reading
+
+    @contextlib.contextmanager
+    def reading(self, *, wait: float = 5.0) -> Iterator[Reading]:
+        """Open table and journal as one log; nobody can ingest until the block ends.
+
+        Args:
+            wait: seconds to try again while another process holds the database.
+
+        Raises:
+            DatabaseNotFoundError: there is neither a database nor a journal.
+            JournalError: the journal can't be read.
+        """
+        deadline = time.monotonic() + wait
+        engine = self._opener()
+        with contextlib.closing(engine), contextlib.ExitStack() as stack:
+            reading = Reading(engine)
+            while True:
+                try:
+                    self._open_reading(reading, stack)
+                    break
+                except (DatabaseLockedError, DatabaseNotFoundError) as error:
+                    # Not found: the file appeared, or vanished, between our look and DuckDB's.
+                    if time.monotonic() < deadline:
+                        time.sleep(0.01 + os.urandom(1)[0] / 2560)
+                        continue
+                    reading.problem = error
+                except DatabaseCorruptError as error:
+                    reading.problem = error
+                reading.open_views(None, self.journal.segments(), set())
+                break
+            if not reading.has_table and not reading.has_journal and reading.problem is None:
+                raise DatabaseNotFoundError(
+                    f"Audit database not found at {self.path}. Either audit logging is not enabled for the profile, "
+                    "or no events have been logged yet (the database is created on first write)."
+                )
+            yield reading
+
+    def _open_reading(self, reading: Reading, stack: contextlib.ExitStack) -> None:
+        engine = reading.engine
+        if self.is_file and self._is_absent():
+            segments = self.journal.segments()
+            if segments or self._is_absent():
+                reading.open_views(None, segments, set())
+                return
+        stack.enter_context(self._attached(engine, read_only=True))
+        segments = self.journal.segments()
+        present = self._columns(engine)
+        known: set[str] = set()
+        if segments and "ledger" in present:
+            ids = [segment_id_of(path) for path in segments]
+            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
+        reading.open_views(present.get("logs"), segments, known)
+
+
+_REMEDIES: Final[Mapping[type[StoreError], str]] = {
+    DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
+    DatabaseCorruptError: "move it aside or restore a backup; nothing was changed, and events wait in the journal",
+    DatabaseNotFoundError: "it vanished while it was opened; try again",
+    EngineNotFoundError: "events wait in the journal",
+    StoreError: "events wait in the journal",
+}
+
+
+class Reading:
+    """Table and journal while they are open for reading.
+
+    `problem` is set if the table could not be had: then only journal events are seen.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.problem: StoreError | None = None
+        self.has_table = False
+        self.has_journal = False
+
+    def open_views(
+        self, table: Collection[str] | None, segments: Sequence[str], known: Collection[str]
+    ) -> None:
+        """Define `table_rows`, `journal_rows` and `logs`, the two together.
+
+        Args:
+            table: the columns of the table, None if there is none.
+            segments: paths of the journal's segments.
+            known: ids of those that the table already has.
+        """
+        self.has_table = table is not None
+        unknown = [path for path in segments if segment_id_of(path) not in known]
+        sizes = [_size_of(path) for path in unknown]
+        unknown = [path for path, size in zip(unknown, sizes) if size]
+        self.has_journal = bool(unknown)
+        journal_rows = NO_ROWS
+        if unknown:
+            longest = max(_LONGEST_LINE, *(size + 1 for size in sizes))
+            journal_rows = bind(JOURNAL_ROWS, {"files": unknown, "longest": longest})
+        rows = NO_ROWS if table is None else table_rows(table)
+        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
+        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
+        self.engine.execute(
+            "CREATE OR REPLACE TEMP VIEW logs AS "
+            "SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows"
+        )
+
+    def _select(
+        self, columns: str, what: Filter, count: int | None, oldest_first: bool
+    ) -> tuple[str, dict[str, object]]:
+        """Return the query of a filtered log. The limit goes into both sides: a limit on the union alone
+        would read the whole table (40 times slower on 10 million rows)."""
+        where, params = what.where()
+        order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
+        tail = ""
+        if count is not None:
+            params["count"] = count
+            tail = f" ORDER BY {order} LIMIT $count"
+        sides = [
+            f"(SELECT * FROM {view} WHERE {where}{tail})"
+            for view, there in (("table_rows", self.has_table), ("journal_rows", self.has_journal))
+            if there
+        ] or ["(SELECT * FROM journal_rows)"]
+        source = " UNION ALL BY NAME ".join(sides)
+        return f"SELECT {columns} FROM ({source}) ORDER BY {order}" + (
+            " LIMIT $count" if count is not None else ""
+        ), params
+
+    def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
+        """Yield the matching events as rows of PUBLIC_COLUMNS, newest first.
+
+        Args:
+            what: the filter.
+            count: how many at most; None for all.
+            oldest_first: the other order, and the other end of the log.
+        """
+        sql, params = self._select(public_select(), what, count, oldest_first)
+        return self.engine.stream(sql, params)
+
+    def export(self, what: Filter, path: str, *, count: int | None = None, raw: bool = False) -> int:
+        """Write the matching events to a CSV file and return their number.
+
+        The file appears whole or not at all, under a temporary name until then, with mode 0600.
+
+        Args:
+            what: the filter.
+            path: the file; an older one is replaced.
+            count: how many at most; None for all.
+            raw: leave text as it is that a spreadsheet would run as a formula; otherwise it gets a
+                leading apostrophe, and so does text that begins with one.
+
+        Raises:
+            StoreError: nothing could be written; an older file is still there.
+        """
+        folder, name = os.path.split(os.path.abspath(path))
+        scratch = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
+        sql, params = self._select(public_select(plain_csv=raw), what, count, False)
+        try:
+            os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            try:
+                self.engine.execute(
+                    f"COPY ({sql}) TO {sql_literal(scratch)} "
+                    "(FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error), USE_TMP_FILE false)",
+                    {**params, "formula": FORMULA},
+                )
+                ((written,),) = self.engine.execute(
+                    "SELECT count(*)::BIGINT FROM read_csv($file, header = true, all_varchar = true, delim = ',', "
+                    "quote = '\"', escape = '\"')",
+                    {"file": scratch},
+                )
+                os.replace(scratch, path)
+            except BaseException:
+                with contextlib.suppress(OSError):
+                    os.unlink(scratch)
+                raise
+        except OSError as error:
+            raise StoreError(f"{path} can't be written: {error.strerror}") from error
+        return int(written)
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def platform_node() -> str:
+    """Return this host's name, for the ledger."""
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+
+
+# === Output ===
+# may name: Events, SQL, Engines
+#
+# Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
+# characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
+
+_SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
+_HEADERS: Final = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
+_STYLES: Final = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
+_PLAIN_STYLE: Final = "\x1b[0m"
+_NARROWEST_NAME: Final = 12
+
+
+def printable(text: str) -> str:
+    """Return the text as one line that no terminal acts on: what is not printable becomes an escape."""
+    if text.isprintable():
+        return text
+    return "".join(
+        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
+        for character in text
+    )
+
+
+def display_width(text: str) -> int:
+    """Return how many terminal cells a printable text takes: East Asian characters two, combining ones none."""
+    if text.isascii():
+        return len(text)
+    import unicodedata
+
+    return sum(
+        0
+        if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf")
+        else 2
+        if unicodedata.east_asian_width(character) in "WF"
+        else 1
+        for character in text
+    )
+
+
+def fit(text: str, width: int, *, right: bool = False) -> str:
+    """Return the text in exactly `width` cells: padded, or cut with an ellipsis."""
+    missing = width - display_width(text)
+    if missing >= 0:
+        return " " * missing + text if right else text + " " * missing
+    kept = ""
+    used = 1
+    for character in text:
+        used += display_width(character)
+        if used > width:
+            break
+        kept += character
+    return fit(kept + "…", width) if width else ""
+
+
+def json_text(value: object) -> str:
+    """Return JSON that no terminal acts on: control and direction characters are escaped, which JSON
+    allows anywhere in a text, so that it reads back the same."""
+    text = json.dumps(value, ensure_ascii=False)
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+
+
+def write_json(file: TextIO, rows: Iterable[Row]) -> int:
+    """Write rows of PUBLIC_COLUMNS as one JSON array of objects, and return their number."""
+    count = 0
+    for row in rows:
+        file.write(",\n " if count else "[")
+        file.write(json_text(dict(zip(PUBLIC_COLUMNS, row))))
+        count += 1
+    file.write("]\n" if count else "[]\n")
+    return count
+
+
+def write_table(file: TextIO, rows: Sequence[Row], *, width: int | None, colour: bool) -> None:
+    """Write rows of PUBLIC_COLUMNS as a table, with the reason or the error under a row that has one.
+
+    Args:
+        file: where to; it is asked for its encoding, so that an ASCII terminal gets ASCII.
+        rows: newest first, or as they shall appear.
+        width: cells that a line may take; None where nobody looks at lines, as in a pipe.
+        colour: mark errors and denials.
+    """
+    events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
+    cells = [[_cell(event, column) for column in _SHORT_COLUMNS] for event in events]
+    heads = [_HEADERS.get(column, column.upper()) for column in _SHORT_COLUMNS]
+    widths = [max(map(display_width, column)) for column in zip(heads, *cells)]
+    if width is not None:
+        name = _SHORT_COLUMNS.index("name")
+        spare = width - (sum(widths) + 2 * (len(widths) - 1))
+        widths[name] = max(_NARROWEST_NAME, widths[name] + min(0, spare))
+    _write_line(file, heads, widths, width, "")
+    for event, row in zip(events, cells):
+        style = _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"]) or ""
+        _write_line(file, row, widths, width, style if colour else "")
+        for label in ("reason", "error"):
+            if event[label]:
+                text = f"    {label}: {printable(event[label])}"
+                _write(file, (text if width is None else fit(text, width)).rstrip())
+
+
+def _cell(event: Mapping[str, Any], column: str) -> str:
+    value = event[column]
+    if value is None:
+        return "-"
+    if column == "timestamp":
+        return str(value)[:19].replace("T", " ")
+    return printable(str(value))
+
+
+def _write_line(
+    file: TextIO, cells: Sequence[str], widths: Sequence[int], width: int | None, style: str
+) -> None:
+    line = "  ".join(
+        fit(cell, size, right=column == "duration_ms")
+        for cell, size, column in zip(cells, widths, _SHORT_COLUMNS)
+    ).rstrip()
+    if width is not None:
+        line = fit(line, width).rstrip()
+    _write(file, f"{style}{line}{_PLAIN_STYLE}" if style else line)
+
+
+def _write(file: TextIO, line: str) -> None:
+    """Write a line in whatever the file's encoding has; the rest as escapes."""
+    encoding = file.encoding or "utf-8"
+    if not line.isascii():
+        try:
+            line.encode(encoding)
+        except UnicodeEncodeError:
+            line = line.replace("…", "~").encode(encoding, "backslashreplace").decode(encoding)
+    file.write(line + "\n")
+
+
+def summary(rows: Sequence[Row], count: int | None) -> str:
+    """Return one line that sums up what is shown."""
+    errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
+    denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
+    parts = [f"{len(rows)} event{'' if len(rows) == 1 else 's'}"]
+    if errors:
+        parts.append(f"{errors} error{'' if errors == 1 else 's'}")
+    if denied:
+        parts.append(f"{denied} denied")
+    text = ", ".join(parts)
+    return text + " (there may be more: --limit)" if count is not None and len(rows) == count else text
+
+
+# === Assembly ===
+# may name: Config, Writer, Logger, Store
+#
+# The door in the wall: gives loggers their way into the database.
+
+
+def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
+    return Store(config, diagnostics=diagnostics)
+
+
+AuditLogger._ingest_side = staticmethod(_ingest_side)
+
+
+# === Command line ===
+# may name: Errors, Config, Events, SQL, Engines, Store, Output
+#
+# The only room that prints or exits. The answer goes to standard output, all else to standard error.
+# Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+_POLICY_WORDS: Final = {"denied": "deny", "allowed": "allow", "warned": "warn"}
+_TIME: Final = re.compile(
+    r"(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(?::(\d{2})(?:\.(\d{1,6}))?)?(Z|[+-]\d{2}:?\d{2})?)?"
+)
+_TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, 2026-01-31 or 2026-01-31T12:00:00Z"
+
+
+def parse_time(text: str, *, now: datetime.datetime | None = None) -> str:
+    """Return a moment as naive UTC text, from a duration before now or an ISO date or time.
+
+    Args:
+        text: `10s 10m 2h 1d 1w`, sums such as `1h30m`, or an ISO 8601 date or time. A time without
+            an offset is UTC.
+        now: aware; the current time if None.
+
+    Raises:
+        ValueError: anything else; its text has examples.
+    """
+    try:
+        match = _TIME.fullmatch(text)
+        if match:
+            day, minute, second, fraction, offset = match.groups()
+            zone = (
+                "+00:00"
+                if offset in (None, "Z")
+                else offset
+                if ":" in offset
+                else offset[:3] + ":" + offset[3:]
+            )
+            moment = datetime.datetime.fromisoformat(
+                f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '').ljust(6, '0')}{zone}"
+            )
+        else:
+            moment = (now or datetime.datetime.now(datetime.timezone.utc)) - datetime.timedelta(
+                seconds=parse_duration(text)
+            )
+        return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is neither a duration nor a time: {_TIME_EXAMPLES}") from None
+
+
+def _time_argument(text: str) -> str:
+    import argparse
+
+    try:
+        return parse_time(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def _positive(text: str) -> int:
+    import argparse
+
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _policy_argument(text: str) -> str:
+    return _POLICY_WORDS.get(text, text)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    import argparse
+
+    parser = argparse.ArgumentParser(
+        prog="mxcp-audit", description="Query the audit log of an MCP server, while the server runs."
+    )
+    parser.add_argument("--version", action="version", version=f"mxcp_audit {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = argparse.ArgumentParser(add_help=False)
+    place = common.add_argument_group("which log")
+    place.add_argument(
+        "--config", metavar="FILE", help="the site file (default: mxcp-site.yml here or above)"
+    )
+    place.add_argument(
+        "--profile", metavar="NAME", help="the profile (default: MXCP_PROFILE, or the site file's)"
+    )
+    place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
+    place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
+    common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
+    for add in (_add_log, _add_ingest):
+        add(commands, common)
+    return parser
+
+
+def _add_log(commands: Any, common: argparse.ArgumentParser) -> None:
+    import argparse
+
+    command = commands.add_parser(
+        "log",
+        parents=[common],
+        help="show, filter and export events",
+        description="Show the newest events, from the database and from the journal of running servers.",
+        epilog="""\
+examples:
+  mxcp-audit log --tool my_tool --status error --since 1d
+  mxcp-audit log --policy denied --since 7d --export denied.csv
+  mxcp-audit log --json --limit 500
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_filters(command)
+    command.add_argument("--limit", type=_positive, metavar="N", help="show at most N events (default: 100)")
+    command.add_argument("--json", action="store_true", help="print a JSON array of objects")
+    command.add_argument("--export", metavar="FILE", help="write every match to a CSV file")
+    command.add_argument(
+        "--raw", action="store_true", help="with --export: leave text that looks like a formula as it is"
+    )
+    command.set_defaults(run=cmd_log)
+
+
+def _add_filters(command: argparse.ArgumentParser) -> None:
+    what = command.add_argument_group("which events (all must hold)")
+    what.add_argument(
+        "--tool", action="append", default=[], metavar="NAME", help="of this tool; may be repeated"
+    )
+    what.add_argument(
+        "--resource", action="append", default=[], metavar="URI", help="of this resource; may be repeated"
+    )
+    what.add_argument(
+        "--prompt", action="append", default=[], metavar="NAME", help="of this prompt; may be repeated"
+    )
+    what.add_argument("--type", choices=EVENT_TYPES, help="of this type")
+    what.add_argument(
+        "--policy",
+        type=_policy_argument,
+        choices=POLICY_DECISIONS,
+        help="with this decision; denied means deny, and so on",
+    )
+    what.add_argument("--status", choices=STATUSES, help="that ended so")
+    what.add_argument(
+        "--since",
+        type=_time_argument,
+        metavar="WHEN",
+        help="10s 10m 2h 1d 1w 1h30m ago, or since an ISO time",
+    )
+    what.add_argument(
+        "--until", type=_time_argument, metavar="WHEN", help="before that long ago, or before an ISO time"
+    )
+
+
+def _filter_of(options: argparse.Namespace) -> Filter:
+    if options.since and options.until and options.until <= options.since:
+        raise _UsageError("--until is not after --since, so nothing can match")
+    return Filter(
+        tools=tuple(options.tool),
+        resources=tuple(options.resource),
+        prompts=tuple(options.prompt),
+        event_type=options.type,
+        policy=options.policy,
+        status=options.status,
+        since=options.since,
+        until=options.until,
+    )
+
+
+class _UsageError(AuditError):
+    """Options that don't go together."""
+
+
+def _config_of(options: argparse.Namespace) -> Config:
+    if options.db is not None:
+        if options.config or options.profile:
+            raise _UsageError("--db needs no site file: leave --config and --profile out")
+        return config_from_arguments(path=options.db)
+    config = load_config(config=options.config, profile=options.profile)
+    if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
+        raise _UsageError(
+            f"audit logging is not enabled for profile {config.profile!r}; add to {config.site_file}:\n"
+            f"profiles:\n  {config.profile}:\n    audit:\n      enabled: true"
+        )
+    return config
+
+
+def cmd_log(options: argparse.Namespace) -> int:
+    what = _filter_of(options)
+    store = Store(_config_of(options))
+    with store.reading(wait=options.wait) as reading:
+        if options.export:
+            if reading.problem is not None:
+                raise reading.problem  # half a log must not look like a whole one
+            store.refuse_own_files(options.export)
+            written = reading.export(what, options.export, count=options.limit, raw=options.raw)
+            _say(f"{written} event{'' if written == 1 else 's'} written to {options.export}")
+            return 0
+        count = options.limit or 100
+        if options.json:
+            write_json(sys.stdout, reading.rows(what, count=count))
+        else:
+            rows = list(reading.rows(what, count=count))
+            width, colour = _terminal(sys.stdout)
+            write_table(sys.stdout, rows, width=width, colour=colour)
+            _say(summary(rows, count))
+        if reading.problem is not None:
+            _say(f"only events of the journal are shown: {reading.problem}")
+            return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
+    return 0
+
+
+def _terminal(file: TextIO) -> tuple[int | None, bool]:
+    """Return the width to fit to, None for a pipe, and whether to use colour (no-color.org)."""
+    is_terminal = file.isatty()
+    if not is_terminal and not os.environ.get("COLUMNS"):
+        return None, False
+    import shutil
+
+    colour = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return max(40, shutil.get_terminal_size().columns), colour
+
+
+def _add_ingest(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "ingest",
+        parents=[common],
+        help="move the events of dead processes from the journal into the database",
+        description="Move every sealed or orphaned segment into the database. Running servers do this themselves.",
+    )
+    command.set_defaults(run=cmd_ingest)
+
+
+def cmd_ingest(options: argparse.Namespace) -> int:
+    told = Diagnostics()
+    store = Store(_config_of(options), diagnostics=told)
+    done = store.ingest()
+    _say(f"{told.ingested} events ingested" + (f", {told.rejected} rejected" if told.rejected else ""))
+    if not done:
+        _say("another process is ingesting; the rest is left to it")
+    return EXIT_FAILED if told.rejected else 0
+
+
+def _say(text: str) -> None:
+    """Print one line to standard error, safe for a terminal. A closed standard error is no failure."""
+    with contextlib.suppress(OSError, ValueError):
+        print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr, flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command and return its exit code; never a traceback, except with --debug.
+
+    Args:
+        argv: the arguments without the program's name; those of the process if None.
+    """
+    if sys.stdout is None or sys.stderr is None:  # >&-
+        sink = open(os.devnull, "w")
+        sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
+    options = build_parser().parse_args(argv)
+    if options.debug:
+        logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+    try:
+        code = int(options.run(options))
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:
+        # What reads us has seen enough. Nothing more may be flushed into the pipe at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except KeyboardInterrupt:
+        return 130
+    except AuditError as error:
+        if options.debug:
+            raise
+        _say(f"mxcp-audit: {error}")
+        if isinstance(error, (ConfigError, EventError, _UsageError)):
+            return EXIT_USAGE
+        return EXIT_LOCKED if isinstance(error, DatabaseLockedError) else EXIT_FAILED
+    except OSError as error:
+        if options.debug:
+            raise
+        _say(f"mxcp-audit: {error}")
+        return EXIT_FAILED
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
