@@ -66,6 +66,28 @@ if TYPE_CHECKING:
     import subprocess
 
 __version__ = "0.1.0"
+__all__ = [
+    "AuditError",
+    "AuditLogger",
+    "Call",
+    "Config",
+    "ConfigError",
+    "Counters",
+    "DatabaseCorruptError",
+    "DatabaseLockedError",
+    "DatabaseNotFoundError",
+    "EngineNotFoundError",
+    "EventError",
+    "Filter",
+    "JournalError",
+    "LoggerClosedError",
+    "QueryError",
+    "Redactor",
+    "Store",
+    "StoreError",
+    "load_config",
+    "main",
+]
 
 
 # === Errors ===
@@ -1046,6 +1068,8 @@ POLICY_DECISIONS: Final = ("allow", "deny", "warn", "n/a")
 STATUSES: Final = ("success", "error")
 MAX_DURATION_MS: Final = 2**31 - 1  # the largest INTEGER; DuckDB refuses a whole segment for one more
 
+wall_clock_ns: Final = time.time_ns  # the only clock that is recorded; intervals use the monotonic one
+
 _SEGMENT_ID: Final = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
 
@@ -1061,9 +1085,14 @@ def new_segment_id(now_ns: int) -> str:
     return f"{stamp}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
 
 
-def utc_now_text() -> str:
-    """Return the present moment as DuckDB reads it, in UTC."""
-    return datetime.datetime.now(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+def utc_now() -> datetime.datetime:
+    """Return the present moment, aware, in UTC."""
+    return datetime.datetime.now(datetime.timezone.utc)
+
+
+def sql_time(moment: datetime.datetime) -> str:
+    """Return an aware moment as DuckDB reads it: naive UTC text."""
+    return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
 
 
 def is_segment_id(text: str) -> bool:
@@ -1178,7 +1207,7 @@ class Encoder:
     """
 
     def __init__(
-        self, redactor: Redactor, *, max_input_bytes: int, clock: Callable[[], int] = time.time_ns
+        self, redactor: Redactor, *, max_input_bytes: int, clock: Callable[[], int] = wall_clock_ns
     ) -> None:
         self._redactor = redactor
         self._max_input_bytes = max_input_bytes
@@ -1573,7 +1602,9 @@ class Journal:
         clock: nanoseconds since the epoch, for names only.
     """
 
-    def __init__(self, directory: str | os.PathLike[str], *, clock: Callable[[], int] = time.time_ns) -> None:
+    def __init__(
+        self, directory: str | os.PathLike[str], *, clock: Callable[[], int] = wall_clock_ns
+    ) -> None:
         self.directory = os.path.abspath(directory)
         self._clock = clock
 
@@ -2128,7 +2159,7 @@ class Writer:
             self._seal()
 
     def _replace(self, segment: Segment) -> Segment | None:
-        """Start anew after somebody deleted or moved the segment; what a deleted one held is written again."""
+        """Start anew after somebody deleted or moved the segment; a deleted one is written again."""
         self._diagnostics.report("moved", f"{segment.path} was deleted or replaced; a new segment is written")
         held = segment.rescue()
         fresh = None
@@ -2230,7 +2261,7 @@ class Ingester:
                 self._thread = None
 
     def wait(self, timeout: float) -> bool:
-        """Wait until all that was sealed before has been tried once; False if `timeout` seconds were not enough."""
+        """Wait until all that was sealed before was tried once; False after `timeout` seconds."""
         with self._changed:
             target = self._wanted
             if self._thread is None:
@@ -2964,8 +2995,8 @@ SELECT $journal AS journal, $position + row_number() OVER (ORDER BY claimed) AS 
 FROM (SELECT unnest($segments) AS claimed) LEFT JOIN batch ON segment = claimed GROUP BY claimed"""
 INSERT_LOSS: Final = """\
 INSERT INTO audit.ledger BY NAME
-SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS segment, $events::BIGINT AS events,
-       $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS segment,
+       $events::BIGINT AS events,       $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
 
 TABLE_COLUMNS: Final = """\
 SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
@@ -3026,11 +3057,17 @@ _TEXT_TEST: Final = " OR ".join(
 )
 
 
+COPY_CSV: Final = "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error), USE_TMP_FILE false"
+COUNT_CSV: Final = """\
+SELECT count(*)::BIGINT
+FROM read_csv($file, header = true, all_varchar = true, delim = ',', quote = '"', escape = '"')"""
+
+
 @dataclass(frozen=True)
 class Filter:
     """Which events are meant. Everything that is set must hold; within a tuple, any of it.
 
-    Names may hold `*` for any text. Times are naive UTC texts that DuckDB reads, as `parse_time` returns them.
+    Names may hold `*` for any text. Times are naive UTC texts, as `sql_time` returns them.
     """
 
     tools: tuple[str, ...] = ()
@@ -3403,7 +3440,7 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ) -> Engine:
-    """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `program`, or by default whichever is there.
+    """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default whichever is there.
 
     Raises:
         EngineNotFoundError: neither is there, or not the one that was asked for.
@@ -3423,7 +3460,8 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
     program = find_program(environ)
     if program is None:
         raise EngineNotFoundError(
-            "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or into MXCP_AUDIT_DUCKDB"
+            "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or name it in "
+            "MXCP_AUDIT_DUCKDB"
         )
     return CliEngine(program, guest=guest)
 
@@ -3479,7 +3517,7 @@ class Store:
     # --- ingest (IngestSide)
 
     def ingest(self) -> bool:
-        """Move every sealed and orphaned segment into the database; True if none is left that a retry could move.
+        """Move every sealed and orphaned segment into the database; True if no retry could move more.
 
         Raises:
             JournalError: a segment can't be claimed; the others are done.
@@ -3574,7 +3612,7 @@ class Store:
         return self._engine
 
     def _stage(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Read the segments into the temporary table `batch`; return how many lines of which were rejected."""
+        """Read the segments into the temporary table `batch`; return how many lines each lost."""
         params: dict[str, object] = {
             "files": [claim.path for claim in claims],
             "longest": max(_LONGEST_LINE, *(claim.longest + 1 for claim in claims)),
@@ -3644,7 +3682,7 @@ class Store:
         entry: dict[str, object] = {
             "journal": self.journal.identity(),
             "host": platform_node(),
-            "now": utc_now_text(),
+            "now": sql_time(utc_now()),
         }
         ((position,),) = engine.execute(LAST_POSITION, entry)
         engine.execute(INSERT_SEGMENTS, {**entry, "position": position, "segments": segments})
@@ -3754,8 +3792,8 @@ class Store:
                 break
             if not reading.has_table and not reading.has_journal and reading.problem is None:
                 raise DatabaseNotFoundError(
-                    f"Audit database not found at {self.path}. Either audit logging is not enabled for the profile, "
-                    "or no events have been logged yet (the database is created on first write)."
+                    f"Audit database not found at {self.path}. Either audit logging is not enabled for the "
+                    "profile, or no events have been logged yet (the database is created on first write)."
                 )
             yield reading
 
@@ -3778,7 +3816,7 @@ class Store:
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
-    DatabaseCorruptError: "move it aside or restore a backup; nothing was changed, and events wait in the journal",
+    DatabaseCorruptError: "move it aside or restore a backup; nothing was changed, events wait",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
@@ -3878,15 +3916,9 @@ class Reading:
             os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
             try:
                 self.engine.execute(
-                    f"COPY ({sql}) TO {sql_literal(scratch)} "
-                    "(FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error), USE_TMP_FILE false)",
-                    {**params, "formula": FORMULA},
+                    f"COPY ({sql}) TO {sql_literal(scratch)} ({COPY_CSV})", {**params, "formula": FORMULA}
                 )
-                ((written,),) = self.engine.execute(
-                    "SELECT count(*)::BIGINT FROM read_csv($file, header = true, all_varchar = true, delim = ',', "
-                    "quote = '\"', escape = '\"')",
-                    {"file": scratch},
-                )
+                ((written,),) = self.engine.execute(COUNT_CSV, {"file": scratch})
                 os.replace(scratch, path)
             except BaseException:
                 with contextlib.suppress(OSError):
@@ -3933,7 +3965,7 @@ def printable(text: str) -> str:
 
 
 def display_width(text: str) -> int:
-    """Return how many terminal cells a printable text takes: East Asian characters two, combining ones none."""
+    """Return how many terminal cells a printable text takes: wide characters two, combining ones none."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -4069,7 +4101,7 @@ AuditLogger._ingest_side = staticmethod(_ingest_side)
 
 
 # === Command line ===
-# may name: Errors, Config, Events, SQL, Engines, Store, Output
+# may name: Errors, Config, Events, Writer, SQL, Engines, Store, Output
 #
 # The only room that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
@@ -4111,10 +4143,8 @@ def parse_time(text: str, *, now: datetime.datetime | None = None) -> str:
                 f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '').ljust(6, '0')}{zone}"
             )
         else:
-            moment = (now or datetime.datetime.now(datetime.timezone.utc)) - datetime.timedelta(
-                seconds=parse_duration(text)
-            )
-        return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+            moment = (now or utc_now()) - datetime.timedelta(seconds=parse_duration(text))
+        return sql_time(moment)
     except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is neither a duration nor a time: {_TIME_EXAMPLES}") from None
 
@@ -4295,7 +4325,7 @@ def _add_ingest(commands: Any, common: argparse.ArgumentParser) -> None:
         "ingest",
         parents=[common],
         help="move the events of dead processes from the journal into the database",
-        description="Move every sealed or orphaned segment into the database. Running servers do this themselves.",
+        description="Move every sealed or orphaned segment into the database, as running servers do.",
     )
     command.set_defaults(run=cmd_ingest)
 

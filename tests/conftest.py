@@ -1,0 +1,92 @@
+"""What all tests share: both engines, the command line as a process, the labelled cases."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = Path(os.environ.get("MXCP_AUDIT_CASES", ROOT.parent / "shared" / "cases"))
+DATA = Path(__file__).resolve().parent / "data"
+sys.path.insert(0, str(ROOT))
+
+
+def load_cases(name: str) -> Any:
+    """Return the labelled third-party cases of a file, or skip the test where they are absent."""
+    path = CASES / name
+    if not path.exists():
+        pytest.skip(f"{path} is absent: it holds third-party data and is not part of the project")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """Return an environment in which a child finds the module, and nothing of ours is set but `changes`."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith("MXCP_")}
+    kept["PYTHONPATH"] = str(ROOT)
+    return {**kept, **changes}
+
+
+@pytest.fixture(params=["package", "cli"])
+def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Run the test once on each engine, in this process and in its children."""
+    monkeypatch.setenv("MXCP_AUDIT_ENGINE", request.param)
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that the person who runs the tests has set may matter."""
+    for name in list(os.environ):
+        if name.startswith("MXCP_") and name not in ("MXCP_AUDIT_CASES", "MXCP_AUDIT_ENGINE"):
+            monkeypatch.delenv(name)
+    for name in ("COLUMNS", "NO_COLOR"):
+        monkeypatch.delenv(name, raising=False)
+
+
+Cli = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def cli(tmp_path: Path) -> Cli:
+    """Return a function that runs `python -m mxcp_audit` as a process of its own, in `tmp_path`."""
+
+    def run(*arguments: str, cwd: Path = tmp_path, **changes: str) -> subprocess.CompletedProcess[str]:
+        chosen = os.environ.get("MXCP_AUDIT_ENGINE")
+        if chosen:
+            changes.setdefault("MXCP_AUDIT_ENGINE", chosen)
+        return subprocess.run(
+            [sys.executable, "-m", "mxcp_audit", *arguments],
+            cwd=cwd,
+            env=child_environment(**changes),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=120,
+        )
+
+    return run
+
+
+@pytest.fixture
+def logger(tmp_path: Path) -> Iterator[Any]:
+    """Yield a logger into `tmp_path/log.duckdb`, shut down afterwards."""
+    from mxcp_audit import AuditLogger
+
+    audit = AuditLogger(tmp_path / "log.duckdb")
+    yield audit
+    audit.shutdown()
+
+
+def table_rows(path: Path, sql: str = "SELECT * FROM logs ORDER BY timestamp, segment, seq") -> list[Any]:
+    """Return rows of a database, read with the real package and none of our code."""
+    import duckdb
+
+    with duckdb.connect(str(path), read_only=True) as connection:
+        return connection.execute(sql).fetchall()

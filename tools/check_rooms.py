@@ -1,0 +1,153 @@
+"""Check that each room of mxcp_audit.py names only the rooms that it says it may name, all above it.
+
+Silent when all is well; otherwise a line for each fault, with the fix, and exit status 1. It also
+holds each import to its room, so that the clock, threads and DuckDB stay where they belong.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import sys
+from pathlib import Path
+
+RECORDING = (
+    "Errors",
+    "Config",
+    "Events",
+    "Redaction",
+    "Encoding",
+    "Journal",
+    "Writer",
+    "Calls",
+    "Logger",
+)
+ROOMS = (*RECORDING, "SQL", "Engines", "Store", "Output", "Assembly", "Command line")
+# What may be used where; a module that is not here may be used anywhere.
+IMPORTS = {
+    "threading": {"Writer", "Logger", "Store"},
+    "atexit": {"Logger"},
+    "duckdb": {"Engines"},
+    "subprocess": {"Engines", "Command line"},
+    "argparse": {"Command line"},
+    "fcntl": {"Journal"},
+    "msvcrt": {"Journal"},
+}
+CALLS = {  # dotted names that are called
+    "os.fsync": {"Journal"},
+    "os.register_at_fork": {"Logger"},
+    "time.time": set(),
+    "time.time_ns": set(),
+    "datetime.datetime.now": {"Events"},
+    "print": {"Command line"},
+    "sys.exit": {"Command line"},
+}
+BANNER = re.compile(r"# === (.+) ===")
+MAY_NAME = re.compile(r"# may name: (.+)")
+
+
+def rooms_of(lines: list[str]) -> list[tuple[str, int, set[str]]]:
+    """Return name, line of the banner, and the rooms that may be named, of each room in order."""
+    found = []
+    for number, line in enumerate(lines, 1):
+        banner = BANNER.fullmatch(line)
+        if banner:
+            allowed = MAY_NAME.fullmatch(lines[number]) if number < len(lines) else None
+            if allowed is None:
+                raise SystemExit(f"mxcp_audit.py:{number}: no `# may name:` line under the banner; add one")
+            names = set() if allowed[1] == "nothing" else {name.strip() for name in allowed[1].split(",")}
+            found.append((banner[1], number, names))
+    return found
+
+
+def dotted(node: ast.expr) -> str:
+    if isinstance(node, ast.Name):
+        return node.id
+    if isinstance(node, ast.Attribute):
+        return f"{dotted(node.value)}.{node.attr}"
+    return "?"
+
+
+def defined_names(node: ast.stmt) -> list[str]:
+    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+        return [node.name]
+    targets = (
+        node.targets
+        if isinstance(node, ast.Assign)
+        else [node.target]
+        if isinstance(node, ast.AnnAssign)
+        else []
+    )
+    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+
+
+def _misplaced(node: ast.AST, name: str, homes: dict[str, set[str]], room: str) -> str:
+    where = " or ".join(sorted(homes[name])) or "no room"
+    return (
+        f"mxcp_audit.py:{getattr(node, 'lineno', 0)}: {room} uses {name}, which belongs to {where}; move it"
+    )
+
+
+def check(source: str) -> list[str]:
+    """Return the faults of a source text, a line each."""
+    lines = source.splitlines()
+    rooms = rooms_of(lines)
+    faults = []
+    if tuple(name for name, _, _ in rooms) != ROOMS:
+        faults.append(
+            f"mxcp_audit.py: the rooms are {[name for name, _, _ in rooms]}, not {list(ROOMS)}; restore them"
+        )
+        return faults
+    order = {name: index for index, name in enumerate(ROOMS)}
+    for name, number, allowed in rooms:
+        for other in sorted(allowed):
+            if other not in order or order[other] >= order[name]:
+                faults.append(
+                    f"mxcp_audit.py:{number}: {name} says that it may name {other}, which is not above it"
+                )
+            elif name in RECORDING and other not in RECORDING:
+                faults.append(f"mxcp_audit.py:{number}: {name} records and may not name {other}, which reads")
+
+    def room_at(line: int) -> int:
+        return max((index for index, (_, start, _) in enumerate(rooms) if start <= line), default=-1)
+
+    tree = ast.parse(source)
+    home: dict[str, int] = {}
+    for node in tree.body:
+        for name in defined_names(node):
+            home.setdefault(name, room_at(node.lineno))
+    for node in ast.walk(tree):
+        here = room_at(getattr(node, "lineno", 0))
+        if here < 0:
+            continue
+        room, _, allowed = rooms[here]
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+            there = home.get(node.id, here)
+            if there >= 0 and there != here and rooms[there][0] not in allowed:
+                faults.append(
+                    f"mxcp_audit.py:{node.lineno}: {room} names {node.id} of {rooms[there][0]}; "
+                    + ("add it to `may name`" if there < here else "move one of them: names point up only")
+                )
+            if node.id in IMPORTS and room not in IMPORTS[node.id]:
+                faults.append(_misplaced(node, node.id, IMPORTS, room))
+        if isinstance(node, (ast.Import, ast.ImportFrom)):
+            modules = (
+                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+            )
+            for module in modules:
+                if module in IMPORTS and room not in IMPORTS[module]:
+                    faults.append(_misplaced(node, module, IMPORTS, room))
+        if isinstance(node, ast.Call):
+            called = dotted(node.func)
+            if called in CALLS and room not in CALLS[called]:
+                faults.append(_misplaced(node, called, CALLS, room))
+    return sorted(set(faults))
+
+
+if __name__ == "__main__":
+    path = Path(
+        sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent / "mxcp_audit.py"
+    )
+    found = check(path.read_text(encoding="utf-8"))
+    print("\n".join(found), end="\n" if found else "")
+    raise SystemExit(bool(found))
