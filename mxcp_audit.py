@@ -895,9 +895,10 @@ class _SiteFile:
         """The name of the profile that holds, and who chose it."""
         where: dict[str, Any]
         if argument is not None:
-            name, source, where = argument, "argument", {"trail": ("profile",)}
+            name, source, where = argument, "argument", {"path": self.path, "trail": ("profile",)}
         elif environ.get("MXCP_PROFILE"):
-            name, source, where = environ["MXCP_PROFILE"], "MXCP_PROFILE", {"trail": ("MXCP_PROFILE",)}
+            name = environ["MXCP_PROFILE"]
+            source, where = "MXCP_PROFILE", {"path": self.path, "trail": ("MXCP_PROFILE",)}
         elif self.root.get("profile") is not None:
             name, source = cast(str, self.root["profile"]), self.source(self.root, "profile")
             where = self.at(self.root, "profile")
