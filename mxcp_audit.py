@@ -144,7 +144,7 @@ class QueryError(StoreError):
 # patterns line by line (silently wrong on wrapped text).
 
 MAX_SITE_FILE_BYTES = 16 << 20  # arbitrary; real ones have a few hundred bytes
-MAX_DEPTH = 100  # arbitrary; a little deeper PyYAML itself ends in RecursionError
+MAX_DEPTH = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
 MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
 MAX_NUMBER_CHARS = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
 MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
