@@ -26,7 +26,6 @@ documented columns of `logs`, the names in `__all__` and the exit codes will not
 from __future__ import annotations
 
 import codecs
-import difflib
 import os
 import re
 import sys
@@ -170,9 +169,7 @@ _DATE = re.compile(
 )
 
 # The reader appends one NUL, which can't occur elsewhere: no look-ahead runs off the end.
-_REFUSED_CHARACTER = re.compile(
-    r"[^\t\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
-)
+_REFUSED_CHARACTER = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
 _MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n\0])")
 _DASH = re.compile(r"-(?=[ \t\n\0])")
@@ -691,6 +688,8 @@ def check_settings(
     for name, value in settings.items():
         try:
             if name not in _SETTINGS:
+                import difflib  # here, because it costs 5 ms that only an error needs
+
                 near = difflib.get_close_matches(str(name), _SETTINGS, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_SETTINGS)}"
                 raise ValueError(f"there is no such setting; {hint}")
