@@ -28,8 +28,11 @@ from __future__ import annotations
 import atexit
 import codecs
 import contextlib
+import contextvars
 import datetime
 import errno
+import functools
+import inspect
 import json
 import logging
 import os
@@ -52,6 +55,7 @@ from typing import (
     Protocol,
     TextIO,
     TypeAlias,
+    TypeVar,
     cast,
 )
 
@@ -2325,13 +2329,32 @@ class Ingester:
 # may name: Errors, Events, Redaction, Encoding, Writer
 #
 # An execution while it runs. A call's input is encoded when the call begins, so that a tool that
-# changes its arguments can't change what is recorded; the rest is known when it ends.
-# What frameworks hand over is read by attribute and never imported: any callable of the shape
-# `(context, call_next)` serves FastMCP and the `mcp` SDK alike.
+# changes its arguments can't change what is recorded; the rest is known when it ends. What the body
+# raises leaves as the same object, whatever happens while recording.
+#
+# What frameworks hand over is read by attribute, or by key, and never imported: one callable of the
+# shape `(context, call_next)` serves FastMCP 2 to 4 and the `mcp` SDK 2. Where it hangs differs:
+#
+#                   method, message             request, session, _meta          who
+#     FastMCP       context.method, .message    .fastmcp_context.request_context request.scope["user"]
+#     mcp 2         ctx.method, .params         ctx                              request.scope["user"]
+#     mcp 1         key of request_handlers     request_ctx (a context variable) request.scope["user"]
+#
+# The client's name and version have no column. Over stdio they stand in `session_id`, which is ours
+# to choose there (`claude-ai/1.2:9f86d081884c7d65`); over HTTP `session_id` is the transport's own.
+#
+# Caveat: the `mcp` SDK makes a result of what a tool raises, so that the exception is gone before a
+# middleware could see it: the row says error, and `deny` only if the tool says so (`audit.policy`).
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
 DeniedBy: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
+_MAX_CLIENT_CHARS: Final = 64  # arbitrary: of a client's name and version, which it makes up itself
+_CONNECTION: Final = os.urandom(8).hex()  # stands for the one connection that a stdio server has
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
 class Recorder(Protocol):
@@ -2388,6 +2411,7 @@ class Call:
         self.duration_ms = 0
         self._recorder = recorder
         self._denied_by = denied_by
+        self._before: contextvars.Token[Call | None] | None = None
         self._started = time.perf_counter()
         self.input_json, self.echoes = recorder.begin(input_params, name, endpoint_def)
 
@@ -2399,27 +2423,63 @@ class Call:
         """Record an error although nothing is raised, such as a result that is marked as one."""
         self.status, self.error = "error", error
 
+    def end(self, error: BaseException | None = None) -> None:
+        """Record the call: for code that can't use `with`. Call it once."""
+        self._recorder.wait(self._end(error))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Be the call that `running_call` returns, within the block."""
+        before = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(before)
+
     def _end(self, error: BaseException | None) -> int:
         self.duration_ms = round((time.perf_counter() - self._started) * 1000)
-        if error is not None:
+        # Whoever closes a generator has all that was wanted of it: no error.
+        if error is not None and not isinstance(error, GeneratorExit):
             self.fail(describe_exception(error))
-            denial = _find_cause(error, self._denied_by)
+            denial = find_cause(error, self._denied_by)
             if denial is not None and self.policy_decision == "n/a":
                 self.policy("deny", describe_exception(denial, with_type=False))
         return self._recorder.finish(self)
 
+    def _leave(self) -> None:
+        if self._before is not None:
+            with contextlib.suppress(ValueError):  # left in another context than entered, as fixtures do
+                _running.reset(self._before)
+            self._before = None
+
     def __enter__(self) -> Call:
+        self._before = _running.set(self)
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._recorder.wait(self._end(error))
+        self._leave()
+        self.end(error)
 
     async def __aenter__(self) -> Call:
         return self.__enter__()
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        await self._recorder.wait_async(self._end(error))
+        self._leave()
+        try:
+            await self._recorder.wait_async(self._end(error))
+        except BaseException:
+            # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
+            if error is None or isinstance(error, Exception):
+                raise
+
+
+_running: Final[contextvars.ContextVar[Call | None]] = contextvars.ContextVar("mxcp_audit", default=None)
+
+
+def running_call() -> Call | None:
+    """Return the innermost call that is recorded around the code that asks, or None."""
+    return _running.get()
 
 
 def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
@@ -2434,74 +2494,545 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
     return f"{name}: {text}" if with_type else text
 
 
-def _find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
-    """Return the error or the cause of it that is of the given kinds: frameworks wrap what tools raise."""
-    seen: BaseException | None = error
-    for _ in range(32):  # arbitrary; chains may be circular
+def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
+    """Return the error, or a cause or member of it, of the given kinds: frameworks wrap what tools raise."""
+    waiting: list[BaseException | None] = [error]
+    for _ in range(_MAX_CAUSES):
+        if not waiting:
+            break
+        seen = waiting.pop(0)
         if seen is None or isinstance(seen, kinds):
-            return seen
-        seen = seen.__cause__ or seen.__context__
+            if seen is not None:
+                return seen
+            continue
+        waiting += [seen.__cause__ or seen.__context__, *getattr(seen, "exceptions", ())]
     return None
 
 
-def mcp_caller(context: object) -> str:
-    """Return `http` if the request came over HTTP, else `stdio`."""
-    inner = getattr(context, "fastmcp_context", None) or context
-    for owner in (inner, _attribute(inner, "request_context")):
-        if _attribute(owner, "request") is not None:
-            return "http"
-    return "stdio"
+# Where a call came from.
 
 
-def _attribute(owner: object, name: str) -> Any:
-    """Return an attribute, or None: frameworks raise what they like outside of a request."""
+class Origin(NamedTuple):
+    """Where a call came from, as far as the framework knows."""
+
+    caller: str
+    user_id: str | None = None
+    session_id: str | None = None
+    trace_id: str | None = None
+
+
+def _get(owner: object, name: str) -> Any:
+    """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
     try:
-        return getattr(owner, name, None)
+        return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
     except Exception:
         return None
 
 
-def _error_of_result(result: object) -> object:
-    """Return the message of a result that is marked as an error, or None."""
-    if not (_attribute(result, "isError") is True or _attribute(result, "is_error") is True):
+def _text(value: object) -> str | None:
+    """Return a text that isn't empty, of a text or a number, else None."""
+    return str(value) if isinstance(value, (str, int)) and value != "" else None
+
+
+def origin_of(request_context: object) -> Origin:
+    """Return where a request came from; `cli` if there is none, which is a call inside of the program.
+
+    Args:
+        request_context: what has `request`, `session` and `meta`, in whichever framework.
+    """
+    if request_context is None:
+        return Origin("cli", trace_id=_active_trace())
+    request = _get(request_context, "request")
+    trace_id = (
+        trace_of(_get(request_context, "meta"))
+        or trace_of(_get(_get(request_context, "params"), "_meta"))
+        or trace_of(_get(request, "headers"))
+        or _active_trace()
+    )
+    if request is None:
+        client = _get(_get(request_context, "session"), "client_params")
+        client = _get(client, "client_info") or _get(client, "clientInfo")
+        return Origin("stdio", None, stdio_session(client, _CONNECTION), trace_id)
+    session = _get(_get(request, "headers"), "mcp-session-id") or _get(
+        _get(request, "query_params"), "session_id"
+    )
+    return Origin("http", _user_of(request), _text(session), trace_id)
+
+
+def stdio_session(client: object, connection: str) -> str:
+    """Return a session id for a connection that has none: the client's name and version, and `connection`."""
+    name, version = _text(_get(client, "name")), _text(_get(client, "version"))
+    label = "/".join(part for part in (name, version) if part)[:_MAX_CLIENT_CHARS]
+    return f"{label}:{connection}" if label else connection
+
+
+def _user_of(request: object) -> str | None:
+    """Return the authenticated subject of an HTTP request, else its OAuth client, else None."""
+    token = _get(_get(_get(request, "scope"), "user"), "access_token")
+    return (
+        _text(_get(token, "subject"))
+        or _text(_get(_get(token, "claims"), "sub"))
+        or _text(_get(token, "client_id"))
+    )
+
+
+def trace_of(carrier: object) -> str | None:
+    """Return the trace id of a W3C `traceparent` in `_meta` or in headers, or None."""
+    parent = _get(carrier, "traceparent")
+    match = _TRACEPARENT.fullmatch(parent) if isinstance(parent, str) else None
+    return match[1] if match else None
+
+
+def _active_trace() -> str | None:
+    """Return the trace id of OpenTelemetry's current span; that package is never loaded for it."""
+    current = _get(sys.modules.get("opentelemetry.trace"), "get_current_span")
+    try:
+        trace_id = current().get_span_context().trace_id if current is not None else 0
+        return f"{trace_id:032x}" if trace_id else None
+    except Exception:
         return None
-    content = _attribute(result, "content")
-    texts = [_attribute(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
+
+
+def _surroundings() -> Origin:
+    """Return the origin of the call, or of the framework's request, around the code that asks."""
+    call = running_call()
+    if call is not None:
+        return Origin(call.caller, call.user_id, call.session_id, call.trace_id)
+    for module, variable in (
+        ("fastmcp.server.dependencies", "fastmcp_request_ctx"),
+        ("mcp.server.lowlevel.server", "request_ctx"),
+    ):
+        found = getattr(sys.modules.get(module), variable, None)
+        context = found.get(None) if isinstance(found, contextvars.ContextVar) else None
+        if context is not None:
+            return origin_of(context)
+    return origin_of(None)
+
+
+# Middleware.
+
+
+def error_of_result(result: object) -> str | None:
+    """Return the message of a result that is marked as an error, or None."""
+    result = _get(result, "root") or result  # the SDK 1 wraps it
+    if not (_get(result, "isError") is True or _get(result, "is_error") is True):
+        return None
+    content = _get(result, "content")
+    texts = [_get(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
     return "\n".join(text for text in texts if isinstance(text, str)) or "the result is marked as an error"
 
 
-def middleware(
-    record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
-) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
-    """Return a middleware `(context, call_next)` that records tool calls, resource reads and prompts.
+class Middleware:
+    """A middleware `(context, call_next)` that records tool calls, resource reads and prompts.
 
     Args:
         record: `AuditLogger.record`.
         caller: what to record as caller; found out for each call if None.
-        denied_by: exceptions that are recorded as the policy decision `deny`.
+        denied_by: exceptions that are recorded as the policy decision `deny`; FastMCP's own
+            AuthorizationError always is.
     """
 
-    async def audit(context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-        event_type = MCP_METHODS.get(_attribute(context, "method"))
+    def __init__(
+        self, record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> None:
+        self._record = record
+        self._caller = caller
+        self._denied_by = denied_by if isinstance(denied_by, tuple) else (denied_by,)
+
+    async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Pass a message on; record it if it is an execution."""
+        event_type = MCP_METHODS.get(_get(context, "method"))
         if event_type is None:
             return await call_next(context)
-        message = _attribute(context, "message")
-        name = _attribute(message, "name") or _attribute(message, "uri")
-        call = record(
-            event_type,
-            name if isinstance(name, str) else str(name),
-            _attribute(message, "arguments"),
-            caller=caller or mcp_caller(context),
-            denied_by=denied_by,
-        )
-        async with call:
+        async with self._begin(event_type, context) as call:
             result = await call_next(context)
-            error = _error_of_result(result)
+            error = error_of_result(result)
             if error is not None:
                 call.fail(error)
             return result
 
-    return audit
+    async def check_resource_access(self, context: object) -> None:
+        """Allow: FastMCP 4 asks each middleware."""
+
+    def _begin(self, event_type: str, context: object) -> Call:
+        message = _get(context, "message")
+        if message is None:
+            message = _get(context, "params")
+        inside = _get(context, "fastmcp_context")
+        origin = origin_of(context if inside is None else _get(inside, "request_context"))
+        refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
+        return self._record(
+            event_type,
+            name_of(message),
+            _get(message, "arguments"),
+            denied_by=(*self._denied_by, refusal) if refusal is not None else self._denied_by,
+            **{**origin._asdict(), "caller": self._caller or origin.caller},
+        )
+
+    def instrument(self, server: Any) -> None:
+        """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included.
+
+        Raises:
+            AuditError: it is none that we know.
+        """
+        chain = getattr(server, "middleware", None)
+        inner = getattr(server, "_mcp_server", server)
+        if callable(getattr(server, "add_middleware", None)):
+            server.add_middleware(self)
+        elif isinstance(chain, list):
+            chain.append(self)
+        elif isinstance(getattr(inner, "request_handlers", None), dict):
+            inner.request_handlers = _AuditedHandlers(self, inner.request_handlers)
+        else:
+            raise AuditError(
+                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
+                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
+            )
+
+
+def name_of(message: object) -> str:
+    """Return the tool or prompt that a message names, or its URI; "" if it names none."""
+    name = _get(message, "name")
+    return str(_get(message, "uri") or "" if name is None else name)
+
+
+class _Request(NamedTuple):
+    """What a handler of the SDK 1 knows, in the shape of the SDK 2."""
+
+    method: str
+    params: object
+    request: object
+    session: object
+    meta: object
+
+
+class _AuditedHandlers(dict[Any, Any]):
+    """The handlers of an SDK 1 server by type of request; those that execute are recorded."""
+
+    _METHODS: Final = {
+        "CallToolRequest": "tools/call",
+        "ReadResourceRequest": "resources/read",
+        "GetPromptRequest": "prompts/get",
+    }
+
+    def __init__(self, middleware: Middleware, handlers: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self._middleware = middleware
+        for kind, handler in handlers.items():
+            self[kind] = handler
+
+    def __setitem__(self, kind: Any, handler: Any) -> None:
+        method = self._METHODS.get(kind.__name__)
+        super().__setitem__(kind, handler if method is None else self._audited(method, handler))
+
+    def _audited(self, method: str, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
+        async def audited(request: Any) -> Any:
+            variable = getattr(sys.modules.get("mcp.server.lowlevel.server"), "request_ctx", None)
+            context = variable.get(None) if variable is not None else None
+            found = _Request(
+                method, _get(request, "params"), *(_get(context, n) for n in _Request._fields[2:])
+            )
+            return await self._middleware(found, lambda _: handler(request))
+
+        return audited
+
+
+# Decorators.
+
+
+def audited(
+    function: Function,
+    record: Callable[..., Call],
+    event_type: str,
+    name: str | None,
+    caller: str | None,
+    denied_by: DeniedBy,
+) -> Function:
+    """Return a function that does the same and is recorded; signature, name and kind stay.
+
+    Args:
+        function: a function, coroutine function, generator, async generator, or a method of them.
+        record: `AuditLogger.record`.
+        event_type: tool, resource or prompt.
+        name: what to record as name; the function's own if None.
+        caller: what to record as caller; that of the surrounding request, or `cli`, if None.
+        denied_by: exceptions that are recorded as the policy decision `deny`.
+    """
+    if isinstance(function, (classmethod, staticmethod)):
+        inner = audited(function.__func__, record, event_type, name, caller, denied_by)
+        return cast(Function, type(function)(inner))
+    title = name or getattr(function, "__name__", None) or type(function).__name__
+    input_of = _binder(function)
+
+    def start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        origin = _surroundings()
+        return record(
+            event_type,
+            title,
+            input_of(args, kwargs),
+            denied_by=denied_by,
+            **{**origin._asdict(), "caller": caller or origin.caller},
+        )
+
+    return cast(Function, functools.wraps(function)(_wrapper(function, start)))
+
+
+def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
+    """Return a function of the same kind, which `inspect` and so the frameworks tell apart."""
+    if inspect.isasyncgenfunction(function):
+
+        async def async_generator(*args: Any, **kwargs: Any) -> Any:
+            async with _Unseen(start(args, kwargs)) as call:
+                steps = function(*args, **kwargs)
+                try:
+                    with call.running():
+                        item = await steps.__anext__()
+                    while True:
+                        try:
+                            sent = yield item
+                        except GeneratorExit:
+                            with call.running():
+                                await steps.aclose()
+                            raise
+                        except BaseException as error:
+                            with call.running():
+                                item = await steps.athrow(error)
+                        else:
+                            with call.running():
+                                item = await steps.asend(sent)
+                except StopAsyncIteration:
+                    return
+
+        return async_generator
+    if inspect.isgeneratorfunction(function):
+
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            with _Unseen(start(args, kwargs)) as call:
+                return (yield from _Steps(call, function(*args, **kwargs)))
+
+        return generator
+    if inspect.iscoroutinefunction(function):
+
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            async with start(args, kwargs):
+                return await function(*args, **kwargs)
+
+        return coroutine
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with start(args, kwargs):
+            return function(*args, **kwargs)
+
+    return plain
+
+
+class _Unseen:
+    """A call around a generator: between its steps, other code runs that is no part of the call."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __enter__(self) -> Call:
+        return self._call
+
+    def __exit__(self, *error: Any) -> None:
+        self._call.__exit__(*error)
+
+    async def __aenter__(self) -> Call:
+        return self._call
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._call.__aexit__(*error)
+
+
+class _Steps:
+    """A generator of which each step is part of a call."""
+
+    def __init__(self, call: Call, generator: Any) -> None:
+        self._call = call
+        self._generator = generator
+
+    def __iter__(self) -> _Steps:
+        return self
+
+    def __next__(self) -> Any:
+        with self._call.running():
+            return next(self._generator)
+
+    def send(self, value: Any) -> Any:
+        with self._call.running():
+            return self._generator.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        with self._call.running():
+            return self._generator.throw(*error)
+
+    def close(self) -> None:
+        with self._call.running():
+            self._generator.close()
+
+
+def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
+    """Return what turns arguments into the input that is recorded: by name, as the function gets them.
+
+    The instance of a method and the context object of a framework are no input.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions in C have none
+        return lambda args, kwargs: {"args": args, "kwargs": kwargs}
+    parameters = list(signature.parameters.values())
+    owner = getattr(function, "__qualname__", "").rpartition(".")[0]
+    in_class = owner != "" and not owner.endswith("<locals>")
+    bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
+    rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
+
+    def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # the function will say so itself
+            return {"args": args[bound is not None :], "kwargs": kwargs}
+        named = {name: value for name, value in given.items() if name not in (bound, rest)}
+        if rest is not None:
+            named.update(given.get(rest, {}))
+        return {name: value for name, value in named.items() if not _is_context(value)}
+
+    return input_of
+
+
+def _is_context(value: object) -> bool:
+    kind = type(value)
+    return kind.__name__ == "Context" and kind.__module__.partition(".")[0] in ("mcp", "fastmcp")
+
+
+# The stdio wrapper's bookkeeping.
+
+MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
+_MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
+
+
+class StdioAudit:
+    """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
+
+    Feed a piece *before* it is passed on: then an answer can't overtake its request, and a client
+    that has an answer can be sure of its row. The two sides may be fed from two threads.
+
+    Args:
+        record: `AuditLogger.record`.
+        on_fault: told what could not be audited.
+    """
+
+    def __init__(self, record: Callable[..., Call], *, on_fault: Callable[[str], None]) -> None:
+        self._record = record
+        self._on_fault = on_fault
+        self._client_lines = _Lines()
+        self._server_lines = _Lines()
+        self._pending: dict[str | float, Call] = {}
+        self._session_id = _CONNECTION
+
+    def from_client(self, data: bytes) -> None:
+        """Take in what the client sends: any piece of it."""
+        for line in self._client_lines.feed(data):
+            for message in self._messages(line):
+                method = message.get("method")
+                params = message.get("params")
+                if method == "initialize":
+                    self._session_id = stdio_session(_get(params, "clientInfo"), _CONNECTION)
+                elif method == "notifications/cancelled":
+                    reason = _text(_get(params, "reason"))
+                    self._finish(
+                        _get(params, "requestId"),
+                        "cancelled by the client" + (f": {reason}" if reason else ""),
+                    )
+                elif isinstance(method, str) and method in MCP_METHODS:
+                    self._begin(method, params, message)
+
+    def from_server(self, data: bytes) -> None:
+        """Take in what the server sends: any piece of it."""
+        for line in self._server_lines.feed(data):
+            for message in self._messages(line) if self._pending else ():
+                if "method" in message:  # the server's own requests count their ids for themselves
+                    continue
+                failure = message.get("error")
+                if failure is None:
+                    self._finish(message.get("id"), error_of_result(message.get("result")))
+                else:
+                    code = _text(_get(failure, "code"))
+                    text = _text(_get(failure, "message")) or "the server answered with an error"
+                    self._finish(message.get("id"), f"{text} ({code})" if code else text)
+
+    def close(self, reason: str) -> None:
+        """Record every call that was never answered, with `reason` as its error."""
+        for key in list(self._pending):
+            self._finish(key, reason)
+
+    def _messages(self, line: bytes | None) -> list[dict[str, Any]]:
+        if line is None:
+            self._on_fault(f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited")
+            return []
+        try:
+            value = json.loads(line.decode("utf-8", "replace"), parse_int=_json_int)
+        except RecursionError:
+            self._on_fault("a message passed unaudited: it is nested too deeply to be read")
+            return []
+        except ValueError:  # no JSON, so nobody takes it for a call
+            return []
+        return [
+            message for message in (value if isinstance(value, list) else [value]) if type(message) is dict
+        ]
+
+    def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
+        call = self._record(
+            MCP_METHODS[method],
+            name_of(params),
+            _get(params, "arguments"),
+            caller="stdio",
+            session_id=self._session_id,
+            trace_id=trace_of(_get(params, "_meta")),
+        )
+        key = message.get("id")
+        if type(key) not in (str, int, float):
+            call.fail("sent without an id that could be answered")
+            call.end()
+            return
+        self._finish(key, "its id was used again before it was answered")
+        self._pending[key] = call  # type: ignore[index]
+
+    def _finish(self, key: object, error: str | None) -> None:
+        call = self._pending.pop(key, None) if type(key) in (str, int, float) else None  # type: ignore[call-overload]
+        if call is not None:
+            if error is not None:
+                call.fail(error)
+            call.end()
+
+
+class _Lines:
+    """Puts pieces of bytes together into lines."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes | None]:
+        """Yield the lines that `data` completes; None for one that is too long to be kept."""
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            self._keep(end)
+            yield b"".join(self._parts) if self._size <= MAX_MESSAGE_BYTES else None
+            self._parts, self._size = [], 0
+        self._keep(rest)
+
+    def _keep(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._size <= MAX_MESSAGE_BYTES:
+            self._parts.append(part)
+        else:
+            self._parts.clear()
+
+
+def _json_int(text: str) -> int | str:
+    """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
+    return int(text) if len(text) <= _MAX_DIGITS else text
 
 
 # === Logger ===
@@ -2716,16 +3247,80 @@ class AuditLogger:
             denied_by=denied_by,
         )
 
-    def middleware(
-        self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
-    ) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
-        """Return a middleware for FastMCP: `server.add_middleware(audit.middleware())`.
+    def policy(self, decision: str, reason: str | None = None) -> None:
+        """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
+
+        It runs here within `record`, in a decorated function, and in a tool under `middleware`. Elsewhere
+        there is nothing to decide about; `logging` is told.
+        """
+        call = running_call()
+        if call is None:
+            self._diagnostics.report("policy", "a policy decision outside of any call is not recorded")
+        else:
+            call.policy(decision, reason)
+
+    def middleware(self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError) -> Middleware:
+        """Return a middleware: `server.add_middleware(audit.middleware())`, or `server.middleware.append(…)`.
+
+        The first is FastMCP 2 to 4, the second the `mcp` SDK 2. Every tool call, resource read and prompt
+        is recorded, failures and refusals included, with user, session, trace and caller.
 
         Args:
             caller: recorded as caller; by default `http` or `stdio`, as the request came.
-            denied_by: exceptions that are recorded as the policy decision `deny`.
+            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
         """
-        return middleware(self.record, caller=caller, denied_by=denied_by)
+        return Middleware(self.record, caller=caller, denied_by=denied_by)
+
+    def instrument(
+        self, server: object, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> None:
+        """Record what a server executes, whichever way it has for that: FastMCP, the `mcp` SDK 1 or 2.
+
+        The SDK 1 has no middleware; there, the handlers that are registered now and later are wrapped.
+
+        Raises:
+            AuditError: the object is no server that we know.
+        """
+        self.middleware(caller=caller, denied_by=denied_by).instrument(server)
+
+    def tool(
+        self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a tool: `@audit.tool()`.
+
+        The function may be a coroutine, a generator, an async generator or a method. Its signature, name
+        and docstring stay, and what it raises is raised. Its arguments are recorded by name.
+
+        Args:
+            name: recorded as name; by default the function's own.
+            caller: recorded as caller; by default that of the request it runs in, `cli` without one.
+            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
+        """
+        return self._decorator("tool", name, caller, denied_by)
+
+    def resource(
+        self, uri: str, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a resource: `@audit.resource("reports/{report_id}")`."""
+        return self._decorator("resource", uri, caller, denied_by)
+
+    def prompt(
+        self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a prompt: `@audit.prompt()`."""
+        return self._decorator("prompt", name, caller, denied_by)
+
+    def _decorator(
+        self, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
+    ) -> Callable[[Function], Function]:
+        if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
+            example = '("reports/{id}")' if event_type == "resource" else "()"
+            raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
+
+        def decorate(function: Function) -> Function:
+            return audited(function, self.record, event_type, name, caller, denied_by)
+
+        return decorate
 
     @property
     def counters(self) -> Counters:
@@ -2838,7 +3433,12 @@ class AuditLogger:
         if self.config.durable and self.enabled:
             import asyncio
 
-            await asyncio.get_running_loop().run_in_executor(None, self._writer.wait_written, ticket)
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:  # another kind of event loop: the promise counts for more than its time
+                self._writer.wait_written(ticket)
+            else:
+                await loop.run_in_executor(None, self._writer.wait_written, ticket)
 
     def _put_without_content(self, fault: Exception) -> int:
         """Record that there was an event, although it could not be encoded."""
