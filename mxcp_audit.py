@@ -46,6 +46,7 @@ from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
 from typing import (
+    IO,
     TYPE_CHECKING,
     Any,
     ClassVar,
@@ -66,6 +67,7 @@ else:
 
 if TYPE_CHECKING:
     import argparse
+    import hashlib
     import subprocess
 
 __version__ = "0.1.0"
@@ -1390,6 +1392,75 @@ def line_fault(line: bytes) -> str | None:
     return None
 
 
+# MXCP's own logs.
+
+_ISO_8601: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
+)
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+# Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
+_NAMES_OF_MXCP: Final = {
+    "caller": ("caller", "caller_type"),
+    "event_type": ("type", "operation_type"),
+    "name": ("name", "operation_name"),
+    "input_params": ("input_json", "input_data"),
+    "duration_ms": ("duration_ms", "duration_ms"),
+    "policy_decision": ("policy_decision", "policy_decision"),
+    "reason": ("reason", "policy_reason"),
+    "status": ("status", "operation_status"),
+    "error": ("error", "error"),
+    "user_id": ("user_id", "user_id"),
+    "session_id": ("session_id", "session_id"),
+    "trace_id": ("trace_id", "trace_id"),
+}
+
+
+def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`.
+
+    Args:
+        line: of MXCP 0.1 to 0.3, or of 0.4 and newer; which of them, its keys say.
+
+    Returns:
+        None for what newer versions keep beside events: the definition of a schema.
+
+    Raises:
+        ValueError: it is no event; the text says why.
+    """
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object")
+    newer = "operation_type" in record
+    if not newer and "type" not in record:
+        if "schema_name" in record and "fields" in record:
+            return None
+        raise ValueError("no event: it has neither type nor operation_type")
+    event = {ours: record.get(theirs[newer]) for ours, theirs in _NAMES_OF_MXCP.items()}
+    if not newer and isinstance(event["input_params"], str):
+        with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
+            event["input_params"] = json.loads(event["input_params"])
+    if event["policy_decision"] is None:
+        event["policy_decision"] = "n/a"
+    return _time_of_mxcp(record.get("timestamp")), event
+
+
+def _time_of_mxcp(text: object) -> int:
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"timestamp {text!r:.60} is no time")
+    day, second, fraction, hours, minutes = match.groups()
+    offset = f"{hours}:{minutes}" if hours else "+00:00"
+    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
+    if moment < _EPOCH:
+        raise ValueError(f"timestamp {text!r:.60} is before 1970")
+    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
+
+
 # === Journal ===
 # may name: Errors, Events, Encoding
 #
@@ -1613,24 +1684,28 @@ class Journal:
         self.directory = os.path.abspath(directory)
         self._clock = clock
 
-    def open_segment(self, *, durable: bool = False) -> Segment:
+    def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
         """Create a new segment and lock it.
 
         Args:
             durable: also force the new name to the disk.
+            named: the segment's id; a fresh one if None.
 
         Raises:
+            FileExistsError: there is a segment of the name asked.
             OSError: the directory can't be made or written.
             JournalError: the directory is a symbolic link or belongs to somebody else.
         """
         self._make_directory()
         while True:
-            segment_id = new_segment_id(self._clock())
+            segment_id = named or new_segment_id(self._clock())
             path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _NO_FOLLOW
             try:
                 fd = os.open(path, flags, _FILE_MODE)
             except FileExistsError:
+                if named:
+                    raise
                 continue
             try:
                 # A claimer may have found the empty file first, and deleted it.
@@ -3735,6 +3810,12 @@ def _like(text: str, *, wild: bool = True) -> str:
     return escaped.replace("*", "%") if wild else f"%{escaped}%"
 
 
+# What `import` asks: how much of a part of a file is there already.
+IMPORTED: Final = """\
+SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
+
+
 # === Engines ===
 # may name: Errors, SQL
 #
@@ -4318,6 +4399,26 @@ class Store:
             present.setdefault(table, set()).add(column)
         return present
 
+    # --- import
+
+    def imported(self, segment_id: str) -> tuple[int, str] | None:
+        """Return how many events of a segment are in the database and the time of the last, or None.
+
+        Raises:
+            StoreError: the database can't be had.
+        """
+        if self.is_file and self._is_absent():
+            return None
+        with self._busy:
+            engine = self._guest()
+            with self._attached(engine, read_only=True):
+                found = []
+                if "ledger" in self._columns(engine):
+                    found = engine.execute(IMPORTED, {"segment": segment_id})
+            if not engine.keeps:
+                engine.close()
+        return (int(found[0][0]), str(found[0][1])) if found else None
+
     # --- both
 
     @contextlib.contextmanager
@@ -4689,9 +4790,10 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
 
 
 # === Assembly ===
-# may name: Config, Writer, Logger, Store
+# may name: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Logger, Store
 #
-# The door in the wall: gives loggers their way into the database.
+# The door in the wall: gives loggers their way into the database. And what needs both sides: `import`,
+# which redacts and encodes like a logger and asks the ledger what is there already.
 
 
 def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
@@ -4701,8 +4803,172 @@ def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
 AuditLogger._ingest_side = staticmethod(_ingest_side)
 
 
+PART_EVENTS: Final = 20_000  # arbitrary: of an imported file, in one segment
+PART_BYTES: Final = 32 * 2**20
+IMPORT_LINE_BYTES: Final = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
+
+
+class ImportResult(NamedTuple):
+    """What became of one file."""
+
+    events: int  # new in the log
+    known: int  # there from an earlier import
+    bad: int  # lines that are no events
+
+
+class Importer:
+    """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
+
+    A file becomes segments of up to PART_EVENTS events, which go the way of all segments. The id of a
+    part is made of the time of its first event and of a digest of the file up to there, so that the
+    ledger knows it again; the part after it begins where the ledger says that it ended. Renamed,
+    compressed and longer files are thus continued; a crash at any point leaves a part that is shorter.
+
+    Args:
+        config: says where database and journal are, and what is redacted.
+        on_bad_line: told the number of a line, from 1, and why it is no event.
+        wait: seconds to try again while another process holds the database.
+        diagnostics: counts what was ingested.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        on_bad_line: Callable[[int, str], None],
+        wait: float,
+        diagnostics: Diagnostics,
+    ) -> None:
+        key = os.environ.get("MXCP_AUDIT_KEY")
+        redactor = Redactor(
+            config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None
+        )
+        self._now_ns = 0
+        self._encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns)
+        self._store = Store(config, diagnostics=diagnostics)
+        self._journal = Journal(config.journal_directory)
+        self._on_bad_line = on_bad_line
+        self._wait = wait
+        self._bad = 0
+
+    def take(self, path: str) -> ImportResult:
+        """Import a file, gzip or plain.
+
+        Raises:
+            StoreError: the database can't be had, or the file is none of MXCP's logs.
+            OSError: the file can't be read. What came before is imported.
+        """
+        import hashlib  # lazily: it loads OpenSSL
+
+        self._patiently(self._store.ingest)  # a part that waits in the journal is none the ledger knows
+        self._bad = 0
+        events = known = 0
+        digest = hashlib.sha256()
+        lines = self._events(path)
+        first = next(lines, None)
+        while first is not None:
+            part = self._part_id(digest, first)
+            there = self._patiently(lambda part=part: self._store.imported(part))  # type: ignore[misc]
+            if there is None:
+                count, first = self._write(part, digest, first, lines)
+                events += count
+                self._patiently(self._store.ingest)
+            else:
+                count, first = self._skip(path, there, digest, first, lines)
+                known += count
+        return ImportResult(events, known, self._bad)
+
+    def _events(self, path: str) -> Iterator[tuple[bytes, int, dict[str, Any]]]:
+        """Yield each event of a file with its line and its time."""
+        with open(path, "rb") as raw:
+            head = raw.peek(12)
+            if head[8:12] == b"DUCK":
+                raise StoreError(f"{path} is a DuckDB database, no JSONL; read it as it is: log --db {path}")
+            file = gzip_reader(raw) if head[:2] == b"\x1f\x8b" else raw
+            for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
+                line = line.strip()
+                if not line:
+                    continue
+                try:
+                    found = event_of_mxcp(line)
+                except ValueError as error:
+                    self._bad += 1
+                    self._on_bad_line(number, str(error))
+                    continue
+                if found is not None:
+                    yield line, *found
+
+    def _part_id(self, digest: hashlib._Hash, first: tuple[bytes, int, dict[str, Any]]) -> str:
+        line, now_ns, _ = first
+        here = digest.copy()
+        here.update(line)
+        return f"{new_segment_id(now_ns).rpartition('-')[0]}-{here.hexdigest()[:8]}"
+
+    def _write(self, part: str, digest: hashlib._Hash, first: Any, lines: Iterator[Any]) -> tuple[int, Any]:
+        """Write a part into the journal; return its size and the first event after it."""
+        try:
+            segment = self._journal.open_segment(named=part)
+        except FileExistsError as error:
+            raise StoreError(f"{part} is being imported by another process; try again later") from error
+        try:
+            event = first
+            while event is not None and segment.events < PART_EVENTS and segment.size < PART_BYTES:
+                batch: list[bytes] = []
+                while event is not None and len(batch) < 500:
+                    line, self._now_ns, values = event
+                    digest.update(line)
+                    batch.append(finish_line(self._line(values), segment.events + len(batch) + 1))
+                    event = next(lines, None)
+                segment.append(b"".join(batch), len(batch))
+        finally:
+            segment.seal()
+        return segment.events, event
+
+    def _line(self, values: Mapping[str, Any]) -> bytes:
+        echoes: list[str] = []
+        input_json = self._encoder.input_json(values["input_params"], values["name"], None, echoes)
+        rest = {name: value for name, value in values.items() if name != "input_params"}
+        return self._encoder.line(**rest, input_json=input_json, echoes=echoes)
+
+    def _skip(
+        self, path: str, there: tuple[int, str], digest: hashlib._Hash, first: Any, lines: Iterator[Any]
+    ) -> tuple[int, Any]:
+        """Pass over a part that is in the database; return its size and the first event after it."""
+        count, last_ns = 0, 0
+        event = first
+        while event is not None and count < there[0]:
+            digest.update(event[0])
+            last_ns = max(last_ns, event[1])
+            count += 1
+            event = next(lines, None)
+        last = sql_time(_EPOCH + datetime.timedelta(microseconds=last_ns // 1000))
+        if count == there[0] and last != there[1]:
+            raise StoreError(
+                f"{path} begins like a file that was imported before, but goes on differently: it was "
+                "edited, or is a copy that went its own way; import the events that are missing as a file"
+            )
+        return count, event
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + self._wait
+        while True:
+            try:
+                return action()
+            except DatabaseLockedError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)
+
+
+def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
+    """Return the uncompressed side of a gzip file. A damaged one raises OSError or EOFError in between."""
+    import gzip  # lazily: few need it
+
+    return cast("IO[bytes]", gzip.open(raw))
+
+
 # === Command line ===
-# may name: Errors, Config, Events, Writer, SQL, Engines, Store, Output
+# may name: Errors, Config, Events, Writer, Calls, Logger, SQL, Engines, Store, Output, Assembly
 #
 # The only room that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
@@ -4791,7 +5057,7 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
     place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-    for add in (_add_log, _add_ingest):
+    for add in (_add_log, _add_ingest, _add_import, _add_wrap):
         add(commands, common)
     return parser
 
@@ -4939,6 +5205,275 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     if not done:
         _say("another process is ingesting; the rest is left to it")
     return EXIT_FAILED if told.rejected else 0
+
+
+def _add_import(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "import",
+        parents=[common],
+        help="take in MXCP's own JSONL logs",
+        description="Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported "
+        "before is not imported again, so a log that grew can be given again.",
+    )
+    command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
+    command.set_defaults(run=cmd_import)
+
+
+def cmd_import(options: argparse.Namespace) -> int:
+    config = _config_of(options)
+    failed = False
+    for path in options.files:
+        importer = Importer(
+            config,
+            on_bad_line=lambda number, reason, path=path: _say(f"{path}:{number}: {reason}"),  # type: ignore[misc]
+            wait=options.wait,
+            diagnostics=Diagnostics(),
+        )
+        try:
+            result = importer.take(path)
+        except (OSError, EOFError) as error:
+            _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
+            failed = True
+            continue
+        known = f", {result.known} were there" if result.known else ""
+        bad = f", {result.bad} bad line{'' if result.bad == 1 else 's'} left out" if result.bad else ""
+        _say(f"{path}: {result.events} event{'' if result.events == 1 else 's'} imported{known}{bad}")
+        failed |= result.bad > 0
+    return EXIT_FAILED if failed else 0
+
+
+def _add_wrap(commands: Any, common: argparse.ArgumentParser) -> None:
+    import argparse
+
+    command = commands.add_parser(
+        "wrap",
+        parents=[common],
+        help="run any stdio MCP server and record what it executes",
+        description="Run COMMAND, an MCP server over standard input and output in any language, and record "
+        "its tool calls, resource reads and prompts. Every byte passes unchanged.",
+        usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="stop the traffic when it can't be recorded (default: go on)"
+    )
+    command.add_argument("server", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="the server")
+    command.set_defaults(run=cmd_wrap)
+
+
+def cmd_wrap(options: argparse.Namespace) -> int:
+    command = options.server[1:] if options.server[:1] == ["--"] else options.server
+    if not command:
+        raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
+    if options.db is not None:
+        _config_of(options)  # --db excludes the others
+        audit = AuditLogger(options.db)
+    else:
+        audit = AuditLogger.from_config(options.config, profile=options.profile)
+    if not audit.enabled:
+        problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
+        if options.strict:
+            raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
+        _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
+    wrapped = _WrappedServer(command, audit, strict=options.strict)
+    code = wrapped.run()
+    audit.shutdown()
+    if wrapped.failure is not None:
+        _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
+        return EXIT_FAILED
+    return _end_like(code)
+
+
+def _end_like(code: int) -> int:
+    """Return a child's exit code, or die of the signal that it died of, so that our parent sees the same."""
+    if code < 0:
+        import signal
+
+        with contextlib.suppress(OSError, ValueError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code if code >= 0 else 128 - code
+
+
+class _WrappedServer:
+    """A stdio server as our child. Three threads: one a direction, and the main one, which waits for its end.
+
+    Pieces are passed on as they come, by plain reads and writes: nothing here buffers, and a side that
+    doesn't read makes the other wait, as one pipe would. A child is never left behind: when the client
+    is gone, its input is closed; if it doesn't end by that, it gets SIGTERM and then SIGKILL.
+    """
+
+    _PIECE_BYTES: Final = 2**16
+    _GRACE_SECONDS: Final = 5.0  # arbitrary; the order is that of MCP's own shutdown of a stdio server
+    _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+
+    def __init__(self, command: Sequence[str], audit: AuditLogger, *, strict: bool) -> None:
+        self._command = list(command)
+        self._audit = audit
+        self._strict = strict
+        self._told = Diagnostics()
+        self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
+        self._client_gone = False
+        self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
+        self.failure: str | None = None
+
+    def run(self) -> int:
+        """Run the server to its end and return its exit code, negative if a signal ended it.
+
+        Raises:
+            AuditError: it can't be started.
+        """
+        import shutil
+        import subprocess
+        import threading
+
+        program = shutil.which(self._command[0]) or self._command[0]  # Windows needs it for npx.cmd
+        try:
+            self._process = subprocess.Popen(
+                [program, *self._command[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+            )
+        except OSError as error:
+            raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
+        self._forward_signals()
+        threads = [
+            threading.Thread(target=side, name=f"mxcp_audit {side.__name__}", daemon=True)
+            for side in (self._pass_requests, self._pass_answers)
+        ]
+        for thread in threads:
+            thread.start()
+        code = self._process.wait()
+        threads[1].join(self._GRACE_SECONDS)  # a grandchild may hold the pipe open for ever
+        who = "client" if self._client_gone else "server"
+        self._stdio.close(f"the {who} went away before it was answered")
+        return code
+
+    def _forward_signals(self) -> None:
+        import signal
+
+        def forward(number: int, frame: object) -> None:
+            # What the terminal sends, it sends to the server too: we are in one process group.
+            if number not in (signal.SIGINT, getattr(signal, "SIGQUIT", None)) or not _has_terminal():
+                self._process.send_signal(number)
+
+        for name in self._SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
+                with contextlib.suppress(ValueError, OSError):
+                    signal.signal(number, forward)
+
+    def _pass_requests(self) -> None:
+        assert self._process.stdin is not None
+        sink = self._process.stdin.fileno()
+        try:
+            while data := _read_piece(0, self._PIECE_BYTES):
+                if not self._audited(self._stdio.from_client, data):
+                    return
+                _write_all(sink, data)
+        except OSError:  # the server reads no more: the client shall see that, as it would without us
+            _give_up(0)
+            return
+        self._process.stdin.close()
+        if _reader_is_gone(1):
+            self._client_gone = True
+            self._end_child()
+
+    def _pass_answers(self) -> None:
+        assert self._process.stdout is not None
+        while data := _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES):
+            if not self._audited(self._stdio.from_server, data):
+                return
+            if not self._client_gone:
+                try:
+                    _write_all(1, data)
+                except OSError:  # what comes now is for the record only
+                    self._client_gone = True
+        _give_up(1)
+
+    def _audited(self, feed: Callable[[bytes], None], data: bytes) -> bool:
+        """Feed the bookkeeping; False, and the child is ended, if that failed and nothing may pass then."""
+        if not self._audit.enabled:
+            return True
+        try:
+            feed(data)
+            if self._strict and self.failure is None:
+                self._settle()
+        except Exception as error:
+            self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
+        if self.failure is not None:
+            self._end_child()
+            return False
+        return True
+
+    def _settle(self) -> None:
+        """Wait until what was recorded is in the journal: so `--strict` holds an answer back until then."""
+        deadline = time.monotonic() + self._GRACE_SECONDS
+        while (counters := self._audit.counters).written < counters.accepted:
+            if time.monotonic() > deadline:
+                self.failure = f"the journal can't be written: {counters.last_error}"
+                return
+            time.sleep(0.001)
+        if counters.dropped:
+            self.failure = f"{counters.dropped} events were dropped"
+
+    def _on_fault(self, problem: str) -> None:
+        if self._strict:
+            self.failure = problem
+        else:
+            self._told.report("wrap", problem)
+
+    def _end_child(self) -> None:
+        """Make the server end if it doesn't by itself."""
+        for ask in (self._process.terminate, self._process.kill):
+            if self.failure is None or ask == self._process.kill:
+                deadline = time.monotonic() + self._GRACE_SECONDS
+                while self._process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            ask()
+
+
+def _read_piece(fd: int, size: int) -> bytes:
+    """Return what can be read now, waiting for it; nothing at the end, or if there is no such file."""
+    try:
+        return os.read(fd, size)
+    except OSError:
+        return b""
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def _give_up(fd: int) -> None:
+    """Close our end of a pipe, but keep its number: a journal segment must not become standard output."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, fd)
+    os.close(null)
+
+
+def _reader_is_gone(fd: int) -> bool:
+    """Wait until nobody can read what is written to `fd` and return True; False if that can't be told."""
+    import select
+
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll())
+
+
+def _has_terminal() -> bool:
+    """Say whether a terminal's Ctrl+C reaches this process group."""
+    try:
+        fd = os.open("/dev/tty", os.O_RDONLY | getattr(os, "O_NOCTTY", 0))
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _say(text: str) -> None:
