@@ -2419,7 +2419,10 @@ class Ingester:
 # to choose there (`claude-ai/1.2:9f86d081884c7d65`); over HTTP `session_id` is the transport's own.
 #
 # Caveat: the `mcp` SDK makes a result of what a tool raises, so that the exception is gone before a
-# middleware could see it: the row says error, and `deny` only if the tool says so (`audit.policy`).
+# middleware could see it. → Decorate the tool as well: under a middleware a decorator makes no row of
+# its own, but tells the middleware's call what it saw.
+#
+# Caveat: a call is recorded when it ends, so one that runs when the process is killed is not.
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
@@ -2486,11 +2489,12 @@ class Call:
         self.duration_ms = 0
         self._recorder = recorder
         self._denied_by = denied_by
+        self.detailed = True  # False: a decorator within may tell more (see _Within)
         self._before: contextvars.Token[Call | None] | None = None
         self._started = time.perf_counter()
         self.input_json, self.echoes = recorder.begin(input_params, name, endpoint_def)
 
-    def policy(self, decision: str, reason: str | None = None) -> None:
+    def policy(self, decision: str, reason: object = None) -> None:
         """Record what a policy decided: allow, deny or warn, and why."""
         self.policy_decision, self.reason = decision, reason
 
@@ -2515,7 +2519,8 @@ class Call:
         self.duration_ms = round((time.perf_counter() - self._started) * 1000)
         # Whoever closes a generator has all that was wanted of it: no error.
         if error is not None and not isinstance(error, GeneratorExit):
-            self.fail(describe_exception(error))
+            if self.status != "error":  # what is known already was known nearer to the cause
+                self.fail(describe_exception(error))
             denial = find_cause(error, self._denied_by)
             if denial is not None and self.policy_decision == "n/a":
                 self.policy("deny", describe_exception(denial, with_type=False))
@@ -2558,8 +2563,10 @@ def running_call() -> Call | None:
 
 
 def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
-    """Return `Type: message`, whatever the exception's own `__str__` does."""
+    """Return `Type: message`, whatever the exception's own `__str__` does; of a cancellation `cancelled`."""
     name = type(error).__name__
+    if name in ("CancelledError", "Cancelled"):  # asyncio's and trio's; the message is about scopes and tasks
+        return "cancelled"
     try:
         text = str(error)
     except Exception:
@@ -2599,7 +2606,10 @@ class Origin(NamedTuple):
 def _get(owner: object, name: str) -> Any:
     """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
     try:
-        return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
+        if isinstance(owner, dict):
+            return owner.get(name)
+        value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
+        return owner.get(name) if value is None and isinstance(owner, Mapping) else value
     except Exception:
         return None
 
@@ -2722,7 +2732,7 @@ class Middleware:
         async with self._begin(event_type, context) as call:
             result = await call_next(context)
             error = error_of_result(result)
-            if error is not None:
+            if error is not None and call.status != "error":
                 call.fail(error)
             return result
 
@@ -2736,13 +2746,15 @@ class Middleware:
         inside = _get(context, "fastmcp_context")
         origin = origin_of(context if inside is None else _get(inside, "request_context"))
         refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
-        return self._record(
+        call = self._record(
             event_type,
             name_of(message),
             _get(message, "arguments"),
             denied_by=(*self._denied_by, refusal) if refusal is not None else self._denied_by,
             **{**origin._asdict(), "caller": self._caller or origin.caller},
         )
+        call.detailed = False
+        return call
 
     def instrument(self, server: Any) -> None:
         """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included.
@@ -2838,8 +2850,18 @@ def audited(
         return cast(Function, type(function)(inner))
     title = name or getattr(function, "__name__", None) or type(function).__name__
     input_of = _binder(function)
+    template = re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(title)))  # `{id}` stands for any text
 
     def start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        outer = running_call()
+        if (
+            outer is not None
+            and not outer.detailed
+            and outer.event_type == event_type
+            and (template.fullmatch(outer.name))
+        ):
+            outer.detailed = True  # what the function calls in turn are executions of their own
+            return Call(_Within(outer), event_type, title, input_of(args, kwargs), denied_by=denied_by)
         origin = _surroundings()
         return record(
             event_type,
@@ -2899,6 +2921,36 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
             return function(*args, **kwargs)
 
     return plain
+
+
+class _Within:
+    """The recorder of a function that runs under a middleware: what it sees goes into that call's row.
+
+    So the row of a resource says `reports/{report_id}` and which id, and exceptions that the framework
+    swallows are known.
+    """
+
+    def __init__(self, outer: Call) -> None:
+        self._outer = outer
+
+    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+        outer = self._outer
+        outer.name = str(name)
+        outer.input_json, outer.echoes = outer._recorder.begin(input_params, name, endpoint_def)
+        return outer.input_json, outer.echoes
+
+    def finish(self, call: Call) -> int:
+        if call.status == "error":
+            self._outer.fail(call.error)
+        if call.policy_decision != "n/a":
+            self._outer.policy(call.policy_decision, call.reason)
+        return 0
+
+    def wait(self, ticket: int) -> None:
+        pass
+
+    async def wait_async(self, ticket: int) -> None:
+        pass
 
 
 class _Unseen:
