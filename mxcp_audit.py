@@ -3194,6 +3194,8 @@ class AuditLogger:
     Args:
         path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
         enabled: False makes every call return at once.
+        log_path: MXCP's own name for `path`, so that this class drops in there; `x.jsonl`, the file that
+            MXCP would write, stands for `x.duckdb` beside it.
         journal: the journal's directory; by default `<path>.journal`.
         flush_interval: seconds after which events leave the journal for the database.
         durable: wait in `log_event` until the event is on the disk.
@@ -3212,9 +3214,10 @@ class AuditLogger:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         enabled: bool = True,
         *,
+        log_path: str | os.PathLike[str] | None = None,
         journal: str | os.PathLike[str] | None = None,
         flush_interval: float | str = 1.0,
         durable: bool = False,
@@ -3226,6 +3229,10 @@ class AuditLogger:
         retention: float | str | None = None,
         attach: Mapping[str, object] | None = None,
     ) -> None:
+        if path is None:
+            if log_path is None:
+                raise ConfigError("name the database file, such as logs-default.duckdb", trail=("path",))
+            path = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
         self._start(
             config_from_arguments(
                 path,

@@ -7,7 +7,9 @@ It runs in environments with FastMCP 2 to 4 and the `mcp` SDK 1 and 2. Over HTTP
 from __future__ import annotations
 
 import asyncio
+import os
 import sys
+from pathlib import Path
 from typing import Any
 
 import mxcp_audit
@@ -88,6 +90,7 @@ async def decide() -> str:
 
 @server.tool()
 async def wait() -> str:
+    Path(os.environ["WAITING"]).touch()
     await asyncio.sleep(60)
     return "too late"
 
