@@ -4864,6 +4864,7 @@ AuditLogger._ingest_side = staticmethod(_ingest_side)
 
 PART_EVENTS: Final = 20_000  # arbitrary: of an imported file, in one segment
 PART_BYTES: Final = 32 * 2**20
+_BATCH_EVENTS: Final = 500  # arbitrary: of a part, in one write
 IMPORT_LINE_BYTES: Final = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
 
 
@@ -4973,12 +4974,16 @@ class Importer:
             event = first
             while event is not None and segment.events < PART_EVENTS and segment.size < PART_BYTES:
                 batch: list[bytes] = []
-                while event is not None and len(batch) < 500:
+                room = min(_BATCH_EVENTS, PART_EVENTS - segment.events)
+                while event is not None and len(batch) < room:
                     line, self._now_ns, values = event
                     digest.update(line)
                     batch.append(finish_line(self._line(values), segment.events + len(batch) + 1))
                     event = next(lines, None)
-                segment.append(b"".join(batch), len(batch))
+                try:
+                    segment.append(b"".join(batch), len(batch))
+                except OSError as error:
+                    raise JournalError(f"can't be written: {error.strerror}", path=segment.path) from error
         finally:
             segment.seal()
         return segment.events, event
