@@ -5363,11 +5363,13 @@ class _WrappedServer:
 
     Pieces are passed on as they come, by plain reads and writes: nothing here buffers, and a side that
     doesn't read makes the other wait, as one pipe would. A child is never left behind: when the client
-    is gone, its input is closed; if it doesn't end by that, it gets SIGTERM and then SIGKILL.
+    is gone, its input is closed; if it doesn't end by that, it gets SIGTERM and then SIGKILL. Where the
+    system can (Linux), whoever kills us with SIGKILL kills it too.
     """
 
     _PIECE_BYTES: Final = 2**16
-    _GRACE_SECONDS: Final = 5.0  # arbitrary; the order is that of MCP's own shutdown of a stdio server
+    _GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
+    _JOURNAL_SECONDS: Final = 5.0  # arbitrary: how long --strict waits for a journal that hangs
     _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
     def __init__(self, command: Sequence[str], audit: AuditLogger, *, strict: bool) -> None:
@@ -5393,7 +5395,11 @@ class _WrappedServer:
         program = shutil.which(self._command[0]) or self._command[0]  # Windows needs it for npx.cmd
         try:
             self._process = subprocess.Popen(
-                [program, *self._command[1:]], stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0
+                [program, *self._command[1:]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                preexec_fn=_dying_with_parent(),  # no thread of ours runs yet, so it is safe
             )
         except OSError as error:
             raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
@@ -5469,7 +5475,7 @@ class _WrappedServer:
 
     def _settle(self) -> None:
         """Wait until what was recorded is in the journal: so `--strict` holds an answer back until then."""
-        deadline = time.monotonic() + self._GRACE_SECONDS
+        deadline = time.monotonic() + self._JOURNAL_SECONDS
         while (counters := self._audit.counters).written < counters.accepted:
             if time.monotonic() > deadline:
                 self.failure = f"the journal can't be written: {counters.last_error}"
@@ -5492,6 +5498,21 @@ class _WrappedServer:
                 while self._process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.05)
             ask()
+
+
+def _dying_with_parent() -> Callable[[], object] | None:
+    """Return what a child calls so that the system kills it with its parent; None where it can't."""
+    if sys.platform != "linux":
+        return None
+    import signal
+
+    try:
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+    return lambda: prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG, prctl(2)
 
 
 def _read_piece(fd: int, size: int) -> bytes:

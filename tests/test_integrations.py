@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -16,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli, child_environment
+from conftest import ROOT, Cli, child_environment
 from environments import SERVERS, python_with
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -44,6 +45,13 @@ SERVED = [
     ("fastmcp2", "fastmcp"),
     ("fastmcp2", "sdk"),
 ]
+
+
+def shown(first_line: str) -> str:
+    """Return the example of docs/integrations.md that begins with this line."""
+    page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
+    (example,) = re.findall(rf"^```text\n({re.escape(first_line)}\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    return str(example)
 
 
 def run_client(python: str, *arguments: str, folder: Path, cancel: bool) -> list[Any]:
@@ -192,6 +200,30 @@ def test_instrument_low_level_sdk_1_handlers_registered_later(tmp_path: Path, cl
     ]
 
 
+def test_instrument_example_of_the_docs_audits(tmp_path: Path, cli: Cli) -> None:
+    """The client is a few lines: what matters is that the page's example is what runs."""
+    (tmp_path / "server.py").write_text(shown("# with mcp 1"))
+    server = [python_with("fastmcp2"), "server.py"]
+    hello = {"protocolVersion": "2025-03-26", "capabilities": {}, "clientInfo": {"name": "c", "version": "1"}}
+    messages = [
+        {"id": 1, "method": "initialize", "params": hello},
+        {"method": "notifications/initialized"},
+        {"id": 2, "method": "tools/call", "params": {"name": "get_user", "arguments": {"user_id": 7}}},
+    ]
+    running = subprocess.Popen(
+        server, cwd=tmp_path, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert running.stdin and running.stdout
+    for message in messages:
+        running.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
+    running.stdin.flush()
+    while json.loads(running.stdout.readline()).get("id") != 2:
+        pass
+    running.communicate(timeout=60)
+    (event,) = events(cli, "logs-default.duckdb")
+    assert (event["name"], event["input_json"]) == ("get_user", '{"user_id":7}')
+
+
 def test_instrument_something_else_refused_with_remedy(tmp_path: Path) -> None:
     from mxcp_audit import AuditError, AuditLogger
 
@@ -229,16 +261,6 @@ tool:
   source:
     code: SELECT 'Hello ' || $who || repeat('', length($pin))
 """
-LAUNCHER = """
-import sys
-import mxcp.server.mcp
-import mxcp_audit
-if sys.argv.pop(1) == "ours":
-    mxcp.server.mcp.AuditLogger = mxcp_audit.AuditLogger
-from mxcp.__main__ import cli
-sys.argv[0] = "mxcp"
-cli()
-"""
 MXCP_CLIENT = """
 import asyncio, os, sys
 from mcp import ClientSession, StdioServerParameters
@@ -264,9 +286,12 @@ def serve_with_mxcp(folder: Path, whose: str) -> str:
     (folder / "tools" / "greet.yml").write_text(TOOL)
     (folder / "audit").mkdir(exist_ok=True)
     (folder / "data").mkdir(exist_ok=True)
-    (folder / "launcher.py").write_text(LAUNCHER)
+    launcher = shown("# with MXCP 0.1 to 0.3")
+    if whose == "theirs":
+        launcher = launcher.replace("mxcp.server.mcp.AuditLogger = mxcp_audit.AuditLogger\n", "")
+    (folder / "launcher.py").write_text(launcher)
     done = subprocess.run(
-        [python_with("mxcp022"), "-c", MXCP_CLIENT, "launcher.py", whose, "serve", "--transport", "stdio"],
+        [python_with("mxcp022"), "-c", MXCP_CLIENT, "launcher.py", "serve", "--transport", "stdio"],
         cwd=folder,
         env=child_environment(MXCP_CONFIG=str(folder / "config.yml"), MXCP_DISABLE_ANALYTICS="1"),
         capture_output=True,
