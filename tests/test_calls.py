@@ -471,6 +471,23 @@ def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger) ->
     ]
 
 
+def test_middleware_refusal_of_fastmcp_is_a_denial(
+    audit: AuditLogger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AuthorizationError(Exception): ...
+
+    module = types.SimpleNamespace(AuthorizationError=AuthorizationError)
+    monkeypatch.setitem(sys.modules, "fastmcp.exceptions", module)  # type: ignore[arg-type]
+
+    async def call_next(context: object) -> object:
+        raise AuthorizationError("scope missing")
+
+    with pytest.raises(AuthorizationError):
+        asyncio.run(audit.middleware()(context_of("tools/call", name="t"), call_next))
+    (event,) = recorded(audit)
+    assert (event["policy_decision"], event["reason"]) == ("deny", "scope missing")
+
+
 class Hostile:
     def __getattr__(self, name: str) -> object:
         raise RuntimeError(name)

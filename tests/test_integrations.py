@@ -200,28 +200,57 @@ def test_instrument_low_level_sdk_1_handlers_registered_later(tmp_path: Path, cl
     ]
 
 
-def test_instrument_example_of_the_docs_audits(tmp_path: Path, cli: Cli) -> None:
-    """The client is a few lines: what matters is that the page's example is what runs."""
-    (tmp_path / "server.py").write_text(shown("# with mcp 1"))
-    server = [python_with("fastmcp2"), "server.py"]
+def exchange(server: list[str], folder: Path, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say hello to a stdio server, send the calls by hand, and return its answers to them."""
     hello = {"protocolVersion": "2025-03-26", "capabilities": {}, "clientInfo": {"name": "c", "version": "1"}}
     messages = [
-        {"id": 1, "method": "initialize", "params": hello},
+        {"id": 0, "method": "initialize", "params": hello},
         {"method": "notifications/initialized"},
-        {"id": 2, "method": "tools/call", "params": {"name": "get_user", "arguments": {"user_id": 7}}},
+        *({"id": n, "method": "tools/call", "params": params} for n, params in enumerate(calls, 1)),
     ]
+    answers: dict[int, dict[str, Any]] = {}
     running = subprocess.Popen(
-        server, cwd=tmp_path, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        server, cwd=folder, env=child_environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE
     )
     assert running.stdin and running.stdout
     for message in messages:
         running.stdin.write(json.dumps({"jsonrpc": "2.0", **message}).encode() + b"\n")
-    running.stdin.flush()
-    while json.loads(running.stdout.readline()).get("id") != 2:
-        pass
+        running.stdin.flush()
+        while "id" in message and message["id"] not in answers:
+            answer = json.loads(running.stdout.readline())
+            answers[answer.get("id")] = answer
     running.communicate(timeout=60)
+    return [answers[n] for n in range(1, len(calls) + 1)]
+
+
+def test_instrument_example_of_the_docs_audits(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "server.py").write_text(shown("# with mcp 1"))
+    exchange(
+        [python_with("fastmcp2"), "server.py"],
+        tmp_path,
+        [{"name": "get_user", "arguments": {"user_id": 7}}],
+    )
     (event,) = events(cli, "logs-default.duckdb")
     assert (event["name"], event["input_json"]) == ("get_user", '{"user_id":7}')
+
+
+@pytest.mark.parametrize("kind", ["fastmcp", "sdk"])
+def test_middleware_malformed_call_recorded_once(kind: str, tmp_path: Path, cli: Cli) -> None:
+    """What no client of good faith sends; SDK 1 answers such a thing before anybody can see it."""
+    answers = exchange(
+        [python_with("fastmcp"), str(SERVERS / "mcp_server.py"), kind, "log.duckdb"],
+        tmp_path,
+        [{"arguments": {"a": 1}}, {"name": 7}, {"name": "add", "arguments": [1]}],
+    )
+    assert [answer["error"]["code"] for answer in answers] == [-32602] * 3
+    found = [
+        (e["name"], e["input_json"], e["status"], e["session_id"][:4]) for e in events(cli, "log.duckdb")
+    ]
+    assert found == [
+        ("", '{"a":1}', "error", "c/1:"),
+        ("7", None, "error", "c/1:"),
+        ("add", "[1]", "error", "c/1:"),
+    ]
 
 
 def test_instrument_something_else_refused_with_remedy(tmp_path: Path) -> None:
@@ -300,6 +329,26 @@ def serve_with_mxcp(folder: Path, whose: str) -> str:
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
+
+
+def test_logger_log_path_of_mxcp_becomes_a_database_beside_it(tmp_path: Path) -> None:
+    from mxcp_audit import AuditLogger, ConfigError
+
+    audit = AuditLogger(log_path=tmp_path / "audit" / "logs-default.jsonl", enabled=True)
+    audit.log_event(
+        caller="stdio",
+        event_type="tool",
+        name="t",
+        input_params={},
+        duration_ms=1,
+        endpoint_def={"name": "t"},
+    )
+    audit.shutdown()
+    assert audit.config.path == str(tmp_path / "audit" / "logs-default.duckdb")
+    assert [path.name for path in (tmp_path / "audit").glob("*.*")].count("logs-default.duckdb") == 1
+    assert AuditLogger(log_path=tmp_path / "x.duckdb").config.path == str(tmp_path / "x.duckdb")
+    with pytest.raises(ConfigError, match="name the database file"):
+        AuditLogger()
 
 
 def test_mxcp_logger_replaced_by_ours_call_in_log(tmp_path: Path, cli: Cli) -> None:
