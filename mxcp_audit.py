@@ -1444,8 +1444,6 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
     if not newer and isinstance(event["input_params"], str):
         with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
             event["input_params"] = json.loads(event["input_params"])
-    if event["policy_decision"] is None:
-        event["policy_decision"] = "n/a"
     return _time_of_mxcp(record.get("timestamp")), event
 
 
@@ -2887,11 +2885,7 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
                     while True:
                         try:
                             sent = yield item
-                        except GeneratorExit:
-                            with call.running():
-                                await steps.aclose()
-                            raise
-                        except BaseException as error:
+                        except BaseException as error:  # of athrow, or GeneratorExit of aclose
                             with call.running():
                                 item = await steps.athrow(error)
                         else:
