@@ -493,7 +493,7 @@ DOTTED_TOKENS = (
     ("dp.", r"\bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}"),  # Doppler
     ("sl.", r"\bsl\.(?:u\.)?[\w-]{60,}"),  # Dropbox
     (".atlasv1.", r"\w{14}\.atlasv1\.[\w-]{20,}"),  # Terraform
-    (":", r"[0-9]{8,10}:[\w-]{35}(?![\w-])"),  # Telegram
+    (":", r"[0-9]{8,10}:[\w-]{34,40}(?![\w-])"),  # Telegram
     (".", r"[MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])"),  # Discord
     ("hooks.slack.com/", r"(?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+"),
     ("webhook", r"(?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}"),  # Discord
@@ -505,7 +505,7 @@ STEMS = tuple(
     sorted(
         _words_in("""
     pass key token auth secret pwd cred cookie card jwt otp pin code pat cc[_-]?n cv[vc] csc psk ssn
-    social sess signature sig= answer assertion dockerc kubeconfig kennwort contrase senha
+    social sess signature sig(?==) answer assertion dockerc kubeconfig kennwort contrase senha
 """)
     )
 )
@@ -513,6 +513,7 @@ STEMS = tuple(
 _SEPARATOR = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<assign>\\{0,8}["'`]?\]?[ \t]{0,8}(?:=>|:=|[!<>=]?=|<>|:(?![:/]))\s{0,8})
   | (?P<sibling>\\{0,8}["']\s{0,8},?\s{0,8}\\{0,8}["']?[vV]alue\\{0,8}["']?\s{0,8}[=:]\s{0,8})
+  | (?P<lines>[ \t]{0,8}\r?\n[ \t]{0,64}[vV]alue:[ \t]{1,8})
   | (?P<pair>\\{0,8}["']\s{0,2},\s{0,8}(?=b?\\{0,8}["']))
   | (?P<prose>[ \t](?:is|was|are|set\ to|changed\ to)[ :][ \t]{0,4})
   | (?P<sql>[ \t]{1,4}(?:(?:NOT[ ])?I?LIKE|IN|AS|BY)[ \t]{0,4}\(?(?=["']))
@@ -532,9 +533,12 @@ _BARE = r"""(?:[^\s,;&'"`<>)\]}\\]
   |,(?![\s,]|[\w.\-]{1,40}[=:]|\Z) | ;(?!\s|[\w .\-]{1,40}=|\Z) | &(?![\w.%\[\]\-]{1,64}=|amp;)
   |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+"""
 _YAML_BLOCK = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
+_PASSWORDS = _words_in("password passwd pwd passphrase passcode")
+_REFERENCES = _words_in("secret secrets credential credentials")
+_ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 scrypt2 utf8")
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER = (
-    r"\?|\$[0-9]{1,2}|\$[A-Z_]+|\$?\{\{?[\w .:-]*\}?\}|%s|%\(\w*\)s|<[\w .-]*>?|\*{2,}|\.{3}|x{3,}"
+    r"\?|\$[0-9]{1,2}|\$[A-Z_]+|\$?\{\{?[\w .:-]*\}{0,2}|%s|%\(\w*\)s|<[\w .-]*>?|\*{2,}|\.{3}|x{3,}"
     r"|(?i:null|none|nil|undefined|true|false)"
 )
 _REMARKS = _words_in("""
@@ -573,6 +577,7 @@ class _Patterns:
     tuple_item: re.Pattern[str]
     identified: re.Pattern[str]
     header: re.Pattern[str]
+    named_ssn: re.Pattern[str]
     brackets: re.Pattern[str]
     marker: re.Pattern[str]
 
@@ -591,7 +596,7 @@ def _compile_patterns(names: Iterable[str]) -> _Patterns:
         block=re.compile(_YAML_BLOCK),
         placeholder=re.compile(_PLACEHOLDER),
         run=re.compile(r"[A-Za-z0-9_\-]{16,}"),
-        token=re.compile(rf"(?:{'|'.join(TOKEN_PREFIXES)})[A-Za-z0-9_\-]{{16,}}"),
+        token=re.compile(rf"(?:{'|'.join(TOKEN_PREFIXES)})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}}"),
         dotted=tuple((gate, re.compile(pattern)) for gate, pattern in DOTTED_TOKENS),
         # 4-4-4-4, 4-6-5 and 4-6-4 with one kind of separator, or none; the issuer and the
         # check digit are judged in code.
@@ -625,6 +630,11 @@ def _compile_patterns(names: Iterable[str]) -> _Patterns:
         identified=re.compile(
             r"(?:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?"
             r"|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=[\"'])",
+            re.I,
+        ),
+        named_ssn=re.compile(
+            r"\b(?:ssn|social security(?: (?:number|num|no\.?))?)(?:\s{1,4}(?:is|was))?[\s:#=]{0,4}"
+            r"([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])",
             re.I,
         ),
         header=re.compile(r"[^\r\n]*?(?=\\[rn]|[\r\n]|\Z)"),
@@ -666,6 +676,12 @@ def _is_basic(credentials: str) -> bool:
         return b":" in binascii.a2b_base64(credentials)
     except ValueError:
         return False
+
+
+def _is_arn(text: str, at: int) -> bool:
+    """Say whether a place is within a resource name such as `arn:aws:…:secret:prod-db`."""
+    words = text[max(0, at - 200) : at].rsplit(None, 1)
+    return bool(words) and "arn:" in words[-1]
 
 
 def _looks_secret(value: str) -> bool:
@@ -835,6 +851,8 @@ class _Texts:
             for place in reversed(list(patterns.identified.finditer(text))):
                 start, end = self._value_end(text, place.end(), "")
                 text = text[:start] + self._hide(text[start:end], found) + text[end:]
+        if "ssn" in low or "social sec" in low:
+            text = patterns.named_ssn.sub(lambda number: self._hide_group(number, found), text)
         if "insert" in low or "replace" in low:
             text = self._hide_inserted(text, found)
         return text
@@ -896,6 +914,8 @@ class _Texts:
 
     def _text_strength(self, text: str, start: int, name: str) -> int:
         """Judge a name in a text, where the word before it may belong to it (`API key: …`)."""
+        if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
+            return 2  # of a pre-signed URL; elsewhere it may be anything
         strength = self._strength(name.strip("-."))
         if strength < 2 and start and text[start - 1] in " _":
             words = text[max(0, start - 20) : start - 1].rsplit(None, 1)
@@ -917,11 +937,16 @@ class _Texts:
         kind, at = lead.lastgroup or "", lead.end()
         name, before = text[start : lead.end("rest")], text[start - 1 : start]
         bare_key = name.lower() in ("key", "keys")
-        if kind == "option" and not name.startswith("-"):
-            return None
+        if kind == "option" and not name.startswith("-"):  # `login u password x`
+            value = self._value_end(text, at, "")
+            shown = text[value[0] : value[1]].lower()
+            shaped = name.lower() in _PASSWORDS and len(shown) >= 6 and _looks_secret(shown)
+            return value if shaped and shown.rstrip(".,:;)") not in _ALGORITHMS else None
         if kind == "element":
+            if before not in ("<", ":") or bare_key:
+                return None
             end = text.find("<", at)
-            return (at, len(text) if end < 0 else end) if before in ("<", ":") and not bare_key else None
+            return at, len(text) if end < 0 else end
         quote = self._patterns.quote.match(text, at)
         if kind == "pair":
             opened = text[max(0, start - 12) : start].rstrip("\\\"'bu")
@@ -929,13 +954,13 @@ class _Texts:
             closed = text[value[1] : value[1] + 12].lstrip("\\\"' ,")
             return value if opened[-1:] in ("(", "[") and closed[:1] in (")", "]") else None
         if kind in ("quoted", "sql", "prose"):
-            reference = (
-                name.lower() in ("secret", "secrets", "credential", "credentials") and kind == "quoted"
-            )
+            # `secret "prod" not found` names it, `SECRET 'x'` in SQL is it.
+            reference = kind == "quoted" and not name.isupper() and name.lower() in _REFERENCES
             if strength < 2 or reference or (kind == "prose" and quote is None):
                 value = self._value_end(text, at, "")
                 shown = text[value[0] : value[1]].rstrip(".,:;)")
-                shaped = kind == "prose" and _looks_secret(shown) and (strength == 2 or len(shown) >= 8)
+                long_enough = strength == 2 or len(shown) >= 8 or name.lower() == "pin"
+                shaped = kind == "prose" and long_enough and _looks_secret(shown)
                 return value if shaped or (kind == "sql" and not bare_key) else None
             return self._value_end(text, at, "")
         if kind == "assign":
@@ -957,7 +982,7 @@ class _Texts:
         """Find the end of an assigned value and leave out what only looks like one."""
         value = self._value_end(text, at, name)
         shown = text[value[0] : value[1]]
-        if self._patterns.placeholder.fullmatch(shown):
+        if self._patterns.placeholder.fullmatch(shown) or (lead == ":" and _is_arn(text, at)):
             return None
         if value[0] > at or text[at : at + 1] in ("[", "{"):  # quoted, or a container
             return value
@@ -966,7 +991,9 @@ class _Texts:
             return None
         if lead[-1:] == " " and re.match(r"[A-Za-z_][\w.]*[(\[]", shown):  # source text, such as `= f(x)`
             return None
-        asked = lead[-1:] not in "=" or name.lower() in ("key", "pass")
+        if name.lower() == "key" and len(shown) < 12 and strength < 2 and "?" not in text[at - 5 : at]:
+            return None
+        asked = lead[-1:] not in "=" or name.lower() in ("key", "pass", "pin")
         in_query = text[max(0, at - len(name) - 2) : at][:1] in ("?", "&") and lead.endswith("=")
         if strength < 2 and asked and not in_query and not _looks_secret(shown):
             return None
@@ -974,24 +1001,29 @@ class _Texts:
 
     def _header_span(self, text: str, at: int, name: str, before: str) -> tuple[int, int] | None:
         """Find the credentials of an `Authorization:` or `Cookie:` line, to its end or its quotes'."""
+        # A look at the start decides, so that a line without credentials costs little.
+        words = text[at : at + 256].split(None, 2)
+        if not words or words[0].lower().rstrip(".,;:") in _REMARKS - _SCHEMES:
+            return None
+        if "cookie" in name:
+            if "=" not in words[0] and not _looks_secret(words[0]):
+                return None
+        elif len(words) > 1 and words[0].lower() in _SCHEMES:
+            at = text.index(words[1], at + len(words[0]))
+            return at, self._bare_end(text, at)
+        elif len(words) == 1 or before in ("?", "&") or self._patterns.marker.match(words[0]):
+            return at, self._bare_end(text, at)
         line = self._patterns.header.match(text, at)
         end = line.end() if line else len(text)
         if before in ('"', "'"):
             closing = text.find(before, at, end)
             end = end if closing < 0 else closing
-        words = text[at:end].split(None, 2)
-        if not words or words[0].lower().rstrip(".,;:") in _REMARKS - _SCHEMES:
-            return None
-        if "cookie" in name:
-            return (at, end) if "=" in text[at:end] or _looks_secret(words[0]) else None
-        if words[0].lower() in _SCHEMES and len(words) > 1:
-            at = text.index(words[1], at + len(words[0]))
-            bare = self._patterns.bare.match(text, at)
-            return (at, bare.end()) if bare else None
-        if len(words) == 1 or before in ("?", "&"):
-            bare = self._patterns.bare.match(text, at)
-            return (at, bare.end()) if bare else None
         return at, end
+
+    def _bare_end(self, text: str, at: int) -> int:
+        """Find the end of an unquoted value; a marker is one, whatever brackets mean elsewhere."""
+        bare = self._patterns.marker.match(text, at) or self._patterns.bare.match(text, at)
+        return bare.end() if bare else at
 
     def _value_end(self, text: str, at: int, name: str) -> tuple[int, int]:
         """Find where a value starts and ends: quoted, bracketed, a YAML block, or bare."""
@@ -1004,14 +1036,12 @@ class _Texts:
                 return start, len(text) if end < 0 else end
             body = patterns.quoted[quote[2]].match(text, start)
             return start, body.end() if body else len(text)
-        if text[at : at + 1] in ("[", "{"):
-            marker = patterns.marker.match(text, at)
-            return at, marker.end() if marker else _balanced_end(patterns.brackets, text, at)
+        if text[at : at + 1] in ("[", "{") and not patterns.marker.match(text, at):
+            return at, _balanced_end(patterns.brackets, text, at)
         block = patterns.block.match(text, at)
         if block is not None:
             return at, block.end()
-        bare = patterns.bare.match(text, at)
-        end = bare.end() if bare else at
+        end = self._bare_end(text, at)
         # A pass phrase has spaces; so may a password that has a line of its own.
         if "phrase" in name.lower() and text[at - 1 : at] == " ":
             line = patterns.header.match(text, at)
@@ -1131,7 +1161,20 @@ _HEADERS = _words_in("""
 _SCHEMES = _words_in("""
     bearer basic token apikey api-key key bot negotiate ntlm jwt oauth
 """)
-_SPECIAL_GATES = ("earer", "asic", " -", ":thin:", "identified", "password for", "insert", "replace")
+_SPECIAL_GATES = (
+    *(
+        "earer",
+        "asic",
+        " -",
+        ":thin:",
+        "identified",
+        "password for",
+        "insert",
+        "replace",
+        "ssn",
+        "social sec",
+    ),
+)
 # A sibling with one of these names says what stands under the other.
 _LABELS = (
     "name",
