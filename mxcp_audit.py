@@ -509,6 +509,8 @@ STEMS = tuple(
 """)
     )
 )
+# What leads to a secret without naming it.
+SPECIAL_STEMS = ("bearer", "basic", "identified", "insert", "replace", ":thin:")
 # How a name in a text leads to its value. The names of the groups say which.
 _SEPARATOR = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<assign>\\{0,8}["'`]?\]?[ \t]{0,8}(?:=>|:=|[!<>=]?=|<>|:(?![:/]))\s{0,8})
@@ -558,6 +560,8 @@ class _Patterns:
     """
 
     stems: re.Pattern[str]
+    gate: re.Pattern[str]
+    loud: re.Pattern[str]
     separator: re.Pattern[str]
     quote: re.Pattern[str]
     quoted: dict[str, re.Pattern[str]]
@@ -582,13 +586,25 @@ class _Patterns:
     marker: re.Pattern[str]
 
 
+def _any_of(words: Iterable[str], own: Iterable[str]) -> re.Pattern[str]:
+    """Compile a search for one of many words, grouped by their first letter: twice as fast as ungrouped."""
+    groups: dict[str, list[str]] = {}
+    for word in words:
+        groups.setdefault(word[0], []).append(word[1:])
+    grouped = [f"{first}(?:{'|'.join(rests)})" for first, rests in sorted(groups.items())]
+    return re.compile("|".join([*grouped, *own]))
+
+
 def _compile_patterns(names: Iterable[str]) -> _Patterns:
-    """Compile the patterns; `names` are the user's own, whose stems join in."""
-    own = [
-        re.escape(max(re.findall(r"[a-z0-9]+", name.lower()) or [name.lower()], key=len)) for name in names
-    ]
+    """Compile the patterns; `names` are the user's own, whose stems join in.
+
+    The stem of an own name is the start of its longest word, so that it is found in any spelling.
+    """
+    own = [re.escape(max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower()) for name in names]
     return _Patterns(
-        stems=re.compile("|".join([*STEMS, *own])),
+        stems=_any_of(STEMS, own),
+        gate=_any_of((*STEMS, *SPECIAL_STEMS), own),
+        loud=re.compile(r"[A-Z0-9]"),
         separator=re.compile(_SEPARATOR, re.X),
         quote=re.compile(_QUOTE),
         quoted={quote: re.compile(body, re.S) for quote, body in _QUOTED.items()},
@@ -619,7 +635,7 @@ def _compile_patterns(names: Iterable[str]) -> _Patterns:
         command=re.compile(
             r"""(?:\s(?:-u|-U|--user|--proxy-user)[ =]?["']?[^\s:'"=/]{1,64}:"""
             r"""(?![0-9]+(?:\s|\Z)|//)([^\s'"]+)"""
-            r"|\b(?:mysql|mariadb)\w{0,12}\s[^\n|;]{0,200}?-p([^\s=]+)"
+            r"|\b(?:mysql|mariadb)\w{0,12}\s[^\n|;]{0,200}?(?<=\s)-p([^\s=]+)"
             r"|\b(?:sshpass\s+-p|(?:docker|podman|helm)[^\n|;]{0,200}?\slogin\s[^\n|;]{0,200}?-p"
             r"|redis-cli\s[^\n|;]{0,200}?-a|ldap\w{2,12}\s[^\n|;]{0,200}?-w)[ ]?([^\s]+)"
             r"|:thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@))"
@@ -746,19 +762,25 @@ class _Texts:
         if size < 5 or (size < 11 and text.isalnum()):
             return text
         patterns = self._patterns
-        if "-----BEGIN" in text or "://" in text:
-            text = self._hide_blocks(text, found)
-        low = _lower(text)
-        if patterns.stems.search(low):
-            text = self._hide_named(text, low, found)
-        if size >= 11:
+        if "://" in text:
+            text = self._hide_url_passwords(text, found)
+        low = text.lower() if text.isascii() else _lower(text)
+        if " -" in text or patterns.gate.search(low):
+            if "-----BEGIN" in text:
+                text = self._hide_private_keys(text, found)
+                low = _lower(text)
+            text = self._hide_special(text, low, found)
+            low = _lower(text)
+            if patterns.stems.search(low):
+                text = self._hide_named(text, low, found)
+        # Whatever has a known form holds a digit or a capital.
+        if size >= 11 and patterns.loud.search(text):
             if patterns.run.search(text):
                 text = self._hide_tokens(text, found)
-            text = patterns.card.sub(lambda card: self._hide_card(card, found), text)
+            if patterns.card.search(text):
+                text = patterns.card.sub(lambda card: self._hide_card(card, found), text)
             if "-" in text:
                 text = patterns.ssn.sub(lambda number: self._hide(number[0], found), text)
-            if any(gate in low for gate in _SPECIAL_GATES):
-                text = self._hide_special(text, low, found)
         return text
 
     def may_name(self, text: str) -> bool:
@@ -787,8 +809,8 @@ class _Texts:
         digits = card[0].replace(" ", "").replace("-", "")
         return self._hide(card[0], found) if _is_card(digits) else card[0]
 
-    def _hide_blocks(self, text: str, found: list[str] | None) -> str:
-        """Hide private key blocks, and the password in a URL up to the last `@` of its authority."""
+    def _hide_private_keys(self, text: str, found: list[str] | None) -> str:
+        """Hide private key blocks, whole."""
         out, done = [], 0
         for begin in self._patterns.pem.finditer(text):
             if begin.start() < done:
@@ -799,7 +821,10 @@ class _Texts:
             stop = len(text) if end < 0 else end + 5
             out += [text[done : begin.start()], self._hide(text[begin.start() : stop], found)]
             done = stop
-        text = "".join([*out, text[done:]])
+        return "".join([*out, text[done:]])
+
+    def _hide_url_passwords(self, text: str, found: list[str] | None) -> str:
+        """Hide the password in a URL, up to the last `@` of its authority."""
         out, done = [], 0
         for authority in self._patterns.authority.finditer(text):
             start, userinfo = authority.start(1), authority[1]
@@ -848,9 +873,13 @@ class _Texts:
         if " -" in text or ":thin:" in text:
             text = patterns.command.sub(lambda command: self._hide_group(command, found), text)
         if "identified" in low or "password for" in low:
-            for place in reversed(list(patterns.identified.finditer(text))):
-                start, end = self._value_end(text, place.end(), "")
-                text = text[:start] + self._hide(text[start:end], found) + text[end:]
+            out, done = [], 0
+            for place in patterns.identified.finditer(text):
+                if place.end() > done:
+                    start, end = self._value_end(text, place.end(), "")
+                    out += [text[done:start], self._hide(text[start:end], found)]
+                    done = end
+            text = "".join([*out, text[done:]])
         if "ssn" in low or "social sec" in low:
             text = patterns.named_ssn.sub(lambda number: self._hide_group(number, found), text)
         if "insert" in low or "replace" in low:
@@ -1161,20 +1190,6 @@ _HEADERS = _words_in("""
 _SCHEMES = _words_in("""
     bearer basic token apikey api-key key bot negotiate ntlm jwt oauth
 """)
-_SPECIAL_GATES = (
-    *(
-        "earer",
-        "asic",
-        " -",
-        ":thin:",
-        "identified",
-        "password for",
-        "insert",
-        "replace",
-        "ssn",
-        "social sec",
-    ),
-)
 # A sibling with one of these names says what stands under the other.
 _LABELS = (
     "name",
@@ -1188,7 +1203,7 @@ _LABELS = (
     "attribute",
     "setting",
 )
-_LABELLED = ("value", "values", "val", "default", "content")
+_VALUES = ("value", "values", "val", "default", "content")
 # Types whose `str` says all, by name: importing their modules would cost 15 ms.
 _TEXT_TYPES = _words_in("""
     Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path
@@ -1196,11 +1211,23 @@ _TEXT_TYPES = _words_in("""
 _TEXT_MODULES = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
 
 
+# What a verdict on a key says: its value goes; its own text holds a secret, or it is no
+# text; a sibling may say what it is.
+_SENSITIVE, _ODD, _LABELLED = 1, 2, 4
+
+
+def _label(value: object) -> str:
+    """Return a text or bytes as text; anything else labels nothing."""
+    if type(value) is bytes:
+        return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
+    return value if type(value) is str else ""
+
+
 class _Verdicts(dict[str, int]):
     """The verdicts on names seen before, for all tools or for one; bounded.
 
-    0 is harmless, 1 sensitive; 2 is a name that holds a secret itself, which is not kept. The
-    walk asks with `verdicts[name]`, the fastest question that Python knows.
+    A verdict is 0 or flags; what holds a secret itself is not kept. The walk asks with
+    `verdicts[name]`, the fastest question that Python knows.
     """
 
     __slots__ = ("judge",)
@@ -1211,7 +1238,7 @@ class _Verdicts(dict[str, int]):
 
     def __missing__(self, name: str) -> int:
         verdict = self.judge(name)
-        if verdict != 2 and len(name) <= _MAX_NAME_CHARS:
+        if not verdict & _ODD and len(name) <= _MAX_NAME_CHARS:
             if len(self) >= _MAX_VERDICTS:
                 self.clear()
             self[name] = verdict
@@ -1416,6 +1443,7 @@ class Redactor:
         self._verdicts_by_tool = {tool: self._verdicts_for(tool) for tool in self._tools}
         self._blind = _Blind(lambda name: 0)
         self._strengths: dict[str, int] = {}
+        self._text_rule = self._text  # bound once
         self._texts = _Texts(_compile_patterns(name for _, name in self._redact), self._strength, self._mark)
 
     def is_sensitive(self, name: str, tool: str | None = None) -> bool:
@@ -1453,7 +1481,10 @@ class Redactor:
             verdicts = self._verdicts_by_tool.get(_normal(tool), verdicts)
         try:
             declared = None if endpoint_def is None else _declare(endpoint_def)
-            return self._walk(value, _Scan(verdicts, self._text, echoes), declared)
+            scan = _Scan(verdicts, self._text_rule, echoes)
+            if type(value) is dict and declared is None:  # nearly always
+                return self._walk_dict(value, scan, None)
+            return self._walk(value, scan, declared)
         except RecursionError:
             return "[DEPTH]"
         except Exception as error:
@@ -1521,10 +1552,11 @@ class Redactor:
         return _Verdicts(lambda name: self._key_verdict(name, tool))
 
     def _key_verdict(self, name: str, tool: str) -> int:
-        """Judge a key for the walk: 0, 1, or 2 where the key's own text holds a secret."""
-        if self._name_verdict(name, tool):
-            return 1
-        return 2 if self._texts.clean(name) != name else 0
+        """Judge a key for the walk, in flags."""
+        verdict = _SENSITIVE if self._name_verdict(name, tool) else 0
+        if name.lower() in _VALUES or (verdict and name.lower() == "key"):
+            verdict |= _LABELLED
+        return verdict | _ODD if self._texts.clean(name) != name else verdict
 
     def _name_verdict(self, name: str, tool: str) -> int:
         normal = _normal(name)
@@ -1609,105 +1641,118 @@ class Redactor:
             except ValueError:
                 return hex(value)  # all digits, in the only base without a limit
             return value
-        if value > 10**12:
+        if value >= 1_000_000_000_000:  # a card number, perhaps
             text = str(value)
             shown = scan.text(text, scan, None)
             return value if shown == text else shown
         return value
 
-    def _walk_dict(self, value: dict[Any, Any], scan: _Scan, declared: _Declared | None) -> Any:
-        """Convert a mapping: 1. guard, 2. judge labels, 3. go through the fields, 4. again on a snapshot."""
+    def _walk_dict(
+        self,
+        value: dict[Any, Any],
+        scan: _Scan,
+        declared: _Declared | None,
+        pairs: list[tuple[Any, Any]] | None = None,
+    ) -> Any:
+        """Convert a mapping: 1. guard, 2. judge labels, 3. go through the fields, 4. again on a copy.
+
+        Args:
+            value: the mapping.
+            scan: what the walk carries along.
+            declared: what is declared of its fields.
+            pairs: its items, where it may hold a key twice.
+        """
         opened = scan.open
         depth = len(opened)
         if depth >= _MAX_DEPTH:
             return "[DEPTH]"
-        if id(value) in opened:
+        ident = id(value)
+        if ident in opened:
             return "[CYCLE]"
-        scan.nodes += len(value)
-        if scan.nodes > _MAX_NODES:
+        scan.nodes = nodes = scan.nodes + len(value)
+        if nodes > _MAX_NODES:
             return f"[CUT: {len(value)} items]"
-        opened.append(id(value))
+        opened.append(ident)
+        out: dict[str, Any] = {}
+        verdicts, text, odd = scan.verdicts, scan.text, pairs is not None
+        slow = odd or declared is not None
         try:
-            out = self._fields(value, value.items(), scan, declared)
+            for name, item in pairs or value.items():
+                kind = type(item)
+                if slow or type(name) is not str or verdicts[name]:
+                    verdict = verdicts[name] if type(name) is str else _ODD
+                    if odd or verdict > _SENSITIVE:
+                        odd = odd or verdict & _ODD > 0  # from here on a key may be there already
+                        slow = slow or odd
+                        name, verdict = self._field(name, value, out if odd else None, scan)
+                    if verdict:
+                        out[name] = self._hide(item, scan)
+                    else:
+                        out[name] = self._walk(item, scan, declared.of(name) if declared else None)
+                elif kind is str:
+                    out[name] = text(item, scan, None) if len(item) > 4 else item
+                elif kind is dict:
+                    out[name] = self._walk_dict(item, scan, None)
+                elif kind is list:
+                    out[name] = self._walk_list(item, scan, None)
+                elif (
+                    kind is bool
+                    or item is None
+                    or (kind is int and -1_000_000_000_000 < item < 1_000_000_000_000)
+                ):
+                    out[name] = item
+                else:
+                    out[name] = self._walk(item, scan, None)
         except RuntimeError as error:
             if isinstance(error, RecursionError):
                 raise
             # Another thread changed the mapping; a copy is made in one step.
-            del opened[depth + 1 :]
-            copy = value.copy()
-            out = self._fields(copy, copy.items(), scan, declared)
+            del opened[depth:]
+            return self._walk_dict(value.copy(), scan, declared, pairs)
         del opened[depth:]
         return out
 
-    def _fields(
-        self,
-        value: dict[Any, Any],
-        items: Iterable[tuple[Any, Any]],
-        scan: _Scan,
-        declared: _Declared | None,
-        odd: bool = False,
-    ) -> dict[str, Any]:
-        out: dict[str, Any] = {}
-        verdicts, text = scan.verdicts, scan.text
-        labelled = (
-            self._labelled(value, scan) if "value" in value or "Value" in value or "values" in value else None
-        )
-        for name, item in items:
-            verdict = verdicts[name] if type(name) is str else 2
-            if odd or verdict == 2:
-                odd = True  # from here on a key may be there already
-                name, verdict = self._odd_name(name, out, scan)
-            if labelled is not None:
-                verdict = labelled.get(name, verdict)
-            if verdict:
-                out[name] = self._hide(item, scan)
-                continue
-            kind = type(item)
-            if declared is not None:
-                out[name] = self._walk(item, scan, declared.of(name))
-            elif kind is str:
-                out[name] = text(item, scan, None) if len(item) > 4 else item
-            elif kind is dict:
-                out[name] = self._walk_dict(item, scan, None)
-            elif kind is int and -1_000_000_000_000 < item < 1_000_000_000_000:
-                out[name] = item
-            else:
-                out[name] = self._walk(item, scan, None)
-        return out
-
-    def _odd_name(self, name: object, out: dict[str, Any], scan: _Scan) -> tuple[str, int]:
-        """Return a key that is no text, or that holds a secret, as text, with its verdict.
+    def _field(
+        self, name: object, value: dict[Any, Any], out: dict[str, Any] | None, scan: _Scan
+    ) -> tuple[str, int]:
+        """Return an unusual field's name as text and whether it is sensitive.
 
         A key that JSON knows is written as JSON does (`null`, `1`); a second one of the same
         text gets a number, so that no value is lost.
+
+        Args:
+            name: a key that is no text, that holds a secret, or that a sibling may name.
+            value: the mapping that it is a key of.
+            out: what is written so far, or None where the key stays as it is.
+            scan: what the walk carries along.
         """
-        plain = self._plain(name)
+        plain = name if type(name) is str else self._plain(name)
         shown = plain if isinstance(plain, str) else json.dumps(plain)
         verdict = scan.verdicts[shown]
+        if verdict & _LABELLED:
+            verdict = self._sibling_verdict(shown, value, scan)
+        if out is None:
+            return shown, verdict & _SENSITIVE
         shown = scan.text(shown, scan, None)
         free, number = shown, 1
         while free in out:
             number += 1
             free = f"{shown}#{number}"
-        return free, verdict & 1
+        return free, verdict & _SENSITIVE
 
-    def _labelled(self, value: dict[Any, Any], scan: _Scan) -> dict[str, int] | None:
+    def _sibling_verdict(self, name: str, value: dict[Any, Any], scan: _Scan) -> int:
         """Judge `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
 
-        In a list's `{"key": …, "value": …}` (tags, headers) `key` is a label, not a secret.
+        In a list's `{"key": …, "value": …}` (tags, headers) `key` itself is a label, not a secret.
         """
-        for label in value:
-            if isinstance(label, str) and label.lower() in _LABELS and isinstance(value[label], (str, bytes)):
-                shown = (
-                    value[label] if isinstance(value[label], str) else value[label].decode("utf-8", "replace")
-                )
-                found: dict[str, int] = {}
-                if self._texts.may_name(shown) and scan.verdicts[shown] == 1:
-                    found = {name: 1 for name in value if isinstance(name, str) and name.lower() in _LABELLED}
-                if label.lower() == "key" and len(value) == 2 and len(scan.open) > 1:
-                    found[label] = 0
-                return found or None
-        return None
+        siblings = [(_label(key).lower(), _label(said)) for key, said in value.items()]
+        if name.lower() == "key":
+            pair = len(value) == 2 and len(scan.open) > 1 and any(key in _VALUES for key, _ in siblings)
+            return 0 if pair else _SENSITIVE
+        for key, said in siblings:
+            if key in _LABELS and said and self._texts.may_name(said) and scan.verdicts[said] & _SENSITIVE:
+                return _SENSITIVE
+        return 0
 
     def _walk_list(self, value: Any, scan: _Scan, declared: _Declared | None) -> Any:
         """Convert a sequence; `["Authorization", …]` and `["--password", …]` are judged by the sibling."""
@@ -1715,14 +1760,16 @@ class Redactor:
         depth = len(opened)
         if depth >= _MAX_DEPTH:
             return "[DEPTH]"
-        if id(value) in opened:
+        ident = id(value)
+        if ident in opened:
             return "[CYCLE]"
-        scan.nodes += len(value)
-        if scan.nodes > _MAX_NODES:
+        scan.nodes = nodes = scan.nodes + len(value)
+        if nodes > _MAX_NODES:
             return f"[CUT: {len(value)} items]"
-        opened.append(id(value))
+        opened.append(ident)
         items = None if declared is None else declared.items or declared
         out: list[Any] = []
+        text = scan.text
         hide_next = len(value) == 2 and self._is_label(value[0], scan)
         for item in value:
             kind = type(item)
@@ -1730,8 +1777,11 @@ class Redactor:
                 out.append(self._hide(item, scan))
                 hide_next = False
             elif kind is str and items is None:
-                out.append(scan.text(item, scan, None) if len(item) > 4 else item)
-                if item[:1] == "-" and "=" not in item:
+                if len(item) < 4:
+                    out.append(item)
+                    continue
+                out.append(text(item, scan, None))
+                if item[0] == "-" and "=" not in item:
                     hide_next = self._is_label(item, scan)
             else:
                 out.append(self._walk(item, scan, items))
@@ -1740,9 +1790,14 @@ class Redactor:
 
     def _is_label(self, item: object, scan: _Scan) -> bool:
         """Say whether an element of a list is a sensitive name, so that the next is its value."""
-        if isinstance(item, bytes):
-            item = item.decode("utf-8", "replace")
-        return isinstance(item, str) and self._texts.may_name(item) and scan.verdicts[item.strip("-")] == 1
+        if type(item) is bytes:
+            item = _label(item)
+        return (
+            type(item) is str
+            and len(item) > 2
+            and self._texts.may_name(item)
+            and scan.verdicts[item.strip("-")] & _SENSITIVE > 0
+        )
 
     def _walk_other(self, value: Any, kind: type, scan: _Scan, declared: _Declared | None) -> Any:
         """Convert what is not of JSON's own types, subclasses of those included."""
@@ -1757,7 +1812,7 @@ class Redactor:
         if issubclass(kind, enum.Enum):
             return self._walk(value.value, scan, declared)
         if kind is _Pairs:
-            return self._fields(dict(value), value, scan, declared, odd=True)
+            return self._walk_dict(dict(value), scan, declared, value)
         if issubclass(kind, dict):
             return self._walk_nested(value, dict(dict.items(value)), scan, declared)
         if issubclass(kind, BaseException):
