@@ -510,7 +510,7 @@ STEMS = tuple(
     )
 )
 # What leads to a secret without naming it.
-SPECIAL_STEMS = ("bearer", "basic", "identified", "insert", "replace", ":thin:")
+SPECIAL_STEMS = ("bearer", "basic", "identified", "thin:")
 # How a name in a text leads to its value. The names of the groups say which.
 _SEPARATOR = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<assign>\\{0,8}["'`]?\]?[ \t]{0,8}(?:=>|:=|[!<>=]?=|<>|:(?![:/]))\s{0,8})
@@ -561,7 +561,6 @@ class _Patterns:
 
     stems: re.Pattern[str]
     gate: re.Pattern[str]
-    loud: re.Pattern[str]
     separator: re.Pattern[str]
     quote: re.Pattern[str]
     quoted: dict[str, re.Pattern[str]]
@@ -603,8 +602,7 @@ def _compile_patterns(names: Iterable[str]) -> _Patterns:
     own = [re.escape(max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower()) for name in names]
     return _Patterns(
         stems=_any_of(STEMS, own),
-        gate=_any_of((*STEMS, *SPECIAL_STEMS), own),
-        loud=re.compile(r"[A-Z0-9]"),
+        gate=_any_of((*STEMS, *SPECIAL_STEMS), [*own, *"0123456789"]),
         separator=re.compile(_SEPARATOR, re.X),
         quote=re.compile(_QUOTE),
         quoted={quote: re.compile(body, re.S) for quote, body in _QUOTED.items()},
@@ -765,16 +763,17 @@ class _Texts:
         if "://" in text:
             text = self._hide_url_passwords(text, found)
         low = text.lower() if text.isascii() else _lower(text)
-        if " -" in text or patterns.gate.search(low):
-            if "-----BEGIN" in text:
-                text = self._hide_private_keys(text, found)
-                low = _lower(text)
-            text = self._hide_special(text, low, found)
-            low = _lower(text)
-            if patterns.stems.search(low):
-                text = self._hide_named(text, low, found)
-        # Whatever has a known form holds a digit or a capital.
-        if size >= 11 and patterns.loud.search(text):
+        hint = patterns.gate.search(low)
+        # Whatever has a known form holds a digit or a capital; commands have a dash.
+        if hint is None and low == text and " -" not in text:
+            return text
+        if "-----BEGIN" in text:
+            text = self._hide_private_keys(text, found)
+        text = self._hide_special(text, low, found)
+        low = _lower(text)
+        if hint is not None and patterns.stems.search(low):
+            text = self._hide_named(text, low, found)
+        if size >= 11:
             if patterns.run.search(text):
                 text = self._hide_tokens(text, found)
             if patterns.card.search(text):
@@ -1679,8 +1678,8 @@ class Redactor:
         try:
             for name, item in pairs or value.items():
                 kind = type(item)
-                if slow or type(name) is not str or verdicts[name]:
-                    verdict = verdicts[name] if type(name) is str else _ODD
+                verdict = verdicts[name] if type(name) is str else _ODD
+                if verdict or slow:
                     if odd or verdict > _SENSITIVE:
                         odd = odd or verdict & _ODD > 0  # from here on a key may be there already
                         slow = slow or odd
@@ -1691,15 +1690,13 @@ class Redactor:
                         out[name] = self._walk(item, scan, declared.of(name) if declared else None)
                 elif kind is str:
                     out[name] = text(item, scan, None) if len(item) > 4 else item
+                elif kind is int and -1_000_000_000_000 < item < 1_000_000_000_000:
+                    out[name] = item
                 elif kind is dict:
                     out[name] = self._walk_dict(item, scan, None)
                 elif kind is list:
                     out[name] = self._walk_list(item, scan, None)
-                elif (
-                    kind is bool
-                    or item is None
-                    or (kind is int and -1_000_000_000_000 < item < 1_000_000_000_000)
-                ):
+                elif kind is bool or item is None:
                     out[name] = item
                 else:
                     out[name] = self._walk(item, scan, None)
