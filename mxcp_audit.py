@@ -794,8 +794,10 @@ class _Texts:
         """Return the marker for a secret; what is a marker stays, so that a second pass changes nothing."""
         if self._patterns.marker.fullmatch(secret):
             return secret
-        if found is not None:
+        if found is not None and len(found) < _MAX_ECHOES and len(secret) <= _MAX_ECHO_CHARS:
             found.append(secret)
+            if secret[:1] in ("[", "{"):  # what may be echoed is within
+                found += re.findall(r"""["']([^"'\\]{4,})\\{0,8}["']""", secret)[: _MAX_ECHOES - len(found)]
         return self._mark(secret)
 
     def _hide_group(self, match: re.Match[str], found: list[str] | None) -> str:
@@ -994,7 +996,8 @@ class _Texts:
         if kind == "assign":
             if bare_key and quote and self._names_a_sibling(text, quote):
                 return None
-            if quote is None and name.lower().replace("_", "-") in _HEADERS:
+            bare = quote is None and text[at : at + 1] not in ("[", "{")
+            if bare and name.lower().replace("_", "-") in _HEADERS:
                 return self._header_span(text, at, name.lower(), before)
         return self._assigned_span(text, at, name, strength, lead[0])
 
@@ -1179,7 +1182,7 @@ _MAX_ECHOES, _MAX_ECHO_CHARS = 64, 8192
 # The fewest digits at which an interpreter may refuse to write an int (CPython's lowest limit).
 _WIDE_INT = 10**640
 _VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-_JSON_STARTS = frozenset("{[ \t\r\n")
+_JSON_STARTS = frozenset('{[" \t\r\n')
 _NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 # In "API key: …" and "verification code is …" the word before belongs to the name.
 _OPENERS = KEY_OPENERS | TOKEN_OPENERS | CODE_OPENERS | STRONG_WORDS
@@ -1850,7 +1853,7 @@ class Redactor:
 
     def _text(self, text: str, scan: _Scan, declared: _Declared | None) -> str:
         """Clean a text; one that holds JSON is walked like the value that it holds."""
-        if text[:1] in _JSON_STARTS and text.lstrip()[:1] in ("{", "["):
+        if text[:1] in _JSON_STARTS and text.lstrip()[:1] in ("{", "[", '"'):
             try:
                 tree = json.loads(text, object_pairs_hook=_unique)
             except (ValueError, RecursionError):
