@@ -336,7 +336,8 @@ _KNOWN_WORDS = (
 _CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
 # The end of a long name decides; the limits are arbitrary, and keep judging cheap.
 _MAX_NAME_CHARS = 128
-_MAX_GLUED_CHARS = 40
+_MAX_GLUED_CHARS = 24
+_LONGEST_WORD = 16
 
 
 def _singular(word: str) -> str:
@@ -350,11 +351,11 @@ def _unglue(word: str) -> list[str]:
     Longer words are tried first, and a split must hold a secret word, so that `keynote`
     and `codec` stay what they are.
     """
-    if _singular(word) in _KNOWN_WORDS or not 5 <= len(word) <= _MAX_GLUED_CHARS:
+    if _singular(word) in _KNOWN_WORDS or len(word) < 5:
         return [word]
     splits: dict[int, list[str]] = {len(word): []}
-    for start in range(len(word) - 2, -1, -1):
-        for end in range(len(word), start + 1, -1):
+    for start in range(len(word) - 2 if len(word) <= _MAX_GLUED_CHARS else -1, -1, -1):
+        for end in range(min(len(word), start + _LONGEST_WORD), start + 1, -1):
             if end in splits and _singular(word[start:end]) in _KNOWN_WORDS:
                 splits[start] = [word[start:end], *splits[end]]
                 break
@@ -504,7 +505,7 @@ DOTTED_TOKENS = (
 STEMS = tuple(
     sorted(
         _words_in("""
-    pass key token auth secret pwd cred cookie card jwt otp pin code pat cc[_-]?n cv[vc] csc psk ssn
+    pass key token auth secret pwd cred cookie card jwt otp pin code pat cc[_.-]?n cv[vc] csc psk ssn
     social sess signature sig(?==) answer assertion dockerc kubeconfig kennwort contrase senha
 """)
     )
@@ -784,7 +785,11 @@ class _Texts:
 
     def may_name(self, text: str) -> bool:
         """Say whether a text is worth judging as a name."""
-        return len(text) <= _MAX_NAME_CHARS and self._patterns.stems.search(_lower(text)) is not None
+        return len(text) <= _MAX_NAME_CHARS and self.has_stem(text)
+
+    def has_stem(self, text: str) -> bool:
+        """Say whether a text holds a part of a secret name."""
+        return self._patterns.stems.search(_lower(text)) is not None
 
     def is_marker(self, text: str) -> bool:
         """Say whether a text is what stands in the place of a secret."""
@@ -877,7 +882,7 @@ class _Texts:
             out, done = [], 0
             for place in patterns.identified.finditer(text):
                 if place.end() > done:
-                    start, end = self._value_end(text, place.end(), "")
+                    start, end = self._value_end(text, place.end())
                     out += [text[done:start], self._hide(text[start:end], found)]
                     done = end
             text = "".join([*out, text[done:]])
@@ -889,28 +894,32 @@ class _Texts:
 
     def _hide_inserted(self, text: str, found: list[str] | None) -> str:
         """Hide the values of sensitive columns in `INSERT INTO t (columns) VALUES (…), (…)`."""
-        out, done = [], 0
+        out, done, read = [], 0, 0
         for insert in self._patterns.insert.finditer(text):
             columns = [self._strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
-            if not any(columns) or insert.end() < done:
+            if not any(columns) or insert.start() < read:
                 continue
-            at, column = insert.end(), 0
-            while item := self._patterns.tuple_item.match(text, at):
-                at = item.end()
-                if item[2] == "(" and not item[1]:
-                    column = 0
-                    continue
-                value = item[1] or ""
-                if value.strip() and column < len(columns) and columns[column]:
-                    quote = value[0] if value[0] in "'\"" else ""
-                    out += [
-                        text[done : item.start(1)],
-                        quote,
-                        self._hide(value.strip(quote or None), found),
-                        quote,
-                    ]
+            read, depth, column = insert.end(), 0, 0
+            while item := self._patterns.tuple_item.match(text, read):
+                value, stop = item[1] or "", item[2]
+                if depth == 0 and (value or (stop == ")" or (stop == "," and column == 0))):
+                    break  # behind the last tuple
+                quote = value[:1] if value[:1] in ("'", '"') else ""
+                given = value.strip() and stop != "(" and (quote or depth == 1)
+                if given and depth and column < len(columns) and columns[column]:
+                    secret = value.strip(quote or None)
+                    out += [text[done : item.start(1)], quote, self._hide(secret, found), quote]
                     done = item.end(1)
-                column += 1
+                read = item.end()
+                depth += {"(": 1, ")": -1}.get(stop, 0)
+                column = (
+                    0 if depth == 0 or (depth == 1 and stop == "(") else column + (stop == "," and depth == 1)
+                )
+                if depth == 0:
+                    comma = re.compile(r"\s*,").match(text, read)
+                    if comma is None:
+                        break
+                    read = comma.end()
         return "".join([*out, text[done:]])
 
     def _hide_named(self, text: str, low: str, found: list[str] | None) -> str:
@@ -968,10 +977,12 @@ class _Texts:
         name, before = text[start : lead.end("rest")], text[start - 1 : start]
         bare_key = name.lower() in ("key", "keys")
         if kind == "option" and not name.startswith("-"):  # `login u password x`
-            value = self._value_end(text, at, "")
-            shown = text[value[0] : value[1]].lower()
-            shaped = name.lower() in _PASSWORDS and len(shown) >= 6 and _looks_secret(shown)
-            return value if shaped and shown.rstrip(".,:;)") not in _ALGORITHMS else None
+            if name.lower() not in _PASSWORDS:
+                return None
+            end = self._bare_end(text, at)
+            shown = text[at:end].lower().rstrip(".,:;)")
+            shaped = len(shown) >= 6 and _looks_secret(shown) and shown not in _ALGORITHMS
+            return (at, end) if shaped else None
         if kind == "element":
             if before not in ("<", ":") or bare_key:
                 return None
@@ -980,20 +991,23 @@ class _Texts:
         quote = self._patterns.quote.match(text, at)
         if kind == "pair":
             opened = text[max(0, start - 12) : start].rstrip("\\\"'bu")
-            value = self._value_end(text, at, "")
+            value = self._value_end(text, at)
             closed = text[value[1] : value[1] + 12].lstrip("\\\"' ,")
             return value if opened[-1:] in ("(", "[") and closed[:1] in (")", "]") else None
         if kind in ("quoted", "sql", "prose"):
             # `secret "prod" not found` names it, `SECRET 'x'` in SQL is it.
             reference = kind == "quoted" and not name.isupper() and name.lower() in _REFERENCES
-            if strength < 2 or reference or (kind == "prose" and quote is None):
-                value = self._value_end(text, at, "")
-                shown = text[value[0] : value[1]].rstrip(".,:;)")
+            if reference or (kind == "quoted" and strength < 2) or (kind == "sql" and bare_key):
+                return None
+            if kind == "prose" and (quote is None or strength < 2):
+                end = self._bare_end(text, at)
+                shown = text[at:end].rstrip(".,:;)")
                 long_enough = strength == 2 or len(shown) >= 8 or name.lower() == "pin"
-                shaped = kind == "prose" and long_enough and _looks_secret(shown)
-                return value if shaped or (kind == "sql" and not bare_key) else None
-            return self._value_end(text, at, "")
+                return (at, end) if long_enough and _looks_secret(shown) else None
+            return self._value_end(text, at)
         if kind == "assign":
+            if lead["assign"] == ":" and quote is None and _is_arn(text, at):
+                return None
             if bare_key and quote and self._names_a_sibling(text, quote):
                 return None
             bare = quote is None and text[at : at + 1] not in ("[", "{")
@@ -1003,7 +1017,7 @@ class _Texts:
 
     def _names_a_sibling(self, text: str, quote: re.Match[str]) -> bool:
         """Say whether the quoted value of `key` is itself a name: `key="DbPassword" value="…"`."""
-        end = self._value_end(text, quote.start(), "")[1]
+        end = self._value_end(text, quote.start())[1]
         rest = self._patterns.separator.match(text, end)
         return rest is not None and rest.lastgroup == "sibling"
 
@@ -1011,9 +1025,9 @@ class _Texts:
         self, text: str, at: int, name: str, strength: int, lead: str
     ) -> tuple[int, int] | None:
         """Find the end of an assigned value and leave out what only looks like one."""
-        value = self._value_end(text, at, name)
+        value = self._value_end(text, at)
         shown = text[value[0] : value[1]]
-        if self._patterns.placeholder.fullmatch(shown) or (lead == ":" and _is_arn(text, at)):
+        if self._patterns.placeholder.fullmatch(shown):
             return None
         if value[0] > at or text[at : at + 1] in ("[", "{"):  # quoted, or a container
             return value
@@ -1028,7 +1042,11 @@ class _Texts:
         in_query = text[max(0, at - len(name) - 2) : at][:1] in ("?", "&") and lead.endswith("=")
         if strength < 2 and asked and not in_query and not _looks_secret(shown):
             return None
-        return value
+        # A pass phrase has spaces: it ends with its line.
+        line = (
+            self._patterns.header.match(text, at) if lead[-1:] == " " and "phrase" in name.lower() else None
+        )
+        return at, max(value[1], line.end() if line else 0)
 
     def _header_span(self, text: str, at: int, name: str, before: str) -> tuple[int, int] | None:
         """Find the credentials of an `Authorization:` or `Cookie:` line, to its end or its quotes'."""
@@ -1044,19 +1062,17 @@ class _Texts:
             return at, self._bare_end(text, at)
         elif len(words) == 1 or before in ("?", "&") or self._patterns.marker.match(words[0]):
             return at, self._bare_end(text, at)
-        line = self._patterns.header.match(text, at)
-        end = line.end() if line else len(text)
-        if before in ('"', "'"):
-            closing = text.find(before, at, end)
-            end = end if closing < 0 else closing
-        return at, end
+        closing = text.find(before, at) if before in ('"', "'") else -1
+        end = len(text) if closing < 0 else closing
+        line = self._patterns.header.match(text, at, end)
+        return at, line.end() if line else end
 
     def _bare_end(self, text: str, at: int) -> int:
         """Find the end of an unquoted value; a marker is one, whatever brackets mean elsewhere."""
         bare = self._patterns.marker.match(text, at) or self._patterns.bare.match(text, at)
         return bare.end() if bare else at
 
-    def _value_end(self, text: str, at: int, name: str) -> tuple[int, int]:
+    def _value_end(self, text: str, at: int) -> tuple[int, int]:
         """Find where a value starts and ends: quoted, bracketed, a YAML block, or bare."""
         patterns = self._patterns
         quote = patterns.quote.match(text, at)
@@ -1072,12 +1088,7 @@ class _Texts:
         block = patterns.block.match(text, at)
         if block is not None:
             return at, block.end()
-        end = self._bare_end(text, at)
-        # A pass phrase has spaces; so may a password that has a line of its own.
-        if "phrase" in name.lower() and text[at - 1 : at] == " ":
-            line = patterns.header.match(text, at)
-            end = max(end, line.end() if line else end)
-        return at, end
+        return at, self._bare_end(text, at)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -1567,6 +1578,8 @@ class Redactor:
                 return 2
             if entry in self._keep:
                 return 0
+        if name.isascii() and not self._texts.has_stem(name):
+            return 0
         return _judge_name(name)[0]
 
     def _strength(self, name: str) -> int:
