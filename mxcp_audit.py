@@ -33,7 +33,7 @@ import json
 import re
 import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, TypeAlias
+from typing import Any
 
 __version__ = "0.1.0"
 
@@ -560,8 +560,6 @@ class _Patterns:
     every look ahead or back, and every run that may have to be tried again, is bounded.
     """
 
-    stems: re.Pattern[str]
-    gate: re.Pattern[str]
     separator: re.Pattern[str]
     quote: re.Pattern[str]
     quoted: dict[str, re.Pattern[str]]
@@ -595,15 +593,8 @@ def _any_of(words: Iterable[str], own: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join([*grouped, *own]))
 
 
-def _compile_patterns(names: Iterable[str]) -> _Patterns:
-    """Compile the patterns; `names` are the user's own, whose stems join in.
-
-    The stem of an own name is the start of its longest word, so that it is found in any spelling.
-    """
-    own = [re.escape(max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower()) for name in names]
+def _compile_patterns() -> _Patterns:
     return _Patterns(
-        stems=_any_of(STEMS, own),
-        gate=_any_of((*STEMS, *SPECIAL_STEMS), [*own, *"0123456789"]),
         separator=re.compile(_SEPARATOR, re.X),
         quote=re.compile(_QUOTE),
         quoted={quote: re.compile(body, re.S) for quote, body in _QUOTED.items()},
@@ -740,14 +731,13 @@ class _Texts:
 
     Args:
         patterns: the compiled patterns.
-        strength: judges a name as `_judge_name` does, with the user's own settings.
-        mark: makes the marker that replaces a secret.
+        names: judges the names in texts.
+        key: for markers by which secrets can be told apart, or None.
     """
 
-    def __init__(
-        self, patterns: _Patterns, strength: Callable[[str], int], mark: Callable[[str], str]
-    ) -> None:
-        self._patterns, self._strength, self._mark = patterns, strength, mark
+    def __init__(self, patterns: _Patterns, names: _Names, key: bytes | None) -> None:
+        self._patterns, self.names, self._key = patterns, names, key
+        self._stems = names.stems
 
     def clean(self, text: str, found: list[str] | None = None) -> str:
         """Return `text` without the secrets that its form or the names in it give away.
@@ -764,7 +754,7 @@ class _Texts:
         if "://" in text:
             text = self._hide_url_passwords(text, found)
         low = text.lower() if text.isascii() else _lower(text)
-        hint = patterns.gate.search(low)
+        hint = self.names.gate.search(low)
         # Whatever has a known form holds a digit or a capital; commands have a dash.
         if hint is None and low == text and " -" not in text:
             return text
@@ -772,7 +762,7 @@ class _Texts:
             text = self._hide_private_keys(text, found)
         text = self._hide_special(text, low, found)
         low = _lower(text)
-        if hint is not None and patterns.stems.search(low):
+        if hint is not None and self._stems.search(low):
             text = self._hide_named(text, low, found)
         if size >= 11:
             if patterns.run.search(text):
@@ -783,13 +773,14 @@ class _Texts:
                 text = patterns.ssn.sub(lambda number: self._hide(number[0], found), text)
         return text
 
-    def may_name(self, text: str) -> bool:
-        """Say whether a text is worth judging as a name."""
-        return len(text) <= _MAX_NAME_CHARS and self.has_stem(text)
+    def mark(self, secret: str) -> str:
+        """Return what stands in the place of a secret."""
+        if self._key is None:
+            return REDACTED
+        import hmac  # takes 7 ms, which only this mode should cost
 
-    def has_stem(self, text: str) -> bool:
-        """Say whether a text holds a part of a secret name."""
-        return self._patterns.stems.search(_lower(text)) is not None
+        digest = hmac.new(self._key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
+        return f"[REDACTED:{digest[:8]}]"
 
     def is_marker(self, text: str) -> bool:
         """Say whether a text is what stands in the place of a secret."""
@@ -803,7 +794,7 @@ class _Texts:
             found.append(secret)
             if secret[:1] in ("[", "{"):  # what may be echoed is within
                 found += re.findall(r"""["']([^"'\\]{4,})\\{0,8}["']""", secret)[: _MAX_ECHOES - len(found)]
-        return self._mark(secret)
+        return self.mark(secret)
 
     def _hide_group(self, match: re.Match[str], found: list[str] | None) -> str:
         """Replace the group that took part in a match; the rest of the match stays."""
@@ -896,7 +887,7 @@ class _Texts:
         """Hide the values of sensitive columns in `INSERT INTO t (columns) VALUES (…), (…)`."""
         out, done, read = [], 0, 0
         for insert in self._patterns.insert.finditer(text):
-            columns = [self._strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
+            columns = [self.names.strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
             if not any(columns) or insert.start() < read:
                 continue
             read, depth, column = insert.end(), 0, 0
@@ -930,7 +921,7 @@ class _Texts:
         """
         patterns = self._patterns
         out, done, at = [], 0, 0
-        while stem := patterns.stems.search(low, at):
+        while stem := self._stems.search(low, at):
             at = stem.end()
             lead = patterns.separator.match(text, at)
             if lead is None:
@@ -955,11 +946,11 @@ class _Texts:
         """Judge a name in a text, where the word before it may belong to it (`API key: …`)."""
         if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
             return 2  # of a pre-signed URL; elsewhere it may be anything
-        strength = self._strength(name.strip("-."))
+        strength = self.names.strength(name.strip("-."))
         if strength < 2 and start and text[start - 1] in " _":
             words = text[max(0, start - 20) : start - 1].rsplit(None, 1)
             if words and words[-1].lower() in _OPENERS:
-                return max(strength, self._strength(f"{words[-1]} {name}"))
+                return max(strength, self.names.strength(f"{words[-1]} {name}"))
         return strength
 
     def _value_span(
@@ -1243,47 +1234,23 @@ class _Verdicts(dict[str, int]):
     `verdicts[name]`, the fastest question that Python knows.
     """
 
-    __slots__ = ("judge",)
+    __slots__ = ("judge", "keep")
 
-    def __init__(self, judge: Callable[[str], int]) -> None:
+    def __init__(self, judge: Callable[[str], int], keep: bool = True) -> None:
         super().__init__()
-        self.judge = judge
+        self.judge, self.keep = judge, keep
 
     def __missing__(self, name: str) -> int:
         verdict = self.judge(name)
-        if not verdict & _ODD and len(name) <= _MAX_NAME_CHARS:
+        if self.keep and not verdict & _ODD and len(name) <= _MAX_NAME_CHARS:
             if len(self) >= _MAX_VERDICTS:
                 self.clear()
             self[name] = verdict
         return verdict
 
 
-class _Blind(_Verdicts):
-    """Finds every name harmless; with it a walk converts and redacts nothing."""
-
-    __slots__ = ()
-
-    def __missing__(self, name: str) -> int:
-        return 0
-
-
-class _Scan:
-    """What one walk through one value carries along: settings of the call and its progress."""
-
-    __slots__ = ("echoes", "nodes", "open", "text", "verdicts")
-
-    def __init__(self, verdicts: _Verdicts, text: _TextRule, echoes: list[str] | None) -> None:
-        self.verdicts, self.text, self.echoes = verdicts, text, echoes
-        self.open: list[int] = []  # ids of the containers around the present value
-        self.nodes = 0
-
-
-_TextRule: TypeAlias = "Callable[[str, _Scan, _Declared | None], str]"
-
-
-def _same(text: str, scan: _Scan, declared: _Declared | None) -> str:
-    """Return a text as it is; the rule of a walk that only converts."""
-    return text
+# Finds every key harmless: a blind walk converts and redacts nothing.
+_BLIND = _Verdicts(lambda name: 0, keep=False)
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -1409,6 +1376,356 @@ def _members(value: object) -> dict[str, Any] | None:
     return members
 
 
+class _Names:
+    """The verdicts on names under one Redactor's settings.
+
+    Args:
+        redact: entries of the setting of that name.
+        keep: likewise.
+    """
+
+    def __init__(self, redact: Iterable[str], keep: Iterable[str]) -> None:
+        self.redact, self.keep = _read_names(redact), _read_names(keep)
+        self.tools = {tool for tool, _ in self.redact | self.keep if tool}
+        # The stem of an own name is the start of its longest word, which is in every spelling.
+        words = [max(re.findall(_CAMEL, name) or [name], key=len) for _, name in self.redact]
+        own = sorted({re.escape(word[:4].lower()) for word in words})
+        self.stems = _any_of(STEMS, own)
+        # What the first look at a text asks for: a stem, a special word or a digit.
+        self.gate = _any_of((*STEMS, *SPECIAL_STEMS), [*own, *"0123456789"])
+        self._strengths: dict[str, int] = {}
+
+    def judge(self, name: str, tool: str = "") -> tuple[int, str]:
+        """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
+        normal = _normal(name)
+        for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
+            if entry in self.redact:
+                return 2, "listed under `redact`"
+            if entry in self.keep:
+                return 0, ""
+        # A name without a stem of a secret word needs no splitting into words.
+        return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
+
+    def strength(self, name: str) -> int:
+        """Judge a name found in a text; remembered, like the names of fields."""
+        strength = self._strengths.get(name)
+        if strength is None:
+            strength = self.judge(name)[0]
+            if len(self._strengths) >= _MAX_VERDICTS:
+                self._strengths.clear()
+            self._strengths[name] = strength
+        return strength
+
+    def may_name(self, text: str) -> bool:
+        """Say whether a text is worth judging as a name."""
+        return len(text) <= _MAX_NAME_CHARS and self.stems.search(_lower(text)) is not None
+
+    def verdicts(self, texts: _Texts, tool: str = "") -> _Verdicts:
+        """Make the judge of a walk's keys, for one tool or for all."""
+
+        def judge(name: str) -> int:
+            verdict = _SENSITIVE if self.judge(name, tool)[0] else 0
+            if name.lower() in _VALUES or (verdict and name.lower() == "key"):
+                verdict |= _LABELLED
+            return verdict | _ODD if texts.clean(name) != name else verdict
+
+        return _Verdicts(judge)
+
+
+class _Walk:
+    """One walk through one value: converts it, and redacts it unless it is blind.
+
+    Args:
+        texts: cleans texts.
+        verdicts: judges keys.
+        echoes: receives redacted values as texts, or None.
+        quiet: the marker says nothing about the secret and nobody asks for echoes, so that a
+            secret needs no look at it.
+        blind: convert only.
+    """
+
+    __slots__ = ("blind", "echoes", "nodes", "open", "quiet", "texts", "verdicts")
+
+    def __init__(
+        self, texts: _Texts, verdicts: _Verdicts, echoes: list[str] | None, quiet: bool, blind: bool = False
+    ) -> None:
+        self.texts, self.verdicts, self.echoes, self.quiet, self.blind = texts, verdicts, echoes, quiet, blind
+        self.open: list[int] = []  # ids of the containers around the present value
+        self.nodes = 0
+
+    def plain(self, value: object) -> Any:
+        """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
+        return _Walk(self.texts, _BLIND, None, True, blind=True).value(value, None)
+
+    def hide(self, value: object) -> str:
+        """Return the marker for a whole value, whatever it is, and collect what it may echo as."""
+        if self.quiet:
+            return REDACTED
+        plain = self.plain(value)
+        if isinstance(plain, str) and self.texts.is_marker(plain):
+            return plain
+        if self.echoes is not None:
+            _collect_echoes(plain, self.echoes)
+        return self.texts.mark(plain if isinstance(plain, str) else json.dumps(plain, sort_keys=True))
+
+    def value(self, value: Any, declared: _Declared | None) -> Any:
+        """Convert and redact one value by its exact type; unusual types take the slow way."""
+        kind = type(value)
+        # A number in the place of an object with a secret part: nobody knows what it means.
+        if declared is not None and (declared.sensitive or (declared.hides and kind in (int, float))):
+            return self.hide(value)
+        if kind is str:
+            return self.text(value, declared)
+        if kind is dict:
+            return self.mapping(value, declared)
+        if kind is list or kind is tuple:
+            return self.sequence(value, declared)
+        if value is None or kind is bool:
+            return value
+        if kind is int:
+            return self.integer(value)
+        if kind is float:
+            # NaN and the infinities are no JSON; as texts they differ from null and from 0.
+            return value if value - value == 0.0 else _float_text(value)
+        try:
+            return self.other(value, kind, declared)
+        except RecursionError:
+            raise
+        except Exception:
+            return f"<unprintable {_type_name(value)}>"
+
+    def integer(self, value: int) -> Any:
+        if not -_WIDE_INT < value < _WIDE_INT:
+            try:
+                str(value)
+            except ValueError:
+                return hex(value)  # all digits, in the only base without a limit
+            return value
+        if value >= 1_000_000_000_000:  # a card number, perhaps
+            text = str(value)
+            shown = self.text(text, None)
+            return value if shown == text else shown
+        return value
+
+    def mapping(
+        self,
+        value: dict[Any, Any],
+        declared: _Declared | None,
+        pairs: list[tuple[Any, Any]] | None = None,
+    ) -> Any:
+        """Convert a mapping: 1. guard, 2. judge labels, 3. go through the fields, 4. again on a copy.
+
+        Args:
+            value: the mapping.
+            declared: what is declared of its fields.
+            pairs: its items, where it may hold a key twice.
+        """
+        opened = self.open
+        depth = len(opened)
+        if depth >= _MAX_DEPTH:
+            return "[DEPTH]"
+        ident = id(value)
+        if ident in opened:
+            return "[CYCLE]"
+        self.nodes = nodes = self.nodes + len(value)
+        if nodes > _MAX_NODES:
+            return f"[CUT: {len(value)} items]"
+        opened.append(ident)
+        out: dict[str, Any] = {}
+        verdicts, text, odd = self.verdicts, self.text, pairs is not None
+        slow = odd or declared is not None
+        try:
+            for name, item in pairs or value.items():
+                kind = type(item)
+                verdict = verdicts[name] if type(name) is str else _ODD
+                if verdict or slow:
+                    if odd or verdict > _SENSITIVE:
+                        odd = odd or verdict & _ODD > 0  # from here on a key may be there already
+                        slow = slow or odd
+                        name, verdict = self.field(name, value, out if odd else None)
+                    if verdict:
+                        out[name] = self.hide(item)
+                    else:
+                        out[name] = self.value(item, declared.of(name) if declared else None)
+                elif kind is str:
+                    out[name] = text(item, None) if len(item) > 4 else item
+                elif kind is int and -1_000_000_000_000 < item < 1_000_000_000_000:
+                    out[name] = item
+                elif kind is dict:
+                    out[name] = self.mapping(item, None)
+                elif kind is list:
+                    out[name] = self.sequence(item, None)
+                elif kind is bool or item is None:
+                    out[name] = item
+                else:
+                    out[name] = self.value(item, None)
+        except RuntimeError as error:
+            if isinstance(error, RecursionError):
+                raise
+            # Another thread changed the mapping; a copy is made in one step.
+            del opened[depth:]
+            return self.mapping(value.copy(), declared, pairs)
+        del opened[depth:]
+        return out
+
+    def field(self, name: object, value: dict[Any, Any], out: dict[str, Any] | None) -> tuple[str, int]:
+        """Return an unusual field's name as text and whether it is sensitive.
+
+        A key that JSON knows is written as JSON does (`null`, `1`); a second one of the same
+        text gets a number, so that no value is lost.
+
+        Args:
+            name: a key that is no text, that holds a secret, or that a sibling may name.
+            value: the mapping that it is a key of.
+            out: what is written so far, or None where the key stays as it is.
+        """
+        plain = name if type(name) is str else self.plain(name)
+        shown = plain if isinstance(plain, str) else json.dumps(plain)
+        verdict = self.verdicts[shown]
+        if verdict & _LABELLED:
+            verdict = self.sibling_verdict(shown, value)
+        if out is None:
+            return shown, verdict & _SENSITIVE
+        shown = self.text(shown, None)
+        free, number = shown, 1
+        while free in out:
+            number += 1
+            free = f"{shown}#{number}"
+        return free, verdict & _SENSITIVE
+
+    def sibling_verdict(self, name: str, value: dict[Any, Any]) -> int:
+        """Judge `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
+
+        In a list's `{"key": …, "value": …}` (tags, headers) `key` itself is a label, not a secret.
+        """
+        siblings = [(_label(key).lower(), _label(said)) for key, said in value.items()]
+        if name.lower() == "key":
+            pair = len(value) == 2 and len(self.open) > 1 and any(key in _VALUES for key, _ in siblings)
+            return 0 if pair else _SENSITIVE
+        for key, said in siblings:
+            if (
+                key in _LABELS
+                and said
+                and self.texts.names.may_name(said)
+                and self.verdicts[said] & _SENSITIVE
+            ):
+                return _SENSITIVE
+        return 0
+
+    def sequence(self, value: Any, declared: _Declared | None) -> Any:
+        """Convert a sequence; `["Authorization", …]` and `["--password", …]` are judged by the sibling."""
+        opened = self.open
+        depth = len(opened)
+        if depth >= _MAX_DEPTH:
+            return "[DEPTH]"
+        ident = id(value)
+        if ident in opened:
+            return "[CYCLE]"
+        self.nodes = nodes = self.nodes + len(value)
+        if nodes > _MAX_NODES:
+            return f"[CUT: {len(value)} items]"
+        opened.append(ident)
+        items = None if declared is None else declared.items or declared
+        out: list[Any] = []
+        text = self.text
+        hide_next = len(value) == 2 and self.is_label(value[0])
+        for item in value[:]:  # another thread may append
+            kind = type(item)
+            if hide_next and out:
+                out.append(self.hide(item))
+                hide_next = False
+            elif kind is str and items is None:
+                if len(item) < 4:
+                    out.append(item)
+                    continue
+                out.append(text(item, None))
+                if item[0] == "-" and "=" not in item:
+                    hide_next = self.is_label(item)
+            else:
+                out.append(self.value(item, items))
+        del opened[depth:]
+        return out
+
+    def is_label(self, item: object) -> bool:
+        """Say whether an element of a list is a sensitive name, so that the next is its value."""
+        if type(item) is bytes:
+            item = _label(item)
+        return (
+            type(item) is str
+            and len(item) > 2
+            and self.texts.names.may_name(item)
+            and self.verdicts[item.strip("-")] & _SENSITIVE > 0
+        )
+
+    def other(self, value: Any, kind: type, declared: _Declared | None) -> Any:
+        """Convert what is not of JSON's own types, subclasses of those included."""
+        if issubclass(kind, str):
+            return self.text(str.__str__(value), declared)
+        if issubclass(kind, int):
+            return self.integer(int.__int__(value))
+        if issubclass(kind, float):
+            return self.value(float.__float__(value), declared)
+        if issubclass(kind, (bytes, bytearray, memoryview)):
+            return self.text(bytes(value).decode("utf-8", "backslashreplace"), declared)
+        if issubclass(kind, enum.Enum):
+            return self.value(value.value, declared)
+        if kind is _Pairs:
+            return self.mapping(dict(value), declared, value)
+        if issubclass(kind, dict):
+            return self.nested(value, dict(dict.items(value)), declared)
+        if issubclass(kind, BaseException):
+            return self.text(self.exception_text(value), declared)
+        members = _members(value)
+        if members is not None:
+            return self.nested(value, members, declared)
+        if issubclass(kind, (set, frozenset)):
+            listed = self.nested(value, list(value), declared)
+            return sorted(listed, key=_order) if isinstance(listed, list) else listed
+        if issubclass(kind, (list, tuple, collections.deque, *_VIEWS)):
+            return self.nested(value, list(value), declared)
+        if issubclass(kind, Mapping):
+            return self.nested(value, _Pairs(value.items()), declared)
+        if _says_itself(kind):
+            return self.text(str.__str__(str(value)), declared)
+        if any(base.__module__.partition(".")[0] == "numpy" for base in kind.__mro__):
+            return self.value(_numpy(value, kind), declared)
+        return self.text(_repr(value), declared)
+
+    def nested(self, value: object, content: Any, declared: _Declared | None) -> Any:
+        """Walk what an object holds, with the object itself guarded against cycles."""
+        if id(value) in self.open:
+            return "[CYCLE]"
+        if len(self.open) >= _MAX_DEPTH:
+            return "[DEPTH]"
+        self.open.append(id(value))
+        out = self.value(content, declared)
+        self.open.pop()
+        return out
+
+    def exception_text(self, error: BaseException) -> str:
+        try:
+            said = str.__str__(str(error))
+        except Exception:
+            said = "<unprintable>"
+        return f"{_type_name(error)}: {said}" if said else _type_name(error)
+
+    def text(self, text: str, declared: _Declared | None) -> str:
+        """Clean a text; one that holds JSON is walked like the value that it holds."""
+        if self.blind:
+            return text
+        if text[:1] in _JSON_STARTS and text.lstrip()[:1] in ("{", "[", '"'):
+            try:
+                tree = json.loads(text, object_pairs_hook=_unique)
+            except (ValueError, RecursionError):
+                pass  # no JSON after all
+            else:
+                walked = self.value(tree, declared)
+                return text if walked == tree else json.dumps(walked, ensure_ascii=False)
+        if declared is not None and declared.hides:
+            return self.hide(text)  # the part that is secret can't be found: all of it
+        return self.texts.clean(text, self.echoes)
+
+
 class Redactor:
     """Returns plain copies of values and texts in which no secret is left, and never raises.
 
@@ -1449,15 +1766,11 @@ class Redactor:
             raise ConfigError(f"{mode!r} is neither 'constant' nor 'hmac'", trail=("redact_mode",))
         if mode == "hmac" and not key:
             raise ConfigError("'hmac' needs a key: set MXCP_AUDIT_KEY", trail=("redact_mode",))
-        self._key = key if mode == "hmac" else None
-        self._redact, self._keep = _read_names(redact), _read_names(keep)
-        self._tools = {tool for tool, _ in self._redact | self._keep if tool}
-        self._verdicts = _Verdicts(lambda name: self._key_verdict(name, ""))
-        self._verdicts_by_tool = {tool: self._verdicts_for(tool) for tool in self._tools}
-        self._blind = _Blind(lambda name: 0)
-        self._strengths: dict[str, int] = {}
-        self._text_rule = self._text  # bound once
-        self._texts = _Texts(_compile_patterns(name for _, name in self._redact), self._strength, self._mark)
+        self._names = _Names(redact, keep)
+        self._texts = _Texts(_compile_patterns(), self._names, key if mode == "hmac" else None)
+        self._constant = mode == "constant"
+        self._verdicts = self._names.verdicts(self._texts)
+        self._verdicts_by_tool = {tool: self._names.verdicts(self._texts, tool) for tool in self._names.tools}
 
     def is_sensitive(self, name: str, tool: str | None = None) -> bool:
         """Say whether what stands under a name is redacted.
@@ -1466,7 +1779,7 @@ class Redactor:
             name: the name of a field, parameter, column or header.
             tool: the tool whose input it is, for settings that concern one tool.
         """
-        return self._name_verdict(name, _normal(tool or "")) > 0
+        return self._names.judge(name, _normal(tool or ""))[0] > 0
 
     def redact(
         self,
@@ -1490,14 +1803,14 @@ class Redactor:
                 a text to scrub, for collecting takes time.
         """
         verdicts = self._verdicts
-        if tool is not None and self._tools:
+        if tool is not None and self._verdicts_by_tool:
             verdicts = self._verdicts_by_tool.get(_normal(tool), verdicts)
         try:
             declared = None if endpoint_def is None else _declare(endpoint_def)
-            scan = _Scan(verdicts, self._text_rule, echoes)
+            walk = _Walk(self._texts, verdicts, echoes, self._constant and echoes is None)
             if type(value) is dict and declared is None:  # nearly always
-                return self._walk_dict(value, scan, None)
-            return self._walk(value, scan, declared)
+                return walk.mapping(value, None)
+            return walk.value(value, declared)
         except RecursionError:
             return "[DEPTH]"
         except Exception as error:
@@ -1513,12 +1826,14 @@ class Redactor:
                 leave nothing readable and hide nothing.
         """
         try:
-            shown = text if type(text) is str else self._shown(text)
+            walk = _Walk(self._texts, self._verdicts, None, self._constant)
+            shown = text if type(text) is str else walk.plain(text)
+            shown = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
             for echo in sorted({echo for echo in echoes if len(echo) >= 4}, key=len, reverse=True):
                 for form in (echo, repr(echo)[1:-1], json.dumps(echo)[1:-1], _percent(echo)):
                     if form in shown and form not in REDACTED:
-                        shown = shown.replace(form, self._mark(echo))
-            return self._text(shown, _Scan(self._verdicts, self._text, None), None)
+                        shown = shown.replace(form, self._texts.mark(echo))
+            return walk.text(shown, None)
         except Exception as error:
             return f"<unreadable text: {_type_name(error)}>"
 
@@ -1543,340 +1858,19 @@ class Redactor:
             elif before != after:
                 found.append((path, self._reason(name, after, tool, declared)))
 
-        compare(
-            self._plain(value), self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared
-        )
+        plain = _Walk(self._texts, self._verdicts, None, True).plain(value)
+        compare(plain, self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared)
         return found
 
     def _reason(self, name: str, after: object, tool: str | None, declared: _Declared | None) -> str:
         if declared is not None and declared.hides:
             return "declared sensitive"
-        if self.is_sensitive(name, tool):
-            normal, its_tool = _normal(name), _normal(tool or "")
-            listed = (its_tool, normal) in self._redact or ("", normal) in self._redact
-            return "listed under `redact`" if listed else f"name: {_judge_name(name)[1]}"
+        strength, reason = self._names.judge(name, _normal(tool or ""))
+        if strength:
+            return reason
         if isinstance(after, str) and self._texts.is_marker(after):
             return "a sibling names it, or its form gives it away"
         return "the text holds a name with its value, or a known form of secret"
-
-    # Verdicts on names.
-
-    def _verdicts_for(self, tool: str) -> _Verdicts:
-        return _Verdicts(lambda name: self._key_verdict(name, tool))
-
-    def _key_verdict(self, name: str, tool: str) -> int:
-        """Judge a key for the walk, in flags."""
-        verdict = _SENSITIVE if self._name_verdict(name, tool) else 0
-        if name.lower() in _VALUES or (verdict and name.lower() == "key"):
-            verdict |= _LABELLED
-        return verdict | _ODD if self._texts.clean(name) != name else verdict
-
-    def _name_verdict(self, name: str, tool: str) -> int:
-        normal = _normal(name)
-        for entry in ((tool, normal), ("", normal)) if self._redact or self._keep else ():
-            if entry in self._redact:
-                return 2
-            if entry in self._keep:
-                return 0
-        if name.isascii() and not self._texts.has_stem(name):
-            return 0
-        return _judge_name(name)[0]
-
-    def _strength(self, name: str) -> int:
-        """Judge a name found in a text; cached like the names of fields."""
-        strength = self._strengths.get(name)
-        if strength is None:
-            strength = self._name_verdict(name, "")
-            if len(self._strengths) >= _MAX_VERDICTS:
-                self._strengths.clear()
-            self._strengths[name] = strength
-        return strength
-
-    # Markers and echoes.
-
-    def _mark(self, secret: str) -> str:
-        if self._key is None:
-            return REDACTED
-        import hmac  # takes 7 ms, which only this mode should cost
-
-        digest = hmac.new(self._key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
-        return f"[REDACTED:{digest[:8]}]"
-
-    def _hide(self, value: object, scan: _Scan) -> str:
-        """Return the marker for a whole value, whatever it is, and collect what it may echo as."""
-        if scan.echoes is None and self._key is None:
-            return REDACTED
-        plain = self._plain(value)
-        if isinstance(plain, str) and self._texts.is_marker(plain):
-            return plain
-        if scan.echoes is not None:
-            _collect_echoes(plain, scan.echoes)
-        return self._mark(plain if isinstance(plain, str) else json.dumps(plain, sort_keys=True))
-
-    def _plain(self, value: object) -> Any:
-        """Convert a value without redacting it; never recorded, only compared and hashed."""
-        return self._walk(value, _Scan(self._blind, _same, None), None)
-
-    def _shown(self, value: object) -> str:
-        plain = self._plain(value)
-        return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
-
-    # The walk.
-
-    def _walk(self, value: Any, scan: _Scan, declared: _Declared | None) -> Any:
-        """Convert and redact one value by its exact type; unusual types take the slow way."""
-        kind = type(value)
-        # A number in the place of an object with a secret part: nobody knows what it means.
-        if declared is not None and (declared.sensitive or (declared.hides and kind in (int, float))):
-            return self._hide(value, scan)
-        if kind is str:
-            return scan.text(value, scan, declared)
-        if kind is dict:
-            return self._walk_dict(value, scan, declared)
-        if kind is list or kind is tuple:
-            return self._walk_list(value, scan, declared)
-        if value is None or kind is bool:
-            return value
-        if kind is int:
-            return self._walk_int(value, scan)
-        if kind is float:
-            # NaN and the infinities are no JSON; as texts they differ from null and from 0.
-            return value if value - value == 0.0 else _float_text(value)
-        try:
-            return self._walk_other(value, kind, scan, declared)
-        except RecursionError:
-            raise
-        except Exception:
-            return f"<unprintable {_type_name(value)}>"
-
-    def _walk_int(self, value: int, scan: _Scan) -> Any:
-        if not -_WIDE_INT < value < _WIDE_INT:
-            try:
-                str(value)
-            except ValueError:
-                return hex(value)  # all digits, in the only base without a limit
-            return value
-        if value >= 1_000_000_000_000:  # a card number, perhaps
-            text = str(value)
-            shown = scan.text(text, scan, None)
-            return value if shown == text else shown
-        return value
-
-    def _walk_dict(
-        self,
-        value: dict[Any, Any],
-        scan: _Scan,
-        declared: _Declared | None,
-        pairs: list[tuple[Any, Any]] | None = None,
-    ) -> Any:
-        """Convert a mapping: 1. guard, 2. judge labels, 3. go through the fields, 4. again on a copy.
-
-        Args:
-            value: the mapping.
-            scan: what the walk carries along.
-            declared: what is declared of its fields.
-            pairs: its items, where it may hold a key twice.
-        """
-        opened = scan.open
-        depth = len(opened)
-        if depth >= _MAX_DEPTH:
-            return "[DEPTH]"
-        ident = id(value)
-        if ident in opened:
-            return "[CYCLE]"
-        scan.nodes = nodes = scan.nodes + len(value)
-        if nodes > _MAX_NODES:
-            return f"[CUT: {len(value)} items]"
-        opened.append(ident)
-        out: dict[str, Any] = {}
-        verdicts, text, odd = scan.verdicts, scan.text, pairs is not None
-        slow = odd or declared is not None
-        try:
-            for name, item in pairs or value.items():
-                kind = type(item)
-                verdict = verdicts[name] if type(name) is str else _ODD
-                if verdict or slow:
-                    if odd or verdict > _SENSITIVE:
-                        odd = odd or verdict & _ODD > 0  # from here on a key may be there already
-                        slow = slow or odd
-                        name, verdict = self._field(name, value, out if odd else None, scan)
-                    if verdict:
-                        out[name] = self._hide(item, scan)
-                    else:
-                        out[name] = self._walk(item, scan, declared.of(name) if declared else None)
-                elif kind is str:
-                    out[name] = text(item, scan, None) if len(item) > 4 else item
-                elif kind is int and -1_000_000_000_000 < item < 1_000_000_000_000:
-                    out[name] = item
-                elif kind is dict:
-                    out[name] = self._walk_dict(item, scan, None)
-                elif kind is list:
-                    out[name] = self._walk_list(item, scan, None)
-                elif kind is bool or item is None:
-                    out[name] = item
-                else:
-                    out[name] = self._walk(item, scan, None)
-        except RuntimeError as error:
-            if isinstance(error, RecursionError):
-                raise
-            # Another thread changed the mapping; a copy is made in one step.
-            del opened[depth:]
-            return self._walk_dict(value.copy(), scan, declared, pairs)
-        del opened[depth:]
-        return out
-
-    def _field(
-        self, name: object, value: dict[Any, Any], out: dict[str, Any] | None, scan: _Scan
-    ) -> tuple[str, int]:
-        """Return an unusual field's name as text and whether it is sensitive.
-
-        A key that JSON knows is written as JSON does (`null`, `1`); a second one of the same
-        text gets a number, so that no value is lost.
-
-        Args:
-            name: a key that is no text, that holds a secret, or that a sibling may name.
-            value: the mapping that it is a key of.
-            out: what is written so far, or None where the key stays as it is.
-            scan: what the walk carries along.
-        """
-        plain = name if type(name) is str else self._plain(name)
-        shown = plain if isinstance(plain, str) else json.dumps(plain)
-        verdict = scan.verdicts[shown]
-        if verdict & _LABELLED:
-            verdict = self._sibling_verdict(shown, value, scan)
-        if out is None:
-            return shown, verdict & _SENSITIVE
-        shown = scan.text(shown, scan, None)
-        free, number = shown, 1
-        while free in out:
-            number += 1
-            free = f"{shown}#{number}"
-        return free, verdict & _SENSITIVE
-
-    def _sibling_verdict(self, name: str, value: dict[Any, Any], scan: _Scan) -> int:
-        """Judge `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-
-        In a list's `{"key": …, "value": …}` (tags, headers) `key` itself is a label, not a secret.
-        """
-        siblings = [(_label(key).lower(), _label(said)) for key, said in value.items()]
-        if name.lower() == "key":
-            pair = len(value) == 2 and len(scan.open) > 1 and any(key in _VALUES for key, _ in siblings)
-            return 0 if pair else _SENSITIVE
-        for key, said in siblings:
-            if key in _LABELS and said and self._texts.may_name(said) and scan.verdicts[said] & _SENSITIVE:
-                return _SENSITIVE
-        return 0
-
-    def _walk_list(self, value: Any, scan: _Scan, declared: _Declared | None) -> Any:
-        """Convert a sequence; `["Authorization", …]` and `["--password", …]` are judged by the sibling."""
-        opened = scan.open
-        depth = len(opened)
-        if depth >= _MAX_DEPTH:
-            return "[DEPTH]"
-        ident = id(value)
-        if ident in opened:
-            return "[CYCLE]"
-        scan.nodes = nodes = scan.nodes + len(value)
-        if nodes > _MAX_NODES:
-            return f"[CUT: {len(value)} items]"
-        opened.append(ident)
-        items = None if declared is None else declared.items or declared
-        out: list[Any] = []
-        text = scan.text
-        hide_next = len(value) == 2 and self._is_label(value[0], scan)
-        for item in value:
-            kind = type(item)
-            if hide_next and out:
-                out.append(self._hide(item, scan))
-                hide_next = False
-            elif kind is str and items is None:
-                if len(item) < 4:
-                    out.append(item)
-                    continue
-                out.append(text(item, scan, None))
-                if item[0] == "-" and "=" not in item:
-                    hide_next = self._is_label(item, scan)
-            else:
-                out.append(self._walk(item, scan, items))
-        del opened[depth:]
-        return out
-
-    def _is_label(self, item: object, scan: _Scan) -> bool:
-        """Say whether an element of a list is a sensitive name, so that the next is its value."""
-        if type(item) is bytes:
-            item = _label(item)
-        return (
-            type(item) is str
-            and len(item) > 2
-            and self._texts.may_name(item)
-            and scan.verdicts[item.strip("-")] & _SENSITIVE > 0
-        )
-
-    def _walk_other(self, value: Any, kind: type, scan: _Scan, declared: _Declared | None) -> Any:
-        """Convert what is not of JSON's own types, subclasses of those included."""
-        if issubclass(kind, str):
-            return scan.text(str.__str__(value), scan, declared)
-        if issubclass(kind, int):
-            return self._walk_int(int.__int__(value), scan)
-        if issubclass(kind, float):
-            return self._walk(float.__float__(value), scan, declared)
-        if issubclass(kind, (bytes, bytearray, memoryview)):
-            return scan.text(bytes(value).decode("utf-8", "backslashreplace"), scan, declared)
-        if issubclass(kind, enum.Enum):
-            return self._walk(value.value, scan, declared)
-        if kind is _Pairs:
-            return self._walk_dict(dict(value), scan, declared, value)
-        if issubclass(kind, dict):
-            return self._walk_nested(value, dict(dict.items(value)), scan, declared)
-        if issubclass(kind, BaseException):
-            return scan.text(self._exception_text(value), scan, declared)
-        members = _members(value)
-        if members is not None:
-            return self._walk_nested(value, members, scan, declared)
-        if issubclass(kind, (set, frozenset)):
-            listed = self._walk_nested(value, list(value), scan, declared)
-            return sorted(listed, key=_order) if isinstance(listed, list) else listed
-        if issubclass(kind, (list, tuple, collections.deque, *_VIEWS)):
-            return self._walk_nested(value, list(value), scan, declared)
-        if issubclass(kind, Mapping):
-            return self._walk_nested(value, _Pairs(value.items()), scan, declared)
-        if _says_itself(kind):
-            return scan.text(str.__str__(str(value)), scan, declared)
-        if any(base.__module__.partition(".")[0] == "numpy" for base in kind.__mro__):
-            return self._walk(_numpy(value, kind), scan, declared)
-        return scan.text(_repr(value), scan, declared)
-
-    def _walk_nested(self, value: object, content: Any, scan: _Scan, declared: _Declared | None) -> Any:
-        """Walk what an object holds, with the object itself guarded against cycles."""
-        if id(value) in scan.open:
-            return "[CYCLE]"
-        if len(scan.open) >= _MAX_DEPTH:
-            return "[DEPTH]"
-        scan.open.append(id(value))
-        out = self._walk(content, scan, declared)
-        scan.open.pop()
-        return out
-
-    def _exception_text(self, error: BaseException) -> str:
-        try:
-            said = str.__str__(str(error))
-        except Exception:
-            said = "<unprintable>"
-        return f"{_type_name(error)}: {said}" if said else _type_name(error)
-
-    def _text(self, text: str, scan: _Scan, declared: _Declared | None) -> str:
-        """Clean a text; one that holds JSON is walked like the value that it holds."""
-        if text[:1] in _JSON_STARTS and text.lstrip()[:1] in ("{", "[", '"'):
-            try:
-                tree = json.loads(text, object_pairs_hook=_unique)
-            except (ValueError, RecursionError):
-                pass  # no JSON after all
-            else:
-                walked = self._walk(tree, scan, declared)
-                return text if walked == tree else json.dumps(walked, ensure_ascii=False)
-        if declared is not None and declared.hides:
-            return self._hide(text, scan)  # the part that is secret can't be found: all of it
-        return self._texts.clean(text, scan.echoes)
 
 
 def clip_plain(plain: Any, max_bytes: int) -> Any:

@@ -120,7 +120,7 @@ def test_is_sensitive_many_names_keeps_the_cache_bounded() -> None:
     for number in range(3 * mxcp_audit._MAX_VERDICTS):
         redactor.redact({f"name{number}": 1, "note": f"token{number}=x"})
     assert len(redactor._verdicts) <= mxcp_audit._MAX_VERDICTS
-    assert len(redactor._strengths) <= mxcp_audit._MAX_VERDICTS
+    assert len(redactor._names._strengths) <= mxcp_audit._MAX_VERDICTS
 
 
 def test_verdicts_name_that_holds_a_secret_is_not_kept() -> None:
