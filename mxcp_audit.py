@@ -585,38 +585,6 @@ _TEXT_MODULES = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinf
 _SENSITIVE, _ODD, _LABELLED = 1, 2, 4
 
 
-@dataclasses.dataclass(frozen=True)
-class _Patterns:
-    """The compiled patterns, made by each Redactor so that `import` costs nothing.
-
-    Every one runs in linear time: no repeat within a repeat over the same characters, and
-    every look ahead or back, and every run that may have to be tried again, is bounded.
-    """
-
-    separator: re.Pattern[str]
-    quote: re.Pattern[str]
-    quoted: dict[str, re.Pattern[str]]
-    bare: re.Pattern[str]
-    block: re.Pattern[str]
-    placeholder: re.Pattern[str]
-    run: re.Pattern[str]
-    token: re.Pattern[str]
-    dotted: tuple[tuple[str, re.Pattern[str]], ...]
-    card: re.Pattern[str]
-    ssn: re.Pattern[str]
-    pem: re.Pattern[str]
-    authority: re.Pattern[str]
-    scheme: re.Pattern[str]
-    command: re.Pattern[str]
-    insert: re.Pattern[str]
-    tuple_item: re.Pattern[str]
-    identified: re.Pattern[str]
-    header: re.Pattern[str]
-    named_ssn: re.Pattern[str]
-    brackets: re.Pattern[str]
-    marker: re.Pattern[str]
-
-
 def _any_of(words: Iterable[str], own: Iterable[str]) -> re.Pattern[str]:
     """Compile a search for one of many words, grouped by their first letter: twice as fast as ungrouped."""
     groups: dict[str, list[str]] = {}
@@ -626,63 +594,70 @@ def _any_of(words: Iterable[str], own: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join([*grouped, *own]))
 
 
-def _compile_patterns() -> _Patterns:
-    return _Patterns(
-        separator=re.compile(_SEPARATOR, re.X),
-        quote=re.compile(_QUOTE),
-        quoted={quote: re.compile(body, re.S) for quote, body in _QUOTED.items()},
-        bare=re.compile(_BARE, re.X),
-        block=re.compile(_YAML_BLOCK),
-        placeholder=re.compile(_PLACEHOLDER),
-        run=re.compile(r"[A-Za-z0-9_\-]{16,}"),
-        token=re.compile(rf"(?:{'|'.join(TOKEN_PREFIXES)})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}}"),
-        dotted=tuple((gate, re.compile(pattern)) for gate, pattern in DOTTED_TOKENS),
+class _Patterns:
+    """The compiled patterns, made by each Redactor so that `import` costs nothing.
+
+    Every one runs in linear time: no repeat within a repeat over the same characters, and
+    every look ahead or back, and every run that may have to be tried again, is bounded.
+    """
+
+    def __init__(self) -> None:
+        self.separator = re.compile(_SEPARATOR, re.X)
+        self.quote = re.compile(_QUOTE)
+        self.quoted = {quote: re.compile(body, re.S) for quote, body in _QUOTED.items()}
+        self.bare = re.compile(_BARE, re.X)
+        self.block = re.compile(_YAML_BLOCK)
+        self.placeholder = re.compile(_PLACEHOLDER)
+        self.run = re.compile(r"[A-Za-z0-9_\-]{16,}")
+        self.token = re.compile(
+            rf"(?:{'|'.join(TOKEN_PREFIXES)})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}}"
+        )
+        self.dotted = tuple((gate, re.compile(pattern)) for gate, pattern in DOTTED_TOKENS)
         # 4-4-4-4, 4-6-5 and 4-6-4 with one kind of separator, or none; the issuer and the
         # check digit are judged in code.
-        card=re.compile(
+        self.card = re.compile(
             r"[2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))"
             r"(?:[0-9]{13,18}|[0-9]{3}([ -])[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\2[0-9]{4,5})"
             r"(?![\w-]|\.[0-9])"
-        ),
-        ssn=re.compile(
+        )
+        self.ssn = re.compile(
             r"[0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))[0-9]{2}(?<!000)(?<!666)"
             r"-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-]|\.[0-9])"
-        ),
-        pem=re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----"),
-        authority=re.compile(r"""://([^\s/?#"'<>\\`]+)"""),
-        scheme=re.compile(
+        )
+        self.pem = re.compile(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----")
+        self.authority = re.compile(r"""://([^\s/?#"'<>\\`]+)""")
+        self.scheme = re.compile(
             r"\b[Bb](?:earer|EARER)[ \t]+"
             r"((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])"
             r"|\b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})"
-        ),
-        command=re.compile(
+        )
+        self.command = re.compile(
             r"""(?:\s(?:-u|-U|--user|--proxy-user)[ =]?["']?[^\s:'"=/]{1,64}:"""
             r"""(?![0-9]+(?:\s|\Z)|//)([^\s'"]+)"""
             r"|\b(?:mysql|mariadb)\w{0,12}\s[^\n|;]{0,200}?(?<=\s)-p([^\s=]+)"
             r"|\b(?:sshpass\s+-p|(?:docker|podman|helm)[^\n|;]{0,200}?\slogin\s[^\n|;]{0,200}?-p"
             r"|redis-cli\s[^\n|;]{0,200}?-a|ldap\w{2,12}\s[^\n|;]{0,200}?-w)[ ]?([^\s]+)"
             r"|:thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@))"
-        ),
-        insert=re.compile(
+        )
+        self.insert = re.compile(
             r"\b(?:INSERT|REPLACE|insert|replace)\s+(?:INTO|into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?:VALUES|values)\s*"
-        ),
-        identified=re.compile(
+        )
+        self.identified = re.compile(
             r"(?:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?"
             r"|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=[\"'])",
             re.I,
-        ),
-        named_ssn=re.compile(
+        )
+        self.named_ssn = re.compile(
             r"\b(?:ssn|social security(?: (?:number|num|no\.?))?)(?:\s{1,4}(?:is|was))?[\s:#=]{0,4}"
             r"([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])",
             re.I,
-        ),
-        header=re.compile(r"[^\r\n]*?(?=\\[rn]|[\r\n]|\Z)"),
-        brackets=re.compile(r"""\\.|["'()\[\]{}]""", re.S),
-        marker=re.compile(r"\[REDACTED(?::[0-9a-f]{8})?\]"),
-        tuple_item=re.compile(
+        )
+        self.header = re.compile(r"[^\r\n]*?(?=\\[rn]|[\r\n]|\Z)")
+        self.brackets = re.compile(r"""\\.|["'()\[\]{}]""", re.S)
+        self.marker = re.compile(r"\[REDACTED(?::[0-9a-f]{8})?\]")
+        self.tuple_item = re.compile(
             r"""\s*('[^'\\]*(?:(?:\\.|'')[^'\\]*)*'|"[^"]*"|[^\s,()'"][^,()'"]*)?\s*([,()])""", re.S
-        ),
-    )
+        )
 
 
 def _is_card(digits: str) -> bool:
@@ -752,11 +727,8 @@ def _balanced_end(brackets: re.Pattern[str], text: str, start: int) -> int:
 
 
 def _lower(text: str) -> str:
-    """Return `text` in small letters and of the same length (U+0130 and others grow)."""
-    low = text.lower()
-    return (
-        low if len(low) == len(text) else "".join(char.lower() if char.isascii() else char for char in text)
-    )
+    """Return `text` in small letters and of the same length: U+0130 alone would grow."""
+    return text.lower() if text.isascii() else text.replace("\u0130", "i").lower()
 
 
 class _Values:
@@ -921,7 +893,7 @@ class _Texts:
         if size < 5 or (size < 11 and text.isalnum()):
             return text
         patterns = self._patterns
-        low = text.lower() if text.isascii() else _lower(text)
+        low = _lower(text)
         hint = self.names.gate.search(low)
         # Whatever has a known form holds a digit or a capital; commands have a dash.
         if hint is None and low == text and " -" not in text:
@@ -1348,8 +1320,8 @@ def _members(value: object) -> dict[str, Any] | None:
     names: Iterable[str] | None = None
     if issubclass(kind, tuple):
         names = getattr(kind, "_fields", None)
-    elif dataclasses.is_dataclass(kind):
-        names = list(kind.__dataclass_fields__)
+    elif isinstance(fields := getattr(kind, "__dataclass_fields__", None), dict):
+        names = list(fields)
     elif isinstance(getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None), dict):
         data = dict(object.__getattribute__(value, "__dict__"))
         extra = getattr(value, "__pydantic_extra__", None)
@@ -1765,7 +1737,7 @@ class Redactor:
         if mode == "hmac" and not key:
             raise ConfigError("'hmac' needs a key: set MXCP_AUDIT_KEY", trail=("redact_mode",))
         self._names = _Names(redact, keep)
-        self._texts = _Texts(_compile_patterns(), self._names, key if mode == "hmac" else None)
+        self._texts = _Texts(_Patterns(), self._names, key if mode == "hmac" else None)
         self._constant = mode == "constant"
         self._verdicts = self._names.verdicts(self._texts)
         self._verdicts_by_tool = {tool: self._names.verdicts(self._texts, tool) for tool in self._names.tools}

@@ -125,9 +125,9 @@ def score_texts(cases: list[dict[str, Any]]) -> tuple[int, int, int, int, list[s
 
 
 def seconds(action: Callable[[], object]) -> float:
-    """Return the best of three runs, each long enough to be measured."""
+    """Return the best of seven runs, each long enough to be measured."""
     count = max(1, int(0.02 / max(1e-6, timeit.timeit(action, number=1))))
-    return min(timeit.repeat(action, number=count, repeat=3)) / count
+    return min(timeit.repeat(action, number=count, repeat=7)) / count
 
 
 def score_hostile(size: int = 25_000) -> float:
