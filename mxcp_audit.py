@@ -1395,7 +1395,7 @@ class _Names:
 
         def judge(name: str) -> int:
             verdict = _SENSITIVE if self.judge(name, tool)[0] else 0
-            if name.lower() in _VALUES or (verdict and name.lower() == "key"):
+            if name.lower() in _VALUES:
                 verdict |= _LABELLED
             return verdict | _ODD if texts.clean(name) != name else verdict
 
@@ -1553,7 +1553,7 @@ class _Walk:
         shown = plain if isinstance(plain, str) else json.dumps(plain)
         verdict = self.verdicts[shown]
         if verdict & _LABELLED:
-            verdict = self.sibling_verdict(shown, value)
+            verdict |= self.sibling_verdict(value)
         if out is None:
             return shown, verdict & _SENSITIVE
         shown = self.text(shown, None)
@@ -1563,15 +1563,9 @@ class _Walk:
             free = f"{shown}#{number}"
         return free, verdict & _SENSITIVE
 
-    def sibling_verdict(self, name: str, value: dict[Any, Any]) -> int:
-        """Judge `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-
-        In a list's `{"key": …, "value": …}` (tags, headers) `key` itself is a label, not a secret.
-        """
+    def sibling_verdict(self, value: dict[Any, Any]) -> int:
+        """Judge `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value."""
         siblings = [(_label(key).lower(), _label(said)) for key, said in value.items()]
-        if name.lower() == "key":
-            pair = len(value) == 2 and len(self.open) > 1 and any(key in _VALUES for key, _ in siblings)
-            return 0 if pair else _SENSITIVE
         for key, said in siblings:
             if (
                 key in _LABELS

@@ -140,6 +140,12 @@ def test_keep_name_is_no_longer_redacted() -> None:
     }
 
 
+def test_keep_key_shows_labels_and_still_judges_their_values() -> None:
+    tags = [{"Key": "Env", "Value": "prod"}, {"Key": "db_password", "Value": "x"}]
+    shown = Redactor(keep=["key"]).redact({"tags": tags})
+    assert shown == {"tags": [tags[0], {"Key": "db_password", "Value": REDACTED}]}
+
+
 def test_keep_name_of_one_tool_counts_for_that_tool_alone() -> None:
     redactor = Redactor(keep=["kv_get.key"])
     assert redactor.redact({"key": "user:1"}, tool="kv_get") == {"key": "user:1"}
@@ -263,8 +269,8 @@ def test_redact_sensitive_key_hides_any_value_whole(redactor: Redactor, secret: 
         ({"name": "API_KEY", "value": "x"}, {"name": "API_KEY", "value": REDACTED}),
         ({"name": "MODE", "value": "x"}, {"name": "MODE", "value": "x"}),
         ({b"name": b"API_KEY", b"value": b"x"}, {"name": "API_KEY", "value": REDACTED}),
-        ([{"key": "Env", "value": "prod"}], [{"key": "Env", "value": "prod"}]),
-        ([{"Key": "db_password", "Value": "x"}], [{"Key": "db_password", "Value": REDACTED}]),
+        ([{"key": "Env", "value": "prod"}], [{"key": REDACTED, "value": "prod"}]),
+        ([{"Key": "db_password", "Value": "x"}], [{"Key": REDACTED, "Value": REDACTED}]),
         ({"key": "user:1", "value": "x"}, {"key": REDACTED, "value": "x"}),
         (["Authorization", "Bearer x"], ["Authorization", REDACTED]),
         ([("authorization", "x"), ("host", "h")], [["authorization", REDACTED], ["host", "h"]]),
