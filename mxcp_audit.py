@@ -39,6 +39,7 @@ import stat
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
@@ -1395,6 +1396,7 @@ def line_fault(line: bytes) -> str | None:
 #         20261125T010203123456Z-1f2e3d4c.jsonl        a segment, mode 0600
 #         20261125T010203123456Z-1f2e3d4c.torn         what a dead writer left half written
 #         20261125T010203123456Z-1f2e3d4c.rejected     lines that could not be ingested, with the reason
+#         20261125T010204000000Z-5a6b7c8d.loss         how many events were dropped, when and why
 #         ingest.lock                                  held by the one process that ingests
 #         journal.id                                   names this journal in the ledger
 #
@@ -1407,9 +1409,11 @@ def line_fault(line: bytes) -> str | None:
 # events are recorded and readable, but never ingested; the error says so.
 
 SEGMENT_SUFFIX: Final = ".jsonl"
+_LOSS_SUFFIX: Final = ".loss"
 _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
@@ -1430,44 +1434,81 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def unlock(fd: int) -> None:
+    """Give the lock up at once, even if a child that was forked behind Python's back has the file open."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def _same_file(fd: int, path: str) -> bool:
-    """Say whether `path` still leads to the open file `fd`."""
+    """Say whether `path` still leads to the open file `fd`; a stale network handle leads nowhere."""
     try:
         there = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(fd)
+        here = os.fstat(fd)
+    except OSError as error:
+        if error.errno in _GONE:
+            return False
+        raise
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def file_size_limit() -> float:
+    """Return how large this process may make a file, in bytes: a write beyond may kill it (SIGXFSZ)."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return float("inf")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return float("inf") if limit == resource.RLIM_INFINITY else limit
 
 
 class Segment:
     """One journal file while this process writes it.
 
-    Guarantees that the file holds whole lines whenever `append` returns or raises, and that
-    nobody ingests it before `seal`.
+    Guarantees that nobody ingests it before `seal`, and that then it holds whole lines, each that
+    `append` took and none that it refused, whatever interrupted it.
     """
 
-    __slots__ = ("_dirty", "_fd", "events", "id", "opened", "path", "size")
+    __slots__ = ("_dirty", "_end", "_fd", "_limit", "id", "opened", "path")
 
     def __init__(self, fd: int, path: str, segment_id: str, opened: float) -> None:
         self._fd = fd
-        self._dirty = False
+        self._dirty = False  # there may be bytes behind the end
+        self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never finds half of it
+        self._limit = file_size_limit()
         self.path = path
         self.id = segment_id
         self.opened = opened
-        self.size = 0
-        self.events = 0
 
-    def append(self, data: bytes, events: int) -> None:
+    @property
+    def size(self) -> int:
+        """Bytes of whole lines."""
+        return self._end[0]
+
+    @property
+    def events(self) -> int:
+        """How many lines that is."""
+        return self._end[1]
+
+    def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
         """Write whole lines at the end, all of them or none.
+
+        Args:
+            data: the lines.
+            events: how many.
+            durable: also force them to the disk. What a failed fsync covered may be lost although a
+                later one succeeds, so it is taken back: write it to another segment.
 
         Raises:
             OSError: nothing of `data` is in the file, or will be once it can be truncated, which
-                the next call does first.
+                the next call and `seal` do first.
         """
-        if self._dirty:
-            os.ftruncate(self._fd, self.size)
-            self._dirty = False
+        self._mend()
+        size, count = self._end
+        if size + len(data) > self._limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
+        self._dirty = True
         rest = memoryview(data)
         try:
             while rest:
@@ -1475,17 +1516,18 @@ class Segment:
                 if not written:
                     raise OSError(errno.EIO, "the file takes no more bytes", self.path)
                 rest = rest[written:]
+            if durable:
+                os.fsync(self._fd)
         except OSError:
-            self._dirty = True
+            self._mend()
+            raise
+        self._end = (size + len(data), count + events)
+        self._dirty = False
+
+    def _mend(self) -> None:
+        if self._dirty:
             os.ftruncate(self._fd, self.size)
             self._dirty = False
-            raise
-        self.size += len(data)
-        self.events += events
-
-    def sync(self) -> None:
-        """Force the file to the disk. Raises OSError if that can't be had."""
-        os.fsync(self._fd)
 
     def is_in_place(self) -> bool:
         """Say whether the file still lies where readers look for it."""
@@ -1493,19 +1535,31 @@ class Segment:
 
     def rescue(self) -> bytes:
         """Return what a deleted file holds, as long as this process has it open; b"" if it only moved."""
-        if os.fstat(self._fd).st_nlink:
+        try:
+            return b"" if os.fstat(self._fd).st_nlink else os.pread(self._fd, self.size, 0)
+        except OSError:  # a stale network handle
             return b""
-        return os.pread(self._fd, self.size, 0)
 
     def seal(self) -> None:
-        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
+        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless.
+
+        Raises:
+            OSError: it holds lines that must not be ingested and can't be truncated; try again.
+        """
+        if self._fd < 0:
             return
-        try:
-            if not self.size and _same_file(fd, self.path):
-                os.unlink(self.path)
-        finally:
+        self._mend()
+        if not self.size:
+            with contextlib.suppress(OSError):
+                if _same_file(self._fd, self.path):
+                    os.unlink(self.path)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file and release its lock, as it is: it lies elsewhere now."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            unlock(fd)
             os.close(fd)
 
     def forget(self) -> None:
@@ -1575,14 +1629,28 @@ class Claim:
             if delete and sys.platform != "win32":
                 os.unlink(self.path)
         finally:
+            unlock(fd)
             os.close(fd)
         if delete and sys.platform == "win32":  # it deletes no open file
             os.unlink(self.path)
 
 
+class Loss(NamedTuple):
+    """Events that were lost, with everything that is known of them."""
+
+    events: int
+    first: str  # naive UTC text, as `sql_time` returns it
+    last: str
+    reason: str
+
+    def __str__(self) -> str:
+        plural = "" if self.events == 1 else "s"
+        return f"{self.events} event{plural} lost between {self.first} and {self.last} UTC: {self.reason}"
+
+
 def segment_id_of(path: str) -> str:
     """Return the segment id that a journal file's path stands for."""
-    return os.path.basename(path).removesuffix(SEGMENT_SUFFIX)
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _write_beside(path: str, suffix: str, data: bytes) -> None:
@@ -1619,7 +1687,7 @@ class Journal:
             OSError: the directory can't be made or written.
             JournalError: the directory is a symbolic link or belongs to somebody else.
         """
-        self._make_directory()
+        self._make_directory(durable=durable)
         while True:
             segment_id = new_segment_id(self._clock())
             path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
@@ -1647,10 +1715,13 @@ class Journal:
         except OSError:  # no locks here: the claimers find out as well, and leave everything alone
             return True
 
-    def _make_directory(self) -> None:
+    def _make_directory(self, *, durable: bool = False) -> None:
+        parent = os.path.dirname(self.directory)
         try:
-            os.makedirs(os.path.dirname(self.directory), exist_ok=True)
+            os.makedirs(parent, exist_ok=True)
             os.mkdir(self.directory, _DIRECTORY_MODE)
+            if durable:
+                sync_directory(parent)
             return
         except FileExistsError:
             pass
@@ -1668,28 +1739,36 @@ class Journal:
                 path=self.directory,
             )
 
+    def _names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.directory))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
+
     def segments(self) -> list[str]:
         """Return the paths of all segments, oldest first; none if there is no journal yet.
 
         Raises:
             JournalError: the directory can't be read.
         """
-        try:
-            names = os.listdir(self.directory)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
         return [
             os.path.join(self.directory, name)
-            for name in sorted(names)
+            for name in self._names()
             if name.endswith(SEGMENT_SUFFIX) and is_segment_id(name.removesuffix(SEGMENT_SUFFIX))
         ]
 
-    def claim(self, *, limit_bytes: int) -> tuple[list[Claim], list[JournalError]]:
+    def claim(
+        self, *, limit_bytes: int, skip: Collection[str] = ()
+    ) -> tuple[list[Claim], list[JournalError]]:
         """Lock sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
 
         Live segments are passed over; empty ones are deleted. Release every claim.
+
+        Args:
+            limit_bytes: what the claims may add up to, but for the last one.
+            skip: ids of segments that were seen to; they may be undeletable.
 
         Returns:
             the claims, and what kept others from being claimed: one bad file doesn't stop the rest.
@@ -1700,6 +1779,8 @@ class Journal:
         for path in self.segments():
             if total >= limit_bytes:
                 break
+            if segment_id_of(path) in skip:
+                continue
             try:
                 claim = self._claim_one(path)
             except JournalError as error:
@@ -1752,6 +1833,7 @@ class Journal:
             return
         except OSError as error:
             raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
+        locked = False
         try:
             try:
                 locked = try_lock(fd)
@@ -1761,6 +1843,8 @@ class Journal:
                 ) from error
             yield locked
         finally:
+            if locked:
+                unlock(fd)
             os.close(fd)
 
     def identity(self) -> str:
@@ -1787,6 +1871,27 @@ class Journal:
         os.replace(scratch, path)
         return fresh
 
+    def record_loss(self, loss: Loss) -> None:
+        """Put on record that events were lost; survives `kill -9` and power cuts once this returns.
+
+        Raises:
+            OSError: not recorded; try again.
+        """
+        self._make_directory()
+        path = os.path.join(self.directory, new_segment_id(self._clock()))
+        _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
+
+    def losses(self) -> dict[str, Loss]:
+        """Return the losses on record that the ledger does not have yet, by the path of their file."""
+        found = {}
+        for name in self._names():
+            if name.endswith(_LOSS_SUFFIX) and is_segment_id(name.removesuffix(_LOSS_SUFFIX)):
+                path = os.path.join(self.directory, name)
+                # One that can't be read yet is being written at this moment.
+                with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
+                    found[path] = Loss(**json.load(file))
+        return found
+
     def waiting_bytes(self) -> int:
         """Return the size of all segments: what is not in the database yet."""
         total = 0
@@ -1808,7 +1913,7 @@ def sync_directory(directory: str) -> None:
 
 
 # === Writer ===
-# may name: Errors, Encoding, Journal
+# may name: Errors, Events, Encoding, Journal
 #
 # Two daemon threads, started at the first event and asleep while there is nothing to do: the
 # writer (queue → journal) and the ingester (journal → database, through the callback that it is
@@ -1840,16 +1945,24 @@ class Diagnostics:
     """
 
     def __init__(self) -> None:
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Count from zero: at first, and in a child after a fork."""
         self.errors = 0
         self.dropped = 0
         self.rejected = 0
         self.ingested = 0
         self.last_error: str | None = None
         self._told: dict[str, float] = {}
+        self._untold: list[str] = []
         self._telling = threading.local()
 
-    def report(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
-        """Count a fault and tell of it, unless the same kind was told within the last minute.
+    def note(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
+        """Count a fault, and leave it to `tell` to speak of it: for use under a lock.
+
+        A logging handler takes a lock of its own, under which it may log an event: whoever told of a
+        fault while it held one of our locks could wait for that handler for ever.
 
         Args:
             kind: a fixed word, so that a flood of one fault doesn't hide another.
@@ -1860,18 +1973,27 @@ class Diagnostics:
         text = message if error is None else f"{message}: {error}"
         self.last_error = text
         now = time.monotonic()
-        if now - self._told.get(kind, -_REPORT_SECONDS) < _REPORT_SECONDS or getattr(
-            self._telling, "on", False
-        ):
+        if now - self._told.get(kind, -_REPORT_SECONDS) >= _REPORT_SECONDS:
+            self._told[kind] = now
+            self._untold.append(text)
+
+    def tell(self) -> None:
+        """Tell `logging` what was noted."""
+        if not self._untold or getattr(self._telling, "on", False):
             return
-        self._told[kind] = now
         self._telling.on = True
         try:
-            _LOG.warning("mxcp_audit: %s", text)
+            while self._untold:
+                _LOG.warning("mxcp_audit: %s", self._untold.pop(0))
         except Exception:  # noqa: S110 - a broken handler must not reach the caller, and there is nobody to tell
             pass
         finally:
             self._telling.on = False
+
+    def report(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
+        """Count a fault and tell of it, unless the same kind was told within the last minute."""
+        self.note(kind, message, error=error)
+        self.tell()
 
 
 class Writer:
@@ -1905,8 +2027,8 @@ class Writer:
         self._diagnostics = diagnostics
         self._on_start = on_start
         self._on_sealed = on_sealed
-        self.accepted = 0
-        self.written = 0
+        self._segment: Segment | None = None
+        self._fork_held = False
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -1914,44 +2036,65 @@ class Writer:
 
         What the parent had queued is the parent's to write; its segment is closed, not sealed.
         """
-        self._lock = threading.RLock()
+        self._lock = threading.RLock()  # of the queue; held for moments only
         self._progress = threading.Condition(self._lock)
-        self._writing = threading.RLock()
+        self._writing = threading.RLock()  # of the segment; held while the disk works
         self._wake = threading.Lock()
         self._wake.acquire()
+        # accepted = _finished + len(_held) + len(_queue); written = _finished + _held_done
         self._queue: list[bytes] = []
         self._queued_bytes = 0
+        self._held: list[bytes] = []  # the batch that is being written
         self._held_bytes = 0
+        self._held_done = 0
+        self._finished = 0
+        self._waiting: list[tuple[int, Callable[[], object]]] = []
+        self._lost: list[Loss] = []
         self._asleep = True
-        self._closing = False
+        self._closing = self._closed = False
         self._inline = 0  # the thread that writes without being the writer
         self._thread: threading.Thread | None = None
-        self._sealed = self.accepted = self.written
-        self._seal_wanted = 0
-        segment: Segment | None = getattr(self, "_segment", None)
-        self._segment: Segment | None = None
+        self._sealed = self._seal_wanted = 0
+        segment, self._segment = self._segment, None
         if segment is not None:
             segment.forget()
+
+    def before_fork(self) -> None:
+        """Wait a moment for a write to end, so that no child inherits a segment that nobody knows yet."""
+        self._fork_held = self._writing.acquire(timeout=1.0)
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        if self._fork_held:
+            self._fork_held = False
+            self._writing.release()
 
     # --- the caller's side
 
     def put(self, line: bytes) -> int:
-        """Queue an unfinished line and return its ticket for `wait_written`."""
+        """Queue an unfinished line and return its ticket for `wait_written`; 0 if it was dropped."""
+        if self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._has_room():
+            return 0
         with self._lock:
-            if self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._has_room():
-                return 0
             self._queue.append(line)
             self._queued_bytes += len(line)
-            self.accepted = ticket = self.accepted + 1
-            asleep, self._asleep = self._asleep, False
-        if asleep:
+            ticket = self._finished + len(self._held) + len(self._queue)
+        if self._asleep:
             self._rouse()
         return ticket
 
     def wait_written(self, ticket: int) -> None:
         """Return when the line with this ticket is in the journal; at once inside of the writing thread."""
-        if self._thread is not threading.current_thread() and self._inline != threading.get_ident():
-            self._wait_until(lambda: self.written >= ticket, None)
+        if not self._is_writing_thread():
+            self._wait_until(lambda: self.written >= ticket or self._closed, None)
+
+    def call_when_written(self, ticket: int, callback: Callable[[], object]) -> None:
+        """Call back, from any thread, when the line with this ticket is in the journal."""
+        with self._lock:
+            if not (self.written >= ticket or self._closed):
+                self._waiting.append((ticket, callback))
+                return
+        callback()
 
     def flush(self, timeout: float) -> bool:
         """Write and seal all that was put before; False if `timeout` seconds were not enough."""
@@ -1959,11 +2102,17 @@ class Writer:
         with self._lock:
             ticket = self.accepted
             self._seal_wanted = max(self._seal_wanted, ticket)
-            asleep, self._asleep = self._asleep, False
             self._progress.notify_all()
-        if asleep:
+        if self._asleep:
             self._rouse()
-        return self._wait_until(lambda: self._sealed >= ticket, deadline)
+        if self._is_writing_thread():
+            return self._sealed >= ticket
+        while not self._wait_until(lambda: self._sealed >= ticket, min(deadline, time.monotonic() + 0.1)):
+            if time.monotonic() >= deadline:
+                return False
+            if self._thread is None:  # nobody else will
+                self._rouse()
+        return True
 
     def close(self, timeout: float) -> int:
         """Write and seal everything, end the thread, and return how many lines could not be written.
@@ -1975,39 +2124,67 @@ class Writer:
             self._closing = True
             self._seal_wanted = self.accepted
             thread = self._thread
-            asleep, self._asleep = self._asleep, False
             self._progress.notify_all()
-        if asleep:
-            self._rouse()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread is None:
-            while not self._work_inline() and time.monotonic() < deadline:
-                time.sleep(_RETRY_SECONDS[0])
+        if thread is not None:
+            self._release_wake()
+            if thread is not threading.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
+            time.sleep(_RETRY_SECONDS[0])
         with self._lock:
-            return self.accepted - self.written
+            self._closed = True
+            self._progress.notify_all()
+            left = self.pending
+        self._call_back()
+        return left
+
+    @property
+    def accepted(self) -> int:
+        """How many lines were queued."""
+        return self._finished + len(self._held) + len(self._queue)
+
+    @property
+    def written(self) -> int:
+        """How many of them are in the journal."""
+        return self._finished + self._held_done
 
     @property
     def pending(self) -> int:
         """How many accepted lines are not in the journal yet."""
         return self.accepted - self.written
 
+    def _is_writing_thread(self) -> bool:
+        return self._thread is threading.current_thread() or self._inline == threading.get_ident()
+
     def _has_room(self) -> bool:
+        """Wait for room in a full queue; False if the event is to be dropped instead."""
+        full = f"the queue is full ({QUEUE_BYTES // 2**20} MiB)"
         if self._drop_when_full:
-            self._diagnostics.dropped += 1
-            self._diagnostics.report(
-                "full", f"the queue is full ({QUEUE_BYTES // 2**20} MiB): events are dropped (on_full: drop)"
-            )
+            self._lose(1, "the queue was full (on_full: drop)")
+            self._diagnostics.report("full", f"{full}: events are dropped (on_full: drop)")
             return False
         # The writer itself, or a logging handler in its thread, must not wait for the writer.
-        if threading.current_thread() is not self._thread:
-            self._diagnostics.report(
-                "full", f"the queue is full ({QUEUE_BYTES // 2**20} MiB): callers wait (on_full: block)"
-            )
-            self._progress.wait_for(
-                lambda: self._queued_bytes + self._held_bytes <= QUEUE_BYTES or self._closing
-            )
+        if self._is_writing_thread():
+            return True
+        self._diagnostics.report("full", f"{full}: callers wait (on_full: block)")
+        while self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._closing:
+            if self._thread is None:
+                self._rouse()
+            with self._progress:
+                if self._queued_bytes + self._held_bytes > QUEUE_BYTES:
+                    self._progress.wait(_RETRY_SECONDS[0] if self._thread is None else 1.0)
         return True
+
+    def _lose(self, events: int, reason: str) -> None:
+        """Count lost events; `_record_losses` puts them on record."""
+        now = sql_time(utc_now())
+        with self._lock:
+            self._diagnostics.dropped += events
+            if self._lost and self._lost[-1].reason == reason:
+                last = self._lost[-1]
+                self._lost[-1] = last._replace(events=last.events + events, last=now)
+            else:
+                self._lost.append(Loss(events, now, now, reason))
 
     def _wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
         with self._progress:
@@ -2019,23 +2196,42 @@ class Writer:
             return True
 
     def _rouse(self) -> None:
-        """Wake the writer, start it, or do its work here: `_asleep` was just set to False."""
-        if self._thread is not None:
-            with contextlib.suppress(RuntimeError):  # a signal handler roused it in between
+        """Wake the writer, start it, or do its work here.
+
+        `_asleep` is the writer's to change: whoever is interrupted on the way here, by Ctrl+C say, leaves
+        a writer that the next event wakes.
+        """
+        if self._thread is not None or self._start_thread():
+            self._release_wake()
+        else:
+            self._work_inline()
+
+    def _release_wake(self) -> None:
+        if self._wake.locked():
+            with contextlib.suppress(RuntimeError):  # somebody else woke it in between
                 self._wake.release()
-            return
-        if self._on_start() and not self._closing:
-            self._thread = threading.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+
+    def _start_thread(self) -> bool:
+        with self._lock:
+            if self._thread is not None:
+                return True
+            if self._closing or not self._on_start():
+                return False
+            thread = self._thread = threading.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
             try:
-                self._thread.start()
-                return
-            except RuntimeError as error:  # "can't start new thread": a process limit, or the program ends
+                thread.start()
+                return True
+            except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
                 self._thread = None
                 if threading.main_thread().is_alive():
-                    self._diagnostics.report(
+                    self._diagnostics.note(
                         "thread", "no writer thread, callers write themselves", error=error
                     )
-        self._work_inline()
+            except BaseException:
+                if thread.ident is None:
+                    self._thread = None
+                raise
+        return False
 
     def _work_inline(self) -> bool:
         """Do the writer's work in this thread, once; False if lines are left that could not be written."""
@@ -2045,45 +2241,42 @@ class Writer:
         with self._writing:
             self._inline = me
             try:
-                done = self._drain()
-                if self._seal_wanted > self._sealed or self._closing:
-                    self._seal()
+                done = self._work()
             finally:
                 self._inline = 0
-        with self._lock:
-            if self._thread is None:
-                self._asleep = True  # so that the next line comes here, or starts a thread, again
+        self._diagnostics.tell()
         return done
 
     # --- the writer's side
 
     def _run(self) -> None:
         pause = _RETRY_SECONDS[0]
+        me = threading.current_thread()
         try:
-            while True:
+            while self._thread is me:
+                self._asleep = False
                 if not (self._durable or self._closing or self._seal_wanted > self._sealed):
                     time.sleep(_GATHER_SECONDS)
                 with self._writing:
-                    done = self._drain()
-                    if done and self._seal_is_due():
-                        self._seal()
+                    done = self._work()
+                self._diagnostics.tell()
                 if done:
                     pause = _RETRY_SECONDS[0]
                     if not self._sleep():
                         return
-                else:
-                    with self._progress:
-                        if self._closing:  # `close` goes on trying as long as it may
-                            self._retire()
-                            return
-                        self._progress.wait(pause)
-                    pause = min(pause * 2, _RETRY_SECONDS[1])
+                    continue
+                with self._progress:
+                    if self._closing:  # `close` goes on trying as long as it may
+                        self._retire()
+                        return
+                    self._progress.wait(pause)
+                pause = min(pause * 2, _RETRY_SECONDS[1])
         except BaseException as error:
+            with self._lock:
+                self._retire()
             self._diagnostics.report(
                 "writer", "the writer thread ended; the next event starts another", error=error
             )
-            with self._lock:
-                self._retire()
 
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread. Call it with the lock held."""
@@ -2103,96 +2296,156 @@ class Writer:
             segment = self._segment
         timeout = -1.0
         if segment is not None:
-            timeout = max(0.0, segment.opened + self._flush_interval - time.monotonic())
-        if self._wake.acquire(timeout=timeout):
-            return True
-        with self._lock:
-            roused = not self._asleep
-            self._asleep = False
-        if roused:  # between the end of the wait and this line
-            self._wake.acquire()
+            due = segment.opened + self._flush_interval - time.monotonic()
+            timeout = min(max(0.0, due), threading.TIMEOUT_MAX)
+        self._wake.acquire(timeout=timeout)
         return True
+
+    def _work(self) -> bool:
+        """Write what is queued, and seal what is due; False if something is left that could not be done."""
+        done = self._drain()
+        if self._seal_is_due():  # also if not all could be written: an ingest may free the space
+            done = self._seal() and done
+        return done
 
     def _drain(self) -> bool:
         """Move the queue into the journal; False, with all that is left queued again, on a fault."""
         while True:
             with self._lock:
-                batch, self._queue = self._queue, []
+                self._held = self._queue
+                self._queue = []
                 self._held_bytes, self._queued_bytes = self._queued_bytes, 0
-            if not batch:
+            if not self._held:
                 self._held_bytes = 0
                 return True
-            written = 0
+            fault = False
             try:
-                for piece in _pieces(batch):
+                for piece in _pieces(self._held):
                     self._write(piece)
-                    written += len(piece)
-            except (OSError, JournalError) as error:
-                self._diagnostics.report(
+            except (OSError, JournalError, MemoryError, RuntimeError) as error:
+                fault = True
+                self._diagnostics.note(
                     "journal",
                     "the journal can't be written; events wait in memory and it is tried again",
                     error=error,
                 )
             finally:
-                rest = batch[written:]
                 with self._progress:
-                    self._held_bytes = 0
+                    done, rest = self._held_done, self._held[self._held_done :]
                     self._queue[:0] = rest
+                    self._held, self._held_done, self._finished = [], 0, self._finished + done
+                    self._held_bytes = 0
                     self._queued_bytes += sum(map(len, rest))
-                    self.written += written
                     self._progress.notify_all()
-            if written < len(batch):
+                if self._waiting:
+                    self._call_back()
+            if fault:
                 return False
 
+    def _call_back(self) -> None:
+        with self._lock:
+            due = [entry for entry in self._waiting if entry[0] <= self.written or self._closed]
+            self._waiting = [entry for entry in self._waiting if entry not in due]
+        for _, callback in due:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                callback()
+
     def _write(self, piece: list[bytes]) -> None:
+        """Put lines into the segment, a new one if need be, and count them as done.
+
+        After any fault the segment is sealed and the next attempt begins another: a file that has
+        reached a size limit, or that an fsync failed on, never becomes better.
+        """
         segment = self._segment
         if segment is not None and not segment.is_in_place():
             segment = self._replace(segment)
         if segment is None:
             segment = self._segment = self._journal.open_segment(durable=self._durable)
-        first = segment.events + 1
-        segment.append(
-            b"".join([finish_line(line, seq) for seq, line in enumerate(piece, first)]), len(piece)
-        )
-        if self._durable:
-            segment.sync()
+        before = segment.events
+        goal = before + len(piece)
+        lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
+        try:
+            segment.append(lines, len(piece), durable=self._durable)
+        except OSError as error:
+            self._seal()
+            if error.errno != errno.EFBIG:
+                raise
+            self._write_in_parts(piece, fits=before > 0)
+        finally:
+            # An interrupt may come between the two: what the segment took is done.
+            if segment.events == goal:
+                self._held_done += len(piece)
         if segment.size >= SEGMENT_BYTES:
             self._seal()
 
+    def _write_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
+        """Write what exceeded the limit of file sizes: to a new segment, if it may fit there, or in halves."""
+        if fits:
+            self._write(piece)
+        elif len(piece) > 1:
+            self._write(piece[: len(piece) // 2])
+            self._write(piece[len(piece) // 2 :])
+        else:
+            self._held_done += 1
+            self._lose(1, "the event is larger than a file may be (RLIMIT_FSIZE)")
+            self._diagnostics.note(
+                "limit", "an event is larger than a file may be (RLIMIT_FSIZE) and is lost"
+            )
+
     def _replace(self, segment: Segment) -> Segment | None:
         """Start anew after somebody deleted or moved the segment; a deleted one is written again."""
-        self._diagnostics.report("moved", f"{segment.path} was deleted or replaced; a new segment is written")
+        self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; a new segment is written")
         held = segment.rescue()
         fresh = None
         if held:
             fresh = self._journal.open_segment(durable=self._durable)
-            fresh.append(held, segment.events)
+            try:
+                fresh.append(held, segment.events, durable=self._durable)
+            except BaseException:
+                fresh.seal()
+                raise
         self._segment = fresh
-        segment.forget()
+        segment.abandon()
         return fresh
 
     def _seal_is_due(self) -> bool:
         segment = self._segment
         if self._closing or self._seal_wanted > self._sealed:
             return True
-        return segment is not None and time.monotonic() - segment.opened >= self._flush_interval
+        if segment is None:
+            return bool(self._lost)
+        return time.monotonic() - segment.opened >= self._flush_interval
 
-    def _seal(self) -> None:
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            try:
-                if not segment.is_in_place():
-                    segment = self._replace(segment)
-                if segment is not None:
-                    self._segment = None
-                    segment.seal()
-            except (OSError, JournalError) as error:
-                self._diagnostics.report("seal", "a segment could not be sealed", error=error)
+    def _seal(self) -> bool:
+        """Seal the segment, if there is one; False if that must be tried again."""
+        segment = self._segment
+        try:
+            if segment is not None and not segment.is_in_place():
+                segment = self._replace(segment)
+            if segment is not None:
+                segment.seal()
+            self._segment = None
+        except (OSError, JournalError) as error:
+            self._diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
+            return False
+        self._record_losses()
         with self._progress:
             self._sealed = self.written
             self._progress.notify_all()
         if segment is not None:
             self._on_sealed()
+        return True
+
+    def _record_losses(self) -> None:
+        while self._lost:
+            with self._lock:
+                loss = self._lost.pop(0)
+            try:
+                self._journal.record_loss(loss)
+            except (OSError, JournalError) as error:
+                self._lost.insert(0, loss)
+                self._diagnostics.note("loss", "a loss could not be put on record yet", error=error)
+                return
 
 
 def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
@@ -2233,6 +2486,7 @@ class Ingester:
     """
 
     _LONGEST_PAUSE_SECONDS: Final = 30.0
+    _LONGEST_STOP_SECONDS: Final = 60.0  # for what can't be interrupted, such as a dead network share
 
     def __init__(self, side: IngestSide, *, interval: float, diagnostics: Diagnostics) -> None:
         self._side = side
@@ -2287,9 +2541,12 @@ class Ingester:
         if thread is threading.current_thread():
             return
         thread.join(timeout)
-        while thread.is_alive():
+        deadline = time.monotonic() + self._LONGEST_STOP_SECONDS
+        while thread.is_alive() and time.monotonic() < deadline:
             self._side.interrupt()
             thread.join(0.1)
+        if thread.is_alive():
+            self._diagnostics.report("stuck", "the ingest does not end; is its disk or network gone?")
 
     def _run(self) -> None:
         pause = self._interval
@@ -2628,6 +2885,7 @@ class AuditLogger:
             on_sealed=self._sealed,
         )
         self._put = self._writer.put
+        _live.known[id(self)] = self
 
     def log_event(
         self,
@@ -2838,7 +3096,15 @@ class AuditLogger:
         if self.config.durable and self.enabled:
             import asyncio
 
-            await asyncio.get_running_loop().run_in_executor(None, self._writer.wait_written, ticket)
+            loop = asyncio.get_running_loop()
+            written: asyncio.Future[None] = loop.create_future()
+
+            def resolve() -> None:
+                if not written.done():  # the waiting task may have been cancelled
+                    written.set_result(None)
+
+            self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(resolve))
+            await written
 
     def _put_without_content(self, fault: Exception) -> int:
         """Record that there was an event, although it could not be encoded."""
@@ -2870,19 +3136,31 @@ class AuditLogger:
             children.Finalize(None, self.shutdown, exitpriority=-100)
         return True
 
+    def _stop_ingest(self) -> None:
+        """End the ingest thread now, whatever is interrupted: inside of DuckDB it would abort the process."""
+        while self._ingester is not None:
+            try:
+                self._ingester.stop(0)
+                return
+            except KeyboardInterrupt:
+                continue
+
     def _sealed(self) -> None:
         if self._ingester is not None and not _live.exiting:
             self._ingester.notify()
 
     def _before_fork(self) -> None:
+        self._writer.before_fork()
         if self._side is not None:
             self._side.before_fork()
 
     def _after_fork_in_parent(self) -> None:
+        self._writer.after_fork_in_parent()
         if self._side is not None:
             self._side.after_fork(child=False)
 
     def _after_fork_in_child(self) -> None:
+        self._diagnostics.start_afresh()
         self._writer.start_afresh()
         if self._ingester is not None:
             self._ingester.start_afresh()
@@ -2894,11 +3172,20 @@ _UNENCODABLE: Final = "[UNENCODABLE]"
 
 
 class _Live:
-    """The loggers whose threads run in this process, and whether it is ending."""
+    """The loggers of this process, and whether it is ending.
+
+    Every logger is known to the fork hooks, started or not: another thread may be inside of one. Those
+    with threads are held until they are shut down, so that the exit hook finds what nobody else holds.
+    """
 
     def __init__(self) -> None:
+        self.known: weakref.WeakValueDictionary[int, AuditLogger] = weakref.WeakValueDictionary()
         self.loggers: set[AuditLogger] = set()
         self.exiting = False
+
+    def all(self) -> list[AuditLogger]:
+        """Return every logger; other threads may make more meanwhile."""
+        return [logger for reference in self.known.valuerefs() if (logger := reference()) is not None]
 
 
 _live: Final = _Live()
@@ -2909,24 +3196,27 @@ def _at_exit() -> None:
         for logger in list(_live.loggers):
             logger.shutdown()
     except KeyboardInterrupt:  # a second Ctrl+C: leave at once, and say what is left
-        left = sum(logger.counters.accepted - logger.counters.written for logger in list(_live.loggers))
+        _live.exiting = True
+        left = sum(logger._writer.pending for logger in list(_live.loggers))
         _LOG.warning("mxcp_audit: interrupted at exit; %d events were not written", left)
+        for logger in list(_live.loggers):
+            logger._stop_ingest()
     finally:
         _live.exiting = True
 
 
 def _before_fork() -> None:
-    for logger in list(_live.loggers):
+    for logger in _live.all():
         logger._before_fork()
 
 
 def _after_fork_in_parent() -> None:
-    for logger in list(_live.loggers):
+    for logger in _live.all():
         logger._after_fork_in_parent()
 
 
 def _after_fork_in_child() -> None:
-    for logger in list(_live.loggers):
+    for logger in _live.all():
         logger._after_fork_in_child()
     _live.loggers.clear()
 
@@ -2985,6 +3275,13 @@ FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUM
 WHERE seq IN (SELECT unnest($seqs)) AND timestamp IS NOT NULL"""
 KNOWN_SEGMENTS: Final = """\
 SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
+KNOWN_LOSSES: Final = """\
+SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'loss' AND segment IN (SELECT unnest($segments))"""
+# Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger may be
+# what the page cache says and not what the disk says.
+TOUCH_KNOWN: Final = """\
+UPDATE audit.ledger SET ingested_at = ingested_at
+WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
@@ -3170,6 +3467,7 @@ _ENGINE_ERRORS: Final = (
     (DatabaseCorruptError, "internal error"),
     (DatabaseCorruptError, "database has been invalidated"),
 )
+_DATA_FAULTS: Final = ("invalid input error", "conversion error", "out of range error")
 _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
 
@@ -3212,6 +3510,11 @@ def bind(sql: str, params: Params) -> str:
     return _PARAMETER.sub(lambda match: sql_literal(params[match[1]]), sql)
 
 
+def is_data_fault(error: QueryError) -> bool:
+    """Say whether a statement failed because of what it read, and not for want of memory, disk or time."""
+    return str(error).lower().startswith(_DATA_FAULTS)
+
+
 class Engine(Protocol):
     """What the store needs of DuckDB."""
 
@@ -3244,6 +3547,7 @@ class PackageEngine:
     def __init__(self, *, guest: bool) -> None:
         self._guest = guest
         self._connection: Any = None
+        self._process_id = 0
 
     @staticmethod
     def version() -> str:
@@ -3258,6 +3562,7 @@ class PackageEngine:
         config: dict[str, Any] = {"temp_directory": _scratch_directory()}
         if self._guest:
             config |= {"threads": 1, "memory_limit": _GUEST_MEMORY}
+        self._process_id = os.getpid()
         connection = duckdb.connect(":memory:", config=config)
         connection.execute(_SESSION_SETTINGS)
         return connection
@@ -3287,14 +3592,35 @@ class PackageEngine:
     def interrupt(self) -> None:
         """Make a running statement fail soon."""
         connection = self._connection
-        if connection is not None:
-            connection.interrupt()
+        if connection is not None and self._process_id == os.getpid():
+            with contextlib.suppress(Exception):  # closed at this moment
+                connection.interrupt()
 
     def close(self) -> None:
-        """Close the in-memory database, and with it whatever is attached."""
+        """Close the in-memory database, and with it whatever is attached.
+
+        In a child that was forked meanwhile the connection is left alone for ever: its threads do
+        not exist there, and its locks are the parent's.
+        """
         connection, self._connection = self._connection, None
-        if connection is not None:
+        if connection is None:
+            return
+        if self._process_id == os.getpid():
             connection.close()
+        else:
+            _immortal(connection)
+
+    def __del__(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and self._process_id != os.getpid():
+            _immortal(connection)
+
+
+def _immortal(thing: object) -> None:
+    """Keep an object from ever being destroyed, at the interpreter's end too."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 class CliEngine:
@@ -3527,14 +3853,17 @@ class Store:
         with self._busy, self.journal.ingest_lock() as mine:
             if not mine:
                 return not self.journal.segments()
+            seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
             while True:
-                claims, problems = self.journal.claim(limit_bytes=INGEST_BYTES)
+                claims, problems = self.journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
+                lost = self.journal.losses()
                 try:
-                    if claims:
-                        self._ingest_claims(claims)
+                    if claims or lost:
+                        self._ingest_claims(claims, lost)
                 finally:
                     for claim in claims:
                         claim.release()
+                seen.update(claim.id for claim in claims)
                 if sum(claim.size for claim in claims) < INGEST_BYTES:
                     break
             if problems:
@@ -3558,12 +3887,12 @@ class Store:
 
     def after_fork(self, *, child: bool) -> None:
         """Take up work again."""
-        if self._fork_held:
-            self._fork_held = False
-            self._busy.release()
-        elif child:  # somebody else's thread was inside: leave what it used alone
+        held, self._fork_held = self._fork_held, False
+        if child:  # if a thread was inside, what it used is left alone
             self._busy = threading.RLock()
             self._engine = None
+        elif held:
+            self._busy.release()
 
     def refuse_own_files(self, path: str) -> None:
         """Raise StoreError if writing to `path` would destroy the log itself."""
@@ -3576,11 +3905,12 @@ class Store:
         if inside == os.path.realpath(self.journal.directory):
             raise StoreError(f"{path} lies in the journal; name a file elsewhere")
 
-    def _ingest_claims(self, claims: list[Claim]) -> None:
+    def _ingest_claims(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
+        _refuse_fatal_limit()
         engine = self._guest()
         try:
-            losses = self._stage(engine, claims)
-            fresh = self._commit(engine, claims, losses)
+            losses = self._stage(engine, claims) if claims else {}
+            fresh = self._commit(engine, claims, losses, lost)
         except BaseException:
             engine.close()
             raise
@@ -3606,6 +3936,9 @@ class Store:
                 self._diagnostics.report(
                     "delete", "an ingested segment can't be deleted; it is not ingested again", error=error
                 )
+        for path in lost:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def _guest(self) -> Engine:
         if self._engine is None:
@@ -3622,7 +3955,9 @@ class Store:
         try:
             engine.execute(STAGE, params)
             doubtful = False
-        except QueryError:
+        except QueryError as error:
+            if not is_data_fault(error):
+                raise
             engine.execute(STAGE, {**params, "lenient": True})
             doubtful = True  # what was wrong is NULL now, so every line is looked at
         counts = {segment: found for segment, *found in engine.execute(STAGED_COUNTS)}
@@ -3661,19 +3996,23 @@ class Store:
             )
         return len(faults)
 
-    def _commit(self, engine: Engine, claims: list[Claim], losses: Mapping[str, int]) -> set[str]:
+    def _commit(
+        self, engine: Engine, claims: list[Claim], losses: Mapping[str, int], lost: Mapping[str, Loss]
+    ) -> set[str]:
         """Put `batch` into the database and make it durable; return the segments that were not there yet."""
         segments = [claim.id for claim in claims]
         with self._attached(engine, read_only=False):
             self._create_tables(engine)
             engine.execute("BEGIN")
-            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": segments})}
+            known = self._ids(engine, KNOWN_SEGMENTS, segments)
             fresh = [segment for segment in segments if segment not in known]
             if known:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
+                engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
             if fresh:
                 engine.execute(INSERT_ROWS)
                 self._enter_ledger(engine, fresh, losses)
+            self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
             engine.execute("COMMIT")
             if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
                 engine.execute("CHECKPOINT audit")
@@ -3701,6 +4040,31 @@ class Store:
                         "detail": "lines that could not be ingested, kept in the journal as .rejected",
                     },
                 )
+
+    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> None:
+        """Enter what writers lost, each loss once, into the ledger."""
+        known = self._ids(engine, KNOWN_LOSSES, list(lost)) if lost else set()
+        entry: dict[str, object] = {
+            "journal": self.journal.identity(),
+            "host": platform_node(),
+            "now": sql_time(utc_now()),
+        }
+        for segment in sorted(set(lost) - known):
+            loss = lost[segment]
+            ((position,),) = engine.execute(LAST_POSITION, entry)
+            engine.execute(
+                INSERT_LOSS,
+                {
+                    **entry,
+                    "position": position + 1,
+                    "segment": segment,
+                    "events": loss.events,
+                    "detail": f"{loss.reason}, between {loss.first} and {loss.last}",
+                },
+            )
+
+    def _ids(self, engine: Engine, sql: str, ids: Sequence[str]) -> set[str]:
+        return {segment for (segment,) in engine.execute(sql, {"segments": ids})} if ids else set()
 
     def _create_tables(self, engine: Engine) -> None:
         present = self._columns(engine)
@@ -3742,6 +4106,8 @@ class Store:
                 os.chmod(self.path, 0o600)
             yield
             engine.execute("DETACH audit")
+            if fresh and not read_only:
+                sync_directory(os.path.dirname(self.path))
         except StoreError as error:
             engine.close()
             if isinstance(error, QueryError):
@@ -3789,6 +4155,7 @@ class Store:
                     reading.problem = error
                 except DatabaseCorruptError as error:
                     reading.problem = error
+                self._keep_segments(stack)
                 reading.open_views(None, self.journal.segments(), set())
                 break
             if not reading.has_table and not reading.has_journal and reading.problem is None:
@@ -3798,13 +4165,27 @@ class Store:
                 )
             yield reading
 
+    def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
+        """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
+
+        Returns:
+            False if an ingest is running at this moment.
+        """
+        try:
+            return stack.enter_context(self.journal.ingest_lock())
+        except JournalError:  # the journal may be read-only for who reads; then that must do
+            return True
+
     def _open_reading(self, reading: Reading, stack: contextlib.ExitStack) -> None:
         engine = reading.engine
+        stack.close()  # what an earlier attempt held
         if self.is_file and self._is_absent():
-            segments = self.journal.segments()
-            if segments or self._is_absent():
-                reading.open_views(None, segments, set())
+            if not self._keep_segments(stack) and self.journal.segments():
+                raise DatabaseLockedError(f"{self.path} is being made by another process")
+            if self._is_absent():
+                reading.open_views(None, self.journal.segments(), set())
                 return
+            stack.close()
         stack.enter_context(self._attached(engine, read_only=True))
         segments = self.journal.segments()
         present = self._columns(engine)
@@ -3813,6 +4194,24 @@ class Store:
             ids = [segment_id_of(path) for path in segments]
             known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
         reading.open_views(present.get("logs"), segments, known)
+
+
+def _refuse_fatal_limit() -> None:
+    """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process.
+
+    Python ignores that signal unless somebody restored its default.
+    """
+    import signal
+
+    signal_number = getattr(signal, "SIGXFSZ", None)
+    if (
+        signal_number is not None
+        and signal.getsignal(signal_number) is signal.SIG_DFL
+        and file_size_limit() != float("inf")
+    ):
+        raise StoreError(
+            "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
+        )
 
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
