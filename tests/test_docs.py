@@ -37,7 +37,7 @@ from mxcp_audit import AuditLogger
 for profile in ("default", "production"):
     with AuditLogger.from_config(profile=profile) as audit:
         audit.log_event("cli", "tool", "get_user", {"id": 7, "password": "hunter2"}, 12, session_id="s1")
-        audit.log_event('http', 'tool', 'delete_user', {'id': 7}, 1, 'deny', 'not an admin', 'error', 'no')
+        audit.log_event("http", "tool", "delete_user", {"id": 7}, 1, "deny", "not an admin", "error", "no")
         audit.log_event("http", "resource", "reports/{report_id}", {"report_id": "x"}, 3)
         audit.log_event("stdio", "prompt", "generate_summary", {"text": "long"}, 5)
 """
