@@ -2379,7 +2379,7 @@ class Writer:
             self._seal()
 
     def _write_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
-        """Write what exceeded the limit of file sizes: to a new segment, if it may fit there, or in halves."""
+        """Write what exceeded the limit of file sizes: to a new segment if it may fit there, or in halves."""
         if fits:
             self._write(piece)
         elif len(piece) > 1:
@@ -2468,6 +2468,9 @@ class IngestSide(Protocol):
 
     def interrupt(self) -> None:
         """End a running `ingest` soon, from any thread; it leaves everything in the journal."""
+
+    def close(self) -> None:
+        """Give threads, memory and descriptors back; a later `ingest` takes them again."""
 
     def before_fork(self) -> None:
         """Let go of what a child must not inherit."""
@@ -3033,6 +3036,8 @@ class AuditLogger:
         left = self._writer.close(timeout)
         if self._ingester is not None:
             self._ingester.stop(max(0.0, deadline - time.monotonic()))
+        if self._side is not None:
+            self._side.close()
         _live.loggers.discard(self)
         if left:
             self._diagnostics.report(
@@ -3875,6 +3880,15 @@ class Store:
         engine = self._engine
         if engine is not None:
             engine.interrupt()
+
+    def close(self) -> None:
+        """End the session, unless an ingest is using it."""
+        if self._busy.acquire(blocking=False):
+            try:
+                if self._engine is not None:
+                    self._engine.close()
+            finally:
+                self._busy.release()
 
     def before_fork(self) -> None:
         """Wait for a running ingest, interrupt it if it is long, and close the session."""
