@@ -1862,9 +1862,8 @@ class Journal:
             pass
         fresh = os.urandom(8).hex()
         scratch = f"{path}.{fresh}"
-        with open(
-            os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _FILE_MODE), "w"
-        ) as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
+        with open(os.open(scratch, flags, _FILE_MODE), "w", encoding="ascii") as file:
             file.write(fresh + "\n")
             file.flush()
             os.fsync(file.fileno())
@@ -3465,6 +3464,7 @@ _ENGINE_ERRORS: Final = (
     (DatabaseCorruptError, "not a valid duckdb database file"),
     (DatabaseCorruptError, "corrupt"),
     (DatabaseCorruptError, "computed checksum"),
+    (DatabaseCorruptError, "could not read enough bytes"),
     (DatabaseCorruptError, "database file with version number"),
     (DatabaseCorruptError, "trying to read a database"),
     (DatabaseCorruptError, "failure while replaying wal"),
@@ -4169,6 +4169,8 @@ class Store:
                     reading.problem = error
                 except DatabaseCorruptError as error:
                     reading.problem = error
+                with contextlib.suppress(StoreError):  # what was attached went with the failed session
+                    stack.close()
                 self._keep_segments(stack)
                 reading.open_views(None, self.journal.segments(), set())
                 break
