@@ -1648,6 +1648,11 @@ class Loss(NamedTuple):
         return f"{self.events} event{plural} lost between {self.first} and {self.last} UTC: {self.reason}"
 
 
+def _timestamp_of(line: bytes) -> str | None:
+    match = re.match(rb'\{"timestamp":\s*"([^"]{1,40})"', line)
+    return match[1].decode("ascii", "replace") if match else None
+
+
 def segment_id_of(path: str) -> str:
     """Return the segment id that a journal file's path stands for."""
     return os.path.splitext(os.path.basename(path))[0]
@@ -1661,6 +1666,21 @@ def _write_beside(path: str, suffix: str, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(fd)
+
+
+class Survey(NamedTuple):
+    """What lies in a journal."""
+
+    live: int  # segments that a writer holds
+    sealed: int  # those that wait for an ingest
+    orphaned: int  # of the sealed ones, those that nobody took in for a minute
+    torn: int  # files of half-written lines that dead writers left
+    rejected: int  # files of lines that could not be ingested
+    bytes: int
+    oldest_pending: str | None  # the time of the oldest event in a sealed segment, ISO 8601
+
+
+_ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 
 
 class Journal:
@@ -1890,6 +1910,37 @@ class Journal:
                 with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
                     found[path] = Loss(**json.load(file))
         return found
+
+    def survey(self) -> Survey:
+        """Look at every file, changing nothing and disturbing nobody for longer than a moment.
+
+        Raises:
+            JournalError: the directory or a segment can't be read or locked.
+        """
+        live = sealed = orphaned = size = 0
+        oldest: str | None = None
+        now = self._clock() / 1e9
+        for path in self.segments():
+            try:
+                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+                try:
+                    found = os.fstat(fd)
+                    size += found.st_size
+                    if not try_lock(fd):
+                        live += 1
+                        continue
+                    sealed += bool(found.st_size)
+                    orphaned += bool(found.st_size) and now - found.st_mtime > _ORPHAN_SECONDS
+                    if oldest is None and found.st_size:
+                        oldest = _timestamp_of(os.read(fd, 100))
+                finally:
+                    os.close(fd)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise JournalError(f"can't be examined: {error.strerror}", path=path) from error
+        ends = [os.path.splitext(name)[1] for name in self._names()]
+        return Survey(live, sealed, orphaned, ends.count(".torn"), ends.count(".rejected"), size, oldest)
 
     def waiting_bytes(self) -> int:
         """Return the size of all segments: what is not in the database yet."""
@@ -3300,6 +3351,10 @@ INSERT INTO audit.ledger BY NAME
 SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS segment,
        $events::BIGINT AS events,       $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
 
+RECENT_LOSSES: Final = """\
+SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
+WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
+
 TABLE_COLUMNS: Final = """\
 SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
 WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
@@ -3522,6 +3577,9 @@ def is_data_fault(error: QueryError) -> bool:
 
 class Engine(Protocol):
     """What the store needs of DuckDB."""
+
+    def version(self) -> str:
+        """Return DuckDB's version."""
 
     name: str
     keeps: bool  # whether an idle session is worth keeping
@@ -4140,6 +4198,16 @@ class Store:
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
+    def losses(self, reading: Reading) -> list[tuple[int, str]]:
+        """Return what was lost within the last 30 days: how many events each time, and when and why."""
+        found = [(loss.events, str(loss)) for loss in self.journal.losses().values()]
+        if reading.has_table and "ledger" in self._columns(reading.engine):
+            since = sql_time(utc_now() - datetime.timedelta(days=30))
+            found[:0] = [
+                (count, detail) for count, detail in reading.engine.execute(RECENT_LOSSES, {"since": since})
+            ]
+        return found
+
     # --- reading
 
     @contextlib.contextmanager
@@ -4210,6 +4278,121 @@ class Store:
             ids = [segment_id_of(path) for path in segments]
             known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
         reading.open_views(present.get("logs"), segments, known)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is wrong, and what to do about it."""
+
+    problem: str
+    remedy: str
+
+
+class Checkup:
+    """The state of a log, as `doctor` shows it: `report`, ready for JSON, and `faults`.
+
+    Changes nothing. What can't be examined is a fault too.
+    """
+
+    _LITTLE_SPACE_BYTES: Final = 256 * 2**20  # arbitrary
+
+    def __init__(self, config: Config, *, wait: float) -> None:
+        self.faults: list[Fault] = []
+        self.report: dict[str, Any] = {}
+        self._config = config
+        self._store = Store(config)
+        if not config.enabled:
+            self._fault(
+                f"audit logging is not enabled for profile {config.profile!r}",
+                "set `enabled: true` in its `audit` section",
+            )
+        self._examine_journal()
+        if self._examine_engine():
+            self._examine_database(wait)
+        if self._store.is_file:
+            self._examine_access()
+        self.report = {
+            "healthy": not self.faults,
+            "faults": [{"problem": fault.problem, "remedy": fault.remedy} for fault in self.faults],
+            "profile": config.profile,
+            **self.report,
+        }
+
+    def _fault(self, problem: str, remedy: str) -> None:
+        self.faults.append(Fault(problem, remedy))
+
+    def _examine_engine(self) -> bool:
+        try:
+            engine = open_engine()
+            with contextlib.closing(engine):
+                self.report["engine"] = {"name": engine.name, "version": engine.version()}
+        except StoreError as error:
+            self.report["engine"] = None
+            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
+            return False
+        return True
+
+    def _examine_database(self, wait: float) -> None:
+        state: dict[str, Any] = {"path": self._store.path, "readable": False, "events": None}
+        self.report["database"] = state
+        try:
+            with self._store.reading(wait=wait) as reading:
+                if reading.problem is not None:
+                    raise reading.problem
+                state["readable"] = reading.has_table
+                state["events"] = reading.engine.execute("SELECT count(*)::BIGINT FROM table_rows")[0][0]
+                for _, text in self._store.losses(reading):
+                    self._fault(f"events were lost: {text}", "see docs/operations.md, losses")
+        except DatabaseNotFoundError:
+            state["events"] = 0  # nothing was logged yet: no fault
+        except DatabaseLockedError as error:
+            self._fault(str(error), "close that program; events wait in the journal meanwhile")
+        except DatabaseCorruptError as error:
+            self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
+        except StoreError as error:
+            self._fault(str(error), "run with --debug for the whole story")
+
+    def _examine_journal(self) -> None:
+        journal = self._store.journal
+        state: dict[str, Any] = {"path": journal.directory}
+        self.report["journal"] = state
+        try:
+            survey = journal.survey()
+        except JournalError as error:
+            self._fault(str(error), "check its permissions, and whether its file system has locks")
+            return
+        state |= survey._asdict()
+        if survey.orphaned:
+            self._fault(
+                f"{survey.orphaned} segments wait since {survey.oldest_pending} for somebody to take them in",
+                "run `python -m mxcp_audit ingest`; if that fails, it says why",
+            )
+        if survey.rejected:
+            self._fault(
+                f"{survey.rejected} files in {journal.directory} hold lines that could not be ingested",
+                "read the .rejected files, keep what matters, and remove them",
+            )
+        if survey.torn:
+            state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
+
+    def _examine_access(self) -> None:
+        import shutil
+
+        folder = os.path.dirname(self._store.path)
+        for path in (self._store.path, self._store.path + ".wal", self._store.journal.directory):
+            with contextlib.suppress(OSError):
+                mode = stat.S_IMODE(os.stat(path).st_mode)
+                if mode & 0o077 and os.name == "posix":
+                    self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
+                if not os.access(path, os.R_OK | os.W_OK):
+                    self._fault(f"{path} can't be read and written by this user", "check owner and mode")
+        space = {}
+        for path in {folder, os.path.dirname(self._store.journal.directory)}:
+            with contextlib.suppress(OSError):
+                free = space[path] = shutil.disk_usage(path).free
+                if free < self._LITTLE_SPACE_BYTES:
+                    self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
+        self.report["free_bytes"] = space
 
 
 def _refuse_fatal_limit() -> None:
@@ -4606,7 +4789,7 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
     place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-    for add in (_add_log, _add_ingest):
+    for add in (_add_log, _add_ingest, _add_doctor):
         add(commands, common)
     return parser
 
@@ -4719,6 +4902,9 @@ def cmd_log(options: argparse.Namespace) -> int:
             width, colour = _terminal(sys.stdout)
             write_table(sys.stdout, rows, width=width, colour=colour)
             _say(summary(rows, count))
+        lost = store.losses(reading) if reading.problem is None else []
+        if lost:
+            _say(f"{sum(count for count, _ in lost)} events were lost in the last 30 days: see `doctor`")
         if reading.problem is not None:
             _say(f"only events of the journal are shown: {reading.problem}")
             return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
@@ -4754,6 +4940,37 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     if not done:
         _say("another process is ingesting; the rest is left to it")
     return EXIT_FAILED if told.rejected else 0
+
+
+def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "doctor",
+        parents=[common],
+        help="say how the log is doing, and what to do about it",
+        description="Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1 not.",
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON object")
+    command.set_defaults(run=cmd_doctor)
+
+
+def cmd_doctor(options: argparse.Namespace) -> int:
+    config = (
+        _config_of(options)
+        if options.db is not None
+        else load_config(config=options.config, profile=options.profile)
+    )
+    checkup = Checkup(config, wait=options.wait)
+    if options.json:
+        print(json.dumps(checkup.report, indent=2))
+    else:
+        for part, state in checkup.report.items():
+            if isinstance(state, dict):
+                text = ", ".join(f"{key} {value}" for key, value in state.items() if value is not None)
+                print(printable(f"{part}: {text}"))
+        for fault in checkup.faults:
+            print(printable(f"fault: {fault.problem}; remedy: {fault.remedy}"))
+        print("not healthy" if checkup.faults else "healthy")
+    return EXIT_FAILED if checkup.faults else 0
 
 
 def _say(text: str) -> None:

@@ -1190,7 +1190,7 @@ def test_bc_075_generator_open_at_the_end_makes_no_noise(db: Path, kind: str) ->
 def test_bc_076_decorated_tool_keeps_its_signature(logger: AuditLogger) -> None:
     import inspect
 
-    def tool(a: int, /, b: "str" = "x", *, c: float = 1.5) -> str:
+    def tool(a: int, /, b: str = "x", *, c: float = 1.5) -> str:
         """Say it."""
         return f"{a}{b}{c}"
 
