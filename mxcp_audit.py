@@ -3875,6 +3875,7 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
+_DATABASE_MODE: Final = 0o600
 _FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
 
 
@@ -4159,27 +4160,12 @@ class Store:
     @contextlib.contextmanager
     def _attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
         """Attach the target as `audit`; on an error the whole session ends, and with it any transaction."""
-        options = dict(self._options)
-        fresh = self.is_file and self._is_absent()
-        if read_only:
-            options["READ_ONLY"] = True
-        elif fresh:
-            # A file made by DuckDB 2.0 without this can't be read by 1.5.
-            options["STORAGE_VERSION"] = "v1.0.0"
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)  # somebody ran `touch`: DuckDB refuses an empty file
-        if self.is_file:
-            options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
-        words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
         try:
-            engine.execute(f"ATTACH {sql_literal(self.path)} AS audit ({words})")
-            if fresh:
-                os.chmod(self.path, 0o600)
+            if not read_only and self.is_file and self._is_absent():
+                self._make_file(engine)
+            self._attach(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
             yield
             engine.execute("DETACH audit")
-            if fresh and not read_only:
-                sync_directory(os.path.dirname(self.path))
         except StoreError as error:
             engine.close()
             if isinstance(error, QueryError):
@@ -4188,6 +4174,40 @@ class Store:
         except BaseException:
             engine.close()
             raise
+
+    def _attach(self, engine: Engine, path: str, name: str, **options: object) -> None:
+        options = {**self._options, **options}
+        if self.is_file:
+            options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
+        words = ", ".join(f"{word} {sql_literal(value)}" for word, value in options.items())
+        engine.execute(f"ATTACH {sql_literal(path)} AS {name} ({words})")
+
+    def _make_file(self, engine: Engine) -> None:
+        """Make an empty database, under another name until it is whole: half of one would stay damaged.
+
+        Call it under the ingest lock, which makes the scratch name this process's own.
+        """
+        scratch = f"{self.path}.{self.journal.identity()}.new"
+        if os.path.exists(self.path + ".wal"):
+            raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        leftovers = (scratch, scratch + ".wal")
+        try:
+            for path in leftovers:
+                _remove(path)
+            # A file made by DuckDB 2.0 without this can't be read by 1.5.
+            self._attach(engine, scratch, "scratch", STORAGE_VERSION="v1.0.0")
+            os.chmod(scratch, _DATABASE_MODE)
+            engine.execute("DETACH scratch")
+            if self._is_absent():  # also an empty file: somebody ran `touch`
+                os.replace(scratch, self.path)
+                sync_directory(os.path.dirname(self.path))
+        except OSError as error:
+            raise StoreError(f"{self.path} can't be made: {error.strerror}; events wait") from error
+        finally:
+            for path in leftovers:
+                with contextlib.suppress(OSError):
+                    _remove(path)
 
     def _is_absent(self) -> bool:
         """Say whether there is no database file; an empty one counts as none."""
@@ -4393,6 +4413,11 @@ class Checkup:
                 if free < self._LITTLE_SPACE_BYTES:
                     self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
         self.report["free_bytes"] = space
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
 
 
 def _refuse_fatal_limit() -> None:
