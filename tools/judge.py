@@ -31,8 +31,10 @@ class Verdict:
 
     @property
     def doubled(self) -> int:
-        """How many events are there more than once, by name or by id."""
-        return sum(count - 1 for count in self.names.values()) + sum(count - 1 for count in self.ids.values())
+        """How many events are there more than once, by id or by name: an event that can't be encoded has none."""
+        return sum(count - 1 for name, count in self.names.items() if name) + sum(
+            count - 1 for count in self.ids.values()
+        )
 
 
 def judge(database: str | os.PathLike[str], journal: str | os.PathLike[str] | None = None) -> Verdict:

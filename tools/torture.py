@@ -16,6 +16,7 @@ import contextlib
 import json
 import os
 import random
+import re
 import resource
 import shutil
 import signal
@@ -235,55 +236,53 @@ def strace(calls: str, action: str) -> list[str]:
     ]
 
 
+@dataclass(frozen=True)
+class Injection:
+    """What strace does to a command, at which of its calls."""
+
+    calls: str
+    action: str
+    most: int  # points of a quick run
+    where: str
+
+
+def calls_of(t: Torture, db: Path, command: list[str], calls: str) -> list[tuple[str, int]]:
+    """Run a command unharmed, and return each of its calls as name and number: strace counts them so."""
+    log = f"{db}.calls"
+    prefix = ["strace", "-f", "-qq", "-o", log, "-e", f"trace={calls}"]
+    done = subprocess.run(
+        [*prefix, *command], env=t.environment(), capture_output=True, timeout=LIMIT_SECONDS
+    )
+    if done.returncode:
+        raise SystemExit(f"strace can't run the command: {done.stderr!r}")
+    found: dict[tuple[str, str], int] = {}
+    for line in Path(log).read_text(errors="replace").splitlines():
+        match = re.match(r"(\d+) +(\w+)\(", line)
+        if match:
+            found[match[1], match[2]] = found.get((match[1], match[2]), 0) + 1
+    most: dict[str, int] = {}
+    for (_, name), count in found.items():
+        most[name] = max(most.get(name, 0), count)
+    return [(name, number) for name, count in sorted(most.items()) for number in range(1, count + 1)]
+
+
 def each_call(
-    t: Torture,
-    prepare: Callable[[], Path],
-    command: Callable[[Path], list[str]],
-    calls: str,
-    action: str,
-    most: int,
-    where: str,
+    t: Torture, prepare: Callable[[], Path], command: Callable[[Path], list[str]], injection: Injection
 ) -> None:
-    """Inject at the N-th call for each N until a run ends unharmed; check after each."""
-    longest = 400 if not t.quick else 0
-    number, step = 1, 1
-    if t.quick:  # find out how many there are, then take a sample
+    """Inject at each call that the command makes, or at a sample of them; check after each."""
+    db = prepare()
+    points = calls_of(t, db, command(db), injection.calls)
+    t.clean(db)
+    if t.quick and len(points) > injection.most:
+        points = sorted(t.random.sample(points, injection.most))
+    for name, number in points:
         db = prepare()
-        counted = subprocess.run(
-            [
-                "strace",
-                "-f",
-                "-qq",
-                "-c",
-                "-o",
-                f"{db}.calls",
-                "-e",
-                f"trace={calls}",
-                *command(db),
-            ],
-            env=t.environment(),
-            capture_output=True,
-            timeout=LIMIT_SECONDS,
-        )
-        assert counted.returncode == 0, counted.stderr
-        lines = Path(f"{db}.calls").read_text().splitlines()
-        longest = max((int(line.split()[3]) for line in lines if line.rstrip().endswith("total")), default=1)
-        step = max(1, longest // most)
-        number = 1 + t.random.randrange(step)
-        t.clean(db)
-    while number <= longest:
-        db = prepare()
-        done = t.run([*strace(calls, f"{action}:when={number}"), *command(db)], killed=True)
-        harmed = done.returncode != 0 or "error=" in action
+        prefix = strace(name, f"{injection.action}:when={number}")
+        done = t.run([*prefix, *command(db)], killed=True)
         t.figure.points += 1
-        t.figure.faults += harmed
-        t.check(db, where=f"{where} {number}")
+        t.figure.faults += done.returncode == -signal.SIGKILL or "error=" in injection.action
+        t.check(db, where=f"{injection.where} {name} {number}")
         t.clean(db)
-        if done.returncode == 0 and "KILL" in action and not t.quick:
-            return
-        if "error=" in action and not t.quick and number >= most:
-            return
-        number += step
 
 
 def s1_kill_writer(t: Torture) -> None:
@@ -299,7 +298,8 @@ def s1_kill_writer(t: Torture) -> None:
         t.check(db, where="random kill")
         t.clean(db)
     if shutil.which("strace"):
-        each_call(t, t.database, lambda db: t.command(WRITING, db), WRITE_CALLS, "signal=KILL", 14, "call")
+        injection = Injection(WRITE_CALLS, "signal=KILL", 14, "call")
+        each_call(t, t.database, lambda db: t.command(WRITING, db), injection)
     else:
         t.figure.details.append("no strace: only random kills")
 
@@ -343,34 +343,52 @@ def s2_kill_ingest(t: Torture) -> None:
     if not shutil.which("strace"):
         t.figure.skipped = "no strace"
         return
-    each_call(t, lambda: prepared(t)[0], t.ingest_command, WRITE_CALLS, "signal=KILL", 14, "ingest")
-    for first in (4, 9) if t.quick else (3, 5, 7, 9, 11, 13, 15, 17):
+    each_call(
+        t, lambda: prepared(t)[0], t.ingest_command, Injection(WRITE_CALLS, "signal=KILL", 16, "ingest")
+    )
+    states = [("pwrite64", 2), ("rename", 2), ("write", 4), ("fdatasync", 4), ("pwrite64", 5), ("unlink", 6)]
+    for name, number in t.random.sample(states, 2) if t.quick else states:
 
-        def killed_once(first: int = first) -> Path:
+        def killed_once(name: str = name, number: int = number) -> Path:
             db, _ = prepared(t)
-            t.run([*strace(WRITE_CALLS, f"signal=KILL:when={first}"), *t.ingest_command(db)], killed=True)
+            t.run([*strace(name, f"signal=KILL:when={number}"), *t.ingest_command(db)], killed=True)
             return db
 
-        each_call(t, killed_once, t.ingest_command, WRITE_CALLS, "signal=KILL", 5, f"recovery of {first}")
+        recovery = Injection(WRITE_CALLS, "signal=KILL", 5, f"recovery of {name} {number}")
+        each_call(t, killed_once, t.ingest_command, recovery)
 
 
 ENDINGS = {
     "falls off the end": "log(1)",
     "sys.exit": "log(1); sys.exit(0)",
-    "exception": "sys.excepthook = lambda *_: None\nlog(1)\nraise ValueError",
+    "exception": "sys.excepthook = lambda *_: None; log(1); raise ValueError",
     "os._exit after flush": "log(1); promise(); os._exit(0)",
     "kill after flush": "log(1); promise(); os.kill(os.getpid(), signal.SIGKILL)",
     "exec after flush": "log(1); promise(); os.execv(sys.executable, [sys.executable, '-c', ''])",
-    "SIGTERM handler": "signal.signal(signal.SIGTERM, lambda *_: sys.exit(0)); log(1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)",
-    "SIGINT": "log(1)\ntry:\n    os.kill(os.getpid(), signal.SIGINT); time.sleep(9)\nexcept KeyboardInterrupt: log(2)",
+    "SIGTERM handler": """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+log(1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)""",
+    "SIGINT": """
+try: log(1); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)
+except KeyboardInterrupt: log(2)""",
     "exit handler": "atexit.register(lambda: (log(2), write_down())); log(1)",
     "first in exit handler": "atexit.register(lambda: (log(1), write_down()))",
     "thread after main": "threading.Thread(target=lambda: (time.sleep(0.1), log(1), write_down())).start()",
-    "daemon thread": "t = threading.Thread(target=lambda: [log(n) for n in range(50)], daemon=True); t.start(); t.join()",
+    "daemon thread": """
+t = threading.Thread(target=lambda: [log(n) for n in range(50)], daemon=True); t.start(); t.join()""",
     "closed twice": "log(1); audit.close(); audit.close(); log(2)",
-    "fork, child exits": "log(1)\nif os.fork() == 0: tag = 'c'; said.clear(); log(2); write_down(); sys.exit(0)\nos.wait()",
-    "multiprocessing fork": "log(1)\ndef work(): log(2)\np = multiprocessing.get_context('fork').Process(target=work); p.start(); p.join(); said.append(f'{tag}-2')",
-    "durable then kill": "audit = AuditLogger(db, durable=True); log(1); write_down(); os.kill(os.getpid(), signal.SIGKILL)",
+    "fork, child exits": """
+log(1)
+if os.fork() == 0: tag = 'c'; said.clear(); log(2); write_down(); sys.exit(0)
+os.wait()""",
+    "multiprocessing fork": """
+log(1)
+def work(): log(2)
+p = multiprocessing.get_context('fork').Process(target=work); p.start(); p.join()
+said.append(f'{tag}-2')""",
+    "durable then kill": """
+audit = AuditLogger(db, durable=True)
+log(1); write_down(); os.kill(os.getpid(), signal.SIGKILL)""",
     "stdout closed": "sys.stdout.close(); sys.stderr.close(); log(1)",
 }
 
@@ -405,10 +423,12 @@ def s3_endings(t: Torture) -> None:
 FAULTY = """
 import logging; logging.disable()
 import errno
-call, number, code, lasting, durable = sys.argv[3], int(sys.argv[4]), sys.argv[5], sys.argv[6] == "1", sys.argv[7] == "1"
+call, number, code = sys.argv[3], int(sys.argv[4]), sys.argv[5]
+lasting, durable = sys.argv[6] == "1", sys.argv[7] == "1"
 true, count, on = getattr(os, call), [0], [True]
 def faulty(first, *rest, **options):
-    mine = isinstance(first, str) and ".journal" in first if call in ("open", "unlink", "mkdir") else threading.current_thread() is not threading.main_thread()
+    if call in ("open", "unlink", "mkdir"): mine = isinstance(first, str) and ".journal" in first
+    else: mine = threading.current_thread() is not threading.main_thread()
     if not (on[0] and mine): return true(first, *rest, **options)
     count[0] += 1
     if count[0] == number or lasting and count[0] > number:
@@ -453,15 +473,8 @@ def s4_disk_errors(t: Torture) -> None:
         t.clean(db)
     if shutil.which("strace"):
         for code in ("ENOSPC",) if t.quick else ("ENOSPC", "EIO", "EROFS"):
-            each_call(
-                t,
-                lambda: prepared(t)[0],
-                t.ingest_command,
-                "pwrite64,ftruncate",
-                f"error={code}",
-                4 if t.quick else 16,
-                code,
-            )
+            injection = Injection("pwrite64,ftruncate", f"error={code}", 4, code)
+            each_call(t, lambda: prepared(t)[0], t.ingest_command, injection)
 
 
 def s5_failed_fsync(t: Torture) -> None:
@@ -475,15 +488,8 @@ def s5_failed_fsync(t: Torture) -> None:
             t.check(db, where=f"journal fsync {number}")
             t.clean(db)
     if shutil.which("strace"):
-        each_call(
-            t,
-            lambda: prepared(t)[0],
-            t.ingest_command,
-            "fsync,fdatasync",
-            "error=EIO",
-            4 if t.quick else 10,
-            "database fsync",
-        )
+        injection = Injection("fsync,fdatasync", "error=EIO", 4, "database")
+        each_call(t, lambda: prepared(t)[0], t.ingest_command, injection)
 
 
 def s6_full_disk(t: Torture) -> None:
@@ -617,10 +623,12 @@ def read(t: Torture, reader: subprocess.Popen[str]) -> bool:
     return False
 
 
+HOLD = "; print('held', flush=True); sys.stdin.read()"
 HOLDERS = {
-    "writer": "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()",
-    "reader": "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=True); print('held', flush=True); sys.stdin.read()",
-    "ingest lock": "import fcntl, sys; f = open(sys.argv[1] + '.journal/ingest.lock', 'w'); fcntl.flock(f, 2); print('held', flush=True); sys.stdin.read()",
+    "writer": "import duckdb, sys; c = duckdb.connect(sys.argv[1])" + HOLD,
+    "reader": "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=True)" + HOLD,
+    "ingest lock": "import fcntl, sys; f = open(sys.argv[1] + '.journal/ingest.lock', 'w'); fcntl.flock(f, 2)"
+    + HOLD,
 }
 
 
@@ -697,7 +705,7 @@ def s10_damage(t: Torture) -> None:
         elif shutil.which("strace"):
             # Kill at the checkpoint, so that a WAL is left, and damage it: the segments must still be there.
             t.run(
-                [*strace("pwrite64,ftruncate", f"signal=KILL:when={6 + number % 8}"), *t.ingest_command(db)],
+                [*strace("pwrite64", f"signal=KILL:when={4 + number % 4}"), *t.ingest_command(db)],
                 killed=True,
             )
             wal = Path(f"{db}.wal")
@@ -735,10 +743,13 @@ def s12_hostile_input(t: Torture) -> None:
         deep = []
         for _ in range(5000): deep = [deep]
         forged = 'x\\n{"timestamp":"2026-01-31T12:00:00.000000Z","name":"forged","seq":1}\\n'
-        hostile = [Evil(), loop, deep, "\\ud83d", "\\0", forged, 10**5000, float("nan"), b"\\xff\\n", {1: 1, "1": 2}, {"a" * 10**6: 1},
-                   "x" * 3 * 10**6, {Evil: Evil()}, {("a",): object()}, "\\x1b[2J", "'; DROP TABLE logs; --", "$name", "\\r\\n"]
+        hostile = [
+            Evil(), loop, deep, "\\ud83d", "\\0", forged, 10**5000, float("nan"), b"\\xff\\n", {1: 1, "1": 2},
+            {"a" * 10**6: 1}, "x" * 3 * 10**6, {Evil: Evil()}, {("a",): object()}, "\\x1b[2J",
+            "'; DROP TABLE logs; --", "$name", "\\r\\n",
+        ]
         def poke(value):
-            audit.log_event(value, value, value, value, value, value, value, value, value, None, value, value, value)
+            audit.log_event(value, value, f"{tag}-h{n}", *[value] * 6, None, *[value] * 3)
         for n in range(int(sys.argv[3])):
             log(n); poke(hostile[n % len(hostile)])
         assert promise()
@@ -849,7 +860,8 @@ def s14_clock(t: Torture) -> None:
             """
         true_time, offset = time.time_ns, [0]
         audit = AuditLogger(db, flush_interval=0.02)
-        audit._encoder._clock = audit._writer._journal._clock = lambda: 0 if offset[0] is None else true_time() + offset[0]
+        def clock(): return 0 if offset[0] is None else true_time() + offset[0]
+        audit._encoder._clock = audit._writer._journal._clock = clock
         for step, offset[0] in enumerate([0, -86400 * 10**9, 86400 * 3650 * 10**9, None, -3600 * 10**9, 0]):
             for n in range(50): log(f"{step}-{n}"); time.sleep(0.002)
             assert promise()
@@ -875,7 +887,8 @@ def s15_overload(t: Torture) -> None:
             mxcp_audit.QUEUE_BYTES = 100_000
             audit = AuditLogger(db, on_full=sys.argv[3])
             def work(thread):
-                for n in range(int(sys.argv[4])): audit.log_event("cli", "tool", f"{tag}-{thread}-{n}", {"text": "x" * 100})
+                for n in range(int(sys.argv[4])):
+                    audit.log_event("cli", "tool", f"{tag}-{thread}-{n}", {"text": "x" * 100})
             threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
             for thread in threads: thread.start()
             for thread in threads: thread.join()
@@ -932,43 +945,25 @@ class Mutant:
     patches: tuple[tuple[str, str], ...]
 
 
+DELETE = "[claim.release(delete=True) for claim in claims]\n"
+CHECKPOINT = 'engine.execute("CHECKPOINT audit")\n'
 MUTANTS = (
     Mutant("no drain at exit", "S3", (("            logger.shutdown()\n", "            pass\n"),)),
     Mutant(
         "delete before commit",
         "S2",
-        (
-            (
-                "            fresh = self._commit(engine",
-                "            [claim.release(delete=True) for claim in claims]\n            fresh = self._commit(engine",
-            ),
-        ),
+        (("            fresh = self._commit(", f"            {DELETE}            fresh = self._commit("),),
     ),
-    Mutant(
-        "delete before checkpoint",
-        "S10",
-        (
-            (
-                '                engine.execute("CHECKPOINT audit")',
-                '                [claim.release(delete=True) for claim in claims]\n                engine.execute("CHECKPOINT audit")',
-            ),
-        ),
-    ),
+    Mutant("delete before checkpoint", "S10", ((CHECKPOINT, f"{DELETE}                {CHECKPOINT}"),)),
     Mutant(
         "reuse DuckDB after a fork",
         "S7",
         (
-            (
-                "        if self._fork_held and self._engine is not None:\n            self._engine.close()\n",
-                "",
-            ),
-            (
-                "            self._busy = threading.RLock()\n            self._engine = None\n",
-                "            self._busy = threading.RLock()\n",
-            ),
+            ("if self._fork_held and self._engine is not None:\n", "if False:\n"),
+            ("RLock()\n            self._engine = None\n", "RLock()\n"),
             (
                 "if self._process_id == os.getpid():\n            connection.close()",
-                "if True:\n            connection.close()",
+                "if 1:\n            pass",
             ),
         ),
     ),
@@ -977,24 +972,15 @@ MUTANTS = (
         "S4",
         (("            os.ftruncate(self._fd, self.size)\n", "            pass\n"),),
     ),
-    Mutant(
-        "no ledger check",
-        "S2",
-        (
-            (
-                "            known = self._ids(engine, KNOWN_SEGMENTS, segments)\n",
-                "            known: set[str] = set()\n",
-            ),
-        ),
-    ),
+    Mutant("no ledger check", "S2", (("self._ids(engine, KNOWN_SEGMENTS, segments)\n", "set[str]()\n"),)),
     Mutant("count but drop", "S4", (("                    self._queue[:0] = rest\n", ""),)),
     Mutant(
         "no lock on a live segment",
         "S8",
         (
             (
-                "            return try_lock(fd)\n        except OSError:  # no locks here",
-                "            return True\n        except OSError:  # no locks here",
+                "            return try_lock(fd)\n        except OSError:  # no",
+                "            return True\n        except OSError:  # no",
             ),
         ),
     ),
@@ -1011,12 +997,7 @@ MUTANTS = (
     Mutant(
         "child keeps the parent's queue",
         "S7",
-        (
-            (
-                "        self._queue: list[bytes] = []\n",
-                "        self._queue: list[bytes] = getattr(self, '_queue', [])\n",
-            ),
-        ),
+        (("self._queue: list[bytes] = []\n", "self._queue: list[bytes] = getattr(self, '_queue', [])\n"),),
     ),
     Mutant("one bad line costs the segment", "S12", (('"seqs": good or [0],', '"seqs": [0],'),)),
     Mutant(
@@ -1063,27 +1044,29 @@ def run_mutants(seed: int) -> int:
             shutil.rmtree(folder)
         missed += not figure.bad
         verdict = "caught" if figure.bad else "MISSED"
-        print(
-            f"{verdict}  {mutant.sweep:4} {mutant.name}: lost {figure.lost}, doubled {figure.doubled}, torn {figure.torn}, signals {figure.signals}, exceptions {figure.exceptions}",
-            flush=True,
+        found = ", ".join(
+            f"{key} {getattr(figure, key)}" for key in ("lost", "doubled", "torn", "signals", "exceptions")
         )
+        print(f"{verdict}  {mutant.sweep:4} {mutant.name}: {found}", flush=True)
     print(f"{len(MUTANTS) - missed} of {len(MUTANTS)} mutants caught, seed {seed}")
     return missed
 
 
 def run_sweeps(names: list[str], *, quick: bool, seed: int) -> int:
     """Run sweeps, print the table, and return how many figures are red."""
-    print(
-        f"{'':5}{'faults':>7}{'points':>8}{'lost':>6}{'twice':>6}{'torn':>6}{'signals':>8}{'raised':>7}{'worst ms':>9}{'s':>6}"
-    )
+    heads = ("faults", "points", "lost", "twice", "torn", "signals", "raised", "worst ms", "s")
+    print(" " * 5 + "".join(f"{head:>9}" for head in heads))
     red = 0
     for name in names:
         begun = time.monotonic()
         f = sweep(name, ROOT, quick=quick, seed=seed)
         red += f.bad
+        cells = (f.faults, f.points, f.lost, f.doubled, f.torn, f.signals, f.exceptions)
+        note = f"; skipped: {f.skipped}" if f.skipped else "  RED" if f.bad else ""
         print(
-            f"{name:5}{f.faults:7}{f.points:8}{f.lost:6}{f.doubled:6}{f.torn:6}{f.signals:8}{f.exceptions:7}{f.worst_ms:9.1f}"
-            f"{time.monotonic() - begun:6.0f}  {f.what}{'; skipped: ' + f.skipped if f.skipped else ''}{'  RED' if f.bad else ''}",
+            f"{name:5}"
+            + "".join(f"{cell:9}" for cell in cells)
+            + f"{f.worst_ms:9.1f}{time.monotonic() - begun:9.0f}  {f.what}{note}",
             flush=True,
         )
         for detail in f.details:
