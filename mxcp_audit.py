@@ -1987,6 +1987,39 @@ _REPORT_SECONDS: Final = 60.0  # how often the same trouble is told
 _LOG: Final = logging.getLogger("mxcp_audit")
 
 
+def native_threads() -> Any:
+    """Return the `threading` module; under gevent one of its own that makes real threads and locks.
+
+    gevent's are greenlets: a writer among them would belong to whichever thread logged first and stop
+    with it, and block all others while it writes. So its originals go into a fresh copy of the module.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return threading
+    if not _native:
+        import importlib.util
+        import types
+
+        patched = sys.modules["_thread"]
+        original = types.ModuleType("_thread")
+        vars(original).update(vars(patched))
+        for name in monkey.saved.get("_thread", ()):
+            setattr(original, name, monkey.get_original("_thread", name))
+        spec = importlib.util.find_spec("threading")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["_thread"] = original
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.modules["_thread"] = patched
+        _native.append(module)
+    return _native[0]
+
+
+_native: Final[list[Any]] = []  # the copy, made once: a process under gevent needs no second
+
+
 class Diagnostics:
     """What went wrong and how often: counters for health checks, and `logging` at most once a minute a kind.
 
@@ -2086,10 +2119,13 @@ class Writer:
 
         What the parent had queued is the parent's to write; its segment is closed, not sealed.
         """
-        self._lock = threading.RLock()  # of the queue; held for moments only
-        self._progress = threading.Condition(self._lock)
-        self._writing = threading.RLock()  # of the segment; held while the disk works
-        self._wake = threading.Lock()
+        self._threads = threads = native_threads()
+        self._lock = threads.RLock()  # of the queue; held for moments only
+        self._progress = threads.Condition(self._lock)
+        self._writing = threads.RLock()  # of the segment; held while the disk works
+        self._wake = threads.Lock()
+        self._nap = threads.Lock()  # never released: a sleep that no library has replaced
+        self._nap.acquire()
         self._wake.acquire()
         # accepted = _finished + len(_held) + len(_queue); written = _finished + _held_done
         self._queue: list[bytes] = []
@@ -2177,10 +2213,10 @@ class Writer:
             self._progress.notify_all()
         if thread is not None:
             self._release_wake()
-            if thread is not threading.current_thread():
+            if thread is not self._threads.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
-            time.sleep(_RETRY_SECONDS[0])
+            self._nap.acquire(timeout=_RETRY_SECONDS[0])
         with self._lock:
             self._closed = True
             self._progress.notify_all()
@@ -2204,7 +2240,7 @@ class Writer:
         return self.accepted - self.written
 
     def _is_writing_thread(self) -> bool:
-        return self._thread is threading.current_thread() or self._inline == threading.get_ident()
+        return self._thread is self._threads.current_thread() or self._inline == self._threads.get_ident()
 
     def _has_room(self) -> bool:
         """Wait for room in a full queue; False if the event is to be dropped instead."""
@@ -2267,7 +2303,9 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = self._thread = threading.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+            thread = self._thread = self._threads.Thread(
+                target=self._run, name="mxcp_audit writer", daemon=True
+            )
             try:
                 thread.start()
                 return True
@@ -2285,7 +2323,7 @@ class Writer:
 
     def _work_inline(self) -> bool:
         """Do the writer's work in this thread, once; False if lines are left that could not be written."""
-        me = threading.get_ident()
+        me = self._threads.get_ident()
         if self._inline == me:
             return True  # a signal handler or destructor inside of our own write: the outer call goes on
         with self._writing:
@@ -2301,12 +2339,12 @@ class Writer:
 
     def _run(self) -> None:
         pause = _RETRY_SECONDS[0]
-        me = threading.current_thread()
+        me = self._threads.current_thread()
         try:
             while self._thread is me:
                 self._asleep = False
                 if not (self._durable or self._closing or self._seal_wanted > self._sealed):
-                    time.sleep(_GATHER_SECONDS)
+                    self._nap.acquire(timeout=_GATHER_SECONDS)
                 with self._writing:
                     done = self._work()
                 self._diagnostics.tell()
@@ -2549,7 +2587,8 @@ class Ingester:
 
     def start_afresh(self) -> None:
         """Begin without a thread: at first, and in a child after a fork."""
-        self._changed = threading.Condition(threading.RLock())
+        self._threads = native_threads()
+        self._changed = self._threads.Condition(self._threads.RLock())
         self._wanted = self._done = 0
         self._stopping = False
         self._busy = False
@@ -2562,7 +2601,7 @@ class Ingester:
             self._changed.notify_all()
             if self._stopping or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = threading.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
+            self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
             try:
                 self._thread.start()
             except RuntimeError:  # no threads to be had: shutdown, or the next process, ingests
@@ -2574,7 +2613,7 @@ class Ingester:
             target = self._wanted
             if self._thread is None:
                 return False
-            return self._changed.wait_for(lambda: self._done >= target or self._thread is None, timeout)
+            return bool(self._changed.wait_for(lambda: self._done >= target or self._thread is None, timeout))
 
     def stop(self, timeout: float) -> None:
         """Ingest once more and end the thread; after `timeout` seconds, interrupt and then end it.
@@ -2591,7 +2630,7 @@ class Ingester:
             if work_left:
                 self._attempt()
             return
-        if thread is threading.current_thread():
+        if thread is self._threads.current_thread():
             return
         thread.join(timeout)
         deadline = time.monotonic() + self._LONGEST_STOP_SECONDS
@@ -3902,7 +3941,7 @@ class Store:
         self._diagnostics = diagnostics or Diagnostics()
         self._opener = opener
         self._engine: Engine | None = None
-        self._busy = threading.RLock()
+        self._busy = native_threads().RLock()
         self._fork_held = False
 
     # --- ingest (IngestSide)
@@ -3962,7 +4001,7 @@ class Store:
         """Take up work again."""
         held, self._fork_held = self._fork_held, False
         if child:  # if a thread was inside, what it used is left alone
-            self._busy = threading.RLock()
+            self._busy = native_threads().RLock()
             self._engine = None
         elif held:
             self._busy.release()

@@ -31,7 +31,7 @@ class Verdict:
 
     @property
     def doubled(self) -> int:
-        """How many events are there more than once, by id or by name: an event that can't be encoded has none."""
+        """How many events are there more than once, by id or by name; what can't be encoded has none."""
         return sum(count - 1 for name, count in self.names.items() if name) + sum(
             count - 1 for count in self.ids.values()
         )

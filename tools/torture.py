@@ -139,6 +139,7 @@ class Torture:
         return subprocess.Popen(
             command,
             env=self.environment(python, **changes),
+            cwd=self.module,  # `python -m` looks there first
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -251,7 +252,7 @@ def calls_of(t: Torture, db: Path, command: list[str], calls: str) -> list[tuple
     log = f"{db}.calls"
     prefix = ["strace", "-f", "-qq", "-o", log, "-e", f"trace={calls}"]
     done = subprocess.run(
-        [*prefix, *command], env=t.environment(), capture_output=True, timeout=LIMIT_SECONDS
+        [*prefix, *command], env=t.environment(), cwd=t.module, capture_output=True, timeout=LIMIT_SECONDS
     )
     if done.returncode:
         raise SystemExit(f"strace can't run the command: {done.stderr!r}")
@@ -711,7 +712,9 @@ def s10_damage(t: Torture) -> None:
             wal = Path(f"{db}.wal")
             if wal.exists() and wal.stat().st_size > 1:
                 wal.write_bytes(damage(t, wal.read_bytes(), how)[0])
-                if subprocess.run(t.ingest_command(db), env=t.environment(), capture_output=True).returncode:
+                if subprocess.run(
+                    t.ingest_command(db), env=t.environment(), cwd=t.module, capture_output=True
+                ).returncode:
                     wal.unlink()  # what the error says: move it aside
         t.figure.faults += 1
         t.figure.points += 1
