@@ -43,6 +43,7 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
@@ -3128,6 +3129,7 @@ def line_fault(line: bytes) -> str | None:
 #         20261125T010203123456Z-1f2e3d4c.jsonl        a segment, mode 0600
 #         20261125T010203123456Z-1f2e3d4c.torn         what a dead writer left half written
 #         20261125T010203123456Z-1f2e3d4c.rejected     lines that could not be ingested, with the reason
+#         20261125T010204000000Z-5a6b7c8d.loss         how many events were dropped, when and why
 #         ingest.lock                                  held by the one process that ingests
 #         journal.id                                   names this journal in the ledger
 #
@@ -3140,9 +3142,11 @@ def line_fault(line: bytes) -> str | None:
 # events are recorded and readable, but never ingested; the error says so.
 
 SEGMENT_SUFFIX: Final = ".jsonl"
+_LOSS_SUFFIX: Final = ".loss"
 _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
@@ -3163,44 +3167,81 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def unlock(fd: int) -> None:
+    """Give the lock up at once, even if a child that was forked behind Python's back has the file open."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def _same_file(fd: int, path: str) -> bool:
-    """Say whether `path` still leads to the open file `fd`."""
+    """Say whether `path` still leads to the open file `fd`; a stale network handle leads nowhere."""
     try:
         there = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(fd)
+        here = os.fstat(fd)
+    except OSError as error:
+        if error.errno in _GONE:
+            return False
+        raise
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def file_size_limit() -> float:
+    """Return how large this process may make a file, in bytes: a write beyond may kill it (SIGXFSZ)."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return float("inf")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return float("inf") if limit == resource.RLIM_INFINITY else limit
 
 
 class Segment:
     """One journal file while this process writes it.
 
-    Guarantees that the file holds whole lines whenever `append` returns or raises, and that
-    nobody ingests it before `seal`.
+    Guarantees that nobody ingests it before `seal`, and that then it holds whole lines, each that
+    `append` took and none that it refused, whatever interrupted it.
     """
 
-    __slots__ = ("_dirty", "_fd", "events", "id", "opened", "path", "size")
+    __slots__ = ("_dirty", "_end", "_fd", "_limit", "id", "opened", "path")
 
     def __init__(self, fd: int, path: str, segment_id: str, opened: float) -> None:
         self._fd = fd
-        self._dirty = False
+        self._dirty = False  # there may be bytes behind the end
+        self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never finds half of it
+        self._limit = file_size_limit()
         self.path = path
         self.id = segment_id
         self.opened = opened
-        self.size = 0
-        self.events = 0
 
-    def append(self, data: bytes, events: int) -> None:
+    @property
+    def size(self) -> int:
+        """Bytes of whole lines."""
+        return self._end[0]
+
+    @property
+    def events(self) -> int:
+        """How many lines that is."""
+        return self._end[1]
+
+    def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
         """Write whole lines at the end, all of them or none.
+
+        Args:
+            data: the lines.
+            events: how many.
+            durable: also force them to the disk. What a failed fsync covered may be lost although a
+                later one succeeds, so it is taken back: write it to another segment.
 
         Raises:
             OSError: nothing of `data` is in the file, or will be once it can be truncated, which
-                the next call does first.
+                the next call and `seal` do first.
         """
-        if self._dirty:
-            os.ftruncate(self._fd, self.size)
-            self._dirty = False
+        self._mend()
+        size, count = self._end
+        if size + len(data) > self._limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
+        self._dirty = True
         rest = memoryview(data)
         try:
             while rest:
@@ -3208,17 +3249,18 @@ class Segment:
                 if not written:
                     raise OSError(errno.EIO, "the file takes no more bytes", self.path)
                 rest = rest[written:]
+            if durable:
+                os.fsync(self._fd)
         except OSError:
-            self._dirty = True
+            self._mend()
+            raise
+        self._end = (size + len(data), count + events)
+        self._dirty = False
+
+    def _mend(self) -> None:
+        if self._dirty:
             os.ftruncate(self._fd, self.size)
             self._dirty = False
-            raise
-        self.size += len(data)
-        self.events += events
-
-    def sync(self) -> None:
-        """Force the file to the disk. Raises OSError if that can't be had."""
-        os.fsync(self._fd)
 
     def is_in_place(self) -> bool:
         """Say whether the file still lies where readers look for it."""
@@ -3226,19 +3268,31 @@ class Segment:
 
     def rescue(self) -> bytes:
         """Return what a deleted file holds, as long as this process has it open; b"" if it only moved."""
-        if os.fstat(self._fd).st_nlink:
+        try:
+            return b"" if os.fstat(self._fd).st_nlink else os.pread(self._fd, self.size, 0)
+        except OSError:  # a stale network handle
             return b""
-        return os.pread(self._fd, self.size, 0)
 
     def seal(self) -> None:
-        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
+        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless.
+
+        Raises:
+            OSError: it holds lines that must not be ingested and can't be truncated; try again.
+        """
+        if self._fd < 0:
             return
-        try:
-            if not self.size and _same_file(fd, self.path):
-                os.unlink(self.path)
-        finally:
+        self._mend()
+        if not self.size:
+            with contextlib.suppress(OSError):
+                if _same_file(self._fd, self.path):
+                    os.unlink(self.path)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file and release its lock, as it is: it lies elsewhere now."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            unlock(fd)
             os.close(fd)
 
     def forget(self) -> None:
@@ -3308,14 +3362,33 @@ class Claim:
             if delete and sys.platform != "win32":
                 os.unlink(self.path)
         finally:
+            unlock(fd)
             os.close(fd)
         if delete and sys.platform == "win32":  # it deletes no open file
             os.unlink(self.path)
 
 
+class Loss(NamedTuple):
+    """Events that were lost, with everything that is known of them."""
+
+    events: int
+    first: str  # naive UTC text, as `sql_time` returns it
+    last: str
+    reason: str
+
+    def __str__(self) -> str:
+        plural = "" if self.events == 1 else "s"
+        return f"{self.events} event{plural} lost between {self.first} and {self.last} UTC: {self.reason}"
+
+
+def _timestamp_of(line: bytes) -> str | None:
+    match = re.match(rb'\{"timestamp":\s*"([^"]{1,40})"', line)
+    return match[1].decode("ascii", "replace") if match else None
+
+
 def segment_id_of(path: str) -> str:
     """Return the segment id that a journal file's path stands for."""
-    return os.path.basename(path).removesuffix(SEGMENT_SUFFIX)
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _write_beside(path: str, suffix: str, data: bytes) -> None:
@@ -3326,6 +3399,21 @@ def _write_beside(path: str, suffix: str, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(fd)
+
+
+class Survey(NamedTuple):
+    """What lies in a journal."""
+
+    live: int  # segments that a writer holds
+    sealed: int  # those that wait for an ingest
+    orphaned: int  # of the sealed ones, those that nobody took in for a minute
+    torn: int  # files of half-written lines that dead writers left
+    rejected: int  # files of lines that could not be ingested
+    bytes: int
+    oldest_pending: str | None  # the time of the oldest event in a sealed segment, ISO 8601
+
+
+_ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 
 
 class Journal:
@@ -3352,7 +3440,7 @@ class Journal:
             OSError: the directory can't be made or written.
             JournalError: the directory is a symbolic link or belongs to somebody else.
         """
-        self._make_directory()
+        self._make_directory(durable=durable)
         while True:
             segment_id = new_segment_id(self._clock())
             path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
@@ -3380,10 +3468,13 @@ class Journal:
         except OSError:  # no locks here: the claimers find out as well, and leave everything alone
             return True
 
-    def _make_directory(self) -> None:
+    def _make_directory(self, *, durable: bool = False) -> None:
+        parent = os.path.dirname(self.directory)
         try:
-            os.makedirs(os.path.dirname(self.directory), exist_ok=True)
+            os.makedirs(parent, exist_ok=True)
             os.mkdir(self.directory, _DIRECTORY_MODE)
+            if durable:
+                sync_directory(parent)
             return
         except FileExistsError:
             pass
@@ -3401,28 +3492,36 @@ class Journal:
                 path=self.directory,
             )
 
+    def _names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.directory))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
+
     def segments(self) -> list[str]:
         """Return the paths of all segments, oldest first; none if there is no journal yet.
 
         Raises:
             JournalError: the directory can't be read.
         """
-        try:
-            names = os.listdir(self.directory)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
         return [
             os.path.join(self.directory, name)
-            for name in sorted(names)
+            for name in self._names()
             if name.endswith(SEGMENT_SUFFIX) and is_segment_id(name.removesuffix(SEGMENT_SUFFIX))
         ]
 
-    def claim(self, *, limit_bytes: int) -> tuple[list[Claim], list[JournalError]]:
+    def claim(
+        self, *, limit_bytes: int, skip: Collection[str] = ()
+    ) -> tuple[list[Claim], list[JournalError]]:
         """Lock sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
 
         Live segments are passed over; empty ones are deleted. Release every claim.
+
+        Args:
+            limit_bytes: what the claims may add up to, but for the last one.
+            skip: ids of segments that were seen to; they may be undeletable.
 
         Returns:
             the claims, and what kept others from being claimed: one bad file doesn't stop the rest.
@@ -3433,6 +3532,8 @@ class Journal:
         for path in self.segments():
             if total >= limit_bytes:
                 break
+            if segment_id_of(path) in skip:
+                continue
             try:
                 claim = self._claim_one(path)
             except JournalError as error:
@@ -3485,6 +3586,7 @@ class Journal:
             return
         except OSError as error:
             raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
+        locked = False
         try:
             try:
                 locked = try_lock(fd)
@@ -3494,6 +3596,8 @@ class Journal:
                 ) from error
             yield locked
         finally:
+            if locked:
+                unlock(fd)
             os.close(fd)
 
     def identity(self) -> str:
@@ -3511,14 +3615,65 @@ class Journal:
             pass
         fresh = os.urandom(8).hex()
         scratch = f"{path}.{fresh}"
-        with open(
-            os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _FILE_MODE), "w"
-        ) as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
+        with open(os.open(scratch, flags, _FILE_MODE), "w", encoding="ascii") as file:
             file.write(fresh + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
         return fresh
+
+    def record_loss(self, loss: Loss) -> None:
+        """Put on record that events were lost; survives `kill -9` and power cuts once this returns.
+
+        Raises:
+            OSError: not recorded; try again.
+        """
+        self._make_directory()
+        path = os.path.join(self.directory, new_segment_id(self._clock()))
+        _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
+
+    def losses(self) -> dict[str, Loss]:
+        """Return the losses on record that the ledger does not have yet, by the path of their file."""
+        found = {}
+        for name in self._names():
+            if name.endswith(_LOSS_SUFFIX) and is_segment_id(name.removesuffix(_LOSS_SUFFIX)):
+                path = os.path.join(self.directory, name)
+                # One that can't be read yet is being written at this moment.
+                with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
+                    found[path] = Loss(**json.load(file))
+        return found
+
+    def survey(self) -> Survey:
+        """Look at every file, changing nothing and disturbing nobody for longer than a moment.
+
+        Raises:
+            JournalError: the directory or a segment can't be read or locked.
+        """
+        live = sealed = orphaned = size = 0
+        oldest: str | None = None
+        now = self._clock() / 1e9
+        for path in self.segments():
+            try:
+                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+                try:
+                    found = os.fstat(fd)
+                    size += found.st_size
+                    if not try_lock(fd):
+                        live += 1
+                        continue
+                    sealed += bool(found.st_size)
+                    orphaned += bool(found.st_size) and now - found.st_mtime > _ORPHAN_SECONDS
+                    if oldest is None and found.st_size:
+                        oldest = _timestamp_of(os.read(fd, 100))
+                finally:
+                    os.close(fd)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise JournalError(f"can't be examined: {error.strerror}", path=path) from error
+        ends = [os.path.splitext(name)[1] for name in self._names()]
+        return Survey(live, sealed, orphaned, ends.count(".torn"), ends.count(".rejected"), size, oldest)
 
     def waiting_bytes(self) -> int:
         """Return the size of all segments: what is not in the database yet."""
@@ -3541,7 +3696,7 @@ def sync_directory(directory: str) -> None:
 
 
 # === Writer ===
-# may name: Errors, Encoding, Journal
+# may name: Errors, Events, Encoding, Journal
 #
 # Two daemon threads, started at the first event and asleep while there is nothing to do: the
 # writer (queue → journal) and the ingester (journal → database, through the callback that it is
@@ -3565,6 +3720,39 @@ _REPORT_SECONDS: Final = 60.0  # how often the same trouble is told
 _LOG: Final = logging.getLogger("mxcp_audit")
 
 
+def native_threads() -> Any:
+    """Return the `threading` module; under gevent one of its own that makes real threads and locks.
+
+    gevent's are greenlets: a writer among them would belong to whichever thread logged first and stop
+    with it, and block all others while it writes. So its originals go into a fresh copy of the module.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return threading
+    if not _native:
+        import importlib.util
+        import types
+
+        patched = sys.modules["_thread"]
+        original = types.ModuleType("_thread")
+        vars(original).update(vars(patched))
+        for name in monkey.saved.get("_thread", ()):
+            setattr(original, name, monkey.get_original("_thread", name))
+        spec = importlib.util.find_spec("threading")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["_thread"] = original
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.modules["_thread"] = patched
+        _native.append(module)
+    return _native[0]
+
+
+_native: Final[list[Any]] = []  # the copy, made once: a process under gevent needs no second
+
+
 class Diagnostics:
     """What went wrong and how often: counters for health checks, and `logging` at most once a minute a kind.
 
@@ -3573,16 +3761,24 @@ class Diagnostics:
     """
 
     def __init__(self) -> None:
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Count from zero: at first, and in a child after a fork."""
         self.errors = 0
         self.dropped = 0
         self.rejected = 0
         self.ingested = 0
         self.last_error: str | None = None
         self._told: dict[str, float] = {}
+        self._untold: list[str] = []
         self._telling = threading.local()
 
-    def report(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
-        """Count a fault and tell of it, unless the same kind was told within the last minute.
+    def note(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
+        """Count a fault, and leave it to `tell` to speak of it: for use under a lock.
+
+        A logging handler takes a lock of its own, under which it may log an event: whoever told of a
+        fault while it held one of our locks could wait for that handler for ever.
 
         Args:
             kind: a fixed word, so that a flood of one fault doesn't hide another.
@@ -3593,18 +3789,27 @@ class Diagnostics:
         text = message if error is None else f"{message}: {error}"
         self.last_error = text
         now = time.monotonic()
-        if now - self._told.get(kind, -_REPORT_SECONDS) < _REPORT_SECONDS or getattr(
-            self._telling, "on", False
-        ):
+        if now - self._told.get(kind, -_REPORT_SECONDS) >= _REPORT_SECONDS:
+            self._told[kind] = now
+            self._untold.append(text)
+
+    def tell(self) -> None:
+        """Tell `logging` what was noted."""
+        if not self._untold or getattr(self._telling, "on", False):
             return
-        self._told[kind] = now
         self._telling.on = True
         try:
-            _LOG.warning("mxcp_audit: %s", text)
+            while self._untold:
+                _LOG.warning("mxcp_audit: %s", self._untold.pop(0))
         except Exception:  # noqa: S110 - a broken handler must not reach the caller, and there is nobody to tell
             pass
         finally:
             self._telling.on = False
+
+    def report(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
+        """Count a fault and tell of it, unless the same kind was told within the last minute."""
+        self.note(kind, message, error=error)
+        self.tell()
 
 
 class Writer:
@@ -3638,8 +3843,8 @@ class Writer:
         self._diagnostics = diagnostics
         self._on_start = on_start
         self._on_sealed = on_sealed
-        self.accepted = 0
-        self.written = 0
+        self._segment: Segment | None = None
+        self._fork_held = False
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -3647,44 +3852,68 @@ class Writer:
 
         What the parent had queued is the parent's to write; its segment is closed, not sealed.
         """
-        self._lock = threading.RLock()
-        self._progress = threading.Condition(self._lock)
-        self._writing = threading.RLock()
-        self._wake = threading.Lock()
+        self._threads = threads = native_threads()
+        self._lock = threads.RLock()  # of the queue; held for moments only
+        self._progress = threads.Condition(self._lock)
+        self._writing = threads.RLock()  # of the segment; held while the disk works
+        self._wake = threads.Lock()
+        self._nap = threads.Lock()  # never released: a sleep that no library has replaced
+        self._nap.acquire()
         self._wake.acquire()
+        # accepted = _finished + len(_held) + len(_queue); written = _finished + _held_done
         self._queue: list[bytes] = []
         self._queued_bytes = 0
+        self._held: list[bytes] = []  # the batch that is being written
         self._held_bytes = 0
+        self._held_done = 0
+        self._finished = 0
+        self._waiting: list[tuple[int, Callable[[], object]]] = []
+        self._lost: list[Loss] = []
         self._asleep = True
-        self._closing = False
+        self._closing = self._closed = False
         self._inline = 0  # the thread that writes without being the writer
         self._thread: threading.Thread | None = None
-        self._sealed = self.accepted = self.written
-        self._seal_wanted = 0
-        segment: Segment | None = getattr(self, "_segment", None)
-        self._segment: Segment | None = None
+        self._sealed = self._seal_wanted = 0
+        segment, self._segment = self._segment, None
         if segment is not None:
             segment.forget()
+
+    def before_fork(self) -> None:
+        """Wait a moment for a write to end, so that no child inherits a segment that nobody knows yet."""
+        self._fork_held = self._writing.acquire(timeout=1.0)
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        if self._fork_held:
+            self._fork_held = False
+            self._writing.release()
 
     # --- the caller's side
 
     def put(self, line: bytes) -> int:
-        """Queue an unfinished line and return its ticket for `wait_written`."""
+        """Queue an unfinished line and return its ticket for `wait_written`; 0 if it was dropped."""
+        if self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._has_room():
+            return 0
         with self._lock:
-            if self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._has_room():
-                return 0
             self._queue.append(line)
             self._queued_bytes += len(line)
-            self.accepted = ticket = self.accepted + 1
-            asleep, self._asleep = self._asleep, False
-        if asleep:
+            ticket = self._finished + len(self._held) + len(self._queue)
+        if self._asleep:
             self._rouse()
         return ticket
 
     def wait_written(self, ticket: int) -> None:
         """Return when the line with this ticket is in the journal; at once inside of the writing thread."""
-        if self._thread is not threading.current_thread() and self._inline != threading.get_ident():
-            self._wait_until(lambda: self.written >= ticket, None)
+        if not self._is_writing_thread():
+            self._wait_until(lambda: self.written >= ticket or self._closed, None)
+
+    def call_when_written(self, ticket: int, callback: Callable[[], object]) -> None:
+        """Call back, from any thread, when the line with this ticket is in the journal."""
+        with self._lock:
+            if not (self.written >= ticket or self._closed):
+                self._waiting.append((ticket, callback))
+                return
+        callback()
 
     def flush(self, timeout: float) -> bool:
         """Write and seal all that was put before; False if `timeout` seconds were not enough."""
@@ -3692,11 +3921,17 @@ class Writer:
         with self._lock:
             ticket = self.accepted
             self._seal_wanted = max(self._seal_wanted, ticket)
-            asleep, self._asleep = self._asleep, False
             self._progress.notify_all()
-        if asleep:
+        if self._asleep:
             self._rouse()
-        return self._wait_until(lambda: self._sealed >= ticket, deadline)
+        if self._is_writing_thread():
+            return self._sealed >= ticket
+        while not self._wait_until(lambda: self._sealed >= ticket, min(deadline, time.monotonic() + 0.1)):
+            if time.monotonic() >= deadline:
+                return False
+            if self._thread is None:  # nobody else will
+                self._rouse()
+        return True
 
     def close(self, timeout: float) -> int:
         """Write and seal everything, end the thread, and return how many lines could not be written.
@@ -3708,39 +3943,67 @@ class Writer:
             self._closing = True
             self._seal_wanted = self.accepted
             thread = self._thread
-            asleep, self._asleep = self._asleep, False
             self._progress.notify_all()
-        if asleep:
-            self._rouse()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread is None:
-            while not self._work_inline() and time.monotonic() < deadline:
-                time.sleep(_RETRY_SECONDS[0])
+        if thread is not None:
+            self._release_wake()
+            if thread is not self._threads.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
+            self._nap.acquire(timeout=_RETRY_SECONDS[0])
         with self._lock:
-            return self.accepted - self.written
+            self._closed = True
+            self._progress.notify_all()
+            left = self.pending
+        self._call_back()
+        return left
+
+    @property
+    def accepted(self) -> int:
+        """How many lines were queued."""
+        return self._finished + len(self._held) + len(self._queue)
+
+    @property
+    def written(self) -> int:
+        """How many of them are in the journal."""
+        return self._finished + self._held_done
 
     @property
     def pending(self) -> int:
         """How many accepted lines are not in the journal yet."""
         return self.accepted - self.written
 
+    def _is_writing_thread(self) -> bool:
+        return self._thread is self._threads.current_thread() or self._inline == self._threads.get_ident()
+
     def _has_room(self) -> bool:
+        """Wait for room in a full queue; False if the event is to be dropped instead."""
+        full = f"the queue is full ({QUEUE_BYTES // 2**20} MiB)"
         if self._drop_when_full:
-            self._diagnostics.dropped += 1
-            self._diagnostics.report(
-                "full", f"the queue is full ({QUEUE_BYTES // 2**20} MiB): events are dropped (on_full: drop)"
-            )
+            self._lose(1, "the queue was full (on_full: drop)")
+            self._diagnostics.report("full", f"{full}: events are dropped (on_full: drop)")
             return False
         # The writer itself, or a logging handler in its thread, must not wait for the writer.
-        if threading.current_thread() is not self._thread:
-            self._diagnostics.report(
-                "full", f"the queue is full ({QUEUE_BYTES // 2**20} MiB): callers wait (on_full: block)"
-            )
-            self._progress.wait_for(
-                lambda: self._queued_bytes + self._held_bytes <= QUEUE_BYTES or self._closing
-            )
+        if self._is_writing_thread():
+            return True
+        self._diagnostics.report("full", f"{full}: callers wait (on_full: block)")
+        while self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._closing:
+            if self._thread is None:
+                self._rouse()
+            with self._progress:
+                if self._queued_bytes + self._held_bytes > QUEUE_BYTES:
+                    self._progress.wait(_RETRY_SECONDS[0] if self._thread is None else 1.0)
         return True
+
+    def _lose(self, events: int, reason: str) -> None:
+        """Count lost events; `_record_losses` puts them on record."""
+        now = sql_time(utc_now())
+        with self._lock:
+            self._diagnostics.dropped += events
+            if self._lost and self._lost[-1].reason == reason:
+                last = self._lost[-1]
+                self._lost[-1] = last._replace(events=last.events + events, last=now)
+            else:
+                self._lost.append(Loss(events, now, now, reason))
 
     def _wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
         with self._progress:
@@ -3752,71 +4015,89 @@ class Writer:
             return True
 
     def _rouse(self) -> None:
-        """Wake the writer, start it, or do its work here: `_asleep` was just set to False."""
-        if self._thread is not None:
-            with contextlib.suppress(RuntimeError):  # a signal handler roused it in between
+        """Wake the writer, start it, or do its work here.
+
+        `_asleep` is the writer's to change: whoever is interrupted on the way here, by Ctrl+C say, leaves
+        a writer that the next event wakes.
+        """
+        if self._thread is not None or self._start_thread():
+            self._release_wake()
+        else:
+            self._work_inline()
+
+    def _release_wake(self) -> None:
+        if self._wake.locked():
+            with contextlib.suppress(RuntimeError):  # somebody else woke it in between
                 self._wake.release()
-            return
-        if self._on_start() and not self._closing:
-            self._thread = threading.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+
+    def _start_thread(self) -> bool:
+        with self._lock:
+            if self._thread is not None:
+                return True
+            if self._closing or not self._on_start():
+                return False
+            thread = self._thread = self._threads.Thread(
+                target=self._run, name="mxcp_audit writer", daemon=True
+            )
             try:
-                self._thread.start()
-                return
-            except RuntimeError as error:  # "can't start new thread": a process limit, or the program ends
+                thread.start()
+                return True
+            except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
                 self._thread = None
                 if threading.main_thread().is_alive():
-                    self._diagnostics.report(
+                    self._diagnostics.note(
                         "thread", "no writer thread, callers write themselves", error=error
                     )
-        self._work_inline()
+            except BaseException:
+                if thread.ident is None:
+                    self._thread = None
+                raise
+        return False
 
     def _work_inline(self) -> bool:
         """Do the writer's work in this thread, once; False if lines are left that could not be written."""
-        me = threading.get_ident()
+        me = self._threads.get_ident()
         if self._inline == me:
             return True  # a signal handler or destructor inside of our own write: the outer call goes on
         with self._writing:
             self._inline = me
             try:
-                done = self._drain()
-                if self._seal_wanted > self._sealed or self._closing:
-                    self._seal()
+                done = self._work()
             finally:
                 self._inline = 0
-        with self._lock:
-            if self._thread is None:
-                self._asleep = True  # so that the next line comes here, or starts a thread, again
+        self._diagnostics.tell()
         return done
 
     # --- the writer's side
 
     def _run(self) -> None:
         pause = _RETRY_SECONDS[0]
+        me = self._threads.current_thread()
         try:
-            while True:
+            while self._thread is me:
+                self._asleep = False
                 if not (self._durable or self._closing or self._seal_wanted > self._sealed):
-                    time.sleep(_GATHER_SECONDS)
+                    self._nap.acquire(timeout=_GATHER_SECONDS)
                 with self._writing:
-                    done = self._drain()
-                    if done and self._seal_is_due():
-                        self._seal()
+                    done = self._work()
+                self._diagnostics.tell()
                 if done:
                     pause = _RETRY_SECONDS[0]
                     if not self._sleep():
                         return
-                else:
-                    with self._progress:
-                        if self._closing:  # `close` goes on trying as long as it may
-                            self._retire()
-                            return
-                        self._progress.wait(pause)
-                    pause = min(pause * 2, _RETRY_SECONDS[1])
+                    continue
+                with self._progress:
+                    if self._closing:  # `close` goes on trying as long as it may
+                        self._retire()
+                        return
+                    self._progress.wait(pause)
+                pause = min(pause * 2, _RETRY_SECONDS[1])
         except BaseException as error:
+            with self._lock:
+                self._retire()
             self._diagnostics.report(
                 "writer", "the writer thread ended; the next event starts another", error=error
             )
-            with self._lock:
-                self._retire()
 
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread. Call it with the lock held."""
@@ -3836,96 +4117,156 @@ class Writer:
             segment = self._segment
         timeout = -1.0
         if segment is not None:
-            timeout = max(0.0, segment.opened + self._flush_interval - time.monotonic())
-        if self._wake.acquire(timeout=timeout):
-            return True
-        with self._lock:
-            roused = not self._asleep
-            self._asleep = False
-        if roused:  # between the end of the wait and this line
-            self._wake.acquire()
+            due = segment.opened + self._flush_interval - time.monotonic()
+            timeout = min(max(0.0, due), threading.TIMEOUT_MAX)
+        self._wake.acquire(timeout=timeout)
         return True
+
+    def _work(self) -> bool:
+        """Write what is queued, and seal what is due; False if something is left that could not be done."""
+        done = self._drain()
+        if self._seal_is_due():  # also if not all could be written: an ingest may free the space
+            done = self._seal() and done
+        return done
 
     def _drain(self) -> bool:
         """Move the queue into the journal; False, with all that is left queued again, on a fault."""
         while True:
             with self._lock:
-                batch, self._queue = self._queue, []
+                self._held = self._queue
+                self._queue = []
                 self._held_bytes, self._queued_bytes = self._queued_bytes, 0
-            if not batch:
+            if not self._held:
                 self._held_bytes = 0
                 return True
-            written = 0
+            fault = False
             try:
-                for piece in _pieces(batch):
+                for piece in _pieces(self._held):
                     self._write(piece)
-                    written += len(piece)
-            except (OSError, JournalError) as error:
-                self._diagnostics.report(
+            except (OSError, JournalError, MemoryError, RuntimeError) as error:
+                fault = True
+                self._diagnostics.note(
                     "journal",
                     "the journal can't be written; events wait in memory and it is tried again",
                     error=error,
                 )
             finally:
-                rest = batch[written:]
                 with self._progress:
-                    self._held_bytes = 0
+                    done, rest = self._held_done, self._held[self._held_done :]
                     self._queue[:0] = rest
+                    self._held, self._held_done, self._finished = [], 0, self._finished + done
+                    self._held_bytes = 0
                     self._queued_bytes += sum(map(len, rest))
-                    self.written += written
                     self._progress.notify_all()
-            if written < len(batch):
+                if self._waiting:
+                    self._call_back()
+            if fault:
                 return False
 
+    def _call_back(self) -> None:
+        with self._lock:
+            due = [entry for entry in self._waiting if entry[0] <= self.written or self._closed]
+            self._waiting = [entry for entry in self._waiting if entry not in due]
+        for _, callback in due:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                callback()
+
     def _write(self, piece: list[bytes]) -> None:
+        """Put lines into the segment, a new one if need be, and count them as done.
+
+        After any fault the segment is sealed and the next attempt begins another: a file that has
+        reached a size limit, or that an fsync failed on, never becomes better.
+        """
         segment = self._segment
         if segment is not None and not segment.is_in_place():
             segment = self._replace(segment)
         if segment is None:
             segment = self._segment = self._journal.open_segment(durable=self._durable)
-        first = segment.events + 1
-        segment.append(
-            b"".join([finish_line(line, seq) for seq, line in enumerate(piece, first)]), len(piece)
-        )
-        if self._durable:
-            segment.sync()
+        before = segment.events
+        goal = before + len(piece)
+        lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
+        try:
+            segment.append(lines, len(piece), durable=self._durable)
+        except OSError as error:
+            self._seal()
+            if error.errno != errno.EFBIG:
+                raise
+            self._write_in_parts(piece, fits=before > 0)
+        finally:
+            # An interrupt may come between the two: what the segment took is done.
+            if segment.events == goal:
+                self._held_done += len(piece)
         if segment.size >= SEGMENT_BYTES:
             self._seal()
 
+    def _write_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
+        """Write what exceeded the limit of file sizes: to a new segment if it may fit there, or in halves."""
+        if fits:
+            self._write(piece)
+        elif len(piece) > 1:
+            self._write(piece[: len(piece) // 2])
+            self._write(piece[len(piece) // 2 :])
+        else:
+            self._held_done += 1
+            self._lose(1, "the event is larger than a file may be (RLIMIT_FSIZE)")
+            self._diagnostics.note(
+                "limit", "an event is larger than a file may be (RLIMIT_FSIZE) and is lost"
+            )
+
     def _replace(self, segment: Segment) -> Segment | None:
         """Start anew after somebody deleted or moved the segment; a deleted one is written again."""
-        self._diagnostics.report("moved", f"{segment.path} was deleted or replaced; a new segment is written")
+        self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; a new segment is written")
         held = segment.rescue()
         fresh = None
         if held:
             fresh = self._journal.open_segment(durable=self._durable)
-            fresh.append(held, segment.events)
+            try:
+                fresh.append(held, segment.events, durable=self._durable)
+            except BaseException:
+                fresh.seal()
+                raise
         self._segment = fresh
-        segment.forget()
+        segment.abandon()
         return fresh
 
     def _seal_is_due(self) -> bool:
         segment = self._segment
         if self._closing or self._seal_wanted > self._sealed:
             return True
-        return segment is not None and time.monotonic() - segment.opened >= self._flush_interval
+        if segment is None:
+            return bool(self._lost)
+        return time.monotonic() - segment.opened >= self._flush_interval
 
-    def _seal(self) -> None:
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            try:
-                if not segment.is_in_place():
-                    segment = self._replace(segment)
-                if segment is not None:
-                    self._segment = None
-                    segment.seal()
-            except (OSError, JournalError) as error:
-                self._diagnostics.report("seal", "a segment could not be sealed", error=error)
+    def _seal(self) -> bool:
+        """Seal the segment, if there is one; False if that must be tried again."""
+        segment = self._segment
+        try:
+            if segment is not None and not segment.is_in_place():
+                segment = self._replace(segment)
+            if segment is not None:
+                segment.seal()
+            self._segment = None
+        except (OSError, JournalError) as error:
+            self._diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
+            return False
+        self._record_losses()
         with self._progress:
             self._sealed = self.written
             self._progress.notify_all()
         if segment is not None:
             self._on_sealed()
+        return True
+
+    def _record_losses(self) -> None:
+        while self._lost:
+            with self._lock:
+                loss = self._lost.pop(0)
+            try:
+                self._journal.record_loss(loss)
+            except (OSError, JournalError) as error:
+                self._lost.insert(0, loss)
+                self._diagnostics.note("loss", "a loss could not be put on record yet", error=error)
+                return
 
 
 def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
@@ -3949,6 +4290,9 @@ class IngestSide(Protocol):
     def interrupt(self) -> None:
         """End a running `ingest` soon, from any thread; it leaves everything in the journal."""
 
+    def close(self) -> None:
+        """Give threads, memory and descriptors back; a later `ingest` takes them again."""
+
     def before_fork(self) -> None:
         """Let go of what a child must not inherit."""
 
@@ -3966,6 +4310,7 @@ class Ingester:
     """
 
     _LONGEST_PAUSE_SECONDS: Final = 30.0
+    _LONGEST_STOP_SECONDS: Final = 60.0  # for what can't be interrupted, such as a dead network share
 
     def __init__(self, side: IngestSide, *, interval: float, diagnostics: Diagnostics) -> None:
         self._side = side
@@ -3975,7 +4320,8 @@ class Ingester:
 
     def start_afresh(self) -> None:
         """Begin without a thread: at first, and in a child after a fork."""
-        self._changed = threading.Condition(threading.RLock())
+        self._threads = native_threads()
+        self._changed = self._threads.Condition(self._threads.RLock())
         self._wanted = self._done = 0
         self._stopping = False
         self._busy = False
@@ -3988,7 +4334,7 @@ class Ingester:
             self._changed.notify_all()
             if self._stopping or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = threading.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
+            self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
             try:
                 self._thread.start()
             except RuntimeError:  # no threads to be had: shutdown, or the next process, ingests
@@ -4000,7 +4346,7 @@ class Ingester:
             target = self._wanted
             if self._thread is None:
                 return False
-            return self._changed.wait_for(lambda: self._done >= target or self._thread is None, timeout)
+            return bool(self._changed.wait_for(lambda: self._done >= target or self._thread is None, timeout))
 
     def stop(self, timeout: float) -> None:
         """Ingest once more and end the thread; after `timeout` seconds, interrupt and then end it.
@@ -4017,12 +4363,15 @@ class Ingester:
             if work_left:
                 self._attempt()
             return
-        if thread is threading.current_thread():
+        if thread is self._threads.current_thread():
             return
         thread.join(timeout)
-        while thread.is_alive():
+        deadline = time.monotonic() + self._LONGEST_STOP_SECONDS
+        while thread.is_alive() and time.monotonic() < deadline:
             self._side.interrupt()
             thread.join(0.1)
+        if thread.is_alive():
+            self._diagnostics.report("stuck", "the ingest does not end; is its disk or network gone?")
 
     def _run(self) -> None:
         pause = self._interval
@@ -4361,6 +4710,7 @@ class AuditLogger:
             on_sealed=self._sealed,
         )
         self._put = self._writer.put
+        _live.known[id(self)] = self
 
     def log_event(
         self,
@@ -4508,6 +4858,8 @@ class AuditLogger:
         left = self._writer.close(timeout)
         if self._ingester is not None:
             self._ingester.stop(max(0.0, deadline - time.monotonic()))
+        if self._side is not None:
+            self._side.close()
         _live.loggers.discard(self)
         if left:
             self._diagnostics.report(
@@ -4571,7 +4923,15 @@ class AuditLogger:
         if self.config.durable and self.enabled:
             import asyncio
 
-            await asyncio.get_running_loop().run_in_executor(None, self._writer.wait_written, ticket)
+            loop = asyncio.get_running_loop()
+            written: asyncio.Future[None] = loop.create_future()
+
+            def resolve() -> None:
+                if not written.done():  # the waiting task may have been cancelled
+                    written.set_result(None)
+
+            self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(resolve))
+            await written
 
     def _put_without_content(self, fault: Exception) -> int:
         """Record that there was an event, although it could not be encoded."""
@@ -4603,19 +4963,31 @@ class AuditLogger:
             children.Finalize(None, self.shutdown, exitpriority=-100)
         return True
 
+    def _stop_ingest(self) -> None:
+        """End the ingest thread now, whatever is interrupted: inside of DuckDB it would abort the process."""
+        while self._ingester is not None:
+            try:
+                self._ingester.stop(0)
+                return
+            except KeyboardInterrupt:
+                continue
+
     def _sealed(self) -> None:
         if self._ingester is not None and not _live.exiting:
             self._ingester.notify()
 
     def _before_fork(self) -> None:
+        self._writer.before_fork()
         if self._side is not None:
             self._side.before_fork()
 
     def _after_fork_in_parent(self) -> None:
+        self._writer.after_fork_in_parent()
         if self._side is not None:
             self._side.after_fork(child=False)
 
     def _after_fork_in_child(self) -> None:
+        self._diagnostics.start_afresh()
         self._writer.start_afresh()
         if self._ingester is not None:
             self._ingester.start_afresh()
@@ -4627,11 +4999,20 @@ _UNENCODABLE: Final = "[UNENCODABLE]"
 
 
 class _Live:
-    """The loggers whose threads run in this process, and whether it is ending."""
+    """The loggers of this process, and whether it is ending.
+
+    Every logger is known to the fork hooks, started or not: another thread may be inside of one. Those
+    with threads are held until they are shut down, so that the exit hook finds what nobody else holds.
+    """
 
     def __init__(self) -> None:
+        self.known: weakref.WeakValueDictionary[int, AuditLogger] = weakref.WeakValueDictionary()
         self.loggers: set[AuditLogger] = set()
         self.exiting = False
+
+    def all(self) -> list[AuditLogger]:
+        """Return every logger; other threads may make more meanwhile."""
+        return [logger for reference in self.known.valuerefs() if (logger := reference()) is not None]
 
 
 _live: Final = _Live()
@@ -4642,24 +5023,27 @@ def _at_exit() -> None:
         for logger in list(_live.loggers):
             logger.shutdown()
     except KeyboardInterrupt:  # a second Ctrl+C: leave at once, and say what is left
-        left = sum(logger.counters.accepted - logger.counters.written for logger in list(_live.loggers))
+        _live.exiting = True
+        left = sum(logger._writer.pending for logger in list(_live.loggers))
         _LOG.warning("mxcp_audit: interrupted at exit; %d events were not written", left)
+        for logger in list(_live.loggers):
+            logger._stop_ingest()
     finally:
         _live.exiting = True
 
 
 def _before_fork() -> None:
-    for logger in list(_live.loggers):
+    for logger in _live.all():
         logger._before_fork()
 
 
 def _after_fork_in_parent() -> None:
-    for logger in list(_live.loggers):
+    for logger in _live.all():
         logger._after_fork_in_parent()
 
 
 def _after_fork_in_child() -> None:
-    for logger in list(_live.loggers):
+    for logger in _live.all():
         logger._after_fork_in_child()
     _live.loggers.clear()
 
@@ -4718,6 +5102,13 @@ FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUM
 WHERE seq IN (SELECT unnest($seqs)) AND timestamp IS NOT NULL"""
 KNOWN_SEGMENTS: Final = """\
 SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
+KNOWN_LOSSES: Final = """\
+SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'loss' AND segment IN (SELECT unnest($segments))"""
+# Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger may be
+# what the page cache says and not what the disk says.
+TOUCH_KNOWN: Final = """\
+UPDATE audit.ledger SET ingested_at = ingested_at
+WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
@@ -4731,6 +5122,10 @@ INSERT_LOSS: Final = """\
 INSERT INTO audit.ledger BY NAME
 SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS segment,
        $events::BIGINT AS events,       $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+
+RECENT_LOSSES: Final = """\
+SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
+WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
 
 TABLE_COLUMNS: Final = """\
 SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
@@ -4896,6 +5291,7 @@ _ENGINE_ERRORS: Final = (
     (DatabaseCorruptError, "not a valid duckdb database file"),
     (DatabaseCorruptError, "corrupt"),
     (DatabaseCorruptError, "computed checksum"),
+    (DatabaseCorruptError, "could not read enough bytes"),
     (DatabaseCorruptError, "database file with version number"),
     (DatabaseCorruptError, "trying to read a database"),
     (DatabaseCorruptError, "failure while replaying wal"),
@@ -4903,6 +5299,7 @@ _ENGINE_ERRORS: Final = (
     (DatabaseCorruptError, "internal error"),
     (DatabaseCorruptError, "database has been invalidated"),
 )
+_DATA_FAULTS: Final = ("invalid input error", "conversion error", "out of range error")
 _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
 
@@ -4945,8 +5342,16 @@ def bind(sql: str, params: Params) -> str:
     return _PARAMETER.sub(lambda match: sql_literal(params[match[1]]), sql)
 
 
+def is_data_fault(error: QueryError) -> bool:
+    """Say whether a statement failed because of what it read, and not for want of memory, disk or time."""
+    return str(error).lower().startswith(_DATA_FAULTS)
+
+
 class Engine(Protocol):
     """What the store needs of DuckDB."""
+
+    def version(self) -> str:
+        """Return DuckDB's version."""
 
     name: str
     keeps: bool  # whether an idle session is worth keeping
@@ -4977,6 +5382,7 @@ class PackageEngine:
     def __init__(self, *, guest: bool) -> None:
         self._guest = guest
         self._connection: Any = None
+        self._process_id = 0
 
     @staticmethod
     def version() -> str:
@@ -4991,6 +5397,7 @@ class PackageEngine:
         config: dict[str, Any] = {"temp_directory": _scratch_directory()}
         if self._guest:
             config |= {"threads": 1, "memory_limit": _GUEST_MEMORY}
+        self._process_id = os.getpid()
         connection = duckdb.connect(":memory:", config=config)
         connection.execute(_SESSION_SETTINGS)
         return connection
@@ -5020,14 +5427,35 @@ class PackageEngine:
     def interrupt(self) -> None:
         """Make a running statement fail soon."""
         connection = self._connection
-        if connection is not None:
-            connection.interrupt()
+        if connection is not None and self._process_id == os.getpid():
+            with contextlib.suppress(Exception):  # closed at this moment
+                connection.interrupt()
 
     def close(self) -> None:
-        """Close the in-memory database, and with it whatever is attached."""
+        """Close the in-memory database, and with it whatever is attached.
+
+        In a child that was forked meanwhile the connection is left alone for ever: its threads do
+        not exist there, and its locks are the parent's.
+        """
         connection, self._connection = self._connection, None
-        if connection is not None:
+        if connection is None:
+            return
+        if self._process_id == os.getpid():
             connection.close()
+        else:
+            _immortal(connection)
+
+    def __del__(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and self._process_id != os.getpid():
+            _immortal(connection)
+
+
+def _immortal(thing: object) -> None:
+    """Keep an object from ever being destroyed, at the interpreter's end too."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 class CliEngine:
@@ -5219,6 +5647,7 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
+_DATABASE_MODE: Final = 0o600
 _FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
 
 
@@ -5245,7 +5674,7 @@ class Store:
         self._diagnostics = diagnostics or Diagnostics()
         self._opener = opener
         self._engine: Engine | None = None
-        self._busy = threading.RLock()
+        self._busy = native_threads().RLock()
         self._fork_held = False
 
     # --- ingest (IngestSide)
@@ -5260,14 +5689,17 @@ class Store:
         with self._busy, self.journal.ingest_lock() as mine:
             if not mine:
                 return not self.journal.segments()
+            seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
             while True:
-                claims, problems = self.journal.claim(limit_bytes=INGEST_BYTES)
+                claims, problems = self.journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
+                lost = self.journal.losses()
                 try:
-                    if claims:
-                        self._ingest_claims(claims)
+                    if claims or lost:
+                        self._ingest_claims(claims, lost)
                 finally:
                     for claim in claims:
                         claim.release()
+                seen.update(claim.id for claim in claims)
                 if sum(claim.size for claim in claims) < INGEST_BYTES:
                     break
             if problems:
@@ -5280,6 +5712,15 @@ class Store:
         if engine is not None:
             engine.interrupt()
 
+    def close(self) -> None:
+        """End the session, unless an ingest is using it."""
+        if self._busy.acquire(blocking=False):
+            try:
+                if self._engine is not None:
+                    self._engine.close()
+            finally:
+                self._busy.release()
+
     def before_fork(self) -> None:
         """Wait for a running ingest, interrupt it if it is long, and close the session."""
         self._fork_held = self._busy.acquire(timeout=_FORK_WAIT_SECONDS[0])
@@ -5291,12 +5732,12 @@ class Store:
 
     def after_fork(self, *, child: bool) -> None:
         """Take up work again."""
-        if self._fork_held:
-            self._fork_held = False
-            self._busy.release()
-        elif child:  # somebody else's thread was inside: leave what it used alone
-            self._busy = threading.RLock()
+        held, self._fork_held = self._fork_held, False
+        if child:  # if a thread was inside, what it used is left alone
+            self._busy = native_threads().RLock()
             self._engine = None
+        elif held:
+            self._busy.release()
 
     def refuse_own_files(self, path: str) -> None:
         """Raise StoreError if writing to `path` would destroy the log itself."""
@@ -5309,11 +5750,12 @@ class Store:
         if inside == os.path.realpath(self.journal.directory):
             raise StoreError(f"{path} lies in the journal; name a file elsewhere")
 
-    def _ingest_claims(self, claims: list[Claim]) -> None:
+    def _ingest_claims(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
+        _refuse_fatal_limit()
         engine = self._guest()
         try:
-            losses = self._stage(engine, claims)
-            fresh = self._commit(engine, claims, losses)
+            losses = self._stage(engine, claims) if claims else {}
+            fresh = self._commit(engine, claims, losses, lost)
         except BaseException:
             engine.close()
             raise
@@ -5339,6 +5781,9 @@ class Store:
                 self._diagnostics.report(
                     "delete", "an ingested segment can't be deleted; it is not ingested again", error=error
                 )
+        for path in lost:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def _guest(self) -> Engine:
         if self._engine is None:
@@ -5355,7 +5800,9 @@ class Store:
         try:
             engine.execute(STAGE, params)
             doubtful = False
-        except QueryError:
+        except QueryError as error:
+            if not is_data_fault(error):
+                raise
             engine.execute(STAGE, {**params, "lenient": True})
             doubtful = True  # what was wrong is NULL now, so every line is looked at
         counts = {segment: found for segment, *found in engine.execute(STAGED_COUNTS)}
@@ -5394,19 +5841,23 @@ class Store:
             )
         return len(faults)
 
-    def _commit(self, engine: Engine, claims: list[Claim], losses: Mapping[str, int]) -> set[str]:
+    def _commit(
+        self, engine: Engine, claims: list[Claim], losses: Mapping[str, int], lost: Mapping[str, Loss]
+    ) -> set[str]:
         """Put `batch` into the database and make it durable; return the segments that were not there yet."""
         segments = [claim.id for claim in claims]
         with self._attached(engine, read_only=False):
             self._create_tables(engine)
             engine.execute("BEGIN")
-            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": segments})}
+            known = self._ids(engine, KNOWN_SEGMENTS, segments)
             fresh = [segment for segment in segments if segment not in known]
             if known:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
+                engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
             if fresh:
                 engine.execute(INSERT_ROWS)
                 self._enter_ledger(engine, fresh, losses)
+            self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
             engine.execute("COMMIT")
             if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
                 engine.execute("CHECKPOINT audit")
@@ -5435,6 +5886,31 @@ class Store:
                     },
                 )
 
+    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> None:
+        """Enter what writers lost, each loss once, into the ledger."""
+        known = self._ids(engine, KNOWN_LOSSES, list(lost)) if lost else set()
+        entry: dict[str, object] = {
+            "journal": self.journal.identity(),
+            "host": platform_node(),
+            "now": sql_time(utc_now()),
+        }
+        for segment in sorted(set(lost) - known):
+            loss = lost[segment]
+            ((position,),) = engine.execute(LAST_POSITION, entry)
+            engine.execute(
+                INSERT_LOSS,
+                {
+                    **entry,
+                    "position": position + 1,
+                    "segment": segment,
+                    "events": loss.events,
+                    "detail": f"{loss.reason}, between {loss.first} and {loss.last}",
+                },
+            )
+
+    def _ids(self, engine: Engine, sql: str, ids: Sequence[str]) -> set[str]:
+        return {segment for (segment,) in engine.execute(sql, {"segments": ids})} if ids else set()
+
     def _create_tables(self, engine: Engine) -> None:
         present = self._columns(engine)
         if "logs" not in present:
@@ -5456,23 +5932,10 @@ class Store:
     @contextlib.contextmanager
     def _attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
         """Attach the target as `audit`; on an error the whole session ends, and with it any transaction."""
-        options = dict(self._options)
-        fresh = self.is_file and self._is_absent()
-        if read_only:
-            options["READ_ONLY"] = True
-        elif fresh:
-            # A file made by DuckDB 2.0 without this can't be read by 1.5.
-            options["STORAGE_VERSION"] = "v1.0.0"
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)  # somebody ran `touch`: DuckDB refuses an empty file
-        if self.is_file:
-            options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
-        words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
         try:
-            engine.execute(f"ATTACH {sql_literal(self.path)} AS audit ({words})")
-            if fresh:
-                os.chmod(self.path, 0o600)
+            if not read_only and self.is_file and self._is_absent():
+                self._make_file(engine)
+            self._attach(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
             yield
             engine.execute("DETACH audit")
         except StoreError as error:
@@ -5484,6 +5947,40 @@ class Store:
             engine.close()
             raise
 
+    def _attach(self, engine: Engine, path: str, name: str, **options: object) -> None:
+        options = {**self._options, **options}
+        if self.is_file:
+            options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
+        words = ", ".join(f"{word} {sql_literal(value)}" for word, value in options.items())
+        engine.execute(f"ATTACH {sql_literal(path)} AS {name} ({words})")
+
+    def _make_file(self, engine: Engine) -> None:
+        """Make an empty database, under another name until it is whole: half of one would stay damaged.
+
+        Call it under the ingest lock, which makes the scratch name this process's own.
+        """
+        scratch = f"{self.path}.{self.journal.identity()}.new"
+        if os.path.exists(self.path + ".wal"):
+            raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        leftovers = (scratch, scratch + ".wal")
+        try:
+            for path in leftovers:
+                _remove(path)
+            # A file made by DuckDB 2.0 without this can't be read by 1.5.
+            self._attach(engine, scratch, "scratch", STORAGE_VERSION="v1.0.0")
+            os.chmod(scratch, _DATABASE_MODE)
+            engine.execute("DETACH scratch")
+            if self._is_absent():  # also an empty file: somebody ran `touch`
+                os.replace(scratch, self.path)
+                sync_directory(os.path.dirname(self.path))
+        except OSError as error:
+            raise StoreError(f"{self.path} can't be made: {error.strerror}; events wait") from error
+        finally:
+            for path in leftovers:
+                with contextlib.suppress(OSError):
+                    _remove(path)
+
     def _is_absent(self) -> bool:
         """Say whether there is no database file; an empty one counts as none."""
         try:
@@ -5492,6 +5989,16 @@ class Store:
             return True
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
+
+    def losses(self, reading: Reading) -> list[tuple[int, str]]:
+        """Return what was lost within the last 30 days: how many events each time, and when and why."""
+        found = [(loss.events, str(loss)) for loss in self.journal.losses().values()]
+        if reading.has_table and "ledger" in self._columns(reading.engine):
+            since = sql_time(utc_now() - datetime.timedelta(days=30))
+            found[:0] = [
+                (count, detail) for count, detail in reading.engine.execute(RECENT_LOSSES, {"since": since})
+            ]
+        return found
 
     # --- reading
 
@@ -5522,6 +6029,9 @@ class Store:
                     reading.problem = error
                 except DatabaseCorruptError as error:
                     reading.problem = error
+                with contextlib.suppress(StoreError):  # what was attached went with the failed session
+                    stack.close()
+                self._keep_segments(stack)
                 reading.open_views(None, self.journal.segments(), set())
                 break
             if not reading.has_table and not reading.has_journal and reading.problem is None:
@@ -5531,13 +6041,27 @@ class Store:
                 )
             yield reading
 
+    def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
+        """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
+
+        Returns:
+            False if an ingest is running at this moment.
+        """
+        try:
+            return stack.enter_context(self.journal.ingest_lock())
+        except JournalError:  # the journal may be read-only for who reads; then that must do
+            return True
+
     def _open_reading(self, reading: Reading, stack: contextlib.ExitStack) -> None:
         engine = reading.engine
+        stack.close()  # what an earlier attempt held
         if self.is_file and self._is_absent():
-            segments = self.journal.segments()
-            if segments or self._is_absent():
-                reading.open_views(None, segments, set())
+            if not self._keep_segments(stack) and self.journal.segments():
+                raise DatabaseLockedError(f"{self.path} is being made by another process")
+            if self._is_absent():
+                reading.open_views(None, self.journal.segments(), set())
                 return
+            stack.close()
         stack.enter_context(self._attached(engine, read_only=True))
         segments = self.journal.segments()
         present = self._columns(engine)
@@ -5546,6 +6070,144 @@ class Store:
             ids = [segment_id_of(path) for path in segments]
             known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
         reading.open_views(present.get("logs"), segments, known)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is wrong, and what to do about it."""
+
+    problem: str
+    remedy: str
+
+
+class Checkup:
+    """The state of a log, as `doctor` shows it: `report`, ready for JSON, and `faults`.
+
+    Changes nothing. What can't be examined is a fault too.
+    """
+
+    _LITTLE_SPACE_BYTES: Final = 256 * 2**20  # arbitrary
+
+    def __init__(self, config: Config, *, wait: float) -> None:
+        self.faults: list[Fault] = []
+        self.report: dict[str, Any] = {}
+        self._config = config
+        self._store = Store(config)
+        if not config.enabled:
+            self._fault(
+                f"audit logging is not enabled for profile {config.profile!r}",
+                "set `enabled: true` in its `audit` section",
+            )
+        self._examine_journal()
+        if self._examine_engine():
+            self._examine_database(wait)
+        if self._store.is_file:
+            self._examine_access()
+        self.report = {
+            "healthy": not self.faults,
+            "faults": [{"problem": fault.problem, "remedy": fault.remedy} for fault in self.faults],
+            "profile": config.profile,
+            **self.report,
+        }
+
+    def _fault(self, problem: str, remedy: str) -> None:
+        self.faults.append(Fault(problem, remedy))
+
+    def _examine_engine(self) -> bool:
+        try:
+            engine = open_engine()
+            with contextlib.closing(engine):
+                self.report["engine"] = {"name": engine.name, "version": engine.version()}
+        except StoreError as error:
+            self.report["engine"] = None
+            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
+            return False
+        return True
+
+    def _examine_database(self, wait: float) -> None:
+        state: dict[str, Any] = {"path": self._store.path, "readable": False, "events": None}
+        self.report["database"] = state
+        try:
+            with self._store.reading(wait=wait) as reading:
+                if reading.problem is not None:
+                    raise reading.problem
+                state["readable"] = reading.has_table
+                state["events"] = reading.engine.execute("SELECT count(*)::BIGINT FROM table_rows")[0][0]
+                for _, text in self._store.losses(reading):
+                    self._fault(f"events were lost: {text}", "see docs/operations.md, losses")
+        except DatabaseNotFoundError:
+            state["events"] = 0  # nothing was logged yet: no fault
+        except DatabaseLockedError as error:
+            self._fault(str(error), "close that program; events wait in the journal meanwhile")
+        except DatabaseCorruptError as error:
+            self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
+        except StoreError as error:
+            self._fault(str(error), "run with --debug for the whole story")
+
+    def _examine_journal(self) -> None:
+        journal = self._store.journal
+        state: dict[str, Any] = {"path": journal.directory}
+        self.report["journal"] = state
+        try:
+            survey = journal.survey()
+        except JournalError as error:
+            self._fault(str(error), "check its permissions, and whether its file system has locks")
+            return
+        state |= survey._asdict()
+        if survey.orphaned:
+            self._fault(
+                f"{survey.orphaned} segments wait since {survey.oldest_pending} for somebody to take them in",
+                "run `python -m mxcp_audit ingest`; if that fails, it says why",
+            )
+        if survey.rejected:
+            self._fault(
+                f"{survey.rejected} files in {journal.directory} hold lines that could not be ingested",
+                "read the .rejected files, keep what matters, and remove them",
+            )
+        if survey.torn:
+            state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
+
+    def _examine_access(self) -> None:
+        import shutil
+
+        folder = os.path.dirname(self._store.path)
+        for path in (self._store.path, self._store.path + ".wal", self._store.journal.directory):
+            with contextlib.suppress(OSError):
+                mode = stat.S_IMODE(os.stat(path).st_mode)
+                if mode & 0o077 and os.name == "posix":
+                    self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
+                if not os.access(path, os.R_OK | os.W_OK):
+                    self._fault(f"{path} can't be read and written by this user", "check owner and mode")
+        space = {}
+        for path in {folder, os.path.dirname(self._store.journal.directory)}:
+            with contextlib.suppress(OSError):
+                free = space[path] = shutil.disk_usage(path).free
+                if free < self._LITTLE_SPACE_BYTES:
+                    self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
+        self.report["free_bytes"] = space
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _refuse_fatal_limit() -> None:
+    """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process.
+
+    Python ignores that signal unless somebody restored its default.
+    """
+    import signal
+
+    signal_number = getattr(signal, "SIGXFSZ", None)
+    if (
+        signal_number is not None
+        and signal.getsignal(signal_number) is signal.SIG_DFL
+        and file_size_limit() != float("inf")
+    ):
+        raise StoreError(
+            "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
+        )
 
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
@@ -5924,7 +6586,7 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
     place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-    for add in (_add_log, _add_ingest):
+    for add in (_add_log, _add_ingest, _add_doctor):
         add(commands, common)
     return parser
 
@@ -6037,6 +6699,9 @@ def cmd_log(options: argparse.Namespace) -> int:
             width, colour = _terminal(sys.stdout)
             write_table(sys.stdout, rows, width=width, colour=colour)
             _say(summary(rows, count))
+        lost = store.losses(reading) if reading.problem is None else []
+        if lost:
+            _say(f"{sum(count for count, _ in lost)} events were lost in the last 30 days: see `doctor`")
         if reading.problem is not None:
             _say(f"only events of the journal are shown: {reading.problem}")
             return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
@@ -6072,6 +6737,37 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     if not done:
         _say("another process is ingesting; the rest is left to it")
     return EXIT_FAILED if told.rejected else 0
+
+
+def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "doctor",
+        parents=[common],
+        help="say how the log is doing, and what to do about it",
+        description="Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1 not.",
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON object")
+    command.set_defaults(run=cmd_doctor)
+
+
+def cmd_doctor(options: argparse.Namespace) -> int:
+    config = (
+        _config_of(options)
+        if options.db is not None
+        else load_config(config=options.config, profile=options.profile)
+    )
+    checkup = Checkup(config, wait=options.wait)
+    if options.json:
+        print(json.dumps(checkup.report, indent=2))
+    else:
+        for part, state in checkup.report.items():
+            if isinstance(state, dict):
+                text = ", ".join(f"{key} {value}" for key, value in state.items() if value is not None)
+                print(printable(f"{part}: {text}"))
+        for fault in checkup.faults:
+            print(printable(f"fault: {fault.problem}; remedy: {fault.remedy}"))
+        print("not healthy" if checkup.faults else "healthy")
+    return EXIT_FAILED if checkup.faults else 0
 
 
 def _say(text: str) -> None:
