@@ -31,9 +31,12 @@ import codecs
 import collections
 import contextlib
 import dataclasses
+import contextvars
 import datetime
 import enum
 import errno
+import functools
+import inspect
 import json
 import logging
 import os
@@ -49,6 +52,7 @@ from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
 from typing import (
+    IO,
     TYPE_CHECKING,
     Any,
     ClassVar,
@@ -58,6 +62,7 @@ from typing import (
     Protocol,
     TextIO,
     TypeAlias,
+    TypeVar,
     cast,
 )
 
@@ -68,6 +73,7 @@ else:
 
 if TYPE_CHECKING:
     import argparse
+    import hashlib
     import subprocess
 
 __version__ = "0.1.0"
@@ -3120,6 +3126,75 @@ def line_fault(line: bytes) -> str | None:
     return None
 
 
+# MXCP's own logs.
+
+_ISO_8601: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
+)
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+# Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
+_NAMES_OF_MXCP: Final = {
+    "caller": ("caller", "caller_type"),
+    "event_type": ("type", "operation_type"),
+    "name": ("name", "operation_name"),
+    "input_params": ("input_json", "input_data"),
+    "duration_ms": ("duration_ms", "duration_ms"),
+    "policy_decision": ("policy_decision", "policy_decision"),
+    "reason": ("reason", "policy_reason"),
+    "status": ("status", "operation_status"),
+    "error": ("error", "error"),
+    "user_id": ("user_id", "user_id"),
+    "session_id": ("session_id", "session_id"),
+    "trace_id": ("trace_id", "trace_id"),
+}
+
+
+def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`.
+
+    Args:
+        line: of MXCP 0.1 to 0.3, or of 0.4 and newer; which of them, its keys say.
+
+    Returns:
+        None for what newer versions keep beside events: the definition of a schema.
+
+    Raises:
+        ValueError: it is no event; the text says why.
+    """
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object")
+    newer = "operation_type" in record
+    if not newer and "type" not in record:
+        if "schema_name" in record and "fields" in record:
+            return None
+        raise ValueError("no event: it has neither type nor operation_type")
+    event = {ours: record.get(theirs[newer]) for ours, theirs in _NAMES_OF_MXCP.items()}
+    if not newer and isinstance(event["input_params"], str):
+        with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
+            event["input_params"] = json.loads(event["input_params"])
+    if event["policy_decision"] is None:
+        event["policy_decision"] = "n/a"
+    return _time_of_mxcp(record.get("timestamp")), event
+
+
+def _time_of_mxcp(text: object) -> int:
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"timestamp {text!r:.60} is no time")
+    day, second, fraction, hours, minutes = match.groups()
+    offset = f"{hours}:{minutes}" if hours else "+00:00"
+    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
+    if moment < _EPOCH:
+        raise ValueError(f"timestamp {text!r:.60} is before 1970")
+    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
+
+
 # === Journal ===
 # may name: Errors, Events, Encoding
 #
@@ -3430,24 +3505,28 @@ class Journal:
         self.directory = os.path.abspath(directory)
         self._clock = clock
 
-    def open_segment(self, *, durable: bool = False) -> Segment:
+    def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
         """Create a new segment and lock it.
 
         Args:
             durable: also force the new name to the disk.
+            named: the segment's id; a fresh one if None.
 
         Raises:
+            FileExistsError: there is a segment of the name asked.
             OSError: the directory can't be made or written.
             JournalError: the directory is a symbolic link or belongs to somebody else.
         """
         self._make_directory(durable=durable)
         while True:
-            segment_id = new_segment_id(self._clock())
+            segment_id = named or new_segment_id(self._clock())
             path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _NO_FOLLOW
             try:
                 fd = os.open(path, flags, _FILE_MODE)
             except FileExistsError:
+                if named:
+                    raise
                 continue
             try:
                 # A claimer may have found the empty file first, and deleted it.
@@ -4407,13 +4486,35 @@ class Ingester:
 # may name: Errors, Events, Redaction, Encoding, Writer
 #
 # An execution while it runs. A call's input is encoded when the call begins, so that a tool that
-# changes its arguments can't change what is recorded; the rest is known when it ends.
-# What frameworks hand over is read by attribute and never imported: any callable of the shape
-# `(context, call_next)` serves FastMCP and the `mcp` SDK alike.
+# changes its arguments can't change what is recorded; the rest is known when it ends. What the body
+# raises leaves as the same object, whatever happens while recording.
+#
+# What frameworks hand over is read by attribute, or by key, and never imported: one callable of the
+# shape `(context, call_next)` serves FastMCP 2 to 4 and the `mcp` SDK 2. Where it hangs differs:
+#
+#                   method, message             request, session, _meta          who
+#     FastMCP       context.method, .message    .fastmcp_context.request_context request.scope["user"]
+#     mcp 2         ctx.method, .params         ctx                              request.scope["user"]
+#     mcp 1         key of request_handlers     request_ctx (a context variable) request.scope["user"]
+#
+# The client's name and version have no column. Over stdio they stand in `session_id`, which is ours
+# to choose there (`claude-ai/1.2:9f86d081884c7d65`); over HTTP `session_id` is the transport's own.
+#
+# Caveat: the `mcp` SDK makes a result of what a tool raises, so that the exception is gone before a
+# middleware could see it. → Decorate the tool as well: under a middleware a decorator makes no row of
+# its own, but tells the middleware's call what it saw.
+#
+# Caveat: a call is recorded when it ends, so one that runs when the process is killed is not.
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
 DeniedBy: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
+_MAX_CLIENT_CHARS: Final = 64  # arbitrary: of a client's name and version, which it makes up itself
+_CONNECTION: Final = os.urandom(8).hex()  # stands for the one connection that a stdio server has
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
 class Recorder(Protocol):
@@ -4470,10 +4571,12 @@ class Call:
         self.duration_ms = 0
         self._recorder = recorder
         self._denied_by = denied_by
+        self.detailed = True  # False: a decorator within may tell more (see _Within)
+        self._before: contextvars.Token[Call | None] | None = None
         self._started = time.perf_counter()
         self.input_json, self.echoes = recorder.begin(input_params, name, endpoint_def)
 
-    def policy(self, decision: str, reason: str | None = None) -> None:
+    def policy(self, decision: str, reason: object = None) -> None:
         """Record what a policy decided: allow, deny or warn, and why."""
         self.policy_decision, self.reason = decision, reason
 
@@ -4481,32 +4584,71 @@ class Call:
         """Record an error although nothing is raised, such as a result that is marked as one."""
         self.status, self.error = "error", error
 
+    def end(self, error: BaseException | None = None) -> None:
+        """Record the call: for code that can't use `with`. Call it once."""
+        self._recorder.wait(self._end(error))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Be the call that `running_call` returns, within the block."""
+        before = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(before)
+
     def _end(self, error: BaseException | None) -> int:
         self.duration_ms = round((time.perf_counter() - self._started) * 1000)
-        if error is not None:
-            self.fail(describe_exception(error))
-            denial = _find_cause(error, self._denied_by)
+        # Whoever closes a generator has all that was wanted of it: no error.
+        if error is not None and not isinstance(error, GeneratorExit):
+            if self.status != "error":  # what is known already was known nearer to the cause
+                self.fail(describe_exception(error))
+            denial = find_cause(error, self._denied_by)
             if denial is not None and self.policy_decision == "n/a":
                 self.policy("deny", describe_exception(denial, with_type=False))
         return self._recorder.finish(self)
 
+    def _leave(self) -> None:
+        if self._before is not None:
+            with contextlib.suppress(ValueError):  # left in another context than entered, as fixtures do
+                _running.reset(self._before)
+            self._before = None
+
     def __enter__(self) -> Call:
+        self._before = _running.set(self)
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._recorder.wait(self._end(error))
+        self._leave()
+        self.end(error)
 
     async def __aenter__(self) -> Call:
         return self.__enter__()
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        await self._recorder.wait_async(self._end(error))
+        self._leave()
+        try:
+            await self._recorder.wait_async(self._end(error))
+        except BaseException:
+            # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
+            if error is None or isinstance(error, Exception):
+                raise
+
+
+_running: Final[contextvars.ContextVar[Call | None]] = contextvars.ContextVar("mxcp_audit", default=None)
+
+
+def running_call() -> Call | None:
+    """Return the innermost call that is recorded around the code that asks, or None."""
+    return _running.get()
 
 
 def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
-    """Return `Type: message`, whatever the exception's own `__str__` does."""
+    """Return `Type: message`, whatever the exception's own `__str__` does; of a cancellation `cancelled`."""
     name = type(error).__name__
+    if name in ("CancelledError", "Cancelled"):  # asyncio's and trio's; the message is about scopes and tasks
+        return "cancelled"
     try:
         text = str(error)
     except Exception:
@@ -4516,74 +4658,590 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
     return f"{name}: {text}" if with_type else text
 
 
-def _find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
-    """Return the error or the cause of it that is of the given kinds: frameworks wrap what tools raise."""
-    seen: BaseException | None = error
-    for _ in range(32):  # arbitrary; chains may be circular
+def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
+    """Return the error, or a cause or member of it, of the given kinds: frameworks wrap what tools raise."""
+    waiting: list[BaseException | None] = [error]
+    for _ in range(_MAX_CAUSES):
+        if not waiting:
+            break
+        seen = waiting.pop(0)
         if seen is None or isinstance(seen, kinds):
-            return seen
-        seen = seen.__cause__ or seen.__context__
+            if seen is not None:
+                return seen
+            continue
+        waiting += [seen.__cause__ or seen.__context__, *getattr(seen, "exceptions", ())]
     return None
 
 
-def mcp_caller(context: object) -> str:
-    """Return `http` if the request came over HTTP, else `stdio`."""
-    inner = getattr(context, "fastmcp_context", None) or context
-    for owner in (inner, _attribute(inner, "request_context")):
-        if _attribute(owner, "request") is not None:
-            return "http"
-    return "stdio"
+# Where a call came from.
 
 
-def _attribute(owner: object, name: str) -> Any:
-    """Return an attribute, or None: frameworks raise what they like outside of a request."""
+class Origin(NamedTuple):
+    """Where a call came from, as far as the framework knows."""
+
+    caller: str
+    user_id: str | None = None
+    session_id: str | None = None
+    trace_id: str | None = None
+
+
+def _get(owner: object, name: str) -> Any:
+    """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
     try:
-        return getattr(owner, name, None)
+        if isinstance(owner, dict):
+            return owner.get(name)
+        value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
+        return owner.get(name) if value is None and isinstance(owner, Mapping) else value
     except Exception:
         return None
 
 
-def _error_of_result(result: object) -> object:
-    """Return the message of a result that is marked as an error, or None."""
-    if not (_attribute(result, "isError") is True or _attribute(result, "is_error") is True):
+def _text(value: object) -> str | None:
+    """Return a text that isn't empty, of a text or a number, else None."""
+    return str(value) if isinstance(value, (str, int)) and value != "" else None
+
+
+def origin_of(request_context: object) -> Origin:
+    """Return where a request came from; `cli` if there is none, which is a call inside of the program.
+
+    Args:
+        request_context: what has `request`, `session` and `meta`, in whichever framework.
+    """
+    if request_context is None:
+        return Origin("cli", trace_id=_active_trace())
+    request = _get(request_context, "request")
+    trace_id = (
+        trace_of(_get(request_context, "meta"))
+        or trace_of(_get(_get(request_context, "params"), "_meta"))
+        or trace_of(_get(request, "headers"))
+        or _active_trace()
+    )
+    if request is None:
+        client = _get(_get(request_context, "session"), "client_params")
+        client = _get(client, "client_info") or _get(client, "clientInfo")
+        return Origin("stdio", None, stdio_session(client, _CONNECTION), trace_id)
+    session = _get(_get(request, "headers"), "mcp-session-id") or _get(
+        _get(request, "query_params"), "session_id"
+    )
+    return Origin("http", _user_of(request), _text(session), trace_id)
+
+
+def stdio_session(client: object, connection: str) -> str:
+    """Return a session id for a connection that has none: the client's name and version, and `connection`."""
+    name, version = _text(_get(client, "name")), _text(_get(client, "version"))
+    label = "/".join(part for part in (name, version) if part)[:_MAX_CLIENT_CHARS]
+    return f"{label}:{connection}" if label else connection
+
+
+def _user_of(request: object) -> str | None:
+    """Return the authenticated subject of an HTTP request, else its OAuth client, else None."""
+    token = _get(_get(_get(request, "scope"), "user"), "access_token")
+    return (
+        _text(_get(token, "subject"))
+        or _text(_get(_get(token, "claims"), "sub"))
+        or _text(_get(token, "client_id"))
+    )
+
+
+def trace_of(carrier: object) -> str | None:
+    """Return the trace id of a W3C `traceparent` in `_meta` or in headers, or None."""
+    parent = _get(carrier, "traceparent")
+    match = _TRACEPARENT.fullmatch(parent) if isinstance(parent, str) else None
+    return match[1] if match else None
+
+
+def _active_trace() -> str | None:
+    """Return the trace id of OpenTelemetry's current span; that package is never loaded for it."""
+    current = _get(sys.modules.get("opentelemetry.trace"), "get_current_span")
+    try:
+        trace_id = current().get_span_context().trace_id if current is not None else 0
+        return f"{trace_id:032x}" if trace_id else None
+    except Exception:
         return None
-    content = _attribute(result, "content")
-    texts = [_attribute(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
+
+
+def _surroundings() -> Origin:
+    """Return the origin of the call, or of the framework's request, around the code that asks."""
+    call = running_call()
+    if call is not None:
+        return Origin(call.caller, call.user_id, call.session_id, call.trace_id)
+    for module, variable in (
+        ("fastmcp.server.dependencies", "fastmcp_request_ctx"),
+        ("mcp.server.lowlevel.server", "request_ctx"),
+    ):
+        found = getattr(sys.modules.get(module), variable, None)
+        context = found.get(None) if isinstance(found, contextvars.ContextVar) else None
+        if context is not None:
+            return origin_of(context)
+    return origin_of(None)
+
+
+# Middleware.
+
+
+def error_of_result(result: object) -> str | None:
+    """Return the message of a result that is marked as an error, or None."""
+    result = _get(result, "root") or result  # the SDK 1 wraps it
+    if not (_get(result, "isError") is True or _get(result, "is_error") is True):
+        return None
+    content = _get(result, "content")
+    texts = [_get(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
     return "\n".join(text for text in texts if isinstance(text, str)) or "the result is marked as an error"
 
 
-def middleware(
-    record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
-) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
-    """Return a middleware `(context, call_next)` that records tool calls, resource reads and prompts.
+class Middleware:
+    """A middleware `(context, call_next)` that records tool calls, resource reads and prompts.
 
     Args:
         record: `AuditLogger.record`.
         caller: what to record as caller; found out for each call if None.
-        denied_by: exceptions that are recorded as the policy decision `deny`.
+        denied_by: exceptions that are recorded as the policy decision `deny`; FastMCP's own
+            AuthorizationError always is.
     """
 
-    async def audit(context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-        event_type = MCP_METHODS.get(_attribute(context, "method"))
+    def __init__(
+        self, record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> None:
+        self._record = record
+        self._caller = caller
+        self._denied_by = denied_by if isinstance(denied_by, tuple) else (denied_by,)
+
+    async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Pass a message on; record it if it is an execution."""
+        event_type = MCP_METHODS.get(_get(context, "method"))
         if event_type is None:
             return await call_next(context)
-        message = _attribute(context, "message")
-        name = _attribute(message, "name") or _attribute(message, "uri")
-        call = record(
-            event_type,
-            name if isinstance(name, str) else str(name),
-            _attribute(message, "arguments"),
-            caller=caller or mcp_caller(context),
-            denied_by=denied_by,
-        )
-        async with call:
+        async with self._begin(event_type, context) as call:
             result = await call_next(context)
-            error = _error_of_result(result)
-            if error is not None:
+            error = error_of_result(result)
+            if error is not None and call.status != "error":
                 call.fail(error)
             return result
 
-    return audit
+    async def check_resource_access(self, context: object) -> None:
+        """Allow: FastMCP 4 asks each middleware."""
+
+    def _begin(self, event_type: str, context: object) -> Call:
+        message = _get(context, "message")
+        if message is None:
+            message = _get(context, "params")
+        inside = _get(context, "fastmcp_context")
+        origin = origin_of(context if inside is None else _get(inside, "request_context"))
+        refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
+        call = self._record(
+            event_type,
+            name_of(message),
+            _get(message, "arguments"),
+            denied_by=(*self._denied_by, refusal) if refusal is not None else self._denied_by,
+            **{**origin._asdict(), "caller": self._caller or origin.caller},
+        )
+        call.detailed = False
+        return call
+
+    def instrument(self, server: Any) -> None:
+        """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included.
+
+        Raises:
+            AuditError: it is none that we know.
+        """
+        chain = getattr(server, "middleware", None)
+        inner = getattr(server, "_mcp_server", server)
+        if callable(getattr(server, "add_middleware", None)):
+            server.add_middleware(self)
+        elif isinstance(chain, list):
+            chain.append(self)
+        elif isinstance(getattr(inner, "request_handlers", None), dict):
+            inner.request_handlers = _AuditedHandlers(self, inner.request_handlers)
+        else:
+            raise AuditError(
+                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
+                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
+            )
+
+
+def name_of(message: object) -> str:
+    """Return the tool or prompt that a message names, or its URI; "" if it names none."""
+    name = _get(message, "name")
+    return str(_get(message, "uri") or "" if name is None else name)
+
+
+class _Request(NamedTuple):
+    """What a handler of the SDK 1 knows, in the shape of the SDK 2."""
+
+    method: str
+    params: object
+    request: object
+    session: object
+    meta: object
+
+
+class _AuditedHandlers(dict[Any, Any]):
+    """The handlers of an SDK 1 server by type of request; those that execute are recorded."""
+
+    _METHODS: Final = {
+        "CallToolRequest": "tools/call",
+        "ReadResourceRequest": "resources/read",
+        "GetPromptRequest": "prompts/get",
+    }
+
+    def __init__(self, middleware: Middleware, handlers: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self._middleware = middleware
+        for kind, handler in handlers.items():
+            self[kind] = handler
+
+    def __setitem__(self, kind: Any, handler: Any) -> None:
+        method = self._METHODS.get(kind.__name__)
+        super().__setitem__(kind, handler if method is None else self._audited(method, handler))
+
+    def _audited(self, method: str, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
+        async def audited(request: Any) -> Any:
+            variable = getattr(sys.modules.get("mcp.server.lowlevel.server"), "request_ctx", None)
+            context = variable.get(None) if variable is not None else None
+            found = _Request(
+                method, _get(request, "params"), *(_get(context, n) for n in _Request._fields[2:])
+            )
+            return await self._middleware(found, lambda _: handler(request))
+
+        return audited
+
+
+# Decorators.
+
+
+def audited(
+    function: Function,
+    record: Callable[..., Call],
+    event_type: str,
+    name: str | None,
+    caller: str | None,
+    denied_by: DeniedBy,
+) -> Function:
+    """Return a function that does the same and is recorded; signature, name and kind stay.
+
+    Args:
+        function: a function, coroutine function, generator, async generator, or a method of them.
+        record: `AuditLogger.record`.
+        event_type: tool, resource or prompt.
+        name: what to record as name; the function's own if None.
+        caller: what to record as caller; that of the surrounding request, or `cli`, if None.
+        denied_by: exceptions that are recorded as the policy decision `deny`.
+    """
+    if isinstance(function, (classmethod, staticmethod)):
+        inner = audited(function.__func__, record, event_type, name, caller, denied_by)
+        return cast(Function, type(function)(inner))
+    title = name or getattr(function, "__name__", None) or type(function).__name__
+    input_of = _binder(function)
+    template = re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(title)))  # `{id}` stands for any text
+
+    def start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        outer = running_call()
+        if (
+            outer is not None
+            and not outer.detailed
+            and outer.event_type == event_type
+            and (template.fullmatch(outer.name))
+        ):
+            outer.detailed = True  # what the function calls in turn are executions of their own
+            return Call(_Within(outer), event_type, title, input_of(args, kwargs), denied_by=denied_by)
+        origin = _surroundings()
+        return record(
+            event_type,
+            title,
+            input_of(args, kwargs),
+            denied_by=denied_by,
+            **{**origin._asdict(), "caller": caller or origin.caller},
+        )
+
+    return cast(Function, functools.wraps(function)(_wrapper(function, start)))
+
+
+def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
+    """Return a function of the same kind, which `inspect` and so the frameworks tell apart."""
+    if inspect.isasyncgenfunction(function):
+
+        async def async_generator(*args: Any, **kwargs: Any) -> Any:
+            async with _Unseen(start(args, kwargs)) as call:
+                steps = function(*args, **kwargs)
+                try:
+                    with call.running():
+                        item = await steps.__anext__()
+                    while True:
+                        try:
+                            sent = yield item
+                        except GeneratorExit:
+                            with call.running():
+                                await steps.aclose()
+                            raise
+                        except BaseException as error:
+                            with call.running():
+                                item = await steps.athrow(error)
+                        else:
+                            with call.running():
+                                item = await steps.asend(sent)
+                except StopAsyncIteration:
+                    return
+
+        return async_generator
+    if inspect.isgeneratorfunction(function):
+
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            with _Unseen(start(args, kwargs)) as call:
+                return (yield from _Steps(call, function(*args, **kwargs)))
+
+        return generator
+    if inspect.iscoroutinefunction(function):
+
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            async with start(args, kwargs):
+                return await function(*args, **kwargs)
+
+        return coroutine
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with start(args, kwargs):
+            return function(*args, **kwargs)
+
+    return plain
+
+
+class _Within:
+    """The recorder of a function that runs under a middleware: what it sees goes into that call's row.
+
+    So the row of a resource says `reports/{report_id}` and which id, and exceptions that the framework
+    swallows are known.
+    """
+
+    def __init__(self, outer: Call) -> None:
+        self._outer = outer
+
+    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+        outer = self._outer
+        outer.name = str(name)
+        outer.input_json, outer.echoes = outer._recorder.begin(input_params, name, endpoint_def)
+        return outer.input_json, outer.echoes
+
+    def finish(self, call: Call) -> int:
+        if call.status == "error":
+            self._outer.fail(call.error)
+        if call.policy_decision != "n/a":
+            self._outer.policy(call.policy_decision, call.reason)
+        return 0
+
+    def wait(self, ticket: int) -> None:
+        pass
+
+    async def wait_async(self, ticket: int) -> None:
+        pass
+
+
+class _Unseen:
+    """A call around a generator: between its steps, other code runs that is no part of the call."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __enter__(self) -> Call:
+        return self._call
+
+    def __exit__(self, *error: Any) -> None:
+        self._call.__exit__(*error)
+
+    async def __aenter__(self) -> Call:
+        return self._call
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._call.__aexit__(*error)
+
+
+class _Steps:
+    """A generator of which each step is part of a call."""
+
+    def __init__(self, call: Call, generator: Any) -> None:
+        self._call = call
+        self._generator = generator
+
+    def __iter__(self) -> _Steps:
+        return self
+
+    def __next__(self) -> Any:
+        with self._call.running():
+            return next(self._generator)
+
+    def send(self, value: Any) -> Any:
+        with self._call.running():
+            return self._generator.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        with self._call.running():
+            return self._generator.throw(*error)
+
+    def close(self) -> None:
+        with self._call.running():
+            self._generator.close()
+
+
+def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
+    """Return what turns arguments into the input that is recorded: by name, as the function gets them.
+
+    The instance of a method and the context object of a framework are no input.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions in C have none
+        return lambda args, kwargs: {"args": args, "kwargs": kwargs}
+    parameters = list(signature.parameters.values())
+    owner = getattr(function, "__qualname__", "").rpartition(".")[0]
+    in_class = owner != "" and not owner.endswith("<locals>")
+    bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
+    rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
+
+    def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # the function will say so itself
+            return {"args": args[bound is not None :], "kwargs": kwargs}
+        named = {name: value for name, value in given.items() if name not in (bound, rest)}
+        if rest is not None:
+            named.update(given.get(rest, {}))
+        return {name: value for name, value in named.items() if not _is_context(value)}
+
+    return input_of
+
+
+def _is_context(value: object) -> bool:
+    kind = type(value)
+    return kind.__name__ == "Context" and kind.__module__.partition(".")[0] in ("mcp", "fastmcp")
+
+
+# The stdio wrapper's bookkeeping.
+
+MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
+_MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
+
+
+class StdioAudit:
+    """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
+
+    Feed a piece *before* it is passed on: then an answer can't overtake its request, and a client
+    that has an answer can be sure of its row. The two sides may be fed from two threads.
+
+    Args:
+        record: `AuditLogger.record`.
+        on_fault: told what could not be audited.
+    """
+
+    def __init__(self, record: Callable[..., Call], *, on_fault: Callable[[str], None]) -> None:
+        self._record = record
+        self._on_fault = on_fault
+        self._client_lines = _Lines()
+        self._server_lines = _Lines()
+        self._pending: dict[str | float, Call] = {}
+        self._session_id = _CONNECTION
+
+    def from_client(self, data: bytes) -> None:
+        """Take in what the client sends: any piece of it."""
+        for line in self._client_lines.feed(data):
+            for message in self._messages(line):
+                method = message.get("method")
+                params = message.get("params")
+                if method == "initialize":
+                    self._session_id = stdio_session(_get(params, "clientInfo"), _CONNECTION)
+                elif method == "notifications/cancelled":
+                    reason = _text(_get(params, "reason"))
+                    self._finish(
+                        _get(params, "requestId"),
+                        "cancelled by the client" + (f": {reason}" if reason else ""),
+                    )
+                elif isinstance(method, str) and method in MCP_METHODS:
+                    self._begin(method, params, message)
+
+    def from_server(self, data: bytes) -> None:
+        """Take in what the server sends: any piece of it."""
+        for line in self._server_lines.feed(data):
+            for message in self._messages(line) if self._pending else ():
+                if "method" in message:  # the server's own requests count their ids for themselves
+                    continue
+                failure = message.get("error")
+                if failure is None:
+                    self._finish(message.get("id"), error_of_result(message.get("result")))
+                else:
+                    code = _text(_get(failure, "code"))
+                    text = _text(_get(failure, "message")) or "the server answered with an error"
+                    self._finish(message.get("id"), f"{text} ({code})" if code else text)
+
+    def close(self, reason: str) -> None:
+        """Record every call that was never answered, with `reason` as its error."""
+        for key in list(self._pending):
+            self._finish(key, reason)
+
+    def _messages(self, line: bytes | None) -> list[dict[str, Any]]:
+        if line is None:
+            self._on_fault(f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited")
+            return []
+        try:
+            value = json.loads(line.decode("utf-8", "replace"), parse_int=_json_int)
+        except RecursionError:
+            self._on_fault("a message passed unaudited: it is nested too deeply to be read")
+            return []
+        except ValueError:  # no JSON, so nobody takes it for a call
+            return []
+        return [
+            message for message in (value if isinstance(value, list) else [value]) if type(message) is dict
+        ]
+
+    def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
+        call = self._record(
+            MCP_METHODS[method],
+            name_of(params),
+            _get(params, "arguments"),
+            caller="stdio",
+            session_id=self._session_id,
+            trace_id=trace_of(_get(params, "_meta")),
+        )
+        key = message.get("id")
+        if type(key) not in (str, int, float):
+            call.fail("sent without an id that could be answered")
+            call.end()
+            return
+        self._finish(key, "its id was used again before it was answered")
+        self._pending[key] = call  # type: ignore[index]
+
+    def _finish(self, key: object, error: str | None) -> None:
+        call = self._pending.pop(key, None) if type(key) in (str, int, float) else None  # type: ignore[call-overload]
+        if call is not None:
+            if error is not None:
+                call.fail(error)
+            call.end()
+
+
+class _Lines:
+    """Puts pieces of bytes together into lines."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes | None]:
+        """Yield the lines that `data` completes; None for one that is too long to be kept."""
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            self._keep(end)
+            yield b"".join(self._parts) if self._size <= MAX_MESSAGE_BYTES else None
+            self._parts, self._size = [], 0
+        self._keep(rest)
+
+    def _keep(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._size <= MAX_MESSAGE_BYTES:
+            self._parts.append(part)
+        else:
+            self._parts.clear()
+
+
+def _json_int(text: str) -> int | str:
+    """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
+    return int(text) if len(text) <= _MAX_DIGITS else text
 
 
 # === Logger ===
@@ -4618,6 +5276,8 @@ class AuditLogger:
     Args:
         path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
         enabled: False makes every call return at once.
+        log_path: MXCP's own name for `path`, so that this class drops in there; `x.jsonl`, the file that
+            MXCP would write, stands for `x.duckdb` beside it.
         journal: the journal's directory; by default `<path>.journal`.
         flush_interval: seconds after which events leave the journal for the database.
         durable: wait in `log_event` until the event is on the disk.
@@ -4636,9 +5296,10 @@ class AuditLogger:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         enabled: bool = True,
         *,
+        log_path: str | os.PathLike[str] | None = None,
         journal: str | os.PathLike[str] | None = None,
         flush_interval: float | str = 1.0,
         durable: bool = False,
@@ -4650,6 +5311,10 @@ class AuditLogger:
         retention: float | str | None = None,
         attach: Mapping[str, object] | None = None,
     ) -> None:
+        if path is None:
+            if log_path is None:
+                raise ConfigError("name the database file, such as logs-default.duckdb", trail=("path",))
+            path = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
         self._start(
             config_from_arguments(
                 path,
@@ -4799,16 +5464,80 @@ class AuditLogger:
             denied_by=denied_by,
         )
 
-    def middleware(
-        self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
-    ) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
-        """Return a middleware for FastMCP: `server.add_middleware(audit.middleware())`.
+    def policy(self, decision: str, reason: str | None = None) -> None:
+        """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
+
+        It runs here within `record`, in a decorated function, and in a tool under `middleware`. Elsewhere
+        there is nothing to decide about; `logging` is told.
+        """
+        call = running_call()
+        if call is None:
+            self._diagnostics.report("policy", "a policy decision outside of any call is not recorded")
+        else:
+            call.policy(decision, reason)
+
+    def middleware(self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError) -> Middleware:
+        """Return a middleware: `server.add_middleware(audit.middleware())`, or `server.middleware.append(…)`.
+
+        The first is FastMCP 2 to 4, the second the `mcp` SDK 2. Every tool call, resource read and prompt
+        is recorded, failures and refusals included, with user, session, trace and caller.
 
         Args:
             caller: recorded as caller; by default `http` or `stdio`, as the request came.
-            denied_by: exceptions that are recorded as the policy decision `deny`.
+            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
         """
-        return middleware(self.record, caller=caller, denied_by=denied_by)
+        return Middleware(self.record, caller=caller, denied_by=denied_by)
+
+    def instrument(
+        self, server: object, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> None:
+        """Record what a server executes, whichever way it has for that: FastMCP, the `mcp` SDK 1 or 2.
+
+        The SDK 1 has no middleware; there, the handlers that are registered now and later are wrapped.
+
+        Raises:
+            AuditError: the object is no server that we know.
+        """
+        self.middleware(caller=caller, denied_by=denied_by).instrument(server)
+
+    def tool(
+        self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a tool: `@audit.tool()`.
+
+        The function may be a coroutine, a generator, an async generator or a method. Its signature, name
+        and docstring stay, and what it raises is raised. Its arguments are recorded by name.
+
+        Args:
+            name: recorded as name; by default the function's own.
+            caller: recorded as caller; by default that of the request it runs in, `cli` without one.
+            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
+        """
+        return self._decorator("tool", name, caller, denied_by)
+
+    def resource(
+        self, uri: str, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a resource: `@audit.resource("reports/{report_id}")`."""
+        return self._decorator("resource", uri, caller, denied_by)
+
+    def prompt(
+        self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a prompt: `@audit.prompt()`."""
+        return self._decorator("prompt", name, caller, denied_by)
+
+    def _decorator(
+        self, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
+    ) -> Callable[[Function], Function]:
+        if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
+            example = '("reports/{id}")' if event_type == "resource" else "()"
+            raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
+
+        def decorate(function: Function) -> Function:
+            return audited(function, self.record, event_type, name, caller, denied_by)
+
+        return decorate
 
     @property
     def counters(self) -> Counters:
@@ -4923,7 +5652,11 @@ class AuditLogger:
         if self.config.durable and self.enabled:
             import asyncio
 
-            loop = asyncio.get_running_loop()
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:  # another kind of event loop: the promise counts for more than its time
+                self._writer.wait_written(ticket)
+                return
             written: asyncio.Future[None] = loop.create_future()
 
             def resolve() -> None:
@@ -5261,6 +5994,12 @@ def _like(text: str, *, wild: bool = True) -> str:
     inner = text if wild else text[1:-1]
     escaped = inner.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
     return escaped.replace("*", "%") if wild else f"%{escaped}%"
+
+
+# What `import` asks: how much of a part of a file is there already.
+IMPORTED: Final = """\
+SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
 
 
 # === Engines ===
@@ -5927,6 +6666,26 @@ class Store:
             present.setdefault(table, set()).add(column)
         return present
 
+    # --- import
+
+    def imported(self, segment_id: str) -> tuple[int, str] | None:
+        """Return how many events of a segment are in the database and the time of the last, or None.
+
+        Raises:
+            StoreError: the database can't be had.
+        """
+        if self.is_file and self._is_absent():
+            return None
+        with self._busy:
+            engine = self._guest()
+            with self._attached(engine, read_only=True):
+                found = []
+                if "ledger" in self._columns(engine):
+                    found = engine.execute(IMPORTED, {"segment": segment_id})
+            if not engine.keeps:
+                engine.close()
+        return (int(found[0][0]), str(found[0][1])) if found else None
+
     # --- both
 
     @contextlib.contextmanager
@@ -6484,9 +7243,10 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
 
 
 # === Assembly ===
-# may name: Config, Writer, Logger, Store
+# may name: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Logger, Store
 #
-# The door in the wall: gives loggers their way into the database.
+# The door in the wall: gives loggers their way into the database. And what needs both sides: `import`,
+# which redacts and encodes like a logger and asks the ledger what is there already.
 
 
 def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
@@ -6496,8 +7256,177 @@ def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
 AuditLogger._ingest_side = staticmethod(_ingest_side)
 
 
+PART_EVENTS: Final = 20_000  # arbitrary: of an imported file, in one segment
+PART_BYTES: Final = 32 * 2**20
+_BATCH_EVENTS: Final = 500  # arbitrary: of a part, in one write
+IMPORT_LINE_BYTES: Final = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
+
+
+class ImportResult(NamedTuple):
+    """What became of one file."""
+
+    events: int  # new in the log
+    known: int  # there from an earlier import
+    bad: int  # lines that are no events
+
+
+class Importer:
+    """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
+
+    A file becomes segments of up to PART_EVENTS events, which go the way of all segments. The id of a
+    part is made of the time of its first event and of a digest of the file up to there, so that the
+    ledger knows it again; the part after it begins where the ledger says that it ended. Renamed,
+    compressed and longer files are thus continued; a crash at any point leaves a part that is shorter.
+
+    Args:
+        config: says where database and journal are, and what is redacted.
+        on_bad_line: told the number of a line, from 1, and why it is no event.
+        wait: seconds to try again while another process holds the database.
+        diagnostics: counts what was ingested.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        on_bad_line: Callable[[int, str], None],
+        wait: float,
+        diagnostics: Diagnostics,
+    ) -> None:
+        key = os.environ.get("MXCP_AUDIT_KEY")
+        redactor = Redactor(
+            config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None
+        )
+        self._now_ns = 0
+        self._encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns)
+        self._store = Store(config, diagnostics=diagnostics)
+        self._journal = Journal(config.journal_directory)
+        self._on_bad_line = on_bad_line
+        self._wait = wait
+        self._bad = 0
+
+    def take(self, path: str) -> ImportResult:
+        """Import a file, gzip or plain.
+
+        Raises:
+            StoreError: the database can't be had, or the file is none of MXCP's logs.
+            OSError: the file can't be read. What came before is imported.
+        """
+        import hashlib  # lazily: it loads OpenSSL
+
+        self._patiently(self._store.ingest)  # a part that waits in the journal is none the ledger knows
+        self._bad = 0
+        events = known = 0
+        digest = hashlib.sha256()
+        lines = self._events(path)
+        first = next(lines, None)
+        while first is not None:
+            part = self._part_id(digest, first)
+            there = self._patiently(lambda part=part: self._store.imported(part))  # type: ignore[misc]
+            if there is None:
+                count, first = self._write(part, digest, first, lines)
+                events += count
+                self._patiently(self._store.ingest)
+            else:
+                count, first = self._skip(path, there, digest, first, lines)
+                known += count
+        return ImportResult(events, known, self._bad)
+
+    def _events(self, path: str) -> Iterator[tuple[bytes, int, dict[str, Any]]]:
+        """Yield each event of a file with its line and its time."""
+        with open(path, "rb") as raw:
+            head = raw.peek(12)
+            if head[8:12] == b"DUCK":
+                raise StoreError(f"{path} is a DuckDB database, no JSONL; read it as it is: log --db {path}")
+            file = gzip_reader(raw) if head[:2] == b"\x1f\x8b" else raw
+            for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
+                line = line.strip()
+                if not line:
+                    continue
+                try:
+                    found = event_of_mxcp(line)
+                except ValueError as error:
+                    self._bad += 1
+                    self._on_bad_line(number, str(error))
+                    continue
+                if found is not None:
+                    yield line, *found
+
+    def _part_id(self, digest: hashlib._Hash, first: tuple[bytes, int, dict[str, Any]]) -> str:
+        line, now_ns, _ = first
+        here = digest.copy()
+        here.update(line)
+        return f"{new_segment_id(now_ns).rpartition('-')[0]}-{here.hexdigest()[:8]}"
+
+    def _write(self, part: str, digest: hashlib._Hash, first: Any, lines: Iterator[Any]) -> tuple[int, Any]:
+        """Write a part into the journal; return its size and the first event after it."""
+        try:
+            segment = self._journal.open_segment(named=part)
+        except FileExistsError as error:
+            raise StoreError(f"{part} is being imported by another process; try again later") from error
+        try:
+            event = first
+            while event is not None and segment.events < PART_EVENTS and segment.size < PART_BYTES:
+                batch: list[bytes] = []
+                room = min(_BATCH_EVENTS, PART_EVENTS - segment.events)
+                while event is not None and len(batch) < room:
+                    line, self._now_ns, values = event
+                    digest.update(line)
+                    batch.append(finish_line(self._line(values), segment.events + len(batch) + 1))
+                    event = next(lines, None)
+                try:
+                    segment.append(b"".join(batch), len(batch))
+                except OSError as error:
+                    raise JournalError(f"can't be written: {error.strerror}", path=segment.path) from error
+        finally:
+            segment.seal()
+        return segment.events, event
+
+    def _line(self, values: Mapping[str, Any]) -> bytes:
+        echoes: list[str] = []
+        input_json = self._encoder.input_json(values["input_params"], values["name"], None, echoes)
+        rest = {name: value for name, value in values.items() if name != "input_params"}
+        return self._encoder.line(**rest, input_json=input_json, echoes=echoes)
+
+    def _skip(
+        self, path: str, there: tuple[int, str], digest: hashlib._Hash, first: Any, lines: Iterator[Any]
+    ) -> tuple[int, Any]:
+        """Pass over a part that is in the database; return its size and the first event after it."""
+        count, last_ns = 0, 0
+        event = first
+        while event is not None and count < there[0]:
+            digest.update(event[0])
+            last_ns = max(last_ns, event[1])
+            count += 1
+            event = next(lines, None)
+        last = sql_time(_EPOCH + datetime.timedelta(microseconds=last_ns // 1000))
+        if count == there[0] and last != there[1]:
+            raise StoreError(
+                f"{path} begins like a file that was imported before, but goes on differently: it was "
+                "edited, or is a copy that went its own way; import the events that are missing as a file"
+            )
+        return count, event
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + self._wait
+        while True:
+            try:
+                return action()
+            except DatabaseLockedError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)
+
+
+def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
+    """Return the uncompressed side of a gzip file. A damaged one raises OSError or EOFError in between."""
+    import gzip  # lazily: few need it
+
+    return cast("IO[bytes]", gzip.open(raw))
+
+
 # === Command line ===
-# may name: Errors, Config, Events, Writer, SQL, Engines, Store, Output
+# may name: Errors, Config, Events, Writer, Calls, Logger, SQL, Engines, Store, Output, Assembly
 #
 # The only room that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
@@ -6586,7 +7515,13 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
     place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-    for add in (_add_log, _add_ingest, _add_doctor):
+    for add in (
+        _add_log,
+        _add_ingest,
+        _add_doctor,
+        _add_import,
+        _add_wrap,
+    ):
         add(commands, common)
     return parser
 
@@ -6768,6 +7703,296 @@ def cmd_doctor(options: argparse.Namespace) -> int:
             print(printable(f"fault: {fault.problem}; remedy: {fault.remedy}"))
         print("not healthy" if checkup.faults else "healthy")
     return EXIT_FAILED if checkup.faults else 0
+
+
+def _add_import(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "import",
+        parents=[common],
+        help="take in MXCP's own JSONL logs",
+        description="Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported "
+        "before is not imported again, so a log that grew can be given again.",
+    )
+    command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
+    command.set_defaults(run=cmd_import)
+
+
+def cmd_import(options: argparse.Namespace) -> int:
+    config = _config_of(options)
+    failed = False
+    for path in options.files:
+        importer = Importer(
+            config,
+            on_bad_line=lambda number, reason, path=path: _say(f"{path}:{number}: {reason}"),  # type: ignore[misc]
+            wait=options.wait,
+            diagnostics=Diagnostics(),
+        )
+        try:
+            result = importer.take(path)
+        except (OSError, EOFError) as error:
+            _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
+            failed = True
+            continue
+        known = f", {result.known} were there" if result.known else ""
+        bad = f", {result.bad} bad line{'' if result.bad == 1 else 's'} left out" if result.bad else ""
+        _say(f"{path}: {result.events} event{'' if result.events == 1 else 's'} imported{known}{bad}")
+        failed |= result.bad > 0
+    return EXIT_FAILED if failed else 0
+
+
+def _add_wrap(commands: Any, common: argparse.ArgumentParser) -> None:
+    import argparse
+
+    command = commands.add_parser(
+        "wrap",
+        parents=[common],
+        help="run any stdio MCP server and record what it executes",
+        description="Run COMMAND, an MCP server over standard input and output in any language, and record "
+        "its tool calls, resource reads and prompts. Every byte passes unchanged.",
+        usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="stop the traffic when it can't be recorded (default: go on)"
+    )
+    command.add_argument("server", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="the server")
+    command.set_defaults(run=cmd_wrap)
+
+
+def cmd_wrap(options: argparse.Namespace) -> int:
+    command = options.server[1:] if options.server[:1] == ["--"] else options.server
+    if not command:
+        raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
+    if options.db is not None:
+        _config_of(options)  # --db excludes the others
+        audit = AuditLogger(options.db)
+    else:
+        audit = AuditLogger.from_config(options.config, profile=options.profile)
+    if not audit.enabled:
+        problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
+        if options.strict:
+            raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
+        _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
+    wrapped = _WrappedServer(command, audit, strict=options.strict)
+    code = wrapped.run()
+    audit.shutdown()
+    if wrapped.failure is not None:
+        _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
+        return EXIT_FAILED
+    return _end_like(code)
+
+
+def _end_like(code: int) -> int:
+    """Return a child's exit code, or die of the signal that it died of, so that our parent sees the same."""
+    if code < 0:
+        import signal
+
+        with contextlib.suppress(OSError, ValueError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code if code >= 0 else 128 - code
+
+
+class _WrappedServer:
+    """A stdio server as our child. Three threads: one a direction, and the main one, which waits for its end.
+
+    Pieces are passed on as they come, by plain reads and writes: nothing here buffers, and a side that
+    doesn't read makes the other wait, as one pipe would. A child is never left behind: when the client
+    is gone, its input is closed; if it doesn't end by that, it gets SIGTERM and then SIGKILL. Where the
+    system can (Linux), whoever kills us with SIGKILL kills it too.
+    """
+
+    _PIECE_BYTES: Final = 2**16
+    _GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
+    _JOURNAL_SECONDS: Final = 5.0  # arbitrary: how long --strict waits for a journal that hangs
+    _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+
+    def __init__(self, command: Sequence[str], audit: AuditLogger, *, strict: bool) -> None:
+        self._command = list(command)
+        self._audit = audit
+        self._strict = strict
+        self._told = Diagnostics()
+        self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
+        self._client_gone = False
+        self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
+        self.failure: str | None = None
+
+    def run(self) -> int:
+        """Run the server to its end and return its exit code, negative if a signal ended it.
+
+        Raises:
+            AuditError: it can't be started.
+        """
+        import shutil
+        import subprocess
+        import threading
+
+        program = shutil.which(self._command[0]) or self._command[0]  # Windows needs it for npx.cmd
+        try:
+            self._process = subprocess.Popen(
+                [program, *self._command[1:]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                preexec_fn=_dying_with_parent(),  # no thread of ours runs yet, so it is safe
+            )
+        except OSError as error:
+            raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
+        self._forward_signals()
+        threads = [
+            threading.Thread(target=side, name=f"mxcp_audit {side.__name__}", daemon=True)
+            for side in (self._pass_requests, self._pass_answers)
+        ]
+        for thread in threads:
+            thread.start()
+        code = self._process.wait()
+        threads[1].join(self._GRACE_SECONDS)  # a grandchild may hold the pipe open for ever
+        who = "client" if self._client_gone else "server"
+        self._stdio.close(f"the {who} went away before it was answered")
+        return code
+
+    def _forward_signals(self) -> None:
+        import signal
+
+        def forward(number: int, frame: object) -> None:
+            # What the terminal sends, it sends to the server too: we are in one process group.
+            if number not in (signal.SIGINT, getattr(signal, "SIGQUIT", None)) or not _has_terminal():
+                self._process.send_signal(number)
+
+        for name in self._SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
+                with contextlib.suppress(ValueError, OSError):
+                    signal.signal(number, forward)
+
+    def _pass_requests(self) -> None:
+        assert self._process.stdin is not None
+        sink = self._process.stdin.fileno()
+        try:
+            while data := _read_piece(0, self._PIECE_BYTES):
+                if not self._audited(self._stdio.from_client, data):
+                    return
+                _write_all(sink, data)
+        except OSError:  # the server reads no more: the client shall see that, as it would without us
+            _give_up(0)
+            return
+        self._process.stdin.close()
+        if _reader_is_gone(1):
+            self._client_gone = True
+            self._end_child()
+
+    def _pass_answers(self) -> None:
+        assert self._process.stdout is not None
+        while data := _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES):
+            if not self._audited(self._stdio.from_server, data):
+                return
+            if not self._client_gone:
+                try:
+                    _write_all(1, data)
+                except OSError:  # what comes now is for the record only
+                    self._client_gone = True
+        _give_up(1)
+
+    def _audited(self, feed: Callable[[bytes], None], data: bytes) -> bool:
+        """Feed the bookkeeping; False, and the child is ended, if that failed and nothing may pass then."""
+        if not self._audit.enabled:
+            return True
+        try:
+            feed(data)
+            if self._strict and self.failure is None:
+                self._settle()
+        except Exception as error:
+            self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
+        if self.failure is not None:
+            self._end_child()
+            return False
+        return True
+
+    def _settle(self) -> None:
+        """Wait until what was recorded is in the journal: so `--strict` holds an answer back until then."""
+        deadline = time.monotonic() + self._JOURNAL_SECONDS
+        while (counters := self._audit.counters).written < counters.accepted:
+            if time.monotonic() > deadline:
+                self.failure = f"the journal can't be written: {counters.last_error}"
+                return
+            time.sleep(0.001)
+        if counters.dropped:
+            self.failure = f"{counters.dropped} events were dropped"
+
+    def _on_fault(self, problem: str) -> None:
+        if self._strict:
+            self.failure = problem
+        else:
+            self._told.report("wrap", problem)
+
+    def _end_child(self) -> None:
+        """Make the server end if it doesn't by itself."""
+        for ask in (self._process.terminate, self._process.kill):
+            if self.failure is None or ask == self._process.kill:
+                deadline = time.monotonic() + self._GRACE_SECONDS
+                while self._process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            ask()
+
+
+def _dying_with_parent() -> Callable[[], object] | None:
+    """Return what a child calls so that the system kills it with its parent; None where it can't."""
+    if sys.platform != "linux":
+        return None
+    import signal
+
+    try:
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+    return lambda: prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG, prctl(2)
+
+
+def _read_piece(fd: int, size: int) -> bytes:
+    """Return what can be read now, waiting for it; nothing at the end, or if there is no such file."""
+    try:
+        return os.read(fd, size)
+    except OSError:
+        return b""
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def _give_up(fd: int) -> None:
+    """Close our end of a pipe, but keep its number: a journal segment must not become standard output."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, fd)
+    os.close(null)
+
+
+def _reader_is_gone(fd: int) -> bool:
+    """Wait until nobody can read what is written to `fd` and return True; False if that can't be told."""
+    import select
+
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll())
+
+
+def _has_terminal() -> bool:
+    """Say whether a terminal's Ctrl+C reaches this process group."""
+    try:
+        fd = os.open("/dev/tty", os.O_RDONLY | getattr(os, "O_NOCTTY", 0))
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _say(text: str) -> None:
