@@ -7768,7 +7768,7 @@ def cmd_wrap(options: argparse.Namespace) -> int:
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
     wrapped = _WrappedServer(command, audit, strict=options.strict)
     code = wrapped.run()
-    audit.shutdown()
+    audit.shutdown(_WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
     if wrapped.failure is not None:
         _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
         return EXIT_FAILED
@@ -7796,7 +7796,7 @@ class _WrappedServer:
     """
 
     _PIECE_BYTES: Final = 2**16
-    _GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
+    GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
     _JOURNAL_SECONDS: Final = 5.0  # arbitrary: how long --strict waits for a journal that hangs
     _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
@@ -7839,7 +7839,7 @@ class _WrappedServer:
         for thread in threads:
             thread.start()
         code = self._process.wait()
-        threads[1].join(self._GRACE_SECONDS)  # a grandchild may hold the pipe open for ever
+        threads[1].join(self.GRACE_SECONDS)  # a grandchild may hold the pipe open for ever
         who = "client" if self._client_gone else "server"
         self._stdio.close(f"the {who} went away before it was answered")
         return code
@@ -7922,7 +7922,7 @@ class _WrappedServer:
         """Make the server end if it doesn't by itself."""
         for ask in (self._process.terminate, self._process.kill):
             if self.failure is None or ask == self._process.kill:
-                deadline = time.monotonic() + self._GRACE_SECONDS
+                deadline = time.monotonic() + self.GRACE_SECONDS
                 while self._process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.05)
             ask()
