@@ -7807,6 +7807,8 @@ class _WrappedServer:
         self._told = Diagnostics()
         self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
         self._client_gone = False
+        self._pieces = 0  # that the server sent
+        self._is_reading = False  # as opposed to: recording, or waiting for the client to read
         self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
         self.failure: str | None = None
 
@@ -7839,7 +7841,11 @@ class _WrappedServer:
         for thread in threads:
             thread.start()
         code = self._process.wait()
-        threads[1].join(self.GRACE_SECONDS)  # a grandchild may hold the pipe open for ever
+        while threads[1].is_alive():
+            before = self._pieces
+            threads[1].join(self.GRACE_SECONDS)
+            if self._is_reading and self._pieces == before:
+                break  # all has passed; a grandchild holds the pipe open, perhaps for ever
         who = "client" if self._client_gone else "server"
         self._stdio.close(f"the {who} went away before it was answered")
         return code
@@ -7876,7 +7882,13 @@ class _WrappedServer:
 
     def _pass_answers(self) -> None:
         assert self._process.stdout is not None
-        while data := _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES):
+        while True:
+            self._is_reading = True
+            data = _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES)
+            self._is_reading = False
+            self._pieces += 1
+            if not data:
+                break
             if not self._audited(self._stdio.from_server, data):
                 return
             if not self._client_gone:
