@@ -76,6 +76,7 @@ __all__ = [
     "DatabaseCorruptError",
     "DatabaseLockedError",
     "DatabaseNotFoundError",
+    "DatabaseUnreachableError",
     "EngineNotFoundError",
     "EventError",
     "Filter",
@@ -160,6 +161,10 @@ class DatabaseNotFoundError(StoreError):
 
 class DatabaseLockedError(StoreError):
     """Another process holds the database; the only error that is worth a retry."""
+
+
+class DatabaseUnreachableError(StoreError):
+    """A target that is no file can't be reached, or refused us; events wait in the journal."""
 
 
 class DatabaseCorruptError(StoreError):
@@ -680,7 +685,8 @@ class Config:
     """The settings that hold, each with its source; made by `load_config`, already validated.
 
     Args:
-        path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given.
+        path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given;
+            it may hold a password, so `repr` leaves it out, and what is shown is `public_target` of it.
         profile: the profile's name.
         site_file: absolute path of the site file, None without one.
         enabled: whether to record at all.
@@ -698,7 +704,7 @@ class Config:
             "mxcp-site.yml:12" (file and line).
     """
 
-    path: str
+    path: str = field(repr=False)
     profile: str = "default"
     site_file: str | None = None
     enabled: bool = False
@@ -723,6 +729,62 @@ class Config:
 def is_attach_target(path: str) -> bool:
     """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
     return _TARGET.match(path) is not None
+
+
+# What may be shown of a connection string and of the `attach` options; everything else may be secret.
+_PUBLIC_KEYS = frozenset(
+    (
+        "dbname",
+        "host",
+        "hostaddr",
+        "port",
+        "user",
+        "service",
+        "sslmode",
+        "application_name",
+        "connect_timeout",
+    )
+)
+_PUBLIC_OPTIONS = frozenset(("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET"))
+_PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
+_PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
+_PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
+
+
+def public_target(target: str) -> str:
+    """Return the path of a file as it is, and an ATTACH target without what may be secret in it."""
+    if not is_attach_target(target):
+        return target
+    prefix = cast("re.Match[str]", _PREFIXES.match(target))[0]
+    rest = target[len(prefix) :]
+    if "=" in rest and "://" not in rest.partition("=")[0]:
+        shown = [
+            f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)
+        ]
+        return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
+    rest = re.sub(r"(://|^).*@", r"\1…@", rest, flags=re.DOTALL)
+    return prefix + re.sub(r"\?.*", "?…", rest, flags=re.DOTALL)
+
+
+def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
+    """Return a text about an ATTACH target without what may be secret in the target and its options.
+
+    Engines repeat connection strings, whole or in pieces that nobody foresees. So the whole is
+    replaced by its public form, and a text that still holds a piece of three characters or more
+    of anything else is withheld.
+    """
+    public = public_target(target)
+    rest = target[len(cast("re.Match[str]", _PREFIXES.match(target))[0]) :]
+    if rest:
+        text = text.replace(rest, public[len(target) - len(rest) :])
+    values = [str(value) for name, value in options.items() if name.upper() not in _PUBLIC_OPTIONS]
+    shown = {*_PIECE.findall(public)}.union(
+        *(_PIECE.findall(str(value)) for name, value in options.items() if name.upper() in _PUBLIC_OPTIONS)
+    )
+    pieces = {piece for part in (target, *values) for piece in _PIECE.findall(part)} - shown
+    if any(piece in text for piece in pieces):
+        return "what the engine says is withheld, because it repeats something that may be secret"
+    return text
 
 
 def check_settings(
@@ -831,7 +893,7 @@ def _names(value: object) -> tuple[str, ...]:
 
 def _options(value: object) -> dict[str, str | int | float | bool]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"must be a mapping of options, not {_described(value)}")
+        raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")
     for name, option in value.items():
         if not isinstance(name, str) or not _OPTION_NAME.fullmatch(name):
             raise ValueError("the name of an option has letters, digits and _ only; correct it", name)
@@ -945,7 +1007,8 @@ def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> C
     checked = check_settings(given)
     if is_attach_target(checked["path"]):
         if "journal" not in checked:
-            problem = f"{checked['path']:.40} is no file, so there is no place beside it; name a directory"
+            shown = public_target(checked["path"])
+            problem = f"{shown} is no file, so there is no place beside it; name a directory"
             raise ConfigError(problem, trail=("journal",))
     else:
         checked["path"] = os.path.abspath(checked["path"])
@@ -1397,6 +1460,7 @@ def line_fault(line: bytes) -> str | None:
 #         20261125T010203123456Z-1f2e3d4c.rejected     lines that could not be ingested, with the reason
 #         ingest.lock                                  held by the one process that ingests
 #         journal.id                                   names this journal in the ledger
+#         commit.doubt                                 there while the answer to a remote commit is out
 #
 # A process writes its own segments only, so nothing depends on concurrent appends being atomic
 # (APFS loses some). Live = its writer holds the lock; sealed or orphaned = the lock can be had.
@@ -1413,15 +1477,19 @@ _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) |
 _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
-def try_lock(fd: int) -> bool:
-    """Take the exclusive lock of an open file without waiting; False if somebody else has it.
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Take the lock of an open file without waiting; False if somebody else has it.
+
+    Args:
+        fd: the open file.
+        shared: let others have the lock that ask for it so, too. Windows knows no such lock.
 
     Raises:
         OSError: the file system has no locks (ENOLCK, EOPNOTSUPP on some network shares).
     """
     try:
         if sys.platform != "win32":
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:
             os.lseek(fd, _LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
@@ -1762,6 +1830,48 @@ class Journal:
             yield locked
         finally:
             os.close(fd)
+
+    @contextlib.contextmanager
+    def reading_lock(self) -> Iterator[bool]:
+        """Keep anybody from ingesting from here, but no other reader from reading; False if one ingests now.
+
+        For targets that don't shut ingesters out themselves while they are read.
+
+        Raises:
+            JournalError: the file can't be opened or locked.
+        """
+        path = os.path.join(self.directory, "ingest.lock")
+        try:
+            fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+        except FileNotFoundError:
+            yield True  # nobody has ever ingested from here
+            return
+        except OSError as error:
+            raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
+        try:
+            try:
+                locked = try_lock(fd, shared=True)
+            except OSError as error:
+                raise JournalError(f"can't be locked: {error.strerror}", path=path) from error
+            yield locked
+        finally:
+            os.close(fd)
+
+    @property
+    def commit_is_in_doubt(self) -> bool:
+        """Whether a commit was sent to a remote target, and whoever sent it never got the answer."""
+        return os.path.lexists(os.path.join(self.directory, "commit.doubt"))
+
+    @contextlib.contextmanager
+    def doubt(self) -> Iterator[None]:
+        """Leave a mark in the journal unless the block ends well, even if the process is killed in it.
+
+        Call it under the ingest lock only.
+        """
+        path = os.path.join(self.directory, "commit.doubt")
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | _NO_FOLLOW, _FILE_MODE))
+        yield
+        os.unlink(path)
 
     def identity(self) -> str:
         """Return the random name under which this journal appears in the ledger, made at the first call.
@@ -3001,7 +3111,26 @@ SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS s
 
 TABLE_COLUMNS: Final = """\
 SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
-WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
+WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')
+AND schema_name IN (SELECT unnest($schemas))"""
+
+# For targets that are no file. Two ingests of one journal whose first was believed dead take the same
+# position: PostgreSQL then refuses the second. DuckLake has no such index, but its commits are numbered: a
+# commit of ours with the next number either comes after the one in doubt, or has made it impossible.
+UNIQUE_POSITIONS: Final = (
+    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
+)
+CREATE_FENCES: Final = (
+    "CREATE TABLE IF NOT EXISTS audit.fences (journal VARCHAR, host VARCHAR, raised_at TIMESTAMP)"
+)
+RAISE_FENCE: Final = "INSERT INTO audit.fences VALUES ($journal, $host, $now::TIMESTAMP)"
+QUACK_COLUMNS: Final = """\
+SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name FROM (DESCRIBE audit.logs)
+UNION ALL SELECT 'ledger', column_name::VARCHAR FROM (DESCRIBE audit.ledger)"""  # duckdb_columns() lists none
+EXTENSION_STATES: Final = """\
+SELECT extension_name::VARCHAR AS name, loaded, installed FROM duckdb_extensions()
+WHERE extension_name IN (SELECT unnest($names))"""
+ENGINE_VERSION: Final = "SELECT library_version::VARCHAR AS version FROM pragma_version()"
 
 JOURNAL_ROWS: Final = f"""\
 SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
@@ -3154,6 +3283,21 @@ _SESSION_SETTINGS: Final = "SET autoinstall_known_extensions = false; SET autolo
 
 # The order matters: the first that is found decides.
 _ENGINE_ERRORS: Final = (
+    (DatabaseLockedError, "could not serialize access"),
+    (DatabaseLockedError, "duplicate key value violates unique constraint"),
+    (DatabaseLockedError, "tuple concurrently updated"),
+    (DatabaseLockedError, "deadlock detected"),
+    (DatabaseLockedError, "transaction conflict"),
+    (DatabaseLockedError, "write-write conflict"),
+    (DatabaseLockedError, "maximum retry count"),
+    (DatabaseUnreachableError, "unable to connect to postgres"),
+    (DatabaseUnreachableError, "connection to server"),
+    (DatabaseUnreachableError, "server closed the connection"),
+    (DatabaseUnreachableError, "terminating connection"),
+    (DatabaseUnreachableError, "no connection to the server"),
+    (DatabaseUnreachableError, "could not connect to server"),
+    (DatabaseUnreachableError, "install it first using"),
+    (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled"),
     (DatabaseLockedError, "could not set lock on file"),
     (DatabaseLockedError, "conflicting lock is held"),
     (DatabaseLockedError, "being used by another process"),
@@ -3175,6 +3319,7 @@ _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
 def store_error(message: str) -> StoreError:
     """Return the error of ours that a message of DuckDB's stands for."""
+    message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     lowered = message.lower()
     for kind, sign in _ENGINE_ERRORS:
         if sign in lowered:
@@ -3440,6 +3585,87 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     return shutil.which("duckdb", path=environ.get("PATH"))
 
 
+# The extensions that a target needs, by the words before its colons, and those that they need in turn.
+_EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "ducklake": ("ducklake",),
+    "postgres": ("postgres_scanner",),
+    "postgresql": ("postgres_scanner",),
+    "mysql": ("mysql_scanner",),
+    "sqlite": ("sqlite_scanner",),
+    "quack": ("httpfs", "quack"),
+    "md": ("motherduck",),
+    "motherduck": ("motherduck",),
+    "s3": ("httpfs",),
+    "gs": ("httpfs",),
+    "gcs": ("httpfs",),
+    "r2": ("httpfs",),
+    "https": ("httpfs",),
+    "az": ("azure",),
+    "abfss": ("azure",),
+}
+# libpq waits for ever by default, and nothing can interrupt it meanwhile. Arbitrary, but finite.
+_PATIENCE: Final = ("connect_timeout=10", "tcp_user_timeout=30000")
+
+
+def attach_statement(target: str, options: Mapping[str, object]) -> str:
+    """Return the statement that attaches a target which is no file as `audit`."""
+    scheme = target.lower().removeprefix("ducklake:")
+    if scheme.startswith(("postgresql://", "postgres://")):
+        options = {"TYPE": "postgres", **options} if scheme == target.lower() else options
+        if "connect_timeout" not in target:
+            target += ("&" if "?" in target else "?") + "&".join(_PATIENCE)
+    elif scheme.startswith("postgres:") and "connect_timeout" not in target:
+        separator = "&" if "?" in target else "?"
+        target += separator + "&".join(_PATIENCE) if "://" in target else " " + " ".join(_PATIENCE)
+    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
+    return f"ATTACH {sql_literal(target)} AS audit" + (f" ({words})" if words else "")
+
+
+def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
+    """Load what a target needs; nothing is downloaded.
+
+    Taken is what was installed in DuckDB's own way, else what a `duckdb-extension-*` package holds.
+
+    Raises:
+        DatabaseUnreachableError: an extension is missing; the text has the command that installs it.
+    """
+    texts = " ".join([target, *map(str, options.values())]).lower()
+    words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
+    wanted = list(dict.fromkeys(name for word in words for name in _EXTENSIONS.get(word, ())))
+    engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
+    states = {
+        name: (loaded, installed)
+        for name, loaded, installed in engine.execute(EXTENSION_STATES, {"names": wanted or [""]})
+    }
+    for name in wanted:
+        loaded, installed = states.get(name, (False, False))
+        if loaded:
+            continue
+        if not installed:
+            ((version,),) = engine.execute(ENGINE_VERSION)
+            path = _packaged_extension(name, version)
+            if path is None:
+                raise DatabaseUnreachableError(
+                    f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
+                    f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
+                )
+            engine.execute(f"LOAD {sql_literal(path)}")
+        else:
+            engine.execute(f"LOAD {name}")
+
+
+def _packaged_extension(name: str, version: str) -> str | None:
+    """Return the file of an extension that came as a Python package for just this version of DuckDB."""
+    import importlib.util
+
+    package = importlib.util.find_spec(f"duckdb_extension_{name}")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        path = os.path.join(folder, "extensions", version, f"{name}.duckdb_extension")
+        if os.path.exists(path):
+            return path
+    return None
+
+
 def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ) -> Engine:
     """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default whichever is there.
 
@@ -3474,7 +3700,9 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 # row of a segment is committed together with its rows, and a segment is deleted only after a
 # checkpoint, so that a crash at any point repeats a step that the ledger turns into nothing.
 # Reading attaches read-only first, then lists the journal, then asks the ledger: while a reader holds
-# its lock nobody can ingest, so the three agree, and every event is seen once.
+# its lock nobody can ingest, so the three agree, and every event is seen once. A target that is no file
+# has no such lock: there a reader holds this host's ingest lock, shared with other readers, and reads in
+# one transaction. Other hosts' events come out of the table alone.
 #
 # Caveats, each with its remedy:
 # - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here;
@@ -3486,6 +3714,8 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
+_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
+_CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
 _FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
 
 
@@ -3507,8 +3737,10 @@ class Store:
     ) -> None:
         self.path = config.path
         self.is_file = not is_attach_target(config.path)
+        self.name = public_target(config.path)
         self.journal = Journal(config.journal_directory)
         self._options = config.attach
+        self._is_lake = config.path.lower().startswith("ducklake:")
         self._diagnostics = diagnostics or Diagnostics()
         self._opener = opener
         self._engine: Engine | None = None
@@ -3579,8 +3811,7 @@ class Store:
     def _ingest_claims(self, claims: list[Claim]) -> None:
         engine = self._guest()
         try:
-            losses = self._stage(engine, claims)
-            fresh = self._commit(engine, claims, losses)
+            losses, fresh = self._stage_and_commit(engine, claims)
         except BaseException:
             engine.close()
             raise
@@ -3611,6 +3842,18 @@ class Store:
         if self._engine is None:
             self._engine = self._opener(guest=True)
         return self._engine
+
+    def _stage_and_commit(self, engine: Engine, claims: list[Claim]) -> tuple[dict[str, int], set[str]]:
+        tries = 1 if self.is_file else _CONFLICT_TRIES
+        while True:
+            try:
+                losses = self._stage(engine, claims)
+                return losses, self._commit(engine, claims, losses)
+            except DatabaseLockedError:
+                tries -= 1
+                if not tries:
+                    raise
+                time.sleep(_CONFLICT_PAUSE_SECONDS * (1 + os.urandom(1)[0]) / 256)
 
     def _stage(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
         """Read the segments into the temporary table `batch`; return how many lines each lost."""
@@ -3666,6 +3909,7 @@ class Store:
         segments = [claim.id for claim in claims]
         with self._attached(engine, read_only=False):
             self._create_tables(engine)
+            self._settle_doubt(engine)
             engine.execute("BEGIN")
             known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": segments})}
             fresh = [segment for segment in segments if segment not in known]
@@ -3674,9 +3918,12 @@ class Store:
             if fresh:
                 engine.execute(INSERT_ROWS)
                 self._enter_ledger(engine, fresh, losses)
-            engine.execute("COMMIT")
-            if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
-                engine.execute("CHECKPOINT audit")
+            if self.is_file:
+                engine.execute("COMMIT")
+                engine.execute("CHECKPOINT audit")  # elsewhere it means maintenance, or nothing
+            else:
+                with self.journal.doubt():
+                    engine.execute("COMMIT")
         return set(fresh)
 
     def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> None:
@@ -3702,6 +3949,17 @@ class Store:
                     },
                 )
 
+    def _settle_doubt(self, engine: Engine) -> None:
+        """See to it that a commit of this journal's that may still be under way is done, or never will be.
+
+        A server finishes what a client sent it before the client was killed or cut off. Without this,
+        the next ingest might not see it yet, and repeat it.
+        """
+        if self._is_lake and self.journal.commit_is_in_doubt:
+            entry = {"journal": self.journal.identity(), "host": platform_node(), "now": sql_time(utc_now())}
+            engine.execute(CREATE_FENCES)
+            engine.execute(RAISE_FENCE, entry)
+
     def _create_tables(self, engine: Engine) -> None:
         present = self._columns(engine)
         if "logs" not in present:
@@ -3711,10 +3969,15 @@ class Store:
                 engine.execute(statement)
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
+        if "ledger" not in present and _POSTGRES.match(self.path):
+            engine.execute(UNIQUE_POSITIONS)
 
     def _columns(self, engine: Engine) -> dict[str, set[str]]:
         present: dict[str, set[str]] = {}
-        for table, column in engine.execute(TABLE_COLUMNS):
+        schemas = ["main", "public", *(str(v) for n, v in self._options.items() if n.upper() == "SCHEMA")]
+        is_quack = _QUACK.match(self.path) is not None
+        found = engine.execute(*((QUACK_COLUMNS,) if is_quack else (TABLE_COLUMNS, {"schemas": schemas})))
+        for table, column in found:
             present.setdefault(table, set()).add(column)
         return present
 
@@ -3723,33 +3986,70 @@ class Store:
     @contextlib.contextmanager
     def _attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
         """Attach the target as `audit`; on an error the whole session ends, and with it any transaction."""
-        options = dict(self._options)
-        fresh = self.is_file and self._is_absent()
+        options: dict[str, object] = dict(self._options)
         if read_only:
             options["READ_ONLY"] = True
-        elif fresh:
-            # A file made by DuckDB 2.0 without this can't be read by 1.5.
-            options["STORAGE_VERSION"] = "v1.0.0"
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)  # somebody ran `touch`: DuckDB refuses an empty file
-        if self.is_file:
-            options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
-        words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
         try:
-            engine.execute(f"ATTACH {sql_literal(self.path)} AS audit ({words})")
-            if fresh:
-                os.chmod(self.path, 0o600)
-            yield
-            engine.execute("DETACH audit")
+            with (
+                self._file_attached(engine, options)
+                if self.is_file
+                else self._remote_attached(engine, options)
+            ):
+                yield
         except StoreError as error:
             engine.close()
+            if not self.is_file:  # causes repeat connection strings, and with them passwords
+                raise self._public_error(error) from None
             if isinstance(error, QueryError):
                 raise
             raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
         except BaseException:
             engine.close()
             raise
+
+    @contextlib.contextmanager
+    def _file_attached(self, engine: Engine, options: dict[str, object]) -> Iterator[None]:
+        fresh = "READ_ONLY" not in options and self._is_absent()
+        if fresh:
+            # A file made by DuckDB 2.0 without this can't be read by 1.5.
+            options["STORAGE_VERSION"] = "v1.0.0"
+            os.makedirs(os.path.dirname(self.path), exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self.path)  # somebody ran `touch`: DuckDB refuses an empty file
+        options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
+        words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
+        engine.execute(f"ATTACH {sql_literal(self.path)} AS audit ({words})")
+        if fresh:
+            os.chmod(self.path, 0o600)
+        yield
+        engine.execute("DETACH audit")
+
+    @contextlib.contextmanager
+    def _remote_attached(self, engine: Engine, options: dict[str, object]) -> Iterator[None]:
+        """Attach a target that is no file. Reading is one transaction, because others go on writing."""
+        read_only = "READ_ONLY" in options
+        if _QUACK.match(self.path) and not read_only:
+            raise StoreError(
+                "quack: is for reading only: it carries no transactions (DuckDB 1.5.5), so that nobody could "
+                "promise an event to be there exactly once; write to a file, DuckLake or PostgreSQL"
+            )
+        load_extensions(engine, self.path, options)
+        try:
+            engine.execute(attach_statement(self.path, options))
+        except QueryError as error:
+            raise DatabaseUnreachableError(str(error)) from error
+        if read_only:
+            engine.execute("BEGIN")
+        yield
+        if not read_only:  # a reading ends with its session
+            engine.execute("DETACH audit")
+
+    def _public_error(self, error: StoreError) -> StoreError:
+        text = hide_secrets(str(error), self.path, self._options)
+        remedy = (
+            "" if isinstance(error, QueryError) else f"; {_REMEDIES.get(type(error), _REMEDIES[StoreError])}"
+        )
+        return type(error)(f"{self.name}: {text}{remedy}")
 
     def _is_absent(self) -> bool:
         """Say whether there is no database file; an empty one counts as none."""
@@ -3782,18 +4082,21 @@ class Store:
                     self._open_reading(reading, stack)
                     break
                 except (DatabaseLockedError, DatabaseNotFoundError) as error:
+                    if isinstance(error, DatabaseNotFoundError) and not self.is_file:
+                        reading.open_views(None, self.journal.segments(), set())
+                        break
                     # Not found: the file appeared, or vanished, between our look and DuckDB's.
                     if time.monotonic() < deadline:
                         time.sleep(0.01 + os.urandom(1)[0] / 2560)
                         continue
                     reading.problem = error
-                except DatabaseCorruptError as error:
+                except (DatabaseCorruptError, DatabaseUnreachableError) as error:
                     reading.problem = error
                 reading.open_views(None, self.journal.segments(), set())
                 break
             if not reading.has_table and not reading.has_journal and reading.problem is None:
                 raise DatabaseNotFoundError(
-                    f"Audit database not found at {self.path}. Either audit logging is not enabled for the "
+                    f"Audit database not found at {self.name}. Either audit logging is not enabled for the "
                     "profile, or no events have been logged yet (the database is created on first write)."
                 )
             yield reading
@@ -3805,20 +4108,28 @@ class Store:
             if segments or self._is_absent():
                 reading.open_views(None, segments, set())
                 return
-        stack.enter_context(self._attached(engine, read_only=True))
-        segments = self.journal.segments()
-        present = self._columns(engine)
-        known: set[str] = set()
-        if segments and "ledger" in present:
-            ids = [segment_id_of(path) for path in segments]
-            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
-        reading.open_views(present.get("logs"), segments, known)
+        with contextlib.ExitStack() as opened:
+            if not self.is_file and not opened.enter_context(self.journal.reading_lock()):
+                raise DatabaseLockedError("the journal is being ingested; try again")
+            opened.enter_context(self._attached(engine, read_only=True))
+            segments = self.journal.segments()
+            present = self._columns(engine)
+            known: set[str] = set()
+            if segments and "ledger" in present:
+                ids = [segment_id_of(path) for path in segments]
+                known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
+            reading.open_views(present.get("logs"), segments, known)
+            stack.push(opened.pop_all())
 
+
+_POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
+_QUACK: Final = re.compile(r"(?i)quack:")
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
     DatabaseCorruptError: "move it aside or restore a backup; nothing was changed, events wait",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
+    DatabaseUnreachableError: "events wait in the journal",
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
@@ -4275,7 +4586,9 @@ def _config_of(options: argparse.Namespace) -> Config:
     if options.db is not None:
         if options.config or options.profile:
             raise _UsageError("--db needs no site file: leave --config and --profile out")
-        return config_from_arguments(path=options.db)
+        # Beside a target that is no file there is no place: look for the default profile's journal here.
+        journal = "logs-default.journal" if is_attach_target(options.db) else None
+        return config_from_arguments(path=options.db, journal=journal)
     config = load_config(config=options.config, profile=options.profile)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         raise _UsageError(
