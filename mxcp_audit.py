@@ -744,6 +744,7 @@ _PUBLIC_KEYS = frozenset(
     )
 )
 _PUBLIC_OPTIONS = frozenset(("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET"))
+_KEYWORD_PREFIXES = ("postgres:", "mysql:")  # what follows is `key=value …`, or a URL
 _PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
 _PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
 _PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
@@ -755,12 +756,12 @@ def public_target(target: str) -> str:
         return target
     prefix = cast("re.Match[str]", _PREFIXES.match(target))[0]
     rest = target[len(prefix) :]
-    if "=" in rest and "://" not in rest.partition("=")[0]:
-        shown = [
-            f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)
-        ]
+    if "://" not in rest and (prefix.lower().endswith(_KEYWORD_PREFIXES) or re.match(r"\w+\s*=", rest)):
+        shown = [f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)]
         return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
-    rest = re.sub(r"(://|^).*@", r"\1…@", rest, flags=re.DOTALL)
+    before, mark, after = rest.rpartition("@")
+    if mark:
+        rest = before.partition("://")[0] + "://…@" + after if "://" in before else "…@" + after
     return prefix + re.sub(r"\?.*", "?…", rest, flags=re.DOTALL)
 
 
@@ -1393,7 +1394,7 @@ class Encoder:
             ("policy_decision", "n/a" if policy_decision is None else policy_decision, POLICY_DECISIONS),
             ("status", status, STATUSES),
         ):
-            text = self._redactor.scrub(self._plain_text(value))
+            text = self._redactor.scrub(self._plain_text(value)).replace("\0", REPLACEMENT)
             texts.append(encode_text(text))
             if text not in allowed:
                 flags.append(f"mxcp_audit: {argument} is none of {', '.join(allowed)}")
@@ -3652,6 +3653,8 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
             engine.execute(f"LOAD {sql_literal(path)}")
         else:
             engine.execute(f"LOAD {name}")
+    if "postgres_scanner" in wanted:  # it refuses a whole batch for one NUL, which a foreign journal may hold
+        engine.execute("SET pg_null_byte_replacement = chr(65533)")
 
 
 def _packaged_extension(name: str, version: str) -> str | None:
@@ -4037,7 +4040,7 @@ class Store:
         try:
             engine.execute(attach_statement(self.path, options))
         except QueryError as error:
-            raise DatabaseUnreachableError(str(error)) from error
+            raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
         if read_only:
             engine.execute("BEGIN")
         yield
