@@ -30,6 +30,7 @@ import codecs
 import contextlib
 import datetime
 import errno
+import functools
 import json
 import logging
 import os
@@ -757,7 +758,9 @@ def public_target(target: str) -> str:
     prefix = cast("re.Match[str]", _PREFIXES.match(target))[0]
     rest = target[len(prefix) :]
     if "://" not in rest and (prefix.lower().endswith(_KEYWORD_PREFIXES) or re.match(r"\w+\s*=", rest)):
-        shown = [f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)]
+        shown = [
+            f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)
+        ]
         return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
     before, mark, after = rest.rpartition("@")
     if mark:
@@ -3298,6 +3301,7 @@ _ENGINE_ERRORS: Final = (
     (DatabaseUnreachableError, "no connection to the server"),
     (DatabaseUnreachableError, "could not connect to server"),
     (DatabaseUnreachableError, "install it first using"),
+    (DatabaseUnreachableError, "terminate called after throwing"),
     (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled"),
     (DatabaseLockedError, "could not set lock on file"),
     (DatabaseLockedError, "conflicting lock is held"),
@@ -3459,6 +3463,7 @@ class CliEngine:
 
     def __init__(self, program: str, *, guest: bool) -> None:
         self.program = program
+        self._options: Sequence[str] = ("-no-init", "-batch", "-bail", "-jsonlines", ":memory:")
         self._guest = guest
         self._process: subprocess.Popen[bytes] | None = None
         self._mark = os.urandom(8).hex()
@@ -3472,10 +3477,9 @@ class CliEngine:
         import tempfile
 
         self._complaints = tempfile.TemporaryFile()
-        options = ["-no-init", "-batch", "-bail", "-jsonlines", ":memory:"]
         try:
             process = subprocess.Popen(
-                [self.program, *options],
+                [self.program, *self._options],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -3544,6 +3548,51 @@ class CliEngine:
         if process is not None:
             _end_process(process)
             self._complaints.close()
+
+
+class ApartEngine(CliEngine):
+    """The `duckdb` package in a child of its own, with the manners of the program.
+
+    For targets that are no file: when PostgreSQL goes away at the wrong moment, its extension ends the
+    process that it is in (1.5.5), and while it waits nothing can interrupt it. So it is never loaded
+    into a server.
+    """
+
+    name = "package"
+    keeps = True  # starting it and loading extensions takes a good part of a second
+
+    def __init__(self, *, guest: bool) -> None:
+        """Raises ImportError if there is no such package; it is not imported here."""
+        import importlib.util
+
+        package = importlib.util.find_spec("duckdb")
+        if package is None or package.origin is None:
+            raise ImportError("No module named 'duckdb'")
+        super().__init__(sys.executable, guest=guest)
+        folder = os.path.dirname(os.path.dirname(package.origin))
+        self._options = ("-X", "utf8", "-c", _APART, self._mark, folder)
+
+
+# Run by ApartEngine. The current directory must not shadow modules.
+_APART: Final = """
+import sys
+sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
+import duckdb, json
+connection, text, mark = duckdb.connect(), [], f".print {sys.argv[1]}\\n"
+for line in sys.stdin:
+    if line != mark:
+        text.append(line)
+        continue
+    try:
+        result = connection.execute("".join(text))
+        text.clear()
+        while rows := result.fetchmany(1000):
+            for row in rows:
+                print(json.dumps(dict(enumerate(row)), default=str))
+    except duckdb.Error as error:
+        sys.exit(str(error))
+    print(sys.argv[1], flush=True)
+"""
 
 
 def _end_process(process: subprocess.Popen[bytes]) -> None:
@@ -3669,8 +3718,15 @@ def _packaged_extension(name: str, version: str) -> str | None:
     return None
 
 
-def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ) -> Engine:
+def open_engine(
+    *, guest: bool = False, apart: bool = False, environ: Mapping[str, str] = os.environ
+) -> Engine:
     """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default whichever is there.
+
+    Args:
+        guest: one thread and little memory, for use inside of a server.
+        apart: in a process of its own in any case.
+        environ: the environment.
 
     Raises:
         EngineNotFoundError: neither is there, or not the one that was asked for.
@@ -3680,6 +3736,8 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
     if choice in ("auto", "package"):
         try:
+            if apart:
+                return ApartEngine(guest=guest)
             PackageEngine.version()
             return PackageEngine(guest=guest)
         except ImportError as error:
@@ -3693,7 +3751,9 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
             "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or name it in "
             "MXCP_AUDIT_DUCKDB"
         )
-    return CliEngine(program, guest=guest)
+    engine = CliEngine(program, guest=guest)
+    engine.keeps = apart
+    return engine
 
 
 # === Store ===
@@ -3745,7 +3805,7 @@ class Store:
         self._options = config.attach
         self._is_lake = config.path.lower().startswith("ducklake:")
         self._diagnostics = diagnostics or Diagnostics()
-        self._opener = opener
+        self._opener = opener if self.is_file else functools.partial(opener, apart=True)
         self._engine: Engine | None = None
         self._busy = threading.RLock()
         self._fork_held = False
