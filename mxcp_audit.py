@@ -1464,7 +1464,6 @@ def line_fault(line: bytes) -> str | None:
 #         20261125T010203123456Z-1f2e3d4c.rejected     lines that could not be ingested, with the reason
 #         ingest.lock                                  held by the one process that ingests
 #         journal.id                                   names this journal in the ledger
-#         commit.doubt                                 there while the answer to a remote commit is out
 #
 # A process writes its own segments only, so nothing depends on concurrent appends being atomic
 # (APFS loses some). Live = its writer holds the lock; sealed or orphaned = the lock can be had.
@@ -1860,22 +1859,6 @@ class Journal:
             yield locked
         finally:
             os.close(fd)
-
-    @property
-    def commit_is_in_doubt(self) -> bool:
-        """Whether a commit was sent to a remote target, and whoever sent it never got the answer."""
-        return os.path.lexists(os.path.join(self.directory, "commit.doubt"))
-
-    @contextlib.contextmanager
-    def doubt(self) -> Iterator[None]:
-        """Leave a mark in the journal unless the block ends well, even if the process is killed in it.
-
-        Call it under the ingest lock only.
-        """
-        path = os.path.join(self.directory, "commit.doubt")
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | _NO_FOLLOW, _FILE_MODE))
-        yield
-        os.unlink(path)
 
     def identity(self) -> str:
         """Return the random name under which this journal appears in the ledger, made at the first call.
@@ -3118,16 +3101,33 @@ SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
 WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')
 AND schema_name IN (SELECT unnest($schemas))"""
 
-# For targets that are no file. Two ingests of one journal whose first was believed dead take the same
-# position: PostgreSQL then refuses the second. DuckLake has no such index, but its commits are numbered: a
-# commit of ours with the next number either comes after the one in doubt, or has made it impossible.
+# For targets that are no file. A server, or an engine whose parent was killed, finishes a commit that it was
+# sent, and the next ingest may not see it yet. So two transactions that take in the same segments must
+# collide. In PostgreSQL they do over the position in the ledger; DuckLake has no such index, but only one of
+# two transactions can change the same row of a journal's own little table.
 UNIQUE_POSITIONS: Final = (
     "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
 )
-CREATE_FENCES: Final = (
-    "CREATE TABLE IF NOT EXISTS audit.fences (journal VARCHAR, host VARCHAR, raised_at TIMESTAMP)"
-)
-RAISE_FENCE: Final = "INSERT INTO audit.fences VALUES ($journal, $host, $now::TIMESTAMP)"
+
+
+def turn_statements(journal: str) -> tuple[str, str]:
+    """Return two statements: the first makes the table of a journal, the second takes the journal's turn.
+
+    Args:
+        journal: its identity; part of the table's name.
+
+    Raises:
+        JournalError: the identity is none of ours.
+    """
+    if not re.fullmatch("[0-9a-f]{1,64}", journal):
+        raise JournalError("is no identity of a journal; remove the file", path="journal.id")
+    table = f"audit.turn_{journal}"
+    return (
+        f"CREATE TABLE IF NOT EXISTS {table} AS SELECT 0::BIGINT AS taken",
+        f"UPDATE {table} SET taken = taken + 1",
+    )
+
+
 QUACK_COLUMNS: Final = """\
 SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name FROM (DESCRIBE audit.logs)
 UNION ALL SELECT 'ledger', column_name::VARCHAR FROM (DESCRIBE audit.ledger)"""  # duckdb_columns() lists none
@@ -3972,8 +3972,9 @@ class Store:
         segments = [claim.id for claim in claims]
         with self._attached(engine, read_only=False):
             self._create_tables(engine)
-            self._settle_doubt(engine)
             engine.execute("BEGIN")
+            if self._is_lake:
+                engine.execute(turn_statements(self.journal.identity())[1])
             known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": segments})}
             fresh = [segment for segment in segments if segment not in known]
             if known:
@@ -3981,12 +3982,9 @@ class Store:
             if fresh:
                 engine.execute(INSERT_ROWS)
                 self._enter_ledger(engine, fresh, losses)
-            if self.is_file:
-                engine.execute("COMMIT")
-                engine.execute("CHECKPOINT audit")  # elsewhere it means maintenance, or nothing
-            else:
-                with self.journal.doubt():
-                    engine.execute("COMMIT")
+            engine.execute("COMMIT")
+            if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
+                engine.execute("CHECKPOINT audit")
         return set(fresh)
 
     def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> None:
@@ -4012,17 +4010,6 @@ class Store:
                     },
                 )
 
-    def _settle_doubt(self, engine: Engine) -> None:
-        """See to it that a commit of this journal's that may still be under way is done, or never will be.
-
-        A server finishes what a client sent it before the client was killed or cut off. Without this,
-        the next ingest might not see it yet, and repeat it.
-        """
-        if self._is_lake and self.journal.commit_is_in_doubt:
-            entry = {"journal": self.journal.identity(), "host": platform_node(), "now": sql_time(utc_now())}
-            engine.execute(CREATE_FENCES)
-            engine.execute(RAISE_FENCE, entry)
-
     def _create_tables(self, engine: Engine) -> None:
         present = self._columns(engine)
         if "logs" not in present:
@@ -4034,6 +4021,8 @@ class Store:
             engine.execute(CREATE_LEDGER)
         if "ledger" not in present and _POSTGRES.match(self.path):
             engine.execute(UNIQUE_POSITIONS)
+        if self._is_lake:
+            engine.execute(turn_statements(self.journal.identity())[0])
 
     def _columns(self, engine: Engine) -> dict[str, set[str]]:
         present: dict[str, set[str]] = {}
