@@ -1844,21 +1844,21 @@ class Journal:
             JournalError: the file can't be opened or locked.
         """
         path = os.path.join(self.directory, "ingest.lock")
+        fd = -1
+        locked = True
         try:
-            fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
-        except FileNotFoundError:
-            yield True  # nobody has ever ingested from here
-            return
-        except OSError as error:
-            raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
-        try:
-            try:
+            with contextlib.suppress(FileNotFoundError):  # nobody has ever ingested from here
+                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
                 locked = try_lock(fd, shared=True)
-            except OSError as error:
-                raise JournalError(f"can't be locked: {error.strerror}", path=path) from error
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise JournalError(f"can't be locked: {error.strerror}", path=path) from error
+        try:
             yield locked
         finally:
-            os.close(fd)
+            if fd >= 0:
+                os.close(fd)
 
     def identity(self) -> str:
         """Return the random name under which this journal appears in the ledger, made at the first call.
@@ -3283,7 +3283,10 @@ Row = tuple[Any, ...]
 
 _PARAMETER: Final = re.compile(r"\$([a-z_][a-z_0-9]*)")
 _GUEST_MEMORY: Final = "256MB"  # a logger is a guest in its server; a batch of 64 MiB fits
-_SESSION_SETTINGS: Final = "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false;"
+_SESSION_SETTINGS: Final = (
+    "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
+    "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
+)
 
 # The order matters: the first that is found decides.
 _ENGINE_ERRORS: Final = (
@@ -3577,7 +3580,9 @@ class ApartEngine(CliEngine):
 _APART: Final = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
-import duckdb, json
+import duckdb, json, os
+answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)  # whatever else is printed
 connection, text, mark = duckdb.connect(), [], f".print {sys.argv[1]}\\n"
 for line in sys.stdin:
     if line != mark:
@@ -3587,11 +3592,10 @@ for line in sys.stdin:
         result = connection.execute("".join(text))
         text.clear()
         while rows := result.fetchmany(1000):
-            for row in rows:
-                print(json.dumps(dict(enumerate(row)), default=str))
+            answers.writelines(json.dumps(dict(enumerate(row)), default=str) + "\\n" for row in rows)
     except duckdb.Error as error:
         sys.exit(str(error))
-    print(sys.argv[1], flush=True)
+    print(sys.argv[1], file=answers, flush=True)
 """
 
 

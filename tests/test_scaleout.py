@@ -163,7 +163,8 @@ with Store(load_config()).reading(wait=60) as reading:
         "count(DISTINCT input_json)::BIGINT AS c FROM logs")
     entries = [] if not reading.has_table else reading.engine.execute(
         "SELECT count(*)::BIGINT AS a, count(DISTINCT segment)::BIGINT AS b, "
-        "count(DISTINCT journal)::BIGINT AS c, sum(events)::BIGINT AS d FROM audit.ledger WHERE kind = 'segment'")
+        "count(DISTINCT journal)::BIGINT AS c, sum(events)::BIGINT AS d "
+        "FROM audit.ledger WHERE kind = 'segment'")
     print(json.dumps([list(rows[0]), *map(list, entries)]))
 """
 # Reads over and over while others write, until a file appears: how often, and how often an event came twice.
