@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -56,6 +57,7 @@ class Host:
         self.python = python
         self.folder = folder
         self.password = password
+        self.path = path
         folder.mkdir(exist_ok=True)
         audit = {"enabled": True, "path": path, "attach": attach, "flush_interval": "300ms"}
         site = {"profiles": {"default": {"audit": audit}}}
@@ -65,6 +67,10 @@ class Host:
         home = {"HOME": str(self.folder), "PGPASSWORD": self.password}
         chosen = {name: os.environ[name] for name in ("MXCP_AUDIT_ENGINE",) if name in os.environ}
         return child_environment(**home, **chosen, **changes)
+
+    @property
+    def database(self) -> str:
+        return self.path.partition("dbname=")[2].split()[0]
 
     def start(self, script: str, *arguments: object, **changes: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
@@ -351,8 +357,7 @@ with Store(load_config()).reading() as reading:
 
 def test_tables_of_other_schemas_do_not_confuse(make_host: Make, server: Postgres) -> None:
     host = make_host("postgres")
-    database = json.loads((host.folder / "mxcp-site.yml").read_text())["profiles"]["default"]["audit"]["path"]
-    name = database.split()[0].split("=")[1]
+    name = host.database
     server.sql(
         "CREATE SCHEMA other; CREATE TABLE other.logs (user_id INT); CREATE TABLE other.ledger (x INT)", name
     )
@@ -533,8 +538,94 @@ def test_quack_reads_and_refuses_to_write(python: str, tmp_path: Path, engine: s
 def test_log_with_db_reads_a_target_without_any_site_file(make_host: Make, tmp_path: Path) -> None:
     host = make_host("postgres")
     host.start(LOG, "a", 20, 0).communicate(timeout=120)
-    path = json.loads((host.folder / "mxcp-site.yml").read_text())["profiles"]["default"]["audit"]["path"]
     elsewhere = Host(host.python, tmp_path / "elsewhere", "x.duckdb", {}, PASSWORD)
-    shown = elsewhere.cli("log", "--db", path, "--json")
+    shown = elsewhere.cli("log", "--db", host.path, "--json")
     assert len(json.loads(shown.stdout)) == 20, shown.stderr
     assert sorted(file.name for file in elsewhere.folder.iterdir()) == ["mxcp-site.yml"]
+
+
+def test_segment_with_a_nul_from_elsewhere_does_not_stop_postgresql(make_host: Make) -> None:
+    host = make_host("postgres")
+    host.run(LEAVE, 3)
+    (segment,) = host.segments()
+    segment.write_bytes(segment.read_bytes().replace(b'"left"', rb'"le\u0000ft"'))
+    host.ingest()
+    names = {event["name"] for event in json.loads(host.cli("log", "--json").stdout)}
+    assert names == {"le\ufffdft"}
+
+
+def test_secret_of_duckdbs_own_opens_postgresql(make_host: Make, server: Postgres, python: str) -> None:
+    host = make_host("postgres")
+    name = host.database
+    script = f"""
+import duckdb
+from mxcp_audit import _packaged_extension
+connection = duckdb.connect()
+connection.execute(f"LOAD '{{_packaged_extension('postgres_scanner', 'v' + duckdb.__version__)}}'")
+connection.execute('''CREATE PERSISTENT SECRET audit_database (TYPE postgres, HOST '127.0.0.1', PORT {server.port},
+    DATABASE '{name}', USER 'audit', PASSWORD '{PASSWORD}')''')
+print("{{}}")
+"""
+    host.run(script)
+    plain = Host(python, host.folder, "postgres:", {"SECRET": "audit_database"}, "")
+    plain.start(LOG, "a", 20, 0).communicate(timeout=120)
+    assert plain.run(COUNTS)[0] == [20, 20, 20]
+    assert server.sql("SELECT count(*) FROM logs", name) == "20"
+
+
+def test_engines_print_nothing_of_their_own(python: str, tmp_path: Path, engine: str) -> None:
+    script = """
+import json
+from mxcp_audit import open_engine
+bars = []
+for apart in (False, True):
+    engine = open_engine(apart=apart)
+    bars += engine.execute("SELECT current_setting('enable_progress_bar')::BOOLEAN AS bar")
+    engine.close()
+print(json.dumps(bars))
+"""
+    assert Host(python, tmp_path / "a", "x.duckdb", {}, "").run(script) == [[False], [False]]
+
+
+PAGE = (ROOT / "docs" / "scale-out.md").read_text(encoding="utf-8")
+SQL_BLOCKS = re.findall(r"^```sql\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+RUN_SQL = """
+import json, sys, duckdb
+from mxcp_audit import _packaged_extension
+connection = duckdb.connect()
+for name in ("ducklake", "postgres_scanner"):
+    connection.execute(f"LOAD '{_packaged_extension(name, 'v' + duckdb.__version__)}'")
+print(json.dumps(connection.execute(sys.argv[1]).fetchall(), default=str))
+"""
+
+
+def test_docs_every_statement_and_setting_works(make_host: Make, server: Postgres, python: str) -> None:
+    host = make_host("postgres")  # for its database
+    there = f"dbname={host.database} host=127.0.0.1 port={server.port} user=audit"
+    lake = host.folder.parent / "lake"
+
+    def placed(text: str) -> str:
+        text = text.replace("dbname=audit host=db.internal user=audit", there)
+        text = text.replace("/mnt/audit/lake/", f"{lake}/").replace(
+            "flush_interval: 1m", "flush_interval: 1s"
+        )
+        return text.replace("ALTER ROLE audit", "ALTER ROLE other")
+
+    (site,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (host.folder / "mxcp-site.yml").write_text(placed(site))
+    host.start(LOG, "a", 100, 0).communicate(timeout=120)
+    assert host.run(COUNTS)[0] == [100, 100, 100]
+    plain = Host(python, host.folder.parent / "plain", "postgres:" + there, {}, PASSWORD)
+    plain.start(LOG, "a", 20, 0).communicate(timeout=120)
+    server.sql("CREATE ROLE other")
+    ran = 0
+    for block in SQL_BLOCKS:
+        if "ATTACH" in block or "SECRET" in block:
+            host.run(RUN_SQL, placed(block))
+        else:
+            server.sql(placed(block), host.database)
+        ran += 1
+    assert ran == 6
+    assert host.run(COUNTS)[0] == [100, 100, 100]
+    host.start(LOG, "a", 20, 0).communicate(timeout=120)
+    assert host.run(COUNTS)[0][:2] == [120, 120]
