@@ -436,8 +436,9 @@ def test_secret_of_a_target_gets_out_nowhere(
     said = "".join(host.start(USE_ALL, MXCP_AUDIT_ENGINE=chosen).communicate(timeout=300))
     assert "Kennwort" not in said and "Zq7" not in said, said
     assert "events stay in the journal" in said
-    shown, failed, ill = host.cli("log"), host.cli("ingest", "--debug"), host.cli("doctor")
-    said = "".join(one.stdout + one.stderr for one in (shown, failed, ill))
+    shown, failed = host.cli("log"), host.cli("ingest", "--debug")
+    others = [host.cli(name) for name in ("doctor", "config")]
+    said = "".join(one.stdout + one.stderr for one in (shown, failed, *others))
     assert "Kennwort" not in said and "Zq7" not in said, said
     assert shown.returncode == 1 and "Traceback" not in shown.stderr and "Traceback" in failed.stderr
 
