@@ -87,6 +87,7 @@ __all__ = [
     "DatabaseCorruptError",
     "DatabaseLockedError",
     "DatabaseNotFoundError",
+    "DatabaseUnreachableError",
     "EngineNotFoundError",
     "EventError",
     "Filter",
@@ -171,6 +172,10 @@ class DatabaseNotFoundError(StoreError):
 
 class DatabaseLockedError(StoreError):
     """Another process holds the database; the only error that is worth a retry."""
+
+
+class DatabaseUnreachableError(StoreError):
+    """A target that is no file can't be reached, or refused us; events wait in the journal."""
 
 
 class DatabaseCorruptError(StoreError):
@@ -690,7 +695,8 @@ class Config:
     """The settings that hold, each with its source; made by `load_config`, already validated.
 
     Args:
-        path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given.
+        path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given;
+            it may hold a password, so `repr` leaves it out, and what is shown is `public_target` of it.
         profile: the profile's name.
         site_file: absolute path of the site file, None without one.
         enabled: whether to record at all.
@@ -708,7 +714,7 @@ class Config:
             "mxcp-site.yml:12" (file and line).
     """
 
-    path: str
+    path: str = field(repr=False)
     profile: str = "default"
     site_file: str | None = None
     enabled: bool = False
@@ -733,6 +739,65 @@ class Config:
 def is_attach_target(path: str) -> bool:
     """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
     return _TARGET.match(path) is not None
+
+
+# What may be shown of a connection string and of the `attach` options; everything else may be secret.
+_PUBLIC_KEYS = frozenset(
+    (
+        "dbname",
+        "host",
+        "hostaddr",
+        "port",
+        "user",
+        "service",
+        "sslmode",
+        "application_name",
+        "connect_timeout",
+    )
+)
+_PUBLIC_OPTIONS = frozenset(("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET"))
+_KEYWORD_PREFIXES = ("postgres:", "mysql:")  # what follows is `key=value …`, or a URL
+_PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
+_PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
+_PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
+
+
+def public_target(target: str) -> str:
+    """Return the path of a file as it is, and an ATTACH target without what may be secret in it."""
+    if not is_attach_target(target):
+        return target
+    prefix = cast("re.Match[str]", _PREFIXES.match(target))[0]
+    rest = target[len(prefix) :]
+    if "://" not in rest and (prefix.lower().endswith(_KEYWORD_PREFIXES) or re.match(r"\w+\s*=", rest)):
+        shown = [
+            f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)
+        ]
+        return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
+    before, mark, after = rest.rpartition("@")
+    if mark:
+        rest = before.partition("://")[0] + "://…@" + after if "://" in before else "…@" + after
+    return prefix + re.sub(r"\?.*", "?…", rest, flags=re.DOTALL)
+
+
+def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
+    """Return a text about an ATTACH target without what may be secret in the target and its options.
+
+    Engines repeat connection strings, whole or in pieces that nobody foresees. So the whole is
+    replaced by its public form, and a text that still holds a piece of three characters or more
+    of anything else is withheld.
+    """
+    public = public_target(target)
+    rest = target[len(cast("re.Match[str]", _PREFIXES.match(target))[0]) :]
+    if rest:
+        text = text.replace(rest, public[len(target) - len(rest) :])
+    values = [str(value) for name, value in options.items() if name.upper() not in _PUBLIC_OPTIONS]
+    shown = {*_PIECE.findall(public)}.union(
+        *(_PIECE.findall(str(value)) for name, value in options.items() if name.upper() in _PUBLIC_OPTIONS)
+    )
+    pieces = {piece for part in (target, *values) for piece in _PIECE.findall(part)} - shown
+    if any(piece in text for piece in pieces):
+        return "what the engine says is withheld, because it repeats something that may be secret"
+    return text
 
 
 def check_settings(
@@ -843,7 +908,7 @@ def _names(value: object) -> tuple[str, ...]:
 
 def _options(value: object) -> dict[str, str | int | float | bool]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"must be a mapping of options, not {_described(value)}")
+        raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")
     for name, option in value.items():
         if not isinstance(name, str) or not _OPTION_NAME.fullmatch(name):
             raise ValueError("the name of an option has letters, digits and _ only; correct it", name)
@@ -957,7 +1022,8 @@ def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> C
     checked = check_settings(given)
     if is_attach_target(checked["path"]):
         if "journal" not in checked:
-            problem = f"{checked['path']:.40} is no file, so there is no place beside it; name a directory"
+            shown = public_target(checked["path"])
+            problem = f"{shown} is no file, so there is no place beside it; name a directory"
             raise ConfigError(problem, trail=("journal",))
     else:
         checked["path"] = os.path.abspath(checked["path"])
@@ -3070,7 +3136,7 @@ class Encoder:
             ("policy_decision", "n/a" if policy_decision is None else policy_decision, POLICY_DECISIONS),
             ("status", status, STATUSES),
         ):
-            text = self._redactor.scrub(self._plain_text(value))
+            text = self._redactor.scrub(self._plain_text(value)).replace("\0", REPLACEMENT)
             texts.append(encode_text(text))
             if text not in allowed:
                 flags.append(f"mxcp_audit: {argument} is none of {', '.join(allowed)}")
@@ -3223,15 +3289,19 @@ _GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOE
 _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
-def try_lock(fd: int) -> bool:
-    """Take the exclusive lock of an open file without waiting; False if somebody else has it.
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Take the lock of an open file without waiting; False if somebody else has it.
+
+    Args:
+        fd: the open file.
+        shared: let others have the lock that ask for it so, too. Windows knows no such lock.
 
     Raises:
         OSError: the file system has no locks (ENOLCK, EOPNOTSUPP on some network shares).
     """
     try:
         if sys.platform != "win32":
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:
             os.lseek(fd, _LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
@@ -3676,6 +3746,32 @@ class Journal:
             if locked:
                 unlock(fd)
             os.close(fd)
+
+    @contextlib.contextmanager
+    def reading_lock(self) -> Iterator[bool]:
+        """Keep anybody from ingesting from here, but no other reader from reading; False if one ingests now.
+
+        For targets that don't shut ingesters out themselves while they are read.
+
+        Raises:
+            JournalError: the file can't be opened or locked.
+        """
+        path = os.path.join(self.directory, "ingest.lock")
+        fd = -1
+        locked = True
+        try:
+            with contextlib.suppress(FileNotFoundError):  # nobody has ever ingested from here
+                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+                locked = try_lock(fd, shared=True)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise JournalError(f"can't be locked: {error.strerror}", path=path) from error
+        try:
+            yield locked
+        finally:
+            if fd >= 0:
+                os.close(fd)
 
     def identity(self) -> str:
         """Return the random name under which this journal appears in the ledger, made at the first call.
@@ -5856,7 +5952,43 @@ WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, po
 
 TABLE_COLUMNS: Final = """\
 SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
-WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
+WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')
+AND schema_name IN (SELECT unnest($schemas))"""
+
+# For targets that are no file. A server, or an engine whose parent was killed, finishes a commit that it was
+# sent, and the next ingest may not see it yet. So two transactions that take in the same segments must
+# collide. In PostgreSQL they do over the position in the ledger; DuckLake has no such index, but only one of
+# two transactions can change the same row of a journal's own little table.
+UNIQUE_POSITIONS: Final = (
+    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
+)
+
+
+def turn_statements(journal: str) -> tuple[str, str]:
+    """Return two statements: the first makes the table of a journal, the second takes the journal's turn.
+
+    Args:
+        journal: its identity; part of the table's name.
+
+    Raises:
+        JournalError: the identity is none of ours.
+    """
+    if not re.fullmatch("[0-9a-f]{1,64}", journal):
+        raise JournalError("is no identity of a journal; remove the file", path="journal.id")
+    table = f"audit.turn_{journal}"
+    return (
+        f"CREATE TABLE IF NOT EXISTS {table} AS SELECT 0::BIGINT AS taken",
+        f"UPDATE {table} SET taken = taken + 1",
+    )
+
+
+QUACK_COLUMNS: Final = """\
+SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name FROM (DESCRIBE audit.logs)
+UNION ALL SELECT 'ledger', column_name::VARCHAR FROM (DESCRIBE audit.ledger)"""  # duckdb_columns() lists none
+EXTENSION_STATES: Final = """\
+SELECT extension_name::VARCHAR AS name, loaded, installed FROM duckdb_extensions()
+WHERE extension_name IN (SELECT unnest($names))"""
+ENGINE_VERSION: Final = "SELECT library_version::VARCHAR AS version FROM pragma_version()"
 
 JOURNAL_ROWS: Final = f"""\
 SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
@@ -6011,10 +6143,29 @@ Row = tuple[Any, ...]
 
 _PARAMETER: Final = re.compile(r"\$([a-z_][a-z_0-9]*)")
 _GUEST_MEMORY: Final = "256MB"  # a logger is a guest in its server; a batch of 64 MiB fits
-_SESSION_SETTINGS: Final = "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false;"
+_SESSION_SETTINGS: Final = (
+    "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
+    "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
+)
 
 # The order matters: the first that is found decides.
 _ENGINE_ERRORS: Final = (
+    (DatabaseLockedError, "could not serialize access"),
+    (DatabaseLockedError, "duplicate key value violates unique constraint"),
+    (DatabaseLockedError, "tuple concurrently updated"),
+    (DatabaseLockedError, "deadlock detected"),
+    (DatabaseLockedError, "transaction conflict"),
+    (DatabaseLockedError, "write-write conflict"),
+    (DatabaseLockedError, "maximum retry count"),
+    (DatabaseUnreachableError, "unable to connect to postgres"),
+    (DatabaseUnreachableError, "connection to server"),
+    (DatabaseUnreachableError, "server closed the connection"),
+    (DatabaseUnreachableError, "terminating connection"),
+    (DatabaseUnreachableError, "no connection to the server"),
+    (DatabaseUnreachableError, "could not connect to server"),
+    (DatabaseUnreachableError, "install it first using"),
+    (DatabaseUnreachableError, "terminate called after throwing"),
+    (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled"),
     (DatabaseLockedError, "could not set lock on file"),
     (DatabaseLockedError, "conflicting lock is held"),
     (DatabaseLockedError, "being used by another process"),
@@ -6038,6 +6189,7 @@ _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
 def store_error(message: str) -> StoreError:
     """Return the error of ours that a message of DuckDB's stands for."""
+    message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     lowered = message.lower()
     for kind, sign in _ENGINE_ERRORS:
         if sign in lowered:
@@ -6207,6 +6359,7 @@ class CliEngine:
 
     def __init__(self, program: str, *, guest: bool) -> None:
         self.program = program
+        self._options: Sequence[str] = ("-no-init", "-batch", "-bail", "-jsonlines", ":memory:")
         self._guest = guest
         self._process: subprocess.Popen[bytes] | None = None
         self._mark = os.urandom(8).hex()
@@ -6220,10 +6373,9 @@ class CliEngine:
         import tempfile
 
         self._complaints = tempfile.TemporaryFile()
-        options = ["-no-init", "-batch", "-bail", "-jsonlines", ":memory:"]
         try:
             process = subprocess.Popen(
-                [self.program, *options],
+                [self.program, *self._options],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -6294,6 +6446,52 @@ class CliEngine:
             self._complaints.close()
 
 
+class ApartEngine(CliEngine):
+    """The `duckdb` package in a child of its own, with the manners of the program.
+
+    For targets that are no file: when PostgreSQL goes away at the wrong moment, its extension ends the
+    process that it is in (1.5.5), and while it waits nothing can interrupt it. So it is never loaded
+    into a server.
+    """
+
+    name = "package"
+    keeps = True  # starting it and loading extensions takes a good part of a second
+
+    def __init__(self, *, guest: bool) -> None:
+        """Raises ImportError if there is no such package; it is not imported here."""
+        import importlib.util
+
+        package = importlib.util.find_spec("duckdb")
+        if package is None or package.origin is None:
+            raise ImportError("No module named 'duckdb'")
+        super().__init__(sys.executable, guest=guest)
+        folder = os.path.dirname(os.path.dirname(package.origin))
+        self._options = ("-X", "utf8", "-c", _APART, self._mark, folder)
+
+
+# Run by ApartEngine. The current directory must not shadow modules.
+_APART: Final = """
+import sys
+sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
+import duckdb, json, os
+answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)  # whatever else is printed
+connection, text, mark = duckdb.connect(), [], f".print {sys.argv[1]}\\n"
+for line in sys.stdin:
+    if line != mark:
+        text.append(line)
+        continue
+    try:
+        result = connection.execute("".join(text))
+        text.clear()
+        while rows := result.fetchmany(1000):
+            answers.writelines(json.dumps(dict(enumerate(row)), default=str) + "\\n" for row in rows)
+    except duckdb.Error as error:
+        sys.exit(str(error))
+    print(sys.argv[1], file=answers, flush=True)
+"""
+
+
 def _end_process(process: subprocess.Popen[bytes]) -> None:
     """Close the child's input and wait for its end; a child that goes on computing is killed."""
     import subprocess
@@ -6334,8 +6532,98 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     return shutil.which("duckdb", path=environ.get("PATH"))
 
 
-def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ) -> Engine:
+# The extensions that a target needs, by the words before its colons, and those that they need in turn.
+_EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "ducklake": ("ducklake",),
+    "postgres": ("postgres_scanner",),
+    "postgresql": ("postgres_scanner",),
+    "mysql": ("mysql_scanner",),
+    "sqlite": ("sqlite_scanner",),
+    "quack": ("httpfs", "quack"),
+    "md": ("motherduck",),
+    "motherduck": ("motherduck",),
+    "s3": ("httpfs",),
+    "gs": ("httpfs",),
+    "gcs": ("httpfs",),
+    "r2": ("httpfs",),
+    "https": ("httpfs",),
+    "az": ("azure",),
+    "abfss": ("azure",),
+}
+# libpq waits for ever by default, and nothing can interrupt it meanwhile. Arbitrary, but finite.
+_PATIENCE: Final = ("connect_timeout=10", "tcp_user_timeout=30000")
+
+
+def attach_statement(target: str, options: Mapping[str, object]) -> str:
+    """Return the statement that attaches a target which is no file as `audit`."""
+    scheme = target.lower().removeprefix("ducklake:")
+    if scheme.startswith(("postgresql://", "postgres://")):
+        options = {"TYPE": "postgres", **options} if scheme == target.lower() else options
+        if "connect_timeout" not in target:
+            target += ("&" if "?" in target else "?") + "&".join(_PATIENCE)
+    elif scheme.startswith("postgres:") and "connect_timeout" not in target:
+        separator = "&" if "?" in target else "?"
+        target += separator + "&".join(_PATIENCE) if "://" in target else " " + " ".join(_PATIENCE)
+    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
+    return f"ATTACH {sql_literal(target)} AS audit" + (f" ({words})" if words else "")
+
+
+def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
+    """Load what a target needs; nothing is downloaded.
+
+    Taken is what was installed in DuckDB's own way, else what a `duckdb-extension-*` package holds.
+
+    Raises:
+        DatabaseUnreachableError: an extension is missing; the text has the command that installs it.
+    """
+    texts = " ".join([target, *map(str, options.values())]).lower()
+    words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
+    wanted = list(dict.fromkeys(name for word in words for name in _EXTENSIONS.get(word, ())))
+    engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
+    states = {
+        name: (loaded, installed)
+        for name, loaded, installed in engine.execute(EXTENSION_STATES, {"names": wanted or [""]})
+    }
+    for name in wanted:
+        loaded, installed = states.get(name, (False, False))
+        if loaded:
+            continue
+        if not installed:
+            ((version,),) = engine.execute(ENGINE_VERSION)
+            path = _packaged_extension(name, version)
+            if path is None:
+                raise DatabaseUnreachableError(
+                    f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
+                    f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
+                )
+            engine.execute(f"LOAD {sql_literal(path)}")
+        else:
+            engine.execute(f"LOAD {name}")
+    if "postgres_scanner" in wanted:  # it refuses a whole batch for one NUL, which a foreign journal may hold
+        engine.execute("SET pg_null_byte_replacement = chr(65533)")
+
+
+def _packaged_extension(name: str, version: str) -> str | None:
+    """Return the file of an extension that came as a Python package for just this version of DuckDB."""
+    import importlib.util
+
+    package = importlib.util.find_spec(f"duckdb_extension_{name}")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        path = os.path.join(folder, "extensions", version, f"{name}.duckdb_extension")
+        if os.path.exists(path):
+            return path
+    return None
+
+
+def open_engine(
+    *, guest: bool = False, apart: bool = False, environ: Mapping[str, str] = os.environ
+) -> Engine:
     """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default whichever is there.
+
+    Args:
+        guest: one thread and little memory, for use inside of a server.
+        apart: in a process of its own in any case.
+        environ: the environment.
 
     Raises:
         EngineNotFoundError: neither is there, or not the one that was asked for.
@@ -6345,6 +6633,8 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
     if choice in ("auto", "package"):
         try:
+            if apart:
+                return ApartEngine(guest=guest)
             PackageEngine.version()
             return PackageEngine(guest=guest)
         except ImportError as error:
@@ -6358,7 +6648,9 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
             "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or name it in "
             "MXCP_AUDIT_DUCKDB"
         )
-    return CliEngine(program, guest=guest)
+    engine = CliEngine(program, guest=guest)
+    engine.keeps = apart
+    return engine
 
 
 # === Store ===
@@ -6368,7 +6660,9 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 # row of a segment is committed together with its rows, and a segment is deleted only after a
 # checkpoint, so that a crash at any point repeats a step that the ledger turns into nothing.
 # Reading attaches read-only first, then lists the journal, then asks the ledger: while a reader holds
-# its lock nobody can ingest, so the three agree, and every event is seen once.
+# its lock nobody can ingest, so the three agree, and every event is seen once. A target that is no file
+# has no such lock: there a reader holds this host's ingest lock, shared with other readers, and reads in
+# one transaction. Other hosts' events come out of the table alone.
 #
 # Caveats, each with its remedy:
 # - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here;
@@ -6380,6 +6674,8 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
+_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
+_CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
 _DATABASE_MODE: Final = 0o600
 _FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
 
@@ -6402,10 +6698,12 @@ class Store:
     ) -> None:
         self.path = config.path
         self.is_file = not is_attach_target(config.path)
+        self.name = public_target(config.path)
         self.journal = Journal(config.journal_directory)
         self._options = config.attach
+        self._is_lake = config.path.lower().startswith("ducklake:")
         self._diagnostics = diagnostics or Diagnostics()
-        self._opener = opener
+        self._opener = opener if self.is_file else functools.partial(opener, apart=True)
         self._engine: Engine | None = None
         self._busy = native_threads().RLock()
         self._fork_held = False
@@ -6487,8 +6785,7 @@ class Store:
         _refuse_fatal_limit()
         engine = self._guest()
         try:
-            losses = self._stage(engine, claims) if claims else {}
-            fresh = self._commit(engine, claims, losses, lost)
+            losses, fresh = self._stage_and_commit(engine, claims, lost)
         except BaseException:
             engine.close()
             raise
@@ -6522,6 +6819,20 @@ class Store:
         if self._engine is None:
             self._engine = self._opener(guest=True)
         return self._engine
+
+    def _stage_and_commit(
+        self, engine: Engine, claims: list[Claim], lost: Mapping[str, Loss]
+    ) -> tuple[dict[str, int], set[str]]:
+        tries = 1 if self.is_file else _CONFLICT_TRIES
+        while True:
+            try:
+                losses = self._stage(engine, claims) if claims else {}
+                return losses, self._commit(engine, claims, losses, lost)
+            except DatabaseLockedError:
+                tries -= 1
+                if not tries:
+                    raise
+                time.sleep(_CONFLICT_PAUSE_SECONDS * (1 + os.urandom(1)[0]) / 256)
 
     def _stage(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
         """Read the segments into the temporary table `batch`; return how many lines each lost."""
@@ -6582,11 +6893,14 @@ class Store:
         with self._attached(engine, read_only=False):
             self._create_tables(engine)
             engine.execute("BEGIN")
+            if self._is_lake:
+                engine.execute(turn_statements(self.journal.identity())[1])
             known = self._ids(engine, KNOWN_SEGMENTS, segments)
             fresh = [segment for segment in segments if segment not in known]
             if known:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
-                engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
+                if self.is_file:
+                    engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
             if fresh:
                 engine.execute(INSERT_ROWS)
                 self._enter_ledger(engine, fresh, losses)
@@ -6653,10 +6967,17 @@ class Store:
                 engine.execute(statement)
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
+        if "ledger" not in present and _POSTGRES.match(self.path):
+            engine.execute(UNIQUE_POSITIONS)
+        if self._is_lake:
+            engine.execute(turn_statements(self.journal.identity())[0])
 
     def _columns(self, engine: Engine) -> dict[str, set[str]]:
         present: dict[str, set[str]] = {}
-        for table, column in engine.execute(TABLE_COLUMNS):
+        schemas = ["main", "public", *(str(v) for n, v in self._options.items() if n.upper() == "SCHEMA")]
+        is_quack = _QUACK.match(self.path) is not None
+        found = engine.execute(*((QUACK_COLUMNS,) if is_quack else (TABLE_COLUMNS, {"schemas": schemas})))
+        for table, column in found:
             present.setdefault(table, set()).add(column)
         return present
 
@@ -6686,19 +7007,56 @@ class Store:
     def _attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
         """Attach the target as `audit`; on an error the whole session ends, and with it any transaction."""
         try:
-            if not read_only and self.is_file and self._is_absent():
-                self._make_file(engine)
-            self._attach(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
-            yield
-            engine.execute("DETACH audit")
+            if self.is_file:
+                if not read_only and self._is_absent():
+                    self._make_file(engine)
+                self._attach(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
+                yield
+                engine.execute("DETACH audit")
+            else:
+                with self._remote_attached(engine, read_only=read_only):
+                    yield
         except StoreError as error:
             engine.close()
+            if not self.is_file:  # causes repeat connection strings, and with them passwords
+                raise self._public_error(error) from None
             if isinstance(error, QueryError):
                 raise
             raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
         except BaseException:
             engine.close()
             raise
+
+    @contextlib.contextmanager
+    def _remote_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
+        """Attach a target that is no file. Reading is one transaction, because others go on writing."""
+        if _QUACK.match(self.path) and not read_only:
+            raise StoreError(
+                "quack: is for reading only: it carries no transactions (DuckDB 1.5.5), so that nobody could "
+                "promise an event to be there exactly once; write to a file, DuckLake or PostgreSQL"
+            )
+        options = {**self._options, **({"READ_ONLY": True} if read_only else {})}
+        load_extensions(engine, self.path, options)
+        try:
+            engine.execute(attach_statement(self.path, options))
+        except QueryError as error:
+            raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
+        if not read_only:
+            yield
+            engine.execute("DETACH audit")
+            return
+        engine.execute("BEGIN")
+        yield
+        with contextlib.suppress(StoreError):  # a statement that failed has ended the session
+            engine.execute("COMMIT")
+            engine.execute("DETACH audit")
+
+    def _public_error(self, error: StoreError) -> StoreError:
+        text = hide_secrets(str(error), self.path, self._options)
+        remedy = (
+            "" if isinstance(error, QueryError) else f"; {_REMEDIES.get(type(error), _REMEDIES[StoreError])}"
+        )
+        return type(error)(f"{self.name}: {text}{remedy}")
 
     def _attach(self, engine: Engine, path: str, name: str, **options: object) -> None:
         options = {**self._options, **options}
@@ -6775,12 +7133,15 @@ class Store:
                     self._open_reading(reading, stack)
                     break
                 except (DatabaseLockedError, DatabaseNotFoundError) as error:
+                    if isinstance(error, DatabaseNotFoundError) and not self.is_file:
+                        reading.open_views(None, self.journal.segments(), set())
+                        break
                     # Not found: the file appeared, or vanished, between our look and DuckDB's.
                     if time.monotonic() < deadline:
                         time.sleep(0.01 + os.urandom(1)[0] / 2560)
                         continue
                     reading.problem = error
-                except DatabaseCorruptError as error:
+                except (DatabaseCorruptError, DatabaseUnreachableError) as error:
                     reading.problem = error
                 with contextlib.suppress(StoreError):  # what was attached went with the failed session
                     stack.close()
@@ -6789,7 +7150,7 @@ class Store:
                 break
             if not reading.has_table and not reading.has_journal and reading.problem is None:
                 raise DatabaseNotFoundError(
-                    f"Audit database not found at {self.path}. Either audit logging is not enabled for the "
+                    f"Audit database not found at {self.name}. Either audit logging is not enabled for the "
                     "profile, or no events have been logged yet (the database is created on first write)."
                 )
             yield reading
@@ -6801,7 +7162,7 @@ class Store:
             False if an ingest is running at this moment.
         """
         try:
-            return stack.enter_context(self.journal.ingest_lock())
+            return stack.enter_context(self.journal.reading_lock())
         except JournalError:  # the journal may be read-only for who reads; then that must do
             return True
 
@@ -6815,6 +7176,8 @@ class Store:
                 reading.open_views(None, self.journal.segments(), set())
                 return
             stack.close()
+        if not self.is_file and not self._keep_segments(stack):
+            raise DatabaseLockedError(f"{self.name}: this host's journal is being ingested; try again")
         stack.enter_context(self._attached(engine, read_only=True))
         segments = self.journal.segments()
         present = self._columns(engine)
@@ -6823,6 +7186,10 @@ class Store:
             ids = [segment_id_of(path) for path in segments]
             known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
         reading.open_views(present.get("logs"), segments, known)
+
+
+_POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
+_QUACK: Final = re.compile(r"(?i)quack:")
 
 
 @dataclass(frozen=True)
@@ -6878,7 +7245,7 @@ class Checkup:
         return True
 
     def _examine_database(self, wait: float) -> None:
-        state: dict[str, Any] = {"path": self._store.path, "readable": False, "events": None}
+        state: dict[str, Any] = {"path": self._store.name, "readable": False, "events": None}
         self.report["database"] = state
         try:
             with self._store.reading(wait=wait) as reading:
@@ -6892,6 +7259,8 @@ class Checkup:
             state["events"] = 0  # nothing was logged yet: no fault
         except DatabaseLockedError as error:
             self._fault(str(error), "close that program; events wait in the journal meanwhile")
+        except DatabaseUnreachableError as error:
+            self._fault(str(error), "see docs/scale-out.md; events wait in the journal meanwhile")
         except DatabaseCorruptError as error:
             self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
         except StoreError as error:
@@ -6967,6 +7336,7 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
     DatabaseCorruptError: "move it aside or restore a backup; nothing was changed, events wait",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
+    DatabaseUnreachableError: "events wait in the journal",
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
@@ -7599,7 +7969,9 @@ def _config_of(options: argparse.Namespace) -> Config:
     if options.db is not None:
         if options.config or options.profile:
             raise _UsageError("--db needs no site file: leave --config and --profile out")
-        return config_from_arguments(path=options.db)
+        # Beside a target that is no file there is no place: look for the default profile's journal here.
+        journal = "logs-default.journal" if is_attach_target(options.db) else None
+        return config_from_arguments(path=options.db, journal=journal)
     config = load_config(config=options.config, profile=options.profile)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         raise _UsageError(
