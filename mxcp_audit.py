@@ -26,11 +26,14 @@ documented columns of `logs`, the names in `__all__` and the exit codes will not
 from __future__ import annotations
 
 import atexit
+import bisect
 import codecs
 import contextlib
 import datetime
 import difflib
 import errno
+import hashlib
+import hmac
 import json
 import logging
 import os
@@ -1535,7 +1538,7 @@ class Claim:
             _write_beside(self.path, ".torn", data[end:])
             os.ftruncate(self._fd, end)
         self.lines = data.count(b"\n")
-        self.longest = max(map(len, data[:end].split(b"\n")))
+        self.longest = _longest_line(data, end)
         self.size = end
 
     def read(self) -> bytes:
@@ -1578,6 +1581,19 @@ class Claim:
             os.close(fd)
         if delete and sys.platform == "win32":  # it deletes no open file
             os.unlink(self.path)
+
+
+def _longest_line(data: bytes, end: int) -> int:
+    """Return the length of the longest line, or a limit that none exceeds: splitting costs ten times more."""
+    longest = step = 2**20
+    start = 0
+    while start < end:
+        feed = data.rfind(b"\n", start, start + step)
+        if feed < 0:
+            feed = data.index(b"\n", start)
+            longest = max(longest, feed - start)
+        start = feed + 1
+    return longest
 
 
 def segment_id_of(path: str) -> str:
@@ -2957,12 +2973,63 @@ WIDEN_LOGS: Final = tuple(
     f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
     for column in COLUMNS[10:]
 )
-# `kind` is `segment`, `loss` or `purge`; `position` counts the entries of one journal's chain from 1.
-CREATE_LEDGER: Final = """\
-CREATE TABLE IF NOT EXISTS audit.ledger (
-    journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT,
-    first_event TIMESTAMP, last_event TIMESTAMP, digest VARCHAR, seal VARCHAR,
-    detail VARCHAR, host VARCHAR, ingested_at TIMESTAMP)"""
+# The ledger: an entry for each segment, loss and purge, and one for an older table's rows (`legacy`).
+# `position` counts the entries of one journal's chain from 1. `marks` holds four hex digits of each
+# event's hash in order of seq, so that a changed event can be named; null where seq has gaps.
+# Also update docs/security.md, and tools/verify_independently.py, which knows it from there.
+LEDGER_COLUMNS: Final = (
+    Column("journal", "VARCHAR"),
+    Column("position", "BIGINT"),
+    Column("kind", "VARCHAR"),
+    Column("segment", "VARCHAR"),
+    Column("events", "BIGINT"),
+    Column("first_event", "TIMESTAMP"),
+    Column("last_event", "TIMESTAMP"),
+    Column("digest", "VARCHAR"),
+    Column("marks", "VARCHAR"),
+    Column("detail", "VARCHAR"),
+    Column("host", "VARCHAR"),
+    Column("ingested_at", "TIMESTAMP"),
+    Column("seal", "VARCHAR"),
+)
+_LEDGER_DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in LEDGER_COLUMNS)
+CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({_LEDGER_DEFINITIONS})"
+
+
+def row_hash(columns: Sequence[Column]) -> str:
+    """Return the SQL of a row's hash: SHA-256 of its canonical form, which no two different rows share.
+
+    A number for each column, separated by `|`: an integer itself, a timestamp's microseconds since
+    the epoch, a text's length in bytes; nothing for NULL. Then `|` and all texts, one after the other.
+    """
+    numbers = {
+        # An infinity has no microseconds, and must not look like NULL.
+        "TIMESTAMP": "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END",
+        "VARCHAR": "strlen({0})",
+    }
+    head = ", '|', ".join(numbers.get(column.sql_type, "{0}").format(column.name) for column in columns)
+    texts = ", ".join(column.name for column in columns if column.sql_type == "VARCHAR")
+    return f"sha256(concat({head}, '|', {texts}))"
+
+
+def digests(
+    source: str, condition: str = "true", *, segment: str = "segment", order: str = "seq, hash"
+) -> str:
+    """Return the SELECT of what the ledger says of each segment: count, range, digest and marks.
+
+    The digest is SHA-256 over the hashes of the segment's rows, in order of seq; where that is missing
+    or not unique, in order of the hashes, which costs a tenth more.
+    """
+    return f"""\
+SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
+       CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
+FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event, max(timestamp) AS last_event,
+             min(seq) AS low, max(seq) AS high, list(hash ORDER BY {order}) AS hashes
+      FROM (SELECT {segment} AS part, timestamp, seq, {row_hash(COLUMNS)} AS hash
+            FROM {source} WHERE {condition})
+      GROUP BY part)"""
+
+
 
 # Reading a segment: `columns` always, because detection types the same file differently in 1.5 and 2.0.
 STAGE: Final = f"""\
@@ -2987,17 +3054,111 @@ KNOWN_SEGMENTS: Final = """\
 SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
+# Entering: positions and digests go into the temporary table `entries`, then seals are added.
+CREATE_ENTRIES: Final = f"CREATE OR REPLACE TEMP TABLE entries ({_LEDGER_DEFINITIONS})"
 LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
-INSERT_SEGMENTS: Final = """\
-INSERT INTO audit.ledger BY NAME
-SELECT $journal AS journal, $position + row_number() OVER (ORDER BY claimed) AS position, 'segment' AS kind,
-       claimed AS segment, count(seq) AS events, min(timestamp) AS first_event, max(timestamp) AS last_event,
+HEAD_AT: Final = """\
+SELECT (SELECT max(seal) FROM audit.ledger WHERE journal = $journal AND position = $position)::VARCHAR,
+       (SELECT coalesce(sum(events), 0) FROM audit.ledger WHERE journal = $journal AND kind = 'segment')::BIGINT"""
+LEDGER_IS_EMPTY: Final = "SELECT count(*) = 0 FROM audit.ledger"
+# Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
+_SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
+LEGACY_DAYS: Final = """\
+SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR, count(*)::BIGINT FROM audit.logs
+WHERE segment IS NULL GROUP BY ALL ORDER BY ALL NULLS FIRST"""
+PREPARE_LEGACY: Final = f"""\
+INSERT INTO entries BY NAME
+SELECT $journal AS journal, 'legacy' AS kind, segment, events, first_event, last_event, digest,
+       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY segment) AS position,
        $host AS host, $now::TIMESTAMP AS ingested_at
-FROM (SELECT unnest($segments) AS claimed) LEFT JOIN batch ON segment = claimed GROUP BY claimed"""
-INSERT_LOSS: Final = """\
+FROM ({digests("audit.logs", "segment IS NULL AND coalesce(strftime(timestamp, '%Y-%m-%d'), '') "
+               "BETWEEN $first_day AND $last_day", segment=_SEGMENT_OR_DAY)})"""
+PREPARE_SEGMENTS: Final = f"""\
+INSERT INTO entries BY NAME
+SELECT $journal AS journal, 'segment' AS kind, claimed AS segment,
+       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY claimed) AS position, coalesce(events, 0) AS events, first_event, last_event, digest, marks,
+       $host AS host, $now::TIMESTAMP AS ingested_at
+FROM (SELECT unnest($segments) AS claimed) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed"""
+PREPARE_ENTRY: Final = """\
+INSERT INTO entries BY NAME
+SELECT $journal AS journal, $position + 1 + (SELECT count(*) FROM entries) AS position, $kind AS kind, $segment::VARCHAR AS segment,
+       $events::BIGINT AS events, make_timestamp($first) AS first_event, make_timestamp($last) AS last_event,
+       $digest::VARCHAR AS digest, $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+PREPARED_HASHES: Final = f"""\
+SELECT position::BIGINT, kind::VARCHAR, events::BIGINT, {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
+FROM entries ORDER BY position"""
+INSERT_ENTRIES: Final = """\
 INSERT INTO audit.ledger BY NAME
-SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS segment,
-       $events::BIGINT AS events,       $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+SELECT entries.* REPLACE (sealed AS seal)
+FROM entries JOIN (SELECT unnest($positions) AS place, unnest($seals) AS sealed) ON position = place"""
+
+# Verifying reads the tables through views of known columns and types, whatever somebody made of them.
+TABLE_TYPES: Final = """\
+SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
+WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
+CHAIN: Final = f"""\
+SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, segment::VARCHAR, events::BIGINT, seal::VARCHAR,
+       {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
+FROM sound_ledger ORDER BY journal, position, seal"""
+PURGES: Final = """\
+SELECT detail::VARCHAR, events::BIGINT FROM sound_ledger WHERE kind = 'purge' ORDER BY journal, position"""
+SPLITS: Final = """\
+SELECT max(segment)::VARCHAR FROM (
+    SELECT segment, floor(sum(events) OVER (ORDER BY segment ROWS UNBOUNDED PRECEDING) / $size) AS part
+    FROM sound_ledger
+    WHERE kind IN ('segment', 'legacy') AND ($before IS NULL OR last_event >= make_timestamp($before)))
+GROUP BY part ORDER BY ALL NULLS FIRST"""
+CREATE_SCOPE: Final = f"""\
+CREATE OR REPLACE TEMP TABLE scope AS
+SELECT segment FROM sound_ledger
+WHERE kind IN ('segment', 'legacy') AND CASE WHEN $newer THEN last_event >= $moment::TIMESTAMP
+                                             ELSE first_event < $moment::TIMESTAMP END
+UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs
+WHERE CASE WHEN $newer THEN timestamp >= $moment::TIMESTAMP ELSE timestamp < $moment::TIMESTAMP END"""
+
+
+def compare(*, scoped: bool) -> str:
+    """Return the SELECT that sets what the ledger says of segments beside what is in `logs`.
+
+    Without `scoped`, only differences are returned, and what a purge may have taken (`$before`).
+    """
+    inside = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
+    if scoped:
+        inside += " AND {0} IN (SELECT segment FROM scope)"
+    found = digests("sound_logs", inside.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
+    chosen = "true" if scoped else (
+        "found.digest IS DISTINCT FROM entered.digest OR coalesce(found.events, 0) <> entered.events "
+        "OR entered.events IS NULL OR entered.first_event < make_timestamp($before)"
+    )
+    return f"""\
+SELECT entered.journal::VARCHAR AS journal, entered.position::BIGINT AS position,
+       coalesce(entered.segment, found.segment)::VARCHAR AS segment, entered.events::BIGINT AS entered,
+       epoch_us(entered.first_event)::BIGINT AS first, epoch_us(entered.last_event)::BIGINT AS last,
+       entered.digest::VARCHAR AS digest, coalesce(found.events, 0)::BIGINT AS found,
+       epoch_us(found.first_event)::BIGINT AS found_first, epoch_us(found.last_event)::BIGINT AS found_last,
+       found.digest::VARCHAR AS found_digest
+FROM (SELECT * FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND {inside.format("segment")}) entered
+FULL JOIN ({found}) found ON found.segment = entered.segment
+WHERE {chosen} ORDER BY segment"""
+
+
+COMPARE: Final = compare(scoped=False)
+COMPARE_SCOPE: Final = compare(scoped=True)
+MARKS: Final = "SELECT marks::VARCHAR FROM sound_ledger WHERE segment = $segment AND kind = 'segment'"
+FOUND_MARKS: Final = f"""\
+SELECT seq::BIGINT, {row_hash(COLUMNS)}[1:4]::VARCHAR FROM sound_logs
+WHERE segment = $segment ORDER BY seq"""
+
+
+def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
+    """Return the view of a table in which a column that is missing, or has another type, is NULL."""
+    names = ", ".join(
+        column.name if types.get(column.name) == column.sql_type else f"NULL::{column.sql_type} AS {column.name}"
+        for column in columns
+    )
+    source = f"FROM audit.{table}" if types else "WHERE false"
+    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {names} {source}"
+
 
 TABLE_COLUMNS: Final = """\
 SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
@@ -3514,6 +3675,8 @@ class Store:
         self._engine: Engine | None = None
         self._busy = threading.RLock()
         self._fork_held = False
+        self._ledger = Ledger()
+        self._drops_entered = 0
 
     # --- ingest (IngestSide)
 
@@ -3673,34 +3836,31 @@ class Store:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
             if fresh:
                 engine.execute(INSERT_ROWS)
-                self._enter_ledger(engine, fresh, losses)
+                dropped = self._enter_ledger(engine, fresh, losses)
             engine.execute("COMMIT")
+            if fresh:
+                self._ledger.committed()
+                self._drops_entered += dropped
             if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
                 engine.execute("CHECKPOINT audit")
         return set(fresh)
 
-    def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> None:
-        entry: dict[str, object] = {
-            "journal": self.journal.identity(),
-            "host": platform_node(),
-            "now": sql_time(utc_now()),
-        }
-        ((position,),) = engine.execute(LAST_POSITION, entry)
-        engine.execute(INSERT_SEGMENTS, {**entry, "position": position, "segments": segments})
-        position += len(segments)
+    def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> int:
+        """Enter segments and losses in the running transaction; return how many dropped events are entered."""
+        entries: list[Entry] = []
+        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
+        if empty:
+            entries.extend(legacy_entries(engine))
+        entries.append((PREPARE_SEGMENTS, {"segments": segments}))
         for segment in segments:
             if losses.get(segment):
-                position += 1
-                engine.execute(
-                    INSERT_LOSS,
-                    {
-                        **entry,
-                        "position": position,
-                        "segment": segment,
-                        "events": losses[segment],
-                        "detail": "lines that could not be ingested, kept in the journal as .rejected",
-                    },
-                )
+                text = "lines that could not be ingested, kept in the journal as .rejected"
+                entries.append(entry_of("loss", losses[segment], text, segment=segment))
+        dropped = self._diagnostics.dropped - self._drops_entered
+        if dropped:
+            entries.append(entry_of("loss", dropped, "dropped because the queue was full (on_full: drop)"))
+        self._ledger.enter(engine, self.journal.identity(), entries)
+        return dropped
 
     def _create_tables(self, engine: Engine) -> None:
         present = self._columns(engine)
@@ -3935,6 +4095,154 @@ def _size_of(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
+
+
+# --- the ledger
+#
+# Each entry's seal covers the entry and the seal before it, so that whoever knows one seal can tell
+# whether anything up to it was changed. Digests are computed in SQL, where the rows are; seals here,
+# because a chain is no query and HMAC is no function of DuckDB's. docs/security.md says what this
+# proves, to whom, and what it doesn't.
+
+Entry: TypeAlias = "tuple[str, Mapping[str, object]]"  # a PREPARE statement and its own parameters
+
+_KEYED: Final = "k:"  # marks a seal that was made with a key
+_LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
+
+
+class Head(NamedTuple):
+    """The end of a journal's chain; known elsewhere, it proves everything before it."""
+
+    journal: str
+    position: int  # of the last entry, from 1
+    events: int  # of all segments so far, purged ones included
+    seal: str
+
+
+def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
+    """Return the keys of the chain, the one that seals first; none if the chain has no key.
+
+    `MXCP_AUDIT_KEY_FILE` names a file of one key a line, newest first, so that a key can be replaced;
+    without it `MXCP_AUDIT_KEY` is the only key.
+
+    Raises:
+        ConfigError: the file can't be read, holds no key, or may be read by others.
+    """
+    path = environ.get("MXCP_AUDIT_KEY_FILE")
+    if not path:
+        key = environ.get("MXCP_AUDIT_KEY")
+        return (_sealing_key(key.encode("utf-8", "surrogateescape")),) if key else ()
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            lines = [line.strip() for line in file.read().splitlines()]
+    except OSError as error:
+        raise ConfigError(
+            f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE", path=path
+        ) from error
+    if os.name == "posix" and mode & 0o077:
+        raise ConfigError("others may read the key file; run chmod 600 on it", path=path)
+    keys = tuple(_sealing_key(line) for line in lines if line)
+    if not keys:
+        raise ConfigError("the key file is empty; write a key on its first line", path=path)
+    return keys
+
+
+def _sealing_key(key: bytes) -> bytes:
+    # Not the key itself: redaction shows HMACs with that one, of texts that callers choose.
+    return hashlib.sha256(b"mxcp_audit seal\0" + key).digest()
+
+
+def make_seal(previous: str, row: str, key: bytes | None) -> str:
+    """Return the seal of an entry.
+
+    Args:
+        previous: the seal before it, "" for the first entry of a journal.
+        row: the hash of the entry's row, 64 hex digits.
+        key: None for a chain without a key, which then proves only what is compared with a checkpoint.
+    """
+    text = f"{previous}|{row}".encode()
+    if key is None:
+        return hashlib.sha256(text).hexdigest()
+    return _KEYED + hmac.digest(key, text, "sha256").hex()
+
+
+def entry_of(
+    kind: str,
+    events: int,
+    detail: str,
+    *,
+    segment: str | None = None,
+    span: tuple[int | None, int | None] = (None, None),
+    digest: str | None = None,
+) -> Entry:
+    """Return an entry that isn't a segment; `span` is first and last event in microseconds."""
+    return PREPARE_ENTRY, {
+        "kind": kind,
+        "segment": segment,
+        "events": events,
+        "first": span[0],
+        "last": span[1],
+        "digest": digest,
+        "detail": detail,
+    }
+
+
+def legacy_entries(engine: Engine) -> Iterator[Entry]:
+    """Yield what enters the rows of an older table, a few days at a time."""
+    days: list[str] = []
+    total = 0
+    for day, rows in engine.execute(LEGACY_DAYS):
+        if days and total + rows > _LEGACY_ROWS:
+            yield PREPARE_LEGACY, {"first_day": days[0], "last_day": days[-1]}
+            days, total = [], 0
+        days.append(day or "")
+        total += rows
+    if days:
+        yield PREPARE_LEGACY, {"first_day": days[0], "last_day": days[-1]}
+
+
+class Ledger:
+    """Continues the chain of one journal. `head` is its end as this process last committed it."""
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+        self._pending: Head | None = None
+
+    def enter(self, engine: Engine, journal: str, entries: Iterable[Entry]) -> Head:
+        """Add entries at the end of the chain, inside of the running transaction; then call `committed`.
+
+        Raises:
+            StoreError: the chain is sealed with a key that this process doesn't have.
+        """
+        keys = seal_keys()
+        common = {"journal": journal, "host": platform_node(), "now": sql_time(utc_now())}
+        ((position,),) = engine.execute(LAST_POSITION, common)
+        head = self.head
+        if head is None or head[:2] != (journal, position):
+            ((seal, events),) = engine.execute(HEAD_AT, {**common, "position": position})
+            head = Head(journal, position, events, seal or "")
+        if head.seal.startswith(_KEYED) and not keys:
+            raise StoreError(
+                "the ledger is sealed with a key, and an entry without it would look forged: "
+                "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE"
+            )
+        engine.execute(CREATE_ENTRIES)
+        for sql, params in entries:
+            engine.execute(sql, {**common, "position": position, **params})
+        positions, seals = [], []
+        for place, kind, count, row in engine.execute(PREPARED_HASHES):
+            seal = make_seal(head.seal, row, keys[0] if keys else None)
+            head = Head(journal, place, head.events + (count if kind == "segment" else 0), seal)
+            positions.append(place)
+            seals.append(seal)
+        engine.execute(INSERT_ENTRIES, {"positions": positions, "seals": seals})
+        self._pending = head
+        return head
+
+    def committed(self) -> None:
+        """Say that the transaction of the last `enter` succeeded."""
+        self.head = self._pending
 
 
 def platform_node() -> str:
