@@ -1635,7 +1635,7 @@ class Journal:
             OSError: the directory can't be made or written.
             JournalError: the directory is a symbolic link or belongs to somebody else.
         """
-        self._make_directory()
+        self.make_directory()
         while True:
             segment_id = new_segment_id(self._clock())
             path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
@@ -1663,7 +1663,13 @@ class Journal:
         except OSError:  # no locks here: the claimers find out as well, and leave everything alone
             return True
 
-    def _make_directory(self) -> None:
+    def make_directory(self) -> None:
+        """Make the journal's directory, or check the one that is there.
+
+        Raises:
+            OSError: it can't be made.
+            JournalError: it is a symbolic link or belongs to somebody else.
+        """
         try:
             os.makedirs(os.path.dirname(self.directory), exist_ok=True)
             os.mkdir(self.directory, _DIRECTORY_MODE)
@@ -1821,6 +1827,24 @@ def sync_directory(directory: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_file(path: str) -> None:
+    """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
+    fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_new_file(path: str, data: bytes) -> None:
+    """Write a file that doesn't exist yet, durably, with mode 0600. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _FILE_MODE)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
 
 
 # === Writer ===
@@ -2238,6 +2262,9 @@ class IngestSide(Protocol):
     def after_fork(self, *, child: bool) -> None:
         """Take up work again, in the parent and in the child."""
 
+    def report_head(self) -> None:
+        """Tell `logging` where the ledger's chain ends."""
+
 
 class Ingester:
     """The thread that calls `IngestSide.ingest` after a segment was sealed, and again while something waits.
@@ -2249,6 +2276,7 @@ class Ingester:
     """
 
     _LONGEST_PAUSE_SECONDS: Final = 30.0
+    _LONGEST_SLEEP_SECONDS: Final = 24 * 3600.0  # retention runs daily, with or without events
 
     def __init__(self, side: IngestSide, *, interval: float, diagnostics: Diagnostics) -> None:
         self._side = side
@@ -2312,9 +2340,11 @@ class Ingester:
         waiting = False
         while True:
             with self._changed:
+                daily = False
                 if not self._stopping and self._done >= self._wanted:
-                    self._changed.wait(pause if waiting else None)
-                if self._done >= self._wanted and (self._stopping or not waiting):
+                    woken = self._changed.wait(pause if waiting else self._LONGEST_SLEEP_SECONDS)
+                    daily = not woken
+                if self._done >= self._wanted and (self._stopping or not (waiting or daily)):
                     if self._stopping:
                         self._thread = None
                         self._changed.notify_all()
@@ -2791,6 +2821,8 @@ class AuditLogger:
         left = self._writer.close(timeout)
         if self._ingester is not None:
             self._ingester.stop(max(0.0, deadline - time.monotonic()))
+        if self._side is not None:
+            self._side.report_head()
         _live.loggers.discard(self)
         if left:
             self._diagnostics.report(
@@ -3030,7 +3062,6 @@ FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event,
       GROUP BY part)"""
 
 
-
 # Reading a segment: `columns` always, because detection types the same file differently in 1.5 and 2.0.
 STAGE: Final = f"""\
 CREATE OR REPLACE TEMP TABLE batch AS
@@ -3057,9 +3088,10 @@ INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch
 # Entering: positions and digests go into the temporary table `entries`, then seals are added.
 CREATE_ENTRIES: Final = f"CREATE OR REPLACE TEMP TABLE entries ({_LEDGER_DEFINITIONS})"
 LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
-HEAD_AT: Final = """\
-SELECT (SELECT max(seal) FROM audit.ledger WHERE journal = $journal AND position = $position)::VARCHAR,
-       (SELECT coalesce(sum(events), 0) FROM audit.ledger WHERE journal = $journal AND kind = 'segment')::BIGINT"""
+SEAL_AT: Final = """\
+SELECT max(seal)::VARCHAR FROM audit.ledger WHERE journal = $journal AND position = $position"""
+EVENTS_OF: Final = """\
+SELECT coalesce(sum(events), 0)::BIGINT FROM audit.ledger WHERE journal = $journal AND kind = 'segment'"""
 LEDGER_IS_EMPTY: Final = "SELECT count(*) = 0 FROM audit.ledger"
 # Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
 _SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
@@ -3071,17 +3103,24 @@ INSERT INTO entries BY NAME
 SELECT $journal AS journal, 'legacy' AS kind, segment, events, first_event, last_event, digest,
        $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY segment) AS position,
        $host AS host, $now::TIMESTAMP AS ingested_at
-FROM ({digests("audit.logs", "segment IS NULL AND coalesce(strftime(timestamp, '%Y-%m-%d'), '') "
-               "BETWEEN $first_day AND $last_day", segment=_SEGMENT_OR_DAY)})"""
+FROM ({
+    digests(
+        "audit.logs",
+        "segment IS NULL AND coalesce(strftime(timestamp, '%Y-%m-%d'), '') BETWEEN $first_day AND $last_day",
+        segment=_SEGMENT_OR_DAY,
+    )
+})"""
 PREPARE_SEGMENTS: Final = f"""\
 INSERT INTO entries BY NAME
 SELECT $journal AS journal, 'segment' AS kind, claimed AS segment,
-       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY claimed) AS position, coalesce(events, 0) AS events, first_event, last_event, digest, marks,
+       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY claimed) AS position,
+       coalesce(events, 0) AS events, first_event, last_event, digest, marks,
        $host AS host, $now::TIMESTAMP AS ingested_at
 FROM (SELECT unnest($segments) AS claimed) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed"""
 PREPARE_ENTRY: Final = """\
 INSERT INTO entries BY NAME
-SELECT $journal AS journal, $position + 1 + (SELECT count(*) FROM entries) AS position, $kind AS kind, $segment::VARCHAR AS segment,
+SELECT $journal AS journal, $position + 1 + (SELECT count(*) FROM entries) AS position,
+       $kind AS kind, $segment::VARCHAR AS segment,
        $events::BIGINT AS events, make_timestamp($first) AS first_event, make_timestamp($last) AS last_event,
        $digest::VARCHAR AS digest, $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
 PREPARED_HASHES: Final = f"""\
@@ -3101,20 +3140,66 @@ SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, segment::VARCHAR, even
        {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
 FROM sound_ledger ORDER BY journal, position, seal"""
 PURGES: Final = """\
-SELECT detail::VARCHAR, events::BIGINT FROM sound_ledger WHERE kind = 'purge' ORDER BY journal, position"""
+SELECT detail::VARCHAR, events::BIGINT, strftime(ingested_at, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
 SPLITS: Final = """\
 SELECT max(segment)::VARCHAR FROM (
     SELECT segment, floor(sum(events) OVER (ORDER BY segment ROWS UNBOUNDED PRECEDING) / $size) AS part
     FROM sound_ledger
     WHERE kind IN ('segment', 'legacy') AND ($before IS NULL OR last_event >= make_timestamp($before)))
 GROUP BY part ORDER BY ALL NULLS FIRST"""
-CREATE_SCOPE: Final = f"""\
+SCOPE_SINCE: Final = f"""\
 CREATE OR REPLACE TEMP TABLE scope AS
-SELECT segment FROM sound_ledger
-WHERE kind IN ('segment', 'legacy') AND CASE WHEN $newer THEN last_event >= $moment::TIMESTAMP
-                                             ELSE first_event < $moment::TIMESTAMP END
-UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs
-WHERE CASE WHEN $newer THEN timestamp >= $moment::TIMESTAMP ELSE timestamp < $moment::TIMESTAMP END"""
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
+UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
+# What a purge touches; segments that an earlier one took whole are left out.
+SCOPE_BEFORE: Final = f"""\
+CREATE OR REPLACE TEMP TABLE scope AS
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND first_event < $moment::TIMESTAMP
+AND ($before IS NULL OR last_event >= make_timestamp($before) OR ingested_at >= $purged_at::TIMESTAMP)
+UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp < $moment::TIMESTAMP"""
+_OLD: Final = f"{_SEGMENT_OR_DAY} = $segment AND timestamp < $moment::TIMESTAMP"
+_KEPT: Final = f"{_SEGMENT_OR_DAY} = $segment AND coalesce(timestamp >= $moment::TIMESTAMP, true)"
+PART_GONE: Final = (
+    f"SELECT events::BIGINT, digest::VARCHAR, epoch_us(last_event)::BIGINT "
+    f"FROM ({digests('sound_logs', _OLD, segment=_SEGMENT_OR_DAY)})"
+)
+PART_KEPT: Final = (
+    f"SELECT events::BIGINT, digest::VARCHAR FROM ({digests('sound_logs', _KEPT, segment=_SEGMENT_OR_DAY)})"
+)
+DELETE_OLD: Final = "DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+COUNT_OLD: Final = "SELECT count(*)::BIGINT FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+OLD_DAYS: Final = """\
+SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR AS day, count(*)::BIGINT FROM audit.logs
+WHERE timestamp < $moment::TIMESTAMP GROUP BY day ORDER BY day"""
+OLD_OF_DAY: Final = f"""\
+SELECT {_NAMES} FROM audit.logs
+WHERE timestamp < $moment::TIMESTAMP AND strftime(timestamp, '%Y-%m-%d') = $day
+ORDER BY timestamp, segment, seq"""
+COPY_PARQUET: Final = "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"
+_IN_RANGE: Final = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
+ARCHIVED: Final = (
+    "SELECT digest::VARCHAR FROM ("
+    + digests("read_parquet($files)", _IN_RANGE.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
+    + ") ORDER BY segment"
+)
+CHAIN_ENDS: Final = "SELECT journal::VARCHAR, max(position)::BIGINT FROM audit.ledger GROUP BY journal"
+HEADS: Final = """\
+SELECT journal::VARCHAR, max(position)::BIGINT,
+       coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, arg_max(seal, position)::VARCHAR
+FROM audit.ledger GROUP BY journal ORDER BY journal"""
+ACTIVE_HOURS: Final = """\
+SELECT DISTINCT epoch(date_trunc('hour', ingested_at))::BIGINT AS hour FROM audit.ledger
+WHERE ingested_at <= $now::TIMESTAMP ORDER BY hour DESC"""
+
+
+SAME_CONTENT: Final = {
+    table: f"""\
+SELECT a.rows = b.rows AND a.hash IS NOT DISTINCT FROM b.hash, a.rows::BIGINT
+FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} t) a,
+     (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM fresh.{table} t) b"""
+    for table in ("logs", "ledger")
+}
 
 
 def compare(*, scoped: bool) -> str:
@@ -3122,13 +3207,17 @@ def compare(*, scoped: bool) -> str:
 
     Without `scoped`, only differences are returned, and what a purge may have taken (`$before`).
     """
-    inside = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
+    inside = _IN_RANGE
     if scoped:
         inside += " AND {0} IN (SELECT segment FROM scope)"
     found = digests("sound_logs", inside.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
-    chosen = "true" if scoped else (
-        "found.digest IS DISTINCT FROM entered.digest OR coalesce(found.events, 0) <> entered.events "
-        "OR entered.events IS NULL OR entered.first_event < make_timestamp($before)"
+    chosen = (
+        "true"
+        if scoped
+        else (
+            "found.digest IS DISTINCT FROM entered.digest OR coalesce(found.events, 0) <> entered.events "
+            "OR entered.events IS NULL OR entered.first_event < make_timestamp($before)"
+        )
     )
     return f"""\
 SELECT entered.journal::VARCHAR AS journal, entered.position::BIGINT AS position,
@@ -3153,7 +3242,9 @@ WHERE segment = $segment ORDER BY seq"""
 def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
     """Return the view of a table in which a column that is missing, or has another type, is NULL."""
     names = ", ".join(
-        column.name if types.get(column.name) == column.sql_type else f"NULL::{column.sql_type} AS {column.name}"
+        column.name
+        if types.get(column.name) == column.sql_type
+        else f"NULL::{column.sql_type} AS {column.name}"
         for column in columns
     )
     source = f"FROM audit.{table}" if types else "WHERE false"
@@ -3676,7 +3767,10 @@ class Store:
         self._busy = threading.RLock()
         self._fork_held = False
         self._ledger = Ledger()
+        self._told_head: Head | None = None
         self._drops_entered = 0
+        self._retention = config.retention
+        self._next_daily = time.monotonic()
 
     # --- ingest (IngestSide)
 
@@ -3700,6 +3794,7 @@ class Store:
                         claim.release()
                 if sum(claim.size for claim in claims) < INGEST_BYTES:
                     break
+            self._daily()
             if problems:
                 raise problems[0]
             return True
@@ -3836,17 +3931,23 @@ class Store:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
             if fresh:
                 engine.execute(INSERT_ROWS)
-                dropped = self._enter_ledger(engine, fresh, losses)
+                head, dropped = self._enter_ledger(engine, fresh, losses)
             engine.execute("COMMIT")
             if fresh:
-                self._ledger.committed()
+                self._ledger.head = head
                 self._drops_entered += dropped
             if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
                 engine.execute("CHECKPOINT audit")
         return set(fresh)
 
-    def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> int:
-        """Enter segments and losses in the running transaction; return how many dropped events are entered."""
+    def _enter_ledger(
+        self, engine: Engine, segments: list[str], losses: Mapping[str, int]
+    ) -> tuple[Head, int]:
+        """Enter segments and losses in the running transaction.
+
+        Returns:
+            the new end of the chain, and how many dropped events were entered.
+        """
         entries: list[Entry] = []
         ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
         if empty:
@@ -3859,8 +3960,7 @@ class Store:
         dropped = self._diagnostics.dropped - self._drops_entered
         if dropped:
             entries.append(entry_of("loss", dropped, "dropped because the queue was full (on_full: drop)"))
-        self._ledger.enter(engine, self.journal.identity(), entries)
-        return dropped
+        return self._ledger.enter(engine, self.journal.identity(), entries), dropped
 
     def _create_tables(self, engine: Engine) -> None:
         present = self._columns(engine)
@@ -3919,6 +4019,292 @@ class Store:
             return True
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
+
+    # --- evidence
+
+    @contextlib.contextmanager
+    def _session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
+        """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds."""
+        deadline = time.monotonic() + wait
+        engine = self._opener(guest=guest)
+        with contextlib.closing(engine), contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    if self.is_file and self._is_absent():
+                        raise DatabaseNotFoundError(f"Audit database not found at {self.path}")
+                    stack.enter_context(self._attached(engine, read_only=read_only))
+                    break
+                except DatabaseLockedError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(0.01 + os.urandom(1)[0] / 2560)
+            yield engine
+
+    def verify(
+        self,
+        *,
+        checkpoint: Sequence[Head] = (),
+        since: str | None = None,
+        wait: float = 5.0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Verdict:
+        """Recompute the ledger from `logs` and return what isn't as it was recorded.
+
+        Args:
+            checkpoint: heads noted earlier, which the chains must still lead through.
+            since: naive UTC text; older segments are not recomputed, their chain is.
+            wait: seconds to try again while another process holds the database.
+            progress: called with the events done and their total.
+
+        Raises:
+            DatabaseNotFoundError: there is no database.
+            ConfigError: the key file can't be used.
+        """
+        keys = seal_keys()
+        with self._session(read_only=True, wait=wait) as engine:
+            verdict = Verifier(engine, keys, progress=progress).run(checkpoint=checkpoint, since=since)
+        verdict.waiting_bytes = self.journal.waiting_bytes()
+        return verdict
+
+    def heads(self, *, wait: float = 5.0) -> list[Head]:
+        """Return the end of each journal's chain, to be kept elsewhere."""
+        with self._session(read_only=True, wait=wait) as engine:
+            return self._heads(engine) if "ledger" in self._columns(engine) else []
+
+    def _heads(self, engine: Engine) -> list[Head]:
+        return [Head(name or "", *rest) for name, *rest in engine.execute(HEADS)]
+
+    def report_head(self) -> None:
+        """Tell `logging` the end of this journal's chain, unless it was told already."""
+        head = self._ledger.head
+        if head is not None and head != self._told_head:
+            self._told_head = head
+            _LOG.info("mxcp_audit: checkpoint %s", json.dumps({"journals": [head._asdict()]}))
+
+    # --- removing and copying
+
+    @contextlib.contextmanager
+    def _alone(self, wait: float) -> Iterator[None]:
+        """Hold the ingest lock, trying for `wait` seconds."""
+        deadline = time.monotonic() + wait
+        self.journal.make_directory()
+        with self._busy:
+            while True:
+                with self.journal.ingest_lock() as mine:
+                    if mine:
+                        yield
+                        return
+                if time.monotonic() >= deadline:
+                    raise DatabaseLockedError(f"{self.path}: another process is ingesting; try again")
+                time.sleep(0.02)
+
+    def purge(
+        self, before: str, *, archive: str | None = None, dry_run: bool = False, wait: float = 5.0
+    ) -> Removal:
+        """Delete every event older than a moment, exactly and in one transaction, and enter that it went.
+
+        Args:
+            before: naive UTC text.
+            archive: a directory; what goes is written there first, and read back.
+            dry_run: say what would go, and change nothing.
+            wait: seconds to try again while another process holds the database.
+
+        Raises:
+            StoreError: nothing was deleted.
+        """
+        if dry_run:
+            with self._session(read_only=True, wait=wait) as engine:
+                return Purger(engine, before).plan()
+        with self._alone(wait), self._session(read_only=False, wait=wait) as engine:
+            return self._purge(engine, before, archive)
+
+    def _purge(self, engine: Engine, before: str, archive: str | None = None) -> Removal:
+        journal = self.journal.identity()
+        self._create_tables(engine)
+        engine.execute("BEGIN")
+        head = self._ledger.head
+        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
+        if empty:
+            head = self._ledger.enter(engine, journal, legacy_entries(engine))
+        purger = Purger(engine, before)
+        removal = purger.plan()
+        if removal.events or removal.wrong:
+            if archive is not None:
+                removal = purger.archive(archive, removal, self._heads(engine))
+            head = purger.remove(self._ledger, journal, removal)
+        self._finish(engine, head)
+        return removal
+
+    def _finish(self, engine: Engine, head: Head | None) -> None:
+        """Commit what was entered into the ledger, and make it durable."""
+        engine.execute("COMMIT")
+        self._ledger.head = head
+        if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
+            engine.execute("CHECKPOINT audit")
+
+    def _daily(self) -> None:
+        """Once a day, under the ingest lock: apply the retention, and tell where the chain ends."""
+        if time.monotonic() < self._next_daily:
+            return
+        self._next_daily = time.monotonic() + _DAY_SECONDS
+        if self._retention is not None and not (self.is_file and self._is_absent()):
+            try:
+                self._retain(self._retention)
+            except AuditError as error:
+                self._next_daily = time.monotonic() + _DAY_SECONDS / 24
+                self._diagnostics.report("retention", "old events could not be purged", error=error)
+        self.report_head()
+
+    def _retain(self, retention: float) -> None:
+        engine = self._guest()
+        now = utc_now()
+        with self._attached(engine, read_only=False):
+            self._create_tables(engine)
+            hours = [hour for (hour,) in engine.execute(ACTIVE_HOURS, {"now": sql_time(now)})]
+            limit = vouched_limit(hours, now.timestamp(), retention)
+            removal = None
+            if limit is not None:
+                moment = datetime.datetime.fromtimestamp(limit, datetime.timezone.utc)
+                removal = self._purge(engine, sql_time(moment))
+            if removal is None or not removal.events:
+                # An entry a day, so that a log without events doesn't look like one that was off.
+                engine.execute("BEGIN")
+                text = "retention: nothing is old enough"
+                entry = entry_of("check", 0, text)
+                self._finish(engine, self._ledger.enter(engine, self.journal.identity(), [entry]))
+        if not engine.keeps:
+            engine.close()
+        if removal is not None and removal.events:
+            _LOG.info("mxcp_audit: retention: %d events before %s purged", removal.events, removal.before)
+
+    def backup(self, path: str, *, wait: float = 5.0) -> tuple[int, int]:
+        """Copy database and journal to `path` and `path.journal`, as of one moment, while servers run.
+
+        What can be ingested is ingested first, so that the copy's journal holds only what running
+        servers have not sealed yet; there is none if there is nothing.
+
+        Returns:
+            how many events the copied table holds, and how many segments its journal.
+
+        Raises:
+            StoreError: something is at `path` already, or the copy can't be written or differs.
+        """
+        self._refuse_target("backup")
+        self.refuse_own_files(path)
+        target = os.path.abspath(path)
+        for name in (target, target + ".wal", target + ".journal"):
+            if os.path.lexists(name):
+                raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
+        with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
+            self.ingest()
+        folder = os.path.dirname(target)
+        scratch = os.path.join(folder, f".{os.path.basename(target)}.{os.urandom(4).hex()}.part")
+        try:
+            os.mkdir(scratch, _DIRECTORY_MODE)
+            try:
+                with self._session(read_only=True, wait=wait) as engine:
+                    events = self._copy_database(engine, os.path.join(scratch, "copy"))
+                    segments = self._copy_journal(engine, os.path.join(scratch, "journal"))
+                if segments:
+                    os.rename(os.path.join(scratch, "journal"), target + ".journal")
+                os.link(os.path.join(scratch, "copy"), target)  # unlike a rename, it never overwrites
+                sync_directory(folder)
+            finally:
+                import shutil
+
+                shutil.rmtree(scratch, ignore_errors=True)
+        except OSError as error:
+            raise StoreError(f"{path} can't be written: {error.strerror}") from error
+        return events, segments
+
+    def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
+        """Write the database anew, without the room that purged rows left, in place of the old one.
+
+        Returns:
+            its size in bytes before and after.
+
+        Raises:
+            StoreError: the old database is still in place.
+        """
+        self._refuse_target("compact")
+        path = os.path.realpath(self.path)
+        with self._alone(wait):
+            with self._session(read_only=False, wait=wait) as engine:
+                engine.execute("CHECKPOINT audit")
+            # Read-only, DuckDB keeps other writers out and never touches the WAL, so that detaching
+            # the old file can't harm the new one, which has the same name by then.
+            with self._session(read_only=True, wait=wait) as engine:
+                old = os.stat(path)
+                if _size_of(path + ".wal"):
+                    raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
+                scratch = f"{path}.{os.urandom(4).hex()}.part"
+                try:
+                    os.mkdir(scratch, _DIRECTORY_MODE)
+                    try:
+                        fresh = os.path.join(scratch, "copy")
+                        self._copy_database(engine, fresh)
+                        os.chmod(fresh, stat.S_IMODE(old.st_mode))
+                        if hasattr(os, "chown"):
+                            os.chown(fresh, old.st_uid, old.st_gid)
+                        os.replace(fresh, path)
+                        sync_directory(os.path.dirname(path))
+                    finally:
+                        import shutil
+
+                        shutil.rmtree(scratch, ignore_errors=True)
+                except OSError as error:
+                    raise StoreError(f"{path} can't be written anew: {error.strerror}") from error
+                return old.st_size, os.stat(path).st_size
+
+    def _refuse_target(self, command: str) -> None:
+        if not self.is_file:
+            raise StoreError(
+                f"{command} is for database files; use what {self.path.partition(':')[0]} has for it"
+            )
+
+    def _copy_database(self, engine: Engine, path: str) -> int:
+        """Copy the attached database into a new file, read that back, and return the number of events."""
+        target = sql_literal(path)
+        engine.execute(f"ATTACH {target} AS fresh (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
+        os.chmod(path, _FILE_MODE)
+        engine.execute("COPY FROM DATABASE audit TO fresh")
+        engine.execute("CHECKPOINT fresh")
+        engine.execute("DETACH fresh")
+        sync_file(path)
+        engine.execute(f"ATTACH {target} AS fresh (TYPE duckdb, READ_ONLY)")
+        events = 0
+        for table in sorted(self._columns(engine)):
+            ((same, rows),) = engine.execute(SAME_CONTENT[table])
+            if not same:
+                raise StoreError(
+                    f"{path}: the copy of {table} differs; nothing was changed, look at the disk"
+                )
+            events = rows if table == "logs" else events
+        engine.execute("DETACH fresh")
+        return events
+
+    def _copy_journal(self, engine: Engine, directory: str) -> int:
+        """Copy the whole lines of segments that the ledger lacks; return how many segments those are."""
+        paths = self.journal.segments()
+        known: set[str] = set()
+        if paths and "ledger" in self._columns(engine):
+            ids = [segment_id_of(path) for path in paths]
+            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
+        copied = 0
+        for path in paths:
+            if segment_id_of(path) in known:
+                continue
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                data = file.read()
+                data = data[: data.rfind(b"\n") + 1]
+                if data:
+                    if not copied:
+                        os.mkdir(directory, _DIRECTORY_MODE)
+                    write_new_file(os.path.join(directory, os.path.basename(path)), data)
+                    copied += 1
+        if copied:
+            sync_directory(directory)
+        return copied
 
     # --- reading
 
@@ -4207,10 +4593,12 @@ class Ledger:
 
     def __init__(self) -> None:
         self.head: Head | None = None
-        self._pending: Head | None = None
 
     def enter(self, engine: Engine, journal: str, entries: Iterable[Entry]) -> Head:
-        """Add entries at the end of the chain, inside of the running transaction; then call `committed`.
+        """Add entries at the end of the chain, inside of the running transaction.
+
+        Returns:
+            the new end, which is `head` once the transaction has succeeded.
 
         Raises:
             StoreError: the chain is sealed with a key that this process doesn't have.
@@ -4218,10 +4606,12 @@ class Ledger:
         keys = seal_keys()
         common = {"journal": journal, "host": platform_node(), "now": sql_time(utc_now())}
         ((position,),) = engine.execute(LAST_POSITION, common)
-        head = self.head
-        if head is None or head[:2] != (journal, position):
-            ((seal, events),) = engine.execute(HEAD_AT, {**common, "position": position})
-            head = Head(journal, position, events, seal or "")
+        ((seal,),) = engine.execute(SEAL_AT, {**common, "position": position})
+        if self.head is not None and self.head[:2] == (journal, position):
+            events = self.head.events
+        else:
+            ((events,),) = engine.execute(EVENTS_OF, common)
+        head = Head(journal, position, events, seal or "")
         if head.seal.startswith(_KEYED) and not keys:
             raise StoreError(
                 "the ledger is sealed with a key, and an entry without it would look forged: "
@@ -4237,12 +4627,570 @@ class Ledger:
             positions.append(place)
             seals.append(seal)
         engine.execute(INSERT_ENTRIES, {"positions": positions, "seals": seals})
-        self._pending = head
         return head
 
-    def committed(self) -> None:
-        """Say that the transaction of the last `enter` succeeded."""
-        self.head = self._pending
+
+# --- verifying
+
+_RANGE_EVENTS: Final = 500_000  # arbitrary: events whose hashes are held at once, about 60 MB
+_MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
+_MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
+
+
+class Finding(NamedTuple):
+    """One thing that isn't as the ledger says."""
+
+    kind: str  # changed, removed, inserted (events); chain, cut (the ledger); table (columns)
+    segment: str | None
+    seqs: tuple[int, ...]  # which events of the segment, as far as that can be known
+    text: str
+
+    @property
+    def event_ids(self) -> list[str]:
+        """The ids of the events that are meant."""
+        return [f"{self.segment}:{seq}" for seq in self.seqs]
+
+
+@dataclass
+class Verdict:
+    """What `verify` found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    more_findings: int = 0  # beyond those that are listed
+    heads: list[Head] = field(default_factory=list)
+    entries: int = 0
+    segments: int = 0
+    events: int = 0  # in all segments, purged ones included
+    purged: int = 0
+    lost: int = 0
+    legacy: int = 0  # rows that are older than the ledger
+    waiting_bytes: int = 0  # in the journal, not sealed yet
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def add(self, kind: str, text: str, segment: str | None = None, seqs: Iterable[int] = ()) -> None:
+        """Add a finding, or count it if there are very many."""
+        if len(self.findings) < _MAX_FINDINGS:
+            self.findings.append(Finding(kind, segment, tuple(seqs), text))
+        else:
+            self.more_findings += 1
+
+
+class Purge(NamedTuple):
+    """What a purge entry says: everything older than `before` went, as far as it was there."""
+
+    before: int  # microseconds since the epoch
+    heads: Mapping[str, int]  # the end of each chain at that time
+    left: Mapping[str, tuple[int, str]]  # events and digest of what stayed of a segment
+    wrong: Mapping[str, tuple[int, str | None]]  # segments that were not as they should be before
+    archive: str | None = None  # the directory, if what went was archived
+    purged_at: str | None = None  # the entry's ingested_at
+
+    def detail(self) -> str:
+        """Return the entry's `detail`."""
+        said = self._asdict()
+        del said["purged_at"]
+        return json.dumps(said, separators=(",", ":"))
+
+    @classmethod
+    def parse(cls, detail: str | None) -> Purge:
+        """Return what `detail` says. Raises ValueError if somebody wrote something else into it."""
+        try:
+            said = json.loads(detail or "")
+            heads = {str(journal): int(position) for journal, position in said["heads"].items()}
+            left = {
+                str(segment): (int(events), str(text)) for segment, (events, text) in said["left"].items()
+            }
+            wrong = {str(segment): (int(events), text) for segment, (events, text) in said["wrong"].items()}
+            return cls(int(said["before"]), heads, left, wrong)
+        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{error!r}") from error
+
+
+class Purges:
+    """All purges of a ledger: what should be left of a segment."""
+
+    def __init__(self, purges: Iterable[Purge] = ()) -> None:
+        self.before: int | None = None  # nothing newer was ever purged
+        self.purged_at: str | None = None  # when that was first said
+        self._left: dict[str, tuple[int, int, str]] = {}
+        heads: dict[str, dict[int, int]] = {}
+        for purge in purges:
+            if self.before is None or purge.before > self.before:
+                self.before, self.purged_at = purge.before, purge.purged_at
+            for segment, (events, digest) in purge.left.items():
+                if purge.before >= self._left.get(segment, (purge.before, 0, ""))[0]:
+                    self._left[segment] = (purge.before, events, digest)
+            for journal, position in purge.heads.items():
+                ends = heads.setdefault(journal, {})
+                ends[position] = max(ends.get(position, purge.before), purge.before)
+        self._ends = {journal: _suffix_maxima(ends) for journal, ends in heads.items()}
+
+    def limit(self, journal: str, position: int) -> int | None:
+        """Return before which moment the events of this entry were purged; None if never."""
+        positions, limits = self._ends.get(journal, ((), ()))
+        place = bisect.bisect_left(positions, position)
+        return limits[place] if place < len(limits) else None
+
+    def expected(self, row: Compared) -> tuple[int, str | None]:
+        """Return how many events of a segment should be there, and their digest."""
+        limit = self.limit(row.journal, row.position)
+        if limit is None or row.first is None or row.last is None or row.first >= limit:
+            return row.entered, row.digest
+        if row.last < limit:
+            return 0, None
+        _, events, digest = self._left.get(row.segment, (0, row.entered, row.digest))
+        return events, digest
+
+
+def _suffix_maxima(ends: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    positions = sorted(ends)
+    limits: list[int] = []
+    for position in reversed(positions):
+        limits.append(max(ends[position], limits[-1] if limits else ends[position]))
+    return tuple(positions), tuple(reversed(limits))
+
+
+class Compared(NamedTuple):
+    """A row of COMPARE: a segment in the ledger (the first seven) and in `logs`."""
+
+    journal: str
+    position: int
+    segment: str
+    entered: int
+    first: int | None
+    last: int | None
+    digest: str | None
+    found: int
+    found_first: int | None
+    found_last: int | None
+    found_digest: str | None
+
+
+def compared(rows: Iterable[Row]) -> Iterator[Compared]:
+    """Yield the rows of COMPARE; NULLs that a sound ledger doesn't hold become harmless values."""
+    for journal, position, segment, entered, *rest in rows:
+        yield Compared(
+            journal or "", -1 if position is None else position, segment or "", entered or 0, *rest
+        )
+
+
+class Verifier:
+    """Recomputes everything that the ledger says. The target is attached as `audit`; nothing is written.
+
+    Args:
+        engine: its session.
+        keys: of the chain, as `seal_keys` returns them.
+        progress: called with the events done and their total, now and then.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        keys: Sequence[bytes] = (),
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> None:
+        self._engine = engine
+        self._keys = keys
+        self._progress = progress
+        self._explained = 0
+        self.verdict = Verdict()
+        self.purges = Purges()
+
+    def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> Verdict:
+        """Verify the chains, then each segment.
+
+        Args:
+            checkpoint: heads noted earlier: nothing up to them may be missing or differ.
+            since: naive UTC text; older segments are not recomputed, their chain is.
+        """
+        has_ledger = self.open_tables()
+        self._walk_chains({(head.journal, head.position): head for head in checkpoint})
+        if not has_ledger:
+            if self._keys or checkpoint:
+                self.verdict.add("table", "there is no ledger, so that nothing can be proved")
+            return self.verdict
+        if since is not None:
+            self._engine.execute(SCOPE_SINCE, {"moment": since})
+        for row in self.differences(scoped=since is not None):
+            self._judge(row)
+        return self.verdict
+
+    def open_tables(self) -> bool:
+        """Define the views that all statements read; False if there is no ledger and nothing asks for one."""
+        types: dict[str, dict[str, str]] = {"logs": {}, "ledger": {}}
+        for table, column, sql_type in self._engine.execute(TABLE_TYPES):
+            types[table][column] = sql_type
+        for table, columns in (("logs", COLUMNS), ("ledger", LEDGER_COLUMNS)):
+            self._engine.execute(sound_view(table, columns, types[table]))
+            wide = types[table] and (table == "ledger" or types["ledger"] or "segment" in types[table])
+            for column in columns if wide else columns[:10] if types[table] else ():
+                found = types[table].get(column.name)
+                if found != column.sql_type:
+                    text = f"{table}.{column.name} is {found or 'missing'}, not {column.sql_type}"
+                    self.verdict.add("table", text)
+        if not types["ledger"] and "segment" not in types["logs"]:
+            ((self.verdict.legacy,),) = self._engine.execute("SELECT count(*)::BIGINT FROM sound_logs")
+            return False
+        purges = []
+        for detail, events, purged_at in self._engine.execute(PURGES):
+            self.verdict.purged += events or 0
+            try:
+                purges.append(Purge.parse(detail)._replace(purged_at=purged_at))
+            except ValueError as error:
+                self.verdict.add("chain", f"a purge entry can't be read: {error}")
+        for purge in purges:
+            for segment, (events, _) in purge.wrong.items():
+                self.verdict.add(
+                    "changed",
+                    f"segment {segment} was not as recorded when it was purged: {events} events",
+                    segment,
+                )
+        self.purges = Purges(purges)
+        return True
+
+    # --- the chains
+
+    def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
+        """Check every seal, and that the checkpoints are met."""
+        verdict = self.verdict
+        head = Head("", 0, 0, "")
+        unkeyed, journal = 0, None
+        for name, position, kind, _, events, seal, row in self._engine.stream(CHAIN):
+            name, seal, position = name or "", seal or "", -1 if position is None else position
+            if name != journal:
+                self._end_chain(head, unkeyed)
+                head, unkeyed, journal = Head(name, 0, 0, ""), 0, name
+            if position != head.position + 1:
+                self._gap(name, head.position, position)
+            sealed = self._seal_state(head.seal, row, seal)
+            if sealed == "wrong":
+                verdict.add("chain", f"entry {position} of journal {name}, or the one before, was changed")
+            elif sealed == "locked":
+                verdict.add(
+                    "chain", f"entry {position} of journal {name} is sealed with a key that is not given"
+                )
+            unkeyed += sealed == "open" and bool(self._keys)
+            head = Head(name, position, head.events + ((events or 0) if kind == "segment" else 0), seal)
+            checkpoint = wanted.get((name, position))
+            if checkpoint is not None and checkpoint == head:
+                del wanted[name, position]
+                unkeyed = 0  # whoever wrote them, they are what the checkpoint saw
+            verdict.entries += 1
+            verdict.segments += kind == "segment"
+            verdict.events += (events or 0) if kind == "segment" else 0
+            verdict.lost += (events or 0) if kind == "loss" else 0
+            verdict.legacy += (events or 0) if kind == "legacy" else 0
+        self._end_chain(head, unkeyed)
+        for name, position in wanted:
+            verdict.add(
+                "cut", f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
+            )
+
+    def _seal_state(self, previous: str, row: str, seal: str) -> str:
+        if not seal.startswith(_KEYED):
+            return "open" if hmac.compare_digest(make_seal(previous, row, None), seal) else "wrong"
+        if not self._keys:
+            return "locked"
+        return "keyed" if any(make_seal(previous, row, key) == seal for key in self._keys) else "wrong"
+
+    def _gap(self, journal: str, last: int, found: int) -> None:
+        if found > last:
+            gone = f"entry {last + 1} is" if found == last + 2 else f"entries {last + 1} to {found - 1} are"
+            self.verdict.add("chain", f"{gone} missing from journal {journal}")
+        else:
+            self.verdict.add(
+                "chain", f"entry {found} stands twice, or where none belongs, in journal {journal}"
+            )
+
+    def _end_chain(self, head: Head, unkeyed: int) -> None:
+        if head.journal or head.position:
+            self.verdict.heads.append(head)
+        if unkeyed:
+            self.verdict.add(
+                "chain",
+                f"{unkeyed} entries of journal {head.journal} are sealed without the key; "
+                "if they are older than the key, a checkpoint of that time settles it",
+            )
+
+    # --- the segments
+
+    def differences(self, *, scoped: bool) -> Iterator[Compared]:
+        """Yield the segments that differ from their entry, and those that a purge may have touched.
+
+        Args:
+            scoped: all segments of the table `scope` instead, and no others.
+        """
+        before = self.purges.before
+        sql = COMPARE_SCOPE if scoped else COMPARE
+        for number, (low, high) in enumerate(self.ranges(before)):
+            params = {"low": low, "high": high, "before": before}
+            yield from compared(self._engine.execute(sql, params))
+            done = min((number + 1) * _RANGE_EVENTS, self.verdict.events)
+            self._progress(done, self.verdict.events)
+
+    def ranges(self, before: int | None) -> list[tuple[str | None, str | None]]:
+        """Return ranges of segment ids, first excluded, that hold a bounded number of events each."""
+        splits = self._engine.execute(SPLITS, {"size": _RANGE_EVENTS, "before": before})
+        ends = [last for (last,) in splits if last is not None]
+        return list(zip([None, *ends], [*ends, None]))
+
+    def _judge(self, row: Compared) -> None:
+        verdict = self.verdict
+        if row.position < 0:
+            verdict.add(
+                "inserted", f"segment {row.segment} is not in the ledger: {row.found} events", row.segment
+            )
+            return
+        events, digest = self.purges.expected(row)
+        if (row.found, row.found_digest) == (events, digest):
+            return
+        if not row.found:
+            verdict.add("removed", f"segment {row.segment}: all {events} events are missing", row.segment)
+        elif not events:
+            verdict.add(
+                "inserted", f"segment {row.segment}: {row.found} events where none belong", row.segment
+            )
+        elif self._explained >= _MAX_EXPLAINED or not self._explain(row, events):
+            kind = "removed" if row.found < events else "inserted" if row.found > events else "changed"
+            text = f"segment {row.segment}: {row.found} events, {events} were recorded, not the same"
+            verdict.add(kind, text, row.segment)
+
+    def _explain(self, row: Compared, events: int) -> bool:
+        """Name the events that are wrong, from the marks; False if they don't tell."""
+        self._explained += 1
+        ((marks,),) = self._engine.execute(MARKS, {"segment": row.segment})[:1] or ((None,),)
+        if not marks:
+            return False
+        total = len(marks) // 4
+        right: set[int] = set()
+        other: list[int] = []
+        for seq, mark in self._engine.execute(FOUND_MARKS, {"segment": row.segment}):
+            known = seq is not None and 1 <= seq <= total and marks[4 * seq - 4 : 4 * seq] == mark
+            if known and seq not in right:
+                right.add(seq)
+            else:
+                other.append(-1 if seq is None else seq)
+        changed = {seq for seq in other if 1 <= seq <= total and seq not in right}
+        inserted = [seq for seq in other if seq not in changed]
+        inserted += [seq for seq in changed for _ in range(other.count(seq) - 1)]
+        missing = set(range(1, total + 1)) - right - changed if events == total else set()
+        for kind, seqs in (("changed", changed), ("removed", missing), ("inserted", inserted)):
+            if seqs:
+                names = _numbers(seqs)
+                self.verdict.add(kind, f"segment {row.segment}: {kind} {names}", row.segment, sorted(seqs))
+        return bool(changed or missing or inserted)
+
+
+def _numbers(seqs: Iterable[int]) -> str:
+    """Return numbers as people write them: 3-7, 9."""
+    runs: list[list[int]] = []
+    for seq in sorted(seqs):
+        if runs and seq == runs[-1][1] + 1:
+            runs[-1][1] = seq
+        else:
+            runs.append([seq, seq])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+# --- removing
+
+_SILENCE_SECONDS: Final = 25 * 3600.0  # longer ones don't count as time that passed; retention runs daily
+_DAY_SECONDS: Final = 24 * 3600.0
+_MANIFEST: Final = "manifest.json"
+_EPOCH: Final = datetime.datetime(1970, 1, 1)
+
+
+class Removal(NamedTuple):
+    """What a purge took, or would take."""
+
+    before: str
+    events: int
+    segments: int
+    first_event: int | None  # microseconds since the epoch
+    last_event: int | None
+    digest: str  # SHA-256 over the digests of what went of each segment, in order of their names
+    wrong: int  # segments that were not as recorded before
+    archive: str | None = None
+
+
+def microseconds(moment: str) -> int:
+    """Return naive UTC text, as `sql_time` returns it, as microseconds since the epoch."""
+    return (datetime.datetime.fromisoformat(moment) - _EPOCH) // datetime.timedelta(microseconds=1)
+
+
+def iso_time(us: int | None) -> str | None:
+    """Return microseconds since the epoch as ISO 8601 text; those of no year that has one, as a number."""
+    if us is None:
+        return None
+    try:
+        return (_EPOCH + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
+    except OverflowError:
+        return f"{us} microseconds"
+
+
+class Purger:
+    """Removes old events, inside of a transaction of its caller's, and enters into the chain what went.
+
+    What is purged is first compared with the ledger: a segment that somebody had changed stays known
+    as changed when its rows are gone.
+
+    Args:
+        engine: a session in which the target is attached as `audit`, for writing.
+        before: naive UTC text; everything older goes.
+    """
+
+    def __init__(self, engine: Engine, before: str) -> None:
+        self._engine = engine
+        self._before = before
+        self._limit = microseconds(before)
+        self._verifier = Verifier(engine)
+        self._left: dict[str, tuple[int, str]] = {}
+        self._wrong: dict[str, tuple[int, str | None]] = {}
+
+    def plan(self) -> Removal:
+        """Find out what would go."""
+        has_ledger = self._verifier.open_tables()
+        purges = self._verifier.purges
+        moment: dict[str, object] = {"moment": self._before}
+        scope = {**moment, "before": purges.before, "purged_at": purges.purged_at}
+        self._engine.execute(SCOPE_BEFORE, scope)
+        events = segments = 0
+        first: int | None = None
+        last: int | None = None
+        digest = hashlib.sha256()
+        for row in self._verifier.differences(scoped=True):
+            right = purges.expected(row) if row.position >= 0 else (0, None)
+            if has_ledger and (row.found, row.found_digest) != right and len(self._wrong) < _MAX_FINDINGS:
+                self._wrong[row.segment] = (row.found, row.found_digest)
+            if row.found_first is None or row.found_first >= self._limit:
+                continue
+            gone, gone_digest, gone_last = row.found, row.found_digest or "", row.found_last
+            if row.found_last is None or row.found_last >= self._limit:
+                gone, gone_digest, gone_last = self._split(row.segment)
+            events, segments = events + gone, segments + 1
+            first = row.found_first if first is None else min(first, row.found_first)
+            last = gone_last if last is None or gone_last is None else max(last, gone_last)
+            digest.update(gone_digest.encode())
+        return Removal(self._before, events, segments, first, last, digest.hexdigest(), len(self._wrong))
+
+    def _split(self, segment: str) -> tuple[int, str, int | None]:
+        """Note what stays of a segment, and return what goes: events, digest and last moment."""
+        params = {"moment": self._before, "segment": segment}
+        ((events, digest, last),) = self._engine.execute(PART_GONE, params)
+        for kept, kept_digest in self._engine.execute(PART_KEPT, params):
+            self._left[segment] = (kept, kept_digest)
+        return events, digest, last
+
+    def remove(self, ledger: Ledger, journal: str, removal: Removal) -> Head:
+        """Delete the rows, enter the purge, and return the new end of the chain."""
+        ((events,),) = self._engine.execute(COUNT_OLD, {"moment": self._before})
+        if events != removal.events:
+            raise StoreError(f"{events} rows are older than {self._before}, {removal.events} were expected")
+        heads = {name or "": position for name, position in self._engine.execute(CHAIN_ENDS)}
+        purge = Purge(self._limit, heads, self._left, self._wrong, removal.archive)
+        span = (removal.first_event, removal.last_event)
+        entry = entry_of("purge", removal.events, purge.detail(), span=span, digest=removal.digest)
+        self._engine.execute(DELETE_OLD, {"moment": self._before})
+        return ledger.enter(self._engine, journal, [entry])
+
+    def archive(self, directory: str, removal: Removal, heads: Sequence[Head]) -> Removal:
+        """Write what goes as Parquet, a file a day, with a manifest, and read it back.
+
+        Args:
+            directory: where the archive's own directory appears, whole or not at all.
+            removal: what `plan` said.
+            heads: of all chains, for the manifest.
+
+        Raises:
+            StoreError: it can't be written, or doesn't hold what it should.
+        """
+        name = f"purged-{re.sub('[^0-9]', '', self._before[:19])}-{os.urandom(4).hex()}"
+        scratch, target = os.path.join(directory, f".{name}.part"), os.path.join(directory, name)
+        try:
+            os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
+            os.mkdir(scratch, _DIRECTORY_MODE)
+            try:
+                self._write_archive(scratch, removal, heads)
+                os.rename(scratch, target)
+                sync_directory(directory)
+            except BaseException:
+                import shutil
+
+                shutil.rmtree(scratch, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise StoreError(f"{directory}: no archive can be written: {error.strerror}") from error
+        return removal._replace(archive=name)
+
+    def _write_archive(self, folder: str, removal: Removal, heads: Sequence[Head]) -> None:
+        files = []
+        for day, events in self._engine.execute(OLD_DAYS, {"moment": self._before}):
+            path = os.path.join(folder, f"{day}.parquet")
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE))
+            rows = bind(OLD_OF_DAY, {"moment": self._before, "day": day})
+            self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_PARQUET})")
+            sync_file(path)
+            files.append({"name": f"{day}.parquet", "events": events, "sha256": file_digest(path)})
+        digest = hashlib.sha256()
+        paths = [os.path.join(folder, str(file["name"])) for file in files]
+        if paths:
+            for low, high in self._verifier.ranges(None):
+                params = {"files": paths, "low": low, "high": high}
+                for (part,) in self._engine.execute(ARCHIVED, params):
+                    digest.update(part.encode())
+        if digest.hexdigest() != removal.digest:
+            raise StoreError(f"{folder}: the archive doesn't read back as it was written; nothing was purged")
+        manifest = {
+            "filter": {"before": iso_time(self._limit)},
+            "events": removal.events,
+            "first_event": iso_time(removal.first_event),
+            "last_event": iso_time(removal.last_event),
+            "digest": removal.digest,
+            "heads": [head._asdict() for head in heads],
+            "files": files,
+        }
+        write_new_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+        sync_directory(folder)
+
+
+def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float | None:
+    """Return the moment before which events are older than `retention`, as far as the ledger vouches for it.
+
+    A clock that jumped forward makes everything look old. So time counts only where the ledger shows
+    that this log was alive: a silence of more than 25 hours counts as none. A server that was off for
+    a month keeps its events a month longer; `purge` by hand goes by the clock alone.
+
+    Args:
+        hours: in which the ledger has entries, in seconds since the epoch, newest first.
+        now: seconds since the epoch.
+        retention: seconds.
+
+    Returns:
+        seconds since the epoch, or None if the ledger hasn't lived that long.
+    """
+    left, later = retention, now
+    for hour in hours:
+        silence = later - hour
+        if silence <= _SILENCE_SECONDS:
+            if silence >= left:
+                return later - left
+            left -= max(0.0, silence)
+        later = hour
+    return None
+
+
+def file_digest(path: str) -> str:
+    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def platform_node() -> str:
@@ -4499,7 +5447,7 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
     place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-    for add in (_add_log, _add_ingest):
+    for add in (_add_log, _add_ingest, _add_verify, _add_checkpoint, _add_purge, _add_backup, _add_compact):
         add(commands, common)
     return parser
 
@@ -4647,6 +5595,212 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     if not done:
         _say("another process is ingesting; the rest is left to it")
     return EXIT_FAILED if told.rejected else 0
+
+
+def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "verify",
+        parents=[common],
+        help="prove that nothing was changed, removed or inserted",
+        description="Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
+    )
+    command.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
+    command.add_argument(
+        "--since", type=_time_argument, metavar="WHEN", help="recompute segments with events since then only"
+    )
+    command.add_argument(
+        "--checkpoint", metavar="FILE", help="what `checkpoint` printed: nothing up to there may be missing"
+    )
+    command.set_defaults(run=cmd_verify)
+
+
+def cmd_verify(options: argparse.Namespace) -> int:
+    checkpoint = _read_checkpoint(options.checkpoint) if options.checkpoint else []
+    store = Store(_config_of(options))
+    verdict = store.verify(
+        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress_bar("verified")
+    )
+    if options.json:
+        print(json_text(_verdict_object(verdict)))
+    else:
+        for finding in verdict.findings:
+            print(printable(f"{finding.kind:<9} {finding.text}"))
+        if verdict.more_findings:
+            print(f"and {verdict.more_findings} more")
+        print(_verdict_summary(verdict, options.since))
+    return 0 if verdict.intact else EXIT_FAILED
+
+
+def _verdict_object(verdict: Verdict) -> dict[str, object]:
+    return {
+        "intact": verdict.intact,
+        "entries": verdict.entries,
+        "segments": verdict.segments,
+        "events": verdict.events,
+        "purged": verdict.purged,
+        "lost": verdict.lost,
+        "legacy": verdict.legacy,
+        "waiting_bytes": verdict.waiting_bytes,
+        "journals": [head._asdict() for head in verdict.heads],
+        "findings": [
+            {
+                "kind": finding.kind,
+                "segment": finding.segment,
+                "events": finding.event_ids,
+                "text": finding.text,
+            }
+            for finding in verdict.findings
+        ],
+        "more_findings": verdict.more_findings,
+    }
+
+
+def _verdict_summary(verdict: Verdict, since: str | None) -> str:
+    found = len(verdict.findings) + verdict.more_findings
+    parts = [
+        "intact" if verdict.intact else f"NOT intact, {found} finding{'' if found == 1 else 's'}",
+        f"{verdict.events} events in {verdict.segments} segments of {len(verdict.heads)} journals",
+    ]
+    for count, what in (
+        (verdict.purged, "purged since"),
+        (verdict.lost, "lost, as the ledger says"),
+        (verdict.legacy, "older than the ledger: what they were before it began is not proved"),
+    ):
+        if count:
+            parts.append(f"{count} {what}")
+    if verdict.waiting_bytes:
+        parts.append(f"{verdict.waiting_bytes} bytes wait in the journal, not sealed yet")
+    if since is not None:
+        parts.append(f"segments before {since} UTC were not recomputed")
+    return "; ".join(parts)
+
+
+def _progress_bar(what: str) -> Callable[[int, int], None]:
+    """Return what shows progress on a terminal, and does nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+
+    def show(done: int, total: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"\r{what} {done} of {total} events", end="\n" if done >= total else "", file=sys.stderr)
+
+    return show
+
+
+def _read_checkpoint(path: str) -> list[Head]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        said = json.loads(text[text.index("{") :])
+        return [
+            Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
+            for head in said["journals"]
+        ]
+    except OSError as error:
+        raise _UsageError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
+
+
+def _add_checkpoint(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "checkpoint",
+        parents=[common],
+        help="print where the ledger ends, to be kept elsewhere",
+        description="Print the head of each journal's chain. Kept where nobody who can write the database "
+        "can, it lets `verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.",
+    )
+    command.set_defaults(run=cmd_checkpoint)
+
+
+def cmd_checkpoint(options: argparse.Namespace) -> int:
+    heads = Store(_config_of(options)).heads(wait=options.wait)
+    print(
+        json_text(
+            {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": [h._asdict() for h in heads]}
+        )
+    )
+    return 0
+
+
+def _add_purge(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "purge",
+        parents=[common],
+        help="delete old events, so that the rest still verifies",
+        description="Delete every event older than that, and enter into the ledger what went.",
+    )
+    command.add_argument(
+        "--older-than",
+        type=_time_argument,
+        required=True,
+        metavar="WHEN",
+        help="90d, or before an ISO date or time",
+    )
+    command.add_argument("--dry-run", action="store_true", help="say what would go")
+    command.add_argument("--archive", metavar="DIR", help="write what goes as Parquet into DIR first")
+    command.set_defaults(run=cmd_purge)
+
+
+def cmd_purge(options: argparse.Namespace) -> int:
+    if options.older_than > sql_time(utc_now()):
+        raise _UsageError("--older-than lies in the future; everything would go")
+    if options.archive and os.path.lexists(options.archive) and not os.path.isdir(options.archive):
+        raise _UsageError(f"{options.archive} is no directory; name one for --archive")
+    store = Store(_config_of(options))
+    if options.archive:
+        store.refuse_own_files(options.archive)
+    removal = store.purge(
+        options.older_than, archive=options.archive, dry_run=options.dry_run, wait=options.wait
+    )
+    would = "would be " if options.dry_run else ""
+    span = (
+        f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
+    )
+    print(f"{removal.events} events {would}purged{span}")
+    if removal.archive:
+        print(f"archived in {printable(os.path.join(options.archive, removal.archive))}")
+    if removal.wrong:
+        _say(
+            f"{removal.wrong} segments were not as recorded before they were purged; verify goes on saying so"
+        )
+    return 0
+
+
+def _add_backup(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "backup",
+        parents=[common],
+        help="copy the log while the server runs",
+        description="Copy the database to FILE, and what is not in it yet to FILE.journal. To restore, "
+        "copy both back while no server runs.",
+    )
+    command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
+    command.set_defaults(run=cmd_backup)
+
+
+def cmd_backup(options: argparse.Namespace) -> int:
+    events, segments = Store(_config_of(options)).backup(options.file, wait=options.wait)
+    print(f"{events} events copied to {printable(options.file)}")
+    if segments:
+        print(f"{segments} segments of running servers copied to {printable(options.file)}.journal")
+    return 0
+
+
+def _add_compact(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "compact",
+        parents=[common],
+        help="give the space of purged events back to the file system",
+        description="Write the database anew and put it in place of the old one.",
+    )
+    command.set_defaults(run=cmd_compact)
+
+
+def cmd_compact(options: argparse.Namespace) -> int:
+    before, after = Store(_config_of(options)).compact(wait=options.wait)
+    print(f"{before} bytes before, {after} bytes after")
+    return 0
 
 
 def _say(text: str) -> None:
