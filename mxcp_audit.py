@@ -4644,6 +4644,7 @@ class Finding(NamedTuple):
     segment: str | None
     seqs: tuple[int, ...]  # which events of the segment, as far as that can be known
     text: str
+    journal: str | None = None  # whose chain
 
     @property
     def event_ids(self) -> list[str]:
@@ -4671,10 +4672,18 @@ class Verdict:
         """Whether nothing was found."""
         return not self.findings
 
-    def add(self, kind: str, text: str, segment: str | None = None, seqs: Iterable[int] = ()) -> None:
+    def add(
+        self,
+        kind: str,
+        text: str,
+        segment: str | None = None,
+        seqs: Iterable[int] = (),
+        *,
+        journal: str | None = None,
+    ) -> None:
         """Add a finding, or count it if there are very many."""
         if len(self.findings) < _MAX_FINDINGS:
-            self.findings.append(Finding(kind, segment, tuple(seqs), text))
+            self.findings.append(Finding(kind, segment, tuple(seqs), text, journal))
         else:
             self.more_findings += 1
 
@@ -4869,11 +4878,11 @@ class Verifier:
                 self._gap(name, head.position, position)
             sealed = self._seal_state(head.seal, row, seal)
             if sealed == "wrong":
-                verdict.add("chain", f"entry {position} of journal {name}, or the one before, was changed")
+                text = f"entry {position} of journal {name}, or the one before, was changed"
+                verdict.add("chain", text, journal=name)
             elif sealed == "locked":
-                verdict.add(
-                    "chain", f"entry {position} of journal {name} is sealed with a key that is not given"
-                )
+                text = f"entry {position} of journal {name} is sealed with a key that is not given"
+                verdict.add("chain", text, journal=name)
             unkeyed += sealed == "open" and bool(self._keys)
             head = Head(name, position, head.events + ((events or 0) if kind == "segment" else 0), seal)
             checkpoint = wanted.get((name, position))
@@ -4887,9 +4896,8 @@ class Verifier:
             verdict.legacy += (events or 0) if kind == "legacy" else 0
         self._end_chain(head, unkeyed)
         for name, position in wanted:
-            verdict.add(
-                "cut", f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
-            )
+            text = f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
+            verdict.add("cut", text, journal=name)
 
     def _seal_state(self, previous: str, row: str, seal: str) -> str:
         if not seal.startswith(_KEYED):
@@ -4901,11 +4909,10 @@ class Verifier:
     def _gap(self, journal: str, last: int, found: int) -> None:
         if found > last:
             gone = f"entry {last + 1} is" if found == last + 2 else f"entries {last + 1} to {found - 1} are"
-            self.verdict.add("chain", f"{gone} missing from journal {journal}")
+            text = f"{gone} missing from journal {journal}"
         else:
-            self.verdict.add(
-                "chain", f"entry {found} stands twice, or where none belongs, in journal {journal}"
-            )
+            text = f"entry {found} stands twice, or where none belongs, in journal {journal}"
+        self.verdict.add("chain", text, journal=journal)
 
     def _end_chain(self, head: Head, unkeyed: int) -> None:
         if head.journal or head.position:
@@ -4915,6 +4922,7 @@ class Verifier:
                 "chain",
                 f"{unkeyed} entries of journal {head.journal} are sealed without the key; "
                 "if they are older than the key, a checkpoint of that time settles it",
+                journal=head.journal,
             )
 
     # --- the segments
@@ -4936,7 +4944,7 @@ class Verifier:
     def ranges(self, before: int | None) -> list[tuple[str | None, str | None]]:
         """Return ranges of segment ids, first excluded, that hold a bounded number of events each."""
         splits = self._engine.execute(SPLITS, {"size": _RANGE_EVENTS, "before": before})
-        ends = [last for (last,) in splits if last is not None]
+        ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
         return list(zip([None, *ends], [*ends, None]))
 
     def _judge(self, row: Compared) -> None:
@@ -5646,6 +5654,7 @@ def _verdict_object(verdict: Verdict) -> dict[str, object]:
             {
                 "kind": finding.kind,
                 "segment": finding.segment,
+                "journal": finding.journal,
                 "events": finding.event_ids,
                 "text": finding.text,
             }
