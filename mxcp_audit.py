@@ -1792,7 +1792,7 @@ class Journal:
         """
         path = os.path.join(self.directory, "journal.id")
         try:
-            with open(path, encoding="ascii") as file:
+            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="ascii") as file:
                 known = file.read().strip()
             if known:
                 return known
@@ -4000,7 +4000,8 @@ class Store:
             engine.execute(f"ATTACH {sql_literal(self.path)} AS audit ({words})")
             if fresh:
                 os.chmod(self.path, 0o600)
-            yield
+            with self._private_wal(read_only):
+                yield
             engine.execute("DETACH audit")
         except StoreError as error:
             engine.close()
@@ -4010,6 +4011,23 @@ class Store:
         except BaseException:
             engine.close()
             raise
+
+    @contextlib.contextmanager
+    def _private_wal(self, read_only: bool) -> Iterator[None]:
+        """While the database is attached for writing: have its WAL readable by its owner alone.
+
+        DuckDB would make it as the umask says. It takes an empty one that it finds later than at ATTACH.
+        """
+        if read_only or not self.is_file or os.path.islink(self.path):
+            yield
+            return
+        wal = self.path + ".wal"
+        with contextlib.suppress(OSError):
+            os.close(os.open(wal, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600))
+        yield
+        with contextlib.suppress(OSError):
+            if not os.stat(wal).st_size:
+                os.unlink(wal)  # nothing was written: leave nothing behind
 
     def _is_absent(self) -> bool:
         """Say whether there is no database file; an empty one counts as none."""
@@ -4200,8 +4218,7 @@ class Store:
         folder = os.path.dirname(target)
         scratch = os.path.join(folder, f".{os.path.basename(target)}.{os.urandom(4).hex()}.part")
         try:
-            os.mkdir(scratch, _DIRECTORY_MODE)
-            try:
+            with _scratch(scratch):
                 with self._session(read_only=True, wait=wait) as engine:
                     events = self._copy_database(engine, os.path.join(scratch, "copy"))
                     segments = self._copy_journal(engine, os.path.join(scratch, "journal"))
@@ -4209,10 +4226,6 @@ class Store:
                     os.rename(os.path.join(scratch, "journal"), target + ".journal")
                 os.link(os.path.join(scratch, "copy"), target)  # unlike a rename, it never overwrites
                 sync_directory(folder)
-            finally:
-                import shutil
-
-                shutil.rmtree(scratch, ignore_errors=True)
         except OSError as error:
             raise StoreError(f"{path} can't be written: {error.strerror}") from error
         return events, segments
@@ -4237,10 +4250,11 @@ class Store:
                 old = os.stat(path)
                 if _size_of(path + ".wal"):
                     raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
-                scratch = f"{path}.{os.urandom(4).hex()}.part"
+                folder, name = os.path.split(path)
+                # One name, so that the next one clears what a killed one left.
+                scratch = os.path.join(folder, f".{name}.compact")
                 try:
-                    os.mkdir(scratch, _DIRECTORY_MODE)
-                    try:
+                    with _scratch(scratch):
                         fresh = os.path.join(scratch, "copy")
                         self._copy_database(engine, fresh)
                         os.chmod(fresh, stat.S_IMODE(old.st_mode))
@@ -4248,10 +4262,6 @@ class Store:
                             os.chown(fresh, old.st_uid, old.st_gid)
                         os.replace(fresh, path)
                         sync_directory(os.path.dirname(path))
-                    finally:
-                        import shutil
-
-                        shutil.rmtree(scratch, ignore_errors=True)
                 except OSError as error:
                     raise StoreError(f"{path} can't be written anew: {error.strerror}") from error
                 return old.st_size, os.stat(path).st_size
@@ -5121,16 +5131,10 @@ class Purger:
         scratch, target = os.path.join(directory, f".{name}.part"), os.path.join(directory, name)
         try:
             os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
-            os.mkdir(scratch, _DIRECTORY_MODE)
-            try:
+            with _scratch(scratch):
                 self._write_archive(scratch, removal, heads)
                 os.rename(scratch, target)
                 sync_directory(directory)
-            except BaseException:
-                import shutil
-
-                shutil.rmtree(scratch, ignore_errors=True)
-                raise
         except OSError as error:
             raise StoreError(f"{directory}: no archive can be written: {error.strerror}") from error
         return removal._replace(archive=name)
@@ -5190,6 +5194,19 @@ def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float |
             left -= max(0.0, silence)
         later = hour
     return None
+
+
+@contextlib.contextmanager
+def _scratch(directory: str) -> Iterator[None]:
+    """Have a directory that only its owner can read, in place of an older one, and clear it away."""
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)
+    os.mkdir(directory, _DIRECTORY_MODE)
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
 
 
 def file_digest(path: str) -> str:

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import random
 import shutil
-import subprocess
-import sys
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import pytest
-from conftest import ROOT, child_environment
+from conftest import ROOT
 from evidence import DAY_NS, START_NS, ingest, moment, store_of, write_segment
 
 import mxcp_audit as m
@@ -148,21 +144,20 @@ class Tamperer:
         )
         one, two = self.rows(table, 2)
         return [
-            f"CREATE OR REPLACE TEMP TABLE pair AS SELECT rowid AS r, * FROM audit.{table} WHERE rowid IN ({one}, {two})",
+            f"CREATE OR REPLACE TEMP TABLE pair AS "
+            f"SELECT rowid AS r, * FROM audit.{table} WHERE rowid IN ({one}, {two})",
             f"UPDATE audit.{table} SET {', '.join(f'{name} = pair.{name}' for name in chosen)} "
             f"FROM pair WHERE pair.r = {one} + {two} - {table}.rowid AND {table}.rowid IN ({one}, {two})",
         ]
 
     def table(self) -> list[str]:
         table = self.random.choice(("logs", "ledger"))
+        column = self.random.choice(("segment", "events", "host", "detail"))
         return self.random.choice(
             [
                 [f"DELETE FROM audit.{table}"],
-                [
-                    f"ALTER TABLE audit.{table} DROP COLUMN {self.random.choice(('segment', 'events', 'host', 'detail'))}"
-                ]
-                if table == "ledger"
-                else ["ALTER TABLE audit.logs DROP COLUMN trace_id"],
+                [f"ALTER TABLE audit.ledger DROP COLUMN {column}"],
+                ["ALTER TABLE audit.logs DROP COLUMN trace_id"],
                 [f"ALTER TABLE audit.{table} RENAME COLUMN segment TO segments"],
                 ["ALTER TABLE audit.logs ALTER COLUMN duration_ms TYPE VARCHAR"],
                 ["UPDATE audit.logs SET error = coalesce(error, '') || 'x' WHERE hash(rowid) % 2 = 0"],
