@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -31,6 +32,47 @@ def child_environment(**changes: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MXCP_")}
     kept["PYTHONPATH"] = str(ROOT)
     return {**kept, **changes}
+
+
+def find_pythons() -> dict[str, str]:
+    """Return the interpreters from 3.10 on that this machine has, by version."""
+    found = {f"{sys.version_info[0]}.{sys.version_info[1]}": sys.executable}
+    homes = sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.*/bin/python"))
+    for minor in range(10, 20):
+        version = f"3.{minor}"
+        for home in homes:
+            if home.parent.parent.name.startswith(version + "."):
+                found.setdefault(version, str(home))
+        there = shutil.which(f"python{version}")
+        if there and subprocess.run([there, "-c", ""], capture_output=True).returncode == 0:
+            found.setdefault(version, there)
+    return found
+
+
+PYTHONS = find_pythons()
+
+
+def make_environment(name: str, *requirements: str, python: str = sys.executable) -> str:
+    """Return the Python of a virtual environment with these packages, or skip if they can't be had."""
+    made = subprocess.run(
+        [str(ROOT / "tools" / "environment"), name, *requirements],
+        env={**os.environ, "PYTHON": python},
+        capture_output=True,
+        text=True,
+    )
+    if made.returncode:
+        pytest.skip(f"no environment with {', '.join(requirements)}: {made.stderr.strip()[-300:]}")
+    return made.stdout.strip()
+
+
+def find_duckdb_program() -> str:
+    """Return the path of the real program, from the package `duckdb-cli`."""
+    import mxcp_audit
+
+    program = mxcp_audit.find_program({"PATH": ""})
+    if program is None:
+        pytest.skip("the package duckdb-cli is not installed")
+    return program
 
 
 @pytest.fixture(params=["package", "cli"])

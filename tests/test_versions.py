@@ -1,0 +1,98 @@
+"""The database opens in every DuckDB that people have, and older DuckDBs can write and read it, too."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import child_environment, find_duckdb_program, make_environment
+
+from mxcp_audit import AuditLogger
+
+OLDER = ["1.2.2", "1.4.4", "1.5.6"]
+COUNT = "SELECT count(*) FROM logs WHERE name = 'find me' AND input_json = '{\"id\":7}'"
+
+
+@pytest.fixture
+def database(tmp_path: Path) -> Path:
+    path = tmp_path / "log.duckdb"
+    with AuditLogger(path) as audit:
+        audit.log_event("cli", "tool", "find me", {"id": 7}, 1)
+    return path
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_database_of_the_newest_duckdb_opens_in_an_older_package(database: Path, version: str) -> None:
+    python = make_environment(f"duckdb-{version}", f"duckdb=={version}")
+    script = (
+        f"import duckdb; connection = duckdb.connect({str(database)!r}, read_only=True)\n"
+        f"print(connection.execute({COUNT!r}).fetchall())"
+    )
+    assert subprocess.run([python, "-c", script], capture_output=True, text=True).stdout == "[(1,)]\n"
+
+
+def test_database_of_the_newest_duckdb_opens_in_the_program(database: Path) -> None:
+    shown = subprocess.run(
+        [find_duckdb_program(), "-no-init", "-readonly", "-csv", "-noheader", str(database), COUNT],
+        capture_output=True,
+        text=True,
+    )
+    assert shown.stdout == "1\n", shown.stderr
+
+
+@pytest.mark.parametrize("version", OLDER)
+def test_older_duckdb_ingests_and_queries(tmp_path: Path, database: Path, version: str) -> None:
+    python = make_environment(f"duckdb-{version}", f"duckdb=={version}")
+    environment = child_environment(MXCP_AUDIT_ENGINE="package")
+    script = (
+        "from mxcp_audit import AuditLogger\n"
+        f"with AuditLogger({str(database)!r}) as audit:\n"
+        "    audit.log_event('cli', 'tool', 'from an older one', {'id': 8}, 1)\n"
+        "assert audit.counters.ingested == 1, audit.counters"
+    )
+    written = subprocess.run([python, "-c", script], env=environment, capture_output=True, text=True)
+    assert (written.returncode, written.stderr) == (0, "")
+    queried = subprocess.run(
+        [python, "-m", "mxcp_audit", "log", "--db", str(database), "--json"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+    )
+    assert [event["name"] for event in json.loads(queried.stdout)] == ["from an older one", "find me"]
+
+
+def test_table_of_mxcp_with_ten_columns_is_read_and_widened(tmp_path: Path, engine: str) -> None:
+    import duckdb
+
+    path = tmp_path / "old.duckdb"
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{path}' AS old (STORAGE_VERSION 'v1.0.0')")
+        connection.execute("USE old")
+        connection.execute(
+            "CREATE TABLE logs (timestamp TIMESTAMP, caller TEXT, type TEXT, name TEXT, input_json TEXT, "
+            "duration_ms INTEGER, policy_decision TEXT, reason TEXT, status TEXT, error TEXT)"
+        )
+        connection.execute(
+            "INSERT INTO logs VALUES "
+            "('2025-01-01', 'cli', 'tool', 'old', '{}', 1, 'n/a', NULL, 'success', NULL)"
+        )
+
+    def names() -> list[str]:
+        shown = subprocess.run(
+            [sys.executable, "-m", "mxcp_audit", "log", "--db", str(path), "--json"],
+            env=child_environment(MXCP_AUDIT_ENGINE=engine),
+            capture_output=True,
+            text=True,
+        )
+        assert shown.returncode == 0, shown.stderr
+        return [event["name"] for event in json.loads(shown.stdout)]
+
+    assert names() == ["old"]
+    with AuditLogger(path) as audit:
+        audit.log_event("cli", "tool", "new", {}, 1, user_id="u")
+        assert audit.flush(60) and audit.counters.ingested == 1, audit.counters
+    assert names() == ["new", "old"]
