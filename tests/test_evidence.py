@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 import random
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import duckdb
 import pytest
-from conftest import ROOT
+from conftest import ROOT, child_environment
 from evidence import DAY_NS, START_NS, ingest, moment, store_of, write_segment
 
 import mxcp_audit as m
@@ -233,3 +238,303 @@ def make_keyed(database: Path) -> None:
         write_segment(database, START_NS + number * DAY_NS, 3)
         ingest(database)
     assert store_of(database).purge(moment(START_NS + DAY_NS + 90 * 10**9)).events == 5
+
+
+# --- what is said
+
+
+@pytest.fixture
+def log(engine: str, tmp_path: Path) -> Path:
+    """A database of two segments of four events."""
+    database = tmp_path / "log.duckdb"
+    for number in range(2):
+        write_segment(database, START_NS + number * DAY_NS, 4)
+        ingest(database)
+    return database
+
+
+def change(database: Path, *statements: str) -> None:
+    """Do what somebody with the file and the `duckdb` package does."""
+    with duckdb.connect(str(database)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+def segments_of(database: Path) -> list[str]:
+    with duckdb.connect(str(database), read_only=True) as connection:
+        rows = connection.execute("SELECT segment FROM ledger WHERE kind = 'segment' ORDER BY segment")
+        return [segment for (segment,) in rows.fetchall()]
+
+
+def said(database: Path, **options: Any) -> set[tuple[str, tuple[str, ...]]]:
+    """Return kind and events of each finding."""
+    verdict = store_of(database).verify(**options)
+    return {(finding.kind, tuple(finding.event_ids)) for finding in verdict.findings}
+
+
+def test_row_hash_documented_example_has_the_documented_form(engine: str) -> None:
+    page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
+    form = "1000000|3|4|2|2|5|3||7|||||1|1|clitoolé{}n/asuccessS"
+    assert f"`{form}`" in page
+    values = (
+        "TIMESTAMP '1970-01-01 00:00:01' AS timestamp, 'cli' AS caller, 'tool' AS type, 'é' AS name, "
+        "'{}' AS input_json, 5 AS duration_ms, 'n/a' AS policy_decision, NULL::VARCHAR AS reason, "
+        "'success' AS status, NULL::VARCHAR AS error, NULL::VARCHAR AS user_id, NULL::VARCHAR AS session_id, "
+        "NULL::VARCHAR AS trace_id, 'S' AS segment, 1 AS seq"
+    )
+    session = m.open_engine()
+    ((found,),) = session.execute(f"SELECT {m.row_hash(m.COLUMNS)}::VARCHAR AS hash FROM (SELECT {values})")
+    session.close()
+    assert found == hashlib.sha256(form.encode()).hexdigest()
+
+
+def test_verify_log_of_the_other_engine_is_intact(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = {"package": "cli", "cli": "package"}[os.environ["MXCP_AUDIT_ENGINE"]]
+    monkeypatch.setenv("MXCP_AUDIT_ENGINE", other)
+    verdict = store_of(log).verify()
+    assert verdict.intact and (verdict.events, verdict.segments, verdict.entries) == (8, 2, 2)
+
+
+def test_verify_changed_removed_and_inserted_events_are_named(log: Path) -> None:
+    first, second = segments_of(log)
+    change(
+        log,
+        f"UPDATE logs SET name = 'x' WHERE segment = '{first}' AND seq = 2",
+        f"DELETE FROM logs WHERE segment = '{first}' AND seq = 4",
+        f"INSERT INTO logs SELECT * REPLACE (7 AS seq) FROM logs WHERE segment = '{second}' AND seq = 1",
+        f"INSERT INTO logs SELECT * REPLACE ('y' AS name) FROM logs WHERE segment = '{second}' AND seq = 3",
+    )
+    assert said(log) == {
+        ("changed", (f"{first}:2",)),
+        ("removed", (f"{first}:4",)),
+        ("inserted", (f"{second}:3", f"{second}:7")),
+    }
+
+
+def test_verify_manual_delete_of_whole_segments_is_reported_as_removed(log: Path) -> None:
+    change(log, f"DELETE FROM logs WHERE timestamp < '{moment(START_NS + DAY_NS)}'")
+    (finding,) = store_of(log).verify().findings
+    assert (finding.kind, finding.segment) == ("removed", segments_of(log)[0])
+    assert "all 4 events" in finding.text
+
+
+def test_verify_rows_of_unknown_segment_are_reported_as_inserted(log: Path) -> None:
+    change(log, "INSERT INTO logs SELECT * REPLACE ('20270101T000000000000Z-00000000' AS segment) FROM logs")
+    (finding,) = store_of(log).verify().findings
+    assert finding.kind == "inserted" and "8 events" in finding.text
+
+
+def test_verify_since_looks_at_newer_segments_only(log: Path) -> None:
+    first, second = segments_of(log)
+    change(log, "UPDATE logs SET name = 'x' WHERE seq = 1")
+    assert said(log, since=moment(START_NS + DAY_NS)) == {("changed", (f"{second}:1",))}
+    assert said(log) == {("changed", (f"{first}:1",)), ("changed", (f"{second}:1",))}
+
+
+def test_verify_cut_end_is_seen_with_a_checkpoint_only(log: Path) -> None:
+    noted = store_of(log).heads()
+    segment = segments_of(log)[1]
+    change(
+        log,
+        f"DELETE FROM logs WHERE segment = '{segment}'",
+        f"DELETE FROM ledger WHERE segment = '{segment}'",
+    )
+    assert said(log) == set()  # as docs/security.md says
+    assert said(log, checkpoint=noted) == {("cut", ())}
+
+
+def test_verify_checkpoint_stays_good_when_the_log_grows(log: Path) -> None:
+    noted = store_of(log).heads()
+    write_segment(log, START_NS + 5 * DAY_NS, 3)
+    ingest(log)
+    assert store_of(log).verify(checkpoint=noted).intact
+    assert store_of(log).heads()[0].events == 11
+
+
+def forge(database: Path) -> None:
+    """Change an event and recompute everything that can be without a key."""
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{database}' AS audit")
+        connection.execute("UPDATE audit.logs SET name = 'forged' WHERE seq = 1")
+        found = connection.execute(m.digests("audit.logs")).fetchall()
+        for segment, _, _, _, digest, marks in found:
+            connection.execute(
+                "UPDATE audit.ledger SET digest = ?, marks = ? WHERE segment = ?", [digest, marks, segment]
+            )
+        previous = ""
+        rows = connection.execute(
+            f"SELECT position, {m.row_hash(m.LEDGER_COLUMNS[:-1])} FROM audit.ledger ORDER BY position"
+        ).fetchall()
+        for position, row in rows:
+            previous = m.make_seal(previous, row, None)
+            connection.execute("UPDATE audit.ledger SET seal = ? WHERE position = ?", [previous, position])
+
+
+def test_verify_forged_chain_without_key_is_seen_with_a_checkpoint_only(log: Path) -> None:
+    noted = store_of(log).heads()
+    forge(log)
+    assert said(log) == set()  # as docs/security.md says
+    assert said(log, checkpoint=noted) == {("cut", ())}
+
+
+def test_verify_forged_chain_with_key_is_reported(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MXCP_AUDIT_KEY", "secret")
+    database = tmp_path / "log.duckdb"
+    write_segment(database, START_NS, 3)
+    ingest(database)
+    assert store_of(database).verify().intact
+    forge(database)
+    assert said(database) == {("chain", ())}
+
+
+def test_verify_chain_older_than_its_key_needs_a_checkpoint(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted = store_of(log).heads()
+    monkeypatch.setenv("MXCP_AUDIT_KEY", "secret")
+    write_segment(log, START_NS + 5 * DAY_NS, 3)
+    ingest(log)
+    assert said(log) == {("chain", ())}
+    assert store_of(log).verify(checkpoint=noted).intact
+
+
+def test_ingest_without_the_key_of_the_chain_leaves_events_in_the_journal(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MXCP_AUDIT_KEY", "secret")
+    write_segment(log, START_NS, 1)
+    ingest(log)
+    monkeypatch.delenv("MXCP_AUDIT_KEY")
+    write_segment(log, START_NS, 2)
+    with pytest.raises(m.StoreError, match="MXCP_AUDIT_KEY"):
+        store_of(log).ingest()
+    assert len(store_of(log).journal.segments()) == 1
+    verdict = store_of(log).verify()
+    assert "a key that is not given" in verdict.findings[0].text and verdict.waiting_bytes
+
+
+def test_key_file_first_line_seals_and_the_others_still_open(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database, keys = tmp_path / "log.duckdb", tmp_path / "keys"
+    monkeypatch.setenv("MXCP_AUDIT_KEY_FILE", str(keys))
+    for text in ("old\n", "new\nold\n"):
+        keys.write_text(text)
+        keys.chmod(0o600)
+        write_segment(database, START_NS, 2)
+        ingest(database)
+    assert store_of(database).verify().intact
+    keys.write_text("new\n")
+    assert said(database) == {("chain", ())}
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+@pytest.mark.parametrize(("text", "mode", "problem"), [("k", 0o644, "chmod 600"), ("\n", 0o600, "is empty")])
+def test_key_file_open_to_others_or_empty_is_refused(
+    tmp_path: Path, text: str, mode: int, problem: str
+) -> None:
+    path = tmp_path / "keys"
+    path.write_text(text)
+    path.chmod(mode)
+    with pytest.raises(m.ConfigError, match=problem):
+        m.seal_keys({"MXCP_AUDIT_KEY_FILE": str(path)})
+
+
+def test_legacy_rows_are_counted_and_covered_from_the_first_ingest(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(m, "_LEGACY_ROWS", 4)  # several entries' worth
+    database = tmp_path / "log.duckdb"
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{database}' AS old (STORAGE_VERSION 'v1.0.0'); USE old; {LEGACY}")
+    verdict = store_of(database).verify()
+    assert verdict.intact and verdict.legacy == 6 and not verdict.entries
+    write_segment(database, START_NS, 1)
+    ingest(database)
+    verdict = store_of(database).verify()
+    assert verdict.intact and (verdict.legacy, verdict.entries, verdict.events) == (6, 3, 1)
+    change(database, "UPDATE logs SET name = 'x' WHERE name = 'old1'")
+    (finding,) = store_of(database).verify().findings
+    assert finding.segment == "legacy-2026-05-01"
+
+
+def test_ledger_of_dropped_events_holds_a_loss(engine: str, tmp_path: Path) -> None:
+    database = tmp_path / "log.duckdb"
+    told = m.Diagnostics()
+    store = m.Store(m.config_from_arguments(database), diagnostics=told)
+    for dropped in (3, 3, 5):
+        told.dropped = dropped
+        write_segment(database, START_NS, 1)
+        assert store.ingest()
+    verdict = store.verify()
+    assert verdict.intact and verdict.lost == 5 and verdict.entries == 5
+
+
+def test_verify_without_ledger_is_bad_news(log: Path) -> None:
+    change(log, "DROP TABLE ledger")
+    assert not store_of(log).verify().intact
+
+
+def test_verify_damaged_ledger_gives_findings_and_no_traceback(log: Path) -> None:
+    store_of(log).purge(moment(START_NS + 90 * 10**9))
+    for detail in (
+        "x",
+        "[]",
+        '{"before": "x"}',
+        '{"before": 1e999, "heads": {}, "left": {}, "wrong": {}}',
+        "[" * 9999,
+    ):
+        change(log, f"UPDATE ledger SET detail = '{detail}' WHERE kind = 'purge'")
+        assert "chain" in {kind for kind, _ in said(log)}
+
+
+def test_cli_verify_says_intact_or_what_is_not(log: Path, cli: Any) -> None:
+    done = cli("verify", "--db", str(log))
+    assert (done.returncode, done.stdout) == (0, "intact; 8 events in 2 segments of 1 journals\n"), done
+    change(log, "UPDATE logs SET name = 'x' WHERE seq = 1")
+    done = cli("verify", "--db", str(log))
+    assert done.returncode == 1 and "NOT intact, 2 findings" in done.stdout
+    done = cli("verify", "--db", str(log), "--json")
+    answer = json.loads(done.stdout)
+    assert done.returncode == 1 and answer["intact"] is False
+    assert answer["findings"][0]["events"] == [f"{segments_of(log)[0]}:1"]
+
+
+def test_cli_checkpoint_is_what_verify_takes(log: Path, cli: Any, tmp_path: Path) -> None:
+    done = cli("checkpoint", "--db", str(log))
+    noted = tmp_path / "checkpoint.json"
+    noted.write_text(done.stdout)
+    assert done.returncode == 0 and json.loads(done.stdout)["journals"][0]["position"] == 2
+    assert cli("verify", "--db", str(log), "--checkpoint", str(noted)).returncode == 0
+    script = [sys.executable, str(ROOT / "tools" / "verify_independently.py"), str(log), str(noted)]
+    assert subprocess.run(script, env=child_environment(), capture_output=True).returncode == 0
+    change(log, "DELETE FROM logs", "DELETE FROM ledger")
+    assert cli("verify", "--db", str(log), "--checkpoint", str(noted)).returncode == 1
+    assert subprocess.run(script, env=child_environment(), capture_output=True).returncode == 1
+    noted.write_text("{}")
+    assert cli("verify", "--db", str(log), "--checkpoint", str(noted)).returncode == 2
+
+
+def test_cli_verify_missing_database_says_so(engine: str, cli: Any) -> None:
+    done = cli("verify", "--db", "none.duckdb")
+    assert done.returncode == 1 and "not found" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_logger_tells_the_checkpoint_at_shutdown(
+    engine: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    database = tmp_path / "log.duckdb"
+    with caplog.at_level("INFO", "mxcp_audit"):
+        audit = m.AuditLogger(database)
+        audit.log_event("cli", "tool", "t")
+        audit.flush()
+        audit.log_event("cli", "tool", "t")
+        audit.shutdown()
+        audit.shutdown()
+    told = [record.getMessage() for record in caplog.records if "checkpoint" in record.getMessage()]
+    (head,) = store_of(database).heads()
+    path = tmp_path / "told"
+    path.write_text(told[-1])
+    assert len(told) == 2 and m._read_checkpoint(str(path)) == [head] and head.events == 2
