@@ -1675,7 +1675,10 @@ class Journal:
             os.mkdir(self.directory, _DIRECTORY_MODE)
             return
         except FileExistsError:
-            pass
+            self.check_directory()
+
+    def check_directory(self) -> None:
+        """Raise JournalError if the directory is a symbolic link or belongs to somebody else; OSError if gone."""
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
@@ -1685,7 +1688,7 @@ class Journal:
             )
         if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
             raise JournalError(
-                f"belongs to user {found.st_uid}, so that its owner could read and change what is recorded; "
+                f"belongs to user {found.st_uid}, who could read and change what is recorded; work as that user, "
                 "make it your own, or set `journal`",
                 path=self.directory,
             )
@@ -1768,6 +1771,7 @@ class Journal:
         """
         path = os.path.join(self.directory, "ingest.lock")
         try:
+            self.check_directory()
             fd = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
         except FileNotFoundError:
             yield False  # no directory, so nothing to ingest either
