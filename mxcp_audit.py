@@ -1678,7 +1678,7 @@ class Journal:
             self.check_directory()
 
     def check_directory(self) -> None:
-        """Raise JournalError if the directory is a symbolic link or belongs to somebody else; OSError if gone."""
+        """Raise JournalError if the directory is a link or somebody else's, OSError if it is gone."""
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
@@ -1688,8 +1688,8 @@ class Journal:
             )
         if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
             raise JournalError(
-                f"belongs to user {found.st_uid}, who could read and change what is recorded; work as that user, "
-                "make it your own, or set `journal`",
+                f"belongs to user {found.st_uid}, who could read and change what is recorded; "
+                "work as that user, make it your own, or set `journal`",
                 path=self.directory,
             )
 

@@ -129,8 +129,8 @@ def test_cli_purge_of_an_older_table_verifies(engine: str, tmp_path: Path, cli: 
         columns = ", ".join(f"{column.name} {column.sql_type}" for column in m.COLUMNS[:10])
         connection.execute(f"CREATE TABLE logs ({columns})")
         connection.execute(
-            "INSERT INTO logs SELECT TIMESTAMP '2024-01-01' + INTERVAL (i) HOUR, 'cli', 'tool', 'n', '{}', i, "
-            "'n/a', NULL, 'success', NULL FROM range(100) t(i)"
+            "INSERT INTO logs "
+            "SELECT TIMESTAMP '2024-01-01' + INTERVAL (i) HOUR, 'cli', 'tool', 'n', '{}', i, 'n/a', NULL, 'success', NULL FROM range(100) t(i)"
         )
     done = cli("purge", "--db", str(database), "--older-than", "2024-01-03T12:00")
     assert (done.returncode, done.stdout) == (
@@ -159,9 +159,8 @@ def test_cli_purge_wrong_use_is_refused(
 
 def test_archive_holds_what_went_and_says_so(log: Path, tmp_path: Path) -> None:
     before = table_rows(log)
-    removal = store_of(log).purge(
-        moment(START_NS + DAY_NS + 2 * MINUTE_NS), archive=str(tmp_path / "archive")
-    )
+    limit = moment(START_NS + DAY_NS + 2 * MINUTE_NS)
+    removal = store_of(log).purge(limit, archive=str(tmp_path / "archive"))
     assert removal.archive is not None
     folder = tmp_path / "archive" / removal.archive
     manifest = json.loads((folder / "manifest.json").read_text())
@@ -260,11 +259,12 @@ def test_retention_clock_that_jumped_forward_removes_nothing(
     engine: str, tmp_path: Path, today: list[datetime.datetime]
 ) -> None:
     database = tmp_path / "log.duckdb"
-    live(database, 10, today)
+    live(database, 10, today, retention="5d")
+    assert count(database) == 6
     today[0] += datetime.timedelta(days=3650)
-    live(database, 3, today, retention="5d")
-    assert count(database) == 13
-    live(database, 4, today, retention="5d")  # the log has lived on for five days
+    live(database, 1, today, retention="5d")
+    assert count(database) == 7
+    live(database, 5, today, retention="5d")  # a day of life moves the limit by a day, as before
     assert count(database) == 6 and intact(database)
 
 
