@@ -130,7 +130,8 @@ def test_cli_purge_of_an_older_table_verifies(engine: str, tmp_path: Path, cli: 
         connection.execute(f"CREATE TABLE logs ({columns})")
         connection.execute(
             "INSERT INTO logs "
-            "SELECT TIMESTAMP '2024-01-01' + INTERVAL (i) HOUR, 'cli', 'tool', 'n', '{}', i, 'n/a', NULL, 'success', NULL FROM range(100) t(i)"
+            "SELECT TIMESTAMP '2024-01-01' + INTERVAL (i) HOUR, 'cli', 'tool', 'n', '{}', i, 'n/a', NULL, "
+            "'success', NULL FROM range(100) t(i)"
         )
     done = cli("purge", "--db", str(database), "--older-than", "2024-01-03T12:00")
     assert (done.returncode, done.stdout) == (
