@@ -3032,19 +3032,30 @@ _LEDGER_DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for co
 CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({_LEDGER_DEFINITIONS})"
 
 
-def row_hash(columns: Sequence[Column]) -> str:
+def row_hash(columns: Sequence[Column], **instead: str) -> str:
     """Return the SQL of a row's hash: SHA-256 of its canonical form, which no two different rows share.
 
     A number for each column, separated by `|`: an integer itself, a timestamp's microseconds since
     the epoch, a text's length in bytes; nothing for NULL. Then `|` and all texts, one after the other.
+    Of events, the segment's text is left out, which its entry has: hashing it costs a tenth of an ingest.
+
+    Args:
+        columns: all that are covered, in order.
+        instead: for an integer column's name, what to take instead of it.
     """
     numbers = {
         # An infinity has no microseconds, and must not look like NULL.
         "TIMESTAMP": "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END",
         "VARCHAR": "strlen({0})",
     }
-    head = ", '|', ".join(numbers.get(column.sql_type, "{0}").format(column.name) for column in columns)
-    texts = ", ".join(column.name for column in columns if column.sql_type == "VARCHAR")
+    head = ", '|', ".join(
+        numbers.get(column.sql_type, "{0}").format(instead.get(column.name, column.name))
+        for column in columns
+    )
+    left_out = "segment" if columns is COLUMNS else ""
+    texts = ", ".join(
+        column.name for column in columns if column.sql_type == "VARCHAR" and column.name != left_out
+    )
     return f"sha256(concat({head}, '|', {texts}))"
 
 
@@ -3241,6 +3252,10 @@ MARKS: Final = "SELECT marks::VARCHAR FROM sound_ledger WHERE segment = $segment
 FOUND_MARKS: Final = f"""\
 SELECT seq::BIGINT, {row_hash(COLUMNS)}[1:4]::VARCHAR FROM sound_logs
 WHERE segment = $segment ORDER BY seq"""
+MOVED: Final = f"""\
+SELECT seq::BIGINT, place::BIGINT, {row_hash(COLUMNS, seq="place")}[1:4]::VARCHAR
+FROM sound_logs, (SELECT unnest($seqs) AS place)
+WHERE segment = $segment AND seq IN (SELECT unnest($seqs)) AND seq <> place"""
 
 
 def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
@@ -3672,10 +3687,21 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill: never beside the data, which may be read-only. Made only if needed."""
+    """Return where DuckDB may spill: never beside the data, which may be read-only. Made only if needed.
+
+    DuckDB makes it as the umask says, so it lies in a directory that is the user's alone.
+    """
     import tempfile
 
-    return os.path.join(tempfile.gettempdir(), f"mxcp_audit-{os.getpid()}-{os.urandom(4).hex()}")
+    owner = getattr(os, "getuid", int)()
+    private = os.path.join(tempfile.gettempdir(), f"mxcp_audit-{owner}")
+    with contextlib.suppress(OSError):  # there may be no place for it, and none may be needed
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(private, 0o700)
+        found = os.lstat(private)
+        if os.name == "posix" and (found.st_uid != owner or not stat.S_ISDIR(found.st_mode)):
+            private = tempfile.mkdtemp(prefix="mxcp_audit-")  # somebody else was there first
+    return os.path.join(private, f"{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -4228,7 +4254,7 @@ class Store:
                     segments = self._copy_journal(engine, os.path.join(scratch, "journal"))
                 if segments:
                     os.rename(os.path.join(scratch, "journal"), target + ".journal")
-                os.link(os.path.join(scratch, "copy"), target)  # unlike a rename, it never overwrites
+                _put_in_place(os.path.join(scratch, "copy"), target)
                 sync_directory(folder)
         except OSError as error:
             raise StoreError(f"{path} can't be written: {error.strerror}") from error
@@ -4649,12 +4675,13 @@ class Ledger:
 _RANGE_EVENTS: Final = 500_000  # arbitrary: events whose hashes are held at once, about 60 MB
 _MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
 _MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
+_MAX_MOVED: Final = 100  # arbitrary: changed events of a segment among which exchanges are looked for
 
 
 class Finding(NamedTuple):
     """One thing that isn't as the ledger says."""
 
-    kind: str  # changed, removed, inserted (events); chain, cut (the ledger); table (columns)
+    kind: str  # changed, reordered, removed, inserted (events); chain, cut (the ledger); table (columns)
     segment: str | None
     seqs: tuple[int, ...]  # which events of the segment, as far as that can be known
     text: str
@@ -5001,11 +5028,27 @@ class Verifier:
         inserted = [seq for seq in other if seq not in changed]
         inserted += [seq for seq in changed for _ in range(other.count(seq) - 1)]
         missing = set(range(1, total + 1)) - right - changed if events == total else set()
-        for kind, seqs in (("changed", changed), ("removed", missing), ("inserted", inserted)):
+        moved = self._moved(row.segment, marks, sorted(changed))
+        for kind, seqs in (
+            ("changed", changed - moved),
+            ("reordered", moved),
+            ("removed", missing),
+            ("inserted", inserted),
+        ):
             if seqs:
                 names = _numbers(seqs)
                 self.verdict.add(kind, f"segment {row.segment}: {kind} {names}", row.segment, sorted(seqs))
         return bool(changed or missing or inserted)
+
+    def _moved(self, segment: str, marks: str, seqs: list[int]) -> set[int]:
+        """Return the events that only changed places with each other."""
+        if not 2 <= len(seqs) <= _MAX_MOVED:
+            return set()
+        taken: set[int] = set()
+        for seq, place, mark in self._engine.execute(MOVED, {"segment": segment, "seqs": seqs}):
+            if marks[4 * place - 4 : 4 * place] == mark:
+                taken |= {seq, place}
+        return taken
 
 
 def _numbers(seqs: Iterable[int]) -> str:
@@ -5211,6 +5254,18 @@ def _scratch(directory: str) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def _put_in_place(path: str, target: str) -> None:
+    """Give a file another name, which must be free: unlike a rename, a link never overwrites."""
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems have no links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        os.rename(path, target)
 
 
 def file_digest(path: str) -> str:

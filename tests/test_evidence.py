@@ -274,7 +274,7 @@ def said(database: Path, **options: Any) -> set[tuple[str, tuple[str, ...]]]:
 
 def test_row_hash_documented_example_has_the_documented_form(engine: str) -> None:
     page = (ROOT / "docs" / "security.md").read_text(encoding="utf-8")
-    form = "1000000|3|4|2|2|5|3||7|||||1|1|clitoolé{}n/asuccessS"
+    form = "1000000|3|4|2|2|5|3||7|||||1|1|clitoolé{}n/asuccess"
     assert f"`{form}`" in page
     values = (
         "TIMESTAMP '1970-01-01 00:00:01' AS timestamp, 'cli' AS caller, 'tool' AS type, 'é' AS name, "
@@ -308,6 +308,16 @@ def test_verify_changed_removed_and_inserted_events_are_named(log: Path) -> None
         ("changed", (f"{first}:2",)),
         ("removed", (f"{first}:4",)),
         ("inserted", (f"{second}:3", f"{second}:7")),
+    }
+
+
+def test_verify_events_that_changed_places_are_called_reordered(log: Path) -> None:
+    first, second = segments_of(log)
+    swap = "UPDATE logs SET seq = CASE seq WHEN 2 THEN 3 WHEN 3 THEN 2 ELSE seq END"
+    change(log, f"{swap} WHERE segment = '{first}'", f"UPDATE logs SET name = 'x' WHERE segment = '{second}'")
+    assert said(log) == {
+        ("reordered", (f"{first}:2", f"{first}:3")),
+        ("changed", tuple(f"{second}:{seq}" for seq in range(1, 5))),
     }
 
 
