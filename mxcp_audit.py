@@ -4672,7 +4672,9 @@ class Ledger:
 
 # --- verifying
 
-_RANGE_EVENTS: Final = 500_000  # arbitrary: events whose hashes are held at once, about 60 MB
+# Arbitrary: events whose hashes are held at once, 100 to 300 bytes each. A purge may be a guest's.
+_RANGE_EVENTS: Final = 1_000_000
+_PURGE_RANGE_EVENTS: Final = 200_000
 _MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
 _MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
 _MAX_MOVED: Final = 100  # arbitrary: changed events of a segment among which exchanges are looked for
@@ -4835,6 +4837,7 @@ class Verifier:
         engine: its session.
         keys: of the chain, as `seal_keys` returns them.
         progress: called with the events done and their total, now and then.
+        range_events: how many events' hashes are held at once.
     """
 
     def __init__(
@@ -4843,8 +4846,10 @@ class Verifier:
         keys: Sequence[bytes] = (),
         *,
         progress: Callable[[int, int], None] = lambda done, total: None,
+        range_events: int = _RANGE_EVENTS,
     ) -> None:
         self._engine = engine
+        self._range_events = range_events
         self._keys = keys
         self._progress = progress
         self._explained = 0
@@ -4979,12 +4984,12 @@ class Verifier:
         for number, (low, high) in enumerate(self.ranges(before)):
             params = {"low": low, "high": high, "before": before}
             yield from compared(self._engine.execute(sql, params))
-            done = min((number + 1) * _RANGE_EVENTS, self.verdict.events)
+            done = min((number + 1) * self._range_events, self.verdict.events)
             self._progress(done, self.verdict.events)
 
     def ranges(self, before: int | None) -> list[tuple[str | None, str | None]]:
         """Return ranges of segment ids, first excluded, that hold a bounded number of events each."""
-        splits = self._engine.execute(SPLITS, {"size": _RANGE_EVENTS, "before": before})
+        splits = self._engine.execute(SPLITS, {"size": self._range_events, "before": before})
         ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
         return list(zip([None, *ends], [*ends, None]))
 
@@ -5113,7 +5118,7 @@ class Purger:
         self._engine = engine
         self._before = before
         self._limit = microseconds(before)
-        self._verifier = Verifier(engine)
+        self._verifier = Verifier(engine, range_events=_PURGE_RANGE_EVENTS)
         self._left: dict[str, tuple[int, str]] = {}
         self._wrong: dict[str, tuple[int, str | None]] = {}
 

@@ -208,6 +208,8 @@ def test_verify_random_tampering_is_reported_and_nothing_else(
     tamperer = Tamperer(session, seed)
     before = session.execute(STATE)
     assert m.Verifier(session, keys).run(checkpoint=checkpoint).intact
+    if engine == "package":
+        assert not independent.verify(session._connection, keys=keys, checkpoints=noted)  # type: ignore[attr-defined]
     done = 0
     while done < TAMPERINGS // 2:
         kind = tamperer.random.choice(KINDS)
@@ -485,6 +487,28 @@ def test_ledger_of_dropped_events_holds_a_loss(engine: str, tmp_path: Path) -> N
 def test_verify_without_ledger_is_bad_news(log: Path) -> None:
     change(log, "DROP TABLE ledger")
     assert not store_of(log).verify().intact
+
+
+@pytest.mark.parametrize(
+    ("statement", "text"),
+    [
+        ("DELETE FROM ledger WHERE position = 1", "entry 1 is missing"),
+        ("INSERT INTO ledger SELECT * FROM ledger WHERE position = 2", "entry 2 stands twice"),
+        ("UPDATE ledger SET first_event = 'infinity' WHERE position = 3", "entry 3 of journal"),
+    ],
+)
+def test_verify_changed_ledger_is_told_by_its_entry(log: Path, statement: str, text: str) -> None:
+    broken = write_segment(log, START_NS, 1)
+    Path(f"{log}.journal", broken + ".jsonl").write_bytes(b"no line\n")  # an entry without times
+    ingest(log)
+    assert intact_but_for_a_loss(log)
+    change(log, statement)
+    assert text in " ".join(finding.text for finding in store_of(log).verify().findings)
+
+
+def intact_but_for_a_loss(database: Path) -> bool:
+    verdict = store_of(database).verify()
+    return verdict.intact and verdict.lost == 1 and verdict.entries == 4
 
 
 def test_verify_damaged_ledger_gives_findings_and_no_traceback(log: Path) -> None:
