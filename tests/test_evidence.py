@@ -472,15 +472,14 @@ def test_legacy_rows_are_counted_and_covered_from_the_first_ingest(
     assert finding.segment == "legacy-2026-05-01"
 
 
-def test_ledger_of_dropped_events_holds_a_loss(engine: str, tmp_path: Path) -> None:
+def test_ledger_of_lost_events_holds_a_loss_once(engine: str, tmp_path: Path) -> None:
     database = tmp_path / "log.duckdb"
-    told = m.Diagnostics()
-    store = m.Store(m.config_from_arguments(database), diagnostics=told)
-    for dropped in (3, 3, 5):
-        told.dropped = dropped
+    for lost in (3, 0, 2):
+        if lost:
+            store_of(database).journal.record_loss(m.Loss(lost, "2026-01-01", "2026-01-02", "test"))
         write_segment(database, START_NS, 1)
-        assert store.ingest()
-    verdict = store.verify()
+        ingest(database)
+    verdict = store_of(database).verify()
     assert verdict.intact and verdict.lost == 5 and verdict.entries == 5
 
 
