@@ -1,7 +1,8 @@
 """What tools/bench.py measures, each in a process and an environment of its own.
 
     python tools/bench_peers.py PEER FOLDER        bursts on demand: one JSON command a line, one answer a line
-    python tools/bench_peers.py serve PORT [DB]    a FastMCP server, audited if a database is named
+    python tools/bench_peers.py serve PORT WHAT    a FastMCP server: plain, passing (a middleware that does
+                                                   nothing), or a database that it is audited into
     python tools/bench_peers.py load JSON          its clients
 
 Every peer gets the same events, records as much of them as it can, and does nothing that it does not
@@ -522,15 +523,20 @@ async def run_peer_async(peer: Any, folder: Path) -> None:
     await peer.close_async()
 
 
-def serve(port: int, database: str | None) -> None:
+def serve(port: int, what: str) -> None:
     """Run a FastMCP server on 127.0.0.1 with one small tool."""
     from fastmcp import FastMCP
 
+    async def passing(context: Any, call_next: Callable[[Any], Any]) -> Any:
+        return await call_next(context)
+
     server: Any = FastMCP("bench")
-    if database:
+    if what == "passing":
+        server.add_middleware(passing)
+    elif what != "plain":
         from mxcp_audit import AuditLogger
 
-        server.add_middleware(AuditLogger(database).middleware())
+        server.add_middleware(AuditLogger(what).middleware())
 
     @server.tool
     def find(user_id: int, query: str, options: dict[str, object], tags: list[str], api_key: str) -> str:
@@ -569,7 +575,8 @@ async def load(command: dict[str, Any]) -> None:
         rounds = []
         for number in range(-1, command["rounds"]):  # the first warms up
             results = {}
-            for name in sorted(clients, reverse=bool(number % 2)):  # who is first takes turns
+            order = list(clients)
+            for name in order[number % len(order) :] + order[: number % len(order)]:  # who is first takes turns
                 took: list[float] = []
                 pid = command["pids"][name]
                 cpu, start = _cpu_seconds(pid), time.perf_counter()
@@ -604,7 +611,7 @@ def main() -> None:
         asyncio.run(load(json.loads(sys.argv[2])))
         return
     if sys.argv[1] == "serve":
-        serve(int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
+        serve(int(sys.argv[2]), sys.argv[3])
         return
     folder = Path(sys.argv[2])
     peer = PEERS[sys.argv[1]](folder)
