@@ -253,7 +253,9 @@ def _latency_rounds(
     budget = run.pick(0.005, 0.05, 0.1)  # seconds of a round; slow peers make fewer calls
     events = {}
     for peer in peers:
-        warm = statistics.median(peer.ask(do="burst", events=8 * threads, input=kind, threads=threads)[threads:])
+        warm = statistics.median(
+            peer.ask(do="burst", events=8 * threads, input=kind, threads=threads)[threads:]
+        )
         events[peer.name] = threads * max(8, min(5000, int(budget * 1e9 / warm)) // threads)
         peer.ask(do="burst", events=events[peer.name], input=kind, threads=threads)
     rounds: dict[str, list[tuple[float, float, float]]] = {peer.name: [] for peer in peers}
@@ -284,7 +286,9 @@ def pipeline(run: Run) -> Iterator[Table]:
     contestants = [("mxcp_audit", PEERS["mxcp_audit"], "package", 1)]
     contestants += [("mxcp_audit", "mxcp_audit, the `duckdb` program", "cli", 1)]
     contestants += [("mxcp_audit", "mxcp_audit, four threads", "package", 4)]
-    contestants += [(name, PEERS[name], "", 1) for name in PEERS if name not in ("mxcp_audit", "queue-discarding")]
+    contestants += [
+        (name, PEERS[name], "", 1) for name in PEERS if name not in ("mxcp_audit", "queue-discarding")
+    ]
     results: dict[str, list[dict[str, float]]] = {}
     for _ in range(run.pick(1, 2, 5)):
         for name, title, engine, threads in contestants:
@@ -328,7 +332,11 @@ def server(run: Run) -> Iterator[Table]:
     with contextlib.ExitStack() as stack:
         urls = {}
         processes = {}
-        for name, what in (("plain", "plain"), ("passing", "passing"), ("audited", str(folder / "log.duckdb"))):
+        for name, what in (
+            ("plain", "plain"),
+            ("passing", "passing"),
+            ("audited", str(folder / "log.duckdb")),
+        ):
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
@@ -373,7 +381,10 @@ def server(run: Run) -> Iterator[Table]:
         }
         others = (f"{statistics.median(ratio[key]):.3f}" for key in ("p50", "p99", "cpu"))
         rate = f"{statistics.median(ratio['rate']):.3f}"
-        title = {"plain": "with ÷ without auditing", "passing": "with auditing ÷ with a middleware that does nothing"}
+        title = {
+            "plain": "with ÷ without auditing",
+            "passing": "with auditing ÷ with a middleware that does nothing",
+        }
         table.rows.append((title[base], rate, spread(ratio["rate"]), *others))
     yield table
 
@@ -400,7 +411,15 @@ def ingest(run: Run) -> Iterator[Table]:
         cpu = statistics.median(each["cpu"] for each in mine) * 1e6 / events
         size = statistics.median(each["bytes"] for each in mine) / events
         row = {"package": "the `duckdb` package", "cli": "the `duckdb` program"}[engine]
-        table.rows.append((row, figure(statistics.median(rates)), f"{figure(min(rates))} … {figure(max(rates))}", figure(cpu), figure(size)))
+        table.rows.append(
+            (
+                row,
+                figure(statistics.median(rates)),
+                f"{figure(min(rates))} … {figure(max(rates))}",
+                figure(cpu),
+                figure(size),
+            )
+        )
     yield table
 
 
@@ -428,7 +447,11 @@ print(json.dumps({"seconds": seconds, "cpu": peers._usage()[0] - before, "bytes"
 def _script(run: Run, code: str, *arguments: str, **changes: str) -> Any:
     """Run Python code in the main environment and return what it prints last, as JSON."""
     done = subprocess.run(
-        [run.python(), "-c", code, *arguments], cwd=ROOT, env=environ(**changes), capture_output=True, text=True
+        [run.python(), "-c", code, *arguments],
+        cwd=ROOT,
+        env=environ(**changes),
+        capture_output=True,
+        text=True,
     )
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -437,7 +460,11 @@ def _script(run: Run, code: str, *arguments: str, **changes: str) -> Any:
 
 def footprint(run: Run) -> Iterator[Table]:
     """What importing costs, and what a logger takes while its server does nothing."""
-    seconds: dict[str, list[float]] = {"import mxcp_audit": [], "import logging, json": [], "import duckdb": []}
+    seconds: dict[str, list[float]] = {
+        "import mxcp_audit": [],
+        "import logging, json": [],
+        "import duckdb": [],
+    }
     threads = 0
     for _ in range(run.pick(2, 15, 41)):
         for statement, took in seconds.items():
@@ -447,7 +474,9 @@ def footprint(run: Run) -> Iterator[Table]:
                 threads = max(threads, result["threads"])
     table = Table("Import, in a fresh interpreter", ("", "ms", "half of the rounds"))
     for statement, took in seconds.items():
-        table.rows.append((f"`{statement}`", figure(statistics.median(took) * 1000), spread([t * 1000 for t in took])))
+        table.rows.append(
+            (f"`{statement}`", figure(statistics.median(took) * 1000), spread([t * 1000 for t in took]))
+        )
     table.notes.append(f"Threads after the import: {threads} (1 is the interpreter's own).")
     yield table
     idle = Table(
@@ -520,7 +549,9 @@ def _growth_rows(run: Run) -> Plotted:
     )
     for power in range(3, run.pick(4, 7, 8)):
         rows = 10**power
-        result = _script(run, _ROWS, str(run.place("rows") / "log.duckdb"), str(rows), str(run.pick(1, 7, 15)))
+        result = _script(
+            run, _ROWS, str(run.place("rows") / "log.duckdb"), str(rows), str(run.pick(1, 7, 15))
+        )
         table.add(rows, *(1000 * result[key] for key in ("flush", "newest", "user")), result["bytes"] / 2**20)
     table.points.pop("MB")
     return table
@@ -681,7 +712,9 @@ def plot(table: Plotted) -> str:
     for x in sorted({x for points in table.points.values() for x, _ in points}):
         across, _ = at(x, 10**low)
         parts.append(f'<path d="M{across:.1f} {top}V{height - bottom}" stroke="#eee"/>')
-        parts.append(f'<text x="{across:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:,.0f}</text>')
+        parts.append(
+            f'<text x="{across:.1f}" y="{height - bottom + 16}" text-anchor="middle">{x:,.0f}</text>'
+        )
     colours = ("#1f5fbf", "#c2410c", "#15803d", "#7e22ce")
     for number, (series, points) in enumerate(table.points.items()):
         colour = colours[number % len(colours)]

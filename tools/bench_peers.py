@@ -59,7 +59,9 @@ def large_input(number: int) -> Input:
 
 def sized_input(size: int) -> Callable[[int], Input]:
     """Return a maker of inputs of about `size` bytes of JSON: rows of 100 bytes."""
-    rows = [{"id": row, "text": "x" * 20 + " some words, as they come " + "y" * 20} for row in range(size // 100)]
+    rows = [
+        {"id": row, "text": "x" * 20 + " some words, as they come " + "y" * 20} for row in range(size // 100)
+    ]
     return lambda number: {"user_id": number, "rows": rows}
 
 
@@ -543,7 +545,11 @@ def serve(port: int, what: str) -> None:
         return f"user {user_id}"
 
     server.run(
-        transport="http", host="127.0.0.1", port=port, show_banner=False, uvicorn_config={"log_level": "error"}
+        transport="http",
+        host="127.0.0.1",
+        port=port,
+        show_banner=False,
+        uvicorn_config={"log_level": "error"},
     )
 
 
@@ -569,14 +575,14 @@ async def load(command: dict[str, Any]) -> None:
         clients: dict[str, list[Any]] = {}
         for name, url in command["urls"].items():
             await _await_port(int(url.split(":")[2].split("/")[0]))
-            clients[name] = [
-                await stack.enter_async_context(Client(url)) for _ in range(command["clients"])
-            ]
+            clients[name] = [await stack.enter_async_context(Client(url)) for _ in range(command["clients"])]
         rounds = []
         for number in range(-1, command["rounds"]):  # the first warms up
             results = {}
             order = list(clients)
-            for name in order[number % len(order) :] + order[: number % len(order)]:  # who is first takes turns
+            for name in (
+                order[number % len(order) :] + order[: number % len(order)]
+            ):  # who is first takes turns
                 took: list[float] = []
                 pid = command["pids"][name]
                 cpu, start = _cpu_seconds(pid), time.perf_counter()
