@@ -3013,7 +3013,8 @@ class Encoder:
                 f',"trace_id":{self._id_json(trace_id)}'
             )
         text = (
-            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json},"duration_ms":{duration_ms}{middle}'
+            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json}'
+            f',"duration_ms":{duration_ms}{middle}'
             f"{'null' if reason is None else self._text_json(reason, echoes)}{tail}"
             f"{'null' if error is None else self._text_json(error, echoes)}{ids}"
         )

@@ -16,6 +16,7 @@ import json
 import math
 import os
 import platform
+import re
 import shutil
 import socket
 import statistics
@@ -31,6 +32,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS_FILE = ROOT / "tools" / "bench_peers.py"
+QUERY_FILE = ROOT / "tools" / "bench_query.py"
 PAGE = ROOT / "docs" / "performance.md"
 
 MAIN_ENVIRONMENT = ("bench", "duckdb", "duckdb-cli", "fastmcp", "structlog", "loguru")
@@ -460,23 +462,19 @@ def _script(run: Run, code: str, *arguments: str, **changes: str) -> Any:
 
 def footprint(run: Run) -> Iterator[Table]:
     """What importing costs, and what a logger takes while its server does nothing."""
-    seconds: dict[str, list[float]] = {
-        "import mxcp_audit": [],
-        "import logging, json": [],
-        "import duckdb": [],
-    }
+    took: dict[str, list[tuple[float, float]]] = {}
     threads = 0
     for _ in range(run.pick(2, 15, 41)):
-        for statement, took in seconds.items():
+        for statement in ("import mxcp_audit", "import logging, json", "import dataclasses", "import duckdb"):
             result = _script(run, _IMPORT, statement)
-            took.append(result["seconds"])
+            took.setdefault(statement, []).append((result["wall"] * 1000, result["cpu"] * 1000))
             if statement == "import mxcp_audit":
                 threads = max(threads, result["threads"])
-    table = Table("Import, in a fresh interpreter", ("", "ms", "half of the rounds"))
-    for statement, took in seconds.items():
-        table.rows.append(
-            (f"`{statement}`", figure(statistics.median(took) * 1000), spread([t * 1000 for t in took]))
-        )
+    table = Table("Import, in a fresh interpreter: milliseconds", ("", "wall", "half of the rounds", "CPU"))
+    for statement, times in took.items():
+        walls, cpus = zip(*times)
+        middle = [figure(statistics.median(each)) for each in (walls, cpus)]
+        table.rows.append((f"`{statement}`", middle[0], spread(walls), middle[1]))
     table.notes.append(f"Threads after the import: {threads} (1 is the interpreter's own).")
     yield table
     idle = Table(
@@ -495,9 +493,11 @@ def footprint(run: Run) -> Iterator[Table]:
 
 _IMPORT = """
 import sys, time
-start = time.perf_counter(); exec(sys.argv[1]); took = time.perf_counter() - start
+wall, cpu = time.perf_counter(), time.process_time()
+exec(sys.argv[1])
+wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
 import json, threading
-print(json.dumps({"seconds": took, "threads": threading.active_count()}))
+print(json.dumps({"wall": wall, "cpu": cpu, "threads": threading.active_count()}))
 """
 _IDLE = """
 import asyncio, gc, json, logging, sys, time; from pathlib import Path; sys.path.insert(0, "tools")
@@ -514,6 +514,27 @@ time.sleep(0.5); gc.collect(); memory = peers.resident_bytes() - before
 cpu, start = time.process_time(), time.perf_counter(); time.sleep(float(sys.argv[2]))
 print(json.dumps({"memory": memory, "idle": (time.process_time() - cpu) / (time.perf_counter() - start)}))
 """
+
+
+def query(run: Run) -> Iterator[Table]:
+    """How fast `log`, `stats` and others read a large log, against plain DuckDB; see bench_query.py."""
+    rows, rounds = run.pick("2000", "1000000", "10000000"), run.pick("1", "3", "7")
+    words = [run.python(), str(QUERY_FILE), "query", "--rows", rows, "--rounds", rounds]
+    done = subprocess.run(words, env=environ(), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    about, *lines = done.stdout.splitlines()
+    table = Table(
+        f"Reading: whole processes against plain DuckDB. {about}",
+        ("command", "engine", "ms", "plain DuckDB, ms", "ratio"),
+    )
+    for line in lines:
+        found = re.fullmatch(r"(\w+) +(.+?) +(\d+) ms +plain +(\d+) ms +ratio +([\d.]+)", line)
+        if found:
+            table.rows.append((f"`{found[2]}`", found[1], *found.groups()[2:]))
+        else:
+            table.notes.append(line + ".")
+    yield table
 
 
 def growth(run: Run) -> Iterator[Table]:
@@ -570,7 +591,8 @@ with duckdb.connect(path) as connection:
         'tool' AS type, 'get_user_' || i % 20 AS name,
         '{"user_id":' || i || ',"query":"select name from users where id = ?"}' AS input_json,
         (i % 400)::INTEGER AS duration_ms, 'n/a' AS policy_decision, 'success' AS status,
-        'user' || i % 1000 AS user_id, '20260101T000000000000Z-' || lpad((i // 20000)::VARCHAR, 8, '0') AS segment,
+        'user' || i % 1000 AS user_id,
+        '20260101T000000000000Z-' || lpad((i // 20000)::VARCHAR, 8, '0') AS segment,
         (i % 20000 + 1)::INTEGER AS seq FROM range($rows) AS numbers(i)''', {"rows": rows - 1})
 def timed(work):
     took = []
@@ -681,7 +703,8 @@ _FINISH = """
 import json, sys; from pathlib import Path; sys.path.insert(0, "tools")
 import mxcp_audit, bench_peers as peers
 ours = peers.Ours(Path(sys.argv[1]))
-mxcp_audit.Store(mxcp_audit.config_from_arguments(ours.path)).ingest(); print(json.dumps({"count": ours.count()}))
+mxcp_audit.Store(mxcp_audit.config_from_arguments(ours.path)).ingest()
+print(json.dumps({"count": ours.count()}))
 """
 
 
@@ -729,7 +752,8 @@ def plot(table: Plotted) -> str:
         )
     parts.append(f'<text x="{width / 2:.0f}" y="{height - 8}" text-anchor="middle">{table.x_title}</text>')
     parts.append(
-        f'<text transform="translate(14 {height / 2:.0f}) rotate(-90)" text-anchor="middle">{table.y_title}</text>'
+        f'<text transform="translate(14 {height / 2:.0f}) rotate(-90)" text-anchor="middle">'
+        f"{table.y_title}</text>"
     )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
@@ -772,12 +796,35 @@ def write_section(topic: str, text: str, page: Path = PAGE) -> None:
     page.write_text(f"{before}{start}{text}{end}{after}", encoding="utf-8")
 
 
+def measure(run: Run, topic: str, write: bool) -> bool:
+    """Run one topic and print its tables; False, with the reason on standard error, if it failed."""
+    started = time.monotonic()
+    try:
+        about = machine(run)
+        tables = list(TOPICS[topic](run))
+    except RuntimeError as error:
+        print(f"{topic} failed: {error}", file=sys.stderr, flush=True)
+        return False
+    command = f"python tools/bench.py {topic} --{run.effort}"
+    made = f"Made by `{command}` on {datetime.date.today().isoformat()}: {about}.\n"
+    text = "\n".join([*(table.markdown() for table in tables), made])
+    took = time.monotonic() - started
+    print(f"\n## {topic}\n\n{text}\n({took:.0f} s)", flush=True)
+    if write:
+        write_section(topic, text)
+        for table in tables:
+            if isinstance(table, Plotted):
+                (PAGE.parent / f"{table.name}.svg").write_text(plot(table), encoding="utf-8")
+    return True
+
+
 TOPICS: dict[str, Callable[[Run], Iterator[Table]]] = {
     "latency": latency,
     "server": server,
     "pipeline": pipeline,
     "ingest": ingest,
     "footprint": footprint,
+    "query": query,
     "growth": growth,
 }
 
@@ -805,29 +852,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
-    options = parser.parse_args(argv)
+    options, others = parser.parse_known_args(argv)
+    if others and options.topics == ["query"]:  # it has options of its own
+        return subprocess.call([sys.executable, str(QUERY_FILE), "query", *others])
+    if others:
+        parser.error(f"unknown options: {' '.join(others)}")
     unknown = [topic for topic in options.topics if topic not in TOPICS]
     if unknown:
         parser.error(f"{unknown[0]} is no topic; there are {', '.join(TOPICS)}")
     with tempfile.TemporaryDirectory(prefix="mxcp_audit-bench-", ignore_cleanup_errors=True) as name:
         run = Run(options.effort, options.here, frozenset(options.only), Path(name))
-        for topic in options.topics or TOPICS:
-            started = time.monotonic()
-            about = machine(run)
-            tables = list(TOPICS[topic](run))
-            command = f"python tools/bench.py {topic} --{options.effort}"
-            today = datetime.date.today().isoformat()
-            text = "\n".join(
-                [*(table.markdown() for table in tables), f"Made by `{command}` on {today}: {about}.\n"]
-            )
-            print(f"\n## {topic}\n\n{text}", flush=True)
-            print(f"({time.monotonic() - started:.0f} s)", flush=True)
-            if options.write:
-                write_section(topic, text)
-                for table in tables:
-                    if isinstance(table, Plotted):
-                        (PAGE.parent / f"{table.name}.svg").write_text(plot(table), encoding="utf-8")
-    return 0
+        failures = [measure(run, topic, options.write) for topic in options.topics or TOPICS].count(False)
+    return 1 if failures else 0
 
 
 if __name__ == "__main__":

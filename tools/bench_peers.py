@@ -1,6 +1,6 @@
 """What tools/bench.py measures, each in a process and an environment of its own.
 
-    python tools/bench_peers.py PEER FOLDER        bursts on demand: one JSON command a line, one answer a line
+    python tools/bench_peers.py PEER FOLDER        answers commands: a line of JSON each, and one in return
     python tools/bench_peers.py serve PORT WHAT    a FastMCP server: plain, passing (a middleware that does
                                                    nothing), or a database that it is audited into
     python tools/bench_peers.py load JSON          its clients
@@ -115,7 +115,11 @@ class Queued:
             class JsonFormatter(logging.Formatter):
                 def format(self, record: logging.LogRecord) -> str:
                     return json.dumps(
-                        {"time": record.created, "message": record.getMessage(), "input": record.input},  # type: ignore[attr-defined]
+                        {
+                            "time": record.created,
+                            "message": record.getMessage(),
+                            "input": vars(record)["input"],
+                        },
                         ensure_ascii=False,
                     )
 
