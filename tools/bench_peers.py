@@ -428,15 +428,17 @@ def burst(peer: Any, make: Callable[[int], Input], events: int, threads: int) ->
 def flood(peer: Any, make: Callable[[int], Input], events: int, threads: int) -> None:
     """Log as fast as it goes, without looking at the clock."""
 
-    def work() -> None:
+    share = events // threads
+
+    def work(count: int) -> None:
         log = peer.log
-        for number in range(events // threads):
+        for number in range(count):
             log(make(number))
 
-    workers = [threading.Thread(target=work) for _ in range(threads - 1)]
+    workers = [threading.Thread(target=work, args=(share,)) for _ in range(threads - 1)]
     for worker in workers:
         worker.start()
-    work()
+    work(events - share * len(workers))
     for worker in workers:
         worker.join()
 
