@@ -31,9 +31,12 @@ import codecs
 import collections
 import contextlib
 import dataclasses
+import contextvars
 import datetime
 import enum
 import errno
+import functools
+import inspect
 import json
 import logging
 import os
@@ -43,11 +46,13 @@ import sys
 import threading
 import time
 import types
+import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
 from pathlib import Path
 from typing import (
+    IO,
     TYPE_CHECKING,
     Any,
     ClassVar,
@@ -57,6 +62,7 @@ from typing import (
     Protocol,
     TextIO,
     TypeAlias,
+    TypeVar,
     cast,
 )
 
@@ -67,6 +73,7 @@ else:
 
 if TYPE_CHECKING:
     import argparse
+    import hashlib
     import subprocess
 
 __version__ = "0.1.0"
@@ -3126,6 +3133,75 @@ def line_fault(line: bytes) -> str | None:
     return None
 
 
+# MXCP's own logs.
+
+_ISO_8601: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
+)
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+# Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
+_NAMES_OF_MXCP: Final = {
+    "caller": ("caller", "caller_type"),
+    "event_type": ("type", "operation_type"),
+    "name": ("name", "operation_name"),
+    "input_params": ("input_json", "input_data"),
+    "duration_ms": ("duration_ms", "duration_ms"),
+    "policy_decision": ("policy_decision", "policy_decision"),
+    "reason": ("reason", "policy_reason"),
+    "status": ("status", "operation_status"),
+    "error": ("error", "error"),
+    "user_id": ("user_id", "user_id"),
+    "session_id": ("session_id", "session_id"),
+    "trace_id": ("trace_id", "trace_id"),
+}
+
+
+def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`.
+
+    Args:
+        line: of MXCP 0.1 to 0.3, or of 0.4 and newer; which of them, its keys say.
+
+    Returns:
+        None for what newer versions keep beside events: the definition of a schema.
+
+    Raises:
+        ValueError: it is no event; the text says why.
+    """
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object")
+    newer = "operation_type" in record
+    if not newer and "type" not in record:
+        if "schema_name" in record and "fields" in record:
+            return None
+        raise ValueError("no event: it has neither type nor operation_type")
+    event = {ours: record.get(theirs[newer]) for ours, theirs in _NAMES_OF_MXCP.items()}
+    if not newer and isinstance(event["input_params"], str):
+        with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
+            event["input_params"] = json.loads(event["input_params"])
+    if event["policy_decision"] is None:
+        event["policy_decision"] = "n/a"
+    return _time_of_mxcp(record.get("timestamp")), event
+
+
+def _time_of_mxcp(text: object) -> int:
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"timestamp {text!r:.60} is no time")
+    day, second, fraction, hours, minutes = match.groups()
+    offset = f"{hours}:{minutes}" if hours else "+00:00"
+    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
+    if moment < _EPOCH:
+        raise ValueError(f"timestamp {text!r:.60} is before 1970")
+    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
+
+
 # === Journal ===
 # may name: Errors, Events, Encoding
 #
@@ -3135,6 +3211,7 @@ def line_fault(line: bytes) -> str | None:
 #         20261125T010203123456Z-1f2e3d4c.jsonl        a segment, mode 0600
 #         20261125T010203123456Z-1f2e3d4c.torn         what a dead writer left half written
 #         20261125T010203123456Z-1f2e3d4c.rejected     lines that could not be ingested, with the reason
+#         20261125T010204000000Z-5a6b7c8d.loss         how many events were dropped, when and why
 #         ingest.lock                                  held by the one process that ingests
 #         journal.id                                   names this journal in the ledger
 #
@@ -3147,9 +3224,11 @@ def line_fault(line: bytes) -> str | None:
 # events are recorded and readable, but never ingested; the error says so.
 
 SEGMENT_SUFFIX: Final = ".jsonl"
+_LOSS_SUFFIX: Final = ".loss"
 _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+_GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
@@ -3170,44 +3249,81 @@ def try_lock(fd: int) -> bool:
     return True
 
 
+def unlock(fd: int) -> None:
+    """Give the lock up at once, even if a child that was forked behind Python's back has the file open."""
+    if sys.platform != "win32":
+        with contextlib.suppress(OSError):
+            fcntl.flock(fd, fcntl.LOCK_UN)
+
+
 def _same_file(fd: int, path: str) -> bool:
-    """Say whether `path` still leads to the open file `fd`."""
+    """Say whether `path` still leads to the open file `fd`; a stale network handle leads nowhere."""
     try:
         there = os.stat(path, follow_symlinks=False)
-    except FileNotFoundError:
-        return False
-    here = os.fstat(fd)
+        here = os.fstat(fd)
+    except OSError as error:
+        if error.errno in _GONE:
+            return False
+        raise
     return (here.st_dev, here.st_ino) == (there.st_dev, there.st_ino)
+
+
+def file_size_limit() -> float:
+    """Return how large this process may make a file, in bytes: a write beyond may kill it (SIGXFSZ)."""
+    try:
+        import resource
+    except ImportError:  # not on Windows
+        return float("inf")
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
+    return float("inf") if limit == resource.RLIM_INFINITY else limit
 
 
 class Segment:
     """One journal file while this process writes it.
 
-    Guarantees that the file holds whole lines whenever `append` returns or raises, and that
-    nobody ingests it before `seal`.
+    Guarantees that nobody ingests it before `seal`, and that then it holds whole lines, each that
+    `append` took and none that it refused, whatever interrupted it.
     """
 
-    __slots__ = ("_dirty", "_fd", "events", "id", "opened", "path", "size")
+    __slots__ = ("_dirty", "_end", "_fd", "_limit", "id", "opened", "path")
 
     def __init__(self, fd: int, path: str, segment_id: str, opened: float) -> None:
         self._fd = fd
-        self._dirty = False
+        self._dirty = False  # there may be bytes behind the end
+        self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never finds half of it
+        self._limit = file_size_limit()
         self.path = path
         self.id = segment_id
         self.opened = opened
-        self.size = 0
-        self.events = 0
 
-    def append(self, data: bytes, events: int) -> None:
+    @property
+    def size(self) -> int:
+        """Bytes of whole lines."""
+        return self._end[0]
+
+    @property
+    def events(self) -> int:
+        """How many lines that is."""
+        return self._end[1]
+
+    def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
         """Write whole lines at the end, all of them or none.
+
+        Args:
+            data: the lines.
+            events: how many.
+            durable: also force them to the disk. What a failed fsync covered may be lost although a
+                later one succeeds, so it is taken back: write it to another segment.
 
         Raises:
             OSError: nothing of `data` is in the file, or will be once it can be truncated, which
-                the next call does first.
+                the next call and `seal` do first.
         """
-        if self._dirty:
-            os.ftruncate(self._fd, self.size)
-            self._dirty = False
+        self._mend()
+        size, count = self._end
+        if size + len(data) > self._limit:
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
+        self._dirty = True
         rest = memoryview(data)
         try:
             while rest:
@@ -3215,17 +3331,18 @@ class Segment:
                 if not written:
                     raise OSError(errno.EIO, "the file takes no more bytes", self.path)
                 rest = rest[written:]
+            if durable:
+                os.fsync(self._fd)
         except OSError:
-            self._dirty = True
+            self._mend()
+            raise
+        self._end = (size + len(data), count + events)
+        self._dirty = False
+
+    def _mend(self) -> None:
+        if self._dirty:
             os.ftruncate(self._fd, self.size)
             self._dirty = False
-            raise
-        self.size += len(data)
-        self.events += events
-
-    def sync(self) -> None:
-        """Force the file to the disk. Raises OSError if that can't be had."""
-        os.fsync(self._fd)
 
     def is_in_place(self) -> bool:
         """Say whether the file still lies where readers look for it."""
@@ -3233,19 +3350,31 @@ class Segment:
 
     def rescue(self) -> bytes:
         """Return what a deleted file holds, as long as this process has it open; b"" if it only moved."""
-        if os.fstat(self._fd).st_nlink:
+        try:
+            return b"" if os.fstat(self._fd).st_nlink else os.pread(self._fd, self.size, 0)
+        except OSError:  # a stale network handle
             return b""
-        return os.pread(self._fd, self.size, 0)
 
     def seal(self) -> None:
-        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless."""
-        fd, self._fd = self._fd, -1
-        if fd < 0:
+        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless.
+
+        Raises:
+            OSError: it holds lines that must not be ingested and can't be truncated; try again.
+        """
+        if self._fd < 0:
             return
-        try:
-            if not self.size and _same_file(fd, self.path):
-                os.unlink(self.path)
-        finally:
+        self._mend()
+        if not self.size:
+            with contextlib.suppress(OSError):
+                if _same_file(self._fd, self.path):
+                    os.unlink(self.path)
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Close the file and release its lock, as it is: it lies elsewhere now."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            unlock(fd)
             os.close(fd)
 
     def forget(self) -> None:
@@ -3315,14 +3444,33 @@ class Claim:
             if delete and sys.platform != "win32":
                 os.unlink(self.path)
         finally:
+            unlock(fd)
             os.close(fd)
         if delete and sys.platform == "win32":  # it deletes no open file
             os.unlink(self.path)
 
 
+class Loss(NamedTuple):
+    """Events that were lost, with everything that is known of them."""
+
+    events: int
+    first: str  # naive UTC text, as `sql_time` returns it
+    last: str
+    reason: str
+
+    def __str__(self) -> str:
+        plural = "" if self.events == 1 else "s"
+        return f"{self.events} event{plural} lost between {self.first} and {self.last} UTC: {self.reason}"
+
+
+def _timestamp_of(line: bytes) -> str | None:
+    match = re.match(rb'\{"timestamp":\s*"([^"]{1,40})"', line)
+    return match[1].decode("ascii", "replace") if match else None
+
+
 def segment_id_of(path: str) -> str:
     """Return the segment id that a journal file's path stands for."""
-    return os.path.basename(path).removesuffix(SEGMENT_SUFFIX)
+    return os.path.splitext(os.path.basename(path))[0]
 
 
 def _write_beside(path: str, suffix: str, data: bytes) -> None:
@@ -3333,6 +3481,21 @@ def _write_beside(path: str, suffix: str, data: bytes) -> None:
         file.write(data)
         file.flush()
         os.fsync(fd)
+
+
+class Survey(NamedTuple):
+    """What lies in a journal."""
+
+    live: int  # segments that a writer holds
+    sealed: int  # those that wait for an ingest
+    orphaned: int  # of the sealed ones, those that nobody took in for a minute
+    torn: int  # files of half-written lines that dead writers left
+    rejected: int  # files of lines that could not be ingested
+    bytes: int
+    oldest_pending: str | None  # the time of the oldest event in a sealed segment, ISO 8601
+
+
+_ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 
 
 class Journal:
@@ -3349,24 +3512,28 @@ class Journal:
         self.directory = os.path.abspath(directory)
         self._clock = clock
 
-    def open_segment(self, *, durable: bool = False) -> Segment:
+    def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
         """Create a new segment and lock it.
 
         Args:
             durable: also force the new name to the disk.
+            named: the segment's id; a fresh one if None.
 
         Raises:
+            FileExistsError: there is a segment of the name asked.
             OSError: the directory can't be made or written.
             JournalError: the directory is a symbolic link or belongs to somebody else.
         """
-        self._make_directory()
+        self._make_directory(durable=durable)
         while True:
-            segment_id = new_segment_id(self._clock())
+            segment_id = named or new_segment_id(self._clock())
             path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _NO_FOLLOW
             try:
                 fd = os.open(path, flags, _FILE_MODE)
             except FileExistsError:
+                if named:
+                    raise
                 continue
             try:
                 # A claimer may have found the empty file first, and deleted it.
@@ -3387,10 +3554,13 @@ class Journal:
         except OSError:  # no locks here: the claimers find out as well, and leave everything alone
             return True
 
-    def _make_directory(self) -> None:
+    def _make_directory(self, *, durable: bool = False) -> None:
+        parent = os.path.dirname(self.directory)
         try:
-            os.makedirs(os.path.dirname(self.directory), exist_ok=True)
+            os.makedirs(parent, exist_ok=True)
             os.mkdir(self.directory, _DIRECTORY_MODE)
+            if durable:
+                sync_directory(parent)
             return
         except FileExistsError:
             pass
@@ -3408,28 +3578,36 @@ class Journal:
                 path=self.directory,
             )
 
+    def _names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.directory))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
+
     def segments(self) -> list[str]:
         """Return the paths of all segments, oldest first; none if there is no journal yet.
 
         Raises:
             JournalError: the directory can't be read.
         """
-        try:
-            names = os.listdir(self.directory)
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
         return [
             os.path.join(self.directory, name)
-            for name in sorted(names)
+            for name in self._names()
             if name.endswith(SEGMENT_SUFFIX) and is_segment_id(name.removesuffix(SEGMENT_SUFFIX))
         ]
 
-    def claim(self, *, limit_bytes: int) -> tuple[list[Claim], list[JournalError]]:
+    def claim(
+        self, *, limit_bytes: int, skip: Collection[str] = ()
+    ) -> tuple[list[Claim], list[JournalError]]:
         """Lock sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
 
         Live segments are passed over; empty ones are deleted. Release every claim.
+
+        Args:
+            limit_bytes: what the claims may add up to, but for the last one.
+            skip: ids of segments that were seen to; they may be undeletable.
 
         Returns:
             the claims, and what kept others from being claimed: one bad file doesn't stop the rest.
@@ -3440,6 +3618,8 @@ class Journal:
         for path in self.segments():
             if total >= limit_bytes:
                 break
+            if segment_id_of(path) in skip:
+                continue
             try:
                 claim = self._claim_one(path)
             except JournalError as error:
@@ -3492,6 +3672,7 @@ class Journal:
             return
         except OSError as error:
             raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
+        locked = False
         try:
             try:
                 locked = try_lock(fd)
@@ -3501,6 +3682,8 @@ class Journal:
                 ) from error
             yield locked
         finally:
+            if locked:
+                unlock(fd)
             os.close(fd)
 
     def identity(self) -> str:
@@ -3518,14 +3701,65 @@ class Journal:
             pass
         fresh = os.urandom(8).hex()
         scratch = f"{path}.{fresh}"
-        with open(
-            os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _FILE_MODE), "w"
-        ) as file:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
+        with open(os.open(scratch, flags, _FILE_MODE), "w", encoding="ascii") as file:
             file.write(fresh + "\n")
             file.flush()
             os.fsync(file.fileno())
         os.replace(scratch, path)
         return fresh
+
+    def record_loss(self, loss: Loss) -> None:
+        """Put on record that events were lost; survives `kill -9` and power cuts once this returns.
+
+        Raises:
+            OSError: not recorded; try again.
+        """
+        self._make_directory()
+        path = os.path.join(self.directory, new_segment_id(self._clock()))
+        _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
+
+    def losses(self) -> dict[str, Loss]:
+        """Return the losses on record that the ledger does not have yet, by the path of their file."""
+        found = {}
+        for name in self._names():
+            if name.endswith(_LOSS_SUFFIX) and is_segment_id(name.removesuffix(_LOSS_SUFFIX)):
+                path = os.path.join(self.directory, name)
+                # One that can't be read yet is being written at this moment.
+                with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
+                    found[path] = Loss(**json.load(file))
+        return found
+
+    def survey(self) -> Survey:
+        """Look at every file, changing nothing and disturbing nobody for longer than a moment.
+
+        Raises:
+            JournalError: the directory or a segment can't be read or locked.
+        """
+        live = sealed = orphaned = size = 0
+        oldest: str | None = None
+        now = self._clock() / 1e9
+        for path in self.segments():
+            try:
+                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+                try:
+                    found = os.fstat(fd)
+                    size += found.st_size
+                    if not try_lock(fd):
+                        live += 1
+                        continue
+                    sealed += bool(found.st_size)
+                    orphaned += bool(found.st_size) and now - found.st_mtime > _ORPHAN_SECONDS
+                    if oldest is None and found.st_size:
+                        oldest = _timestamp_of(os.read(fd, 100))
+                finally:
+                    os.close(fd)
+            except FileNotFoundError:
+                continue
+            except OSError as error:
+                raise JournalError(f"can't be examined: {error.strerror}", path=path) from error
+        ends = [os.path.splitext(name)[1] for name in self._names()]
+        return Survey(live, sealed, orphaned, ends.count(".torn"), ends.count(".rejected"), size, oldest)
 
     def waiting_bytes(self) -> int:
         """Return the size of all segments: what is not in the database yet."""
@@ -3548,7 +3782,7 @@ def sync_directory(directory: str) -> None:
 
 
 # === Writer ===
-# may name: Errors, Encoding, Journal
+# may name: Errors, Events, Encoding, Journal
 #
 # Two daemon threads, started at the first event and asleep while there is nothing to do: the
 # writer (queue → journal) and the ingester (journal → database, through the callback that it is
@@ -3572,6 +3806,39 @@ _REPORT_SECONDS: Final = 60.0  # how often the same trouble is told
 _LOG: Final = logging.getLogger("mxcp_audit")
 
 
+def native_threads() -> Any:
+    """Return the `threading` module; under gevent one of its own that makes real threads and locks.
+
+    gevent's are greenlets: a writer among them would belong to whichever thread logged first and stop
+    with it, and block all others while it writes. So its originals go into a fresh copy of the module.
+    """
+    monkey = sys.modules.get("gevent.monkey")
+    if monkey is None or not monkey.is_module_patched("threading"):
+        return threading
+    if not _native:
+        import importlib.util
+        import types
+
+        patched = sys.modules["_thread"]
+        original = types.ModuleType("_thread")
+        vars(original).update(vars(patched))
+        for name in monkey.saved.get("_thread", ()):
+            setattr(original, name, monkey.get_original("_thread", name))
+        spec = importlib.util.find_spec("threading")
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        sys.modules["_thread"] = original
+        try:
+            spec.loader.exec_module(module)
+        finally:
+            sys.modules["_thread"] = patched
+        _native.append(module)
+    return _native[0]
+
+
+_native: Final[list[Any]] = []  # the copy, made once: a process under gevent needs no second
+
+
 class Diagnostics:
     """What went wrong and how often: counters for health checks, and `logging` at most once a minute a kind.
 
@@ -3580,16 +3847,24 @@ class Diagnostics:
     """
 
     def __init__(self) -> None:
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Count from zero: at first, and in a child after a fork."""
         self.errors = 0
         self.dropped = 0
         self.rejected = 0
         self.ingested = 0
         self.last_error: str | None = None
         self._told: dict[str, float] = {}
+        self._untold: list[str] = []
         self._telling = threading.local()
 
-    def report(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
-        """Count a fault and tell of it, unless the same kind was told within the last minute.
+    def note(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
+        """Count a fault, and leave it to `tell` to speak of it: for use under a lock.
+
+        A logging handler takes a lock of its own, under which it may log an event: whoever told of a
+        fault while it held one of our locks could wait for that handler for ever.
 
         Args:
             kind: a fixed word, so that a flood of one fault doesn't hide another.
@@ -3600,18 +3875,27 @@ class Diagnostics:
         text = message if error is None else f"{message}: {error}"
         self.last_error = text
         now = time.monotonic()
-        if now - self._told.get(kind, -_REPORT_SECONDS) < _REPORT_SECONDS or getattr(
-            self._telling, "on", False
-        ):
+        if now - self._told.get(kind, -_REPORT_SECONDS) >= _REPORT_SECONDS:
+            self._told[kind] = now
+            self._untold.append(text)
+
+    def tell(self) -> None:
+        """Tell `logging` what was noted."""
+        if not self._untold or getattr(self._telling, "on", False):
             return
-        self._told[kind] = now
         self._telling.on = True
         try:
-            _LOG.warning("mxcp_audit: %s", text)
+            while self._untold:
+                _LOG.warning("mxcp_audit: %s", self._untold.pop(0))
         except Exception:  # noqa: S110 - a broken handler must not reach the caller, and there is nobody to tell
             pass
         finally:
             self._telling.on = False
+
+    def report(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
+        """Count a fault and tell of it, unless the same kind was told within the last minute."""
+        self.note(kind, message, error=error)
+        self.tell()
 
 
 class Writer:
@@ -3645,8 +3929,8 @@ class Writer:
         self._diagnostics = diagnostics
         self._on_start = on_start
         self._on_sealed = on_sealed
-        self.accepted = 0
-        self.written = 0
+        self._segment: Segment | None = None
+        self._fork_held = False
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -3654,44 +3938,68 @@ class Writer:
 
         What the parent had queued is the parent's to write; its segment is closed, not sealed.
         """
-        self._lock = threading.RLock()
-        self._progress = threading.Condition(self._lock)
-        self._writing = threading.RLock()
-        self._wake = threading.Lock()
+        self._threads = threads = native_threads()
+        self._lock = threads.RLock()  # of the queue; held for moments only
+        self._progress = threads.Condition(self._lock)
+        self._writing = threads.RLock()  # of the segment; held while the disk works
+        self._wake = threads.Lock()
+        self._nap = threads.Lock()  # never released: a sleep that no library has replaced
+        self._nap.acquire()
         self._wake.acquire()
+        # accepted = _finished + len(_held) + len(_queue); written = _finished + _held_done
         self._queue: list[bytes] = []
         self._queued_bytes = 0
+        self._held: list[bytes] = []  # the batch that is being written
         self._held_bytes = 0
+        self._held_done = 0
+        self._finished = 0
+        self._waiting: list[tuple[int, Callable[[], object]]] = []
+        self._lost: list[Loss] = []
         self._asleep = True
-        self._closing = False
+        self._closing = self._closed = False
         self._inline = 0  # the thread that writes without being the writer
         self._thread: threading.Thread | None = None
-        self._sealed = self.accepted = self.written
-        self._seal_wanted = 0
-        segment: Segment | None = getattr(self, "_segment", None)
-        self._segment: Segment | None = None
+        self._sealed = self._seal_wanted = 0
+        segment, self._segment = self._segment, None
         if segment is not None:
             segment.forget()
+
+    def before_fork(self) -> None:
+        """Wait a moment for a write to end, so that no child inherits a segment that nobody knows yet."""
+        self._fork_held = self._writing.acquire(timeout=1.0)
+
+    def after_fork_in_parent(self) -> None:
+        """Go on."""
+        if self._fork_held:
+            self._fork_held = False
+            self._writing.release()
 
     # --- the caller's side
 
     def put(self, line: bytes) -> int:
-        """Queue an unfinished line and return its ticket for `wait_written`."""
+        """Queue an unfinished line and return its ticket for `wait_written`; 0 if it was dropped."""
+        if self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._has_room():
+            return 0
         with self._lock:
-            if self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._has_room():
-                return 0
             self._queue.append(line)
             self._queued_bytes += len(line)
-            self.accepted = ticket = self.accepted + 1
-            asleep, self._asleep = self._asleep, False
-        if asleep:
+            ticket = self._finished + len(self._held) + len(self._queue)
+        if self._asleep:
             self._rouse()
         return ticket
 
     def wait_written(self, ticket: int) -> None:
         """Return when the line with this ticket is in the journal; at once inside of the writing thread."""
-        if self._thread is not threading.current_thread() and self._inline != threading.get_ident():
-            self._wait_until(lambda: self.written >= ticket, None)
+        if not self._is_writing_thread():
+            self._wait_until(lambda: self.written >= ticket or self._closed, None)
+
+    def call_when_written(self, ticket: int, callback: Callable[[], object]) -> None:
+        """Call back, from any thread, when the line with this ticket is in the journal."""
+        with self._lock:
+            if not (self.written >= ticket or self._closed):
+                self._waiting.append((ticket, callback))
+                return
+        callback()
 
     def flush(self, timeout: float) -> bool:
         """Write and seal all that was put before; False if `timeout` seconds were not enough."""
@@ -3699,11 +4007,17 @@ class Writer:
         with self._lock:
             ticket = self.accepted
             self._seal_wanted = max(self._seal_wanted, ticket)
-            asleep, self._asleep = self._asleep, False
             self._progress.notify_all()
-        if asleep:
+        if self._asleep:
             self._rouse()
-        return self._wait_until(lambda: self._sealed >= ticket, deadline)
+        if self._is_writing_thread():
+            return self._sealed >= ticket
+        while not self._wait_until(lambda: self._sealed >= ticket, min(deadline, time.monotonic() + 0.1)):
+            if time.monotonic() >= deadline:
+                return False
+            if self._thread is None:  # nobody else will
+                self._rouse()
+        return True
 
     def close(self, timeout: float) -> int:
         """Write and seal everything, end the thread, and return how many lines could not be written.
@@ -3715,39 +4029,67 @@ class Writer:
             self._closing = True
             self._seal_wanted = self.accepted
             thread = self._thread
-            asleep, self._asleep = self._asleep, False
             self._progress.notify_all()
-        if asleep:
-            self._rouse()
-        if thread is not None and thread is not threading.current_thread():
-            thread.join(max(0.0, deadline - time.monotonic()))
-        if self._thread is None:
-            while not self._work_inline() and time.monotonic() < deadline:
-                time.sleep(_RETRY_SECONDS[0])
+        if thread is not None:
+            self._release_wake()
+            if thread is not self._threads.current_thread():
+                thread.join(max(0.0, deadline - time.monotonic()))
+        while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
+            self._nap.acquire(timeout=_RETRY_SECONDS[0])
         with self._lock:
-            return self.accepted - self.written
+            self._closed = True
+            self._progress.notify_all()
+            left = self.pending
+        self._call_back()
+        return left
+
+    @property
+    def accepted(self) -> int:
+        """How many lines were queued."""
+        return self._finished + len(self._held) + len(self._queue)
+
+    @property
+    def written(self) -> int:
+        """How many of them are in the journal."""
+        return self._finished + self._held_done
 
     @property
     def pending(self) -> int:
         """How many accepted lines are not in the journal yet."""
         return self.accepted - self.written
 
+    def _is_writing_thread(self) -> bool:
+        return self._thread is self._threads.current_thread() or self._inline == self._threads.get_ident()
+
     def _has_room(self) -> bool:
+        """Wait for room in a full queue; False if the event is to be dropped instead."""
+        full = f"the queue is full ({QUEUE_BYTES // 2**20} MiB)"
         if self._drop_when_full:
-            self._diagnostics.dropped += 1
-            self._diagnostics.report(
-                "full", f"the queue is full ({QUEUE_BYTES // 2**20} MiB): events are dropped (on_full: drop)"
-            )
+            self._lose(1, "the queue was full (on_full: drop)")
+            self._diagnostics.report("full", f"{full}: events are dropped (on_full: drop)")
             return False
         # The writer itself, or a logging handler in its thread, must not wait for the writer.
-        if threading.current_thread() is not self._thread:
-            self._diagnostics.report(
-                "full", f"the queue is full ({QUEUE_BYTES // 2**20} MiB): callers wait (on_full: block)"
-            )
-            self._progress.wait_for(
-                lambda: self._queued_bytes + self._held_bytes <= QUEUE_BYTES or self._closing
-            )
+        if self._is_writing_thread():
+            return True
+        self._diagnostics.report("full", f"{full}: callers wait (on_full: block)")
+        while self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._closing:
+            if self._thread is None:
+                self._rouse()
+            with self._progress:
+                if self._queued_bytes + self._held_bytes > QUEUE_BYTES:
+                    self._progress.wait(_RETRY_SECONDS[0] if self._thread is None else 1.0)
         return True
+
+    def _lose(self, events: int, reason: str) -> None:
+        """Count lost events; `_record_losses` puts them on record."""
+        now = sql_time(utc_now())
+        with self._lock:
+            self._diagnostics.dropped += events
+            if self._lost and self._lost[-1].reason == reason:
+                last = self._lost[-1]
+                self._lost[-1] = last._replace(events=last.events + events, last=now)
+            else:
+                self._lost.append(Loss(events, now, now, reason))
 
     def _wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
         with self._progress:
@@ -3759,71 +4101,89 @@ class Writer:
             return True
 
     def _rouse(self) -> None:
-        """Wake the writer, start it, or do its work here: `_asleep` was just set to False."""
-        if self._thread is not None:
-            with contextlib.suppress(RuntimeError):  # a signal handler roused it in between
+        """Wake the writer, start it, or do its work here.
+
+        `_asleep` is the writer's to change: whoever is interrupted on the way here, by Ctrl+C say, leaves
+        a writer that the next event wakes.
+        """
+        if self._thread is not None or self._start_thread():
+            self._release_wake()
+        else:
+            self._work_inline()
+
+    def _release_wake(self) -> None:
+        if self._wake.locked():
+            with contextlib.suppress(RuntimeError):  # somebody else woke it in between
                 self._wake.release()
-            return
-        if self._on_start() and not self._closing:
-            self._thread = threading.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+
+    def _start_thread(self) -> bool:
+        with self._lock:
+            if self._thread is not None:
+                return True
+            if self._closing or not self._on_start():
+                return False
+            thread = self._thread = self._threads.Thread(
+                target=self._run, name="mxcp_audit writer", daemon=True
+            )
             try:
-                self._thread.start()
-                return
-            except RuntimeError as error:  # "can't start new thread": a process limit, or the program ends
+                thread.start()
+                return True
+            except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
                 self._thread = None
                 if threading.main_thread().is_alive():
-                    self._diagnostics.report(
+                    self._diagnostics.note(
                         "thread", "no writer thread, callers write themselves", error=error
                     )
-        self._work_inline()
+            except BaseException:
+                if thread.ident is None:
+                    self._thread = None
+                raise
+        return False
 
     def _work_inline(self) -> bool:
         """Do the writer's work in this thread, once; False if lines are left that could not be written."""
-        me = threading.get_ident()
+        me = self._threads.get_ident()
         if self._inline == me:
             return True  # a signal handler or destructor inside of our own write: the outer call goes on
         with self._writing:
             self._inline = me
             try:
-                done = self._drain()
-                if self._seal_wanted > self._sealed or self._closing:
-                    self._seal()
+                done = self._work()
             finally:
                 self._inline = 0
-        with self._lock:
-            if self._thread is None:
-                self._asleep = True  # so that the next line comes here, or starts a thread, again
+        self._diagnostics.tell()
         return done
 
     # --- the writer's side
 
     def _run(self) -> None:
         pause = _RETRY_SECONDS[0]
+        me = self._threads.current_thread()
         try:
-            while True:
+            while self._thread is me:
+                self._asleep = False
                 if not (self._durable or self._closing or self._seal_wanted > self._sealed):
-                    time.sleep(_GATHER_SECONDS)
+                    self._nap.acquire(timeout=_GATHER_SECONDS)
                 with self._writing:
-                    done = self._drain()
-                    if done and self._seal_is_due():
-                        self._seal()
+                    done = self._work()
+                self._diagnostics.tell()
                 if done:
                     pause = _RETRY_SECONDS[0]
                     if not self._sleep():
                         return
-                else:
-                    with self._progress:
-                        if self._closing:  # `close` goes on trying as long as it may
-                            self._retire()
-                            return
-                        self._progress.wait(pause)
-                    pause = min(pause * 2, _RETRY_SECONDS[1])
+                    continue
+                with self._progress:
+                    if self._closing:  # `close` goes on trying as long as it may
+                        self._retire()
+                        return
+                    self._progress.wait(pause)
+                pause = min(pause * 2, _RETRY_SECONDS[1])
         except BaseException as error:
+            with self._lock:
+                self._retire()
             self._diagnostics.report(
                 "writer", "the writer thread ended; the next event starts another", error=error
             )
-            with self._lock:
-                self._retire()
 
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread. Call it with the lock held."""
@@ -3843,96 +4203,156 @@ class Writer:
             segment = self._segment
         timeout = -1.0
         if segment is not None:
-            timeout = max(0.0, segment.opened + self._flush_interval - time.monotonic())
-        if self._wake.acquire(timeout=timeout):
-            return True
-        with self._lock:
-            roused = not self._asleep
-            self._asleep = False
-        if roused:  # between the end of the wait and this line
-            self._wake.acquire()
+            due = segment.opened + self._flush_interval - time.monotonic()
+            timeout = min(max(0.0, due), threading.TIMEOUT_MAX)
+        self._wake.acquire(timeout=timeout)
         return True
+
+    def _work(self) -> bool:
+        """Write what is queued, and seal what is due; False if something is left that could not be done."""
+        done = self._drain()
+        if self._seal_is_due():  # also if not all could be written: an ingest may free the space
+            done = self._seal() and done
+        return done
 
     def _drain(self) -> bool:
         """Move the queue into the journal; False, with all that is left queued again, on a fault."""
         while True:
             with self._lock:
-                batch, self._queue = self._queue, []
+                self._held = self._queue
+                self._queue = []
                 self._held_bytes, self._queued_bytes = self._queued_bytes, 0
-            if not batch:
+            if not self._held:
                 self._held_bytes = 0
                 return True
-            written = 0
+            fault = False
             try:
-                for piece in _pieces(batch):
+                for piece in _pieces(self._held):
                     self._write(piece)
-                    written += len(piece)
-            except (OSError, JournalError) as error:
-                self._diagnostics.report(
+            except (OSError, JournalError, MemoryError, RuntimeError) as error:
+                fault = True
+                self._diagnostics.note(
                     "journal",
                     "the journal can't be written; events wait in memory and it is tried again",
                     error=error,
                 )
             finally:
-                rest = batch[written:]
                 with self._progress:
-                    self._held_bytes = 0
+                    done, rest = self._held_done, self._held[self._held_done :]
                     self._queue[:0] = rest
+                    self._held, self._held_done, self._finished = [], 0, self._finished + done
+                    self._held_bytes = 0
                     self._queued_bytes += sum(map(len, rest))
-                    self.written += written
                     self._progress.notify_all()
-            if written < len(batch):
+                if self._waiting:
+                    self._call_back()
+            if fault:
                 return False
 
+    def _call_back(self) -> None:
+        with self._lock:
+            due = [entry for entry in self._waiting if entry[0] <= self.written or self._closed]
+            self._waiting = [entry for entry in self._waiting if entry not in due]
+        for _, callback in due:
+            with contextlib.suppress(RuntimeError):  # its event loop is closed
+                callback()
+
     def _write(self, piece: list[bytes]) -> None:
+        """Put lines into the segment, a new one if need be, and count them as done.
+
+        After any fault the segment is sealed and the next attempt begins another: a file that has
+        reached a size limit, or that an fsync failed on, never becomes better.
+        """
         segment = self._segment
         if segment is not None and not segment.is_in_place():
             segment = self._replace(segment)
         if segment is None:
             segment = self._segment = self._journal.open_segment(durable=self._durable)
-        first = segment.events + 1
-        segment.append(
-            b"".join([finish_line(line, seq) for seq, line in enumerate(piece, first)]), len(piece)
-        )
-        if self._durable:
-            segment.sync()
+        before = segment.events
+        goal = before + len(piece)
+        lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
+        try:
+            segment.append(lines, len(piece), durable=self._durable)
+        except OSError as error:
+            self._seal()
+            if error.errno != errno.EFBIG:
+                raise
+            self._write_in_parts(piece, fits=before > 0)
+        finally:
+            # An interrupt may come between the two: what the segment took is done.
+            if segment.events == goal:
+                self._held_done += len(piece)
         if segment.size >= SEGMENT_BYTES:
             self._seal()
 
+    def _write_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
+        """Write what exceeded the limit of file sizes: to a new segment if it may fit there, or in halves."""
+        if fits:
+            self._write(piece)
+        elif len(piece) > 1:
+            self._write(piece[: len(piece) // 2])
+            self._write(piece[len(piece) // 2 :])
+        else:
+            self._held_done += 1
+            self._lose(1, "the event is larger than a file may be (RLIMIT_FSIZE)")
+            self._diagnostics.note(
+                "limit", "an event is larger than a file may be (RLIMIT_FSIZE) and is lost"
+            )
+
     def _replace(self, segment: Segment) -> Segment | None:
         """Start anew after somebody deleted or moved the segment; a deleted one is written again."""
-        self._diagnostics.report("moved", f"{segment.path} was deleted or replaced; a new segment is written")
+        self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; a new segment is written")
         held = segment.rescue()
         fresh = None
         if held:
             fresh = self._journal.open_segment(durable=self._durable)
-            fresh.append(held, segment.events)
+            try:
+                fresh.append(held, segment.events, durable=self._durable)
+            except BaseException:
+                fresh.seal()
+                raise
         self._segment = fresh
-        segment.forget()
+        segment.abandon()
         return fresh
 
     def _seal_is_due(self) -> bool:
         segment = self._segment
         if self._closing or self._seal_wanted > self._sealed:
             return True
-        return segment is not None and time.monotonic() - segment.opened >= self._flush_interval
+        if segment is None:
+            return bool(self._lost)
+        return time.monotonic() - segment.opened >= self._flush_interval
 
-    def _seal(self) -> None:
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            try:
-                if not segment.is_in_place():
-                    segment = self._replace(segment)
-                if segment is not None:
-                    self._segment = None
-                    segment.seal()
-            except (OSError, JournalError) as error:
-                self._diagnostics.report("seal", "a segment could not be sealed", error=error)
+    def _seal(self) -> bool:
+        """Seal the segment, if there is one; False if that must be tried again."""
+        segment = self._segment
+        try:
+            if segment is not None and not segment.is_in_place():
+                segment = self._replace(segment)
+            if segment is not None:
+                segment.seal()
+            self._segment = None
+        except (OSError, JournalError) as error:
+            self._diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
+            return False
+        self._record_losses()
         with self._progress:
             self._sealed = self.written
             self._progress.notify_all()
         if segment is not None:
             self._on_sealed()
+        return True
+
+    def _record_losses(self) -> None:
+        while self._lost:
+            with self._lock:
+                loss = self._lost.pop(0)
+            try:
+                self._journal.record_loss(loss)
+            except (OSError, JournalError) as error:
+                self._lost.insert(0, loss)
+                self._diagnostics.note("loss", "a loss could not be put on record yet", error=error)
+                return
 
 
 def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
@@ -3956,6 +4376,9 @@ class IngestSide(Protocol):
     def interrupt(self) -> None:
         """End a running `ingest` soon, from any thread; it leaves everything in the journal."""
 
+    def close(self) -> None:
+        """Give threads, memory and descriptors back; a later `ingest` takes them again."""
+
     def before_fork(self) -> None:
         """Let go of what a child must not inherit."""
 
@@ -3973,6 +4396,7 @@ class Ingester:
     """
 
     _LONGEST_PAUSE_SECONDS: Final = 30.0
+    _LONGEST_STOP_SECONDS: Final = 60.0  # for what can't be interrupted, such as a dead network share
 
     def __init__(self, side: IngestSide, *, interval: float, diagnostics: Diagnostics) -> None:
         self._side = side
@@ -3982,7 +4406,8 @@ class Ingester:
 
     def start_afresh(self) -> None:
         """Begin without a thread: at first, and in a child after a fork."""
-        self._changed = threading.Condition(threading.RLock())
+        self._threads = native_threads()
+        self._changed = self._threads.Condition(self._threads.RLock())
         self._wanted = self._done = 0
         self._stopping = False
         self._busy = False
@@ -3995,7 +4420,7 @@ class Ingester:
             self._changed.notify_all()
             if self._stopping or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = threading.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
+            self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
             try:
                 self._thread.start()
             except RuntimeError:  # no threads to be had: shutdown, or the next process, ingests
@@ -4007,7 +4432,7 @@ class Ingester:
             target = self._wanted
             if self._thread is None:
                 return False
-            return self._changed.wait_for(lambda: self._done >= target or self._thread is None, timeout)
+            return bool(self._changed.wait_for(lambda: self._done >= target or self._thread is None, timeout))
 
     def stop(self, timeout: float) -> None:
         """Ingest once more and end the thread; after `timeout` seconds, interrupt and then end it.
@@ -4024,12 +4449,15 @@ class Ingester:
             if work_left:
                 self._attempt()
             return
-        if thread is threading.current_thread():
+        if thread is self._threads.current_thread():
             return
         thread.join(timeout)
-        while thread.is_alive():
+        deadline = time.monotonic() + self._LONGEST_STOP_SECONDS
+        while thread.is_alive() and time.monotonic() < deadline:
             self._side.interrupt()
             thread.join(0.1)
+        if thread.is_alive():
+            self._diagnostics.report("stuck", "the ingest does not end; is its disk or network gone?")
 
     def _run(self) -> None:
         pause = self._interval
@@ -4065,13 +4493,35 @@ class Ingester:
 # may name: Errors, Events, Redaction, Encoding, Writer
 #
 # An execution while it runs. A call's input is encoded when the call begins, so that a tool that
-# changes its arguments can't change what is recorded; the rest is known when it ends.
-# What frameworks hand over is read by attribute and never imported: any callable of the shape
-# `(context, call_next)` serves FastMCP and the `mcp` SDK alike.
+# changes its arguments can't change what is recorded; the rest is known when it ends. What the body
+# raises leaves as the same object, whatever happens while recording.
+#
+# What frameworks hand over is read by attribute, or by key, and never imported: one callable of the
+# shape `(context, call_next)` serves FastMCP 2 to 4 and the `mcp` SDK 2. Where it hangs differs:
+#
+#                   method, message             request, session, _meta          who
+#     FastMCP       context.method, .message    .fastmcp_context.request_context request.scope["user"]
+#     mcp 2         ctx.method, .params         ctx                              request.scope["user"]
+#     mcp 1         key of request_handlers     request_ctx (a context variable) request.scope["user"]
+#
+# The client's name and version have no column. Over stdio they stand in `session_id`, which is ours
+# to choose there (`claude-ai/1.2:9f86d081884c7d65`); over HTTP `session_id` is the transport's own.
+#
+# Caveat: the `mcp` SDK makes a result of what a tool raises, so that the exception is gone before a
+# middleware could see it. → Decorate the tool as well: under a middleware a decorator makes no row of
+# its own, but tells the middleware's call what it saw.
+#
+# Caveat: a call is recorded when it ends, so one that runs when the process is killed is not.
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
 DeniedBy: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
+_MAX_CLIENT_CHARS: Final = 64  # arbitrary: of a client's name and version, which it makes up itself
+_CONNECTION: Final = os.urandom(8).hex()  # stands for the one connection that a stdio server has
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
 class Recorder(Protocol):
@@ -4128,10 +4578,12 @@ class Call:
         self.duration_ms = 0
         self._recorder = recorder
         self._denied_by = denied_by
+        self.detailed = True  # False: a decorator within may tell more (see _Within)
+        self._before: contextvars.Token[Call | None] | None = None
         self._started = time.perf_counter()
         self.input_json, self.echoes = recorder.begin(input_params, name, endpoint_def)
 
-    def policy(self, decision: str, reason: str | None = None) -> None:
+    def policy(self, decision: str, reason: object = None) -> None:
         """Record what a policy decided: allow, deny or warn, and why."""
         self.policy_decision, self.reason = decision, reason
 
@@ -4139,32 +4591,71 @@ class Call:
         """Record an error although nothing is raised, such as a result that is marked as one."""
         self.status, self.error = "error", error
 
+    def end(self, error: BaseException | None = None) -> None:
+        """Record the call: for code that can't use `with`. Call it once."""
+        self._recorder.wait(self._end(error))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Be the call that `running_call` returns, within the block."""
+        before = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(before)
+
     def _end(self, error: BaseException | None) -> int:
         self.duration_ms = round((time.perf_counter() - self._started) * 1000)
-        if error is not None:
-            self.fail(describe_exception(error))
-            denial = _find_cause(error, self._denied_by)
+        # Whoever closes a generator has all that was wanted of it: no error.
+        if error is not None and not isinstance(error, GeneratorExit):
+            if self.status != "error":  # what is known already was known nearer to the cause
+                self.fail(describe_exception(error))
+            denial = find_cause(error, self._denied_by)
             if denial is not None and self.policy_decision == "n/a":
                 self.policy("deny", describe_exception(denial, with_type=False))
         return self._recorder.finish(self)
 
+    def _leave(self) -> None:
+        if self._before is not None:
+            with contextlib.suppress(ValueError):  # left in another context than entered, as fixtures do
+                _running.reset(self._before)
+            self._before = None
+
     def __enter__(self) -> Call:
+        self._before = _running.set(self)
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._recorder.wait(self._end(error))
+        self._leave()
+        self.end(error)
 
     async def __aenter__(self) -> Call:
         return self.__enter__()
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        await self._recorder.wait_async(self._end(error))
+        self._leave()
+        try:
+            await self._recorder.wait_async(self._end(error))
+        except BaseException:
+            # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
+            if error is None or isinstance(error, Exception):
+                raise
+
+
+_running: Final[contextvars.ContextVar[Call | None]] = contextvars.ContextVar("mxcp_audit", default=None)
+
+
+def running_call() -> Call | None:
+    """Return the innermost call that is recorded around the code that asks, or None."""
+    return _running.get()
 
 
 def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
-    """Return `Type: message`, whatever the exception's own `__str__` does."""
+    """Return `Type: message`, whatever the exception's own `__str__` does; of a cancellation `cancelled`."""
     name = type(error).__name__
+    if name in ("CancelledError", "Cancelled"):  # asyncio's and trio's; the message is about scopes and tasks
+        return "cancelled"
     try:
         text = str(error)
     except Exception:
@@ -4174,74 +4665,590 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
     return f"{name}: {text}" if with_type else text
 
 
-def _find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
-    """Return the error or the cause of it that is of the given kinds: frameworks wrap what tools raise."""
-    seen: BaseException | None = error
-    for _ in range(32):  # arbitrary; chains may be circular
+def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
+    """Return the error, or a cause or member of it, of the given kinds: frameworks wrap what tools raise."""
+    waiting: list[BaseException | None] = [error]
+    for _ in range(_MAX_CAUSES):
+        if not waiting:
+            break
+        seen = waiting.pop(0)
         if seen is None or isinstance(seen, kinds):
-            return seen
-        seen = seen.__cause__ or seen.__context__
+            if seen is not None:
+                return seen
+            continue
+        waiting += [seen.__cause__ or seen.__context__, *getattr(seen, "exceptions", ())]
     return None
 
 
-def mcp_caller(context: object) -> str:
-    """Return `http` if the request came over HTTP, else `stdio`."""
-    inner = getattr(context, "fastmcp_context", None) or context
-    for owner in (inner, _attribute(inner, "request_context")):
-        if _attribute(owner, "request") is not None:
-            return "http"
-    return "stdio"
+# Where a call came from.
 
 
-def _attribute(owner: object, name: str) -> Any:
-    """Return an attribute, or None: frameworks raise what they like outside of a request."""
+class Origin(NamedTuple):
+    """Where a call came from, as far as the framework knows."""
+
+    caller: str
+    user_id: str | None = None
+    session_id: str | None = None
+    trace_id: str | None = None
+
+
+def _get(owner: object, name: str) -> Any:
+    """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
     try:
-        return getattr(owner, name, None)
+        if isinstance(owner, dict):
+            return owner.get(name)
+        value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
+        return owner.get(name) if value is None and isinstance(owner, Mapping) else value
     except Exception:
         return None
 
 
-def _error_of_result(result: object) -> object:
-    """Return the message of a result that is marked as an error, or None."""
-    if not (_attribute(result, "isError") is True or _attribute(result, "is_error") is True):
+def _text(value: object) -> str | None:
+    """Return a text that isn't empty, of a text or a number, else None."""
+    return str(value) if isinstance(value, (str, int)) and value != "" else None
+
+
+def origin_of(request_context: object) -> Origin:
+    """Return where a request came from; `cli` if there is none, which is a call inside of the program.
+
+    Args:
+        request_context: what has `request`, `session` and `meta`, in whichever framework.
+    """
+    if request_context is None:
+        return Origin("cli", trace_id=_active_trace())
+    request = _get(request_context, "request")
+    trace_id = (
+        trace_of(_get(request_context, "meta"))
+        or trace_of(_get(_get(request_context, "params"), "_meta"))
+        or trace_of(_get(request, "headers"))
+        or _active_trace()
+    )
+    if request is None:
+        client = _get(_get(request_context, "session"), "client_params")
+        client = _get(client, "client_info") or _get(client, "clientInfo")
+        return Origin("stdio", None, stdio_session(client, _CONNECTION), trace_id)
+    session = _get(_get(request, "headers"), "mcp-session-id") or _get(
+        _get(request, "query_params"), "session_id"
+    )
+    return Origin("http", _user_of(request), _text(session), trace_id)
+
+
+def stdio_session(client: object, connection: str) -> str:
+    """Return a session id for a connection that has none: the client's name and version, and `connection`."""
+    name, version = _text(_get(client, "name")), _text(_get(client, "version"))
+    label = "/".join(part for part in (name, version) if part)[:_MAX_CLIENT_CHARS]
+    return f"{label}:{connection}" if label else connection
+
+
+def _user_of(request: object) -> str | None:
+    """Return the authenticated subject of an HTTP request, else its OAuth client, else None."""
+    token = _get(_get(_get(request, "scope"), "user"), "access_token")
+    return (
+        _text(_get(token, "subject"))
+        or _text(_get(_get(token, "claims"), "sub"))
+        or _text(_get(token, "client_id"))
+    )
+
+
+def trace_of(carrier: object) -> str | None:
+    """Return the trace id of a W3C `traceparent` in `_meta` or in headers, or None."""
+    parent = _get(carrier, "traceparent")
+    match = _TRACEPARENT.fullmatch(parent) if isinstance(parent, str) else None
+    return match[1] if match else None
+
+
+def _active_trace() -> str | None:
+    """Return the trace id of OpenTelemetry's current span; that package is never loaded for it."""
+    current = _get(sys.modules.get("opentelemetry.trace"), "get_current_span")
+    try:
+        trace_id = current().get_span_context().trace_id if current is not None else 0
+        return f"{trace_id:032x}" if trace_id else None
+    except Exception:
         return None
-    content = _attribute(result, "content")
-    texts = [_attribute(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
+
+
+def _surroundings() -> Origin:
+    """Return the origin of the call, or of the framework's request, around the code that asks."""
+    call = running_call()
+    if call is not None:
+        return Origin(call.caller, call.user_id, call.session_id, call.trace_id)
+    for module, variable in (
+        ("fastmcp.server.dependencies", "fastmcp_request_ctx"),
+        ("mcp.server.lowlevel.server", "request_ctx"),
+    ):
+        found = getattr(sys.modules.get(module), variable, None)
+        context = found.get(None) if isinstance(found, contextvars.ContextVar) else None
+        if context is not None:
+            return origin_of(context)
+    return origin_of(None)
+
+
+# Middleware.
+
+
+def error_of_result(result: object) -> str | None:
+    """Return the message of a result that is marked as an error, or None."""
+    result = _get(result, "root") or result  # the SDK 1 wraps it
+    if not (_get(result, "isError") is True or _get(result, "is_error") is True):
+        return None
+    content = _get(result, "content")
+    texts = [_get(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
     return "\n".join(text for text in texts if isinstance(text, str)) or "the result is marked as an error"
 
 
-def middleware(
-    record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
-) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
-    """Return a middleware `(context, call_next)` that records tool calls, resource reads and prompts.
+class Middleware:
+    """A middleware `(context, call_next)` that records tool calls, resource reads and prompts.
 
     Args:
         record: `AuditLogger.record`.
         caller: what to record as caller; found out for each call if None.
-        denied_by: exceptions that are recorded as the policy decision `deny`.
+        denied_by: exceptions that are recorded as the policy decision `deny`; FastMCP's own
+            AuthorizationError always is.
     """
 
-    async def audit(context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-        event_type = MCP_METHODS.get(_attribute(context, "method"))
+    def __init__(
+        self, record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> None:
+        self._record = record
+        self._caller = caller
+        self._denied_by = denied_by if isinstance(denied_by, tuple) else (denied_by,)
+
+    async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Pass a message on; record it if it is an execution."""
+        event_type = MCP_METHODS.get(_get(context, "method"))
         if event_type is None:
             return await call_next(context)
-        message = _attribute(context, "message")
-        name = _attribute(message, "name") or _attribute(message, "uri")
-        call = record(
-            event_type,
-            name if isinstance(name, str) else str(name),
-            _attribute(message, "arguments"),
-            caller=caller or mcp_caller(context),
-            denied_by=denied_by,
-        )
-        async with call:
+        async with self._begin(event_type, context) as call:
             result = await call_next(context)
-            error = _error_of_result(result)
-            if error is not None:
+            error = error_of_result(result)
+            if error is not None and call.status != "error":
                 call.fail(error)
             return result
 
-    return audit
+    async def check_resource_access(self, context: object) -> None:
+        """Allow: FastMCP 4 asks each middleware."""
+
+    def _begin(self, event_type: str, context: object) -> Call:
+        message = _get(context, "message")
+        if message is None:
+            message = _get(context, "params")
+        inside = _get(context, "fastmcp_context")
+        origin = origin_of(context if inside is None else _get(inside, "request_context"))
+        refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
+        call = self._record(
+            event_type,
+            name_of(message),
+            _get(message, "arguments"),
+            denied_by=(*self._denied_by, refusal) if refusal is not None else self._denied_by,
+            **{**origin._asdict(), "caller": self._caller or origin.caller},
+        )
+        call.detailed = False
+        return call
+
+    def instrument(self, server: Any) -> None:
+        """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included.
+
+        Raises:
+            AuditError: it is none that we know.
+        """
+        chain = getattr(server, "middleware", None)
+        inner = getattr(server, "_mcp_server", server)
+        if callable(getattr(server, "add_middleware", None)):
+            server.add_middleware(self)
+        elif isinstance(chain, list):
+            chain.append(self)
+        elif isinstance(getattr(inner, "request_handlers", None), dict):
+            inner.request_handlers = _AuditedHandlers(self, inner.request_handlers)
+        else:
+            raise AuditError(
+                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
+                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
+            )
+
+
+def name_of(message: object) -> str:
+    """Return the tool or prompt that a message names, or its URI; "" if it names none."""
+    name = _get(message, "name")
+    return str(_get(message, "uri") or "" if name is None else name)
+
+
+class _Request(NamedTuple):
+    """What a handler of the SDK 1 knows, in the shape of the SDK 2."""
+
+    method: str
+    params: object
+    request: object
+    session: object
+    meta: object
+
+
+class _AuditedHandlers(dict[Any, Any]):
+    """The handlers of an SDK 1 server by type of request; those that execute are recorded."""
+
+    _METHODS: Final = {
+        "CallToolRequest": "tools/call",
+        "ReadResourceRequest": "resources/read",
+        "GetPromptRequest": "prompts/get",
+    }
+
+    def __init__(self, middleware: Middleware, handlers: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self._middleware = middleware
+        for kind, handler in handlers.items():
+            self[kind] = handler
+
+    def __setitem__(self, kind: Any, handler: Any) -> None:
+        method = self._METHODS.get(kind.__name__)
+        super().__setitem__(kind, handler if method is None else self._audited(method, handler))
+
+    def _audited(self, method: str, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
+        async def audited(request: Any) -> Any:
+            variable = getattr(sys.modules.get("mcp.server.lowlevel.server"), "request_ctx", None)
+            context = variable.get(None) if variable is not None else None
+            found = _Request(
+                method, _get(request, "params"), *(_get(context, n) for n in _Request._fields[2:])
+            )
+            return await self._middleware(found, lambda _: handler(request))
+
+        return audited
+
+
+# Decorators.
+
+
+def audited(
+    function: Function,
+    record: Callable[..., Call],
+    event_type: str,
+    name: str | None,
+    caller: str | None,
+    denied_by: DeniedBy,
+) -> Function:
+    """Return a function that does the same and is recorded; signature, name and kind stay.
+
+    Args:
+        function: a function, coroutine function, generator, async generator, or a method of them.
+        record: `AuditLogger.record`.
+        event_type: tool, resource or prompt.
+        name: what to record as name; the function's own if None.
+        caller: what to record as caller; that of the surrounding request, or `cli`, if None.
+        denied_by: exceptions that are recorded as the policy decision `deny`.
+    """
+    if isinstance(function, (classmethod, staticmethod)):
+        inner = audited(function.__func__, record, event_type, name, caller, denied_by)
+        return cast(Function, type(function)(inner))
+    title = name or getattr(function, "__name__", None) or type(function).__name__
+    input_of = _binder(function)
+    template = re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(title)))  # `{id}` stands for any text
+
+    def start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        outer = running_call()
+        if (
+            outer is not None
+            and not outer.detailed
+            and outer.event_type == event_type
+            and (template.fullmatch(outer.name))
+        ):
+            outer.detailed = True  # what the function calls in turn are executions of their own
+            return Call(_Within(outer), event_type, title, input_of(args, kwargs), denied_by=denied_by)
+        origin = _surroundings()
+        return record(
+            event_type,
+            title,
+            input_of(args, kwargs),
+            denied_by=denied_by,
+            **{**origin._asdict(), "caller": caller or origin.caller},
+        )
+
+    return cast(Function, functools.wraps(function)(_wrapper(function, start)))
+
+
+def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
+    """Return a function of the same kind, which `inspect` and so the frameworks tell apart."""
+    if inspect.isasyncgenfunction(function):
+
+        async def async_generator(*args: Any, **kwargs: Any) -> Any:
+            async with _Unseen(start(args, kwargs)) as call:
+                steps = function(*args, **kwargs)
+                try:
+                    with call.running():
+                        item = await steps.__anext__()
+                    while True:
+                        try:
+                            sent = yield item
+                        except GeneratorExit:
+                            with call.running():
+                                await steps.aclose()
+                            raise
+                        except BaseException as error:
+                            with call.running():
+                                item = await steps.athrow(error)
+                        else:
+                            with call.running():
+                                item = await steps.asend(sent)
+                except StopAsyncIteration:
+                    return
+
+        return async_generator
+    if inspect.isgeneratorfunction(function):
+
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            with _Unseen(start(args, kwargs)) as call:
+                return (yield from _Steps(call, function(*args, **kwargs)))
+
+        return generator
+    if inspect.iscoroutinefunction(function):
+
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            async with start(args, kwargs):
+                return await function(*args, **kwargs)
+
+        return coroutine
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with start(args, kwargs):
+            return function(*args, **kwargs)
+
+    return plain
+
+
+class _Within:
+    """The recorder of a function that runs under a middleware: what it sees goes into that call's row.
+
+    So the row of a resource says `reports/{report_id}` and which id, and exceptions that the framework
+    swallows are known.
+    """
+
+    def __init__(self, outer: Call) -> None:
+        self._outer = outer
+
+    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+        outer = self._outer
+        outer.name = str(name)
+        outer.input_json, outer.echoes = outer._recorder.begin(input_params, name, endpoint_def)
+        return outer.input_json, outer.echoes
+
+    def finish(self, call: Call) -> int:
+        if call.status == "error":
+            self._outer.fail(call.error)
+        if call.policy_decision != "n/a":
+            self._outer.policy(call.policy_decision, call.reason)
+        return 0
+
+    def wait(self, ticket: int) -> None:
+        pass
+
+    async def wait_async(self, ticket: int) -> None:
+        pass
+
+
+class _Unseen:
+    """A call around a generator: between its steps, other code runs that is no part of the call."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __enter__(self) -> Call:
+        return self._call
+
+    def __exit__(self, *error: Any) -> None:
+        self._call.__exit__(*error)
+
+    async def __aenter__(self) -> Call:
+        return self._call
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._call.__aexit__(*error)
+
+
+class _Steps:
+    """A generator of which each step is part of a call."""
+
+    def __init__(self, call: Call, generator: Any) -> None:
+        self._call = call
+        self._generator = generator
+
+    def __iter__(self) -> _Steps:
+        return self
+
+    def __next__(self) -> Any:
+        with self._call.running():
+            return next(self._generator)
+
+    def send(self, value: Any) -> Any:
+        with self._call.running():
+            return self._generator.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        with self._call.running():
+            return self._generator.throw(*error)
+
+    def close(self) -> None:
+        with self._call.running():
+            self._generator.close()
+
+
+def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
+    """Return what turns arguments into the input that is recorded: by name, as the function gets them.
+
+    The instance of a method and the context object of a framework are no input.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions in C have none
+        return lambda args, kwargs: {"args": args, "kwargs": kwargs}
+    parameters = list(signature.parameters.values())
+    owner = getattr(function, "__qualname__", "").rpartition(".")[0]
+    in_class = owner != "" and not owner.endswith("<locals>")
+    bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
+    rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
+
+    def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # the function will say so itself
+            return {"args": args[bound is not None :], "kwargs": kwargs}
+        named = {name: value for name, value in given.items() if name not in (bound, rest)}
+        if rest is not None:
+            named.update(given.get(rest, {}))
+        return {name: value for name, value in named.items() if not _is_context(value)}
+
+    return input_of
+
+
+def _is_context(value: object) -> bool:
+    kind = type(value)
+    return kind.__name__ == "Context" and kind.__module__.partition(".")[0] in ("mcp", "fastmcp")
+
+
+# The stdio wrapper's bookkeeping.
+
+MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
+_MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
+
+
+class StdioAudit:
+    """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
+
+    Feed a piece *before* it is passed on: then an answer can't overtake its request, and a client
+    that has an answer can be sure of its row. The two sides may be fed from two threads.
+
+    Args:
+        record: `AuditLogger.record`.
+        on_fault: told what could not be audited.
+    """
+
+    def __init__(self, record: Callable[..., Call], *, on_fault: Callable[[str], None]) -> None:
+        self._record = record
+        self._on_fault = on_fault
+        self._client_lines = _Lines()
+        self._server_lines = _Lines()
+        self._pending: dict[str | float, Call] = {}
+        self._session_id = _CONNECTION
+
+    def from_client(self, data: bytes) -> None:
+        """Take in what the client sends: any piece of it."""
+        for line in self._client_lines.feed(data):
+            for message in self._messages(line):
+                method = message.get("method")
+                params = message.get("params")
+                if method == "initialize":
+                    self._session_id = stdio_session(_get(params, "clientInfo"), _CONNECTION)
+                elif method == "notifications/cancelled":
+                    reason = _text(_get(params, "reason"))
+                    self._finish(
+                        _get(params, "requestId"),
+                        "cancelled by the client" + (f": {reason}" if reason else ""),
+                    )
+                elif isinstance(method, str) and method in MCP_METHODS:
+                    self._begin(method, params, message)
+
+    def from_server(self, data: bytes) -> None:
+        """Take in what the server sends: any piece of it."""
+        for line in self._server_lines.feed(data):
+            for message in self._messages(line) if self._pending else ():
+                if "method" in message:  # the server's own requests count their ids for themselves
+                    continue
+                failure = message.get("error")
+                if failure is None:
+                    self._finish(message.get("id"), error_of_result(message.get("result")))
+                else:
+                    code = _text(_get(failure, "code"))
+                    text = _text(_get(failure, "message")) or "the server answered with an error"
+                    self._finish(message.get("id"), f"{text} ({code})" if code else text)
+
+    def close(self, reason: str) -> None:
+        """Record every call that was never answered, with `reason` as its error."""
+        for key in list(self._pending):
+            self._finish(key, reason)
+
+    def _messages(self, line: bytes | None) -> list[dict[str, Any]]:
+        if line is None:
+            self._on_fault(f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited")
+            return []
+        try:
+            value = json.loads(line.decode("utf-8", "replace"), parse_int=_json_int)
+        except RecursionError:
+            self._on_fault("a message passed unaudited: it is nested too deeply to be read")
+            return []
+        except ValueError:  # no JSON, so nobody takes it for a call
+            return []
+        return [
+            message for message in (value if isinstance(value, list) else [value]) if type(message) is dict
+        ]
+
+    def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
+        call = self._record(
+            MCP_METHODS[method],
+            name_of(params),
+            _get(params, "arguments"),
+            caller="stdio",
+            session_id=self._session_id,
+            trace_id=trace_of(_get(params, "_meta")),
+        )
+        key = message.get("id")
+        if type(key) not in (str, int, float):
+            call.fail("sent without an id that could be answered")
+            call.end()
+            return
+        self._finish(key, "its id was used again before it was answered")
+        self._pending[key] = call  # type: ignore[index]
+
+    def _finish(self, key: object, error: str | None) -> None:
+        call = self._pending.pop(key, None) if type(key) in (str, int, float) else None  # type: ignore[call-overload]
+        if call is not None:
+            if error is not None:
+                call.fail(error)
+            call.end()
+
+
+class _Lines:
+    """Puts pieces of bytes together into lines."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes | None]:
+        """Yield the lines that `data` completes; None for one that is too long to be kept."""
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            self._keep(end)
+            yield b"".join(self._parts) if self._size <= MAX_MESSAGE_BYTES else None
+            self._parts, self._size = [], 0
+        self._keep(rest)
+
+    def _keep(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._size <= MAX_MESSAGE_BYTES:
+            self._parts.append(part)
+        else:
+            self._parts.clear()
+
+
+def _json_int(text: str) -> int | str:
+    """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
+    return int(text) if len(text) <= _MAX_DIGITS else text
 
 
 # === Logger ===
@@ -4276,6 +5283,8 @@ class AuditLogger:
     Args:
         path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
         enabled: False makes every call return at once.
+        log_path: MXCP's own name for `path`, so that this class drops in there; `x.jsonl`, the file that
+            MXCP would write, stands for `x.duckdb` beside it.
         journal: the journal's directory; by default `<path>.journal`.
         flush_interval: seconds after which events leave the journal for the database.
         durable: wait in `log_event` until the event is on the disk.
@@ -4294,9 +5303,10 @@ class AuditLogger:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         enabled: bool = True,
         *,
+        log_path: str | os.PathLike[str] | None = None,
         journal: str | os.PathLike[str] | None = None,
         flush_interval: float | str = 1.0,
         durable: bool = False,
@@ -4308,6 +5318,10 @@ class AuditLogger:
         retention: float | str | None = None,
         attach: Mapping[str, object] | None = None,
     ) -> None:
+        if path is None:
+            if log_path is None:
+                raise ConfigError("name the database file, such as logs-default.duckdb", trail=("path",))
+            path = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
         self._start(
             config_from_arguments(
                 path,
@@ -4368,6 +5382,7 @@ class AuditLogger:
             on_sealed=self._sealed,
         )
         self._put = self._writer.put
+        _live.known[id(self)] = self
 
     def log_event(
         self,
@@ -4456,16 +5471,80 @@ class AuditLogger:
             denied_by=denied_by,
         )
 
-    def middleware(
-        self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
-    ) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
-        """Return a middleware for FastMCP: `server.add_middleware(audit.middleware())`.
+    def policy(self, decision: str, reason: str | None = None) -> None:
+        """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
+
+        It runs here within `record`, in a decorated function, and in a tool under `middleware`. Elsewhere
+        there is nothing to decide about; `logging` is told.
+        """
+        call = running_call()
+        if call is None:
+            self._diagnostics.report("policy", "a policy decision outside of any call is not recorded")
+        else:
+            call.policy(decision, reason)
+
+    def middleware(self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError) -> Middleware:
+        """Return a middleware: `server.add_middleware(audit.middleware())`, or `server.middleware.append(…)`.
+
+        The first is FastMCP 2 to 4, the second the `mcp` SDK 2. Every tool call, resource read and prompt
+        is recorded, failures and refusals included, with user, session, trace and caller.
 
         Args:
             caller: recorded as caller; by default `http` or `stdio`, as the request came.
-            denied_by: exceptions that are recorded as the policy decision `deny`.
+            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
         """
-        return middleware(self.record, caller=caller, denied_by=denied_by)
+        return Middleware(self.record, caller=caller, denied_by=denied_by)
+
+    def instrument(
+        self, server: object, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> None:
+        """Record what a server executes, whichever way it has for that: FastMCP, the `mcp` SDK 1 or 2.
+
+        The SDK 1 has no middleware; there, the handlers that are registered now and later are wrapped.
+
+        Raises:
+            AuditError: the object is no server that we know.
+        """
+        self.middleware(caller=caller, denied_by=denied_by).instrument(server)
+
+    def tool(
+        self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a tool: `@audit.tool()`.
+
+        The function may be a coroutine, a generator, an async generator or a method. Its signature, name
+        and docstring stay, and what it raises is raised. Its arguments are recorded by name.
+
+        Args:
+            name: recorded as name; by default the function's own.
+            caller: recorded as caller; by default that of the request it runs in, `cli` without one.
+            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
+        """
+        return self._decorator("tool", name, caller, denied_by)
+
+    def resource(
+        self, uri: str, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a resource: `@audit.resource("reports/{report_id}")`."""
+        return self._decorator("resource", uri, caller, denied_by)
+
+    def prompt(
+        self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a prompt: `@audit.prompt()`."""
+        return self._decorator("prompt", name, caller, denied_by)
+
+    def _decorator(
+        self, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
+    ) -> Callable[[Function], Function]:
+        if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
+            example = '("reports/{id}")' if event_type == "resource" else "()"
+            raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
+
+        def decorate(function: Function) -> Function:
+            return audited(function, self.record, event_type, name, caller, denied_by)
+
+        return decorate
 
     @property
     def counters(self) -> Counters:
@@ -4515,6 +5594,8 @@ class AuditLogger:
         left = self._writer.close(timeout)
         if self._ingester is not None:
             self._ingester.stop(max(0.0, deadline - time.monotonic()))
+        if self._side is not None:
+            self._side.close()
         _live.loggers.discard(self)
         if left:
             self._diagnostics.report(
@@ -4578,7 +5659,19 @@ class AuditLogger:
         if self.config.durable and self.enabled:
             import asyncio
 
-            await asyncio.get_running_loop().run_in_executor(None, self._writer.wait_written, ticket)
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:  # another kind of event loop: the promise counts for more than its time
+                self._writer.wait_written(ticket)
+                return
+            written: asyncio.Future[None] = loop.create_future()
+
+            def resolve() -> None:
+                if not written.done():  # the waiting task may have been cancelled
+                    written.set_result(None)
+
+            self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(resolve))
+            await written
 
     def _put_without_content(self, fault: Exception) -> int:
         """Record that there was an event, although it could not be encoded."""
@@ -4610,19 +5703,31 @@ class AuditLogger:
             children.Finalize(None, self.shutdown, exitpriority=-100)
         return True
 
+    def _stop_ingest(self) -> None:
+        """End the ingest thread now, whatever is interrupted: inside of DuckDB it would abort the process."""
+        while self._ingester is not None:
+            try:
+                self._ingester.stop(0)
+                return
+            except KeyboardInterrupt:
+                continue
+
     def _sealed(self) -> None:
         if self._ingester is not None and not _live.exiting:
             self._ingester.notify()
 
     def _before_fork(self) -> None:
+        self._writer.before_fork()
         if self._side is not None:
             self._side.before_fork()
 
     def _after_fork_in_parent(self) -> None:
+        self._writer.after_fork_in_parent()
         if self._side is not None:
             self._side.after_fork(child=False)
 
     def _after_fork_in_child(self) -> None:
+        self._diagnostics.start_afresh()
         self._writer.start_afresh()
         if self._ingester is not None:
             self._ingester.start_afresh()
@@ -4634,11 +5739,20 @@ _UNENCODABLE: Final = "[UNENCODABLE]"
 
 
 class _Live:
-    """The loggers whose threads run in this process, and whether it is ending."""
+    """The loggers of this process, and whether it is ending.
+
+    Every logger is known to the fork hooks, started or not: another thread may be inside of one. Those
+    with threads are held until they are shut down, so that the exit hook finds what nobody else holds.
+    """
 
     def __init__(self) -> None:
+        self.known: weakref.WeakValueDictionary[int, AuditLogger] = weakref.WeakValueDictionary()
         self.loggers: set[AuditLogger] = set()
         self.exiting = False
+
+    def all(self) -> list[AuditLogger]:
+        """Return every logger; other threads may make more meanwhile."""
+        return [logger for reference in self.known.valuerefs() if (logger := reference()) is not None]
 
 
 _live: Final = _Live()
@@ -4649,24 +5763,27 @@ def _at_exit() -> None:
         for logger in list(_live.loggers):
             logger.shutdown()
     except KeyboardInterrupt:  # a second Ctrl+C: leave at once, and say what is left
-        left = sum(logger.counters.accepted - logger.counters.written for logger in list(_live.loggers))
+        _live.exiting = True
+        left = sum(logger._writer.pending for logger in list(_live.loggers))
         _LOG.warning("mxcp_audit: interrupted at exit; %d events were not written", left)
+        for logger in list(_live.loggers):
+            logger._stop_ingest()
     finally:
         _live.exiting = True
 
 
 def _before_fork() -> None:
-    for logger in list(_live.loggers):
+    for logger in _live.all():
         logger._before_fork()
 
 
 def _after_fork_in_parent() -> None:
-    for logger in list(_live.loggers):
+    for logger in _live.all():
         logger._after_fork_in_parent()
 
 
 def _after_fork_in_child() -> None:
-    for logger in list(_live.loggers):
+    for logger in _live.all():
         logger._after_fork_in_child()
     _live.loggers.clear()
 
@@ -4725,6 +5842,13 @@ FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUM
 WHERE seq IN (SELECT unnest($seqs)) AND timestamp IS NOT NULL"""
 KNOWN_SEGMENTS: Final = """\
 SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
+KNOWN_LOSSES: Final = """\
+SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'loss' AND segment IN (SELECT unnest($segments))"""
+# Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger may be
+# what the page cache says and not what the disk says.
+TOUCH_KNOWN: Final = """\
+UPDATE audit.ledger SET ingested_at = ingested_at
+WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
@@ -4738,6 +5862,10 @@ INSERT_LOSS: Final = """\
 INSERT INTO audit.ledger BY NAME
 SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS segment,
        $events::BIGINT AS events,       $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+
+RECENT_LOSSES: Final = """\
+SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
+WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
 
 TABLE_COLUMNS: Final = """\
 SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
@@ -4875,6 +6003,12 @@ def _like(text: str, *, wild: bool = True) -> str:
     return escaped.replace("*", "%") if wild else f"%{escaped}%"
 
 
+# What `import` asks: how much of a part of a file is there already.
+IMPORTED: Final = """\
+SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
+
+
 # === Engines ===
 # may name: Errors, SQL
 #
@@ -4903,6 +6037,7 @@ _ENGINE_ERRORS: Final = (
     (DatabaseCorruptError, "not a valid duckdb database file"),
     (DatabaseCorruptError, "corrupt"),
     (DatabaseCorruptError, "computed checksum"),
+    (DatabaseCorruptError, "could not read enough bytes"),
     (DatabaseCorruptError, "database file with version number"),
     (DatabaseCorruptError, "trying to read a database"),
     (DatabaseCorruptError, "failure while replaying wal"),
@@ -4910,6 +6045,7 @@ _ENGINE_ERRORS: Final = (
     (DatabaseCorruptError, "internal error"),
     (DatabaseCorruptError, "database has been invalidated"),
 )
+_DATA_FAULTS: Final = ("invalid input error", "conversion error", "out of range error")
 _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
 
@@ -4952,8 +6088,16 @@ def bind(sql: str, params: Params) -> str:
     return _PARAMETER.sub(lambda match: sql_literal(params[match[1]]), sql)
 
 
+def is_data_fault(error: QueryError) -> bool:
+    """Say whether a statement failed because of what it read, and not for want of memory, disk or time."""
+    return str(error).lower().startswith(_DATA_FAULTS)
+
+
 class Engine(Protocol):
     """What the store needs of DuckDB."""
+
+    def version(self) -> str:
+        """Return DuckDB's version."""
 
     name: str
     keeps: bool  # whether an idle session is worth keeping
@@ -4984,6 +6128,7 @@ class PackageEngine:
     def __init__(self, *, guest: bool) -> None:
         self._guest = guest
         self._connection: Any = None
+        self._process_id = 0
 
     @staticmethod
     def version() -> str:
@@ -4998,6 +6143,7 @@ class PackageEngine:
         config: dict[str, Any] = {"temp_directory": _scratch_directory()}
         if self._guest:
             config |= {"threads": 1, "memory_limit": _GUEST_MEMORY}
+        self._process_id = os.getpid()
         connection = duckdb.connect(":memory:", config=config)
         connection.execute(_SESSION_SETTINGS)
         return connection
@@ -5027,14 +6173,35 @@ class PackageEngine:
     def interrupt(self) -> None:
         """Make a running statement fail soon."""
         connection = self._connection
-        if connection is not None:
-            connection.interrupt()
+        if connection is not None and self._process_id == os.getpid():
+            with contextlib.suppress(Exception):  # closed at this moment
+                connection.interrupt()
 
     def close(self) -> None:
-        """Close the in-memory database, and with it whatever is attached."""
+        """Close the in-memory database, and with it whatever is attached.
+
+        In a child that was forked meanwhile the connection is left alone for ever: its threads do
+        not exist there, and its locks are the parent's.
+        """
         connection, self._connection = self._connection, None
-        if connection is not None:
+        if connection is None:
+            return
+        if self._process_id == os.getpid():
             connection.close()
+        else:
+            _immortal(connection)
+
+    def __del__(self) -> None:
+        connection, self._connection = self._connection, None
+        if connection is not None and self._process_id != os.getpid():
+            _immortal(connection)
+
+
+def _immortal(thing: object) -> None:
+    """Keep an object from ever being destroyed, at the interpreter's end too."""
+    import ctypes
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
 
 
 class CliEngine:
@@ -5226,6 +6393,7 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
+_DATABASE_MODE: Final = 0o600
 _FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
 
 
@@ -5252,7 +6420,7 @@ class Store:
         self._diagnostics = diagnostics or Diagnostics()
         self._opener = opener
         self._engine: Engine | None = None
-        self._busy = threading.RLock()
+        self._busy = native_threads().RLock()
         self._fork_held = False
 
     # --- ingest (IngestSide)
@@ -5267,14 +6435,17 @@ class Store:
         with self._busy, self.journal.ingest_lock() as mine:
             if not mine:
                 return not self.journal.segments()
+            seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
             while True:
-                claims, problems = self.journal.claim(limit_bytes=INGEST_BYTES)
+                claims, problems = self.journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
+                lost = self.journal.losses()
                 try:
-                    if claims:
-                        self._ingest_claims(claims)
+                    if claims or lost:
+                        self._ingest_claims(claims, lost)
                 finally:
                     for claim in claims:
                         claim.release()
+                seen.update(claim.id for claim in claims)
                 if sum(claim.size for claim in claims) < INGEST_BYTES:
                     break
             if problems:
@@ -5287,6 +6458,15 @@ class Store:
         if engine is not None:
             engine.interrupt()
 
+    def close(self) -> None:
+        """End the session, unless an ingest is using it."""
+        if self._busy.acquire(blocking=False):
+            try:
+                if self._engine is not None:
+                    self._engine.close()
+            finally:
+                self._busy.release()
+
     def before_fork(self) -> None:
         """Wait for a running ingest, interrupt it if it is long, and close the session."""
         self._fork_held = self._busy.acquire(timeout=_FORK_WAIT_SECONDS[0])
@@ -5298,12 +6478,12 @@ class Store:
 
     def after_fork(self, *, child: bool) -> None:
         """Take up work again."""
-        if self._fork_held:
-            self._fork_held = False
-            self._busy.release()
-        elif child:  # somebody else's thread was inside: leave what it used alone
-            self._busy = threading.RLock()
+        held, self._fork_held = self._fork_held, False
+        if child:  # if a thread was inside, what it used is left alone
+            self._busy = native_threads().RLock()
             self._engine = None
+        elif held:
+            self._busy.release()
 
     def refuse_own_files(self, path: str) -> None:
         """Raise StoreError if writing to `path` would destroy the log itself."""
@@ -5316,11 +6496,12 @@ class Store:
         if inside == os.path.realpath(self.journal.directory):
             raise StoreError(f"{path} lies in the journal; name a file elsewhere")
 
-    def _ingest_claims(self, claims: list[Claim]) -> None:
+    def _ingest_claims(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
+        _refuse_fatal_limit()
         engine = self._guest()
         try:
-            losses = self._stage(engine, claims)
-            fresh = self._commit(engine, claims, losses)
+            losses = self._stage(engine, claims) if claims else {}
+            fresh = self._commit(engine, claims, losses, lost)
         except BaseException:
             engine.close()
             raise
@@ -5346,6 +6527,9 @@ class Store:
                 self._diagnostics.report(
                     "delete", "an ingested segment can't be deleted; it is not ingested again", error=error
                 )
+        for path in lost:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
 
     def _guest(self) -> Engine:
         if self._engine is None:
@@ -5362,7 +6546,9 @@ class Store:
         try:
             engine.execute(STAGE, params)
             doubtful = False
-        except QueryError:
+        except QueryError as error:
+            if not is_data_fault(error):
+                raise
             engine.execute(STAGE, {**params, "lenient": True})
             doubtful = True  # what was wrong is NULL now, so every line is looked at
         counts = {segment: found for segment, *found in engine.execute(STAGED_COUNTS)}
@@ -5401,19 +6587,23 @@ class Store:
             )
         return len(faults)
 
-    def _commit(self, engine: Engine, claims: list[Claim], losses: Mapping[str, int]) -> set[str]:
+    def _commit(
+        self, engine: Engine, claims: list[Claim], losses: Mapping[str, int], lost: Mapping[str, Loss]
+    ) -> set[str]:
         """Put `batch` into the database and make it durable; return the segments that were not there yet."""
         segments = [claim.id for claim in claims]
         with self._attached(engine, read_only=False):
             self._create_tables(engine)
             engine.execute("BEGIN")
-            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": segments})}
+            known = self._ids(engine, KNOWN_SEGMENTS, segments)
             fresh = [segment for segment in segments if segment not in known]
             if known:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
+                engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
             if fresh:
                 engine.execute(INSERT_ROWS)
                 self._enter_ledger(engine, fresh, losses)
+            self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
             engine.execute("COMMIT")
             if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
                 engine.execute("CHECKPOINT audit")
@@ -5442,6 +6632,31 @@ class Store:
                     },
                 )
 
+    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> None:
+        """Enter what writers lost, each loss once, into the ledger."""
+        known = self._ids(engine, KNOWN_LOSSES, list(lost)) if lost else set()
+        entry: dict[str, object] = {
+            "journal": self.journal.identity(),
+            "host": platform_node(),
+            "now": sql_time(utc_now()),
+        }
+        for segment in sorted(set(lost) - known):
+            loss = lost[segment]
+            ((position,),) = engine.execute(LAST_POSITION, entry)
+            engine.execute(
+                INSERT_LOSS,
+                {
+                    **entry,
+                    "position": position + 1,
+                    "segment": segment,
+                    "events": loss.events,
+                    "detail": f"{loss.reason}, between {loss.first} and {loss.last}",
+                },
+            )
+
+    def _ids(self, engine: Engine, sql: str, ids: Sequence[str]) -> set[str]:
+        return {segment for (segment,) in engine.execute(sql, {"segments": ids})} if ids else set()
+
     def _create_tables(self, engine: Engine) -> None:
         present = self._columns(engine)
         if "logs" not in present:
@@ -5458,28 +6673,35 @@ class Store:
             present.setdefault(table, set()).add(column)
         return present
 
+    # --- import
+
+    def imported(self, segment_id: str) -> tuple[int, str] | None:
+        """Return how many events of a segment are in the database and the time of the last, or None.
+
+        Raises:
+            StoreError: the database can't be had.
+        """
+        if self.is_file and self._is_absent():
+            return None
+        with self._busy:
+            engine = self._guest()
+            with self._attached(engine, read_only=True):
+                found = []
+                if "ledger" in self._columns(engine):
+                    found = engine.execute(IMPORTED, {"segment": segment_id})
+            if not engine.keeps:
+                engine.close()
+        return (int(found[0][0]), str(found[0][1])) if found else None
+
     # --- both
 
     @contextlib.contextmanager
     def _attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
         """Attach the target as `audit`; on an error the whole session ends, and with it any transaction."""
-        options = dict(self._options)
-        fresh = self.is_file and self._is_absent()
-        if read_only:
-            options["READ_ONLY"] = True
-        elif fresh:
-            # A file made by DuckDB 2.0 without this can't be read by 1.5.
-            options["STORAGE_VERSION"] = "v1.0.0"
-            os.makedirs(os.path.dirname(self.path), exist_ok=True)
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)  # somebody ran `touch`: DuckDB refuses an empty file
-        if self.is_file:
-            options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
-        words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
         try:
-            engine.execute(f"ATTACH {sql_literal(self.path)} AS audit ({words})")
-            if fresh:
-                os.chmod(self.path, 0o600)
+            if not read_only and self.is_file and self._is_absent():
+                self._make_file(engine)
+            self._attach(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
             yield
             engine.execute("DETACH audit")
         except StoreError as error:
@@ -5491,6 +6713,40 @@ class Store:
             engine.close()
             raise
 
+    def _attach(self, engine: Engine, path: str, name: str, **options: object) -> None:
+        options = {**self._options, **options}
+        if self.is_file:
+            options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
+        words = ", ".join(f"{word} {sql_literal(value)}" for word, value in options.items())
+        engine.execute(f"ATTACH {sql_literal(path)} AS {name} ({words})")
+
+    def _make_file(self, engine: Engine) -> None:
+        """Make an empty database, under another name until it is whole: half of one would stay damaged.
+
+        Call it under the ingest lock, which makes the scratch name this process's own.
+        """
+        scratch = f"{self.path}.{self.journal.identity()}.new"
+        if os.path.exists(self.path + ".wal"):
+            raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
+        os.makedirs(os.path.dirname(self.path), exist_ok=True)
+        leftovers = (scratch, scratch + ".wal")
+        try:
+            for path in leftovers:
+                _remove(path)
+            # A file made by DuckDB 2.0 without this can't be read by 1.5.
+            self._attach(engine, scratch, "scratch", STORAGE_VERSION="v1.0.0")
+            os.chmod(scratch, _DATABASE_MODE)
+            engine.execute("DETACH scratch")
+            if self._is_absent():  # also an empty file: somebody ran `touch`
+                os.replace(scratch, self.path)
+                sync_directory(os.path.dirname(self.path))
+        except OSError as error:
+            raise StoreError(f"{self.path} can't be made: {error.strerror}; events wait") from error
+        finally:
+            for path in leftovers:
+                with contextlib.suppress(OSError):
+                    _remove(path)
+
     def _is_absent(self) -> bool:
         """Say whether there is no database file; an empty one counts as none."""
         try:
@@ -5499,6 +6755,16 @@ class Store:
             return True
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
+
+    def losses(self, reading: Reading) -> list[tuple[int, str]]:
+        """Return what was lost within the last 30 days: how many events each time, and when and why."""
+        found = [(loss.events, str(loss)) for loss in self.journal.losses().values()]
+        if reading.has_table and "ledger" in self._columns(reading.engine):
+            since = sql_time(utc_now() - datetime.timedelta(days=30))
+            found[:0] = [
+                (count, detail) for count, detail in reading.engine.execute(RECENT_LOSSES, {"since": since})
+            ]
+        return found
 
     # --- reading
 
@@ -5529,6 +6795,9 @@ class Store:
                     reading.problem = error
                 except DatabaseCorruptError as error:
                     reading.problem = error
+                with contextlib.suppress(StoreError):  # what was attached went with the failed session
+                    stack.close()
+                self._keep_segments(stack)
                 reading.open_views(None, self.journal.segments(), set())
                 break
             if not reading.has_table and not reading.has_journal and reading.problem is None:
@@ -5538,13 +6807,27 @@ class Store:
                 )
             yield reading
 
+    def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
+        """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
+
+        Returns:
+            False if an ingest is running at this moment.
+        """
+        try:
+            return stack.enter_context(self.journal.ingest_lock())
+        except JournalError:  # the journal may be read-only for who reads; then that must do
+            return True
+
     def _open_reading(self, reading: Reading, stack: contextlib.ExitStack) -> None:
         engine = reading.engine
+        stack.close()  # what an earlier attempt held
         if self.is_file and self._is_absent():
-            segments = self.journal.segments()
-            if segments or self._is_absent():
-                reading.open_views(None, segments, set())
+            if not self._keep_segments(stack) and self.journal.segments():
+                raise DatabaseLockedError(f"{self.path} is being made by another process")
+            if self._is_absent():
+                reading.open_views(None, self.journal.segments(), set())
                 return
+            stack.close()
         stack.enter_context(self._attached(engine, read_only=True))
         segments = self.journal.segments()
         present = self._columns(engine)
@@ -5553,6 +6836,144 @@ class Store:
             ids = [segment_id_of(path) for path in segments]
             known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
         reading.open_views(present.get("logs"), segments, known)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something that is wrong, and what to do about it."""
+
+    problem: str
+    remedy: str
+
+
+class Checkup:
+    """The state of a log, as `doctor` shows it: `report`, ready for JSON, and `faults`.
+
+    Changes nothing. What can't be examined is a fault too.
+    """
+
+    _LITTLE_SPACE_BYTES: Final = 256 * 2**20  # arbitrary
+
+    def __init__(self, config: Config, *, wait: float) -> None:
+        self.faults: list[Fault] = []
+        self.report: dict[str, Any] = {}
+        self._config = config
+        self._store = Store(config)
+        if not config.enabled:
+            self._fault(
+                f"audit logging is not enabled for profile {config.profile!r}",
+                "set `enabled: true` in its `audit` section",
+            )
+        self._examine_journal()
+        if self._examine_engine():
+            self._examine_database(wait)
+        if self._store.is_file:
+            self._examine_access()
+        self.report = {
+            "healthy": not self.faults,
+            "faults": [{"problem": fault.problem, "remedy": fault.remedy} for fault in self.faults],
+            "profile": config.profile,
+            **self.report,
+        }
+
+    def _fault(self, problem: str, remedy: str) -> None:
+        self.faults.append(Fault(problem, remedy))
+
+    def _examine_engine(self) -> bool:
+        try:
+            engine = open_engine()
+            with contextlib.closing(engine):
+                self.report["engine"] = {"name": engine.name, "version": engine.version()}
+        except StoreError as error:
+            self.report["engine"] = None
+            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
+            return False
+        return True
+
+    def _examine_database(self, wait: float) -> None:
+        state: dict[str, Any] = {"path": self._store.path, "readable": False, "events": None}
+        self.report["database"] = state
+        try:
+            with self._store.reading(wait=wait) as reading:
+                if reading.problem is not None:
+                    raise reading.problem
+                state["readable"] = reading.has_table
+                state["events"] = reading.engine.execute("SELECT count(*)::BIGINT FROM table_rows")[0][0]
+                for _, text in self._store.losses(reading):
+                    self._fault(f"events were lost: {text}", "see docs/operations.md, losses")
+        except DatabaseNotFoundError:
+            state["events"] = 0  # nothing was logged yet: no fault
+        except DatabaseLockedError as error:
+            self._fault(str(error), "close that program; events wait in the journal meanwhile")
+        except DatabaseCorruptError as error:
+            self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
+        except StoreError as error:
+            self._fault(str(error), "run with --debug for the whole story")
+
+    def _examine_journal(self) -> None:
+        journal = self._store.journal
+        state: dict[str, Any] = {"path": journal.directory}
+        self.report["journal"] = state
+        try:
+            survey = journal.survey()
+        except JournalError as error:
+            self._fault(str(error), "check its permissions, and whether its file system has locks")
+            return
+        state |= survey._asdict()
+        if survey.orphaned:
+            self._fault(
+                f"{survey.orphaned} segments wait since {survey.oldest_pending} for somebody to take them in",
+                "run `python -m mxcp_audit ingest`; if that fails, it says why",
+            )
+        if survey.rejected:
+            self._fault(
+                f"{survey.rejected} files in {journal.directory} hold lines that could not be ingested",
+                "read the .rejected files, keep what matters, and remove them",
+            )
+        if survey.torn:
+            state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
+
+    def _examine_access(self) -> None:
+        import shutil
+
+        folder = os.path.dirname(self._store.path)
+        for path in (self._store.path, self._store.path + ".wal", self._store.journal.directory):
+            with contextlib.suppress(OSError):
+                mode = stat.S_IMODE(os.stat(path).st_mode)
+                if mode & 0o077 and os.name == "posix":
+                    self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
+                if not os.access(path, os.R_OK | os.W_OK):
+                    self._fault(f"{path} can't be read and written by this user", "check owner and mode")
+        space = {}
+        for path in {folder, os.path.dirname(self._store.journal.directory)}:
+            with contextlib.suppress(OSError):
+                free = space[path] = shutil.disk_usage(path).free
+                if free < self._LITTLE_SPACE_BYTES:
+                    self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
+        self.report["free_bytes"] = space
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+def _refuse_fatal_limit() -> None:
+    """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process.
+
+    Python ignores that signal unless somebody restored its default.
+    """
+    import signal
+
+    signal_number = getattr(signal, "SIGXFSZ", None)
+    if (
+        signal_number is not None
+        and signal.getsignal(signal_number) is signal.SIG_DFL
+        and file_size_limit() != float("inf")
+    ):
+        raise StoreError(
+            "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
+        )
 
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
@@ -5829,9 +7250,10 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
 
 
 # === Assembly ===
-# may name: Config, Writer, Logger, Store
+# may name: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Logger, Store
 #
-# The door in the wall: gives loggers their way into the database.
+# The door in the wall: gives loggers their way into the database. And what needs both sides: `import`,
+# which redacts and encodes like a logger and asks the ledger what is there already.
 
 
 def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
@@ -5841,8 +7263,177 @@ def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
 AuditLogger._ingest_side = staticmethod(_ingest_side)
 
 
+PART_EVENTS: Final = 20_000  # arbitrary: of an imported file, in one segment
+PART_BYTES: Final = 32 * 2**20
+_BATCH_EVENTS: Final = 500  # arbitrary: of a part, in one write
+IMPORT_LINE_BYTES: Final = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
+
+
+class ImportResult(NamedTuple):
+    """What became of one file."""
+
+    events: int  # new in the log
+    known: int  # there from an earlier import
+    bad: int  # lines that are no events
+
+
+class Importer:
+    """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
+
+    A file becomes segments of up to PART_EVENTS events, which go the way of all segments. The id of a
+    part is made of the time of its first event and of a digest of the file up to there, so that the
+    ledger knows it again; the part after it begins where the ledger says that it ended. Renamed,
+    compressed and longer files are thus continued; a crash at any point leaves a part that is shorter.
+
+    Args:
+        config: says where database and journal are, and what is redacted.
+        on_bad_line: told the number of a line, from 1, and why it is no event.
+        wait: seconds to try again while another process holds the database.
+        diagnostics: counts what was ingested.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        on_bad_line: Callable[[int, str], None],
+        wait: float,
+        diagnostics: Diagnostics,
+    ) -> None:
+        key = os.environ.get("MXCP_AUDIT_KEY")
+        redactor = Redactor(
+            config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None
+        )
+        self._now_ns = 0
+        self._encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns)
+        self._store = Store(config, diagnostics=diagnostics)
+        self._journal = Journal(config.journal_directory)
+        self._on_bad_line = on_bad_line
+        self._wait = wait
+        self._bad = 0
+
+    def take(self, path: str) -> ImportResult:
+        """Import a file, gzip or plain.
+
+        Raises:
+            StoreError: the database can't be had, or the file is none of MXCP's logs.
+            OSError: the file can't be read. What came before is imported.
+        """
+        import hashlib  # lazily: it loads OpenSSL
+
+        self._patiently(self._store.ingest)  # a part that waits in the journal is none the ledger knows
+        self._bad = 0
+        events = known = 0
+        digest = hashlib.sha256()
+        lines = self._events(path)
+        first = next(lines, None)
+        while first is not None:
+            part = self._part_id(digest, first)
+            there = self._patiently(lambda part=part: self._store.imported(part))  # type: ignore[misc]
+            if there is None:
+                count, first = self._write(part, digest, first, lines)
+                events += count
+                self._patiently(self._store.ingest)
+            else:
+                count, first = self._skip(path, there, digest, first, lines)
+                known += count
+        return ImportResult(events, known, self._bad)
+
+    def _events(self, path: str) -> Iterator[tuple[bytes, int, dict[str, Any]]]:
+        """Yield each event of a file with its line and its time."""
+        with open(path, "rb") as raw:
+            head = raw.peek(12)
+            if head[8:12] == b"DUCK":
+                raise StoreError(f"{path} is a DuckDB database, no JSONL; read it as it is: log --db {path}")
+            file = gzip_reader(raw) if head[:2] == b"\x1f\x8b" else raw
+            for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
+                line = line.strip()
+                if not line:
+                    continue
+                try:
+                    found = event_of_mxcp(line)
+                except ValueError as error:
+                    self._bad += 1
+                    self._on_bad_line(number, str(error))
+                    continue
+                if found is not None:
+                    yield line, *found
+
+    def _part_id(self, digest: hashlib._Hash, first: tuple[bytes, int, dict[str, Any]]) -> str:
+        line, now_ns, _ = first
+        here = digest.copy()
+        here.update(line)
+        return f"{new_segment_id(now_ns).rpartition('-')[0]}-{here.hexdigest()[:8]}"
+
+    def _write(self, part: str, digest: hashlib._Hash, first: Any, lines: Iterator[Any]) -> tuple[int, Any]:
+        """Write a part into the journal; return its size and the first event after it."""
+        try:
+            segment = self._journal.open_segment(named=part)
+        except FileExistsError as error:
+            raise StoreError(f"{part} is being imported by another process; try again later") from error
+        try:
+            event = first
+            while event is not None and segment.events < PART_EVENTS and segment.size < PART_BYTES:
+                batch: list[bytes] = []
+                room = min(_BATCH_EVENTS, PART_EVENTS - segment.events)
+                while event is not None and len(batch) < room:
+                    line, self._now_ns, values = event
+                    digest.update(line)
+                    batch.append(finish_line(self._line(values), segment.events + len(batch) + 1))
+                    event = next(lines, None)
+                try:
+                    segment.append(b"".join(batch), len(batch))
+                except OSError as error:
+                    raise JournalError(f"can't be written: {error.strerror}", path=segment.path) from error
+        finally:
+            segment.seal()
+        return segment.events, event
+
+    def _line(self, values: Mapping[str, Any]) -> bytes:
+        echoes: list[str] = []
+        input_json = self._encoder.input_json(values["input_params"], values["name"], None, echoes)
+        rest = {name: value for name, value in values.items() if name != "input_params"}
+        return self._encoder.line(**rest, input_json=input_json, echoes=echoes)
+
+    def _skip(
+        self, path: str, there: tuple[int, str], digest: hashlib._Hash, first: Any, lines: Iterator[Any]
+    ) -> tuple[int, Any]:
+        """Pass over a part that is in the database; return its size and the first event after it."""
+        count, last_ns = 0, 0
+        event = first
+        while event is not None and count < there[0]:
+            digest.update(event[0])
+            last_ns = max(last_ns, event[1])
+            count += 1
+            event = next(lines, None)
+        last = sql_time(_EPOCH + datetime.timedelta(microseconds=last_ns // 1000))
+        if count == there[0] and last != there[1]:
+            raise StoreError(
+                f"{path} begins like a file that was imported before, but goes on differently: it was "
+                "edited, or is a copy that went its own way; import the events that are missing as a file"
+            )
+        return count, event
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + self._wait
+        while True:
+            try:
+                return action()
+            except DatabaseLockedError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)
+
+
+def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
+    """Return the uncompressed side of a gzip file. A damaged one raises OSError or EOFError in between."""
+    import gzip  # lazily: few need it
+
+    return cast("IO[bytes]", gzip.open(raw))
+
+
 # === Command line ===
-# may name: Errors, Config, Events, Writer, SQL, Engines, Store, Output
+# may name: Errors, Config, Events, Writer, Calls, Logger, SQL, Engines, Store, Output, Assembly
 #
 # The only room that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
@@ -5931,7 +7522,13 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
     place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-    for add in (_add_log, _add_ingest):
+    for add in (
+        _add_log,
+        _add_ingest,
+        _add_doctor,
+        _add_import,
+        _add_wrap,
+    ):
         add(commands, common)
     return parser
 
@@ -6044,6 +7641,9 @@ def cmd_log(options: argparse.Namespace) -> int:
             width, colour = _terminal(sys.stdout)
             write_table(sys.stdout, rows, width=width, colour=colour)
             _say(summary(rows, count))
+        lost = store.losses(reading) if reading.problem is None else []
+        if lost:
+            _say(f"{sum(count for count, _ in lost)} events were lost in the last 30 days: see `doctor`")
         if reading.problem is not None:
             _say(f"only events of the journal are shown: {reading.problem}")
             return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
@@ -6079,6 +7679,327 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     if not done:
         _say("another process is ingesting; the rest is left to it")
     return EXIT_FAILED if told.rejected else 0
+
+
+def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "doctor",
+        parents=[common],
+        help="say how the log is doing, and what to do about it",
+        description="Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1 not.",
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON object")
+    command.set_defaults(run=cmd_doctor)
+
+
+def cmd_doctor(options: argparse.Namespace) -> int:
+    config = (
+        _config_of(options)
+        if options.db is not None
+        else load_config(config=options.config, profile=options.profile)
+    )
+    checkup = Checkup(config, wait=options.wait)
+    if options.json:
+        print(json.dumps(checkup.report, indent=2))
+    else:
+        for part, state in checkup.report.items():
+            if isinstance(state, dict):
+                text = ", ".join(f"{key} {value}" for key, value in state.items() if value is not None)
+                print(printable(f"{part}: {text}"))
+        for fault in checkup.faults:
+            print(printable(f"fault: {fault.problem}; remedy: {fault.remedy}"))
+        print("not healthy" if checkup.faults else "healthy")
+    return EXIT_FAILED if checkup.faults else 0
+
+
+def _add_import(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "import",
+        parents=[common],
+        help="take in MXCP's own JSONL logs",
+        description="Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported "
+        "before is not imported again, so a log that grew can be given again.",
+    )
+    command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
+    command.set_defaults(run=cmd_import)
+
+
+def cmd_import(options: argparse.Namespace) -> int:
+    config = _config_of(options)
+    failed = False
+    for path in options.files:
+        importer = Importer(
+            config,
+            on_bad_line=lambda number, reason, path=path: _say(f"{path}:{number}: {reason}"),  # type: ignore[misc]
+            wait=options.wait,
+            diagnostics=Diagnostics(),
+        )
+        try:
+            result = importer.take(path)
+        except (OSError, EOFError) as error:
+            _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
+            failed = True
+            continue
+        known = f", {result.known} were there" if result.known else ""
+        bad = f", {result.bad} bad line{'' if result.bad == 1 else 's'} left out" if result.bad else ""
+        _say(f"{path}: {result.events} event{'' if result.events == 1 else 's'} imported{known}{bad}")
+        failed |= result.bad > 0
+    return EXIT_FAILED if failed else 0
+
+
+def _add_wrap(commands: Any, common: argparse.ArgumentParser) -> None:
+    import argparse
+
+    command = commands.add_parser(
+        "wrap",
+        parents=[common],
+        help="run any stdio MCP server and record what it executes",
+        description="Run COMMAND, an MCP server over standard input and output in any language, and record "
+        "its tool calls, resource reads and prompts. Every byte passes unchanged.",
+        usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="stop the traffic when it can't be recorded (default: go on)"
+    )
+    command.add_argument("server", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="the server")
+    command.set_defaults(run=cmd_wrap)
+
+
+def cmd_wrap(options: argparse.Namespace) -> int:
+    command = options.server[1:] if options.server[:1] == ["--"] else options.server
+    if not command:
+        raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
+    if options.db is not None:
+        _config_of(options)  # --db excludes the others
+        audit = AuditLogger(options.db)
+    else:
+        audit = AuditLogger.from_config(options.config, profile=options.profile)
+    if not audit.enabled:
+        problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
+        if options.strict:
+            raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
+        _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
+    wrapped = _WrappedServer(command, audit, strict=options.strict)
+    code = wrapped.run()
+    audit.shutdown()
+    if wrapped.failure is not None:
+        _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
+        return EXIT_FAILED
+    return _end_like(code)
+
+
+def _end_like(code: int) -> int:
+    """Return a child's exit code, or die of the signal that it died of, so that our parent sees the same."""
+    if code < 0:
+        import signal
+
+        with contextlib.suppress(OSError, ValueError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code if code >= 0 else 128 - code
+
+
+class _WrappedServer:
+    """A stdio server as our child. Three threads: one a direction, and the main one, which waits for its end.
+
+    Pieces are passed on as they come, by plain reads and writes: nothing here buffers, and a side that
+    doesn't read makes the other wait, as one pipe would. A child is never left behind: when the client
+    is gone, its input is closed; if it doesn't end by that, it gets SIGTERM and then SIGKILL. Where the
+    system can (Linux), whoever kills us with SIGKILL kills it too.
+    """
+
+    _PIECE_BYTES: Final = 2**16
+    _GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
+    _JOURNAL_SECONDS: Final = 5.0  # arbitrary: how long --strict waits for a journal that hangs
+    _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+
+    def __init__(self, command: Sequence[str], audit: AuditLogger, *, strict: bool) -> None:
+        self._command = list(command)
+        self._audit = audit
+        self._strict = strict
+        self._told = Diagnostics()
+        self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
+        self._client_gone = False
+        self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
+        self.failure: str | None = None
+
+    def run(self) -> int:
+        """Run the server to its end and return its exit code, negative if a signal ended it.
+
+        Raises:
+            AuditError: it can't be started.
+        """
+        import shutil
+        import subprocess
+        import threading
+
+        program = shutil.which(self._command[0]) or self._command[0]  # Windows needs it for npx.cmd
+        try:
+            self._process = subprocess.Popen(
+                [program, *self._command[1:]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                preexec_fn=_dying_with_parent(),  # no thread of ours runs yet, so it is safe
+            )
+        except OSError as error:
+            raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
+        self._forward_signals()
+        threads = [
+            threading.Thread(target=side, name=f"mxcp_audit {side.__name__}", daemon=True)
+            for side in (self._pass_requests, self._pass_answers)
+        ]
+        for thread in threads:
+            thread.start()
+        code = self._process.wait()
+        threads[1].join(self._GRACE_SECONDS)  # a grandchild may hold the pipe open for ever
+        who = "client" if self._client_gone else "server"
+        self._stdio.close(f"the {who} went away before it was answered")
+        return code
+
+    def _forward_signals(self) -> None:
+        import signal
+
+        def forward(number: int, frame: object) -> None:
+            # What the terminal sends, it sends to the server too: we are in one process group.
+            if number not in (signal.SIGINT, getattr(signal, "SIGQUIT", None)) or not _has_terminal():
+                self._process.send_signal(number)
+
+        for name in self._SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
+                with contextlib.suppress(ValueError, OSError):
+                    signal.signal(number, forward)
+
+    def _pass_requests(self) -> None:
+        assert self._process.stdin is not None
+        sink = self._process.stdin.fileno()
+        try:
+            while data := _read_piece(0, self._PIECE_BYTES):
+                if not self._audited(self._stdio.from_client, data):
+                    return
+                _write_all(sink, data)
+        except OSError:  # the server reads no more: the client shall see that, as it would without us
+            _give_up(0)
+            return
+        self._process.stdin.close()
+        if _reader_is_gone(1):
+            self._client_gone = True
+            self._end_child()
+
+    def _pass_answers(self) -> None:
+        assert self._process.stdout is not None
+        while data := _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES):
+            if not self._audited(self._stdio.from_server, data):
+                return
+            if not self._client_gone:
+                try:
+                    _write_all(1, data)
+                except OSError:  # what comes now is for the record only
+                    self._client_gone = True
+        _give_up(1)
+
+    def _audited(self, feed: Callable[[bytes], None], data: bytes) -> bool:
+        """Feed the bookkeeping; False, and the child is ended, if that failed and nothing may pass then."""
+        if not self._audit.enabled:
+            return True
+        try:
+            feed(data)
+            if self._strict and self.failure is None:
+                self._settle()
+        except Exception as error:
+            self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
+        if self.failure is not None:
+            self._end_child()
+            return False
+        return True
+
+    def _settle(self) -> None:
+        """Wait until what was recorded is in the journal: so `--strict` holds an answer back until then."""
+        deadline = time.monotonic() + self._JOURNAL_SECONDS
+        while (counters := self._audit.counters).written < counters.accepted:
+            if time.monotonic() > deadline:
+                self.failure = f"the journal can't be written: {counters.last_error}"
+                return
+            time.sleep(0.001)
+        if counters.dropped:
+            self.failure = f"{counters.dropped} events were dropped"
+
+    def _on_fault(self, problem: str) -> None:
+        if self._strict:
+            self.failure = problem
+        else:
+            self._told.report("wrap", problem)
+
+    def _end_child(self) -> None:
+        """Make the server end if it doesn't by itself."""
+        for ask in (self._process.terminate, self._process.kill):
+            if self.failure is None or ask == self._process.kill:
+                deadline = time.monotonic() + self._GRACE_SECONDS
+                while self._process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            ask()
+
+
+def _dying_with_parent() -> Callable[[], object] | None:
+    """Return what a child calls so that the system kills it with its parent; None where it can't."""
+    if sys.platform != "linux":
+        return None
+    import signal
+
+    try:
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+    return lambda: prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG, prctl(2)
+
+
+def _read_piece(fd: int, size: int) -> bytes:
+    """Return what can be read now, waiting for it; nothing at the end, or if there is no such file."""
+    try:
+        return os.read(fd, size)
+    except OSError:
+        return b""
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def _give_up(fd: int) -> None:
+    """Close our end of a pipe, but keep its number: a journal segment must not become standard output."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, fd)
+    os.close(null)
+
+
+def _reader_is_gone(fd: int) -> bool:
+    """Wait until nobody can read what is written to `fd` and return True; False if that can't be told."""
+    import select
+
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll())
+
+
+def _has_terminal() -> bool:
+    """Say whether a terminal's Ctrl+C reaches this process group."""
+    try:
+        fd = os.open("/dev/tty", os.O_RDONLY | getattr(os, "O_NOCTTY", 0))
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _say(text: str) -> None:
