@@ -30,8 +30,8 @@ import binascii
 import codecs
 import collections
 import contextlib
-import dataclasses
 import contextvars
+import dataclasses
 import datetime
 import enum
 import errno

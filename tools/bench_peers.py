@@ -600,7 +600,8 @@ async def load(command: dict[str, Any]) -> None:
                     "rate": len(took) / seconds,
                     "p50": took[len(took) // 2] * 1000,
                     "p99": took[len(took) * 99 // 100] * 1000,
-                    "cpu": max(cpu, 1e-9) / len(took) * 1000,
+                    "cpu": cpu,
+                    "calls": len(took),
                 }
             if number >= 0:
                 rounds.append(results)
