@@ -2430,7 +2430,7 @@ class _Walk:
         """Return the marker for a whole value, whatever it is, and collect what it may echo as."""
         if self.quiet:
             return REDACTED
-        plain = self.plain(value)
+        plain = value if type(value) is str else self.plain(value)
         if isinstance(plain, str) and self.texts.is_marker(plain):
             return plain
         if self.echoes is not None:
@@ -4694,6 +4694,8 @@ class Origin(NamedTuple):
 
 def _get(owner: object, name: str) -> Any:
     """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
+    if owner is None:  # as it is most of the time; the questions below take 1 µs
+        return None
     try:
         if isinstance(owner, dict):
             return owner.get(name)
