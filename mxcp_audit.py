@@ -50,7 +50,6 @@ import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
-from pathlib import Path
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -991,7 +990,7 @@ def load_config(
     site = _SiteFile(site_file)
     name, name_source = site.profile(profile, os.environ if environ is None else environ)
     settings, sources = site.settings(name)
-    folder = Path(site_file).parent
+    folder = os.path.dirname(site_file)
     settings.setdefault("path", f"logs-{name}.duckdb")
     remote = is_attach_target(settings["path"])
     if remote:
@@ -1001,9 +1000,9 @@ def load_config(
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
             raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
     if not remote:
-        settings["path"] = str(folder / settings["path"])
+        settings["path"] = os.path.join(folder, settings["path"].removeprefix("./"))
     if "journal" in settings:
-        settings["journal"] = str(folder / settings["journal"])
+        settings["journal"] = os.path.join(folder, settings["journal"].removeprefix("./"))
     defaults = dict.fromkeys((each.name for each in fields(Config) if each.name != "sources"), "default")
     all_sources = {**defaults, **sources, "profile": name_source, "site_file": site_source}
     return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
@@ -1014,19 +1013,22 @@ def _find_site_file(
 ) -> tuple[str, str]:
     """The absolute path of the site file, and who chose it."""
     try:
-        start = Path(os.path.abspath(cwd if cwd is not None else os.getcwd()))
+        start = folder = os.path.abspath(cwd if cwd is not None else os.getcwd())
     except OSError as error:
         raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
     if config is not None:
-        return str(start / config), "argument"
-    for folder in (start, *start.parents):
-        if os.path.lexists(folder / SITE_FILE):
-            return str(folder / SITE_FILE), "found"
+        return os.path.join(start, config), "argument"
+    while True:
+        if os.path.lexists(os.path.join(folder, SITE_FILE)):
+            return os.path.join(folder, SITE_FILE), "found"
+        folder, below = os.path.dirname(folder), folder
+        if folder == below:
+            break
     raise ConfigError(
         f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
         " do without by --db or AuditLogger(path), or create one that says:"
         " profiles: {default: {audit: {enabled: true}}}",
-        path=str(start),
+        path=start,
     )
 
 
