@@ -1968,13 +1968,16 @@ class _Texts:
         # Whatever has a known form holds a digit or a capital; commands have a dash.
         if hint is None and low == text and " -" not in text:
             return text
+        given = text
         if "://" in text:
             text = self._hide_url_passwords(text, found)
         if "-----BEGIN" in text:
             text = self._hide_private_keys(text, found)
-        low = _lower(text)
-        text = self._hide_special(text, low, found)
-        low = _lower(text)
+        if text is not given:
+            low = _lower(text)
+        given, text = text, self._hide_special(text, low, found)
+        if text is not given:
+            low = _lower(text)
         if hint is not None and self._stems.search(low):
             text = self._hide_named(text, low, found)
         if size >= 11:
