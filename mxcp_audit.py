@@ -3052,16 +3052,95 @@ def public_select(*, typed: bool = False, plain_csv: bool = True) -> str:
 # so that removing one leading apostrophe gives every cell back as it was.
 FORMULA: Final = r"^\s*[=+\-@|＝＋－＠]|^[\t\r\n']"
 
+# What COPY is told for each export format. Its name is the extension of a file. A `.duckdb` file is no COPY.
+_COPY_OPTIONS: Final = {
+    "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
+    "json": "FORMAT json, ARRAY true",
+    "jsonl": "FORMAT json, ARRAY false",
+}
+COPY_OPTIONS: Final = {
+    **{
+        name + suffix: f"{options}, COMPRESSION {codec}, USE_TMP_FILE false"
+        for name, options in _COPY_OPTIONS.items()
+        for suffix, codec in (("", "none"), (".gz", "gzip"), (".zst", "zstd"))
+    },
+    "parquet": "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false",
+}
+EXPORT_FORMATS: Final = (*COPY_OPTIONS, "duckdb")
 
-_TEXT_TEST: Final = " OR ".join(
-    rf"{name} ILIKE $pattern ESCAPE '\'" for name in ("name", "input_json", "error", "reason")
+
+def export_format(path: str) -> str | None:
+    """Return the export format that the extension of a file's name stands for; None for an unknown one."""
+    name = path.lower()
+    return next((form for form in EXPORT_FORMATS if name.endswith("." + form)), None)
+
+
+# What `stats` groups by: what is grouped, and how the group is written. Texts are grouped as they are.
+STATS_BY: Final = {
+    **{name: (name, "k") for name in ("name", "type", "caller", "status")},
+    "user": ("user_id", "k"),
+    "policy": ("policy_decision", "k"),
+    "hour": ("date_trunc('hour', timestamp)", "strftime(k, '%Y-%m-%dT%H:00Z')"),
+    "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
+}
+STATS_COLUMNS: Final = (
+    *("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms", "first_seen", "last_seen"),
 )
+_STATS: Final = """\
+SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
+       q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
+       strftime(first_at, '%Y-%m-%dT%H:%M:%S.%fZ') AS first_seen,
+       strftime(last_at, '%Y-%m-%dT%H:%M:%S.%fZ') AS last_seen
+FROM (SELECT {group} AS k, count(*) AS calls, count(*) FILTER (WHERE status = 'error') AS errors,
+             count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
+             quantile_disc(duration_ms, [0.5, 0.95, 0.99]) AS q, max(duration_ms) AS max_ms,
+             min(timestamp) AS first_at, max(timestamp) AS last_at
+      FROM ({source}) GROUP BY ALL)
+ORDER BY {order} LIMIT $count"""
 
 
-COPY_CSV: Final = "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error), USE_TMP_FILE false"
-COUNT_CSV: Final = """\
-SELECT count(*)::BIGINT
-FROM read_csv($file, header = true, all_varchar = true, delim = ',', quote = '"', escape = '"')"""
+def stats_query(source: str, by: str, sort: str) -> str:
+    """Return the query of one row a group: the group as text, then STATS_COLUMNS.
+
+    Args:
+        source: a query of events.
+        by: a key of STATS_BY. Hours and days come newest first.
+        sort: the one of STATS_COLUMNS whose largest value comes first, for the other groups.
+    """
+    group, shown = STATS_BY[by]
+    order = "k DESC" if by in ("hour", "day") else f"{sort} DESC NULLS LAST, k"
+    return _STATS.format(shown=shown, group=group, source=source, order=order)
+
+
+# What a person's own SQL may see: the events as one view, and no file, setting or other database.
+# `query` takes one SELECT and nothing else; the lock comes last, because nothing can undo it.
+SQL_VIEW: Final = f"""\
+CREATE OR REPLACE TEMP VIEW logs AS
+SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {_EVENT_ID} AS event_id
+FROM (SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows)"""
+SQL_LOCK: Final = ("SET enable_external_access = false", "SET lock_configuration = true")
+SQL_COLUMNS: Final = """\
+SELECT column_name::VARCHAR AS n, column_type::VARCHAR AS t FROM (DESCRIBE SELECT * FROM query($statement))"""
+
+FREEZE_JOURNAL: Final = (
+    "CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows",
+    "CREATE OR REPLACE TEMP VIEW journal_rows AS SELECT * FROM journal_copy",
+)
+UNFREEZE_KNOWN: Final = "DELETE FROM journal_copy WHERE segment IN (SELECT unnest($segments))"
+
+# For a follower: what the ledger got since it was asked last. Losses count, because a lost line has its
+# number too, so that the sum is the highest number of the segment.
+LEDGER_ENDS: Final = (
+    "SELECT journal::VARCHAR AS journal, max(position)::BIGINT AS position FROM audit.ledger GROUP BY journal"
+)
+NEW_SEGMENTS: Final = """\
+SELECT journal::VARCHAR AS journal, segment::VARCHAR AS segment, max(position)::BIGINT AS position,
+       sum(events)::BIGINT AS events
+FROM audit.ledger
+LEFT JOIN (SELECT unnest($journals::VARCHAR[]) AS known, unnest($positions::BIGINT[]) AS last)
+       ON known = journal
+WHERE kind IN ('segment', 'loss') AND position > coalesce(last, 0) AND ingested_at >= $since::TIMESTAMP
+GROUP BY journal, segment"""
 
 
 @dataclass(frozen=True)
@@ -3099,7 +3178,7 @@ class Filter:
         ):
             for number, name in enumerate(names):
                 key = f"{event_type}_{number}"
-                params[key] = _like(name) if "*" in name else name
+                params[key] = _like(name).replace("*", "%") if "*" in name else name
                 test = rf"name LIKE ${key} ESCAPE '\'" if "*" in name else f"name = ${key}"
                 named.append(f"(type = '{event_type}' AND {test})")
         if named:
@@ -3123,16 +3202,66 @@ class Filter:
             params["segment_is"], params["seq_is"] = parse_event_id(self.event_id)
             conditions.append("segment = $segment_is AND seq = $seq_is")
         if self.text is not None:
-            params["pattern"] = _like(f"*{self.text}*", wild=False)
+            params["pattern"] = f"%{_like(self.text)}%"
             conditions.append(f"({_TEXT_TEST})")
         return " AND ".join(conditions) or "true", params
 
+    def matches(self, row: Sequence[Any]) -> bool:
+        """Say the same of a row of PUBLIC_COLUMNS without DuckDB, for events that are in no table yet.
 
-def _like(text: str, *, wild: bool = True) -> str:
-    r"""Return the LIKE pattern (escape `\`) in which `*` is any text; with `wild` False only at both ends."""
-    inner = text if wild else text[1:-1]
-    escaped = inner.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-    return escaped.replace("*", "%") if wild else f"%{escaped}%"
+        Also update `where`: the two must agree.
+        """
+        event = dict(zip(PUBLIC_COLUMNS, row))
+        named = (("tool", self.tools), ("resource", self.resources), ("prompt", self.prompts))
+        if (self.tools or self.resources or self.prompts) and not any(
+            event["type"] == event_type and _is_like(event["name"], name)
+            for event_type, names in named
+            for name in names
+        ):
+            return False
+        moment = event["timestamp"][:-1].replace("T", " ")
+        return (
+            all(
+                wanted is None or event[column] == wanted
+                for column, wanted in (
+                    ("type", self.event_type),
+                    ("policy_decision", self.policy),
+                    ("status", self.status),
+                    ("caller", self.caller),
+                    ("user_id", self.user),
+                    ("session_id", self.session),
+                    ("trace_id", self.trace),
+                    ("event_id", self.event_id and self.event_id.strip()),
+                )
+            )
+            and (self.since is None or moment >= self.since)
+            and (self.until is None or moment < self.until)
+            and (self.min_ms is None or (event["duration_ms"] is not None and event["duration_ms"] >= self.min_ms))
+            and (
+                self.text is None
+                or any(_lower(self.text) in _lower(event[column] or "") for column in _TEXT_COLUMNS)
+            )
+        )
+
+
+_TEXT_COLUMNS: Final = ("name", "input_json", "error", "reason")
+_TEXT_TEST: Final = " OR ".join(rf"{name} ILIKE $pattern ESCAPE '\'" for name in _TEXT_COLUMNS)
+
+
+def _like(text: str) -> str:
+    r"""Return the LIKE pattern (escape `\`) that stands for the text itself."""
+    return text.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+
+
+def _is_like(value: object, name: str) -> bool:
+    if not isinstance(value, str) or "*" not in name:
+        return value == name
+    return re.fullmatch(".*".join(map(re.escape, name.split("*"))), value, re.DOTALL) is not None
+
+
+def _lower(text: str) -> str:
+    """Return the text in lower case, character by character, as DuckDB does it."""
+    return text.lower() if text.isascii() else "".join(character.lower()[0] for character in text)
 
 
 # === Engines ===
@@ -3565,17 +3694,6 @@ class Store:
             self._busy = threading.RLock()
             self._engine = None
 
-    def refuse_own_files(self, path: str) -> None:
-        """Raise StoreError if writing to `path` would destroy the log itself."""
-        target = os.path.realpath(path)
-        inside = (
-            os.path.commonpath([target, os.path.realpath(self.journal.directory)]) if self.is_file else ""
-        )
-        if self.is_file and target in (os.path.realpath(self.path), os.path.realpath(self.path) + ".wal"):
-            raise StoreError(f"{path} is the audit database itself; name another file")
-        if inside == os.path.realpath(self.journal.directory):
-            raise StoreError(f"{path} lies in the journal; name a file elsewhere")
-
     def _ingest_claims(self, claims: list[Claim]) -> None:
         engine = self._guest()
         try:
@@ -3772,6 +3890,7 @@ class Store:
         Raises:
             DatabaseNotFoundError: there is neither a database nor a journal.
             JournalError: the journal can't be read.
+            StoreError: an event is in doubt, so that half a log would look like a whole one.
         """
         deadline = time.monotonic() + wait
         engine = self._opener()
@@ -3779,18 +3898,23 @@ class Store:
             reading = Reading(engine)
             while True:
                 try:
-                    self._open_reading(reading, stack)
+                    with contextlib.ExitStack() as attempt:
+                        if reading.problem is None:
+                            self._open_both(reading, attempt)
+                        else:
+                            self._open_journal(reading)
+                        stack.push(attempt.pop_all())
                     break
-                except (DatabaseLockedError, DatabaseNotFoundError) as error:
-                    # Not found: the file appeared, or vanished, between our look and DuckDB's.
-                    if time.monotonic() < deadline:
-                        time.sleep(0.01 + os.urandom(1)[0] / 2560)
-                        continue
-                    reading.problem = error
                 except DatabaseCorruptError as error:
                     reading.problem = error
-                reading.open_views(None, self.journal.segments(), set())
-                break
+                except (DatabaseLockedError, DatabaseNotFoundError) as error:
+                    # Not found: a file appeared, or vanished, between our look and DuckDB's.
+                    if time.monotonic() < deadline:
+                        time.sleep(0.01 + os.urandom(1)[0] / 2560)
+                    elif reading.problem is None:
+                        reading.problem = error
+                    else:
+                        raise
             if not reading.has_table and not reading.has_journal and reading.problem is None:
                 raise DatabaseNotFoundError(
                     f"Audit database not found at {self.path}. Either audit logging is not enabled for the "
@@ -3798,21 +3922,78 @@ class Store:
                 )
             yield reading
 
-    def _open_reading(self, reading: Reading, stack: contextlib.ExitStack) -> None:
+    def _open_both(self, reading: Reading, stack: contextlib.ExitStack) -> None:
         engine = reading.engine
         if self.is_file and self._is_absent():
-            segments = self.journal.segments()
-            if segments or self._is_absent():
-                reading.open_views(None, segments, set())
-                return
+            self._open_journal(reading)
+            return
         stack.enter_context(self._attached(engine, read_only=True))
         segments = self.journal.segments()
         present = self._columns(engine)
+        ids = {"segments": [segment_id_of(path) for path in segments]}
+        reading.has_ledger = "ledger" in present
         known: set[str] = set()
-        if segments and "ledger" in present:
-            ids = [segment_id_of(path) for path in segments]
-            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
-        reading.open_views(present.get("logs"), segments, known)
+        if self.is_file:
+            if segments and reading.has_ledger:
+                known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, ids)}
+            reading.open_views(present.get("logs"), segments, known)
+            return
+        # Elsewhere readers shut nobody out. Copy the journal, then stay in one snapshot of the table:
+        # what is ingested before the snapshot is known to its ledger, what is ingested after it is not seen.
+        self._open_journal(reading, present.get("logs"))
+        engine.execute("BEGIN")
+        stack.callback(self._end_snapshot, engine)
+        if reading.has_journal and reading.has_ledger:
+            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, ids)}
+            engine.execute(UNFREEZE_KNOWN, {"segments": sorted(known)})
+
+    def _open_journal(self, reading: Reading, table: Collection[str] | None = None) -> None:
+        """Open the journal by a copy, where nothing keeps others from ingesting it.
+
+        Raises:
+            DatabaseNotFoundError: a segment vanished meanwhile, so there is a table now: look again.
+        """
+        segments = self.journal.segments()
+        try:
+            reading.open_views(table, segments, ())
+            reading.freeze_journal()
+        except QueryError as error:
+            if all(map(os.path.exists, segments)):
+                raise
+            raise DatabaseNotFoundError(f"{self.path}: is written at this moment; try again") from error
+
+    @staticmethod
+    def _end_snapshot(engine: Engine) -> None:
+        with contextlib.suppress(StoreError):  # an error has ended the session, and the snapshot with it
+            engine.execute("ROLLBACK")
+
+    def refuse_own_files(self, path: str) -> None:
+        """Raise StoreError if `path` is no place for an export: above all, if that would destroy the log."""
+        folder, name = os.path.split(os.path.abspath(path))
+        try:
+            folder = os.path.realpath(folder)
+            found = None if not os.path.lexists(path) else os.lstat(path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL
+            raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
+        own = os.path.realpath(self.path)
+        journal = os.path.realpath(self.journal.directory)
+        if self.is_file and os.path.join(folder, name) in (own, own + ".wal"):
+            raise StoreError(f"{path} is the audit database itself; name another file")
+        if folder == journal or folder.startswith(journal + os.sep):
+            raise StoreError(f"{path} lies in the journal; name a file elsewhere")
+        if not os.path.isdir(folder):
+            raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
+            raise StoreError(f"{path} is {kind}; name a file, or write to standard output by --export -")
+        if self.is_file and found is not None and not self._is_absent() and os.path.samefile(path, own):
+            raise StoreError(f"{path} is the audit database under another name; name another file")
+
+    def signature(self) -> object:
+        """Return what is different after every ingest: cheap, and without opening anything."""
+        if not self.is_file:
+            return _stamp_of(self.journal.directory)
+        return _stamp_of(self.path), _stamp_of(self.path + ".wal")
 
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
@@ -3835,11 +4016,12 @@ class Reading:
         self.problem: StoreError | None = None
         self.has_table = False
         self.has_journal = False
+        self.has_ledger = False
 
     def open_views(
         self, table: Collection[str] | None, segments: Sequence[str], known: Collection[str]
     ) -> None:
-        """Define `table_rows`, `journal_rows` and `logs`, the two together.
+        """Define the views `table_rows` and `journal_rows`, which together are the log.
 
         Args:
             table: the columns of the table, None if there is none.
@@ -3858,18 +4040,18 @@ class Reading:
         rows = NO_ROWS if table is None else table_rows(table)
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
-        self.engine.execute(
-            "CREATE OR REPLACE TEMP VIEW logs AS "
-            "SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows"
-        )
 
-    def _select(
-        self, columns: str, what: Filter, count: int | None, oldest_first: bool
+    def freeze_journal(self) -> None:
+        """Copy the journal's events, so that no later query reads files."""
+        for statement in FREEZE_JOURNAL:
+            self.engine.execute(statement)
+
+    def _source(
+        self, what: Filter, count: int | None, order: str
     ) -> tuple[str, dict[str, object]]:
-        """Return the query of a filtered log. The limit goes into both sides: a limit on the union alone
-        would read the whole table (40 times slower on 10 million rows)."""
+        """Return the query of the filtered events. The limit goes into both sides: a limit on the union
+        alone would read the whole table (40 times slower on 10 million rows)."""
         where, params = what.where()
-        order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
         tail = ""
         if count is not None:
             params["count"] = count
@@ -3879,10 +4061,15 @@ class Reading:
             for view, there in (("table_rows", self.has_table), ("journal_rows", self.has_journal))
             if there
         ] or ["(SELECT * FROM journal_rows)"]
-        source = " UNION ALL BY NAME ".join(sides)
-        return f"SELECT {columns} FROM ({source}) ORDER BY {order}" + (
-            " LIMIT $count" if count is not None else ""
-        ), params
+        return " UNION ALL BY NAME ".join(sides), params
+
+    def _select(
+        self, columns: str, what: Filter, count: int | None, oldest_first: bool
+    ) -> tuple[str, dict[str, object]]:
+        order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
+        source, params = self._source(what, count, order)
+        tail = "" if count is None else " LIMIT $count"
+        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})", params
 
     def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
         """Yield the matching events as rows of PUBLIC_COLUMNS, newest first.
@@ -3895,39 +4082,304 @@ class Reading:
         sql, params = self._select(public_select(), what, count, oldest_first)
         return self.engine.stream(sql, params)
 
-    def export(self, what: Filter, path: str, *, count: int | None = None, raw: bool = False) -> int:
-        """Write the matching events to a CSV file and return their number.
+    def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
+        """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
 
-        The file appears whole or not at all, under a temporary name until then, with mode 0600.
+        Percentiles are durations that occurred (no interpolation), in milliseconds.
 
         Args:
             what: the filter.
-            path: the file; an older one is replaced.
-            count: how many at most; None for all.
+            by: a key of STATS_BY.
+            sort: which of STATS_COLUMNS is largest first; hours and days come newest first.
+            count: how many groups at most.
+        """
+        source, params = self._source(what, None, NEWEST_FIRST)
+        return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
+
+    def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
+        """Run one SELECT over the view `logs` and return its column names and its rows.
+
+        It can read the log and write nothing: the database is attached read-only, and files,
+        extensions and settings are locked. The session is good for nothing else afterwards. Values
+        are those of JSON; what it lacks (times, intervals, bytes) is text.
+
+        Raises:
+            QueryError: no single SELECT, or DuckDB refuses it.
+        """
+        self.freeze_journal()
+        for lock in (SQL_VIEW, *SQL_LOCK):
+            self.engine.execute(lock)
+        params = {"statement": statement}
+        columns = self.engine.execute(SQL_COLUMNS, params)
+        names = ", ".join(f"c{number}" for number in range(len(columns)))
+        parts = [_json_like(sql_type) for _, sql_type in columns]
+        casts = ", ".join(f"{cast.format(f'c{number}')} AS c{number}" for number, (cast, _) in enumerate(parts))
+        rows = self.engine.stream(
+            f"SELECT {casts} FROM (SELECT * FROM query($statement)) AS result({names})", params
+        )
+        decoders = [decode for _, decode in parts]
+        return [name for name, _ in columns], (
+            tuple(
+                value if decode is None or value is None else decode(value)
+                for decode, value in zip(decoders, row)
+            )
+            for row in rows
+        )
+
+    def export(
+        self,
+        what: Filter,
+        path: str,
+        *,
+        form: str = "csv",
+        count: int | None = None,
+        oldest_first: bool = False,
+        raw: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Write the matching events to a file and return their number.
+
+        The file appears whole or not at all, with mode 0600; an older one is replaced. Every format has
+        all the columns: `.duckdb` as the table `logs`, so that every command can read it by `--db`.
+
+        Args:
+            what: the filter.
+            path: the file; `Store.refuse_own_files` says whether it may be written.
+            form: one of EXPORT_FORMATS.
+            count: how many events at most; None for all.
+            oldest_first: the other order, and the other end of the log.
             raw: leave text as it is that a spreadsheet would run as a formula; otherwise it gets a
-                leading apostrophe, and so does text that begins with one.
+                leading apostrophe in CSV, and so does text that begins with one.
+            progress: called every half second with the bytes written so far, from another thread.
 
         Raises:
             StoreError: nothing could be written; an older file is still there.
         """
+        self.freeze_journal()  # or the two queries below would see two ends of a live segment
+        source, params = self._source(what, None, NEWEST_FIRST)
+        ((matching,),) = self.engine.execute(f"SELECT count(*)::BIGINT AS n FROM ({source})", params)
+        expected = matching if count is None else min(count, matching)
+        if form == "duckdb":
+            columns = _NAMES
+        else:
+            columns = public_select(typed=form == "parquet", plain_csv=raw or not form.startswith("csv"))
+        sql, params = self._select(columns, what, count, oldest_first)
+        params["formula"] = FORMULA
         folder, name = os.path.split(os.path.abspath(path))
         scratch = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
-        sql, params = self._select(public_select(plain_csv=raw), what, count, False)
         try:
-            os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            os.mkdir(scratch, 0o700)
             try:
-                self.engine.execute(
-                    f"COPY ({sql}) TO {sql_literal(scratch)} ({COPY_CSV})", {**params, "formula": FORMULA}
-                )
-                ((written,),) = self.engine.execute(COUNT_CSV, {"file": scratch})
-                os.replace(scratch, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(scratch)
-                raise
+                target = os.path.join(scratch, "export")
+                with _watched(target, progress):
+                    written = self._write(sql, params, target, form)
+                if written not in (expected, None):
+                    raise StoreError(f"{path}: {written} of {expected} events were written; try again")
+                os.chmod(target, 0o600)
+                os.replace(target, path)
+            finally:
+                _remove_scratch(scratch)
         except OSError as error:
             raise StoreError(f"{path} can't be written: {error.strerror}") from error
-        return int(written)
+        except QueryError as error:
+            raise StoreError(f"{path} can't be written: {error}") from error
+        return int(expected)
+
+    def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
+        """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
+        place = sql_literal(target)
+        if form != "duckdb":
+            told = self.engine.execute(f"COPY ({sql}) TO {place} ({COPY_OPTIONS[form]})", params)
+            return told[0][0] if told else None
+        self.engine.execute(f"ATTACH {place} AS copy (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
+        told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
+        self.engine.execute("CHECKPOINT copy")
+        self.engine.execute("DETACH copy")
+        return told[0][0] if told else None
+
+
+# How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
+_RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
+    (("BOOLEAN",), "{0}", None),
+    (("UBIGINT", "HUGEINT", "UHUGEINT", "VARINT", "BIGNUM"), "{0}::VARCHAR", int),
+    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", json.loads),
+    (("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"), "{0}::BIGINT", None),
+    (("DECIMAL",), "{0}::DOUBLE", None),
+    (("FLOAT", "DOUBLE"), "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", None),  # JSON has no NaN
+)
+
+
+def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
+    """Return the cast of a result column, to be formatted with its name, and what decodes its values."""
+    if sql_type.endswith("]"):
+        return "to_json({0})::VARCHAR", json.loads
+    for beginnings, cast_sql, decode in _RESULT_TYPES:
+        if sql_type.startswith(beginnings):
+            return cast_sql, decode
+    return "{0}::VARCHAR", None
+
+
+@contextlib.contextmanager
+def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None]:
+    """Tell the size of a growing file every half second while the block runs."""
+    if progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            progress(_size_of(path))
+
+    watcher = threading.Thread(target=watch, name="mxcp_audit progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+def _remove_scratch(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            os.unlink(os.path.join(folder, name))
+        os.rmdir(folder)
+
+
+class _Tail:
+    """How far a follower has come in one segment."""
+
+    __slots__ = ("offset", "seq", "settled")
+
+    def __init__(self) -> None:
+        self.offset = 0  # behind the last whole line that was read
+        self.seq = 0  # the highest number that was seen
+        self.settled = False  # the table has it, and the rest was taken from there
+
+
+class Follower:
+    """Sees events as they are recorded, by whatever process: each once, none left out.
+
+    A look reads what the segments got since the last one. The database is opened only if its file
+    changed, that is, after an ingest: a segment may have moved into the table before it was read to
+    its end, or seen at all. The ledger says which did, and their missing rows are taken from there.
+    No lock is held between looks.
+
+    Args:
+        store: the log.
+        what: which events to return.
+    """
+
+    def __init__(self, store: Store, what: Filter) -> None:
+        self._store = store
+        self._what = what
+        self._tails: dict[str, _Tail] = {}  # by segment
+        self._positions: dict[str, int] = {}  # by journal: the ledger entry that was looked at last
+        self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
+        self._signature: object = None
+        self._engine: Engine | None = None
+
+    def start(self, reading: Reading | None) -> None:
+        """Count everything that is there now as seen.
+
+        Args:
+            reading: an open reading; None if there is no log yet.
+        """
+        self._new_lines()
+        if reading is None or reading.problem is not None:
+            # The ledger can't be had. Of what it says later, only what was ingested from now on is new.
+            self._since = sql_time(utc_now()) if reading is not None else self._since
+            return
+        self._signature = self._store.signature()
+        if reading.has_ledger:
+            self._positions = dict(reading.engine.execute(LEDGER_ENDS))
+
+    def is_seen(self, event_id: str) -> bool:
+        """Say whether an event will not be returned by `look`, because `start` counted it as seen."""
+        segment, seq = parse_event_id(event_id)
+        tail = self._tails.get(segment)
+        return tail is None or seq <= tail.seq
+
+    def look(self) -> list[Row]:
+        """Return the matching events that came since the last look, as rows of PUBLIC_COLUMNS, oldest first.
+
+        Raises:
+            JournalError: the journal can't be read.
+            StoreError: the table can't be asked. A later look can make up for it.
+        """
+        rows = [row for row in self._new_lines() if self._what.matches(row)]
+        if self._store.signature() != self._signature:
+            try:
+                rows += self._new_table_rows()
+            except (DatabaseLockedError, DatabaseNotFoundError):
+                pass  # somebody ingests at this moment; the next look asks again
+        return sorted(rows, key=lambda row: (row[0], row[-1].rpartition(":")[0], parse_event_id(row[-1])[1]))
+
+    def close(self) -> None:
+        """End the session with DuckDB, if there is one."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _new_lines(self) -> Iterator[Row]:
+        paths = {segment_id_of(path): path for path in self._store.journal.segments()}
+        for segment in [each for each, tail in self._tails.items() if tail.settled and each not in paths]:
+            del self._tails[segment]
+        for segment, path in paths.items():
+            tail = self._tails.setdefault(segment, _Tail())
+            if _size_of(path) <= tail.offset:
+                continue
+            try:
+                with open(path, "rb") as file:
+                    file.seek(tail.offset)
+                    data = file.read()
+            except FileNotFoundError:
+                continue  # ingested just now: the ledger tells
+            except OSError as error:
+                raise JournalError(f"can't be read: {error.strerror}", path=path) from error
+            end = data.rfind(b"\n") + 1  # the rest is being written
+            tail.offset += end
+            for line in data[:end].split(b"\n")[:-1]:
+                if line_fault(line) is None:
+                    event = json.loads(line)
+                    if event["seq"] > tail.seq:
+                        tail.seq = event["seq"]
+                        event["event_id"] = f"{segment}:{tail.seq}"
+                        yield tuple(event.get(name) for name in PUBLIC_COLUMNS)
+
+    def _new_table_rows(self) -> list[Row]:
+        """Return what moved into the table unseen."""
+        store = self._store
+        engine = self._engine = self._engine or store._opener()
+        asked = {"journals": list(self._positions), "positions": list(self._positions.values()), "since": self._since}
+        rows: list[Row] = []
+        with store._attached(engine, read_only=True):
+            signature = store.signature()  # nobody can ingest now
+            present = store._columns(engine)
+            entries = engine.execute(NEW_SEGMENTS, asked) if "ledger" in present else []
+            seen = {segment: self._tails[segment].seq if segment in self._tails else 0 for _, segment, _, _ in entries}
+            missing = [segment for _, segment, _, events in entries if seen[segment] < events]
+            if missing:
+                where, params = self._what.where()
+                found = engine.execute(
+                    f"SELECT {public_select()} FROM (SELECT * FROM ({table_rows(present['logs'])}) "
+                    f"WHERE segment IN (SELECT unnest($missing)) AND {where})",
+                    {**params, "missing": missing},
+                )
+                for row in found:
+                    segment, seq = parse_event_id(row[-1])
+                    if seq > seen[segment]:
+                        rows.append(row)
+        for journal, segment, position, events in entries:
+            tail = self._tails.setdefault(segment, _Tail())
+            tail.seq = max(tail.seq, events)
+            tail.settled = True
+            self._positions[journal] = max(position, self._positions.get(journal, 0))
+        self._signature = signature
+        if not engine.keeps:
+            self.close()
+        return rows
 
 
 def _size_of(path: str) -> int:
@@ -3935,6 +4387,14 @@ def _size_of(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
+
+
+def _stamp_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 def platform_node() -> str:
@@ -3949,10 +4409,16 @@ def platform_node() -> str:
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
 
 _SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
+WIDE_COLUMNS: Final = (*_SHORT_COLUMNS, "user_id", "session_id", "trace_id", "event_id")
 _HEADERS: Final = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
+_FIRST_WIDTHS: Final = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
+_ELASTIC: Final = frozenset(
+    ("name", "caller", "input_json", "reason", "error", "user_id", "session_id", "trace_id", "event_id")
+)
 _STYLES: Final = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 _PLAIN_STYLE: Final = "\x1b[0m"
-_NARROWEST_NAME: Final = 12
+_NARROWEST: Final = 12  # arbitrary: cells that an elastic column keeps
+_WIDEST_BAR: Final = 40
 
 
 def printable(text: str) -> str:
@@ -3973,7 +4439,7 @@ def display_width(text: str) -> int:
 
     return sum(
         0
-        if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf")
+        if unicodedata.category(character) in ("Mn", "Me", "Cf") or "\u1160" <= character <= "\u11ff"
         else 2
         if unicodedata.east_asian_width(character) in "WF"
         else 1
@@ -3986,82 +4452,250 @@ def fit(text: str, width: int, *, right: bool = False) -> str:
     missing = width - display_width(text)
     if missing >= 0:
         return " " * missing + text if right else text + " " * missing
-    kept = ""
-    used = 1
-    for character in text:
+    head, _ = _split_at(text, width - 1)
+    return fit(head + "…", width) if width > 0 else ""
+
+
+def wrap(text: str, width: int) -> Iterator[str]:
+    """Yield the text in pieces of at most `width` cells; nothing is left out."""
+    while text:
+        piece, text = _split_at(text, max(2, width))
+        yield piece
+
+
+def _split_at(text: str, width: int) -> tuple[str, str]:
+    """Return what fits into `width` cells, and the rest. Combining characters stay where they belong."""
+    if text[: width + 1].isascii():
+        return text[: max(0, width)], text[max(0, width) :]
+    used = 0
+    for index, character in enumerate(text):
         used += display_width(character)
         if used > width:
-            break
-        kept += character
-    return fit(kept + "…", width) if width else ""
+            return text[:index], text[index:]
+    return text, ""
 
 
-def json_text(value: object) -> str:
+def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
     """Return JSON that no terminal acts on: control and direction characters are escaped, which JSON
     allows anywhere in a text, so that it reads back the same."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def write_json(file: TextIO, rows: Iterable[Row]) -> int:
-    """Write rows of PUBLIC_COLUMNS as one JSON array of objects, and return their number."""
+def write_json(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS) -> int:
+    """Write rows as one JSON array of objects with these names, and return their number."""
     count = 0
     for row in rows:
         file.write(",\n " if count else "[")
-        file.write(json_text(dict(zip(PUBLIC_COLUMNS, row))))
+        file.write(json_text(dict(zip(names, row)), ascii_only=not _takes_unicode(file)))
         count += 1
     file.write("]\n" if count else "[]\n")
     return count
 
 
-def write_table(file: TextIO, rows: Sequence[Row], *, width: int | None, colour: bool) -> None:
-    """Write rows of PUBLIC_COLUMNS as a table, with the reason or the error under a row that has one.
+def write_json_lines(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS) -> None:
+    """Write rows as JSON objects, one a line."""
+    for row in rows:
+        file.write(json_text(dict(zip(names, row)), ascii_only=not _takes_unicode(file)) + "\n")
+
+
+def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> int:
+    """Write rows as CSV, and return their number.
+
+    Args:
+        raw: leave text as it is that a spreadsheet would run; otherwise it gets a leading apostrophe.
+    """
+    import csv
+
+    formula = re.compile(FORMULA)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    count = 0
+    for count, row in enumerate(rows, 1):
+        cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
+        writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
+    return count
+
+
+def indented_json(text: str) -> str:
+    """Return JSON text with a line for each value, everything else as it is: no number or name is changed.
+
+    Text that is no JSON comes back unchanged.
+    """
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    parts = []
+    depth = 0
+    tokens = _JSON_TOKEN.findall(text)
+    for before, token, after in zip(["", *tokens], tokens, [*tokens[1:], ""]):
+        if token in "]}" and before not in ("[", "{"):
+            depth -= 1
+            parts.append("\n" + "  " * depth)
+        parts.append(": " if token == ":" else token)
+        opens = token in "[{" and after not in ("]", "}")
+        depth += opens
+        if opens or token == ",":
+            parts.append("\n" + "  " * depth)
+    return "".join(parts)
+
+
+class EventTable:
+    """Events as a table that may grow, with the reason or the error under a row that has one.
 
     Args:
         file: where to; it is asked for its encoding, so that an ASCII terminal gets ASCII.
-        rows: newest first, or as they shall appear.
+        columns: names out of PUBLIC_COLUMNS.
         width: cells that a line may take; None where nobody looks at lines, as in a pipe.
         colour: mark errors and denials.
+        with_input: show the input under each row.
     """
-    events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-    cells = [[_cell(event, column) for column in _SHORT_COLUMNS] for event in events]
-    heads = [_HEADERS.get(column, column.upper()) for column in _SHORT_COLUMNS]
-    widths = [max(map(display_width, column)) for column in zip(heads, *cells)]
+
+    def __init__(
+        self,
+        file: TextIO,
+        *,
+        columns: Sequence[str] = _SHORT_COLUMNS,
+        width: int | None,
+        colour: bool,
+        with_input: bool = False,
+    ) -> None:
+        self._file = file
+        self._columns = columns
+        self._width = width
+        self._colour = colour
+        self._with_input = with_input
+        self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
+        self._widths = [
+            max(len(head), _FIRST_WIDTHS.get(column, 0)) for head, column in zip(self._heads, columns)
+        ]
+        self._begun = False
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write more rows, oldest or newest first, as they shall appear."""
+        events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
+        cells = [[_cell(event, column) for column in self._columns] for event in events]
+        elastic = [column in _ELASTIC for column in self._columns]
+        self._widths = _widths([self._widths, *(map(display_width, row) for row in cells)], elastic, self._width)
+        if not self._begun:
+            self._begun = True
+            self._line(self._heads)
+        for event, row in zip(events, cells):
+            self._line(row, _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"]) or "")
+            for label in ("reason", "error"):
+                if event[label] and label not in self._columns:
+                    text = f"    {label}: {printable(event[label])}"
+                    _write(self._file, (text if self._width is None else fit(text, self._width)).rstrip())
+            if self._with_input:
+                text = printable(event["input_json"] or "-")
+                for piece in [text] if self._width is None else wrap(text, self._width - 4):
+                    _write(self._file, "    " + piece)
+
+    def _line(self, cells: Sequence[str], style: str = "") -> None:
+        right = [column == "duration_ms" for column in self._columns]
+        line = _line(cells, self._widths, right, self._width)
+        _write(self._file, f"{style}{line}{_PLAIN_STYLE}" if style and self._colour else line)
+
+
+def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
+    """Write rows of any values as a table. Numbers go to the right, long text is cut to what fits."""
+    cells = [[_shown(value) for value in row] for row in rows]
+    right = [
+        bool(rows) and all(isinstance(row[n], (int, float, type(None))) for row in rows)
+        for n in range(len(heads))
+    ]
+    titles = [printable(head) for head in heads]
+    measured = [[display_width(cell) for cell in row] for row in [titles, *cells]]
+    widths = _widths(measured, [not number for number in right], width)
+    for row in [titles, *cells]:
+        _write(file, _line(row, widths, right, width))
+
+
+def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
+    """Write rows of a group's name and STATS_COLUMNS as a table with bars.
+
+    Args:
+        bar: the one of STATS_COLUMNS that the bars show.
+        width: cells that a line may take. What doesn't fit is left out: first the bars, then `first_seen`,
+            then `last_seen`. None: everything but bars.
+    """
+    heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS", "FIRST SEEN", "LAST SEEN"]
+    table = [[*map(_shown, row[:8]), *(_moment(value) for value in row[8:])] for row in rows]
+    widths = [max(map(display_width, column)) for column in zip(heads, *table)]
+    right = [False, *[True] * 7, False, False]
+    kept = list(range(len(heads)))
+    room = 0
     if width is not None:
-        name = _SHORT_COLUMNS.index("name")
-        spare = width - (sum(widths) + 2 * (len(widths) - 1))
-        widths[name] = max(_NARROWEST_NAME, widths[name] + min(0, spare))
-    _write_line(file, heads, widths, width, "")
-    for event, row in zip(events, cells):
-        style = _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"]) or ""
-        _write_line(file, row, widths, width, style if colour else "")
-        for label in ("reason", "error"):
-            if event[label]:
-                text = f"    {label}: {printable(event[label])}"
-                _write(file, (text if width is None else fit(text, width)).rstrip())
+        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1:8]) - 14))
+        for last in (8, 9):
+            if sum(widths[n] + 2 for n in kept) - 2 > width:
+                kept.remove(last)
+        room = min(_WIDEST_BAR, width - sum(widths[n] + 2 for n in kept))
+    shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
+    largest = max([*shown, 1])
+    block = "█" if _takes_unicode(file) else "#"
+    for row, value in zip([heads, *table], [0, *shown]):
+        line = _line([row[n] for n in kept], [widths[n] for n in kept], [right[n] for n in kept], None)
+        if room > 3:
+            line = fit(line, width - room if width else 0) + block * -(-value * room // largest)
+        _write(file, line.rstrip())
+
+
+def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None:
+    """Write names and values, a line each; the further lines of a value are indented."""
+    for name, value in fields:
+        lines = ["-"] if value is None else value.split("\n")
+        if len(lines) > 1:
+            _write(file, name)
+        for line in lines:
+            label = "  " if len(lines) > 1 else f"{name:16} "
+            _write(file, (label + printable(line)).rstrip())
+
+
+_JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
+
+
+def _widths(
+    measured: Iterable[Iterable[int]], elastic: Sequence[bool], width: int | None
+) -> list[int]:
+    """Return a width for each column: the widest cell's, or less where the column is elastic."""
+    widths = [max(column) for column in zip(*measured)]
+    if width is None:
+        return widths
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
+        if elastic[index] and excess > 0:
+            cut = min(excess, max(0, widths[index] - _NARROWEST))
+            widths[index] -= cut
+            excess -= cut
+    return widths
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], width: int | None) -> str:
+    line = "  ".join(fit(c, size, right=number) for c, size, number in zip(cells, widths, right)).rstrip()
+    return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
 
 
 def _cell(event: Mapping[str, Any], column: str) -> str:
     value = event[column]
+    return _moment(value) if column == "timestamp" else _shown(value)
+
+
+def _moment(value: object) -> str:
+    return "-" if value is None else printable(str(value)[:19].replace("T", " "))
+
+
+def _shown(value: object) -> str:
     if value is None:
         return "-"
-    if column == "timestamp":
-        return str(value)[:19].replace("T", " ")
-    return printable(str(value))
+    return printable(value if isinstance(value, str) else json_text(value))
 
 
-def _write_line(
-    file: TextIO, cells: Sequence[str], widths: Sequence[int], width: int | None, style: str
-) -> None:
-    line = "  ".join(
-        fit(cell, size, right=column == "duration_ms")
-        for cell, size, column in zip(cells, widths, _SHORT_COLUMNS)
-    ).rstrip()
-    if width is not None:
-        line = fit(line, width).rstrip()
-    _write(file, f"{style}{line}{_PLAIN_STYLE}" if style else line)
+def _takes_unicode(file: TextIO) -> bool:
+    return (file.encoding or "utf-8").lower().replace("-", "").startswith("utf")
 
 
 def _write(file: TextIO, line: str) -> None:
@@ -4079,13 +4713,17 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
     """Return one line that sums up what is shown."""
     errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
     denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
-    parts = [f"{len(rows)} event{'' if len(rows) == 1 else 's'}"]
+    parts = [_counted(len(rows), "event")]
     if errors:
-        parts.append(f"{errors} error{'' if errors == 1 else 's'}")
+        parts.append(_counted(errors, "error"))
     if denied:
         parts.append(f"{denied} denied")
     text = ", ".join(parts)
     return text + " (there may be more: --limit)" if count is not None and len(rows) == count else text
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 # === Assembly ===
