@@ -29,7 +29,6 @@ import atexit
 import codecs
 import contextlib
 import datetime
-import difflib
 import errno
 import json
 import logging
@@ -195,7 +194,7 @@ class QueryError(StoreError):
 # patterns line by line (silently wrong on wrapped text).
 
 MAX_SITE_FILE_BYTES = 16 << 20  # arbitrary; real ones have a few hundred bytes
-MAX_DEPTH = 100  # arbitrary; a little deeper PyYAML itself ends in RecursionError
+MAX_DEPTH = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
 MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
 MAX_NUMBER_CHARS = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
 MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
@@ -221,9 +220,7 @@ _DATE = re.compile(
 )
 
 # The reader appends one NUL, which can't occur elsewhere: no look-ahead runs off the end.
-_REFUSED_CHARACTER = re.compile(
-    r"[^\t\n\x20-\x7e\xa0-\u2027\u202a-\ud7ff\ue000-\ufefe\uff00-\ufffd\U00010000-\U0010ffff]"
-)
+_REFUSED_CHARACTER = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
 _BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
 _MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n\0])")
 _DASH = re.compile(r"-(?=[ \t\n\0])")
@@ -307,10 +304,10 @@ class _YamlReader:
             problem = f"byte 0x{data[error.start]:02X} is not {encoding.upper()}; save the file as UTF-8"
             raise ConfigError(problem, path=self.path, line=line, column=column) from error
 
-    def fail(self, problem: str, at: int | None = None, trail: tuple[str, ...] = ()) -> NoReturn:
+    def fail(self, problem: str, at: int | None = None) -> NoReturn:
         """Raise ConfigError for the position `at`, or the cursor's."""
         line, column = self.line_and_column(self.pos if at is None else at)
-        raise ConfigError(problem, path=self.path, line=line, column=column, trail=trail)
+        raise ConfigError(problem, path=self.path, line=line, column=column)
 
     def fail_here(self, expected: str) -> NoReturn:
         """Raise ConfigError for the token at the cursor, by the name of what it would begin."""
@@ -388,12 +385,10 @@ class _YamlReader:
         dash = _DASH.match(self.text, self.pos)
         if column <= indent and not (dash and of_key and column == indent):
             return None
-        if dash and not inline:
-            return self.block_sequence(column)
-        if self.key_end() and not inline:
-            return self.block_mapping(column)
         if dash or self.key_end():
-            self.fail("a collection on the line of its key; begin it on the next line, or put text in quotes")
+            if inline:
+                self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
+            return self.block_sequence(column) if dash else self.block_mapping(column)
         value: object
         if self.text[self.pos] in "|>":
             value = self.block_scalar(indent)
@@ -516,37 +511,17 @@ class _YamlReader:
             pieces.append(_folded(gap[0]))
         else:
             pieces.pop()  # the line break after which no more text followed
-        return self.typed("".join(pieces), start)
+        try:
+            return _plain_value("".join(pieces))
+        except ValueError as error:
+            line_number, column = self.line_and_column(start)
+            raise ConfigError(str(error), path=self.path, line=line_number, column=column) from error
 
     def plain_line(self, start: int, *, flow: bool) -> str:
         """What belongs to a plain scalar from `start` to the end of its line."""
         end = (_FLOW_PLAIN_END if flow else _PLAIN_END).search(self.text, start)
         assert end is not None  # the NUL ends everything
         return self.text[start : end.start()].rstrip(" ")
-
-    def typed(self, text: str, start: int) -> object:
-        """The value of a plain scalar by YAML 1.1, as PyYAML understands it."""
-        if text in _NULLS:
-            return None
-        if text in _BOOLEANS:
-            return _BOOLEANS[text]
-        if text in ("<<", "="):
-            self.fail(f"a merge key or value sign ({text}); put it in quotes", start)
-        if text[0] not in "+-.0123456789":
-            return text
-        if _DATE.fullmatch(text):
-            self.fail("a date; put it in quotes", start)
-        integer = _INTEGER.fullmatch(text)
-        if not integer and not _FLOAT.fullmatch(text):
-            return text
-        if len(text) > MAX_NUMBER_CHARS:
-            self.fail(f"a number of more than {MAX_NUMBER_CHARS} characters; put it in quotes", start)
-        try:
-            return _integer(text) if integer else _float(text)
-        except (ValueError, OverflowError) as error:  # 0x_, 1:0:0:….5, more digits than Python takes
-            line, column = self.line_and_column(start)
-            problem = "a number that has no value; put it in quotes"
-            raise ConfigError(problem, path=self.path, line=line, column=column) from error
 
     def quoted(self) -> str:
         quote = self.text[self.pos]
@@ -618,6 +593,29 @@ def _folded(blanks: str) -> str:
     """What a run of blanks in a wrapped scalar stands for: one line break is a space, n are n - 1."""
     breaks = blanks.count("\n")
     return blanks if not breaks else " " if breaks == 1 else "\n" * (breaks - 1)
+
+
+def _plain_value(text: str) -> object:
+    """The value of a plain scalar by YAML 1.1, as PyYAML understands it; ValueError where it has none."""
+    if text in _NULLS:
+        return None
+    if text in _BOOLEANS:
+        return _BOOLEANS[text]
+    if text in ("<<", "="):
+        raise ValueError(f"a merge key or value sign ({text}); put it in quotes")
+    if text[0] not in "+-.0123456789":
+        return text
+    if _DATE.fullmatch(text):
+        raise ValueError("a date; put it in quotes")
+    integer = _INTEGER.fullmatch(text)
+    if not integer and not _FLOAT.fullmatch(text):
+        return text
+    if len(text) > MAX_NUMBER_CHARS:
+        raise ValueError(f"a number of more than {MAX_NUMBER_CHARS} characters; put it in quotes")
+    try:
+        return _integer(text) if integer else _float(text)
+    except (ValueError, OverflowError) as error:  # 0x_, 1:0:0:….5, more digits than this Python takes
+        raise ValueError("a number that has no value; put it in quotes") from error
 
 
 def _integer(text: str) -> int:
@@ -746,6 +744,8 @@ def check_settings(
     for name, value in settings.items():
         try:
             if name not in _SETTINGS:
+                import difflib  # here, because it costs 5 ms that only an error needs
+
                 near = difflib.get_close_matches(str(name), _SETTINGS, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_SETTINGS)}"
                 raise ValueError(f"there is no such setting; {hint}")

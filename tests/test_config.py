@@ -6,6 +6,7 @@ import itertools
 import json
 import math
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -651,3 +652,54 @@ def test_check_settings_error_is_a_value_error_and_keeps_its_cause():
     error = refusal(check_settings, {"redact": ["a", 1]})
     assert isinstance(error, ValueError) and isinstance(error.__cause__, ValueError)
     assert error.trail == ("redact[1]",)
+
+
+# --- docs/configuration.md ---
+
+DOC = (ROOT / "docs" / "configuration.md").read_text("utf-8")
+
+
+def blocks(language: str) -> list[str]:
+    return re.findall(rf"```{language}\n(.*?)```", DOC, re.DOTALL)
+
+
+def test_docs_every_yaml_example_is_a_site_file_that_records(site):
+    examples = blocks("yaml")
+    assert len(examples) == 2
+    for example in examples:
+        assert site(example).enabled is True
+
+
+def test_docs_python_example_runs(site, tmp_path, monkeypatch, capsys):
+    site("")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MXCP_PROFILE", raising=False)
+    for example in blocks("python"):
+        exec(example, {})
+    assert "logs-default.duckdb default" in capsys.readouterr().out
+
+
+def test_docs_error_example_is_the_real_one(site, tmp_path):
+    error = refusal(site, AUDIT + "      enabeld: true\n")
+    assert blocks("text") == [str(error).replace(f"{tmp_path}{os.sep}", "") + "\n"]
+
+
+def test_docs_table_has_every_setting_and_its_default():
+    rows = dict(re.findall(r"^\| `(\w+)` \|[^|]*\| (.*?) \|", DOC, re.MULTILINE))
+    assert list(rows) == list(mxcp_audit._SETTINGS)
+    config = Config(path="x")
+    assert rows["max_input_bytes"] == f"`{config.max_input_bytes}`"
+    assert rows["on_full"] == f"`{config.on_full}`" and rows["redact_mode"] == f"`{config.redact_mode}`"
+    assert parse_duration(rows["flush_interval"].strip("`")) == config.flush_interval
+    assert config.enabled is config.durable is False and rows["enabled"] == rows["durable"] == "`false`"
+
+
+def test_docs_limits_are_those_of_the_code():
+    assert (mxcp_audit.MAX_DEPTH, mxcp_audit.MAX_KEY_CHARS, mxcp_audit.MAX_NUMBER_CHARS) == (100, 1024, 4300)
+    assert mxcp_audit.MAX_SITE_FILE_BYTES == 16 << 20 and mxcp_audit.MAX_DURATION_S == 100 * 365 * 86400
+    assert f"{mxcp_audit.MIN_INPUT_BYTES} to {mxcp_audit.MAX_INPUT_BYTES}" in DOC
+
+
+def test_docs_table_of_types_is_true():
+    assert parse_yaml("[010, 0x10, 0b10, 1_000, '1:30']")[:4] == [8, 16, 2, 1000]
+    assert parse_yaml("[1:30, 1e3, 1.0.0, 08, y, None]") == [90, "1e3", "1.0.0", "08", "y", "None"]

@@ -23,10 +23,7 @@ print(audit.counters.written, audit.counters.ingested)
 
 
 def run(python: str, folder: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-    environment = {
-        **child_environment(**changes),
-        "PATH": os.defpath if "PATH" not in changes else changes["PATH"],
-    }
+    environment = {**child_environment(), "PATH": os.defpath, **changes}
     del environment["PYTHONPATH"]
     return subprocess.run(
         [python, *arguments], cwd=folder, env=environment, capture_output=True, encoding="utf-8", timeout=120

@@ -27,7 +27,10 @@ def database(tmp_path: Path) -> Path:
 @pytest.mark.parametrize("version", OLDER)
 def test_database_of_the_newest_duckdb_opens_in_an_older_package(database: Path, version: str) -> None:
     python = make_environment(f"duckdb-{version}", f"duckdb=={version}")
-    script = f"import duckdb; print(duckdb.connect({str(database)!r}, read_only=True).execute({COUNT!r}).fetchall())"
+    script = (
+        f"import duckdb; connection = duckdb.connect({str(database)!r}, read_only=True)\n"
+        f"print(connection.execute({COUNT!r}).fetchall())"
+    )
     assert subprocess.run([python, "-c", script], capture_output=True, text=True).stdout == "[(1,)]\n"
 
 
@@ -74,7 +77,8 @@ def test_table_of_mxcp_with_ten_columns_is_read_and_widened(tmp_path: Path, engi
             "duration_ms INTEGER, policy_decision TEXT, reason TEXT, status TEXT, error TEXT)"
         )
         connection.execute(
-            "INSERT INTO logs VALUES ('2025-01-01', 'cli', 'tool', 'old', '{}', 1, 'n/a', NULL, 'success', NULL)"
+            "INSERT INTO logs VALUES "
+            "('2025-01-01', 'cli', 'tool', 'old', '{}', 1, 'n/a', NULL, 'success', NULL)"
         )
 
     def names() -> list[str]:
