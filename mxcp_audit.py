@@ -997,6 +997,15 @@ def load_config(
     return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
 
 
+def has_site_file() -> bool:
+    """Say whether `load_config` would find a site file by itself."""
+    try:
+        _find_site_file(None, None)
+    except ConfigError:
+        return False
+    return True
+
+
 def _find_site_file(
     config: str | os.PathLike[str] | None, cwd: str | os.PathLike[str] | None
 ) -> tuple[str, str]:
@@ -1406,6 +1415,7 @@ def line_fault(line: bytes) -> str | None:
 # Caveat: on a file system without locks nobody can tell a live segment from an orphan. There,
 # events are recorded and readable, but never ingested; the error says so.
 
+JOURNAL_FORMAT: Final = 1  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX: Final = ".jsonl"
 _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
@@ -2606,11 +2616,7 @@ class AuditLogger:
         self.config = config
         self.enabled = config.enabled
         self._diagnostics = Diagnostics()
-        key = os.environ.get("MXCP_AUDIT_KEY")
-        redactor = Redactor(
-            config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None
-        )
-        self._encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes)
+        self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
         side = type(self)._ingest_side
         self._side = None if side is None else side(config, self._diagnostics)
         self._ingester = (
@@ -2888,6 +2894,12 @@ class AuditLogger:
             self._ingester.start_afresh()
         if self._side is not None:
             self._side.after_fork(child=True)
+
+
+def redactor_of(config: Config) -> Redactor:
+    """Return the redactor that a configuration describes."""
+    key = os.environ.get("MXCP_AUDIT_KEY")
+    return Redactor(config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None)
 
 
 _UNENCODABLE: Final = "[UNENCODABLE]"
@@ -3236,7 +3248,10 @@ class Filter:
             )
             and (self.since is None or moment >= self.since)
             and (self.until is None or moment < self.until)
-            and (self.min_ms is None or (event["duration_ms"] is not None and event["duration_ms"] >= self.min_ms))
+            and (
+                self.min_ms is None
+                or (event["duration_ms"] is not None and event["duration_ms"] >= self.min_ms)
+            )
             and (
                 self.text is None
                 or any(_lower(self.text) in _lower(event[column] or "") for column in _TEXT_COLUMNS)
@@ -4046,9 +4061,7 @@ class Reading:
         for statement in FREEZE_JOURNAL:
             self.engine.execute(statement)
 
-    def _source(
-        self, what: Filter, count: int | None, order: str
-    ) -> tuple[str, dict[str, object]]:
+    def _source(self, what: Filter, count: int | None, order: str) -> tuple[str, dict[str, object]]:
         """Return the query of the filtered events. The limit goes into both sides: a limit on the union
         alone would read the whole table (40 times slower on 10 million rows)."""
         where, params = what.where()
@@ -4113,7 +4126,9 @@ class Reading:
         columns = self.engine.execute(SQL_COLUMNS, params)
         names = ", ".join(f"c{number}" for number in range(len(columns)))
         parts = [_json_like(sql_type) for _, sql_type in columns]
-        casts = ", ".join(f"{cast.format(f'c{number}')} AS c{number}" for number, (cast, _) in enumerate(parts))
+        casts = ", ".join(
+            f"{cast.format(f'c{number}')} AS c{number}" for number, (cast, _) in enumerate(parts)
+        )
         rows = self.engine.stream(
             f"SELECT {casts} FROM (SELECT * FROM query($statement)) AS result({names})", params
         )
@@ -4295,9 +4310,9 @@ class Follower:
         if reading.has_ledger:
             self._positions = dict(reading.engine.execute(LEDGER_ENDS))
 
-    def is_seen(self, event_id: str) -> bool:
+    def is_seen(self, row: Row) -> bool:
         """Say whether an event will not be returned by `look`, because `start` counted it as seen."""
-        segment, seq = parse_event_id(event_id)
+        segment, seq = _segment_and_seq(row)
         tail = self._tails.get(segment)
         return tail is None or seq <= tail.seq
 
@@ -4310,11 +4325,10 @@ class Follower:
         """
         rows = [row for row in self._new_lines() if self._what.matches(row)]
         if self._store.signature() != self._signature:
-            try:
+            # Somebody may ingest at this moment; then the next look asks again.
+            with contextlib.suppress(DatabaseLockedError, DatabaseNotFoundError):
                 rows += self._new_table_rows()
-            except (DatabaseLockedError, DatabaseNotFoundError):
-                pass  # somebody ingests at this moment; the next look asks again
-        return sorted(rows, key=lambda row: (row[0], row[-1].rpartition(":")[0], parse_event_id(row[-1])[1]))
+        return sorted(rows, key=lambda row: (row[0], _segment_and_seq(row)))
 
     def close(self) -> None:
         """End the session with DuckDB, if there is one."""
@@ -4352,13 +4366,20 @@ class Follower:
         """Return what moved into the table unseen."""
         store = self._store
         engine = self._engine = self._engine or store._opener()
-        asked = {"journals": list(self._positions), "positions": list(self._positions.values()), "since": self._since}
+        asked = {
+            "journals": list(self._positions),
+            "positions": list(self._positions.values()),
+            "since": self._since,
+        }
         rows: list[Row] = []
         with store._attached(engine, read_only=True):
             signature = store.signature()  # nobody can ingest now
             present = store._columns(engine)
             entries = engine.execute(NEW_SEGMENTS, asked) if "ledger" in present else []
-            seen = {segment: self._tails[segment].seq if segment in self._tails else 0 for _, segment, _, _ in entries}
+            seen = {
+                segment: self._tails[segment].seq if segment in self._tails else 0
+                for _, segment, _, _ in entries
+            }
             missing = [segment for _, segment, _, events in entries if seen[segment] < events]
             if missing:
                 where, params = self._what.where()
@@ -4368,7 +4389,7 @@ class Follower:
                     {**params, "missing": missing},
                 )
                 for row in found:
-                    segment, seq = parse_event_id(row[-1])
+                    segment, seq = _segment_and_seq(row)
                     if seq > seen[segment]:
                         rows.append(row)
         for journal, segment, position, events in entries:
@@ -4387,6 +4408,12 @@ def _size_of(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
+
+
+def _segment_and_seq(row: Row) -> tuple[str, int]:
+    """Return what a row's event id is made of; rows of older tables have none."""
+    segment, _, seq = (row[-1] or "").rpartition(":")
+    return segment, int(seq or 0)
 
 
 def _stamp_of(path: str) -> tuple[int, int, int] | None:
@@ -4408,8 +4435,8 @@ def platform_node() -> str:
 # Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
 
-_SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
-WIDE_COLUMNS: Final = (*_SHORT_COLUMNS, "user_id", "session_id", "trace_id", "event_id")
+SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
+WIDE_COLUMNS: Final = (*SHORT_COLUMNS, "user_id", "session_id", "trace_id", "event_id")
 _HEADERS: Final = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
 _FIRST_WIDTHS: Final = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
 _ELASTIC: Final = frozenset(
@@ -4489,7 +4516,7 @@ def write_json(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_
     count = 0
     for row in rows:
         file.write(",\n " if count else "[")
-        file.write(json_text(dict(zip(names, row)), ascii_only=not _takes_unicode(file)))
+        file.write(json_text(dict(zip(names, row)), ascii_only=not takes_unicode(file)))
         count += 1
     file.write("]\n" if count else "[]\n")
     return count
@@ -4498,7 +4525,7 @@ def write_json(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_
 def write_json_lines(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS) -> None:
     """Write rows as JSON objects, one a line."""
     for row in rows:
-        file.write(json_text(dict(zip(names, row)), ascii_only=not _takes_unicode(file)) + "\n")
+        file.write(json_text(dict(zip(names, row)), ascii_only=not takes_unicode(file)) + "\n")
 
 
 def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> int:
@@ -4513,7 +4540,8 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
     writer = csv.writer(file, lineterminator="\n")
     writer.writerow(names)
     count = 0
-    for count, row in enumerate(rows, 1):
+    for row in rows:
+        count += 1
         cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
         writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
     return count
@@ -4558,7 +4586,7 @@ class EventTable:
         self,
         file: TextIO,
         *,
-        columns: Sequence[str] = _SHORT_COLUMNS,
+        columns: Sequence[str] = SHORT_COLUMNS,
         width: int | None,
         colour: bool,
         with_input: bool = False,
@@ -4579,7 +4607,9 @@ class EventTable:
         events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
         cells = [[_cell(event, column) for column in self._columns] for event in events]
         elastic = [column in _ELASTIC for column in self._columns]
-        self._widths = _widths([self._widths, *(map(display_width, row) for row in cells)], elastic, self._width)
+        self._widths = _widths(
+            [self._widths, *(map(display_width, row) for row in cells)], elastic, self._width
+        )
         if not self._begun:
             self._begun = True
             self._line(self._heads)
@@ -4622,7 +4652,18 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
         width: cells that a line may take. What doesn't fit is left out: first the bars, then `first_seen`,
             then `last_seen`. None: everything but bars.
     """
-    heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS", "FIRST SEEN", "LAST SEEN"]
+    heads = [
+        by.upper(),
+        "CALLS",
+        "ERRORS",
+        "DENIED",
+        "P50",
+        "P95",
+        "P99",
+        "MAX MS",
+        "FIRST SEEN",
+        "LAST SEEN",
+    ]
     table = [[*map(_shown, row[:8]), *(_moment(value) for value in row[8:])] for row in rows]
     widths = [max(map(display_width, column)) for column in zip(heads, *table)]
     right = [False, *[True] * 7, False, False]
@@ -4636,7 +4677,7 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
         room = min(_WIDEST_BAR, width - sum(widths[n] + 2 for n in kept))
     shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
     largest = max([*shown, 1])
-    block = "█" if _takes_unicode(file) else "#"
+    block = "█" if takes_unicode(file) else "#"
     for row, value in zip([heads, *table], [0, *shown]):
         line = _line([row[n] for n in kept], [widths[n] for n in kept], [right[n] for n in kept], None)
         if room > 3:
@@ -4655,12 +4696,16 @@ def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None
             _write(file, (label + printable(line)).rstrip())
 
 
+def write_text(file: TextIO, text: str) -> None:
+    """Write a text with its line breaks, and nothing else that a terminal acts on."""
+    for line in text.split("\n"):
+        _write(file, printable(line))
+
+
 _JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
 
 
-def _widths(
-    measured: Iterable[Iterable[int]], elastic: Sequence[bool], width: int | None
-) -> list[int]:
+def _widths(measured: Iterable[Iterable[int]], elastic: Sequence[bool], width: int | None) -> list[int]:
     """Return a width for each column: the widest cell's, or less where the column is elastic."""
     widths = [max(column) for column in zip(*measured)]
     if width is None:
@@ -4694,7 +4739,8 @@ def _shown(value: object) -> str:
     return printable(value if isinstance(value, str) else json_text(value))
 
 
-def _takes_unicode(file: TextIO) -> bool:
+def takes_unicode(file: TextIO) -> bool:
+    """Say whether every character can be written as it is."""
     return (file.encoding or "utf-8").lower().replace("-", "").startswith("utf")
 
 
@@ -4740,7 +4786,7 @@ AuditLogger._ingest_side = staticmethod(_ingest_side)
 
 
 # === Command line ===
-# may name: Errors, Config, Events, Writer, SQL, Engines, Store, Output
+# may name: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Logger, SQL, Engines, Store, Output
 #
 # The only room that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
@@ -4750,6 +4796,10 @@ EXIT_USAGE: Final = 2
 EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 _POLICY_WORDS: Final = {"denied": "deny", "allowed": "allow", "warned": "warn"}
+_SORTS: Final = {
+    **{name: name for name in ("calls", "errors", "denied")},
+    **{name: f"{name}_ms" for name in ("p50", "p95", "p99", "max")},
+}
 _TIME: Final = re.compile(
     r"(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(?::(\d{2})(?:\.(\d{1,6}))?)?(Z|[+-]\d{2}:?\d{2})?)?"
 )
@@ -4805,20 +4855,83 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    import argparse
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to 86400")
+    return seconds
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    import argparse
+
+    names = tuple(name.strip() for name in text.split(","))
+    unknown = [name for name in names if name not in PUBLIC_COLUMNS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"there is no column {unknown[0]!r}; there are {', '.join(PUBLIC_COLUMNS)}"
+        )
+    return tuple(dict.fromkeys(names))
+
+
 def _policy_argument(text: str) -> str:
     return _POLICY_WORDS.get(text, text)
+
+
+def _say_status(text: str) -> None:
+    """Write a line over the last one, on a terminal."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def version_text() -> str:
+    """Return the version, the journal's format and what this very file is, so that an edited copy shows."""
+    import hashlib
+
+    try:
+        with open(__file__, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()[:12]
+    except OSError:  # inside of an archive
+        digest = "unknown"
+    return f"mxcp_audit {__version__}, journal format {JOURNAL_FORMAT}, file {digest}"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="mxcp-audit", description="Query the audit log of an MCP server, while the server runs."
+    class Parser(argparse.ArgumentParser):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**{"allow_abbrev": False, **settings})
+
+        def error(self, message: str) -> NoReturn:  # it may quote a name that came out of the log
+            super().error("\n".join(map(printable, message.splitlines())))
+
+    class Version(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+            print(version_text())
+            parser.exit()
+
+    parser = Parser(
+        prog="mxcp-audit",
+        description="Query the audit log of an MCP server, while the server runs.",
+        epilog="""\
+examples:
+  mxcp-audit log --status error --since 1h     what failed
+  mxcp-audit log -f                            what happens now
+  mxcp-audit stats --type tool --sort p95      which tools are slow
+  mxcp-audit COMMAND --help                    more of each
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"mxcp_audit {__version__}")
+    parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     place = common.add_argument_group("which log")
     place.add_argument(
         "--config", metavar="FILE", help="the site file (default: mxcp-site.yml here or above)"
@@ -4827,50 +4940,107 @@ def build_parser() -> argparse.ArgumentParser:
         "--profile", metavar="NAME", help="the profile (default: MXCP_PROFILE, or the site file's)"
     )
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
-    place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
+    place.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        type=_seconds,
+        default=5.0,
+        help="how long to try again while another process holds the database (default: 5)",
+    )
     common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-    for add in (_add_log, _add_ingest):
+    for add in (
+        _add_log,
+        _add_show,
+        _add_stats,
+        _add_sql,
+        _add_config,
+        _add_redact,
+        _add_ingest,
+        _add_completion,
+    ):
         add(commands, common)
     return parser
 
 
-def _add_log(commands: Any, common: argparse.ArgumentParser) -> None:
+def _add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    texts: tuple[str, str, str],
+    **parts: Any,
+) -> argparse.ArgumentParser:
+    """Add a command with its help: one line, what it does, and examples without the program's name."""
     import argparse
 
-    command = commands.add_parser(
-        "log",
-        parents=[common],
-        help="show, filter and export events",
-        description="Show the newest events, from the database and from the journal of running servers.",
-        epilog="""\
-examples:
-  mxcp-audit log --tool my_tool --status error --since 1d
-  mxcp-audit log --policy denied --since 7d --export denied.csv
-  mxcp-audit log --json --limit 500
-""",
+    one_line, description, examples = texts
+    lines = "".join(f"  mxcp-audit {line}\n" for line in examples.splitlines())
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=one_line,
+        description=description,
+        epilog=f"examples:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **parts,
     )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_log(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "show, follow, filter and export events",
+        "Show the newest events, from the database and from the journal of running servers.",
+        """\
+log --tool my_tool --status error --since 1d
+log --tool 'user_*' --grep timeout --input
+log --policy denied --since 7d --export denied.csv
+log --json --limit 500
+log --follow --status error""",
+    )
+    command = _add_command(commands, "log", cmd_log, texts, parents=[common])
     _add_filters(command)
-    command.add_argument("--limit", type=_positive, metavar="N", help="show at most N events (default: 100)")
-    command.add_argument("--json", action="store_true", help="print a JSON array of objects")
-    command.add_argument("--export", metavar="FILE", help="write every match to a CSV file")
-    command.add_argument(
-        "--raw", action="store_true", help="with --export: leave text that looks like a formula as it is"
+    shown = command.add_argument_group("what is shown")
+    shown.add_argument("--limit", type=_positive, metavar="N", help="at most N events (default: 100)")
+    shown.add_argument(
+        "--oldest-first", action="store_true", help="the other order, from the other end of the log"
     )
-    command.set_defaults(run=cmd_log)
+    shown.add_argument("--json", action="store_true", help="a JSON array of objects; with -f one a line")
+    shown.add_argument(
+        "--columns", type=_columns, metavar="A,B,…", help=f"these of: {', '.join(PUBLIC_COLUMNS)}"
+    )
+    shown.add_argument("--wide", action="store_true", help="more columns, nothing cut to the terminal")
+    shown.add_argument("--input", action="store_true", help="the redacted input under each event")
+    shown.add_argument(
+        "-f",
+        "--follow",
+        action="store_true",
+        help="go on with new events as they happen; past ones come first with --limit or --since",
+    )
+    export = command.add_argument_group("export")
+    export.add_argument(
+        "--export",
+        metavar="FILE",
+        help=f"write every match (or --limit) with all columns; the extension is one of "
+        f"{', '.join(EXPORT_FORMATS)}; - is standard output",
+    )
+    export.add_argument(
+        "--format", choices=EXPORT_FORMATS, metavar="FORMAT", help="whatever the extension says"
+    )
+    export.add_argument(
+        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
+    )
 
 
 def _add_filters(command: argparse.ArgumentParser) -> None:
-    what = command.add_argument_group("which events (all must hold)")
-    what.add_argument(
-        "--tool", action="append", default=[], metavar="NAME", help="of this tool; may be repeated"
-    )
-    what.add_argument(
-        "--resource", action="append", default=[], metavar="URI", help="of this resource; may be repeated"
-    )
-    what.add_argument(
-        "--prompt", action="append", default=[], metavar="NAME", help="of this prompt; may be repeated"
-    )
+    what = command.add_argument_group("which events (all must hold; * in a name is any text)")
+    for event_type, metavar in (("tool", "NAME"), ("resource", "URI"), ("prompt", "NAME")):
+        what.add_argument(
+            f"--{event_type}",
+            action="append",
+            default=[],
+            metavar=metavar,
+            help=f"of this {event_type}; may be repeated, and any of them will do",
+        )
     what.add_argument("--type", choices=EVENT_TYPES, help="of this type")
     what.add_argument(
         "--policy",
@@ -4888,11 +5058,22 @@ def _add_filters(command: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--until", type=_time_argument, metavar="WHEN", help="before that long ago, or before an ISO time"
     )
+    what.add_argument("--caller", metavar="NAME", help="from this caller: http, stdio, cli …")
+    what.add_argument("--user", metavar="ID", help="by this user")
+    what.add_argument("--session", metavar="ID", help="in this session")
+    what.add_argument("--trace", metavar="ID", help="in this trace")
+    what.add_argument("--event", metavar="ID", help="the one with this event_id")
+    what.add_argument(
+        "--grep", metavar="TEXT", help="with this text in name, input, error or reason, in any case"
+    )
+    what.add_argument("--min-ms", type=_positive, metavar="N", help="that took N milliseconds or longer")
 
 
 def _filter_of(options: argparse.Namespace) -> Filter:
     if options.since and options.until and options.until <= options.since:
         raise _UsageError("--until is not after --since, so nothing can match")
+    if options.event is not None:
+        parse_event_id(options.event)
     return Filter(
         tools=tuple(options.tool),
         resources=tuple(options.resource),
@@ -4902,6 +5083,13 @@ def _filter_of(options: argparse.Namespace) -> Filter:
         status=options.status,
         since=options.since,
         until=options.until,
+        caller=options.caller,
+        user=options.user,
+        session=options.session,
+        trace=options.trace,
+        event_id=options.event,
+        text=options.grep,
+        min_ms=options.min_ms,
     )
 
 
@@ -4914,38 +5102,188 @@ def _config_of(options: argparse.Namespace) -> Config:
         if options.config or options.profile:
             raise _UsageError("--db needs no site file: leave --config and --profile out")
         return config_from_arguments(path=options.db)
-    config = load_config(config=options.config, profile=options.profile)
+    return load_config(config=options.config, profile=options.profile)
+
+
+def _store_of(options: argparse.Namespace) -> Store:
+    config = _config_of(options)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         raise _UsageError(
             f"audit logging is not enabled for profile {config.profile!r}; add to {config.site_file}:\n"
             f"profiles:\n  {config.profile}:\n    audit:\n      enabled: true"
         )
-    return config
+    return Store(config)
+
+
+@contextlib.contextmanager
+def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
+    """Open table and journal; raise where only half of the log can be had, which must not look like all."""
+    with store.reading(wait=options.wait) as reading:
+        if reading.problem is not None:
+            raise reading.problem
+        yield reading
 
 
 def cmd_log(options: argparse.Namespace) -> int:
     what = _filter_of(options)
-    store = Store(_config_of(options))
+    _check_log_options(options)
+    store = _store_of(options)
+    if options.follow:
+        return _follow(options, store, what)
+    if options.export:
+        return _export(options, store, what)
     with store.reading(wait=options.wait) as reading:
-        if options.export:
-            if reading.problem is not None:
-                raise reading.problem  # half a log must not look like a whole one
-            store.refuse_own_files(options.export)
-            written = reading.export(what, options.export, count=options.limit, raw=options.raw)
-            _say(f"{written} event{'' if written == 1 else 's'} written to {options.export}")
-            return 0
         count = options.limit or 100
+        rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
         if options.json:
-            write_json(sys.stdout, reading.rows(what, count=count))
+            write_json(sys.stdout, *_columns_of(rows, options.columns))
         else:
-            rows = list(reading.rows(what, count=count))
-            width, colour = _terminal(sys.stdout)
-            write_table(sys.stdout, rows, width=width, colour=colour)
-            _say(summary(rows, count))
+            shown = list(rows)
+            _event_table(options).write(shown)
+            sys.stdout.flush()
+            _say(summary(shown, count))
         if reading.problem is not None:
             _say(f"only events of the journal are shown: {reading.problem}")
             return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
     return 0
+
+
+def _check_log_options(options: argparse.Namespace) -> None:
+    if not options.export and (options.format or options.raw):
+        raise _UsageError("--format and --raw say how to export: add --export FILE")
+    if options.export and (options.columns or options.wide or options.input or options.json):
+        raise _UsageError("an export has every column, in the format of its extension or of --format")
+    if options.follow and (options.export or options.until or options.oldest_first):
+        raise _UsageError(
+            "--follow shows what is yet to come: leave --export, --until and --oldest-first out"
+        )
+
+
+def _columns_of(rows: Iterable[Row], columns: Sequence[str] | None) -> tuple[Iterable[Row], Sequence[str]]:
+    """Return the rows with these of PUBLIC_COLUMNS only, all if None, and the names of what is left."""
+    if columns is None:
+        return rows, PUBLIC_COLUMNS
+    places = [PUBLIC_COLUMNS.index(column) for column in columns]
+    return (tuple(row[place] for place in places) for row in rows), columns
+
+
+def _event_table(options: argparse.Namespace) -> EventTable:
+    width, colour = _terminal(sys.stdout)
+    return EventTable(
+        sys.stdout,
+        columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
+        width=None if options.wide else width,
+        colour=colour,
+        with_input=options.input,
+    )
+
+
+def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
+    table = _event_table(options)
+    follower = Follower(store, what)
+
+    def show(rows: Sequence[Row]) -> None:
+        if options.json:
+            write_json_lines(sys.stdout, *_columns_of(rows, options.columns))
+        elif rows:
+            table.write(rows)
+        sys.stdout.flush()
+
+    try:
+        with store.reading(wait=options.wait) as reading:
+            follower.start(reading)
+            if reading.problem is not None:
+                _say(f"only events of the journal are shown until this is over: {reading.problem}")
+            past = []
+            if options.limit or options.since:
+                past = list(reading.rows(what, count=options.limit or 100))
+    except DatabaseNotFoundError:
+        _say(f"there is no log at {store.path} yet; waiting for the first event")
+        follower.start(None)
+        past = []
+    show([row for row in reversed(past) if follower.is_seen(row)])
+    told = ""
+    with contextlib.closing(follower):
+        while True:
+            begun = time.monotonic()
+            try:
+                show(follower.look())
+            except (JournalError, StoreError) as error:
+                if str(error) != told:
+                    told = str(error)
+                    _say(f"new events may be missing until this is over: {told}")
+            _pause(
+                min(0.4, max(0.1, 100 * (time.monotonic() - begun)))
+            )  # 1 % of a core, within half a second
+
+
+def _pause(seconds: float) -> None:
+    """Wait, but not longer than there is somebody to write for: then BrokenPipeError."""
+    import select
+
+    if not hasattr(select, "poll"):
+        time.sleep(seconds)
+        return
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(1000 * seconds)):
+        raise BrokenPipeError
+
+
+def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
+    to_stdout = options.export == "-"
+    form = options.format or ("csv" if to_stdout else export_format(options.export))
+    if form is None:
+        known = ", ".join("." + known for known in EXPORT_FORMATS)
+        raise _UsageError(f"{options.export}: the extension must be one of {known}; or say --format")
+    is_text = form in ("csv", "json", "jsonl")
+    if to_stdout and not is_text and sys.stdout.isatty():
+        raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
+    with contextlib.ExitStack() as stack:
+        path = options.export
+        if to_stdout:
+            import tempfile
+
+            path = os.path.join(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="mxcp_audit-")), f"export.{form}"
+            )
+        else:
+            store.refuse_own_files(path)
+        on_terminal = sys.stderr.isatty()
+
+        def progress(size: int) -> None:
+            _say_status(f"{size / 1e6:.1f} MB written")
+
+        with _whole_log(store, options) as reading:
+            written = reading.export(
+                what,
+                path,
+                form=form,
+                count=options.limit,
+                oldest_first=options.oldest_first,
+                raw=options.raw,
+                progress=progress if on_terminal else None,
+            )
+        if on_terminal:
+            _say_status("")
+        if to_stdout:
+            _copy_to_stdout(path)
+    _say(
+        f"{written} event{'' if written == 1 else 's'} written to {'standard output' if to_stdout else path}"
+    )
+    return 0
+
+
+def _copy_to_stdout(path: str) -> None:
+    if sys.stdout.isatty():  # here it is text
+        with open(path, encoding="utf-8", newline="\n") as text:
+            for line in text:
+                print(printable(line.rstrip("\n")))
+        return
+    import shutil
+
+    with open(path, "rb") as file:
+        shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
 
 
 def _terminal(file: TextIO) -> tuple[int | None, bool]:
@@ -4957,6 +5295,191 @@ def _terminal(file: TextIO) -> tuple[int | None, bool]:
 
     colour = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
     return max(40, shutil.get_terminal_size().columns), colour
+
+
+def _add_show(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "show one event in full",
+        "Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.",
+        "show 20261125T010203123456Z-1f2e3d4c:17\nshow 20261125T010203123456Z-1f2e3d4c:17 --json",
+    )
+    command = _add_command(commands, "show", cmd_show, texts, parents=[common])
+    command.add_argument("event", metavar="EVENT_ID", help="such as 20261125T010203123456Z-1f2e3d4c:17")
+    command.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def cmd_show(options: argparse.Namespace) -> int:
+    parse_event_id(options.event)
+    with _store_of(options).reading(wait=options.wait) as reading:
+        rows = list(reading.rows(Filter(event_id=options.event), count=1))
+        if not rows and reading.problem is not None:
+            raise reading.problem
+    if not rows:
+        _say(f"there is no event {options.event}")
+        return EXIT_FAILED
+    event = dict(zip(PUBLIC_COLUMNS, rows[0]))
+    if options.json:
+        print(json_text(event, indent=2, ascii_only=not takes_unicode(sys.stdout)))
+        return 0
+    fields = {name: None if value is None else str(value) for name, value in event.items()}
+    fields["input_json"] = indented_json(event["input_json"] or "null")
+    write_fields(sys.stdout, fields.items())
+    return 0
+
+
+def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "count calls, errors and denials; find what is slow",
+        "Show how often, how long and how well: a line for each group of events. "
+        "P50, P95, P99 and MAX are milliseconds.",
+        """\
+stats --since 1d
+stats --type tool --sort p95
+stats --by hour --tool my_tool
+stats --by user --policy denied --json""",
+    )
+    command = _add_command(commands, "stats", cmd_stats, texts, parents=[common])
+    _add_filters(command)
+    shown = command.add_argument_group("what is shown")
+    shown.add_argument("--by", choices=STATS_BY, default="name", help="what makes a group (default: name)")
+    shown.add_argument(
+        "--sort",
+        choices=_SORTS,
+        default="calls",
+        help="what is largest first, and what bars show (default: calls); hours and days go by time",
+    )
+    shown.add_argument(
+        "--limit", type=_positive, default=100, metavar="N", help="at most N groups (default: 100)"
+    )
+    shown.add_argument("--json", action="store_true", help="print a JSON array of objects")
+
+
+def cmd_stats(options: argparse.Namespace) -> int:
+    sort = _SORTS[options.sort]
+    with _whole_log(_store_of(options), options) as reading:
+        rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
+    if options.json:
+        write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
+    else:
+        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0])
+        sys.stdout.flush()
+        _say(f"{len(rows)} group{'' if len(rows) == 1 else 's'}" + _more(len(rows), options.limit))
+    return 0
+
+
+def _more(shown: int, limit: int) -> str:
+    return " (there may be more: --limit)" if shown == limit else ""
+
+
+def _add_sql(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "ask in SQL, read-only",
+        "Run one SELECT of DuckDB's SQL over the view `logs`, which has every event with the columns "
+        f"{', '.join(PUBLIC_COLUMNS)}. It can write nothing and read nothing else. "
+        "While it runs, servers keep their events in the journal.",
+        """\
+sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
+sql "SELECT input_json ->> '$.id' AS id, count(*) FROM logs GROUP BY 1" --json
+sql - --csv < question.sql""",
+    )
+    command = _add_command(commands, "sql", cmd_sql, texts, parents=[common])
+    command.add_argument("statement", metavar="SELECT", help="the statement; - reads it from standard input")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a JSON array of objects")
+    form.add_argument("--csv", action="store_true", help="print CSV")
+    command.add_argument(
+        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
+    )
+
+
+def cmd_sql(options: argparse.Namespace) -> int:
+    statement = sys.stdin.read() if options.statement == "-" else options.statement
+    try:
+        with _whole_log(_store_of(options), options) as reading:
+            names, rows = reading.query(statement)
+            if options.json:
+                write_json(sys.stdout, rows, names)
+            elif options.csv:
+                write_csv(sys.stdout, names, rows, raw=options.raw)
+            else:
+                write_grid(sys.stdout, names, list(rows), width=_terminal(sys.stdout)[0])
+    except QueryError as error:  # without the place, which is one in our statement around it
+        raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
+    return 0
+
+
+def _add_config(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "show the settings that hold, and who set them",
+        "Show every setting of the profile: its value and where it comes from. Secrets are left out.",
+        "config\nconfig --profile production --json",
+    )
+    command = _add_command(commands, "config", cmd_config, texts, parents=[common])
+    command.add_argument("--json", action="store_true", help="print a JSON object of value and source")
+
+
+def cmd_config(options: argparse.Namespace) -> int:
+    config = _config_of(options)
+    settings: dict[str, object] = {
+        name: getattr(config, name) for name in (each.name for each in fields(Config)) if name != "sources"
+    }
+    settings["attach"] = dict.fromkeys(config.attach, REDACTED)
+    settings["journal"] = config.journal_directory
+    if is_attach_target(config.path):
+        settings["path"] = Redactor().scrub(config.path)
+    sources = {name: config.sources.get(name, "default") for name in settings}
+    if options.json:
+        answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}
+        print(json_text(answer, indent=2, ascii_only=not takes_unicode(sys.stdout)))
+        return 0
+    rows = [
+        (name, value if isinstance(value, str) or value is None else json_text(value), sources[name])
+        for name, value in settings.items()
+    ]
+    write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
+    return 0
+
+
+def _add_redact(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "show what would be recorded of an input, and why",
+        "Read JSON on standard input and print what would be recorded of it, then a line for each part "
+        "that is taken out. Without a site file the default rules hold.",
+        """\
+redact < input.json
+redact --tool login --json < input.json""",
+    )
+    command = _add_command(commands, "redact", cmd_redact, texts, parents=[common])
+    command.add_argument("--tool", metavar="NAME", help="as the input of this tool")
+    command.add_argument("--json", action="store_true", help="print one object: recorded, redacted")
+
+
+def cmd_redact(options: argparse.Namespace) -> int:
+    if options.db is None and not options.config and not options.profile and not has_site_file():
+        redactor, limit = Redactor(), 1 << 20
+    else:
+        config = _config_of(options)
+        redactor, limit = redactor_of(config), config.max_input_bytes
+    try:
+        value = json.loads(sys.stdin.read())
+    except (ValueError, RecursionError) as error:
+        raise _UsageError(f"standard input is no JSON: {error}") from error
+    recorded = json.loads(
+        Encoder(redactor, max_input_bytes=limit).input_json(value, options.tool, None, None)
+    )
+    reasons = redactor.explain(value, tool=options.tool)
+    if options.json:
+        answer = {
+            "recorded": json.loads(recorded),
+            "redacted": [{"path": path, "reason": reason} for path, reason in reasons],
+        }
+        print(json_text(answer, indent=2, ascii_only=not takes_unicode(sys.stdout)))
+        return 0
+    write_text(sys.stdout, indented_json(recorded))
+    if reasons:
+        print()
+        write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
+    return 0
 
 
 def _add_ingest(commands: Any, common: argparse.ArgumentParser) -> None:
@@ -4979,6 +5502,72 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     return EXIT_FAILED if told.rejected else 0
 
 
+def _add_completion(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "print what makes a shell complete this program's words",
+        "Print a script for bash or zsh. Load it from your shell's start file.",
+        "completion bash > ~/.local/share/bash-completion/completions/mxcp-audit\ncompletion zsh >> ~/.zshrc",
+    )
+    command = _add_command(commands, "completion", cmd_completion, texts)
+    command.add_argument("shell", choices=("bash", "zsh"))
+    command.set_defaults(debug=False)
+
+
+def cmd_completion(options: argparse.Namespace) -> int:
+    print(completion_script(options.shell))
+    return 0
+
+
+def completion_script(shell: str) -> str:
+    """Return the completion for bash or zsh, made from the parser itself."""
+    commands: Mapping[str, argparse.ArgumentParser] = {}
+    for action in build_parser()._actions:
+        if action.dest == "command":
+            commands = cast("Mapping[str, argparse.ArgumentParser]", action.choices)
+    words, values = [], []
+    for name, command in commands.items():
+        flags: list[str] = []
+        for action in command._actions:
+            flags += action.option_strings
+            if action.choices and action.option_strings:
+                cases = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
+                values.append(f'        {cases}) words="{" ".join(action.choices)}" ;;')
+            elif action.choices:
+                flags += action.choices
+        words.append(f'        {name}) words="{" ".join(flags)}" ;;')
+    return _COMPLETION.format(
+        zsh=_COMPLETION_ZSH if shell == "zsh" else "",
+        values="\n".join(values),
+        words="\n".join(words),
+        commands=" ".join(commands),
+    )
+
+
+_COMPLETION_ZSH: Final = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+autoload -Uz bashcompinit && bashcompinit
+"""
+# Where no word fits, the shell completes file names.
+_COMPLETION: Final = """\
+# Completion of mxcp-audit, made by `mxcp-audit completion`.
+{zsh}_mxcp_audit() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} words=""
+    case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+{values}
+        *" --export"|*" --config"|*" --db") COMPREPLY=(); return ;;
+    esac
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{commands} --help --version"
+    elif [ -z "$words" ]; then
+        case "${{COMP_WORDS[1]}}" in
+{words}
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o default -F _mxcp_audit mxcp-audit"""
+
+
 def _say(text: str) -> None:
     """Print one line to standard error, safe for a terminal. A closed standard error is no failure."""
     with contextlib.suppress(OSError, ValueError):
@@ -4994,10 +5583,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None or sys.stderr is None:  # >&-
         sink = open(os.devnull, "w")
         sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
-    options = build_parser().parse_args(argv)
-    if options.debug:
-        logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+    debug = False
     try:
+        options = build_parser().parse_args(argv)
+        debug = options.debug
+        if debug:
+            logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         code = int(options.run(options))
         sys.stdout.flush()
         return code
@@ -5008,14 +5599,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except AuditError as error:
-        if options.debug:
+        if debug:
             raise
         _say(f"mxcp-audit: {error}")
         if isinstance(error, (ConfigError, EventError, _UsageError)):
             return EXIT_USAGE
         return EXIT_LOCKED if isinstance(error, DatabaseLockedError) else EXIT_FAILED
     except OSError as error:
-        if options.debug:
+        if debug:
             raise
         _say(f"mxcp-audit: {error}")
         return EXIT_FAILED
