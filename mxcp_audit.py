@@ -3628,6 +3628,8 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 # - After a fork the child's copy of an open database harms the parent's rows. → `before_fork` waits for
 #   a running ingest and closes the session.
 
+_FINE_TICK_NS: Final = 50_000_000  # kernels keep file times to 1 … 10 ms
+_COARSE_TICK_NS: Final = 2_100_000_000  # some file systems keep whole seconds, or even ones
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
 _FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
@@ -4005,10 +4007,18 @@ class Store:
             raise StoreError(f"{path} is the audit database under another name; name another file")
 
     def signature(self) -> object:
-        """Return what is different after every ingest: cheap, and without opening anything."""
-        if not self.is_file:
-            return _stamp_of(self.journal.directory)
-        return _stamp_of(self.path), _stamp_of(self.path + ".wal")
+        """Return what is different after every ingest: cheap, and without opening anything.
+
+        None as long as the next ingest might leave it the same, because file times are coarse.
+        """
+        paths = [self.path, self.path + ".wal"] if self.is_file else [self.journal.directory]
+        stamps = [_stamp_of(path) for path in paths]
+        now = wall_clock_ns()
+        for changed_ns, _, _ in filter(None, stamps):
+            tick_ns = _COARSE_TICK_NS if changed_ns % 1_000_000_000 == 0 else _FINE_TICK_NS
+            if abs(now - changed_ns) < tick_ns:
+                return None
+        return stamps
 
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
@@ -4324,7 +4334,8 @@ class Follower:
             StoreError: the table can't be asked. A later look can make up for it.
         """
         rows = [row for row in self._new_lines() if self._what.matches(row)]
-        if self._store.signature() != self._signature:
+        signature = self._store.signature()
+        if signature is None or signature != self._signature:
             # Somebody may ingest at this moment; then the next look asks again.
             with contextlib.suppress(DatabaseLockedError, DatabaseNotFoundError):
                 rows += self._new_table_rows()
