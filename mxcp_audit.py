@@ -4311,7 +4311,8 @@ class Follower:
         Args:
             reading: an open reading; None if there is no log yet.
         """
-        self._new_lines()
+        for _ in self._new_lines():
+            pass
         if reading is None or reading.problem is not None:
             # The ledger can't be had. Of what it says later, only what was ingested from now on is new.
             self._since = sql_time(utc_now()) if reading is not None else self._since
