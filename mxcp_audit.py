@@ -3971,13 +3971,16 @@ class Store:
             DatabaseNotFoundError: a segment vanished meanwhile, so there is a table now: look again.
         """
         segments = self.journal.segments()
+        cause = None
         try:
             reading.open_views(table, segments, ())
             reading.freeze_journal()
         except QueryError as error:
-            if all(map(os.path.exists, segments)):
-                raise
-            raise DatabaseNotFoundError(f"{self.path}: is written at this moment; try again") from error
+            cause = error
+        if not all(map(os.path.exists, segments)):
+            raise DatabaseNotFoundError(f"{self.path}: is written at this moment; try again") from cause
+        if cause is not None:
+            raise cause
 
     @staticmethod
     def _end_snapshot(engine: Engine) -> None:
