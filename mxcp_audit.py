@@ -4595,6 +4595,7 @@ class EventTable:
         width: cells that a line may take; None where nobody looks at lines, as in a pipe.
         colour: mark errors and denials.
         with_input: show the input under each row.
+        grows: leave room in the columns, because more rows will come.
     """
 
     def __init__(
@@ -4605,6 +4606,7 @@ class EventTable:
         width: int | None,
         colour: bool,
         with_input: bool = False,
+        grows: bool = False,
     ) -> None:
         self._file = file
         self._columns = columns
@@ -4613,7 +4615,8 @@ class EventTable:
         self._with_input = with_input
         self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
         self._widths = [
-            max(len(head), _FIRST_WIDTHS.get(column, 0)) for head, column in zip(self._heads, columns)
+            max(len(head), _FIRST_WIDTHS.get(column, 0) if grows else 0)
+            for head, column in zip(self._heads, columns)
         ]
         self._begun = False
 
@@ -5190,6 +5193,7 @@ def _event_table(options: argparse.Namespace) -> EventTable:
         width=None if options.wide else width,
         colour=colour,
         with_input=options.input,
+        grows=options.follow,
     )
 
 

@@ -245,7 +245,7 @@ def test_export_every_format_has_all_columns_and_the_filtered_events(filled: Sto
                 found = [dict(zip(mxcp_audit.PUBLIC_COLUMNS, row)) for row in reading.rows(Filter())]
         else:
             reader = "read_parquet" if form == "parquet" else "read_csv" if form[:3] == "csv" else "read_json"
-            kinds = {name: "VARCHAR" for name in mxcp_audit.PUBLIC_COLUMNS} | {"duration_ms": "BIGINT"}
+            kinds = {**dict.fromkeys(mxcp_audit.PUBLIC_COLUMNS, "VARCHAR"), "duration_ms": "BIGINT"}
             types = "" if form == "parquet" else f", columns = {kinds}"
             relation = duckdb.connect().execute(f"SELECT * FROM {reader}('{path}'{types})")
             assert [column[0] for column in relation.description] == list(mxcp_audit.PUBLIC_COLUMNS)
@@ -369,7 +369,8 @@ def test_export_full_disk_leaves_the_old_file(engine: str, filled: Store, tmp_pa
     path = tmp_path / "out.csv"
     path.write_text("precious")
     code = (
-        "import resource, sys; from mxcp_audit import main; resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
+        "import resource, sys; from mxcp_audit import main;"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
         f"sys.exit(main(['log', '--db', {filled.path!r}, '--export', {str(path)!r}]))"
     )
     done = subprocess.run(
@@ -472,9 +473,11 @@ def test_stats_by_each_group_agrees_with_plain_sql(engine: str, logger: AuditLog
 def test_query_values_are_those_of_json(filled: Store) -> None:
     with filled.reading() as reading:
         columns, rows = reading.query(
-            "SELECT name, duration_ms, sum(duration_ms) OVER () AS s, 1.5::DECIMAL(4, 2) AS d, [1, NULL] AS l, "
+            "SELECT name, duration_ms, sum(duration_ms) OVER () AS s, 1.5::DECIMAL(4, 2) AS d, "
+            "[1, NULL] AS l, "
             "{'a': 'b'} AS m, 'nan'::DOUBLE AS n, timestamp > '2000-01-01' AS b, 10::HUGEINT ** 2 AS h, "
-            "INTERVAL 1 DAY AS i, 1 AS name, event_id IS NOT NULL AS e, '\\xC3'::BLOB AS bytes, 2::UBIGINT AS u "
+            "INTERVAL 1 DAY AS i, 1 AS name, event_id IS NOT NULL AS e, '\\xC3'::BLOB AS bytes, "
+            "2::UBIGINT AS u "
             "FROM logs ORDER BY duration_ms DESC LIMIT 2; -- comment"
         )
         first = next(rows)
