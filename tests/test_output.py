@@ -234,7 +234,7 @@ def test_stats_bars_fit_the_terminal(width: int) -> None:
         assert all(display_width(line) <= width for line in lines)
         bars = [line.count("█") for line in lines]
         assert bars[1] > 3 and bars[2] == 1 and bars[3] == bars[0] == 0
-    assert ("FIRST SEEN" in lines[0], "LAST SEEN" in lines[0]) == (width >= 120, width >= 80)
+    assert ("FIRST SEEN" in lines[0], "LAST SEEN" in lines[0]) == (width >= 100, width >= 80)
 
 
 def test_stats_ascii_terminal_and_pipe() -> None:
