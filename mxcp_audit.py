@@ -4987,7 +4987,7 @@ class Filter:
             )
             and (
                 self.text is None
-                or any(_lower(self.text) in _lower(event[column] or "") for column in _TEXT_COLUMNS)
+                or any(_lower_case(self.text) in _lower_case(event[column] or "") for column in _TEXT_COLUMNS)
             )
         )
 
@@ -5007,7 +5007,7 @@ def _is_like(value: object, name: str) -> bool:
     return re.fullmatch(".*".join(map(re.escape, name.split("*"))), value, re.DOTALL) is not None
 
 
-def _lower(text: str) -> str:
+def _lower_case(text: str) -> str:
     """Return the text in lower case, character by character, as DuckDB does it."""
     return text.lower() if text.isascii() else "".join(character.lower()[0] for character in text)
 
