@@ -5160,6 +5160,11 @@ class PackageEngine:
         except UnicodeEncodeError as error:
             self.close()
             raise QueryError(f"the text can't be searched for: {error.reason}") from error
+        except RuntimeError as error:
+            self.close()
+            if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes this
+                raise KeyboardInterrupt from error
+            raise
 
     def interrupt(self) -> None:
         """Make a running statement fail soon."""
@@ -7030,7 +7035,7 @@ def _copy_to_stdout(path: str) -> None:
     if sys.stdout.isatty():  # here it is text
         with open(path, encoding="utf-8", newline="\n") as text:
             for line in text:
-                print(printable(line.rstrip("\n")))
+                write_text(sys.stdout, line.removesuffix("\n"))
         return
     import shutil
 
@@ -7152,12 +7157,26 @@ def cmd_sql(options: argparse.Namespace) -> int:
             if options.json:
                 write_json(sys.stdout, rows, names)
             elif options.csv:
-                write_csv(sys.stdout, names, rows, raw=options.raw)
+                _print_csv(names, rows, raw=options.raw)
             else:
                 write_grid(sys.stdout, names, list(rows), width=_terminal(sys.stdout)[0])
     except QueryError as error:  # without the place, which is one in our statement around it
         raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
     return 0
+
+
+def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
+    """Print CSV: as UTF-8 whatever the locale says, but to a terminal harmlessly."""
+    import io
+
+    if sys.stdout.isatty():
+        text = io.StringIO(newline="")
+        write_csv(text, names, rows, raw=raw)
+        write_text(sys.stdout, text.getvalue().removesuffix("\n"))
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    write_csv(sys.stdout, names, rows, raw=raw)
 
 
 def _add_config(commands: Any, common: argparse.ArgumentParser) -> None:
