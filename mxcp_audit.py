@@ -6006,6 +6006,38 @@ def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None
         watcher.join()
 
 
+@contextlib.contextmanager
+def interruptible(engine: Engine) -> Iterator[None]:
+    """Let Ctrl+C end a running query, where signals arrive: in the main thread.
+
+    Python runs its signal handler only between two of its own instructions, and a query is one of
+    them. A thread is told of the signal through a socket, and interrupts the query.
+    """
+    import signal
+    import socket
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while here.recv(1):
+            engine.interrupt()
+
+    watcher = threading.Thread(target=watch, name="mxcp_audit interrupt", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        there.close()
+        watcher.join()
+        here.close()
+
+
 def _remove_scratch(folder: str) -> None:
     with contextlib.suppress(OSError):
         for name in os.listdir(folder):
@@ -6877,7 +6909,8 @@ def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
     with store.reading(wait=options.wait) as reading:
         if reading.problem is not None:
             raise reading.problem
-        yield reading
+        with interruptible(reading.engine):
+            yield reading
 
 
 def cmd_log(options: argparse.Namespace) -> int:

@@ -36,17 +36,13 @@ def filled(engine: str, tmp_path: Path) -> Path:
         audit.log_event("http", "tool", "delete_user", {"id": 7}, 1, "deny", "not an admin", "error", "no")
         audit.log_event("http", "resource", "reports/{report_id}", {"report_id": "日本"}, 300, user_id="ann")
     code = (
-        "import os, sys; from mxcp_audit import AuditLogger; a = AuditLogger(sys.argv[1], flush_interval=3600);"
+        "import os, sys; from mxcp_audit import AuditLogger;"
+        "a = AuditLogger(sys.argv[1], flush_interval=3600, durable=True);"
         "a.log_event('stdio', 'prompt', 'generate_summary', {'text': 'long'}, 5, 'warn', 'be careful');"
-        "a.log_event('cli', 'tool', 'get_user', {'id': 8}, 20, trace_id='t1');"
-        "a._writer._ticket if 0 else __import__('time').sleep(0.3); os._exit(0)"
+        "a.log_event('cli', 'tool', 'get_user', {'id': 8}, 20, trace_id='t1'); os._exit(0)"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path / "log.duckdb")],
-        env=child_environment(),
-        check=True,
-        timeout=60,
-    )
+    command = [sys.executable, "-c", code, str(tmp_path / "log.duckdb")]
+    subprocess.run(command, env=child_environment(), check=True, timeout=60)
     assert list((tmp_path / "log.duckdb.journal").glob("*.jsonl"))
     return tmp_path
 
@@ -56,7 +52,7 @@ DB = ("--db", "log.duckdb")
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Return what `cli` returns, but run in this process: for the many commands that need none of their own."""
+    """Return what `cli` returns, but from this process: for commands that need none of their own."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -581,9 +577,15 @@ def test_terminal_export_to_it_is_harmless_and_binary_is_refused(filled: Path) -
 
 
 def test_terminal_interrupted_sql_ends_soon(filled: Path) -> None:
-    endless = "SELECT count(*) FROM range(1000000000) a, range(1000000000) b WHERE a.range * b.range = 7"
-    session = Session([sys.executable, "-m", "mxcp_audit", "sql", endless, *DB], filled)
-    time.sleep(1.5)
+    endless = "SELECT count(*) FROM range(300000) a, range(1000000000) b WHERE hash(a.range, b.range) = 7"
+    marked = (
+        "import sys, mxcp_audit; real = mxcp_audit.Reading.query;"
+        "mxcp_audit.Reading.query = lambda *a: (print('asking', flush=True), real(*a))[1];"
+        "sys.exit(mxcp_audit.main(sys.argv[1:]))"
+    )
+    session = Session([sys.executable, "-c", marked, "sql", endless, *DB], filled)
+    session.read_until(lambda text: "asking" in text)
+    time.sleep(0.5)
     session.type("\x03")
     assert session.end() == 130
     assert "Traceback" not in session.text
@@ -599,7 +601,8 @@ def test_completion_completes_commands_options_and_values(cli: Cli, tmp_path: Pa
 
     def complete(*words: str) -> list[str]:
         quoted = " ".join(f"'{word}'" for word in words)
-        code = f". ./script; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _mxcp_audit; echo ${{COMPREPLY[@]}}"
+        code = f". ./script; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _mxcp_audit; "
+        code += "echo ${COMPREPLY[@]}"
         answer = subprocess.run(
             ["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
         )

@@ -51,8 +51,8 @@ def site(engine: str, tmp_path: Path) -> Path:
         "audit = mxcp_audit.AuditLogger(sys.argv[1])\n"
         "audit._encoder._clock = lambda: time.time_ns() - ago\n"
         "for name, kind, status, policy in eval(sys.argv[3]):\n"
-        "    audit.log_event('http', kind, name, {'q': 1, 'password': 'x'}, 5, policy,\n"
-        "                    'no' if policy == 'deny' else None, status, 'boom' if status == 'error' else None)\n"
+        "    why, error = 'no' * (policy == 'deny') or None, 'boom' * (status == 'error') or None\n"
+        "    audit.log_event('http', kind, name, {'q': 1, 'password': 'x'}, 5, policy, why, status, error)\n"
         "audit.shutdown()\n"
     )
     for path, ago, events in (
