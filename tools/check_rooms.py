@@ -25,7 +25,7 @@ RECORDING = (
 ROOMS = (*RECORDING, "SQL", "Engines", "Store", "Output", "Assembly", "Command line")
 # What may be used where; a module that is not here may be used anywhere.
 IMPORTS = {
-    "threading": {"Writer", "Logger", "Store"},
+    "threading": {"Writer", "Logger", "Store", "Command line"},  # the last for `wrap`
     "atexit": {"Logger"},
     "duckdb": {"Engines"},
     "subprocess": {"Engines", "Command line"},
@@ -55,7 +55,11 @@ def rooms_of(lines: list[str]) -> list[tuple[str, int, set[str]]]:
             allowed = MAY_NAME.fullmatch(lines[number]) if number < len(lines) else None
             if allowed is None:
                 raise SystemExit(f"mxcp_audit.py:{number}: no `# may name:` line under the banner; add one")
-            names = set() if allowed[1] == "nothing" else {name.strip() for name in allowed[1].split(",")}
+            names = {name.strip() for name in allowed[1].split(",")}
+            if names == {"nothing"}:
+                names = set()
+            elif names == {"every room above"}:
+                names = {name for name, _, _ in found}
             found.append((banner[1], number, names))
     return found
 

@@ -1,0 +1,1099 @@
+"""Try to make the log lose, double or tear an event; print what came of it, and fail if anything did.
+
+    python tools/torture.py --quick     a sample of each sweep, under three minutes
+    python tools/torture.py             all points, under twenty minutes
+    python tools/torture.py --mutants   break the module on purpose; each break must turn a figure red
+
+Real child processes, really killed, in real directories. What they were promised is written down by
+the children; what is there is counted by `judge.py`, which shares no code with the module. A sweep
+that injected nothing fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import random
+import re
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from tools.judge import judge, pythons  # noqa: E402
+
+LIMIT_SECONDS = 300  # for any one child; arbitrary, far beyond what any needs
+
+# What children share. `log` measures itself; `promise` writes down what a flush has promised.
+PREAMBLE = """\
+import atexit, json, multiprocessing, os, random, signal, sys, threading, time
+import mxcp_audit
+from mxcp_audit import AuditLogger
+db = sys.argv[1]
+tag = sys.argv[2] if len(sys.argv) > 2 else "e"
+said, worst = [], [0.0]
+def log(name, **more):
+    begun = time.perf_counter()
+    audit.log_event("cli", "tool", f"{tag}-{name}", more or None)
+    worst[0] = max(worst[0], time.perf_counter() - begun)
+    said.append(f"{tag}-{name}")
+def write_down():
+    with open(f"{db}.said", "a", encoding="utf-8") as file:
+        file.write("".join(json.dumps(name) + "\\n" for name in said))
+    said.clear()
+    with open(f"{db}.worst", "a") as file: file.write(f"{worst[0]}\\n")
+def promise(timeout=120):
+    if audit.flush(timeout): write_down(); return True
+    return False
+"""
+
+
+@dataclass
+class Figure:
+    """What a sweep found."""
+
+    name: str
+    what: str
+    faults: int = 0
+    points: int = 0
+    lost: int = 0
+    doubled: int = 0
+    torn: int = 0
+    signals: int = 0
+    exceptions: int = 0
+    worst_ms: float = 0.0
+    skipped: str = ""
+    details: list[str] = field(default_factory=list)
+
+    @property
+    def bad(self) -> bool:
+        """Whether this must fail: a loss of any kind, or nothing tried."""
+        if self.skipped:
+            return False
+        return bool(
+            self.lost or self.doubled or self.torn or self.signals or self.exceptions or not self.points
+        )
+
+    def blame(self, text: str) -> None:
+        """Keep the first few places where something went wrong."""
+        if len(self.details) < 5:
+            self.details.append(text)
+
+
+class Torture:
+    """Where and how to torture: one module, one seed, quick or whole.
+
+    Args:
+        module: the directory of the `mxcp_audit.py` under test.
+        quick: sample the points.
+        seed: of every random choice.
+    """
+
+    def __init__(self, module: Path, *, quick: bool, seed: int) -> None:
+        self.module, self.quick = module, quick
+        self.random = random.Random(seed)
+        self.home = Path(tempfile.mkdtemp(prefix="torture-"))
+        self.figure = Figure("", "")
+        self._count = 0
+
+    def database(self) -> Path:
+        """Return a path that no run has used yet."""
+        self._count += 1
+        folder = self.home / f"{self._count}"
+        folder.mkdir()
+        return folder / "log.duckdb"
+
+    def environment(self, python: str = sys.executable, **changes: str) -> dict[str, str]:
+        """The other Pythons have no duckdb package: they use the program."""
+        kept = {key: value for key, value in os.environ.items() if not key.startswith("MXCP_")}
+        if python != sys.executable:
+            changes.update(MXCP_AUDIT_ENGINE="cli", MXCP_AUDIT_DUCKDB=self._program())
+        return {**kept, "PYTHONPATH": str(self.module), **changes}
+
+    def _program(self) -> str:
+        import mxcp_audit
+
+        return mxcp_audit.find_program() or "no duckdb program"
+
+    def command(self, body: str, db: Path, *args: str, python: str = sys.executable) -> list[str]:
+        """Return the command that runs a script from a file, as multiprocessing needs it."""
+        path = db.parent / f"script{os.urandom(4).hex()}.py"
+        path.write_text(PREAMBLE + textwrap.dedent(body), encoding="utf-8")
+        return [python, str(path), str(db), *args]
+
+    def start(
+        self, command: list[str], *, python: str = sys.executable, **changes: str
+    ) -> subprocess.Popen[str]:
+        """Start a child."""
+        return subprocess.Popen(
+            command,
+            env=self.environment(python, **changes),
+            cwd=self.module,  # `python -m` looks there first
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+
+    def run(
+        self, command: list[str], *, python: str = sys.executable, killed: bool = False, **changes: str
+    ) -> subprocess.CompletedProcess[str]:
+        """Run a child to its end; a signal that we did not send and a traceback count."""
+        process = self.start(command, python=python, **changes)
+        try:
+            out, err = process.communicate(timeout=LIMIT_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            out, err = process.communicate()
+            self.figure.exceptions += 1
+            self.figure.blame(f"hung: {command}")
+        done = subprocess.CompletedProcess(command, process.returncode, out, err)
+        self.look_at(done, killed=killed)
+        return done
+
+    def look_at(self, done: subprocess.CompletedProcess[str], *, killed: bool = False) -> None:
+        """Count what a child must not do."""
+        if done.returncode < 0 and not (killed and done.returncode == -signal.SIGKILL):
+            self.figure.signals += 1
+            self.figure.blame(f"signal {-done.returncode}: {done.args}")
+        if "Traceback" in done.stderr and "Expected" not in done.stderr:
+            self.figure.exceptions += 1
+            self.figure.blame(done.stderr.strip().splitlines()[-1])
+
+    def ingest_command(self, db: Path) -> list[str]:
+        """Return the command that takes the journal in."""
+        return [sys.executable, "-m", "mxcp_audit", "ingest", "--db", str(db)]
+
+    def check(
+        self, db: Path, expected: set[str] | None = None, *, ingest: bool = True, where: str = ""
+    ) -> None:
+        """Compare what is there with what was promised, then take in what is left and compare again."""
+        promised = set() if expected is None else set(expected)
+        said = Path(f"{db}.said")
+        if said.exists():
+            promised |= set(map(json.loads, said.read_text(encoding="utf-8").split("\n")[:-1]))
+        with contextlib.suppress(FileNotFoundError):
+            worst = max(map(float, Path(f"{db}.worst").read_text().split()), default=0.0) * 1000
+            self.figure.worst_ms = max(self.figure.worst_ms, worst)
+        for stage in ("as left", "ingested") if ingest else ("as left",):
+            if stage == "ingested":
+                self.run(self.ingest_command(db))
+            verdict = judge(db)
+            lost = verdict.lost(promised)
+            self.figure.lost += len(lost)
+            self.figure.doubled += verdict.doubled
+            if stage == "ingested":
+                self.figure.torn += verdict.torn
+            if lost or verdict.doubled:
+                self.figure.blame(
+                    f"{where} {stage}: lost {len(lost)} {sorted(lost)[:2]}, doubled {verdict.doubled}"
+                )
+
+    def clean(self, db: Path) -> None:
+        """Remove a run's files: thousands of runs must not fill the disk."""
+        shutil.rmtree(db.parent, ignore_errors=True)
+
+    def sampled(self, points: list[int], count: int) -> list[int]:
+        """Return all points, or in a quick run some, the first and last among them."""
+        if not self.quick or len(points) <= count:
+            return points
+        inner = self.random.sample(points[1:-1], count - 2)
+        return [points[0], *sorted(inner), points[-1]]
+
+
+WRITING = """
+audit = AuditLogger(db, flush_interval=0.05)
+for batch in range(4):
+    for n in range(10): log(f"{batch}-{n}")
+    promise()
+"""
+WRITE_CALLS = "write,pwrite64,writev,fsync,fdatasync,ftruncate,unlink,rename,mkdir"
+
+
+def strace(calls: str, action: str) -> list[str]:
+    """Return the prefix that does `action` at system calls of the child."""
+    return [
+        "strace",
+        "-f",
+        "-qq",
+        "-o",
+        os.devnull,
+        "-e",
+        f"trace={calls}",
+        "-e",
+        f"inject={calls}:{action}",
+    ]
+
+
+@dataclass(frozen=True)
+class Injection:
+    """What strace does to a command, at which of its calls."""
+
+    calls: str
+    action: str
+    most: int  # points of a quick run
+    where: str
+
+
+def calls_of(t: Torture, db: Path, command: list[str], calls: str) -> list[tuple[str, int]]:
+    """Run a command unharmed, and return each of its calls as name and number: strace counts them so."""
+    log = f"{db}.calls"
+    prefix = ["strace", "-f", "-qq", "-o", log, "-e", f"trace={calls}"]
+    done = subprocess.run(
+        [*prefix, *command], env=t.environment(), cwd=t.module, capture_output=True, timeout=LIMIT_SECONDS
+    )
+    if done.returncode:
+        raise SystemExit(f"strace can't run the command: {done.stderr!r}")
+    found: dict[tuple[str, str], int] = {}
+    for line in Path(log).read_text(errors="replace").splitlines():
+        match = re.match(r"(\d+) +(\w+)\(", line)
+        if match:
+            found[match[1], match[2]] = found.get((match[1], match[2]), 0) + 1
+    most: dict[str, int] = {}
+    for (_, name), count in found.items():
+        most[name] = max(most.get(name, 0), count)
+    return [(name, number) for name, count in sorted(most.items()) for number in range(1, count + 1)]
+
+
+def each_call(
+    t: Torture, prepare: Callable[[], Path], command: Callable[[Path], list[str]], injection: Injection
+) -> None:
+    """Inject at each call that the command makes, or at a sample of them; check after each."""
+    db = prepare()
+    points = calls_of(t, db, command(db), injection.calls)
+    t.clean(db)
+    if t.quick and len(points) > injection.most:
+        points = sorted(t.random.sample(points, injection.most))
+    for name, number in points:
+        db = prepare()
+        prefix = strace(name, f"{injection.action}:when={number}")
+        done = t.run([*prefix, *command(db)], killed=True)
+        t.figure.points += 1
+        t.figure.faults += done.returncode == -signal.SIGKILL or "error=" in injection.action
+        t.check(db, where=f"{injection.where} {name} {number}")
+        t.clean(db)
+
+
+def s1_kill_writer(t: Torture) -> None:
+    """SIGKILL while events are logged"""
+    for _ in range(8 if t.quick else 60):
+        db = t.database()
+        process = t.start(t.command(WRITING.replace("range(4)", "range(400)"), db))
+        time.sleep(0.15 + t.random.random() * 0.4)
+        process.kill()
+        process.communicate()
+        t.figure.faults += 1
+        t.figure.points += 1
+        t.check(db, where="random kill")
+        t.clean(db)
+    if shutil.which("strace"):
+        injection = Injection(WRITE_CALLS, "signal=KILL", 14, "call")
+        each_call(t, t.database, lambda db: t.command(WRITING, db), injection)
+    else:
+        t.figure.details.append("no strace: only random kills")
+
+
+def prepared(t: Torture, segments: int = 3, lines: int = 20) -> tuple[Path, set[str]]:
+    """Return a database that isn't there yet, with a journal of sealed segments."""
+    db = t.database()
+    expected = set()
+    (directory := Path(f"{db}.journal")).mkdir(0o700)
+    for segment in range(segments):
+        rows = []
+        for seq in range(1, lines + 1):
+            name = f"p-{segment}-{seq}"
+            expected.add(name)
+            rows.append(
+                {
+                    "timestamp": "2026-01-31T12:00:00.000000Z",
+                    "caller": "cli",
+                    "type": "tool",
+                    "name": name,
+                    "input_json": "null",
+                    "duration_ms": 1,
+                    "policy_decision": "n/a",
+                    "reason": None,
+                    "status": "success",
+                    "error": None,
+                    "user_id": None,
+                    "session_id": None,
+                    "trace_id": None,
+                    "seq": seq,
+                }
+            )
+        text = "".join(json.dumps(row) + "\n" for row in rows)
+        (directory / f"20260131T12000{segment}000000Z-0000000{segment}.jsonl").write_text(text)
+    Path(f"{db}.said").write_text("".join(json.dumps(name) + "\n" for name in sorted(expected)))
+    return db, expected
+
+
+def s2_kill_ingest(t: Torture) -> None:
+    """SIGKILL at each write-type call of an ingest, then of its recovery"""
+    if not shutil.which("strace"):
+        t.figure.skipped = "no strace"
+        return
+    each_call(
+        t, lambda: prepared(t)[0], t.ingest_command, Injection(WRITE_CALLS, "signal=KILL", 16, "ingest")
+    )
+    states = [("pwrite64", 2), ("rename", 2), ("write", 4), ("fdatasync", 4), ("pwrite64", 5), ("unlink", 6)]
+    for name, number in t.random.sample(states, 2) if t.quick else states:
+
+        def killed_once(name: str = name, number: int = number) -> Path:
+            db, _ = prepared(t)
+            t.run([*strace(name, f"signal=KILL:when={number}"), *t.ingest_command(db)], killed=True)
+            return db
+
+        recovery = Injection(WRITE_CALLS, "signal=KILL", 5, f"recovery of {name} {number}")
+        each_call(t, killed_once, t.ingest_command, recovery)
+
+
+ENDINGS = {
+    "falls off the end": "log(1)",
+    "sys.exit": "log(1); sys.exit(0)",
+    "exception": "sys.excepthook = lambda *_: None; log(1); raise ValueError",
+    "os._exit after flush": "log(1); promise(); os._exit(0)",
+    "kill after flush": "log(1); promise(); os.kill(os.getpid(), signal.SIGKILL)",
+    "exec after flush": "log(1); promise(); os.execv(sys.executable, [sys.executable, '-c', ''])",
+    "SIGTERM handler": """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+log(1); os.kill(os.getpid(), signal.SIGTERM); time.sleep(9)""",
+    "SIGINT": """
+try: log(1); os.kill(os.getpid(), signal.SIGINT); time.sleep(9)
+except KeyboardInterrupt: log(2)""",
+    "exit handler": "atexit.register(lambda: (log(2), write_down())); log(1)",
+    "first in exit handler": "atexit.register(lambda: (log(1), write_down()))",
+    "thread after main": "threading.Thread(target=lambda: (time.sleep(0.1), log(1), write_down())).start()",
+    "daemon thread": """
+t = threading.Thread(target=lambda: [log(n) for n in range(50)], daemon=True); t.start(); t.join()""",
+    "closed twice": "log(1); audit.close(); audit.close(); log(2)",
+    "fork, child exits": """
+log(1)
+if os.fork() == 0: tag = 'c'; said.clear(); log(2); write_down(); sys.exit(0)
+os.wait()""",
+    "multiprocessing fork": """
+log(1)
+def work(): log(2)
+p = multiprocessing.get_context('fork').Process(target=work); p.start(); p.join()
+said.append(f'{tag}-2')""",
+    "durable then kill": """
+audit = AuditLogger(db, durable=True)
+log(1); write_down(); os.kill(os.getpid(), signal.SIGKILL)""",
+    "stdout closed": "sys.stdout.close(); sys.stderr.close(); log(1)",
+}
+
+
+def s3_endings(t: Torture) -> None:
+    """every way that a program can end, on every Python"""
+    versions = pythons()
+    for python in versions:
+        for name, body in ENDINGS.items():
+            db = t.database()
+            script = "audit = AuditLogger(db)\n" + body + "\nwrite_down()"
+            if "atexit" not in body and "flush" not in name and "kill" not in name:
+                script = "audit = AuditLogger(db)\natexit.register(lambda: said and write_down())\n" + body
+            done = t.run(
+                t.command(script, db, python=python),
+                python=python,
+                killed="kill" in name,
+                MXCP_AUDIT_ENGINE="package",
+            )
+            if done.returncode not in (0, 1, -signal.SIGKILL, 120):
+                t.figure.exceptions += 1
+                t.figure.blame(f"{python} {name}: exit {done.returncode} {done.stderr[-200:]}")
+            if not Path(f"{db}.said").exists():
+                t.figure.exceptions += 1
+                t.figure.blame(f"{python} {name}: never said a word")
+            t.figure.faults += 1
+            t.figure.points += 1
+            t.check(db, ingest=python == sys.executable, where=f"{python} {name}")
+            t.clean(db)
+
+
+FAULTY = """
+import logging; logging.disable()
+import errno
+call, number, code = sys.argv[3], int(sys.argv[4]), sys.argv[5]
+lasting, durable = sys.argv[6] == "1", sys.argv[7] == "1"
+true, count, on = getattr(os, call), [0], [True]
+def faulty(first, *rest, **options):
+    if call in ("open", "unlink", "mkdir"): mine = isinstance(first, str) and ".journal" in first
+    else: mine = threading.current_thread() is not threading.main_thread()
+    if not (on[0] and mine): return true(first, *rest, **options)
+    count[0] += 1
+    if count[0] == number or lasting and count[0] > number:
+        if code != "short": raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
+        part = true(first, bytes(rest[0])[: max(1, len(rest[0]) // 2)])
+        if count[0] % 2: raise OSError(errno.ENOSPC, "no space after a short write")
+        return part
+    return true(first, *rest, **options)
+audit = AuditLogger(db, flush_interval=0.02, durable=durable)
+setattr(os, call, faulty)
+if lasting and durable: threading.Timer(0.4, lambda: on.__setitem__(0, False)).start()
+for n in range(40): log(n, text="x" * 100); time.sleep(0.001)
+if lasting: audit.flush(0.2); on[0] = False
+assert promise(), audit.counters
+"""
+
+
+def s4_disk_errors(t: Torture) -> None:
+    """ENOSPC, EIO, EROFS, EMFILE and short writes at the N-th call, once and for ever"""
+    trials = [
+        (call, code, number, lasting, durable)
+        for call, codes in (
+            ("write", ("ENOSPC", "EIO", "short")),
+            ("open", ("EMFILE", "EROFS", "ENOSPC")),
+            ("ftruncate", ("EIO",)),
+            ("fsync", ("EIO",)),
+            ("unlink", ("EIO", "EROFS")),
+        )
+        for code in codes
+        for number in (1, 2, 3, 4, 5)
+        for lasting in (False, True)
+        for durable in (False, True)
+    ]
+    chosen = t.random.sample(trials, 24) if t.quick else trials
+    chosen += [("write", "short", number, False, False) for number in (1, 3)] if t.quick else []
+    for call, code, number, lasting, durable in chosen:
+        db = t.database()
+        t.run(t.command(FAULTY, db, "e", call, str(number), code, str(int(lasting)), str(int(durable))))
+        t.figure.faults += 1
+        t.figure.points += 1
+        t.check(db, where=f"{call} {code} {number} lasting={lasting} durable={durable}")
+        t.clean(db)
+    if shutil.which("strace"):
+        for code in ("ENOSPC",) if t.quick else ("ENOSPC", "EIO", "EROFS"):
+            injection = Injection("pwrite64,ftruncate", f"error={code}", 4, code)
+            each_call(t, lambda: prepared(t)[0], t.ingest_command, injection)
+
+
+def s5_failed_fsync(t: Torture) -> None:
+    """fsync fails, in the journal and in the database"""
+    for number in (1, 2) if t.quick else range(1, 9):
+        for lasting in "01":
+            db = t.database()
+            t.run(t.command(FAULTY, db, "e", "fsync", str(number), "EIO", lasting, "1"))
+            t.figure.faults += 1
+            t.figure.points += 1
+            t.check(db, where=f"journal fsync {number}")
+            t.clean(db)
+    if shutil.which("strace"):
+        injection = Injection("fsync,fdatasync", "error=EIO", 4, "database")
+        each_call(t, lambda: prepared(t)[0], t.ingest_command, injection)
+
+
+def s6_full_disk(t: Torture) -> None:
+    """a disk that is full, then has space again"""
+    for size in ("300k",) if t.quick else ("100k", "300k", "1m", "3m"):
+        db = t.database()
+        disk = db.parent / "disk"
+        disk.mkdir()
+        if subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", f"size={size}", "none", disk], capture_output=True
+        ).returncode:
+            t.figure.skipped = "can't mount a tmpfs"
+            return
+        try:
+            inside = disk / "log.duckdb"
+            process = t.start(
+                t.command(
+                    """
+                import logging; logging.disable()
+                audit = AuditLogger(db, flush_interval=0.05)
+                for n in range(10000): log(n, text=os.urandom(200).hex())
+                print(audit.flush(1), flush=True); sys.stdin.readline()
+                assert promise()
+            """,
+                    inside,
+                )
+            )
+            assert process.stdout is not None
+            full = process.stdout.readline() == "False\n"
+            t.figure.faults += full
+            t.figure.points += 1
+            subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
+            out, err = process.communicate("\n", timeout=LIMIT_SECONDS)
+            t.look_at(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+            t.check(inside, where=f"full disk {size}")
+        finally:
+            subprocess.run(["umount", "-l", disk], check=True)
+        t.clean(db)
+
+
+def s7_forks(t: Torture) -> None:
+    """forks while threads log and the database is used"""
+    forks = 100 if t.quick else 1000
+    db = t.database()
+    t.run(
+        t.command(
+            """
+        audit = AuditLogger(db, flush_interval=0.01)
+        stop = False; counts = [0, 0, 0]
+        def work(thread):
+            while not stop:
+                log(f"{thread}-{counts[thread]}"); counts[thread] += 1; time.sleep(0.001)
+        threads = [threading.Thread(target=work, args=(thread,)) for thread in range(3)]
+        for thread in threads: thread.start()
+        for child in range(int(sys.argv[3])):
+            pid = os.fork()
+            if pid == 0:
+                tag = f"c{child}"; said.clear()
+                for n in range(2): log(n)
+                if child % 3 == 0: promise(); os._exit(0)
+                if child % 3 == 1: promise(); log("last"); write_down(); sys.exit(0)
+                write_down(); sys.exit(0)
+            if child % 20 == 0: time.sleep(0.02)
+            assert os.waitpid(pid, 0)[1] == 0, child
+        stop = True
+        for thread in threads: thread.join()
+        assert promise()
+    """,
+            db,
+            "p",
+            str(forks),
+        )
+    )
+    t.figure.faults += forks
+    t.figure.points += forks
+    t.check(db, where="forks")
+    t.clean(db)
+
+
+def s8_many_writers(t: Torture) -> None:
+    """1, 8 and 32 writers with three readers"""
+    for writers in (1, 8) if t.quick else (1, 8, 32):
+        db = t.database()
+        body = """
+            audit = AuditLogger(db, flush_interval=0.03)
+            for n in range(300): log(n); time.sleep(0.001)
+            assert promise()
+        """
+        children = [t.start(t.command(body, db, f"w{n}")) for n in range(writers)]
+        command = [
+            sys.executable,
+            "-m",
+            "mxcp_audit",
+            "log",
+            "--db",
+            str(db),
+            "--json",
+            "--limit",
+            "100000",
+            "--wait",
+            "60",
+        ]
+        readers: list[subprocess.Popen[str]] = []
+        while any(child.poll() is None for child in children):
+            readers = [reader for reader in readers if reader.poll() is None or read(t, reader)]
+            if len(readers) < 3:
+                readers.append(t.start(command))
+            time.sleep(0.02)
+        for reader in readers:
+            read(t, reader)
+        for child in children:
+            out, err = child.communicate()
+            t.look_at(subprocess.CompletedProcess(child.args, child.returncode, out, err))
+            t.figure.faults += 1
+        t.figure.points += 1
+        t.check(db, where=f"{writers} writers")
+        t.clean(db)
+
+
+def read(t: Torture, reader: subprocess.Popen[str]) -> bool:
+    """Check that a reader saw no event twice; returns False, so that it leaves the list."""
+    out, err = reader.communicate()
+    t.look_at(subprocess.CompletedProcess(reader.args, reader.returncode, out, err))
+    t.figure.faults += 1
+    if reader.returncode == 0:
+        names = [event["name"] for event in json.loads(out)]
+        t.figure.doubled += len(names) - len(set(names))
+    elif "not found" not in err:  # before the first event
+        t.figure.exceptions += 1
+        t.figure.blame(f"reader: exit {reader.returncode} {err[-300:]}")
+    return False
+
+
+HOLD = "; print('held', flush=True); sys.stdin.read()"
+HOLDERS = {
+    "writer": "import duckdb, sys; c = duckdb.connect(sys.argv[1])" + HOLD,
+    "reader": "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=True)" + HOLD,
+    "ingest lock": "import fcntl, sys; f = open(sys.argv[1] + '.journal/ingest.lock', 'w'); fcntl.flock(f, 2)"
+    + HOLD,
+}
+
+
+def s9_locks(t: Torture) -> None:
+    """the database held by a writer, a reader, a stopped owner"""
+    for name, code in HOLDERS.items():
+        for stopped in (False, True):
+            db, _ = prepared(t, 1)
+            t.run(t.ingest_command(db))
+            holder = subprocess.Popen(
+                [sys.executable, "-c", code, str(db)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            )
+            assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+            if stopped:
+                holder.send_signal(signal.SIGSTOP)
+            process = t.start(
+                t.command(
+                    """
+                import logging; logging.disable()
+                audit = AuditLogger(db, flush_interval=0.02)
+                for n in range(100): log(n); time.sleep(0.002)
+                promise(); print("half", flush=True); sys.stdin.readline()
+                for n in range(100, 200): log(n)
+                promise()
+            """,
+                    db,
+                )
+            )
+            assert process.stdout is not None
+            process.stdout.readline()
+            t.figure.faults += 1
+            t.figure.points += 1
+            if name != "writer":
+                t.check(db, ingest=False, where=f"held by {name}")
+            holder.kill()
+            holder.wait()
+            out, err = process.communicate("\n", timeout=LIMIT_SECONDS)
+            t.look_at(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+            t.check(db, where=f"after {name}")
+            t.clean(db)
+
+
+def damage(t: Torture, data: bytes, how: str) -> tuple[bytes, int, int]:
+    """Return damaged data, and from where to where it differs."""
+    at = t.random.randrange(1, len(data))
+    if how == "cut":
+        return data[:at], at, len(data)
+    if how == "flip":
+        return data[:at] + bytes([data[at] ^ 0x55]) + data[at + 1 :], at, at + 1
+    end = min(len(data), at + 512)
+    return data[:at] + bytes(end - at) + data[end:], at, end
+
+
+def s10_damage(t: Torture) -> None:
+    """segments, WAL and database cut, flipped and zeroed"""
+    for number in range(24 if t.quick else 240):
+        how = ("cut", "flip", "zero")[number % 3]
+        what = ("segment", "wal", "database")[number // 3 % 3]
+        db, expected = prepared(t)
+        if what == "segment":
+            path = sorted(Path(f"{db}.journal").glob("*.jsonl"))[1]
+            data, start, end = damage(t, path.read_bytes(), how)
+            position = 0
+            for line in path.read_bytes().splitlines(keepends=True):
+                if position < end and position + len(line) > start:
+                    expected.discard(json.loads(line)["name"])
+                position += len(line)
+            path.write_bytes(data)
+        elif what == "database":
+            t.run(t.ingest_command(db))
+            db.write_bytes(damage(t, db.read_bytes(), how)[0])
+            expected = set()
+            t.run(t.command("import logging; logging.disable(); audit = AuditLogger(db); log(1)", db))
+        elif shutil.which("strace"):
+            # Kill at the checkpoint, so that a WAL is left, and damage it: the segments must still be there.
+            t.run(
+                [*strace("pwrite64", f"signal=KILL:when={4 + number % 4}"), *t.ingest_command(db)],
+                killed=True,
+            )
+            wal = Path(f"{db}.wal")
+            if wal.exists() and wal.stat().st_size > 1:
+                wal.write_bytes(damage(t, wal.read_bytes(), how)[0])
+                if subprocess.run(
+                    t.ingest_command(db), env=t.environment(), cwd=t.module, capture_output=True
+                ).returncode:
+                    wal.unlink()  # what the error says: move it aside
+        t.figure.faults += 1
+        t.figure.points += 1
+        Path(f"{db}.said").unlink()
+        if what != "database":
+            t.run(t.ingest_command(db))
+            verdict = judge(db)
+            lost = verdict.lost(expected)
+            t.figure.lost += len(lost)
+            t.figure.doubled += verdict.doubled
+            if lost or verdict.doubled:
+                t.figure.blame(f"{what} {how} {number}: lost {sorted(lost)[:3]}, doubled {verdict.doubled}")
+        t.clean(db)
+
+
+def s12_hostile_input(t: Torture) -> None:
+    """hostile input between good events"""
+    db = t.database()
+    rounds = 40 if t.quick else 400
+    t.run(
+        t.command(
+            """
+        import logging; logging.disable()
+        audit = AuditLogger(db, flush_interval=0.02)
+        class Evil:
+            def __repr__(self): raise ValueError
+            def __getattr__(self, name): raise RuntimeError(name)
+        loop = {}; loop["me"] = loop
+        deep = []
+        for _ in range(5000): deep = [deep]
+        forged = 'x\\n{"timestamp":"2026-01-31T12:00:00.000000Z","name":"forged","seq":1}\\n'
+        hostile = [
+            Evil(), loop, deep, "\\ud83d", "\\0", forged, 10**5000, float("nan"), b"\\xff\\n", {1: 1, "1": 2},
+            {"a" * 10**6: 1}, "x" * 3 * 10**6, {Evil: Evil()}, {("a",): object()}, "\\x1b[2J",
+            "'; DROP TABLE logs; --", "$name", "\\r\\n",
+        ]
+        def poke(value):
+            audit.log_event(value, value, f"{tag}-h{n}", *[value] * 6, None, *[value] * 3)
+        for n in range(int(sys.argv[3])):
+            log(n); poke(hostile[n % len(hostile)])
+        assert promise()
+    """,
+            db,
+            "e",
+            str(rounds),
+        )
+    )
+    t.figure.faults += rounds
+    t.figure.points += rounds
+    t.check(db, where="hostile input")
+    for n, line in enumerate(
+        [
+            b"\x00" * 50,
+            b"{",
+            b"[]",
+            b'"x"',
+            b"\xff\xfe",
+            b'{"seq":1e400}',
+            b'{"seq":99999999999}',
+            b"null",
+            b"{}" * 999,
+        ]
+    ):
+        bad, expected = prepared(t)
+        path = sorted(Path(f"{bad}.journal").glob("*.jsonl"))[1]
+        lines = path.read_bytes().splitlines(keepends=True)
+        path.write_bytes(b"".join([*lines[:9], line + b"\n", *lines[9:]]))
+        t.figure.faults += 1
+        t.figure.points += 1
+        t.check(bad, expected, ingest=False) if n == -1 else t.run(t.ingest_command(bad))
+        verdict = judge(bad)
+        t.figure.lost += len(verdict.lost(expected))
+        t.figure.doubled += verdict.doubled
+        t.clean(bad)
+    t.clean(db)
+
+
+def s13_limits(t: Torture) -> None:
+    """limits of descriptors, processes, memory and file sizes"""
+    limits = [
+        ("RLIMIT_NOFILE", 3),
+        ("RLIMIT_NOFILE", 12),
+        ("RLIMIT_FSIZE", 50_000),
+        ("RLIMIT_FSIZE", 2_000_000),
+        ("RLIMIT_AS", 400 * 2**20),
+    ]
+    for name, value in limits:
+        db = t.database()
+        t.run(
+            t.command(
+                """
+            import logging, resource; logging.disable()
+            import signal, tempfile, ctypes
+            audit = AuditLogger(db, flush_interval=0.05)
+            kind = getattr(resource, sys.argv[3]); old = resource.getrlimit(kind)
+            if sys.argv[3] != "RLIMIT_NOFILE": audit.flush(1)
+            resource.setrlimit(kind, (int(sys.argv[4]), old[1]))
+            for n in range(500): log(n, text="x" * 200)
+            audit.flush(1)
+            resource.setrlimit(kind, old)
+            for n in range(500, 600): log(n)
+            assert promise(), audit.counters
+        """,
+                db,
+                "e",
+                name,
+                str(value),
+            )
+        )
+        t.figure.faults += 1
+        t.figure.points += 1
+        t.check(db, where=f"{name} {value}")
+        t.clean(db)
+    for program, when in (("no threads", "1"), ("no threads later", "3")):
+        db = t.database()
+        t.run(
+            t.command(
+                """
+            import logging; logging.disable()
+            start, count = threading.Thread.start, [0]
+            def denied(self):
+                count[0] += 1
+                if count[0] <= int(sys.argv[3]) * 20: raise RuntimeError("can't start new thread")
+                start(self)
+            threading.Thread.start = denied
+            audit = AuditLogger(db)
+            for n in range(100): log(n)
+            assert promise()
+        """,
+                db,
+                "e",
+                when,
+            )
+        )
+        t.figure.faults += 1
+        t.figure.points += 1
+        t.check(db, where=program)
+        t.clean(db)
+
+
+def s14_clock(t: Torture) -> None:
+    """a clock that steps back, ahead and stands still"""
+    db = t.database()
+    t.run(
+        t.command(
+            """
+        true_time, offset = time.time_ns, [0]
+        audit = AuditLogger(db, flush_interval=0.02)
+        def clock(): return 0 if offset[0] is None else true_time() + offset[0]
+        audit._encoder._clock = audit._writer._journal._clock = clock
+        for step, offset[0] in enumerate([0, -86400 * 10**9, 86400 * 3650 * 10**9, None, -3600 * 10**9, 0]):
+            for n in range(50): log(f"{step}-{n}"); time.sleep(0.002)
+            assert promise()
+    """,
+            db,
+        )
+    )
+    t.figure.faults += 5
+    t.figure.points += 6
+    t.check(db, where="clock")
+    t.clean(db)
+
+
+def s15_overload(t: Torture) -> None:
+    """more events than the queue takes: none lost, or the exact number on record"""
+    events = 4000 if t.quick else 60000
+    for on_full in ("block", "drop"):
+        db = t.database()
+        t.run(
+            t.command(
+                """
+            import logging; logging.disable()
+            mxcp_audit.QUEUE_BYTES = 100_000
+            audit = AuditLogger(db, on_full=sys.argv[3])
+            def work(thread):
+                for n in range(int(sys.argv[4])):
+                    audit.log_event("cli", "tool", f"{tag}-{thread}-{n}", {"text": "x" * 100})
+            threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+            for thread in threads: thread.start()
+            for thread in threads: thread.join()
+            assert promise()
+        """,
+                db,
+                "e",
+                on_full,
+                str(events // 8),
+            )
+        )
+        t.run(t.ingest_command(db))
+        verdict = judge(db)
+        missing = events - verdict.in_table - verdict.losses
+        t.figure.lost += abs(missing)
+        t.figure.doubled += verdict.doubled
+        if missing or on_full == "block" and verdict.losses or on_full == "drop" and not verdict.losses:
+            t.figure.lost += 1
+            t.figure.blame(
+                f"{on_full}: {events} logged, {verdict.in_table} stored, {verdict.losses} recorded as lost"
+            )
+        t.figure.faults += 1
+        t.figure.points += 1
+        t.clean(db)
+
+
+SWEEPS: dict[str, Callable[[Torture], None]] = {
+    function.__name__.split("_")[0].upper(): function
+    for function in (
+        s1_kill_writer,
+        s2_kill_ingest,
+        s3_endings,
+        s4_disk_errors,
+        s5_failed_fsync,
+        s6_full_disk,
+        s7_forks,
+        s8_many_writers,
+        s9_locks,
+        s10_damage,
+        s12_hostile_input,
+        s13_limits,
+        s14_clock,
+        s15_overload,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """A break of the module: texts of it, each with what stands there instead."""
+
+    name: str
+    sweep: str
+    patches: tuple[tuple[str, str], ...]
+
+
+DELETE = "[claim.release(delete=True) for claim in claims]\n"
+CHECKPOINT = 'engine.execute("CHECKPOINT audit")\n'
+MUTANTS = (
+    Mutant("no drain at exit", "S3", (("            logger.shutdown()\n", "            pass\n"),)),
+    Mutant(
+        "delete before commit",
+        "S2",
+        (("            fresh = self._commit(", f"            {DELETE}            fresh = self._commit("),),
+    ),
+    Mutant("delete before checkpoint", "S10", ((CHECKPOINT, f"{DELETE}                {CHECKPOINT}"),)),
+    Mutant(
+        "reuse DuckDB after a fork",
+        "S7",
+        (
+            ("if self._fork_held and self._engine is not None:\n", "if False:\n"),
+            ("RLock()\n            self._engine = None\n", "RLock()\n"),
+            (
+                "if self._process_id == os.getpid():\n            connection.close()",
+                "if 1:\n            pass",
+            ),
+        ),
+    ),
+    Mutant(
+        "glue to a torn tail",
+        "S4",
+        (("            os.ftruncate(self._fd, self.size)\n", "            pass\n"),),
+    ),
+    Mutant("no ledger check", "S2", (("self._ids(engine, KNOWN_SEGMENTS, segments)\n", "set[str]()\n"),)),
+    Mutant("count but drop", "S4", (("                    self._queue[:0] = rest\n", ""),)),
+    Mutant(
+        "no lock on a live segment",
+        "S8",
+        (
+            (
+                "            return try_lock(fd)\n        except OSError:  # no",
+                "            return True\n        except OSError:  # no",
+            ),
+        ),
+    ),
+    Mutant(
+        "flush that does not wait",
+        "S1",
+        (
+            (
+                "        if not self._writer.flush(timeout):\n            return False\n",
+                "        return True\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "child keeps the parent's queue",
+        "S7",
+        (("self._queue: list[bytes] = []\n", "self._queue: list[bytes] = getattr(self, '_queue', [])\n"),),
+    ),
+    Mutant("one bad line costs the segment", "S12", (('"seqs": good or [0],', '"seqs": [0],'),)),
+    Mutant(
+        "losses off the record",
+        "S15",
+        (("                self._journal.record_loss(loss)\n", "                pass\n"),),
+    ),
+)
+
+
+def mutate(mutant: Mutant) -> Path:
+    """Return a directory with the broken module; every patch must match once."""
+    text = (ROOT / "mxcp_audit.py").read_text(encoding="utf-8")
+    for old, new in mutant.patches:
+        if text.count(old) != 1:
+            raise SystemExit(
+                f"mutant {mutant.name!r}: {text.count(old)} places match {old!r}; adapt the patch"
+            )
+        text = text.replace(old, new)
+    folder = Path(tempfile.mkdtemp(prefix="mutant-"))
+    (folder / "mxcp_audit.py").write_text(text, encoding="utf-8")
+    return folder
+
+
+def sweep(name: str, module: Path, *, quick: bool, seed: int) -> Figure:
+    """Run one sweep and return its figure."""
+    t = Torture(module, quick=quick, seed=seed)
+    t.figure = Figure(name, (SWEEPS[name].__doc__ or "").strip())
+    try:
+        SWEEPS[name](t)
+    finally:
+        shutil.rmtree(t.home, ignore_errors=True)
+    return t.figure
+
+
+def run_mutants(seed: int) -> int:
+    """Run each mutant's sweep; return how many went unnoticed."""
+    missed = 0
+    for mutant in MUTANTS:
+        folder = mutate(mutant)
+        try:
+            figure = sweep(mutant.sweep, folder, quick=True, seed=seed)
+        finally:
+            shutil.rmtree(folder)
+        missed += not figure.bad
+        verdict = "caught" if figure.bad else "MISSED"
+        found = ", ".join(
+            f"{key} {getattr(figure, key)}" for key in ("lost", "doubled", "torn", "signals", "exceptions")
+        )
+        print(f"{verdict}  {mutant.sweep:4} {mutant.name}: {found}", flush=True)
+    print(f"{len(MUTANTS) - missed} of {len(MUTANTS)} mutants caught, seed {seed}")
+    return missed
+
+
+def run_sweeps(names: list[str], *, quick: bool, seed: int) -> int:
+    """Run sweeps, print the table, and return how many figures are red."""
+    heads = ("faults", "points", "lost", "twice", "torn", "signals", "raised", "worst ms", "s")
+    print(" " * 5 + "".join(f"{head:>9}" for head in heads))
+    red = 0
+    for name in names:
+        begun = time.monotonic()
+        f = sweep(name, ROOT, quick=quick, seed=seed)
+        red += f.bad
+        cells = (f.faults, f.points, f.lost, f.doubled, f.torn, f.signals, f.exceptions)
+        note = f"; skipped: {f.skipped}" if f.skipped else "  RED" if f.bad else ""
+        print(
+            f"{name:5}"
+            + "".join(f"{cell:9}" for cell in cells)
+            + f"{f.worst_ms:9.1f}{time.monotonic() - begun:9.0f}  {f.what}{note}",
+            flush=True,
+        )
+        for detail in f.details:
+            print(f"      {detail}")
+    print(f"seed {seed}; {red} of {len(names)} figures red")
+    return red
+
+
+def main() -> int:
+    """Read the command line; return the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="a sample of each sweep")
+    parser.add_argument("--mutants", action="store_true", help="break the module on purpose")
+    parser.add_argument("--only", metavar="S1,S2", help="these sweeps")
+    parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))
+    options = parser.parse_args()
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if options.mutants:
+        return int(bool(run_mutants(options.seed)))
+    names = options.only.split(",") if options.only else list(SWEEPS)
+    return int(bool(run_sweeps(names, quick=options.quick, seed=options.seed)))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
