@@ -10570,13 +10570,12 @@ def cmd_redact(options: argparse.Namespace) -> int:
 
 
 def _add_ingest(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "ingest",
-        parents=[common],
-        help="move the events of dead processes from the journal into the database",
-        description="Move every sealed or orphaned segment into the database, as running servers do.",
+    texts = (
+        "move the events of dead processes from the journal into the database",
+        "Move every sealed or orphaned segment into the database, as running servers\ndo.",
+        "ingest\ningest --db /var/log/mxcp/audit-prod.duckdb",
     )
-    command.set_defaults(run=cmd_ingest)
+    _add_command(commands, "ingest", cmd_ingest, texts, parents=[common])
 
 
 def cmd_ingest(options: argparse.Namespace) -> int:
@@ -10656,12 +10655,12 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 
 
 def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "verify",
-        parents=[common],
-        help="prove that nothing was changed, removed or inserted",
-        description="Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
+    texts = (
+        "prove that nothing was changed, removed or inserted",
+        "Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
+        "verify\nverify --since 7d --json\nverify --checkpoint heads.json",
     )
+    command = _add_command(commands, "verify", cmd_verify, texts, parents=[common])
     command.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
     command.add_argument(
         "--since", type=_time_argument, metavar="WHEN", help="recompute segments with events since then only"
@@ -10669,7 +10668,6 @@ def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint", metavar="FILE", help="what `checkpoint` printed: nothing up to there may be missing"
     )
-    command.set_defaults(run=cmd_verify)
 
 
 def cmd_verify(options: argparse.Namespace) -> int:
@@ -10762,14 +10760,14 @@ def _read_checkpoint(path: str) -> list[Head]:
 
 
 def _add_checkpoint(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "checkpoint",
-        parents=[common],
-        help="print where the ledger ends, to be kept elsewhere",
-        description="Print the head of each journal's chain. Kept where nobody who can write the database "
-        "can, it lets `verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.",
+    texts = (
+        "print where the ledger ends, to be kept elsewhere",
+        "Print the head of each journal's chain. Kept where nobody who can write the\n"
+        "database can, it lets `verify --checkpoint FILE` tell whether anything up to\n"
+        "it was cut off or rewritten.",
+        "checkpoint > heads.json",
     )
-    command.set_defaults(run=cmd_checkpoint)
+    _add_command(commands, "checkpoint", cmd_checkpoint, texts, parents=[common])
 
 
 def cmd_checkpoint(options: argparse.Namespace) -> int:
@@ -10783,12 +10781,14 @@ def cmd_checkpoint(options: argparse.Namespace) -> int:
 
 
 def _add_purge(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "purge",
-        parents=[common],
-        help="delete old events, so that the rest still verifies",
-        description="Delete every event older than that, and enter into the ledger what went.",
+    texts = (
+        "delete old events, so that the rest still verifies",
+        "Delete every event older than that, and enter into the ledger what went.",
+        "purge --older-than 90d --dry-run\n"
+        "purge --older-than 90d --archive archive\n"
+        "purge --older-than 2026-01-01",
     )
+    command = _add_command(commands, "purge", cmd_purge, texts, parents=[common])
     command.add_argument(
         "--older-than",
         type=_time_argument,
@@ -10798,7 +10798,6 @@ def _add_purge(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dry-run", action="store_true", help="say what would go")
     command.add_argument("--archive", metavar="DIR", help="write what goes as Parquet into DIR first")
-    command.set_defaults(run=cmd_purge)
 
 
 def cmd_purge(options: argparse.Namespace) -> int:
@@ -10827,15 +10826,14 @@ def cmd_purge(options: argparse.Namespace) -> int:
 
 
 def _add_backup(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "backup",
-        parents=[common],
-        help="copy the log while the server runs",
-        description="Copy the database to FILE, and what is not in it yet to FILE.journal. To restore, "
-        "copy both back while no server runs.",
+    texts = (
+        "copy the log while the server runs",
+        "Copy the database to FILE, and what is not in it yet to FILE.journal. To\n"
+        "restore, copy both back while no server runs.",
+        "backup /backup/audit-2026-11-25.duckdb",
     )
+    command = _add_command(commands, "backup", cmd_backup, texts, parents=[common])
     command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
-    command.set_defaults(run=cmd_backup)
 
 
 def cmd_backup(options: argparse.Namespace) -> int:
@@ -10847,13 +10845,12 @@ def cmd_backup(options: argparse.Namespace) -> int:
 
 
 def _add_compact(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
+    texts = (
+        "give the space of purged events back to the file system",
+        "Write the database anew and put it in place of the old one.",
         "compact",
-        parents=[common],
-        help="give the space of purged events back to the file system",
-        description="Write the database anew and put it in place of the old one.",
     )
-    command.set_defaults(run=cmd_compact)
+    _add_command(commands, "compact", cmd_compact, texts, parents=[common])
 
 
 def cmd_compact(options: argparse.Namespace) -> int:
@@ -10863,14 +10860,13 @@ def cmd_compact(options: argparse.Namespace) -> int:
 
 
 def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "doctor",
-        parents=[common],
-        help="say how the log is doing, and what to do about it",
-        description="Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1 not.",
+    texts = (
+        "say how the log is doing, and what to do about it",
+        "Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1\nnot.",
+        "doctor\ndoctor --json | jq .faults",
     )
+    command = _add_command(commands, "doctor", cmd_doctor, texts, parents=[common])
     command.add_argument("--json", action="store_true", help="print a JSON object")
-    command.set_defaults(run=cmd_doctor)
 
 
 def cmd_doctor(options: argparse.Namespace) -> int:
@@ -10894,15 +10890,14 @@ def cmd_doctor(options: argparse.Namespace) -> int:
 
 
 def _add_import(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "import",
-        parents=[common],
-        help="take in MXCP's own JSONL logs",
-        description="Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported "
-        "before is not imported again, so a log that grew can be given again.",
+    texts = (
+        "take in MXCP's own JSONL logs",
+        "Take in the JSONL logs of MXCP, of any version, plain or gzip. What was\n"
+        "imported before is not imported again, so a log that grew can be given again.",
+        "import audit.jsonl\nimport logs-2025.jsonl.gz logs-2026.jsonl",
     )
+    command = _add_command(commands, "import", cmd_import, texts, parents=[common])
     command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
-    command.set_defaults(run=cmd_import)
 
 
 def cmd_import(options: argparse.Namespace) -> int:
@@ -10931,19 +10926,26 @@ def cmd_import(options: argparse.Namespace) -> int:
 def _add_wrap(commands: Any, common: argparse.ArgumentParser) -> None:
     import argparse
 
-    command = commands.add_parser(
+    texts = (
+        "run any stdio MCP server and record what it executes",
+        "Run COMMAND, an MCP server over standard input and output in any language, and\n"
+        "record its tool calls, resource reads and prompts. Every byte passes\n"
+        "unchanged.",
+        "wrap -- npx -y @modelcontextprotocol/server-everything\n"
+        "wrap --profile production --strict -- python server.py",
+    )
+    command = _add_command(
+        commands,
         "wrap",
+        cmd_wrap,
+        texts,
         parents=[common],
-        help="run any stdio MCP server and record what it executes",
-        description="Run COMMAND, an MCP server over standard input and output in any language, and record "
-        "its tool calls, resource reads and prompts. Every byte passes unchanged.",
         usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
     )
     command.add_argument(
         "--strict", action="store_true", help="stop the traffic when it can't be recorded (default: go on)"
     )
     command.add_argument("server", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="the server")
-    command.set_defaults(run=cmd_wrap)
 
 
 def cmd_wrap(options: argparse.Namespace) -> int:
