@@ -10863,7 +10863,7 @@ def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
     texts = (
         "say how the log is doing, and what to do about it",
         "Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1\nnot.",
-        "doctor\ndoctor --json | jq .faults",
+        "doctor\ndoctor --json",
     )
     command = _add_command(commands, "doctor", cmd_doctor, texts, parents=[common])
     command.add_argument("--json", action="store_true", help="print a JSON object")
