@@ -8101,7 +8101,8 @@ def _refuse_fatal_limit() -> None:
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
-    DatabaseCorruptError: "move it aside or restore a backup; nothing was changed, events wait",
+    DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
+    "else move it aside or restore a backup",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
     DatabaseUnreachableError: "events wait in the journal",
     EngineNotFoundError: "events wait in the journal",
