@@ -635,3 +635,27 @@ def test_docs_every_statement_and_setting_works(make_host: Make, server: Postgre
     assert host.run(COUNTS)[0] == [100, 100, 100]
     host.start(LOG, "a", 20, 0).communicate(timeout=120)
     assert host.run(COUNTS)[0][:2] == [120, 120]
+
+
+HANG = """
+import json, time
+from mxcp_audit import AuditLogger
+audit = AuditLogger.from_config()
+audit.log_event("cli", "tool", "t", {}, 1)
+audit.flush(1)
+print(json.dumps(audit.shutdown(timeout=1)))
+"""
+
+
+def test_shutdown_while_the_server_does_not_answer_ends(make_host: Make, server: Postgres) -> None:
+    host = make_host("postgres")
+    audit = {"enabled": True, "path": host.path + " connect_timeout=3600", "flush_interval": "100ms"}
+    (host.folder / "mxcp-site.yml").write_text(json.dumps({"profiles": {"default": {"audit": audit}}}))
+    server.pause()
+    try:
+        host.run(HANG)
+        assert len(host.segments()) == 1
+    finally:
+        server.resume()
+    host.ingest()
+    assert host.run(COUNTS)[0] == [1, 1, 1]
