@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import atexit
 import binascii
+import bisect
 import codecs
 import collections
 import contextlib
@@ -36,6 +37,8 @@ import datetime
 import enum
 import errno
 import functools
+import hashlib
+import hmac
 import inspect
 import json
 import logging
@@ -50,7 +53,6 @@ import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
-from pathlib import Path
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -1057,7 +1059,7 @@ def load_config(
     site = _SiteFile(site_file)
     name, name_source = site.profile(profile, os.environ if environ is None else environ)
     settings, sources = site.settings(name)
-    folder = Path(site_file).parent
+    folder = os.path.dirname(site_file)
     settings.setdefault("path", f"logs-{name}.duckdb")
     remote = is_attach_target(settings["path"])
     if remote:
@@ -1067,9 +1069,9 @@ def load_config(
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
             raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
     if not remote:
-        settings["path"] = str(folder / settings["path"])
+        settings["path"] = os.path.join(folder, settings["path"].removeprefix("./"))
     if "journal" in settings:
-        settings["journal"] = str(folder / settings["journal"])
+        settings["journal"] = os.path.join(folder, settings["journal"].removeprefix("./"))
     defaults = dict.fromkeys((each.name for each in fields(Config) if each.name != "sources"), "default")
     all_sources = {**defaults, **sources, "profile": name_source, "site_file": site_source}
     return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
@@ -1080,19 +1082,22 @@ def _find_site_file(
 ) -> tuple[str, str]:
     """The absolute path of the site file, and who chose it."""
     try:
-        start = Path(os.path.abspath(cwd if cwd is not None else os.getcwd()))
+        start = folder = os.path.abspath(cwd if cwd is not None else os.getcwd())
     except OSError as error:
         raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
     if config is not None:
-        return str(start / config), "argument"
-    for folder in (start, *start.parents):
-        if os.path.lexists(folder / SITE_FILE):
-            return str(folder / SITE_FILE), "found"
+        return os.path.join(start, config), "argument"
+    while True:
+        if os.path.lexists(os.path.join(folder, SITE_FILE)):
+            return os.path.join(folder, SITE_FILE), "found"
+        folder, below = os.path.dirname(folder), folder
+        if folder == below:
+            break
     raise ConfigError(
         f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
         " do without by --db or AuditLogger(path), or create one that says:"
         " profiles: {default: {audit: {enabled: true}}}",
-        path=str(start),
+        path=start,
     )
 
 
@@ -2496,7 +2501,7 @@ class _Walk:
         """Return the marker for a whole value, whatever it is, and collect what it may echo as."""
         if self.quiet:
             return REDACTED
-        plain = self.plain(value)
+        plain = value if type(value) is str else self.plain(value)
         if isinstance(plain, str) and self.texts.is_marker(plain):
             return plain
         if self.echoes is not None:
@@ -2978,15 +2983,12 @@ def _clip_text(text: str, max_bytes: int) -> str:
 # UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
 # Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
 
-_JSON_CONSTANTS: Final = {
-    text: f'"{text}"' for text in (*EVENT_TYPES, *POLICY_DECISIONS, *STATUSES, "cli", "http", "stdio")
-}
-_TYPE_JSON: Final = {text: _JSON_CONSTANTS[text] for text in EVENT_TYPES}
-_POLICY_JSON: Final = {text: _JSON_CONSTANTS[text] for text in POLICY_DECISIONS}
-_STATUS_JSON: Final = {text: _JSON_CONSTANTS[text] for text in STATUSES}
-_NAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; a flood of made-up ones must not stay
+_FRAME_CACHE_SIZE: Final = (
+    1024  # arbitrary: servers have tens of names; a flood of made-up ones must not stay
+)
 
 REPLACEMENT: Final = "\ufffd"
+_NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
@@ -3020,7 +3022,7 @@ class Encoder:
         self._max_input_bytes = max_input_bytes
         self._clock = clock
         self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
-        self._names: dict[str, str] = {}
+        self._frames: dict[tuple[object, ...], tuple[str, str, str]] = {}
 
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
@@ -3073,49 +3075,59 @@ class Encoder:
         if stamp[0] != second:
             stamp = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
         try:
-            type_json = _TYPE_JSON[event_type]  # type: ignore[index]
-            policy_json = _POLICY_JSON[policy_decision]  # type: ignore[index]
-            status_json = _STATUS_JSON[status]  # type: ignore[index]
+            head, middle, tail = self._frames[caller, event_type, name, policy_decision, status]
             flag = ""
-        except Exception:  # KeyError mostly, or whatever an object's own __hash__ raises
-            type_json, policy_json, status_json, flag = self._flagged(event_type, policy_decision, status)
+        except Exception:  # a new one, or a part that is no key: whatever its own __hash__ raises
+            head, middle, tail, flag = self._frame(caller, event_type, name, policy_decision, status)
         if type(duration_ms) is not int or not 0 <= duration_ms <= MAX_DURATION_MS:
             duration_ms, flag = _clamped(duration_ms, flag)
         if flag:
             reason = flag if reason is None else f"{self._plain_text(reason)}; {flag}"
-        name_json = self._names.get(name) if type(name) is str else None
-        caller_json = _JSON_CONSTANTS.get(caller) if type(caller) is str else None
+        if user_id is None and session_id is None and trace_id is None:
+            ids = _NO_IDS
+        else:
+            ids = (
+                f',"user_id":{self._id_json(user_id)},"session_id":{self._id_json(session_id)}'
+                f',"trace_id":{self._id_json(trace_id)}'
+            )
         text = (
-            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}Z"'
-            f',"caller":{caller_json or self._text_json(caller)}'
-            f',"type":{type_json}'
-            f',"name":{name_json or self._name_json(name)}'
-            f',"input_json":{input_json},"duration_ms":{duration_ms}'
-            f',"policy_decision":{policy_json}'
-            f',"reason":{"null" if reason is None else self._text_json(reason, echoes)}'
-            f',"status":{status_json}'
-            f',"error":{"null" if error is None else self._text_json(error, echoes)}'
-            f',"user_id":{"null" if user_id is None else self._id_json(user_id)}'
-            f',"session_id":{"null" if session_id is None else self._id_json(session_id)}'
-            f',"trace_id":{"null" if trace_id is None else self._id_json(trace_id)}'
+            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json}'
+            f',"duration_ms":{duration_ms}{middle}'
+            f"{'null' if reason is None else self._text_json(reason, echoes)}{tail}"
+            f"{'null' if error is None else self._text_json(error, echoes)}{ids}"
         )
         try:
             return text.encode()
         except UnicodeEncodeError:  # lone surrogates; a pair of them is one character
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-    def _name_json(self, name: object) -> str:
-        text = self._text_json(name)
-        if type(name) is str:
-            if len(self._names) >= _NAME_CACHE_SIZE:
-                self._names.clear()
-            self._names[name] = text
-        return text
+    def _frame(
+        self, caller: object, event_type: object, name: object, policy_decision: object, status: object
+    ) -> tuple[str, str, str, str]:
+        """Return what surrounds the changing parts of a line, and what is wrong with it, as `reason` says it.
+
+        Events of one tool differ in little else, so the frames of sound ones are kept.
+        """
+        type_json, policy_json, status_json, flag = self._flagged(event_type, policy_decision, status)
+        frame = (
+            f'Z","caller":{self._text_json(caller)},"type":{type_json},"name":{self._text_json(name)}'
+            ',"input_json":',
+            f',"policy_decision":{policy_json},"reason":',
+            f',"status":{status_json},"error":',
+        )
+        key = (caller, event_type, name, policy_decision, status)
+        if not flag and all(type(part) is str for part in key):
+            if len(self._frames) >= _FRAME_CACHE_SIZE:
+                self._frames.clear()
+            self._frames[key] = frame
+        return (*frame, flag)
 
     def _text_json(self, value: object, echoes: Sequence[str] = ()) -> str:
         return encode_text(self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT))
 
     def _id_json(self, value: object) -> str:
+        if value is None:
+            return "null"
         return encode_text(
             (value if type(value) is str else self._plain_text(value)).replace("\0", REPLACEMENT)
         )
@@ -3244,8 +3256,6 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
     if not newer and isinstance(event["input_params"], str):
         with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
             event["input_params"] = json.loads(event["input_params"])
-    if event["policy_decision"] is None:
-        event["policy_decision"] = "n/a"
     return _time_of_mxcp(record.get("timestamp")), event
 
 
@@ -3467,7 +3477,7 @@ class Claim:
             _write_beside(self.path, ".torn", data[end:])
             os.ftruncate(self._fd, end)
         self.lines = data.count(b"\n")
-        self.longest = max(map(len, data[:end].split(b"\n")))
+        self.longest = _longest_line(data, end)
         self.size = end
 
     def read(self) -> bytes:
@@ -3511,6 +3521,19 @@ class Claim:
             os.close(fd)
         if delete and sys.platform == "win32":  # it deletes no open file
             os.unlink(self.path)
+
+
+def _longest_line(data: bytes, end: int) -> int:
+    """Return the length of the longest line, or a limit that none exceeds: splitting costs ten times more."""
+    longest = step = 2**20
+    start = 0
+    while start < end:
+        feed = data.rfind(b"\n", start, start + step)
+        if feed < 0:
+            feed = data.index(b"\n", start)
+            longest = max(longest, feed - start)
+        start = feed + 1
+    return longest
 
 
 class Loss(NamedTuple):
@@ -3587,7 +3610,7 @@ class Journal:
             OSError: the directory can't be made or written.
             JournalError: the directory is a symbolic link or belongs to somebody else.
         """
-        self._make_directory(durable=durable)
+        self.make_directory(durable=durable)
         while True:
             segment_id = named or new_segment_id(self._clock())
             path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
@@ -3617,7 +3640,13 @@ class Journal:
         except OSError:  # no locks here: the claimers find out as well, and leave everything alone
             return True
 
-    def _make_directory(self, *, durable: bool = False) -> None:
+    def make_directory(self, *, durable: bool = False) -> None:
+        """Make the journal's directory, or check the one that is there.
+
+        Raises:
+            OSError: it can't be made.
+            JournalError: it is a symbolic link or belongs to somebody else.
+        """
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3626,7 +3655,10 @@ class Journal:
                 sync_directory(parent)
             return
         except FileExistsError:
-            pass
+            self.check_directory()
+
+    def check_directory(self) -> None:
+        """Raise JournalError if the directory is a link or somebody else's, OSError if it is gone."""
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
@@ -3636,8 +3668,8 @@ class Journal:
             )
         if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
             raise JournalError(
-                f"belongs to user {found.st_uid}, so that its owner could read and change what is recorded; "
-                "make it your own, or set `journal`",
+                f"belongs to user {found.st_uid}, who could read and change what is recorded; "
+                "work as that user, make it your own, or set `journal`",
                 path=self.directory,
             )
 
@@ -3729,6 +3761,7 @@ class Journal:
         """
         path = os.path.join(self.directory, "ingest.lock")
         try:
+            self.check_directory()
             fd = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
         except FileNotFoundError:
             yield False  # no directory, so nothing to ingest either
@@ -3782,7 +3815,7 @@ class Journal:
         """
         path = os.path.join(self.directory, "journal.id")
         try:
-            with open(path, encoding="ascii") as file:
+            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="ascii") as file:
                 known = file.read().strip()
             if known:
                 return known
@@ -3804,7 +3837,7 @@ class Journal:
         Raises:
             OSError: not recorded; try again.
         """
-        self._make_directory()
+        self.make_directory()
         path = os.path.join(self.directory, new_segment_id(self._clock()))
         _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
 
@@ -3868,6 +3901,24 @@ def sync_directory(directory: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_file(path: str) -> None:
+    """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
+    fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_new_file(path: str, data: bytes) -> None:
+    """Write a file that doesn't exist yet, durably, with mode 0600. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _FILE_MODE)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
 
 
 # === Writer ===
@@ -4474,6 +4525,9 @@ class IngestSide(Protocol):
     def after_fork(self, *, child: bool) -> None:
         """Take up work again, in the parent and in the child."""
 
+    def report_head(self) -> None:
+        """Tell `logging` where the ledger's chain ends."""
+
 
 class Ingester:
     """The thread that calls `IngestSide.ingest` after a segment was sealed, and again while something waits.
@@ -4485,6 +4539,7 @@ class Ingester:
     """
 
     _LONGEST_PAUSE_SECONDS: Final = 30.0
+    _LONGEST_SLEEP_SECONDS: Final = 24 * 3600.0  # retention runs daily, with or without events
     _LONGEST_STOP_SECONDS: Final = 60.0  # for what can't be interrupted, such as a dead network share
 
     def __init__(self, side: IngestSide, *, interval: float, diagnostics: Diagnostics) -> None:
@@ -4553,9 +4608,11 @@ class Ingester:
         waiting = False
         while True:
             with self._changed:
+                daily = False
                 if not self._stopping and self._done >= self._wanted:
-                    self._changed.wait(pause if waiting else None)
-                if self._done >= self._wanted and (self._stopping or not waiting):
+                    woken = self._changed.wait(pause if waiting else self._LONGEST_SLEEP_SECONDS)
+                    daily = not woken
+                if self._done >= self._wanted and (self._stopping or not (waiting or daily)):
                     if self._stopping:
                         self._thread = None
                         self._changed.notify_all()
@@ -4783,6 +4840,8 @@ class Origin(NamedTuple):
 
 def _get(owner: object, name: str) -> Any:
     """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
+    if owner is None:  # as it is most of the time; the questions below take 1 µs
+        return None
     try:
         if isinstance(owner, dict):
             return owner.get(name)
@@ -5065,11 +5124,7 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
                     while True:
                         try:
                             sent = yield item
-                        except GeneratorExit:
-                            with call.running():
-                                await steps.aclose()
-                            raise
-                        except BaseException as error:
+                        except BaseException as error:  # of athrow, or GeneratorExit of aclose
                             with call.running():
                                 item = await steps.athrow(error)
                         else:
@@ -5684,6 +5739,7 @@ class AuditLogger:
         if self._ingester is not None:
             self._ingester.stop(max(0.0, deadline - time.monotonic()))
         if self._side is not None:
+            self._side.report_head()
             self._side.close()
         _live.loggers.discard(self)
         if left:
@@ -5903,12 +5959,73 @@ WIDEN_LOGS: Final = tuple(
     f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
     for column in COLUMNS[10:]
 )
-# `kind` is `segment`, `loss` or `purge`; `position` counts the entries of one journal's chain from 1.
-CREATE_LEDGER: Final = """\
-CREATE TABLE IF NOT EXISTS audit.ledger (
-    journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT,
-    first_event TIMESTAMP, last_event TIMESTAMP, digest VARCHAR, seal VARCHAR,
-    detail VARCHAR, host VARCHAR, ingested_at TIMESTAMP)"""
+# The ledger: an entry for each segment, loss and purge, and one for an older table's rows (`legacy`).
+# `position` counts the entries of one journal's chain from 1. `marks` holds four hex digits of each
+# event's hash in order of seq, so that a changed event can be named; null where seq has gaps.
+# Also update docs/security.md, and tools/verify_independently.py, which knows it from there.
+LEDGER_COLUMNS: Final = (
+    Column("journal", "VARCHAR"),
+    Column("position", "BIGINT"),
+    Column("kind", "VARCHAR"),
+    Column("segment", "VARCHAR"),
+    Column("events", "BIGINT"),
+    Column("first_event", "TIMESTAMP"),
+    Column("last_event", "TIMESTAMP"),
+    Column("digest", "VARCHAR"),
+    Column("marks", "VARCHAR"),
+    Column("detail", "VARCHAR"),
+    Column("host", "VARCHAR"),
+    Column("ingested_at", "TIMESTAMP"),
+    Column("seal", "VARCHAR"),
+)
+_LEDGER_DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in LEDGER_COLUMNS)
+CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({_LEDGER_DEFINITIONS})"
+
+
+def row_hash(columns: Sequence[Column], **instead: str) -> str:
+    """Return the SQL of a row's hash: SHA-256 of its canonical form, which no two different rows share.
+
+    A number for each column, separated by `|`: an integer itself, a timestamp's microseconds since
+    the epoch, a text's length in bytes; nothing for NULL. Then `|` and all texts, one after the other.
+    Of events, the segment's text is left out, which its entry has: hashing it costs a tenth of an ingest.
+
+    Args:
+        columns: all that are covered, in order.
+        instead: for an integer column's name, what to take instead of it.
+    """
+    numbers = {
+        # An infinity has no microseconds, and must not look like NULL.
+        "TIMESTAMP": "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END",
+        "VARCHAR": "strlen({0})",
+    }
+    head = ", '|', ".join(
+        numbers.get(column.sql_type, "{0}").format(instead.get(column.name, column.name))
+        for column in columns
+    )
+    left_out = "segment" if columns is COLUMNS else ""
+    texts = ", ".join(
+        column.name for column in columns if column.sql_type == "VARCHAR" and column.name != left_out
+    )
+    return f"sha256(concat({head}, '|', {texts}))"
+
+
+def digests(
+    source: str, condition: str = "true", *, segment: str = "segment", order: str = "seq, hash"
+) -> str:
+    """Return the SELECT of what the ledger says of each segment: count, range, digest and marks.
+
+    The digest is SHA-256 over the hashes of the segment's rows, in order of seq; where that is missing
+    or not unique, in order of the hashes, which costs a tenth more.
+    """
+    return f"""\
+SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
+       CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
+FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event, max(timestamp) AS last_event,
+             min(seq) AS low, max(seq) AS high, list(hash ORDER BY {order}) AS hashes
+      FROM (SELECT {segment} AS part, timestamp, seq, {row_hash(COLUMNS)} AS hash
+            FROM {source} WHERE {condition})
+      GROUP BY part)"""
+
 
 # Reading a segment: `columns` always, because detection types the same file differently in 1.5 and 2.0.
 STAGE: Final = f"""\
@@ -5940,17 +6057,175 @@ UPDATE audit.ledger SET ingested_at = ingested_at
 WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
+# Entering: positions and digests go into the temporary table `entries`, then seals are added.
+CREATE_ENTRIES: Final = f"CREATE OR REPLACE TEMP TABLE entries ({_LEDGER_DEFINITIONS})"
 LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
-INSERT_SEGMENTS: Final = """\
-INSERT INTO audit.ledger BY NAME
-SELECT $journal AS journal, $position + row_number() OVER (ORDER BY claimed) AS position, 'segment' AS kind,
-       claimed AS segment, count(seq) AS events, min(timestamp) AS first_event, max(timestamp) AS last_event,
+SEAL_AT: Final = """\
+SELECT max(seal)::VARCHAR FROM audit.ledger WHERE journal = $journal AND position = $position"""
+EVENTS_OF: Final = """\
+SELECT coalesce(sum(events), 0)::BIGINT FROM audit.ledger WHERE journal = $journal AND kind = 'segment'"""
+LEDGER_IS_EMPTY: Final = "SELECT count(*) = 0 FROM audit.ledger"
+# Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
+_SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
+LEGACY_DAYS: Final = """\
+SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR, count(*)::BIGINT FROM audit.logs
+WHERE segment IS NULL GROUP BY ALL ORDER BY ALL NULLS FIRST"""
+PREPARE_LEGACY: Final = f"""\
+INSERT INTO entries BY NAME
+SELECT $journal AS journal, 'legacy' AS kind, segment, events, first_event, last_event, digest,
+       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY segment) AS position,
        $host AS host, $now::TIMESTAMP AS ingested_at
-FROM (SELECT unnest($segments) AS claimed) LEFT JOIN batch ON segment = claimed GROUP BY claimed"""
-INSERT_LOSS: Final = """\
+FROM ({
+    digests(
+        "audit.logs",
+        "segment IS NULL AND coalesce(strftime(timestamp, '%Y-%m-%d'), '') BETWEEN $first_day AND $last_day",
+        segment=_SEGMENT_OR_DAY,
+    )
+})"""
+PREPARE_SEGMENTS: Final = f"""\
+INSERT INTO entries BY NAME
+SELECT $journal AS journal, 'segment' AS kind, claimed AS segment,
+       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY claimed) AS position,
+       coalesce(events, 0) AS events, first_event, last_event, digest, marks,
+       $host AS host, $now::TIMESTAMP AS ingested_at
+FROM (SELECT unnest($segments) AS claimed) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed"""
+PREPARE_ENTRY: Final = """\
+INSERT INTO entries BY NAME
+SELECT $journal AS journal, $position + 1 + (SELECT count(*) FROM entries) AS position,
+       $kind AS kind, $segment::VARCHAR AS segment,
+       $events::BIGINT AS events, make_timestamp($first) AS first_event, make_timestamp($last) AS last_event,
+       $digest::VARCHAR AS digest, $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+PREPARED_HASHES: Final = f"""\
+SELECT position::BIGINT, kind::VARCHAR, events::BIGINT, {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
+FROM entries ORDER BY position"""
+INSERT_ENTRIES: Final = """\
 INSERT INTO audit.ledger BY NAME
-SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS segment,
-       $events::BIGINT AS events,       $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+SELECT entries.* REPLACE (sealed AS seal)
+FROM entries JOIN (SELECT unnest($positions) AS place, unnest($seals) AS sealed) ON position = place"""
+
+# Verifying reads the tables through views of known columns and types, whatever somebody made of them.
+TABLE_TYPES: Final = """\
+SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
+WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
+CHAIN: Final = f"""\
+SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, segment::VARCHAR, events::BIGINT, seal::VARCHAR,
+       {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
+FROM sound_ledger ORDER BY journal, position, seal"""
+PURGES: Final = """\
+SELECT detail::VARCHAR, events::BIGINT, strftime(ingested_at, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
+SPLITS: Final = """\
+SELECT max(segment)::VARCHAR FROM (
+    SELECT segment, floor(sum(events) OVER (ORDER BY segment ROWS UNBOUNDED PRECEDING) / $size) AS part
+    FROM sound_ledger
+    WHERE kind IN ('segment', 'legacy') AND ($before IS NULL OR last_event >= make_timestamp($before)))
+GROUP BY part ORDER BY ALL NULLS FIRST"""
+SCOPE_SINCE: Final = f"""\
+CREATE OR REPLACE TEMP TABLE scope AS
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
+UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
+# What a purge touches; segments that an earlier one took whole are left out.
+SCOPE_BEFORE: Final = f"""\
+CREATE OR REPLACE TEMP TABLE scope AS
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND first_event < $moment::TIMESTAMP
+AND ($before IS NULL OR last_event >= make_timestamp($before) OR ingested_at >= $purged_at::TIMESTAMP)
+UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp < $moment::TIMESTAMP"""
+_OLD: Final = f"{_SEGMENT_OR_DAY} = $segment AND timestamp < $moment::TIMESTAMP"
+_KEPT: Final = f"{_SEGMENT_OR_DAY} = $segment AND coalesce(timestamp >= $moment::TIMESTAMP, true)"
+PART_GONE: Final = (
+    f"SELECT events::BIGINT, digest::VARCHAR, epoch_us(last_event)::BIGINT "
+    f"FROM ({digests('sound_logs', _OLD, segment=_SEGMENT_OR_DAY)})"
+)
+PART_KEPT: Final = (
+    f"SELECT events::BIGINT, digest::VARCHAR FROM ({digests('sound_logs', _KEPT, segment=_SEGMENT_OR_DAY)})"
+)
+DELETE_OLD: Final = "DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+COUNT_OLD: Final = "SELECT count(*)::BIGINT FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+OLD_DAYS: Final = """\
+SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR AS day, count(*)::BIGINT FROM audit.logs
+WHERE timestamp < $moment::TIMESTAMP GROUP BY day ORDER BY day"""
+OLD_OF_DAY: Final = f"""\
+SELECT {_NAMES} FROM audit.logs
+WHERE timestamp < $moment::TIMESTAMP AND strftime(timestamp, '%Y-%m-%d') = $day
+ORDER BY timestamp, segment, seq"""
+COPY_PARQUET: Final = "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"
+_IN_RANGE: Final = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
+ARCHIVED: Final = (
+    "SELECT digest::VARCHAR FROM ("
+    + digests("read_parquet($files)", _IN_RANGE.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
+    + ") ORDER BY segment"
+)
+CHAIN_ENDS: Final = "SELECT journal::VARCHAR, max(position)::BIGINT FROM audit.ledger GROUP BY journal"
+HEADS: Final = """\
+SELECT journal::VARCHAR, max(position)::BIGINT,
+       coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, arg_max(seal, position)::VARCHAR
+FROM audit.ledger GROUP BY journal ORDER BY journal"""
+ACTIVE_HOURS: Final = """\
+SELECT DISTINCT epoch(date_trunc('hour', ingested_at))::BIGINT AS hour FROM audit.ledger
+WHERE ingested_at <= $now::TIMESTAMP ORDER BY hour DESC"""
+
+
+SAME_CONTENT: Final = {
+    table: f"""\
+SELECT a.rows = b.rows AND a.hash IS NOT DISTINCT FROM b.hash, a.rows::BIGINT
+FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} t) a,
+     (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM fresh.{table} t) b"""
+    for table in ("logs", "ledger")
+}
+
+
+def comparison(*, scoped: bool) -> str:
+    """Return the SELECT that sets what the ledger says of segments beside what is in `logs`.
+
+    Without `scoped`, only differences are returned, and what a purge may have taken (`$before`).
+    """
+    inside = _IN_RANGE
+    if scoped:
+        inside += " AND {0} IN (SELECT segment FROM scope)"
+    found = digests("sound_logs", inside.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
+    chosen = (
+        "true"
+        if scoped
+        else (
+            "found.digest IS DISTINCT FROM entered.digest OR coalesce(found.events, 0) <> entered.events "
+            "OR entered.events IS NULL OR entered.first_event < make_timestamp($before)"
+        )
+    )
+    return f"""\
+SELECT entered.journal::VARCHAR AS journal, entered.position::BIGINT AS position,
+       coalesce(entered.segment, found.segment)::VARCHAR AS segment, entered.events::BIGINT AS entered,
+       epoch_us(entered.first_event)::BIGINT AS first, epoch_us(entered.last_event)::BIGINT AS last,
+       entered.digest::VARCHAR AS digest, coalesce(found.events, 0)::BIGINT AS found,
+       epoch_us(found.first_event)::BIGINT AS found_first, epoch_us(found.last_event)::BIGINT AS found_last,
+       found.digest::VARCHAR AS found_digest
+FROM (SELECT * FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND {inside.format("segment")}) entered
+FULL JOIN ({found}) found ON found.segment = entered.segment
+WHERE {chosen} ORDER BY segment"""
+
+
+COMPARE: Final = comparison(scoped=False)
+COMPARE_SCOPE: Final = comparison(scoped=True)
+MARKS: Final = "SELECT marks::VARCHAR FROM sound_ledger WHERE segment = $segment AND kind = 'segment'"
+FOUND_MARKS: Final = f"""\
+SELECT seq::BIGINT, {row_hash(COLUMNS)}[1:4]::VARCHAR FROM sound_logs
+WHERE segment = $segment ORDER BY seq"""
+MOVED: Final = f"""\
+SELECT seq::BIGINT, place::BIGINT, {row_hash(COLUMNS, seq="place")}[1:4]::VARCHAR
+FROM sound_logs, (SELECT unnest($seqs) AS place)
+WHERE segment = $segment AND seq IN (SELECT unnest($seqs)) AND seq <> place"""
+
+
+def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
+    """Return the view of a table in which a column that is missing, or has another type, is NULL."""
+    names = ", ".join(
+        column.name
+        if types.get(column.name) == column.sql_type
+        else f"NULL::{column.sql_type} AS {column.name}"
+        for column in columns
+    )
+    source = f"FROM audit.{table}" if types else "WHERE false"
+    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {names} {source}"
+
 
 RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
@@ -6514,10 +6789,21 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill: never beside the data, which may be read-only. Made only if needed."""
+    """Return where DuckDB may spill: never beside the data, which may be read-only. Made only if needed.
+
+    DuckDB makes it as the umask says, so it lies in a directory that is the user's alone.
+    """
     import tempfile
 
-    return os.path.join(tempfile.gettempdir(), f"mxcp_audit-{os.getpid()}-{os.urandom(4).hex()}")
+    owner = getattr(os, "getuid", int)()
+    private = os.path.join(tempfile.gettempdir(), f"mxcp_audit-{owner}")
+    with contextlib.suppress(OSError):  # there may be no place for it, and none may be needed
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(private, 0o700)
+        found = os.lstat(private)
+        if os.name == "posix" and (found.st_uid != owner or not stat.S_ISDIR(found.st_mode)):
+            private = tempfile.mkdtemp(prefix="mxcp_audit-")  # somebody else was there first
+    return os.path.join(private, f"{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -6713,6 +6999,10 @@ class Store:
         self._engine: Engine | None = None
         self._busy = native_threads().RLock()
         self._fork_held = False
+        self._ledger = Ledger()
+        self._told_head: Head | None = None
+        self._retention = config.retention
+        self._next_daily = time.monotonic()
 
     # --- ingest (IngestSide)
 
@@ -6739,6 +7029,7 @@ class Store:
                 seen.update(claim.id for claim in claims)
                 if sum(claim.size for claim in claims) < INGEST_BYTES:
                     break
+            self._daily()
             if problems:
                 raise problems[0]
             return True
@@ -6907,59 +7198,39 @@ class Store:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
                 if self.is_file:
                     engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
+            head = self._ledger.head
             if fresh:
                 engine.execute(INSERT_ROWS)
-                self._enter_ledger(engine, fresh, losses)
-            self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
+                head = self._enter_ledger(engine, fresh, losses)
+            head = (
+                self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()}) or head
+            )
             engine.execute("COMMIT")
+            self._ledger.head = head
             if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
                 engine.execute("CHECKPOINT audit")
         return set(fresh)
 
-    def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> None:
-        entry: dict[str, object] = {
-            "journal": self.journal.identity(),
-            "host": platform_node(),
-            "now": sql_time(utc_now()),
-        }
-        ((position,),) = engine.execute(LAST_POSITION, entry)
-        engine.execute(INSERT_SEGMENTS, {**entry, "position": position, "segments": segments})
-        position += len(segments)
+    def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> Head:
+        """Enter segments, and what was lost of each, in the running transaction; return the new end."""
+        entries: list[Entry] = [(PREPARE_SEGMENTS, {"segments": segments})]
         for segment in segments:
             if losses.get(segment):
-                position += 1
-                engine.execute(
-                    INSERT_LOSS,
-                    {
-                        **entry,
-                        "position": position,
-                        "segment": segment,
-                        "events": losses[segment],
-                        "detail": "lines that could not be ingested, kept in the journal as .rejected",
-                    },
-                )
+                text = "lines that could not be ingested, kept in the journal as .rejected"
+                entries.append(entry_of("loss", losses[segment], text, segment=segment))
+        return self._ledger.enter(engine, self.journal.identity(), entries)
 
-    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> None:
-        """Enter what writers lost, each loss once, into the ledger."""
-        known = self._ids(engine, KNOWN_LOSSES, list(lost)) if lost else set()
-        entry: dict[str, object] = {
-            "journal": self.journal.identity(),
-            "host": platform_node(),
-            "now": sql_time(utc_now()),
-        }
-        for segment in sorted(set(lost) - known):
+    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> Head | None:
+        """Enter what writers lost, each loss once; return the chain's new end, None if it is where it was."""
+        unknown = sorted(set(lost) - self._ids(engine, KNOWN_LOSSES, list(lost)))
+        if not unknown:
+            return None
+        entries = []
+        for segment in unknown:
             loss = lost[segment]
-            ((position,),) = engine.execute(LAST_POSITION, entry)
-            engine.execute(
-                INSERT_LOSS,
-                {
-                    **entry,
-                    "position": position + 1,
-                    "segment": segment,
-                    "events": loss.events,
-                    "detail": f"{loss.reason}, between {loss.first} and {loss.last}",
-                },
-            )
+            text = f"{loss.reason}, between {loss.first} and {loss.last}"
+            entries.append(entry_of("loss", loss.events, text, segment=segment))
+        return self._ledger.enter(engine, self.journal.identity(), entries)
 
     def _ids(self, engine: Engine, sql: str, ids: Sequence[str]) -> set[str]:
         return {segment for (segment,) in engine.execute(sql, {"segments": ids})} if ids else set()
@@ -7017,7 +7288,8 @@ class Store:
                 if not read_only and self._is_absent():
                     self._make_file(engine)
                 self._attach(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
-                yield
+                with self._private_wal(read_only):
+                    yield
                 engine.execute("DETACH audit")
             else:
                 with self._remote_attached(engine, read_only=read_only):
@@ -7063,6 +7335,23 @@ class Store:
             "" if isinstance(error, QueryError) else f"; {_REMEDIES.get(type(error), _REMEDIES[StoreError])}"
         )
         return type(error)(f"{self.name}: {text}{remedy}")
+
+    @contextlib.contextmanager
+    def _private_wal(self, read_only: bool) -> Iterator[None]:
+        """While the database is attached for writing: have its WAL readable by its owner alone.
+
+        DuckDB would make it as the umask says. It takes an empty one that it finds later than at ATTACH.
+        """
+        if read_only or os.path.islink(self.path):
+            yield
+            return
+        wal = self.path + ".wal"
+        with contextlib.suppress(OSError):
+            os.close(os.open(wal, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600))
+        yield
+        with contextlib.suppress(OSError):
+            if not os.stat(wal).st_size:
+                os.unlink(wal)  # nothing was written: leave nothing behind
 
     def _attach(self, engine: Engine, path: str, name: str, **options: object) -> None:
         options = {**self._options, **options}
@@ -7116,6 +7405,284 @@ class Store:
                 (count, detail) for count, detail in reading.engine.execute(RECENT_LOSSES, {"since": since})
             ]
         return found
+
+    # --- evidence
+
+    @contextlib.contextmanager
+    def _session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
+        """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds."""
+        deadline = time.monotonic() + wait
+        engine = self._opener(guest=guest)
+        with contextlib.closing(engine), contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    if self.is_file and self._is_absent():
+                        raise DatabaseNotFoundError(f"Audit database not found at {self.path}")
+                    stack.enter_context(self._attached(engine, read_only=read_only))
+                    break
+                except DatabaseLockedError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(0.01 + os.urandom(1)[0] / 2560)
+            yield engine
+
+    def verify(
+        self,
+        *,
+        checkpoint: Sequence[Head] = (),
+        since: str | None = None,
+        wait: float = 5.0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Verdict:
+        """Recompute the ledger from `logs` and return what isn't as it was recorded.
+
+        Args:
+            checkpoint: heads noted earlier, which the chains must still lead through.
+            since: naive UTC text; older segments are not recomputed, their chain is.
+            wait: seconds to try again while another process holds the database.
+            progress: called with the events done and their total.
+
+        Raises:
+            DatabaseNotFoundError: there is no database.
+            ConfigError: the key file can't be used.
+        """
+        keys = seal_keys()
+        with self._session(read_only=True, wait=wait) as engine:
+            verdict = Verifier(engine, keys, progress=progress).run(checkpoint=checkpoint, since=since)
+        verdict.waiting_bytes = self.journal.waiting_bytes()
+        return verdict
+
+    def heads(self, *, wait: float = 5.0) -> list[Head]:
+        """Return the end of each journal's chain, to be kept elsewhere."""
+        with self._session(read_only=True, wait=wait) as engine:
+            return self._heads(engine) if "ledger" in self._columns(engine) else []
+
+    def _heads(self, engine: Engine) -> list[Head]:
+        return [Head(name or "", *rest) for name, *rest in engine.execute(HEADS)]
+
+    def report_head(self) -> None:
+        """Tell `logging` the end of this journal's chain, unless it was told already."""
+        head = self._ledger.head
+        if head is not None and head != self._told_head:
+            self._told_head = head
+            _LOG.info("mxcp_audit: checkpoint %s", json.dumps({"journals": [head._asdict()]}))
+
+    # --- removing and copying
+
+    @contextlib.contextmanager
+    def _alone(self, wait: float) -> Iterator[None]:
+        """Hold the ingest lock, trying for `wait` seconds."""
+        deadline = time.monotonic() + wait
+        self.journal.make_directory()
+        with self._busy:
+            while True:
+                with self.journal.ingest_lock() as mine:
+                    if mine:
+                        yield
+                        return
+                if time.monotonic() >= deadline:
+                    raise DatabaseLockedError(f"{self.path}: another process is ingesting; try again")
+                time.sleep(0.02)
+
+    def purge(
+        self, before: str, *, archive: str | None = None, dry_run: bool = False, wait: float = 5.0
+    ) -> Removal:
+        """Delete every event older than a moment, exactly and in one transaction, and enter that it went.
+
+        Args:
+            before: naive UTC text.
+            archive: a directory; what goes is written there first, and read back.
+            dry_run: say what would go, and change nothing.
+            wait: seconds to try again while another process holds the database.
+
+        Raises:
+            StoreError: nothing was deleted.
+        """
+        if dry_run:
+            with self._session(read_only=True, wait=wait) as engine:
+                return Purger(engine, before).plan()
+        with self._alone(wait), self._session(read_only=False, wait=wait) as engine:
+            return self._purge(engine, before, archive)
+
+    def _purge(self, engine: Engine, before: str, archive: str | None = None) -> Removal:
+        journal = self.journal.identity()
+        self._create_tables(engine)
+        engine.execute("BEGIN")
+        head = self._ledger.head
+        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
+        if empty:
+            head = self._ledger.enter(engine, journal, [])  # only the rows of an older table
+        purger = Purger(engine, before)
+        removal = purger.plan()
+        if removal.events or removal.wrong:
+            if archive is not None:
+                removal = purger.archive(archive, removal, self._heads(engine))
+            head = purger.remove(self._ledger, journal, removal)
+        self._finish(engine, head)
+        return removal
+
+    def _finish(self, engine: Engine, head: Head | None) -> None:
+        """Commit what was entered into the ledger, and make it durable."""
+        engine.execute("COMMIT")
+        self._ledger.head = head
+        if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
+            engine.execute("CHECKPOINT audit")
+
+    def _daily(self) -> None:
+        """Once a day, under the ingest lock: apply the retention, and tell where the chain ends."""
+        if time.monotonic() < self._next_daily:
+            return
+        self._next_daily = time.monotonic() + _DAY_SECONDS
+        if self._retention is not None and not (self.is_file and self._is_absent()):
+            try:
+                self._retain(self._retention)
+            except AuditError as error:
+                self._next_daily = time.monotonic() + _DAY_SECONDS / 24
+                self._diagnostics.report("retention", "old events could not be purged", error=error)
+        self.report_head()
+
+    def _retain(self, retention: float) -> None:
+        engine = self._guest()
+        now = utc_now()
+        with self._attached(engine, read_only=False):
+            self._create_tables(engine)
+            hours = [hour for (hour,) in engine.execute(ACTIVE_HOURS, {"now": sql_time(now)})]
+            limit = vouched_limit(hours, now.timestamp(), retention)
+            removal = None
+            if limit is not None:
+                moment = datetime.datetime.fromtimestamp(limit, datetime.timezone.utc)
+                removal = self._purge(engine, sql_time(moment))
+            if removal is None or not removal.events:
+                # An entry a day, so that a log without events doesn't look like one that was off.
+                engine.execute("BEGIN")
+                text = "retention: nothing is old enough"
+                entry = entry_of("check", 0, text)
+                self._finish(engine, self._ledger.enter(engine, self.journal.identity(), [entry]))
+        if not engine.keeps:
+            engine.close()
+        if removal is not None and removal.events:
+            _LOG.info("mxcp_audit: retention: %d events before %s purged", removal.events, removal.before)
+
+    def backup(self, path: str, *, wait: float = 5.0) -> tuple[int, int]:
+        """Copy database and journal to `path` and `path.journal`, as of one moment, while servers run.
+
+        What can be ingested is ingested first, so that the copy's journal holds only what running
+        servers have not sealed yet; there is none if there is nothing.
+
+        Returns:
+            how many events the copied table holds, and how many segments its journal.
+
+        Raises:
+            StoreError: something is at `path` already, or the copy can't be written or differs.
+        """
+        self._refuse_target("backup")
+        self.refuse_own_files(path)
+        target = os.path.abspath(path)
+        for name in (target, target + ".wal", target + ".journal"):
+            if os.path.lexists(name):
+                raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
+        with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
+            self.ingest()
+        folder = os.path.dirname(target)
+        scratch = os.path.join(folder, f".{os.path.basename(target)}.{os.urandom(4).hex()}.part")
+        try:
+            with _scratch(scratch):
+                with self._session(read_only=True, wait=wait) as engine:
+                    events = self._copy_database(engine, os.path.join(scratch, "copy"))
+                    segments = self._copy_journal(engine, os.path.join(scratch, "journal"))
+                if segments:
+                    os.rename(os.path.join(scratch, "journal"), target + ".journal")
+                _put_in_place(os.path.join(scratch, "copy"), target)
+                sync_directory(folder)
+        except OSError as error:
+            raise StoreError(f"{path} can't be written: {error.strerror}") from error
+        return events, segments
+
+    def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
+        """Write the database anew, without the room that purged rows left, in place of the old one.
+
+        Returns:
+            its size in bytes before and after.
+
+        Raises:
+            StoreError: the old database is still in place.
+        """
+        self._refuse_target("compact")
+        path = os.path.realpath(self.path)
+        with self._alone(wait):
+            with self._session(read_only=False, wait=wait) as engine:
+                engine.execute("CHECKPOINT audit")
+            # Read-only, DuckDB keeps other writers out and never touches the WAL, so that detaching
+            # the old file can't harm the new one, which has the same name by then.
+            with self._session(read_only=True, wait=wait) as engine:
+                old = os.stat(path)
+                if _size_of(path + ".wal"):
+                    raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
+                folder, name = os.path.split(path)
+                # One name, so that the next one clears what a killed one left.
+                scratch = os.path.join(folder, f".{name}.compact")
+                try:
+                    with _scratch(scratch):
+                        fresh = os.path.join(scratch, "copy")
+                        self._copy_database(engine, fresh)
+                        os.chmod(fresh, stat.S_IMODE(old.st_mode))
+                        if hasattr(os, "chown"):
+                            os.chown(fresh, old.st_uid, old.st_gid)
+                        os.replace(fresh, path)
+                        sync_directory(os.path.dirname(path))
+                except OSError as error:
+                    raise StoreError(f"{path} can't be written anew: {error.strerror}") from error
+                return old.st_size, os.stat(path).st_size
+
+    def _refuse_target(self, command: str) -> None:
+        if not self.is_file:
+            raise StoreError(
+                f"{command} is for database files; use what {self.path.partition(':')[0]} has for it"
+            )
+
+    def _copy_database(self, engine: Engine, path: str) -> int:
+        """Copy the attached database into a new file, read that back, and return the number of events."""
+        target = sql_literal(path)
+        engine.execute(f"ATTACH {target} AS fresh (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
+        os.chmod(path, _FILE_MODE)
+        engine.execute("COPY FROM DATABASE audit TO fresh")
+        engine.execute("CHECKPOINT fresh")
+        engine.execute("DETACH fresh")
+        sync_file(path)
+        engine.execute(f"ATTACH {target} AS fresh (TYPE duckdb, READ_ONLY)")
+        events = 0
+        for table in sorted(self._columns(engine)):
+            ((same, rows),) = engine.execute(SAME_CONTENT[table])
+            if not same:
+                raise StoreError(
+                    f"{path}: the copy of {table} differs; nothing was changed, look at the disk"
+                )
+            events = rows if table == "logs" else events
+        engine.execute("DETACH fresh")
+        return events
+
+    def _copy_journal(self, engine: Engine, directory: str) -> int:
+        """Copy the whole lines of segments that the ledger lacks; return how many segments those are."""
+        paths = self.journal.segments()
+        known: set[str] = set()
+        if paths and "ledger" in self._columns(engine):
+            ids = [segment_id_of(path) for path in paths]
+            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
+        copied = 0
+        for path in paths:
+            if segment_id_of(path) in known:
+                continue
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                data = file.read()
+                data = data[: data.rfind(b"\n") + 1]
+                if data:
+                    if not copied:
+                        os.mkdir(directory, _DIRECTORY_MODE)
+                    write_new_file(os.path.join(directory, os.path.basename(path)), data)
+                    copied += 1
+        if copied:
+            sync_directory(directory)
+        return copied
 
     # --- reading
 
@@ -7459,6 +8026,768 @@ def _size_of(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
+
+
+# --- the ledger
+#
+# Each entry's seal covers the entry and the seal before it, so that whoever knows one seal can tell
+# whether anything up to it was changed. Digests are computed in SQL, where the rows are; seals here,
+# because a chain is no query and HMAC is no function of DuckDB's. docs/security.md says what this
+# proves, to whom, and what it doesn't.
+
+Entry: TypeAlias = "tuple[str, Mapping[str, object]]"  # a PREPARE statement and its own parameters
+
+_KEYED: Final = "k:"  # marks a seal that was made with a key
+_LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
+
+
+class Head(NamedTuple):
+    """The end of a journal's chain; known elsewhere, it proves everything before it."""
+
+    journal: str
+    position: int  # of the last entry, from 1
+    events: int  # of all segments so far, purged ones included
+    seal: str
+
+
+def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
+    """Return the keys of the chain, the one that seals first; none if the chain has no key.
+
+    `MXCP_AUDIT_KEY_FILE` names a file of one key a line, newest first, so that a key can be replaced;
+    without it `MXCP_AUDIT_KEY` is the only key.
+
+    Raises:
+        ConfigError: the file can't be read, holds no key, or may be read by others.
+    """
+    path = environ.get("MXCP_AUDIT_KEY_FILE")
+    if not path:
+        key = environ.get("MXCP_AUDIT_KEY")
+        return (_sealing_key(key.encode("utf-8", "surrogateescape")),) if key else ()
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            lines = [line.strip() for line in file.read().splitlines()]
+    except OSError as error:
+        raise ConfigError(
+            f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE", path=path
+        ) from error
+    if os.name == "posix" and mode & 0o077:
+        raise ConfigError("others may read the key file; run chmod 600 on it", path=path)
+    keys = tuple(_sealing_key(line) for line in lines if line)
+    if not keys:
+        raise ConfigError("the key file is empty; write a key on its first line", path=path)
+    return keys
+
+
+def _sealing_key(key: bytes) -> bytes:
+    # Not the key itself: redaction shows HMACs with that one, of texts that callers choose.
+    return hashlib.sha256(b"mxcp_audit seal\0" + key).digest()
+
+
+def make_seal(previous: str, row: str, key: bytes | None) -> str:
+    """Return the seal of an entry.
+
+    Args:
+        previous: the seal before it, "" for the first entry of a journal.
+        row: the hash of the entry's row, 64 hex digits.
+        key: None for a chain without a key, which then proves only what is compared with a checkpoint.
+    """
+    text = f"{previous}|{row}".encode()
+    if key is None:
+        return hashlib.sha256(text).hexdigest()
+    return _KEYED + hmac.digest(key, text, "sha256").hex()
+
+
+def entry_of(
+    kind: str,
+    events: int,
+    detail: str,
+    *,
+    segment: str | None = None,
+    span: tuple[int | None, int | None] = (None, None),
+    digest: str | None = None,
+) -> Entry:
+    """Return an entry that isn't a segment; `span` is first and last event in microseconds."""
+    return PREPARE_ENTRY, {
+        "kind": kind,
+        "segment": segment,
+        "events": events,
+        "first": span[0],
+        "last": span[1],
+        "digest": digest,
+        "detail": detail,
+    }
+
+
+def legacy_entries(engine: Engine) -> Iterator[Entry]:
+    """Yield what enters the rows of an older table, a few days at a time."""
+    days: list[str] = []
+    total = 0
+    for day, rows in engine.execute(LEGACY_DAYS):
+        if days and total + rows > _LEGACY_ROWS:
+            yield PREPARE_LEGACY, {"first_day": days[0], "last_day": days[-1]}
+            days, total = [], 0
+        days.append(day or "")
+        total += rows
+    if days:
+        yield PREPARE_LEGACY, {"first_day": days[0], "last_day": days[-1]}
+
+
+class Ledger:
+    """Continues the chain of one journal. `head` is its end as this process last committed it."""
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+
+    def enter(self, engine: Engine, journal: str, entries: Iterable[Entry]) -> Head:
+        """Add entries at the end of the chain, inside of the running transaction.
+
+        Into an empty ledger, the rows of an older table come first.
+
+        Returns:
+            the new end, which is `head` once the transaction has succeeded.
+
+        Raises:
+            StoreError: the chain is sealed with a key that this process doesn't have.
+        """
+        keys = seal_keys()
+        common = {"journal": journal, "host": platform_node(), "now": sql_time(utc_now())}
+        ((position,),) = engine.execute(LAST_POSITION, common)
+        ((seal,),) = engine.execute(SEAL_AT, {**common, "position": position})
+        if self.head is not None and self.head[:2] == (journal, position):
+            events = self.head.events
+        else:
+            ((events,),) = engine.execute(EVENTS_OF, common)
+        head = Head(journal, position, events, seal or "")
+        if head.seal.startswith(_KEYED) and not keys:
+            raise StoreError(
+                "the ledger is sealed with a key, and an entry without it would look forged: "
+                "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE"
+            )
+        engine.execute(CREATE_ENTRIES)
+        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
+        for sql, params in (*(legacy_entries(engine) if empty else ()), *entries):
+            engine.execute(sql, {**common, "position": position, **params})
+        positions, seals = [], []
+        for place, kind, count, row in engine.execute(PREPARED_HASHES):
+            seal = make_seal(head.seal, row, keys[0] if keys else None)
+            head = Head(journal, place, head.events + (count if kind == "segment" else 0), seal)
+            positions.append(place)
+            seals.append(seal)
+        engine.execute(INSERT_ENTRIES, {"positions": positions, "seals": seals})
+        return head
+
+
+# --- verifying
+
+# Arbitrary: events whose hashes are held at once, 100 to 300 bytes each. A purge may be a guest's.
+_RANGE_EVENTS: Final = 1_000_000
+_PURGE_RANGE_EVENTS: Final = 200_000
+_MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
+_MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
+_MAX_MOVED: Final = 100  # arbitrary: changed events of a segment among which exchanges are looked for
+
+
+class Finding(NamedTuple):
+    """One thing that isn't as the ledger says."""
+
+    kind: str  # changed, reordered, removed, inserted (events); chain, cut (the ledger); table (columns)
+    segment: str | None
+    seqs: tuple[int, ...]  # which events of the segment, as far as that can be known
+    text: str
+    journal: str | None = None  # whose chain
+
+    @property
+    def event_ids(self) -> list[str]:
+        """The ids of the events that are meant."""
+        return [f"{self.segment}:{seq}" for seq in self.seqs]
+
+
+@dataclass
+class Verdict:
+    """What `verify` found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    more_findings: int = 0  # beyond those that are listed
+    heads: list[Head] = field(default_factory=list)
+    entries: int = 0
+    segments: int = 0
+    events: int = 0  # in all segments, purged ones included
+    purged: int = 0
+    lost: int = 0
+    legacy: int = 0  # rows that are older than the ledger
+    waiting_bytes: int = 0  # in the journal, not sealed yet
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def add(
+        self,
+        kind: str,
+        text: str,
+        segment: str | None = None,
+        seqs: Iterable[int] = (),
+        *,
+        journal: str | None = None,
+    ) -> None:
+        """Add a finding, or count it if there are very many."""
+        if len(self.findings) < _MAX_FINDINGS:
+            self.findings.append(Finding(kind, segment, tuple(seqs), text, journal))
+        else:
+            self.more_findings += 1
+
+
+class Purge(NamedTuple):
+    """What a purge entry says: everything older than `before` went, as far as it was there."""
+
+    before: int  # microseconds since the epoch
+    heads: Mapping[str, int]  # the end of each chain at that time
+    left: Mapping[str, tuple[int, str]]  # events and digest of what stayed of a segment
+    wrong: Mapping[str, tuple[int, str | None]]  # segments that were not as they should be before
+    archive: str | None = None  # the directory, if what went was archived
+    purged_at: str | None = None  # the entry's ingested_at
+
+    def detail(self) -> str:
+        """Return the entry's `detail`."""
+        said = self._asdict()
+        del said["purged_at"]
+        return json.dumps(said, separators=(",", ":"))
+
+    @classmethod
+    def parse(cls, detail: str | None) -> Purge:
+        """Return what `detail` says. Raises ValueError if somebody wrote something else into it."""
+        try:
+            said = json.loads(detail or "")
+            heads = {str(journal): int(position) for journal, position in said["heads"].items()}
+            left = {
+                str(segment): (int(events), str(text)) for segment, (events, text) in said["left"].items()
+            }
+            wrong = {str(segment): (int(events), text) for segment, (events, text) in said["wrong"].items()}
+            return cls(int(said["before"]), heads, left, wrong)
+        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{error!r}") from error
+
+
+class Purges:
+    """All purges of a ledger: what should be left of a segment."""
+
+    def __init__(self, purges: Iterable[Purge] = ()) -> None:
+        self.before: int | None = None  # nothing newer was ever purged
+        self.purged_at: str | None = None  # when that was first said
+        self._left: dict[str, tuple[int, int, str]] = {}
+        heads: dict[str, dict[int, int]] = {}
+        for purge in purges:
+            if self.before is None or purge.before > self.before:
+                self.before, self.purged_at = purge.before, purge.purged_at
+            for segment, (events, digest) in purge.left.items():
+                if purge.before >= self._left.get(segment, (purge.before, 0, ""))[0]:
+                    self._left[segment] = (purge.before, events, digest)
+            for journal, position in purge.heads.items():
+                ends = heads.setdefault(journal, {})
+                ends[position] = max(ends.get(position, purge.before), purge.before)
+        self._ends = {journal: _suffix_maxima(ends) for journal, ends in heads.items()}
+
+    def limit(self, journal: str, position: int) -> int | None:
+        """Return before which moment the events of this entry were purged; None if never."""
+        positions, limits = self._ends.get(journal, ((), ()))
+        place = bisect.bisect_left(positions, position)
+        return limits[place] if place < len(limits) else None
+
+    def expected(self, row: Compared) -> tuple[int, str | None]:
+        """Return how many events of a segment should be there, and their digest."""
+        limit = self.limit(row.journal, row.position)
+        if limit is None or row.first is None or row.last is None or row.first >= limit:
+            return row.entered, row.digest
+        if row.last < limit:
+            return 0, None
+        _, events, digest = self._left.get(row.segment, (0, row.entered, row.digest))
+        return events, digest
+
+
+def _suffix_maxima(ends: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    positions = sorted(ends)
+    limits: list[int] = []
+    for position in reversed(positions):
+        limits.append(max(ends[position], limits[-1] if limits else ends[position]))
+    return tuple(positions), tuple(reversed(limits))
+
+
+class Compared(NamedTuple):
+    """A row of COMPARE: a segment in the ledger (the first seven) and in `logs`."""
+
+    journal: str
+    position: int
+    segment: str
+    entered: int
+    first: int | None
+    last: int | None
+    digest: str | None
+    found: int
+    found_first: int | None
+    found_last: int | None
+    found_digest: str | None
+
+
+def compared(rows: Iterable[Row]) -> Iterator[Compared]:
+    """Yield the rows of COMPARE; NULLs that a sound ledger doesn't hold become harmless values."""
+    for journal, position, segment, entered, *rest in rows:
+        yield Compared(
+            journal or "", -1 if position is None else position, segment or "", entered or 0, *rest
+        )
+
+
+class Verifier:
+    """Recomputes everything that the ledger says. The target is attached as `audit`; nothing is written.
+
+    Args:
+        engine: its session.
+        keys: of the chain, as `seal_keys` returns them.
+        progress: called with the events done and their total, now and then.
+        range_events: how many events' hashes are held at once.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        keys: Sequence[bytes] = (),
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        range_events: int = _RANGE_EVENTS,
+    ) -> None:
+        self._engine = engine
+        self._range_events = range_events
+        self._keys = keys
+        self._progress = progress
+        self._explained = 0
+        self.verdict = Verdict()
+        self.purges = Purges()
+
+    def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> Verdict:
+        """Verify the chains, then each segment.
+
+        Args:
+            checkpoint: heads noted earlier: nothing up to them may be missing or differ.
+            since: naive UTC text; older segments are not recomputed, their chain is.
+        """
+        has_ledger = self.open_tables()
+        self._walk_chains({(head.journal, head.position): head for head in checkpoint})
+        if not has_ledger:
+            if self._keys or checkpoint:
+                self.verdict.add("table", "there is no ledger, so that nothing can be proved")
+            return self.verdict
+        if since is not None:
+            self._engine.execute(SCOPE_SINCE, {"moment": since})
+        for row in self.differences(scoped=since is not None):
+            self._judge(row)
+        return self.verdict
+
+    def open_tables(self) -> bool:
+        """Define the views that all statements read; False if there is no ledger and nothing asks for one."""
+        types: dict[str, dict[str, str]] = {"logs": {}, "ledger": {}}
+        for table, column, sql_type in self._engine.execute(TABLE_TYPES):
+            types[table][column] = sql_type
+        for table, columns in (("logs", COLUMNS), ("ledger", LEDGER_COLUMNS)):
+            self._engine.execute(sound_view(table, columns, types[table]))
+            wide = types[table] and (table == "ledger" or types["ledger"] or "segment" in types[table])
+            for column in columns if wide else columns[:10] if types[table] else ():
+                found = types[table].get(column.name)
+                if found != column.sql_type:
+                    text = f"{table}.{column.name} is {found or 'missing'}, not {column.sql_type}"
+                    self.verdict.add("table", text)
+        if not types["ledger"] and "segment" not in types["logs"]:
+            ((self.verdict.legacy,),) = self._engine.execute("SELECT count(*)::BIGINT FROM sound_logs")
+            return False
+        purges = []
+        for detail, events, purged_at in self._engine.execute(PURGES):
+            self.verdict.purged += events or 0
+            try:
+                purges.append(Purge.parse(detail)._replace(purged_at=purged_at))
+            except ValueError as error:
+                self.verdict.add("chain", f"a purge entry can't be read: {error}")
+        for purge in purges:
+            for segment, (events, _) in purge.wrong.items():
+                self.verdict.add(
+                    "changed",
+                    f"segment {segment} was not as recorded when it was purged: {events} events",
+                    segment,
+                )
+        self.purges = Purges(purges)
+        return True
+
+    # --- the chains
+
+    def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
+        """Check every seal, and that the checkpoints are met."""
+        verdict = self.verdict
+        head = Head("", 0, 0, "")
+        unkeyed, journal = 0, None
+        for name, position, kind, _, events, seal, row in self._engine.stream(CHAIN):
+            name, seal, position = name or "", seal or "", -1 if position is None else position
+            if name != journal:
+                self._end_chain(head, unkeyed)
+                head, unkeyed, journal = Head(name, 0, 0, ""), 0, name
+            if position != head.position + 1:
+                self._gap(name, head.position, position)
+            sealed = self._seal_state(head.seal, row, seal)
+            if sealed == "wrong":
+                text = f"entry {position} of journal {name}, or the one before, was changed"
+                verdict.add("chain", text, journal=name)
+            elif sealed == "locked":
+                text = f"entry {position} of journal {name} is sealed with a key that is not given"
+                verdict.add("chain", text, journal=name)
+            unkeyed += sealed == "open" and bool(self._keys)
+            head = Head(name, position, head.events + ((events or 0) if kind == "segment" else 0), seal)
+            checkpoint = wanted.get((name, position))
+            if checkpoint is not None and checkpoint == head:
+                del wanted[name, position]
+                unkeyed = 0  # whoever wrote them, they are what the checkpoint saw
+            verdict.entries += 1
+            verdict.segments += kind == "segment"
+            verdict.events += (events or 0) if kind == "segment" else 0
+            verdict.lost += (events or 0) if kind == "loss" else 0
+            verdict.legacy += (events or 0) if kind == "legacy" else 0
+        self._end_chain(head, unkeyed)
+        for name, position in wanted:
+            text = f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
+            verdict.add("cut", text, journal=name)
+
+    def _seal_state(self, previous: str, row: str, seal: str) -> str:
+        if not seal.startswith(_KEYED):
+            return "open" if hmac.compare_digest(make_seal(previous, row, None), seal) else "wrong"
+        if not self._keys:
+            return "locked"
+        return "keyed" if any(make_seal(previous, row, key) == seal for key in self._keys) else "wrong"
+
+    def _gap(self, journal: str, last: int, found: int) -> None:
+        if found > last:
+            gone = f"entry {last + 1} is" if found == last + 2 else f"entries {last + 1} to {found - 1} are"
+            text = f"{gone} missing from journal {journal}"
+        else:
+            text = f"entry {found} stands twice, or where none belongs, in journal {journal}"
+        self.verdict.add("chain", text, journal=journal)
+
+    def _end_chain(self, head: Head, unkeyed: int) -> None:
+        if head.journal or head.position:
+            self.verdict.heads.append(head)
+        if unkeyed:
+            self.verdict.add(
+                "chain",
+                f"{unkeyed} entries of journal {head.journal} are sealed without the key; "
+                "if they are older than the key, a checkpoint of that time settles it",
+                journal=head.journal,
+            )
+
+    # --- the segments
+
+    def differences(self, *, scoped: bool) -> Iterator[Compared]:
+        """Yield the segments that differ from their entry, and those that a purge may have touched.
+
+        Args:
+            scoped: all segments of the table `scope` instead, and no others.
+        """
+        before = self.purges.before
+        sql = COMPARE_SCOPE if scoped else COMPARE
+        for number, (low, high) in enumerate(self.ranges(before)):
+            params = {"low": low, "high": high, "before": before}
+            yield from compared(self._engine.execute(sql, params))
+            done = min((number + 1) * self._range_events, self.verdict.events)
+            self._progress(done, self.verdict.events)
+
+    def ranges(self, before: int | None) -> list[tuple[str | None, str | None]]:
+        """Return ranges of segment ids, first excluded, that hold a bounded number of events each."""
+        splits = self._engine.execute(SPLITS, {"size": self._range_events, "before": before})
+        ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
+        return list(zip([None, *ends], [*ends, None]))
+
+    def _judge(self, row: Compared) -> None:
+        verdict = self.verdict
+        if row.position < 0:
+            verdict.add(
+                "inserted", f"segment {row.segment} is not in the ledger: {row.found} events", row.segment
+            )
+            return
+        events, digest = self.purges.expected(row)
+        if (row.found, row.found_digest) == (events, digest):
+            return
+        if not row.found:
+            verdict.add("removed", f"segment {row.segment}: all {events} events are missing", row.segment)
+        elif not events:
+            verdict.add(
+                "inserted", f"segment {row.segment}: {row.found} events where none belong", row.segment
+            )
+        elif self._explained >= _MAX_EXPLAINED or not self._explain(row, events):
+            kind = "removed" if row.found < events else "inserted" if row.found > events else "changed"
+            text = f"segment {row.segment}: {row.found} events, {events} were recorded, not the same"
+            verdict.add(kind, text, row.segment)
+
+    def _explain(self, row: Compared, events: int) -> bool:
+        """Name the events that are wrong, from the marks; False if they don't tell."""
+        self._explained += 1
+        ((marks,),) = self._engine.execute(MARKS, {"segment": row.segment})[:1] or ((None,),)
+        if not marks:
+            return False
+        total = len(marks) // 4
+        right: set[int] = set()
+        other: list[int] = []
+        for seq, mark in self._engine.execute(FOUND_MARKS, {"segment": row.segment}):
+            known = seq is not None and 1 <= seq <= total and marks[4 * seq - 4 : 4 * seq] == mark
+            if known and seq not in right:
+                right.add(seq)
+            else:
+                other.append(-1 if seq is None else seq)
+        changed = {seq for seq in other if 1 <= seq <= total and seq not in right}
+        inserted = [seq for seq in other if seq not in changed]
+        inserted += [seq for seq in changed for _ in range(other.count(seq) - 1)]
+        missing = set(range(1, total + 1)) - right - changed if events == total else set()
+        moved = self._moved(row.segment, marks, sorted(changed))
+        for kind, seqs in (
+            ("changed", changed - moved),
+            ("reordered", moved),
+            ("removed", missing),
+            ("inserted", inserted),
+        ):
+            if seqs:
+                names = _numbers(seqs)
+                self.verdict.add(kind, f"segment {row.segment}: {kind} {names}", row.segment, sorted(seqs))
+        return bool(changed or missing or inserted)
+
+    def _moved(self, segment: str, marks: str, seqs: list[int]) -> set[int]:
+        """Return the events that only changed places with each other."""
+        if not 2 <= len(seqs) <= _MAX_MOVED:
+            return set()
+        taken: set[int] = set()
+        for seq, place, mark in self._engine.execute(MOVED, {"segment": segment, "seqs": seqs}):
+            if marks[4 * place - 4 : 4 * place] == mark:
+                taken |= {seq, place}
+        return taken
+
+
+def _numbers(seqs: Iterable[int]) -> str:
+    """Return numbers as people write them: 3-7, 9."""
+    runs: list[list[int]] = []
+    for seq in sorted(seqs):
+        if runs and seq == runs[-1][1] + 1:
+            runs[-1][1] = seq
+        else:
+            runs.append([seq, seq])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+# --- removing
+
+_SILENCE_SECONDS: Final = 25 * 3600.0  # longer ones don't count as time that passed; retention runs daily
+_DAY_SECONDS: Final = 24 * 3600.0
+_MANIFEST: Final = "manifest.json"
+_EPOCH_START: Final = datetime.datetime(1970, 1, 1)
+
+
+class Removal(NamedTuple):
+    """What a purge took, or would take."""
+
+    before: str
+    events: int
+    segments: int
+    first_event: int | None  # microseconds since the epoch
+    last_event: int | None
+    digest: str  # SHA-256 over the digests of what went of each segment, in order of their names
+    wrong: int  # segments that were not as recorded before
+    archive: str | None = None
+
+
+def microseconds(moment: str) -> int:
+    """Return naive UTC text, as `sql_time` returns it, as microseconds since the epoch."""
+    return (datetime.datetime.fromisoformat(moment) - _EPOCH_START) // datetime.timedelta(microseconds=1)
+
+
+def iso_time(us: int | None) -> str | None:
+    """Return microseconds since the epoch as ISO 8601 text; those of no year that has one, as a number."""
+    if us is None:
+        return None
+    try:
+        return (_EPOCH_START + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
+    except OverflowError:
+        return f"{us} microseconds"
+
+
+class Purger:
+    """Removes old events, inside of a transaction of its caller's, and enters into the chain what went.
+
+    What is purged is first compared with the ledger: a segment that somebody had changed stays known
+    as changed when its rows are gone.
+
+    Args:
+        engine: a session in which the target is attached as `audit`, for writing.
+        before: naive UTC text; everything older goes.
+    """
+
+    def __init__(self, engine: Engine, before: str) -> None:
+        self._engine = engine
+        self._before = before
+        self._limit = microseconds(before)
+        self._verifier = Verifier(engine, range_events=_PURGE_RANGE_EVENTS)
+        self._left: dict[str, tuple[int, str]] = {}
+        self._wrong: dict[str, tuple[int, str | None]] = {}
+
+    def plan(self) -> Removal:
+        """Find out what would go."""
+        has_ledger = self._verifier.open_tables()
+        purges = self._verifier.purges
+        moment: dict[str, object] = {"moment": self._before}
+        scope = {**moment, "before": purges.before, "purged_at": purges.purged_at}
+        self._engine.execute(SCOPE_BEFORE, scope)
+        events = segments = 0
+        first: int | None = None
+        last: int | None = None
+        digest = hashlib.sha256()
+        for row in self._verifier.differences(scoped=True):
+            right = purges.expected(row) if row.position >= 0 else (0, None)
+            if has_ledger and (row.found, row.found_digest) != right and len(self._wrong) < _MAX_FINDINGS:
+                self._wrong[row.segment] = (row.found, row.found_digest)
+            if row.found_first is None or row.found_first >= self._limit:
+                continue
+            gone, gone_digest, gone_last = row.found, row.found_digest or "", row.found_last
+            if row.found_last is None or row.found_last >= self._limit:
+                gone, gone_digest, gone_last = self._split(row.segment)
+            events, segments = events + gone, segments + 1
+            first = row.found_first if first is None else min(first, row.found_first)
+            last = gone_last if last is None or gone_last is None else max(last, gone_last)
+            digest.update(gone_digest.encode())
+        return Removal(self._before, events, segments, first, last, digest.hexdigest(), len(self._wrong))
+
+    def _split(self, segment: str) -> tuple[int, str, int | None]:
+        """Note what stays of a segment, and return what goes: events, digest and last moment."""
+        params = {"moment": self._before, "segment": segment}
+        ((events, digest, last),) = self._engine.execute(PART_GONE, params)
+        for kept, kept_digest in self._engine.execute(PART_KEPT, params):
+            self._left[segment] = (kept, kept_digest)
+        return events, digest, last
+
+    def remove(self, ledger: Ledger, journal: str, removal: Removal) -> Head:
+        """Delete the rows, enter the purge, and return the new end of the chain."""
+        ((events,),) = self._engine.execute(COUNT_OLD, {"moment": self._before})
+        if events != removal.events:
+            raise StoreError(f"{events} rows are older than {self._before}, {removal.events} were expected")
+        heads = {name or "": position for name, position in self._engine.execute(CHAIN_ENDS)}
+        purge = Purge(self._limit, heads, self._left, self._wrong, removal.archive)
+        span = (removal.first_event, removal.last_event)
+        entry = entry_of("purge", removal.events, purge.detail(), span=span, digest=removal.digest)
+        self._engine.execute(DELETE_OLD, {"moment": self._before})
+        return ledger.enter(self._engine, journal, [entry])
+
+    def archive(self, directory: str, removal: Removal, heads: Sequence[Head]) -> Removal:
+        """Write what goes as Parquet, a file a day, with a manifest, and read it back.
+
+        Args:
+            directory: where the archive's own directory appears, whole or not at all.
+            removal: what `plan` said.
+            heads: of all chains, for the manifest.
+
+        Raises:
+            StoreError: it can't be written, or doesn't hold what it should.
+        """
+        name = f"purged-{re.sub('[^0-9]', '', self._before[:19])}-{os.urandom(4).hex()}"
+        scratch, target = os.path.join(directory, f".{name}.part"), os.path.join(directory, name)
+        try:
+            os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
+            with _scratch(scratch):
+                self._write_archive(scratch, removal, heads)
+                os.rename(scratch, target)
+                sync_directory(directory)
+        except OSError as error:
+            raise StoreError(f"{directory}: no archive can be written: {error.strerror}") from error
+        return removal._replace(archive=name)
+
+    def _write_archive(self, folder: str, removal: Removal, heads: Sequence[Head]) -> None:
+        files = []
+        for day, events in self._engine.execute(OLD_DAYS, {"moment": self._before}):
+            path = os.path.join(folder, f"{day}.parquet")
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE))
+            rows = bind(OLD_OF_DAY, {"moment": self._before, "day": day})
+            self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_PARQUET})")
+            sync_file(path)
+            files.append({"name": f"{day}.parquet", "events": events, "sha256": file_digest(path)})
+        digest = hashlib.sha256()
+        paths = [os.path.join(folder, str(file["name"])) for file in files]
+        if paths:
+            for low, high in self._verifier.ranges(None):
+                params = {"files": paths, "low": low, "high": high}
+                for (part,) in self._engine.execute(ARCHIVED, params):
+                    digest.update(part.encode())
+        if digest.hexdigest() != removal.digest:
+            raise StoreError(f"{folder}: the archive doesn't read back as it was written; nothing was purged")
+        manifest = {
+            "filter": {"before": iso_time(self._limit)},
+            "events": removal.events,
+            "first_event": iso_time(removal.first_event),
+            "last_event": iso_time(removal.last_event),
+            "digest": removal.digest,
+            "heads": [head._asdict() for head in heads],
+            "files": files,
+        }
+        write_new_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+        sync_directory(folder)
+
+
+def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float | None:
+    """Return the moment before which events are older than `retention`, as far as the ledger vouches for it.
+
+    A clock that jumped forward makes everything look old. So time counts only where the ledger shows
+    that this log was alive: a silence of more than 25 hours counts as none. A server that was off for
+    a month keeps its events a month longer; `purge` by hand goes by the clock alone.
+
+    Args:
+        hours: in which the ledger has entries, in seconds since the epoch, newest first.
+        now: seconds since the epoch.
+        retention: seconds.
+
+    Returns:
+        seconds since the epoch, or None if the ledger hasn't lived that long.
+    """
+    left, later = retention, now
+    for hour in hours:
+        silence = later - hour
+        if silence <= _SILENCE_SECONDS:
+            if silence >= left:
+                return later - left
+            left -= max(0.0, silence)
+        later = hour
+    return None
+
+
+@contextlib.contextmanager
+def _scratch(directory: str) -> Iterator[None]:
+    """Have a directory that only its owner can read, in place of an older one, and clear it away."""
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)
+    os.mkdir(directory, _DIRECTORY_MODE)
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _put_in_place(path: str, target: str) -> None:
+    """Give a file another name, which must be free: unlike a rename, a link never overwrites."""
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems have no links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        os.rename(path, target)
+
+
+def file_digest(path: str) -> str:
+    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def platform_node() -> str:
@@ -7891,6 +9220,11 @@ def build_parser() -> argparse.ArgumentParser:
         _add_doctor,
         _add_import,
         _add_wrap,
+        _add_verify,
+        _add_checkpoint,
+        _add_purge,
+        _add_backup,
+        _add_compact,
     ):
         add(commands, common)
     return parser
@@ -8046,6 +9380,213 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     return EXIT_FAILED if told.rejected else 0
 
 
+def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "verify",
+        parents=[common],
+        help="prove that nothing was changed, removed or inserted",
+        description="Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
+    )
+    command.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
+    command.add_argument(
+        "--since", type=_time_argument, metavar="WHEN", help="recompute segments with events since then only"
+    )
+    command.add_argument(
+        "--checkpoint", metavar="FILE", help="what `checkpoint` printed: nothing up to there may be missing"
+    )
+    command.set_defaults(run=cmd_verify)
+
+
+def cmd_verify(options: argparse.Namespace) -> int:
+    checkpoint = _read_checkpoint(options.checkpoint) if options.checkpoint else []
+    store = Store(_config_of(options))
+    verdict = store.verify(
+        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress_bar("verified")
+    )
+    if options.json:
+        print(json_text(_verdict_object(verdict)))
+    else:
+        for finding in verdict.findings:
+            print(printable(f"{finding.kind:<9} {finding.text}"))
+        if verdict.more_findings:
+            print(f"and {verdict.more_findings} more")
+        print(_verdict_summary(verdict, options.since))
+    return 0 if verdict.intact else EXIT_FAILED
+
+
+def _verdict_object(verdict: Verdict) -> dict[str, object]:
+    return {
+        "intact": verdict.intact,
+        "entries": verdict.entries,
+        "segments": verdict.segments,
+        "events": verdict.events,
+        "purged": verdict.purged,
+        "lost": verdict.lost,
+        "legacy": verdict.legacy,
+        "waiting_bytes": verdict.waiting_bytes,
+        "journals": [head._asdict() for head in verdict.heads],
+        "findings": [
+            {
+                "kind": finding.kind,
+                "segment": finding.segment,
+                "journal": finding.journal,
+                "events": finding.event_ids,
+                "text": finding.text,
+            }
+            for finding in verdict.findings
+        ],
+        "more_findings": verdict.more_findings,
+    }
+
+
+def _verdict_summary(verdict: Verdict, since: str | None) -> str:
+    found = len(verdict.findings) + verdict.more_findings
+    parts = [
+        "intact" if verdict.intact else f"NOT intact, {found} finding{'' if found == 1 else 's'}",
+        f"{verdict.events} events in {verdict.segments} segments of {len(verdict.heads)} journals",
+    ]
+    for count, what in (
+        (verdict.purged, "purged since"),
+        (verdict.lost, "lost, as the ledger says"),
+        (verdict.legacy, "older than the ledger: what they were before it began is not proved"),
+    ):
+        if count:
+            parts.append(f"{count} {what}")
+    if verdict.waiting_bytes:
+        parts.append(f"{verdict.waiting_bytes} bytes wait in the journal, not sealed yet")
+    if since is not None:
+        parts.append(f"segments before {since} UTC were not recomputed")
+    return "; ".join(parts)
+
+
+def _progress_bar(what: str) -> Callable[[int, int], None]:
+    """Return what shows progress on a terminal, and does nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+
+    def show(done: int, total: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"\r{what} {done} of {total} events", end="\n" if done >= total else "", file=sys.stderr)
+
+    return show
+
+
+def _read_checkpoint(path: str) -> list[Head]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        said = json.loads(text[text.index("{") :])
+        return [
+            Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
+            for head in said["journals"]
+        ]
+    except OSError as error:
+        raise _UsageError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
+
+
+def _add_checkpoint(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "checkpoint",
+        parents=[common],
+        help="print where the ledger ends, to be kept elsewhere",
+        description="Print the head of each journal's chain. Kept where nobody who can write the database "
+        "can, it lets `verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.",
+    )
+    command.set_defaults(run=cmd_checkpoint)
+
+
+def cmd_checkpoint(options: argparse.Namespace) -> int:
+    heads = Store(_config_of(options)).heads(wait=options.wait)
+    print(
+        json_text(
+            {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": [h._asdict() for h in heads]}
+        )
+    )
+    return 0
+
+
+def _add_purge(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "purge",
+        parents=[common],
+        help="delete old events, so that the rest still verifies",
+        description="Delete every event older than that, and enter into the ledger what went.",
+    )
+    command.add_argument(
+        "--older-than",
+        type=_time_argument,
+        required=True,
+        metavar="WHEN",
+        help="90d, or before an ISO date or time",
+    )
+    command.add_argument("--dry-run", action="store_true", help="say what would go")
+    command.add_argument("--archive", metavar="DIR", help="write what goes as Parquet into DIR first")
+    command.set_defaults(run=cmd_purge)
+
+
+def cmd_purge(options: argparse.Namespace) -> int:
+    if options.older_than > sql_time(utc_now()):
+        raise _UsageError("--older-than lies in the future; everything would go")
+    if options.archive and os.path.lexists(options.archive) and not os.path.isdir(options.archive):
+        raise _UsageError(f"{options.archive} is no directory; name one for --archive")
+    store = Store(_config_of(options))
+    if options.archive:
+        store.refuse_own_files(options.archive)
+    removal = store.purge(
+        options.older_than, archive=options.archive, dry_run=options.dry_run, wait=options.wait
+    )
+    would = "would be " if options.dry_run else ""
+    span = (
+        f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
+    )
+    print(f"{removal.events} events {would}purged{span}")
+    if removal.archive:
+        print(f"archived in {printable(os.path.join(options.archive, removal.archive))}")
+    if removal.wrong:
+        _say(
+            f"{removal.wrong} segments were not as recorded before they were purged; verify goes on saying so"
+        )
+    return 0
+
+
+def _add_backup(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "backup",
+        parents=[common],
+        help="copy the log while the server runs",
+        description="Copy the database to FILE, and what is not in it yet to FILE.journal. To restore, "
+        "copy both back while no server runs.",
+    )
+    command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
+    command.set_defaults(run=cmd_backup)
+
+
+def cmd_backup(options: argparse.Namespace) -> int:
+    events, segments = Store(_config_of(options)).backup(options.file, wait=options.wait)
+    print(f"{events} events copied to {printable(options.file)}")
+    if segments:
+        print(f"{segments} segments of running servers copied to {printable(options.file)}.journal")
+    return 0
+
+
+def _add_compact(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "compact",
+        parents=[common],
+        help="give the space of purged events back to the file system",
+        description="Write the database anew and put it in place of the old one.",
+    )
+    command.set_defaults(run=cmd_compact)
+
+
+def cmd_compact(options: argparse.Namespace) -> int:
+    before, after = Store(_config_of(options)).compact(wait=options.wait)
+    print(f"{before} bytes before, {after} bytes after")
+    return 0
+
+
 def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
     command = commands.add_parser(
         "doctor",
@@ -8146,7 +9687,7 @@ def cmd_wrap(options: argparse.Namespace) -> int:
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
     wrapped = _WrappedServer(command, audit, strict=options.strict)
     code = wrapped.run()
-    audit.shutdown()
+    audit.shutdown(_WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
     if wrapped.failure is not None:
         _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
         return EXIT_FAILED
@@ -8174,7 +9715,7 @@ class _WrappedServer:
     """
 
     _PIECE_BYTES: Final = 2**16
-    _GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
+    GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
     _JOURNAL_SECONDS: Final = 5.0  # arbitrary: how long --strict waits for a journal that hangs
     _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
@@ -8185,6 +9726,8 @@ class _WrappedServer:
         self._told = Diagnostics()
         self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
         self._client_gone = False
+        self._pieces = 0  # that the server sent
+        self._is_reading = False  # as opposed to: recording, or waiting for the client to read
         self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
         self.failure: str | None = None
 
@@ -8217,7 +9760,11 @@ class _WrappedServer:
         for thread in threads:
             thread.start()
         code = self._process.wait()
-        threads[1].join(self._GRACE_SECONDS)  # a grandchild may hold the pipe open for ever
+        while threads[1].is_alive():
+            before = self._pieces
+            threads[1].join(self.GRACE_SECONDS)
+            if self._is_reading and self._pieces == before:
+                break  # all has passed; a grandchild holds the pipe open, perhaps for ever
         who = "client" if self._client_gone else "server"
         self._stdio.close(f"the {who} went away before it was answered")
         return code
@@ -8254,7 +9801,13 @@ class _WrappedServer:
 
     def _pass_answers(self) -> None:
         assert self._process.stdout is not None
-        while data := _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES):
+        while True:
+            self._is_reading = True
+            data = _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES)
+            self._is_reading = False
+            self._pieces += 1
+            if not data:
+                break
             if not self._audited(self._stdio.from_server, data):
                 return
             if not self._client_gone:
@@ -8300,7 +9853,7 @@ class _WrappedServer:
         """Make the server end if it doesn't by itself."""
         for ask in (self._process.terminate, self._process.kill):
             if self.failure is None or ask == self._process.kill:
-                deadline = time.monotonic() + self._GRACE_SECONDS
+                deadline = time.monotonic() + self.GRACE_SECONDS
                 while self._process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.05)
             ask()

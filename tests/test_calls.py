@@ -453,7 +453,10 @@ def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger) ->
     @audit.tool()
     def refuse(a: int) -> None:
         helper()
-        raise PermissionError("not an admin")
+        if a == 1:
+            refuse(2)  # an execution of its own, though of the same tool
+        else:
+            raise PermissionError("not an admin")
 
     @audit.tool()
     def helper() -> None: ...
@@ -465,10 +468,9 @@ def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger) ->
 
     asyncio.run(audit.middleware()(context_of("tools/call", name="refuse", arguments={"a": 1}), call_next))
     found = [(e["name"], e["policy_decision"], e["reason"], e["error"]) for e in recorded(audit)]
-    assert found == [
-        ("helper", "n/a", None, None),
-        ("refuse", "deny", "not an admin", "PermissionError: not an admin"),
-    ]
+    denied = ("refuse", "deny", "not an admin", "PermissionError: not an admin")
+    helped = ("helper", "n/a", None, None)
+    assert found == [helped, helped, denied, denied]
 
 
 def test_middleware_refusal_of_fastmcp_is_a_denial(

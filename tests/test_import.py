@@ -162,6 +162,13 @@ def test_import_twice_renamed_compressed_and_grown_adds_only_what_is_new(tmp_pat
     assert [event["name"] for event in events(cli)] == ["t1", "t1", "t2", "t3", "t4"]
 
 
+def test_import_other_file_that_begins_at_the_same_moment(tmp_path: Path, cli: Cli) -> None:
+    write(tmp_path / "a.jsonl", older(1))
+    write(tmp_path / "b.jsonl", older(1, name="other"))
+    assert cli("import", "--db", "log.duckdb", "a.jsonl", "b.jsonl").returncode == 0
+    assert sorted(event["name"] for event in events(cli)) == ["other", "t1"]
+
+
 def test_import_bad_lines_named_good_ones_taken(tmp_path: Path, cli: Cli) -> None:
     bad = [
         "nonsense",

@@ -17,6 +17,8 @@ import pytest
 from conftest import ROOT, Cli, child_environment
 from environments import SERVERS, python_with
 
+import mxcp_audit
+
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups are POSIX here")
 
 CAT = """
@@ -160,6 +162,27 @@ def test_wrap_server_dies_of_signal_so_do_we_and_the_call_is_recorded(
         ("echo", None),
         ("die", "the server went away before it was answered"),
     ]
+
+
+def test_wrap_server_ends_before_a_slow_client_reads_nothing_is_lost(tmp_path: Path) -> None:
+    server = "import sys\nsys.stdout.buffer.write(b'x' * 100_000)\nsys.stdout.flush()"
+    process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
+    assert process.stdout
+    time.sleep(2 * mxcp_audit._WrappedServer.GRACE_SECONDS)  # the pipe to us is full, and the server gone
+    assert len(process.communicate(timeout=60)[0]) == 100_000
+
+
+def test_wrap_grandchild_that_holds_the_output_does_not_hold_us(tmp_path: Path) -> None:
+    server = "import subprocess, sys\nprint(subprocess.Popen(['sleep', '600'], stderr=-3).pid, flush=True)"
+    process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
+    assert process.stdout
+    grandchild = int(process.stdout.readline())
+    try:
+        assert process.wait(60) == 0
+        assert is_alive(grandchild)
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
+        process.communicate()
 
 
 def test_wrap_signals_reach_the_server(tmp_path: Path) -> None:
