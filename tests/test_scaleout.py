@@ -245,6 +245,8 @@ def test_three_hosts_with_a_restart_and_a_kill_record_every_event_exactly_once(
         assert rows == events == inputs == entered == len(shown)
         assert entries == segments
         assert journals == 3
+        verified = host.cli("verify", "--json", "--wait", "60")
+        assert verified.returncode == 0, verified.stdout + verified.stderr
     print(f"{kind}: {len(shown)} events, {reads} reads meanwhile, {entries} segments")
 
 
@@ -364,6 +366,36 @@ def test_tables_of_other_schemas_do_not_confuse(make_host: Make, server: Postgre
     host.start(LOG, "a", 20, 0).communicate(timeout=120)
     assert server.sql("SELECT count(*) FROM public.logs", name) == "20"
     assert server.sql("SELECT count(*) FROM other.logs", name) == "0"
+    assert host.cli("verify").returncode == 0
+
+
+def test_schema_of_ones_own_is_used(make_host: Make, server: Postgres) -> None:
+    host = make_host("postgres")
+    server.sql("CREATE SCHEMA ours", host.database)
+    there = Host(host.python, host.folder, host.path, {"SCHEMA": "ours"}, PASSWORD)
+    for count in (20, 40):
+        there.start(LOG, "a", 20, 0).communicate(timeout=120)
+        assert server.sql("SELECT count(*) FROM ours.logs", host.database) == str(count)
+    assert there.cli("verify").returncode == 0
+    assert len(json.loads(there.cli("log", "--json").stdout)) == 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_host_verifies_and_purges_what_all_recorded(make_host: Make, kind: str, engine: str) -> None:
+    hosts = [make_host(kind, name) for name in "ab"]
+    for host, name in zip(hosts, "ab"):
+        host.start(LOG, name, 20, 0).communicate(timeout=120)
+    time.sleep(1.5)
+    purged = hosts[0].cli("purge", "--older-than", "1s")
+    assert purged.returncode == 0, purged.stderr
+    hosts[1].start(LOG, "b", 20, 0).communicate(timeout=120)
+    for host in hosts:
+        verified = host.cli("verify")
+        assert verified.returncode == 0, verified.stdout
+        assert host.run(COUNTS)[0] == [20, 20, 20]
+    for command in ("backup out.duckdb", "compact"):
+        refused = hosts[0].cli(*command.split())
+        assert refused.returncode == 1 and f"{command.split()[0]} is for database files" in refused.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
