@@ -10520,7 +10520,7 @@ def cmd_config(options: argparse.Namespace) -> int:
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
     settings["journal"] = config.journal_directory
     if is_attach_target(config.path):
-        settings["path"] = Redactor().scrub(config.path)
+        settings["path"] = public_target(config.path)
     sources = {name: config.sources.get(name, "default") for name in settings}
     if options.json:
         answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}
