@@ -4671,7 +4671,7 @@ class Ingester:
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
-DeniedBy: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
+DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
@@ -8555,7 +8555,7 @@ def _stamp_of(path: str) -> tuple[int, int, int] | None:
 # because a chain is no query and HMAC is no function of DuckDB's. docs/security.md says what this
 # proves, to whom, and what it doesn't.
 
-Entry: TypeAlias = "tuple[str, Mapping[str, object]]"  # a PREPARE statement and its own parameters
+Entry: TypeAlias = tuple[str, Mapping[str, object]]  # a PREPARE statement and its own parameters
 
 _KEYED: Final = "k:"  # marks a seal that was made with a key
 _LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
