@@ -918,6 +918,38 @@ def s15_overload(t: Torture) -> None:
         t.clean(db)
 
 
+def w_window(t: Torture) -> None:
+    """how long after log_event returned kill -9 can still lose an event ("worst ms" is that window)"""
+    for _ in range(10 if t.quick else 200):
+        db = t.database()
+        process = t.start(
+            t.command(
+                """
+                audit = AuditLogger(db)
+                times = os.open(db + ".times", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+                for n in range(10**9):
+                    log(n)
+                    os.write(times, f"{tag}-{n} {time.monotonic()}\\n".encode())
+                    time.sleep(0.0002)
+                """,
+                db,
+            )
+        )
+        while not Path(f"{db}.times").exists():
+            time.sleep(0.01)
+        time.sleep(0.3 + t.random.random() * 0.3)
+        killed = time.monotonic()
+        process.kill()
+        process.communicate()
+        returned = dict(line.split() for line in Path(f"{db}.times").read_text().splitlines())
+        lost = judge(db).lost(set(returned))
+        ages = [(killed - float(returned[name])) * 1000 for name in lost]
+        t.figure.worst_ms = max([t.figure.worst_ms, *ages])
+        t.figure.points += 1
+        t.figure.faults += 1
+        t.clean(db)
+
+
 SWEEPS: dict[str, Callable[[Torture], None]] = {
     function.__name__.split("_")[0].upper(): function
     for function in (
@@ -935,6 +967,7 @@ SWEEPS: dict[str, Callable[[Torture], None]] = {
         s13_limits,
         s14_clock,
         s15_overload,
+        w_window,
     )
 }
 
