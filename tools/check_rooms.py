@@ -78,7 +78,8 @@ def defined_names(node: ast.stmt) -> list[str]:
         if isinstance(node, ast.AnnAssign)
         else []
     )
-    return [name.id for target in targets for name in ast.walk(target) if isinstance(name, ast.Name)]
+    names = (name for target in targets for name in ast.walk(target) if isinstance(name, ast.Name))
+    return [name.id for name in names if isinstance(name.ctx, ast.Store)]
 
 
 def _misplaced(node: ast.AST, name: str, homes: dict[str, set[str]], room: str) -> str:
@@ -115,7 +116,11 @@ def check(source: str) -> list[str]:
     home: dict[str, int] = {}
     for node in tree.body:
         for name in defined_names(node):
-            home.setdefault(name, room_at(node.lineno))
+            there = home.setdefault(name, room_at(node.lineno))
+            if there != room_at(node.lineno):
+                faults.append(
+                    f"mxcp_audit.py:{node.lineno}: {name} is defined in {rooms[there][0]} too; rename one"
+                )
     for node in ast.walk(tree):
         here = room_at(getattr(node, "lineno", 0))
         if here < 0:
