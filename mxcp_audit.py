@@ -5331,7 +5331,10 @@ def sql_literal(value: object) -> str:
         if "\0" in value:
             raise QueryError("a text with a NUL character can't be searched for; the log holds none")
         value = value.encode("utf-8", "replace").decode()
-        return "'" + value.replace("'", "''") + "'"
+        quoted = "'" + value.replace("'", "''") + "'"
+        if "\r" in value:  # the program drops one before a line feed from what it reads
+            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r")
+        return quoted
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
     raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")

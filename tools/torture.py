@@ -98,9 +98,11 @@ class Torture:
         module: the directory of the `mxcp_audit.py` under test.
         quick: sample the points.
         seed: of every random choice.
+        limit: seconds that one child may take; a mutant that hangs is caught as well.
     """
 
-    def __init__(self, module: Path, *, quick: bool, seed: int) -> None:
+    def __init__(self, module: Path, *, quick: bool, seed: int, limit: float = LIMIT_SECONDS) -> None:
+        self.limit = limit
         self.module, self.quick = module, quick
         self.random = random.Random(seed)
         self.home = Path(tempfile.mkdtemp(prefix="torture-"))
@@ -153,7 +155,7 @@ class Torture:
         """Run a child to its end; a signal that we did not send and a traceback count."""
         process = self.start(command, python=python, **changes)
         try:
-            out, err = process.communicate(timeout=LIMIT_SECONDS)
+            out, err = process.communicate(timeout=self.limit)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             out, err = process.communicate()
@@ -1058,9 +1060,9 @@ def mutate(mutant: Mutant) -> Path:
     return folder
 
 
-def sweep(name: str, module: Path, *, quick: bool, seed: int) -> Figure:
+def sweep(name: str, module: Path, *, quick: bool, seed: int, limit: float = LIMIT_SECONDS) -> Figure:
     """Run one sweep and return its figure."""
-    t = Torture(module, quick=quick, seed=seed)
+    t = Torture(module, quick=quick, seed=seed, limit=limit)
     t.figure = Figure(name, (SWEEPS[name].__doc__ or "").strip())
     try:
         SWEEPS[name](t)
@@ -1075,7 +1077,7 @@ def run_mutants(seed: int) -> int:
     for mutant in MUTANTS:
         folder = mutate(mutant)
         try:
-            figure = sweep(mutant.sweep, folder, quick=True, seed=seed)
+            figure = sweep(mutant.sweep, folder, quick=True, seed=seed, limit=60)
         finally:
             shutil.rmtree(folder)
         missed += not figure.bad
