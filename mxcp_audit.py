@@ -5604,6 +5604,16 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     return shutil.which("duckdb", path=environ.get("PATH"))
 
 
+def _in_subinterpreter() -> bool:
+    import importlib
+
+    for name in ("_interpreters", "_xxsubinterpreters"):  # 3.13 and later; before
+        with contextlib.suppress(ImportError, AttributeError):
+            interpreters = importlib.import_module(name)
+            return bool(interpreters.get_current() != interpreters.get_main())
+    return False
+
+
 def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ) -> Engine:
     """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default whichever is there.
 
@@ -5615,6 +5625,8 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
     if choice in ("auto", "package"):
         try:
+            if _in_subinterpreter():
+                raise ImportError("it hangs in a subinterpreter; the duckdb program works there")
             PackageEngine.version()
             return PackageEngine(guest=guest)
         except ImportError as error:
