@@ -4036,10 +4036,10 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = self._thread = self._threads.Thread(
-                target=self._run, name="mxcp_audit writer", daemon=True
-            )
+            thread = None
             try:
+                thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+                self._thread = thread
                 thread.start()
                 return True
             except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
@@ -4049,7 +4049,7 @@ class Writer:
                         "thread", "no writer thread, callers write themselves", error=error
                     )
             except BaseException:
-                if thread.ident is None:
+                if thread is None or thread.ident is None:
                     self._thread = None
                 raise
         return False
@@ -4334,8 +4334,8 @@ class Ingester:
             self._changed.notify_all()
             if self._stopping or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
             try:
+                self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
                 self._thread.start()
             except RuntimeError:  # no threads to be had: shutdown, or the next process, ingests
                 self._thread = None

@@ -535,41 +535,42 @@ def s6_full_disk(t: Torture) -> None:
 
 def s7_forks(t: Torture) -> None:
     """forks while threads log and the database is used"""
-    forks = 100 if t.quick else 1000
-    db = t.database()
-    t.run(
-        t.command(
-            """
-        audit = AuditLogger(db, flush_interval=0.01)
-        stop = False; counts = [0, 0, 0]
-        def work(thread):
-            while not stop:
-                log(f"{thread}-{counts[thread]}"); counts[thread] += 1; time.sleep(0.001)
-        threads = [threading.Thread(target=work, args=(thread,)) for thread in range(3)]
-        for thread in threads: thread.start()
-        for child in range(int(sys.argv[3])):
-            pid = os.fork()
-            if pid == 0:
-                tag = f"c{child}"; said.clear()
-                for n in range(2): log(n)
-                if child % 3 == 0: promise(); os._exit(0)
-                if child % 3 == 1: promise(); log("last"); write_down(); sys.exit(0)
-                write_down(); sys.exit(0)
-            if child % 20 == 0: time.sleep(0.02)
-            assert os.waitpid(pid, 0)[1] == 0, child
-        stop = True
-        for thread in threads: thread.join()
-        assert promise()
-    """,
-            db,
-            "p",
-            str(forks),
+    forks = 100
+    for _ in range(1 if t.quick else 10):
+        db = t.database()
+        t.run(
+            t.command(
+                """
+            audit = AuditLogger(db, flush_interval=0.01)
+            stop = False; counts = [0, 0, 0]
+            def work(thread):
+                while not stop:
+                    log(f"{thread}-{counts[thread]}"); counts[thread] += 1; time.sleep(0.001)
+            threads = [threading.Thread(target=work, args=(thread,)) for thread in range(3)]
+            for thread in threads: thread.start()
+            for child in range(int(sys.argv[3])):
+                pid = os.fork()
+                if pid == 0:
+                    tag = f"c{child}"; said.clear()
+                    for n in range(2): log(n)
+                    if child % 3 == 0: promise(); os._exit(0)
+                    if child % 3 == 1: promise(); log("last"); write_down(); sys.exit(0)
+                    write_down(); sys.exit(0)
+                if child % 20 == 0: time.sleep(0.02)
+                assert os.waitpid(pid, 0)[1] == 0, child
+            stop = True
+            for thread in threads: thread.join()
+            assert promise()
+        """,
+                db,
+                "p",
+                str(forks),
+            )
         )
-    )
-    t.figure.faults += forks
-    t.figure.points += forks
-    t.check(db, where="forks")
-    t.clean(db)
+        t.figure.faults += forks
+        t.figure.points += forks
+        t.check(db, where="forks")
+        t.clean(db)
 
 
 def s8_many_writers(t: Torture) -> None:
