@@ -27,13 +27,19 @@ from __future__ import annotations
 
 import atexit
 import binascii
+import bisect
 import codecs
 import collections
 import contextlib
+import contextvars
 import dataclasses
 import datetime
 import enum
 import errno
+import functools
+import hashlib
+import hmac
+import inspect
 import json
 import logging
 import os
@@ -47,8 +53,8 @@ import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from math import isfinite
-from pathlib import Path
 from typing import (
+    IO,
     TYPE_CHECKING,
     Any,
     ClassVar,
@@ -58,6 +64,7 @@ from typing import (
     Protocol,
     TextIO,
     TypeAlias,
+    TypeVar,
     cast,
 )
 
@@ -68,6 +75,7 @@ else:
 
 if TYPE_CHECKING:
     import argparse
+    import hashlib
     import subprocess
 
 __version__ = "0.1.0"
@@ -81,6 +89,7 @@ __all__ = [
     "DatabaseCorruptError",
     "DatabaseLockedError",
     "DatabaseNotFoundError",
+    "DatabaseUnreachableError",
     "EngineNotFoundError",
     "EventError",
     "Filter",
@@ -165,6 +174,10 @@ class DatabaseNotFoundError(StoreError):
 
 class DatabaseLockedError(StoreError):
     """Another process holds the database; the only error that is worth a retry."""
+
+
+class DatabaseUnreachableError(StoreError):
+    """A target that is no file can't be reached, or refused us; events wait in the journal."""
 
 
 class DatabaseCorruptError(StoreError):
@@ -684,7 +697,8 @@ class Config:
     """The settings that hold, each with its source; made by `load_config`, already validated.
 
     Args:
-        path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given.
+        path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given;
+            it may hold a password, so `repr` leaves it out, and what is shown is `public_target` of it.
         profile: the profile's name.
         site_file: absolute path of the site file, None without one.
         enabled: whether to record at all.
@@ -702,7 +716,7 @@ class Config:
             "mxcp-site.yml:12" (file and line).
     """
 
-    path: str
+    path: str = field(repr=False)
     profile: str = "default"
     site_file: str | None = None
     enabled: bool = False
@@ -727,6 +741,65 @@ class Config:
 def is_attach_target(path: str) -> bool:
     """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
     return _TARGET.match(path) is not None
+
+
+# What may be shown of a connection string and of the `attach` options; everything else may be secret.
+_PUBLIC_KEYS = frozenset(
+    (
+        "dbname",
+        "host",
+        "hostaddr",
+        "port",
+        "user",
+        "service",
+        "sslmode",
+        "application_name",
+        "connect_timeout",
+    )
+)
+_PUBLIC_OPTIONS = frozenset(("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET"))
+_KEYWORD_PREFIXES = ("postgres:", "mysql:")  # what follows is `key=value …`, or a URL
+_PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
+_PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
+_PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
+
+
+def public_target(target: str) -> str:
+    """Return the path of a file as it is, and an ATTACH target without what may be secret in it."""
+    if not is_attach_target(target):
+        return target
+    prefix = cast("re.Match[str]", _PREFIXES.match(target))[0]
+    rest = target[len(prefix) :]
+    if "://" not in rest and (prefix.lower().endswith(_KEYWORD_PREFIXES) or re.match(r"\w+\s*=", rest)):
+        shown = [
+            f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)
+        ]
+        return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
+    before, mark, after = rest.rpartition("@")
+    if mark:
+        rest = before.partition("://")[0] + "://…@" + after if "://" in before else "…@" + after
+    return prefix + re.sub(r"\?.*", "?…", rest, flags=re.DOTALL)
+
+
+def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
+    """Return a text about an ATTACH target without what may be secret in the target and its options.
+
+    Engines repeat connection strings, whole or in pieces that nobody foresees. So the whole is
+    replaced by its public form, and a text that still holds a piece of three characters or more
+    of anything else is withheld.
+    """
+    public = public_target(target)
+    rest = target[len(cast("re.Match[str]", _PREFIXES.match(target))[0]) :]
+    if rest:
+        text = text.replace(rest, public[len(target) - len(rest) :])
+    values = [str(value) for name, value in options.items() if name.upper() not in _PUBLIC_OPTIONS]
+    shown = {*_PIECE.findall(public)}.union(
+        *(_PIECE.findall(str(value)) for name, value in options.items() if name.upper() in _PUBLIC_OPTIONS)
+    )
+    pieces = {piece for part in (target, *values) for piece in _PIECE.findall(part)} - shown
+    if any(piece in text for piece in pieces):
+        return "what the engine says is withheld, because it repeats something that may be secret"
+    return text
 
 
 def check_settings(
@@ -837,7 +910,7 @@ def _names(value: object) -> tuple[str, ...]:
 
 def _options(value: object) -> dict[str, str | int | float | bool]:
     if not isinstance(value, Mapping):
-        raise ValueError(f"must be a mapping of options, not {_described(value)}")
+        raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")
     for name, option in value.items():
         if not isinstance(name, str) or not _OPTION_NAME.fullmatch(name):
             raise ValueError("the name of an option has letters, digits and _ only; correct it", name)
@@ -951,7 +1024,8 @@ def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> C
     checked = check_settings(given)
     if is_attach_target(checked["path"]):
         if "journal" not in checked:
-            problem = f"{checked['path']:.40} is no file, so there is no place beside it; name a directory"
+            shown = public_target(checked["path"])
+            problem = f"{shown} is no file, so there is no place beside it; name a directory"
             raise ConfigError(problem, trail=("journal",))
     else:
         checked["path"] = os.path.abspath(checked["path"])
@@ -985,7 +1059,7 @@ def load_config(
     site = _SiteFile(site_file)
     name, name_source = site.profile(profile, os.environ if environ is None else environ)
     settings, sources = site.settings(name)
-    folder = Path(site_file).parent
+    folder = os.path.dirname(site_file)
     settings.setdefault("path", f"logs-{name}.duckdb")
     remote = is_attach_target(settings["path"])
     if remote:
@@ -995,9 +1069,9 @@ def load_config(
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
             raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
     if not remote:
-        settings["path"] = str(folder / settings["path"])
+        settings["path"] = os.path.join(folder, settings["path"].removeprefix("./"))
     if "journal" in settings:
-        settings["journal"] = str(folder / settings["journal"])
+        settings["journal"] = os.path.join(folder, settings["journal"].removeprefix("./"))
     defaults = dict.fromkeys((each.name for each in fields(Config) if each.name != "sources"), "default")
     all_sources = {**defaults, **sources, "profile": name_source, "site_file": site_source}
     return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
@@ -1008,19 +1082,22 @@ def _find_site_file(
 ) -> tuple[str, str]:
     """The absolute path of the site file, and who chose it."""
     try:
-        start = Path(os.path.abspath(cwd if cwd is not None else os.getcwd()))
+        start = folder = os.path.abspath(cwd if cwd is not None else os.getcwd())
     except OSError as error:
         raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
     if config is not None:
-        return str(start / config), "argument"
-    for folder in (start, *start.parents):
-        if os.path.lexists(folder / SITE_FILE):
-            return str(folder / SITE_FILE), "found"
+        return os.path.join(start, config), "argument"
+    while True:
+        if os.path.lexists(os.path.join(folder, SITE_FILE)):
+            return os.path.join(folder, SITE_FILE), "found"
+        folder, below = os.path.dirname(folder), folder
+        if folder == below:
+            break
     raise ConfigError(
         f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
         " do without by --db or AuditLogger(path), or create one that says:"
         " profiles: {default: {audit: {enabled: true}}}",
-        path=str(start),
+        path=start,
     )
 
 
@@ -2424,7 +2501,7 @@ class _Walk:
         """Return the marker for a whole value, whatever it is, and collect what it may echo as."""
         if self.quiet:
             return REDACTED
-        plain = self.plain(value)
+        plain = value if type(value) is str else self.plain(value)
         if isinstance(plain, str) and self.texts.is_marker(plain):
             return plain
         if self.echoes is not None:
@@ -2906,15 +2983,12 @@ def _clip_text(text: str, max_bytes: int) -> str:
 # UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
 # Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
 
-_JSON_CONSTANTS: Final = {
-    text: f'"{text}"' for text in (*EVENT_TYPES, *POLICY_DECISIONS, *STATUSES, "cli", "http", "stdio")
-}
-_TYPE_JSON: Final = {text: _JSON_CONSTANTS[text] for text in EVENT_TYPES}
-_POLICY_JSON: Final = {text: _JSON_CONSTANTS[text] for text in POLICY_DECISIONS}
-_STATUS_JSON: Final = {text: _JSON_CONSTANTS[text] for text in STATUSES}
-_NAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; a flood of made-up ones must not stay
+_FRAME_CACHE_SIZE: Final = (
+    1024  # arbitrary: servers have tens of names; a flood of made-up ones must not stay
+)
 
 REPLACEMENT: Final = "\ufffd"
+_NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
@@ -2948,7 +3022,7 @@ class Encoder:
         self._max_input_bytes = max_input_bytes
         self._clock = clock
         self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
-        self._names: dict[str, str] = {}
+        self._frames: dict[tuple[object, ...], tuple[str, str, str]] = {}
 
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
@@ -3001,49 +3075,59 @@ class Encoder:
         if stamp[0] != second:
             stamp = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
         try:
-            type_json = _TYPE_JSON[event_type]  # type: ignore[index]
-            policy_json = _POLICY_JSON[policy_decision]  # type: ignore[index]
-            status_json = _STATUS_JSON[status]  # type: ignore[index]
+            head, middle, tail = self._frames[caller, event_type, name, policy_decision, status]
             flag = ""
-        except Exception:  # KeyError mostly, or whatever an object's own __hash__ raises
-            type_json, policy_json, status_json, flag = self._flagged(event_type, policy_decision, status)
+        except Exception:  # a new one, or a part that is no key: whatever its own __hash__ raises
+            head, middle, tail, flag = self._frame(caller, event_type, name, policy_decision, status)
         if type(duration_ms) is not int or not 0 <= duration_ms <= MAX_DURATION_MS:
             duration_ms, flag = _clamped(duration_ms, flag)
         if flag:
             reason = flag if reason is None else f"{self._plain_text(reason)}; {flag}"
-        name_json = self._names.get(name) if type(name) is str else None
-        caller_json = _JSON_CONSTANTS.get(caller) if type(caller) is str else None
+        if user_id is None and session_id is None and trace_id is None:
+            ids = _NO_IDS
+        else:
+            ids = (
+                f',"user_id":{self._id_json(user_id)},"session_id":{self._id_json(session_id)}'
+                f',"trace_id":{self._id_json(trace_id)}'
+            )
         text = (
-            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}Z"'
-            f',"caller":{caller_json or self._text_json(caller)}'
-            f',"type":{type_json}'
-            f',"name":{name_json or self._name_json(name)}'
-            f',"input_json":{input_json},"duration_ms":{duration_ms}'
-            f',"policy_decision":{policy_json}'
-            f',"reason":{"null" if reason is None else self._text_json(reason, echoes)}'
-            f',"status":{status_json}'
-            f',"error":{"null" if error is None else self._text_json(error, echoes)}'
-            f',"user_id":{"null" if user_id is None else self._id_json(user_id)}'
-            f',"session_id":{"null" if session_id is None else self._id_json(session_id)}'
-            f',"trace_id":{"null" if trace_id is None else self._id_json(trace_id)}'
+            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json}'
+            f',"duration_ms":{duration_ms}{middle}'
+            f"{'null' if reason is None else self._text_json(reason, echoes)}{tail}"
+            f"{'null' if error is None else self._text_json(error, echoes)}{ids}"
         )
         try:
             return text.encode()
         except UnicodeEncodeError:  # lone surrogates; a pair of them is one character
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-    def _name_json(self, name: object) -> str:
-        text = self._text_json(name)
-        if type(name) is str:
-            if len(self._names) >= _NAME_CACHE_SIZE:
-                self._names.clear()
-            self._names[name] = text
-        return text
+    def _frame(
+        self, caller: object, event_type: object, name: object, policy_decision: object, status: object
+    ) -> tuple[str, str, str, str]:
+        """Return what surrounds the changing parts of a line, and what is wrong with it, as `reason` says it.
+
+        Events of one tool differ in little else, so the frames of sound ones are kept.
+        """
+        type_json, policy_json, status_json, flag = self._flagged(event_type, policy_decision, status)
+        frame = (
+            f'Z","caller":{self._text_json(caller)},"type":{type_json},"name":{self._text_json(name)}'
+            ',"input_json":',
+            f',"policy_decision":{policy_json},"reason":',
+            f',"status":{status_json},"error":',
+        )
+        key = (caller, event_type, name, policy_decision, status)
+        if not flag and all(type(part) is str for part in key):
+            if len(self._frames) >= _FRAME_CACHE_SIZE:
+                self._frames.clear()
+            self._frames[key] = frame
+        return (*frame, flag)
 
     def _text_json(self, value: object, echoes: Sequence[str] = ()) -> str:
         return encode_text(self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT))
 
     def _id_json(self, value: object) -> str:
+        if value is None:
+            return "null"
         return encode_text(
             (value if type(value) is str else self._plain_text(value)).replace("\0", REPLACEMENT)
         )
@@ -3064,7 +3148,7 @@ class Encoder:
             ("policy_decision", "n/a" if policy_decision is None else policy_decision, POLICY_DECISIONS),
             ("status", status, STATUSES),
         ):
-            text = self._redactor.scrub(self._plain_text(value))
+            text = self._redactor.scrub(self._plain_text(value)).replace("\0", REPLACEMENT)
             texts.append(encode_text(text))
             if text not in allowed:
                 flags.append(f"mxcp_audit: {argument} is none of {', '.join(allowed)}")
@@ -3120,6 +3204,73 @@ def line_fault(line: bytes) -> str | None:
     return None
 
 
+# MXCP's own logs.
+
+_ISO_8601: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
+)
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+# Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
+_NAMES_OF_MXCP: Final = {
+    "caller": ("caller", "caller_type"),
+    "event_type": ("type", "operation_type"),
+    "name": ("name", "operation_name"),
+    "input_params": ("input_json", "input_data"),
+    "duration_ms": ("duration_ms", "duration_ms"),
+    "policy_decision": ("policy_decision", "policy_decision"),
+    "reason": ("reason", "policy_reason"),
+    "status": ("status", "operation_status"),
+    "error": ("error", "error"),
+    "user_id": ("user_id", "user_id"),
+    "session_id": ("session_id", "session_id"),
+    "trace_id": ("trace_id", "trace_id"),
+}
+
+
+def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`.
+
+    Args:
+        line: of MXCP 0.1 to 0.3, or of 0.4 and newer; which of them, its keys say.
+
+    Returns:
+        None for what newer versions keep beside events: the definition of a schema.
+
+    Raises:
+        ValueError: it is no event; the text says why.
+    """
+    try:
+        record = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid JSON: {error}") from error
+    if not isinstance(record, dict):
+        raise ValueError("no JSON object")
+    newer = "operation_type" in record
+    if not newer and "type" not in record:
+        if "schema_name" in record and "fields" in record:
+            return None
+        raise ValueError("no event: it has neither type nor operation_type")
+    event = {ours: record.get(theirs[newer]) for ours, theirs in _NAMES_OF_MXCP.items()}
+    if not newer and isinstance(event["input_params"], str):
+        with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
+            event["input_params"] = json.loads(event["input_params"])
+    return _time_of_mxcp(record.get("timestamp")), event
+
+
+def _time_of_mxcp(text: object) -> int:
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"timestamp {text!r:.60} is no time")
+    day, second, fraction, hours, minutes = match.groups()
+    offset = f"{hours}:{minutes}" if hours else "+00:00"
+    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
+    if moment < _EPOCH:
+        raise ValueError(f"timestamp {text!r:.60} is before 1970")
+    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
+
+
 # === Journal ===
 # may name: Errors, Events, Encoding
 #
@@ -3150,15 +3301,19 @@ _GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOE
 _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
-def try_lock(fd: int) -> bool:
-    """Take the exclusive lock of an open file without waiting; False if somebody else has it.
+def try_lock(fd: int, *, shared: bool = False) -> bool:
+    """Take the lock of an open file without waiting; False if somebody else has it.
+
+    Args:
+        fd: the open file.
+        shared: let others have the lock that ask for it so, too. Windows knows no such lock.
 
     Raises:
         OSError: the file system has no locks (ENOLCK, EOPNOTSUPP on some network shares).
     """
     try:
         if sys.platform != "win32":
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         else:
             os.lseek(fd, _LOCK_OFFSET, os.SEEK_SET)
             msvcrt.locking(fd, msvcrt.LK_NBLCK, 1)
@@ -3322,7 +3477,7 @@ class Claim:
             _write_beside(self.path, ".torn", data[end:])
             os.ftruncate(self._fd, end)
         self.lines = data.count(b"\n")
-        self.longest = max(map(len, data[:end].split(b"\n")))
+        self.longest = _longest_line(data, end)
         self.size = end
 
     def read(self) -> bytes:
@@ -3366,6 +3521,19 @@ class Claim:
             os.close(fd)
         if delete and sys.platform == "win32":  # it deletes no open file
             os.unlink(self.path)
+
+
+def _longest_line(data: bytes, end: int) -> int:
+    """Return the length of the longest line, or a limit that none exceeds: splitting costs ten times more."""
+    longest = step = 2**20
+    start = 0
+    while start < end:
+        feed = data.rfind(b"\n", start, start + step)
+        if feed < 0:
+            feed = data.index(b"\n", start)
+            longest = max(longest, feed - start)
+        start = feed + 1
+    return longest
 
 
 class Loss(NamedTuple):
@@ -3430,24 +3598,28 @@ class Journal:
         self.directory = os.path.abspath(directory)
         self._clock = clock
 
-    def open_segment(self, *, durable: bool = False) -> Segment:
+    def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
         """Create a new segment and lock it.
 
         Args:
             durable: also force the new name to the disk.
+            named: the segment's id; a fresh one if None.
 
         Raises:
+            FileExistsError: there is a segment of the name asked.
             OSError: the directory can't be made or written.
             JournalError: the directory is a symbolic link or belongs to somebody else.
         """
-        self._make_directory(durable=durable)
+        self.make_directory(durable=durable)
         while True:
-            segment_id = new_segment_id(self._clock())
+            segment_id = named or new_segment_id(self._clock())
             path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
             flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _NO_FOLLOW
             try:
                 fd = os.open(path, flags, _FILE_MODE)
             except FileExistsError:
+                if named:
+                    raise
                 continue
             try:
                 # A claimer may have found the empty file first, and deleted it.
@@ -3468,7 +3640,13 @@ class Journal:
         except OSError:  # no locks here: the claimers find out as well, and leave everything alone
             return True
 
-    def _make_directory(self, *, durable: bool = False) -> None:
+    def make_directory(self, *, durable: bool = False) -> None:
+        """Make the journal's directory, or check the one that is there.
+
+        Raises:
+            OSError: it can't be made.
+            JournalError: it is a symbolic link or belongs to somebody else.
+        """
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3477,7 +3655,10 @@ class Journal:
                 sync_directory(parent)
             return
         except FileExistsError:
-            pass
+            self.check_directory()
+
+    def check_directory(self) -> None:
+        """Raise JournalError if the directory is a link or somebody else's, OSError if it is gone."""
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
@@ -3487,8 +3668,8 @@ class Journal:
             )
         if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
             raise JournalError(
-                f"belongs to user {found.st_uid}, so that its owner could read and change what is recorded; "
-                "make it your own, or set `journal`",
+                f"belongs to user {found.st_uid}, who could read and change what is recorded; "
+                "work as that user, make it your own, or set `journal`",
                 path=self.directory,
             )
 
@@ -3580,6 +3761,7 @@ class Journal:
         """
         path = os.path.join(self.directory, "ingest.lock")
         try:
+            self.check_directory()
             fd = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
         except FileNotFoundError:
             yield False  # no directory, so nothing to ingest either
@@ -3600,6 +3782,32 @@ class Journal:
                 unlock(fd)
             os.close(fd)
 
+    @contextlib.contextmanager
+    def reading_lock(self) -> Iterator[bool]:
+        """Keep anybody from ingesting from here, but no other reader from reading; False if one ingests now.
+
+        For targets that don't shut ingesters out themselves while they are read.
+
+        Raises:
+            JournalError: the file can't be opened or locked.
+        """
+        path = os.path.join(self.directory, "ingest.lock")
+        fd = -1
+        locked = True
+        try:
+            with contextlib.suppress(FileNotFoundError):  # nobody has ever ingested from here
+                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+                locked = try_lock(fd, shared=True)
+        except OSError as error:
+            if fd >= 0:
+                os.close(fd)
+            raise JournalError(f"can't be locked: {error.strerror}", path=path) from error
+        try:
+            yield locked
+        finally:
+            if fd >= 0:
+                os.close(fd)
+
     def identity(self) -> str:
         """Return the random name under which this journal appears in the ledger, made at the first call.
 
@@ -3607,7 +3815,7 @@ class Journal:
         """
         path = os.path.join(self.directory, "journal.id")
         try:
-            with open(path, encoding="ascii") as file:
+            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="ascii") as file:
                 known = file.read().strip()
             if known:
                 return known
@@ -3629,7 +3837,7 @@ class Journal:
         Raises:
             OSError: not recorded; try again.
         """
-        self._make_directory()
+        self.make_directory()
         path = os.path.join(self.directory, new_segment_id(self._clock()))
         _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
 
@@ -3693,6 +3901,24 @@ def sync_directory(directory: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_file(path: str) -> None:
+    """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
+    fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def write_new_file(path: str, data: bytes) -> None:
+    """Write a file that doesn't exist yet, durably, with mode 0600. Raises OSError."""
+    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _FILE_MODE)
+    with open(fd, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(fd)
 
 
 # === Writer ===
@@ -4299,6 +4525,9 @@ class IngestSide(Protocol):
     def after_fork(self, *, child: bool) -> None:
         """Take up work again, in the parent and in the child."""
 
+    def report_head(self) -> None:
+        """Tell `logging` where the ledger's chain ends."""
+
 
 class Ingester:
     """The thread that calls `IngestSide.ingest` after a segment was sealed, and again while something waits.
@@ -4310,6 +4539,7 @@ class Ingester:
     """
 
     _LONGEST_PAUSE_SECONDS: Final = 30.0
+    _LONGEST_SLEEP_SECONDS: Final = 24 * 3600.0  # retention runs daily, with or without events
     _LONGEST_STOP_SECONDS: Final = 60.0  # for what can't be interrupted, such as a dead network share
 
     def __init__(self, side: IngestSide, *, interval: float, diagnostics: Diagnostics) -> None:
@@ -4378,9 +4608,11 @@ class Ingester:
         waiting = False
         while True:
             with self._changed:
+                daily = False
                 if not self._stopping and self._done >= self._wanted:
-                    self._changed.wait(pause if waiting else None)
-                if self._done >= self._wanted and (self._stopping or not waiting):
+                    woken = self._changed.wait(pause if waiting else self._LONGEST_SLEEP_SECONDS)
+                    daily = not woken
+                if self._done >= self._wanted and (self._stopping or not (waiting or daily)):
                     if self._stopping:
                         self._thread = None
                         self._changed.notify_all()
@@ -4407,13 +4639,35 @@ class Ingester:
 # may name: Errors, Events, Redaction, Encoding, Writer
 #
 # An execution while it runs. A call's input is encoded when the call begins, so that a tool that
-# changes its arguments can't change what is recorded; the rest is known when it ends.
-# What frameworks hand over is read by attribute and never imported: any callable of the shape
-# `(context, call_next)` serves FastMCP and the `mcp` SDK alike.
+# changes its arguments can't change what is recorded; the rest is known when it ends. What the body
+# raises leaves as the same object, whatever happens while recording.
+#
+# What frameworks hand over is read by attribute, or by key, and never imported: one callable of the
+# shape `(context, call_next)` serves FastMCP 2 to 4 and the `mcp` SDK 2. Where it hangs differs:
+#
+#                   method, message             request, session, _meta          who
+#     FastMCP       context.method, .message    .fastmcp_context.request_context request.scope["user"]
+#     mcp 2         ctx.method, .params         ctx                              request.scope["user"]
+#     mcp 1         key of request_handlers     request_ctx (a context variable) request.scope["user"]
+#
+# The client's name and version have no column. Over stdio they stand in `session_id`, which is ours
+# to choose there (`claude-ai/1.2:9f86d081884c7d65`); over HTTP `session_id` is the transport's own.
+#
+# Caveat: the `mcp` SDK makes a result of what a tool raises, so that the exception is gone before a
+# middleware could see it. → Decorate the tool as well: under a middleware a decorator makes no row of
+# its own, but tells the middleware's call what it saw.
+#
+# Caveat: a call is recorded when it ends, so one that runs when the process is killed is not.
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
 DeniedBy: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
+Function = TypeVar("Function", bound=Callable[..., Any])
+
+_MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
+_MAX_CLIENT_CHARS: Final = 64  # arbitrary: of a client's name and version, which it makes up itself
+_CONNECTION: Final = os.urandom(8).hex()  # stands for the one connection that a stdio server has
+_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
 
 class Recorder(Protocol):
@@ -4470,10 +4724,12 @@ class Call:
         self.duration_ms = 0
         self._recorder = recorder
         self._denied_by = denied_by
+        self.detailed = True  # False: a decorator within may tell more (see _Within)
+        self._before: contextvars.Token[Call | None] | None = None
         self._started = time.perf_counter()
         self.input_json, self.echoes = recorder.begin(input_params, name, endpoint_def)
 
-    def policy(self, decision: str, reason: str | None = None) -> None:
+    def policy(self, decision: str, reason: object = None) -> None:
         """Record what a policy decided: allow, deny or warn, and why."""
         self.policy_decision, self.reason = decision, reason
 
@@ -4481,32 +4737,71 @@ class Call:
         """Record an error although nothing is raised, such as a result that is marked as one."""
         self.status, self.error = "error", error
 
+    def end(self, error: BaseException | None = None) -> None:
+        """Record the call: for code that can't use `with`. Call it once."""
+        self._recorder.wait(self._end(error))
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Be the call that `running_call` returns, within the block."""
+        before = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(before)
+
     def _end(self, error: BaseException | None) -> int:
         self.duration_ms = round((time.perf_counter() - self._started) * 1000)
-        if error is not None:
-            self.fail(describe_exception(error))
-            denial = _find_cause(error, self._denied_by)
+        # Whoever closes a generator has all that was wanted of it: no error.
+        if error is not None and not isinstance(error, GeneratorExit):
+            if self.status != "error":  # what is known already was known nearer to the cause
+                self.fail(describe_exception(error))
+            denial = find_cause(error, self._denied_by)
             if denial is not None and self.policy_decision == "n/a":
                 self.policy("deny", describe_exception(denial, with_type=False))
         return self._recorder.finish(self)
 
+    def _leave(self) -> None:
+        if self._before is not None:
+            with contextlib.suppress(ValueError):  # left in another context than entered, as fixtures do
+                _running.reset(self._before)
+            self._before = None
+
     def __enter__(self) -> Call:
+        self._before = _running.set(self)
         self._started = time.perf_counter()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._recorder.wait(self._end(error))
+        self._leave()
+        self.end(error)
 
     async def __aenter__(self) -> Call:
         return self.__enter__()
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        await self._recorder.wait_async(self._end(error))
+        self._leave()
+        try:
+            await self._recorder.wait_async(self._end(error))
+        except BaseException:
+            # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
+            if error is None or isinstance(error, Exception):
+                raise
+
+
+_running: Final[contextvars.ContextVar[Call | None]] = contextvars.ContextVar("mxcp_audit", default=None)
+
+
+def running_call() -> Call | None:
+    """Return the innermost call that is recorded around the code that asks, or None."""
+    return _running.get()
 
 
 def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
-    """Return `Type: message`, whatever the exception's own `__str__` does."""
+    """Return `Type: message`, whatever the exception's own `__str__` does; of a cancellation `cancelled`."""
     name = type(error).__name__
+    if name in ("CancelledError", "Cancelled"):  # asyncio's and trio's; the message is about scopes and tasks
+        return "cancelled"
     try:
         text = str(error)
     except Exception:
@@ -4516,74 +4811,588 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
     return f"{name}: {text}" if with_type else text
 
 
-def _find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
-    """Return the error or the cause of it that is of the given kinds: frameworks wrap what tools raise."""
-    seen: BaseException | None = error
-    for _ in range(32):  # arbitrary; chains may be circular
+def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
+    """Return the error, or a cause or member of it, of the given kinds: frameworks wrap what tools raise."""
+    waiting: list[BaseException | None] = [error]
+    for _ in range(_MAX_CAUSES):
+        if not waiting:
+            break
+        seen = waiting.pop(0)
         if seen is None or isinstance(seen, kinds):
-            return seen
-        seen = seen.__cause__ or seen.__context__
+            if seen is not None:
+                return seen
+            continue
+        waiting += [seen.__cause__ or seen.__context__, *getattr(seen, "exceptions", ())]
     return None
 
 
-def mcp_caller(context: object) -> str:
-    """Return `http` if the request came over HTTP, else `stdio`."""
-    inner = getattr(context, "fastmcp_context", None) or context
-    for owner in (inner, _attribute(inner, "request_context")):
-        if _attribute(owner, "request") is not None:
-            return "http"
-    return "stdio"
+# Where a call came from.
 
 
-def _attribute(owner: object, name: str) -> Any:
-    """Return an attribute, or None: frameworks raise what they like outside of a request."""
+class Origin(NamedTuple):
+    """Where a call came from, as far as the framework knows."""
+
+    caller: str
+    user_id: str | None = None
+    session_id: str | None = None
+    trace_id: str | None = None
+
+
+def _get(owner: object, name: str) -> Any:
+    """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
+    if owner is None:  # as it is most of the time; the questions below take 1 µs
+        return None
     try:
-        return getattr(owner, name, None)
+        if isinstance(owner, dict):
+            return owner.get(name)
+        value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
+        return owner.get(name) if value is None and isinstance(owner, Mapping) else value
     except Exception:
         return None
 
 
-def _error_of_result(result: object) -> object:
-    """Return the message of a result that is marked as an error, or None."""
-    if not (_attribute(result, "isError") is True or _attribute(result, "is_error") is True):
+def _text(value: object) -> str | None:
+    """Return a text that isn't empty, of a text or a number, else None."""
+    return str(value) if isinstance(value, (str, int)) and value != "" else None
+
+
+def origin_of(request_context: object) -> Origin:
+    """Return where a request came from; `cli` if there is none, which is a call inside of the program.
+
+    Args:
+        request_context: what has `request`, `session` and `meta`, in whichever framework.
+    """
+    if request_context is None:
+        return Origin("cli", trace_id=_active_trace())
+    request = _get(request_context, "request")
+    trace_id = (
+        trace_of(_get(request_context, "meta"))
+        or trace_of(_get(_get(request_context, "params"), "_meta"))
+        or trace_of(_get(request, "headers"))
+        or _active_trace()
+    )
+    if request is None:
+        client = _get(_get(request_context, "session"), "client_params")
+        client = _get(client, "client_info") or _get(client, "clientInfo")
+        return Origin("stdio", None, stdio_session(client, _CONNECTION), trace_id)
+    session = _get(_get(request, "headers"), "mcp-session-id") or _get(
+        _get(request, "query_params"), "session_id"
+    )
+    return Origin("http", _user_of(request), _text(session), trace_id)
+
+
+def stdio_session(client: object, connection: str) -> str:
+    """Return a session id for a connection that has none: the client's name and version, and `connection`."""
+    name, version = _text(_get(client, "name")), _text(_get(client, "version"))
+    label = "/".join(part for part in (name, version) if part)[:_MAX_CLIENT_CHARS]
+    return f"{label}:{connection}" if label else connection
+
+
+def _user_of(request: object) -> str | None:
+    """Return the authenticated subject of an HTTP request, else its OAuth client, else None."""
+    token = _get(_get(_get(request, "scope"), "user"), "access_token")
+    return (
+        _text(_get(token, "subject"))
+        or _text(_get(_get(token, "claims"), "sub"))
+        or _text(_get(token, "client_id"))
+    )
+
+
+def trace_of(carrier: object) -> str | None:
+    """Return the trace id of a W3C `traceparent` in `_meta` or in headers, or None."""
+    parent = _get(carrier, "traceparent")
+    match = _TRACEPARENT.fullmatch(parent) if isinstance(parent, str) else None
+    return match[1] if match else None
+
+
+def _active_trace() -> str | None:
+    """Return the trace id of OpenTelemetry's current span; that package is never loaded for it."""
+    current = _get(sys.modules.get("opentelemetry.trace"), "get_current_span")
+    try:
+        trace_id = current().get_span_context().trace_id if current is not None else 0
+        return f"{trace_id:032x}" if trace_id else None
+    except Exception:
         return None
-    content = _attribute(result, "content")
-    texts = [_attribute(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
+
+
+def _surroundings() -> Origin:
+    """Return the origin of the call, or of the framework's request, around the code that asks."""
+    call = running_call()
+    if call is not None:
+        return Origin(call.caller, call.user_id, call.session_id, call.trace_id)
+    for module, variable in (
+        ("fastmcp.server.dependencies", "fastmcp_request_ctx"),
+        ("mcp.server.lowlevel.server", "request_ctx"),
+    ):
+        found = getattr(sys.modules.get(module), variable, None)
+        context = found.get(None) if isinstance(found, contextvars.ContextVar) else None
+        if context is not None:
+            return origin_of(context)
+    return origin_of(None)
+
+
+# Middleware.
+
+
+def error_of_result(result: object) -> str | None:
+    """Return the message of a result that is marked as an error, or None."""
+    result = _get(result, "root") or result  # the SDK 1 wraps it
+    if not (_get(result, "isError") is True or _get(result, "is_error") is True):
+        return None
+    content = _get(result, "content")
+    texts = [_get(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
     return "\n".join(text for text in texts if isinstance(text, str)) or "the result is marked as an error"
 
 
-def middleware(
-    record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
-) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
-    """Return a middleware `(context, call_next)` that records tool calls, resource reads and prompts.
+class Middleware:
+    """A middleware `(context, call_next)` that records tool calls, resource reads and prompts.
 
     Args:
         record: `AuditLogger.record`.
         caller: what to record as caller; found out for each call if None.
-        denied_by: exceptions that are recorded as the policy decision `deny`.
+        denied_by: exceptions that are recorded as the policy decision `deny`; FastMCP's own
+            AuthorizationError always is.
     """
 
-    async def audit(context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-        event_type = MCP_METHODS.get(_attribute(context, "method"))
+    def __init__(
+        self, record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> None:
+        self._record = record
+        self._caller = caller
+        self._denied_by = denied_by if isinstance(denied_by, tuple) else (denied_by,)
+
+    async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
+        """Pass a message on; record it if it is an execution."""
+        event_type = MCP_METHODS.get(_get(context, "method"))
         if event_type is None:
             return await call_next(context)
-        message = _attribute(context, "message")
-        name = _attribute(message, "name") or _attribute(message, "uri")
-        call = record(
-            event_type,
-            name if isinstance(name, str) else str(name),
-            _attribute(message, "arguments"),
-            caller=caller or mcp_caller(context),
-            denied_by=denied_by,
-        )
-        async with call:
+        async with self._begin(event_type, context) as call:
             result = await call_next(context)
-            error = _error_of_result(result)
-            if error is not None:
+            error = error_of_result(result)
+            if error is not None and call.status != "error":
                 call.fail(error)
             return result
 
-    return audit
+    async def check_resource_access(self, context: object) -> None:
+        """Allow: FastMCP 4 asks each middleware."""
+
+    def _begin(self, event_type: str, context: object) -> Call:
+        message = _get(context, "message")
+        if message is None:
+            message = _get(context, "params")
+        inside = _get(context, "fastmcp_context")
+        origin = origin_of(context if inside is None else _get(inside, "request_context"))
+        refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
+        call = self._record(
+            event_type,
+            name_of(message),
+            _get(message, "arguments"),
+            denied_by=(*self._denied_by, refusal) if refusal is not None else self._denied_by,
+            **{**origin._asdict(), "caller": self._caller or origin.caller},
+        )
+        call.detailed = False
+        return call
+
+    def instrument(self, server: Any) -> None:
+        """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included.
+
+        Raises:
+            AuditError: it is none that we know.
+        """
+        chain = getattr(server, "middleware", None)
+        inner = getattr(server, "_mcp_server", server)
+        if callable(getattr(server, "add_middleware", None)):
+            server.add_middleware(self)
+        elif isinstance(chain, list):
+            chain.append(self)
+        elif isinstance(getattr(inner, "request_handlers", None), dict):
+            inner.request_handlers = _AuditedHandlers(self, inner.request_handlers)
+        else:
+            raise AuditError(
+                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
+                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
+            )
+
+
+def name_of(message: object) -> str:
+    """Return the tool or prompt that a message names, or its URI; "" if it names none."""
+    name = _get(message, "name")
+    return str(_get(message, "uri") or "" if name is None else name)
+
+
+class _Request(NamedTuple):
+    """What a handler of the SDK 1 knows, in the shape of the SDK 2."""
+
+    method: str
+    params: object
+    request: object
+    session: object
+    meta: object
+
+
+class _AuditedHandlers(dict[Any, Any]):
+    """The handlers of an SDK 1 server by type of request; those that execute are recorded."""
+
+    _METHODS: Final = {
+        "CallToolRequest": "tools/call",
+        "ReadResourceRequest": "resources/read",
+        "GetPromptRequest": "prompts/get",
+    }
+
+    def __init__(self, middleware: Middleware, handlers: Mapping[Any, Any]) -> None:
+        super().__init__()
+        self._middleware = middleware
+        for kind, handler in handlers.items():
+            self[kind] = handler
+
+    def __setitem__(self, kind: Any, handler: Any) -> None:
+        method = self._METHODS.get(kind.__name__)
+        super().__setitem__(kind, handler if method is None else self._audited(method, handler))
+
+    def _audited(self, method: str, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
+        async def audited(request: Any) -> Any:
+            variable = getattr(sys.modules.get("mcp.server.lowlevel.server"), "request_ctx", None)
+            context = variable.get(None) if variable is not None else None
+            found = _Request(
+                method, _get(request, "params"), *(_get(context, n) for n in _Request._fields[2:])
+            )
+            return await self._middleware(found, lambda _: handler(request))
+
+        return audited
+
+
+# Decorators.
+
+
+def audited(
+    function: Function,
+    record: Callable[..., Call],
+    event_type: str,
+    name: str | None,
+    caller: str | None,
+    denied_by: DeniedBy,
+) -> Function:
+    """Return a function that does the same and is recorded; signature, name and kind stay.
+
+    Args:
+        function: a function, coroutine function, generator, async generator, or a method of them.
+        record: `AuditLogger.record`.
+        event_type: tool, resource or prompt.
+        name: what to record as name; the function's own if None.
+        caller: what to record as caller; that of the surrounding request, or `cli`, if None.
+        denied_by: exceptions that are recorded as the policy decision `deny`.
+    """
+    if isinstance(function, (classmethod, staticmethod)):
+        inner = audited(function.__func__, record, event_type, name, caller, denied_by)
+        return cast(Function, type(function)(inner))
+    title = name or getattr(function, "__name__", None) or type(function).__name__
+    input_of = _binder(function)
+    template = re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(title)))  # `{id}` stands for any text
+
+    def start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        outer = running_call()
+        if (
+            outer is not None
+            and not outer.detailed
+            and outer.event_type == event_type
+            and (template.fullmatch(outer.name))
+        ):
+            outer.detailed = True  # what the function calls in turn are executions of their own
+            return Call(_Within(outer), event_type, title, input_of(args, kwargs), denied_by=denied_by)
+        origin = _surroundings()
+        return record(
+            event_type,
+            title,
+            input_of(args, kwargs),
+            denied_by=denied_by,
+            **{**origin._asdict(), "caller": caller or origin.caller},
+        )
+
+    return cast(Function, functools.wraps(function)(_wrapper(function, start)))
+
+
+def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
+    """Return a function of the same kind, which `inspect` and so the frameworks tell apart."""
+    if inspect.isasyncgenfunction(function):
+
+        async def async_generator(*args: Any, **kwargs: Any) -> Any:
+            async with _Unseen(start(args, kwargs)) as call:
+                steps = function(*args, **kwargs)
+                try:
+                    with call.running():
+                        item = await steps.__anext__()
+                    while True:
+                        try:
+                            sent = yield item
+                        except BaseException as error:  # of athrow, or GeneratorExit of aclose
+                            with call.running():
+                                item = await steps.athrow(error)
+                        else:
+                            with call.running():
+                                item = await steps.asend(sent)
+                except StopAsyncIteration:
+                    return
+
+        return async_generator
+    if inspect.isgeneratorfunction(function):
+
+        def generator(*args: Any, **kwargs: Any) -> Any:
+            with _Unseen(start(args, kwargs)) as call:
+                return (yield from _Steps(call, function(*args, **kwargs)))
+
+        return generator
+    if inspect.iscoroutinefunction(function):
+
+        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+            async with start(args, kwargs):
+                return await function(*args, **kwargs)
+
+        return coroutine
+
+    def plain(*args: Any, **kwargs: Any) -> Any:
+        with start(args, kwargs):
+            return function(*args, **kwargs)
+
+    return plain
+
+
+class _Within:
+    """The recorder of a function that runs under a middleware: what it sees goes into that call's row.
+
+    So the row of a resource says `reports/{report_id}` and which id, and exceptions that the framework
+    swallows are known.
+    """
+
+    def __init__(self, outer: Call) -> None:
+        self._outer = outer
+
+    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+        outer = self._outer
+        outer.name = str(name)
+        outer.input_json, outer.echoes = outer._recorder.begin(input_params, name, endpoint_def)
+        return outer.input_json, outer.echoes
+
+    def finish(self, call: Call) -> int:
+        if call.status == "error":
+            self._outer.fail(call.error)
+        if call.policy_decision != "n/a":
+            self._outer.policy(call.policy_decision, call.reason)
+        return 0
+
+    def wait(self, ticket: int) -> None:
+        pass
+
+    async def wait_async(self, ticket: int) -> None:
+        pass
+
+
+class _Unseen:
+    """A call around a generator: between its steps, other code runs that is no part of the call."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+
+    def __enter__(self) -> Call:
+        return self._call
+
+    def __exit__(self, *error: Any) -> None:
+        self._call.__exit__(*error)
+
+    async def __aenter__(self) -> Call:
+        return self._call
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._call.__aexit__(*error)
+
+
+class _Steps:
+    """A generator of which each step is part of a call."""
+
+    def __init__(self, call: Call, generator: Any) -> None:
+        self._call = call
+        self._generator = generator
+
+    def __iter__(self) -> _Steps:
+        return self
+
+    def __next__(self) -> Any:
+        with self._call.running():
+            return next(self._generator)
+
+    def send(self, value: Any) -> Any:
+        with self._call.running():
+            return self._generator.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        with self._call.running():
+            return self._generator.throw(*error)
+
+    def close(self) -> None:
+        with self._call.running():
+            self._generator.close()
+
+
+def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
+    """Return what turns arguments into the input that is recorded: by name, as the function gets them.
+
+    The instance of a method and the context object of a framework are no input.
+    """
+    try:
+        signature = inspect.signature(function)
+    except (TypeError, ValueError):  # some functions in C have none
+        return lambda args, kwargs: {"args": args, "kwargs": kwargs}
+    parameters = list(signature.parameters.values())
+    owner = getattr(function, "__qualname__", "").rpartition(".")[0]
+    in_class = owner != "" and not owner.endswith("<locals>")
+    bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
+    rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
+
+    def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+        try:
+            given = signature.bind(*args, **kwargs).arguments
+        except TypeError:  # the function will say so itself
+            return {"args": args[bound is not None :], "kwargs": kwargs}
+        named = {name: value for name, value in given.items() if name not in (bound, rest)}
+        if rest is not None:
+            named.update(given.get(rest, {}))
+        return {name: value for name, value in named.items() if not _is_context(value)}
+
+    return input_of
+
+
+def _is_context(value: object) -> bool:
+    kind = type(value)
+    return kind.__name__ == "Context" and kind.__module__.partition(".")[0] in ("mcp", "fastmcp")
+
+
+# The stdio wrapper's bookkeeping.
+
+MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
+_MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
+
+
+class StdioAudit:
+    """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
+
+    Feed a piece *before* it is passed on: then an answer can't overtake its request, and a client
+    that has an answer can be sure of its row. The two sides may be fed from two threads.
+
+    Args:
+        record: `AuditLogger.record`.
+        on_fault: told what could not be audited.
+    """
+
+    def __init__(self, record: Callable[..., Call], *, on_fault: Callable[[str], None]) -> None:
+        self._record = record
+        self._on_fault = on_fault
+        self._client_lines = _Lines()
+        self._server_lines = _Lines()
+        self._pending: dict[str | float, Call] = {}
+        self._session_id = _CONNECTION
+
+    def from_client(self, data: bytes) -> None:
+        """Take in what the client sends: any piece of it."""
+        for line in self._client_lines.feed(data):
+            for message in self._messages(line):
+                method = message.get("method")
+                params = message.get("params")
+                if method == "initialize":
+                    self._session_id = stdio_session(_get(params, "clientInfo"), _CONNECTION)
+                elif method == "notifications/cancelled":
+                    reason = _text(_get(params, "reason"))
+                    self._finish(
+                        _get(params, "requestId"),
+                        "cancelled by the client" + (f": {reason}" if reason else ""),
+                    )
+                elif isinstance(method, str) and method in MCP_METHODS:
+                    self._begin(method, params, message)
+
+    def from_server(self, data: bytes) -> None:
+        """Take in what the server sends: any piece of it."""
+        for line in self._server_lines.feed(data):
+            for message in self._messages(line) if self._pending else ():
+                if "method" in message:  # the server's own requests count their ids for themselves
+                    continue
+                failure = message.get("error")
+                if failure is None:
+                    self._finish(message.get("id"), error_of_result(message.get("result")))
+                else:
+                    code = _text(_get(failure, "code"))
+                    text = _text(_get(failure, "message")) or "the server answered with an error"
+                    self._finish(message.get("id"), f"{text} ({code})" if code else text)
+
+    def close(self, reason: str) -> None:
+        """Record every call that was never answered, with `reason` as its error."""
+        for key in list(self._pending):
+            self._finish(key, reason)
+
+    def _messages(self, line: bytes | None) -> list[dict[str, Any]]:
+        if line is None:
+            self._on_fault(f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited")
+            return []
+        try:
+            value = json.loads(line.decode("utf-8", "replace"), parse_int=_json_int)
+        except RecursionError:
+            self._on_fault("a message passed unaudited: it is nested too deeply to be read")
+            return []
+        except ValueError:  # no JSON, so nobody takes it for a call
+            return []
+        return [
+            message for message in (value if isinstance(value, list) else [value]) if type(message) is dict
+        ]
+
+    def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
+        call = self._record(
+            MCP_METHODS[method],
+            name_of(params),
+            _get(params, "arguments"),
+            caller="stdio",
+            session_id=self._session_id,
+            trace_id=trace_of(_get(params, "_meta")),
+        )
+        key = message.get("id")
+        if type(key) not in (str, int, float):
+            call.fail("sent without an id that could be answered")
+            call.end()
+            return
+        self._finish(key, "its id was used again before it was answered")
+        self._pending[key] = call  # type: ignore[index]
+
+    def _finish(self, key: object, error: str | None) -> None:
+        call = self._pending.pop(key, None) if type(key) in (str, int, float) else None  # type: ignore[call-overload]
+        if call is not None:
+            if error is not None:
+                call.fail(error)
+            call.end()
+
+
+class _Lines:
+    """Puts pieces of bytes together into lines."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes | None]:
+        """Yield the lines that `data` completes; None for one that is too long to be kept."""
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            self._keep(end)
+            yield b"".join(self._parts) if self._size <= MAX_MESSAGE_BYTES else None
+            self._parts, self._size = [], 0
+        self._keep(rest)
+
+    def _keep(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._size <= MAX_MESSAGE_BYTES:
+            self._parts.append(part)
+        else:
+            self._parts.clear()
+
+
+def _json_int(text: str) -> int | str:
+    """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
+    return int(text) if len(text) <= _MAX_DIGITS else text
 
 
 # === Logger ===
@@ -4618,6 +5427,8 @@ class AuditLogger:
     Args:
         path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
         enabled: False makes every call return at once.
+        log_path: MXCP's own name for `path`, so that this class drops in there; `x.jsonl`, the file that
+            MXCP would write, stands for `x.duckdb` beside it.
         journal: the journal's directory; by default `<path>.journal`.
         flush_interval: seconds after which events leave the journal for the database.
         durable: wait in `log_event` until the event is on the disk.
@@ -4636,9 +5447,10 @@ class AuditLogger:
 
     def __init__(
         self,
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None = None,
         enabled: bool = True,
         *,
+        log_path: str | os.PathLike[str] | None = None,
         journal: str | os.PathLike[str] | None = None,
         flush_interval: float | str = 1.0,
         durable: bool = False,
@@ -4650,6 +5462,10 @@ class AuditLogger:
         retention: float | str | None = None,
         attach: Mapping[str, object] | None = None,
     ) -> None:
+        if path is None:
+            if log_path is None:
+                raise ConfigError("name the database file, such as logs-default.duckdb", trail=("path",))
+            path = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
         self._start(
             config_from_arguments(
                 path,
@@ -4799,16 +5615,80 @@ class AuditLogger:
             denied_by=denied_by,
         )
 
-    def middleware(
-        self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
-    ) -> Callable[[Any, Callable[[Any], Awaitable[Any]]], Awaitable[Any]]:
-        """Return a middleware for FastMCP: `server.add_middleware(audit.middleware())`.
+    def policy(self, decision: str, reason: str | None = None) -> None:
+        """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
+
+        It runs here within `record`, in a decorated function, and in a tool under `middleware`. Elsewhere
+        there is nothing to decide about; `logging` is told.
+        """
+        call = running_call()
+        if call is None:
+            self._diagnostics.report("policy", "a policy decision outside of any call is not recorded")
+        else:
+            call.policy(decision, reason)
+
+    def middleware(self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError) -> Middleware:
+        """Return a middleware: `server.add_middleware(audit.middleware())`, or `server.middleware.append(…)`.
+
+        The first is FastMCP 2 to 4, the second the `mcp` SDK 2. Every tool call, resource read and prompt
+        is recorded, failures and refusals included, with user, session, trace and caller.
 
         Args:
             caller: recorded as caller; by default `http` or `stdio`, as the request came.
-            denied_by: exceptions that are recorded as the policy decision `deny`.
+            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
         """
-        return middleware(self.record, caller=caller, denied_by=denied_by)
+        return Middleware(self.record, caller=caller, denied_by=denied_by)
+
+    def instrument(
+        self, server: object, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> None:
+        """Record what a server executes, whichever way it has for that: FastMCP, the `mcp` SDK 1 or 2.
+
+        The SDK 1 has no middleware; there, the handlers that are registered now and later are wrapped.
+
+        Raises:
+            AuditError: the object is no server that we know.
+        """
+        self.middleware(caller=caller, denied_by=denied_by).instrument(server)
+
+    def tool(
+        self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a tool: `@audit.tool()`.
+
+        The function may be a coroutine, a generator, an async generator or a method. Its signature, name
+        and docstring stay, and what it raises is raised. Its arguments are recorded by name.
+
+        Args:
+            name: recorded as name; by default the function's own.
+            caller: recorded as caller; by default that of the request it runs in, `cli` without one.
+            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
+        """
+        return self._decorator("tool", name, caller, denied_by)
+
+    def resource(
+        self, uri: str, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a resource: `@audit.resource("reports/{report_id}")`."""
+        return self._decorator("resource", uri, caller, denied_by)
+
+    def prompt(
+        self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+    ) -> Callable[[Function], Function]:
+        """Record each execution of a function as a prompt: `@audit.prompt()`."""
+        return self._decorator("prompt", name, caller, denied_by)
+
+    def _decorator(
+        self, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
+    ) -> Callable[[Function], Function]:
+        if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
+            example = '("reports/{id}")' if event_type == "resource" else "()"
+            raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
+
+        def decorate(function: Function) -> Function:
+            return audited(function, self.record, event_type, name, caller, denied_by)
+
+        return decorate
 
     @property
     def counters(self) -> Counters:
@@ -4859,6 +5739,7 @@ class AuditLogger:
         if self._ingester is not None:
             self._ingester.stop(max(0.0, deadline - time.monotonic()))
         if self._side is not None:
+            self._side.report_head()
             self._side.close()
         _live.loggers.discard(self)
         if left:
@@ -4923,7 +5804,11 @@ class AuditLogger:
         if self.config.durable and self.enabled:
             import asyncio
 
-            loop = asyncio.get_running_loop()
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:  # another kind of event loop: the promise counts for more than its time
+                self._writer.wait_written(ticket)
+                return
             written: asyncio.Future[None] = loop.create_future()
 
             def resolve() -> None:
@@ -5074,12 +5959,73 @@ WIDEN_LOGS: Final = tuple(
     f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
     for column in COLUMNS[10:]
 )
-# `kind` is `segment`, `loss` or `purge`; `position` counts the entries of one journal's chain from 1.
-CREATE_LEDGER: Final = """\
-CREATE TABLE IF NOT EXISTS audit.ledger (
-    journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT,
-    first_event TIMESTAMP, last_event TIMESTAMP, digest VARCHAR, seal VARCHAR,
-    detail VARCHAR, host VARCHAR, ingested_at TIMESTAMP)"""
+# The ledger: an entry for each segment, loss and purge, and one for an older table's rows (`legacy`).
+# `position` counts the entries of one journal's chain from 1. `marks` holds four hex digits of each
+# event's hash in order of seq, so that a changed event can be named; null where seq has gaps.
+# Also update docs/security.md, and tools/verify_independently.py, which knows it from there.
+LEDGER_COLUMNS: Final = (
+    Column("journal", "VARCHAR"),
+    Column("position", "BIGINT"),
+    Column("kind", "VARCHAR"),
+    Column("segment", "VARCHAR"),
+    Column("events", "BIGINT"),
+    Column("first_event", "TIMESTAMP"),
+    Column("last_event", "TIMESTAMP"),
+    Column("digest", "VARCHAR"),
+    Column("marks", "VARCHAR"),
+    Column("detail", "VARCHAR"),
+    Column("host", "VARCHAR"),
+    Column("ingested_at", "TIMESTAMP"),
+    Column("seal", "VARCHAR"),
+)
+_LEDGER_DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in LEDGER_COLUMNS)
+CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({_LEDGER_DEFINITIONS})"
+
+
+def row_hash(columns: Sequence[Column], **instead: str) -> str:
+    """Return the SQL of a row's hash: SHA-256 of its canonical form, which no two different rows share.
+
+    A number for each column, separated by `|`: an integer itself, a timestamp's microseconds since
+    the epoch, a text's length in bytes; nothing for NULL. Then `|` and all texts, one after the other.
+    Of events, the segment's text is left out, which its entry has: hashing it costs a tenth of an ingest.
+
+    Args:
+        columns: all that are covered, in order.
+        instead: for an integer column's name, what to take instead of it.
+    """
+    numbers = {
+        # An infinity has no microseconds, and must not look like NULL.
+        "TIMESTAMP": "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END",
+        "VARCHAR": "strlen({0})",
+    }
+    head = ", '|', ".join(
+        numbers.get(column.sql_type, "{0}").format(instead.get(column.name, column.name))
+        for column in columns
+    )
+    left_out = "segment" if columns is COLUMNS else ""
+    texts = ", ".join(
+        column.name for column in columns if column.sql_type == "VARCHAR" and column.name != left_out
+    )
+    return f"sha256(concat({head}, '|', {texts}))"
+
+
+def digests(
+    source: str, condition: str = "true", *, segment: str = "segment", order: str = "seq, hash"
+) -> str:
+    """Return the SELECT of what the ledger says of each segment: count, range, digest and marks.
+
+    The digest is SHA-256 over the hashes of the segment's rows, in order of seq; where that is missing
+    or not unique, in order of the hashes, which costs a tenth more.
+    """
+    return f"""\
+SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
+       CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
+FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event, max(timestamp) AS last_event,
+             min(seq) AS low, max(seq) AS high, list(hash ORDER BY {order}) AS hashes
+      FROM (SELECT {segment} AS part, timestamp, seq, {row_hash(COLUMNS)} AS hash
+            FROM {source} WHERE {condition})
+      GROUP BY part)"""
+
 
 # Reading a segment: `columns` always, because detection types the same file differently in 1.5 and 2.0.
 STAGE: Final = f"""\
@@ -5111,17 +6057,175 @@ UPDATE audit.ledger SET ingested_at = ingested_at
 WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
+# Entering: positions and digests go into the temporary table `entries`, then seals are added.
+CREATE_ENTRIES: Final = f"CREATE OR REPLACE TEMP TABLE entries ({_LEDGER_DEFINITIONS})"
 LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
-INSERT_SEGMENTS: Final = """\
-INSERT INTO audit.ledger BY NAME
-SELECT $journal AS journal, $position + row_number() OVER (ORDER BY claimed) AS position, 'segment' AS kind,
-       claimed AS segment, count(seq) AS events, min(timestamp) AS first_event, max(timestamp) AS last_event,
+SEAL_AT: Final = """\
+SELECT max(seal)::VARCHAR FROM audit.ledger WHERE journal = $journal AND position = $position"""
+EVENTS_OF: Final = """\
+SELECT coalesce(sum(events), 0)::BIGINT FROM audit.ledger WHERE journal = $journal AND kind = 'segment'"""
+LEDGER_IS_EMPTY: Final = "SELECT count(*) = 0 FROM audit.ledger"
+# Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
+_SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
+LEGACY_DAYS: Final = """\
+SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR, count(*)::BIGINT FROM audit.logs
+WHERE segment IS NULL GROUP BY ALL ORDER BY ALL NULLS FIRST"""
+PREPARE_LEGACY: Final = f"""\
+INSERT INTO entries BY NAME
+SELECT $journal AS journal, 'legacy' AS kind, segment, events, first_event, last_event, digest,
+       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY segment) AS position,
        $host AS host, $now::TIMESTAMP AS ingested_at
-FROM (SELECT unnest($segments) AS claimed) LEFT JOIN batch ON segment = claimed GROUP BY claimed"""
-INSERT_LOSS: Final = """\
+FROM ({
+    digests(
+        "audit.logs",
+        "segment IS NULL AND coalesce(strftime(timestamp, '%Y-%m-%d'), '') BETWEEN $first_day AND $last_day",
+        segment=_SEGMENT_OR_DAY,
+    )
+})"""
+PREPARE_SEGMENTS: Final = f"""\
+INSERT INTO entries BY NAME
+SELECT $journal AS journal, 'segment' AS kind, claimed AS segment,
+       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY claimed) AS position,
+       coalesce(events, 0) AS events, first_event, last_event, digest, marks,
+       $host AS host, $now::TIMESTAMP AS ingested_at
+FROM (SELECT unnest($segments) AS claimed) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed"""
+PREPARE_ENTRY: Final = """\
+INSERT INTO entries BY NAME
+SELECT $journal AS journal, $position + 1 + (SELECT count(*) FROM entries) AS position,
+       $kind AS kind, $segment::VARCHAR AS segment,
+       $events::BIGINT AS events, make_timestamp($first) AS first_event, make_timestamp($last) AS last_event,
+       $digest::VARCHAR AS digest, $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+PREPARED_HASHES: Final = f"""\
+SELECT position::BIGINT, kind::VARCHAR, events::BIGINT, {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
+FROM entries ORDER BY position"""
+INSERT_ENTRIES: Final = """\
 INSERT INTO audit.ledger BY NAME
-SELECT $journal AS journal, $position AS position, 'loss' AS kind, $segment AS segment,
-       $events::BIGINT AS events,       $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
+SELECT entries.* REPLACE (sealed AS seal)
+FROM entries JOIN (SELECT unnest($positions) AS place, unnest($seals) AS sealed) ON position = place"""
+
+# Verifying reads the tables through views of known columns and types, whatever somebody made of them.
+TABLE_TYPES: Final = """\
+SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
+WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
+CHAIN: Final = f"""\
+SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, segment::VARCHAR, events::BIGINT, seal::VARCHAR,
+       {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
+FROM sound_ledger ORDER BY journal, position, seal"""
+PURGES: Final = """\
+SELECT detail::VARCHAR, events::BIGINT, strftime(ingested_at, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
+SPLITS: Final = """\
+SELECT max(segment)::VARCHAR FROM (
+    SELECT segment, floor(sum(events) OVER (ORDER BY segment ROWS UNBOUNDED PRECEDING) / $size) AS part
+    FROM sound_ledger
+    WHERE kind IN ('segment', 'legacy') AND ($before IS NULL OR last_event >= make_timestamp($before)))
+GROUP BY part ORDER BY ALL NULLS FIRST"""
+SCOPE_SINCE: Final = f"""\
+CREATE OR REPLACE TEMP TABLE scope AS
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
+UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
+# What a purge touches; segments that an earlier one took whole are left out.
+SCOPE_BEFORE: Final = f"""\
+CREATE OR REPLACE TEMP TABLE scope AS
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND first_event < $moment::TIMESTAMP
+AND ($before IS NULL OR last_event >= make_timestamp($before) OR ingested_at >= $purged_at::TIMESTAMP)
+UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp < $moment::TIMESTAMP"""
+_OLD: Final = f"{_SEGMENT_OR_DAY} = $segment AND timestamp < $moment::TIMESTAMP"
+_KEPT: Final = f"{_SEGMENT_OR_DAY} = $segment AND coalesce(timestamp >= $moment::TIMESTAMP, true)"
+PART_GONE: Final = (
+    f"SELECT events::BIGINT, digest::VARCHAR, epoch_us(last_event)::BIGINT "
+    f"FROM ({digests('sound_logs', _OLD, segment=_SEGMENT_OR_DAY)})"
+)
+PART_KEPT: Final = (
+    f"SELECT events::BIGINT, digest::VARCHAR FROM ({digests('sound_logs', _KEPT, segment=_SEGMENT_OR_DAY)})"
+)
+DELETE_OLD: Final = "DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+COUNT_OLD: Final = "SELECT count(*)::BIGINT FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+OLD_DAYS: Final = """\
+SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR AS day, count(*)::BIGINT FROM audit.logs
+WHERE timestamp < $moment::TIMESTAMP GROUP BY day ORDER BY day"""
+OLD_OF_DAY: Final = f"""\
+SELECT {_NAMES} FROM audit.logs
+WHERE timestamp < $moment::TIMESTAMP AND strftime(timestamp, '%Y-%m-%d') = $day
+ORDER BY timestamp, segment, seq"""
+COPY_PARQUET: Final = "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"
+_IN_RANGE: Final = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
+ARCHIVED: Final = (
+    "SELECT digest::VARCHAR FROM ("
+    + digests("read_parquet($files)", _IN_RANGE.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
+    + ") ORDER BY segment"
+)
+CHAIN_ENDS: Final = "SELECT journal::VARCHAR, max(position)::BIGINT FROM audit.ledger GROUP BY journal"
+HEADS: Final = """\
+SELECT journal::VARCHAR, max(position)::BIGINT,
+       coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, arg_max(seal, position)::VARCHAR
+FROM audit.ledger GROUP BY journal ORDER BY journal"""
+ACTIVE_HOURS: Final = """\
+SELECT DISTINCT epoch(date_trunc('hour', ingested_at))::BIGINT AS hour FROM audit.ledger
+WHERE ingested_at <= $now::TIMESTAMP ORDER BY hour DESC"""
+
+
+SAME_CONTENT: Final = {
+    table: f"""\
+SELECT a.rows = b.rows AND a.hash IS NOT DISTINCT FROM b.hash, a.rows::BIGINT
+FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} t) a,
+     (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM fresh.{table} t) b"""
+    for table in ("logs", "ledger")
+}
+
+
+def comparison(*, scoped: bool) -> str:
+    """Return the SELECT that sets what the ledger says of segments beside what is in `logs`.
+
+    Without `scoped`, only differences are returned, and what a purge may have taken (`$before`).
+    """
+    inside = _IN_RANGE
+    if scoped:
+        inside += " AND {0} IN (SELECT segment FROM scope)"
+    found = digests("sound_logs", inside.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
+    chosen = (
+        "true"
+        if scoped
+        else (
+            "found.digest IS DISTINCT FROM entered.digest OR coalesce(found.events, 0) <> entered.events "
+            "OR entered.events IS NULL OR entered.first_event < make_timestamp($before)"
+        )
+    )
+    return f"""\
+SELECT entered.journal::VARCHAR AS journal, entered.position::BIGINT AS position,
+       coalesce(entered.segment, found.segment)::VARCHAR AS segment, entered.events::BIGINT AS entered,
+       epoch_us(entered.first_event)::BIGINT AS first, epoch_us(entered.last_event)::BIGINT AS last,
+       entered.digest::VARCHAR AS digest, coalesce(found.events, 0)::BIGINT AS found,
+       epoch_us(found.first_event)::BIGINT AS found_first, epoch_us(found.last_event)::BIGINT AS found_last,
+       found.digest::VARCHAR AS found_digest
+FROM (SELECT * FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND {inside.format("segment")}) entered
+FULL JOIN ({found}) found ON found.segment = entered.segment
+WHERE {chosen} ORDER BY segment"""
+
+
+COMPARE: Final = comparison(scoped=False)
+COMPARE_SCOPE: Final = comparison(scoped=True)
+MARKS: Final = "SELECT marks::VARCHAR FROM sound_ledger WHERE segment = $segment AND kind = 'segment'"
+FOUND_MARKS: Final = f"""\
+SELECT seq::BIGINT, {row_hash(COLUMNS)}[1:4]::VARCHAR FROM sound_logs
+WHERE segment = $segment ORDER BY seq"""
+MOVED: Final = f"""\
+SELECT seq::BIGINT, place::BIGINT, {row_hash(COLUMNS, seq="place")}[1:4]::VARCHAR
+FROM sound_logs, (SELECT unnest($seqs) AS place)
+WHERE segment = $segment AND seq IN (SELECT unnest($seqs)) AND seq <> place"""
+
+
+def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
+    """Return the view of a table in which a column that is missing, or has another type, is NULL."""
+    names = ", ".join(
+        column.name
+        if types.get(column.name) == column.sql_type
+        else f"NULL::{column.sql_type} AS {column.name}"
+        for column in columns
+    )
+    source = f"FROM audit.{table}" if types else "WHERE false"
+    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {names} {source}"
+
 
 RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
@@ -5129,7 +6233,43 @@ WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, po
 
 TABLE_COLUMNS: Final = """\
 SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
-WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
+WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')
+AND schema_name IN (SELECT unnest($schemas))"""
+
+# For targets that are no file. A server, or an engine whose parent was killed, finishes a commit that it was
+# sent, and the next ingest may not see it yet. So two transactions that take in the same segments must
+# collide. In PostgreSQL they do over the position in the ledger; DuckLake has no such index, but only one of
+# two transactions can change the same row of a journal's own little table.
+UNIQUE_POSITIONS: Final = (
+    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
+)
+
+
+def turn_statements(journal: str) -> tuple[str, str]:
+    """Return two statements: the first makes the table of a journal, the second takes the journal's turn.
+
+    Args:
+        journal: its identity; part of the table's name.
+
+    Raises:
+        JournalError: the identity is none of ours.
+    """
+    if not re.fullmatch("[0-9a-f]{1,64}", journal):
+        raise JournalError("is no identity of a journal; remove the file", path="journal.id")
+    table = f"audit.turn_{journal}"
+    return (
+        f"CREATE TABLE IF NOT EXISTS {table} AS SELECT 0::BIGINT AS taken",
+        f"UPDATE {table} SET taken = taken + 1",
+    )
+
+
+QUACK_COLUMNS: Final = """\
+SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name FROM (DESCRIBE audit.logs)
+UNION ALL SELECT 'ledger', column_name::VARCHAR FROM (DESCRIBE audit.ledger)"""  # duckdb_columns() lists none
+EXTENSION_STATES: Final = """\
+SELECT extension_name::VARCHAR AS name, loaded, installed FROM duckdb_extensions()
+WHERE extension_name IN (SELECT unnest($names))"""
+ENGINE_VERSION: Final = "SELECT library_version::VARCHAR AS version FROM pragma_version()"
 
 JOURNAL_ROWS: Final = f"""\
 SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
@@ -5263,6 +6403,12 @@ def _like(text: str, *, wild: bool = True) -> str:
     return escaped.replace("*", "%") if wild else f"%{escaped}%"
 
 
+# What `import` asks: how much of a part of a file is there already.
+IMPORTED: Final = """\
+SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
+
+
 # === Engines ===
 # may name: Errors, SQL
 #
@@ -5278,10 +6424,29 @@ Row = tuple[Any, ...]
 
 _PARAMETER: Final = re.compile(r"\$([a-z_][a-z_0-9]*)")
 _GUEST_MEMORY: Final = "256MB"  # a logger is a guest in its server; a batch of 64 MiB fits
-_SESSION_SETTINGS: Final = "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false;"
+_SESSION_SETTINGS: Final = (
+    "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
+    "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
+)
 
 # The order matters: the first that is found decides.
 _ENGINE_ERRORS: Final = (
+    (DatabaseLockedError, "could not serialize access"),
+    (DatabaseLockedError, "duplicate key value violates unique constraint"),
+    (DatabaseLockedError, "tuple concurrently updated"),
+    (DatabaseLockedError, "deadlock detected"),
+    (DatabaseLockedError, "transaction conflict"),
+    (DatabaseLockedError, "write-write conflict"),
+    (DatabaseLockedError, "maximum retry count"),
+    (DatabaseUnreachableError, "unable to connect to postgres"),
+    (DatabaseUnreachableError, "connection to server"),
+    (DatabaseUnreachableError, "server closed the connection"),
+    (DatabaseUnreachableError, "terminating connection"),
+    (DatabaseUnreachableError, "no connection to the server"),
+    (DatabaseUnreachableError, "could not connect to server"),
+    (DatabaseUnreachableError, "install it first using"),
+    (DatabaseUnreachableError, "terminate called after throwing"),
+    (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled"),
     (DatabaseLockedError, "could not set lock on file"),
     (DatabaseLockedError, "conflicting lock is held"),
     (DatabaseLockedError, "being used by another process"),
@@ -5305,6 +6470,7 @@ _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
 def store_error(message: str) -> StoreError:
     """Return the error of ours that a message of DuckDB's stands for."""
+    message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     lowered = message.lower()
     for kind, sign in _ENGINE_ERRORS:
         if sign in lowered:
@@ -5477,6 +6643,7 @@ class CliEngine:
 
     def __init__(self, program: str, *, guest: bool) -> None:
         self.program = program
+        self._options: Sequence[str] = ("-no-init", "-batch", "-bail", "-jsonlines", ":memory:")
         self._guest = guest
         self._process: subprocess.Popen[bytes] | None = None
         self._mark = os.urandom(8).hex()
@@ -5490,10 +6657,9 @@ class CliEngine:
         import tempfile
 
         self._complaints = tempfile.TemporaryFile()
-        options = ["-no-init", "-batch", "-bail", "-jsonlines", ":memory:"]
         try:
             process = subprocess.Popen(
-                [self.program, *options],
+                [self.program, *self._options],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -5564,6 +6730,52 @@ class CliEngine:
             self._complaints.close()
 
 
+class ApartEngine(CliEngine):
+    """The `duckdb` package in a child of its own, with the manners of the program.
+
+    For targets that are no file: when PostgreSQL goes away at the wrong moment, its extension ends the
+    process that it is in (1.5.5), and while it waits nothing can interrupt it. So it is never loaded
+    into a server.
+    """
+
+    name = "package"
+    keeps = True  # starting it and loading extensions takes a good part of a second
+
+    def __init__(self, *, guest: bool) -> None:
+        """Raises ImportError if there is no such package; it is not imported here."""
+        import importlib.util
+
+        package = importlib.util.find_spec("duckdb")
+        if package is None or package.origin is None:
+            raise ImportError("No module named 'duckdb'")
+        super().__init__(sys.executable, guest=guest)
+        folder = os.path.dirname(os.path.dirname(package.origin))
+        self._options = ("-X", "utf8", "-c", _APART, self._mark, folder)
+
+
+# Run by ApartEngine. The current directory must not shadow modules.
+_APART: Final = """
+import sys
+sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
+import duckdb, json, os
+answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+os.dup2(2, 1)  # whatever else is printed
+connection, text, mark = duckdb.connect(), [], f".print {sys.argv[1]}\\n"
+for line in sys.stdin:
+    if line != mark:
+        text.append(line)
+        continue
+    try:
+        result = connection.execute("".join(text))
+        text.clear()
+        while rows := result.fetchmany(1000):
+            answers.writelines(json.dumps(dict(enumerate(row)), default=str) + "\\n" for row in rows)
+    except duckdb.Error as error:
+        sys.exit(str(error))
+    print(sys.argv[1], file=answers, flush=True)
+"""
+
+
 def _end_process(process: subprocess.Popen[bytes]) -> None:
     """Close the child's input and wait for its end; a child that goes on computing is killed."""
     import subprocess
@@ -5580,10 +6792,21 @@ def _end_process(process: subprocess.Popen[bytes]) -> None:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill: never beside the data, which may be read-only. Made only if needed."""
+    """Return where DuckDB may spill: never beside the data, which may be read-only. Made only if needed.
+
+    DuckDB makes it as the umask says, so it lies in a directory that is the user's alone.
+    """
     import tempfile
 
-    return os.path.join(tempfile.gettempdir(), f"mxcp_audit-{os.getpid()}-{os.urandom(4).hex()}")
+    owner = getattr(os, "getuid", int)()
+    private = os.path.join(tempfile.gettempdir(), f"mxcp_audit-{owner}")
+    with contextlib.suppress(OSError):  # there may be no place for it, and none may be needed
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(private, 0o700)
+        found = os.lstat(private)
+        if os.name == "posix" and (found.st_uid != owner or not stat.S_ISDIR(found.st_mode)):
+            private = tempfile.mkdtemp(prefix="mxcp_audit-")  # somebody else was there first
+    return os.path.join(private, f"{os.getpid()}-{os.urandom(4).hex()}")
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -5614,8 +6837,98 @@ def _in_subinterpreter() -> bool:
     return False
 
 
-def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ) -> Engine:
+# The extensions that a target needs, by the words before its colons, and those that they need in turn.
+_EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "ducklake": ("ducklake",),
+    "postgres": ("postgres_scanner",),
+    "postgresql": ("postgres_scanner",),
+    "mysql": ("mysql_scanner",),
+    "sqlite": ("sqlite_scanner",),
+    "quack": ("httpfs", "quack"),
+    "md": ("motherduck",),
+    "motherduck": ("motherduck",),
+    "s3": ("httpfs",),
+    "gs": ("httpfs",),
+    "gcs": ("httpfs",),
+    "r2": ("httpfs",),
+    "https": ("httpfs",),
+    "az": ("azure",),
+    "abfss": ("azure",),
+}
+# libpq waits for ever by default, and nothing can interrupt it meanwhile. Arbitrary, but finite.
+_PATIENCE: Final = ("connect_timeout=10", "tcp_user_timeout=30000")
+
+
+def attach_statement(target: str, options: Mapping[str, object]) -> str:
+    """Return the statement that attaches a target which is no file as `audit`."""
+    scheme = target.lower().removeprefix("ducklake:")
+    if scheme.startswith(("postgresql://", "postgres://")):
+        options = {"TYPE": "postgres", **options} if scheme == target.lower() else options
+        if "connect_timeout" not in target:
+            target += ("&" if "?" in target else "?") + "&".join(_PATIENCE)
+    elif scheme.startswith("postgres:") and "connect_timeout" not in target:
+        separator = "&" if "?" in target else "?"
+        target += separator + "&".join(_PATIENCE) if "://" in target else " " + " ".join(_PATIENCE)
+    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
+    return f"ATTACH {sql_literal(target)} AS audit" + (f" ({words})" if words else "")
+
+
+def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
+    """Load what a target needs; nothing is downloaded.
+
+    Taken is what was installed in DuckDB's own way, else what a `duckdb-extension-*` package holds.
+
+    Raises:
+        DatabaseUnreachableError: an extension is missing; the text has the command that installs it.
+    """
+    texts = " ".join([target, *map(str, options.values())]).lower()
+    words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
+    wanted = list(dict.fromkeys(name for word in words for name in _EXTENSIONS.get(word, ())))
+    engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
+    states = {
+        name: (loaded, installed)
+        for name, loaded, installed in engine.execute(EXTENSION_STATES, {"names": wanted or [""]})
+    }
+    for name in wanted:
+        loaded, installed = states.get(name, (False, False))
+        if loaded:
+            continue
+        if not installed:
+            ((version,),) = engine.execute(ENGINE_VERSION)
+            path = _packaged_extension(name, version)
+            if path is None:
+                raise DatabaseUnreachableError(
+                    f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
+                    f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
+                )
+            engine.execute(f"LOAD {sql_literal(path)}")
+        else:
+            engine.execute(f"LOAD {name}")
+    if "postgres_scanner" in wanted:  # it refuses a whole batch for one NUL, which a foreign journal may hold
+        engine.execute("SET pg_null_byte_replacement = chr(65533)")
+
+
+def _packaged_extension(name: str, version: str) -> str | None:
+    """Return the file of an extension that came as a Python package for just this version of DuckDB."""
+    import importlib.util
+
+    package = importlib.util.find_spec(f"duckdb_extension_{name}")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        path = os.path.join(folder, "extensions", version, f"{name}.duckdb_extension")
+        if os.path.exists(path):
+            return path
+    return None
+
+
+def open_engine(
+    *, guest: bool = False, apart: bool = False, environ: Mapping[str, str] = os.environ
+) -> Engine:
     """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default whichever is there.
+
+    Args:
+        guest: one thread and little memory, for use inside of a server.
+        apart: in a process of its own in any case.
+        environ: the environment.
 
     Raises:
         EngineNotFoundError: neither is there, or not the one that was asked for.
@@ -5627,6 +6940,8 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
         try:
             if _in_subinterpreter():
                 raise ImportError("it hangs in a subinterpreter; the duckdb program works there")
+            if apart:
+                return ApartEngine(guest=guest)
             PackageEngine.version()
             return PackageEngine(guest=guest)
         except ImportError as error:
@@ -5640,7 +6955,9 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
             "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or name it in "
             "MXCP_AUDIT_DUCKDB"
         )
-    return CliEngine(program, guest=guest)
+    engine = CliEngine(program, guest=guest)
+    engine.keeps = apart
+    return engine
 
 
 # === Store ===
@@ -5650,7 +6967,9 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 # row of a segment is committed together with its rows, and a segment is deleted only after a
 # checkpoint, so that a crash at any point repeats a step that the ledger turns into nothing.
 # Reading attaches read-only first, then lists the journal, then asks the ledger: while a reader holds
-# its lock nobody can ingest, so the three agree, and every event is seen once.
+# its lock nobody can ingest, so the three agree, and every event is seen once. A target that is no file
+# has no such lock: there a reader holds this host's ingest lock, shared with other readers, and reads in
+# one transaction. Other hosts' events come out of the table alone.
 #
 # Caveats, each with its remedy:
 # - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here;
@@ -5662,6 +6981,8 @@ def open_engine(*, guest: bool = False, environ: Mapping[str, str] = os.environ)
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
+_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
+_CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
 _DATABASE_MODE: Final = 0o600
 _FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
 
@@ -5684,13 +7005,19 @@ class Store:
     ) -> None:
         self.path = config.path
         self.is_file = not is_attach_target(config.path)
+        self.name = public_target(config.path)
         self.journal = Journal(config.journal_directory)
         self._options = config.attach
+        self._is_lake = config.path.lower().startswith("ducklake:")
         self._diagnostics = diagnostics or Diagnostics()
-        self._opener = opener
+        self._opener = opener if self.is_file else functools.partial(opener, apart=True)
         self._engine: Engine | None = None
         self._busy = native_threads().RLock()
         self._fork_held = False
+        self._ledger = Ledger()
+        self._told_head: Head | None = None
+        self._retention = config.retention
+        self._next_daily = time.monotonic()
 
     # --- ingest (IngestSide)
 
@@ -5717,6 +7044,7 @@ class Store:
                 seen.update(claim.id for claim in claims)
                 if sum(claim.size for claim in claims) < INGEST_BYTES:
                     break
+            self._daily()
             if problems:
                 raise problems[0]
             return True
@@ -5769,8 +7097,7 @@ class Store:
         _refuse_fatal_limit()
         engine = self._guest()
         try:
-            losses = self._stage(engine, claims) if claims else {}
-            fresh = self._commit(engine, claims, losses, lost)
+            losses, fresh = self._stage_and_commit(engine, claims, lost)
         except BaseException:
             engine.close()
             raise
@@ -5804,6 +7131,20 @@ class Store:
         if self._engine is None:
             self._engine = self._opener(guest=True)
         return self._engine
+
+    def _stage_and_commit(
+        self, engine: Engine, claims: list[Claim], lost: Mapping[str, Loss]
+    ) -> tuple[dict[str, int], set[str]]:
+        tries = 1 if self.is_file else _CONFLICT_TRIES
+        while True:
+            try:
+                losses = self._stage(engine, claims) if claims else {}
+                return losses, self._commit(engine, claims, losses, lost)
+            except DatabaseLockedError:
+                tries -= 1
+                if not tries:
+                    raise
+                time.sleep(_CONFLICT_PAUSE_SECONDS * (1 + os.urandom(1)[0]) / 256)
 
     def _stage(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
         """Read the segments into the temporary table `batch`; return how many lines each lost."""
@@ -5864,64 +7205,47 @@ class Store:
         with self._attached(engine, read_only=False):
             self._create_tables(engine)
             engine.execute("BEGIN")
+            if self._is_lake:
+                engine.execute(turn_statements(self.journal.identity())[1])
             known = self._ids(engine, KNOWN_SEGMENTS, segments)
             fresh = [segment for segment in segments if segment not in known]
             if known:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
-                engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
+                if self.is_file:
+                    engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
+            head = self._ledger.head
             if fresh:
                 engine.execute(INSERT_ROWS)
-                self._enter_ledger(engine, fresh, losses)
-            self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
+                head = self._enter_ledger(engine, fresh, losses)
+            head = (
+                self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()}) or head
+            )
             engine.execute("COMMIT")
+            self._ledger.head = head
             if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
                 engine.execute("CHECKPOINT audit")
         return set(fresh)
 
-    def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> None:
-        entry: dict[str, object] = {
-            "journal": self.journal.identity(),
-            "host": platform_node(),
-            "now": sql_time(utc_now()),
-        }
-        ((position,),) = engine.execute(LAST_POSITION, entry)
-        engine.execute(INSERT_SEGMENTS, {**entry, "position": position, "segments": segments})
-        position += len(segments)
+    def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> Head:
+        """Enter segments, and what was lost of each, in the running transaction; return the new end."""
+        entries: list[Entry] = [(PREPARE_SEGMENTS, {"segments": segments})]
         for segment in segments:
             if losses.get(segment):
-                position += 1
-                engine.execute(
-                    INSERT_LOSS,
-                    {
-                        **entry,
-                        "position": position,
-                        "segment": segment,
-                        "events": losses[segment],
-                        "detail": "lines that could not be ingested, kept in the journal as .rejected",
-                    },
-                )
+                text = "lines that could not be ingested, kept in the journal as .rejected"
+                entries.append(entry_of("loss", losses[segment], text, segment=segment))
+        return self._ledger.enter(engine, self.journal.identity(), entries)
 
-    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> None:
-        """Enter what writers lost, each loss once, into the ledger."""
-        known = self._ids(engine, KNOWN_LOSSES, list(lost)) if lost else set()
-        entry: dict[str, object] = {
-            "journal": self.journal.identity(),
-            "host": platform_node(),
-            "now": sql_time(utc_now()),
-        }
-        for segment in sorted(set(lost) - known):
+    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> Head | None:
+        """Enter what writers lost, each loss once; return the chain's new end, None if it is where it was."""
+        unknown = sorted(set(lost) - self._ids(engine, KNOWN_LOSSES, list(lost)))
+        if not unknown:
+            return None
+        entries = []
+        for segment in unknown:
             loss = lost[segment]
-            ((position,),) = engine.execute(LAST_POSITION, entry)
-            engine.execute(
-                INSERT_LOSS,
-                {
-                    **entry,
-                    "position": position + 1,
-                    "segment": segment,
-                    "events": loss.events,
-                    "detail": f"{loss.reason}, between {loss.first} and {loss.last}",
-                },
-            )
+            text = f"{loss.reason}, between {loss.first} and {loss.last}"
+            entries.append(entry_of("loss", loss.events, text, segment=segment))
+        return self._ledger.enter(engine, self.journal.identity(), entries)
 
     def _ids(self, engine: Engine, sql: str, ids: Sequence[str]) -> set[str]:
         return {segment for (segment,) in engine.execute(sql, {"segments": ids})} if ids else set()
@@ -5935,12 +7259,39 @@ class Store:
                 engine.execute(statement)
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
+        if "ledger" not in present and _POSTGRES.match(self.path):
+            engine.execute(UNIQUE_POSITIONS)
+        if self._is_lake:
+            engine.execute(turn_statements(self.journal.identity())[0])
 
     def _columns(self, engine: Engine) -> dict[str, set[str]]:
         present: dict[str, set[str]] = {}
-        for table, column in engine.execute(TABLE_COLUMNS):
+        schemas = ["main", "public", *(str(v) for n, v in self._options.items() if n.upper() == "SCHEMA")]
+        is_quack = _QUACK.match(self.path) is not None
+        found = engine.execute(*((QUACK_COLUMNS,) if is_quack else (TABLE_COLUMNS, {"schemas": schemas})))
+        for table, column in found:
             present.setdefault(table, set()).add(column)
         return present
+
+    # --- import
+
+    def imported(self, segment_id: str) -> tuple[int, str] | None:
+        """Return how many events of a segment are in the database and the time of the last, or None.
+
+        Raises:
+            StoreError: the database can't be had.
+        """
+        if self.is_file and self._is_absent():
+            return None
+        with self._busy:
+            engine = self._guest()
+            with self._attached(engine, read_only=True):
+                found = []
+                if "ledger" in self._columns(engine):
+                    found = engine.execute(IMPORTED, {"segment": segment_id})
+            if not engine.keeps:
+                engine.close()
+        return (int(found[0][0]), str(found[0][1])) if found else None
 
     # --- both
 
@@ -5948,19 +7299,74 @@ class Store:
     def _attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
         """Attach the target as `audit`; on an error the whole session ends, and with it any transaction."""
         try:
-            if not read_only and self.is_file and self._is_absent():
-                self._make_file(engine)
-            self._attach(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
-            yield
-            engine.execute("DETACH audit")
+            if self.is_file:
+                if not read_only and self._is_absent():
+                    self._make_file(engine)
+                self._attach(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
+                with self._private_wal(read_only):
+                    yield
+                engine.execute("DETACH audit")
+            else:
+                with self._remote_attached(engine, read_only=read_only):
+                    yield
         except StoreError as error:
             engine.close()
+            if not self.is_file:  # causes repeat connection strings, and with them passwords
+                raise self._public_error(error) from None
             if isinstance(error, QueryError):
                 raise
             raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
         except BaseException:
             engine.close()
             raise
+
+    @contextlib.contextmanager
+    def _remote_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
+        """Attach a target that is no file. Reading is one transaction, because others go on writing."""
+        if _QUACK.match(self.path) and not read_only:
+            raise StoreError(
+                "quack: is for reading only: it carries no transactions (DuckDB 1.5.5), so that nobody could "
+                "promise an event to be there exactly once; write to a file, DuckLake or PostgreSQL"
+            )
+        options = {**self._options, **({"READ_ONLY": True} if read_only else {})}
+        load_extensions(engine, self.path, options)
+        try:
+            engine.execute(attach_statement(self.path, options))
+        except QueryError as error:
+            raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
+        if not read_only:
+            yield
+            engine.execute("DETACH audit")
+            return
+        engine.execute("BEGIN")
+        yield
+        with contextlib.suppress(StoreError):  # a statement that failed has ended the session
+            engine.execute("COMMIT")
+            engine.execute("DETACH audit")
+
+    def _public_error(self, error: StoreError) -> StoreError:
+        text = hide_secrets(str(error), self.path, self._options)
+        remedy = (
+            "" if isinstance(error, QueryError) else f"; {_REMEDIES.get(type(error), _REMEDIES[StoreError])}"
+        )
+        return type(error)(f"{self.name}: {text}{remedy}")
+
+    @contextlib.contextmanager
+    def _private_wal(self, read_only: bool) -> Iterator[None]:
+        """While the database is attached for writing: have its WAL readable by its owner alone.
+
+        DuckDB would make it as the umask says. It takes an empty one that it finds later than at ATTACH.
+        """
+        if read_only or os.path.islink(self.path):
+            yield
+            return
+        wal = self.path + ".wal"
+        with contextlib.suppress(OSError):
+            os.close(os.open(wal, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600))
+        yield
+        with contextlib.suppress(OSError):
+            if not os.stat(wal).st_size:
+                os.unlink(wal)  # nothing was written: leave nothing behind
 
     def _attach(self, engine: Engine, path: str, name: str, **options: object) -> None:
         options = {**self._options, **options}
@@ -5975,7 +7381,7 @@ class Store:
         Call it under the ingest lock, which makes the scratch name this process's own.
         """
         scratch = f"{self.path}.{self.journal.identity()}.new"
-        if os.path.exists(self.path + ".wal"):
+        if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         leftovers = (scratch, scratch + ".wal")
@@ -6015,6 +7421,284 @@ class Store:
             ]
         return found
 
+    # --- evidence
+
+    @contextlib.contextmanager
+    def _session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
+        """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds."""
+        deadline = time.monotonic() + wait
+        engine = self._opener(guest=guest)
+        with contextlib.closing(engine), contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    if self.is_file and self._is_absent():
+                        raise DatabaseNotFoundError(f"Audit database not found at {self.path}")
+                    stack.enter_context(self._attached(engine, read_only=read_only))
+                    break
+                except DatabaseLockedError:
+                    if time.monotonic() >= deadline:
+                        raise
+                    time.sleep(0.01 + os.urandom(1)[0] / 2560)
+            yield engine
+
+    def verify(
+        self,
+        *,
+        checkpoint: Sequence[Head] = (),
+        since: str | None = None,
+        wait: float = 5.0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Verdict:
+        """Recompute the ledger from `logs` and return what isn't as it was recorded.
+
+        Args:
+            checkpoint: heads noted earlier, which the chains must still lead through.
+            since: naive UTC text; older segments are not recomputed, their chain is.
+            wait: seconds to try again while another process holds the database.
+            progress: called with the events done and their total.
+
+        Raises:
+            DatabaseNotFoundError: there is no database.
+            ConfigError: the key file can't be used.
+        """
+        keys = seal_keys()
+        with self._session(read_only=True, wait=wait) as engine:
+            verdict = Verifier(engine, keys, progress=progress).run(checkpoint=checkpoint, since=since)
+        verdict.waiting_bytes = self.journal.waiting_bytes()
+        return verdict
+
+    def heads(self, *, wait: float = 5.0) -> list[Head]:
+        """Return the end of each journal's chain, to be kept elsewhere."""
+        with self._session(read_only=True, wait=wait) as engine:
+            return self._heads(engine) if "ledger" in self._columns(engine) else []
+
+    def _heads(self, engine: Engine) -> list[Head]:
+        return [Head(name or "", *rest) for name, *rest in engine.execute(HEADS)]
+
+    def report_head(self) -> None:
+        """Tell `logging` the end of this journal's chain, unless it was told already."""
+        head = self._ledger.head
+        if head is not None and head != self._told_head:
+            self._told_head = head
+            _LOG.info("mxcp_audit: checkpoint %s", json.dumps({"journals": [head._asdict()]}))
+
+    # --- removing and copying
+
+    @contextlib.contextmanager
+    def _alone(self, wait: float) -> Iterator[None]:
+        """Hold the ingest lock, trying for `wait` seconds."""
+        deadline = time.monotonic() + wait
+        self.journal.make_directory()
+        with self._busy:
+            while True:
+                with self.journal.ingest_lock() as mine:
+                    if mine:
+                        yield
+                        return
+                if time.monotonic() >= deadline:
+                    raise DatabaseLockedError(f"{self.path}: another process is ingesting; try again")
+                time.sleep(0.02)
+
+    def purge(
+        self, before: str, *, archive: str | None = None, dry_run: bool = False, wait: float = 5.0
+    ) -> Removal:
+        """Delete every event older than a moment, exactly and in one transaction, and enter that it went.
+
+        Args:
+            before: naive UTC text.
+            archive: a directory; what goes is written there first, and read back.
+            dry_run: say what would go, and change nothing.
+            wait: seconds to try again while another process holds the database.
+
+        Raises:
+            StoreError: nothing was deleted.
+        """
+        if dry_run:
+            with self._session(read_only=True, wait=wait) as engine:
+                return Purger(engine, before).plan()
+        with self._alone(wait), self._session(read_only=False, wait=wait) as engine:
+            return self._purge(engine, before, archive)
+
+    def _purge(self, engine: Engine, before: str, archive: str | None = None) -> Removal:
+        journal = self.journal.identity()
+        self._create_tables(engine)
+        engine.execute("BEGIN")
+        head = self._ledger.head
+        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
+        if empty:
+            head = self._ledger.enter(engine, journal, [])  # only the rows of an older table
+        purger = Purger(engine, before)
+        removal = purger.plan()
+        if removal.events or removal.wrong:
+            if archive is not None:
+                removal = purger.archive(archive, removal, self._heads(engine))
+            head = purger.remove(self._ledger, journal, removal)
+        self._finish(engine, head)
+        return removal
+
+    def _finish(self, engine: Engine, head: Head | None) -> None:
+        """Commit what was entered into the ledger, and make it durable."""
+        engine.execute("COMMIT")
+        self._ledger.head = head
+        if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
+            engine.execute("CHECKPOINT audit")
+
+    def _daily(self) -> None:
+        """Once a day, under the ingest lock: apply the retention, and tell where the chain ends."""
+        if time.monotonic() < self._next_daily:
+            return
+        self._next_daily = time.monotonic() + _DAY_SECONDS
+        if self._retention is not None and not (self.is_file and self._is_absent()):
+            try:
+                self._retain(self._retention)
+            except AuditError as error:
+                self._next_daily = time.monotonic() + _DAY_SECONDS / 24
+                self._diagnostics.report("retention", "old events could not be purged", error=error)
+        self.report_head()
+
+    def _retain(self, retention: float) -> None:
+        engine = self._guest()
+        now = utc_now()
+        with self._attached(engine, read_only=False):
+            self._create_tables(engine)
+            hours = [hour for (hour,) in engine.execute(ACTIVE_HOURS, {"now": sql_time(now)})]
+            limit = vouched_limit(hours, now.timestamp(), retention)
+            removal = None
+            if limit is not None:
+                moment = datetime.datetime.fromtimestamp(limit, datetime.timezone.utc)
+                removal = self._purge(engine, sql_time(moment))
+            if removal is None or not removal.events:
+                # An entry a day, so that a log without events doesn't look like one that was off.
+                engine.execute("BEGIN")
+                text = "retention: nothing is old enough"
+                entry = entry_of("check", 0, text)
+                self._finish(engine, self._ledger.enter(engine, self.journal.identity(), [entry]))
+        if not engine.keeps:
+            engine.close()
+        if removal is not None and removal.events:
+            _LOG.info("mxcp_audit: retention: %d events before %s purged", removal.events, removal.before)
+
+    def backup(self, path: str, *, wait: float = 5.0) -> tuple[int, int]:
+        """Copy database and journal to `path` and `path.journal`, as of one moment, while servers run.
+
+        What can be ingested is ingested first, so that the copy's journal holds only what running
+        servers have not sealed yet; there is none if there is nothing.
+
+        Returns:
+            how many events the copied table holds, and how many segments its journal.
+
+        Raises:
+            StoreError: something is at `path` already, or the copy can't be written or differs.
+        """
+        self._refuse_target("backup")
+        self.refuse_own_files(path)
+        target = os.path.abspath(path)
+        for name in (target, target + ".wal", target + ".journal"):
+            if os.path.lexists(name):
+                raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
+        with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
+            self.ingest()
+        folder = os.path.dirname(target)
+        scratch = os.path.join(folder, f".{os.path.basename(target)}.{os.urandom(4).hex()}.part")
+        try:
+            with _scratch(scratch):
+                with self._session(read_only=True, wait=wait) as engine:
+                    events = self._copy_database(engine, os.path.join(scratch, "copy"))
+                    segments = self._copy_journal(engine, os.path.join(scratch, "journal"))
+                if segments:
+                    os.rename(os.path.join(scratch, "journal"), target + ".journal")
+                _put_in_place(os.path.join(scratch, "copy"), target)
+                sync_directory(folder)
+        except OSError as error:
+            raise StoreError(f"{path} can't be written: {error.strerror}") from error
+        return events, segments
+
+    def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
+        """Write the database anew, without the room that purged rows left, in place of the old one.
+
+        Returns:
+            its size in bytes before and after.
+
+        Raises:
+            StoreError: the old database is still in place.
+        """
+        self._refuse_target("compact")
+        path = os.path.realpath(self.path)
+        with self._alone(wait):
+            with self._session(read_only=False, wait=wait) as engine:
+                engine.execute("CHECKPOINT audit")
+            # Read-only, DuckDB keeps other writers out and never touches the WAL, so that detaching
+            # the old file can't harm the new one, which has the same name by then.
+            with self._session(read_only=True, wait=wait) as engine:
+                old = os.stat(path)
+                if _size_of(path + ".wal"):
+                    raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
+                folder, name = os.path.split(path)
+                # One name, so that the next one clears what a killed one left.
+                scratch = os.path.join(folder, f".{name}.compact")
+                try:
+                    with _scratch(scratch):
+                        fresh = os.path.join(scratch, "copy")
+                        self._copy_database(engine, fresh)
+                        os.chmod(fresh, stat.S_IMODE(old.st_mode))
+                        if hasattr(os, "chown"):
+                            os.chown(fresh, old.st_uid, old.st_gid)
+                        os.replace(fresh, path)
+                        sync_directory(os.path.dirname(path))
+                except OSError as error:
+                    raise StoreError(f"{path} can't be written anew: {error.strerror}") from error
+                return old.st_size, os.stat(path).st_size
+
+    def _refuse_target(self, command: str) -> None:
+        if not self.is_file:
+            raise StoreError(
+                f"{command} is for database files; use what {self.path.partition(':')[0]} has for it"
+            )
+
+    def _copy_database(self, engine: Engine, path: str) -> int:
+        """Copy the attached database into a new file, read that back, and return the number of events."""
+        target = sql_literal(path)
+        engine.execute(f"ATTACH {target} AS fresh (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
+        os.chmod(path, _FILE_MODE)
+        engine.execute("COPY FROM DATABASE audit TO fresh")
+        engine.execute("CHECKPOINT fresh")
+        engine.execute("DETACH fresh")
+        sync_file(path)
+        engine.execute(f"ATTACH {target} AS fresh (TYPE duckdb, READ_ONLY)")
+        events = 0
+        for table in sorted(self._columns(engine)):
+            ((same, rows),) = engine.execute(SAME_CONTENT[table])
+            if not same:
+                raise StoreError(
+                    f"{path}: the copy of {table} differs; nothing was changed, look at the disk"
+                )
+            events = rows if table == "logs" else events
+        engine.execute("DETACH fresh")
+        return events
+
+    def _copy_journal(self, engine: Engine, directory: str) -> int:
+        """Copy the whole lines of segments that the ledger lacks; return how many segments those are."""
+        paths = self.journal.segments()
+        known: set[str] = set()
+        if paths and "ledger" in self._columns(engine):
+            ids = [segment_id_of(path) for path in paths]
+            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
+        copied = 0
+        for path in paths:
+            if segment_id_of(path) in known:
+                continue
+            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+                data = file.read()
+                data = data[: data.rfind(b"\n") + 1]
+                if data:
+                    if not copied:
+                        os.mkdir(directory, _DIRECTORY_MODE)
+                    write_new_file(os.path.join(directory, os.path.basename(path)), data)
+                    copied += 1
+        if copied:
+            sync_directory(directory)
+        return copied
+
     # --- reading
 
     @contextlib.contextmanager
@@ -6037,12 +7721,15 @@ class Store:
                     self._open_reading(reading, stack)
                     break
                 except (DatabaseLockedError, DatabaseNotFoundError) as error:
+                    if isinstance(error, DatabaseNotFoundError) and not self.is_file:
+                        reading.open_views(None, self.journal.segments(), set())
+                        break
                     # Not found: the file appeared, or vanished, between our look and DuckDB's.
                     if time.monotonic() < deadline:
                         time.sleep(0.01 + os.urandom(1)[0] / 2560)
                         continue
                     reading.problem = error
-                except DatabaseCorruptError as error:
+                except (DatabaseCorruptError, DatabaseUnreachableError) as error:
                     reading.problem = error
                 with contextlib.suppress(StoreError):  # what was attached went with the failed session
                     stack.close()
@@ -6051,7 +7738,7 @@ class Store:
                 break
             if not reading.has_table and not reading.has_journal and reading.problem is None:
                 raise DatabaseNotFoundError(
-                    f"Audit database not found at {self.path}. Either audit logging is not enabled for the "
+                    f"Audit database not found at {self.name}. Either audit logging is not enabled for the "
                     "profile, or no events have been logged yet (the database is created on first write)."
                 )
             yield reading
@@ -6063,7 +7750,7 @@ class Store:
             False if an ingest is running at this moment.
         """
         try:
-            return stack.enter_context(self.journal.ingest_lock())
+            return stack.enter_context(self.journal.reading_lock())
         except JournalError:  # the journal may be read-only for who reads; then that must do
             return True
 
@@ -6077,6 +7764,8 @@ class Store:
                 reading.open_views(None, self.journal.segments(), set())
                 return
             stack.close()
+        if not self.is_file and not self._keep_segments(stack):
+            raise DatabaseLockedError(f"{self.name}: this host's journal is being ingested; try again")
         stack.enter_context(self._attached(engine, read_only=True))
         segments = self.journal.segments()
         present = self._columns(engine)
@@ -6085,6 +7774,10 @@ class Store:
             ids = [segment_id_of(path) for path in segments]
             known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
         reading.open_views(present.get("logs"), segments, known)
+
+
+_POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
+_QUACK: Final = re.compile(r"(?i)quack:")
 
 
 @dataclass(frozen=True)
@@ -6140,7 +7833,7 @@ class Checkup:
         return True
 
     def _examine_database(self, wait: float) -> None:
-        state: dict[str, Any] = {"path": self._store.path, "readable": False, "events": None}
+        state: dict[str, Any] = {"path": self._store.name, "readable": False, "events": None}
         self.report["database"] = state
         try:
             with self._store.reading(wait=wait) as reading:
@@ -6154,6 +7847,8 @@ class Checkup:
             state["events"] = 0  # nothing was logged yet: no fault
         except DatabaseLockedError as error:
             self._fault(str(error), "close that program; events wait in the journal meanwhile")
+        except DatabaseUnreachableError as error:
+            self._fault(str(error), "see docs/scale-out.md; events wait in the journal meanwhile")
         except DatabaseCorruptError as error:
             self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
         except StoreError as error:
@@ -6229,6 +7924,7 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
     DatabaseCorruptError: "move it aside or restore a backup; nothing was changed, events wait",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
+    DatabaseUnreachableError: "events wait in the journal",
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
@@ -6345,6 +8041,768 @@ def _size_of(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
+
+
+# --- the ledger
+#
+# Each entry's seal covers the entry and the seal before it, so that whoever knows one seal can tell
+# whether anything up to it was changed. Digests are computed in SQL, where the rows are; seals here,
+# because a chain is no query and HMAC is no function of DuckDB's. docs/security.md says what this
+# proves, to whom, and what it doesn't.
+
+Entry: TypeAlias = "tuple[str, Mapping[str, object]]"  # a PREPARE statement and its own parameters
+
+_KEYED: Final = "k:"  # marks a seal that was made with a key
+_LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
+
+
+class Head(NamedTuple):
+    """The end of a journal's chain; known elsewhere, it proves everything before it."""
+
+    journal: str
+    position: int  # of the last entry, from 1
+    events: int  # of all segments so far, purged ones included
+    seal: str
+
+
+def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
+    """Return the keys of the chain, the one that seals first; none if the chain has no key.
+
+    `MXCP_AUDIT_KEY_FILE` names a file of one key a line, newest first, so that a key can be replaced;
+    without it `MXCP_AUDIT_KEY` is the only key.
+
+    Raises:
+        ConfigError: the file can't be read, holds no key, or may be read by others.
+    """
+    path = environ.get("MXCP_AUDIT_KEY_FILE")
+    if not path:
+        key = environ.get("MXCP_AUDIT_KEY")
+        return (_sealing_key(key.encode("utf-8", "surrogateescape")),) if key else ()
+    try:
+        with open(path, "rb") as file:
+            mode = os.fstat(file.fileno()).st_mode
+            lines = [line.strip() for line in file.read().splitlines()]
+    except OSError as error:
+        raise ConfigError(
+            f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE", path=path
+        ) from error
+    if os.name == "posix" and mode & 0o077:
+        raise ConfigError("others may read the key file; run chmod 600 on it", path=path)
+    keys = tuple(_sealing_key(line) for line in lines if line)
+    if not keys:
+        raise ConfigError("the key file is empty; write a key on its first line", path=path)
+    return keys
+
+
+def _sealing_key(key: bytes) -> bytes:
+    # Not the key itself: redaction shows HMACs with that one, of texts that callers choose.
+    return hashlib.sha256(b"mxcp_audit seal\0" + key).digest()
+
+
+def make_seal(previous: str, row: str, key: bytes | None) -> str:
+    """Return the seal of an entry.
+
+    Args:
+        previous: the seal before it, "" for the first entry of a journal.
+        row: the hash of the entry's row, 64 hex digits.
+        key: None for a chain without a key, which then proves only what is compared with a checkpoint.
+    """
+    text = f"{previous}|{row}".encode()
+    if key is None:
+        return hashlib.sha256(text).hexdigest()
+    return _KEYED + hmac.digest(key, text, "sha256").hex()
+
+
+def entry_of(
+    kind: str,
+    events: int,
+    detail: str,
+    *,
+    segment: str | None = None,
+    span: tuple[int | None, int | None] = (None, None),
+    digest: str | None = None,
+) -> Entry:
+    """Return an entry that isn't a segment; `span` is first and last event in microseconds."""
+    return PREPARE_ENTRY, {
+        "kind": kind,
+        "segment": segment,
+        "events": events,
+        "first": span[0],
+        "last": span[1],
+        "digest": digest,
+        "detail": detail,
+    }
+
+
+def legacy_entries(engine: Engine) -> Iterator[Entry]:
+    """Yield what enters the rows of an older table, a few days at a time."""
+    days: list[str] = []
+    total = 0
+    for day, rows in engine.execute(LEGACY_DAYS):
+        if days and total + rows > _LEGACY_ROWS:
+            yield PREPARE_LEGACY, {"first_day": days[0], "last_day": days[-1]}
+            days, total = [], 0
+        days.append(day or "")
+        total += rows
+    if days:
+        yield PREPARE_LEGACY, {"first_day": days[0], "last_day": days[-1]}
+
+
+class Ledger:
+    """Continues the chain of one journal. `head` is its end as this process last committed it."""
+
+    def __init__(self) -> None:
+        self.head: Head | None = None
+
+    def enter(self, engine: Engine, journal: str, entries: Iterable[Entry]) -> Head:
+        """Add entries at the end of the chain, inside of the running transaction.
+
+        Into an empty ledger, the rows of an older table come first.
+
+        Returns:
+            the new end, which is `head` once the transaction has succeeded.
+
+        Raises:
+            StoreError: the chain is sealed with a key that this process doesn't have.
+        """
+        keys = seal_keys()
+        common = {"journal": journal, "host": platform_node(), "now": sql_time(utc_now())}
+        ((position,),) = engine.execute(LAST_POSITION, common)
+        ((seal,),) = engine.execute(SEAL_AT, {**common, "position": position})
+        if self.head is not None and self.head[:2] == (journal, position):
+            events = self.head.events
+        else:
+            ((events,),) = engine.execute(EVENTS_OF, common)
+        head = Head(journal, position, events, seal or "")
+        if head.seal.startswith(_KEYED) and not keys:
+            raise StoreError(
+                "the ledger is sealed with a key, and an entry without it would look forged: "
+                "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE"
+            )
+        engine.execute(CREATE_ENTRIES)
+        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
+        for sql, params in (*(legacy_entries(engine) if empty else ()), *entries):
+            engine.execute(sql, {**common, "position": position, **params})
+        positions, seals = [], []
+        for place, kind, count, row in engine.execute(PREPARED_HASHES):
+            seal = make_seal(head.seal, row, keys[0] if keys else None)
+            head = Head(journal, place, head.events + (count if kind == "segment" else 0), seal)
+            positions.append(place)
+            seals.append(seal)
+        engine.execute(INSERT_ENTRIES, {"positions": positions, "seals": seals})
+        return head
+
+
+# --- verifying
+
+# Arbitrary: events whose hashes are held at once, 100 to 300 bytes each. A purge may be a guest's.
+_RANGE_EVENTS: Final = 1_000_000
+_PURGE_RANGE_EVENTS: Final = 200_000
+_MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
+_MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
+_MAX_MOVED: Final = 100  # arbitrary: changed events of a segment among which exchanges are looked for
+
+
+class Finding(NamedTuple):
+    """One thing that isn't as the ledger says."""
+
+    kind: str  # changed, reordered, removed, inserted (events); chain, cut (the ledger); table (columns)
+    segment: str | None
+    seqs: tuple[int, ...]  # which events of the segment, as far as that can be known
+    text: str
+    journal: str | None = None  # whose chain
+
+    @property
+    def event_ids(self) -> list[str]:
+        """The ids of the events that are meant."""
+        return [f"{self.segment}:{seq}" for seq in self.seqs]
+
+
+@dataclass
+class Verdict:
+    """What `verify` found."""
+
+    findings: list[Finding] = field(default_factory=list)
+    more_findings: int = 0  # beyond those that are listed
+    heads: list[Head] = field(default_factory=list)
+    entries: int = 0
+    segments: int = 0
+    events: int = 0  # in all segments, purged ones included
+    purged: int = 0
+    lost: int = 0
+    legacy: int = 0  # rows that are older than the ledger
+    waiting_bytes: int = 0  # in the journal, not sealed yet
+
+    @property
+    def intact(self) -> bool:
+        """Whether nothing was found."""
+        return not self.findings
+
+    def add(
+        self,
+        kind: str,
+        text: str,
+        segment: str | None = None,
+        seqs: Iterable[int] = (),
+        *,
+        journal: str | None = None,
+    ) -> None:
+        """Add a finding, or count it if there are very many."""
+        if len(self.findings) < _MAX_FINDINGS:
+            self.findings.append(Finding(kind, segment, tuple(seqs), text, journal))
+        else:
+            self.more_findings += 1
+
+
+class Purge(NamedTuple):
+    """What a purge entry says: everything older than `before` went, as far as it was there."""
+
+    before: int  # microseconds since the epoch
+    heads: Mapping[str, int]  # the end of each chain at that time
+    left: Mapping[str, tuple[int, str]]  # events and digest of what stayed of a segment
+    wrong: Mapping[str, tuple[int, str | None]]  # segments that were not as they should be before
+    archive: str | None = None  # the directory, if what went was archived
+    purged_at: str | None = None  # the entry's ingested_at
+
+    def detail(self) -> str:
+        """Return the entry's `detail`."""
+        said = self._asdict()
+        del said["purged_at"]
+        return json.dumps(said, separators=(",", ":"))
+
+    @classmethod
+    def parse(cls, detail: str | None) -> Purge:
+        """Return what `detail` says. Raises ValueError if somebody wrote something else into it."""
+        try:
+            said = json.loads(detail or "")
+            heads = {str(journal): int(position) for journal, position in said["heads"].items()}
+            left = {
+                str(segment): (int(events), str(text)) for segment, (events, text) in said["left"].items()
+            }
+            wrong = {str(segment): (int(events), text) for segment, (events, text) in said["wrong"].items()}
+            return cls(int(said["before"]), heads, left, wrong)
+        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{error!r}") from error
+
+
+class Purges:
+    """All purges of a ledger: what should be left of a segment."""
+
+    def __init__(self, purges: Iterable[Purge] = ()) -> None:
+        self.before: int | None = None  # nothing newer was ever purged
+        self.purged_at: str | None = None  # when that was first said
+        self._left: dict[str, tuple[int, int, str]] = {}
+        heads: dict[str, dict[int, int]] = {}
+        for purge in purges:
+            if self.before is None or purge.before > self.before:
+                self.before, self.purged_at = purge.before, purge.purged_at
+            for segment, (events, digest) in purge.left.items():
+                if purge.before >= self._left.get(segment, (purge.before, 0, ""))[0]:
+                    self._left[segment] = (purge.before, events, digest)
+            for journal, position in purge.heads.items():
+                ends = heads.setdefault(journal, {})
+                ends[position] = max(ends.get(position, purge.before), purge.before)
+        self._ends = {journal: _suffix_maxima(ends) for journal, ends in heads.items()}
+
+    def limit(self, journal: str, position: int) -> int | None:
+        """Return before which moment the events of this entry were purged; None if never."""
+        positions, limits = self._ends.get(journal, ((), ()))
+        place = bisect.bisect_left(positions, position)
+        return limits[place] if place < len(limits) else None
+
+    def expected(self, row: Compared) -> tuple[int, str | None]:
+        """Return how many events of a segment should be there, and their digest."""
+        limit = self.limit(row.journal, row.position)
+        if limit is None or row.first is None or row.last is None or row.first >= limit:
+            return row.entered, row.digest
+        if row.last < limit:
+            return 0, None
+        _, events, digest = self._left.get(row.segment, (0, row.entered, row.digest))
+        return events, digest
+
+
+def _suffix_maxima(ends: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    positions = sorted(ends)
+    limits: list[int] = []
+    for position in reversed(positions):
+        limits.append(max(ends[position], limits[-1] if limits else ends[position]))
+    return tuple(positions), tuple(reversed(limits))
+
+
+class Compared(NamedTuple):
+    """A row of COMPARE: a segment in the ledger (the first seven) and in `logs`."""
+
+    journal: str
+    position: int
+    segment: str
+    entered: int
+    first: int | None
+    last: int | None
+    digest: str | None
+    found: int
+    found_first: int | None
+    found_last: int | None
+    found_digest: str | None
+
+
+def compared(rows: Iterable[Row]) -> Iterator[Compared]:
+    """Yield the rows of COMPARE; NULLs that a sound ledger doesn't hold become harmless values."""
+    for journal, position, segment, entered, *rest in rows:
+        yield Compared(
+            journal or "", -1 if position is None else position, segment or "", entered or 0, *rest
+        )
+
+
+class Verifier:
+    """Recomputes everything that the ledger says. The target is attached as `audit`; nothing is written.
+
+    Args:
+        engine: its session.
+        keys: of the chain, as `seal_keys` returns them.
+        progress: called with the events done and their total, now and then.
+        range_events: how many events' hashes are held at once.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        keys: Sequence[bytes] = (),
+        *,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+        range_events: int = _RANGE_EVENTS,
+    ) -> None:
+        self._engine = engine
+        self._range_events = range_events
+        self._keys = keys
+        self._progress = progress
+        self._explained = 0
+        self.verdict = Verdict()
+        self.purges = Purges()
+
+    def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> Verdict:
+        """Verify the chains, then each segment.
+
+        Args:
+            checkpoint: heads noted earlier: nothing up to them may be missing or differ.
+            since: naive UTC text; older segments are not recomputed, their chain is.
+        """
+        has_ledger = self.open_tables()
+        self._walk_chains({(head.journal, head.position): head for head in checkpoint})
+        if not has_ledger:
+            if self._keys or checkpoint:
+                self.verdict.add("table", "there is no ledger, so that nothing can be proved")
+            return self.verdict
+        if since is not None:
+            self._engine.execute(SCOPE_SINCE, {"moment": since})
+        for row in self.differences(scoped=since is not None):
+            self._judge(row)
+        return self.verdict
+
+    def open_tables(self) -> bool:
+        """Define the views that all statements read; False if there is no ledger and nothing asks for one."""
+        types: dict[str, dict[str, str]] = {"logs": {}, "ledger": {}}
+        for table, column, sql_type in self._engine.execute(TABLE_TYPES):
+            types[table][column] = sql_type
+        for table, columns in (("logs", COLUMNS), ("ledger", LEDGER_COLUMNS)):
+            self._engine.execute(sound_view(table, columns, types[table]))
+            wide = types[table] and (table == "ledger" or types["ledger"] or "segment" in types[table])
+            for column in columns if wide else columns[:10] if types[table] else ():
+                found = types[table].get(column.name)
+                if found != column.sql_type:
+                    text = f"{table}.{column.name} is {found or 'missing'}, not {column.sql_type}"
+                    self.verdict.add("table", text)
+        if not types["ledger"] and "segment" not in types["logs"]:
+            ((self.verdict.legacy,),) = self._engine.execute("SELECT count(*)::BIGINT FROM sound_logs")
+            return False
+        purges = []
+        for detail, events, purged_at in self._engine.execute(PURGES):
+            self.verdict.purged += events or 0
+            try:
+                purges.append(Purge.parse(detail)._replace(purged_at=purged_at))
+            except ValueError as error:
+                self.verdict.add("chain", f"a purge entry can't be read: {error}")
+        for purge in purges:
+            for segment, (events, _) in purge.wrong.items():
+                self.verdict.add(
+                    "changed",
+                    f"segment {segment} was not as recorded when it was purged: {events} events",
+                    segment,
+                )
+        self.purges = Purges(purges)
+        return True
+
+    # --- the chains
+
+    def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
+        """Check every seal, and that the checkpoints are met."""
+        verdict = self.verdict
+        head = Head("", 0, 0, "")
+        unkeyed, journal = 0, None
+        for name, position, kind, _, events, seal, row in self._engine.stream(CHAIN):
+            name, seal, position = name or "", seal or "", -1 if position is None else position
+            if name != journal:
+                self._end_chain(head, unkeyed)
+                head, unkeyed, journal = Head(name, 0, 0, ""), 0, name
+            if position != head.position + 1:
+                self._gap(name, head.position, position)
+            sealed = self._seal_state(head.seal, row, seal)
+            if sealed == "wrong":
+                text = f"entry {position} of journal {name}, or the one before, was changed"
+                verdict.add("chain", text, journal=name)
+            elif sealed == "locked":
+                text = f"entry {position} of journal {name} is sealed with a key that is not given"
+                verdict.add("chain", text, journal=name)
+            unkeyed += sealed == "open" and bool(self._keys)
+            head = Head(name, position, head.events + ((events or 0) if kind == "segment" else 0), seal)
+            checkpoint = wanted.get((name, position))
+            if checkpoint is not None and checkpoint == head:
+                del wanted[name, position]
+                unkeyed = 0  # whoever wrote them, they are what the checkpoint saw
+            verdict.entries += 1
+            verdict.segments += kind == "segment"
+            verdict.events += (events or 0) if kind == "segment" else 0
+            verdict.lost += (events or 0) if kind == "loss" else 0
+            verdict.legacy += (events or 0) if kind == "legacy" else 0
+        self._end_chain(head, unkeyed)
+        for name, position in wanted:
+            text = f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
+            verdict.add("cut", text, journal=name)
+
+    def _seal_state(self, previous: str, row: str, seal: str) -> str:
+        if not seal.startswith(_KEYED):
+            return "open" if hmac.compare_digest(make_seal(previous, row, None), seal) else "wrong"
+        if not self._keys:
+            return "locked"
+        return "keyed" if any(make_seal(previous, row, key) == seal for key in self._keys) else "wrong"
+
+    def _gap(self, journal: str, last: int, found: int) -> None:
+        if found > last:
+            gone = f"entry {last + 1} is" if found == last + 2 else f"entries {last + 1} to {found - 1} are"
+            text = f"{gone} missing from journal {journal}"
+        else:
+            text = f"entry {found} stands twice, or where none belongs, in journal {journal}"
+        self.verdict.add("chain", text, journal=journal)
+
+    def _end_chain(self, head: Head, unkeyed: int) -> None:
+        if head.journal or head.position:
+            self.verdict.heads.append(head)
+        if unkeyed:
+            self.verdict.add(
+                "chain",
+                f"{unkeyed} entries of journal {head.journal} are sealed without the key; "
+                "if they are older than the key, a checkpoint of that time settles it",
+                journal=head.journal,
+            )
+
+    # --- the segments
+
+    def differences(self, *, scoped: bool) -> Iterator[Compared]:
+        """Yield the segments that differ from their entry, and those that a purge may have touched.
+
+        Args:
+            scoped: all segments of the table `scope` instead, and no others.
+        """
+        before = self.purges.before
+        sql = COMPARE_SCOPE if scoped else COMPARE
+        for number, (low, high) in enumerate(self.ranges(before)):
+            params = {"low": low, "high": high, "before": before}
+            yield from compared(self._engine.execute(sql, params))
+            done = min((number + 1) * self._range_events, self.verdict.events)
+            self._progress(done, self.verdict.events)
+
+    def ranges(self, before: int | None) -> list[tuple[str | None, str | None]]:
+        """Return ranges of segment ids, first excluded, that hold a bounded number of events each."""
+        splits = self._engine.execute(SPLITS, {"size": self._range_events, "before": before})
+        ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
+        return list(zip([None, *ends], [*ends, None]))
+
+    def _judge(self, row: Compared) -> None:
+        verdict = self.verdict
+        if row.position < 0:
+            verdict.add(
+                "inserted", f"segment {row.segment} is not in the ledger: {row.found} events", row.segment
+            )
+            return
+        events, digest = self.purges.expected(row)
+        if (row.found, row.found_digest) == (events, digest):
+            return
+        if not row.found:
+            verdict.add("removed", f"segment {row.segment}: all {events} events are missing", row.segment)
+        elif not events:
+            verdict.add(
+                "inserted", f"segment {row.segment}: {row.found} events where none belong", row.segment
+            )
+        elif self._explained >= _MAX_EXPLAINED or not self._explain(row, events):
+            kind = "removed" if row.found < events else "inserted" if row.found > events else "changed"
+            text = f"segment {row.segment}: {row.found} events, {events} were recorded, not the same"
+            verdict.add(kind, text, row.segment)
+
+    def _explain(self, row: Compared, events: int) -> bool:
+        """Name the events that are wrong, from the marks; False if they don't tell."""
+        self._explained += 1
+        ((marks,),) = self._engine.execute(MARKS, {"segment": row.segment})[:1] or ((None,),)
+        if not marks:
+            return False
+        total = len(marks) // 4
+        right: set[int] = set()
+        other: list[int] = []
+        for seq, mark in self._engine.execute(FOUND_MARKS, {"segment": row.segment}):
+            known = seq is not None and 1 <= seq <= total and marks[4 * seq - 4 : 4 * seq] == mark
+            if known and seq not in right:
+                right.add(seq)
+            else:
+                other.append(-1 if seq is None else seq)
+        changed = {seq for seq in other if 1 <= seq <= total and seq not in right}
+        inserted = [seq for seq in other if seq not in changed]
+        inserted += [seq for seq in changed for _ in range(other.count(seq) - 1)]
+        missing = set(range(1, total + 1)) - right - changed if events == total else set()
+        moved = self._moved(row.segment, marks, sorted(changed))
+        for kind, seqs in (
+            ("changed", changed - moved),
+            ("reordered", moved),
+            ("removed", missing),
+            ("inserted", inserted),
+        ):
+            if seqs:
+                names = _numbers(seqs)
+                self.verdict.add(kind, f"segment {row.segment}: {kind} {names}", row.segment, sorted(seqs))
+        return bool(changed or missing or inserted)
+
+    def _moved(self, segment: str, marks: str, seqs: list[int]) -> set[int]:
+        """Return the events that only changed places with each other."""
+        if not 2 <= len(seqs) <= _MAX_MOVED:
+            return set()
+        taken: set[int] = set()
+        for seq, place, mark in self._engine.execute(MOVED, {"segment": segment, "seqs": seqs}):
+            if marks[4 * place - 4 : 4 * place] == mark:
+                taken |= {seq, place}
+        return taken
+
+
+def _numbers(seqs: Iterable[int]) -> str:
+    """Return numbers as people write them: 3-7, 9."""
+    runs: list[list[int]] = []
+    for seq in sorted(seqs):
+        if runs and seq == runs[-1][1] + 1:
+            runs[-1][1] = seq
+        else:
+            runs.append([seq, seq])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+# --- removing
+
+_SILENCE_SECONDS: Final = 25 * 3600.0  # longer ones don't count as time that passed; retention runs daily
+_DAY_SECONDS: Final = 24 * 3600.0
+_MANIFEST: Final = "manifest.json"
+_EPOCH_START: Final = datetime.datetime(1970, 1, 1)
+
+
+class Removal(NamedTuple):
+    """What a purge took, or would take."""
+
+    before: str
+    events: int
+    segments: int
+    first_event: int | None  # microseconds since the epoch
+    last_event: int | None
+    digest: str  # SHA-256 over the digests of what went of each segment, in order of their names
+    wrong: int  # segments that were not as recorded before
+    archive: str | None = None
+
+
+def microseconds(moment: str) -> int:
+    """Return naive UTC text, as `sql_time` returns it, as microseconds since the epoch."""
+    return (datetime.datetime.fromisoformat(moment) - _EPOCH_START) // datetime.timedelta(microseconds=1)
+
+
+def iso_time(us: int | None) -> str | None:
+    """Return microseconds since the epoch as ISO 8601 text; those of no year that has one, as a number."""
+    if us is None:
+        return None
+    try:
+        return (_EPOCH_START + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
+    except OverflowError:
+        return f"{us} microseconds"
+
+
+class Purger:
+    """Removes old events, inside of a transaction of its caller's, and enters into the chain what went.
+
+    What is purged is first compared with the ledger: a segment that somebody had changed stays known
+    as changed when its rows are gone.
+
+    Args:
+        engine: a session in which the target is attached as `audit`, for writing.
+        before: naive UTC text; everything older goes.
+    """
+
+    def __init__(self, engine: Engine, before: str) -> None:
+        self._engine = engine
+        self._before = before
+        self._limit = microseconds(before)
+        self._verifier = Verifier(engine, range_events=_PURGE_RANGE_EVENTS)
+        self._left: dict[str, tuple[int, str]] = {}
+        self._wrong: dict[str, tuple[int, str | None]] = {}
+
+    def plan(self) -> Removal:
+        """Find out what would go."""
+        has_ledger = self._verifier.open_tables()
+        purges = self._verifier.purges
+        moment: dict[str, object] = {"moment": self._before}
+        scope = {**moment, "before": purges.before, "purged_at": purges.purged_at}
+        self._engine.execute(SCOPE_BEFORE, scope)
+        events = segments = 0
+        first: int | None = None
+        last: int | None = None
+        digest = hashlib.sha256()
+        for row in self._verifier.differences(scoped=True):
+            right = purges.expected(row) if row.position >= 0 else (0, None)
+            if has_ledger and (row.found, row.found_digest) != right and len(self._wrong) < _MAX_FINDINGS:
+                self._wrong[row.segment] = (row.found, row.found_digest)
+            if row.found_first is None or row.found_first >= self._limit:
+                continue
+            gone, gone_digest, gone_last = row.found, row.found_digest or "", row.found_last
+            if row.found_last is None or row.found_last >= self._limit:
+                gone, gone_digest, gone_last = self._split(row.segment)
+            events, segments = events + gone, segments + 1
+            first = row.found_first if first is None else min(first, row.found_first)
+            last = gone_last if last is None or gone_last is None else max(last, gone_last)
+            digest.update(gone_digest.encode())
+        return Removal(self._before, events, segments, first, last, digest.hexdigest(), len(self._wrong))
+
+    def _split(self, segment: str) -> tuple[int, str, int | None]:
+        """Note what stays of a segment, and return what goes: events, digest and last moment."""
+        params = {"moment": self._before, "segment": segment}
+        ((events, digest, last),) = self._engine.execute(PART_GONE, params)
+        for kept, kept_digest in self._engine.execute(PART_KEPT, params):
+            self._left[segment] = (kept, kept_digest)
+        return events, digest, last
+
+    def remove(self, ledger: Ledger, journal: str, removal: Removal) -> Head:
+        """Delete the rows, enter the purge, and return the new end of the chain."""
+        ((events,),) = self._engine.execute(COUNT_OLD, {"moment": self._before})
+        if events != removal.events:
+            raise StoreError(f"{events} rows are older than {self._before}, {removal.events} were expected")
+        heads = {name or "": position for name, position in self._engine.execute(CHAIN_ENDS)}
+        purge = Purge(self._limit, heads, self._left, self._wrong, removal.archive)
+        span = (removal.first_event, removal.last_event)
+        entry = entry_of("purge", removal.events, purge.detail(), span=span, digest=removal.digest)
+        self._engine.execute(DELETE_OLD, {"moment": self._before})
+        return ledger.enter(self._engine, journal, [entry])
+
+    def archive(self, directory: str, removal: Removal, heads: Sequence[Head]) -> Removal:
+        """Write what goes as Parquet, a file a day, with a manifest, and read it back.
+
+        Args:
+            directory: where the archive's own directory appears, whole or not at all.
+            removal: what `plan` said.
+            heads: of all chains, for the manifest.
+
+        Raises:
+            StoreError: it can't be written, or doesn't hold what it should.
+        """
+        name = f"purged-{re.sub('[^0-9]', '', self._before[:19])}-{os.urandom(4).hex()}"
+        scratch, target = os.path.join(directory, f".{name}.part"), os.path.join(directory, name)
+        try:
+            os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
+            with _scratch(scratch):
+                self._write_archive(scratch, removal, heads)
+                os.rename(scratch, target)
+                sync_directory(directory)
+        except OSError as error:
+            raise StoreError(f"{directory}: no archive can be written: {error.strerror}") from error
+        return removal._replace(archive=name)
+
+    def _write_archive(self, folder: str, removal: Removal, heads: Sequence[Head]) -> None:
+        files = []
+        for day, events in self._engine.execute(OLD_DAYS, {"moment": self._before}):
+            path = os.path.join(folder, f"{day}.parquet")
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE))
+            rows = bind(OLD_OF_DAY, {"moment": self._before, "day": day})
+            self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_PARQUET})")
+            sync_file(path)
+            files.append({"name": f"{day}.parquet", "events": events, "sha256": file_digest(path)})
+        digest = hashlib.sha256()
+        paths = [os.path.join(folder, str(file["name"])) for file in files]
+        if paths:
+            for low, high in self._verifier.ranges(None):
+                params = {"files": paths, "low": low, "high": high}
+                for (part,) in self._engine.execute(ARCHIVED, params):
+                    digest.update(part.encode())
+        if digest.hexdigest() != removal.digest:
+            raise StoreError(f"{folder}: the archive doesn't read back as it was written; nothing was purged")
+        manifest = {
+            "filter": {"before": iso_time(self._limit)},
+            "events": removal.events,
+            "first_event": iso_time(removal.first_event),
+            "last_event": iso_time(removal.last_event),
+            "digest": removal.digest,
+            "heads": [head._asdict() for head in heads],
+            "files": files,
+        }
+        write_new_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+        sync_directory(folder)
+
+
+def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float | None:
+    """Return the moment before which events are older than `retention`, as far as the ledger vouches for it.
+
+    A clock that jumped forward makes everything look old. So time counts only where the ledger shows
+    that this log was alive: a silence of more than 25 hours counts as none. A server that was off for
+    a month keeps its events a month longer; `purge` by hand goes by the clock alone.
+
+    Args:
+        hours: in which the ledger has entries, in seconds since the epoch, newest first.
+        now: seconds since the epoch.
+        retention: seconds.
+
+    Returns:
+        seconds since the epoch, or None if the ledger hasn't lived that long.
+    """
+    left, later = retention, now
+    for hour in hours:
+        silence = later - hour
+        if silence <= _SILENCE_SECONDS:
+            if silence >= left:
+                return later - left
+            left -= max(0.0, silence)
+        later = hour
+    return None
+
+
+@contextlib.contextmanager
+def _scratch(directory: str) -> Iterator[None]:
+    """Have a directory that only its owner can read, in place of an older one, and clear it away."""
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)
+    os.mkdir(directory, _DIRECTORY_MODE)
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+def _put_in_place(path: str, target: str) -> None:
+    """Give a file another name, which must be free: unlike a rename, a link never overwrites."""
+    try:
+        os.link(path, target)
+    except FileExistsError:
+        raise
+    except OSError:  # some file systems have no links
+        if os.path.lexists(target):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
+        os.rename(path, target)
+
+
+def file_digest(path: str) -> str:
+    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def platform_node() -> str:
@@ -6499,9 +8957,10 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
 
 
 # === Assembly ===
-# may name: Config, Writer, Logger, Store
+# may name: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Logger, Store
 #
-# The door in the wall: gives loggers their way into the database.
+# The door in the wall: gives loggers their way into the database. And what needs both sides: `import`,
+# which redacts and encodes like a logger and asks the ledger what is there already.
 
 
 def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
@@ -6511,8 +8970,177 @@ def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
 AuditLogger._ingest_side = staticmethod(_ingest_side)
 
 
+PART_EVENTS: Final = 20_000  # arbitrary: of an imported file, in one segment
+PART_BYTES: Final = 32 * 2**20
+_BATCH_EVENTS: Final = 500  # arbitrary: of a part, in one write
+IMPORT_LINE_BYTES: Final = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
+
+
+class ImportResult(NamedTuple):
+    """What became of one file."""
+
+    events: int  # new in the log
+    known: int  # there from an earlier import
+    bad: int  # lines that are no events
+
+
+class Importer:
+    """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
+
+    A file becomes segments of up to PART_EVENTS events, which go the way of all segments. The id of a
+    part is made of the time of its first event and of a digest of the file up to there, so that the
+    ledger knows it again; the part after it begins where the ledger says that it ended. Renamed,
+    compressed and longer files are thus continued; a crash at any point leaves a part that is shorter.
+
+    Args:
+        config: says where database and journal are, and what is redacted.
+        on_bad_line: told the number of a line, from 1, and why it is no event.
+        wait: seconds to try again while another process holds the database.
+        diagnostics: counts what was ingested.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        on_bad_line: Callable[[int, str], None],
+        wait: float,
+        diagnostics: Diagnostics,
+    ) -> None:
+        key = os.environ.get("MXCP_AUDIT_KEY")
+        redactor = Redactor(
+            config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None
+        )
+        self._now_ns = 0
+        self._encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns)
+        self._store = Store(config, diagnostics=diagnostics)
+        self._journal = Journal(config.journal_directory)
+        self._on_bad_line = on_bad_line
+        self._wait = wait
+        self._bad = 0
+
+    def take(self, path: str) -> ImportResult:
+        """Import a file, gzip or plain.
+
+        Raises:
+            StoreError: the database can't be had, or the file is none of MXCP's logs.
+            OSError: the file can't be read. What came before is imported.
+        """
+        import hashlib  # lazily: it loads OpenSSL
+
+        self._patiently(self._store.ingest)  # a part that waits in the journal is none the ledger knows
+        self._bad = 0
+        events = known = 0
+        digest = hashlib.sha256()
+        lines = self._events(path)
+        first = next(lines, None)
+        while first is not None:
+            part = self._part_id(digest, first)
+            there = self._patiently(lambda part=part: self._store.imported(part))  # type: ignore[misc]
+            if there is None:
+                count, first = self._write(part, digest, first, lines)
+                events += count
+                self._patiently(self._store.ingest)
+            else:
+                count, first = self._skip(path, there, digest, first, lines)
+                known += count
+        return ImportResult(events, known, self._bad)
+
+    def _events(self, path: str) -> Iterator[tuple[bytes, int, dict[str, Any]]]:
+        """Yield each event of a file with its line and its time."""
+        with open(path, "rb") as raw:
+            head = raw.peek(12)
+            if head[8:12] == b"DUCK":
+                raise StoreError(f"{path} is a DuckDB database, no JSONL; read it as it is: log --db {path}")
+            file = gzip_reader(raw) if head[:2] == b"\x1f\x8b" else raw
+            for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
+                line = line.strip()
+                if not line:
+                    continue
+                try:
+                    found = event_of_mxcp(line)
+                except ValueError as error:
+                    self._bad += 1
+                    self._on_bad_line(number, str(error))
+                    continue
+                if found is not None:
+                    yield line, *found
+
+    def _part_id(self, digest: hashlib._Hash, first: tuple[bytes, int, dict[str, Any]]) -> str:
+        line, now_ns, _ = first
+        here = digest.copy()
+        here.update(line)
+        return f"{new_segment_id(now_ns).rpartition('-')[0]}-{here.hexdigest()[:8]}"
+
+    def _write(self, part: str, digest: hashlib._Hash, first: Any, lines: Iterator[Any]) -> tuple[int, Any]:
+        """Write a part into the journal; return its size and the first event after it."""
+        try:
+            segment = self._journal.open_segment(named=part)
+        except FileExistsError as error:
+            raise StoreError(f"{part} is being imported by another process; try again later") from error
+        try:
+            event = first
+            while event is not None and segment.events < PART_EVENTS and segment.size < PART_BYTES:
+                batch: list[bytes] = []
+                room = min(_BATCH_EVENTS, PART_EVENTS - segment.events)
+                while event is not None and len(batch) < room:
+                    line, self._now_ns, values = event
+                    digest.update(line)
+                    batch.append(finish_line(self._line(values), segment.events + len(batch) + 1))
+                    event = next(lines, None)
+                try:
+                    segment.append(b"".join(batch), len(batch))
+                except OSError as error:
+                    raise JournalError(f"can't be written: {error.strerror}", path=segment.path) from error
+        finally:
+            segment.seal()
+        return segment.events, event
+
+    def _line(self, values: Mapping[str, Any]) -> bytes:
+        echoes: list[str] = []
+        input_json = self._encoder.input_json(values["input_params"], values["name"], None, echoes)
+        rest = {name: value for name, value in values.items() if name != "input_params"}
+        return self._encoder.line(**rest, input_json=input_json, echoes=echoes)
+
+    def _skip(
+        self, path: str, there: tuple[int, str], digest: hashlib._Hash, first: Any, lines: Iterator[Any]
+    ) -> tuple[int, Any]:
+        """Pass over a part that is in the database; return its size and the first event after it."""
+        count, last_ns = 0, 0
+        event = first
+        while event is not None and count < there[0]:
+            digest.update(event[0])
+            last_ns = max(last_ns, event[1])
+            count += 1
+            event = next(lines, None)
+        last = sql_time(_EPOCH + datetime.timedelta(microseconds=last_ns // 1000))
+        if count == there[0] and last != there[1]:
+            raise StoreError(
+                f"{path} begins like a file that was imported before, but goes on differently: it was "
+                "edited, or is a copy that went its own way; import the events that are missing as a file"
+            )
+        return count, event
+
+    def _patiently(self, action: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + self._wait
+        while True:
+            try:
+                return action()
+            except DatabaseLockedError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(0.05)
+
+
+def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
+    """Return the uncompressed side of a gzip file. A damaged one raises OSError or EOFError in between."""
+    import gzip  # lazily: few need it
+
+    return cast("IO[bytes]", gzip.open(raw))
+
+
 # === Command line ===
-# may name: Errors, Config, Events, Writer, SQL, Engines, Store, Output
+# may name: Errors, Config, Events, Writer, Calls, Logger, SQL, Engines, Store, Output, Assembly
 #
 # The only room that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
@@ -6601,7 +9229,18 @@ def build_parser() -> argparse.ArgumentParser:
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
     place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
     common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-    for add in (_add_log, _add_ingest, _add_doctor):
+    for add in (
+        _add_log,
+        _add_ingest,
+        _add_doctor,
+        _add_import,
+        _add_wrap,
+        _add_verify,
+        _add_checkpoint,
+        _add_purge,
+        _add_backup,
+        _add_compact,
+    ):
         add(commands, common)
     return parser
 
@@ -6685,7 +9324,9 @@ def _config_of(options: argparse.Namespace) -> Config:
     if options.db is not None:
         if options.config or options.profile:
             raise _UsageError("--db needs no site file: leave --config and --profile out")
-        return config_from_arguments(path=options.db)
+        # Beside a target that is no file there is no place: look for the default profile's journal here.
+        journal = "logs-default.journal" if is_attach_target(options.db) else None
+        return config_from_arguments(path=options.db, journal=journal)
     config = load_config(config=options.config, profile=options.profile)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         raise _UsageError(
@@ -6754,6 +9395,213 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     return EXIT_FAILED if told.rejected else 0
 
 
+def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "verify",
+        parents=[common],
+        help="prove that nothing was changed, removed or inserted",
+        description="Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
+    )
+    command.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
+    command.add_argument(
+        "--since", type=_time_argument, metavar="WHEN", help="recompute segments with events since then only"
+    )
+    command.add_argument(
+        "--checkpoint", metavar="FILE", help="what `checkpoint` printed: nothing up to there may be missing"
+    )
+    command.set_defaults(run=cmd_verify)
+
+
+def cmd_verify(options: argparse.Namespace) -> int:
+    checkpoint = _read_checkpoint(options.checkpoint) if options.checkpoint else []
+    store = Store(_config_of(options))
+    verdict = store.verify(
+        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress_bar("verified")
+    )
+    if options.json:
+        print(json_text(_verdict_object(verdict)))
+    else:
+        for finding in verdict.findings:
+            print(printable(f"{finding.kind:<9} {finding.text}"))
+        if verdict.more_findings:
+            print(f"and {verdict.more_findings} more")
+        print(_verdict_summary(verdict, options.since))
+    return 0 if verdict.intact else EXIT_FAILED
+
+
+def _verdict_object(verdict: Verdict) -> dict[str, object]:
+    return {
+        "intact": verdict.intact,
+        "entries": verdict.entries,
+        "segments": verdict.segments,
+        "events": verdict.events,
+        "purged": verdict.purged,
+        "lost": verdict.lost,
+        "legacy": verdict.legacy,
+        "waiting_bytes": verdict.waiting_bytes,
+        "journals": [head._asdict() for head in verdict.heads],
+        "findings": [
+            {
+                "kind": finding.kind,
+                "segment": finding.segment,
+                "journal": finding.journal,
+                "events": finding.event_ids,
+                "text": finding.text,
+            }
+            for finding in verdict.findings
+        ],
+        "more_findings": verdict.more_findings,
+    }
+
+
+def _verdict_summary(verdict: Verdict, since: str | None) -> str:
+    found = len(verdict.findings) + verdict.more_findings
+    parts = [
+        "intact" if verdict.intact else f"NOT intact, {found} finding{'' if found == 1 else 's'}",
+        f"{verdict.events} events in {verdict.segments} segments of {len(verdict.heads)} journals",
+    ]
+    for count, what in (
+        (verdict.purged, "purged since"),
+        (verdict.lost, "lost, as the ledger says"),
+        (verdict.legacy, "older than the ledger: what they were before it began is not proved"),
+    ):
+        if count:
+            parts.append(f"{count} {what}")
+    if verdict.waiting_bytes:
+        parts.append(f"{verdict.waiting_bytes} bytes wait in the journal, not sealed yet")
+    if since is not None:
+        parts.append(f"segments before {since} UTC were not recomputed")
+    return "; ".join(parts)
+
+
+def _progress_bar(what: str) -> Callable[[int, int], None]:
+    """Return what shows progress on a terminal, and does nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+
+    def show(done: int, total: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"\r{what} {done} of {total} events", end="\n" if done >= total else "", file=sys.stderr)
+
+    return show
+
+
+def _read_checkpoint(path: str) -> list[Head]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        said = json.loads(text[text.index("{") :])
+        return [
+            Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
+            for head in said["journals"]
+        ]
+    except OSError as error:
+        raise _UsageError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
+
+
+def _add_checkpoint(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "checkpoint",
+        parents=[common],
+        help="print where the ledger ends, to be kept elsewhere",
+        description="Print the head of each journal's chain. Kept where nobody who can write the database "
+        "can, it lets `verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.",
+    )
+    command.set_defaults(run=cmd_checkpoint)
+
+
+def cmd_checkpoint(options: argparse.Namespace) -> int:
+    heads = Store(_config_of(options)).heads(wait=options.wait)
+    print(
+        json_text(
+            {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": [h._asdict() for h in heads]}
+        )
+    )
+    return 0
+
+
+def _add_purge(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "purge",
+        parents=[common],
+        help="delete old events, so that the rest still verifies",
+        description="Delete every event older than that, and enter into the ledger what went.",
+    )
+    command.add_argument(
+        "--older-than",
+        type=_time_argument,
+        required=True,
+        metavar="WHEN",
+        help="90d, or before an ISO date or time",
+    )
+    command.add_argument("--dry-run", action="store_true", help="say what would go")
+    command.add_argument("--archive", metavar="DIR", help="write what goes as Parquet into DIR first")
+    command.set_defaults(run=cmd_purge)
+
+
+def cmd_purge(options: argparse.Namespace) -> int:
+    if options.older_than > sql_time(utc_now()):
+        raise _UsageError("--older-than lies in the future; everything would go")
+    if options.archive and os.path.lexists(options.archive) and not os.path.isdir(options.archive):
+        raise _UsageError(f"{options.archive} is no directory; name one for --archive")
+    store = Store(_config_of(options))
+    if options.archive:
+        store.refuse_own_files(options.archive)
+    removal = store.purge(
+        options.older_than, archive=options.archive, dry_run=options.dry_run, wait=options.wait
+    )
+    would = "would be " if options.dry_run else ""
+    span = (
+        f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
+    )
+    print(f"{removal.events} events {would}purged{span}")
+    if removal.archive:
+        print(f"archived in {printable(os.path.join(options.archive, removal.archive))}")
+    if removal.wrong:
+        _say(
+            f"{removal.wrong} segments were not as recorded before they were purged; verify goes on saying so"
+        )
+    return 0
+
+
+def _add_backup(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "backup",
+        parents=[common],
+        help="copy the log while the server runs",
+        description="Copy the database to FILE, and what is not in it yet to FILE.journal. To restore, "
+        "copy both back while no server runs.",
+    )
+    command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
+    command.set_defaults(run=cmd_backup)
+
+
+def cmd_backup(options: argparse.Namespace) -> int:
+    events, segments = Store(_config_of(options)).backup(options.file, wait=options.wait)
+    print(f"{events} events copied to {printable(options.file)}")
+    if segments:
+        print(f"{segments} segments of running servers copied to {printable(options.file)}.journal")
+    return 0
+
+
+def _add_compact(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "compact",
+        parents=[common],
+        help="give the space of purged events back to the file system",
+        description="Write the database anew and put it in place of the old one.",
+    )
+    command.set_defaults(run=cmd_compact)
+
+
+def cmd_compact(options: argparse.Namespace) -> int:
+    before, after = Store(_config_of(options)).compact(wait=options.wait)
+    print(f"{before} bytes before, {after} bytes after")
+    return 0
+
+
 def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
     command = commands.add_parser(
         "doctor",
@@ -6783,6 +9631,308 @@ def cmd_doctor(options: argparse.Namespace) -> int:
             print(printable(f"fault: {fault.problem}; remedy: {fault.remedy}"))
         print("not healthy" if checkup.faults else "healthy")
     return EXIT_FAILED if checkup.faults else 0
+
+
+def _add_import(commands: Any, common: argparse.ArgumentParser) -> None:
+    command = commands.add_parser(
+        "import",
+        parents=[common],
+        help="take in MXCP's own JSONL logs",
+        description="Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported "
+        "before is not imported again, so a log that grew can be given again.",
+    )
+    command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
+    command.set_defaults(run=cmd_import)
+
+
+def cmd_import(options: argparse.Namespace) -> int:
+    config = _config_of(options)
+    failed = False
+    for path in options.files:
+        importer = Importer(
+            config,
+            on_bad_line=lambda number, reason, path=path: _say(f"{path}:{number}: {reason}"),  # type: ignore[misc]
+            wait=options.wait,
+            diagnostics=Diagnostics(),
+        )
+        try:
+            result = importer.take(path)
+        except (OSError, EOFError) as error:
+            _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
+            failed = True
+            continue
+        known = f", {result.known} were there" if result.known else ""
+        bad = f", {result.bad} bad line{'' if result.bad == 1 else 's'} left out" if result.bad else ""
+        _say(f"{path}: {result.events} event{'' if result.events == 1 else 's'} imported{known}{bad}")
+        failed |= result.bad > 0
+    return EXIT_FAILED if failed else 0
+
+
+def _add_wrap(commands: Any, common: argparse.ArgumentParser) -> None:
+    import argparse
+
+    command = commands.add_parser(
+        "wrap",
+        parents=[common],
+        help="run any stdio MCP server and record what it executes",
+        description="Run COMMAND, an MCP server over standard input and output in any language, and record "
+        "its tool calls, resource reads and prompts. Every byte passes unchanged.",
+        usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="stop the traffic when it can't be recorded (default: go on)"
+    )
+    command.add_argument("server", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="the server")
+    command.set_defaults(run=cmd_wrap)
+
+
+def cmd_wrap(options: argparse.Namespace) -> int:
+    command = options.server[1:] if options.server[:1] == ["--"] else options.server
+    if not command:
+        raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
+    if options.db is not None:
+        _config_of(options)  # --db excludes the others
+        audit = AuditLogger(options.db)
+    else:
+        audit = AuditLogger.from_config(options.config, profile=options.profile)
+    if not audit.enabled:
+        problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
+        if options.strict:
+            raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
+        _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
+    wrapped = _WrappedServer(command, audit, strict=options.strict)
+    code = wrapped.run()
+    audit.shutdown(_WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
+    if wrapped.failure is not None:
+        _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
+        return EXIT_FAILED
+    return _end_like(code)
+
+
+def _end_like(code: int) -> int:
+    """Return a child's exit code, or die of the signal that it died of, so that our parent sees the same."""
+    if code < 0:
+        import signal
+
+        with contextlib.suppress(OSError, ValueError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code if code >= 0 else 128 - code
+
+
+class _WrappedServer:
+    """A stdio server as our child. Three threads: one a direction, and the main one, which waits for its end.
+
+    Pieces are passed on as they come, by plain reads and writes: nothing here buffers, and a side that
+    doesn't read makes the other wait, as one pipe would. A child is never left behind: when the client
+    is gone, its input is closed; if it doesn't end by that, it gets SIGTERM and then SIGKILL. Where the
+    system can (Linux), whoever kills us with SIGKILL kills it too.
+    """
+
+    _PIECE_BYTES: Final = 2**16
+    GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
+    _JOURNAL_SECONDS: Final = 5.0  # arbitrary: how long --strict waits for a journal that hangs
+    _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+
+    def __init__(self, command: Sequence[str], audit: AuditLogger, *, strict: bool) -> None:
+        self._command = list(command)
+        self._audit = audit
+        self._strict = strict
+        self._told = Diagnostics()
+        self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
+        self._client_gone = False
+        self._pieces = 0  # that the server sent
+        self._is_reading = False  # as opposed to: recording, or waiting for the client to read
+        self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
+        self.failure: str | None = None
+
+    def run(self) -> int:
+        """Run the server to its end and return its exit code, negative if a signal ended it.
+
+        Raises:
+            AuditError: it can't be started.
+        """
+        import shutil
+        import subprocess
+        import threading
+
+        program = shutil.which(self._command[0]) or self._command[0]  # Windows needs it for npx.cmd
+        try:
+            self._process = subprocess.Popen(
+                [program, *self._command[1:]],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                bufsize=0,
+                preexec_fn=_dying_with_parent(),  # no thread of ours runs yet, so it is safe
+            )
+        except OSError as error:
+            raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
+        self._forward_signals()
+        threads = [
+            threading.Thread(target=side, name=f"mxcp_audit {side.__name__}", daemon=True)
+            for side in (self._pass_requests, self._pass_answers)
+        ]
+        for thread in threads:
+            thread.start()
+        code = self._process.wait()
+        while threads[1].is_alive():
+            before = self._pieces
+            threads[1].join(self.GRACE_SECONDS)
+            if self._is_reading and self._pieces == before:
+                break  # all has passed; a grandchild holds the pipe open, perhaps for ever
+        who = "client" if self._client_gone else "server"
+        self._stdio.close(f"the {who} went away before it was answered")
+        return code
+
+    def _forward_signals(self) -> None:
+        import signal
+
+        def forward(number: int, frame: object) -> None:
+            # What the terminal sends, it sends to the server too: we are in one process group.
+            if number not in (signal.SIGINT, getattr(signal, "SIGQUIT", None)) or not _has_terminal():
+                self._process.send_signal(number)
+
+        for name in self._SIGNALS:
+            number = getattr(signal, name, None)
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
+                with contextlib.suppress(ValueError, OSError):
+                    signal.signal(number, forward)
+
+    def _pass_requests(self) -> None:
+        assert self._process.stdin is not None
+        sink = self._process.stdin.fileno()
+        try:
+            while data := _read_piece(0, self._PIECE_BYTES):
+                if not self._audited(self._stdio.from_client, data):
+                    return
+                _write_all(sink, data)
+        except OSError:  # the server reads no more: the client shall see that, as it would without us
+            _give_up(0)
+            return
+        self._process.stdin.close()
+        if _reader_is_gone(1):
+            self._client_gone = True
+            self._end_child()
+
+    def _pass_answers(self) -> None:
+        assert self._process.stdout is not None
+        while True:
+            self._is_reading = True
+            data = _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES)
+            self._is_reading = False
+            self._pieces += 1
+            if not data:
+                break
+            if not self._audited(self._stdio.from_server, data):
+                return
+            if not self._client_gone:
+                try:
+                    _write_all(1, data)
+                except OSError:  # what comes now is for the record only
+                    self._client_gone = True
+        _give_up(1)
+
+    def _audited(self, feed: Callable[[bytes], None], data: bytes) -> bool:
+        """Feed the bookkeeping; False, and the child is ended, if that failed and nothing may pass then."""
+        if not self._audit.enabled:
+            return True
+        try:
+            feed(data)
+            if self._strict and self.failure is None:
+                self._settle()
+        except Exception as error:
+            self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
+        if self.failure is not None:
+            self._end_child()
+            return False
+        return True
+
+    def _settle(self) -> None:
+        """Wait until what was recorded is in the journal: so `--strict` holds an answer back until then."""
+        deadline = time.monotonic() + self._JOURNAL_SECONDS
+        while (counters := self._audit.counters).written < counters.accepted:
+            if time.monotonic() > deadline:
+                self.failure = f"the journal can't be written: {counters.last_error}"
+                return
+            time.sleep(0.001)
+        if counters.dropped:
+            self.failure = f"{counters.dropped} events were dropped"
+
+    def _on_fault(self, problem: str) -> None:
+        if self._strict:
+            self.failure = problem
+        else:
+            self._told.report("wrap", problem)
+
+    def _end_child(self) -> None:
+        """Make the server end if it doesn't by itself."""
+        for ask in (self._process.terminate, self._process.kill):
+            if self.failure is None or ask == self._process.kill:
+                deadline = time.monotonic() + self.GRACE_SECONDS
+                while self._process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(0.05)
+            ask()
+
+
+def _dying_with_parent() -> Callable[[], object] | None:
+    """Return what a child calls so that the system kills it with its parent; None where it can't."""
+    if sys.platform != "linux":
+        return None
+    import signal
+
+    try:
+        import ctypes
+
+        prctl = ctypes.CDLL(None).prctl
+    except (ImportError, OSError, AttributeError):
+        return None
+    return lambda: prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG, prctl(2)
+
+
+def _read_piece(fd: int, size: int) -> bytes:
+    """Return what can be read now, waiting for it; nothing at the end, or if there is no such file."""
+    try:
+        return os.read(fd, size)
+    except OSError:
+        return b""
+
+
+def _write_all(fd: int, data: bytes) -> None:
+    rest = memoryview(data)
+    while rest:
+        rest = rest[os.write(fd, rest) :]
+
+
+def _give_up(fd: int) -> None:
+    """Close our end of a pipe, but keep its number: a journal segment must not become standard output."""
+    null = os.open(os.devnull, os.O_RDWR)
+    os.dup2(null, fd)
+    os.close(null)
+
+
+def _reader_is_gone(fd: int) -> bool:
+    """Wait until nobody can read what is written to `fd` and return True; False if that can't be told."""
+    import select
+
+    if not hasattr(select, "poll"):
+        return False
+    poll = select.poll()
+    poll.register(fd, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll())
+
+
+def _has_terminal() -> bool:
+    """Say whether a terminal's Ctrl+C reaches this process group."""
+    try:
+        fd = os.open("/dev/tty", os.O_RDONLY | getattr(os, "O_NOCTTY", 0))
+    except OSError:
+        return False
+    try:
+        return os.tcgetpgrp(fd) == os.getpgrp()
+    except OSError:
+        return False
+    finally:
+        os.close(fd)
 
 
 def _say(text: str) -> None:

@@ -197,7 +197,7 @@ def test_names_in_any_number_don_t_fill_the_memory() -> None:
         encoder.line(
             "cli", "tool", f"n{number}", "null", 1, "n/a", None, "success", None, None, None, None, ()
         )
-    assert len(encoder._names) <= 1024
+    assert len(encoder._frames) <= 1024
 
 
 def test_input_changed_after_the_call_is_recorded_as_it_was(tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ RECORDING = (
 ROOMS = (*RECORDING, "SQL", "Engines", "Store", "Output", "Assembly", "Command line")
 # What may be used where; a module that is not here may be used anywhere.
 IMPORTS = {
-    "threading": {"Writer", "Logger", "Store"},
+    "threading": {"Writer", "Logger", "Store", "Command line"},  # the last for `wrap`
     "atexit": {"Logger"},
     "duckdb": {"Engines"},
     "subprocess": {"Engines", "Command line"},

@@ -1,0 +1,694 @@
+"""The Calls room: the context manager, decorators, the origin of a call, JSON-RPC bookkeeping."""
+
+from __future__ import annotations
+
+import asyncio
+import builtins
+import inspect
+import json
+import pickle
+import sys
+import threading
+import types
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import table_rows
+
+import mxcp_audit
+from mxcp_audit import AuditLogger, EventError, origin_of, trace_of
+from mxcp_audit import _running as running
+
+COLUMNS = (
+    "caller, type, name, input_json, policy_decision, reason, status, error, user_id, session_id, trace_id"
+)
+
+
+@pytest.fixture
+def audit(tmp_path: Path) -> Iterator[AuditLogger]:
+    audit = AuditLogger(tmp_path / "log.duckdb")
+    yield audit
+    audit.shutdown()
+    assert running.get() is None  # whatever happened, no call is left behind
+
+
+def recorded(audit: AuditLogger) -> list[dict[str, Any]]:
+    """End the logger and return its events, oldest first."""
+    audit.shutdown()
+    if not Path(audit.config.path).exists():
+        return []
+    rows = table_rows(Path(audit.config.path), f"SELECT {COLUMNS} FROM logs ORDER BY segment, seq")
+    return [dict(zip(COLUMNS.split(", "), row)) for row in rows]
+
+
+def outcome(audit: AuditLogger) -> list[tuple[Any, ...]]:
+    return [
+        (event["name"], event["input_json"], event["status"], event["error"]) for event in recorded(audit)
+    ]
+
+
+# --- record
+
+
+def test_record_body_raises_same_object_leaves(audit: AuditLogger) -> None:
+    raised = KeyError("x")
+    with pytest.raises(KeyError) as caught, audit.record("tool", "t", {"a": 1}):
+        raise raised
+    assert caught.value is raised
+    assert outcome(audit) == [("t", '{"a":1}', "error", "KeyError: 'x'")]
+
+
+@pytest.mark.parametrize(
+    ("raised", "error"),
+    [
+        (KeyboardInterrupt(), "KeyboardInterrupt"),
+        (SystemExit(3), "SystemExit: 3"),
+        (asyncio.CancelledError("scope 7f"), "cancelled"),
+        (GeneratorExit(), None),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_record_base_exception_recorded_and_same_object_leaves(
+    audit: AuditLogger, raised: BaseException, error: str | None
+) -> None:
+    caught: BaseException | None = None
+    try:
+        with audit.record("tool", "t"):
+            raise raised
+    except BaseException as left:
+        caught = left
+    assert caught is raised
+    assert outcome(audit) == [("t", None, "error" if error else "success", error)]
+
+
+def test_record_input_changed_by_body_recorded_as_it_was(audit: AuditLogger) -> None:
+    given = {"ids": [1]}
+    with audit.record("tool", "t", given):
+        given["ids"].append(2)
+    assert outcome(audit) == [("t", '{"ids":[1]}', "success", None)]
+
+
+def test_record_policy_and_attributes_recorded(audit: AuditLogger) -> None:
+    with audit.record("tool", "t", caller="http") as call:
+        call.policy("warn", "late")
+        call.user_id, call.session_id, call.trace_id = "u", "s", "t"
+    (event,) = recorded(audit)
+    assert (event["policy_decision"], event["reason"], event["caller"]) == ("warn", "late", "http")
+    assert (event["user_id"], event["session_id"], event["trace_id"]) == ("u", "s", "t")
+
+
+def wrapped_twice() -> None:
+    try:
+        try:
+            raise PermissionError("not an admin")
+        except PermissionError as error:
+            raise ValueError("in between") from error
+    except ValueError as error:
+        raise RuntimeError("outside") from error
+
+
+@pytest.mark.parametrize("python", [(3, 10), (3, 11)])
+def test_record_denied_by_found_in_causes_and_groups(audit: AuditLogger, python: tuple[int, int]) -> None:
+    if sys.version_info < python:
+        pytest.skip("exception groups came with 3.11")
+    with pytest.raises(Exception) as caught, audit.record("tool", "t", denied_by=PermissionError):
+        if python == (3, 11):
+            raise builtins.ExceptionGroup("several", [ValueError(), PermissionError("not an admin")])  # type: ignore[attr-defined]
+        wrapped_twice()
+    assert not isinstance(caught.value, PermissionError)
+    (event,) = recorded(audit)
+    assert (event["policy_decision"], event["reason"]) == ("deny", "not an admin")
+
+
+def test_record_circular_causes_recorded(audit: AuditLogger) -> None:
+    one, other = ValueError("one"), ValueError("other")
+    one.__cause__, other.__cause__ = other, one
+    with pytest.raises(ValueError), audit.record("tool", "t", denied_by=PermissionError):
+        raise one
+    assert recorded(audit)[0]["policy_decision"] == "n/a"
+
+
+def test_policy_of_the_running_call_recorded_innermost(audit: AuditLogger) -> None:
+    with audit.record("tool", "outer"):
+        with audit.record("tool", "inner"):
+            audit.policy("deny", "no")
+        audit.policy("allow")
+    found = [(event["name"], event["policy_decision"], event["reason"]) for event in recorded(audit)]
+    assert found == [("inner", "deny", "no"), ("outer", "allow", None)]
+
+
+def test_policy_outside_of_calls_harmless_and_told(
+    audit: AuditLogger, caplog: pytest.LogCaptureFixture
+) -> None:
+    audit.policy("deny", "no")
+    assert "outside of any call" in caplog.text
+    assert recorded(audit) == []
+
+
+def test_record_durable_async_event_loop_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The writer is held back until the loop has proven that it runs meanwhile."""
+    audit = AuditLogger(tmp_path / "log.duckdb", durable=True)
+    looped = threading.Event()
+    drain = audit._writer._drain
+    monkeypatch.setattr(audit._writer, "_drain", lambda: looped.wait(60) and drain())
+
+    async def main() -> bool:
+        @audit.tool()
+        async def tool() -> None:
+            pass
+
+        waiting = asyncio.ensure_future(tool())
+        for _ in range(20):
+            await asyncio.sleep(0.01)
+        early = waiting.done()
+        looped.set()
+        await waiting
+        return early
+
+    assert asyncio.run(main()) is False
+    assert audit.counters.written == 1
+    audit.shutdown()
+
+
+def test_record_durable_cancelled_again_while_waiting_first_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = AuditLogger(tmp_path / "log.duckdb", durable=True)
+    raised = asyncio.CancelledError("first")
+
+    async def cancelled_again(ticket: int) -> None:
+        raise asyncio.CancelledError("second")
+
+    monkeypatch.setattr(audit, "wait_async", cancelled_again)
+
+    async def main() -> BaseException | None:
+        try:
+            async with audit.record("tool", "t"):
+                raise raised
+        except asyncio.CancelledError as left:
+            return left
+
+    assert asyncio.run(main()) is raised
+    audit.shutdown()
+
+
+# --- decorators
+
+
+def test_tool_function_stays_what_it_was(audit: AuditLogger) -> None:
+    def get_user(user_id: int, *tags: str, deep: bool = False, **more: object) -> str:
+        """Return a user."""
+        return f"{user_id}{tags}{deep}{more}"
+
+    wrapped = audit.tool()(get_user)
+    assert inspect.signature(wrapped) == inspect.signature(get_user)
+    assert (wrapped.__name__, wrapped.__doc__) == ("get_user", "Return a user.")
+    assert inspect.get_annotations(wrapped) == inspect.get_annotations(get_user)
+    assert wrapped(7, "a", "b", deep=True, api_key="k") == get_user(7, "a", "b", deep=True, api_key="k")
+    ((name, input_json, status, error),) = outcome(audit)
+    assert json.loads(input_json) == {
+        "user_id": 7,
+        "tags": ["a", "b"],
+        "deep": True,
+        "api_key": "[REDACTED]",
+    }
+    assert (name, status, error) == ("get_user", "success", None)
+
+
+def test_tool_wrong_arguments_function_says_so(audit: AuditLogger) -> None:
+    @audit.tool("named")
+    def one(a: int) -> None: ...
+
+    with pytest.raises(TypeError, match=r"one\(\) got an unexpected keyword"):
+        one(1, b=2)  # type: ignore[call-arg]
+    ((name, input_json, status, _),) = outcome(audit)
+    assert (name, json.loads(input_json), status) == ("named", {"args": [1], "kwargs": {"b": 2}}, "error")
+
+
+_pickled_audit = AuditLogger("unused.duckdb", enabled=False)
+
+
+@_pickled_audit.tool()
+def picklable(a: int) -> int:
+    return a + 1
+
+
+def test_tool_function_pickles() -> None:
+    assert pickle.loads(pickle.dumps(picklable))(1) == 2
+
+
+def test_tool_methods_recorded_without_instance(audit: AuditLogger) -> None:
+    class Service:
+        @audit.tool()
+        def method(self, a: int) -> int:
+            return a
+
+        @audit.tool()
+        @classmethod
+        def of_class(cls, a: int) -> str:
+            return f"{cls.__name__}{a}"
+
+        @audit.tool()
+        @staticmethod
+        def of_none(a: int) -> int:
+            return a
+
+    assert (Service().method(1), Service.of_class(2), Service.of_none(3)) == (1, "Service2", 3)
+    assert [row[:2] for row in outcome(audit)] == [
+        ("method", '{"a":1}'),
+        ("of_class", '{"a":2}'),
+        ("of_none", '{"a":3}'),
+    ]
+
+
+def test_tool_without_parentheses_refused_with_remedy(audit: AuditLogger) -> None:
+    with pytest.raises(EventError, match=r"write @audit\.tool\(\), with the parentheses"):
+        audit.tool(lambda: None)  # type: ignore[arg-type]
+
+
+def test_resource_and_prompt_recorded_as_such(audit: AuditLogger) -> None:
+    @audit.resource("reports/{report_id}", caller="stdio")
+    def report(report_id: str) -> str:
+        return report_id
+
+    @audit.prompt()
+    def summary(text: str) -> str:
+        return text
+
+    assert report("x") + summary("y") == "xy"
+    found = [(e["caller"], e["type"], e["name"], e["input_json"]) for e in recorded(audit)]
+    assert found == [
+        ("stdio", "resource", "reports/{report_id}", '{"report_id":"x"}'),
+        ("cli", "prompt", "summary", '{"text":"y"}'),
+    ]
+
+
+def test_tool_coroutine_stays_one_and_policy_reaches_its_call(audit: AuditLogger) -> None:
+    @audit.tool()
+    async def tool(a: int) -> int:
+        await asyncio.sleep(0)
+        audit.policy("allow", f"number {a}")
+        return a
+
+    async def main() -> list[int]:
+        return await asyncio.gather(*map(tool, range(5)))
+
+    assert inspect.iscoroutinefunction(tool)
+    assert asyncio.run(main()) == [0, 1, 2, 3, 4]
+    assert sorted((e["input_json"], e["reason"]) for e in recorded(audit)) == [
+        (f'{{"a":{number}}}', f"number {number}") for number in range(5)
+    ]
+
+
+def test_tool_task_cancelled_recorded(audit: AuditLogger) -> None:
+    @audit.tool()
+    async def tool() -> None:
+        await asyncio.sleep(60)
+
+    async def main() -> None:
+        task = asyncio.ensure_future(tool())
+        await asyncio.sleep(0.01)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    asyncio.run(main())
+    assert outcome(audit) == [("tool", "{}", "error", "cancelled")]
+
+
+def echo(log: list[object]) -> Callable[..., Iterator[Any]]:
+    def generator(a: int) -> Iterator[Any]:
+        received: object = None
+        try:
+            while received != "stop":
+                try:
+                    received = yield (a, received)
+                except KeyError as error:
+                    received = f"caught {error}"
+            return "returned"  # noqa: B901
+        finally:
+            log.append("closed")
+
+    return generator
+
+
+def drive(generator: Any) -> list[object]:
+    seen: list[object] = [next(generator), generator.send("one"), generator.throw(KeyError("k"))]
+    try:
+        generator.send("stop")
+    except StopIteration as stop:
+        seen.append(stop.value)
+    return seen
+
+
+def test_tool_generator_send_throw_return_as_without(audit: AuditLogger) -> None:
+    plain_log: list[object] = []
+    log: list[object] = []
+    wrapped = audit.tool()(echo(log))
+    assert inspect.isgeneratorfunction(wrapped)
+    assert drive(wrapped(7)) == drive(echo(plain_log)(7))
+    assert log == plain_log == ["closed"]
+    assert outcome(audit) == [("generator", '{"a":7}', "success", None)]
+
+
+def test_tool_generator_closed_early_no_error_and_source_closed(audit: AuditLogger) -> None:
+    log: list[object] = []
+    generator = audit.tool()(echo(log))(7)
+    next(generator)
+    assert running.get() is None  # between its steps, other code runs
+    generator.close()  # type: ignore[attr-defined]
+    assert log == ["closed"]
+    assert outcome(audit) == [("generator", '{"a":7}', "success", None)]
+
+
+def test_tool_generator_raises_recorded(audit: AuditLogger) -> None:
+    generator = audit.tool()(echo([]))(7)
+    next(generator)
+    raised = ValueError("v")
+    with pytest.raises(ValueError) as caught:
+        generator.throw(raised)  # type: ignore[attr-defined]
+    assert caught.value is raised
+    assert outcome(audit) == [("generator", '{"a":7}', "error", "ValueError: v")]
+
+
+def async_echo(audit: AuditLogger, log: list[object]) -> Callable[..., AsyncIterator[Any]]:
+    async def generator(a: int) -> AsyncIterator[Any]:
+        received: object = None
+        try:
+            while received != "stop":
+                try:
+                    await asyncio.sleep(0)
+                    received = yield (a, received)
+                    if received == "deny":
+                        audit.policy("deny", "in a step")
+                except KeyError as error:
+                    received = f"caught {error}"
+        finally:
+            log.append("closed")
+
+    return generator
+
+
+async def drive_async(generator: Any) -> list[object]:
+    seen: list[object] = [await generator.__anext__(), await generator.asend("deny")]
+    seen.append(await generator.athrow(KeyError("k")))
+    try:
+        await generator.asend("stop")
+    except StopAsyncIteration:
+        seen.append("stopped")
+    return seen
+
+
+def test_tool_async_generator_asend_athrow_as_without(audit: AuditLogger) -> None:
+    plain_log: list[object] = []
+    log: list[object] = []
+    wrapped = audit.tool()(async_echo(audit, log))
+    assert inspect.isasyncgenfunction(wrapped)
+    assert asyncio.run(drive_async(wrapped(7))) == asyncio.run(drive_async(async_echo(audit, plain_log)(7)))
+    assert log == plain_log == ["closed"]
+    (event,) = recorded(audit)
+    assert (event["policy_decision"], event["reason"], event["status"]) == ("deny", "in a step", "success")
+
+
+def test_tool_async_generator_aclose_and_error_recorded(audit: AuditLogger) -> None:
+    log: list[object] = []
+
+    async def main() -> None:
+        closed = audit.tool("closed")(async_echo(audit, log))(1)
+        await closed.__anext__()
+        await closed.aclose()  # type: ignore[attr-defined]
+        failed = audit.tool("failed")(async_echo(audit, log))(2)
+        await failed.__anext__()
+        with pytest.raises(ValueError):
+            await failed.athrow(ValueError("v"))  # type: ignore[attr-defined]
+
+    asyncio.run(main())
+    assert log == ["closed", "closed"]
+    assert [row[::2] + row[3:] for row in outcome(audit)] == [
+        ("closed", "success", None),
+        ("failed", "error", "ValueError: v"),
+    ]
+
+
+# --- middleware, fed by hand: what real frameworks do is in test_integrations.py
+
+
+def context_of(method: str, **params: object) -> types.SimpleNamespace:
+    return types.SimpleNamespace(method=method, params=params, request=None, session=None, meta=None)
+
+
+def test_middleware_other_methods_pass_unrecorded(audit: AuditLogger) -> None:
+    async def call_next(context: object) -> str:
+        return "listed"
+
+    assert asyncio.run(audit.middleware()(context_of("tools/list"), call_next)) == "listed"
+    assert recorded(audit) == []
+
+
+def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger) -> None:
+    """The SDK makes a result of what a tool raises; the decorator saw it."""
+
+    @audit.tool()
+    def refuse(a: int) -> None:
+        helper()
+        if a == 1:
+            refuse(2)  # an execution of its own, though of the same tool
+        else:
+            raise PermissionError("not an admin")
+
+    @audit.tool()
+    def helper() -> None: ...
+
+    async def call_next(context: object) -> dict[str, Any]:
+        with pytest.raises(PermissionError):
+            refuse(1)
+        return {"isError": True, "content": [{"type": "text", "text": "Error executing tool"}]}
+
+    asyncio.run(audit.middleware()(context_of("tools/call", name="refuse", arguments={"a": 1}), call_next))
+    found = [(e["name"], e["policy_decision"], e["reason"], e["error"]) for e in recorded(audit)]
+    denied = ("refuse", "deny", "not an admin", "PermissionError: not an admin")
+    helped = ("helper", "n/a", None, None)
+    assert found == [helped, helped, denied, denied]
+
+
+def test_middleware_refusal_of_fastmcp_is_a_denial(
+    audit: AuditLogger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class AuthorizationError(Exception): ...
+
+    module = types.SimpleNamespace(AuthorizationError=AuthorizationError)
+    monkeypatch.setitem(sys.modules, "fastmcp.exceptions", module)  # type: ignore[arg-type]
+
+    async def call_next(context: object) -> object:
+        raise AuthorizationError("scope missing")
+
+    with pytest.raises(AuthorizationError):
+        asyncio.run(audit.middleware()(context_of("tools/call", name="t"), call_next))
+    (event,) = recorded(audit)
+    assert (event["policy_decision"], event["reason"]) == ("deny", "scope missing")
+
+
+class Hostile:
+    def __getattr__(self, name: str) -> object:
+        raise RuntimeError(name)
+
+
+def test_middleware_hostile_context_recorded_anyway(audit: AuditLogger) -> None:
+    async def call_next(context: object) -> object:
+        return Hostile()
+
+    context = types.SimpleNamespace(method="tools/call", message=Hostile(), fastmcp_context=Hostile())
+    asyncio.run(audit.middleware()(context, call_next))
+    assert outcome(audit) == [("", None, "success", None)]
+
+
+@pytest.mark.parametrize(
+    ("token", "user"),
+    [
+        ({"subject": "alice", "client_id": "app"}, "alice"),
+        ({"claims": {"sub": "alice"}, "client_id": "app"}, "alice"),
+        ({"subject": None, "claims": None, "client_id": "app"}, "app"),
+        (None, None),
+    ],
+)
+def test_origin_http_user_is_subject_else_client(token: dict[str, object] | None, user: str | None) -> None:
+    request = types.SimpleNamespace(
+        scope={"user": types.SimpleNamespace(access_token=token and types.SimpleNamespace(**token))},
+        headers={"mcp-session-id": "s1"},
+    )
+    origin = origin_of(types.SimpleNamespace(request=request, session=None, meta=None))
+    assert (origin.caller, origin.user_id, origin.session_id) == ("http", user, "s1")
+
+
+@pytest.mark.parametrize(
+    ("traceparent", "trace"),
+    [
+        ("00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "0af7651916cd43dd8448eb211c80319c"),
+        ("01-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01-more", "0af7651916cd43dd8448eb211c80319c"),
+        ("ff-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", None),
+        ("00-00000000000000000000000000000000-b7ad6b7169203331-01", None),
+        ("00-0AF7651916CD43DD8448EB211C80319C-b7ad6b7169203331-01", None),
+        ("x" * 55, None),
+        (7, None),
+    ],
+)
+def test_trace_of_traceparent_as_w3c_says(traceparent: object, trace: str | None) -> None:
+    assert trace_of({"traceparent": traceparent}) == trace
+
+
+def test_origin_trace_of_opentelemetry_if_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    span = types.SimpleNamespace(get_span_context=lambda: types.SimpleNamespace(trace_id=0xABC))
+    module = types.SimpleNamespace(get_current_span=lambda: span)
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", module)  # type: ignore[arg-type]
+    assert origin_of(None).trace_id == f"{0xABC:032x}"
+
+
+# --- the stdio wrapper's bookkeeping
+
+
+class Feeder:
+    """A StdioAudit, and what both sides say to it."""
+
+    def __init__(self, audit: AuditLogger) -> None:
+        self.audit = audit
+        self.faults: list[str] = []
+        self.stdio = mxcp_audit.StdioAudit(audit.record, on_fault=self.faults.append)
+
+    def client(self, *messages: object) -> None:
+        for message in messages:
+            self.stdio.from_client(json.dumps(message).encode() + b"\n")
+
+    def server(self, *messages: object) -> None:
+        for message in messages:
+            self.stdio.from_server(json.dumps(message).encode() + b"\n")
+
+
+@pytest.fixture
+def feeder(audit: AuditLogger) -> Feeder:
+    return Feeder(audit)
+
+
+def request(key: object, name: str = "t", method: str = "tools/call", **more: object) -> dict[str, object]:
+    return {"jsonrpc": "2.0", "id": key, "method": method, "params": {"name": name, "arguments": {}, **more}}
+
+
+def answer(key: object, **result: object) -> dict[str, object]:
+    return {"jsonrpc": "2.0", "id": key, "result": result}
+
+
+def test_stdio_ids_of_either_type_told_apart(feeder: Feeder) -> None:
+    feeder.client(request(1, "number"), request("1", "text"))
+    feeder.server(answer("1", isError=True, content=[{"type": "text", "text": "bad"}]), answer(1.0))
+    assert outcome(feeder.audit) == [("text", "{}", "error", "bad"), ("number", "{}", "success", None)]
+
+
+def test_stdio_batches_in_any_order(feeder: Feeder) -> None:
+    feeder.client([request(1, "a"), {"jsonrpc": "2.0", "method": "notifications/x"}, request(2, "b")])
+    feeder.server([answer(2)], answer(1))
+    assert [row[0] for row in outcome(feeder.audit)] == ["b", "a"]
+
+
+def test_stdio_every_method_and_protocol_error(feeder: Feeder) -> None:
+    feeder.client(
+        {"id": 1, "method": "resources/read", "params": {"uri": "file:///x"}},
+        {"id": 2, "method": "prompts/get", "params": {"name": "p", "arguments": {"password": "x"}}},
+        {"id": 3, "method": "tools/list"},
+        {"id": 4, "method": "tools/call"},
+    )
+    feeder.server(
+        {"id": 1, "error": {"code": -32002, "message": "not found"}},
+        {"id": 2, "result": {}},
+        {"id": 3, "result": {}},
+        {"id": 4, "error": None, "result": {"isError": True}},
+    )
+    found = [(e["type"], e["name"], e["input_json"], e["error"]) for e in recorded(feeder.audit)]
+    assert found == [
+        ("resource", "file:///x", None, "not found (-32002)"),
+        ("prompt", "p", '{"password":"[REDACTED]"}', None),
+        ("tool", "", None, "the result is marked as an error"),
+    ]
+
+
+def test_stdio_server_request_with_same_id_is_no_answer(feeder: Feeder) -> None:
+    feeder.client(request(1))
+    feeder.server({"jsonrpc": "2.0", "id": 1, "method": "sampling/createMessage", "params": {}})
+    feeder.client({"jsonrpc": "2.0", "id": 1, "result": {"isError": True}})
+    assert feeder.audit.counters.accepted == 0
+    feeder.server(answer(1))
+    assert outcome(feeder.audit) == [("t", "{}", "success", None)]
+
+
+def test_stdio_cancellation_recorded_once(feeder: Feeder) -> None:
+    feeder.client(
+        request(1),
+        {"method": "notifications/cancelled", "params": {"requestId": 1, "reason": "slow"}},
+        {"method": "notifications/cancelled", "params": {"requestId": 99}},
+        {"method": "notifications/cancelled"},
+    )
+    feeder.server(answer(1))
+    assert outcome(feeder.audit) == [("t", "{}", "error", "cancelled by the client: slow")]
+
+
+def test_stdio_unanswered_reused_and_missing_ids_recorded(feeder: Feeder) -> None:
+    without = request(0, "without")
+    del without["id"]
+    feeder.client(request(1, "first"), request(1, "second"), without, request([1], "list"))
+    feeder.stdio.close("the server went away before it was answered")
+    assert [row[::3] for row in outcome(feeder.audit)] == [
+        ("first", "its id was used again before it was answered"),
+        ("without", "sent without an id that could be answered"),
+        ("list", "sent without an id that could be answered"),
+        ("second", "the server went away before it was answered"),
+    ]
+
+
+def test_stdio_any_splitting_of_bytes(feeder: Feeder) -> None:
+    sent = b"".join(json.dumps(request(n, f"t{n}", note="ä")).encode() + b"\r\n" for n in range(3))
+    for index in range(len(sent)):
+        feeder.stdio.from_client(sent[index : index + 1])
+    got = b"".join(json.dumps(answer(n)).encode() + b"\n" for n in range(3))
+    feeder.stdio.from_server(got)
+    assert [row[0] for row in outcome(feeder.audit)] == ["t0", "t1", "t2"]
+
+
+def test_stdio_who_and_trace_known(feeder: Feeder) -> None:
+    feeder.client(
+        {"id": 0, "method": "initialize", "params": {"clientInfo": {"name": "claude-ai", "version": "1.2"}}},
+        request(1, _meta={"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}),
+    )
+    feeder.server(answer(1))
+    (event,) = recorded(feeder.audit)
+    assert event["session_id"].startswith("claude-ai/1.2:")
+    assert (event["caller"], event["trace_id"]) == ("stdio", "0af7651916cd43dd8448eb211c80319c")
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"log line of a chatty server", b"", b"\xff\xfe", b"1", b"[1, null]", b'{"method": ["tools/call"]}'],
+)
+def test_stdio_lines_that_are_no_calls_pass(feeder: Feeder, line: bytes) -> None:
+    feeder.client(request(1))
+    feeder.stdio.from_client(line + b"\n")
+    feeder.stdio.from_server(line + b"\n")
+    feeder.server(answer(1))
+    assert (outcome(feeder.audit), feeder.faults) == ([("t", "{}", "success", None)], [])
+
+
+def test_stdio_number_of_ten_thousand_digits_does_not_hide_a_call(feeder: Feeder) -> None:
+    feeder.stdio.from_client(
+        b'{"id":1,"method":"tools/call","params":{"name":"t","arguments":{"n":%s}}}\n' % (b"9" * 10_000)
+    )
+    feeder.server(answer(1))
+    assert outcome(feeder.audit)[0][0] == "t"
+
+
+def test_stdio_too_deep_or_too_long_is_a_fault(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> None:
+    feeder.stdio.from_client(b'{"a":' + b"[" * 200_000 + b"\n")
+    monkeypatch.setattr(mxcp_audit, "MAX_MESSAGE_BYTES", 1000)
+    feeder.stdio.from_client(b"x" * 600)
+    feeder.stdio.from_client(b"x" * 600 + b"\n" + json.dumps(request(1)).encode() + b"\n")
+    feeder.server(answer(1))
+    assert len(feeder.faults) == 2
+    assert outcome(feeder.audit) == [("t", "{}", "success", None)]

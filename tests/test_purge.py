@@ -1,0 +1,444 @@
+"""Removing and copying: purge, archive, retention, backup, compact; who may read what."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import shutil
+import stat
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from conftest import ROOT, table_rows
+from evidence import DAY_NS, START_NS, ingest, moment, store_of, write_segment
+
+import mxcp_audit as m
+
+sys.path.insert(0, str(ROOT / "tools"))
+
+DAY = 24 * 3600.0
+MINUTE_NS = 60 * 10**9
+
+
+@pytest.fixture
+def log(engine: str, tmp_path: Path) -> Path:
+    """A database of three segments of four events, a day apart; their events a minute."""
+    database = tmp_path / "log.duckdb"
+    for number in range(3):
+        write_segment(database, START_NS + number * DAY_NS, 4)
+        ingest(database)
+    return database
+
+
+def intact(database: Path) -> bool:
+    return store_of(database).verify().intact
+
+
+def count(database: Path) -> int:
+    return int(table_rows(database, "SELECT count(*) FROM logs")[0][0])
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+# --- purge
+
+
+def test_purge_is_exact_and_the_rest_verifies(log: Path) -> None:
+    limit = START_NS + DAY_NS + 2 * MINUTE_NS
+    planned = store_of(log).purge(moment(limit), dry_run=True)
+    assert count(log) == 12 and planned.events == 6
+    removal = store_of(log).purge(moment(limit))
+    assert removal == planned and removal.segments == 2
+    ((oldest,),) = table_rows(log, "SELECT epoch_us(min(timestamp)) FROM logs")
+    assert oldest == limit // 1000 and count(log) == 6
+    verdict = store_of(log).verify()
+    assert verdict.intact and verdict.purged == 6
+    change = "DELETE FROM logs WHERE rowid = (SELECT min(rowid) FROM logs)"
+    table_write(log, change)
+    assert not intact(log)
+
+
+def table_write(database: Path, *statements: str) -> None:
+    with duckdb.connect(str(database)) as connection:
+        for statement in statements:
+            connection.execute(statement)
+
+
+@pytest.mark.parametrize("days", [(1, 2), (2, 1), (1, 1)])
+def test_purge_twice_in_any_order_verifies(log: Path, days: tuple[int, int]) -> None:
+    for day in days:
+        store_of(log).purge(moment(START_NS + day * DAY_NS + 2 * MINUTE_NS))
+        assert intact(log)
+    assert count(log) == 12 - 4 * max(days) - 2
+    write_segment(log, START_NS, 3)  # older than what was purged, but it came later
+    ingest(log)
+    assert intact(log) and count(log) == 12 - 4 * max(days) - 2 + 3
+    assert store_of(log).purge(moment(START_NS + 1 * MINUTE_NS)).events == 1
+    assert intact(log)
+
+
+def test_purge_with_nothing_old_enters_nothing(log: Path) -> None:
+    assert store_of(log).purge(moment(START_NS)).events == 0
+    assert store_of(log).verify().entries == 3
+
+
+def test_purge_of_changed_rows_keeps_the_evidence(log: Path) -> None:
+    table_write(log, "UPDATE logs SET name = 'x' WHERE seq = 1", "DELETE FROM logs WHERE seq = 2")
+    assert store_of(log).purge(moment(START_NS + DAY_NS + 2 * MINUTE_NS)).wrong == 2
+    kinds = [finding.kind for finding in store_of(log).verify().findings]
+    assert kinds.count("changed") == 3 and "removed" in kinds  # two of the purge, and the third segment
+
+
+def test_purge_after_a_whole_segment_was_deleted_by_hand_keeps_the_evidence(log: Path) -> None:
+    table_write(log, f"DELETE FROM logs WHERE timestamp < '{moment(START_NS + DAY_NS)}'")
+    removal = store_of(log).purge(moment(START_NS + DAY_NS + 2 * MINUTE_NS))
+    assert (removal.events, removal.wrong) == (2, 1)
+    assert not intact(log)
+
+
+def test_purged_rows_that_come_back_are_reported(log: Path, tmp_path: Path) -> None:
+    kept = tmp_path / "kept.duckdb"
+    shutil.copy(log, kept)
+    store_of(log).purge(moment(START_NS + 2 * DAY_NS))
+    back = f"INSERT INTO logs SELECT * FROM kept.logs WHERE timestamp < '{moment(START_NS + DAY_NS)}'"
+    table_write(log, f"ATTACH '{kept}' AS kept", back)
+    (finding,) = store_of(log).verify().findings
+    assert finding.kind == "inserted" and "where none belong" in finding.text
+
+
+def test_purge_by_one_host_covers_segments_of_another(log: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.journal"
+    write_segment(log, START_NS, 4, journal=other)
+    ingest(log, journal=other)
+    assert store_of(log, journal=other).purge(moment(START_NS + 2 * MINUTE_NS)).events == 4
+    assert intact(log)
+    assert store_of(log).purge(moment(START_NS + DAY_NS)).events == 4
+    assert intact(log) and len(store_of(log).heads()) == 2
+
+
+def test_cli_purge_of_an_older_table_verifies(engine: str, tmp_path: Path, cli: Any) -> None:
+    database = tmp_path / "log.duckdb"
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{database}' AS old (STORAGE_VERSION 'v1.0.0'); USE old")
+        columns = ", ".join(f"{column.name} {column.sql_type}" for column in m.COLUMNS[:10])
+        connection.execute(f"CREATE TABLE logs ({columns})")
+        connection.execute(
+            "INSERT INTO logs "
+            "SELECT TIMESTAMP '2024-01-01' + INTERVAL (i) HOUR, 'cli', 'tool', 'n', '{}', i, 'n/a', NULL, "
+            "'success', NULL FROM range(100) t(i)"
+        )
+    done = cli("purge", "--db", str(database), "--older-than", "2024-01-03T12:00")
+    assert (done.returncode, done.stdout) == (
+        0,
+        "60 events purged, from 2024-01-01T00:00:00.000000Z to 2024-01-03T11:00:00.000000Z\n",
+    ), done
+    verdict = store_of(database).verify()
+    assert verdict.intact and count(database) == 40 and verdict.legacy == 100
+    assert cli("verify", "--db", str(database)).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [(["--older-than", "x"], 2), (["--older-than", "2999-01-01"], 2), ([], 2), (["--older-than", "1d"], 1)],
+)
+def test_cli_purge_wrong_use_is_refused(
+    engine: str, tmp_path: Path, cli: Any, arguments: list[str], code: int
+) -> None:
+    done = cli("purge", "--db", "none.duckdb", *arguments)
+    assert done.returncode == code and "Traceback" not in done.stderr
+    assert not (tmp_path / "none.duckdb").exists()
+
+
+# --- archive
+
+
+def test_archive_holds_what_went_and_says_so(log: Path, tmp_path: Path) -> None:
+    before = table_rows(log)
+    limit = moment(START_NS + DAY_NS + 2 * MINUTE_NS)
+    removal = store_of(log).purge(limit, archive=str(tmp_path / "archive"))
+    assert removal.archive is not None
+    folder = tmp_path / "archive" / removal.archive
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["events"], manifest["digest"]) == (6, removal.digest)
+    assert manifest["heads"][0]["position"] == 3
+    files = sorted(folder.glob("*.parquet"))
+    assert [(file["name"], file["sha256"]) for file in manifest["files"]] == [
+        (path.name, m.file_digest(str(path))) for path in files
+    ]
+    with duckdb.connect() as connection:
+        rows = connection.execute(
+            "SELECT * FROM read_parquet(?) ORDER BY timestamp, segment, seq", [list(map(str, files))]
+        ).fetchall()
+    assert rows == before[:6] and table_rows(log) == before[6:]
+    assert intact(log)
+    if os.name == "posix":
+        assert mode(folder) == mode(folder.parent) == 0o700
+        assert {mode(path) for path in folder.iterdir()} == {0o600}
+
+
+def test_archive_that_cannot_be_written_purges_nothing(log: Path, tmp_path: Path) -> None:
+    (tmp_path / "archive").write_text("a file")
+    with pytest.raises(m.StoreError, match="no archive can be written"):
+        store_of(log).purge(moment(START_NS + DAY_NS), archive=str(tmp_path / "archive"))
+    assert count(log) == 12 and intact(log)
+
+
+def test_archive_that_reads_back_differently_purges_nothing(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(m, "OLD_OF_DAY", m.OLD_OF_DAY.replace("ORDER BY", "AND seq > 1 ORDER BY"))
+    with pytest.raises(m.StoreError, match="read back"):
+        store_of(log).purge(moment(START_NS + DAY_NS), archive=str(tmp_path / "archive"))
+    assert count(log) == 12 and intact(log) and not list((tmp_path / "archive").iterdir())
+
+
+# --- retention
+
+
+@pytest.mark.parametrize(
+    ("gaps_hours", "retention_days", "expected_hours"),
+    [
+        ([1] * 2400, 90, 90 * 24),  # busy all the time
+        ([24] * 100, 90, 90 * 24),  # an entry a day
+        ([24] * 30, 90, None),  # the ledger is younger than that
+        ([10 * 8760] + [24] * 60, 90, None),  # the clock jumped ten years, at last
+        ([1] * 48 + [10 * 8760] + [24] * 100, 90, 10 * 8760 + 90 * 24),  # two days ago
+        ([720] + [24] * 100, 90, 720 + 90 * 24),  # off for a month: events stay a month longer
+        ([-24] + [24] * 100, 90, 89 * 24 + 24 - 24),  # an entry from the future
+        ([0], 90, None),
+        ([], 90, None),
+    ],
+)
+def test_vouched_limit_counts_only_time_that_the_ledger_vouches_for(
+    gaps_hours: list[int], retention_days: int, expected_hours: int | None
+) -> None:
+    now = 1_900_000_000
+    hours, at = [], now
+    for gap in gaps_hours:
+        at -= gap * 3600
+        hours.append(at)
+    limit = m.vouched_limit(sorted(hours, reverse=True), now, retention_days * DAY)
+    assert limit == (None if expected_hours is None else now - expected_hours * 3600)
+
+
+@pytest.fixture
+def today(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[datetime.datetime]]:
+    """Let a test say what the time is."""
+    now = [datetime.datetime.fromtimestamp(START_NS / 1e9, datetime.timezone.utc)]
+    monkeypatch.setattr(m, "utc_now", lambda: now[0])
+    yield now
+
+
+def live(database: Path, days: int, today: list[datetime.datetime], **settings: Any) -> m.Store:
+    """Let a log live: an event and an ingest each day, the first now."""
+    for _ in range(days):
+        write_segment(database, int(today[0].timestamp()) * 10**9, 1)
+        store = ingest(database, **settings)
+        today[0] += datetime.timedelta(days=1)
+    return store
+
+
+def test_retention_removes_at_start_what_is_old_and_verifies(
+    engine: str, tmp_path: Path, today: list[datetime.datetime]
+) -> None:
+    database = tmp_path / "log.duckdb"
+    live(database, 10, today)
+    assert count(database) == 10
+    live(database, 1, today, retention="5d")
+    assert count(database) == 6 and intact(database)
+    live(database, 3, today, retention="5d")
+    assert count(database) == 6 and store_of(database).verify().purged == 8
+
+
+def test_retention_clock_that_jumped_forward_removes_nothing(
+    engine: str, tmp_path: Path, today: list[datetime.datetime]
+) -> None:
+    database = tmp_path / "log.duckdb"
+    live(database, 10, today, retention="5d")
+    assert count(database) == 6
+    today[0] += datetime.timedelta(days=3650)
+    live(database, 1, today, retention="5d")
+    assert count(database) == 7
+    live(database, 5, today, retention="5d")  # a day of life moves the limit by a day, as before
+    assert count(database) == 6 and intact(database)
+
+
+def test_retention_without_events_enters_a_check_a_day(
+    engine: str, tmp_path: Path, today: list[datetime.datetime]
+) -> None:
+    database = tmp_path / "log.duckdb"
+    store = live(database, 1, today, retention="90d")
+    assert store.ingest() and store.verify().entries == 2
+    store._next_daily -= m._DAY_SECONDS
+    assert store.ingest() and store.verify().entries == 3 and store.verify().intact
+
+
+def test_retention_of_a_logger_goes_by_its_setting(
+    engine: str, tmp_path: Path, today: list[datetime.datetime]
+) -> None:
+    database = tmp_path / "log.duckdb"
+    live(database, 10, today)
+    with m.AuditLogger(database, retention="5d") as audit:
+        audit.log_event("cli", "tool", "new")
+    assert [row[3] for row in table_rows(database)][-1] == "new" and count(database) == 6
+    assert audit.counters.errors == 0
+
+
+# --- backup
+
+
+def test_backup_holds_the_live_journal_too_and_restores_by_copying(
+    log: Path, tmp_path: Path, cli: Any
+) -> None:
+    write_segment(log, START_NS + 3 * DAY_NS, 2)  # sealed: it is ingested first
+    live_segment = m.Journal(f"{log}.journal").open_segment()
+    line = b'{"timestamp":"2026-06-01T00:00:00.000000Z","name":"live","input_json":"{}"'
+    live_segment.append(m.finish_line(line, 1) + b'{"half', 1)
+    copy = tmp_path / "copies" / "b.duckdb"
+    copy.parent.mkdir()
+    done = cli("backup", "--db", str(log), str(copy))
+    assert done.returncode == 0 and "14 events copied" in done.stdout and "1 segments" in done.stdout, done
+    assert count(copy) == 14 and intact(copy)
+    assert table_rows(copy) == table_rows(log)
+    shown = json.loads(cli("log", "--db", str(copy), "--json").stdout)
+    assert len(shown) == 15 and shown[0]["name"] == "live"
+    if os.name == "posix":
+        journal = Path(f"{copy}.journal")
+        assert mode(copy) == 0o600 and mode(journal) == 0o700
+        assert {mode(path) for path in journal.iterdir()} == {0o600}
+    live_segment.forget()
+    restored = tmp_path / "restored.duckdb"  # where no journal is: a new chain begins
+    shutil.copy(copy, restored)
+    shutil.copytree(f"{copy}.journal", f"{restored}.journal")
+    ingest(restored)
+    assert count(restored) == 15 and intact(restored) and len(store_of(restored).heads()) == 2
+    assert not [path for path in copy.parent.iterdir() if "part" in path.name]
+
+
+def test_backup_overwrites_nothing(log: Path, tmp_path: Path) -> None:
+    for name in ("b.duckdb", "c.duckdb.wal", "d.duckdb.journal"):
+        (tmp_path / name).write_text("mine")
+        with pytest.raises(m.StoreError, match="nothing is overwritten"):
+            store_of(log).backup(str(tmp_path / name[:8]))
+        assert (tmp_path / name).read_text() == "mine"
+    with pytest.raises(m.StoreError, match="can't be written"):
+        store_of(log).backup(str(tmp_path / "nowhere" / "b.duckdb"))
+
+
+def test_backup_that_differs_is_refused(log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    other = dict(
+        m.SAME_CONTENT, logs=m.SAME_CONTENT["logs"].replace("fresh.logs t", "fresh.logs t WHERE seq > 1")
+    )
+    monkeypatch.setattr(m, "SAME_CONTENT", other)
+    with pytest.raises(m.StoreError, match="differs"):
+        store_of(log).backup(str(tmp_path / "b.duckdb"))
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".b", "b"))] == []
+
+
+# --- compact
+
+
+def test_compact_gives_space_back_and_keeps_everything(engine: str, tmp_path: Path, cli: Any) -> None:
+    database = tmp_path / "log.duckdb"
+    for number in range(2):
+        write_segment(database, START_NS + number * 20 * DAY_NS, 20_000, session_id=os.urandom(200).hex())
+        ingest(database)
+    table_write(database, "CREATE VIEW mine AS SELECT name FROM logs")
+    store_of(database).purge(moment(START_NS + 20 * DAY_NS))
+    database.chmod(0o640)
+    rows = table_rows(database)
+    done = cli("compact", "--db", str(database))
+    before, after = (int(word) for word in done.stdout.split() if word.isdigit())
+    assert done.returncode == 0 and after < 0.8 * before and after == database.stat().st_size, done
+    assert table_rows(database) == rows and intact(database)
+    assert len(table_rows(database, "SELECT * FROM mine")) == 20_000
+    assert mode(database) == 0o640
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"log.duckdb", "log.duckdb.journal"}
+
+
+def test_compact_locked_database_says_who_holds_it(log: Path, cli: Any) -> None:
+    with duckdb.connect(str(log)):
+        done = cli("compact", "--db", str(log), "--wait", "0.1")
+    assert done.returncode == 75 and str(os.getpid()) in done.stderr
+
+
+@pytest.mark.parametrize("operation", ["purge", "archive", "backup", "compact"])
+def test_removal_killed_at_a_system_call_loses_nothing(operation: str) -> None:
+    if shutil.which("strace") is None or shutil.which("taskset") is None:
+        pytest.skip("strace and taskset are needed to kill a process at a chosen system call")
+    import torture_evidence
+
+    torture_evidence.torture(operation, sample=2)
+
+
+# --- access
+
+
+@pytest.mark.skipif(os.name != "posix", reason="modes are those of POSIX")
+def test_database_and_its_wal_are_readable_by_their_owner_alone(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = tmp_path / "log.duckdb"
+    seen = []
+    enter = m.Ledger.enter
+
+    def look(self: m.Ledger, *arguments: Any) -> m.Head:
+        seen.append(mode(Path(f"{database}.wal")))
+        return enter(self, *arguments)
+
+    monkeypatch.setattr(m.Ledger, "enter", look)
+    mask = os.umask(0)
+    try:
+        for _ in range(2):
+            write_segment(database, START_NS, 1)
+            ingest(database)
+    finally:
+        os.umask(mask)
+    assert seen == [0o600, 0o600] and mode(database) == 0o600
+    assert mode(Path(f"{database}.journal")) == 0o700
+    assert not Path(f"{database}.wal").exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links and owners are those of POSIX")
+def test_journal_that_is_a_link_is_refused(engine: str, tmp_path: Path) -> None:
+    database = tmp_path / "log.duckdb"
+    (tmp_path / "elsewhere").mkdir()
+    Path(f"{database}.journal").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(m.JournalError, match="symbolic link"):
+        write_segment(database, START_NS, 1)
+    with pytest.raises(m.JournalError, match="symbolic link"):
+        store_of(database).ingest()
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+@pytest.mark.skipif(os.name != "posix" or os.geteuid() != 0, reason="only root can give a directory away")
+def test_journal_of_another_user_is_refused(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    database = tmp_path / "log.duckdb"
+    write_segment(database, START_NS, 1)
+    os.chown(f"{database}.journal", 12345, 12345)
+    monkeypatch.setattr(os, "geteuid", lambda: 54321)
+    with pytest.raises(m.JournalError, match="belongs to user 12345"):
+        store_of(database).ingest()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are those of POSIX")
+@pytest.mark.parametrize("name", ["journal.id", "ingest.lock"])
+def test_journal_file_that_is_a_link_is_not_followed(engine: str, tmp_path: Path, name: str) -> None:
+    database = tmp_path / "log.duckdb"
+    write_segment(database, START_NS, 1)
+    target = tmp_path / "target"
+    target.write_text("mine")
+    Path(f"{database}.journal", name).symlink_to(target)
+    with pytest.raises((m.AuditError, OSError)):
+        store_of(database).ingest()
+    assert target.read_text() == "mine"

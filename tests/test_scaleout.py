@@ -1,0 +1,637 @@
+"""Targets that are no file, with the real engines: DuckLake on PostgreSQL, plain PostgreSQL, quack.
+
+The extensions come as packages for one version of DuckDB, so the hosts are processes of an environment
+of their own. The PostgreSQL server is ours, on a free port. MXCP_AUDIT_SCALE sets the number of events
+of the test with three hosts (default 30,000).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, child_environment, make_environment
+
+sys.path.insert(0, str(ROOT / "tools"))
+from postgres_server import PASSWORD, Postgres, find_programs
+
+PACKAGES = (
+    "duckdb==1.5.5",
+    "duckdb-cli==1.5.5",
+    *(f"duckdb-extension-{name}==1.5.5" for name in ("ducklake", "postgres-scanner", "quack", "httpfs")),
+)
+EVENTS = int(os.environ.get("MXCP_AUDIT_SCALE", "30000"))
+KINDS = ("postgres", "ducklake")
+
+
+@pytest.fixture(scope="module")
+def python() -> str:
+    return make_environment("scaleout", *PACKAGES)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Postgres]:
+    programs = find_programs()
+    if programs is None:
+        pytest.skip("there is no PostgreSQL: apt-get install postgresql")
+    running = Postgres(programs, fsync="off")
+    yield running
+    running.close()
+
+
+class Host:
+    """A folder with a site file, and processes that work in it."""
+
+    def __init__(
+        self, python: str, folder: Path, path: str, attach: dict[str, object], password: str
+    ) -> None:
+        self.python = python
+        self.folder = folder
+        self.password = password
+        self.path = path
+        folder.mkdir(exist_ok=True)
+        audit = {"enabled": True, "path": path, "attach": attach, "flush_interval": "300ms"}
+        site = {"profiles": {"default": {"audit": audit}}}
+        (folder / "mxcp-site.yml").write_text(json.dumps(site))  # JSON is YAML
+
+    def environment(self, **changes: str) -> dict[str, str]:
+        home = {"HOME": str(self.folder), "PGPASSWORD": self.password}
+        chosen = {name: os.environ[name] for name in ("MXCP_AUDIT_ENGINE",) if name in os.environ}
+        return child_environment(**home, **chosen, **changes)
+
+    @property
+    def database(self) -> str:
+        return self.path.partition("dbname=")[2].split()[0]
+
+    def start(self, script: str, *arguments: object, **changes: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            [self.python, "-c", script, *map(str, arguments)],
+            cwd=self.folder,
+            env=self.environment(**changes),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            encoding="utf-8",
+        )
+
+    def run(self, script: str, *arguments: object, **changes: str) -> Any:
+        """Run a script to its end and return the JSON that it prints."""
+        child = self.start(script, *arguments, **changes)
+        out, err = child.communicate(timeout=600)
+        assert child.returncode == 0, err
+        return json.loads(out)
+
+    def cli(self, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [self.python, "-m", "mxcp_audit", *arguments],
+            cwd=self.folder,
+            env=self.environment(**changes),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=600,
+        )
+
+    def segments(self) -> list[Path]:
+        return sorted((self.folder / "logs-default.journal").glob("*.jsonl"))
+
+    def ingest(self) -> None:
+        """Ingest until nothing is left; another host may be in the way for a while."""
+        deadline = time.monotonic() + 120
+        while self.segments():
+            done = self.cli("ingest")
+            assert time.monotonic() < deadline, done.stderr
+
+
+Make = Any
+
+
+@pytest.fixture
+def make_host(python: str, server: Postgres, tmp_path: Path, request: pytest.FixtureRequest) -> Make:
+    """Return a function that makes a host of a kind of target; hosts of one test share the target."""
+    database = f"test_{os.urandom(4).hex()}"
+
+    def make(kind: str, name: str = "a") -> Host:
+        path = server.target(database)
+        attach: dict[str, object] = {}
+        if kind == "ducklake":
+            path, attach = "ducklake:" + path, {"DATA_PATH": str(tmp_path / "lake")}
+        return Host(python, tmp_path / name, path, attach, PASSWORD)
+
+    return make
+
+
+LOG = """
+import sys, time
+from mxcp_audit import AuditLogger
+name, count, pause = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
+with AuditLogger.from_config() as audit:
+    for i in range(count):
+        audit.log_event("http", "tool", f"tool_{i % 7}", {"host": name, "i": i}, i % 100)
+        if i % (count // 20) == count // 20 - 1:
+            time.sleep(pause)
+            print(i + 1, flush=True)
+    audit.flush(60)
+"""
+# Events that are left in the journal, as by a process that was killed.
+LEAVE = """
+import os, sys, time
+from mxcp_audit import AuditLogger, load_config
+config = load_config()
+audit = AuditLogger(config.path, journal=config.journal_directory, attach=config.attach, flush_interval=3600)
+for i in range(int(sys.argv[1])):
+    audit.log_event("cli", "tool", "left", {"i": i}, 1)
+while audit.counters.written < int(sys.argv[1]):
+    time.sleep(0.01)
+os._exit(print("{}", flush=True) or 0)
+"""
+INGEST = """
+import json
+from mxcp_audit import Store, load_config
+print(json.dumps(Store(load_config()).ingest()))
+"""
+COUNTS = """
+import json
+from mxcp_audit import Store, load_config
+with Store(load_config()).reading(wait=60) as reading:
+    if reading.problem: raise reading.problem
+    rows = reading.engine.execute(
+        "SELECT count(*)::BIGINT AS a, count(DISTINCT segment || ':' || seq)::BIGINT AS b, "
+        "count(DISTINCT input_json)::BIGINT AS c FROM logs")
+    entries = [] if not reading.has_table else reading.engine.execute(
+        "SELECT count(*)::BIGINT AS a, count(DISTINCT segment)::BIGINT AS b, "
+        "count(DISTINCT journal)::BIGINT AS c, sum(events)::BIGINT AS d "
+        "FROM audit.ledger WHERE kind = 'segment'")
+    print(json.dumps([list(rows[0]), *map(list, entries)]))
+"""
+# Reads over and over while others write, until a file appears: how often, and how often an event came twice.
+# Only what a restarted server explains may go wrong.
+WATCH = """
+import json, os
+from mxcp_audit import DatabaseLockedError, DatabaseUnreachableError, Store, load_config
+count = "SELECT count(*)::BIGINT AS a, count(DISTINCT segment || ':' || seq)::BIGINT AS b FROM logs"
+reads = twice = 0
+while not os.path.exists("stop"):
+    try:
+        with Store(load_config()).reading(wait=60) as reading:
+            if reading.problem is None:
+                ((rows, events),) = reading.engine.execute(count)
+                reads += 1
+                twice += rows != events
+    except (DatabaseLockedError, DatabaseUnreachableError):
+        pass
+print(json.dumps([reads, twice]))
+"""
+
+
+def line_of(child: subprocess.Popen[str], wanted: int) -> None:
+    """Wait until a child of LOG says that it has logged that many."""
+    assert child.stdout is not None
+    for line in child.stdout:
+        if int(line) >= wanted:
+            return
+    raise AssertionError(child.stderr.read() if child.stderr else "")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_three_hosts_with_a_restart_and_a_kill_record_every_event_exactly_once(
+    make_host: Make, server: Postgres, kind: str
+) -> None:
+    hosts = [make_host(kind, name) for name in "abc"]
+    each = EVENTS // 3
+    pause = max(0.2, each / 100_000)
+    watch = hosts[0].start(WATCH)
+    children = [host.start(LOG, name, each, pause) for host, name in zip(hosts, "abc")]
+    line_of(children[0], each // 4)
+    server.stop(signal.SIGQUIT)
+    time.sleep(0.5)
+    server.start()
+    line_of(children[2], each // 2)
+    children[2].kill()
+    killed_at = each // 2
+    errors = [child.communicate(timeout=600)[1] for child in children]
+    (hosts[0].folder / "stop").touch()
+    watched, complaint = watch.communicate(timeout=600)
+    assert watch.returncode == 0, complaint
+    reads, twice = json.loads(watched)
+    for host in hosts:
+        host.ingest()
+
+    assert children[0].returncode == children[1].returncode == 0
+    assert not any(PASSWORD in text or "Traceback" in text for text in errors)
+    assert reads > 0 and twice == 0
+    shown = json.loads(hosts[1].cli("log", "--json", "--limit", str(EVENTS * 2)).stdout)
+    ids = {event["event_id"] for event in shown}
+    by_host: dict[str, list[int]] = {"a": [], "b": [], "c": []}
+    for event in shown:
+        recorded = json.loads(event["input_json"])
+        by_host[recorded["host"]].append(recorded["i"])
+    assert len(ids) == len(shown)
+    assert sorted(by_host["a"]) == sorted(by_host["b"]) == list(range(each))
+    # What the killed host wrote before its last line on standard output is there; nothing after a gap.
+    assert sorted(by_host["c"]) == list(range(len(by_host["c"])))
+    assert len(by_host["c"]) >= killed_at
+    for host in hosts:
+        (rows, events, inputs), (entries, segments, journals, entered) = host.run(COUNTS)
+        assert rows == events == inputs == entered == len(shown)
+        assert entries == segments
+        assert journals == 3
+    print(f"{kind}: {len(shown)} events, {reads} reads meanwhile, {entries} segments")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_ingest_killed_while_the_server_commits_is_not_repeated(
+    make_host: Make, server: Postgres, kind: str
+) -> None:
+    host = make_host(kind)
+    host.run(LEAVE, 10)
+    host.ingest()  # tables are there now
+    host.run(LEAVE, 100)
+    server.sql("ALTER SYSTEM SET synchronous_standby_names = 'nobody'")  # from now on, no COMMIT returns
+    try:
+        server.sql("SELECT pg_reload_conf()")
+        first = host.start(INGEST)
+        wait_for_commits(server, 1)
+        # The process alone, and not the engine below it, which goes on with the commit.
+        first.kill()
+        first.communicate()
+        second = host.start(INGEST)
+        # It waits for the first: in PostgreSQL for an equal key, in DuckLake for the number of the commit.
+        time.sleep(2)
+        assert second.poll() is None
+    finally:
+        server.sql("ALTER SYSTEM RESET synchronous_standby_names")
+        server.sql("SELECT pg_reload_conf()")
+    out, err = second.communicate(timeout=120)
+    assert (out.strip(), second.returncode) == ("true", 0), err
+    (rows, events, _), (entries, segments, _, entered) = host.run(COUNTS)
+    assert rows == events == entered == 110
+    assert entries == segments == 2
+
+
+def wait_for_commits(server: Postgres, wanted: int) -> None:
+    deadline = time.monotonic() + 120
+    while (
+        int(server.sql("SELECT count(*) FROM pg_stat_activity WHERE wait_event = 'SyncRep'")) < wanted
+        and time.monotonic() < deadline
+    ):
+        time.sleep(0.05)
+
+
+HOSTILE = r"""
+import json, sys
+from mxcp_audit import AuditLogger, Store, Filter, load_config, Config
+texts = ["", "\0", "a\0b", "\ud800", "\udfff\ud83d", "\U0001f600", "\uffff", "\u202e", "\x1b[31m", "\\u0000",
+         "\\N", "\\.", "\t\r\n\x0b\x0c", "'; DROP TABLE logs; --", "$$ $1 ${x} %s {0}", '"', "NULL", "NaN",
+         "\x7f\x80\x9f", "e\u0301", "x" * 100_000, "=cmd()", "\N{ZERO WIDTH JOINER}", "\ufeff"]
+inputs = [None, [], {}, "\0", float("nan"), 2**200, -0.0, {"\0": {"\ud800": ["\0"]}}, {"x": "y" * 3_000_000},
+          {str(n): n for n in range(5000)}, {"b": b"\xff\x00"}, [[[[]]]] * 50]
+with AuditLogger.from_config() as audit:
+    for text in texts:
+        audit.log_event(text, text, text, {text: text}, 1, text, text, text, text, None, text, text, text)
+    for value in inputs:
+        audit.log_event("cli", "tool", "t", value, 2**40)
+    audit.log_event("cli", "tool", "t", {}, -5)
+    audit.log_event("cli", "tool", "t", {}, None)
+    audit.flush(120)
+with Store(load_config()).reading() as reading:
+    if reading.problem: raise reading.problem
+    assert reading.has_table and not reading.has_journal
+    rows = [row[1:-1] for row in reading.rows(Filter(), count=None, oldest_first=True)]
+    kinds = reading.engine.execute(
+        "SELECT DISTINCT typeof(timestamp)::VARCHAR AS a, typeof(duration_ms)::VARCHAR AS b, "
+        "typeof(seq)::VARCHAR AS c, typeof(input_json)::VARCHAR AS d FROM logs")
+print(json.dumps([rows, kinds]))
+"""
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hostile_input_comes_through_as_into_a_file(
+    make_host: Make, kind: str, engine: str, tmp_path: Path, python: str
+) -> None:
+    there = make_host(kind).run(HOSTILE)
+    here = Host(python, tmp_path / "file", "log.duckdb", {}, "").run(HOSTILE)
+    assert len(here[0]) == 38
+    assert there[0] == here[0]
+    assert there[1] == here[1] == [["TIMESTAMP", "INTEGER", "INTEGER", "VARCHAR"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_log_filters_and_exports_every_target(make_host: Make, kind: str, engine: str) -> None:
+    host = make_host(kind)
+    empty = host.cli("log")
+    assert empty.returncode == 1 and "Audit database not found" in empty.stderr
+    host.start(LOG, "a", 100, 0).communicate(timeout=120)
+    found = json.loads(host.cli("log", "--tool", "tool_3", "--since", "1h", "--json").stdout)
+    assert [json.loads(event["input_json"])["i"] for event in found] == list(range(94, 0, -7))
+    assert json.loads(host.cli("log", "--until", "1h", "--json").stdout) == []
+    assert host.cli("log", "--export", "out.csv").returncode == 0
+    assert len((host.folder / "out.csv").read_text().splitlines()) == 101
+    if kind == "ducklake":
+        assert list((host.folder.parent / "lake").rglob("*.parquet"))
+
+
+def test_filters_are_pushed_down_to_postgresql(make_host: Make) -> None:
+    host = make_host("postgres")
+    host.start(LOG, "a", 20, 0).communicate(timeout=120)
+    script = """
+import json
+from mxcp_audit import Store, load_config, Filter
+with Store(load_config()).reading() as reading:
+    sql, params = reading._select("name", Filter(tools=("x",), since="2020-01-01 00:00:00"), 5, False)
+    print(json.dumps(reading.engine.execute("EXPLAIN " + sql, params)))
+"""
+    plan = json.dumps(host.run(script), ensure_ascii=False)
+    scan = plan[plan.index("POSTGRES_SCAN") :]
+    assert "Filters:" in scan and "timestamp>=" in scan and "type=" in scan
+
+
+def test_tables_of_other_schemas_do_not_confuse(make_host: Make, server: Postgres) -> None:
+    host = make_host("postgres")
+    name = host.database
+    server.sql(
+        "CREATE SCHEMA other; CREATE TABLE other.logs (user_id INT); CREATE TABLE other.ledger (x INT)", name
+    )
+    host.start(LOG, "a", 20, 0).communicate(timeout=120)
+    assert server.sql("SELECT count(*) FROM public.logs", name) == "20"
+    assert server.sql("SELECT count(*) FROM other.logs", name) == "0"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_unreachable_target_leaves_everything_in_the_journal(
+    make_host: Make, server: Postgres, kind: str, engine: str
+) -> None:
+    host = make_host(kind)
+    server.stop()
+    try:
+        child = host.start(LOG, "a", 40, 0)
+        err = child.communicate(timeout=300)[1]
+        assert child.returncode == 0 and "events stay in the journal" in err and PASSWORD not in err
+        shown = host.cli("log", "--json")
+        assert shown.returncode == 1 and "only events of the journal" in shown.stderr
+        assert len(json.loads(shown.stdout)) == 40
+        refused = host.cli("ingest")
+        assert refused.returncode == 1 and "events wait in the journal" in refused.stderr
+        ill = host.cli("doctor", "--json")
+        found = json.loads(ill.stdout)
+        assert ill.returncode == 1 and not found["database"]["readable"]
+        assert any("events wait in the journal" in fault["remedy"] for fault in found["faults"])
+    finally:
+        server.start()
+    host.ingest()
+    well = host.cli("doctor", "--json")
+    assert (well.returncode, json.loads(well.stdout)["database"]["events"]) == (0, 40), well.stdout
+    assert host.run(COUNTS)[0] == [40, 40, 40]
+
+
+SECRET_TARGETS = (
+    "postgres:dbname=nowhere host=127.0.0.1 port={port} user=audit password={secret}",
+    "postgres:dbname=nowhere host=127.0.0.1 port=1 user=audit password='{secret} und' mehr",
+    "postgres:dbname=nowhere host=127.0.0.1 port=1 user=audit password={secret} {secret}",
+    "postgres:{secret}",
+    "postgresql://audit:{secret}@127.0.0.1:{port}/nowhere",
+    "postgresql://audit@127.0.0.1:1/nowhere?password={secret}",
+    "postgres:postgresql://audit:{secret}@127.0.0.1:{port}/nowhere?bad={secret}",
+    "ducklake:postgres:dbname=nowhere host=127.0.0.1 port={port} user=audit password={secret}",
+    "ducklake:postgres:host=127.0.0.1 port={port} user=audit password={secret} dbname=postgres",
+    "quack:{secret}@127.0.0.1:1",
+    "md:my_db?motherduck_token={secret}",
+    "nosuch:db?x={secret}",
+    "mysql:host=127.0.0.1 passwd={secret}",
+)
+USE_ALL = """
+import json, logging, sys, traceback
+logging.basicConfig(level=logging.DEBUG)
+from mxcp_audit import AuditLogger, Store, load_config
+config = load_config()
+print(repr(config))
+with AuditLogger.from_config() as audit:
+    audit.log_event("cli", "tool", "t", {}, 1)
+    audit.flush(60)
+    print(audit.counters)
+for work in (lambda: Store(config).ingest(), lambda: Store(config).reading(wait=0).__enter__()):
+    try:
+        work()
+    except Exception:
+        traceback.print_exc()
+"""
+
+
+@pytest.mark.parametrize("path", SECRET_TARGETS)
+def test_secret_of_a_target_gets_out_nowhere(
+    path: str, python: str, server: Postgres, tmp_path: Path
+) -> None:
+    secret = "Zq7-Kennwort"
+    host = Host(python, tmp_path / "a", path.format(secret=secret, port=server.port), {"TOKEN": secret}, "")
+    chosen = "package" if "postgres:" in path else "cli"
+    said = "".join(host.start(USE_ALL, MXCP_AUDIT_ENGINE=chosen).communicate(timeout=300))
+    assert "Kennwort" not in said and "Zq7" not in said, said
+    assert "events stay in the journal" in said
+    shown, failed = host.cli("log"), host.cli("ingest", "--debug")
+    others = [host.cli(name) for name in ("doctor", "config")]
+    said = "".join(one.stdout + one.stderr for one in (shown, failed, *others))
+    assert "Kennwort" not in said and "Zq7" not in said, said
+    assert shown.returncode == 1 and "Traceback" not in shown.stderr and "Traceback" in failed.stderr
+
+
+@pytest.mark.parametrize(
+    ("target", "shown"),
+    [
+        ("log.duckdb", "log.duckdb"),
+        ("/a/b=c@d?e.duckdb", "/a/b=c@d?e.duckdb"),
+        ("postgres:dbname=a host=h password=x", "postgres:dbname=a host=h password=…"),
+        ("postgres:password='a b' dbname=a", "postgres:password=… dbname=a"),
+        ("postgres:dbname=a password=x y", "postgres:dbname=a password=… …"),
+        ("postgres:", "postgres:"),
+        ("postgresql://u:p@h:5/d?password=x", "postgresql://…@h:5/d?…"),
+        ("postgres:postgresql://u:p/@x@h/d", "postgres:postgresql://…@h/d"),
+        ("ducklake:postgres:dbname=a PASSWORD=x", "ducklake:postgres:dbname=a PASSWORD=…"),
+        ("ducklake:/lake/meta.ducklake", "ducklake:/lake/meta.ducklake"),
+        ("md:db?motherduck_token=x", "md:db?…"),
+        ("quack:t@host:9494", "quack:…@host:9494"),
+    ],
+)
+def test_public_target_shows_the_place_and_no_secret(target: str, shown: str) -> None:
+    from mxcp_audit import public_target
+
+    assert public_target(target) == shown
+
+
+def test_hide_secrets_withholds_what_repeats_a_piece() -> None:
+    from mxcp_audit import hide_secrets
+
+    target = "postgres:dbname=a password=tiger lily"
+    assert hide_secrets("no server", target, {}) == "no server"
+    assert (
+        hide_secrets('at "dbname=a password=tiger lily": no', target, {}) == 'at "dbname=a password=… …": no'
+    )
+    assert "lily" not in hide_secrets('missing "=" after "lily"', target, {})
+    assert "tok3n" not in hide_secrets("bad token tok3n", "md:x", {"TOKEN": "tok3n"})
+    assert hide_secrets("lake/ is gone", "ducklake:x", {"data_path": "lake/"}) == "lake/ is gone"
+
+
+@pytest.mark.parametrize(
+    ("path", "extension"),
+    [
+        ("ducklake:meta.ducklake", "ducklake"),
+        ("ducklake:postgres:dbname=a", "ducklake"),
+        ("postgres:dbname=a", "postgres_scanner"),
+        ("postgresql://h/a", "postgres_scanner"),
+        ("quack:host", "httpfs"),
+        ("md:db", "motherduck"),
+    ],
+)
+def test_missing_extension_is_named_with_its_install_command(
+    tmp_path: Path, engine: str, path: str, extension: str
+) -> None:
+    host = Host(sys.executable, tmp_path / "a", path, {}, "")  # here no packages hold extensions
+    host.run(LEAVE, 3)
+    shown = host.cli("log", "--json")
+    assert len(json.loads(shown.stdout)) == 3
+    assert f"run `INSTALL {extension}` in it once" in shown.stderr and shown.stderr.count("\n") == 1
+    if path.startswith("quack"):
+        return  # refuses to be written before it needs anything
+    refused = host.cli("ingest")
+    assert refused.returncode == 1 and f"INSTALL {extension}" in refused.stderr and host.segments()
+
+
+QUACK = """
+import sys, time, duckdb, glob, os, importlib.util
+from mxcp_audit import _packaged_extension
+connection = duckdb.connect("log.duckdb", read_only=True)
+for name in ("httpfs", "quack"):
+    connection.execute(f"LOAD '{_packaged_extension(name, 'v' + duckdb.__version__)}'")
+port = int(sys.argv[1])
+connection.execute(f"CALL quack_serve('quack:127.0.0.1:{port}', token = 'Zq7-Kennwort')")
+print(0, flush=True)
+time.sleep(600)
+"""
+
+
+def test_quack_reads_and_refuses_to_write(python: str, tmp_path: Path, engine: str) -> None:
+    import socket
+
+    served = Host(python, tmp_path / "served", "log.duckdb", {}, "")
+    served.start(LOG, "a", 100, 0).communicate(timeout=120)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    child = served.start(QUACK, port)
+    try:
+        line_of(child, 0)
+        host = Host(python, tmp_path / "a", f"quack:127.0.0.1:{port}", {"TOKEN": "Zq7-Kennwort"}, "")
+        shown = host.cli("log", "--tool", "tool_3", "--json")
+        assert len(json.loads(shown.stdout)) == 14, shown.stderr
+        host.run(LEAVE, 3)
+        assert len(json.loads(host.cli("log", "--json", "--limit", "500").stdout)) == 103
+        refused = host.cli("ingest")
+        assert refused.returncode == 1 and "quack: is for reading only" in refused.stderr
+        assert host.segments() and "Kennwort" not in refused.stderr
+    finally:
+        child.kill()
+        child.communicate()
+
+
+def test_log_with_db_reads_a_target_without_any_site_file(make_host: Make, tmp_path: Path) -> None:
+    host = make_host("postgres")
+    host.start(LOG, "a", 20, 0).communicate(timeout=120)
+    elsewhere = Host(host.python, tmp_path / "elsewhere", "x.duckdb", {}, PASSWORD)
+    shown = elsewhere.cli("log", "--db", host.path, "--json")
+    assert len(json.loads(shown.stdout)) == 20, shown.stderr
+    assert sorted(file.name for file in elsewhere.folder.iterdir()) == ["mxcp-site.yml"]
+
+
+def test_segment_with_a_nul_from_elsewhere_does_not_stop_postgresql(make_host: Make) -> None:
+    host = make_host("postgres")
+    host.run(LEAVE, 3)
+    (segment,) = host.segments()
+    segment.write_bytes(segment.read_bytes().replace(b'"left"', rb'"le\u0000ft"'))
+    host.ingest()
+    names = {event["name"] for event in json.loads(host.cli("log", "--json").stdout)}
+    assert names == {"le\ufffdft"}
+
+
+def test_secret_of_duckdbs_own_opens_postgresql(make_host: Make, server: Postgres, python: str) -> None:
+    host = make_host("postgres")
+    name = host.database
+    script = f"""
+import duckdb
+from mxcp_audit import _packaged_extension
+connection = duckdb.connect()
+connection.execute(f"LOAD '{{_packaged_extension('postgres_scanner', 'v' + duckdb.__version__)}}'")
+connection.execute('''CREATE PERSISTENT SECRET audit_database (TYPE postgres, HOST '127.0.0.1',
+    PORT {server.port}, DATABASE '{name}', USER 'audit', PASSWORD '{PASSWORD}')''')
+print("{{}}")
+"""
+    host.run(script)
+    plain = Host(python, host.folder, "postgres:", {"SECRET": "audit_database"}, "")
+    plain.start(LOG, "a", 20, 0).communicate(timeout=120)
+    assert plain.run(COUNTS)[0] == [20, 20, 20]
+    assert server.sql("SELECT count(*) FROM logs", name) == "20"
+
+
+def test_engines_print_nothing_of_their_own(python: str, tmp_path: Path, engine: str) -> None:
+    script = """
+import json
+from mxcp_audit import open_engine
+bars = []
+for apart in (False, True):
+    engine = open_engine(apart=apart)
+    bars += engine.execute("SELECT current_setting('enable_progress_bar')::BOOLEAN AS bar")
+    engine.close()
+print(json.dumps(bars))
+"""
+    assert Host(python, tmp_path / "a", "x.duckdb", {}, "").run(script) == [[False], [False]]
+
+
+PAGE = (ROOT / "docs" / "scale-out.md").read_text(encoding="utf-8")
+SQL_BLOCKS = re.findall(r"^```sql\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+RUN_SQL = """
+import json, sys, duckdb
+from mxcp_audit import _packaged_extension
+connection = duckdb.connect()
+for name in ("ducklake", "postgres_scanner"):
+    connection.execute(f"LOAD '{_packaged_extension(name, 'v' + duckdb.__version__)}'")
+print(json.dumps(connection.execute(sys.argv[1]).fetchall(), default=str))
+"""
+
+
+def test_docs_every_statement_and_setting_works(make_host: Make, server: Postgres, python: str) -> None:
+    host = make_host("postgres")  # for its database
+    there = f"dbname={host.database} host=127.0.0.1 port={server.port} user=audit"
+    lake = host.folder.parent / "lake"
+
+    def placed(text: str) -> str:
+        text = text.replace("dbname=audit host=db.internal user=audit", there)
+        text = text.replace("/mnt/audit/lake/", f"{lake}/").replace(
+            "flush_interval: 1m", "flush_interval: 1s"
+        )
+        return text.replace("ALTER ROLE audit", "ALTER ROLE other")
+
+    (site,) = re.findall(r"^```yaml\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
+    (host.folder / "mxcp-site.yml").write_text(placed(site))
+    host.start(LOG, "a", 100, 0).communicate(timeout=120)
+    assert host.run(COUNTS)[0] == [100, 100, 100]
+    plain = Host(python, host.folder.parent / "plain", "postgres:" + there, {}, PASSWORD)
+    plain.start(LOG, "a", 20, 0).communicate(timeout=120)
+    server.sql("CREATE ROLE other")
+    ran = 0
+    for block in SQL_BLOCKS:
+        if "ATTACH" in block or "SECRET" in block:
+            host.run(RUN_SQL, placed(block))
+        else:
+            server.sql(placed(block), host.database)
+        ran += 1
+    assert ran == 6
+    assert host.run(COUNTS)[0] == [100, 100, 100]
+    host.start(LOG, "a", 20, 0).communicate(timeout=120)
+    assert host.run(COUNTS)[0][:2] == [120, 120]

@@ -1,0 +1,410 @@
+"""`wrap`: any stdio server, audited from outside; real processes that are really killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Cli, child_environment
+from environments import SERVERS, python_with
+
+import mxcp_audit
+
+pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process groups are POSIX here")
+
+CAT = """
+import os
+while data := os.read(0, 65536):
+    while data:
+        data = data[os.write(1, data):]
+"""
+# Answers each call with its own arguments; `die`, `hang` and `exit` do what they say.
+SERVER = """
+import json, os, signal, sys, time
+for line in sys.stdin.buffer:
+    message = json.loads(line)
+    name = message.get("params", {}).get("name")
+    if name == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    if name == "hang":
+        continue
+    if name == "exit":
+        sys.exit(message["params"]["arguments"]["code"])
+    if "id" in message:
+        result = {"content": [{"type": "text", "text": json.dumps(message["params"]["arguments"])}]}
+        answer = {"jsonrpc": "2.0", "id": message["id"], "result": result}
+        sys.stdout.buffer.write(json.dumps(answer).encode() + b"\\n")
+        sys.stdout.buffer.flush()
+"""
+
+
+FOR_EVER = "while True: time.sleep(1)"
+
+
+def wrap(*options: str, server: list[str], database: str | None = "log.duckdb") -> list[str]:
+    place = ["--db", database] if database else []
+    return [sys.executable, "-m", "mxcp_audit", "wrap", *place, *options, "--", *server]
+
+
+def start(command: list[str], folder: Path, **more: Any) -> subprocess.Popen[bytes]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(command, cwd=folder, env=child_environment(), bufsize=0, **{**pipes, **more})
+
+
+def run(command: list[str], folder: Path, data: bytes = b"") -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        command, cwd=folder, env=child_environment(), input=data, capture_output=True, timeout=120
+    )
+
+
+def call(key: object, name: str = "echo", **arguments: object) -> bytes:
+    params = {"name": name, "arguments": arguments}
+    return (
+        json.dumps({"jsonrpc": "2.0", "id": key, "method": "tools/call", "params": params}).encode() + b"\n"
+    )
+
+
+def events(cli: Cli) -> list[dict[str, Any]]:
+    shown = cli("log", "--db", "log.duckdb", "--json", "--limit", "1000")
+    assert shown.returncode == 0, shown.stderr
+    return list(reversed(json.loads(shown.stdout)))
+
+
+def until(condition: Callable[[], object], what: str) -> None:
+    deadline = time.monotonic() + 90
+    while not condition():
+        assert time.monotonic() < deadline, what
+        time.sleep(0.02)
+
+
+def is_alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+        return state != "Z"
+    except FileNotFoundError:
+        pass
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    return not Path("/proc").exists()
+
+
+# --- bytes
+
+
+def test_wrap_every_byte_both_ways_unchanged(tmp_path: Path) -> None:
+    data = os.urandom(3 << 20) + b"\n\0\r\n" + b"x" * (3 << 20) + call(1) + b"no line feed at the end"
+    done = run(wrap(server=[sys.executable, "-c", CAT]), tmp_path, data)
+    assert (done.stdout == data, done.stderr, done.returncode) == (True, b"", 0)
+
+
+def test_wrap_pieces_pass_at_once(tmp_path: Path) -> None:
+    """Half a line comes back before the other half is sent: nothing on the way waits for more."""
+    process = start(wrap(server=[sys.executable, "-c", CAT]), tmp_path)
+    assert process.stdin and process.stdout
+    for piece in (b'{"id":', b"1}", b"\n"):
+        process.stdin.write(piece)
+        assert process.stdout.read(len(piece)) == piece
+    process.stdin.close()
+    assert process.wait(60) == 0
+    process.stdout.close()
+
+
+def test_wrap_answer_of_many_mebibytes_passes_and_is_recorded(tmp_path: Path, cli: Cli) -> None:
+    text = "x" * (20 << 20)
+    done = run(wrap(server=[sys.executable, "-c", SERVER]), tmp_path, call(1, text=text) + call("1", a=1))
+    first, second = done.stdout.splitlines()
+    assert json.loads(json.loads(first)["result"]["content"][0]["text"]) == {"text": text}
+    assert json.loads(second)["id"] == "1"
+    found = events(cli)
+    assert [event["status"] for event in found] == ["success", "success"]
+    assert found[1]["input_json"] == '{"a":1}'
+
+
+def test_wrap_batch_and_notification(tmp_path: Path, cli: Cli) -> None:
+    server = [sys.executable, "-c", CAT]  # it answers with what it is asked, and so with no result
+    batch = [json.loads(call(1, "a")), {"jsonrpc": "2.0", "method": "notifications/initialized"}]
+    answers = [{"jsonrpc": "2.0", "id": 1, "result": {}}]
+    done = run(
+        wrap(server=server), tmp_path, b"".join(json.dumps(m).encode() + b"\n" for m in (batch, answers))
+    )
+    assert done.stdout.count(b"\n") == 2
+    assert [event["name"] for event in events(cli)] == ["a"]
+
+
+# --- ends
+
+
+@pytest.mark.parametrize("code", [0, 1, 3, 75, 255])
+def test_wrap_exit_code_passes_through(code: int, tmp_path: Path) -> None:
+    done = run(wrap(server=[sys.executable, "-c", f"raise SystemExit({code})"]), tmp_path)
+    assert (done.returncode, done.stdout, done.stderr) == (code, b"", b"")
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGABRT"])
+def test_wrap_server_dies_of_signal_so_do_we_and_the_call_is_recorded(
+    name: str, tmp_path: Path, cli: Cli
+) -> None:
+    server = SERVER.replace("signal.SIGKILL", f"signal.{name}")
+    done = run(wrap(server=[sys.executable, "-c", server]), tmp_path, call(1, a=1) + call(2, "die"))
+    assert done.returncode == -getattr(signal, name)
+    assert [(event["name"], event["error"]) for event in events(cli)] == [
+        ("echo", None),
+        ("die", "the server went away before it was answered"),
+    ]
+
+
+def test_wrap_server_ends_before_a_slow_client_reads_nothing_is_lost(tmp_path: Path) -> None:
+    server = "import sys\nsys.stdout.buffer.write(b'x' * 100_000)\nsys.stdout.flush()"
+    process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
+    assert process.stdout
+    time.sleep(2 * mxcp_audit._WrappedServer.GRACE_SECONDS)  # the pipe to us is full, and the server gone
+    assert len(process.communicate(timeout=60)[0]) == 100_000
+
+
+def test_wrap_grandchild_that_holds_the_output_does_not_hold_us(tmp_path: Path) -> None:
+    server = "import subprocess, sys\nprint(subprocess.Popen(['sleep', '600'], stderr=-3).pid, flush=True)"
+    process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
+    assert process.stdout
+    grandchild = int(process.stdout.readline())
+    try:
+        assert process.wait(60) == 0
+        assert is_alive(grandchild)
+    finally:
+        os.kill(grandchild, signal.SIGKILL)
+        process.communicate()
+
+
+def test_wrap_signals_reach_the_server(tmp_path: Path) -> None:
+    server = (
+        "import signal, sys, time\n"
+        "seen = []\n"
+        "def note(number, frame):\n"
+        "    seen.append(number)\n"
+        "    print(number, flush=True)\n"
+        "    if number == signal.SIGTERM: sys.exit(len(seen))\n"
+        "for name in ('SIGTERM', 'SIGHUP', 'SIGINT', 'SIGUSR1'): signal.signal(getattr(signal, name), note)\n"
+        "print('ready', flush=True)\n"
+        "while True: time.sleep(0.01)\n"
+    )
+    process = start(wrap(server=[sys.executable, "-c", server]), tmp_path, start_new_session=True)
+    assert process.stdout
+    assert process.stdout.readline() == b"ready\n"
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGUSR1, signal.SIGTERM):
+        process.send_signal(number)
+        assert int(process.stdout.readline()) == number
+    assert process.wait(60) == 4
+    process.stdout.close()
+
+
+def test_wrap_command_that_is_none(tmp_path: Path) -> None:
+    done = run(wrap(server=["no-such-program"]), tmp_path)
+    assert done.returncode == 1 and b"no-such-program can't be started" in done.stderr
+    done = run(wrap(server=[]), tmp_path)
+    assert done.returncode == 2 and b"no command to run" in done.stderr
+    assert done.stdout == b""
+
+
+CLIENT = """
+import subprocess, sys, time
+server = subprocess.Popen(sys.argv[1:], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+server.stdin.write(b'{"jsonrpc":"2.0","id":1,"method":"tools/call","params":{"name":"hang"}}\\n')
+server.stdin.flush()
+print(server.pid, flush=True)
+time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("stubborn", [False, True])
+def test_wrap_client_killed_no_orphan_and_the_call_is_recorded(
+    stubborn: bool, tmp_path: Path, cli: Cli
+) -> None:
+    """A stubborn server ignores the end of its input and SIGTERM."""
+    server = f"import os\nopen('pid', 'w').write(str(os.getpid()))\n{SERVER}"
+    if stubborn:
+        server = f"import signal\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n{server}\n{FOR_EVER}"
+    command = [sys.executable, "-c", CLIENT, *wrap(server=[sys.executable, "-c", server])]
+    client = start(command, tmp_path)
+    assert client.stdout
+    wrapper = int(client.stdout.readline())
+    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the server doesn't start")
+    child = int((tmp_path / "pid").read_text())
+    client.kill()
+    client.communicate()
+    until(lambda: not is_alive(wrapper) and not is_alive(child), "an orphan is left")
+    assert [(event["name"], event["error"]) for event in events(cli)] == [
+        ("hang", "the client went away before it was answered")
+    ]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a child with its parent")
+def test_wrap_killed_itself_stubborn_server_dies_too(tmp_path: Path) -> None:
+    server = f"import os, time\nprint(os.getpid(), flush=True)\n{FOR_EVER}"
+    process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
+    assert process.stdout
+    child = int(process.stdout.readline())
+    process.kill()
+    process.communicate()
+    until(lambda: not is_alive(child), "an orphan is left")
+
+
+def test_wrap_server_that_closes_its_output_seen_by_the_client(tmp_path: Path) -> None:
+    server = "import os, sys\nos.close(1)\nsys.stdin.read()\nos._exit(5)"
+    process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
+    assert process.stdin and process.stdout
+    assert process.stdout.read() == b""
+    assert process.poll() is None
+    process.stdin.close()
+    assert process.wait(60) == 5
+    process.stdout.close()
+
+
+# --- what if auditing fails
+
+
+def test_wrap_profile_not_enabled_passes_unaudited_or_refuses(tmp_path: Path) -> None:
+    (tmp_path / "mxcp-site.yml").write_text("profile: default\nprofiles:\n  default: {}\n")
+    server = [sys.executable, "-c", SERVER]
+    done = run(wrap(server=server, database=None), tmp_path, call(1, a=1))
+    assert (done.returncode, json.loads(done.stdout)["id"]) == (0, 1)
+    assert done.stderr.decode().splitlines() == [
+        "mxcp-audit: audit logging is not enabled for profile 'default': the traffic passes unaudited"
+    ]
+    done = run(wrap("--strict", server=server, database=None), tmp_path, call(1, a=1))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"leave --strict out" in done.stderr
+    assert not list(tmp_path.glob("logs-*"))
+
+
+def test_wrap_profile_of_the_site_file(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "mxcp-site.yml").write_text(
+        "profiles:\n  default: {}\n  other:\n    audit: {enabled: true}\n"
+    )
+    server = [sys.executable, "-c", SERVER]
+    done = run(wrap("--profile", "other", server=server, database=None), tmp_path, call(1, a=1))
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(cli("log", "--profile", "other", "--json").stdout)[0]["name"] == "echo"
+
+
+def test_wrap_wrong_configuration_refused(tmp_path: Path) -> None:
+    (tmp_path / "mxcp-site.yml").write_text("profiles:\n  default:\n    audit: {enabled: maybe}\n")
+    done = run(wrap(server=[sys.executable, "-c", SERVER], database=None), tmp_path, call(1))
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert b"mxcp-site.yml:3" in done.stderr and b"Traceback" not in done.stderr
+
+
+def test_wrap_journal_that_cannot_be_written_traffic_goes_on_or_stops(tmp_path: Path) -> None:
+    (tmp_path / "log.duckdb.journal").write_text("in the way")
+    server = [sys.executable, "-c", SERVER]
+    done = run(wrap(server=server), tmp_path, call(1, a=1) + call(2, a=2))
+    assert (done.returncode, done.stdout.count(b"\n")) == (0, 2)
+    assert b"the journal can't be written" in done.stderr
+    done = run(wrap("--strict", server=server), tmp_path, call(1, a=1) + call(2, a=2))
+    assert (done.returncode, done.stdout) == (1, b"")  # the answer that can't be recorded doesn't pass
+    assert b"stopped (--strict): the journal can't be written" in done.stderr
+
+
+def test_wrap_message_that_cannot_be_read_traffic_goes_on_or_stops(tmp_path: Path) -> None:
+    deep = b'{"a":' + b"[" * 200_000 + b"\n"
+    done = run(wrap(server=[sys.executable, "-c", CAT]), tmp_path, deep + call(1))
+    assert (done.returncode, done.stdout) == (0, deep + call(1))
+    assert b"passed unaudited: it is nested too deeply" in done.stderr
+    done = run(wrap("--strict", server=[sys.executable, "-c", CAT]), tmp_path, deep + call(1))
+    assert done.returncode == 1 and call(1) not in done.stdout
+
+
+def test_wrap_strict_answer_follows_its_row(tmp_path: Path) -> None:
+    """With --strict a client that has its answer can be sure that the journal has the row."""
+    process = start(wrap("--strict", server=[sys.executable, "-c", SERVER]), tmp_path)
+    assert process.stdin and process.stdout
+    process.stdin.write(call(1, a=1))
+    process.stdout.readline()
+    process.kill()
+    process.communicate()
+    (segment,) = (tmp_path / "log.duckdb.journal").glob("*.jsonl")
+    assert json.loads(segment.read_text())["name"] == "echo"
+
+
+# --- real servers, real clients
+
+
+def outcomes(python: str, folder: Path, script: str, command: list[str]) -> list[Any]:
+    done = subprocess.run(
+        [python, str(SERVERS / script), "stdio", *command],
+        cwd=folder,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+    assert done.returncode == 0, done.stderr
+    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+@pytest.mark.parametrize("made", ["fastmcp", "fastmcp2"])
+def test_wrap_real_python_server_same_answers_every_call(made: str, tmp_path: Path, cli: Cli) -> None:
+    python = python_with(made)
+    server = [python, str(SERVERS / "mcp_server.py"), "sdk", str(tmp_path / "inside.duckdb")]
+    alone = outcomes(python, tmp_path, "mcp_client.py", server)
+    assert outcomes(python, tmp_path, "mcp_client.py", wrap(server=server)) == alone
+    found = events(cli)
+    assert [(event["type"], event["name"], event["status"]) for event in found] == [
+        ("tool", "add", "success"),
+        ("tool", "fail", "error"),
+        ("tool", "refuse", "error"),
+        ("tool", "decide", "success"),
+        ("tool", "nosuch", "error"),
+        ("tool", "add", "error"),
+        ("resource", "reports://7", "success"),
+        ("resource", "nosuch://7", "error"),
+        ("prompt", "greet", "success"),
+        ("prompt", "nosuch", "error"),
+    ]
+    assert found[1]["input_json"] == '{"password":"[REDACTED]"}'
+    assert found[3]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
+    assert {event["caller"] for event in found} == {"stdio"}
+
+
+def node_server() -> list[str]:
+    """Return the command of a real Node server, installed once; skip where there is no Node."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if not node or not npm:
+        pytest.skip("node and npm are not installed here")
+    home = ROOT / ".venv" / "node"
+    package = home / "node_modules" / "@modelcontextprotocol" / "server-everything"
+    if not package.exists():
+        home.mkdir(parents=True, exist_ok=True)
+        made = subprocess.run(
+            [npm, "install", "--no-audit", "--no-fund", "@modelcontextprotocol/server-everything"],
+            cwd=home,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        if made.returncode:
+            pytest.skip(f"the Node server can't be installed here: {made.stderr[-300:]}")
+    return [node, str(package / "dist" / "index.js")]
+
+
+def test_wrap_real_node_server_same_answers_every_call(tmp_path: Path, cli: Cli) -> None:
+    python, server = python_with("fastmcp"), node_server()
+    alone = outcomes(python, tmp_path, "everything_client.py", server)
+    assert outcomes(python, tmp_path, "everything_client.py", wrap(server=server)) == alone
+    expected = [
+        (kind, name, "error" if how in ("raised", "error") else "success") for kind, name, how, _ in alone
+    ]
+    found = events(cli)
+    assert [(event["type"], event["name"], event["status"]) for event in found] == expected
+    assert {row[0] for row in expected} == {"tool", "resource", "prompt"}
+    assert {row[2] for row in expected} == {"success", "error"}

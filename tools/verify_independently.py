@@ -1,0 +1,239 @@
+"""Verify an audit database with the `duckdb` package and nothing of ours: from docs/security.md alone.
+
+    python tools/verify_independently.py logs-default.duckdb [checkpoint.json]
+
+The key, if there is one, is taken from MXCP_AUDIT_KEY or the lines of MXCP_AUDIT_KEY_FILE. Prints what is
+wrong, a line each; exit status 0 if nothing is.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import os
+import sys
+from collections import defaultdict
+from typing import Any
+
+LOGS = [
+    "timestamp:t",
+    "caller",
+    "type",
+    "name",
+    "input_json",
+    "duration_ms:i",
+    "policy_decision",
+    "reason",
+    "status",
+    "error",
+    "user_id",
+    "session_id",
+    "trace_id",
+    "segment",
+    "seq:i",
+]
+LEDGER = [
+    "journal",
+    "position:i",
+    "kind",
+    "segment",
+    "events:i",
+    "first_event:t",
+    "last_event:t",
+    "digest",
+    "marks",
+    "detail",
+    "host",
+    "ingested_at:t",
+]
+TYPES = {"t": ("TIMESTAMP",), "i": ("INTEGER", "BIGINT"), "": ("VARCHAR",)}
+
+Wrong = set[tuple[str, str]]  # what, and where: a segment, a journal, a column
+
+
+def select(table: str, columns: list[str], types: dict[str, str]) -> str:
+    """Return a SELECT in which timestamps are microseconds, and what has a wrong type is NULL."""
+    parts = []
+    for column in columns:
+        name, _, kind = column.partition(":")
+        if types.get(name) not in TYPES[kind]:
+            parts.append("NULL")
+        elif kind == "t":
+            parts.append(
+                f"CASE WHEN isfinite({name}) THEN epoch_us({name})::VARCHAR ELSE {name}::VARCHAR END"
+            )
+        else:
+            parts.append(name)
+    return f"SELECT {', '.join(parts)} FROM {table}"
+
+
+def row_hash(columns: list[str], row: tuple[Any, ...]) -> str:
+    numbers, texts = "", b""
+    for column, value in zip(columns, row):
+        if value is not None and ":" not in column:
+            data = value.encode()
+            texts += b"" if columns is LOGS and column == "segment" else data
+            value = len(data)
+        numbers += f"{'' if value is None else value}|"
+    return hashlib.sha256(numbers.encode() + texts).hexdigest()
+
+
+def digest(rows: list[tuple[int | None, str]]) -> str | None:
+    ordered = [text for _, text in sorted(rows, key=lambda row: (row[0] is None, row[0] or 0, row[1]))]
+    return hashlib.sha256("".join(ordered).encode()).hexdigest() if rows else None
+
+
+def number(text: str | None) -> float | None:
+    """Return microseconds that came as text."""
+    return None if text is None else float(text) if text.endswith("infinity") else int(text)
+
+
+def keys_of(environ: Any = os.environ) -> list[bytes]:
+    path = environ.get("MXCP_AUDIT_KEY_FILE")
+    if path:
+        with open(path, "rb") as file:
+            found = [line.strip() for line in file if line.strip()]
+    else:
+        found = [environ["MXCP_AUDIT_KEY"].encode()] if environ.get("MXCP_AUDIT_KEY") else []
+    return [hashlib.sha256(b"mxcp_audit seal\0" + key).digest() for key in found]
+
+
+def seal_is_right(seal: str, text: bytes, keys: list[bytes]) -> bool:
+    if seal.startswith("k:"):
+        return any(seal[2:] == hmac.new(key, text, "sha256").hexdigest() for key in keys)
+    return seal == hashlib.sha256(text).hexdigest()
+
+
+def check_chains(
+    entries: list[dict[str, Any]], keys: list[bytes], checkpoints: list[dict[str, Any]], wrong: Wrong
+) -> None:
+    """Steps 1 and 5."""
+    chains: dict[str, list[dict[str, Any]]] = defaultdict(list)
+    for entry in entries:
+        chains[entry["journal"] or ""].append(entry)
+    open_checkpoints = [dict(checkpoint) for checkpoint in checkpoints]
+    for journal, chain in chains.items():
+        chain.sort(key=lambda entry: (entry["position"] or 0, entry["seal"] or ""))
+        previous, total, unkeyed = "", 0, 0
+        for expected, entry in enumerate(chain, 1):
+            seal = entry["seal"] or ""
+            right = seal_is_right(seal, f"{previous}|{entry['hash']}".encode(), keys)
+            if entry["position"] != expected or not right:
+                wrong.add(("chain", journal))
+            unkeyed += not seal.startswith("k:")
+            total += (entry["events"] or 0) if entry["kind"] == "segment" else 0
+            here = {"journal": journal, "position": entry["position"], "events": total, "seal": seal}
+            if here in open_checkpoints:
+                open_checkpoints.remove(here)
+                unkeyed = 0
+            previous = seal
+        if keys and unkeyed:
+            wrong.add(("chain", journal))
+    for checkpoint in open_checkpoints:
+        wrong.add(("checkpoint", checkpoint["journal"]))
+
+
+def expected_of(entry: dict[str, Any], purges: list[dict[str, Any]]) -> tuple[int, str | None]:
+    """Return count and digest of what should be there of a segment."""
+    everything = (entry["events"] or 0, entry["digest"])
+    reaching = [
+        purge for purge in purges if purge["heads"].get(entry["journal"] or "", 0) >= (entry["position"] or 0)
+    ]
+    first, last = number(entry["first_event"]), number(entry["last_event"])
+    if not reaching or first is None or last is None:
+        return everything
+    before = max(purge["before"] for purge in reaching)
+    if first >= before:
+        return everything
+    if last < before:
+        return 0, None
+    naming = [purge for purge in purges if entry["segment"] in purge["left"]]
+    if not naming:
+        return everything
+    count, text = max(naming, key=lambda purge: purge["before"])["left"][entry["segment"]]
+    return count, text
+
+
+def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), database: str = "audit") -> Wrong:
+    """Return what is wrong with the attached database.
+
+    Args:
+        connection: of the duckdb package.
+        keys: as `keys_of` returns them.
+        checkpoints: the `journals` of checkpoints.
+        database: the name under which it is attached.
+    """
+    wrong: Wrong = set()
+    here = "database_name = ? AND table_name IN ('logs', 'ledger')"
+    types: dict[str, dict[str, str]] = {"logs": {}, "ledger": {}}
+    for table, column, kind in connection.execute(
+        f"SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE {here}", [database]
+    ).fetchall():
+        types[table][column] = kind
+    if not (types["ledger"] or "segment" in types["logs"] or keys or checkpoints):
+        return wrong  # an older table, and nothing of ours yet
+    for table, columns in (("logs", LOGS), ("ledger", [*LEDGER, "seal"])):
+        for column in columns:
+            name, _, kind = column.partition(":")
+            if types[table].get(name) not in TYPES[kind]:
+                wrong.add(("table", f"{table}.{name}"))
+    entries = []
+    if types["ledger"]:
+        for *row, seal in connection.execute(
+            select(f"{database}.ledger", [*LEDGER, "seal"], types["ledger"])
+        ).fetchall():
+            entry = dict(zip((column.partition(":")[0] for column in LEDGER), row))
+            entries.append({**entry, "hash": row_hash(LEDGER, tuple(row)), "seal": seal})
+    check_chains(entries, keys, list(checkpoints), wrong)
+
+    purges = []
+    for entry in entries:
+        if entry["kind"] == "purge":
+            try:
+                said = json.loads(entry["detail"])
+                purges.append({key: said[key] for key in ("before", "heads", "left", "wrong")})
+            except (TypeError, ValueError, KeyError):
+                wrong.add(("chain", entry["journal"] or ""))
+    for purge in purges:
+        wrong.update(("segment", segment) for segment in purge["wrong"])
+
+    found: dict[str, list[tuple[int | None, str]]] = defaultdict(list)
+    if types["logs"]:
+        days = connection.execute(
+            "SELECT coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-') "
+            f"FROM {database}.logs"
+            if {"segment", "timestamp"} <= set(types["logs"])
+            else f"SELECT '' FROM {database}.logs"
+        ).fetchall()
+        rows = connection.execute(select(f"{database}.logs", LOGS, types["logs"])).fetchall()
+        for (segment,), row in zip(days, rows):
+            found[segment].append((row[-1], row_hash(LOGS, row)))
+    for entry in entries:
+        if entry["kind"] in ("segment", "legacy"):
+            rows = found.pop(entry["segment"] or "", [])
+            if (len(rows), digest(rows)) != expected_of(entry, purges):
+                wrong.add(("segment", entry["segment"] or ""))
+    wrong.update(("segment", segment) for segment in found)
+    return wrong
+
+
+def main(arguments: list[str]) -> int:
+    import duckdb
+
+    checkpoints = []
+    if len(arguments) > 1:
+        with open(arguments[1], encoding="utf-8") as file:
+            checkpoints = json.load(file)["journals"]
+    with duckdb.connect(":memory:") as connection:
+        path = arguments[0].replace("'", "''")
+        connection.execute(f"ATTACH '{path}' AS audit (READ_ONLY)")
+        wrong = verify(connection, keys=keys_of(), checkpoints=checkpoints)
+    for what, where in sorted(wrong):
+        print(f"{what}: {where}")
+    print("wrong" if wrong else "intact")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main(sys.argv[1:]))
