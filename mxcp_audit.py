@@ -3795,8 +3795,13 @@ class Journal:
         fd = -1
         locked = True
         try:
-            with contextlib.suppress(FileNotFoundError):  # nobody has ever ingested from here
-                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+            with contextlib.suppress(FileNotFoundError):  # no journal; or who reads may not write there
+                try:
+                    fd = os.open(path, os.O_RDONLY | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise
+                    fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
                 locked = try_lock(fd, shared=True)
         except OSError as error:
             if fd >= 0:
