@@ -985,15 +985,20 @@ class Mutant:
 
 
 DELETE = "[claim.release(delete=True) for claim in claims]\n"
-CHECKPOINT = 'engine.execute("CHECKPOINT audit")\n'
+CHECKPOINT = "            if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing\n"
 MUTANTS = (
     Mutant("no drain at exit", "S3", (("            logger.shutdown()\n", "            pass\n"),)),
     Mutant(
         "delete before commit",
         "S2",
-        (("            fresh = self._commit(", f"            {DELETE}            fresh = self._commit("),),
+        (
+            (
+                '            engine.execute("BEGIN")\n            if self._is_lake',
+                f'            {DELETE}            engine.execute("BEGIN")\n            if self._is_lake',
+            ),
+        ),
     ),
-    Mutant("delete before checkpoint", "S10", ((CHECKPOINT, f"{DELETE}                {CHECKPOINT}"),)),
+    Mutant("delete before checkpoint", "S10", ((CHECKPOINT, f"            {DELETE}{CHECKPOINT}"),)),
     Mutant(
         "reuse DuckDB after a fork",
         "S7",
