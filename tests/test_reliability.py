@@ -1713,6 +1713,7 @@ def test_bc_106_forgotten_viewer_delays_only_the_ingest(db: Path, cli: Any, read
         ) as viewer,
         started(
             """
+        sys.stdin.readline()
         audit = AuditLogger(db, flush_interval=0.05)
         for n in range(200): log(n); time.sleep(0.002)
         audit.flush(60); print("logged", flush=True); sys.stdin.readline(); log("last"); audit.flush(60)
@@ -1721,7 +1722,10 @@ def test_bc_106_forgotten_viewer_delays_only_the_ingest(db: Path, cli: Any, read
             audit=False,
         ) as server,
     ):
-        assert viewer.stdout.readline() == "open\n" and server.stdout.readline() == "logged\n"
+        assert viewer.stdout.readline() == "open\n"
+        server.stdin.write("\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == "logged\n"
         done = cli("log", "--db", str(db), "--json", "--limit", "1000", "--wait", "0.1")
         assert len(json.loads(done.stdout)) == (201 if read_only else 200)
         viewer.kill()
