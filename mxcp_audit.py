@@ -1077,6 +1077,15 @@ def load_config(
     return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
 
 
+def has_site_file() -> bool:
+    """Say whether `load_config` would find a site file by itself."""
+    try:
+        _find_site_file(None, None)
+    except ConfigError:
+        return False
+    return True
+
+
 def _find_site_file(
     config: str | os.PathLike[str] | None, cwd: str | os.PathLike[str] | None
 ) -> tuple[str, str]:
@@ -3292,6 +3301,7 @@ def _time_of_mxcp(text: object) -> int:
 # Caveat: on a file system without locks nobody can tell a live segment from an orphan. There,
 # events are recorded and readable, but never ingested; the error says so.
 
+JOURNAL_FORMAT: Final = 1  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX: Final = ".jsonl"
 _LOSS_SUFFIX: Final = ".loss"
 _DIRECTORY_MODE: Final = 0o700
@@ -5509,11 +5519,7 @@ class AuditLogger:
         self.config = config
         self.enabled = config.enabled
         self._diagnostics = Diagnostics()
-        key = os.environ.get("MXCP_AUDIT_KEY")
-        redactor = Redactor(
-            config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None
-        )
-        self._encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes)
+        self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
         side = type(self)._ingest_side
         self._side = None if side is None else side(config, self._diagnostics)
         self._ingester = (
@@ -5883,6 +5889,12 @@ class AuditLogger:
             self._ingester.start_afresh()
         if self._side is not None:
             self._side.after_fork(child=True)
+
+
+def redactor_of(config: Config) -> Redactor:
+    """Return the redactor that a configuration describes."""
+    key = os.environ.get("MXCP_AUDIT_KEY")
+    return Redactor(config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None)
 
 
 _UNENCODABLE: Final = "[UNENCODABLE]"
@@ -6325,16 +6337,94 @@ def public_select(*, typed: bool = False, plain_csv: bool = True) -> str:
 # so that removing one leading apostrophe gives every cell back as it was.
 FORMULA: Final = r"^\s*[=+\-@|＝＋－＠]|^[\t\r\n']"
 
+# What COPY is told for each export format. Its name is the extension of a file. A `.duckdb` file is no COPY.
+_COPY_OPTIONS: Final = {
+    "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
+    "json": "FORMAT json, ARRAY true",
+    "jsonl": "FORMAT json, ARRAY false",
+}
+COPY_OPTIONS: Final = {
+    **{
+        name + suffix: f"{options}, COMPRESSION {codec}, USE_TMP_FILE false"
+        for name, options in _COPY_OPTIONS.items()
+        for suffix, codec in (("", "none"), (".gz", "gzip"), (".zst", "zstd"))
+    },
+    "parquet": "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false",
+}
+EXPORT_FORMATS: Final = (*COPY_OPTIONS, "duckdb")
 
-_TEXT_TEST: Final = " OR ".join(
-    rf"{name} ILIKE $pattern ESCAPE '\'" for name in ("name", "input_json", "error", "reason")
+
+def export_format(path: str) -> str | None:
+    """Return the export format that the extension of a file's name stands for; None for an unknown one."""
+    name = path.lower()
+    return next((form for form in EXPORT_FORMATS if name.endswith("." + form)), None)
+
+
+# What `stats` groups by: what is grouped, and how the group is written. Texts are grouped as they are.
+STATS_BY: Final = {
+    **{name: (name, "k") for name in ("name", "type", "caller", "status")},
+    "user": ("user_id", "k"),
+    "policy": ("policy_decision", "k"),
+    "hour": ("date_trunc('hour', timestamp)", "strftime(k, '%Y-%m-%dT%H:00Z')"),
+    "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
+}
+STATS_COLUMNS: Final = (
+    *("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms", "first_seen", "last_seen"),
+)
+_STATS: Final = """\
+SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
+       q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
+       strftime(first_at, '%Y-%m-%dT%H:%M:%S.%fZ') AS first_seen,
+       strftime(last_at, '%Y-%m-%dT%H:%M:%S.%fZ') AS last_seen
+FROM (SELECT {group} AS k, count(*) AS calls, count(*) FILTER (WHERE status = 'error') AS errors,
+             count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
+             quantile_disc(duration_ms, [0.5, 0.95, 0.99]) AS q, max(duration_ms) AS max_ms,
+             min(timestamp) AS first_at, max(timestamp) AS last_at
+      FROM ({source}) GROUP BY ALL)
+ORDER BY {order} LIMIT $count"""
+
+
+def stats_query(source: str, by: str, sort: str) -> str:
+    """Return the query of one row a group: the group as text, then STATS_COLUMNS.
+
+    Args:
+        source: a query of events.
+        by: a key of STATS_BY. Hours and days come newest first.
+        sort: the one of STATS_COLUMNS whose largest value comes first, for the other groups.
+    """
+    group, shown = STATS_BY[by]
+    order = "k DESC" if by in ("hour", "day") else f"{sort} DESC NULLS LAST, k"
+    return _STATS.format(shown=shown, group=group, source=source, order=order)
+
+
+# What a person's own SQL may see: the events as one view, and no file, setting or other database.
+# `query` takes one SELECT and nothing else; the lock comes last, because nothing can undo it.
+SQL_VIEW: Final = f"""\
+CREATE OR REPLACE TEMP VIEW logs AS
+SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {_EVENT_ID} AS event_id
+FROM (SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows)"""
+SQL_LOCK: Final = ("SET enable_external_access = false", "SET lock_configuration = true")
+SQL_COLUMNS: Final = """\
+SELECT column_name::VARCHAR AS n, column_type::VARCHAR AS t FROM (DESCRIBE SELECT * FROM query($statement))"""
+
+FREEZE_JOURNAL: Final = (
+    "CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows",
+    "CREATE OR REPLACE TEMP VIEW journal_rows AS SELECT * FROM journal_copy",
 )
 
-
-COPY_CSV: Final = "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error), USE_TMP_FILE false"
-COUNT_CSV: Final = """\
-SELECT count(*)::BIGINT
-FROM read_csv($file, header = true, all_varchar = true, delim = ',', quote = '"', escape = '"')"""
+# For a follower: what the ledger got since it was asked last. Losses count, because a lost line has its
+# number too, so that the sum is the highest number of the segment.
+LEDGER_ENDS: Final = (
+    "SELECT journal::VARCHAR AS journal, max(position)::BIGINT AS position FROM audit.ledger GROUP BY journal"
+)
+NEW_SEGMENTS: Final = """\
+SELECT journal::VARCHAR AS journal, segment::VARCHAR AS segment, max(position)::BIGINT AS position,
+       sum(events)::BIGINT AS events
+FROM audit.ledger
+LEFT JOIN (SELECT unnest($journals::VARCHAR[]) AS known, unnest($positions::BIGINT[]) AS last)
+       ON known = journal
+WHERE kind IN ('segment', 'loss') AND position > coalesce(last, 0) AND ingested_at >= $since::TIMESTAMP
+GROUP BY journal, segment"""
 
 
 @dataclass(frozen=True)
@@ -6372,7 +6462,7 @@ class Filter:
         ):
             for number, name in enumerate(names):
                 key = f"{event_type}_{number}"
-                params[key] = _like(name) if "*" in name else name
+                params[key] = _like(name).replace("*", "%") if "*" in name else name
                 test = rf"name LIKE ${key} ESCAPE '\'" if "*" in name else f"name = ${key}"
                 named.append(f"(type = '{event_type}' AND {test})")
         if named:
@@ -6396,16 +6486,69 @@ class Filter:
             params["segment_is"], params["seq_is"] = parse_event_id(self.event_id)
             conditions.append("segment = $segment_is AND seq = $seq_is")
         if self.text is not None:
-            params["pattern"] = _like(f"*{self.text}*", wild=False)
+            params["pattern"] = f"%{_like(self.text)}%"
             conditions.append(f"({_TEXT_TEST})")
         return " AND ".join(conditions) or "true", params
 
+    def matches(self, row: Sequence[Any]) -> bool:
+        """Say the same of a row of PUBLIC_COLUMNS without DuckDB, for events that are in no table yet.
 
-def _like(text: str, *, wild: bool = True) -> str:
-    r"""Return the LIKE pattern (escape `\`) in which `*` is any text; with `wild` False only at both ends."""
-    inner = text if wild else text[1:-1]
-    escaped = inner.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-    return escaped.replace("*", "%") if wild else f"%{escaped}%"
+        Also update `where`: the two must agree.
+        """
+        event = dict(zip(PUBLIC_COLUMNS, row))
+        named = (("tool", self.tools), ("resource", self.resources), ("prompt", self.prompts))
+        if (self.tools or self.resources or self.prompts) and not any(
+            event["type"] == event_type and _is_like(event["name"], name)
+            for event_type, names in named
+            for name in names
+        ):
+            return False
+        moment = event["timestamp"][:-1].replace("T", " ")
+        return (
+            all(
+                wanted is None or event[column] == wanted
+                for column, wanted in (
+                    ("type", self.event_type),
+                    ("policy_decision", self.policy),
+                    ("status", self.status),
+                    ("caller", self.caller),
+                    ("user_id", self.user),
+                    ("session_id", self.session),
+                    ("trace_id", self.trace),
+                    ("event_id", self.event_id and self.event_id.strip()),
+                )
+            )
+            and (self.since is None or moment >= self.since)
+            and (self.until is None or moment < self.until)
+            and (
+                self.min_ms is None
+                or (event["duration_ms"] is not None and event["duration_ms"] >= self.min_ms)
+            )
+            and (
+                self.text is None
+                or any(_lower_case(self.text) in _lower_case(event[column] or "") for column in _TEXT_COLUMNS)
+            )
+        )
+
+
+_TEXT_COLUMNS: Final = ("name", "input_json", "error", "reason")
+_TEXT_TEST: Final = " OR ".join(rf"{name} ILIKE $pattern ESCAPE '\'" for name in _TEXT_COLUMNS)
+
+
+def _like(text: str) -> str:
+    r"""Return the LIKE pattern (escape `\`) that stands for the text itself."""
+    return text.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+
+
+def _is_like(value: object, name: str) -> bool:
+    if not isinstance(value, str) or "*" not in name:
+        return value == name
+    return re.fullmatch(".*".join(map(re.escape, name.split("*"))), value, re.DOTALL) is not None
+
+
+def _lower_case(text: str) -> str:
+    """Return the text in lower case, character by character, as DuckDB does it."""
+    return text.lower() if text.isascii() else "".join(character.lower()[0] for character in text)
 
 
 # What `import` asks: how much of a part of a file is there already.
@@ -6597,6 +6740,11 @@ class PackageEngine:
         except UnicodeEncodeError as error:
             self.close()
             raise QueryError(f"the text can't be searched for: {error.reason}") from error
+        except RuntimeError as error:
+            self.close()
+            if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes this
+                raise KeyboardInterrupt from error
+            raise
 
     def interrupt(self) -> None:
         """Make a running statement fail soon."""
@@ -6984,6 +7132,8 @@ def open_engine(
 # - After a fork the child's copy of an open database harms the parent's rows. → `before_fork` waits for
 #   a running ingest and closes the session.
 
+_FINE_TICK_NS: Final = 50_000_000  # kernels keep file times to 1 … 10 ms
+_COARSE_TICK_NS: Final = 2_100_000_000  # some file systems keep whole seconds, or even ones
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
 _CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
@@ -7086,17 +7236,6 @@ class Store:
             self._engine = None
         elif held:
             self._busy.release()
-
-    def refuse_own_files(self, path: str) -> None:
-        """Raise StoreError if writing to `path` would destroy the log itself."""
-        target = os.path.realpath(path)
-        inside = (
-            os.path.commonpath([target, os.path.realpath(self.journal.directory)]) if self.is_file else ""
-        )
-        if self.is_file and target in (os.path.realpath(self.path), os.path.realpath(self.path) + ".wal"):
-            raise StoreError(f"{path} is the audit database itself; name another file")
-        if inside == os.path.realpath(self.journal.directory):
-            raise StoreError(f"{path} lies in the journal; name a file elsewhere")
 
     def _ingest_claims(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
         _refuse_fatal_limit()
@@ -7766,7 +7905,7 @@ class Store:
             if not self._keep_segments(stack) and self.journal.segments():
                 raise DatabaseLockedError(f"{self.path} is being made by another process")
             if self._is_absent():
-                reading.open_views(None, self.journal.segments(), set())
+                self._open_journal(reading)
                 return
             stack.close()
         if not self.is_file and not self._keep_segments(stack):
@@ -7774,11 +7913,66 @@ class Store:
         stack.enter_context(self._attached(engine, read_only=True))
         segments = self.journal.segments()
         present = self._columns(engine)
+        reading.has_ledger = "ledger" in present
         known: set[str] = set()
-        if segments and "ledger" in present:
+        if segments and reading.has_ledger:
             ids = [segment_id_of(path) for path in segments]
             known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
         reading.open_views(present.get("logs"), segments, known)
+
+    def _open_journal(self, reading: Reading) -> None:
+        """Open the journal by a copy, because before the first ingest there is no lock that keeps one out.
+
+        Raises:
+            DatabaseNotFoundError: a segment vanished meanwhile, so there is a table now: look again.
+        """
+        segments = self.journal.segments()
+        cause = None
+        try:
+            reading.open_views(None, segments, ())
+            reading.freeze_journal()
+        except QueryError as error:
+            cause = error
+        if not all(map(os.path.exists, segments)):
+            raise DatabaseNotFoundError(f"{self.path} is being made at this moment; try again") from cause
+        if cause is not None:
+            raise cause
+
+    def refuse_own_files(self, path: str) -> None:
+        """Raise StoreError if `path` is no place for an export: above all, if that would destroy the log."""
+        folder, name = os.path.split(os.path.abspath(path))
+        try:
+            folder = os.path.realpath(folder)
+            found = None if not os.path.lexists(path) else os.lstat(path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL
+            raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
+        own = os.path.realpath(self.path)
+        journal = os.path.realpath(self.journal.directory)
+        if self.is_file and os.path.join(folder, name) in (own, own + ".wal"):
+            raise StoreError(f"{path} is the audit database itself; name another file")
+        if folder == journal or folder.startswith(journal + os.sep):
+            raise StoreError(f"{path} lies in the journal; name a file elsewhere")
+        if not os.path.isdir(folder):
+            raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
+            raise StoreError(f"{path} is {kind}; name a file, or write to standard output by --export -")
+        if self.is_file and found is not None and not self._is_absent() and os.path.samefile(path, own):
+            raise StoreError(f"{path} is the audit database under another name; name another file")
+
+    def signature(self) -> object:
+        """Return what is different after every ingest: cheap, and without opening anything.
+
+        None as long as the next ingest might leave it the same, because file times are coarse.
+        """
+        paths = [self.path, self.path + ".wal"] if self.is_file else [self.journal.directory]
+        stamps = [_stamp_of(path) for path in paths]
+        now = wall_clock_ns()
+        for changed_ns, _, _ in filter(None, stamps):
+            tick_ns = _COARSE_TICK_NS if changed_ns % 1_000_000_000 == 0 else _FINE_TICK_NS
+            if abs(now - changed_ns) < tick_ns:
+                return None
+        return stamps
 
 
 _POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
@@ -7927,7 +8121,8 @@ def _refuse_fatal_limit() -> None:
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
-    DatabaseCorruptError: "move it aside or restore a backup; nothing was changed, events wait",
+    DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
+    "else move it aside or restore a backup",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
     DatabaseUnreachableError: "events wait in the journal",
     EngineNotFoundError: "events wait in the journal",
@@ -7946,11 +8141,12 @@ class Reading:
         self.problem: StoreError | None = None
         self.has_table = False
         self.has_journal = False
+        self.has_ledger = False
 
     def open_views(
         self, table: Collection[str] | None, segments: Sequence[str], known: Collection[str]
     ) -> None:
-        """Define `table_rows`, `journal_rows` and `logs`, the two together.
+        """Define the views `table_rows` and `journal_rows`, which together are the log.
 
         Args:
             table: the columns of the table, None if there is none.
@@ -7969,18 +8165,16 @@ class Reading:
         rows = NO_ROWS if table is None else table_rows(table)
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
-        self.engine.execute(
-            "CREATE OR REPLACE TEMP VIEW logs AS "
-            "SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows"
-        )
 
-    def _select(
-        self, columns: str, what: Filter, count: int | None, oldest_first: bool
-    ) -> tuple[str, dict[str, object]]:
-        """Return the query of a filtered log. The limit goes into both sides: a limit on the union alone
-        would read the whole table (40 times slower on 10 million rows)."""
+    def freeze_journal(self) -> None:
+        """Copy the journal's events, so that no later query reads files."""
+        for statement in FREEZE_JOURNAL:
+            self.engine.execute(statement)
+
+    def _source(self, what: Filter, count: int | None, order: str) -> tuple[str, dict[str, object]]:
+        """Return the query of the filtered events. The limit goes into both sides: a limit on the union
+        alone would read the whole table (40 times slower on 10 million rows)."""
         where, params = what.where()
-        order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
         tail = ""
         if count is not None:
             params["count"] = count
@@ -7990,10 +8184,15 @@ class Reading:
             for view, there in (("table_rows", self.has_table), ("journal_rows", self.has_journal))
             if there
         ] or ["(SELECT * FROM journal_rows)"]
-        source = " UNION ALL BY NAME ".join(sides)
-        return f"SELECT {columns} FROM ({source}) ORDER BY {order}" + (
-            " LIMIT $count" if count is not None else ""
-        ), params
+        return " UNION ALL BY NAME ".join(sides), params
+
+    def _select(
+        self, columns: str, what: Filter, count: int | None, oldest_first: bool
+    ) -> tuple[str, dict[str, object]]:
+        order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
+        source, params = self._source(what, count, order)
+        tail = "" if count is None else " LIMIT $count"
+        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})", params
 
     def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
         """Yield the matching events as rows of PUBLIC_COLUMNS, newest first.
@@ -8006,39 +8205,346 @@ class Reading:
         sql, params = self._select(public_select(), what, count, oldest_first)
         return self.engine.stream(sql, params)
 
-    def export(self, what: Filter, path: str, *, count: int | None = None, raw: bool = False) -> int:
-        """Write the matching events to a CSV file and return their number.
+    def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
+        """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
 
-        The file appears whole or not at all, under a temporary name until then, with mode 0600.
+        Percentiles are durations that occurred (no interpolation), in milliseconds.
 
         Args:
             what: the filter.
-            path: the file; an older one is replaced.
-            count: how many at most; None for all.
+            by: a key of STATS_BY.
+            sort: which of STATS_COLUMNS is largest first; hours and days come newest first.
+            count: how many groups at most.
+        """
+        source, params = self._source(what, None, NEWEST_FIRST)
+        return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
+
+    def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
+        """Run one SELECT over the view `logs` and return its column names and its rows.
+
+        It can read the log and write nothing: the database is attached read-only, and files,
+        extensions and settings are locked. The session is good for nothing else afterwards. Values
+        are those of JSON; what it lacks (times, intervals, bytes) is text.
+
+        Raises:
+            QueryError: no single SELECT, or DuckDB refuses it.
+        """
+        self.freeze_journal()
+        for lock in (SQL_VIEW, *SQL_LOCK):
+            self.engine.execute(lock)
+        params = {"statement": statement}
+        columns = self.engine.execute(SQL_COLUMNS, params)
+        names = ", ".join(f"c{number}" for number in range(len(columns)))
+        parts = [_json_like(sql_type) for _, sql_type in columns]
+        casts = ", ".join(
+            f"{cast.format(f'c{number}')} AS c{number}" for number, (cast, _) in enumerate(parts)
+        )
+        rows = self.engine.stream(
+            f"SELECT {casts} FROM (SELECT * FROM query($statement)) AS result({names})", params
+        )
+        decoders = [decode for _, decode in parts]
+        return [name for name, _ in columns], (
+            tuple(
+                value if decode is None or value is None else decode(value)
+                for decode, value in zip(decoders, row)
+            )
+            for row in rows
+        )
+
+    def export(
+        self,
+        what: Filter,
+        path: str,
+        *,
+        form: str = "csv",
+        count: int | None = None,
+        oldest_first: bool = False,
+        raw: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Write the matching events to a file and return their number.
+
+        The file appears whole or not at all, with mode 0600; an older one is replaced. Every format has
+        all the columns: `.duckdb` as the table `logs`, so that every command can read it by `--db`.
+
+        Args:
+            what: the filter.
+            path: the file; `Store.refuse_own_files` says whether it may be written.
+            form: one of EXPORT_FORMATS.
+            count: how many events at most; None for all.
+            oldest_first: the other order, and the other end of the log.
             raw: leave text as it is that a spreadsheet would run as a formula; otherwise it gets a
-                leading apostrophe, and so does text that begins with one.
+                leading apostrophe in CSV, and so does text that begins with one.
+            progress: called every half second with the bytes written so far, from another thread.
 
         Raises:
             StoreError: nothing could be written; an older file is still there.
         """
+        self.freeze_journal()  # or the two queries below would see two ends of a live segment
+        source, params = self._source(what, None, NEWEST_FIRST)
+        ((matching,),) = self.engine.execute(f"SELECT count(*)::BIGINT AS n FROM ({source})", params)
+        expected = matching if count is None else min(count, matching)
+        if form == "duckdb":
+            columns = _NAMES
+        else:
+            columns = public_select(typed=form == "parquet", plain_csv=raw or not form.startswith("csv"))
+        sql, params = self._select(columns, what, count, oldest_first)
+        params["formula"] = FORMULA
         folder, name = os.path.split(os.path.abspath(path))
         scratch = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
-        sql, params = self._select(public_select(plain_csv=raw), what, count, False)
         try:
-            os.close(os.open(scratch, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+            os.mkdir(scratch, 0o700)
             try:
-                self.engine.execute(
-                    f"COPY ({sql}) TO {sql_literal(scratch)} ({COPY_CSV})", {**params, "formula": FORMULA}
-                )
-                ((written,),) = self.engine.execute(COUNT_CSV, {"file": scratch})
-                os.replace(scratch, path)
-            except BaseException:
-                with contextlib.suppress(OSError):
-                    os.unlink(scratch)
-                raise
+                target = os.path.join(scratch, "export")
+                with _watched(target, progress):
+                    written = self._write(sql, params, target, form)
+                if written not in (expected, None):
+                    raise StoreError(f"{path}: {written} of {expected} events were written; try again")
+                os.chmod(target, 0o600)
+                os.replace(target, path)
+            finally:
+                _remove_scratch(scratch)
         except OSError as error:
             raise StoreError(f"{path} can't be written: {error.strerror}") from error
-        return int(written)
+        except QueryError as error:
+            raise StoreError(f"{path} can't be written: {error}") from error
+        return int(expected)
+
+    def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
+        """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
+        place = sql_literal(target)
+        if form != "duckdb":
+            told = self.engine.execute(f"COPY ({sql}) TO {place} ({COPY_OPTIONS[form]})", params)
+            return told[0][0] if told else None
+        self.engine.execute(f"ATTACH {place} AS copy (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
+        told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
+        self.engine.execute("CHECKPOINT copy")
+        self.engine.execute("DETACH copy")
+        return told[0][0] if told else None
+
+
+# How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
+_RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
+    (("BOOLEAN",), "{0}", None),
+    (("UBIGINT", "HUGEINT", "UHUGEINT", "VARINT", "BIGNUM"), "{0}::VARCHAR", int),
+    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", json.loads),
+    (("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"), "{0}::BIGINT", None),
+    (("DECIMAL",), "{0}::DOUBLE", None),
+    (("FLOAT", "DOUBLE"), "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", None),  # JSON has no NaN
+)
+
+
+def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
+    """Return the cast of a result column, to be formatted with its name, and what decodes its values."""
+    if sql_type.endswith("]"):
+        return "to_json({0})::VARCHAR", json.loads
+    for beginnings, cast_sql, decode in _RESULT_TYPES:
+        if sql_type.startswith(beginnings):
+            return cast_sql, decode
+    return "{0}::VARCHAR", None
+
+
+@contextlib.contextmanager
+def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None]:
+    """Tell the size of a growing file every half second while the block runs."""
+    if progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            progress(_size_of(path))
+
+    watcher = threading.Thread(target=watch, name="mxcp_audit progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+@contextlib.contextmanager
+def interruptible(engine: Engine) -> Iterator[None]:
+    """Let Ctrl+C end a running query, where signals arrive: in the main thread.
+
+    Python runs its signal handler only between two of its own instructions, and a query is one of
+    them. A thread is told of the signal through a socket, and interrupts the query.
+    """
+    import signal
+    import socket
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while here.recv(1):
+            engine.interrupt()
+
+    watcher = threading.Thread(target=watch, name="mxcp_audit interrupt", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        there.close()
+        watcher.join()
+        here.close()
+
+
+def _remove_scratch(folder: str) -> None:
+    with contextlib.suppress(OSError):
+        for name in os.listdir(folder):
+            os.unlink(os.path.join(folder, name))
+        os.rmdir(folder)
+
+
+class _Tail:
+    """How far a follower has come in one segment."""
+
+    __slots__ = ("offset", "seq", "settled")
+
+    def __init__(self) -> None:
+        self.offset = 0  # behind the last whole line that was read
+        self.seq = 0  # the highest number that was seen
+        self.settled = False  # the table has it, and the rest was taken from there
+
+
+class Follower:
+    """Sees events as they are recorded, by whatever process: each once, none left out.
+
+    A look reads what the segments got since the last one. The database is opened only if its file
+    changed, that is, after an ingest: a segment may have moved into the table before it was read to
+    its end, or seen at all. The ledger says which did, and their missing rows are taken from there.
+    No lock is held between looks.
+
+    Args:
+        store: the log.
+        what: which events to return.
+    """
+
+    def __init__(self, store: Store, what: Filter) -> None:
+        self._store = store
+        self._what = what
+        self._tails: dict[str, _Tail] = {}  # by segment
+        self._positions: dict[str, int] = {}  # by journal: the ledger entry that was looked at last
+        self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
+        self._signature: object = None
+        self._engine: Engine | None = None
+
+    def start(self, reading: Reading | None) -> None:
+        """Count everything that is there now as seen.
+
+        Args:
+            reading: an open reading; None if there is no log yet.
+        """
+        for _ in self._new_lines():
+            pass
+        if reading is None or reading.problem is not None:
+            # The ledger can't be had. Of what it says later, only what was ingested from now on is new.
+            self._since = sql_time(utc_now()) if reading is not None else self._since
+            return
+        self._signature = self._store.signature()
+        if reading.has_ledger:
+            self._positions = dict(reading.engine.execute(LEDGER_ENDS))
+
+    def is_seen(self, row: Row) -> bool:
+        """Say whether an event will not be returned by `look`, because `start` counted it as seen."""
+        segment, seq = _segment_and_seq(row)
+        tail = self._tails.get(segment)
+        return tail is None or seq <= tail.seq
+
+    def look(self) -> list[Row]:
+        """Return the matching events that came since the last look, as rows of PUBLIC_COLUMNS, oldest first.
+
+        Raises:
+            JournalError: the journal can't be read.
+            StoreError: the table can't be asked. A later look can make up for it.
+        """
+        rows = [row for row in self._new_lines() if self._what.matches(row)]
+        signature = self._store.signature()
+        if signature is None or signature != self._signature:
+            # Somebody may ingest at this moment; then the next look asks again.
+            with contextlib.suppress(DatabaseLockedError, DatabaseNotFoundError):
+                rows += self._new_table_rows()
+        return sorted(rows, key=lambda row: (row[0], _segment_and_seq(row)))
+
+    def close(self) -> None:
+        """End the session with DuckDB, if there is one."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _new_lines(self) -> Iterator[Row]:
+        paths = {segment_id_of(path): path for path in self._store.journal.segments()}
+        for segment in [each for each, tail in self._tails.items() if tail.settled and each not in paths]:
+            del self._tails[segment]
+        for segment, path in paths.items():
+            tail = self._tails.setdefault(segment, _Tail())
+            if _size_of(path) <= tail.offset:
+                continue
+            try:
+                with open(path, "rb") as file:
+                    file.seek(tail.offset)
+                    data = file.read()
+            except FileNotFoundError:
+                continue  # ingested just now: the ledger tells
+            except OSError as error:
+                raise JournalError(f"can't be read: {error.strerror}", path=path) from error
+            end = data.rfind(b"\n") + 1  # the rest is being written
+            tail.offset += end
+            for line in data[:end].split(b"\n")[:-1]:
+                if line_fault(line) is None:
+                    event = json.loads(line)
+                    if event["seq"] > tail.seq:
+                        tail.seq = event["seq"]
+                        event["event_id"] = f"{segment}:{tail.seq}"
+                        yield tuple(event.get(name) for name in PUBLIC_COLUMNS)
+
+    def _new_table_rows(self) -> list[Row]:
+        """Return what moved into the table unseen."""
+        store = self._store
+        engine = self._engine = self._engine or store._opener()
+        asked = {
+            "journals": list(self._positions),
+            "positions": list(self._positions.values()),
+            "since": self._since,
+        }
+        rows: list[Row] = []
+        with store._attached(engine, read_only=True):
+            signature = store.signature()  # nobody can ingest now
+            present = store._columns(engine)
+            entries = engine.execute(NEW_SEGMENTS, asked) if "ledger" in present else []
+            seen = {
+                segment: self._tails[segment].seq if segment in self._tails else 0
+                for _, segment, _, _ in entries
+            }
+            missing = [segment for _, segment, _, events in entries if seen[segment] < events]
+            if missing:
+                where, params = self._what.where()
+                found = engine.execute(
+                    f"SELECT {public_select()} FROM (SELECT * FROM ({table_rows(present['logs'])}) "
+                    f"WHERE segment IN (SELECT unnest($missing)) AND {where})",
+                    {**params, "missing": missing},
+                )
+                for row in found:
+                    segment, seq = _segment_and_seq(row)
+                    if seq > seen[segment]:
+                        rows.append(row)
+        for journal, segment, position, events in entries:
+            tail = self._tails.setdefault(segment, _Tail())
+            tail.seq = max(tail.seq, events)
+            tail.settled = True
+            self._positions[journal] = max(position, self._positions.get(journal, 0))
+        self._signature = signature
+        if not engine.keeps:
+            self.close()
+        return rows
 
 
 def _size_of(path: str) -> int:
@@ -8046,6 +8552,20 @@ def _size_of(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
+
+
+def _segment_and_seq(row: Row) -> tuple[str, int]:
+    """Return what a row's event id is made of; rows of older tables have none."""
+    segment, _, seq = (row[-1] or "").rpartition(":")
+    return segment, int(seq or 0)
+
+
+def _stamp_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
 
 
 # --- the ledger
@@ -8821,11 +9341,17 @@ def platform_node() -> str:
 # Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
 
-_SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
+SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
+WIDE_COLUMNS: Final = (*SHORT_COLUMNS, "user_id", "session_id", "trace_id", "event_id")
 _HEADERS: Final = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
+_FIRST_WIDTHS: Final = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
+_ELASTIC: Final = frozenset(
+    ("name", "caller", "input_json", "reason", "error", "user_id", "session_id", "trace_id", "event_id")
+)
 _STYLES: Final = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 _PLAIN_STYLE: Final = "\x1b[0m"
-_NARROWEST_NAME: Final = 12
+_NARROWEST: Final = 12  # arbitrary: cells that an elastic column keeps
+_WIDEST_BAR: Final = 40
 
 
 def printable(text: str) -> str:
@@ -8846,7 +9372,7 @@ def display_width(text: str) -> int:
 
     return sum(
         0
-        if unicodedata.combining(character) or unicodedata.category(character) in ("Mn", "Me", "Cf")
+        if unicodedata.category(character) in ("Mn", "Me", "Cf") or "\u1160" <= character <= "\u11ff"
         else 2
         if unicodedata.east_asian_width(character) in "WF"
         else 1
@@ -8859,82 +9385,272 @@ def fit(text: str, width: int, *, right: bool = False) -> str:
     missing = width - display_width(text)
     if missing >= 0:
         return " " * missing + text if right else text + " " * missing
-    kept = ""
-    used = 1
-    for character in text:
+    head, _ = _split_at(text, width - 1)
+    return fit(head + "…", width) if width > 0 else ""
+
+
+def wrap(text: str, width: int) -> Iterator[str]:
+    """Yield the text in pieces of at most `width` cells; nothing is left out."""
+    while text:
+        piece, text = _split_at(text, max(2, width))
+        yield piece
+
+
+def _split_at(text: str, width: int) -> tuple[str, str]:
+    """Return what fits into `width` cells, and the rest. Combining characters stay where they belong."""
+    if text[: width + 1].isascii():
+        return text[: max(0, width)], text[max(0, width) :]
+    used = 0
+    for index, character in enumerate(text):
         used += display_width(character)
         if used > width:
-            break
-        kept += character
-    return fit(kept + "…", width) if width else ""
+            return text[:index], text[index:]
+    return text, ""
 
 
-def json_text(value: object) -> str:
+def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
     """Return JSON that no terminal acts on: control and direction characters are escaped, which JSON
     allows anywhere in a text, so that it reads back the same."""
-    text = json.dumps(value, ensure_ascii=False)
+    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def write_json(file: TextIO, rows: Iterable[Row]) -> int:
-    """Write rows of PUBLIC_COLUMNS as one JSON array of objects, and return their number."""
+def write_json(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS) -> int:
+    """Write rows as one JSON array of objects with these names, and return their number."""
     count = 0
     for row in rows:
         file.write(",\n " if count else "[")
-        file.write(json_text(dict(zip(PUBLIC_COLUMNS, row))))
+        file.write(json_text(dict(zip(names, row)), ascii_only=not takes_unicode(file)))
         count += 1
     file.write("]\n" if count else "[]\n")
     return count
 
 
-def write_table(file: TextIO, rows: Sequence[Row], *, width: int | None, colour: bool) -> None:
-    """Write rows of PUBLIC_COLUMNS as a table, with the reason or the error under a row that has one.
+def write_json_lines(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS) -> None:
+    """Write rows as JSON objects, one a line."""
+    for row in rows:
+        file.write(json_text(dict(zip(names, row)), ascii_only=not takes_unicode(file)) + "\n")
+
+
+def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> int:
+    """Write rows as CSV, and return their number.
+
+    Args:
+        raw: leave text as it is that a spreadsheet would run; otherwise it gets a leading apostrophe.
+    """
+    import csv
+
+    formula = re.compile(FORMULA)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    count = 0
+    for row in rows:
+        count += 1
+        cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
+        writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
+    return count
+
+
+def indented_json(text: str) -> str:
+    """Return JSON text with a line for each value, everything else as it is: no number or name is changed.
+
+    Text that is no JSON comes back unchanged.
+    """
+    try:
+        json.loads(text)
+    except (ValueError, RecursionError):
+        return text
+    parts = []
+    depth = 0
+    tokens = _JSON_TOKEN.findall(text)
+    for before, token, after in zip(["", *tokens], tokens, [*tokens[1:], ""]):
+        if token in "]}" and before not in ("[", "{"):
+            depth -= 1
+            parts.append("\n" + "  " * depth)
+        parts.append(": " if token == ":" else token)
+        opens = token in "[{" and after not in ("]", "}")
+        depth += opens
+        if opens or token == ",":
+            parts.append("\n" + "  " * depth)
+    return "".join(parts)
+
+
+class EventTable:
+    """Events as a table that may grow, with the reason or the error under a row that has one.
 
     Args:
         file: where to; it is asked for its encoding, so that an ASCII terminal gets ASCII.
-        rows: newest first, or as they shall appear.
+        columns: names out of PUBLIC_COLUMNS.
         width: cells that a line may take; None where nobody looks at lines, as in a pipe.
         colour: mark errors and denials.
+        with_input: show the input under each row.
+        grows: leave room in the columns, because more rows will come.
     """
-    events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-    cells = [[_cell(event, column) for column in _SHORT_COLUMNS] for event in events]
-    heads = [_HEADERS.get(column, column.upper()) for column in _SHORT_COLUMNS]
-    widths = [max(map(display_width, column)) for column in zip(heads, *cells)]
+
+    def __init__(
+        self,
+        file: TextIO,
+        *,
+        columns: Sequence[str] = SHORT_COLUMNS,
+        width: int | None,
+        colour: bool,
+        with_input: bool = False,
+        grows: bool = False,
+    ) -> None:
+        self._file = file
+        self._columns = columns
+        self._width = width
+        self._colour = colour
+        self._with_input = with_input
+        self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
+        self._widths = [
+            max(len(head), _FIRST_WIDTHS.get(column, 0) if grows else 0)
+            for head, column in zip(self._heads, columns)
+        ]
+        self._begun = False
+
+    def write(self, rows: Sequence[Row]) -> None:
+        """Write more rows, oldest or newest first, as they shall appear."""
+        events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
+        cells = [[_cell(event, column) for column in self._columns] for event in events]
+        elastic = [column in _ELASTIC for column in self._columns]
+        self._widths = _widths(
+            [self._widths, *(map(display_width, row) for row in cells)], elastic, self._width
+        )
+        if not self._begun:
+            self._begun = True
+            self._line(self._heads)
+        for event, row in zip(events, cells):
+            self._line(row, _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"]) or "")
+            for label in ("reason", "error"):
+                if event[label] and label not in self._columns:
+                    text = f"    {label}: {printable(event[label])}"
+                    _write(self._file, (text if self._width is None else fit(text, self._width)).rstrip())
+            if self._with_input:
+                text = printable(event["input_json"] or "-")
+                for piece in [text] if self._width is None else wrap(text, self._width - 4):
+                    _write(self._file, "    " + piece)
+
+    def _line(self, cells: Sequence[str], style: str = "") -> None:
+        right = [column == "duration_ms" for column in self._columns]
+        line = _line(cells, self._widths, right, self._width)
+        _write(self._file, f"{style}{line}{_PLAIN_STYLE}" if style and self._colour else line)
+
+
+def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
+    """Write rows of any values as a table. Numbers go to the right, long text is cut to what fits."""
+    cells = [[_shown(value) for value in row] for row in rows]
+    right = [
+        bool(rows) and all(isinstance(row[n], (int, float, type(None))) for row in rows)
+        for n in range(len(heads))
+    ]
+    titles = [printable(head) for head in heads]
+    measured = [[display_width(cell) for cell in row] for row in [titles, *cells]]
+    widths = _widths(measured, [not number for number in right], width)
+    for row in [titles, *cells]:
+        _write(file, _line(row, widths, right, width))
+
+
+def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
+    """Write rows of a group's name and STATS_COLUMNS as a table with bars.
+
+    Args:
+        bar: the one of STATS_COLUMNS that the bars show.
+        width: cells that a line may take. What doesn't fit is left out: first the bars, then `first_seen`,
+            then `last_seen`. None: everything but bars.
+    """
+    heads = [
+        by.upper(),
+        "CALLS",
+        "ERRORS",
+        "DENIED",
+        "P50",
+        "P95",
+        "P99",
+        "MAX MS",
+        "FIRST SEEN",
+        "LAST SEEN",
+    ]
+    table = [[*map(_shown, row[:8]), *(_moment(value) for value in row[8:])] for row in rows]
+    widths = [max(map(display_width, column)) for column in zip(heads, *table)]
+    right = [False, *[True] * 7, False, False]
+    kept = list(range(len(heads)))
+    room = 0
     if width is not None:
-        name = _SHORT_COLUMNS.index("name")
-        spare = width - (sum(widths) + 2 * (len(widths) - 1))
-        widths[name] = max(_NARROWEST_NAME, widths[name] + min(0, spare))
-    _write_line(file, heads, widths, width, "")
-    for event, row in zip(events, cells):
-        style = _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"]) or ""
-        _write_line(file, row, widths, width, style if colour else "")
-        for label in ("reason", "error"):
-            if event[label]:
-                text = f"    {label}: {printable(event[label])}"
-                _write(file, (text if width is None else fit(text, width)).rstrip())
+        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1:8]) - 14))
+        for last in (8, 9):
+            if sum(widths[n] + 2 for n in kept) - 2 > width:
+                kept.remove(last)
+        room = min(_WIDEST_BAR, width - sum(widths[n] + 2 for n in kept))
+    shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
+    largest = max([*shown, 1])
+    block = "█" if takes_unicode(file) else "#"
+    for row, value in zip([heads, *table], [0, *shown]):
+        line = _line([row[n] for n in kept], [widths[n] for n in kept], [right[n] for n in kept], None)
+        if room > 3:
+            line = fit(line, width - room if width else 0) + block * -(-value * room // largest)
+        _write(file, line.rstrip())
+
+
+def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None:
+    """Write names and values, a line each; the further lines of a value are indented."""
+    for name, value in fields:
+        lines = ["-"] if value is None else value.split("\n")
+        if len(lines) > 1:
+            _write(file, name)
+        for line in lines:
+            label = "  " if len(lines) > 1 else f"{name:16} "
+            _write(file, (label + printable(line)).rstrip())
+
+
+def write_text(file: TextIO, text: str) -> None:
+    """Write a text with its line breaks, and nothing else that a terminal acts on."""
+    for line in text.split("\n"):
+        _write(file, printable(line))
+
+
+_JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
+
+
+def _widths(measured: Iterable[Iterable[int]], elastic: Sequence[bool], width: int | None) -> list[int]:
+    """Return a width for each column: the widest cell's, or less where the column is elastic."""
+    widths = [max(column) for column in zip(*measured)]
+    if width is None:
+        return widths
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
+        if elastic[index] and excess > 0:
+            cut = min(excess, max(0, widths[index] - _NARROWEST))
+            widths[index] -= cut
+            excess -= cut
+    return widths
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], width: int | None) -> str:
+    line = "  ".join(fit(c, size, right=number) for c, size, number in zip(cells, widths, right)).rstrip()
+    return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
 
 
 def _cell(event: Mapping[str, Any], column: str) -> str:
     value = event[column]
+    return _moment(value) if column == "timestamp" else _shown(value)
+
+
+def _moment(value: object) -> str:
+    return "-" if value is None else printable(str(value)[:19].replace("T", " "))
+
+
+def _shown(value: object) -> str:
     if value is None:
         return "-"
-    if column == "timestamp":
-        return str(value)[:19].replace("T", " ")
-    return printable(str(value))
+    return printable(value if isinstance(value, str) else json_text(value))
 
 
-def _write_line(
-    file: TextIO, cells: Sequence[str], widths: Sequence[int], width: int | None, style: str
-) -> None:
-    line = "  ".join(
-        fit(cell, size, right=column == "duration_ms")
-        for cell, size, column in zip(cells, widths, _SHORT_COLUMNS)
-    ).rstrip()
-    if width is not None:
-        line = fit(line, width).rstrip()
-    _write(file, f"{style}{line}{_PLAIN_STYLE}" if style else line)
+def takes_unicode(file: TextIO) -> bool:
+    """Say whether every character can be written as it is."""
+    return (file.encoding or "utf-8").lower().replace("-", "").startswith("utf")
 
 
 def _write(file: TextIO, line: str) -> None:
@@ -8952,13 +9668,17 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
     """Return one line that sums up what is shown."""
     errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
     denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
-    parts = [f"{len(rows)} event{'' if len(rows) == 1 else 's'}"]
+    parts = [_counted(len(rows), "event")]
     if errors:
-        parts.append(f"{errors} error{'' if errors == 1 else 's'}")
+        parts.append(_counted(errors, "error"))
     if denied:
         parts.append(f"{denied} denied")
     text = ", ".join(parts)
     return text + " (there may be more: --limit)" if count is not None and len(rows) == count else text
+
+
+def _counted(count: int, noun: str) -> str:
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 # === Assembly ===
@@ -9145,7 +9865,7 @@ def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
 
 
 # === Command line ===
-# may name: Errors, Config, Events, Writer, Calls, Logger, SQL, Engines, Store, Output, Assembly
+# may name: every room above
 #
 # The only room that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
@@ -9155,6 +9875,10 @@ EXIT_USAGE: Final = 2
 EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 _POLICY_WORDS: Final = {"denied": "deny", "allowed": "allow", "warned": "warn"}
+_SORTS: Final = {
+    **{name: name for name in ("calls", "errors", "denied")},
+    **{name: f"{name}_ms" for name in ("p50", "p95", "p99", "max")},
+}
 _TIME: Final = re.compile(
     r"(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(?::(\d{2})(?:\.(\d{1,6}))?)?(Z|[+-]\d{2}:?\d{2})?)?"
 )
@@ -9210,20 +9934,83 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _seconds(text: str) -> float:
+    import argparse
+
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1
+    if not 0 <= seconds <= 86_400:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to 86400")
+    return seconds
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    import argparse
+
+    names = tuple(name.strip() for name in text.split(","))
+    unknown = [name for name in names if name not in PUBLIC_COLUMNS]
+    if unknown:
+        raise argparse.ArgumentTypeError(
+            f"there is no column {unknown[0]!r}; there are {', '.join(PUBLIC_COLUMNS)}"
+        )
+    return tuple(dict.fromkeys(names))
+
+
 def _policy_argument(text: str) -> str:
     return _POLICY_WORDS.get(text, text)
+
+
+def _say_status(text: str) -> None:
+    """Write a line over the last one, on a terminal."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def version_text() -> str:
+    """Return the version, the journal's format and what this very file is, so that an edited copy shows."""
+    import hashlib
+
+    try:
+        with open(__file__, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()[:12]
+    except OSError:  # inside of an archive
+        digest = "unknown"
+    return f"mxcp_audit {__version__}, journal format {JOURNAL_FORMAT}, file {digest}"
 
 
 def build_parser() -> argparse.ArgumentParser:
     """Return the parser of the command line."""
     import argparse
 
-    parser = argparse.ArgumentParser(
-        prog="mxcp-audit", description="Query the audit log of an MCP server, while the server runs."
+    class Parser(argparse.ArgumentParser):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**{"allow_abbrev": False, **settings})
+
+        def error(self, message: str) -> NoReturn:  # it may quote a name that came out of the log
+            super().error("\n".join(map(printable, message.splitlines())))
+
+    class Version(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+            print(version_text())
+            parser.exit()
+
+    parser = Parser(
+        prog="mxcp-audit",
+        description="Query the audit log of an MCP server, while the server runs.",
+        epilog="""\
+examples:
+  mxcp-audit log --status error --since 1h     what failed
+  mxcp-audit log -f                            what happens now
+  mxcp-audit stats --type tool --sort p95      which tools are slow
+  mxcp-audit COMMAND --help                    more of each
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"mxcp_audit {__version__}")
+    parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = argparse.ArgumentParser(add_help=False)
+    common = Parser(add_help=False)
     place = common.add_argument_group("which log")
     place.add_argument(
         "--config", metavar="FILE", help="the site file (default: mxcp-site.yml here or above)"
@@ -9232,10 +10019,21 @@ def build_parser() -> argparse.ArgumentParser:
         "--profile", metavar="NAME", help="the profile (default: MXCP_PROFILE, or the site file's)"
     )
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
-    place.add_argument("--wait", metavar="SECONDS", type=float, default=5.0, help=argparse.SUPPRESS)
+    place.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        type=_seconds,
+        default=5.0,
+        help="how long to try again while another process holds the database (default: 5)",
+    )
     common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
     for add in (
         _add_log,
+        _add_show,
+        _add_stats,
+        _add_sql,
+        _add_config,
+        _add_redact,
         _add_ingest,
         _add_doctor,
         _add_import,
@@ -9245,48 +10043,91 @@ def build_parser() -> argparse.ArgumentParser:
         _add_purge,
         _add_backup,
         _add_compact,
+        _add_completion,
     ):
         add(commands, common)
     return parser
 
 
-def _add_log(commands: Any, common: argparse.ArgumentParser) -> None:
+def _add_command(
+    commands: Any,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    texts: tuple[str, str, str],
+    **parts: Any,
+) -> argparse.ArgumentParser:
+    """Add a command with its help: one line, what it does, and examples without the program's name."""
     import argparse
 
-    command = commands.add_parser(
-        "log",
-        parents=[common],
-        help="show, filter and export events",
-        description="Show the newest events, from the database and from the journal of running servers.",
-        epilog="""\
-examples:
-  mxcp-audit log --tool my_tool --status error --since 1d
-  mxcp-audit log --policy denied --since 7d --export denied.csv
-  mxcp-audit log --json --limit 500
-""",
+    one_line, description, examples = texts
+    lines = "".join(f"  mxcp-audit {line}\n" for line in examples.splitlines())
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=one_line,
+        description=description,
+        epilog=f"examples:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        **parts,
     )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_log(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "show, follow, filter and export events",
+        "Show the newest events, from the database and from the journal of running servers.",
+        """\
+log --tool my_tool --status error --since 1d
+log --tool 'user_*' --grep timeout --input
+log --policy denied --since 7d --export denied.csv
+log --json --limit 500
+log --follow --status error""",
+    )
+    command = _add_command(commands, "log", cmd_log, texts, parents=[common])
     _add_filters(command)
-    command.add_argument("--limit", type=_positive, metavar="N", help="show at most N events (default: 100)")
-    command.add_argument("--json", action="store_true", help="print a JSON array of objects")
-    command.add_argument("--export", metavar="FILE", help="write every match to a CSV file")
-    command.add_argument(
-        "--raw", action="store_true", help="with --export: leave text that looks like a formula as it is"
+    shown = command.add_argument_group("what is shown")
+    shown.add_argument("--limit", type=_positive, metavar="N", help="at most N events (default: 100)")
+    shown.add_argument(
+        "--oldest-first", action="store_true", help="the other order, from the other end of the log"
     )
-    command.set_defaults(run=cmd_log)
+    shown.add_argument("--json", action="store_true", help="a JSON array of objects; with -f one a line")
+    shown.add_argument(
+        "--columns", type=_columns, metavar="A,B,…", help=f"these of: {', '.join(PUBLIC_COLUMNS)}"
+    )
+    shown.add_argument("--wide", action="store_true", help="more columns, nothing cut to the terminal")
+    shown.add_argument("--input", action="store_true", help="the redacted input under each event")
+    shown.add_argument(
+        "-f",
+        "--follow",
+        action="store_true",
+        help="go on with new events as they happen; past ones come first with --limit or --since",
+    )
+    export = command.add_argument_group("export")
+    export.add_argument(
+        "--export",
+        metavar="FILE",
+        help=f"write every match (or --limit) with all columns; the extension is one of "
+        f"{', '.join(EXPORT_FORMATS)}; - is standard output",
+    )
+    export.add_argument(
+        "--format", choices=EXPORT_FORMATS, metavar="FORMAT", help="whatever the extension says"
+    )
+    export.add_argument(
+        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
+    )
 
 
 def _add_filters(command: argparse.ArgumentParser) -> None:
-    what = command.add_argument_group("which events (all must hold)")
-    what.add_argument(
-        "--tool", action="append", default=[], metavar="NAME", help="of this tool; may be repeated"
-    )
-    what.add_argument(
-        "--resource", action="append", default=[], metavar="URI", help="of this resource; may be repeated"
-    )
-    what.add_argument(
-        "--prompt", action="append", default=[], metavar="NAME", help="of this prompt; may be repeated"
-    )
+    what = command.add_argument_group("which events (all must hold; * in a name is any text)")
+    for event_type, metavar in (("tool", "NAME"), ("resource", "URI"), ("prompt", "NAME")):
+        what.add_argument(
+            f"--{event_type}",
+            action="append",
+            default=[],
+            metavar=metavar,
+            help=f"of this {event_type}; may be repeated, and any of them will do",
+        )
     what.add_argument("--type", choices=EVENT_TYPES, help="of this type")
     what.add_argument(
         "--policy",
@@ -9304,11 +10145,22 @@ def _add_filters(command: argparse.ArgumentParser) -> None:
     what.add_argument(
         "--until", type=_time_argument, metavar="WHEN", help="before that long ago, or before an ISO time"
     )
+    what.add_argument("--caller", metavar="NAME", help="from this caller: http, stdio, cli …")
+    what.add_argument("--user", metavar="ID", help="by this user")
+    what.add_argument("--session", metavar="ID", help="in this session")
+    what.add_argument("--trace", metavar="ID", help="in this trace")
+    what.add_argument("--event", metavar="ID", help="the one with this event_id")
+    what.add_argument(
+        "--grep", metavar="TEXT", help="with this text in name, input, error or reason, in any case"
+    )
+    what.add_argument("--min-ms", type=_positive, metavar="N", help="that took N milliseconds or longer")
 
 
 def _filter_of(options: argparse.Namespace) -> Filter:
     if options.since and options.until and options.until <= options.since:
         raise _UsageError("--until is not after --since, so nothing can match")
+    if options.event is not None:
+        parse_event_id(options.event)
     return Filter(
         tools=tuple(options.tool),
         resources=tuple(options.resource),
@@ -9318,6 +10170,13 @@ def _filter_of(options: argparse.Namespace) -> Filter:
         status=options.status,
         since=options.since,
         until=options.until,
+        caller=options.caller,
+        user=options.user,
+        session=options.session,
+        trace=options.trace,
+        event_id=options.event,
+        text=options.grep,
+        min_ms=options.min_ms,
     )
 
 
@@ -9332,34 +10191,47 @@ def _config_of(options: argparse.Namespace) -> Config:
         # Beside a target that is no file there is no place: look for the default profile's journal here.
         journal = "logs-default.journal" if is_attach_target(options.db) else None
         return config_from_arguments(path=options.db, journal=journal)
-    config = load_config(config=options.config, profile=options.profile)
+    return load_config(config=options.config, profile=options.profile)
+
+
+def _store_of(options: argparse.Namespace) -> Store:
+    config = _config_of(options)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         raise _UsageError(
             f"audit logging is not enabled for profile {config.profile!r}; add to {config.site_file}:\n"
             f"profiles:\n  {config.profile}:\n    audit:\n      enabled: true"
         )
-    return config
+    return Store(config)
+
+
+@contextlib.contextmanager
+def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
+    """Open table and journal; raise where only half of the log can be had, which must not look like all."""
+    with store.reading(wait=options.wait) as reading:
+        if reading.problem is not None:
+            raise reading.problem
+        with interruptible(reading.engine):
+            yield reading
 
 
 def cmd_log(options: argparse.Namespace) -> int:
     what = _filter_of(options)
-    store = Store(_config_of(options))
+    _check_log_options(options)
+    store = _store_of(options)
+    if options.follow:
+        return _follow(options, store, what)
+    if options.export:
+        return _export(options, store, what)
     with store.reading(wait=options.wait) as reading:
-        if options.export:
-            if reading.problem is not None:
-                raise reading.problem  # half a log must not look like a whole one
-            store.refuse_own_files(options.export)
-            written = reading.export(what, options.export, count=options.limit, raw=options.raw)
-            _say(f"{written} event{'' if written == 1 else 's'} written to {options.export}")
-            return 0
         count = options.limit or 100
+        rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
         if options.json:
-            write_json(sys.stdout, reading.rows(what, count=count))
+            write_json(sys.stdout, *_columns_of(rows, options.columns))
         else:
-            rows = list(reading.rows(what, count=count))
-            width, colour = _terminal(sys.stdout)
-            write_table(sys.stdout, rows, width=width, colour=colour)
-            _say(summary(rows, count))
+            shown = list(rows)
+            _event_table(options).write(shown)
+            sys.stdout.flush()
+            _say(summary(shown, count))
         lost = store.losses(reading) if reading.problem is None else []
         if lost:
             _say(f"{sum(count for count, _ in lost)} events were lost in the last 30 days: see `doctor`")
@@ -9367,6 +10239,145 @@ def cmd_log(options: argparse.Namespace) -> int:
             _say(f"only events of the journal are shown: {reading.problem}")
             return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
     return 0
+
+
+def _check_log_options(options: argparse.Namespace) -> None:
+    if not options.export and (options.format or options.raw):
+        raise _UsageError("--format and --raw say how to export: add --export FILE")
+    if options.export and (options.columns or options.wide or options.input or options.json):
+        raise _UsageError("an export has every column, in the format of its extension or of --format")
+    if options.follow and (options.export or options.until or options.oldest_first):
+        raise _UsageError(
+            "--follow shows what is yet to come: leave --export, --until and --oldest-first out"
+        )
+
+
+def _columns_of(rows: Iterable[Row], columns: Sequence[str] | None) -> tuple[Iterable[Row], Sequence[str]]:
+    """Return the rows with these of PUBLIC_COLUMNS only, all if None, and the names of what is left."""
+    if columns is None:
+        return rows, PUBLIC_COLUMNS
+    places = [PUBLIC_COLUMNS.index(column) for column in columns]
+    return (tuple(row[place] for place in places) for row in rows), columns
+
+
+def _event_table(options: argparse.Namespace) -> EventTable:
+    width, colour = _terminal(sys.stdout)
+    return EventTable(
+        sys.stdout,
+        columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
+        width=None if options.wide else width,
+        colour=colour,
+        with_input=options.input,
+        grows=options.follow,
+    )
+
+
+def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
+    table = _event_table(options)
+    follower = Follower(store, what)
+
+    def show(rows: Sequence[Row]) -> None:
+        if options.json:
+            write_json_lines(sys.stdout, *_columns_of(rows, options.columns))
+        elif rows:
+            table.write(rows)
+        sys.stdout.flush()
+
+    try:
+        with store.reading(wait=options.wait) as reading:
+            follower.start(reading)
+            if reading.problem is not None:
+                _say(f"only events of the journal are shown until this is over: {reading.problem}")
+            past = []
+            if options.limit or options.since:
+                past = list(reading.rows(what, count=options.limit or 100))
+    except DatabaseNotFoundError:
+        _say(f"there is no log at {store.path} yet; waiting for the first event")
+        follower.start(None)
+        past = []
+    show([row for row in reversed(past) if follower.is_seen(row)])
+    told = ""
+    with contextlib.closing(follower):
+        while True:
+            begun = time.monotonic()
+            try:
+                show(follower.look())
+            except (JournalError, StoreError) as error:
+                if str(error) != told:
+                    told = str(error)
+                    _say(f"new events may be missing until this is over: {told}")
+            _pause(
+                min(0.4, max(0.1, 100 * (time.monotonic() - begun)))
+            )  # 1 % of a core, within half a second
+
+
+def _pause(seconds: float) -> None:
+    """Wait, but not longer than there is somebody to write for: then BrokenPipeError."""
+    import select
+
+    if not hasattr(select, "poll"):
+        time.sleep(seconds)
+        return
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(1000 * seconds)):
+        raise BrokenPipeError
+
+
+def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
+    to_stdout = options.export == "-"
+    form = options.format or ("csv" if to_stdout else export_format(options.export))
+    if form is None:
+        known = ", ".join("." + known for known in EXPORT_FORMATS)
+        raise _UsageError(f"{options.export}: the extension must be one of {known}; or say --format")
+    is_text = form in ("csv", "json", "jsonl")
+    if to_stdout and not is_text and sys.stdout.isatty():
+        raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
+    with contextlib.ExitStack() as stack:
+        path = options.export
+        if to_stdout:
+            import tempfile
+
+            path = os.path.join(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="mxcp_audit-")), f"export.{form}"
+            )
+        else:
+            store.refuse_own_files(path)
+        on_terminal = sys.stderr.isatty()
+
+        def progress(size: int) -> None:
+            _say_status(f"{size / 1e6:.1f} MB written")
+
+        with _whole_log(store, options) as reading:
+            written = reading.export(
+                what,
+                path,
+                form=form,
+                count=options.limit,
+                oldest_first=options.oldest_first,
+                raw=options.raw,
+                progress=progress if on_terminal else None,
+            )
+        if on_terminal:
+            _say_status("")
+        if to_stdout:
+            _copy_to_stdout(path)
+    _say(
+        f"{written} event{'' if written == 1 else 's'} written to {'standard output' if to_stdout else path}"
+    )
+    return 0
+
+
+def _copy_to_stdout(path: str) -> None:
+    if sys.stdout.isatty():  # here it is text
+        with open(path, encoding="utf-8", newline="\n") as text:
+            for line in text:
+                write_text(sys.stdout, line.removesuffix("\n"))
+        return
+    import shutil
+
+    with open(path, "rb") as file:
+        shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
 
 
 def _terminal(file: TextIO) -> tuple[int | None, bool]:
@@ -9380,14 +10391,212 @@ def _terminal(file: TextIO) -> tuple[int | None, bool]:
     return max(40, shutil.get_terminal_size().columns), colour
 
 
-def _add_ingest(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "ingest",
-        parents=[common],
-        help="move the events of dead processes from the journal into the database",
-        description="Move every sealed or orphaned segment into the database, as running servers do.",
+def _add_show(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "show one event in full",
+        "Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.",
+        "show 20261125T010203123456Z-1f2e3d4c:17\nshow 20261125T010203123456Z-1f2e3d4c:17 --json",
     )
-    command.set_defaults(run=cmd_ingest)
+    command = _add_command(commands, "show", cmd_show, texts, parents=[common])
+    command.add_argument("event", metavar="EVENT_ID", help="such as 20261125T010203123456Z-1f2e3d4c:17")
+    command.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def cmd_show(options: argparse.Namespace) -> int:
+    parse_event_id(options.event)
+    with _store_of(options).reading(wait=options.wait) as reading:
+        rows = list(reading.rows(Filter(event_id=options.event), count=1))
+        if not rows and reading.problem is not None:
+            raise reading.problem
+    if not rows:
+        _say(f"there is no event {options.event}")
+        return EXIT_FAILED
+    event = dict(zip(PUBLIC_COLUMNS, rows[0]))
+    if options.json:
+        print(json_text(event, indent=2, ascii_only=not takes_unicode(sys.stdout)))
+        return 0
+    fields = {name: None if value is None else str(value) for name, value in event.items()}
+    fields["input_json"] = indented_json(event["input_json"] or "null")
+    write_fields(sys.stdout, fields.items())
+    return 0
+
+
+def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "count calls, errors and denials; find what is slow",
+        "Show how often, how long and how well: a line for each group of events. "
+        "P50, P95, P99 and MAX are milliseconds.",
+        """\
+stats --since 1d
+stats --type tool --sort p95
+stats --by hour --tool my_tool
+stats --by user --policy denied --json""",
+    )
+    command = _add_command(commands, "stats", cmd_stats, texts, parents=[common])
+    _add_filters(command)
+    shown = command.add_argument_group("what is shown")
+    shown.add_argument("--by", choices=STATS_BY, default="name", help="what makes a group (default: name)")
+    shown.add_argument(
+        "--sort",
+        choices=_SORTS,
+        default="calls",
+        help="what is largest first, and what bars show (default: calls); hours and days go by time",
+    )
+    shown.add_argument(
+        "--limit", type=_positive, default=100, metavar="N", help="at most N groups (default: 100)"
+    )
+    shown.add_argument("--json", action="store_true", help="print a JSON array of objects")
+
+
+def cmd_stats(options: argparse.Namespace) -> int:
+    sort = _SORTS[options.sort]
+    with _whole_log(_store_of(options), options) as reading:
+        rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
+    if options.json:
+        write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
+    else:
+        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0])
+        sys.stdout.flush()
+        _say(f"{len(rows)} group{'' if len(rows) == 1 else 's'}" + _more(len(rows), options.limit))
+    return 0
+
+
+def _more(shown: int, limit: int) -> str:
+    return " (there may be more: --limit)" if shown == limit else ""
+
+
+def _add_sql(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "ask in SQL, read-only",
+        "Run one SELECT of DuckDB's SQL over the view `logs`, which has every event with the columns "
+        f"{', '.join(PUBLIC_COLUMNS)}. It can write nothing and read nothing else. "
+        "While it runs, servers keep their events in the journal.",
+        """\
+sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
+sql "SELECT input_json ->> '$.id' AS id, count(*) FROM logs GROUP BY 1" --json
+sql - --csv < question.sql""",
+    )
+    command = _add_command(commands, "sql", cmd_sql, texts, parents=[common])
+    command.add_argument("statement", metavar="SELECT", help="the statement; - reads it from standard input")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a JSON array of objects")
+    form.add_argument("--csv", action="store_true", help="print CSV")
+    command.add_argument(
+        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
+    )
+
+
+def cmd_sql(options: argparse.Namespace) -> int:
+    statement = sys.stdin.read() if options.statement == "-" else options.statement
+    try:
+        with _whole_log(_store_of(options), options) as reading:
+            names, rows = reading.query(statement)
+            if options.json:
+                write_json(sys.stdout, rows, names)
+            elif options.csv:
+                _print_csv(names, rows, raw=options.raw)
+            else:
+                write_grid(sys.stdout, names, list(rows), width=_terminal(sys.stdout)[0])
+    except QueryError as error:  # without the place, which is one in our statement around it
+        raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
+    return 0
+
+
+def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
+    """Print CSV: as UTF-8 whatever the locale says, but to a terminal harmlessly."""
+    import io
+
+    if sys.stdout.isatty():
+        text = io.StringIO(newline="")
+        write_csv(text, names, rows, raw=raw)
+        write_text(sys.stdout, text.getvalue().removesuffix("\n"))
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    write_csv(sys.stdout, names, rows, raw=raw)
+
+
+def _add_config(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "show the settings that hold, and who set them",
+        "Show every setting of the profile: its value and where it comes from. Secrets are left out.",
+        "config\nconfig --profile production --json",
+    )
+    command = _add_command(commands, "config", cmd_config, texts, parents=[common])
+    command.add_argument("--json", action="store_true", help="print a JSON object of value and source")
+
+
+def cmd_config(options: argparse.Namespace) -> int:
+    config = _config_of(options)
+    settings: dict[str, object] = {
+        name: getattr(config, name) for name in (each.name for each in fields(Config)) if name != "sources"
+    }
+    settings["attach"] = dict.fromkeys(config.attach, REDACTED)
+    settings["journal"] = config.journal_directory
+    if is_attach_target(config.path):
+        settings["path"] = Redactor().scrub(config.path)
+    sources = {name: config.sources.get(name, "default") for name in settings}
+    if options.json:
+        answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}
+        print(json_text(answer, indent=2, ascii_only=not takes_unicode(sys.stdout)))
+        return 0
+    rows = [
+        (name, value if isinstance(value, str) or value is None else json_text(value), sources[name])
+        for name, value in settings.items()
+    ]
+    write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
+    return 0
+
+
+def _add_redact(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "show what would be recorded of an input, and why",
+        "Read JSON on standard input and print what would be recorded of it, then a line for each part "
+        "that is taken out. Without a site file the default rules hold.",
+        """\
+redact < input.json
+redact --tool login --json < input.json""",
+    )
+    command = _add_command(commands, "redact", cmd_redact, texts, parents=[common])
+    command.add_argument("--tool", metavar="NAME", help="as the input of this tool")
+    command.add_argument("--json", action="store_true", help="print one object: recorded, redacted")
+
+
+def cmd_redact(options: argparse.Namespace) -> int:
+    if options.db is None and not options.config and not options.profile and not has_site_file():
+        redactor, limit = Redactor(), 1 << 20
+    else:
+        config = _config_of(options)
+        redactor, limit = redactor_of(config), config.max_input_bytes
+    try:
+        value = json.loads(sys.stdin.read())
+    except (ValueError, RecursionError) as error:
+        raise _UsageError(f"standard input is no JSON: {error}") from error
+    recorded = json.loads(
+        Encoder(redactor, max_input_bytes=limit).input_json(value, options.tool, None, None)
+    )
+    reasons = redactor.explain(value, tool=options.tool)
+    if options.json:
+        answer = {
+            "recorded": json.loads(recorded),
+            "redacted": [{"path": path, "reason": reason} for path, reason in reasons],
+        }
+        print(json_text(answer, indent=2, ascii_only=not takes_unicode(sys.stdout)))
+        return 0
+    write_text(sys.stdout, indented_json(recorded))
+    if reasons:
+        print()
+        write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
+    return 0
+
+
+def _add_ingest(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "move the events of dead processes from the journal into the database",
+        "Move every sealed or orphaned segment into the database, as running servers\ndo.",
+        "ingest\ningest --db /var/log/mxcp/audit-prod.duckdb",
+    )
+    _add_command(commands, "ingest", cmd_ingest, texts, parents=[common])
 
 
 def cmd_ingest(options: argparse.Namespace) -> int:
@@ -9400,13 +10609,79 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     return EXIT_FAILED if told.rejected else 0
 
 
-def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "verify",
-        parents=[common],
-        help="prove that nothing was changed, removed or inserted",
-        description="Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
+def _add_completion(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "print what makes a shell complete this program's words",
+        "Print a script for bash or zsh. Load it from your shell's start file.",
+        "completion bash > ~/.local/share/bash-completion/completions/mxcp-audit\ncompletion zsh >> ~/.zshrc",
     )
+    command = _add_command(commands, "completion", cmd_completion, texts)
+    command.add_argument("shell", choices=("bash", "zsh"))
+    command.set_defaults(debug=False)
+
+
+def cmd_completion(options: argparse.Namespace) -> int:
+    print(completion_script(options.shell))
+    return 0
+
+
+def completion_script(shell: str) -> str:
+    """Return the completion for bash or zsh, made from the parser itself."""
+    commands: Mapping[str, argparse.ArgumentParser] = {}
+    for action in build_parser()._actions:
+        if action.dest == "command":
+            commands = cast("Mapping[str, argparse.ArgumentParser]", action.choices)
+    words, values = [], []
+    for name, command in commands.items():
+        flags: list[str] = []
+        for action in command._actions:
+            flags += action.option_strings
+            if action.choices and action.option_strings:
+                cases = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
+                values.append(f'        {cases}) words="{" ".join(action.choices)}" ;;')
+            elif action.choices:
+                flags += action.choices
+        words.append(f'        {name}) words="{" ".join(flags)}" ;;')
+    return _COMPLETION.format(
+        zsh=_COMPLETION_ZSH if shell == "zsh" else "",
+        values="\n".join(values),
+        words="\n".join(words),
+        commands=" ".join(commands),
+    )
+
+
+_COMPLETION_ZSH: Final = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+autoload -Uz bashcompinit && bashcompinit
+"""
+# Where no word fits, the shell completes file names.
+_COMPLETION: Final = """\
+# Completion of mxcp-audit, made by `mxcp-audit completion`.
+{zsh}_mxcp_audit() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} words=""
+    case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+{values}
+        *" --export"|*" --config"|*" --db") COMPREPLY=(); return ;;
+    esac
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{commands} --help --version"
+    elif [ -z "$words" ]; then
+        case "${{COMP_WORDS[1]}}" in
+{words}
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o default -F _mxcp_audit mxcp-audit"""
+
+
+def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
+    texts = (
+        "prove that nothing was changed, removed or inserted",
+        "Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
+        "verify\nverify --since 7d --json\nverify --checkpoint heads.json",
+    )
+    command = _add_command(commands, "verify", cmd_verify, texts, parents=[common])
     command.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
     command.add_argument(
         "--since", type=_time_argument, metavar="WHEN", help="recompute segments with events since then only"
@@ -9414,7 +10689,6 @@ def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
     command.add_argument(
         "--checkpoint", metavar="FILE", help="what `checkpoint` printed: nothing up to there may be missing"
     )
-    command.set_defaults(run=cmd_verify)
 
 
 def cmd_verify(options: argparse.Namespace) -> int:
@@ -9507,14 +10781,14 @@ def _read_checkpoint(path: str) -> list[Head]:
 
 
 def _add_checkpoint(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "checkpoint",
-        parents=[common],
-        help="print where the ledger ends, to be kept elsewhere",
-        description="Print the head of each journal's chain. Kept where nobody who can write the database "
-        "can, it lets `verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.",
+    texts = (
+        "print where the ledger ends, to be kept elsewhere",
+        "Print the head of each journal's chain. Kept where nobody who can write the\n"
+        "database can, it lets `verify --checkpoint FILE` tell whether anything up to\n"
+        "it was cut off or rewritten.",
+        "checkpoint > heads.json",
     )
-    command.set_defaults(run=cmd_checkpoint)
+    _add_command(commands, "checkpoint", cmd_checkpoint, texts, parents=[common])
 
 
 def cmd_checkpoint(options: argparse.Namespace) -> int:
@@ -9528,12 +10802,14 @@ def cmd_checkpoint(options: argparse.Namespace) -> int:
 
 
 def _add_purge(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "purge",
-        parents=[common],
-        help="delete old events, so that the rest still verifies",
-        description="Delete every event older than that, and enter into the ledger what went.",
+    texts = (
+        "delete old events, so that the rest still verifies",
+        "Delete every event older than that, and enter into the ledger what went.",
+        "purge --older-than 90d --dry-run\n"
+        "purge --older-than 90d --archive archive\n"
+        "purge --older-than 2026-01-01",
     )
+    command = _add_command(commands, "purge", cmd_purge, texts, parents=[common])
     command.add_argument(
         "--older-than",
         type=_time_argument,
@@ -9543,7 +10819,6 @@ def _add_purge(commands: Any, common: argparse.ArgumentParser) -> None:
     )
     command.add_argument("--dry-run", action="store_true", help="say what would go")
     command.add_argument("--archive", metavar="DIR", help="write what goes as Parquet into DIR first")
-    command.set_defaults(run=cmd_purge)
 
 
 def cmd_purge(options: argparse.Namespace) -> int:
@@ -9572,15 +10847,14 @@ def cmd_purge(options: argparse.Namespace) -> int:
 
 
 def _add_backup(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "backup",
-        parents=[common],
-        help="copy the log while the server runs",
-        description="Copy the database to FILE, and what is not in it yet to FILE.journal. To restore, "
-        "copy both back while no server runs.",
+    texts = (
+        "copy the log while the server runs",
+        "Copy the database to FILE, and what is not in it yet to FILE.journal. To\n"
+        "restore, copy both back while no server runs.",
+        "backup /backup/audit-2026-11-25.duckdb",
     )
+    command = _add_command(commands, "backup", cmd_backup, texts, parents=[common])
     command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
-    command.set_defaults(run=cmd_backup)
 
 
 def cmd_backup(options: argparse.Namespace) -> int:
@@ -9592,13 +10866,12 @@ def cmd_backup(options: argparse.Namespace) -> int:
 
 
 def _add_compact(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
+    texts = (
+        "give the space of purged events back to the file system",
+        "Write the database anew and put it in place of the old one.",
         "compact",
-        parents=[common],
-        help="give the space of purged events back to the file system",
-        description="Write the database anew and put it in place of the old one.",
     )
-    command.set_defaults(run=cmd_compact)
+    _add_command(commands, "compact", cmd_compact, texts, parents=[common])
 
 
 def cmd_compact(options: argparse.Namespace) -> int:
@@ -9608,14 +10881,13 @@ def cmd_compact(options: argparse.Namespace) -> int:
 
 
 def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "doctor",
-        parents=[common],
-        help="say how the log is doing, and what to do about it",
-        description="Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1 not.",
+    texts = (
+        "say how the log is doing, and what to do about it",
+        "Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1\nnot.",
+        "doctor\ndoctor --json",
     )
+    command = _add_command(commands, "doctor", cmd_doctor, texts, parents=[common])
     command.add_argument("--json", action="store_true", help="print a JSON object")
-    command.set_defaults(run=cmd_doctor)
 
 
 def cmd_doctor(options: argparse.Namespace) -> int:
@@ -9639,15 +10911,14 @@ def cmd_doctor(options: argparse.Namespace) -> int:
 
 
 def _add_import(commands: Any, common: argparse.ArgumentParser) -> None:
-    command = commands.add_parser(
-        "import",
-        parents=[common],
-        help="take in MXCP's own JSONL logs",
-        description="Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported "
-        "before is not imported again, so a log that grew can be given again.",
+    texts = (
+        "take in MXCP's own JSONL logs",
+        "Take in the JSONL logs of MXCP, of any version, plain or gzip. What was\n"
+        "imported before is not imported again, so a log that grew can be given again.",
+        "import audit.jsonl\nimport logs-2025.jsonl.gz logs-2026.jsonl",
     )
+    command = _add_command(commands, "import", cmd_import, texts, parents=[common])
     command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
-    command.set_defaults(run=cmd_import)
 
 
 def cmd_import(options: argparse.Namespace) -> int:
@@ -9676,19 +10947,26 @@ def cmd_import(options: argparse.Namespace) -> int:
 def _add_wrap(commands: Any, common: argparse.ArgumentParser) -> None:
     import argparse
 
-    command = commands.add_parser(
+    texts = (
+        "run any stdio MCP server and record what it executes",
+        "Run COMMAND, an MCP server over standard input and output in any language, and\n"
+        "record its tool calls, resource reads and prompts. Every byte passes\n"
+        "unchanged.",
+        "wrap -- npx -y @modelcontextprotocol/server-everything\n"
+        "wrap --profile production --strict -- python server.py",
+    )
+    command = _add_command(
+        commands,
         "wrap",
+        cmd_wrap,
+        texts,
         parents=[common],
-        help="run any stdio MCP server and record what it executes",
-        description="Run COMMAND, an MCP server over standard input and output in any language, and record "
-        "its tool calls, resource reads and prompts. Every byte passes unchanged.",
         usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
     )
     command.add_argument(
         "--strict", action="store_true", help="stop the traffic when it can't be recorded (default: go on)"
     )
     command.add_argument("server", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="the server")
-    command.set_defaults(run=cmd_wrap)
 
 
 def cmd_wrap(options: argparse.Namespace) -> int:
@@ -9955,10 +11233,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None or sys.stderr is None:  # >&-
         sink = open(os.devnull, "w")
         sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
-    options = build_parser().parse_args(argv)
-    if options.debug:
-        logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+    debug = False
     try:
+        options = build_parser().parse_args(argv)
+        debug = options.debug
+        if debug:
+            logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         code = int(options.run(options))
         sys.stdout.flush()
         return code
@@ -9969,14 +11249,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         return 130
     except AuditError as error:
-        if options.debug:
+        if debug:
             raise
         _say(f"mxcp-audit: {error}")
         if isinstance(error, (ConfigError, EventError, _UsageError)):
             return EXIT_USAGE
         return EXIT_LOCKED if isinstance(error, DatabaseLockedError) else EXIT_FAILED
     except OSError as error:
-        if options.debug:
+        if debug:
             raise
         _say(f"mxcp-audit: {error}")
         return EXIT_FAILED

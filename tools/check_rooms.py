@@ -55,7 +55,11 @@ def rooms_of(lines: list[str]) -> list[tuple[str, int, set[str]]]:
             allowed = MAY_NAME.fullmatch(lines[number]) if number < len(lines) else None
             if allowed is None:
                 raise SystemExit(f"mxcp_audit.py:{number}: no `# may name:` line under the banner; add one")
-            names = set() if allowed[1] == "nothing" else {name.strip() for name in allowed[1].split(",")}
+            names = {name.strip() for name in allowed[1].split(",")}
+            if names == {"nothing"}:
+                names = set()
+            elif names == {"every room above"}:
+                names = {name for name, _, _ in found}
             found.append((banner[1], number, names))
     return found
 

@@ -1,0 +1,675 @@
+"""The command line as processes: answers, exit codes, terminals, pipes; every command on both engines."""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import io
+import json
+import os
+import re
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ROOT, Cli, child_environment
+
+import mxcp_audit
+from mxcp_audit import AuditLogger, build_parser, parse_time
+
+COMMANDS = (
+    *("log", "show", "stats", "sql", "config", "redact", "completion", "ingest", "doctor", "import"),
+    *("wrap", "verify", "checkpoint", "purge", "backup", "compact"),
+)
+NASTY = "x\x1b[2J\x1b]0;title\x07\x9b31m\n\u202e"
+
+
+@pytest.fixture
+def filled(engine: str, tmp_path: Path) -> Path:
+    """A folder with `log.duckdb`: three tools, a resource, a prompt; two in a journal."""
+    with AuditLogger(tmp_path / "log.duckdb") as audit:
+        audit.log_event("cli", "tool", "get_user", {"id": 7, "password": "hunter2"}, 12, session_id="s1")
+        audit.log_event("http", "tool", "delete_user", {"id": 7}, 1, "deny", "not an admin", "error", "no")
+        audit.log_event("http", "resource", "reports/{report_id}", {"report_id": "日本"}, 300, user_id="ann")
+    code = (
+        "import os, sys; from mxcp_audit import AuditLogger;"
+        "a = AuditLogger(sys.argv[1], flush_interval=3600, durable=True);"
+        "a.log_event('stdio', 'prompt', 'generate_summary', {'text': 'long'}, 5, 'warn', 'be careful');"
+        "a.log_event('cli', 'tool', 'get_user', {'id': 8}, 20, trace_id='t1'); os._exit(0)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "log.duckdb")]
+    subprocess.run(command, env=child_environment(), check=True, timeout=60)
+    assert list((tmp_path / "log.duckdb.journal").glob("*.jsonl"))
+    return tmp_path
+
+
+DB = ("--db", "log.duckdb")
+
+
+@pytest.fixture
+def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
+    """Return what `cli` returns, but from this process: for commands that need none of their own."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
+        for name, value in changes.items():
+            monkeypatch.setenv(name, value)
+        try:
+            code: Any = mxcp_audit.main(arguments)
+        except SystemExit as error:
+            code = error.code
+        for name in changes:
+            monkeypatch.delenv(name)
+        out, err = capsys.readouterr()
+        return subprocess.CompletedProcess(list(arguments), code, out, err)
+
+    return run
+
+
+def names(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return [event["name"] for event in json.loads(done.stdout)]
+
+
+FILTERS = {
+    ("--tool", "get_user"): ["get_user", "get_user"],
+    ("--tool", "*user"): ["get_user", "delete_user", "get_user"],
+    ("--tool", "delete_user", "--prompt", "generate_summary"): ["generate_summary", "delete_user"],
+    ("--resource", "reports/{report_id}"): ["reports/{report_id}"],
+    ("--resource", "get_user"): [],
+    ("--tool", "get_user", "--type", "resource"): [],
+    ("--type", "prompt"): ["generate_summary"],
+    ("--policy", "denied"): ["delete_user"],
+    ("--policy", "warned"): ["generate_summary"],
+    ("--policy", "deny"): ["delete_user"],
+    ("--status", "error"): ["delete_user"],
+    ("--caller", "stdio"): ["generate_summary"],
+    ("--user", "ann"): ["reports/{report_id}"],
+    ("--session", "s1"): ["get_user"],
+    ("--trace", "t1"): ["get_user"],
+    ("--grep", "NOT AN"): ["delete_user"],
+    ("--grep", "日本"): ["reports/{report_id}"],
+    ("--min-ms", "13"): ["get_user", "reports/{report_id}"],
+    ("--since", "1h", "--limit", "2"): ["get_user", "generate_summary"],
+    ("--since", "2999-01-01"): [],
+    ("--until", "1h"): [],
+    ("--oldest-first", "--limit", "2"): ["get_user", "delete_user"],
+}
+
+
+def test_log_each_filter_finds_its_events(filled: Path, run: Cli) -> None:
+    for options, expected in FILTERS.items():
+        assert names(run("log", "--json", *DB, *options)) == expected, options
+
+
+def test_log_event_filter_and_show_find_the_same_event(filled: Path, run: Cli) -> None:
+    for event in json.loads(run("log", "--json", *DB).stdout):
+        assert [event] == json.loads(run("log", "--json", *DB, "--event", event["event_id"]).stdout)
+        assert json.loads(run("show", "--json", *DB, event["event_id"]).stdout) == event
+    done = run("show", *DB, event["event_id"])
+    assert done.returncode == 0 and done.stderr == ""
+    assert '    "password": "[REDACTED]"' in done.stdout and "session_id       s1" in done.stdout
+
+
+def test_log_json_has_the_documented_names_in_order(filled: Path, run: Cli) -> None:
+    (event,) = json.loads(run("log", "--json", *DB, "--limit", "1").stdout)
+    assert list(event) == [
+        *("timestamp", "caller", "type", "name", "input_json", "duration_ms", "policy_decision", "reason"),
+        *("status", "error", "user_id", "session_id", "trace_id", "event_id"),
+    ]
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", event["timestamp"])
+    (event,) = json.loads(run("log", "--json", *DB, "--limit", "1", "--columns", "name,event_id").stdout)
+    assert list(event) == ["name", "event_id"]
+
+
+def test_log_table_columns_wide_and_input(filled: Path, run: Cli) -> None:
+    done = run("log", *DB)
+    assert done.returncode == 0
+    assert done.stdout.splitlines()[0].split() == [
+        "TIME",
+        "(UTC)",
+        "TYPE",
+        "NAME",
+        "STATUS",
+        "POLICY",
+        "MS",
+        "CALLER",
+    ]
+    assert done.stderr == "5 events, 1 error, 1 denied\n"
+    assert run("log", *DB, "--columns", "name, status", "--limit", "1").stdout == (
+        "NAME      STATUS\nget_user  success\n"
+    )
+    wide = run("log", *DB, "--wide", COLUMNS="50").stdout
+    assert "EVENT_ID" in wide and max(map(len, wide.splitlines())) > 100
+    assert '    {"id":7,"password":"[REDACTED]"}' in run("log", *DB, "--input").stdout
+    narrow = run("log", *DB, COLUMNS="50").stdout
+    assert all(mxcp_audit.display_width(line) <= 50 for line in narrow.splitlines())
+
+
+@pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
+def test_log_export_to_file_and_to_standard_output_are_the_same(filled: Path, cli: Cli, form: str) -> None:
+    done = cli("log", *DB, "--export", f"out.{form}")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", f"5 events written to out.{form}\n")
+    through = cli("log", *DB, "--export", "-", "--format", form)
+    assert through.returncode == 0
+    assert through.stdout == (filled / f"out.{form}").read_text()
+    assert cli("log", *DB, "--export", f"out2.{form}", "--limit", "2").stderr.startswith("2 events")
+
+
+def test_log_export_bad_targets_exit_with_the_reason(filled: Path, run: Cli) -> None:
+    unknown = run("log", *DB, "--export", "out.txt")
+    assert unknown.returncode == 2 and ".csv, .csv.gz" in unknown.stderr and "--format" in unknown.stderr
+    assert run("log", *DB, "--export", "out.txt", "--format", "csv").returncode == 0
+    before = (filled / "log.duckdb").stat()
+    for target in ("log.duckdb", "missing/out.csv", "log.duckdb.journal/x.csv", "/dev/full"):
+        done = run("log", *DB, "--export", target, "--format", "csv")
+        assert done.returncode == 1 and target in done.stderr and done.stdout == "", target
+    after = (filled / "log.duckdb").stat()
+    assert (before.st_mtime_ns, before.st_size, before.st_ino) == (
+        after.st_mtime_ns,
+        after.st_size,
+        after.st_ino,
+    )
+
+
+def test_stats_table_and_json(filled: Path, run: Cli) -> None:
+    rows = json.loads(run("stats", *DB, "--json", "--type", "tool").stdout)
+    assert [(row["name"], row["calls"], row["errors"], row["denied"], row["max_ms"]) for row in rows] == [
+        ("get_user", 2, 0, 0, 20),
+        ("delete_user", 1, 1, 1, 1),
+    ]
+    for by in mxcp_audit.STATS_BY:
+        done = run("stats", *DB, "--by", by, "--sort", "p95", COLUMNS="120")
+        assert done.returncode == 0 and by.upper() in done.stdout and "█" in done.stdout, by
+    assert json.loads(run("stats", *DB, "--by", "hour", "--json").stdout)[0]["hour"].endswith(":00Z")
+
+
+def test_sql_in_each_form(filled: Path, run: Cli) -> None:
+    question = "SELECT name, count(*) AS n FROM logs GROUP BY name ORDER BY n DESC, name"
+    assert run("sql", question, *DB).stdout.splitlines()[1] == "get_user             2"
+    assert json.loads(run("sql", question, *DB, "--json").stdout)[0] == {"name": "get_user", "n": 2}
+    rows = list(csv.reader(io.StringIO(run("sql", question, *DB, "--csv").stdout)))
+    assert rows[:2] == [["name", "n"], ["get_user", "2"]]
+    refused = run("sql", "DROP TABLE audit.logs", *DB)
+    assert refused.returncode == 1 and refused.stdout == "" and "LINE" not in refused.stderr
+    assert "SELECT" in refused.stderr
+
+
+def test_commands_without_a_log_say_why(engine: str, run: Cli) -> None:
+    for command in (["log"], ["log", "--export", "x.csv"], ["stats"], ["sql", "SELECT 1"]):
+        done = run(*command, "--db", "none.duckdb", "--wait", "0")
+        assert done.returncode == 1 and "Audit database not found" in done.stderr, command
+        assert done.stdout == ""
+
+
+@pytest.fixture
+def held(filled: Path) -> Iterator[int]:
+    """Hold the database as another process and yield its pid."""
+    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(filled / "log.duckdb")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    yield holder.pid
+    holder.communicate()
+
+
+def test_commands_while_locked_name_the_holder_and_exit_75(held: int, filled: Path, cli: Cli) -> None:
+    done = cli("log", *DB, "--json", "--wait", "0.1")
+    assert done.returncode == 75 and f"PID {held}" in done.stderr
+    assert [event["name"] for event in json.loads(done.stdout)] == ["get_user", "generate_summary"]
+    event_id = json.loads(done.stdout)[0]["event_id"]
+    assert cli("show", event_id, *DB, "--wait", "0.1").returncode == 0
+    missing = event_id.rpartition(":")[0] + ":999"
+    for command in (
+        *(
+            ["show", missing],
+            ["stats"],
+            ["sql", "SELECT 1"],
+            ["log", "--export", "x.csv"],
+            ["log", "--export", "-"],
+        ),
+    ):
+        done = cli(*command, *DB, "--wait", "0.1")
+        assert (done.returncode, done.stdout) == (75, ""), command
+        assert f"PID {held}" in done.stderr
+    assert not (filled / "x.csv").exists()
+
+
+def test_log_corrupt_database_shows_the_journal_and_exits_1(filled: Path, cli: Cli) -> None:
+    (filled / "log.duckdb").write_bytes(b"garbage" * 3000)
+    done = cli("log", *DB, "--json")
+    assert done.returncode == 1 and "log.duckdb" in done.stderr
+    assert [event["name"] for event in json.loads(done.stdout)] == ["get_user", "generate_summary"]
+    assert cli("stats", *DB).returncode == 1
+    assert (filled / "log.duckdb").read_bytes() == b"garbage" * 3000
+
+
+WRONG: list[list[str]] = [
+    [],
+    ["nothing"],
+    ["log", "--nothing"],
+    ["log", "--lim", "3"],
+    ["log", "--limit", "0"],
+    ["log", "--limit", "x"],
+    ["log", "--since", "yesterday"],
+    ["log", "--since", "1h", "--until", "2h"],
+    ["log", "--type", "tools"],
+    ["log", "--policy", "maybe"],
+    ["log", "--event", "no id"],
+    ["log", "--min-ms", "-1"],
+    ["log", "--columns", "name,nothing"],
+    ["log", "--wait", "soon"],
+    ["log", "--format", "csv"],
+    ["log", "--raw"],
+    ["log", "--json", "--export", "x.csv"],
+    ["log", "--follow", "--until", "1h"],
+    ["log", "--follow", "--export", "x.csv"],
+    ["log", "--profile", "p"],
+    ["show"],
+    ["show", "no id"],
+    ["stats", "--by", "week"],
+    ["stats", "--sort", "name"],
+    ["sql"],
+    ["sql", "SELECT 1", "--json", "--csv"],
+    ["completion", "fish"],
+]
+
+
+def test_wrong_usage_exits_2_without_a_traceback(run: Cli) -> None:
+    for arguments in WRONG:
+        done = run(*arguments, *(DB if arguments[:1] in (["log"], ["show"], ["stats"], ["sql"]) else ()))
+        assert done.returncode == 2, (arguments, done.stderr)
+        assert done.stdout == "" and "Traceback" not in done.stderr, arguments
+
+
+def test_help_teaches_and_needs_no_duckdb(cli: Cli) -> None:
+    for command in ("", *COMMANDS):
+        done = cli(*([command] if command else []), "--help", PATH="", MXCP_AUDIT_ENGINE="none")
+        assert done.returncode == 0 and done.stderr == ""
+        if command not in ("ingest",):
+            assert "examples:\n  mxcp-audit " in done.stdout, command
+    code = (
+        "import sys, mxcp_audit\n"
+        "try: mxcp_audit.main(['log', '--help'])\n"
+        "except SystemExit: sys.exit('duckdb' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], env=child_environment(), timeout=60).returncode == 0
+
+
+def examples() -> list[list[str]]:
+    import shlex
+
+    found = []
+    for action in build_parser()._actions:
+        for parser in (action.choices or {}).values() if action.dest == "command" else ():  # type: ignore[attr-defined]
+            for line in (parser.epilog or "").splitlines():
+                words = shlex.split(line.strip())
+                if words[:1] == ["mxcp-audit"]:
+                    cut = [n for n, word in enumerate(words) if word in ("<", ">", ">>")]
+                    found.append(words[1 : cut[0] if cut else None])
+    return found
+
+
+def test_help_examples_are_valid_commands() -> None:
+    assert len(examples()) > 15
+    for words in examples():
+        build_parser().parse_args(words)
+
+
+def test_version_shows_an_edited_copy(tmp_path: Path, cli: Cli) -> None:
+    digest = hashlib.sha256((ROOT / "mxcp_audit.py").read_bytes()).hexdigest()[:12]
+    expected = f"mxcp_audit {mxcp_audit.__version__}, journal format 1, file {digest}\n"
+    done = cli("--version")
+    assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
+    (tmp_path / "mxcp_audit.py").write_text((ROOT / "mxcp_audit.py").read_text() + "# edited\n")
+    assert cli("--version", PYTHONPATH=str(tmp_path)).stdout != expected
+
+
+SITE = """\
+profile: default
+profiles:
+  default:
+    audit:
+      enabled: true
+      redact: [nickname]
+      attach: {ENCRYPTION_KEY: tell-nobody}
+  silent: {}
+"""
+
+
+def test_config_shows_values_and_sources_but_no_secret(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "mxcp-site.yml").write_text(SITE)
+    done = cli("config", "--json")
+    assert done.returncode == 0, done.stderr
+    settings = json.loads(done.stdout)
+    assert settings["redact"] == {"value": ["nickname"], "source": "mxcp-site.yml:6"}
+    assert settings["durable"] == {"value": False, "source": "default"}
+    assert settings["attach"]["value"] == {"ENCRYPTION_KEY": "[REDACTED]"}
+    table = cli("config")
+    assert "tell-nobody" not in table.stdout + done.stdout
+    assert "mxcp-site.yml:5" in table.stdout
+    off = cli("config", "--profile", "silent")
+    assert off.returncode == 0 and "false" in off.stdout
+    assert cli("config", "--profile", "none").returncode == 2
+    (tmp_path / "mxcp-site.yml").write_text(
+        SITE.replace("redact:", "path: 'postgres:host=h password=tell-nobody'\n      redact:")
+    )
+    assert "tell-nobody" not in cli("config").stdout
+
+
+def test_log_profile_that_is_not_enabled_says_what_to_add(tmp_path: Path, cli: Cli) -> None:
+    (tmp_path / "mxcp-site.yml").write_text(SITE)
+    done = cli("log", "--profile", "silent")
+    assert done.returncode == 2 and "enabled: true" in done.stderr
+
+
+def redact(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "mxcp_audit", "redact", *options],
+        input=text,
+        cwd=folder,
+        env=child_environment(),
+        capture_output=True,
+        encoding="utf-8",
+        timeout=60,
+    )
+
+
+def test_redact_shows_what_would_be_recorded_and_why(tmp_path: Path) -> None:
+    done = redact(tmp_path, '{"user": "ann", "password": "hunter2"}')
+    assert done.returncode == 0 and "hunter2" not in done.stdout
+    assert '"password": "[REDACTED]"' in done.stdout and "$.password" in done.stdout
+    (tmp_path / "mxcp-site.yml").write_text(SITE.replace("[nickname]", "[login.nickname]"))
+    for options, expected in (((), "al"), (("--tool", "login"), "[REDACTED]")):
+        answer = json.loads(redact(tmp_path, '{"nickname": "al"}', "--json", *options).stdout)
+        assert answer["recorded"] == {"nickname": expected}
+        assert len(answer["redacted"]) == (expected != "al")
+    wrong = redact(tmp_path, "no JSON")
+    assert wrong.returncode == 2 and "no JSON" in wrong.stderr
+
+
+def test_nothing_in_the_log_reaches_the_terminal_as_a_command(engine: str, tmp_path: Path, run: Cli) -> None:
+    with AuditLogger(tmp_path / "log.duckdb") as audit:
+        audit.log_event(NASTY, NASTY, NASTY, {NASTY: NASTY}, 1, NASTY, NASTY, NASTY, NASTY, user_id=NASTY)
+    event_id = json.loads(run("log", "--json", *DB).stdout)[0]["event_id"]
+    for command in (
+        ["log", *DB],
+        ["log", *DB, "--wide", "--input"],
+        ["log", *DB, "--json"],
+        ["show", event_id, *DB],
+        ["show", event_id, *DB, "--json"],
+        ["stats", *DB],
+        ["stats", *DB, "--json"],
+        ["sql", "SELECT * FROM logs", *DB],
+        ["sql", 'SELECT name AS "a\x1bb" FROM logs', *DB],
+        ["sql", f"SELECT '{NASTY}' + nothing", *DB],
+        ["log", *DB, "--type", NASTY],
+        ["log", *DB, "--since", NASTY],
+        ["log", *DB, "--event", NASTY],
+        ["log", *DB, "--columns", NASTY],
+        ["log", "--db", NASTY],
+        ["log", *DB, "--export", NASTY],
+        ["log", NASTY],
+    ):
+        done = run(*command)
+        text = done.stdout + done.stderr
+        assert all(c.isprintable() or c == "\n" for c in text), command
+        assert "Traceback" not in done.stderr
+
+
+def test_output_into_a_closed_pipe_ends_quietly(filled: Path) -> None:
+    for command in (["log", *DB, "--json"], ["log", "--help"], ["log", *DB, "--export", "-"]):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "mxcp_audit", *command],
+            cwd=filled,
+            env=child_environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        error = process.stderr.read()
+        process.stderr.close()
+        assert process.wait(60) in (0, -signal.SIGPIPE)
+        assert b"Traceback" not in error and b"BrokenPipe" not in error
+
+
+def test_output_without_standard_streams_is_no_failure(filled: Path) -> None:
+    program = f"{sys.executable} -m mxcp_audit log --db log.duckdb"
+    for streams in (">&-", "2>&-", ">&- 2>&-", "<&-"):
+        done = subprocess.run(
+            ["bash", "-c", f"{program} {streams}"],
+            cwd=filled,
+            env=child_environment(),
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, (streams, done.stderr)
+
+
+def test_output_to_a_full_device_fails_with_a_message(filled: Path) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, "-m", "mxcp_audit", "log", *DB],
+            cwd=filled,
+            env=child_environment(),
+            stdout=full,
+            stderr=subprocess.PIPE,
+            timeout=60,
+        )
+    assert done.returncode == 1
+    assert b"No space left" in done.stderr and b"Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
+def test_output_encoding_of_the_terminal_is_kept(filled: Path, encoding: str) -> None:
+    for command in (
+        ["log"],
+        ["log", "--json"],
+        ["stats"],
+        ["show"],
+        ["sql", "SELECT '日本é' AS \"é\""],
+    ):
+        if command == ["show"]:
+            continue
+        done = subprocess.run(
+            [sys.executable, "-m", "mxcp_audit", *command, *DB],
+            cwd=filled,
+            env=child_environment(PYTHONIOENCODING=encoding),
+            capture_output=True,
+            timeout=60,
+        )
+        assert done.returncode == 0, done.stderr
+        done.stdout.decode(encoding)
+
+
+def test_sql_csv_is_utf_8_whatever_the_locale_says(filled: Path, cli: Cli) -> None:
+    done = cli("sql", "SELECT '日本é' AS \"é\"", "--csv", *DB, PYTHONIOENCODING="ascii")
+    assert done.stdout == "é\n日本é\n"
+
+
+# --- a terminal
+
+
+class Session:
+    """A program in a pseudo-terminal."""
+
+    def __init__(self, command: list[str], folder: Path, *, columns: int = 80, **changes: str) -> None:
+        import fcntl
+        import pty
+        import struct
+        import termios
+
+        self.process, self._fd = pty.fork()
+        if self.process == 0:
+            os.chdir(folder)
+            engine = os.environ.get("MXCP_AUDIT_ENGINE", "")
+            os.execvpe(
+                command[0], command, child_environment(TERM="xterm", MXCP_AUDIT_ENGINE=engine, **changes)
+            )
+        fcntl.ioctl(self._fd, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+        self.text = ""
+
+    def read_until(self, wanted: Callable[[str], object]) -> str:
+        end = time.monotonic() + 60
+        while not wanted(self.text):
+            assert time.monotonic() < end, self.text
+            if select.select([self._fd], [], [], 0.2)[0]:
+                try:
+                    data = os.read(self._fd, 65536)
+                except OSError as error:
+                    if error.errno != errno.EIO:
+                        raise
+                    break
+                self.text += data.decode()
+        return self.text
+
+    def type(self, text: str) -> None:
+        os.write(self._fd, text.encode())
+
+    def end(self) -> int:
+        self.read_until(lambda _: False)
+        _, status = os.waitpid(self.process, 0)
+        os.close(self._fd)
+        return os.waitstatus_to_exitcode(status)
+
+
+def test_terminal_table_fits_and_is_coloured(filled: Path) -> None:
+    session = Session(
+        ["bash", "-c", f"sleep 0.3; {sys.executable} -m mxcp_audit log --db log.duckdb"], filled
+    )
+    assert session.end() == 0
+    assert "\x1b[31m" in session.text
+    lines = re.sub(r"\x1b\[\d*m", "", session.text).replace("\r\n", "\n").splitlines()
+    assert all(mxcp_audit.display_width(line) <= 80 for line in lines) and len(lines) > 5
+    plain = Session([sys.executable, "-m", "mxcp_audit", "log", *DB], filled, NO_COLOR="1")
+    assert plain.end() == 0 and "\x1b" not in plain.text
+
+
+def test_terminal_follow_shows_new_events_until_ctrl_c(filled: Path) -> None:
+    session = Session([sys.executable, "-m", "mxcp_audit", "log", *DB, "-f", "--limit", "1"], filled)
+    session.read_until(lambda text: "get_user" in text)
+    with AuditLogger(filled / "log.duckdb") as audit:
+        audit.log_event("http", "tool", f"new{NASTY}", None, 1)
+    session.read_until(lambda text: "newx" in text)
+    session.type("\x03")
+    assert session.end() == 130
+    assert "\x1b[2J" not in session.text and "Traceback" not in session.text
+
+
+def test_terminal_export_to_it_is_harmless_and_binary_is_refused(filled: Path) -> None:
+    with AuditLogger(filled / "log.duckdb") as audit:
+        audit.log_event("http", "tool", NASTY)
+    session = Session([sys.executable, "-m", "mxcp_audit", "log", *DB, "--export", "-"], filled)
+    assert session.end() == 0
+    assert "get_user" in session.text and "\x1b[2J" not in session.text and "\x9b" not in session.text
+    refused = Session(
+        [sys.executable, "-m", "mxcp_audit", "log", *DB, "--export", "-", "--format", "parquet"], filled
+    )
+    assert refused.end() == 2 and "not for a terminal" in refused.text
+
+
+def test_terminal_interrupted_sql_ends_soon(filled: Path) -> None:
+    endless = "SELECT count(*) FROM range(300000) a, range(1000000000) b WHERE hash(a.range, b.range) = 7"
+    marked = (
+        "import sys, mxcp_audit; real = mxcp_audit.Reading.query;"
+        "mxcp_audit.Reading.query = lambda *a: (print('asking', flush=True), real(*a))[1];"
+        "sys.exit(mxcp_audit.main(sys.argv[1:]))"
+    )
+    session = Session([sys.executable, "-c", marked, "sql", endless, *DB], filled)
+    session.read_until(lambda text: "asking" in text)
+    time.sleep(0.5)
+    session.type("\x03")
+    assert session.end() == 130
+    assert "Traceback" not in session.text
+
+
+# --- completion
+
+
+def test_completion_completes_commands_options_and_values(cli: Cli, tmp_path: Path) -> None:
+    done = cli("completion", "bash")
+    assert done.returncode == 0
+    (tmp_path / "script").write_text(done.stdout)
+
+    def complete(*words: str) -> list[str]:
+        quoted = " ".join(f"'{word}'" for word in words)
+        code = f". ./script; COMP_WORDS=({quoted}); COMP_CWORD={len(words) - 1}; _mxcp_audit; "
+        code += "echo ${COMPREPLY[@]}"
+        answer = subprocess.run(
+            ["bash", "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=60
+        )
+        assert answer.stderr == ""
+        return answer.stdout.split()
+
+    assert complete("mxcp-audit", "s") == ["show", "stats", "sql"]
+    assert complete("mxcp-audit", "log", "--st") == ["--status"]
+    assert complete("mxcp-audit", "log", "--status", "") == ["success", "error"]
+    assert complete("mxcp-audit", "stats", "--by", "ho") == ["hour"]
+    assert complete("mxcp-audit", "log", "--export", "x") == []
+    assert complete("mxcp-audit", "completion", "") == ["-h", "--help", "bash", "zsh"]
+    assert "bashcompinit" in cli("completion", "zsh").stdout
+
+
+# --- times
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("10m", "2026-01-02 02:54:05.000000"),
+        ("1h30m", "2026-01-02 01:34:05.000000"),
+        ("1w", "2025-12-26 03:04:05.000000"),
+        ("2026-01-31", "2026-01-31 00:00:00.000000"),
+        ("2026-01-31T12:00", "2026-01-31 12:00:00.000000"),
+        ("2026-01-31 12:00:01.5Z", "2026-01-31 12:00:01.500000"),
+        ("2026-01-31T12:00:00+02:00", "2026-01-31 10:00:00.000000"),
+        ("2026-01-31T12:00:00-0530", "2026-01-31 17:30:00.000000"),
+    ],
+)
+def test_parse_time_durations_and_iso(text: str, expected: str) -> None:
+    import datetime
+
+    now = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
+    assert parse_time(text, now=now) == expected
+
+
+@pytest.mark.parametrize(
+    "text", ["", "x", "10", "-1h", "2026-13-01", "2026-01-31T25:00", "9999999d", "2026-01-31T12", "1h 30m x"]
+)
+def test_parse_time_anything_else_is_refused_with_examples(text: str) -> None:
+    with pytest.raises(ValueError, match="10m, 2h"):
+        parse_time(text)
+
+
+# --- the page
+
+
+def test_docs_page_covers_every_option_of_every_command() -> None:
+    page = (ROOT / "docs" / "cli.md").read_text()
+    for action in build_parser()._actions:
+        commands: Any = action.choices if action.dest == "command" else {}
+        for name, parser in commands.items():
+            heading = re.search(rf"^## `{name}`.*?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
+            assert heading is not None, name
+            for option in parser._actions:
+                for flag in option.option_strings:
+                    assert f"`{flag}" in heading[0] or f"`{flag}" in page.split("\n## ")[1], (name, flag)
+                for choice in option.choices or ():
+                    assert str(choice) in heading[0], (name, choice)
+    known = {flag for action in build_parser()._actions for flag in action.option_strings}
+    for action in build_parser()._actions:
+        for parser in (action.choices or {}).values() if action.dest == "command" else ():  # type: ignore[attr-defined]
+            known |= {flag for option in parser._actions for flag in option.option_strings}
+    for flag in re.findall(r"`(--?[a-z][a-z-]*)", page):
+        assert flag in known, flag

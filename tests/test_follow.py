@@ -1,0 +1,375 @@
+"""`log --follow`: every event once, from whatever process, while segments move into the table."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import child_environment
+
+from mxcp_audit import AuditLogger, Filter, Follower, Store, config_from_arguments
+
+PATIENCE = 120  # seconds; far more than anything takes
+
+WRITER = """
+import sys
+from mxcp_audit import AuditLogger
+path, who, rounds, each = sys.argv[1], sys.argv[2], int(sys.argv[3]), int(sys.argv[4])
+audit = AuditLogger(path, flush_interval=0.05)
+for turn in range(rounds):
+    for number in range(each):
+        audit.log_event("cli", "tool", f"w{who}", {"n": turn * each + number}, number)
+    audit.flush()
+audit.shutdown()
+"""
+
+
+class Follow:
+    """A running `log --follow` whose output is collected in a file."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        self.out = folder / "follow.out"
+        self.err = folder / "follow.err"
+        with open(self.out, "wb") as out, open(self.err, "wb") as err:
+            self.process = subprocess.Popen(
+                [
+                    sys.executable,
+                    "-m",
+                    "mxcp_audit",
+                    "log",
+                    "-f",
+                    "--db",
+                    str(folder / "log.duckdb"),
+                    *options,
+                ],
+                cwd=folder,
+                env=child_environment(MXCP_AUDIT_ENGINE=os.environ.get("MXCP_AUDIT_ENGINE", "")),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+            )
+
+    def events(self) -> list[dict[str, Any]]:
+        return [
+            json.loads(line) for line in self.out.read_text().splitlines(keepends=True) if line.endswith("\n")
+        ]
+
+    def stop(self) -> int:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGINT)
+        return self.process.wait(PATIENCE)
+
+
+@pytest.fixture
+def follow(tmp_path: Path) -> Iterator[Callable[..., Follow]]:
+    """Return a function that starts a follower and waits until it follows."""
+    running: list[Follow] = []
+
+    def start(*options: str) -> Follow:
+        one = Follow(tmp_path, *options)
+        running.append(one)
+        # It is known to follow once it shows an event that was logged after its start.
+        if "--json" in options and "--limit" not in options:  # options must let the probe through
+            with AuditLogger(tmp_path / "log.duckdb") as audit:
+                wait_until(lambda: probe(audit, one))
+        return one
+
+    yield start
+    for one in running:
+        one.stop()
+
+
+def probe(audit: AuditLogger, one: Follow) -> bool:
+    audit.log_event("cli", "tool", "probe", None, 10**9)
+    audit.flush()
+    time.sleep(0.2)
+    return bool(one.out.read_text())
+
+
+def wait_until(holds: Callable[[], object]) -> None:
+    end = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < end, "it did not happen"
+        time.sleep(0.02)
+
+
+def write(folder: Path, who: int, rounds: int, each: int) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(folder / "log.duckdb"), str(who), str(rounds), str(each)],
+        env=child_environment(MXCP_AUDIT_ENGINE=os.environ.get("MXCP_AUDIT_ENGINE", "")),
+    )
+
+
+def test_follow_four_writers_that_ingest_shows_each_event_once(
+    engine: str, tmp_path: Path, follow: Callable[..., Follow]
+) -> None:
+    one = follow("--json")
+    rounds, each = (25, 20) if engine == "package" else (10, 20)
+    writers = [write(tmp_path, who, rounds, each) for who in range(4)]
+    assert [writer.wait(PATIENCE) for writer in writers] == [0] * 4
+    expected = sorted((f"w{who}", n) for who in range(4) for n in range(rounds * each))
+
+    def shown() -> list[tuple[str, int]]:
+        return sorted(
+            (event["name"], json.loads(event["input_json"])["n"])
+            for event in one.events()
+            if event["name"] != "probe"
+        )
+
+    wait_until(lambda: len(shown()) >= len(expected))
+    time.sleep(1)  # for repetitions, if there were any
+    assert shown() == expected
+    assert one.stop() == 130
+    assert one.err.read_text() == ""
+
+
+def test_follow_short_lived_writers_shows_what_came_and_went(
+    engine: str, tmp_path: Path, follow: Callable[..., Follow]
+) -> None:
+    """A segment that was made and ingested between two looks is found by the ledger alone."""
+    one = follow("--json", "--tool", "brief*", "--tool", "probe")
+    audit = AuditLogger(tmp_path / "log.duckdb")
+    for number in range(40):
+        audit.log_event("cli", "tool", f"brief{number}")
+        audit.log_event("cli", "tool", "other")
+        audit.flush()
+    audit.shutdown()
+    wait_until(lambda: len([e for e in one.events() if e["name"] != "probe"]) >= 40)
+    names = [event["name"] for event in one.events() if event["name"] != "probe"]
+    assert sorted(names) == sorted(f"brief{number}" for number in range(40))
+
+
+def test_follow_without_a_log_waits_for_the_first_event(
+    engine: str, tmp_path: Path, follow: Callable[..., Follow]
+) -> None:
+    one = follow()
+    wait_until(lambda: "waiting for the first event" in one.err.read_text())
+    with AuditLogger(tmp_path / "log.duckdb") as audit:
+        audit.log_event("http", "tool", "very_first", {"a": 1}, 3)
+    wait_until(lambda: "very_first" in one.out.read_text())
+    assert one.out.read_text().splitlines()[0].startswith("TIME (UTC)")
+
+
+def test_follow_with_limit_shows_the_past_first_and_nothing_twice(
+    tmp_path: Path, logger: AuditLogger, follow: Callable[..., Follow]
+) -> None:
+    for number in range(5):
+        logger.log_event("cli", "tool", f"past{number}")
+    logger.flush()
+    logger.log_event("cli", "tool", "past5")
+    one = follow("--limit", "3", "--json", "--tool", "*", "--grep", "p", "--type", "tool")
+    wait_until(lambda: len(one.events()) == 3)
+    logger.log_event("cli", "tool", "past_is_over")
+    logger.flush()
+    wait_until(lambda: any(event["name"] == "past_is_over" for event in one.events()))
+    names = [event["name"] for event in one.events()]
+    assert names == ["past3", "past4", "past5", "past_is_over"]
+
+
+def test_follow_reader_goes_away_ends_without_an_event(tmp_path: Path, logger: AuditLogger) -> None:
+    logger.log_event("cli", "tool", "one")
+    logger.flush()
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            "-m",
+            "mxcp_audit",
+            "log",
+            "-f",
+            "--limit",
+            "5",
+            "--db",
+            str(tmp_path / "log.duckdb"),
+        ],
+        env=child_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    assert process.stdout.readline().startswith(b"TIME")
+    process.stdout.close()
+    assert process.wait(PATIENCE) == 0
+    assert process.stderr.read() == b""
+    process.stderr.close()
+
+
+def test_follow_idle_costs_less_than_a_hundredth_of_a_core(
+    tmp_path: Path, logger: AuditLogger, follow: Callable[..., Follow]
+) -> None:
+    """Counted in looks, each of which opens no file: time itself would be measured on a noisy machine."""
+    logger.log_event("cli", "tool", "one")
+    logger.flush()
+    store = Store(config_from_arguments(tmp_path / "log.duckdb"))
+    opened: list[str] = []
+    follower = Follower(store, Filter())
+    with store.reading() as reading:
+        follower.start(reading)
+    time.sleep(0.2)  # a file that changed just now is looked at twice
+    follower.look()
+    store._opener = lambda **_: opened.append("opened")  # type: ignore[assignment, return-value]
+    begun = time.process_time()
+    for _ in range(100):
+        assert follower.look() == []
+    assert opened == []
+    assert (time.process_time() - begun) / 100 < 0.4 * 0.01  # a look of 4 ms every 0.4 s is one hundredth
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(config_from_arguments(tmp_path / "log.duckdb"))
+
+
+def started(store: Store, what: Filter = Filter()) -> Follower:  # noqa: B008 - it is frozen
+    follower = Follower(store, what)
+    with store.reading() as reading:
+        follower.start(reading)
+    return follower
+
+
+def names(rows: list[Any]) -> list[str]:
+    return [row[3] for row in rows]
+
+
+def test_follower_segment_read_in_part_takes_the_rest_from_the_table(
+    engine: str, logger: AuditLogger, store: Store
+) -> None:
+    logger.log_event("cli", "tool", "old")
+    logger.flush()
+    follower = started(store)
+    assert logger._writer.flush(10)  # nothing is ingested between
+    for number in range(3):
+        logger.log_event("cli", "tool", f"a{number}")
+    logger._writer.flush(10)
+    first = names(follower.look())
+    logger.log_event("cli", "tool", "b")
+    logger.shutdown()
+    assert not store.journal.segments()
+    assert first + names(follower.look()) == ["a0", "a1", "a2", "b"]
+    assert follower.look() == []
+    follower.close()
+
+
+def test_follower_half_written_line_waits_for_its_end(
+    tmp_path: Path, logger: AuditLogger, store: Store
+) -> None:
+    logger.log_event("cli", "tool", "old")
+    logger.flush()
+    follower = started(store)
+    segment = store.journal.open_segment()
+    line = (
+        b'{"timestamp":"2026-01-01T00:00:00.000000Z","caller":"cli","type":"tool","name":"x","input_json":"null",'
+        b'"duration_ms":1,"policy_decision":"n/a","reason":null,"status":"success","error":null,"user_id":null,'
+        b'"session_id":null,"trace_id":null,"seq":1}\n'
+    )
+    with open(segment.path, "ab") as file:
+        file.write(line[:50])
+        file.flush()
+        assert follower.look() == []
+        file.write(line[50:] + b"no JSON\n")
+        file.flush()
+        assert names(follower.look()) == ["x"]
+    assert follower.look() == []
+    segment.seal()
+
+
+def test_follower_database_locked_goes_on_with_the_journal(
+    tmp_path: Path, logger: AuditLogger, store: Store
+) -> None:
+    import duckdb
+
+    logger.log_event("cli", "tool", "old")
+    logger.flush()
+    follower = started(store)
+    with duckdb.connect(str(tmp_path / "log.duckdb")) as holder:
+        holder.execute("CREATE TABLE other AS SELECT 1 AS a")
+        logger.log_event("cli", "tool", "new")
+        logger._writer.flush(10)
+        assert names(follower.look()) == ["new"]
+    logger.shutdown()
+    assert follower.look() == []
+    follower.close()
+
+
+def test_follower_started_while_locked_shows_what_is_ingested_later(
+    tmp_path: Path, logger: AuditLogger, store: Store
+) -> None:
+    import duckdb
+
+    logger.log_event("cli", "tool", "old")
+    logger.flush()
+    follower = Follower(store, Filter())
+    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+    holder = subprocess.Popen(
+        [sys.executable, "-c", code, str(tmp_path / "log.duckdb")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
+    with store.reading(wait=0) as reading:
+        assert reading.problem is not None
+        follower.start(reading)
+    holder.communicate(b"")
+    with AuditLogger(tmp_path / "log.duckdb") as audit:
+        audit.log_event("cli", "tool", "came_and_went")
+    assert not store.journal.segments()
+    assert names(follower.look()) == ["came_and_went"]
+    assert duckdb  # the child needs it
+    follower.close()
+
+
+def test_filter_matches_agrees_with_where(engine: str, logger: AuditLogger, store: Store) -> None:
+    """The follower's own test of an event, and DuckDB's, on every kind of filter and value."""
+    values = ["a", "A%_\\b", "x*y", "É\nΣİß", "", "'"]
+    for number, value in enumerate(values):
+        logger.log_event(
+            value,
+            ("tool", "resource", "prompt")[number % 3],
+            value,
+            {"k": value},
+            number * 10,
+            ("allow", "deny", "warn", "n/a")[number % 4],
+            None if number % 2 else value,
+            ("success", "error")[number % 2],
+            None if number % 3 else value,
+            user_id=value if number % 2 else None,
+            session_id=value,
+            trace_id=value,
+        )
+    logger.shutdown()
+    with store.reading() as reading:
+        rows = list(reading.rows(Filter(), count=None))
+        middle = rows[3][0][:-1].replace("T", " ")
+        filters = [
+            Filter(event_type="tool"),
+            Filter(policy="deny"),
+            Filter(status="error"),
+            Filter(since=middle),
+            Filter(until=middle),
+            Filter(min_ms=20),
+            Filter(event_id=rows[2][-1]),
+            Filter(tools=("a", "*"), prompts=("*y",)),
+            *(
+                kind(value)
+                for value in [*values, "*", "é", "σ", "ß", "%", "_", "\\", "*b", "i̇", "İ"]
+                for kind in (
+                    lambda v: Filter(tools=(v,)),
+                    lambda v: Filter(resources=(v, "z")),
+                    lambda v: Filter(caller=v),
+                    lambda v: Filter(user=v),
+                    lambda v: Filter(session=v),
+                    lambda v: Filter(trace=v),
+                    lambda v: Filter(text=v),
+                )
+            ),
+        ]
+        for what in filters:
+            asked = [row[-1] for row in reading.rows(what, count=None)]
+            assert [row[-1] for row in rows if what.matches(row)] == asked, what
