@@ -3805,8 +3805,13 @@ class Journal:
         fd = -1
         locked = True
         try:
-            with contextlib.suppress(FileNotFoundError):  # nobody has ever ingested from here
-                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+            with contextlib.suppress(FileNotFoundError):  # no journal; or who reads may not write there
+                try:
+                    fd = os.open(path, os.O_RDONLY | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise
+                    fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
                 locked = try_lock(fd, shared=True)
         except OSError as error:
             if fd >= 0:
@@ -4272,10 +4277,10 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = self._thread = self._threads.Thread(
-                target=self._run, name="mxcp_audit writer", daemon=True
-            )
+            thread = None
             try:
+                thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+                self._thread = thread
                 thread.start()
                 return True
             except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
@@ -4285,7 +4290,7 @@ class Writer:
                         "thread", "no writer thread, callers write themselves", error=error
                     )
             except BaseException:
-                if thread.ident is None:
+                if thread is None or thread.ident is None:
                     self._thread = None
                 raise
         return False
@@ -4574,8 +4579,8 @@ class Ingester:
             self._changed.notify_all()
             if self._stopping or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
             try:
+                self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
                 self._thread.start()
             except RuntimeError:  # no threads to be had: shutdown, or the next process, ingests
                 self._thread = None
@@ -6640,7 +6645,10 @@ def sql_literal(value: object) -> str:
         if "\0" in value:
             raise QueryError("a text with a NUL character can't be searched for; the log holds none")
         value = value.encode("utf-8", "replace").decode()
-        return "'" + value.replace("'", "''") + "'"
+        quoted = "'" + value.replace("'", "''") + "'"
+        if "\r" in value:  # the program drops one before a line feed from what it reads
+            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r")
+        return quoted
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
     raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
@@ -6972,6 +6980,16 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     return shutil.which("duckdb", path=environ.get("PATH"))
 
 
+def _in_subinterpreter() -> bool:
+    import importlib
+
+    for name in ("_interpreters", "_xxsubinterpreters"):  # 3.13 and later; before
+        with contextlib.suppress(ImportError, AttributeError):
+            interpreters = importlib.import_module(name)
+            return bool(interpreters.get_current() != interpreters.get_main())
+    return False
+
+
 # The extensions that a target needs, by the words before its colons, and those that they need in turn.
 _EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "ducklake": ("ducklake",),
@@ -7073,6 +7091,8 @@ def open_engine(
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
     if choice in ("auto", "package"):
         try:
+            if _in_subinterpreter():
+                raise ImportError("it hangs in a subinterpreter; the duckdb program works there")
             if apart:
                 return ApartEngine(guest=guest)
             PackageEngine.version()
@@ -7505,7 +7525,7 @@ class Store:
         Call it under the ingest lock, which makes the scratch name this process's own.
         """
         scratch = f"{self.path}.{self.journal.identity()}.new"
-        if os.path.exists(self.path + ".wal"):
+        if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         leftovers = (scratch, scratch + ".wal")
