@@ -5971,6 +5971,10 @@ _JOURNAL_COLUMNS: Final = ", ".join(
 )
 _JOURNAL_NAMES: Final = ", ".join(column.name for column in COLUMNS if column.name != "segment")
 
+# Other schemas of a shared target may have tables of the same names.
+_OUR_TABLES: Final = """\
+database_name = 'audit' AND table_name IN ('logs', 'ledger')
+AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
 CREATE_LOGS: Final = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
 WIDEN_LOGS: Final = tuple(
     f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
@@ -6121,9 +6125,9 @@ SELECT entries.* REPLACE (sealed AS seal)
 FROM entries JOIN (SELECT unnest($positions) AS place, unnest($seals) AS sealed) ON position = place"""
 
 # Verifying reads the tables through views of known columns and types, whatever somebody made of them.
-TABLE_TYPES: Final = """\
+TABLE_TYPES: Final = f"""\
 SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
-WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
+WHERE {_OUR_TABLES}"""
 CHAIN: Final = f"""\
 SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, segment::VARCHAR, events::BIGINT, seal::VARCHAR,
        {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
@@ -6248,10 +6252,9 @@ RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
 WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
 
-TABLE_COLUMNS: Final = """\
-SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
-WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')
-AND schema_name IN (SELECT unnest($schemas))"""
+TABLE_COLUMNS: Final = f"""\
+SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns() WHERE {_OUR_TABLES}"""
+SET_SCHEMA: Final = "SET VARIABLE audit_schema = $schema"
 
 # For targets that are no file. A server, or an engine whose parent was killed, finishes a commit that it was
 # sent, and the next ingest may not see it yet. So two transactions that take in the same segments must
@@ -7348,9 +7351,7 @@ class Store:
         segments = [claim.id for claim in claims]
         with self._attached(engine, read_only=False):
             self._create_tables(engine)
-            engine.execute("BEGIN")
-            if self._is_lake:
-                engine.execute(turn_statements(self.journal.identity())[1])
+            self._begin(engine)
             known = self._ids(engine, KNOWN_SEGMENTS, segments)
             fresh = [segment for segment in segments if segment not in known]
             if known:
@@ -7369,6 +7370,12 @@ class Store:
             if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
                 engine.execute("CHECKPOINT audit")
         return set(fresh)
+
+    def _begin(self, engine: Engine) -> None:
+        """Begin a transaction that writes to the ledger: of two of one journal, only one can succeed."""
+        engine.execute("BEGIN")
+        if self._is_lake:
+            engine.execute(turn_statements(self.journal.identity())[1])
 
     def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> Head:
         """Enter segments, and what was lost of each, in the running transaction; return the new end."""
@@ -7410,10 +7417,7 @@ class Store:
 
     def _columns(self, engine: Engine) -> dict[str, set[str]]:
         present: dict[str, set[str]] = {}
-        schemas = ["main", "public", *(str(v) for n, v in self._options.items() if n.upper() == "SCHEMA")]
-        is_quack = _QUACK.match(self.path) is not None
-        found = engine.execute(*((QUACK_COLUMNS,) if is_quack else (TABLE_COLUMNS, {"schemas": schemas})))
-        for table, column in found:
+        for table, column in engine.execute(QUACK_COLUMNS if _QUACK.match(self.path) else TABLE_COLUMNS):
             present.setdefault(table, set()).add(column)
         return present
 
@@ -7478,6 +7482,9 @@ class Store:
             engine.execute(attach_statement(self.path, options))
         except QueryError as error:
             raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
+        schema = "public" if _POSTGRES.match(self.path) else "main"
+        named = [str(value) for name, value in options.items() if name.upper() == "SCHEMA"]
+        engine.execute(SET_SCHEMA, {"schema": [*named, schema][0]})
         if not read_only:
             yield
             engine.execute("DETACH audit")
@@ -7640,7 +7647,7 @@ class Store:
                         yield
                         return
                 if time.monotonic() >= deadline:
-                    raise DatabaseLockedError(f"{self.path}: another process is ingesting; try again")
+                    raise DatabaseLockedError(f"{self.name}: another process is ingesting; try again")
                 time.sleep(0.02)
 
     def purge(
@@ -7666,7 +7673,7 @@ class Store:
     def _purge(self, engine: Engine, before: str, archive: str | None = None) -> Removal:
         journal = self.journal.identity()
         self._create_tables(engine)
-        engine.execute("BEGIN")
+        self._begin(engine)
         head = self._ledger.head
         ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
         if empty:
@@ -7713,7 +7720,7 @@ class Store:
                 removal = self._purge(engine, sql_time(moment))
             if removal is None or not removal.events:
                 # An entry a day, so that a log without events doesn't look like one that was off.
-                engine.execute("BEGIN")
+                self._begin(engine)
                 text = "retention: nothing is old enough"
                 entry = entry_of("check", 0, text)
                 self._finish(engine, self._ledger.enter(engine, self.journal.identity(), [entry]))
@@ -10534,7 +10541,7 @@ def cmd_config(options: argparse.Namespace) -> int:
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
     settings["journal"] = config.journal_directory
     if is_attach_target(config.path):
-        settings["path"] = Redactor().scrub(config.path)
+        settings["path"] = public_target(config.path)
     sources = {name: config.sources.get(name, "default") for name in settings}
     if options.json:
         answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}
