@@ -32,14 +32,10 @@ import codecs
 import collections
 import contextlib
 import contextvars
-import dataclasses
 import datetime
 import enum
 import errno
 import functools
-import hashlib
-import hmac
-import inspect
 import json
 import logging
 import os
@@ -51,7 +47,6 @@ import time
 import types
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import (
     IO,
@@ -692,8 +687,7 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The settings that hold, each with its source; made by `load_config`, already validated.
 
     Args:
@@ -716,12 +710,12 @@ class Config:
             "mxcp-site.yml:12" (file and line).
     """
 
-    path: str = field(repr=False)
+    path: str
     profile: str = "default"
     site_file: str | None = None
     enabled: bool = False
     journal: str | None = None
-    attach: Mapping[str, str | int | float | bool] = field(default_factory=dict, repr=False)
+    attach: Mapping[str, str | int | float | bool] = types.MappingProxyType({})
     flush_interval: float = 1.0
     durable: bool = False
     on_full: str = "block"
@@ -730,7 +724,13 @@ class Config:
     keep: tuple[str, ...] = ()
     redact_mode: str = "constant"
     retention: float | None = None
-    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    sources: Mapping[str, str] = types.MappingProxyType({})
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}={value!r}" for name, value in self._asdict().items() if name not in ("path", "attach")
+        )
+        return f"Config({', '.join(shown)})"
 
     @property
     def journal_directory(self) -> str:
@@ -1072,7 +1072,7 @@ def load_config(
         settings["path"] = os.path.join(folder, settings["path"].removeprefix("./"))
     if "journal" in settings:
         settings["journal"] = os.path.join(folder, settings["journal"].removeprefix("./"))
-    defaults = dict.fromkeys((each.name for each in fields(Config) if each.name != "sources"), "default")
+    defaults = dict.fromkeys((name for name in Config._fields if name != "sources"), "default")
     all_sources = {**defaults, **sources, "profile": name_source, "site_file": site_source}
     return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
 
@@ -1977,13 +1977,16 @@ class _Texts:
         # Whatever has a known form holds a digit or a capital; commands have a dash.
         if hint is None and low == text and " -" not in text:
             return text
+        given = text
         if "://" in text:
             text = self._hide_url_passwords(text, found)
         if "-----BEGIN" in text:
             text = self._hide_private_keys(text, found)
-        low = _lower(text)
-        text = self._hide_special(text, low, found)
-        low = _lower(text)
+        if text is not given:
+            low = _lower(text)
+        given, text = text, self._hide_special(text, low, found)
+        if text is not given:
+            low = _lower(text)
         if hint is not None and self._stems.search(low):
             text = self._hide_named(text, low, found)
         if size >= 11:
@@ -2176,8 +2179,7 @@ class _Texts:
         return strength
 
 
-@dataclasses.dataclass(frozen=True)
-class _Declared:
+class _Declared(NamedTuple):
     """What an endpoint's definition says of one parameter and of its parts.
 
     Args:
@@ -5128,6 +5130,8 @@ def audited(
 
 def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
     """Return a function of the same kind, which `inspect` and so the frameworks tell apart."""
+    import inspect  # lazily: it costs 5 ms, and who decorates functions has loaded it
+
     if inspect.isasyncgenfunction(function):
 
         async def async_generator(*args: Any, **kwargs: Any) -> Any:
@@ -5252,6 +5256,8 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
 
     The instance of a method and the context object of a framework are no input.
     """
+    import inspect
+
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some functions in C have none
@@ -6430,8 +6436,7 @@ WHERE kind IN ('segment', 'loss') AND position > coalesce(last, 0) AND ingested_
 GROUP BY journal, segment"""
 
 
-@dataclass(frozen=True)
-class Filter:
+class Filter(NamedTuple):
     """Which events are meant. Everything that is set must hold; within a tuple, any of it.
 
     Names may hold `*` for any text. Times are naive UTC texts, as `sql_time` returns them.
@@ -7986,8 +7991,7 @@ _POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
 _QUACK: Final = re.compile(r"(?i)quack:")
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """Something that is wrong, and what to do about it."""
 
     problem: str
@@ -8628,6 +8632,8 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
 
 def _sealing_key(key: bytes) -> bytes:
     # Not the key itself: redaction shows HMACs with that one, of texts that callers choose.
+    import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
+
     return hashlib.sha256(b"mxcp_audit seal\0" + key).digest()
 
 
@@ -8639,6 +8645,9 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
         row: the hash of the entry's row, 64 hex digits.
         key: None for a chain without a key, which then proves only what is compared with a checkpoint.
     """
+    import hashlib
+    import hmac
+
     text = f"{previous}|{row}".encode()
     if key is None:
         return hashlib.sha256(text).hexdigest()
@@ -8750,20 +8759,20 @@ class Finding(NamedTuple):
         return [f"{self.segment}:{seq}" for seq in self.seqs]
 
 
-@dataclass
 class Verdict:
     """What `verify` found."""
 
-    findings: list[Finding] = field(default_factory=list)
-    more_findings: int = 0  # beyond those that are listed
-    heads: list[Head] = field(default_factory=list)
-    entries: int = 0
-    segments: int = 0
-    events: int = 0  # in all segments, purged ones included
-    purged: int = 0
-    lost: int = 0
-    legacy: int = 0  # rows that are older than the ledger
-    waiting_bytes: int = 0  # in the journal, not sealed yet
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self.more_findings = 0  # beyond those that are listed
+        self.heads: list[Head] = []
+        self.entries = 0
+        self.segments = 0
+        self.events = 0  # in all segments, purged ones included
+        self.purged = 0
+        self.lost = 0
+        self.legacy = 0  # rows that are older than the ledger
+        self.waiting_bytes = 0  # in the journal, not sealed yet
 
     @property
     def intact(self) -> bool:
@@ -9002,6 +9011,8 @@ class Verifier:
 
     def _seal_state(self, previous: str, row: str, seal: str) -> str:
         if not seal.startswith(_KEYED):
+            import hmac
+
             return "open" if hmac.compare_digest(make_seal(previous, row, None), seal) else "wrong"
         if not self._keys:
             return "locked"
@@ -9187,6 +9198,8 @@ class Purger:
         events = segments = 0
         first: int | None = None
         last: int | None = None
+        import hashlib
+
         digest = hashlib.sha256()
         for row in self._verifier.differences(scoped=True):
             right = purges.expected(row) if row.position >= 0 else (0, None)
@@ -9255,6 +9268,8 @@ class Purger:
             self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_PARQUET})")
             sync_file(path)
             files.append({"name": f"{day}.parquet", "events": events, "sha256": file_digest(path)})
+        import hashlib
+
         digest = hashlib.sha256()
         paths = [os.path.join(folder, str(file["name"])) for file in files]
         if paths:
@@ -9330,6 +9345,8 @@ def _put_in_place(path: str, target: str) -> None:
 
 def file_digest(path: str) -> str:
     """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    import hashlib
+
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):
