@@ -32,14 +32,10 @@ import codecs
 import collections
 import contextlib
 import contextvars
-import dataclasses
 import datetime
 import enum
 import errno
 import functools
-import hashlib
-import hmac
-import inspect
 import json
 import logging
 import os
@@ -51,7 +47,6 @@ import time
 import types
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
 from math import isfinite
 from typing import (
     IO,
@@ -692,8 +687,7 @@ def parse_duration(text: str) -> float:
     return seconds
 
 
-@dataclass(frozen=True)
-class Config:
+class Config(NamedTuple):
     """The settings that hold, each with its source; made by `load_config`, already validated.
 
     Args:
@@ -716,12 +710,12 @@ class Config:
             "mxcp-site.yml:12" (file and line).
     """
 
-    path: str = field(repr=False)
+    path: str
     profile: str = "default"
     site_file: str | None = None
     enabled: bool = False
     journal: str | None = None
-    attach: Mapping[str, str | int | float | bool] = field(default_factory=dict, repr=False)
+    attach: Mapping[str, str | int | float | bool] = types.MappingProxyType({})
     flush_interval: float = 1.0
     durable: bool = False
     on_full: str = "block"
@@ -730,7 +724,13 @@ class Config:
     keep: tuple[str, ...] = ()
     redact_mode: str = "constant"
     retention: float | None = None
-    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    sources: Mapping[str, str] = types.MappingProxyType({})
+
+    def __repr__(self) -> str:
+        shown = (
+            f"{name}={value!r}" for name, value in self._asdict().items() if name not in ("path", "attach")
+        )
+        return f"Config({', '.join(shown)})"
 
     @property
     def journal_directory(self) -> str:
@@ -1072,7 +1072,7 @@ def load_config(
         settings["path"] = os.path.join(folder, settings["path"].removeprefix("./"))
     if "journal" in settings:
         settings["journal"] = os.path.join(folder, settings["journal"].removeprefix("./"))
-    defaults = dict.fromkeys((each.name for each in fields(Config) if each.name != "sources"), "default")
+    defaults = dict.fromkeys((name for name in Config._fields if name != "sources"), "default")
     all_sources = {**defaults, **sources, "profile": name_source, "site_file": site_source}
     return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
 
@@ -1977,13 +1977,16 @@ class _Texts:
         # Whatever has a known form holds a digit or a capital; commands have a dash.
         if hint is None and low == text and " -" not in text:
             return text
+        given = text
         if "://" in text:
             text = self._hide_url_passwords(text, found)
         if "-----BEGIN" in text:
             text = self._hide_private_keys(text, found)
-        low = _lower(text)
-        text = self._hide_special(text, low, found)
-        low = _lower(text)
+        if text is not given:
+            low = _lower(text)
+        given, text = text, self._hide_special(text, low, found)
+        if text is not given:
+            low = _lower(text)
         if hint is not None and self._stems.search(low):
             text = self._hide_named(text, low, found)
         if size >= 11:
@@ -2176,8 +2179,7 @@ class _Texts:
         return strength
 
 
-@dataclasses.dataclass(frozen=True)
-class _Declared:
+class _Declared(NamedTuple):
     """What an endpoint's definition says of one parameter and of its parts.
 
     Args:
@@ -3805,8 +3807,13 @@ class Journal:
         fd = -1
         locked = True
         try:
-            with contextlib.suppress(FileNotFoundError):  # nobody has ever ingested from here
-                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+            with contextlib.suppress(FileNotFoundError):  # no journal; or who reads may not write there
+                try:
+                    fd = os.open(path, os.O_RDONLY | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise
+                    fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
                 locked = try_lock(fd, shared=True)
         except OSError as error:
             if fd >= 0:
@@ -4272,10 +4279,10 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = self._thread = self._threads.Thread(
-                target=self._run, name="mxcp_audit writer", daemon=True
-            )
+            thread = None
             try:
+                thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+                self._thread = thread
                 thread.start()
                 return True
             except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
@@ -4285,7 +4292,7 @@ class Writer:
                         "thread", "no writer thread, callers write themselves", error=error
                     )
             except BaseException:
-                if thread.ident is None:
+                if thread is None or thread.ident is None:
                     self._thread = None
                 raise
         return False
@@ -4574,8 +4581,8 @@ class Ingester:
             self._changed.notify_all()
             if self._stopping or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
             try:
+                self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
                 self._thread.start()
             except RuntimeError:  # no threads to be had: shutdown, or the next process, ingests
                 self._thread = None
@@ -4671,7 +4678,7 @@ class Ingester:
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
-DeniedBy: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
+DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
@@ -5123,6 +5130,8 @@ def audited(
 
 def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
     """Return a function of the same kind, which `inspect` and so the frameworks tell apart."""
+    import inspect  # lazily: it costs 5 ms, and who decorates functions has loaded it
+
     if inspect.isasyncgenfunction(function):
 
         async def async_generator(*args: Any, **kwargs: Any) -> Any:
@@ -5247,6 +5256,8 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
 
     The instance of a method and the context object of a framework are no input.
     """
+    import inspect
+
     try:
         signature = inspect.signature(function)
     except (TypeError, ValueError):  # some functions in C have none
@@ -6425,8 +6436,7 @@ WHERE kind IN ('segment', 'loss') AND position > coalesce(last, 0) AND ingested_
 GROUP BY journal, segment"""
 
 
-@dataclass(frozen=True)
-class Filter:
+class Filter(NamedTuple):
     """Which events are meant. Everything that is set must hold; within a tuple, any of it.
 
     Names may hold `*` for any text. Times are naive UTC texts, as `sql_time` returns them.
@@ -6643,7 +6653,10 @@ def sql_literal(value: object) -> str:
         if "\0" in value:
             raise QueryError("a text with a NUL character can't be searched for; the log holds none")
         value = value.encode("utf-8", "replace").decode()
-        return "'" + value.replace("'", "''") + "'"
+        quoted = "'" + value.replace("'", "''") + "'"
+        if "\r" in value:  # the program drops one before a line feed from what it reads
+            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r")
+        return quoted
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
     raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
@@ -6975,6 +6988,16 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     return shutil.which("duckdb", path=environ.get("PATH"))
 
 
+def _in_subinterpreter() -> bool:
+    import importlib
+
+    for name in ("_interpreters", "_xxsubinterpreters"):  # 3.13 and later; before
+        with contextlib.suppress(ImportError, AttributeError):
+            interpreters = importlib.import_module(name)
+            return bool(interpreters.get_current() != interpreters.get_main())
+    return False
+
+
 # The extensions that a target needs, by the words before its colons, and those that they need in turn.
 _EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "ducklake": ("ducklake",),
@@ -7076,6 +7099,8 @@ def open_engine(
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
     if choice in ("auto", "package"):
         try:
+            if _in_subinterpreter():
+                raise ImportError("it hangs in a subinterpreter; the duckdb program works there")
             if apart:
                 return ApartEngine(guest=guest)
             PackageEngine.version()
@@ -7512,7 +7537,7 @@ class Store:
         Call it under the ingest lock, which makes the scratch name this process's own.
         """
         scratch = f"{self.path}.{self.journal.identity()}.new"
-        if os.path.exists(self.path + ".wal"):
+        if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         leftovers = (scratch, scratch + ".wal")
@@ -7966,8 +7991,7 @@ _POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
 _QUACK: Final = re.compile(r"(?i)quack:")
 
 
-@dataclass(frozen=True)
-class Fault:
+class Fault(NamedTuple):
     """Something that is wrong, and what to do about it."""
 
     problem: str
@@ -8108,7 +8132,8 @@ def _refuse_fatal_limit() -> None:
 
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
-    DatabaseCorruptError: "move it aside or restore a backup; nothing was changed, events wait",
+    DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
+    "else move it aside or restore a backup",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
     DatabaseUnreachableError: "events wait in the journal",
     EngineNotFoundError: "events wait in the journal",
@@ -8561,7 +8586,7 @@ def _stamp_of(path: str) -> tuple[int, int, int] | None:
 # because a chain is no query and HMAC is no function of DuckDB's. docs/security.md says what this
 # proves, to whom, and what it doesn't.
 
-Entry: TypeAlias = "tuple[str, Mapping[str, object]]"  # a PREPARE statement and its own parameters
+Entry: TypeAlias = tuple[str, Mapping[str, object]]  # a PREPARE statement and its own parameters
 
 _KEYED: Final = "k:"  # marks a seal that was made with a key
 _LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
@@ -8607,6 +8632,8 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
 
 def _sealing_key(key: bytes) -> bytes:
     # Not the key itself: redaction shows HMACs with that one, of texts that callers choose.
+    import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
+
     return hashlib.sha256(b"mxcp_audit seal\0" + key).digest()
 
 
@@ -8618,6 +8645,9 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
         row: the hash of the entry's row, 64 hex digits.
         key: None for a chain without a key, which then proves only what is compared with a checkpoint.
     """
+    import hashlib
+    import hmac
+
     text = f"{previous}|{row}".encode()
     if key is None:
         return hashlib.sha256(text).hexdigest()
@@ -8729,20 +8759,20 @@ class Finding(NamedTuple):
         return [f"{self.segment}:{seq}" for seq in self.seqs]
 
 
-@dataclass
 class Verdict:
     """What `verify` found."""
 
-    findings: list[Finding] = field(default_factory=list)
-    more_findings: int = 0  # beyond those that are listed
-    heads: list[Head] = field(default_factory=list)
-    entries: int = 0
-    segments: int = 0
-    events: int = 0  # in all segments, purged ones included
-    purged: int = 0
-    lost: int = 0
-    legacy: int = 0  # rows that are older than the ledger
-    waiting_bytes: int = 0  # in the journal, not sealed yet
+    def __init__(self) -> None:
+        self.findings: list[Finding] = []
+        self.more_findings = 0  # beyond those that are listed
+        self.heads: list[Head] = []
+        self.entries = 0
+        self.segments = 0
+        self.events = 0  # in all segments, purged ones included
+        self.purged = 0
+        self.lost = 0
+        self.legacy = 0  # rows that are older than the ledger
+        self.waiting_bytes = 0  # in the journal, not sealed yet
 
     @property
     def intact(self) -> bool:
@@ -8981,6 +9011,8 @@ class Verifier:
 
     def _seal_state(self, previous: str, row: str, seal: str) -> str:
         if not seal.startswith(_KEYED):
+            import hmac
+
             return "open" if hmac.compare_digest(make_seal(previous, row, None), seal) else "wrong"
         if not self._keys:
             return "locked"
@@ -9166,6 +9198,8 @@ class Purger:
         events = segments = 0
         first: int | None = None
         last: int | None = None
+        import hashlib
+
         digest = hashlib.sha256()
         for row in self._verifier.differences(scoped=True):
             right = purges.expected(row) if row.position >= 0 else (0, None)
@@ -9234,6 +9268,8 @@ class Purger:
             self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_PARQUET})")
             sync_file(path)
             files.append({"name": f"{day}.parquet", "events": events, "sha256": file_digest(path)})
+        import hashlib
+
         digest = hashlib.sha256()
         paths = [os.path.join(folder, str(file["name"])) for file in files]
         if paths:
@@ -9309,6 +9345,8 @@ def _put_in_place(path: str, target: str) -> None:
 
 def file_digest(path: str) -> str:
     """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    import hashlib
+
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while block := file.read(2**20):

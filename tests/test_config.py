@@ -345,7 +345,7 @@ AUDIT = "mxcp: 1\nprofile: dev\nprofiles:\n  dev:\n    audit:\n"
 )
 def test_load_config_file_without_audit_is_not_enabled(site, tmp_path, text):
     config = site(text)
-    assert config == Config(
+    assert config._replace(sources={}) == Config(
         path=str(tmp_path / "logs-default.duckdb"), site_file=str(tmp_path / "mxcp-site.yml")
     )
     assert config.enabled is False and config.profile == "default"
@@ -364,7 +364,7 @@ def test_load_config_every_setting_is_read_with_its_source(site, tmp_path):
         "      on_full: drop\n      max_input_bytes: 4_096\n      redact: [iban, 'no']\n"
         "      keep:\n      - public_key\n      redact_mode: hmac\n      retention: 90d\n"
     )
-    assert config == Config(
+    assert config._replace(sources={}) == Config(
         path=str(tmp_path / "data" / "a.duckdb"),
         profile="dev",
         site_file=str(tmp_path / "mxcp-site.yml"),
@@ -387,7 +387,7 @@ def test_load_config_every_setting_is_read_with_its_source(site, tmp_path):
 
 
 def test_load_config_sources_name_every_setting(site):
-    names = {name for name in Config.__dataclass_fields__ if name != "sources"}
+    names = {name for name in Config._fields if name != "sources"}
     assert set(site("").sources) == names == {*mxcp_audit._SETTINGS, "profile", "site_file"}
 
 

@@ -679,10 +679,8 @@ def _growth_processes(run: Run) -> Plotted:
     def measure(count: int) -> list[float]:
         folder = run.place("processes")
         words = [run.python(), "-c", _PROCESS, str(folder), str(events // count)]
-        children = [
-            subprocess.Popen(words, cwd=ROOT, env=environ(), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-            for _ in range(count)
-        ]
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        children = [subprocess.Popen(words, cwd=ROOT, env=environ(), **pipes) for _ in range(count)]
         for child in children:
             assert child.stdout is not None and child.stdout.readline()
         start = time.perf_counter()
