@@ -125,6 +125,8 @@ def make_host(python: str, server: Postgres, tmp_path: Path, request: pytest.Fix
         attach: dict[str, object] = {}
         if kind == "ducklake":
             path, attach = "ducklake:" + path, {"DATA_PATH": str(tmp_path / "lake")}
+        if kind == "lake-file":
+            path, attach = f"ducklake:{tmp_path}/meta.ducklake", {"DATA_PATH": str(tmp_path / "lake")}
         return Host(python, tmp_path / name, path, attach, PASSWORD)
 
     return make
@@ -329,7 +331,7 @@ def test_hostile_input_comes_through_as_into_a_file(
     assert there[1] == here[1] == [["TIMESTAMP", "INTEGER", "INTEGER", "VARCHAR"]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "lake-file"))
 def test_log_filters_and_exports_every_target(make_host: Make, kind: str, engine: str) -> None:
     host = make_host(kind)
     empty = host.cli("log")
