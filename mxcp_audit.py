@@ -10552,9 +10552,7 @@ def _add_config(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def cmd_config(options: argparse.Namespace) -> int:
     config = _config_of(options)
-    settings: dict[str, object] = {
-        name: getattr(config, name) for name in (each.name for each in fields(Config)) if name != "sources"
-    }
+    settings = {name: value for name, value in config._asdict().items() if name != "sources"}
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
     settings["journal"] = config.journal_directory
     if is_attach_target(config.path):
