@@ -3807,8 +3807,13 @@ class Journal:
         fd = -1
         locked = True
         try:
-            with contextlib.suppress(FileNotFoundError):  # nobody has ever ingested from here
-                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+            with contextlib.suppress(FileNotFoundError):  # no journal; or who reads may not write there
+                try:
+                    fd = os.open(path, os.O_RDONLY | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+                except OSError as error:
+                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise
+                    fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
                 locked = try_lock(fd, shared=True)
         except OSError as error:
             if fd >= 0:
@@ -4274,10 +4279,10 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = self._thread = self._threads.Thread(
-                target=self._run, name="mxcp_audit writer", daemon=True
-            )
+            thread = None
             try:
+                thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+                self._thread = thread
                 thread.start()
                 return True
             except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
@@ -4287,7 +4292,7 @@ class Writer:
                         "thread", "no writer thread, callers write themselves", error=error
                     )
             except BaseException:
-                if thread.ident is None:
+                if thread is None or thread.ident is None:
                     self._thread = None
                 raise
         return False
@@ -4576,8 +4581,8 @@ class Ingester:
             self._changed.notify_all()
             if self._stopping or (self._thread is not None and self._thread.is_alive()):
                 return
-            self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
             try:
+                self._thread = self._threads.Thread(target=self._run, name="mxcp_audit ingester", daemon=True)
                 self._thread.start()
             except RuntimeError:  # no threads to be had: shutdown, or the next process, ingests
                 self._thread = None
@@ -4673,7 +4678,7 @@ class Ingester:
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
-DeniedBy: TypeAlias = "type[BaseException] | tuple[type[BaseException], ...]"
+DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
@@ -5972,6 +5977,10 @@ _JOURNAL_COLUMNS: Final = ", ".join(
 )
 _JOURNAL_NAMES: Final = ", ".join(column.name for column in COLUMNS if column.name != "segment")
 
+# Other schemas of a shared target may have tables of the same names.
+_OUR_TABLES: Final = """\
+database_name = 'audit' AND table_name IN ('logs', 'ledger')
+AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
 CREATE_LOGS: Final = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
 WIDEN_LOGS: Final = tuple(
     f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
@@ -6122,9 +6131,9 @@ SELECT entries.* REPLACE (sealed AS seal)
 FROM entries JOIN (SELECT unnest($positions) AS place, unnest($seals) AS sealed) ON position = place"""
 
 # Verifying reads the tables through views of known columns and types, whatever somebody made of them.
-TABLE_TYPES: Final = """\
+TABLE_TYPES: Final = f"""\
 SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
-WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')"""
+WHERE {_OUR_TABLES}"""
 CHAIN: Final = f"""\
 SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, segment::VARCHAR, events::BIGINT, seal::VARCHAR,
        {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
@@ -6249,10 +6258,9 @@ RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
 WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
 
-TABLE_COLUMNS: Final = """\
-SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns()
-WHERE database_name = 'audit' AND table_name IN ('logs', 'ledger')
-AND schema_name IN (SELECT unnest($schemas))"""
+TABLE_COLUMNS: Final = f"""\
+SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns() WHERE {_OUR_TABLES}"""
+SET_SCHEMA: Final = "SET VARIABLE audit_schema = $schema"
 
 # For targets that are no file. A server, or an engine whose parent was killed, finishes a commit that it was
 # sent, and the next ingest may not see it yet. So two transactions that take in the same segments must
@@ -6645,7 +6653,10 @@ def sql_literal(value: object) -> str:
         if "\0" in value:
             raise QueryError("a text with a NUL character can't be searched for; the log holds none")
         value = value.encode("utf-8", "replace").decode()
-        return "'" + value.replace("'", "''") + "'"
+        quoted = "'" + value.replace("'", "''") + "'"
+        if "\r" in value:  # the program drops one before a line feed from what it reads
+            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r")
+        return quoted
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
     raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
@@ -6977,6 +6988,16 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     return shutil.which("duckdb", path=environ.get("PATH"))
 
 
+def _in_subinterpreter() -> bool:
+    import importlib
+
+    for name in ("_interpreters", "_xxsubinterpreters"):  # 3.13 and later; before
+        with contextlib.suppress(ImportError, AttributeError):
+            interpreters = importlib.import_module(name)
+            return bool(interpreters.get_current() != interpreters.get_main())
+    return False
+
+
 # The extensions that a target needs, by the words before its colons, and those that they need in turn.
 _EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
     "ducklake": ("ducklake",),
@@ -7078,6 +7099,8 @@ def open_engine(
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
     if choice in ("auto", "package"):
         try:
+            if _in_subinterpreter():
+                raise ImportError("it hangs in a subinterpreter; the duckdb program works there")
             if apart:
                 return ApartEngine(guest=guest)
             PackageEngine.version()
@@ -7333,9 +7356,7 @@ class Store:
         segments = [claim.id for claim in claims]
         with self._attached(engine, read_only=False):
             self._create_tables(engine)
-            engine.execute("BEGIN")
-            if self._is_lake:
-                engine.execute(turn_statements(self.journal.identity())[1])
+            self._begin(engine)
             known = self._ids(engine, KNOWN_SEGMENTS, segments)
             fresh = [segment for segment in segments if segment not in known]
             if known:
@@ -7354,6 +7375,12 @@ class Store:
             if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
                 engine.execute("CHECKPOINT audit")
         return set(fresh)
+
+    def _begin(self, engine: Engine) -> None:
+        """Begin a transaction that writes to the ledger: of two of one journal, only one can succeed."""
+        engine.execute("BEGIN")
+        if self._is_lake:
+            engine.execute(turn_statements(self.journal.identity())[1])
 
     def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> Head:
         """Enter segments, and what was lost of each, in the running transaction; return the new end."""
@@ -7395,10 +7422,7 @@ class Store:
 
     def _columns(self, engine: Engine) -> dict[str, set[str]]:
         present: dict[str, set[str]] = {}
-        schemas = ["main", "public", *(str(v) for n, v in self._options.items() if n.upper() == "SCHEMA")]
-        is_quack = _QUACK.match(self.path) is not None
-        found = engine.execute(*((QUACK_COLUMNS,) if is_quack else (TABLE_COLUMNS, {"schemas": schemas})))
-        for table, column in found:
+        for table, column in engine.execute(QUACK_COLUMNS if _QUACK.match(self.path) else TABLE_COLUMNS):
             present.setdefault(table, set()).add(column)
         return present
 
@@ -7463,6 +7487,9 @@ class Store:
             engine.execute(attach_statement(self.path, options))
         except QueryError as error:
             raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
+        schema = "public" if _POSTGRES.match(self.path) else "main"
+        named = [str(value) for name, value in options.items() if name.upper() == "SCHEMA"]
+        engine.execute(SET_SCHEMA, {"schema": [*named, schema][0]})
         if not read_only:
             yield
             engine.execute("DETACH audit")
@@ -7510,7 +7537,7 @@ class Store:
         Call it under the ingest lock, which makes the scratch name this process's own.
         """
         scratch = f"{self.path}.{self.journal.identity()}.new"
-        if os.path.exists(self.path + ".wal"):
+        if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
         leftovers = (scratch, scratch + ".wal")
@@ -7625,7 +7652,7 @@ class Store:
                         yield
                         return
                 if time.monotonic() >= deadline:
-                    raise DatabaseLockedError(f"{self.path}: another process is ingesting; try again")
+                    raise DatabaseLockedError(f"{self.name}: another process is ingesting; try again")
                 time.sleep(0.02)
 
     def purge(
@@ -7651,7 +7678,7 @@ class Store:
     def _purge(self, engine: Engine, before: str, archive: str | None = None) -> Removal:
         journal = self.journal.identity()
         self._create_tables(engine)
-        engine.execute("BEGIN")
+        self._begin(engine)
         head = self._ledger.head
         ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
         if empty:
@@ -7698,7 +7725,7 @@ class Store:
                 removal = self._purge(engine, sql_time(moment))
             if removal is None or not removal.events:
                 # An entry a day, so that a log without events doesn't look like one that was off.
-                engine.execute("BEGIN")
+                self._begin(engine)
                 text = "retention: nothing is old enough"
                 entry = entry_of("check", 0, text)
                 self._finish(engine, self._ledger.enter(engine, self.journal.identity(), [entry]))
@@ -8559,7 +8586,7 @@ def _stamp_of(path: str) -> tuple[int, int, int] | None:
 # because a chain is no query and HMAC is no function of DuckDB's. docs/security.md says what this
 # proves, to whom, and what it doesn't.
 
-Entry: TypeAlias = "tuple[str, Mapping[str, object]]"  # a PREPARE statement and its own parameters
+Entry: TypeAlias = tuple[str, Mapping[str, object]]  # a PREPARE statement and its own parameters
 
 _KEYED: Final = "k:"  # marks a seal that was made with a key
 _LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
@@ -10525,13 +10552,11 @@ def _add_config(commands: Any, common: argparse.ArgumentParser) -> None:
 
 def cmd_config(options: argparse.Namespace) -> int:
     config = _config_of(options)
-    settings: dict[str, object] = {
-        name: value for name, value in config._asdict().items() if name != "sources"
-    }
+    settings = {name: value for name, value in config._asdict().items() if name != "sources"}
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
     settings["journal"] = config.journal_directory
     if is_attach_target(config.path):
-        settings["path"] = Redactor().scrub(config.path)
+        settings["path"] = public_target(config.path)
     sources = {name: config.sources.get(name, "default") for name in settings}
     if options.json:
         answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}

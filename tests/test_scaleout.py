@@ -125,6 +125,8 @@ def make_host(python: str, server: Postgres, tmp_path: Path, request: pytest.Fix
         attach: dict[str, object] = {}
         if kind == "ducklake":
             path, attach = "ducklake:" + path, {"DATA_PATH": str(tmp_path / "lake")}
+        if kind == "lake-file":
+            path, attach = f"ducklake:{tmp_path}/meta.ducklake", {"DATA_PATH": str(tmp_path / "lake")}
         return Host(python, tmp_path / name, path, attach, PASSWORD)
 
     return make
@@ -166,7 +168,8 @@ with Store(load_config()).reading(wait=60) as reading:
     if reading.problem: raise reading.problem
     rows = reading.engine.execute(
         "SELECT count(*)::BIGINT AS a, count(DISTINCT segment || ':' || seq)::BIGINT AS b, "
-        "count(DISTINCT input_json)::BIGINT AS c FROM logs")
+        "count(DISTINCT input_json)::BIGINT AS c "
+        "FROM (FROM table_rows UNION ALL BY NAME FROM journal_rows)")
     entries = [] if not reading.has_table else reading.engine.execute(
         "SELECT count(*)::BIGINT AS a, count(DISTINCT segment)::BIGINT AS b, "
         "count(DISTINCT journal)::BIGINT AS c, sum(events)::BIGINT AS d "
@@ -178,7 +181,8 @@ with Store(load_config()).reading(wait=60) as reading:
 WATCH = """
 import json, os
 from mxcp_audit import DatabaseLockedError, DatabaseUnreachableError, Store, load_config
-count = "SELECT count(*)::BIGINT AS a, count(DISTINCT segment || ':' || seq)::BIGINT AS b FROM logs"
+count = ("SELECT count(*)::BIGINT AS a, count(DISTINCT segment || ':' || seq)::BIGINT AS b "
+         "FROM (FROM table_rows UNION ALL BY NAME FROM journal_rows)")
 reads = twice = 0
 while not os.path.exists("stop"):
     try:
@@ -245,6 +249,8 @@ def test_three_hosts_with_a_restart_and_a_kill_record_every_event_exactly_once(
         assert rows == events == inputs == entered == len(shown)
         assert entries == segments
         assert journals == 3
+        verified = host.cli("verify", "--json", "--wait", "60")
+        assert verified.returncode == 0, verified.stdout + verified.stderr
     print(f"{kind}: {len(shown)} events, {reads} reads meanwhile, {entries} segments")
 
 
@@ -309,7 +315,7 @@ with Store(load_config()).reading() as reading:
     rows = [row[1:-1] for row in reading.rows(Filter(), count=None, oldest_first=True)]
     kinds = reading.engine.execute(
         "SELECT DISTINCT typeof(timestamp)::VARCHAR AS a, typeof(duration_ms)::VARCHAR AS b, "
-        "typeof(seq)::VARCHAR AS c, typeof(input_json)::VARCHAR AS d FROM logs")
+        "typeof(seq)::VARCHAR AS c, typeof(input_json)::VARCHAR AS d FROM table_rows")
 print(json.dumps([rows, kinds]))
 """
 
@@ -325,7 +331,7 @@ def test_hostile_input_comes_through_as_into_a_file(
     assert there[1] == here[1] == [["TIMESTAMP", "INTEGER", "INTEGER", "VARCHAR"]]
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", (*KINDS, "lake-file"))
 def test_log_filters_and_exports_every_target(make_host: Make, kind: str, engine: str) -> None:
     host = make_host(kind)
     empty = host.cli("log")
@@ -364,6 +370,36 @@ def test_tables_of_other_schemas_do_not_confuse(make_host: Make, server: Postgre
     host.start(LOG, "a", 20, 0).communicate(timeout=120)
     assert server.sql("SELECT count(*) FROM public.logs", name) == "20"
     assert server.sql("SELECT count(*) FROM other.logs", name) == "0"
+    assert host.cli("verify").returncode == 0
+
+
+def test_schema_of_ones_own_is_used(make_host: Make, server: Postgres) -> None:
+    host = make_host("postgres")
+    server.sql("CREATE SCHEMA ours", host.database)
+    there = Host(host.python, host.folder, host.path, {"SCHEMA": "ours"}, PASSWORD)
+    for count in (20, 40):
+        there.start(LOG, "a", 20, 0).communicate(timeout=120)
+        assert server.sql("SELECT count(*) FROM ours.logs", host.database) == str(count)
+    assert there.cli("verify").returncode == 0
+    assert len(json.loads(there.cli("log", "--json").stdout)) == 40
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_any_host_verifies_and_purges_what_all_recorded(make_host: Make, kind: str) -> None:
+    hosts = [make_host(kind, name) for name in "ab"]
+    for host, name in zip(hosts, "ab"):
+        host.start(LOG, name, 20, 0).communicate(timeout=120)
+    time.sleep(1.5)
+    purged = hosts[0].cli("purge", "--older-than", "1s")
+    assert purged.returncode == 0, purged.stderr
+    hosts[1].start(LOG, "b", 20, 0).communicate(timeout=120)
+    for host in hosts:
+        verified = host.cli("verify")
+        assert verified.returncode == 0, verified.stdout
+        assert host.run(COUNTS)[0] == [20, 20, 20]
+    for command in ("backup out.duckdb", "compact"):
+        refused = hosts[0].cli(*command.split())
+        assert refused.returncode == 1 and f"{command.split()[0]} is for database files" in refused.stderr
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -437,7 +473,7 @@ def test_secret_of_a_target_gets_out_nowhere(
     assert "Kennwort" not in said and "Zq7" not in said, said
     assert "events stay in the journal" in said
     shown, failed = host.cli("log"), host.cli("ingest", "--debug")
-    others = [host.cli(name) for name in ("doctor", "config")]
+    others = [host.cli(name) for name in ("doctor", "config")] if path in SECRET_TARGETS[:5] else []
     said = "".join(one.stdout + one.stderr for one in (shown, failed, *others))
     assert "Kennwort" not in said and "Zq7" not in said, said
     assert shown.returncode == 1 and "Traceback" not in shown.stderr and "Traceback" in failed.stderr
@@ -635,3 +671,27 @@ def test_docs_every_statement_and_setting_works(make_host: Make, server: Postgre
     assert host.run(COUNTS)[0] == [100, 100, 100]
     host.start(LOG, "a", 20, 0).communicate(timeout=120)
     assert host.run(COUNTS)[0][:2] == [120, 120]
+
+
+HANG = """
+import json, time
+from mxcp_audit import AuditLogger
+audit = AuditLogger.from_config()
+audit.log_event("cli", "tool", "t", {}, 1)
+audit.flush(1)
+print(json.dumps(audit.shutdown(timeout=1)))
+"""
+
+
+def test_shutdown_while_the_server_does_not_answer_ends(make_host: Make, server: Postgres) -> None:
+    host = make_host("postgres")
+    audit = {"enabled": True, "path": host.path + " connect_timeout=3600", "flush_interval": "100ms"}
+    (host.folder / "mxcp-site.yml").write_text(json.dumps({"profiles": {"default": {"audit": audit}}}))
+    server.pause()
+    try:
+        host.run(HANG)
+        assert len(host.segments()) == 1
+    finally:
+        server.resume()
+    host.ingest()
+    assert host.run(COUNTS)[0] == [1, 1, 1]

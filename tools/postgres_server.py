@@ -108,6 +108,14 @@ class Postgres:
         self._process.send_signal(how)
         self._process.wait(120)
 
+    def pause(self) -> None:
+        """Have the server take no new clients: they wait for its first word."""
+        self._process.send_signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """End a pause."""
+        self._process.send_signal(signal.SIGCONT)
+
     def close(self) -> None:
         """End the server and remove its folder."""
         if self._process.poll() is None:

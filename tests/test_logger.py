@@ -1,0 +1,250 @@
+"""Logger: exit, fork, durability and the loop of asyncio, as the process sees them."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import child_environment, table_rows
+
+from mxcp_audit import AuditLogger
+from tools.judge import judge, pythons
+
+SAFETY_SECONDS = 120
+PREAMBLE = "import os, signal, sys, threading, time\nfrom mxcp_audit import AuditLogger\n"
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "log.duckdb"
+
+
+def run(body: str, db: Path, python: str = sys.executable) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [python, "-c", PREAMBLE + textwrap.dedent(body), str(db)],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=SAFETY_SECONDS,
+    )
+
+
+def log(audit: AuditLogger, name: str) -> None:
+    audit.log_event("cli", "tool", name)
+
+
+def test_log_event_disabled_touches_nothing(db: Path) -> None:
+    with AuditLogger(db, enabled=False) as audit:
+        log(audit, "x")
+        assert audit.flush()
+    assert not list(db.parent.iterdir())
+
+
+def test_flush_then_every_event_is_in_the_database(db: Path, engine: str) -> None:
+    with AuditLogger(db) as audit:
+        for n in range(10):
+            log(audit, str(n))
+        assert audit.flush(SAFETY_SECONDS)
+        assert audit.counters.ingested == 10
+        assert len(table_rows(db)) == 10
+
+
+def test_shutdown_gives_threads_and_descriptors_back(db: Path) -> None:
+    audit = AuditLogger(db)
+    log(audit, "x")
+    assert audit.shutdown() and audit.shutdown()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("mxcp_audit")]
+
+
+def test_log_event_after_shutdown_is_in_the_journal_when_it_returns(db: Path) -> None:
+    audit = AuditLogger(db)
+    audit.shutdown()
+    log(audit, "late")
+    assert set(judge(db).names) == {"late"}
+
+
+def test_shutdown_while_the_database_is_held_leaves_all_in_the_journal(db: Path) -> None:
+    import duckdb
+
+    audit = AuditLogger(db)
+    log(audit, "first")
+    assert audit.flush(SAFETY_SECONDS)
+    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(db)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        log(audit, "second")
+        begun = time.monotonic()
+        assert audit.shutdown(timeout=60)
+        assert time.monotonic() - begun < 60
+        holder.kill()
+    with duckdb.connect(str(db)) as connection:
+        assert connection.execute("SELECT count(*) FROM logs").fetchone() == (1,)
+    assert set(judge(db).names) == {"first", "second"}
+
+
+@pytest.mark.parametrize("way", ["log_event", "record", "async"])
+def test_durable_event_survives_the_kill_that_follows_at_once(db: Path, way: str) -> None:
+    done = run(
+        f"""
+        import asyncio
+        audit = AuditLogger(sys.argv[1], durable=True)
+        async def main():
+            async with audit.record("tool", "x"): pass
+        if {way!r} == "log_event": audit.log_event("cli", "tool", "x")
+        elif {way!r} == "record":
+            with audit.record("tool", "x"): pass
+        else: asyncio.run(main())
+        os.kill(os.getpid(), signal.SIGKILL)
+        """,
+        db,
+    )
+    assert done.returncode == -9 and set(judge(db).names) == {"x"}
+
+
+def test_durable_events_share_their_fsync(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = AuditLogger(db, durable=True)
+    log(audit, "first")
+    syncs, true_sync = [0], os.fsync
+
+    def slow_sync(fd: int) -> None:
+        syncs[0] += 1
+        time.sleep(0.05)
+        true_sync(fd)
+
+    monkeypatch.setattr(os, "fsync", slow_sync)
+    threads = [threading.Thread(target=log, args=(audit, str(n))) for n in range(40)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert syncs[0] < 20
+    monkeypatch.undo()
+    audit.shutdown()
+
+
+def test_durable_in_async_code_does_not_block_the_loop(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    audit = AuditLogger(db, durable=True, flush_interval=60)
+    log(audit, "first")
+    gate, true_sync = threading.Event(), os.fsync
+
+    def gated_sync(fd: int) -> None:
+        gate.wait(SAFETY_SECONDS)
+        true_sync(fd)
+
+    monkeypatch.setattr(os, "fsync", gated_sync)
+
+    async def call(n: int) -> None:
+        async with audit.record("tool", str(n)):
+            pass
+
+    async def everything() -> None:
+        calls = [asyncio.create_task(call(n)) for n in range(100)]
+        for _ in range(20):
+            await asyncio.sleep(0.001)  # the loop goes on
+        assert not any(task.done() for task in calls)
+        calls[0].cancel()  # one that gives up waiting disturbs nobody
+        gate.set()
+        await asyncio.gather(*calls, return_exceptions=True)
+
+    asyncio.run(everything())
+    monkeypatch.undo()
+    audit.shutdown()
+    assert len(judge(db).names) == 101
+
+
+def test_fork_while_another_thread_is_inside_of_a_logger_that_never_started(db: Path) -> None:
+    """Its lock is held at the fork by a thread that does not exist in the child."""
+    done = run(
+        """
+        audit = AuditLogger(sys.argv[1])
+        held = threading.Event()
+        def hold():
+            with audit._writer._lock: held.set(); time.sleep(1)
+        threading.Thread(target=hold).start(); held.wait()
+        pid = os.fork()
+        if pid == 0: audit.log_event("cli", "tool", "child"); audit.flush(60); os._exit(0)
+        assert os.waitpid(pid, 0)[1] == 0
+        audit.log_event("cli", "tool", "parent")
+        """,
+        db,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert set(judge(db).names) == {"child", "parent"}
+
+
+def test_counters_of_a_child_begin_at_zero(db: Path) -> None:
+    done = run(
+        """
+        audit = AuditLogger(sys.argv[1])
+        for n in range(5): audit.log_event("cli", "tool", str(n))
+        audit.flush(60)
+        pid = os.fork()
+        if pid == 0:
+            audit.log_event("cli", "tool", "child"); audit.flush(60)
+            os._exit(audit.counters[:3] != (1, 1, 1))
+        assert os.waitpid(pid, 0)[1] == 0 and audit.counters.accepted == 5
+        """,
+        db,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_logger_that_nobody_holds_is_still_drained_at_exit(db: Path) -> None:
+    done = run(
+        """
+        def work():
+            for n in range(100): AuditLogger(sys.argv[1]).log_event("cli", "tool", str(n))
+        work()
+        """,
+        db,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(judge(db).names) == 100 and judge(db).doubled == 0
+
+
+@pytest.mark.parametrize("python", pythons(), ids=lambda path: path.split("/")[-3])
+def test_subinterpreter_events_are_recorded(db: Path, python: str) -> None:
+    inner = (
+        f"from mxcp_audit import AuditLogger; a = AuditLogger({str(db)!r});"
+        "a.log_event('cli', 'tool', 'x'); a.close()"
+    )
+    done = run(
+        f"""
+        try: import _interpreters as interpreters
+        except ImportError: import _xxsubinterpreters as interpreters
+        problem = interpreters.run_string(interpreters.create(), {inner!r})
+        assert problem is None, problem
+        """,
+        db,
+        python,
+    )
+    assert done.returncode == 0, done.stderr
+    assert set(judge(db).names) == {"x"}
+
+
+def test_close_is_shutdown_and_the_context_manager_calls_it(db: Path) -> None:
+    assert AuditLogger.close is AuditLogger.shutdown
+    with AuditLogger(db) as audit:
+        log(audit, "x")
+    assert judge(db).in_table == 1
+
+
+def test_log_event_reports_no_recorded_content(db: Path, caplog: Any) -> None:
+    class Broken:
+        def __repr__(self) -> str:
+            raise RuntimeError("hunter2")
+
+    audit = AuditLogger(db)
+    audit.log_event("cli", "tool", "x", {"a": Broken(), "password": "hunter2"})
+    audit.shutdown()
+    assert "hunter2" not in caplog.text

@@ -1,0 +1,297 @@
+"""Ingest: each event once, whatever is in the way; what is in the way is never destroyed."""
+
+from __future__ import annotations
+
+import json
+import os
+import stat
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import duckdb
+import pytest
+from conftest import child_environment
+
+import mxcp_audit
+from mxcp_audit import DatabaseCorruptError, DatabaseLockedError, Diagnostics, Journal, Loss, Store
+from tools.judge import judge
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "log.duckdb"
+
+
+def store_of(db: Path) -> Store:
+    return Store(mxcp_audit.config_from_arguments(path=str(db)), diagnostics=Diagnostics())
+
+
+def told(store: Store) -> Diagnostics:
+    return store._diagnostics
+
+
+def segment(db: Path, *names: str, raw: bytes = b"") -> Path:
+    lines = [
+        json.dumps(
+            {
+                "timestamp": "2026-01-31T12:00:00.000000Z",
+                "caller": "cli",
+                "type": "tool",
+                "name": name,
+                "input_json": "null",
+                "duration_ms": 1,
+                "policy_decision": "n/a",
+                "reason": None,
+                "status": "success",
+                "error": None,
+                "user_id": None,
+                "session_id": None,
+                "trace_id": None,
+                "seq": seq,
+            }
+        ).encode()  # fmt: skip
+        for seq, name in enumerate(names, 1)
+    ]
+    opened = Journal(f"{db}.journal").open_segment()
+    opened.append(b"".join(line + b"\n" for line in lines) + raw, len(lines))
+    opened.seal()
+    return Path(opened.path)
+
+
+def test_ingest_moves_segments_once_and_removes_them(db: Path, engine: str) -> None:
+    paths = [segment(db, f"{n}-a", f"{n}-b") for n in range(5)]
+    store = store_of(db)
+    assert store.ingest() and told(store).ingested == 10
+    assert not any(path.exists() for path in paths)
+    assert store.ingest() and told(store).ingested == 10
+    verdict = judge(db)
+    assert verdict.in_table == 10 and verdict.doubled == 0
+    assert stat.S_IMODE(os.stat(db).st_mode) == 0o600
+    assert sorted(path.name for path in db.parent.iterdir()) == ["log.duckdb", "log.duckdb.journal"]
+
+
+def test_ingest_segment_that_comes_back_is_known(db: Path, engine: str) -> None:
+    path = segment(db, "x")
+    data = path.read_bytes()
+    store_of(db).ingest()
+    path.write_bytes(data)  # a crash between commit and removal
+    store = store_of(db)
+    assert store.ingest() and told(store).ingested == 0
+    assert not path.exists() and judge(db).in_table == 1
+
+
+def test_ingest_bad_lines_are_kept_and_on_record(db: Path, engine: str) -> None:
+    path = segment(db, "a", "b", raw=b'{"broken\n\xff\n[]\n\n{"seq":1}\nhalf')
+    store = store_of(db)
+    assert store.ingest()
+    assert (told(store).ingested, told(store).rejected) == (2, 5)
+    kept = [json.loads(line) for line in path.with_suffix(".rejected").read_text().splitlines()]
+    assert [entry["line"] for entry in kept] == [3, 4, 5, 6, 7] and all(entry["reason"] for entry in kept)
+    assert kept[1]["text"].encode("utf-8", "surrogateescape") == b"\xff"
+    assert path.with_suffix(".torn").read_bytes() == b"half"
+    assert judge(db).losses == 5
+
+
+def test_ingest_loss_is_entered_once(db: Path, engine: str) -> None:
+    segment(db, "x")
+    journal = Journal(f"{db}.journal")
+    journal.record_loss(Loss(7, "2026-01-31 12:00:00", "2026-01-31 12:00:09", "the queue was full"))
+    (path,) = journal.losses()
+    data = Path(path).read_bytes()
+    store = store_of(db)
+    store.ingest()
+    Path(path).write_bytes(data)
+    store.ingest()
+    assert judge(db).losses == 7 and not journal.losses()
+    with store.reading() as reading:
+        ((count, detail),) = store.losses(reading)
+    assert count == 7 and "2026-01-31 12:00:09" in detail and "full" in detail
+
+
+def test_ingest_loss_alone_makes_a_database(db: Path) -> None:
+    Journal(f"{db}.journal").record_loss(Loss(1, "2026-01-31", "2026-01-31", "why"))
+    store_of(db).ingest()
+    assert judge(db).losses == 1
+
+
+def test_ingest_undeletable_segments_do_not_keep_the_others_waiting(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for n in range(6):
+        segment(db, str(n))
+    monkeypatch.setattr(mxcp_audit, "INGEST_BYTES", 400)  # two segments a batch
+
+    true_unlink = os.unlink
+
+    def unlink(path: Any) -> None:
+        if str(path).endswith(".jsonl"):
+            raise PermissionError(1, "no", path)
+        true_unlink(path)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", unlink)
+        store = store_of(db)
+        assert store.ingest() and told(store).ingested == 6  # and came to an end
+    store_of(db).ingest()
+    assert judge(db).in_table == 6 and not list(Path(f"{db}.journal").glob("*.jsonl"))
+
+
+def test_ingest_that_is_interrupted_rejects_nothing(db: Path, engine: str) -> None:
+    path = segment(db, *map(str, range(100)))
+    store = store_of(db)
+    used = store._guest()
+    true_execute = used.execute
+
+    def execute(sql: str, params: Any = {}) -> Any:
+        if sql == mxcp_audit.STAGE:
+            raise mxcp_audit.store_error("INTERRUPT Error: Interrupted!")
+        return true_execute(sql, params)
+
+    used.execute = execute  # type: ignore[method-assign]
+    with pytest.raises(mxcp_audit.StoreError, match="Interrupted"):
+        store.ingest()
+    assert path.exists() and not path.with_suffix(".rejected").exists() and told(store).rejected == 0
+    store_of(db).ingest()
+    assert judge(db).in_table == 100
+
+
+def test_ingest_interrupted_from_another_thread_again_and_again_loses_nothing(db: Path, engine: str) -> None:
+    for n in range(20):
+        segment(db, *(f"{n}-{line}" for line in range(200)))
+    store, stop = store_of(db), threading.Event()
+
+    def disturb() -> None:
+        while not stop.wait(0.003):
+            store.interrupt()
+
+    thread = threading.Thread(target=disturb)
+    thread.start()
+    for _ in range(20):
+        try:
+            store.ingest()
+        except mxcp_audit.AuditError:
+            continue
+    stop.set()
+    thread.join()
+    store.ingest()
+    verdict = judge(db)
+    assert (verdict.in_table, len(verdict.names), verdict.doubled, verdict.losses) == (4000, 4000, 0, 0)
+
+
+def test_ingest_old_ten_column_table_is_widened(db: Path, engine: str) -> None:
+    columns = "timestamp TIMESTAMP, caller TEXT, type TEXT, name TEXT, input_json TEXT, duration_ms INTEGER, "
+    columns += "policy_decision TEXT, reason TEXT, status TEXT, error TEXT"
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{db}' AS old (STORAGE_VERSION 'v1.0.0')")
+        connection.execute(f"CREATE TABLE old.logs ({columns})")
+        connection.execute("INSERT INTO old.logs (name) VALUES ('old')")
+    segment(db, "new")
+    store_of(db).ingest()
+    with duckdb.connect(str(db), read_only=True) as connection:
+        assert connection.execute("SELECT name, seq FROM logs ORDER BY name").fetchall() == [
+            ("new", 1),
+            ("old", None),
+        ]
+
+
+def test_ingest_empty_file_counts_as_absent(db: Path, engine: str) -> None:
+    db.touch()
+    segment(db, "x")
+    store_of(db).ingest()
+    assert judge(db).in_table == 1
+
+
+def test_ingest_wal_without_its_database_is_not_destroyed(db: Path) -> None:
+    Path(f"{db}.wal").write_bytes(b"precious")
+    path = segment(db, "x")
+    with pytest.raises(DatabaseCorruptError, match="wal"):
+        store_of(db).ingest()
+    assert Path(f"{db}.wal").read_bytes() == b"precious" and path.exists() and not db.exists()
+
+
+def test_ingest_half_made_database_of_a_killed_process_is_no_obstacle(db: Path) -> None:
+    segment(db, "x")
+    store = store_of(db)
+    scratch = Path(f"{db}.{store.journal.identity()}.new")
+    scratch.write_bytes(b"half a database")
+    Path(f"{scratch}.wal").write_bytes(b"half a wal")
+    assert store.ingest()
+    assert judge(db).in_table == 1 and not scratch.exists() and not Path(f"{scratch}.wal").exists()
+
+
+def test_ingest_locked_database_leaves_everything_and_names_the_holder(db: Path, engine: str) -> None:
+    segment(db, "first")
+    store_of(db).ingest()
+    path = segment(db, "second")
+    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print(flush=True); sys.stdin.read()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(db)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as holder:
+        assert holder.stdout is not None and holder.stdout.readline()
+        with pytest.raises(DatabaseLockedError, match=str(holder.pid)):
+            store_of(db).ingest()
+        assert path.exists()
+        holder.kill()
+    store_of(db).ingest()
+    assert judge(db).in_table == 2
+
+
+def test_ingest_while_another_ingests_is_left_to_it(db: Path) -> None:
+    path = segment(db, "x")
+    store = store_of(db)
+    with Journal(f"{db}.journal").ingest_lock() as mine:
+        assert mine and not store.ingest() and path.exists()
+    assert store.ingest() and not path.exists()
+
+
+def test_ingest_several_processes_at_once_take_each_event_once(db: Path) -> None:
+    for n in range(40):
+        segment(db, *(f"{n}-{line}" for line in range(20)))
+    command = [sys.executable, "-m", "mxcp_audit", "ingest", "--db", str(db)]
+    several = [
+        subprocess.Popen(command, env=child_environment(), stderr=subprocess.DEVNULL) for _ in range(4)
+    ]
+    assert {process.wait(120) for process in several} <= {0, 75}
+    store_of(db).ingest()
+    verdict = judge(db)
+    assert (verdict.in_table, len(verdict.names), verdict.doubled) == (800, 800, 0)
+
+
+def test_reading_before_the_first_ingest_keeps_the_segments_in_place(db: Path) -> None:
+    path = segment(db, "x")
+    with store_of(db).reading() as reading:
+        assert not store_of(db).ingest() and path.exists()  # it would pull the files from under the reader
+        assert len(list(reading.rows(mxcp_audit.Filter()))) == 1
+    assert store_of(db).ingest()
+
+
+def test_doctor_healthy_log_is_healthy(db: Path, engine: str) -> None:
+    segment(db, "x")
+    store_of(db).ingest()
+    checkup = mxcp_audit.Checkup(mxcp_audit.config_from_arguments(path=str(db)), wait=1)
+    space = [fault for fault in checkup.faults if "MiB are free" in fault.problem]
+    assert checkup.faults == space
+    assert checkup.report["database"]["events"] == 1 and checkup.report["engine"]["name"] == engine
+
+
+def test_doctor_names_every_fault_with_its_remedy(db: Path) -> None:
+    path = segment(db, "x", raw=b"broken\n")
+    store_of(db).ingest()
+    os.chmod(db, 0o644)
+    waiting = segment(db, "waiting")
+    os.utime(waiting, (0, 0))
+    checkup = mxcp_audit.Checkup(mxcp_audit.config_from_arguments(path=str(db), enabled=False), wait=1)
+    text = "\n".join(fault.problem for fault in checkup.faults)
+    for sign in (
+        "not enabled",
+        "open to other users",
+        "1 segments wait",
+        "could not be ingested",
+        "events were lost",
+    ):
+        assert sign in text
+    assert all(fault.remedy for fault in checkup.faults) and not checkup.report["healthy"]
+    assert path.with_suffix(".rejected").exists()

@@ -1,0 +1,279 @@
+"""Writer: nothing that is put is lost or written twice, whoever interrupts, fails or forks."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import os
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import mxcp_audit
+from mxcp_audit import Diagnostics, Journal, Writer
+
+SAFETY_SECONDS = 120
+
+
+class Bench:
+    """A writer with what it needs, and what is in its journal."""
+
+    def __init__(self, folder: Path, **options: Any) -> None:
+        self.journal = Journal(folder / "journal")
+        self.told = Diagnostics()
+        self.sealed = 0
+        settings: dict[str, Any] = {"flush_interval": 60.0, "durable": False, "drop_when_full": False}
+        self.writer = Writer(
+            self.journal,
+            **{**settings, **options},
+            diagnostics=self.told,
+            on_start=lambda: True,
+            on_sealed=self._sealed,
+        )
+
+    def _sealed(self) -> None:
+        self.sealed += 1
+
+    def lines(self) -> list[bytes]:
+        return [
+            line.split(b",")[0]
+            for path in self.journal.segments()
+            for line in Path(path).read_bytes().splitlines()
+        ]
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Bench:
+    return Bench(tmp_path)
+
+
+def line(n: int) -> bytes:
+    return b'{"n":%d' % n
+
+
+def test_put_many_threads_every_line_once_in_order(bench: Bench) -> None:
+    def work(thread: int) -> None:
+        for n in range(2000):
+            bench.writer.put(line(thread * 10**6 + n))
+
+    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    found = bench.lines()
+    for thread in range(4):
+        mine = [entry for entry in found if int(entry[5:]) // 10**6 == thread]
+        assert mine == [line(thread * 10**6 + n) for n in range(2000)]
+    assert bench.writer.accepted == bench.writer.written == 8000
+
+
+def test_put_interrupted_on_its_way_to_wake_leaves_a_writer_that_the_next_wakes(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.writer.put(line(1))
+    assert bench.writer.flush(SAFETY_SECONDS)
+    deadline = time.monotonic() + SAFETY_SECONDS
+    while not bench.writer._asleep and time.monotonic() < deadline:
+        time.sleep(0.01)
+    with monkeypatch.context() as patched:
+
+        def interrupted() -> None:
+            raise KeyboardInterrupt
+
+        patched.setattr(bench.writer, "_release_wake", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            bench.writer.put(line(2))
+    ticket = bench.writer.put(line(3))
+    bench.writer.wait_written(ticket)
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert bench.lines() == [line(1), line(2), line(3)]
+
+
+def test_write_interrupted_after_the_segment_took_it_is_not_repeated(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bench.writer, "_start_thread", lambda: False)  # the caller writes
+    true_append = mxcp_audit.Segment.append
+
+    def append(self: Any, *args: Any, **options: Any) -> None:
+        true_append(self, *args, **options)
+        monkeypatch.setattr(mxcp_audit.Segment, "append", true_append)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mxcp_audit.Segment, "append", append)
+    with pytest.raises(KeyboardInterrupt):
+        bench.writer.put(line(1))
+    bench.writer.put(line(2))
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert bench.lines() == [line(1), line(2)]
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EIO, errno.ESTALE])
+def test_write_that_fails_is_repeated_until_it_succeeds(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
+) -> None:
+    true_write, failures = os.write, [3]
+
+    def write(fd: int, data: Any) -> int:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(code, os.strerror(code))
+        return true_write(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    for n in range(10):
+        bench.writer.put(line(n))
+    assert bench.writer.flush(SAFETY_SECONDS)
+    assert bench.lines() == [line(n) for n in range(10)]
+    assert bench.told.errors >= 3 and len(caplog.records) == 1  # counted each time, told once
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_full_queue_without_a_writer_thread_goes_on_once_the_disk_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    monkeypatch.setattr(mxcp_audit, "QUEUE_BYTES", 50)
+    monkeypatch.setattr(bench.writer, "_start_thread", lambda: False)
+    Path(bench.journal.directory).write_text("in the way")
+    threading.Timer(0.3, lambda: os.unlink(bench.journal.directory)).start()
+    for n in range(30):
+        bench.writer.put(line(n))  # waits, and must not wait for ever
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert bench.lines() == [line(n) for n in range(30)]
+
+
+def test_drop_when_full_counts_and_puts_on_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench = Bench(tmp_path, drop_when_full=True)
+    monkeypatch.setattr(mxcp_audit, "QUEUE_BYTES", 50)
+    Path(bench.journal.directory).write_text("in the way")
+    tickets = [bench.writer.put(line(n)) for n in range(30)]
+    assert tickets.count(0) == bench.told.dropped > 0
+    os.unlink(bench.journal.directory)
+    assert bench.writer.flush(SAFETY_SECONDS)
+    (loss,) = bench.journal.losses().values()
+    assert loss.events == tickets.count(0) and loss.first <= loss.last and "full" in loss.reason
+    assert len(bench.lines()) + loss.events == 30
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_segment_that_was_deleted_is_written_again_once(bench: Bench) -> None:
+    bench.writer.wait_written(bench.writer.put(line(1)))
+    os.unlink(bench.journal.segments()[0])
+    bench.writer.wait_written(bench.writer.put(line(2)))
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert bench.lines() == [line(1), line(2)]
+
+
+def test_seal_comes_with_age_without_another_event(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, flush_interval=0.05)
+    bench.writer.put(line(1))
+    deadline = time.monotonic() + SAFETY_SECONDS
+    while not bench.sealed and time.monotonic() < deadline:
+        time.sleep(0.01)
+    claims, _ = bench.journal.claim(limit_bytes=1)
+    assert len(claims) == 1
+    claims[0].release()
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_idle_writer_never_wakes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    bench.writer.put(line(1))
+    assert bench.writer.flush(SAFETY_SECONDS)
+    time.sleep(0.1)
+    rounds: list[int] = []
+    true_work = bench.writer._work
+    monkeypatch.setattr(bench.writer, "_work", lambda: rounds.append(1) or true_work())
+    time.sleep(0.3)
+    assert not rounds
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_late_put_is_written_at_once_and_close_twice_is_harmless(bench: Bench) -> None:
+    bench.writer.put(line(1))
+    assert bench.writer.close(SAFETY_SECONDS) == bench.writer.close(SAFETY_SECONDS) == 0
+    bench.writer.put(line(2))
+    assert bench.lines() == [line(1), line(2)] and bench.writer._thread is None
+
+
+def test_close_in_limited_time_says_what_is_left(bench: Bench) -> None:
+    Path(bench.journal.directory).write_text("in the way")
+    for n in range(5):
+        bench.writer.put(line(n))
+    assert bench.writer.close(0.2) == 5
+
+
+def test_call_when_written_is_called_once_from_any_state(bench: Bench) -> None:
+    called: list[int] = []
+    ticket = bench.writer.put(line(1))
+    bench.writer.call_when_written(ticket, lambda: called.append(1))
+    bench.writer.wait_written(ticket)
+    bench.writer.call_when_written(ticket, lambda: called.append(2))
+    bench.writer.call_when_written(10**9, lambda: called.append(3))  # never written
+    bench.writer.close(SAFETY_SECONDS)
+    assert called == [1, 2, 3]  # closing leaves nobody waiting
+
+
+def test_call_when_written_of_a_closed_event_loop_stops_nobody(bench: Bench) -> None:
+    loop = asyncio.new_event_loop()
+    loop.close()
+    bench.writer.call_when_written(1, lambda: loop.call_soon_threadsafe(print))
+    bench.writer.wait_written(bench.writer.put(line(1)))
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+
+
+def test_diagnostics_tell_each_kind_once_a_minute_and_count_all(caplog: pytest.LogCaptureFixture) -> None:
+    told = Diagnostics()
+    for _ in range(5):
+        told.report("one", "first", error=ValueError("cause"))
+        told.report("two", "second")
+    assert told.errors == 10 and told.last_error == "second"
+    assert [record.message for record in caplog.records] == ["mxcp_audit: first: cause", "mxcp_audit: second"]
+
+
+def test_diagnostics_handler_that_raises_reaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Broken(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            raise RuntimeError("broken")
+
+    handler = Broken()
+    logging.getLogger("mxcp_audit").addHandler(handler)
+    try:
+        Diagnostics().report("kind", "message")
+    finally:
+        logging.getLogger("mxcp_audit").removeHandler(handler)
+
+
+def test_diagnostics_are_told_with_no_lock_held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler has a lock of its own, under which another thread may be logging an event."""
+    monkeypatch.setattr(mxcp_audit, "QUEUE_BYTES", 50)
+    bench.writer._drop_when_full = True
+    others: list[bool] = []
+
+    class Curious(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            def look() -> None:
+                others.append(bench.writer._lock.acquire(timeout=5))
+                if others[-1]:
+                    bench.writer._lock.release()
+
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join()
+
+    handler = Curious()
+    logging.getLogger("mxcp_audit").addHandler(handler)
+    try:
+        Path(bench.journal.directory).write_text("in the way")
+        for n in range(20):
+            bench.writer.put(line(n))
+        bench.writer.close(0.1)
+    finally:
+        logging.getLogger("mxcp_audit").removeHandler(handler)
+    assert others and all(others)
