@@ -59,7 +59,7 @@ PEERS = {  # what the tables call them
 }
 ONE_THREAD = {  # who can't be asked from several threads
     "mxcp-0.12": "MXCP 0.12's logger belongs to one event loop, and so to one thread.",
-    "picologging": "picologging 0.9.3 did not come to an end here with several threads, so it is measured with one.",
+    "picologging": "picologging 0.9.3 did not end here with several threads: it is measured with one.",
 }
 SMALL = "small"  # the 5-key nested input
 
