@@ -69,7 +69,7 @@ class Run:
     """What was asked for on the command line.
 
     Args:
-        effort: "tiny" (does it work?), "quick" (at most 2 minutes) or "full" (at most 15).
+        effort: "tiny" (does it work?), "quick" (about 3 minutes) or "full" (about 15).
         here: use this interpreter for everything.
         only: the peers to measure; ours is always among them. Empty means all.
         folder: where databases and logs go; deleted at the end.
@@ -842,8 +842,8 @@ def build_parser() -> argparse.ArgumentParser:
     effort = parser.add_mutually_exclusive_group()
     for word, meaning in (
         ("tiny", "only see whether it works"),
-        ("quick", "at most 2 minutes, the default"),
-        ("full", "at most 15 minutes"),
+        ("quick", "a few minutes, the default"),
+        ("full", "about 15 minutes"),
     ):
         effort.add_argument(f"--{word}", dest="effort", action="store_const", const=word, help=meaning)
     parser.add_argument("--here", action="store_true", help="use this interpreter alone")
