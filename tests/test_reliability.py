@@ -1495,6 +1495,14 @@ def test_bc_094_burst_loses_nothing_or_says_how_much(
 ) -> None:
     monkeypatch.setattr(mxcp_audit, "QUEUE_BYTES", 200_000)
     audit = AuditLogger(db, on_full=on_full)
+    true_write, deadline = os.write, time.monotonic() + SAFETY_SECONDS
+
+    def write(fd: int, data: Any) -> int:  # slow, until the queue was full for certain
+        while on_full == "drop" and not audit.counters.dropped and time.monotonic() < deadline:
+            time.sleep(0.01)
+        return true_write(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
 
     def work(thread: int) -> None:
         for n in range(2000):

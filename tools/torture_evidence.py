@@ -86,9 +86,9 @@ def kill_points(template: Path, arguments: list[str]) -> list[tuple[str, int]]:
 
 def events_of(database: Path) -> list[tuple[str, int]]:
     with store_of(database).reading() as reading:
-        return [
-            tuple(row) for row in reading.engine.execute("SELECT segment::VARCHAR, seq::BIGINT FROM logs")
-        ]
+        both = "(FROM table_rows UNION ALL BY NAME FROM journal_rows)"
+        rows = reading.engine.execute(f"SELECT segment::VARCHAR, seq::BIGINT FROM {both}")
+        return [(segment, seq) for segment, seq in rows]
 
 
 def check(folder: Path, operation: str, events: set[tuple[str, int]]) -> None:
