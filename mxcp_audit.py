@@ -7950,6 +7950,12 @@ class Store:
         if cause is not None:
             raise cause
 
+    def refuse_journal(self, path: str) -> None:
+        """Raise StoreError if `path` lies in the journal, where nothing else belongs."""
+        journal = os.path.realpath(self.journal.directory)
+        if os.path.join(os.path.realpath(path), "").startswith(os.path.join(journal, "")):
+            raise StoreError(f"{path} lies in the journal; name a place elsewhere")
+
     def refuse_own_files(self, path: str) -> None:
         """Raise StoreError if `path` is no place for an export: above all, if that would destroy the log."""
         folder, name = os.path.split(os.path.abspath(path))
@@ -7959,11 +7965,9 @@ class Store:
         except (OSError, ValueError) as error:  # ValueError: a NUL
             raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
         own = os.path.realpath(self.path)
-        journal = os.path.realpath(self.journal.directory)
+        self.refuse_journal(folder)
         if self.is_file and os.path.join(folder, name) in (own, own + ".wal"):
             raise StoreError(f"{path} is the audit database itself; name another file")
-        if folder == journal or folder.startswith(journal + os.sep):
-            raise StoreError(f"{path} lies in the journal; name a file elsewhere")
         if not os.path.isdir(folder):
             raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
         if found is not None and not stat.S_ISREG(found.st_mode):
@@ -10850,7 +10854,7 @@ def cmd_purge(options: argparse.Namespace) -> int:
         raise _UsageError(f"{options.archive} is no directory; name one for --archive")
     store = Store(_config_of(options))
     if options.archive:
-        store.refuse_own_files(options.archive)
+        store.refuse_journal(options.archive)
     removal = store.purge(
         options.older_than, archive=options.archive, dry_run=options.dry_run, wait=options.wait
     )
