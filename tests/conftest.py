@@ -132,3 +132,16 @@ def table_rows(path: Path, sql: str = "SELECT * FROM logs ORDER BY timestamp, se
 
     with duckdb.connect(str(path), read_only=True) as connection:
         return connection.execute(sql).fetchall()
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Print what of the matrix was there: a green run says little where half of it was missing."""
+    import mxcp_audit
+
+    program = mxcp_audit.find_program({"PATH": ""})
+    version = subprocess.run([program, "-version"], capture_output=True, text=True).stdout if program else ""
+    found = sorted(path.name for path in (ROOT / ".venv").glob("*") if (path / "stamp").exists())
+    terminalreporter.write_line(
+        f"matrix: Python {', '.join(PYTHONS)}; program {version.split(' ')[0] or 'none'}"
+    )
+    terminalreporter.write_line(f"matrix: environments {', '.join(found) or 'none'}")
