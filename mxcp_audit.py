@@ -5143,7 +5143,13 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
                     while True:
                         try:
                             sent = yield item
-                        except BaseException as error:  # of athrow, or GeneratorExit of aclose
+                        except (
+                            GeneratorExit
+                        ):  # of aclose; an event loop that ends may have closed `steps` first
+                            with call.running():
+                                await steps.aclose()
+                            raise
+                        except BaseException as error:  # of athrow
                             with call.running():
                                 item = await steps.athrow(error)
                         else:
@@ -7965,7 +7971,7 @@ class Store:
         except (OSError, ValueError) as error:  # ValueError: a NUL
             raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
         own = os.path.realpath(self.path)
-        self.refuse_journal(folder)
+        self.refuse_journal(path)
         if self.is_file and os.path.join(folder, name) in (own, own + ".wal"):
             raise StoreError(f"{path} is the audit database itself; name another file")
         if not os.path.isdir(folder):
