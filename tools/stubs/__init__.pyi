@@ -868,5 +868,5 @@ class _WrappedServer:
 def main(argv: Sequence[str] | None = None) -> int: ...
 
 # Names in __all__ with no definition:
-#   Parser@10015
-#   Version@10022
+#   Parser@10021
+#   Version@10028
