@@ -697,7 +697,7 @@ def s10_damage(t: Torture) -> None:
             data, start, end = damage(t, path.read_bytes(), how)
             position = 0
             for line in path.read_bytes().splitlines(keepends=True):
-                if position < end and position + len(line) > start:
+                if position <= end and position + len(line) > start:  # at `end`: glued to a damaged line
                     expected.discard(json.loads(line)["name"])
                 position += len(line)
             path.write_bytes(data)
@@ -993,8 +993,8 @@ MUTANTS = (
         "S2",
         (
             (
-                '            engine.execute("BEGIN")\n            if self._is_lake',
-                f'            {DELETE}            engine.execute("BEGIN")\n            if self._is_lake',
+                "            self._begin(engine)\n            known = ",
+                f"            {DELETE}            self._begin(engine)\n            known = ",
             ),
         ),
     ),
