@@ -1125,10 +1125,6 @@ def test_bc_072_exceptions_that_are_no_failures_pass_unchanged(
     assert len(table_rows(db)) == 1
 
 
-decorators = pytest.mark.skipif(not hasattr(AuditLogger, "tool"), reason="the decorators are not merged yet")
-
-
-@decorators
 def test_bc_074_decorated_generator_keeps_its_protocol(logger: AuditLogger) -> None:
     events = []
 
@@ -1159,7 +1155,6 @@ def test_bc_074_decorated_generator_keeps_its_protocol(logger: AuditLogger) -> N
     assert events == ["closed"] * 3
 
 
-@decorators
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_bc_075_generator_open_at_the_end_makes_no_noise(db: Path, kind: str) -> None:
     clean(
@@ -1188,7 +1183,6 @@ def test_bc_075_generator_open_at_the_end_makes_no_noise(db: Path, kind: str) ->
     assert verdict.names["after"] == 1 and verdict.names.total() <= 2
 
 
-@decorators
 def test_bc_076_decorated_tool_keeps_its_signature(logger: AuditLogger) -> None:
     import inspect
 
