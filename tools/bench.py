@@ -353,8 +353,8 @@ def server(run: Run) -> Iterator[Table]:
             {
                 "urls": urls,
                 "pids": processes,
-                "rounds": run.pick(1, 8, 24),
-                "seconds": run.pick(0.3, 0.5, 1.5),
+                "rounds": run.pick(1, 3, 8),
+                "seconds": run.pick(0.3, 4, 8),
                 "clients": 4,
             }
         )
