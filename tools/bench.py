@@ -4,6 +4,9 @@ Each topic prints one Markdown table or more; `--write` puts them into docs/perf
 is compared runs in the same minutes, round by round in turn, and is given as medians and ratios, so that
 a busy machine troubles all alike. Peers run in environments of their own, made by tools/environment at
 the first run; `--here` uses this interpreter alone and skips what it can't import.
+
+Three print ratios of their own and take options: `query --rows N --rounds N`, `verify EVENTS`,
+`scaleout EVENTS`.
 """
 
 from __future__ import annotations
@@ -34,6 +37,11 @@ ROOT = Path(__file__).resolve().parent.parent
 PEERS_FILE = ROOT / "tools" / "bench_peers.py"
 QUERY_FILE = ROOT / "tools" / "bench_query.py"
 PAGE = ROOT / "docs" / "performance.md"
+SCRIPTS = {  # with options of their own, and an environment
+    "query": ("bench_query.py", "bench"),
+    "verify": ("bench_verify.py", "bench"),
+    "scaleout": ("bench_scaleout.py", "scaleout"),
+}
 
 MAIN_ENVIRONMENT = ("bench", "duckdb", "duckdb-cli", "fastmcp", "structlog", "loguru")
 ENVIRONMENTS = {  # of peers that can't live beside the others
@@ -43,6 +51,13 @@ ENVIRONMENTS = {  # of peers that can't live beside the others
         *("mxcp==0.2.2", "dbt-core<1.10", "dbt-duckdb<1.10", "mcp<1.12", "cel-python<0.4", "pydantic<2.12"),
     ),
     "mxcp-0.12": ("bench-mxcp012", "mxcp==0.12.*", "dbt-core<1.12", "dbt-duckdb<1.11"),
+}
+SCRIPT_ENVIRONMENTS = {
+    "bench": MAIN_ENVIRONMENT,
+    "scaleout": (  # as tests/test_scaleout.py has it, or each would make it anew
+        *("scaleout", "duckdb==1.5.5", "duckdb-cli==1.5.5"),
+        *(f"duckdb-extension-{name}==1.5.5" for name in ("ducklake", "postgres-scanner", "quack", "httpfs")),
+    ),
 }
 PEERS = {  # what the tables call them
     "mxcp_audit": "**mxcp_audit**: redacts, encodes, records",
@@ -856,8 +871,12 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = build_parser()
     options, others = parser.parse_known_args(argv)
-    if others and options.topics == ["query"]:  # it has options of its own
-        return subprocess.call([sys.executable, str(QUERY_FILE), "query", *others])
+    first, *more = options.topics or [""]
+    if first in SCRIPTS and (others or first != "query"):
+        name, environment = SCRIPTS[first]
+        words = [first, *others] if first == "query" else more
+        python = sys.executable if options.here else _environment(SCRIPT_ENVIRONMENTS[environment])
+        return subprocess.call([python, str(ROOT / "tools" / name), *words], env=environ())
     if others:
         parser.error(f"unknown options: {' '.join(others)}")
     unknown = [topic for topic in options.topics if topic not in TOPICS]
