@@ -202,14 +202,18 @@ def test_verify_random_tampering_is_reported_and_nothing_else(
     keys = m.seal_keys()
     checkpoint = store_of(database).heads()
     noted = [head._asdict() for head in checkpoint]
+    twin = shutil.copy(database, tmp_path / "twin.duckdb")
     session = m.open_engine()
     session.execute(f"ATTACH {m.sql_literal(str(database))} AS audit")
+    # The independent verifier needs the package: for the program it sees the same change in a copy.
+    connection = session._connection if engine == "package" else duckdb.connect()  # type: ignore[attr-defined]
+    if engine == "cli":
+        connection.execute(f"ATTACH {m.sql_literal(str(twin))} AS audit")
     seed = random.randrange(2**32)
     tamperer = Tamperer(session, seed)
     before = session.execute(STATE)
     assert m.Verifier(session, keys).run(checkpoint=checkpoint).intact
-    if engine == "package":
-        assert not independent.verify(session._connection, keys=keys, checkpoints=noted)  # type: ignore[attr-defined]
+    assert not independent.verify(connection, keys=keys, checkpoints=noted)
     done = 0
     while done < TAMPERINGS // 2:
         kind = tamperer.random.choice(KINDS)
@@ -222,16 +226,20 @@ def test_verify_random_tampering_is_reported_and_nothing_else(
         verdict = m.Verifier(session, keys).run(checkpoint=checkpoint if needs_checkpoint else ())
         said = f"seed {seed}, {statements}: {verdict.findings}"
         assert verdict.intact is not changed, said
-        if engine == "package":
-            connection = session._connection  # type: ignore[attr-defined]
-            wrong = independent.verify(connection, keys=keys, checkpoints=noted if needs_checkpoint else ())
-            assert bool(wrong) is changed, said
-            if kind != "table" and "audit.ledger" not in statements[-1]:
-                segments = {finding.segment for finding in verdict.findings}
-                assert segments == {where for what, where in wrong if what == "segment"}, said
+        if engine == "cli":
+            for statement in ("BEGIN", *statements):
+                connection.execute(statement)
+        wrong = independent.verify(connection, keys=keys, checkpoints=noted if needs_checkpoint else ())
+        assert bool(wrong) is changed, said
+        if kind != "table" and "audit.ledger" not in statements[-1]:
+            segments = {finding.segment for finding in verdict.findings}
+            assert segments == {where for what, where in wrong if what == "segment"}, said
         session.execute("ROLLBACK")
+        if engine == "cli":
+            connection.execute("ROLLBACK")
         done += changed
     session.close()
+    connection.close()
 
 
 def make_keyed(database: Path) -> None:
