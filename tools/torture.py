@@ -896,7 +896,9 @@ def s15_overload(t: Torture) -> None:
                 for n in range(int(sys.argv[4])):
                     audit.log_event("cli", "tool", f"{tag}-{thread}-{n}", {"text": "x" * 100})
             threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
-            for thread in threads: thread.start()
+            with audit._writer._writing:  # a disk that stands still until the queue has been full
+                for thread in threads: thread.start()
+                while not audit.counters.errors: time.sleep(0.001)
             for thread in threads: thread.join()
             assert promise()
         """,
