@@ -17,6 +17,19 @@ ROOT = Path(__file__).resolve().parent.parent
 CASES = Path(os.environ.get("MXCP_AUDIT_CASES", ROOT.parent / "shared" / "cases"))
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.insert(0, str(ROOT))
+# The site file that most tests of the command line begin with.
+SITE = """\
+mxcp: 1
+project: shop
+profile: default
+profiles:
+  default:
+    audit:
+      enabled: true
+  production:
+    audit:
+      enabled: true
+"""
 
 
 def load_cases(name: str) -> Any:

@@ -12,24 +12,10 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import Cli, child_environment, table_rows
+from conftest import SITE, Cli, child_environment, table_rows
 
 from mxcp_audit import AuditLogger
 
-SITE = """\
-mxcp: 1
-project: shop
-profile: default
-profiles:
-  default:
-    audit:
-      enabled: true
-      path: logs-default.duckdb
-  production:
-    audit:
-      enabled: true
-  silent: {}
-"""
 # name, type, status, policy: old ones first, then those of the last minute.
 EVENTS = (
     ("my_analysis_tool", "tool", "success", "allow"),
@@ -167,7 +153,7 @@ def test_spec_truncation_by_sql_keeps_the_rest(site: Path, cli: Cli) -> None:
 
 
 def test_spec_database_not_found_names_both_reasons(tmp_path: Path, cli: Cli) -> None:
-    (tmp_path / "mxcp-site.yml").write_text(SITE)
+    (tmp_path / "mxcp-site.yml").write_text(SITE + "  silent: {}\n")
     done = cli("log")
     assert done.returncode == 1 and "Audit database not found" in done.stderr
     assert "not enabled for the profile" in done.stderr and "no events have been logged yet" in done.stderr
