@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
@@ -21,7 +22,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import ROOT, SITE, child_environment
 
-from mxcp_audit import load_config
+from mxcp_audit import AuditLogger, load_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -75,7 +76,7 @@ def run(command: list[str], folder: Path) -> str:
 
 
 def check_yaml(code: str, folder: Path) -> None:
-    """A site file must load, in each of its profiles; other YAML must be YAML, whole objects of Kubernetes."""
+    """A site file must load, in each of its profiles; what is no site file is an object of Kubernetes."""
     yaml = pytest.importorskip("yaml")
     document = yaml.safe_load(code)
     if "profiles" not in document:
@@ -280,3 +281,24 @@ def pieces_of(entry: str) -> list[str]:
     """Return all pieces of twelve characters, one of which the program has if it has the message."""
     text = max(entry.split("…"), key=len).strip()
     return [text[start : start + 12] for start in range(max(1, len(text) - 11))]
+
+
+def test_journal_format_page_members_and_pattern_are_the_written_ones(tmp_path: Path) -> None:
+    """The page's example, pattern and members, against what a logger writes."""
+    page = (ROOT / "docs" / "journal-format.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r'^\{"timestamp".*\}$', page, re.MULTILINE)
+    table = page[page.index("| member | type |") : page.index("No string holds NUL")]
+    cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    members = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
+    audit = AuditLogger(tmp_path / "log.duckdb", flush_interval=3600)
+    audit.log_event("stdio", "tool", "é", {"n": 1}, 1)
+    while audit.counters.written < 1:
+        time.sleep(0.01)
+    (segment,) = (tmp_path / "log.duckdb.journal").glob("*.jsonl")
+    line = segment.read_bytes()
+    assert [path.stat().st_mode & 0o777 for path in (segment.parent, segment)] == [0o700, 0o600]
+    audit.shutdown()
+    assert list(json.loads(line)) == members == list(json.loads(example))
+    (pattern,) = re.findall(r"a pattern: `(.*?)`", page)
+    assert re.fullmatch(pattern, segment.stem)
+    assert line.startswith(b'{"timestamp":"2') and line.endswith(b',"seq":1}\n') and "é".encode() in line
