@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -13,27 +14,62 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, make_environment
 
-FILES = ("mxcp_audit.py", "setup.cfg", "pyproject.toml", "README.md", "LICENSE", "tools/stubs/__init__.pyi")
+IGNORED = (".venv*", ".git", "__pycache__", "*.egg-info", "build", "dist", ".*_cache", ".hypothesis")
+SOURCES = {"mxcp_audit.py", "tools/stubs/__init__.pyi", "README.md", "LICENSE"}
+SOURCES |= {"setup.cfg", "pyproject.toml", "MANIFEST.in", "PKG-INFO"}
 USER = """
-from mxcp_audit import AuditLogger
+from mxcp_audit import AuditLogger, Config, load_config
 
 audit = AuditLogger("log.duckdb")
 audit.log_event("cli", "tool", "x", {"a": 1}, 5)
 done: bool = audit.flush()
-audit.log_event("cli", 7, "x")
+
+@audit.tool()
+def double(number: int) -> int:
+    return 2 * number
+
+async def main(server: object) -> None:
+    async with audit.record("tool", "y", caller="http") as call:
+        call.policy("warn", "late")
+    audit.instrument(server)
+
+def retention_of(profile: str) -> float | None:
+    config: Config = load_config(profile=profile)
+    return config.retention
+
+four: int = double(2)
 """
+# Each of these lines, added to the program above, is an error that mypy must see.
+MISTAKES = (
+    'audit.log_event("cli", 7, "x")',
+    'audit.log_event("cli", "tool")',
+    'double("2")',
+    "five: str = double(2)",
+    "AuditLogger(7)",
+    "audit.no_such_thing",
+    "load_config(profil=None)",
+)
 
 
 @pytest.fixture(scope="module")
-def archives(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build both archives from a clean copy; return the folder that they are in."""
-    python = make_environment("build", "build", "setuptools>=77", "wheel")
-    source = tmp_path_factory.mktemp("source")
-    (source / "tools" / "stubs").mkdir(parents=True)
-    for name in FILES:
-        (source / name).write_bytes((ROOT / name).read_bytes())
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Return a clean copy of the project."""
+    folder = tmp_path_factory.mktemp("source") / "project"
+    shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(*IGNORED))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def builder() -> str:
+    """Return a Python that can build without asking anybody for the tools."""
+    return make_environment("build", "build", "setuptools>=77", "wheel")
+
+
+@pytest.fixture(scope="module")
+def archives(source: Path, builder: str) -> Path:
+    """Build both archives; return the folder that they are in."""
     built = subprocess.run(
-        [python, "-m", "build", "--no-isolation", str(source)], capture_output=True, text=True, cwd=source
+        [builder, "-m", "build", "--no-isolation", str(source)], capture_output=True, text=True, cwd=source
     )
     assert built.returncode == 0, built.stdout + built.stderr
     return source / "dist"
@@ -67,29 +103,63 @@ def test_wheel_metadata_is_complete(archives: Path) -> None:
     assert "Requires-Dist: duckdb>=1.2; extra == " in metadata and metadata.count("Requires-Dist") == 1
 
 
-def test_source_archive_holds_module_and_licence(archives: Path) -> None:
+def test_source_archive_holds_module_and_licence_only(archives: Path) -> None:
     (archive,) = archives.glob("*.tar.gz")
-    names = {Path(name).name for name in tarfile.open(archive).getnames()}
-    assert {Path(name).name for name in FILES} <= names
+    with tarfile.open(archive) as opened:
+        files = [member.name.partition("/")[2] for member in opened.getmembers() if member.isfile()]
+    assert {name for name in files if ".egg-info/" not in name} == SOURCES
 
 
-def test_wheel_installed_in_a_fresh_environment_runs(archives: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("what", ["project", "archive"])
+def test_installed_from_source_runs(
+    what: str, source: Path, archives: Path, builder: str, tmp_path: Path
+) -> None:
+    """`pip install .`, and the same of the source archive."""
+    place = source if what == "project" else next(archives.glob("*.tar.gz"))
+    install = [builder, "-m", "pip", "install", "--quiet", "--no-index", "--no-build-isolation"]
+    subprocess.run([*install, "--target", tmp_path / "here", place], check=True)
+    assert (tmp_path / "here" / "mxcp_audit.py").read_bytes() == (ROOT / "mxcp_audit.py").read_bytes()
+    shown = subprocess.run(
+        [builder, "-m", "mxcp_audit", "--version"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path / "here")},
+        capture_output=True,
+        text=True,
+    )
+    assert shown.returncode == 0 and shown.stdout.startswith("mxcp_audit 0.1.0"), shown.stderr
+
+
+@pytest.fixture(scope="module")
+def fresh(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Install the wheel into a fresh environment; return the folder of its programs."""
     (wheel,) = archives.glob("*.whl")
-    venv.create(tmp_path / "fresh", with_pip=True)
-    folder = tmp_path / "fresh" / ("Scripts" if sys.platform == "win32" else "bin")
+    home = tmp_path_factory.mktemp("fresh") / "env"
+    venv.create(home, with_pip=True)
+    folder = home / ("Scripts" if sys.platform == "win32" else "bin")
     subprocess.run([folder / "python", "-m", "pip", "install", "--quiet", "--no-index", wheel], check=True)
-    for command in ([folder / "mxcp-audit"], [folder / "python", "-m", "mxcp_audit"]):
+    return folder
+
+
+def test_wheel_installed_in_a_fresh_environment_runs(fresh: Path, tmp_path: Path) -> None:
+    for command in ([fresh / "mxcp-audit"], [fresh / "python", "-m", "mxcp_audit"]):
         shown = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=tmp_path)
         assert shown.returncode == 0 and shown.stdout.startswith("mxcp_audit 0.1.0"), shown.stderr
-    (tmp_path / "user.py").write_text(USER)
+
+
+def test_wheel_brings_types_for_a_users_program(fresh: Path, tmp_path: Path) -> None:
+    (tmp_path / "right.py").write_text(USER)
+    (tmp_path / "wrong.py").write_text(USER + "\n".join(MISTAKES) + "\n")
     checked = subprocess.run(
-        [sys.executable, "-m", "mypy", "--strict", "--python-executable", folder / "python", "user.py"],
+        [sys.executable, "-m", "mypy", "--strict", "--python-executable", fresh / "python", "."],
         cwd=tmp_path,
         env={key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "MYPYPATH")},
         capture_output=True,
         text=True,
     )
-    assert "user.py:7" in checked.stdout and "Found 1 error" in checked.stdout, checked.stdout
+    first = USER.count("\n") + 1
+    lines = {line.split(": error:")[0] for line in checked.stdout.splitlines() if ": error:" in line}
+    expected = {f"wrong.py:{first + number}" for number in range(len(MISTAKES))}
+    assert lines == expected, checked.stdout
 
 
 def test_stubs_are_those_of_the_module_as_it_is(tmp_path: Path) -> None:
