@@ -1638,6 +1638,7 @@ _REMARKS = _words_in("""
 _MAX_DEPTH = 64
 _MAX_NODES = 500_000
 _MAX_VERDICTS = 4096
+_MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
 _MAX_ECHOES, _MAX_ECHO_CHARS = 64, 8192
 # The fewest digits at which an interpreter may refuse to write an int (CPython's lowest limit).
 _WIDE_INT = 10**640
@@ -1960,6 +1961,8 @@ class _Texts:
     def __init__(self, patterns: _Patterns, names: _Names, key: bytes | None) -> None:
         self._patterns, self.names, self._key = patterns, names, key
         self._stems, self._values = names.stems, _Values(patterns)
+        # Short texts without a secret, as JSON: names, cities and states come again and again.
+        self.harmless: dict[str, str] = {}
 
     def clean(self, text: str, found: list[str] | None = None) -> str:
         """Return `text` without the secrets that its form or the names in it give away.
@@ -2604,7 +2607,7 @@ class _Walk:
         opened.append(ident)
         out: list[str] = []
         taken: set[str] | None = None if pairs is None else set()  # where a key may be there already
-        verdicts, text = self.verdicts, self.text
+        verdicts, harmless, text = self.verdicts, self.texts.harmless, self.text
         slow = pairs is not None or declared is not None
         try:
             for name, item in pairs or value.items():
@@ -2621,7 +2624,7 @@ class _Walk:
                     else:
                         out.append(key + self.value(item, declared.of(name) if declared else None))
                 elif kind is str:
-                    out.append(key + encode_text(text(item, None) if len(item) > 4 else item))
+                    out.append(key + (harmless.get(item) or encode_text(text(item, None))))
                 elif kind is int and -1_000_000_000_000 < item < 1_000_000_000_000:
                     out.append(f"{key}{item}")
                 elif kind is dict:
@@ -2694,18 +2697,15 @@ class _Walk:
         opened.append(ident)
         items = None if declared is None else declared.items or declared
         out: list[str] = []
-        text = self.text
+        harmless, text = self.texts.harmless, self.text
         hide_next = len(value) == 2 and self.is_label(value[0])
         for item in value[:]:  # another thread may append
             if hide_next and out:
                 out.append(self.hide(item))
                 hide_next = False
             elif type(item) is str and items is None:
-                if len(item) < 4:
-                    out.append(encode_text(item))
-                    continue
-                out.append(encode_text(text(item, None)))
-                if item[0] == "-" and "=" not in item:
+                out.append(harmless.get(item) or encode_text(text(item, None)))
+                if len(item) > 3 and item[0] == "-" and "=" not in item:
                     hide_next = self.is_label(item)
             else:
                 out.append(self.value(item, items))
@@ -2718,8 +2718,7 @@ class _Walk:
             item = _label(item)
         return (
             type(item) is str
-            and len(item) > 2
-            and self.texts.names.may_name(item)
+            and 2 < len(item) <= _MAX_NAME_CHARS
             and self.verdicts[item.strip("-")][0] & _SENSITIVE > 0
         )
 
@@ -2782,7 +2781,13 @@ class _Walk:
                 return text if walked == tree else json.dumps(walked, ensure_ascii=False)
         if declared is not None and declared.hides:
             return self.marker(text)  # the part that is secret can't be found: all of it
-        return self.texts.clean(text, self.echoes)
+        shown = self.texts.clean(text, self.echoes)
+        if shown is text and len(text) <= _MAX_HARMLESS_CHARS:
+            harmless = self.texts.harmless
+            if len(harmless) >= _MAX_HARMLESS:
+                harmless.clear()
+            harmless[text] = encode_text(text)
+        return shown
 
 
 class Redactor:
