@@ -3965,16 +3965,17 @@ def write_new_file(path: str, data: bytes) -> None:
 #
 # `put` runs in the caller's thread, in signal handlers and in destructors too. So its lock is
 # re-entrant, it waits for nothing but room in the queue, and it wakes the writer once for each of
-# its sleeps. The writer then lets a few milliseconds of events gather: one write a batch, and
-# callers don't fight it for the interpreter at each event. Rejected: queue.SimpleQueue (wakes the
-# writer for each event: four times slower), a polling thread (never idle).
+# its sleeps. The writer then lets some milliseconds of events gather: one write a batch, and
+# callers don't fight it for the interpreter at each event. It gathers no longer while somebody
+# waits. Rejected: queue.SimpleQueue (wakes the writer for each event: four times slower), a polling
+# thread (never idle).
 #
 # Where no thread can be started (interpreter exit, process limits), the caller's thread writes.
 
 QUEUE_BYTES: Final = 64 * 2**20
 SEGMENT_BYTES: Final = 8 * 2**20
 _PIECE_BYTES: Final = 2**20  # arbitrary: what one write holds, so that a segment overshoots by little
-_GATHER_SECONDS: Final = 0.005  # the window in which `kill -9` loses events, plus one write
+_GATHER_SECONDS: Final = 0.02  # the window in which `kill -9` loses events, plus one write
 _RETRY_SECONDS: Final = (0.05, 5.0)  # first and longest pause after a failed write
 _REPORT_SECONDS: Final = 60.0  # how often the same trouble is told
 
@@ -4118,8 +4119,6 @@ class Writer:
         self._progress = threads.Condition(self._lock)
         self._writing = threads.RLock()  # of the segment; held while the disk works
         self._wake = threads.Lock()
-        self._nap = threads.Lock()  # never released: a sleep that no library has replaced
-        self._nap.acquire()
         self._wake.acquire()
         # accepted = _finished + len(_held) + len(_queue); written = _finished + _held_done
         self._queue: list[bytes] = []
@@ -4131,6 +4130,7 @@ class Writer:
         self._waiting: list[tuple[int, Callable[[], object]]] = []
         self._lost: list[Loss] = []
         self._asleep = True
+        self._gathering = False
         self._closing = self._closed = False
         self._inline = 0  # the thread that writes without being the writer
         self._thread: threading.Thread | None = None
@@ -4163,10 +4163,17 @@ class Writer:
             self._rouse()
         return ticket
 
-    def wait_written(self, ticket: int) -> None:
-        """Return when the line with this ticket is in the journal; at once inside of the writing thread."""
-        if not self._is_writing_thread():
-            self._wait_until(lambda: self.written >= ticket or self._closed, None)
+    def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
+        """Return True when the line with this ticket is in the journal; at once inside of the writing thread.
+
+        Without an end if `timeout` is None, else False after so many seconds.
+        """
+        if self._is_writing_thread():
+            return True
+        if self._gathering:
+            self._release_wake()
+        deadline = None if timeout is None else time.monotonic() + timeout
+        return self._wait_until(lambda: self.written >= ticket or self._closed, deadline)
 
     def call_when_written(self, ticket: int, callback: Callable[[], object]) -> None:
         """Call back, from any thread, when the line with this ticket is in the journal."""
@@ -4185,6 +4192,8 @@ class Writer:
             self._progress.notify_all()
         if self._asleep:
             self._rouse()
+        elif self._gathering:
+            self._release_wake()
         if self._is_writing_thread():
             return self._sealed >= ticket
         while not self._wait_until(lambda: self._sealed >= ticket, min(deadline, time.monotonic() + 0.1)):
@@ -4210,7 +4219,8 @@ class Writer:
             if thread is not self._threads.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
-            self._nap.acquire(timeout=_RETRY_SECONDS[0])
+            with self._progress:
+                self._progress.wait(_RETRY_SECONDS[0])
         with self._lock:
             self._closed = True
             self._progress.notify_all()
@@ -4336,9 +4346,10 @@ class Writer:
         me = self._threads.current_thread()
         try:
             while self._thread is me:
-                self._asleep = False
+                self._asleep, self._gathering = False, True
                 if not (self._durable or self._closing or self._seal_wanted > self._sealed):
-                    self._nap.acquire(timeout=_GATHER_SECONDS)
+                    self._wake.acquire(timeout=_GATHER_SECONDS)
+                self._gathering = False
                 with self._writing:
                     done = self._work()
                 self._diagnostics.tell()
@@ -4439,8 +4450,6 @@ class Writer:
         reached a size limit, or that an fsync failed on, never becomes better.
         """
         segment = self._segment
-        if segment is not None and not segment.is_in_place():
-            segment = self._replace(segment)
         if segment is None:
             segment = self._segment = self._journal.open_segment(durable=self._durable)
         before = segment.events
@@ -5762,6 +5771,14 @@ class AuditLogger:
         if self._ingester is not None:
             self._ingester.wait(max(0.0, deadline - time.monotonic()))
         return True
+
+    def wait_written(self, timeout: float = 10.0) -> bool:
+        """Return True once every event logged before is in the journal; unlike `flush`, ingest nothing.
+
+        Args:
+            timeout: seconds. After that the answer is False, and nothing is lost.
+        """
+        return not self.enabled or self._writer.wait_written(self._writer.accepted, timeout)
 
     def shutdown(self, timeout: float = 10.0) -> bool:
         """Write what is queued, ingest, end the threads. Called at exit; calling it twice is harmless.
@@ -11182,13 +11199,11 @@ class _WrappedServer:
 
     def _settle(self) -> None:
         """Wait until what was recorded is in the journal: so `--strict` holds an answer back until then."""
-        deadline = time.monotonic() + self._JOURNAL_SECONDS
-        while (counters := self._audit.counters).written < counters.accepted:
-            if time.monotonic() > deadline:
-                self.failure = f"the journal can't be written: {counters.last_error}"
-                return
-            time.sleep(0.001)
-        if counters.dropped:
+        written = self._audit.wait_written(self._JOURNAL_SECONDS)
+        counters = self._audit.counters
+        if not written:
+            self.failure = f"the journal can't be written: {counters.last_error}"
+        elif counters.dropped:
             self.failure = f"{counters.dropped} events were dropped"
 
     def _on_fault(self, problem: str) -> None:
