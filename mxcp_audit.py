@@ -4450,6 +4450,8 @@ class Writer:
         reached a size limit, or that an fsync failed on, never becomes better.
         """
         segment = self._segment
+        if segment is not None and not segment.is_in_place():
+            segment = self._replace(segment)
         if segment is None:
             segment = self._segment = self._journal.open_segment(durable=self._durable)
         before = segment.events
