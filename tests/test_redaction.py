@@ -123,6 +123,24 @@ def test_is_sensitive_many_names_keeps_the_cache_bounded() -> None:
     assert len(redactor._names._strengths) <= mxcp_audit._MAX_VERDICTS
 
 
+def test_redact_many_texts_only_harmless_short_ones_are_remembered_and_few() -> None:
+    redactor = Redactor()
+    for number in range(10_000):
+        redactor.redact({"note": f"call {number}", "dsn": f"db://u:hunter{number}@h", "long": "x y" * 50})
+    remembered = redactor._texts.harmless
+    assert 0 < len(remembered) <= 4096
+    assert not [text for text in remembered if "hunter" in text or len(text) > 64]
+
+
+def test_redact_text_seen_before_is_judged_by_its_place_each_time() -> None:
+    redactor, definition = Redactor(), {"parameters": [{"name": "note", "type": "string", "sensitive": True}]}
+    held, shown = '{"password": "x"}', {"note": "Bern", "list": ["Authorization", "Bern"]}
+    redactor.redact({held: 1, "Bern": "Bern", "a": "Authorization"})
+    assert redactor.redact({"a": held}) == {"a": f'{{"password": "{REDACTED}"}}'}
+    assert redactor.redact(shown) == {"note": "Bern", "list": ["Authorization", REDACTED]}
+    assert redactor.redact(shown, endpoint_def=definition)["note"] == REDACTED
+
+
 def test_verdicts_name_that_holds_a_secret_is_not_kept() -> None:
     redactor = Redactor()
     shown = redactor.redact({"password=hunter2": 1, "dsn=a://u:hunter2@h": 2})
