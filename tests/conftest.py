@@ -17,19 +17,6 @@ ROOT = Path(__file__).resolve().parent.parent
 CASES = Path(os.environ.get("MXCP_AUDIT_CASES", ROOT.parent / "shared" / "cases"))
 DATA = Path(__file__).resolve().parent / "data"
 sys.path.insert(0, str(ROOT))
-# The site file that most tests of the command line begin with.
-SITE = """\
-mxcp: 1
-project: shop
-profile: default
-profiles:
-  default:
-    audit:
-      enabled: true
-  production:
-    audit:
-      enabled: true
-"""
 
 
 def load_cases(name: str) -> Any:
@@ -104,6 +91,20 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("COLUMNS", "NO_COLOR"):
         monkeypatch.delenv(name, raising=False)
 
+
+# The site file that most tests of the command line begin with.
+SITE = """\
+mxcp: 1
+project: shop
+profile: default
+profiles:
+  default:
+    audit:
+      enabled: true
+  production:
+    audit:
+      enabled: true
+"""
 
 Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 

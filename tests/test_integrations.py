@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Cli, child_environment
+from conftest import ROOT, SITE, Cli, child_environment
 from environments import SERVERS, python_with
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -262,15 +262,6 @@ def test_instrument_something_else_refused_with_remedy(tmp_path: Path) -> None:
 
 # --- MXCP itself
 
-SITE = """\
-mxcp: 1
-project: shop
-profile: default
-profiles:
-  default:
-    audit:
-      enabled: true
-"""
 USER_CONFIG = "mxcp: 1\nprojects:\n  shop:\n    profiles:\n      default: {}\n"
 TOOL = """\
 mxcp: 1
