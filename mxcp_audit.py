@@ -1241,6 +1241,10 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # around each, takes 0.7 ms); `re.IGNORECASE` (3.7 ms; small letters first, 0.2 ms).
 
 REDACTED = "[REDACTED]"
+_Span: TypeAlias = tuple[int, int]  # start and end in a text
+
+
+# --- What a name says.
 
 
 def _words_in(text: str) -> frozenset[str]:
@@ -1264,26 +1268,22 @@ STRONG_WORDS = _words_in("""
 # Two words that are one secret: the specification's card number, what card and identity
 # forms ask for, and words that a spelling tore apart (`passWord`, `OAuth`).
 PHRASES = {
-    "credit card": "creditcard",
-    "debit card": "creditcard",
-    "payment card": "creditcard",
-    "card number": "creditcard",
-    "card num": "creditcard",
-    "card no": "creditcard",
-    "cc number": "creditcard",
-    "cc num": "creditcard",
-    "cc no": "creditcard",
-    "card verification": "cvv",
-    "social security": "ssn",
-    "code verifier": "codeverifier",
-    "security answer": "securityanswer",
-    "secret answer": "securityanswer",
-    "client assertion": "clientassertion",
-    "pass word": "password",
-    "pass phrase": "passphrase",
-    "pass code": "passcode",
-    "api key": "apikey",
-    "o auth": "oauth",
+    phrase: word
+    for word, phrases in {
+        "creditcard": "credit card, debit card, payment card, card number, card num, card no"
+        ", cc number, cc num, cc no",
+        "cvv": "card verification",
+        "ssn": "social security",
+        "codeverifier": "code verifier",
+        "securityanswer": "security answer, secret answer",
+        "clientassertion": "client assertion",
+        "password": "pass word",
+        "passphrase": "pass phrase",
+        "passcode": "pass code",
+        "apikey": "api key",
+        "oauth": "o auth",
+    }.items()
+    for phrase in phrases.split(", ")
 }
 # A secret in some company only, each with the words before it that make it harmless.
 WEAK_WORDS = {
@@ -1391,13 +1391,11 @@ GLUE_WORDS = _words_in("""
 """)
 # A word that ends in one of these ends in a secret, whatever is glued before it
 # (`pgpassword`, `csrfmiddlewaretoken`); too long to be the end of an English word.
-GLUED_SUFFIXES = tuple(
-    sorted(
-        _words_in("""
+GLUED_SUFFIXES = sorted(
+    _words_in("""
     password passwd passphrase passcode secretkey accesskey privatekey secret credential apikey
     token pwd
 """)
-    )
 )
 
 _KNOWN_WORDS = (
@@ -1419,6 +1417,16 @@ _CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
 _MAX_NAME_CHARS = 128
 _MAX_GLUED_CHARS = 24
 _LONGEST_WORD = 16
+# A secret name holds one of these stems: where none is found, no name needs judging.
+STEMS = sorted(
+    _words_in("""
+    pass key token auth secret pwd cred cookie card jwt otp pin code pat cc[_.-]?n cv[vc] csc psk ssn
+    social sess signature sig(?==) answer assertion dockerc kubeconfig kennwort contrase senha
+""")
+)
+# What leads to a secret without naming it.
+SPECIAL_STEMS = ("bearer", "basic", "identified", "thin:", "://")
+_MAX_VERDICTS = 4096
 
 
 def _singular(word: str) -> str:
@@ -1540,59 +1548,82 @@ def _judge_name(name: str) -> tuple[int, str]:
     return 0, ""
 
 
-# Prefixes that issuers gave their secrets so that scanners may know them; each at the
-# start of a run of word characters and dashes, with at least 16 of those after it.
-TOKEN_PREFIXES = tuple(
-    sorted(
-        _words_in(
-            "gh[opsur]_ github_pat_ "  # GitHub
-            "gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- "  # GitLab
-            "xox[abceoprs]- xapp- xwfp- "  # Slack
-            "[sr]k_(?:live|test)_ whsec_ "  # Stripe; its pk_ is public
-            "sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or- sk-(?=[a-zA-Z_-]{0,40}[0-9]) "  # Anthropic, OpenAI
-            "gsk_ xai- pplx- nvapi- r8_ tvly- lsv2_(?:pt|sk)_ jina_ fc-(?=[0-9a-f]{32}) "  # model services
-            "AIza GOCSPX- "  # Google
-            "A(?:KIA|SIA|BIA|CCA)(?=[A-Z0-9]{16}(?![A-Za-z0-9])) "  # AWS
-            "npm_ pypi- rubygems_ oy2(?=[a-z0-9]{43}) dckr_[po]at_ "  # package and image registries
-            "hf_ api_org_ "  # Hugging Face
-            # Cloud, mail, source, monitoring, payment and design services, in no order.
-            "do[opr]_v1_ shp(?:at|ca|pa|ss|tka)_ SK(?=[0-9a-f]{32}) key-(?=[0-9a-f]{32}) "
-            "sq0(?:atp|csp|idp)- ntn_ secret_(?=[A-Za-z0-9]{43}) lin_(?:api|oauth)_ figd_ figo_ glsa_ glc_ "
-            "sntry[su]_ PMAK- pul- dapi(?=[0-9a-f]{32}) sbp_ sb_secret_ pscale_(?:tkn|pw|oauth)_ nfp_ fo1_ "
-            "NRAK- NRII- HRKU- CCIPAT_ bkua_ ATATT3 ATCTT3 ATBB AKCp LTAI xkeysib- tfp_ CFPAT- EZAK "
-            "shippo_(?:live|test)_ rdme_ ops_eyJ AGE-SECRET-KEY-1 "
-            "phx_ re_(?=[A-Za-z0-9]{8}_) rnd_ waka_ "
-        )
-    )
-)
-# Formats with dots, colons and slashes, each behind a substring that must be there.
-DOTTED_TOKENS = (
-    ("eyJ", r"(?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}"),  # JWT, JWS, JWE
-    ("SG.", r"\bSG\.[\w-]{16,}(?:\.[\w-]+)?"),  # SendGrid
-    ("ya29.", r"\bya29\.[\w-]{16,}"),  # Google
-    ("1//", r"\b1//0[\w-]{20,}"),  # Google
-    ("hv", r"\bhv[sbr]\.[\w-]{16,}"),  # Vault
-    ("dp.", r"\bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}"),  # Doppler
-    ("sl.", r"\bsl\.(?:u\.)?[\w-]{60,}"),  # Dropbox
-    (".atlasv1.", r"\w{14}\.atlasv1\.[\w-]{20,}"),  # Terraform
-    (":", r"[0-9]{8,10}:[\w-]{34,40}(?![\w-])"),  # Telegram
-    (".", r"[MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])"),  # Discord
-    ("hooks.slack.com/", r"(?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+"),
-    ("webhook", r"(?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}"),  # Discord
-    ("/webhookb2/", r"(?<=/webhookb2/)[\w@/-]+"),  # Teams
-    ("-us", r"[0-9a-f]{32}-us[0-9]{1,2}\b"),  # Mailchimp
-)
-# A secret name holds one of these stems: where none is found, no name needs judging.
-STEMS = tuple(
-    sorted(
-        _words_in("""
-    pass key token auth secret pwd cred cookie card jwt otp pin code pat cc[_.-]?n cv[vc] csc psk ssn
-    social sess signature sig(?==) answer assertion dockerc kubeconfig kennwort contrase senha
-""")
-    )
-)
-# What leads to a secret without naming it.
-SPECIAL_STEMS = ("bearer", "basic", "identified", "thin:", "://")
+def _normal(name: str) -> str:
+    """Return a name without case and separators: `X-API-Key` and `xApiKey` are one."""
+    return re.sub(r"[\s_.\-]+", "", name).casefold()
+
+
+def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
+    """Read `redact:` and `keep:` entries into (tool or "", name); `a.b` is both a name and one tool's."""
+    pairs = {("", _normal(entry)) for entry in entries}
+    for entry in entries:
+        tool, dot, name = entry.rpartition(".")
+        if dot and _normal(tool) and _normal(name):
+            pairs.add((_normal(tool), _normal(name)))
+    return frozenset(pairs)
+
+
+def _lower(text: str) -> str:
+    """Return `text` in small letters and of the same length: U+0130 alone would grow."""
+    return text.lower() if text.isascii() else text.replace("\u0130", "i").lower()
+
+
+def _any_of(words: Iterable[str], own: Iterable[str]) -> re.Pattern[str]:
+    """Compile a search for one of many words, grouped by their first letter: twice as fast as ungrouped."""
+    groups: dict[str, list[str]] = {}
+    for word in words:
+        groups.setdefault(word[0], []).append(word[1:])
+    grouped = [f"{first}(?:{'|'.join(rests)})" for first, rests in sorted(groups.items())]
+    return re.compile("|".join([*grouped, *own]))
+
+
+class _Names:
+    """The verdicts on names under one Redactor's settings.
+
+    Args:
+        redact: entries of the setting of that name.
+        keep: likewise.
+    """
+
+    def __init__(self, redact: Iterable[str], keep: Iterable[str]) -> None:
+        self.redact, self.keep = _read_names(redact), _read_names(keep)
+        self.tools = {tool for tool, _ in self.redact | self.keep if tool}
+        # The stem of an own name is the start of its longest word, which is in every spelling.
+        words = [max(re.findall(_CAMEL, name) or [name], key=len) for _, name in self.redact]
+        own = sorted({re.escape(word[:4].lower()) for word in words})
+        self.stems = _any_of(STEMS, own)
+        # What the first look at a text asks for: a stem, a special word or a digit.
+        self.gate = _any_of((*STEMS, *SPECIAL_STEMS), [*own, *"0123456789"])
+        self._strengths: dict[str, int] = {}
+
+    def judge(self, name: str, tool: str = "") -> tuple[int, str]:
+        """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
+        normal = _normal(name)
+        for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
+            if entry in self.redact:
+                return 2, "listed under `redact`"
+            if entry in self.keep:
+                return 0, ""
+        # A name without a stem of a secret word needs no splitting into words.
+        return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
+
+    def strength(self, name: str) -> int:
+        """Judge a name found in a text; remembered, like the names of fields."""
+        strength = self._strengths.get(name)
+        if strength is None:
+            strength = self.judge(name)[0]
+            if len(self._strengths) >= _MAX_VERDICTS:
+                self._strengths.clear()
+            self._strengths[name] = strength
+        return strength
+
+    def may_name(self, text: str) -> bool:
+        """Say whether a text is worth judging as a name."""
+        return len(text) <= _MAX_NAME_CHARS and self.stems.search(_lower(text)) is not None
+
+
+# --- Where the value of a name stands in a text.
+
 # How a name in a text leads to its value. The names of the groups say which.
 _SEPARATOR = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<assign>\\{0,8}["'`]?\]?[ \t]{0,8}(?:=>|:=|[!<>=]?=|<>|:(?![:/]))\s{0,8})
@@ -1617,62 +1648,69 @@ _BARE = r"""(?:[^\s,;&'"`<>)\]}\\]
   |,(?![\s,]|[\w.\-]{1,40}[=:]|\Z) | ;(?!\s|[\w .\-]{1,40}=|\Z) | &(?![\w.%\[\]\-]{1,64}=|amp;)
   |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+"""
 _YAML_BLOCK = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
-_PASSWORDS = _words_in("password passwd pwd passphrase passcode")
-_REFERENCES = _words_in("secret secrets credential credentials")
-_ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 scrypt2 utf8")
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER = (
     r"\?|\$[0-9]{1,2}|\$[A-Z_]+|\$?\{\{?[\w .:-]*\}{0,2}|%s|%\(\w*\)s|<[\w .-]*>?|\*{2,}|\.{3}|x{3,}"
     r"|(?i:null|none|nil|undefined|true|false)"
 )
+# Prefixes that issuers gave their secrets so that scanners may know them; each at the
+# start of a run of word characters and dashes, with at least 16 of those after it.
+TOKEN_PREFIXES = sorted(
+    _words_in(
+        "gh[opsur]_ github_pat_ "  # GitHub
+        "gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- "  # GitLab
+        "xox[abceoprs]- xapp- xwfp- "  # Slack
+        "[sr]k_(?:live|test)_ whsec_ "  # Stripe; its pk_ is public
+        "sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or- sk-(?=[a-zA-Z_-]{0,40}[0-9]) "  # Anthropic, OpenAI
+        "gsk_ xai- pplx- nvapi- r8_ tvly- lsv2_(?:pt|sk)_ jina_ fc-(?=[0-9a-f]{32}) "  # model services
+        "AIza GOCSPX- "  # Google
+        "A(?:KIA|SIA|BIA|CCA)(?=[A-Z0-9]{16}(?![A-Za-z0-9])) "  # AWS
+        "npm_ pypi- rubygems_ oy2(?=[a-z0-9]{43}) dckr_[po]at_ "  # package and image registries
+        "hf_ api_org_ "  # Hugging Face
+        # Cloud, mail, source, monitoring, payment and design services, in no order.
+        "do[opr]_v1_ shp(?:at|ca|pa|ss|tka)_ SK(?=[0-9a-f]{32}) key-(?=[0-9a-f]{32}) "
+        "sq0(?:atp|csp|idp)- ntn_ secret_(?=[A-Za-z0-9]{43}) lin_(?:api|oauth)_ figd_ figo_ glsa_ glc_ "
+        "sntry[su]_ PMAK- pul- dapi(?=[0-9a-f]{32}) sbp_ sb_secret_ pscale_(?:tkn|pw|oauth)_ nfp_ fo1_ "
+        "NRAK- NRII- HRKU- CCIPAT_ bkua_ ATATT3 ATCTT3 ATBB AKCp LTAI xkeysib- tfp_ CFPAT- EZAK "
+        "shippo_(?:live|test)_ rdme_ ops_eyJ AGE-SECRET-KEY-1 "
+        "phx_ re_(?=[A-Za-z0-9]{8}_) rnd_ waka_ "
+    )
+)
+# Formats with dots, colons and slashes, each behind a substring that must be there.
+DOTTED_TOKENS = (
+    ("eyJ", r"(?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}"),  # JWT, JWS, JWE
+    ("SG.", r"\bSG\.[\w-]{16,}(?:\.[\w-]+)?"),  # SendGrid
+    ("ya29.", r"\bya29\.[\w-]{16,}"),  # Google
+    ("1//", r"\b1//0[\w-]{20,}"),  # Google
+    ("hv", r"\bhv[sbr]\.[\w-]{16,}"),  # Vault
+    ("dp.", r"\bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}"),  # Doppler
+    ("sl.", r"\bsl\.(?:u\.)?[\w-]{60,}"),  # Dropbox
+    (".atlasv1.", r"\w{14}\.atlasv1\.[\w-]{20,}"),  # Terraform
+    (":", r"[0-9]{8,10}:[\w-]{34,40}(?![\w-])"),  # Telegram
+    (".", r"[MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])"),  # Discord
+    ("hooks.slack.com/", r"(?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+"),
+    ("webhook", r"(?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}"),  # Discord
+    ("/webhookb2/", r"(?<=/webhookb2/)[\w@/-]+"),  # Teams
+    ("-us", r"[0-9a-f]{32}-us[0-9]{1,2}\b"),  # Mailchimp
+)
+_PASSWORDS = _words_in("password passwd pwd passphrase passcode")
+_REFERENCES = _words_in("secret secrets credential credentials")
+_ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 scrypt2 utf8")
 _REMARKS = _words_in("""
     a an the this that is are was must should may can cannot will not no yes on off too at in of for
     from to and or with field required optional missing invalid incorrect wrong expired empty unset
     unknown expected unexpected got value string str text int integer bool boolean bytes object
     array list dict number type any strict bearer basic only same different
 """)
-
-
-# Arbitrary limits. Deeper than any input that people write, and far from the interpreter's
-# own limit; more nodes than fit into the default of `max_input_bytes`.
-_MAX_DEPTH = 64
-_MAX_NODES = 500_000
-_MAX_VERDICTS = 4096
-_MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
-_MAX_ECHOES, _MAX_ECHO_CHARS = 64, 8192
-# The fewest digits at which an interpreter may refuse to write an int (CPython's lowest limit).
-_WIDE_INT = 10**640
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
-_JSON_STARTS = frozenset('{[" \t\r\n')
-_NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
-# In "API key: …" and "verification code is …" the word before belongs to the name.
-_OPENERS = KEY_OPENERS | TOKEN_OPENERS | CODE_OPENERS | STRONG_WORDS
 _HEADER_NAMES = _words_in("""
     authorization proxy-authorization x-ms-authorization-auxiliary cookie set-cookie
 """)
 _SCHEMES = _words_in("""
     bearer basic token apikey api-key key bot negotiate ntlm jwt oauth
 """)
-# A sibling with one of these names says what stands under the other.
-_LABELS = _words_in("name key header field param parameter property variable attribute setting")
-_VALUES = _words_in("value values val default content")
-# Types whose `str` says all, by name: importing their modules would cost 15 ms.
-_TEXT_TYPES = _words_in("""
-    Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path
-""")
-_TEXT_MODULES = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
-# What a verdict on a key says: its value goes; its own text holds a secret, or it is no
-# text; a sibling may say what it is.
-_SENSITIVE, _ODD, _LABELLED = 1, 2, 4
-
-
-def _any_of(words: Iterable[str], own: Iterable[str]) -> re.Pattern[str]:
-    """Compile a search for one of many words, grouped by their first letter: twice as fast as ungrouped."""
-    groups: dict[str, list[str]] = {}
-    for word in words:
-        groups.setdefault(word[0], []).append(word[1:])
-    grouped = [f"{first}(?:{'|'.join(rests)})" for first, rests in sorted(groups.items())]
-    return re.compile("|".join([*grouped, *own]))
+# In "API key: …" and "verification code is …" the word before belongs to the name.
+_OPENERS = KEY_OPENERS | TOKEN_OPENERS | CODE_OPENERS | STRONG_WORDS
+_NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 
 
 class _Patterns:
@@ -1720,6 +1758,7 @@ class _Patterns:
             r"|redis-cli\s[^\n|;]{0,200}?-a|ldap\w{2,12}\s[^\n|;]{0,200}?-w)[ ]?([^\s]+)"
             r"|:thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@))"
         )
+        self.comma = re.compile(r"\s*,")
         self.insert = re.compile(
             r"\b(?:INSERT|REPLACE|insert|replace)\s+(?:INTO|into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?:VALUES|values)\s*"
         )
@@ -1739,38 +1778,6 @@ class _Patterns:
         self.tuple_item = re.compile(
             r"""\s*('[^'\\]*(?:(?:\\.|'')[^'\\]*)*'|"[^"]*"|[^\s,()'"][^,()'"]*)?\s*([,()])""", re.S
         )
-
-
-def _is_card(digits: str) -> bool:
-    """Say whether digits are a payment card's: an issuer's range, its length, and Luhn's check.
-
-    Visa's 13 and 19 digits are left out: nobody issues the former, which are how half of
-    Europe's and Japan's article numbers look, and the latter look like any 64-bit id.
-    """
-    two, four, length = int(digits[:2]), int(digits[:4]), len(digits)
-    issued = (
-        (length == 16 and (digits[0] == "4" or 51 <= two <= 55 or 2221 <= four <= 2720))  # Visa, Mastercard
-        or (length == 15 and two in (34, 37))  # American Express
-        or (length == 16 and (four == 6011 or two == 65 or 644 <= int(digits[:3]) <= 649))  # Discover
-        or (length == 16 and 3528 <= four <= 3589)  # JCB
-        or (length == 14 and (two in (36, 38, 39) or 300 <= int(digits[:3]) <= 305))  # Diners Club
-        or (16 <= length <= 19 and two == 62)  # UnionPay
-    )
-    if not issued:
-        return False
-    doubled = "0246813579"  # the digit sum of twice the digit
-    total = sum(int(digit) for digit in digits[-1::-2]) + sum(
-        int(doubled[int(digit)]) for digit in digits[-2::-2]
-    )
-    return total % 10 == 0 and len(set(digits)) > 1
-
-
-def _is_basic(credentials: str) -> bool:
-    """Say whether a text is what `Basic` carries: `user:password` in Base64."""
-    try:
-        return b":" in binascii.a2b_base64(credentials)
-    except ValueError:
-        return False
 
 
 def _is_arn(text: str, at: int) -> bool:
@@ -1805,11 +1812,6 @@ def _balanced_end(brackets: re.Pattern[str], text: str, start: int) -> int:
             if depth == 0:
                 return found.end()
     return len(text)
-
-
-def _lower(text: str) -> str:
-    """Return `text` in small letters and of the same length: U+0130 alone would grow."""
-    return text.lower() if text.isascii() else text.replace("\u0130", "i").lower()
 
 
 class _Values:
@@ -1949,18 +1951,200 @@ class _Values:
         return at, self._bare_end(text, at)
 
 
-class _Texts:
-    """Removes secrets from texts; half of a Redactor, which knows nothing of containers.
+# --- What to take out of a text.
+
+_MAX_ECHOES, _MAX_ECHO_CHARS = 64, 8192
+
+
+def _is_card(digits: str) -> bool:
+    """Say whether digits are a payment card's: an issuer's range, its length, and Luhn's check.
+
+    Visa's 13 and 19 digits are left out: nobody issues the former, which are how half of
+    Europe's and Japan's article numbers look, and the latter look like any 64-bit id.
+    """
+    two, four, length = int(digits[:2]), int(digits[:4]), len(digits)
+    issued = (
+        (length == 16 and (digits[0] == "4" or 51 <= two <= 55 or 2221 <= four <= 2720))  # Visa, Mastercard
+        or (length == 15 and two in (34, 37))  # American Express
+        or (length == 16 and (four == 6011 or two == 65 or 644 <= int(digits[:3]) <= 649))  # Discover
+        or (length == 16 and 3528 <= four <= 3589)  # JCB
+        or (length == 14 and (two in (36, 38, 39) or 300 <= int(digits[:3]) <= 305))  # Diners Club
+        or (16 <= length <= 19 and two == 62)  # UnionPay
+    )
+    if not issued:
+        return False
+    doubled = "0246813579"  # the digit sum of twice the digit
+    total = sum(int(digit) for digit in digits[-1::-2]) + sum(
+        int(doubled[int(digit)]) for digit in digits[-2::-2]
+    )
+    return total % 10 == 0 and len(set(digits)) > 1
+
+
+def _is_basic(credentials: str) -> bool:
+    """Say whether a text is what `Basic` carries: `user:password` in Base64."""
+    try:
+        return b":" in binascii.a2b_base64(credentials)
+    except ValueError:
+        return False
+
+
+def _is_port(authority: str) -> bool:
+    """Say whether what follows the colon is a port, so that `host:8080` holds no password."""
+    port = authority.rpartition(":")[2]
+    return authority.startswith("[") or not port.strip("0123456789")
+
+
+class _Finder:
+    """Finds secrets in texts: each method yields where, from left to right, and looks at nothing twice.
 
     Args:
         patterns: the compiled patterns.
         names: judges the names in texts.
+    """
+
+    def __init__(self, patterns: _Patterns, names: _Names) -> None:
+        self._patterns, self._names, self._values = patterns, names, _Values(patterns)
+
+    def url_passwords(self, text: str) -> Iterator[_Span]:
+        """The password in a URL, up to the last `@` of its authority."""
+        for authority in self._patterns.authority.finditer(text):
+            start, userinfo = authority.start(1), authority[1]
+            if "@" not in userinfo and ":" in userinfo and not _is_port(userinfo):
+                # `user:p#ss@host`: no URL, but what people write. The limit is arbitrary.
+                userinfo = re.split(r"[\s\"'<>\\`]", text[start : start + 300], maxsplit=1)[0]
+            userinfo = userinfo[: max(userinfo.rfind("@"), 0)]
+            user, colon, password = userinfo.partition(":")
+            if not colon and len(user) >= 20:  # a token in the place of the user
+                user, password = "", user
+            if password:
+                yield start + len(user) + len(colon), start + len(userinfo)
+
+    def private_keys(self, text: str) -> Iterator[_Span]:
+        """Private key blocks, whole; one that was cut off ends with the text: nobody can say where else."""
+        done = 0
+        for begin in self._patterns.pem.finditer(text):
+            if begin.start() >= done:
+                end = text.find("-----END", begin.end())
+                end = end if end < 0 else text.find("-----", end + 8)
+                done = len(text) if end < 0 else end + 5
+                yield begin.start(), done
+
+    def credentials(self, text: str) -> Iterator[_Span]:
+        """What follows `Bearer` and `Basic`."""
+        for scheme in self._patterns.scheme.finditer(text):
+            if scheme[2] is None or _is_basic(scheme[2]):
+                yield scheme.span(scheme.lastindex or 0)
+
+    def arguments(self, text: str) -> Iterator[_Span]:
+        """Passwords among the arguments of well-known commands."""
+        for command in self._patterns.command.finditer(text):
+            yield command.span(command.lastindex or 0)
+
+    def identified(self, text: str) -> Iterator[_Span]:
+        """The password of a user in SQL: `IDENTIFIED BY '…'`."""
+        done = 0
+        for place in self._patterns.identified.finditer(text):
+            if place.end() > done:
+                span = self._values.extent(text, place.end())
+                done = span[1]
+                yield span
+
+    def named_ssns(self, text: str) -> Iterator[_Span]:
+        """Social security numbers without dashes, behind their name."""
+        for number in self._patterns.named_ssn.finditer(text):
+            yield number.span(1)
+
+    def inserted(self, text: str) -> Iterator[_Span]:
+        """The values of sensitive columns in `INSERT INTO t (columns) VALUES (…), (…)`."""
+        read = 0
+        for insert in self._patterns.insert.finditer(text):
+            columns = [self._names.strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
+            if not any(columns) or insert.start() < read:
+                continue
+            read, depth, column = insert.end(), 0, 0
+            while item := self._patterns.tuple_item.match(text, read):
+                value, stop = item[1] or "", item[2]
+                if depth == 0 and (value or stop == ")" or (stop == "," and column == 0)):
+                    break  # behind the last tuple
+                quote = value[:1] if value[:1] in ("'", '"') else ""
+                given = value.strip() and stop != "(" and (quote or depth == 1)
+                if given and depth and column < len(columns) and columns[column]:
+                    yield item.start(1) + len(quote), item.start(1) + len(value.rstrip()) - len(quote)
+                read = item.end()
+                depth += {"(": 1, ")": -1}.get(stop, 0)
+                column = (
+                    0 if depth == 0 or (depth == 1 and stop == "(") else column + (stop == "," and depth == 1)
+                )
+                if depth == 0:
+                    comma = self._patterns.comma.match(text, read)
+                    if comma is None:
+                        break
+                    read = comma.end()
+
+    def named(self, text: str, low: str) -> Iterator[_Span]:
+        """Values that follow a sensitive name: `name=value`, `"name": "value"` and their kin.
+
+        1. find a stem; 2. widen it to a name that a separator follows; 3. judge the name;
+        4. find the value's end; 5. go on behind it, so that nothing is looked at twice.
+        """
+        stems, separator = self._names.stems, self._patterns.separator
+        done = at = 0
+        while stem := stems.search(low, at):
+            at = stem.end()
+            lead = separator.match(text, at)
+            if lead is None:
+                continue
+            at = lead.end("rest")
+            left = text[max(done, stem.start() - 64) : stem.start()]
+            start = len(left.rstrip(_NAME_CHARS)) - len(left) + stem.start()
+            if start < stem.start() and text[start - 1 : start + 1] in ("\\n", "\\r", "\\t"):
+                start += 1  # the end of an escaped line break is no part of the name
+            strength = self._strength(text, start, text[start:at])
+            span = self._values.span(text, start, lead, strength) if strength else None
+            if span is not None and span[0] < span[1]:
+                yield span
+                done = at = span[1]
+
+    def _strength(self, text: str, start: int, name: str) -> int:
+        """Judge a name in a text, where the word before it may belong to it (`API key: …`)."""
+        if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
+            return 2  # of a pre-signed URL; elsewhere it may be anything
+        strength = self._names.strength(name.strip("-."))
+        if strength < 2 and start and text[start - 1] in " _":
+            words = text[max(0, start - 20) : start - 1].rsplit(None, 1)
+            if words and words[-1].lower() in _OPENERS:
+                return max(strength, self._names.strength(f"{words[-1]} {name}"))
+        return strength
+
+    def tokens(self, text: str) -> Iterator[_Span]:
+        """What the issuers' prefixes give away."""
+        for run in self._patterns.run.finditer(text):
+            start = run.start()
+            before = text[start - 1] if start else ""
+            # In `\nghp_…` and `%3Dghp_…` the run starts with the end of an escape.
+            skip = 1 if before == "\\" and text[start] in "nrtfb" else 2 if before == "%" else 0
+            token = self._patterns.token.match(text, start + skip)
+            if token:
+                yield token.span()
+
+    def cards(self, text: str) -> Iterator[_Span]:
+        """Numbers of payment cards."""
+        for card in self._patterns.card.finditer(text):
+            if _is_card(card[0].replace(" ", "").replace("-", "")):
+                yield card.span()
+
+
+class _Texts:
+    """Removes secrets from texts; half of a Redactor, which knows nothing of containers.
+
+    Args:
+        names: judges the names in texts.
         key: for markers by which secrets can be told apart, or None.
     """
 
-    def __init__(self, patterns: _Patterns, names: _Names, key: bytes | None) -> None:
-        self._patterns, self.names, self._key = patterns, names, key
-        self._stems, self._values = names.stems, _Values(patterns)
+    def __init__(self, names: _Names, key: bytes | None) -> None:
+        self._patterns, self._key, self.names = _Patterns(), key, names
+        self._find = _Finder(self._patterns, names)
         # Short texts without a secret, as JSON: names, cities and states come again and again.
         self.harmless: dict[str, str] = {}
 
@@ -1971,35 +2155,51 @@ class _Texts:
             text: any text.
             found: receives what was removed, if given.
         """
+        # 1. Most texts can't hold a secret, or hold nothing that leads to one.
         size = len(text)
-        # The shortest secret with a name is `pwd=x`; one without has 11 characters.
-        if size < 5 or (size < 11 and text.isalnum()):
+        if size < 5 or (size < 11 and text.isalnum()):  # the shortest is `pwd=x`
             return text
-        patterns = self._patterns
         low = _lower(text)
         hint = self.names.gate.search(low)
-        # Whatever has a known form holds a digit or a capital; commands have a dash.
-        if hint is None and low == text and " -" not in text:
+        if hint is None:
+            # Whatever has a known form holds a digit or a capital; commands have a dash.
+            if low == text and " -" not in text:
+                return text
+        elif hint[0].isdigit():
+            hint = self.names.stems.search(low, hint.start())
+        if hint is None and size < 14 and "-" not in text and ":" not in text:  # so short is no other form
             return text
-        given = text
+        # 2. What has a place or a form of its own.
+        given, find = text, self._find
         if "://" in text:
-            text = self._hide_url_passwords(text, found)
+            text = self._without(text, find.url_passwords(text), found)
         if "-----BEGIN" in text:
-            text = self._hide_private_keys(text, found)
-        if text is not given:
-            low = _lower(text)
-        given, text = text, self._hide_special(text, low, found)
-        if text is not given:
-            low = _lower(text)
-        if hint is not None and self._stems.search(low):
-            text = self._hide_named(text, low, found)
+            text = self._without(text, find.private_keys(text), found)
+        if "earer" in low or "asic" in low:
+            text = self._without(text, find.credentials(text), found)
+        if " -" in text or ":thin:" in text:
+            text = self._without(text, find.arguments(text), found)
+        if "identified" in low or "password for" in low:
+            text = self._without(text, find.identified(text), found)
+        if "ssn" in low or "social sec" in low:
+            text = self._without(text, find.named_ssns(text), found)
+        if "insert" in low or "replace" in low:
+            text = self._without(text, find.inserted(text), found)
+        # 3. What has a name.
+        if hint is not None:
+            low = low if text is given else _lower(text)
+            text = self._without(text, find.named(text, low), found)
+        # 4. What has a known format.
         if size >= 11:
+            patterns = self._patterns
             if patterns.run.search(text):
-                text = self._hide_tokens(text, found)
-            if patterns.card.search(text):
-                text = patterns.card.sub(lambda card: self._hide_card(card, found), text)
+                for gate, pattern in patterns.dotted:
+                    if gate in text:
+                        text = self._without(text, _spans(pattern, text), found)
+                text = self._without(text, find.tokens(text), found)
+            text = self._without(text, find.cards(text), found)
             if "-" in text:
-                text = patterns.ssn.sub(lambda number: self._hide(number[0], found), text)
+                text = self._without(text, _spans(patterns.ssn, text), found)
         return text
 
     def mark(self, secret: str) -> str:
@@ -2015,9 +2215,18 @@ class _Texts:
         """Say whether a text is what stands in the place of a secret."""
         return self._patterns.marker.fullmatch(text) is not None
 
+    def _without(self, text: str, spans: Iterable[_Span], found: list[str] | None) -> str:
+        """Return `text` with markers in place of the spans; one that begins within another is its part."""
+        out, done = [], 0
+        for start, end in spans:
+            if start >= done:
+                out += [text[done:start], self._hide(text[start:end], found)]
+                done = end
+        return "".join([*out, text[done:]]) if out else text
+
     def _hide(self, secret: str, found: list[str] | None) -> str:
         """Return the marker for a secret; what is a marker stays, so that a second pass changes nothing."""
-        if self._patterns.marker.fullmatch(secret):
+        if self.is_marker(secret):
             return secret
         if found is not None and len(found) < _MAX_ECHOES and len(secret) <= _MAX_ECHO_CHARS:
             found.append(secret)
@@ -2025,162 +2234,17 @@ class _Texts:
                 found += re.findall(r"""["']([^"'\\]{4,})\\{0,8}["']""", secret)[: _MAX_ECHOES - len(found)]
         return self.mark(secret)
 
-    def _hide_group(self, match: re.Match[str], found: list[str] | None) -> str:
-        """Replace the group that took part in a match; the rest of the match stays."""
-        group = match.lastindex or 0
-        start, end = match.start(group) - match.start(), match.end(group) - match.start()
-        return f"{match[0][:start]}{self._hide(match[group], found)}{match[0][end:]}"
 
-    def _hide_card(self, card: re.Match[str], found: list[str] | None) -> str:
-        digits = card[0].replace(" ", "").replace("-", "")
-        return self._hide(card[0], found) if _is_card(digits) else card[0]
+def _spans(pattern: re.Pattern[str], text: str) -> Iterator[_Span]:
+    """Yield where a pattern matches."""
+    return (match.span() for match in pattern.finditer(text))
 
-    def _hide_private_keys(self, text: str, found: list[str] | None) -> str:
-        """Hide private key blocks, whole."""
-        out, done = [], 0
-        for begin in self._patterns.pem.finditer(text):
-            if begin.start() < done:
-                continue
-            end = text.find("-----END", begin.end())
-            end = end if end < 0 else text.find("-----", end + 8)
-            # A block that was cut off ends with the text: nobody can say where else.
-            stop = len(text) if end < 0 else end + 5
-            out += [text[done : begin.start()], self._hide(text[begin.start() : stop], found)]
-            done = stop
-        return "".join([*out, text[done:]])
 
-    def _hide_url_passwords(self, text: str, found: list[str] | None) -> str:
-        """Hide the password in a URL, up to the last `@` of its authority."""
-        out, done = [], 0
-        for authority in self._patterns.authority.finditer(text):
-            start, userinfo = authority.start(1), authority[1]
-            if start < done:
-                continue
-            if "@" not in userinfo and ":" in userinfo and not _is_port(userinfo):
-                # `user:p#ss@host`: no URL, but what people write. The limit is arbitrary.
-                userinfo = re.split(r"[\s\"'<>\\`]", text[start : start + 300], maxsplit=1)[0]
-            userinfo = userinfo[: max(userinfo.rfind("@"), 0)]
-            user, colon, password = userinfo.partition(":")
-            if not colon and len(user) >= 20:  # a token in the place of the user
-                user, password = "", user
-            if password:
-                out += [text[done:start], user, colon, self._hide(password, found)]
-                done = start + len(userinfo)
-        return "".join([*out, text[done:]])
+# --- What an endpoint declares.
 
-    def _hide_tokens(self, text: str, found: list[str] | None) -> str:
-        """Hide what the issuers' prefixes and formats give away."""
-        patterns = self._patterns
-        for gate, pattern in patterns.dotted:
-            if gate in text:
-                text = pattern.sub(lambda token: self._hide(token[0], found), text)
-        out, done = [], 0
-        for run in patterns.run.finditer(text):
-            start = run.start()
-            before = text[start - 1] if start else ""
-            # In `\nghp_…` and `%3Dghp_…` the run starts with the end of an escape.
-            skip = 1 if before == "\\" and text[start] in "nrtfb" else 2 if before == "%" else 0
-            token = patterns.token.match(text, start + skip)
-            if token:
-                out += [text[done : start + skip], self._hide(token[0], found)]
-                done = token.end()
-        return "".join([*out, text[done:]])
-
-    def _hide_special(self, text: str, low: str, found: list[str] | None) -> str:
-        """Hide what has a place instead of a name: in schemes, commands and SQL."""
-        patterns = self._patterns
-        if "earer" in low or "asic" in low:
-            text = patterns.scheme.sub(
-                lambda scheme: (
-                    scheme[0] if scheme[2] and not _is_basic(scheme[2]) else self._hide_group(scheme, found)
-                ),
-                text,
-            )
-        if " -" in text or ":thin:" in text:
-            text = patterns.command.sub(lambda command: self._hide_group(command, found), text)
-        if "identified" in low or "password for" in low:
-            out, done = [], 0
-            for place in patterns.identified.finditer(text):
-                if place.end() > done:
-                    start, end = self._values.extent(text, place.end())
-                    out += [text[done:start], self._hide(text[start:end], found)]
-                    done = end
-            text = "".join([*out, text[done:]])
-        if "ssn" in low or "social sec" in low:
-            text = patterns.named_ssn.sub(lambda number: self._hide_group(number, found), text)
-        if "insert" in low or "replace" in low:
-            text = self._hide_inserted(text, found)
-        return text
-
-    def _hide_inserted(self, text: str, found: list[str] | None) -> str:
-        """Hide the values of sensitive columns in `INSERT INTO t (columns) VALUES (…), (…)`."""
-        out, done, read = [], 0, 0
-        for insert in self._patterns.insert.finditer(text):
-            columns = [self.names.strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
-            if not any(columns) or insert.start() < read:
-                continue
-            read, depth, column = insert.end(), 0, 0
-            while item := self._patterns.tuple_item.match(text, read):
-                value, stop = item[1] or "", item[2]
-                if depth == 0 and (value or (stop == ")" or (stop == "," and column == 0))):
-                    break  # behind the last tuple
-                quote = value[:1] if value[:1] in ("'", '"') else ""
-                given = value.strip() and stop != "(" and (quote or depth == 1)
-                if given and depth and column < len(columns) and columns[column]:
-                    secret = value.strip(quote or None)
-                    out += [text[done : item.start(1)], quote, self._hide(secret, found), quote]
-                    done = item.end(1)
-                read = item.end()
-                depth += {"(": 1, ")": -1}.get(stop, 0)
-                column = (
-                    0 if depth == 0 or (depth == 1 and stop == "(") else column + (stop == "," and depth == 1)
-                )
-                if depth == 0:
-                    comma = re.compile(r"\s*,").match(text, read)
-                    if comma is None:
-                        break
-                    read = comma.end()
-        return "".join([*out, text[done:]])
-
-    def _hide_named(self, text: str, low: str, found: list[str] | None) -> str:
-        """Hide values that follow a sensitive name: `name=value`, `"name": "value"` and their kin.
-
-        1. find a stem; 2. widen it to a name that a separator follows; 3. judge the name;
-        4. find the value's end; 5. go on behind it, so that nothing is looked at twice.
-        """
-        patterns = self._patterns
-        out, done, at = [], 0, 0
-        while stem := self._stems.search(low, at):
-            at = stem.end()
-            lead = patterns.separator.match(text, at)
-            if lead is None:
-                continue
-            at = lead.end("rest")
-            start = max(done, stem.start() - 64)
-            left = text[start : stem.start()]
-            left = left[len(left.rstrip(_NAME_CHARS)) :]
-            start = stem.start() - len(left)
-            if left[:1] in ("n", "r", "t") and start and text[start - 1] == "\\":
-                start += 1  # the end of an escaped line break is no part of the name
-            strength = self._text_strength(text, start, text[start:at])
-            if not strength:
-                continue
-            span = self._values.span(text, start, lead, strength)
-            if span is not None and span[0] < span[1]:
-                out += [text[done : span[0]], self._hide(text[span[0] : span[1]], found)]
-                done = at = span[1]
-        return "".join([*out, text[done:]])
-
-    def _text_strength(self, text: str, start: int, name: str) -> int:
-        """Judge a name in a text, where the word before it may belong to it (`API key: …`)."""
-        if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
-            return 2  # of a pre-signed URL; elsewhere it may be anything
-        strength = self.names.strength(name.strip("-."))
-        if strength < 2 and start and text[start - 1] in " _":
-            words = text[max(0, start - 20) : start - 1].rsplit(None, 1)
-            if words and words[-1].lower() in _OPENERS:
-                return max(strength, self.names.strength(f"{words[-1]} {name}"))
-        return strength
+# Arbitrary limits. Deeper than any input that people write, and far from the interpreter's
+# own limit; more nodes than fit into the default of `max_input_bytes`.
+_MAX_DEPTH = 64
 
 
 class _Declared(NamedTuple):
@@ -2201,21 +2265,6 @@ class _Declared(NamedTuple):
     def of(self, name: str) -> _Declared | None:
         """Return what is declared of a field, in any spelling."""
         return self.fields.get(_normal(name))
-
-
-def _normal(name: str) -> str:
-    """Return a name without case and separators: `X-API-Key` and `xApiKey` are one."""
-    return re.sub(r"[\s_.\-]+", "", name).casefold()
-
-
-def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """Read `redact:` and `keep:` entries into (tool or "", name); `a.b` is both a name and one tool's."""
-    pairs = {("", _normal(entry)) for entry in entries}
-    for entry in entries:
-        tool, dot, name = entry.rpartition(".")
-        if dot and _normal(tool) and _normal(name):
-            pairs.add((_normal(tool), _normal(name)))
-    return frozenset(pairs)
 
 
 def _declare(definition: object) -> _Declared | None:
@@ -2275,104 +2324,14 @@ def _named_parts(group: object) -> Iterable[tuple[str, object]]:
             yield members["name"], part
 
 
-def _label(value: object) -> str:
-    """Return a text or bytes as text; anything else labels nothing."""
-    if type(value) is bytes:
-        return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
-    return value if type(value) is str else ""
+# --- What an object holds.
 
-
-class _Verdicts(dict[str, tuple[int, str]]):
-    """The verdicts on names seen before, for all tools or for one, each with its name as JSON; bounded.
-
-    A verdict is 0 or flags; what holds a secret itself is not kept. The walk asks with
-    `verdicts[name]`, the fastest question that Python knows.
-    """
-
-    __slots__ = ("judge", "keep")
-
-    def __init__(self, judge: Callable[[str], int], keep: bool = True) -> None:
-        super().__init__()
-        self.judge, self.keep = judge, keep
-
-    def __missing__(self, name: str) -> tuple[int, str]:
-        verdict = self.judge(name)
-        entry = verdict, encode_text(name) + ":"
-        if self.keep and not verdict & _ODD and len(name) <= _MAX_NAME_CHARS:
-            if len(self) >= _MAX_VERDICTS:
-                self.clear()
-            self[name] = entry
-        return entry
-
-
-encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
-_REDACTED_JSON, _CYCLE_JSON, _DEPTH_JSON = encode_text(REDACTED), '"[CYCLE]"', '"[DEPTH]"'
-
-# Finds every key harmless: a blind walk converts and redacts nothing.
-_BLIND = _Verdicts(lambda name: 0, keep=False)
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a JSON object that names a field twice: one of the two would escape the walk."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a field occurs twice")
-    return made
-
-
-class _Pairs(list[tuple[Any, Any]]):
-    """The items of a mapping that may hold a key twice, such as HTTP headers."""
-
-
-def _order(item: object) -> tuple[str, str]:
-    """Give the elements of a set an order that is the same in every process."""
-    return type(item).__name__, json.dumps(item)
-
-
-def _float_json(value: float) -> str:
-    return '"NaN"' if value != value else '"Infinity"' if value > 0 else '"-Infinity"'
-
-
-def _exception_text(error: BaseException) -> str:
-    try:
-        said = str.__str__(str(error))
-    except Exception:
-        said = "<unprintable>"
-    return f"{_type_name(error)}: {said}" if said else _type_name(error)
-
-
-def _collect_echoes(plain: object, echoes: list[str]) -> None:
-    """Collect the texts and numbers of a redacted value, as frameworks may repeat them; bounded."""
-    waiting = [plain]
-    while waiting and len(echoes) < _MAX_ECHOES:
-        item = waiting.pop()
-        if isinstance(item, dict):
-            waiting += list(item.values())[:_MAX_ECHOES]
-        elif isinstance(item, list):
-            waiting += item[:_MAX_ECHOES]
-        elif isinstance(item, bool) or item is None:
-            continue
-        elif 4 <= len(shown := str(item)) <= _MAX_ECHO_CHARS:
-            echoes.append(shown)
-            scheme, space, credentials = shown.partition(" ")
-            if space and scheme.lower() in _SCHEMES:
-                echoes.append(credentials)
-
-
-def _is_port(authority: str) -> bool:
-    """Say whether what follows the colon is a port, so that `host:8080` holds no password."""
-    port = authority.rpartition(":")[2]
-    return authority.startswith("[") or not port.strip("0123456789")
-
-
-def _percent(text: str) -> str:
-    """Return a text as it stands in a URL."""
-    safe = _NAME_CHARS + "~"
-    return "".join(
-        char if char in safe else "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
-        for char in text
-    )
+_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+# Types whose `str` says all, by name: importing their modules would cost 15 ms.
+_TEXT_TYPES = _words_in("""
+    Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path
+""")
+_TEXT_MODULES = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
 
 
 def _type_name(value: object) -> str:
@@ -2391,13 +2350,6 @@ def _repr(value: object) -> str:
     except Exception:
         return f"<unprintable {_type_name(value)}>"
     return re.sub(r" at 0x[0-9a-fA-F]{1,16}\b", "", shown) if " at 0x" in shown else shown
-
-
-def _says_itself(kind: type) -> bool:
-    """Say whether `str` of this type's values is their documented, stable text."""
-    return any(
-        base.__name__ in _TEXT_TYPES and base.__module__.startswith(_TEXT_MODULES) for base in kind.__mro__
-    )
 
 
 def _numpy(value: Any, kind: type) -> object:
@@ -2444,60 +2396,165 @@ def _members(value: object) -> dict[str, Any] | None:
     return members
 
 
-class _Names:
-    """The verdicts on names under one Redactor's settings.
+class _Pairs(list[tuple[Any, Any]]):
+    """The items of a mapping that may hold a key twice, such as HTTP headers."""
+
+
+class _Unordered(list[Any]):
+    """The elements of a set, whose order says nothing."""
+
+
+def _order(item: object) -> tuple[str, str]:
+    """Give the elements of a set an order that is the same in every process."""
+    return type(item).__name__, json.dumps(item)
+
+
+def _content(value: Any, kind: type) -> object:
+    """Return what an object holds or says, in JSON's own types or one step nearer to them.
 
     Args:
-        redact: entries of the setting of that name.
-        keep: likewise.
+        value: the object; of an exact type of JSON's it would come back here for ever.
+        kind: its type.
+    """
+    if issubclass(kind, str):
+        return str.__str__(value)
+    if issubclass(kind, int):
+        return int.__int__(value)
+    if issubclass(kind, float):
+        return float.__float__(value)
+    if issubclass(kind, (bytes, bytearray, memoryview)):
+        return bytes(value).decode("utf-8", "backslashreplace")
+    if issubclass(kind, enum.Enum):
+        return value.value
+    if issubclass(kind, dict):
+        return dict(dict.items(value))
+    if issubclass(kind, BaseException):
+        return _exception_text(value)
+    members = _members(value)
+    if members is not None:
+        return members
+    if issubclass(kind, (set, frozenset)):
+        return _Unordered(value)
+    if issubclass(kind, (list, tuple, collections.deque, *_VIEWS)):
+        return list(value)
+    if issubclass(kind, Mapping):
+        return _Pairs(value.items())
+    if any(
+        base.__name__ in _TEXT_TYPES and base.__module__.startswith(_TEXT_MODULES) for base in kind.__mro__
+    ):
+        return str.__str__(str(value))
+    if any(base.__module__.partition(".")[0] == "numpy" for base in kind.__mro__):
+        return _numpy(value, kind)
+    return _repr(value)
+
+
+def _exception_text(error: BaseException) -> str:
+    """Return `Type: message` of any exception, whatever its own `__str__` does."""
+    try:
+        said = str.__str__(str(error))
+    except Exception:
+        said = "<unprintable>"
+    return f"{_type_name(error)}: {said}" if said else _type_name(error)
+
+
+# --- The walk.
+
+_MAX_NODES = 500_000
+_MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
+_CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
+# The fewest digits at which an interpreter may refuse to write an int (CPython's lowest limit).
+_WIDE_INT = 10**640
+_JSON_STARTS = frozenset('{[" \t\r\n')
+# A sibling with one of these names says what stands under the other.
+_LABELS = _words_in("name key header field param parameter property variable attribute setting")
+_VALUES = _words_in("value values val default content")
+# What a verdict on a key says: its value goes; its own text holds a secret, or it is no
+# text; a sibling may say what it is.
+_SENSITIVE, _ODD, _LABELLED = 1, 2, 4
+
+encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
+_REDACTED_JSON, _CYCLE_JSON, _DEPTH_JSON = encode_text(REDACTED), '"[CYCLE]"', '"[DEPTH]"'
+
+
+class _Verdicts(dict[str, tuple[int, str]]):
+    """The verdicts on the names of fields, for all tools or for one, each with its name as JSON; bounded.
+
+    A verdict is 0 or flags; what holds a secret itself is not kept. The walk asks with
+    `verdicts[name]`, the fastest question that Python knows.
     """
 
-    def __init__(self, redact: Iterable[str], keep: Iterable[str]) -> None:
-        self.redact, self.keep = _read_names(redact), _read_names(keep)
-        self.tools = {tool for tool, _ in self.redact | self.keep if tool}
-        # The stem of an own name is the start of its longest word, which is in every spelling.
-        words = [max(re.findall(_CAMEL, name) or [name], key=len) for _, name in self.redact]
-        own = sorted({re.escape(word[:4].lower()) for word in words})
-        self.stems = _any_of(STEMS, own)
-        # What the first look at a text asks for: a stem, a special word or a digit.
-        self.gate = _any_of((*STEMS, *SPECIAL_STEMS), [*own, *"0123456789"])
-        self._strengths: dict[str, int] = {}
+    __slots__ = ("names", "texts", "tool")
 
-    def judge(self, name: str, tool: str = "") -> tuple[int, str]:
-        """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
-        normal = _normal(name)
-        for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
-            if entry in self.redact:
-                return 2, "listed under `redact`"
-            if entry in self.keep:
-                return 0, ""
-        # A name without a stem of a secret word needs no splitting into words.
-        return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
+    def __init__(self, names: _Names, texts: _Texts, tool: str = "") -> None:
+        super().__init__()
+        self.names, self.texts, self.tool = names, texts, tool
 
-    def strength(self, name: str) -> int:
-        """Judge a name found in a text; remembered, like the names of fields."""
-        strength = self._strengths.get(name)
-        if strength is None:
-            strength = self.judge(name)[0]
-            if len(self._strengths) >= _MAX_VERDICTS:
-                self._strengths.clear()
-            self._strengths[name] = strength
-        return strength
+    def __missing__(self, name: str) -> tuple[int, str]:
+        verdict = _SENSITIVE if self.names.judge(name, self.tool)[0] else 0
+        if name.lower() in _VALUES:
+            verdict |= _LABELLED
+        key = encode_text(name) + ":"
+        if self.texts.clean(name) != name:
+            return verdict | _ODD, key
+        if len(name) <= _MAX_NAME_CHARS:
+            if len(self) >= _MAX_VERDICTS:
+                self.clear()
+            self[name] = verdict, key
+        return verdict, key
 
-    def may_name(self, text: str) -> bool:
-        """Say whether a text is worth judging as a name."""
-        return len(text) <= _MAX_NAME_CHARS and self.stems.search(_lower(text)) is not None
 
-    def verdicts(self, texts: _Texts, tool: str = "") -> _Verdicts:
-        """Make the judge of a walk's keys, for one tool or for all."""
+class _Harmless(dict[str, tuple[int, str]]):
+    """The verdicts of a blind walk, which finds no name sensitive."""
 
-        def judge(name: str) -> int:
-            verdict = _SENSITIVE if self.judge(name, tool)[0] else 0
-            if name.lower() in _VALUES:
-                verdict |= _LABELLED
-            return verdict | _ODD if texts.clean(name) != name else verdict
+    def __missing__(self, name: str) -> tuple[int, str]:
+        return 0, encode_text(name) + ":"
 
-        return _Verdicts(judge)
+
+def _label(value: object) -> str:
+    """Return a text or bytes as text; anything else labels nothing."""
+    if type(value) is bytes:
+        return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
+    return value if type(value) is str else ""
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Refuse a JSON object that names a field twice: one of the two would escape the walk."""
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        raise ValueError("a field occurs twice")
+    return made
+
+
+def _float_json(value: float) -> str:
+    return '"NaN"' if value != value else '"Infinity"' if value > 0 else '"-Infinity"'
+
+
+def _collect_echoes(plain: object, echoes: list[str]) -> None:
+    """Collect the texts and numbers of a redacted value, as frameworks may repeat them; bounded."""
+    waiting = [plain]
+    while waiting and len(echoes) < _MAX_ECHOES:
+        item = waiting.pop()
+        if isinstance(item, dict):
+            waiting += list(item.values())[:_MAX_ECHOES]
+        elif isinstance(item, list):
+            waiting += item[:_MAX_ECHOES]
+        elif isinstance(item, bool) or item is None:
+            continue
+        elif 4 <= len(shown := str(item)) <= _MAX_ECHO_CHARS:
+            echoes.append(shown)
+            scheme, space, credentials = shown.partition(" ")
+            if space and scheme.lower() in _SCHEMES:
+                echoes.append(credentials)
+
+
+def _percent(text: str) -> str:
+    """Return a text as it stands in a URL."""
+    safe = _NAME_CHARS + "~"
+    return "".join(
+        char if char in safe else "".join(f"%{byte:02X}" for byte in char.encode("utf-8", "surrogatepass"))
+        for char in text
+    )
 
 
 class _Walk:
@@ -2517,7 +2574,12 @@ class _Walk:
     __slots__ = ("blind", "echoes", "nodes", "open", "quiet", "texts", "verdicts")
 
     def __init__(
-        self, texts: _Texts, verdicts: _Verdicts, echoes: list[str] | None, quiet: bool, blind: bool = False
+        self,
+        texts: _Texts,
+        verdicts: dict[str, tuple[int, str]],
+        echoes: list[str] | None,
+        quiet: bool,
+        blind: bool = False,
     ) -> None:
         self.texts, self.verdicts, self.echoes, self.quiet, self.blind = texts, verdicts, echoes, quiet, blind
         self.open: list[int] = []  # ids of the containers around the present value
@@ -2525,7 +2587,7 @@ class _Walk:
 
     def plain(self, value: object) -> Any:
         """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
-        return json.loads(_Walk(self.texts, _BLIND, None, True, blind=True).value(value, None))
+        return json.loads(_Walk(self.texts, _Harmless(), None, True, blind=True).value(value, None))
 
     def hide(self, value: object) -> str:
         """Return the marker for a whole value, whatever it is, as JSON."""
@@ -2571,12 +2633,12 @@ class _Walk:
             return encode_text(f"<unprintable {_type_name(value)}>")
 
     def integer(self, value: int) -> str:
-        """Write a whole number; one that may be a card's is judged as a text."""
+        """Write an integer: it may be too long to be written, or a card's number."""
         try:
             text = str(value)
         except ValueError:
             return encode_text(hex(value))  # all digits, in the only base without a limit
-        if 1_000_000_000_000 <= value < _WIDE_INT:
+        if _CARD_NUMBERS <= value < _WIDE_INT:
             shown = self.text(text, None)
             return text if shown == text else encode_text(shown)
         return text
@@ -2625,7 +2687,7 @@ class _Walk:
                         out.append(key + self.value(item, declared.of(name) if declared else None))
                 elif kind is str:
                     out.append(key + (harmless.get(item) or encode_text(text(item, None))))
-                elif kind is int and -1_000_000_000_000 < item < 1_000_000_000_000:
+                elif kind is int and -_CARD_NUMBERS < item < _CARD_NUMBERS:
                     out.append(f"{key}{item}")
                 elif kind is dict:
                     out.append(key + self.mapping(item, None))
@@ -2723,41 +2785,15 @@ class _Walk:
         )
 
     def other(self, value: Any, kind: type, declared: _Declared | None) -> str:
-        """Write what is not of JSON's own types, subclasses of those included."""
-        if issubclass(kind, str):
-            return encode_text(self.text(str.__str__(value), declared))
-        if issubclass(kind, int):
-            return self.integer(int.__int__(value))
-        if issubclass(kind, float):
-            return self.value(float.__float__(value), declared)
-        if issubclass(kind, (bytes, bytearray, memoryview)):
-            return encode_text(self.text(bytes(value).decode("utf-8", "backslashreplace"), declared))
-        if issubclass(kind, enum.Enum):
-            return self.value(value.value, declared)
+        """Write what is not of JSON's own types by what it holds, itself guarded against cycles."""
         if kind is _Pairs:
             return self.mapping(dict(value), declared, value)
-        if issubclass(kind, dict):
-            return self.nested(value, dict(dict.items(value)), declared)
-        if issubclass(kind, BaseException):
-            return encode_text(self.text(_exception_text(value), declared))
-        members = _members(value)
-        if members is not None:
-            return self.nested(value, members, declared)
-        if issubclass(kind, (set, frozenset)):
-            listed = self.nested(value, list(value), declared)
+        if kind is _Unordered:
+            listed = self.sequence(value, declared)
             return encode_json(sorted(json.loads(listed), key=_order)) if listed[0] == "[" else listed
-        if issubclass(kind, (list, tuple, collections.deque, *_VIEWS)):
-            return self.nested(value, list(value), declared)
-        if issubclass(kind, Mapping):
-            return self.nested(value, _Pairs(value.items()), declared)
-        if _says_itself(kind):
-            return encode_text(self.text(str.__str__(str(value)), declared))
-        if any(base.__module__.partition(".")[0] == "numpy" for base in kind.__mro__):
-            return self.value(_numpy(value, kind), declared)
-        return encode_text(self.text(_repr(value), declared))
-
-    def nested(self, value: object, content: Any, declared: _Declared | None) -> str:
-        """Walk what an object holds, with the object itself guarded against cycles."""
+        content = _content(value, kind)
+        if not isinstance(content, (dict, list)):
+            return self.value(content, declared)
         if id(value) in self.open:
             return _CYCLE_JSON
         if len(self.open) >= _MAX_DEPTH:
@@ -2788,6 +2824,9 @@ class _Walk:
                 harmless.clear()
             harmless[text] = encode_text(text)
         return shown
+
+
+# --- The whole.
 
 
 class Redactor:
@@ -2831,10 +2870,12 @@ class Redactor:
         if mode == "hmac" and not key:
             raise ConfigError("'hmac' needs a key: set MXCP_AUDIT_KEY", trail=("redact_mode",))
         self._names = _Names(redact, keep)
-        self._texts = _Texts(_Patterns(), self._names, key if mode == "hmac" else None)
+        self._texts = _Texts(self._names, key if mode == "hmac" else None)
         self._constant = mode == "constant"
-        self._verdicts = self._names.verdicts(self._texts)
-        self._verdicts_by_tool = {tool: self._names.verdicts(self._texts, tool) for tool in self._names.tools}
+        self._verdicts = _Verdicts(self._names, self._texts)
+        self._verdicts_by_tool = {
+            tool: _Verdicts(self._names, self._texts, tool) for tool in self._names.tools
+        }
 
     def is_sensitive(self, name: str, tool: str | None = None) -> bool:
         """Say whether what stands under a name is redacted.
@@ -2949,6 +2990,9 @@ class Redactor:
         if isinstance(after, str) and self._texts.is_marker(after):
             return "a sibling names it, or its form gives it away"
         return "the text holds a name with its value, or a known form of secret"
+
+
+# --- What is too large.
 
 
 def clip_plain(plain: Any, max_bytes: int) -> Any:

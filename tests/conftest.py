@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
+import importlib.util
 import json
 import os
-import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +19,12 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 CASES = Path(os.environ.get("MXCP_AUDIT_CASES", ROOT.parent / "shared" / "cases"))
 DATA = Path(__file__).resolve().parent / "data"
+SAFETY_SECONDS = 120  # for a wait that takes far less; nothing is measured with it
 sys.path.insert(0, str(ROOT))
+
+from tools.judge import ask, find_pythons  # noqa: E402
+
+PYTHONS = find_pythons()
 
 
 def load_cases(name: str) -> Any:
@@ -32,24 +40,6 @@ def child_environment(**changes: str) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MXCP_")}
     kept["PYTHONPATH"] = str(ROOT)
     return {**kept, **changes}
-
-
-def find_pythons() -> dict[str, str]:
-    """Return the interpreters from 3.10 on that this machine has, by version."""
-    found = {f"{sys.version_info[0]}.{sys.version_info[1]}": sys.executable}
-    homes = sorted(Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")).glob("versions/3.*/bin/python"))
-    for minor in range(10, 20):
-        version = f"3.{minor}"
-        for home in homes:
-            if home.parent.parent.name.startswith(version + "."):
-                found.setdefault(version, str(home))
-        there = shutil.which(f"python{version}")
-        if there and subprocess.run([there, "-c", ""], capture_output=True).returncode == 0:
-            found.setdefault(version, there)
-    return found
-
-
-PYTHONS = find_pythons()
 
 
 def make_environment(name: str, *requirements: str, python: str = sys.executable) -> str:
@@ -78,6 +68,8 @@ def find_duckdb_program() -> str:
 @pytest.fixture(params=["package", "cli"])
 def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Run the test once on each engine, in this process and in its children."""
+    if request.param == "package":
+        pytest.importorskip("duckdb")
     monkeypatch.setenv("MXCP_AUDIT_ENGINE", request.param)
     return str(request.param)
 
@@ -141,21 +133,60 @@ def logger(tmp_path: Path) -> Iterator[Any]:
 
 
 def table_rows(path: Path, sql: str = "SELECT * FROM logs ORDER BY timestamp, segment, seq") -> list[Any]:
-    """Return rows of a database, read with the real package and none of our code."""
-    import duckdb
+    """Return rows of a database, read by DuckDB itself and none of our code."""
+    return ask(path, sql)
 
-    with duckdb.connect(str(path), read_only=True) as connection:
-        return connection.execute(sql).fetchall()
+
+def write_table_of_mxcp(path: Path) -> None:
+    """Make what MXCP's first logger leaves behind: a database whose table has ten columns, with one row."""
+    duckdb = pytest.importorskip("duckdb")
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{path}' AS old (STORAGE_VERSION 'v1.0.0')")
+        connection.execute(
+            "CREATE TABLE old.logs (timestamp TIMESTAMP, caller TEXT, type TEXT, name TEXT, input_json TEXT, "
+            "duration_ms INTEGER, policy_decision TEXT, reason TEXT, status TEXT, error TEXT)"
+        )
+        connection.execute(
+            "INSERT INTO old.logs VALUES "
+            "('2025-01-01', 'cli', 'tool', 'old', '{}', 1, 'n/a', NULL, 'success', NULL)"
+        )
+
+
+HOLD = (
+    "import duckdb, sys; c = duckdb.connect(sys.argv[1], read_only=sys.argv[2] == 'r');"
+    "print('held', flush=True); sys.stdin.read()"
+)
+
+
+@contextlib.contextmanager
+def held_database(path: Path, *, read_only: bool = False) -> Iterator[subprocess.Popen[str]]:
+    """Hold the database as another process, which the block may stop or kill; yield that process."""
+    pytest.importorskip("duckdb")
+    command = [sys.executable, "-c", HOLD, str(path), "r" if read_only else "w"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as holder:
+        try:
+            assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+            yield holder
+        finally:
+            holder.kill()
+
+
+def wait_until(holds: Callable[[], object], what: str = "it did not happen") -> None:
+    """Wait until a condition holds, or fail after a time that is far more than anything takes."""
+    end = time.monotonic() + SAFETY_SECONDS
+    while not holds():
+        assert time.monotonic() < end, what
+        time.sleep(0.01)
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Print what of the matrix was there: a green run says little where half of it was missing."""
+    """Print what of the matrix this run was; tools/matrix.py runs the others."""
     import mxcp_audit
 
     program = mxcp_audit.find_program({"PATH": ""})
     version = subprocess.run([program, "-version"], capture_output=True, text=True).stdout if program else ""
-    found = sorted(path.name for path in (ROOT / ".venv").glob("*") if (path / "stamp").exists())
+    package = importlib.metadata.version("duckdb") if importlib.util.find_spec("duckdb") else "none"
     terminalreporter.write_line(
-        f"matrix: Python {', '.join(PYTHONS)}; program {version.split(' ')[0] or 'none'}"
+        f"matrix: Python {sys.version.split()[0]}; duckdb package {package}; "
+        f"program {version.split(' ')[0].lstrip('v') or 'none'}"
     )
-    terminalreporter.write_line(f"matrix: environments {', '.join(found) or 'none'}")

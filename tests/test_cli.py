@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Cli, child_environment
+from conftest import ROOT, Cli, child_environment, held_database
 
 import mxcp_audit
 from mxcp_audit import AuditLogger, build_parser, parse_time
@@ -212,15 +212,8 @@ def test_commands_without_a_log_say_why(engine: str, run: Cli) -> None:
 @pytest.fixture
 def held(filled: Path) -> Iterator[int]:
     """Hold the database as another process and yield its pid."""
-    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(filled / "log.duckdb")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    yield holder.pid
-    holder.communicate()
+    with held_database(filled / "log.duckdb") as holder:
+        yield holder.pid
 
 
 def test_commands_while_locked_name_the_holder_and_exit_75(held: int, filled: Path, cli: Cli) -> None:

@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import child_environment
+from conftest import SAFETY_SECONDS, child_environment, held_database, wait_until
 
 from mxcp_audit import AuditLogger, Filter, Follower, Store, config_from_arguments
-
-PATIENCE = 120  # seconds; far more than anything takes
+from tools.judge import journal_line
 
 WRITER = """
 import sys
@@ -65,7 +64,7 @@ class Follow:
     def stop(self) -> int:
         if self.process.poll() is None:
             self.process.send_signal(signal.SIGINT)
-        return self.process.wait(PATIENCE)
+        return self.process.wait(SAFETY_SECONDS)
 
 
 @pytest.fixture
@@ -94,13 +93,6 @@ def probe(audit: AuditLogger, one: Follow) -> bool:
     return bool(one.out.read_text())
 
 
-def wait_until(holds: Callable[[], object]) -> None:
-    end = time.monotonic() + PATIENCE
-    while not holds():
-        assert time.monotonic() < end, "it did not happen"
-        time.sleep(0.02)
-
-
 def write(folder: Path, who: int, rounds: int, each: int) -> subprocess.Popen[bytes]:
     return subprocess.Popen(
         [sys.executable, "-c", WRITER, str(folder / "log.duckdb"), str(who), str(rounds), str(each)],
@@ -114,7 +106,7 @@ def test_follow_four_writers_that_ingest_shows_each_event_once(
     one = follow("--json")
     rounds, each = (25, 20) if engine == "package" else (10, 20)
     writers = [write(tmp_path, who, rounds, each) for who in range(4)]
-    assert [writer.wait(PATIENCE) for writer in writers] == [0] * 4
+    assert [writer.wait(SAFETY_SECONDS) for writer in writers] == [0] * 4
     expected = sorted((f"w{who}", n) for who in range(4) for n in range(rounds * each))
 
     def shown() -> list[tuple[str, int]]:
@@ -196,7 +188,7 @@ def test_follow_reader_goes_away_ends_without_an_event(tmp_path: Path, logger: A
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline().startswith(b"TIME")
     process.stdout.close()
-    assert process.wait(PATIENCE) == 0
+    assert process.wait(SAFETY_SECONDS) == 0
     assert process.stderr.read() == b""
     process.stderr.close()
 
@@ -264,11 +256,7 @@ def test_follower_half_written_line_waits_for_its_end(
     logger.flush()
     follower = started(store)
     segment = store.journal.open_segment()
-    line = (
-        b'{"timestamp":"2026-01-01T00:00:00.000000Z","caller":"cli","type":"tool","name":"x","input_json":"null",'
-        b'"duration_ms":1,"policy_decision":"n/a","reason":null,"status":"success","error":null,"user_id":null,'
-        b'"session_id":null,"trace_id":null,"seq":1}\n'
-    )
+    line = journal_line("x", 1)
     with open(segment.path, "ab") as file:
         file.write(line[:50])
         file.flush()
@@ -283,13 +271,10 @@ def test_follower_half_written_line_waits_for_its_end(
 def test_follower_database_locked_goes_on_with_the_journal(
     tmp_path: Path, logger: AuditLogger, store: Store
 ) -> None:
-    import duckdb
-
     logger.log_event("cli", "tool", "old")
     logger.flush()
     follower = started(store)
-    with duckdb.connect(str(tmp_path / "log.duckdb")) as holder:
-        holder.execute("CREATE TABLE other AS SELECT 1 AS a")
+    with held_database(tmp_path / "log.duckdb"):
         logger.log_event("cli", "tool", "new")
         logger._writer.flush(10)
         assert names(follower.look()) == ["new"]
@@ -301,27 +286,16 @@ def test_follower_database_locked_goes_on_with_the_journal(
 def test_follower_started_while_locked_shows_what_is_ingested_later(
     tmp_path: Path, logger: AuditLogger, store: Store
 ) -> None:
-    import duckdb
-
     logger.log_event("cli", "tool", "old")
     logger.flush()
     follower = Follower(store, Filter())
-    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, str(tmp_path / "log.duckdb")],
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-    with store.reading(wait=0) as reading:
+    with held_database(tmp_path / "log.duckdb"), store.reading(wait=0) as reading:
         assert reading.problem is not None
         follower.start(reading)
-    holder.communicate(b"")
     with AuditLogger(tmp_path / "log.duckdb") as audit:
         audit.log_event("cli", "tool", "came_and_went")
     assert not store.journal.segments()
     assert names(follower.look()) == ["came_and_went"]
-    assert duckdb  # the child needs it
     follower.close()
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Cli, child_environment, table_rows
+from conftest import ROOT, Cli, child_environment, held_database, table_rows, write_table_of_mxcp
 
 import mxcp_audit
 from mxcp_audit import AuditLogger, Diagnostics, Importer, StoreError, config_from_arguments
@@ -323,12 +323,10 @@ def test_import_into_the_log_of_a_running_server(tmp_path: Path, cli: Cli) -> No
 
 
 def test_import_locked_database_nothing_done_exit_75(tmp_path: Path, cli: Cli) -> None:
-    import duckdb
-
     write(tmp_path / "a.jsonl", older(1))
     cli("import", "--db", "log.duckdb", "a.jsonl")
     write(tmp_path / "a.jsonl", older(2), mode="a")
-    with duckdb.connect(str(tmp_path / "log.duckdb")):
+    with held_database(tmp_path / "log.duckdb"):
         done = cli("import", "--db", "log.duckdb", "--wait", "0.2", "a.jsonl")
         assert done.returncode == 75, done.stderr
     assert "1 event imported, 1 were there" in cli("import", "--db", "log.duckdb", "a.jsonl").stderr
@@ -336,17 +334,7 @@ def test_import_locked_database_nothing_done_exit_75(tmp_path: Path, cli: Cli) -
 
 def test_import_old_ten_column_database_is_read_and_continued(tmp_path: Path, cli: Cli) -> None:
     """What MXCP's first logger, and `mxcp log --export-duckdb`, left behind needs no import."""
-    import duckdb
-
-    with duckdb.connect(str(tmp_path / "log.duckdb")) as connection:
-        connection.execute(
-            "CREATE TABLE logs (timestamp TIMESTAMP, caller TEXT, type TEXT, name TEXT, input_json TEXT, "
-            "duration_ms INTEGER, policy_decision TEXT, reason TEXT, status TEXT, error TEXT)"
-        )
-        connection.execute(
-            "INSERT INTO logs VALUES "
-            "('2025-01-01', 'cli', 'tool', 'old', '{}', 1, 'n/a', NULL, 'success', NULL)"
-        )
+    write_table_of_mxcp(tmp_path / "log.duckdb")
     assert [event["name"] for event in events(cli)] == ["old"]
     write(tmp_path / "a.jsonl", older(1))
     assert cli("import", "--db", "log.duckdb", "a.jsonl").returncode == 0

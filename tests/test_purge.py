@@ -12,12 +12,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pytest
 from conftest import ROOT, table_rows
 from evidence import DAY_NS, START_NS, ingest, moment, store_of, write_segment
 
 import mxcp_audit as m
+
+duckdb = pytest.importorskip("duckdb")
 
 sys.path.insert(0, str(ROOT / "tools"))
 

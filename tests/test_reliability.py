@@ -26,11 +26,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, child_environment, table_rows
+from conftest import (
+    SAFETY_SECONDS,
+    child_environment,
+    make_environment,
+    table_rows,
+    wait_until,
+)
 
 import mxcp_audit
 from mxcp_audit import AuditLogger, Store, main
-from tools.judge import Verdict, judge, pythons
+from tools.judge import Verdict, journal_line, judge
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses Linux tools")
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
@@ -38,8 +44,6 @@ needs = {
     tool: pytest.mark.skipif(not shutil.which(tool), reason=f"needs {tool}")
     for tool in ("strace", "unshare", "chattr", "cc")
 }
-every_python = pytest.mark.parametrize("python", pythons(), ids=lambda path: path.split("/")[-3])
-SAFETY_SECONDS = 120
 
 PREAMBLE = """\
 import atexit, contextlib, gc, multiprocessing, os, signal, sys, threading, time
@@ -61,18 +65,10 @@ def script(body: str, *, audit: bool = True) -> str:
     return PREAMBLE + (AUDIT if audit else "") + textwrap.dedent(body)
 
 
-def environment_of(python: str, **changes: str) -> dict[str, str]:
-    """The other Pythons have no duckdb package: they use the program."""
-    if python != sys.executable:
-        changes.update(MXCP_AUDIT_ENGINE="cli", MXCP_AUDIT_DUCKDB=mxcp_audit.find_program() or "none")
-    return child_environment(**changes)
-
-
 def run(
     body: str,
     db: Path,
     *args: str,
-    python: str = sys.executable,
     options: tuple[str, ...] = (),
     audit: bool = True,
     **changes: str,
@@ -81,8 +77,8 @@ def run(
     path = db.parent / f"script{os.urandom(4).hex()}.py"
     path.write_text(script(body, audit=audit))
     return subprocess.run(
-        [python, *options, str(path), str(db), *args],
-        env=environment_of(python, **changes),
+        [sys.executable, *options, str(path), str(db), *args],
+        env=child_environment(**changes),
         cwd=db.parent,
         capture_output=True,
         text=True,
@@ -136,38 +132,12 @@ def journal_of(db: Path) -> mxcp_audit.Journal:
     return mxcp_audit.Journal(f"{db}.journal")
 
 
-def event_line(name: str, **changes: object) -> bytes:
-    event: dict[str, Any] = {
-        "timestamp": "2026-01-31T12:00:00.000000Z",
-        "caller": "cli",
-        "type": "tool",
-        "name": name,
-        "input_json": "null",
-        "duration_ms": 1,
-        "policy_decision": "n/a",
-        "reason": None,
-        "status": "success",
-        "error": None,
-        "user_id": None,
-        "session_id": None,
-        "trace_id": None,
-    }
-    return json.dumps({**event, **changes}).encode()[:-1]
-
-
 def write_segment(db: Path, names: list[str]) -> Path:
     segment = journal_of(db).open_segment()
-    lines = [mxcp_audit.finish_line(event_line(name), seq) for seq, name in enumerate(names, 1)]
+    lines = [journal_line(name, seq) for seq, name in enumerate(names, 1)]
     segment.append(b"".join(lines), len(lines))
     segment.seal()
     return Path(segment.path)
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + SAFETY_SECONDS
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
 
 
 @pytest.fixture
@@ -183,8 +153,7 @@ def shown(cli: Any, db: Path, *options: str) -> list[dict[str, Any]]:
 # --- shutdown
 
 
-@every_python
-def test_bc_001_first_event_in_an_exit_handler_is_stored(db: Path, python: str) -> None:
+def test_bc_001_first_event_in_an_exit_handler_is_stored(db: Path) -> None:
     body = """
         atexit.register(lambda: log("before"))
         audit = AuditLogger(db)
@@ -195,15 +164,18 @@ def test_bc_001_first_event_in_an_exit_handler_is_stored(db: Path, python: str) 
     path = db.parent / "early.py"
     path.write_text(early + script(body, audit=False))
     done = subprocess.run(
-        [python, path, db], env=environment_of(python), capture_output=True, text=True, timeout=SAFETY_SECONDS
+        [sys.executable, path, db],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=SAFETY_SECONDS,
     )
     clean(done)
     assert_whole(judge(db), {"earliest", "before", "after"})
 
 
-@every_python
 @pytest.mark.parametrize("first", ["main", "thread"])
-def test_bc_002_thread_outlives_main_and_logs(db: Path, python: str, first: str) -> None:
+def test_bc_002_thread_outlives_main_and_logs(db: Path, first: str) -> None:
     clean(
         run(
             """
@@ -215,7 +187,6 @@ def test_bc_002_thread_outlives_main_and_logs(db: Path, python: str, first: str)
     """,
             db,
             first,
-            python=python,
         )
     )
     assert_whole(judge(db), {str(n) for n in range(100)} | ({"main"} if first == "main" else set()))
@@ -223,7 +194,7 @@ def test_bc_002_thread_outlives_main_and_logs(db: Path, python: str, first: str)
 
 @pytest.mark.parametrize("end", ["", "sys.exit()"])
 def test_bc_004_one_event_and_out_is_stored(tmp_path: Path, end: str) -> None:
-    for number in range(10):
+    for number in range(5):
         db = tmp_path / f"{number}.duckdb"
         clean(run(f"log('only'); {end}", db))
         assert_whole(judge(db), {"only"})
@@ -253,9 +224,12 @@ def test_bc_007_second_interrupt_at_exit_is_prompt_and_says_what_is_left(db: Pat
         log("written"); audit.flush()
         slow_writes(30)
         for n in range(200): log(n)
+        true_shutdown = audit.shutdown
+        def shutdown(*args, **options): print("ending", flush=True); return true_shutdown(*args, **options)
+        audit.shutdown = shutdown
         print("ready", flush=True)
         try: time.sleep(60)
-        except KeyboardInterrupt: print("ending", flush=True)
+        except KeyboardInterrupt: pass
     """,
         db,
     ) as process:
@@ -296,9 +270,9 @@ def test_bc_012_many_loggers_leave_no_thread_descriptor_or_segment(db: Path) -> 
             for audit in pair: audit.close()
         use(db, 0)
         before = count()
-        for n in range(1, 40): use(db, n)
-        for n in range(10): use(f"{db}.{n}", n)
-        for n in range(500): AuditLogger(db).close()
+        for n in range(1, 20): use(db, n)
+        for n in range(6): use(f"{db}.{n}", n)
+        for n in range(200): AuditLogger(db).close()
         print(before == count(), before, count())
     """,
         db,
@@ -307,7 +281,7 @@ def test_bc_012_many_loggers_leave_no_thread_descriptor_or_segment(db: Path) -> 
     )
     clean(done)
     assert done.stdout.startswith("True"), done.stdout
-    assert_whole(judge(db), {f"{n}-0" for n in range(40)} | {f"{n}-1" for n in range(0, 40, 4)})
+    assert_whole(judge(db), {f"{n}-0" for n in range(20)} | {f"{n}-1" for n in range(0, 20, 4)})
     assert not list(Path(f"{db}.journal").glob("*.jsonl"))
 
 
@@ -317,13 +291,16 @@ def test_bc_014_server_that_cannot_stop_and_is_killed_keeps_its_events(db: Path)
         import http.server, urllib.request
         class Endless(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
+                if self.path != "/stream": log(self.path)
                 self.send_response(200); self.end_headers()
-                if self.path != "/stream":
-                    log(self.path); return
+                if self.path != "/stream": return
                 while True: self.wfile.write(b"data: x\\n\\n"); time.sleep(0.05)
             def log_message(self, *args): pass
         server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless); server.daemon_threads = False
-        def stop(*_): threading.Thread(target=lambda: (server.shutdown(), server.server_close())).start()
+        def end():
+            while audit.counters.written < 50: time.sleep(0.01)
+            print("written", flush=True); server.shutdown(); server.server_close()
+        def stop(*_): threading.Thread(target=end).start()
         signal.signal(signal.SIGTERM, stop)
         print(server.server_port, flush=True)
         server.serve_forever()
@@ -337,7 +314,7 @@ def test_bc_014_server_that_cannot_stop_and_is_killed_keeps_its_events(db: Path)
             for n in range(50):
                 urllib.request.urlopen(f"{url}/{n}").close()
             process.send_signal(signal.SIGTERM)
-            time.sleep(1)
+            assert process.stdout.readline() == "written\n"
             assert process.poll() is None
             process.kill()
     assert_whole(judge(db), {f"/{n}" for n in range(50)})
@@ -375,7 +352,7 @@ def test_bc_015_workers_killed_at_reload_lose_only_their_last_moments(db: Path) 
         last[worker] = max(last.get(worker, 0), int(number))
     for name in verdict.lost(set(Path(f"{db}.said").read_text().split())):
         worker, _, number = name.partition("-")
-        assert int(number) > last[worker]  # nothing is missing but what came last
+        assert int(number) > last.get(worker, -1)  # nothing is missing but what came last
 
 
 @pytest.mark.parametrize("flush", [True, False])
@@ -384,7 +361,7 @@ def test_bc_016_forked_task_that_leaves_by_os_exit(db: Path, flush: bool) -> Non
         run(
             """
         log("parent")
-        for child in range(30):
+        for child in range(12):
             pid = os.fork()
             if pid == 0:
                 for n in range(5): log(f"{child}-{n}")
@@ -397,7 +374,7 @@ def test_bc_016_forked_task_that_leaves_by_os_exit(db: Path, flush: bool) -> Non
         )
     )
     verdict = judge(db)
-    expected = {f"{child}-{n}" for child in range(30) for n in range(5)} | {"parent"}
+    expected = {f"{child}-{n}" for child in range(12) for n in range(5)} | {"parent"}
     if flush:
         assert_whole(verdict, expected)
     else:  # the window applies: an event may be lost, never doubled or torn
@@ -421,9 +398,8 @@ def test_bc_017_frozen_after_flush_is_readable_and_survives_the_kill(db: Path, c
 # --- fork
 
 
-@every_python
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn", "pool"])
-def test_bc_018_multiprocessing_children_lose_nothing(db: Path, python: str, method: str) -> None:
+def test_bc_018_multiprocessing_children_lose_nothing(db: Path, method: str) -> None:
     clean(
         run(
             """
@@ -441,7 +417,6 @@ def test_bc_018_multiprocessing_children_lose_nothing(db: Path, python: str, met
     """,
             db,
             method,
-            python=python,
             options=("-W", "ignore::DeprecationWarning"),
         )
     )
@@ -483,7 +458,7 @@ def test_bc_020_children_that_drop_an_inherited_logger_double_nothing(db: Path) 
             while not stop: log(f"{t}-{counts[t]}"); counts[t] += 1; time.sleep(0.0002)
         threads = [threading.Thread(target=work, args=(t,)) for t in (0, 1)]
         for t in threads: t.start()
-        for child in range(60):
+        for child in range(30):
             pid = os.fork()
             if pid == 0:
                 if child % 2: audit = AuditLogger(db)
@@ -504,12 +479,12 @@ def test_bc_020_children_that_drop_an_inherited_logger_double_nothing(db: Path) 
 def test_bc_024_fork_while_a_large_event_is_encoded(db: Path) -> None:
     done = run(
         """
-        large = {str(n): n for n in range(20000)}; stop = False
+        large = {str(n): n for n in range(5000)}; stop = False
         def work():
             n = 0
             while not stop: log(f"large-{n}", **large); n += 1; time.sleep(0.01)
         thread = threading.Thread(target=work); thread.start()
-        for child in range(20):
+        for child in range(10):
             pid = os.fork()
             if pid == 0: log(f"small-{child}"); sys.exit()
             assert os.waitpid(pid, 0)[1] == 0
@@ -520,7 +495,7 @@ def test_bc_024_fork_while_a_large_event_is_encoded(db: Path) -> None:
     assert done.returncode == 0  # on a slow machine a fork may interrupt an ingest, which it says
     verdict = judge(db)
     assert verdict.doubled == verdict.torn == 0
-    assert not verdict.lost({f"small-{child}" for child in range(20)})
+    assert not verdict.lost({f"small-{child}" for child in range(10)})
 
 
 def test_bc_026_pool_of_forked_workers_mixes_no_lines(db: Path) -> None:
@@ -574,7 +549,7 @@ def test_bc_028_child_of_a_process_with_an_open_query_ends_without_a_signal(db: 
         store = mxcp_audit.Store(audit.config)
         with store.reading() as reading:
             rows = reading.rows(mxcp_audit.Filter()); next(rows)
-            for child in range(20):
+            for child in range(8):
                 pid = os.fork()
                 if pid == 0:
                     log(child)
@@ -588,12 +563,11 @@ def test_bc_028_child_of_a_process_with_an_open_query_ends_without_a_signal(db: 
     )
     # DuckDB believes in the child that the file is open, so that its events stay in the journal for now.
     assert done.returncode == 0, done.stderr
-    assert_whole(judge(db), {str(n) for n in range(20)} | {"first"})
+    assert_whole(judge(db), {str(n) for n in range(8)} | {"first"})
 
 
 @linux
-@every_python
-def test_bc_029_import_and_construction_start_nothing(db: Path, python: str) -> None:
+def test_bc_029_import_and_construction_start_nothing(db: Path) -> None:
     clean(
         run(
             """
@@ -606,7 +580,6 @@ def test_bc_029_import_and_construction_start_nothing(db: Path, python: str) -> 
         assert not os.path.exists(db) and "duckdb" not in sys.modules
     """,
             db,
-            python=python,
             options=("-W", "error"),
         )
     )
@@ -649,8 +622,8 @@ def test_bc_031_signal_handler_logs_while_main_logs(db: Path, durable: bool) -> 
         running = True
         signal.signal(signal.SIGALRM, handle)
         signal.setitimer(signal.ITIMER_REAL, 0.001)
-        end = time.monotonic() + 1.5; n = 0
-        while time.monotonic() < end: log(f"main-{n}"); n += 1
+        n = 0
+        while n < 20 or audit.counters.accepted < n + 20: log(f"main-{n}"); n += 1
         running = False; signal.setitimer(signal.ITIMER_REAL, 0)
         handled = next(handled)
         assert audit.counters.accepted == n + handled, (audit.counters, n, handled)
@@ -665,7 +638,7 @@ def test_bc_031_signal_handler_logs_while_main_logs(db: Path, durable: bool) -> 
     )
     clean(done)
     main_events, handled = map(int, done.stdout.split())
-    assert handled > 10
+    assert handled >= 20
     assert_whole(
         judge(db),
         {f"main-{n}" for n in range(main_events)} | {f"handler-{n}" for n in range(handled)} | {"term"},
@@ -859,7 +832,9 @@ def test_bc_046_repr_that_itself_logs(db: Path, logger: AuditLogger) -> None:
     logger.log_event("cli", "tool", "outer", {"x": Chatty()})
     assert logger.flush(SAFETY_SECONDS)
     names = Counter(name for (name,) in table_rows(db, "SELECT name FROM logs"))
-    assert names["outer"] == 1 and set(names) <= {"outer", "inner", "getter"} and names.total() < 1000
+    unreadable = {name for name in names if name.startswith("<unreadable text: ")}  # where the stack ended
+    assert names["outer"] == 1 and set(names) - unreadable <= {"outer", "inner", "getter"}
+    assert names.total() < 1000
 
 
 def test_bc_047_exceptions_that_no_pickle_rebuilds(db: Path, logger: AuditLogger) -> None:
@@ -1332,7 +1307,7 @@ def test_bc_085_journal_that_is_deleted_under_a_running_writer(
     audit = AuditLogger(db, flush_interval=60)
     audit.log_event("cli", "tool", "early")
     directory = Path(f"{db}.journal")
-    wait_for(lambda: audit.counters.written == 1)
+    wait_until(lambda: audit.counters.written == 1)
     if how == "unlink":
         next(directory.glob("*.jsonl")).unlink()
     elif how == "remove":
@@ -1435,8 +1410,7 @@ def test_bc_091_full_database_volume_loses_nothing(tmp_path: Path, cli: Any) -> 
         for n in range(6000):
             audit.log_event("cli", "tool", str(n), {"text": os.urandom(300).hex()})
         assert audit.flush(SAFETY_SECONDS)
-        wait_for(lambda: audit.counters.errors)
-        assert audit.counters.pending == 0 if hasattr(audit.counters, "pending") else True
+        wait_until(lambda: audit.counters.errors)
         done = cli("log", "--json", "--limit", "100000")
         assert len(json.loads(done.stdout)) == 6000
         audit.shutdown()
@@ -1524,7 +1498,7 @@ def test_bc_096_killed_ingest_takes_every_event_once(tmp_path: Path) -> None:
             write_segment(db, [f"{n}-{line}" for line in range(50)])
         command = [sys.executable, "-m", "mxcp_audit", "ingest", "--db", str(db)]
         process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.DEVNULL)
-        wait_for(lambda db=db, process=process: db.exists() or process.poll() is not None)
+        wait_until(lambda db=db, process=process: db.exists() or process.poll() is not None)
         time.sleep(0.004 * round_number)
         process.kill()
         process.wait()
@@ -1550,11 +1524,11 @@ def test_bc_096_killed_ingest_takes_every_event_once(tmp_path: Path) -> None:
 )
 def test_bc_099_one_bad_line_costs_one_line(db: Path, bad: Any) -> None:
     segment = journal_of(db).open_segment()
-    lines = [mxcp_audit.finish_line(event_line(str(n)), n) for n in range(1, 201)]
+    lines = [journal_line(str(n), n) for n in range(1, 201)]
     if isinstance(bad, bytes):
         lines[99] = bad + b"\n"
     else:
-        lines[99] = json.dumps(json.loads(event_line("100") + b"}") | {"seq": 100} | bad).encode() + b"\n"
+        lines[99] = journal_line("100", **{"seq": 100, **bad})
     segment.append(b"".join(lines), 200)
     segment.seal()
     write_segment(db, ["later"])
@@ -1826,7 +1800,7 @@ def test_bc_112_same_clock_and_name_never_overwrite_a_segment(db: Path) -> None:
     frozen = [mxcp_audit.Journal(f"{db}.journal", clock=lambda: 0) for _ in range(200)]
     segments = [journal.open_segment() for journal in frozen]
     for n, segment in enumerate(segments):
-        segment.append(mxcp_audit.finish_line(event_line(str(n)), 1), 1)
+        segment.append(journal_line(str(n), 1), 1)
         segment.seal()
     assert_whole(judge(db), {str(n) for n in range(200)})
 
@@ -1895,7 +1869,7 @@ def test_bc_117_planted_links_lead_to_no_victim(db: Path, tmp_path: Path) -> Non
 
 
 def test_bc_119_line_breaks_forge_no_event(stored: Any, db: Path) -> None:
-    forged = "x\n" + (event_line("forged") + b',"seq":2}').decode() + "\n"
+    forged = "x\n" + journal_line("forged", 2).decode()
     stored(
         {"text": forged},
         {"text": "a\r\nb\x0b\x85\u2028"},
@@ -2074,9 +2048,7 @@ def test_bc_130_clock_that_jumps_stops_neither_sealing_nor_ingest(db: Path) -> N
 def test_bc_131_repeated_hour_is_told_apart(db: Path, cli: Any) -> None:
     segment = journal_of(db).open_segment()
     for seq, hour in enumerate(("05:30", "06:30"), 1):  # both are 01:30 in New York on that day
-        segment.append(
-            mxcp_audit.finish_line(event_line(hour, timestamp=f"2026-11-01T{hour}:00.000000Z"), seq), 1
-        )
+        segment.append(journal_line(hour, seq, timestamp=f"2026-11-01T{hour}:00.000000Z"), 1)
     segment.seal()
     for _ in range(2):
         done = cli("log", "--db", str(db), "--json", TZ="America/New_York")
@@ -2297,13 +2269,7 @@ def test_bc_151_nothing_ever_reaches_standard_output(db: Path, trouble: str) -> 
 @pytest.fixture(scope="session")
 def gevent_python() -> str:
     """An environment of its own: patching is for ever."""
-    command = [ROOT / "tools" / "environment", "gevent", "gevent", "gunicorn", "packaging", "duckdb"]
-    made = subprocess.run(
-        command, env={**os.environ, "PYTHON": sys.executable}, capture_output=True, text=True
-    )
-    if made.returncode:
-        pytest.skip(f"gevent can't be installed: {made.stderr[-200:]}")
-    return made.stdout.split()[-1]
+    return make_environment("gevent", "gevent", "gunicorn", "packaging", "duckdb")
 
 
 @linux

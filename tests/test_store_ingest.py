@@ -11,13 +11,12 @@ import threading
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pytest
-from conftest import child_environment
+from conftest import child_environment, held_database, table_rows, write_table_of_mxcp
 
 import mxcp_audit
 from mxcp_audit import DatabaseCorruptError, DatabaseLockedError, Diagnostics, Journal, Loss, Store
-from tools.judge import judge
+from tools.judge import journal_line, judge
 
 
 @pytest.fixture
@@ -34,29 +33,9 @@ def told(store: Store) -> Diagnostics:
 
 
 def segment(db: Path, *names: str, raw: bytes = b"") -> Path:
-    lines = [
-        json.dumps(
-            {
-                "timestamp": "2026-01-31T12:00:00.000000Z",
-                "caller": "cli",
-                "type": "tool",
-                "name": name,
-                "input_json": "null",
-                "duration_ms": 1,
-                "policy_decision": "n/a",
-                "reason": None,
-                "status": "success",
-                "error": None,
-                "user_id": None,
-                "session_id": None,
-                "trace_id": None,
-                "seq": seq,
-            }
-        ).encode()  # fmt: skip
-        for seq, name in enumerate(names, 1)
-    ]
+    lines = [journal_line(name, seq) for seq, name in enumerate(names, 1)]
     opened = Journal(f"{db}.journal").open_segment()
-    opened.append(b"".join(line + b"\n" for line in lines) + raw, len(lines))
+    opened.append(b"".join(lines) + raw, len(lines))
     opened.seal()
     return Path(opened.path)
 
@@ -182,19 +161,10 @@ def test_ingest_interrupted_from_another_thread_again_and_again_loses_nothing(db
 
 
 def test_ingest_old_ten_column_table_is_widened(db: Path, engine: str) -> None:
-    columns = "timestamp TIMESTAMP, caller TEXT, type TEXT, name TEXT, input_json TEXT, duration_ms INTEGER, "
-    columns += "policy_decision TEXT, reason TEXT, status TEXT, error TEXT"
-    with duckdb.connect() as connection:
-        connection.execute(f"ATTACH '{db}' AS old (STORAGE_VERSION 'v1.0.0')")
-        connection.execute(f"CREATE TABLE old.logs ({columns})")
-        connection.execute("INSERT INTO old.logs (name) VALUES ('old')")
+    write_table_of_mxcp(db)
     segment(db, "new")
     store_of(db).ingest()
-    with duckdb.connect(str(db), read_only=True) as connection:
-        assert connection.execute("SELECT name, seq FROM logs ORDER BY name").fetchall() == [
-            ("new", 1),
-            ("old", None),
-        ]
+    assert table_rows(db, "SELECT name, seq FROM logs ORDER BY name") == [("new", 1), ("old", None)]
 
 
 def test_ingest_empty_file_counts_as_absent(db: Path, engine: str) -> None:
@@ -226,15 +196,10 @@ def test_ingest_locked_database_leaves_everything_and_names_the_holder(db: Path,
     segment(db, "first")
     store_of(db).ingest()
     path = segment(db, "second")
-    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print(flush=True); sys.stdin.read()"
-    with subprocess.Popen(
-        [sys.executable, "-c", code, str(db)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    ) as holder:
-        assert holder.stdout is not None and holder.stdout.readline()
+    with held_database(db) as holder:
         with pytest.raises(DatabaseLockedError, match=str(holder.pid)):
             store_of(db).ingest()
         assert path.exists()
-        holder.kill()
     store_of(db).ingest()
     assert judge(db).in_table == 2
 

@@ -15,8 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pytest
+from conftest import held_database, write_table_of_mxcp
 
 import mxcp_audit
 from mxcp_audit import (
@@ -142,32 +142,19 @@ def test_reading_without_database_and_journal_names_both_reasons(engine: str, st
 
 
 def test_reading_older_ten_column_table_shows_it_as_it_is(engine: str, tmp_path: Path, store: Store) -> None:
-    with duckdb.connect(
-        str(tmp_path / "log.duckdb"), config={"storage_compatibility_version": "v1.0.0"}
-    ) as old:
-        columns = ", ".join(f"{c.name} {c.sql_type}" for c in mxcp_audit.COLUMNS[:10])
-        old.execute(f"CREATE TABLE logs ({columns})")
-        old.execute("INSERT INTO logs (timestamp, name) VALUES ('2024-01-01 00:00:00', 'old')")
+    write_table_of_mxcp(tmp_path / "log.duckdb")
     with store.reading() as reading:
         (row,) = reading.rows(Filter())
-    assert row[0] == "2024-01-01T00:00:00.000000Z" and row[3] == "old" and row[-1] is None
+    assert row[0] == "2025-01-01T00:00:00.000000Z" and row[3] == "old" and row[-1] is None
 
 
 def test_reading_locked_database_shows_the_journal_and_says_who_holds_it(
     filled: Store,
 ) -> None:
-    code = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
-    holder = subprocess.Popen(
-        [sys.executable, "-c", code, filled.path], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
-    try:
-        assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
-        with filled.reading(wait=0.05) as reading:
-            assert isinstance(reading.problem, DatabaseLockedError)
-            assert f"PID {holder.pid}" in str(reading.problem)
-            shown = [row[3] for row in reading.rows(Filter())]
-    finally:
-        holder.communicate()
+    with held_database(Path(filled.path)) as holder, filled.reading(wait=0.05) as reading:
+        assert isinstance(reading.problem, DatabaseLockedError)
+        assert f"PID {holder.pid}" in str(reading.problem)
+        shown = [row[3] for row in reading.rows(Filter())]
     assert shown == ["t9", "t8", "t7", "t6"]
 
 
@@ -229,7 +216,9 @@ def test_export_every_format_has_all_columns_and_the_filtered_events(filled: Sto
             reader = "read_parquet" if form == "parquet" else "read_csv" if form[:3] == "csv" else "read_json"
             kinds = {**dict.fromkeys(mxcp_audit.PUBLIC_COLUMNS, "VARCHAR"), "duration_ms": "BIGINT"}
             types = "" if form == "parquet" else f", columns = {kinds}"
-            relation = duckdb.connect().execute(f"SELECT * FROM {reader}('{path}'{types})")
+            relation = (
+                pytest.importorskip("duckdb").connect().execute(f"SELECT * FROM {reader}('{path}'{types})")
+            )
             assert [column[0] for column in relation.description] == list(mxcp_audit.PUBLIC_COLUMNS)
             found = [dict(zip(mxcp_audit.PUBLIC_COLUMNS, row)) for row in relation.fetchall()]
             if form == "parquet":
@@ -270,7 +259,8 @@ def test_export_csv_hostile_characters_read_back_equal(
         rows = list(csv.DictReader(file))
     asked = "name, error, user_id, session_id, caller, duration_ms"
     by_duckdb = (
-        duckdb.connect()
+        pytest.importorskip("duckdb")
+        .connect()
         .execute(
             f"SELECT {asked} FROM read_csv(?, header = true, all_varchar = true, delim = ',', quote = '\"', "
             "escape = '\"', "

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import child_environment, find_duckdb_program, make_environment
+from conftest import child_environment, find_duckdb_program, make_environment, write_table_of_mxcp
 
 from mxcp_audit import AuditLogger
 
@@ -66,20 +66,8 @@ def test_older_duckdb_ingests_and_queries(tmp_path: Path, database: Path, versio
 
 
 def test_table_of_mxcp_with_ten_columns_is_read_and_widened(tmp_path: Path, engine: str) -> None:
-    import duckdb
-
     path = tmp_path / "old.duckdb"
-    with duckdb.connect() as connection:
-        connection.execute(f"ATTACH '{path}' AS old (STORAGE_VERSION 'v1.0.0')")
-        connection.execute("USE old")
-        connection.execute(
-            "CREATE TABLE logs (timestamp TIMESTAMP, caller TEXT, type TEXT, name TEXT, input_json TEXT, "
-            "duration_ms INTEGER, policy_decision TEXT, reason TEXT, status TEXT, error TEXT)"
-        )
-        connection.execute(
-            "INSERT INTO logs VALUES "
-            "('2025-01-01', 'cli', 'tool', 'old', '{}', 1, 'n/a', NULL, 'success', NULL)"
-        )
+    write_table_of_mxcp(path)
 
     def names() -> list[str]:
         shown = subprocess.run(

@@ -9,12 +9,11 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Cli, child_environment
+from conftest import ROOT, Cli, child_environment, wait_until
 from environments import SERVERS, python_with
 
 import mxcp_audit
@@ -77,13 +76,6 @@ def events(cli: Cli) -> list[dict[str, Any]]:
     shown = cli("log", "--db", "log.duckdb", "--json", "--limit", "1000")
     assert shown.returncode == 0, shown.stderr
     return list(reversed(json.loads(shown.stdout)))
-
-
-def until(condition: Callable[[], object], what: str) -> None:
-    deadline = time.monotonic() + 90
-    while not condition():
-        assert time.monotonic() < deadline, what
-        time.sleep(0.02)
 
 
 def is_alive(pid: int) -> bool:
@@ -237,11 +229,13 @@ def test_wrap_client_killed_no_orphan_and_the_call_is_recorded(
     client = start(command, tmp_path)
     assert client.stdout
     wrapper = int(client.stdout.readline())
-    until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the server doesn't start")
+    wait_until(
+        lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text(), "the server doesn't start"
+    )
     child = int((tmp_path / "pid").read_text())
     client.kill()
     client.communicate()
-    until(lambda: not is_alive(wrapper) and not is_alive(child), "an orphan is left")
+    wait_until(lambda: not is_alive(wrapper) and not is_alive(child), "an orphan is left")
     assert [(event["name"], event["error"]) for event in events(cli)] == [
         ("hang", "the client went away before it was answered")
     ]
@@ -255,7 +249,7 @@ def test_wrap_killed_itself_stubborn_server_dies_too(tmp_path: Path) -> None:
     child = int(process.stdout.readline())
     process.kill()
     process.communicate()
-    until(lambda: not is_alive(child), "an orphan is left")
+    wait_until(lambda: not is_alive(child), "an orphan is left")
 
 
 def test_wrap_server_that_closes_its_output_seen_by_the_client(tmp_path: Path) -> None:

@@ -12,11 +12,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import SAFETY_SECONDS, wait_until
 
 import mxcp_audit
 from mxcp_audit import Diagnostics, Journal, Writer
-
-SAFETY_SECONDS = 120
 
 
 class Bench:
@@ -78,9 +77,7 @@ def test_put_interrupted_on_its_way_to_wake_leaves_a_writer_that_the_next_wakes(
 ) -> None:
     bench.writer.put(line(1))
     assert bench.writer.flush(SAFETY_SECONDS)
-    deadline = time.monotonic() + SAFETY_SECONDS
-    while not bench.writer._asleep and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: bench.writer._asleep)
     with monkeypatch.context() as patched:
 
         def interrupted() -> None:
@@ -174,9 +171,7 @@ def test_segment_that_was_deleted_is_written_again_once(bench: Bench) -> None:
 def test_seal_comes_with_age_without_another_event(tmp_path: Path) -> None:
     bench = Bench(tmp_path, flush_interval=0.05)
     bench.writer.put(line(1))
-    deadline = time.monotonic() + SAFETY_SECONDS
-    while not bench.sealed and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_until(lambda: bench.sealed)
     claims, _ = bench.journal.claim(limit_bytes=1)
     assert len(claims) == 1
     claims[0].release()
@@ -186,7 +181,7 @@ def test_seal_comes_with_age_without_another_event(tmp_path: Path) -> None:
 def test_idle_writer_never_wakes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
     bench.writer.put(line(1))
     assert bench.writer.flush(SAFETY_SECONDS)
-    time.sleep(0.1)
+    wait_until(lambda: bench.writer._asleep)
     rounds: list[int] = []
     true_work = bench.writer._work
     monkeypatch.setattr(bench.writer, "_work", lambda: rounds.append(1) or true_work())

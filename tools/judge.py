@@ -1,18 +1,22 @@
 """Count the events of a log without any of our code: plain Python over the journal, one SQL count.
 
 `judge(path)` says how often each event is there, told apart by its name; `tools/torture.py` and the
-tests log each event under a name of its own.
+tests log each event under a name of its own. `journal_line` writes what docs/journal-format.md describes.
 """
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import json
 import os
 import shutil
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 
 @dataclass
@@ -37,31 +41,44 @@ class Verdict:
         )
 
 
+def ask(database: str | os.PathLike[str], query: str) -> list[tuple[Any, ...]]:
+    """Return rows of a database, read by the `duckdb` package, or where that is missing by the program."""
+    if importlib.util.find_spec("duckdb"):
+        import duckdb
+
+        with duckdb.connect(os.fspath(database), read_only=True) as connection:
+            return list(connection.execute(query).fetchall())
+    package = importlib.util.find_spec("duckdb_cli")
+    assert package is not None and package.origin is not None, "neither duckdb nor duckdb-cli is installed"
+    program = os.path.join(os.path.dirname(package.origin), "duckdb")
+    command = [program, "-no-init", "-batch", "-readonly", "-json", os.fspath(database), query]
+    answer = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
+
+    def row(pairs: list[tuple[str, Any]]) -> tuple[Any, ...]:
+        return tuple(value for _, value in pairs)
+
+    rows = json.loads(answer or "[]", object_pairs_hook=row)
+    return [] if rows == [()] else rows  # `[{}]` and nothing both mean no rows, as the version has it
+
+
 def judge(database: str | os.PathLike[str], journal: str | os.PathLike[str] | None = None) -> Verdict:
     """Read table and journal as they lie there. Call it when nobody writes."""
     verdict = Verdict()
     known: set[str] = set()
     if os.path.exists(database) and os.stat(database).st_size:
-        import duckdb
-
-        with duckdb.connect(str(database), read_only=True) as connection:
-            tables = {
-                name for (name,) in connection.execute("SELECT table_name FROM duckdb_tables()").fetchall()
-            }
-            if "logs" in tables:
-                query = "SELECT name, segment || ':' || seq, count(*) FROM logs GROUP BY ALL"
-                for name, event_id, count in connection.execute(query).fetchall():
-                    verdict.names[name] += count
-                    verdict.ids[event_id] += count
-                    verdict.in_table += count
-            if "ledger" in tables:
-                for kind, segment, events in connection.execute(
-                    "SELECT kind, segment, events FROM ledger"
-                ).fetchall():
-                    if kind == "segment":
-                        known.add(segment)
-                    elif kind == "loss":
-                        verdict.losses += events
+        tables = {name for (name,) in ask(database, "SELECT table_name FROM duckdb_tables()")}
+        if "logs" in tables:
+            query = "SELECT name, segment || ':' || seq, count(*) FROM logs GROUP BY ALL"
+            for name, event_id, count in ask(database, query):
+                verdict.names[name] += count
+                verdict.ids[event_id] += count
+                verdict.in_table += count
+        if "ledger" in tables:
+            for kind, segment, events in ask(database, "SELECT kind, segment, events FROM ledger"):
+                if kind == "segment":
+                    known.add(segment)
+                elif kind == "loss":
+                    verdict.losses += events
     for path in sorted(Path(journal or f"{database}.journal").glob("*.jsonl")):
         if path.stem in known:
             continue
@@ -78,12 +95,34 @@ def judge(database: str | os.PathLike[str], journal: str | os.PathLike[str] | No
     return verdict
 
 
-def pythons() -> list[str]:
-    """Return the interpreters from 3.10 on that are here: this one, pyenv's, and those on PATH."""
-    found = {sys.version_info[:2]: sys.executable}
-    for minor in range(10, 15):
-        candidates = sorted(Path.home().glob(f".pyenv/versions/3.{minor}.*/bin/python3"))
-        on_path = shutil.which(f"python3.{minor}")
-        for candidate in [*map(str, candidates), *([on_path] if on_path else [])]:
-            found.setdefault((3, minor), candidate)
-    return [found[version] for version in sorted(found)]
+def journal_line(name: str, seq: int, **changes: object) -> bytes:
+    """Return a line of a segment: an event that is plain but for its name, and for `changes`."""
+    event: dict[str, object] = {
+        "timestamp": "2026-01-31T12:00:00.000000Z",
+        "caller": "cli",
+        "type": "tool",
+        "name": name,
+        "input_json": "null",
+        "duration_ms": 1,
+        "policy_decision": "n/a",
+        "reason": None,
+        "status": "success",
+        "error": None,
+        **dict.fromkeys(("user_id", "session_id", "trace_id")),
+        "seq": seq,
+    }
+    return json.dumps({**event, **changes}, separators=(",", ":")).encode() + b"\n"
+
+
+@functools.cache
+def find_pythons() -> dict[str, str]:
+    """Return the interpreters from 3.10 on that are here, by version: this one, pyenv's, those on PATH."""
+    found = {f"3.{sys.version_info[1]}": sys.executable}
+    root = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv"))
+    for minor in range(10, 20):
+        version = f"3.{minor}"
+        on_path = shutil.which(f"python{version}")
+        for path in (*map(str, sorted(root.glob(f"versions/{version}.*/bin/python"))), on_path):
+            if path and not subprocess.run([path, "-c", ""], capture_output=True).returncode:  # no bare shim
+                found.setdefault(version, path)
+    return dict(sorted(found.items(), key=lambda item: int(item[0][2:])))

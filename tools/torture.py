@@ -31,7 +31,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from tools.judge import judge, pythons  # noqa: E402
+from tools.judge import find_pythons, journal_line, judge  # noqa: E402
 
 LIMIT_SECONDS = 300  # for any one child; arbitrary, far beyond what any needs
 
@@ -117,11 +117,14 @@ class Torture:
         return folder / "log.duckdb"
 
     def environment(self, python: str = sys.executable, **changes: str) -> dict[str, str]:
-        """The other Pythons have no duckdb package: they use the program."""
+        """Return what a child gets; the other Pythons have no duckdb package: they use the program.
+
+        Temporary files of killed children go when ours go.
+        """
         kept = {key: value for key, value in os.environ.items() if not key.startswith("MXCP_")}
         if python != sys.executable:
             changes.update(MXCP_AUDIT_ENGINE="cli", MXCP_AUDIT_DUCKDB=self._program())
-        return {**kept, "PYTHONPATH": str(self.module), **changes}
+        return {**kept, "PYTHONPATH": str(self.module), "TMPDIR": str(self.home), **changes}
 
     def _program(self) -> str:
         import mxcp_audit
@@ -310,33 +313,13 @@ def s1_kill_writer(t: Torture) -> None:
 def prepared(t: Torture, segments: int = 3, lines: int = 20) -> tuple[Path, set[str]]:
     """Return a database that isn't there yet, with a journal of sealed segments."""
     db = t.database()
-    expected = set()
+    expected: set[str] = set()
     (directory := Path(f"{db}.journal")).mkdir(0o700)
     for segment in range(segments):
-        rows = []
-        for seq in range(1, lines + 1):
-            name = f"p-{segment}-{seq}"
-            expected.add(name)
-            rows.append(
-                {
-                    "timestamp": "2026-01-31T12:00:00.000000Z",
-                    "caller": "cli",
-                    "type": "tool",
-                    "name": name,
-                    "input_json": "null",
-                    "duration_ms": 1,
-                    "policy_decision": "n/a",
-                    "reason": None,
-                    "status": "success",
-                    "error": None,
-                    "user_id": None,
-                    "session_id": None,
-                    "trace_id": None,
-                    "seq": seq,
-                }
-            )
-        text = "".join(json.dumps(row) + "\n" for row in rows)
-        (directory / f"20260131T12000{segment}000000Z-0000000{segment}.jsonl").write_text(text)
+        names = [f"p-{segment}-{seq}" for seq in range(1, lines + 1)]
+        expected.update(names)
+        text = b"".join(journal_line(name, seq) for seq, name in enumerate(names, 1))
+        (directory / f"20260131T12000{segment}000000Z-0000000{segment}.jsonl").write_bytes(text)
     Path(f"{db}.said").write_text("".join(json.dumps(name) + "\n" for name in sorted(expected)))
     return db, expected
 
@@ -398,8 +381,7 @@ log(1); write_down(); os.kill(os.getpid(), signal.SIGKILL)""",
 
 def s3_endings(t: Torture) -> None:
     """every way that a program can end, on every Python"""
-    versions = pythons()
-    for python in versions:
+    for python in find_pythons().values():
         for name, body in ENDINGS.items():
             db = t.database()
             script = "audit = AuditLogger(db)\n" + body + "\nwrite_down()"

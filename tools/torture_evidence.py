@@ -55,11 +55,12 @@ def strace(folder: Path, arguments: list[str], options: list[str]) -> subprocess
     # One processor: DuckDB then works in one thread, so that the n-th call is always the same.
     command = ["strace", "-f", "-o", str(folder / "trace"), *options]
     program = [sys.executable, "-m", "mxcp_audit", arguments[0], "--db", "log.duckdb", *arguments[1:]]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    # No bytecode is written for the same reason; what a killed process leaves in TMPDIR goes with the rest.
+    changes = {"PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", "TMPDIR": str(folder)}
     return subprocess.run(
         ["taskset", "-c", str(min(os.sched_getaffinity(0))), *command, *program],
         cwd=folder,
-        env=environment,
+        env={**os.environ, **changes},
         capture_output=True,
         encoding="utf-8",
         timeout=300,
