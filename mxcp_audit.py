@@ -2144,6 +2144,7 @@ class _Texts:
 
     def __init__(self, names: _Names, key: bytes | None) -> None:
         self._patterns, self._key, self.names = _Patterns(), key, names
+        self.constant = key is None
         self._find = _Finder(self._patterns, names)
         # Short texts without a secret, as JSON: names, cities and states come again and again.
         self.harmless: dict[str, str] = {}
@@ -2541,11 +2542,17 @@ def _collect_echoes(plain: object, echoes: list[str]) -> None:
             waiting += item[:_MAX_ECHOES]
         elif isinstance(item, bool) or item is None:
             continue
-        elif 4 <= len(shown := str(item)) <= _MAX_ECHO_CHARS:
+        elif len(shown := str(item)) <= _MAX_ECHO_CHARS:
             echoes.append(shown)
-            scheme, space, credentials = shown.partition(" ")
-            if space and scheme.lower() in _SCHEMES:
-                echoes.append(credentials)
+
+
+def _forms_of(echoes: Iterable[str]) -> set[str]:
+    """Return what to look for: values of 4 characters and more, and what stands behind `Bearer`."""
+    forms = set()
+    for echo in echoes:
+        scheme, _, credentials = echo.partition(" ")
+        forms |= {echo, credentials} if scheme.lower() in _SCHEMES else {echo}
+    return {form for form in forms if len(form) >= 4}
 
 
 def _percent(text: str) -> str:
@@ -2596,6 +2603,10 @@ class _Walk:
     def marker(self, value: object) -> str:
         """Return what stands in the place of a secret value, and collect what it may echo as."""
         if self.quiet:
+            return REDACTED
+        if type(value) is str and self.texts.constant and self.echoes is not None:  # nearly always
+            if len(self.echoes) < _MAX_ECHOES and len(value) <= _MAX_ECHO_CHARS:
+                self.echoes.append(value)
             return REDACTED
         plain = value if type(value) is str else self.plain(value)
         if isinstance(plain, str) and self.texts.is_marker(plain):
@@ -2871,7 +2882,6 @@ class Redactor:
             raise ConfigError("'hmac' needs a key: set MXCP_AUDIT_KEY", trail=("redact_mode",))
         self._names = _Names(redact, keep)
         self._texts = _Texts(self._names, key if mode == "hmac" else None)
-        self._constant = mode == "constant"
         self._verdicts = _Verdicts(self._names, self._texts)
         self._verdicts_by_tool = {
             tool: _Verdicts(self._names, self._texts, tool) for tool in self._names.tools
@@ -2926,7 +2936,7 @@ class Redactor:
             verdicts = self._verdicts_by_tool.get(_normal(tool), verdicts)
         try:
             declared = None if endpoint_def is None else _declare(endpoint_def)
-            walk = _Walk(self._texts, verdicts, echoes, self._constant and echoes is None)
+            walk = _Walk(self._texts, verdicts, echoes, self._texts.constant and echoes is None)
             if type(value) is dict and declared is None:  # nearly always
                 return walk.mapping(value, None)
             return walk.value(value, declared)
@@ -2945,10 +2955,10 @@ class Redactor:
                 leave nothing readable and hide nothing.
         """
         try:
-            walk = _Walk(self._texts, self._verdicts, None, self._constant)
+            walk = _Walk(self._texts, self._verdicts, None, self._texts.constant)
             shown = text if type(text) is str else walk.plain(text)
             shown = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
-            for echo in sorted({echo for echo in echoes if len(echo) >= 4}, key=len, reverse=True):
+            for echo in sorted(_forms_of(echoes), key=len, reverse=True):
                 for form in (echo, repr(echo)[1:-1], json.dumps(echo)[1:-1], _percent(echo)):
                     if form in shown and form not in REDACTED:
                         shown = shown.replace(form, self._texts.mark(echo))
@@ -5026,8 +5036,11 @@ def _surroundings() -> Origin:
 
 def error_of_result(result: object) -> str | None:
     """Return the message of a result that is marked as an error, or None."""
-    result = _get(result, "root") or result  # the SDK 1 wraps it
-    if not (_get(result, "isError") is True or _get(result, "is_error") is True):
+    marked = _get(result, "is_error")
+    if marked is None:
+        result = _get(result, "root") or result  # the SDK 1 wraps it
+        marked = _get(result, "isError")
+    if marked is not True:
         return None
     content = _get(result, "content")
     texts = [_get(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
@@ -5077,8 +5090,11 @@ class Middleware:
             event_type,
             name_of(message),
             _get(message, "arguments"),
+            caller=self._caller or origin.caller,
+            user_id=origin.user_id,
+            session_id=origin.session_id,
+            trace_id=origin.trace_id,
             denied_by=(*self._denied_by, refusal) if refusal is not None else self._denied_by,
-            **{**origin._asdict(), "caller": self._caller or origin.caller},
         )
         call.detailed = False
         return call
