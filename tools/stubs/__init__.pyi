@@ -190,6 +190,7 @@ class _Finder:
     def cards(self, text: str) -> Iterator[_Span]: ...
 
 class _Texts:
+    constant: Incomplete
     harmless: dict[str, str]
     def __init__(self, names: _Names, key: bytes | None) -> None: ...
     def clean(self, text: str, found: list[str] | None = None) -> str: ...
@@ -898,6 +899,4 @@ class _WrappedServer:
 
 def main(argv: Sequence[str] | None = None) -> int: ...
 
-# Names in __all__ with no definition:
-#   Parser@10102
-#   Version@10109
+_Span: TypeAlias = tuple[int, int]
