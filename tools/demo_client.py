@@ -34,7 +34,7 @@ def show(folder: Path, *arguments: str) -> None:
 
 async def use_the_server(folder: Path) -> None:
     log = (folder / "server.log").open("w")
-    transport = StdioTransport(sys.executable, [str(SERVER)], cwd=str(folder), log_file=log)
+    transport = StdioTransport(sys.executable, [str(SERVER)], cwd=str(folder), log_file=log, keep_alive=False)
     async with Client(transport) as client:
         await client.call_tool("find_orders", {"customer": "Zoë Müller 顧客 ☃", "limit": 2})
         await client.call_tool("find_orders", {"customer": "x' OR '1'='1"})
@@ -62,8 +62,8 @@ async def use_the_server(folder: Path) -> None:
         show(folder, "log", "--type", "tool", "--status", "error", "--since", "1h")
         show(folder, "log", "--tool", "connect_shop", "--json")
         show(folder, "log", "--export", "audit-report.csv")
-    # Clients end stdio servers by a signal. What such a server had not ingested yet is in its journal:
-    # `log` shows it, and the next server, or this, moves it into the database.
+    # A client closes the input of a stdio server, which then ingests and ends, or ends it by a signal. What a
+    # killed one had not ingested is in its journal: the next server, or this, moves it into the database.
     show(folder, "ingest")
     print("\nThe server has ended. What DuckDB itself sees in logs-default.duckdb:", flush=True)
     import duckdb

@@ -66,7 +66,7 @@ def drawn(lines: list[str]) -> str:
 <svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" role="img">
 <title>What log and stats print after the demo</title>
 <rect width="100%" height="100%" rx="8" fill="#0d1117"/>
-<g font-family="ui-monospace, Menlo, Consolas, 'DejaVu Sans Mono', monospace" font-size="14">
+<g font-family="'DejaVu Sans Mono', Menlo, Consolas, monospace" font-size="14">
 {body}
 </g>
 </svg>
