@@ -84,7 +84,9 @@ for row in connection.execute(sys.argv[2]).fetchall():
 MILLION = 1_000_000
 
 
-EXPORT = "COPY (SELECT * FROM audit.logs ORDER BY timestamp DESC, segment DESC, seq DESC) TO 'out.{0}' (FORMAT {0})"
+EXPORT = """
+COPY (SELECT * FROM audit.logs ORDER BY timestamp DESC, segment DESC, seq DESC)
+TO 'out.{0}' (FORMAT {0})"""
 
 
 def generate(path: Path, rows: int) -> None:
