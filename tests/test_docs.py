@@ -156,6 +156,15 @@ def test_docs_every_link_leads_to_a_file(page: Path) -> None:
             assert fragment in anchors, f"{target}#{fragment}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_docs_every_row_of_a_table_has_the_cells_of_its_head(page: Path) -> None:
+    """A `|` in a cell must be written with a backslash, in code as well."""
+    text = BLOCK.sub("", page.read_text(encoding="utf-8"))
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.MULTILINE):
+        cells = [len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()]
+        assert [row for row, count in zip(table.splitlines(), cells) if count != cells[0]] == []
+
+
 def test_read_journal_reads_what_the_logger_wrote(folder: Path) -> None:
     script = (
         "from mxcp_audit import AuditLogger\n"
