@@ -4128,70 +4128,198 @@ class Diagnostics:
         self.tell()
 
 
-class Writer:
-    """The queue and the thread that empties it into the journal.
+class Appender:
+    """Puts lines into segments of a journal, one after the other; for one thread at a time.
 
     Args:
         journal: where the segments go.
+        durable: what is appended is forced to the disk.
+        diagnostics: who is told of faults.
+        on_sealed: called, in whichever thread appends, after a segment was sealed.
+    """
+
+    def __init__(
+        self, journal: Journal, *, durable: bool, diagnostics: Diagnostics, on_sealed: Callable[[], None]
+    ) -> None:
+        self._journal = journal
+        self._durable = durable
+        self._diagnostics = diagnostics
+        self._on_sealed = on_sealed
+        self._segment: Segment | None = None
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Begin without a segment: at first, and in a child after a fork, where the parent's is let go."""
+        self.done = 0  # lines that are in the journal, or can be in none
+        self._lost: list[Loss] = []
+        self._losing = native_threads().RLock()  # callers lose events too, in signal handlers as well
+        segment, self._segment = self._segment, None
+        if segment is not None:
+            segment.forget()
+
+    def due_in(self, interval: float) -> float | None:
+        """Return how many seconds are left until there is something to seal; None if there is nothing."""
+        if self._segment is None:
+            return 0.0 if self._lost else None
+        return max(0.0, self._segment.opened + interval - time.monotonic())
+
+    def append(self, piece: list[bytes]) -> bool:
+        """Put lines into the segment, a new one if need be; True if it was large enough to be sealed.
+
+        After any fault the segment is sealed and the next attempt begins another: a file that has
+        reached a size limit, or that an fsync failed on, never becomes better.
+
+        Raises:
+            OSError, JournalError: they are not in the journal, but for the first ones that `done` counts.
+        """
+        segment = self._segment
+        if segment is not None and not segment.is_in_place():
+            segment = self._replace(segment)
+        if segment is None:
+            segment = self._segment = self._journal.open_segment(durable=self._durable)
+        before = segment.events
+        goal = before + len(piece)
+        lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
+        try:
+            segment.append(lines, len(piece), durable=self._durable)
+        except OSError as error:
+            self.seal()
+            if error.errno != errno.EFBIG:
+                raise
+            self._append_in_parts(piece, fits=before > 0)
+        finally:
+            # An interrupt may come between the two: what the segment took is done.
+            if segment.events == goal:
+                self.done += len(piece)
+        return segment.size >= SEGMENT_BYTES and self.seal()
+
+    def _append_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
+        """Put away what exceeded the limit of file sizes: in a new segment if it fits, or in halves."""
+        if fits:
+            self.append(piece)
+        elif len(piece) > 1:
+            self.append(piece[: len(piece) // 2])
+            self.append(piece[len(piece) // 2 :])
+        else:
+            self.done += 1
+            self.lose(1, "the event is larger than a file may be (RLIMIT_FSIZE)")
+            self._diagnostics.note(
+                "limit", "an event is larger than a file may be (RLIMIT_FSIZE) and is lost"
+            )
+
+    def _replace(self, segment: Segment) -> Segment | None:
+        """Start anew after somebody deleted or moved the segment; a deleted one is written again."""
+        self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; a new segment is written")
+        held = segment.rescue()
+        fresh = None
+        if held:
+            fresh = self._journal.open_segment(durable=self._durable)
+            try:
+                fresh.append(held, segment.events, durable=self._durable)
+            except BaseException:
+                fresh.seal()
+                raise
+        self._segment = fresh
+        segment.abandon()
+        return fresh
+
+    def seal(self) -> bool:
+        """Seal the segment, if any, and put losses on record; False if either must be tried again."""
+        segment = self._segment
+        try:
+            if segment is not None and not segment.is_in_place():
+                segment = self._replace(segment)
+            if segment is not None:
+                segment.seal()
+            self._segment = None
+        except (OSError, JournalError) as error:
+            self._diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
+            return False
+        recorded = self._record_losses()
+        if segment is not None:
+            self._on_sealed()
+        return recorded
+
+    def lose(self, events: int, reason: str) -> None:
+        """Count lost events, from any thread; the next `seal` puts them on record."""
+        now = sql_time(utc_now())
+        with self._losing:
+            self._diagnostics.dropped += events
+            if self._lost and self._lost[-1].reason == reason:
+                last = self._lost[-1]
+                self._lost[-1] = last._replace(events=last.events + events, last=now)
+            else:
+                self._lost.append(Loss(events, now, now, reason))
+
+    def _record_losses(self) -> bool:
+        while self._lost:
+            with self._losing:
+                loss = self._lost.pop(0)
+            try:
+                self._journal.record_loss(loss)
+            except (OSError, JournalError) as error:
+                self._lost.insert(0, loss)
+                self._diagnostics.note("loss", "a loss could not be put on record yet", error=error)
+                return False
+        return True
+
+
+class Writer:
+    """The queue and the thread that empties it.
+
+    Args:
+        appender: where the lines go.
         flush_interval: seconds after which a segment is sealed.
         durable: each batch is forced to the disk before it counts as written.
         drop_when_full: what a full queue does: drop the event and count it, or make the caller wait.
         diagnostics: who is told of faults.
         on_start: called before a thread is started; False if none may be, because the program ends.
-        on_sealed: called, in whichever thread wrote, after a segment was sealed.
     """
 
     def __init__(
         self,
-        journal: Journal,
+        appender: Appender,
         *,
         flush_interval: float,
         durable: bool,
         drop_when_full: bool,
         diagnostics: Diagnostics,
         on_start: Callable[[], bool],
-        on_sealed: Callable[[], None],
     ) -> None:
-        self._journal = journal
+        self._appender = appender
         self._flush_interval = flush_interval
         self._durable = durable
         self._drop_when_full = drop_when_full
         self._diagnostics = diagnostics
         self._on_start = on_start
-        self._on_sealed = on_sealed
-        self._segment: Segment | None = None
         self._fork_held = False
         self.start_afresh()
 
     def start_afresh(self) -> None:
         """Begin with an empty queue and no thread: at first, and in a child after a fork.
 
-        What the parent had queued is the parent's to write; its segment is closed, not sealed.
+        What the parent had queued is the parent's to write.
         """
+        self._appender.start_afresh()
         self._threads = threads = native_threads()
         self._lock = threads.RLock()  # of the queue; held for moments only
         self._progress = threads.Condition(self._lock)
-        self._writing = threads.RLock()  # of the segment; held while the disk works
+        self._writing = threads.RLock()  # of the appender; held while the disk works
         self._wake = threads.Lock()
         self._wake.acquire()
-        # accepted = _finished + len(_held) + len(_queue); written = _finished + _held_done
+        # accepted = _finished + len(_held) + len(_queue)
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._held: list[bytes] = []  # the batch that is being written
         self._held_bytes = 0
-        self._held_done = 0
-        self._finished = 0
+        self._finished = 0  # lines of the batches before
         self._waiting: list[tuple[int, Callable[[], object]]] = []
-        self._lost: list[Loss] = []
         self._asleep = True
         self._gathering = False
         self._closing = self._closed = False
         self._inline = 0  # the thread that writes without being the writer
         self._thread: threading.Thread | None = None
         self._sealed = self._seal_wanted = 0
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            segment.forget()
 
     def before_fork(self) -> None:
         """Wait a moment for a write to end, so that no child inherits a segment that nobody knows yet."""
@@ -4290,7 +4418,7 @@ class Writer:
     @property
     def written(self) -> int:
         """How many of them are in the journal."""
-        return self._finished + self._held_done
+        return self._appender.done
 
     @property
     def pending(self) -> int:
@@ -4304,7 +4432,7 @@ class Writer:
         """Wait for room in a full queue; False if the event is to be dropped instead."""
         full = f"the queue is full ({QUEUE_BYTES // 2**20} MiB)"
         if self._drop_when_full:
-            self._lose(1, "the queue was full (on_full: drop)")
+            self._appender.lose(1, "the queue was full (on_full: drop)")
             self._diagnostics.report("full", f"{full}: events are dropped (on_full: drop)")
             return False
         # The writer itself, or a logging handler in its thread, must not wait for the writer.
@@ -4318,17 +4446,6 @@ class Writer:
                 if self._queued_bytes + self._held_bytes > QUEUE_BYTES:
                     self._progress.wait(_RETRY_SECONDS[0] if self._thread is None else 1.0)
         return True
-
-    def _lose(self, events: int, reason: str) -> None:
-        """Count lost events; `_record_losses` puts them on record."""
-        now = sql_time(utc_now())
-        with self._lock:
-            self._diagnostics.dropped += events
-            if self._lost and self._lost[-1].reason == reason:
-                last = self._lost[-1]
-                self._lost[-1] = last._replace(events=last.events + events, last=now)
-            else:
-                self._lost.append(Loss(events, now, now, reason))
 
     def _wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
         with self._progress:
@@ -4440,20 +4557,25 @@ class Writer:
                 self._retire()
                 return False
             self._asleep = True
-            segment = self._segment
-        timeout = -1.0
-        if segment is not None:
-            due = segment.opened + self._flush_interval - time.monotonic()
-            timeout = min(max(0.0, due), threading.TIMEOUT_MAX)
-        self._wake.acquire(timeout=timeout)
+        due = self._appender.due_in(self._flush_interval)
+        self._wake.acquire(timeout=-1.0 if due is None else min(due, threading.TIMEOUT_MAX))
         return True
 
     def _work(self) -> bool:
         """Write what is queued, and seal what is due; False if something is left that could not be done."""
         done = self._drain()
-        if self._seal_is_due():  # also if not all could be written: an ingest may free the space
-            done = self._seal() and done
+        asked = self._closing or self._seal_wanted > self._sealed
+        # Also if not all could be written: an ingest may free the space.
+        if asked or self._appender.due_in(self._flush_interval) == 0.0:
+            if not self._appender.seal():
+                return False
+            self._note_sealed()
         return done
+
+    def _note_sealed(self) -> None:
+        with self._progress:
+            self._sealed = self.written
+            self._progress.notify_all()
 
     def _drain(self) -> bool:
         """Move the queue into the journal; False, with all that is left queued again, on a fault."""
@@ -4468,7 +4590,8 @@ class Writer:
             fault = False
             try:
                 for piece in _pieces(self._held):
-                    self._write(piece)
+                    if self._appender.append(piece):
+                        self._note_sealed()
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
                 fault = True
                 self._diagnostics.note(
@@ -4478,9 +4601,9 @@ class Writer:
                 )
             finally:
                 with self._progress:
-                    done, rest = self._held_done, self._held[self._held_done :]
+                    rest = self._held[self.written - self._finished :]
                     self._queue[:0] = rest
-                    self._held, self._held_done, self._finished = [], 0, self._finished + done
+                    self._held, self._finished = [], self.written
                     self._held_bytes = 0
                     self._queued_bytes += sum(map(len, rest))
                     self._progress.notify_all()
@@ -4496,103 +4619,6 @@ class Writer:
         for _, callback in due:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
                 callback()
-
-    def _write(self, piece: list[bytes]) -> None:
-        """Put lines into the segment, a new one if need be, and count them as done.
-
-        After any fault the segment is sealed and the next attempt begins another: a file that has
-        reached a size limit, or that an fsync failed on, never becomes better.
-        """
-        segment = self._segment
-        if segment is not None and not segment.is_in_place():
-            segment = self._replace(segment)
-        if segment is None:
-            segment = self._segment = self._journal.open_segment(durable=self._durable)
-        before = segment.events
-        goal = before + len(piece)
-        lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
-        try:
-            segment.append(lines, len(piece), durable=self._durable)
-        except OSError as error:
-            self._seal()
-            if error.errno != errno.EFBIG:
-                raise
-            self._write_in_parts(piece, fits=before > 0)
-        finally:
-            # An interrupt may come between the two: what the segment took is done.
-            if segment.events == goal:
-                self._held_done += len(piece)
-        if segment.size >= SEGMENT_BYTES:
-            self._seal()
-
-    def _write_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
-        """Write what exceeded the limit of file sizes: to a new segment if it may fit there, or in halves."""
-        if fits:
-            self._write(piece)
-        elif len(piece) > 1:
-            self._write(piece[: len(piece) // 2])
-            self._write(piece[len(piece) // 2 :])
-        else:
-            self._held_done += 1
-            self._lose(1, "the event is larger than a file may be (RLIMIT_FSIZE)")
-            self._diagnostics.note(
-                "limit", "an event is larger than a file may be (RLIMIT_FSIZE) and is lost"
-            )
-
-    def _replace(self, segment: Segment) -> Segment | None:
-        """Start anew after somebody deleted or moved the segment; a deleted one is written again."""
-        self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; a new segment is written")
-        held = segment.rescue()
-        fresh = None
-        if held:
-            fresh = self._journal.open_segment(durable=self._durable)
-            try:
-                fresh.append(held, segment.events, durable=self._durable)
-            except BaseException:
-                fresh.seal()
-                raise
-        self._segment = fresh
-        segment.abandon()
-        return fresh
-
-    def _seal_is_due(self) -> bool:
-        segment = self._segment
-        if self._closing or self._seal_wanted > self._sealed:
-            return True
-        if segment is None:
-            return bool(self._lost)
-        return time.monotonic() - segment.opened >= self._flush_interval
-
-    def _seal(self) -> bool:
-        """Seal the segment, if there is one; False if that must be tried again."""
-        segment = self._segment
-        try:
-            if segment is not None and not segment.is_in_place():
-                segment = self._replace(segment)
-            if segment is not None:
-                segment.seal()
-            self._segment = None
-        except (OSError, JournalError) as error:
-            self._diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
-            return False
-        self._record_losses()
-        with self._progress:
-            self._sealed = self.written
-            self._progress.notify_all()
-        if segment is not None:
-            self._on_sealed()
-        return True
-
-    def _record_losses(self) -> None:
-        while self._lost:
-            with self._lock:
-                loss = self._lost.pop(0)
-            try:
-                self._journal.record_loss(loss)
-            except (OSError, JournalError) as error:
-                self._lost.insert(0, loss)
-                self._diagnostics.note("loss", "a loss could not be put on record yet", error=error)
-                return
 
 
 def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
@@ -5534,6 +5560,103 @@ class Counters(NamedTuple):
     last_error: str | None
 
 
+class EventRecorder:
+    """Turns events and calls into queued lines; what can't be encoded is recorded without content.
+
+    Args:
+        encoder, writer: what does it.
+        diagnostics: who is told of faults.
+        enabled: False makes everything return at once.
+        durable: `wait` returns when the line is on the disk.
+    """
+
+    def __init__(
+        self, encoder: Encoder, writer: Writer, diagnostics: Diagnostics, *, enabled: bool, durable: bool
+    ) -> None:
+        self._encoder, self._writer, self._diagnostics = encoder, writer, diagnostics
+        self._enabled, self._durable = enabled, durable
+        self._put = writer.put
+
+    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+        """Encode the input of a call that begins."""
+        echoes: list[str] = []
+        if not self._enabled:
+            return "null", echoes
+        try:
+            return self._encoder.input_json(input_params, name, endpoint_def, echoes), echoes
+        except Exception as fault:
+            self._diagnostics.report("encode", "an input could not be encoded", error=fault)
+            return encode_text(encode_text(_UNENCODABLE)), echoes
+
+    def finish(self, call: Call) -> int:
+        """Queue the line of a call that ended."""
+        if not self._enabled:
+            return 0
+        try:
+            return self._put(
+                self._encoder.line(
+                    call.caller,
+                    call.event_type,
+                    call.name,
+                    call.input_json,
+                    call.duration_ms,
+                    call.policy_decision,
+                    call.reason,
+                    call.status,
+                    call.error,
+                    call.user_id,
+                    call.session_id,
+                    call.trace_id,
+                    call.echoes,
+                )
+            )
+        except Exception as fault:
+            return self.put_without_content(fault)
+
+    def put_without_content(self, fault: Exception) -> int:
+        """Record that there was an event, although it could not be encoded."""
+        self._diagnostics.report(
+            "encode", "an event could not be encoded; it is recorded without content", error=fault
+        )
+        input_json = encode_text(encode_text(_UNENCODABLE))
+        try:
+            return self._put(
+                self._encoder.line(
+                    "", "", "", input_json, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ()
+                )
+            )
+        except Exception as error:
+            self._diagnostics.report("encode", "an event could not be recorded", error=error)
+            return 0
+
+    def wait(self, ticket: int) -> None:
+        """With `durable`, return when the line is on the disk."""
+        if self._durable and self._enabled:
+            self._writer.wait_written(ticket)
+
+    async def wait_async(self, ticket: int) -> None:
+        """With `durable`, return when the line is on the disk; the event loop goes on meanwhile."""
+        if self._durable and self._enabled:
+            import asyncio
+
+            try:
+                loop = asyncio.get_running_loop()
+            except RuntimeError:  # another kind of event loop: the promise counts for more than its time
+                self._writer.wait_written(ticket)
+                return
+            written: asyncio.Future[None] = loop.create_future()
+
+            def resolve() -> None:
+                if not written.done():  # the waiting task may have been cancelled
+                    written.set_result(None)
+
+            self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(resolve))
+            await written
+
+
+_UNENCODABLE: Final = "[UNENCODABLE]"
+
+
 class AuditLogger:
     """Records events: each becomes a line in the journal within milliseconds, and a row in DuckDB soon after.
 
@@ -5629,15 +5752,26 @@ class AuditLogger:
             else Ingester(self._side, interval=config.flush_interval, diagnostics=self._diagnostics)
         )
         self._writer = Writer(
-            Journal(config.journal_directory),
+            Appender(
+                Journal(config.journal_directory),
+                durable=config.durable,
+                diagnostics=self._diagnostics,
+                on_sealed=self._sealed,
+            ),
             flush_interval=config.flush_interval,
             durable=config.durable,
             drop_when_full=config.on_full == "drop",
             diagnostics=self._diagnostics,
             on_start=self._activate,
-            on_sealed=self._sealed,
         )
         self._put = self._writer.put
+        self._recorder = EventRecorder(
+            self._encoder,
+            self._writer,
+            self._diagnostics,
+            enabled=config.enabled,
+            durable=config.durable,
+        )
         _live.known[id(self)] = self
 
     def log_event(
@@ -5692,9 +5826,9 @@ class AuditLogger:
                 )
             )
         except Exception as fault:
-            ticket = self._put_without_content(fault)
+            ticket = self._recorder.put_without_content(fault)
         if self.config.durable:
-            self._writer.wait_written(ticket)
+            self._recorder.wait(ticket)
 
     def record(
         self,
@@ -5715,7 +5849,7 @@ class AuditLogger:
         decision `deny`. Works with `with` and `async with`.
         """
         return Call(
-            self,
+            self._recorder,
             event_type,
             name,
             input_params,
@@ -5876,84 +6010,6 @@ class AuditLogger:
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
 
-    # --- what calls need (Recorder)
-
-    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
-        """Encode the input of a call that begins."""
-        echoes: list[str] = []
-        if not self.enabled:
-            return "null", echoes
-        try:
-            return self._encoder.input_json(input_params, name, endpoint_def, echoes), echoes
-        except Exception as fault:
-            self._diagnostics.report("encode", "an input could not be encoded", error=fault)
-            return encode_text(encode_json(_UNENCODABLE)), echoes
-
-    def finish(self, call: Call) -> int:
-        """Queue the line of a call that ended."""
-        if not self.enabled:
-            return 0
-        try:
-            return self._put(
-                self._encoder.line(
-                    call.caller,
-                    call.event_type,
-                    call.name,
-                    call.input_json,
-                    call.duration_ms,
-                    call.policy_decision,
-                    call.reason,
-                    call.status,
-                    call.error,
-                    call.user_id,
-                    call.session_id,
-                    call.trace_id,
-                    call.echoes,
-                )
-            )
-        except Exception as fault:
-            return self._put_without_content(fault)
-
-    def wait(self, ticket: int) -> None:
-        """With `durable`, return when the line is on the disk."""
-        if self.config.durable and self.enabled:
-            self._writer.wait_written(ticket)
-
-    async def wait_async(self, ticket: int) -> None:
-        """With `durable`, return when the line is on the disk; the event loop goes on meanwhile."""
-        if self.config.durable and self.enabled:
-            import asyncio
-
-            try:
-                loop = asyncio.get_running_loop()
-            except RuntimeError:  # another kind of event loop: the promise counts for more than its time
-                self._writer.wait_written(ticket)
-                return
-            written: asyncio.Future[None] = loop.create_future()
-
-            def resolve() -> None:
-                if not written.done():  # the waiting task may have been cancelled
-                    written.set_result(None)
-
-            self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(resolve))
-            await written
-
-    def _put_without_content(self, fault: Exception) -> int:
-        """Record that there was an event, although it could not be encoded."""
-        self._diagnostics.report(
-            "encode", "an event could not be encoded; it is recorded without content", error=fault
-        )
-        input_json = encode_text(encode_json(_UNENCODABLE))
-        try:
-            return self._put(
-                self._encoder.line(
-                    "", "", "", input_json, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ()
-                )
-            )
-        except Exception as error:
-            self._diagnostics.report("encode", "an event could not be recorded", error=error)
-            return 0
-
     # --- the process
 
     def _activate(self) -> bool:
@@ -6004,9 +6060,6 @@ def redactor_of(config: Config) -> Redactor:
     """Return the redactor that a configuration describes."""
     key = os.environ.get("MXCP_AUDIT_KEY")
     return Redactor(config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None)
-
-
-_UNENCODABLE: Final = "[UNENCODABLE]"
 
 
 class _Live:

@@ -2031,7 +2031,7 @@ def test_bc_130_clock_that_jumps_stops_neither_sealing_nor_ingest(db: Path) -> N
         import itertools
         true_time = time.time_ns; offset = 0
         audit = AuditLogger(db, flush_interval=0.05)
-        audit._encoder._clock = audit._writer._journal._clock = lambda: true_time() + offset
+        audit._encoder._clock = audit._writer._appender._journal._clock = lambda: true_time() + offset
         for n, offset in enumerate([0, -86400 * 10**9, 86400 * 3650 * 10**9, 0]):
             log(n); time.sleep(0.3)
             end = time.monotonic() + 60

@@ -15,7 +15,7 @@ import pytest
 from conftest import SAFETY_SECONDS, wait_until
 
 import mxcp_audit
-from mxcp_audit import Diagnostics, Journal, Writer
+from mxcp_audit import Appender, Diagnostics, Journal, Writer
 
 
 class Bench:
@@ -26,13 +26,11 @@ class Bench:
         self.told = Diagnostics()
         self.sealed = 0
         settings: dict[str, Any] = {"flush_interval": 60.0, "durable": False, "drop_when_full": False}
-        self.writer = Writer(
-            self.journal,
-            **{**settings, **options},
-            diagnostics=self.told,
-            on_start=lambda: True,
-            on_sealed=self._sealed,
+        settings.update(options)
+        self.appender = Appender(
+            self.journal, durable=settings["durable"], diagnostics=self.told, on_sealed=self._sealed
         )
+        self.writer = Writer(self.appender, **settings, diagnostics=self.told, on_start=lambda: True)
 
     def _sealed(self) -> None:
         self.sealed += 1

@@ -849,7 +849,7 @@ def s14_clock(t: Torture) -> None:
         true_time, offset = time.time_ns, [0]
         audit = AuditLogger(db, flush_interval=0.02)
         def clock(): return 0 if offset[0] is None else true_time() + offset[0]
-        audit._encoder._clock = audit._writer._journal._clock = clock
+        audit._encoder._clock = audit._writer._appender._journal._clock = clock
         for step, offset[0] in enumerate([0, -86400 * 10**9, 86400 * 3650 * 10**9, None, -3600 * 10**9, 0]):
             for n in range(50): log(f"{step}-{n}"); time.sleep(0.002)
             assert promise()
