@@ -10,6 +10,7 @@ import json
 import os
 import re
 import select
+import shutil
 import signal
 import subprocess
 import sys
@@ -612,6 +613,35 @@ def test_completion_completes_commands_options_and_values(cli: Cli, tmp_path: Pa
     assert complete("mxcp-audit", "log", "--export", "x") == []
     assert complete("mxcp-audit", "completion", "") == ["-h", "--help", "bash", "zsh"]
     assert "bashcompinit" in cli("completion", "zsh").stdout
+
+
+ZSH = """
+zmodload zsh/zpty
+zpty shell "zsh -f -i"
+zpty -w shell "autoload -Uz compinit; compinit -u; source $1; mxcp-audit() { : }; print ready-$((1 + 1))"
+typeset seen=""
+until_seen() {
+    integer tries=600
+    while [[ $seen != *$1* ]] && (( tries-- )); do
+        zpty -r -t shell part && seen+=$part || sleep 0.1
+    done
+}
+until_seen ready-2
+zpty -w -n shell $'mxcp-audit stats --by ho\t'
+until_seen hour
+print -r -- $seen
+zpty -d shell
+"""
+
+
+@pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh here")
+def test_completion_works_in_a_real_zsh(cli: Cli, tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(cli("completion", "zsh").stdout)
+    words = ["zsh", "-f", "-c", ZSH, "zsh", str(tmp_path / "script")]
+    shown = subprocess.run(
+        words, cwd=tmp_path, env={**os.environ, "TERM": "dumb"}, capture_output=True, text=True, timeout=120
+    )
+    assert "--by hour " in shown.stdout, shown.stderr
 
 
 # --- times
