@@ -56,10 +56,10 @@ def make_environment(name: str, *requirements: str, python: str = sys.executable
 
 
 def find_duckdb_program() -> str:
-    """Return the path of the real program, from the package `duckdb-cli`."""
+    """Return the path of the real program, of the package `duckdb-cli` or on PATH."""
     import mxcp_audit
 
-    program = mxcp_audit.find_program({"PATH": ""})
+    program = mxcp_audit.find_program()
     if program is None:
         pytest.skip("the package duckdb-cli is not installed")
     return program
@@ -183,7 +183,7 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
     """Print what of the matrix this run was; tools/matrix.py runs the others."""
     import mxcp_audit
 
-    program = mxcp_audit.find_program({"PATH": ""})
+    program = mxcp_audit.find_program()
     version = subprocess.run([program, "-version"], capture_output=True, text=True).stdout if program else ""
     package = importlib.metadata.version("duckdb") if importlib.util.find_spec("duckdb") else "none"
     terminalreporter.write_line(

@@ -227,8 +227,7 @@ def test_bc_007_second_interrupt_at_exit_is_prompt_and_says_what_is_left(db: Pat
         true_shutdown = audit.shutdown
         def shutdown(*args, **options): print("ending", flush=True); return true_shutdown(*args, **options)
         audit.shutdown = shutdown
-        print("ready", flush=True)
-        try: time.sleep(60)
+        try: print("ready", flush=True); time.sleep(60)
         except KeyboardInterrupt: pass
     """,
         db,
