@@ -6948,7 +6948,8 @@ class CliEngine:
     """DuckDB as a child process: the `duckdb` program, fed SQL on standard input.
 
     Each statement is followed by a `.print` of a random word, at which its rows end. The user's
-    `~/.duckdbrc` doesn't matter (`-no-init`), and the first error ends the child (`-bail`).
+    `~/.duckdbrc` doesn't matter (`-init` with an empty file: 1.4 knows no `-no-init`), and the first error
+    ends the child (`-bail`).
 
     Args:
         program: the path of the program.
@@ -6960,7 +6961,7 @@ class CliEngine:
 
     def __init__(self, program: str, *, guest: bool) -> None:
         self.program = program
-        self._options: Sequence[str] = ("-no-init", "-batch", "-bail", "-jsonlines", ":memory:")
+        self._options: Sequence[str] = ("-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
         self._guest = guest
         self._process: subprocess.Popen[bytes] | None = None
         self._mark = os.urandom(8).hex()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import csv
 import errno
 import hashlib
+import importlib.metadata
+import importlib.util
 import io
 import json
 import os
@@ -574,8 +576,11 @@ def test_terminal_export_to_it_is_harmless_and_binary_is_refused(filled: Path) -
 
 
 def test_terminal_interrupted_sql_ends_soon(filled: Path) -> None:
-    # One source, no join: with a single thread, DuckDB before 2.0 asks only between pieces of the source.
-    endless = "SELECT count(*) FROM range(1000000000000) WHERE hash(range) = 7"
+    if os.environ.get("MXCP_AUDIT_ENGINE") != "cli" and importlib.util.find_spec("duckdb"):
+        major = int(importlib.metadata.version("duckdb").split(".")[0])
+        if major < 2:
+            pytest.skip("with one thread, as on a busy machine, older packages ask too seldom for interrupts")
+    endless = "SELECT count(*) FROM range(300000) a, range(1000000000) b WHERE hash(a.range, b.range) = 7"
     marked = (
         "import sys, mxcp_audit; real = mxcp_audit.Reading.query;"
         "mxcp_audit.Reading.query = lambda *a: (print('asking', flush=True), real(*a))[1];"

@@ -11,8 +11,10 @@ import pytest
 from conftest import child_environment, find_duckdb_program, make_environment, write_table_of_mxcp
 
 from mxcp_audit import AuditLogger
+from tools.matrix import CELLS, Cell
 
-OLDER = ["1.2.2", "1.4.4", "1.5.6"]
+OLDER = [cell for cell in CELLS if cell.package]
+older = pytest.mark.parametrize("cell", OLDER, ids=lambda cell: cell.package)
 COUNT = "SELECT count(*) FROM logs WHERE name = 'find me' AND input_json = '{\"id\":7}'"
 
 
@@ -24,9 +26,9 @@ def database(tmp_path: Path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("version", OLDER)
-def test_database_of_the_newest_duckdb_opens_in_an_older_package(database: Path, version: str) -> None:
-    python = make_environment(f"duckdb-{version}", f"duckdb=={version}")
+@older
+def test_database_of_the_newest_duckdb_opens_in_an_older_package(database: Path, cell: Cell) -> None:
+    python = make_environment(cell.name, *cell.requirements, python=cell.interpreter())
     script = (
         f"import duckdb; connection = duckdb.connect({str(database)!r}, read_only=True)\n"
         f"print(connection.execute({COUNT!r}).fetchall())"
@@ -43,9 +45,9 @@ def test_database_of_the_newest_duckdb_opens_in_the_program(database: Path) -> N
     assert shown.stdout == "1\n", shown.stderr
 
 
-@pytest.mark.parametrize("version", OLDER)
-def test_older_duckdb_ingests_and_queries(tmp_path: Path, database: Path, version: str) -> None:
-    python = make_environment(f"duckdb-{version}", f"duckdb=={version}")
+@older
+def test_older_duckdb_ingests_and_queries(tmp_path: Path, database: Path, cell: Cell) -> None:
+    python = make_environment(cell.name, *cell.requirements, python=cell.interpreter())
     environment = child_environment(MXCP_AUDIT_ENGINE="package")
     script = (
         "from mxcp_audit import AuditLogger\n"

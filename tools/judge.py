@@ -49,9 +49,10 @@ def ask(database: str | os.PathLike[str], query: str) -> list[tuple[Any, ...]]:
         with duckdb.connect(os.fspath(database), read_only=True) as connection:
             return list(connection.execute(query).fetchall())
     package = importlib.util.find_spec("duckdb_cli")
-    assert package is not None and package.origin is not None, "neither duckdb nor duckdb-cli is installed"
-    program = os.path.join(os.path.dirname(package.origin), "duckdb")
-    command = [program, "-no-init", "-batch", "-readonly", "-json", os.fspath(database), query]
+    folders = package.submodule_search_locations if package else None
+    program = shutil.which("duckdb", path=os.pathsep.join([*(folders or ()), os.environ["PATH"]]))
+    assert program, "neither the package duckdb nor the program is installed"
+    command = [program, "-init", os.devnull, "-batch", "-readonly", "-json", os.fspath(database), query]
     answer = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
 
     def row(pairs: list[tuple[str, Any]]) -> tuple[Any, ...]:

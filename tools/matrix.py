@@ -56,7 +56,7 @@ class Cell:
     Args:
         python: the version wanted.
         package: the version of the `duckdb` package, or None to have none.
-        program: that of the program; the oldest that is published as `duckdb-cli` is 1.4.4.
+        program: that of `duckdb-cli`; the oldest that holds the program is 1.4.4.post2.
     """
 
     python: str
@@ -80,15 +80,15 @@ class Cell:
 
 
 CELLS = (
-    Cell("3.10", "1.2.2", "1.4.4"),
-    Cell("3.12", "1.4.4", "1.4.4"),
+    Cell("3.10", "1.2.2", "1.4.4.post2"),
+    Cell("3.12", "1.4.4", "1.4.4.post2"),
     Cell("3.13", "1.5.5", "1.5.5"),
     Cell("3.12", None, "1.5.6"),
 )
 VERSIONS = """
 import importlib.metadata, importlib.util, subprocess, sys
 import mxcp_audit
-program = mxcp_audit.find_program({"PATH": ""})
+program = mxcp_audit.find_program()
 said = subprocess.run([program, "-version"], capture_output=True, text=True).stdout if program else "none"
 package = importlib.metadata.version("duckdb") if importlib.util.find_spec("duckdb") else "none"
 print(sys.version.split()[0], package, said.split()[0].lstrip("v"))
@@ -114,7 +114,9 @@ def run_pytest(python: str, arguments: list[str], note: str) -> Result:
     """Run pytest with a Python, its output to ours; its counts come from the report that it writes."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
-        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        # The program of duckdb-cli 1.4.4 lies beside the Python; that of later ones in their package.
+        path = f"{Path(python).parent}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PATH": path}
         command = [python, "-m", "pytest", "-n", WORKERS, f"--junitxml={report}", *arguments]
         status = subprocess.run(command, cwd=ROOT, env=environment).returncode
         counts = {"failed": 0}
