@@ -38,7 +38,8 @@ def load_cases(name: str) -> Any:
 def child_environment(**changes: str) -> dict[str, str]:
     """Return an environment in which a child finds the module, and nothing of ours is set but `changes`."""
     kept = {key: value for key, value in os.environ.items() if not key.startswith("MXCP_")}
-    kept["PYTHONPATH"] = str(ROOT)
+    # From 3.12 on, Python warns of each fork of a process with threads, which is what some tests are about.
+    kept.update(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore::DeprecationWarning")
     return {**kept, **changes}
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import held_database, write_table_of_mxcp
+from conftest import SAFETY_SECONDS, held_database, write_table_of_mxcp
 
 import mxcp_audit
 from mxcp_audit import (
@@ -426,6 +426,7 @@ def test_stats_by_each_group_agrees_with_plain_sql(engine: str, logger: AuditLog
         )
         if number == 50:
             logger.flush()
+    assert logger._writer.flush(SAFETY_SECONDS)
     with store.reading() as reading:
         for by in mxcp_audit.STATS_BY:
             rows = reading.stats(Filter(), by=by)
