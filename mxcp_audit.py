@@ -6859,6 +6859,7 @@ class PackageEngine:
 
     name = "package"
     keeps = True
+    _first_process: ClassVar[int] = os.getpid()
 
     def __init__(self, *, guest: bool) -> None:
         self._guest = guest
@@ -6879,6 +6880,10 @@ class PackageEngine:
         if self._guest:
             config |= {"threads": 1, "memory_limit": _GUEST_MEMORY}
         self._process_id = os.getpid()
+        if self._process_id != self._first_process:
+            # DuckDB 1.4 and 1.5 open a connection of their own when they are imported. Destroyed in a child
+            # that has been forked since, it looks for its threads, and aborts the process.
+            _immortal(duckdb.default_connection())
         connection = duckdb.connect(":memory:", config=config)
         connection.execute(_SESSION_SETTINGS)
         return connection
