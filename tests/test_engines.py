@@ -34,6 +34,8 @@ from mxcp_audit import (
 
 @pytest.fixture(scope="module", params=["package", "cli"])
 def session(request: pytest.FixtureRequest) -> Iterator[Any]:
+    if request.param == "package":
+        pytest.importorskip("duckdb")
     opened = open_engine(environ={**os.environ, "MXCP_AUDIT_ENGINE": request.param})
     yield opened
     opened.close()

@@ -8,6 +8,7 @@ counted by `tools/judge.py`, which shares no code with the module.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import os
 import re
@@ -40,6 +41,7 @@ from tools.judge import Verdict, journal_line, judge
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="uses Linux tools")
 root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
+package = pytest.mark.skipif(not importlib.util.find_spec("duckdb"), reason="needs the duckdb package")
 needs = {
     tool: pytest.mark.skipif(not shutil.which(tool), reason=f"needs {tool}")
     for tool in ("strace", "unshare", "chattr", "cc")
@@ -258,6 +260,7 @@ def test_bc_011_flush_while_the_journal_is_unwritable_ends_in_time_and_succeeds_
     assert_whole(judge(db), {str(n) for n in range(10)})
 
 
+@package
 @linux
 def test_bc_012_many_loggers_leave_no_thread_descriptor_or_segment(db: Path) -> None:
     done = run(
@@ -540,6 +543,7 @@ def test_bc_027_parent_and_child_both_use_the_database(db: Path) -> None:
     assert_whole(judge(db), sides | {f"{r}-first" for r in range(8)})
 
 
+@package
 @pytest.mark.parametrize("way", ["exit", "collect"])
 def test_bc_028_child_of_a_process_with_an_open_query_ends_without_a_signal(db: Path, way: str) -> None:
     done = run(
@@ -692,6 +696,7 @@ def test_bc_033_event_that_breaks_the_encoder_silences_nothing(db: Path, logger:
     assert len(rows) == 45 and sound <= {name for (name,) in rows}
 
 
+@package
 @linux
 @root
 def test_bc_036_no_thread_allowed_writes_in_the_caller_and_says_why(tmp_path: Path) -> None:
@@ -1580,6 +1585,7 @@ def half_ingested(db: Path, sql: str) -> None:
     assert os.stat(f"{db}.wal").st_size
 
 
+@package
 def test_bc_101_damaged_wal_stops_no_logging_and_deletes_nothing(db: Path, cli: Any) -> None:
     write_segment(db, ["table"])
     ingest(db)
@@ -1656,6 +1662,7 @@ def test_bc_104_damage_inside_a_block_is_reported_and_not_rewritten(db: Path, cl
 # --- locks
 
 
+@package
 def test_bc_105_reader_against_a_stopped_owner_answers_from_the_journal(db: Path, cli: Any) -> None:
     write_segment(db, ["table"])
     ingest(db)
@@ -1675,6 +1682,7 @@ def test_bc_105_reader_against_a_stopped_owner_answers_from_the_journal(db: Path
     assert len(shown(cli, db)) == 2
 
 
+@package
 @pytest.mark.parametrize("read_only", [True, False])
 def test_bc_106_forgotten_viewer_delays_only_the_ingest(db: Path, cli: Any, read_only: bool) -> None:
     write_segment(db, ["table"])
@@ -2073,6 +2081,7 @@ def test_bc_133_formulas_in_a_csv_export_are_text(db: Path, logger: AuditLogger,
     assert not [cell for row in rows for cell in row if re.match(r"\s*[=+\-@|\uff1d]", cell)]
 
 
+@package
 def test_bc_135_csv_reads_back_cell_by_cell(db: Path, logger: AuditLogger, cli: Any) -> None:
     import csv
     import random
@@ -2154,6 +2163,7 @@ def test_bc_139_output_that_nobody_reads_to_the_end(db: Path) -> None:
         assert done.returncode in (0, 1, 141)
 
 
+@package
 def test_bc_142_read_only_open_with_a_wal_shows_rows_and_changes_nothing(db: Path, cli: Any) -> None:
     write_segment(db, ["table"])
     ingest(db)
