@@ -125,10 +125,10 @@ def cli(tmp_path: Path) -> Cli:
 
 @pytest.fixture
 def logger(tmp_path: Path) -> Iterator[Any]:
-    """Yield a logger into `tmp_path/log.duckdb`, shut down afterwards."""
+    """Yield a logger into `tmp_path/log.duckdb`, shut down afterwards; it ingests when it is told to."""
     from mxcp_audit import AuditLogger
 
-    audit = AuditLogger(tmp_path / "log.duckdb")
+    audit = AuditLogger(tmp_path / "log.duckdb", flush_interval=3600)
     yield audit
     audit.shutdown()
 
