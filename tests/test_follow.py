@@ -90,6 +90,7 @@ def probe(audit: AuditLogger, one: Follow) -> bool:
     audit.log_event("cli", "tool", "probe", None, 10**9)
     audit.flush()
     time.sleep(0.2)
+    assert one.process.poll() is None, one.err.read_text()
     return bool(one.out.read_text())
 
 
