@@ -3553,8 +3553,16 @@ class Claim:
         self.lines = self.longest = self.size = self.torn = 0
 
     def inspect(self) -> None:
-        """Count the lines and cut off a torn tail, which is kept beside the segment as `.torn`."""
+        """Count the lines and cut off a torn tail, which is kept beside the segment as `.torn`.
+
+        A power loss may leave NULs where blocks never reached the disk. The last one before a line
+        becomes a line feed, so that the line stands apart from what is damaged.
+        """
         data = self.read()
+        for found in re.finditer(rb"\0(?=\{)", data):
+            os.lseek(self._fd, found.start(), os.SEEK_SET)
+            os.write(self._fd, b"\n")
+        data = data.replace(b"\0{", b"\n{")
         end = data.rfind(b"\n") + 1
         if end < len(data):
             self.torn = len(data) - end
