@@ -288,18 +288,14 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
     return _YamlReader(text, path).document()
 
 
-class _YamlReader:
-    """Reads one YAML document; the comment atop this room says how.
-
-    `places` says where each entry starts, by the id of its mapping or list and its key or index.
-    """
+class _YamlCursor:
+    """Walks over the text of one document and says where it stands when something is wrong."""
 
     def __init__(self, text: str | bytes, path: str | None) -> None:
         self.path = path
-        self.pos = self.line_start = self.depth = 0
-        self.places: dict[tuple[int, object], int] = {}
+        self.pos = self.line_start = 0
         if isinstance(text, bytes):
-            text = self.decoded(text)
+            text = self._decoded(text)
         self.text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
         bad = _REFUSED_CHARACTER.search(self.text)
         if bad:
@@ -308,7 +304,7 @@ class _YamlReader:
             )
         self.text += "\0"
 
-    def decoded(self, data: bytes) -> str:
+    def _decoded(self, data: bytes) -> str:
         utf_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
         encoding = utf_16.get(data[:2], "utf-8")
         try:
@@ -330,9 +326,8 @@ class _YamlReader:
         self.fail(_REFUSALS.get(found) or f"expected {expected}, found {found!r}; put text in quotes")
 
     def line_and_column(self, at: int) -> tuple[int, int]:
+        """The line and the column of a position, counted from 1."""
         return self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
-
-    # Moving on.
 
     def skip(self) -> bool:
         """Pass blanks, line breaks and comments; True if there was a line break."""
@@ -363,148 +358,9 @@ class _YamlReader:
             return -1
         return column
 
-    def descend(self) -> None:
-        self.depth += 1
-        if self.depth > MAX_DEPTH:
-            self.fail(f"more than {MAX_DEPTH} collections inside each other; flatten them")
 
-    # The document and its blocks: each leaves the cursor on the first token of a later line.
-
-    def document(self) -> object:
-        """The value of the only document; None where there are only comments."""
-        self.skip()
-        explicit = self.column() < 0 and self.text[self.pos] == "-"
-        if explicit:
-            self.pos += len("---")
-        started = explicit or self.column() >= 0
-        value = self.block_node(-1, inline=explicit)
-        while started and self.column() < 0 and self.text[self.pos] == ".":
-            self.pos += len("...")
-            self.skip_line()
-        if self.column() >= 0:
-            self.fail("text after the end of the value; check the indentation of this line")
-        if self.text[self.pos] != "\0":
-            self.fail("a second document; keep one to a file")
-        return value
-
-    def block_node(self, indent: int, *, inline: bool, of_key: bool = False) -> object:
-        """The next node if it is deeper than the column `indent`, else None.
-
-        Args:
-            indent: the column of the collection around it, -1 at the top.
-            inline: a key or `---` precedes, so no block collection may start on the same line.
-            of_key: it is a key's value: a sequence may stand at the column of the key.
-        """
-        inline = not self.skip() and inline
-        column = self.column()
-        dash = _DASH.match(self.text, self.pos)
-        if column <= indent and not (dash and of_key and column == indent):
-            return None
-        if dash or self.key_end():
-            if inline:
-                self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
-            return self.block_sequence(column) if dash else self.block_mapping(column)
-        value: object
-        if self.text[self.pos] in "|>":
-            value = self.block_scalar(indent)
-        elif self.text[self.pos] in "[{":
-            value = self.flow_collection()
-        else:
-            value = self.scalar(indent, flow=False)
-        self.skip_line()
-        return value
-
-    def block_mapping(self, column: int) -> dict[object, object]:
-        mapping: dict[object, object] = {}
-        self.descend()
-        while self.column() == column:
-            start, end = self.pos, self.key_end()
-            if not end:
-                self.fail_here("a key, a colon and a blank")
-            key = self.scalar(column, flow=False)
-            self.pos = end
-            self.put(mapping, key, self.block_node(column, inline=True, of_key=True), start)
-        self.depth -= 1
-        return mapping
-
-    def block_sequence(self, column: int) -> list[object]:
-        sequence: list[object] = []
-        self.descend()
-        while self.column() == column and _DASH.match(self.text, self.pos):
-            self.places[id(sequence), len(sequence)] = self.pos
-            self.pos += 1
-            sequence.append(self.block_node(column, inline=False))
-        self.depth -= 1
-        return sequence
-
-    def key_end(self) -> int:
-        """Where the colon ends if a key starts at the cursor, else 0."""
-        start, quoted = self.pos, _QUOTED.get(self.text[self.pos])
-        if quoted:
-            match = quoted.match(self.text, start)
-            end = match.end() if match else start
-        elif _PLAIN_START.match(self.text, start):
-            end = start + len(self.plain_line(start, flow=False))
-        else:
-            return 0
-        colon = _COLON.match(self.text, end)
-        if not colon or self.text.find("\n", start, end) >= 0:
-            return 0
-        if colon.end() - 1 - start > MAX_KEY_CHARS:
-            self.fail(f"a key of more than {MAX_KEY_CHARS} characters; shorten it")
-        return colon.end()
-
-    def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
-        """Enter a pair that starts at `at` and return the mapping."""
-        if isinstance(key, (dict, list)):
-            self.fail("a collection as a key; use text", at)
-        if isinstance(key, int) and abs(key) >= MAX_KEY_INTEGER:
-            self.fail("an integer key of more than 60 bits; put it in quotes", at)
-        if key in mapping:  # 1, 1.0 and true are equal
-            self.fail(f"the key {key!r:.60} is here a second time; keep one", at)
-        mapping[key] = value
-        self.places[id(mapping), key] = at
-        return mapping
-
-    # Flow collections.
-
-    def flow_collection(self) -> object:
-        """The `[…]` or `{…}` at the cursor."""
-        mapping: dict[object, object] = {}
-        sequence: list[object] = []
-        braces = self.text[self.pos] == "{"
-        closing = "}" if braces else "]"
-        self.descend()
-        self.pos += 1
-        while self.skip_in_flow() != closing:
-            start = self.pos
-            key, value = self.flow_node(), None
-            pair = self.skip_in_flow() == ":"
-            if pair:
-                if self.pos - start > MAX_KEY_CHARS or self.text.find("\n", start, self.pos) >= 0:
-                    self.fail(
-                        f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start
-                    )
-                self.pos += 1
-                if self.skip_in_flow() not in ",]}":
-                    value = self.flow_node()
-            if braces:
-                self.put(mapping, key, value, start)
-            else:
-                self.places[id(sequence), len(sequence)] = start
-                sequence.append(self.put({}, key, value, start) if pair else key)
-            if self.skip_in_flow() == ",":
-                self.pos += 1
-            elif self.text[self.pos] != closing:
-                self.fail_here(f"a comma or {closing}")
-        self.pos += 1
-        self.depth -= 1
-        return mapping if braces else sequence
-
-    def flow_node(self) -> object:
-        return self.flow_collection() if self.text[self.pos] in "[{" else self.scalar(-1, flow=True)
-
-    # Scalars: each leaves the cursor right behind itself.
+class _YamlScalars(_YamlCursor):
+    """Reads the scalar at the cursor and leaves the cursor right behind it."""
 
     def scalar(self, indent: int, *, flow: bool) -> object:
         """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
@@ -539,6 +395,7 @@ class _YamlReader:
         return self.text[start : end.start()].rstrip(" ")
 
     def quoted(self) -> str:
+        """The quoted scalar at the cursor."""
         quote = self.text[self.pos]
         match = _QUOTED[quote].match(self.text, self.pos)
         if not match:
@@ -602,6 +459,160 @@ class _YamlReader:
         if chomping == "+":
             pieces.append("\n" * breaks)
         return "".join(pieces)
+
+
+class _YamlReader(_YamlScalars):
+    """Reads one YAML document; the comment atop this room says how.
+
+    Blocks leave the cursor on the first token of a later line. `places` says where each entry
+    starts, by the id of its mapping or list and its key or index.
+    """
+
+    def __init__(self, text: str | bytes, path: str | None) -> None:
+        super().__init__(text, path)
+        self.depth = 0
+        self.places: dict[tuple[int, object], int] = {}
+
+    def descend(self) -> None:
+        """Count one more collection around the cursor; who reads it takes it off `depth` at its end."""
+        self.depth += 1
+        if self.depth > MAX_DEPTH:
+            self.fail(f"more than {MAX_DEPTH} collections inside each other; flatten them")
+
+    def document(self) -> object:
+        """The value of the only document; None where there are only comments."""
+        self.skip()
+        explicit = self.column() < 0 and self.text[self.pos] == "-"
+        if explicit:
+            self.pos += len("---")
+        started = explicit or self.column() >= 0
+        value = self.block_node(-1, inline=explicit)
+        while started and self.column() < 0 and self.text[self.pos] == ".":
+            self.pos += len("...")
+            self.skip_line()
+        if self.column() >= 0:
+            self.fail("text after the end of the value; check the indentation of this line")
+        if self.text[self.pos] != "\0":
+            self.fail("a second document; keep one to a file")
+        return value
+
+    def block_node(self, indent: int, *, inline: bool, of_key: bool = False) -> object:
+        """The next node if it is deeper than the column `indent`, else None.
+
+        Args:
+            indent: the column of the collection around it, -1 at the top.
+            inline: a key or `---` precedes, so no block collection may start on the same line.
+            of_key: it is a key's value: a sequence may stand at the column of the key.
+        """
+        inline = not self.skip() and inline
+        column = self.column()
+        dash = _DASH.match(self.text, self.pos)
+        if column <= indent and not (dash and of_key and column == indent):
+            return None
+        if dash or self.key_end():
+            if inline:
+                self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
+            return self.block_sequence(column) if dash else self.block_mapping(column)
+        value: object
+        if self.text[self.pos] in "|>":
+            value = self.block_scalar(indent)
+        elif self.text[self.pos] in "[{":
+            value = self.flow_collection()
+        else:
+            value = self.scalar(indent, flow=False)
+        self.skip_line()
+        return value
+
+    def block_mapping(self, column: int) -> dict[object, object]:
+        """The mapping whose keys stand at a column."""
+        mapping: dict[object, object] = {}
+        self.descend()
+        while self.column() == column:
+            start, end = self.pos, self.key_end()
+            if not end:
+                self.fail_here("a key, a colon and a blank")
+            key = self.scalar(column, flow=False)
+            self.pos = end
+            self.put(mapping, key, self.block_node(column, inline=True, of_key=True), start)
+        self.depth -= 1
+        return mapping
+
+    def block_sequence(self, column: int) -> list[object]:
+        """The list whose dashes stand at a column."""
+        sequence: list[object] = []
+        self.descend()
+        while self.column() == column and _DASH.match(self.text, self.pos):
+            self.places[id(sequence), len(sequence)] = self.pos
+            self.pos += 1
+            sequence.append(self.block_node(column, inline=False))
+        self.depth -= 1
+        return sequence
+
+    def key_end(self) -> int:
+        """Where the colon ends if a key starts at the cursor, else 0."""
+        start, quoted = self.pos, _QUOTED.get(self.text[self.pos])
+        if quoted:
+            match = quoted.match(self.text, start)
+            end = match.end() if match else start
+        elif _PLAIN_START.match(self.text, start):
+            end = start + len(self.plain_line(start, flow=False))
+        else:
+            return 0
+        colon = _COLON.match(self.text, end)
+        if not colon or self.text.find("\n", start, end) >= 0:
+            return 0
+        if colon.end() - 1 - start > MAX_KEY_CHARS:
+            self.fail(f"a key of more than {MAX_KEY_CHARS} characters; shorten it")
+        return colon.end()
+
+    def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
+        """Enter a pair that starts at `at` and return the mapping."""
+        if isinstance(key, (dict, list)):
+            self.fail("a collection as a key; use text", at)
+        if isinstance(key, int) and abs(key) >= MAX_KEY_INTEGER:
+            self.fail("an integer key of more than 60 bits; put it in quotes", at)
+        if key in mapping:  # 1, 1.0 and true are equal
+            self.fail(f"the key {key!r:.60} is here a second time; keep one", at)
+        mapping[key] = value
+        self.places[id(mapping), key] = at
+        return mapping
+
+    def flow_collection(self) -> object:
+        """The `[…]` or `{…}` at the cursor."""
+        mapping: dict[object, object] = {}
+        sequence: list[object] = []
+        braces = self.text[self.pos] == "{"
+        closing = "}" if braces else "]"
+        self.descend()
+        self.pos += 1
+        while self.skip_in_flow() != closing:
+            start = self.pos
+            key, value = self.flow_node(), None
+            pair = self.skip_in_flow() == ":"
+            if pair:
+                if self.pos - start > MAX_KEY_CHARS or self.text.find("\n", start, self.pos) >= 0:
+                    self.fail(
+                        f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start
+                    )
+                self.pos += 1
+                if self.skip_in_flow() not in ",]}":
+                    value = self.flow_node()
+            if braces:
+                self.put(mapping, key, value, start)
+            else:
+                self.places[id(sequence), len(sequence)] = start
+                sequence.append(self.put({}, key, value, start) if pair else key)
+            if self.skip_in_flow() == ",":
+                self.pos += 1
+            elif self.text[self.pos] != closing:
+                self.fail_here(f"a comma or {closing}")
+        self.pos += 1
+        self.depth -= 1
+        return mapping if braces else sequence
+
+    def flow_node(self) -> object:
+        """The collection or scalar at the cursor, inside brackets."""
+        return self.flow_collection() if self.text[self.pos] in "[{" else self.scalar(-1, flow=True)
 
 
 def _folded(blanks: str) -> str:
@@ -877,12 +888,12 @@ def _database(value: object) -> str:
 
 
 def _choice(*choices: str) -> Callable[[object], str]:
-    def choice(value: object) -> str:
+    def _chosen(value: object) -> str:
         if not isinstance(value, str) or value not in choices:
             raise ValueError(f"must be {' or '.join(choices)}, not {_described(value)}")
         return value
 
-    return choice
+    return _chosen
 
 
 def _input_bytes(value: object) -> int:
@@ -962,6 +973,7 @@ class _SiteFile:
         return {"path": self.path, "line": line, "column": column, "trail": (*trail, _trail_end(key, entry))}
 
     def source(self, parent: dict[object, object], key: object) -> str:
+        """File and line of a key, as `Config.sources` has them."""
         return f"{os.path.basename(self.path)}:{self.at(parent, key)['line']}"
 
     def section(self, parent: dict[object, object], key: str, *trail: str) -> dict[object, object]:
@@ -1003,12 +1015,12 @@ class _SiteFile:
         audit = self.section(self.section(profiles, profile, "profiles"), "audit", "profiles", profile)
         ours = {cast(str, name): value for name, value in audit.items() if name not in _SETTINGS_OF_MXCP}
 
-        def place(name: object, entry: object = None) -> dict[str, Any]:
+        def _place(name: object, entry: object = None) -> dict[str, Any]:
             return self.at(audit, name, "profiles", profile, "audit", entry=entry)
 
         if type(ours.get("retention")) in (int, float):
-            raise ConfigError('needs a unit in this file; write "90d" for 90 days', **place("retention"))
-        return check_settings(ours, place), {name: self.source(audit, name) for name in ours}
+            raise ConfigError('needs a unit in this file; write "90d" for 90 days', **_place("retention"))
+        return check_settings(ours, _place), {name: self.source(audit, name) for name in ours}
 
 
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
@@ -3553,8 +3565,16 @@ class Claim:
         self.lines = self.longest = self.size = self.torn = 0
 
     def inspect(self) -> None:
-        """Count the lines and cut off a torn tail, which is kept beside the segment as `.torn`."""
+        """Count the lines and cut off a torn tail, which is kept beside the segment as `.torn`.
+
+        A power loss may leave NULs where blocks never reached the disk. The last one before a line
+        becomes a line feed, so that the line stands apart from what is damaged.
+        """
         data = self.read()
+        for found in re.finditer(rb"\0(?=\{)", data):
+            os.lseek(self._fd, found.start(), os.SEEK_SET)
+            os.write(self._fd, b"\n")
+        data = data.replace(b"\0{", b"\n{")
         end = data.rfind(b"\n") + 1
         if end < len(data):
             self.torn = len(data) - end

@@ -17,6 +17,7 @@ from conftest import child_environment, held_database, table_rows, write_table_o
 import mxcp_audit
 from mxcp_audit import DatabaseCorruptError, DatabaseLockedError, Diagnostics, Journal, Loss, Store
 from tools.judge import journal_line, judge
+from tools.read_journal import read_journal
 
 
 @pytest.fixture
@@ -72,6 +73,20 @@ def test_ingest_bad_lines_are_kept_and_on_record(db: Path, engine: str) -> None:
     assert kept[1]["text"].encode("utf-8", "surrogateescape") == b"\xff"
     assert path.with_suffix(".torn").read_bytes() == b"half"
     assert judge(db).losses == 5
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\0", b"\0" * 4096, b'{"timestamp":"2026-' + b"\0" * 512], ids=["one", "block", "half a line"]
+)
+def test_ingest_line_behind_nuls_of_a_power_loss_is_taken_in(db: Path, engine: str, damage: bytes) -> None:
+    path = segment(db, "a", raw=damage + journal_line("b", 2) + journal_line("c", 3))
+    assert [event["name"] for event in read_journal(path.parent)] == ["a", "b", "c"]
+    store = store_of(db)
+    assert store.ingest()
+    assert (told(store).ingested, told(store).rejected) == (3, 1)
+    (kept,) = map(json.loads, path.with_suffix(".rejected").read_text().splitlines())
+    assert (kept["line"], kept["text"].encode()) == (2, damage[:-1])
+    assert set(judge(db).names) == {"a", "b", "c"}
 
 
 def test_ingest_loss_is_entered_once(db: Path, engine: str) -> None:

@@ -85,7 +85,7 @@ def judge(database: str | os.PathLike[str], journal: str | os.PathLike[str] | No
             continue
         whole, feed, tail = path.read_bytes().rpartition(b"\n")
         verdict.torn += len(tail)
-        for line in whole.split(b"\n") if feed else ():
+        for line in whole.replace(b"\0{", b"\n{").split(b"\n") if feed else ():
             try:
                 event = json.loads(line)
             except ValueError:

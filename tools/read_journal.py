@@ -24,7 +24,7 @@ def read_journal(directory: Path, ledgered: frozenset[str] = frozenset()) -> Ite
         if match is None or match[1] in ledgered:
             continue
         whole, feed, _torn = path.read_bytes().rpartition(b"\n")
-        for line in whole.split(b"\n") if feed else ():
+        for line in whole.replace(b"\0{", b"\n{").split(b"\n") if feed else ():
             try:
                 event = json.loads(line.decode("utf-8"))
                 yield {**event, "event_id": f"{match[1]}:{event['seq']}"}
