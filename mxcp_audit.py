@@ -6230,6 +6230,7 @@ FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event,
       GROUP BY part)"""
 
 
+LONGEST_LINE: Final = 2**20  # of a segment; DuckDB sets aside twice this. More where a longer line is found
 # Reading a segment: `columns` always, because detection types the same file differently in 1.5 and 2.0.
 STAGE: Final = f"""\
 CREATE OR REPLACE TEMP TABLE batch AS
@@ -7303,347 +7304,115 @@ def open_engine(
     return engine
 
 
-# === Store ===
-# may name: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines
+# === Target ===
+# may name: Errors, Config, Events, Journal, Writer, SQL, Engines
 #
-# The database and the journal as one log. Ingest moves segments into `logs` exactly once: the ledger
-# row of a segment is committed together with its rows, and a segment is deleted only after a
-# checkpoint, so that a crash at any point repeats a step that the ledger turns into nothing.
-# Reading attaches read-only first, then lists the journal, then asks the ledger: while a reader holds
-# its lock nobody can ingest, so the three agree, and every event is seen once. A target that is no file
-# has no such lock: there a reader holds this host's ingest lock, shared with other readers, and reads in
-# one transaction. Other hosts' events come out of the table alone.
+# The database itself: making it, attaching it as `audit` and letting it go again, whether it is a file or
+# whatever else DuckDB can attach. Nothing here knows what the tables say.
 #
 # Caveats, each with its remedy:
 # - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here;
 #   the ingest lock guards besides.
-# - A damaged WAL opens without an error and drops the last transaction. → Segments stay until a
-#   checkpoint succeeded.
-# - After a fork the child's copy of an open database harms the parent's rows. → `before_fork` waits for
-#   a running ingest and closes the session.
+# - A half-made file stays damaged. → It is made under another name, and renamed when it is whole.
+# - After a fork the child's copy of an open database harms the parent's rows. → `GuestSession.before_fork`
+#   waits for a running ingest and closes the session.
 
 _FINE_TICK_NS: Final = 50_000_000  # kernels keep file times to 1 … 10 ms
 _COARSE_TICK_NS: Final = 2_100_000_000  # some file systems keep whole seconds, or even ones
-INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
-_LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a longer line is found
-_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
-_CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
 _DATABASE_MODE: Final = 0o600
 _FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
+_POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
+_QUACK: Final = re.compile(r"(?i)quack:")
+_REMEDIES: Final[Mapping[type[StoreError], str]] = {
+    DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
+    DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
+    "else move it aside or restore a backup",
+    DatabaseNotFoundError: "it vanished while it was opened; try again",
+    DatabaseUnreachableError: "events wait in the journal",
+    EngineNotFoundError: "events wait in the journal",
+    StoreError: "events wait in the journal",
+}
 
 
-class Store:
-    """The database of a configuration, with its journal.
+class Deadline:
+    """A time until which something is tried again.
 
     Args:
-        config: says where both are.
-        diagnostics: counts what was ingested and rejected.
-        opener: makes engines; `open_engine`, unless a test brings its own.
+        seconds: from now.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        diagnostics: Diagnostics | None = None,
-        opener: Callable[..., Engine] = open_engine,
-    ) -> None:
+    def __init__(self, seconds: float) -> None:
+        self._end = time.monotonic() + seconds
+
+    def pause(self) -> bool:
+        """Wait for 10 to 110 ms, at random so that rivals part; False, and at once, if it is over."""
+        if time.monotonic() >= self._end:
+            return False
+        time.sleep(0.01 + os.urandom(1)[0] / 2560)
+        return True
+
+
+class Target:
+    """The database of a configuration: a file, or whatever else DuckDB can attach. Attached, it is `audit`.
+
+    Args:
+        config: says where it is.
+        journal: its journal, whose identity is in the names of what is made here.
+        opener: makes engines, as `open_engine` does.
+    """
+
+    def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = open_engine) -> None:
         self.path = config.path
         self.is_file = not is_attach_target(config.path)
-        self.name = public_target(config.path)
-        self.journal = Journal(config.journal_directory)
+        self.is_lake = config.path.lower().startswith("ducklake:")
+        self.name = public_target(config.path)  # for people: without passwords
+        self._journal = journal
         self._options = config.attach
-        self._is_lake = config.path.lower().startswith("ducklake:")
-        self._diagnostics = diagnostics or Diagnostics()
         self._opener = opener if self.is_file else functools.partial(opener, apart=True)
-        self._engine: Engine | None = None
-        self._busy = native_threads().RLock()
-        self._fork_held = False
-        self._ledger = Ledger()
-        self._told_head: Head | None = None
-        self._retention = config.retention
-        self._next_daily = time.monotonic()
 
-    # --- ingest (IngestSide)
+    def open_engine(self, *, guest: bool = False) -> Engine:
+        """Return a new engine, in a process of its own where the target needs that.
 
-    def ingest(self) -> bool:
-        """Move every sealed and orphaned segment into the database; True if no retry could move more.
+        Args:
+            guest: one thread and little memory, for use inside of a server.
 
         Raises:
-            JournalError: a segment can't be claimed; the others are done.
-            StoreError: the database can't be had. Everything stays in the journal.
+            EngineNotFoundError: there is none.
         """
-        with self._busy, self.journal.ingest_lock() as mine:
-            if not mine:
-                return not self.journal.segments()
-            seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
-            while True:
-                claims, problems = self.journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
-                lost = self.journal.losses()
-                try:
-                    if claims or lost:
-                        self._ingest_claims(claims, lost)
-                finally:
-                    for claim in claims:
-                        claim.release()
-                seen.update(claim.id for claim in claims)
-                if sum(claim.size for claim in claims) < INGEST_BYTES:
-                    break
-            self._daily()
-            if problems:
-                raise problems[0]
-            return True
-
-    def interrupt(self) -> None:
-        """End a running ingest soon; it leaves everything in the journal."""
-        engine = self._engine
-        if engine is not None:
-            engine.interrupt()
-
-    def close(self) -> None:
-        """End the session, unless an ingest is using it."""
-        if self._busy.acquire(blocking=False):
-            try:
-                if self._engine is not None:
-                    self._engine.close()
-            finally:
-                self._busy.release()
-
-    def before_fork(self) -> None:
-        """Wait for a running ingest, interrupt it if it is long, and close the session."""
-        self._fork_held = self._busy.acquire(timeout=_FORK_WAIT_SECONDS[0])
-        if not self._fork_held:
-            self.interrupt()
-            self._fork_held = self._busy.acquire(timeout=_FORK_WAIT_SECONDS[1])
-        if self._fork_held and self._engine is not None:
-            self._engine.close()
-
-    def after_fork(self, *, child: bool) -> None:
-        """Take up work again."""
-        held, self._fork_held = self._fork_held, False
-        if child:  # if a thread was inside, what it used is left alone
-            self._busy = native_threads().RLock()
-            self._engine = None
-        elif held:
-            self._busy.release()
-
-    def _ingest_claims(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
-        _refuse_fatal_limit()
-        engine = self._guest()
-        try:
-            losses, fresh = self._stage_and_commit(engine, claims, lost)
-        except BaseException:
-            engine.close()
-            raise
-        if not engine.keeps:
-            engine.close()
-        self._diagnostics.ingested += sum(claim.lines for claim in claims if claim.id in fresh)
-        for claim in claims:
-            faults = losses.get(claim.id, 0)
-            if claim.id in fresh and faults:
-                self._diagnostics.ingested -= faults
-                self._diagnostics.rejected += faults
-                self._diagnostics.report(
-                    "rejected",
-                    f"{faults} lines of {claim.path} can't be ingested; kept beside it in .rejected",
-                )
-            if claim.torn:
-                self._diagnostics.report(
-                    "torn", f"{claim.path} ended within a line; its last {claim.torn} bytes are kept in .torn"
-                )
-            try:
-                claim.release(delete=True)
-            except OSError as error:
-                self._diagnostics.report(
-                    "delete", "an ingested segment can't be deleted; it is not ingested again", error=error
-                )
-        for path in lost:
-            with contextlib.suppress(OSError):
-                os.unlink(path)
-
-    def _guest(self) -> Engine:
-        if self._engine is None:
-            self._engine = self._opener(guest=True)
-        return self._engine
-
-    def _stage_and_commit(
-        self, engine: Engine, claims: list[Claim], lost: Mapping[str, Loss]
-    ) -> tuple[dict[str, int], set[str]]:
-        tries = 1 if self.is_file else _CONFLICT_TRIES
-        while True:
-            try:
-                losses = self._stage(engine, claims) if claims else {}
-                return losses, self._commit(engine, claims, losses, lost)
-            except DatabaseLockedError:
-                tries -= 1
-                if not tries:
-                    raise
-                time.sleep(_CONFLICT_PAUSE_SECONDS * (1 + os.urandom(1)[0]) / 256)
-
-    def _stage(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Read the segments into the temporary table `batch`; return how many lines each lost."""
-        params: dict[str, object] = {
-            "files": [claim.path for claim in claims],
-            "longest": max(_LONGEST_LINE, *(claim.longest + 1 for claim in claims)),
-            "lenient": False,
-        }
-        try:
-            engine.execute(STAGE, params)
-            doubtful = False
-        except QueryError as error:
-            if not is_data_fault(error):
-                raise
-            engine.execute(STAGE, {**params, "lenient": True})
-            doubtful = True  # what was wrong is NULL now, so every line is looked at
-        counts = {segment: found for segment, *found in engine.execute(STAGED_COUNTS)}
-        return {
-            claim.id: self._salvage(engine, claim)
-            for claim in claims
-            if doubtful or counts.get(claim.id) != [claim.lines] * 3
-        }
-
-    def _salvage(self, engine: Engine, claim: Claim) -> int:
-        """Take the good lines of a segment only, set the others aside, and return how many those are."""
-        readable = {seq for (seq,) in engine.execute(STAGED_SEQS, {"segment": claim.id})}
-        good: list[int] = []
-        faults: list[tuple[int, str, bytes]] = []
-        for number, line in enumerate(claim.read().split(b"\n")[:-1], 1):
-            fault = line_fault(line)
-            if fault is None:
-                seq = json.loads(line)["seq"]
-                if seq in readable:
-                    readable.remove(seq)
-                    good.append(seq)
-                    continue
-                fault = f"DuckDB can't read it, or seq {seq} stands twice"
-            faults.append((number, fault, line))
-        if faults:
-            claim.reject(faults)
-            engine.execute(UNSTAGE_SEGMENT, {"segment": claim.id})
-            engine.execute(
-                RESTAGE_SEGMENT,
-                {
-                    "segment": claim.id,
-                    "files": [claim.path],
-                    "longest": max(_LONGEST_LINE, claim.longest + 1),
-                    "seqs": good or [0],
-                },
-            )
-        return len(faults)
-
-    def _commit(
-        self, engine: Engine, claims: list[Claim], losses: Mapping[str, int], lost: Mapping[str, Loss]
-    ) -> set[str]:
-        """Put `batch` into the database and make it durable; return the segments that were not there yet."""
-        segments = [claim.id for claim in claims]
-        with self._attached(engine, read_only=False):
-            self._create_tables(engine)
-            self._begin(engine)
-            known = self._ids(engine, KNOWN_SEGMENTS, segments)
-            fresh = [segment for segment in segments if segment not in known]
-            if known:
-                engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
-                if self.is_file:
-                    engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
-            head = self._ledger.head
-            if fresh:
-                engine.execute(INSERT_ROWS)
-                head = self._enter_ledger(engine, fresh, losses)
-            head = (
-                self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()}) or head
-            )
-            engine.execute("COMMIT")
-            self._ledger.head = head
-            if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
-                engine.execute("CHECKPOINT audit")
-        return set(fresh)
-
-    def _begin(self, engine: Engine) -> None:
-        """Begin a transaction that writes to the ledger: of two of one journal, only one can succeed."""
-        engine.execute("BEGIN")
-        if self._is_lake:
-            engine.execute(turn_statements(self.journal.identity())[1])
-
-    def _enter_ledger(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> Head:
-        """Enter segments, and what was lost of each, in the running transaction; return the new end."""
-        entries: list[Entry] = [(PREPARE_SEGMENTS, {"segments": segments})]
-        for segment in segments:
-            if losses.get(segment):
-                text = "lines that could not be ingested, kept in the journal as .rejected"
-                entries.append(entry_of("loss", losses[segment], text, segment=segment))
-        return self._ledger.enter(engine, self.journal.identity(), entries)
-
-    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> Head | None:
-        """Enter what writers lost, each loss once; return the chain's new end, None if it is where it was."""
-        unknown = sorted(set(lost) - self._ids(engine, KNOWN_LOSSES, list(lost)))
-        if not unknown:
-            return None
-        entries = []
-        for segment in unknown:
-            loss = lost[segment]
-            text = f"{loss.reason}, between {loss.first} and {loss.last}"
-            entries.append(entry_of("loss", loss.events, text, segment=segment))
-        return self._ledger.enter(engine, self.journal.identity(), entries)
-
-    def _ids(self, engine: Engine, sql: str, ids: Sequence[str]) -> set[str]:
-        return {segment for (segment,) in engine.execute(sql, {"segments": ids})} if ids else set()
-
-    def _create_tables(self, engine: Engine) -> None:
-        present = self._columns(engine)
-        if "logs" not in present:
-            engine.execute(CREATE_LOGS)
-        elif any(column.name not in present["logs"] for column in COLUMNS):
-            for statement in WIDEN_LOGS:
-                engine.execute(statement)
-        if "ledger" not in present:
-            engine.execute(CREATE_LEDGER)
-        if "ledger" not in present and _POSTGRES.match(self.path):
-            engine.execute(UNIQUE_POSITIONS)
-        if self._is_lake:
-            engine.execute(turn_statements(self.journal.identity())[0])
-
-    def _columns(self, engine: Engine) -> dict[str, set[str]]:
-        present: dict[str, set[str]] = {}
-        for table, column in engine.execute(QUACK_COLUMNS if _QUACK.match(self.path) else TABLE_COLUMNS):
-            present.setdefault(table, set()).add(column)
-        return present
-
-    # --- import
-
-    def imported(self, segment_id: str) -> tuple[int, str] | None:
-        """Return how many events of a segment are in the database and the time of the last, or None.
-
-        Raises:
-            StoreError: the database can't be had.
-        """
-        if self.is_file and self._is_absent():
-            return None
-        with self._busy:
-            engine = self._guest()
-            with self._attached(engine, read_only=True):
-                found = []
-                if "ledger" in self._columns(engine):
-                    found = engine.execute(IMPORTED, {"segment": segment_id})
-            if not engine.keeps:
-                engine.close()
-        return (int(found[0][0]), str(found[0][1])) if found else None
-
-    # --- both
+        return self._opener(guest=guest)
 
     @contextlib.contextmanager
-    def _attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        """Attach the target as `audit`; on an error the whole session ends, and with it any transaction."""
+    def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
+        """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds.
+
+        Raises:
+            DatabaseNotFoundError: there is no database.
+            StoreError: it can't be had.
+        """
+        deadline = Deadline(wait)
+        engine = self.open_engine(guest=guest)
+        with contextlib.closing(engine), contextlib.ExitStack() as stack:
+            while True:
+                try:
+                    if self.is_absent():
+                        raise DatabaseNotFoundError(f"Audit database not found at {self.path}")
+                    stack.enter_context(self.attached(engine, read_only=read_only))
+                    break
+                except DatabaseLockedError:
+                    if not deadline.pause():
+                        raise
+            yield engine
+
+    @contextlib.contextmanager
+    def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
+        """Attach the target as `audit`; on an error the whole session ends, and with it any transaction.
+
+        A file that is absent is made, unless `read_only` is set.
+        """
+        attach = self._file_attached if self.is_file else self._remote_attached
         try:
-            if self.is_file:
-                if not read_only and self._is_absent():
-                    self._make_file(engine)
-                self._attach(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
-                with self._private_wal(read_only):
-                    yield
-                engine.execute("DETACH audit")
-            else:
-                with self._remote_attached(engine, read_only=read_only):
-                    yield
+            with attach(engine, read_only=read_only):
+                yield
         except StoreError as error:
             engine.close()
             if not self.is_file:  # causes repeat connection strings, and with them passwords
@@ -7654,6 +7423,15 @@ class Store:
         except BaseException:
             engine.close()
             raise
+
+    @contextlib.contextmanager
+    def _file_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
+        if not read_only and self.is_absent():
+            self._make_file(engine)
+        self._attach_file(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
+        with self._private_wal(read_only):
+            yield
+        engine.execute("DETACH audit")
 
     @contextlib.contextmanager
     def _remote_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
@@ -7706,11 +7484,12 @@ class Store:
             if not os.stat(wal).st_size:
                 os.unlink(wal)  # nothing was written: leave nothing behind
 
-    def _attach(self, engine: Engine, path: str, name: str, **options: object) -> None:
-        options = {**self._options, **options}
-        if self.is_file:
-            options["TYPE"] = "duckdb"  # or DuckDB would look for an extension that reads SQLite
-        words = ", ".join(f"{word} {sql_literal(value)}" for word, value in options.items())
+    def _attach_file(self, engine: Engine, path: str, name: str, **options: object) -> None:
+        # Without the type DuckDB would look for an extension that reads SQLite.
+        words = ", ".join(
+            f"{word} {sql_literal(value)}"
+            for word, value in {**self._options, **options, "TYPE": "duckdb"}.items()
+        )
         engine.execute(f"ATTACH {sql_literal(path)} AS {name} ({words})")
 
     def _make_file(self, engine: Engine) -> None:
@@ -7718,7 +7497,7 @@ class Store:
 
         Call it under the ingest lock, which makes the scratch name this process's own.
         """
-        scratch = f"{self.path}.{self.journal.identity()}.new"
+        scratch = f"{self.path}.{self._journal.identity()}.new"
         if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
         os.makedirs(os.path.dirname(self.path), exist_ok=True)
@@ -7727,10 +7506,10 @@ class Store:
             for path in leftovers:
                 _remove(path)
             # A file made by DuckDB 2.0 without this can't be read by 1.5.
-            self._attach(engine, scratch, "scratch", STORAGE_VERSION="v1.0.0")
+            self._attach_file(engine, scratch, "scratch", STORAGE_VERSION="v1.0.0")
             os.chmod(scratch, _DATABASE_MODE)
             engine.execute("DETACH scratch")
-            if self._is_absent():  # also an empty file: somebody ran `touch`
+            if self.is_absent():  # also an empty file: somebody ran `touch`
                 os.replace(scratch, self.path)
                 sync_directory(os.path.dirname(self.path))
         except OSError as error:
@@ -7740,8 +7519,10 @@ class Store:
                 with contextlib.suppress(OSError):
                     _remove(path)
 
-    def _is_absent(self) -> bool:
-        """Say whether there is no database file; an empty one counts as none."""
+    def is_absent(self) -> bool:
+        """Say whether there is no database file; an empty one counts as none. Other targets never are."""
+        if not self.is_file:
+            return False
         try:
             return os.stat(self.path).st_size == 0
         except FileNotFoundError:
@@ -7749,421 +7530,34 @@ class Store:
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
-    def losses(self, reading: Reading) -> list[tuple[int, str]]:
-        """Return what was lost within the last 30 days: how many events each time, and when and why."""
-        found = [(loss.events, str(loss)) for loss in self.journal.losses().values()]
-        if reading.has_table and "ledger" in self._columns(reading.engine):
-            since = sql_time(utc_now() - datetime.timedelta(days=30))
-            found[:0] = [
-                (count, detail) for count, detail in reading.engine.execute(RECENT_LOSSES, {"since": since})
-            ]
-        return found
+    def columns(self, engine: Engine) -> dict[str, set[str]]:
+        """Return the names of the columns of `logs` and `ledger`, as far as these tables are there."""
+        present: dict[str, set[str]] = {}
+        for table, column in engine.execute(QUACK_COLUMNS if _QUACK.match(self.path) else TABLE_COLUMNS):
+            present.setdefault(table, set()).add(column)
+        return present
 
-    # --- evidence
-
-    @contextlib.contextmanager
-    def _session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
-        """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds."""
-        deadline = time.monotonic() + wait
-        engine = self._opener(guest=guest)
-        with contextlib.closing(engine), contextlib.ExitStack() as stack:
-            while True:
-                try:
-                    if self.is_file and self._is_absent():
-                        raise DatabaseNotFoundError(f"Audit database not found at {self.path}")
-                    stack.enter_context(self._attached(engine, read_only=read_only))
-                    break
-                except DatabaseLockedError:
-                    if time.monotonic() >= deadline:
-                        raise
-                    time.sleep(0.01 + os.urandom(1)[0] / 2560)
-            yield engine
-
-    def verify(
-        self,
-        *,
-        checkpoint: Sequence[Head] = (),
-        since: str | None = None,
-        wait: float = 5.0,
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> Verdict:
-        """Recompute the ledger from `logs` and return what isn't as it was recorded.
-
-        Args:
-            checkpoint: heads noted earlier, which the chains must still lead through.
-            since: naive UTC text; older segments are not recomputed, their chain is.
-            wait: seconds to try again while another process holds the database.
-            progress: called with the events done and their total.
-
-        Raises:
-            DatabaseNotFoundError: there is no database.
-            ConfigError: the key file can't be used.
-        """
-        keys = seal_keys()
-        with self._session(read_only=True, wait=wait) as engine:
-            verdict = Verifier(engine, keys, progress=progress).run(checkpoint=checkpoint, since=since)
-        verdict.waiting_bytes = self.journal.waiting_bytes()
-        return verdict
-
-    def heads(self, *, wait: float = 5.0) -> list[Head]:
-        """Return the end of each journal's chain, to be kept elsewhere."""
-        with self._session(read_only=True, wait=wait) as engine:
-            return self._heads(engine) if "ledger" in self._columns(engine) else []
-
-    def _heads(self, engine: Engine) -> list[Head]:
-        return [Head(name or "", *rest) for name, *rest in engine.execute(HEADS)]
-
-    def report_head(self) -> None:
-        """Tell `logging` the end of this journal's chain, unless it was told already."""
-        head = self._ledger.head
-        if head is not None and head != self._told_head:
-            self._told_head = head
-            _LOG.info("mxcp_audit: checkpoint %s", json.dumps({"journals": [head._asdict()]}))
-
-    # --- removing and copying
-
-    @contextlib.contextmanager
-    def _alone(self, wait: float) -> Iterator[None]:
-        """Hold the ingest lock, trying for `wait` seconds."""
-        deadline = time.monotonic() + wait
-        self.journal.make_directory()
-        with self._busy:
-            while True:
-                with self.journal.ingest_lock() as mine:
-                    if mine:
-                        yield
-                        return
-                if time.monotonic() >= deadline:
-                    raise DatabaseLockedError(f"{self.name}: another process is ingesting; try again")
-                time.sleep(0.02)
-
-    def purge(
-        self, before: str, *, archive: str | None = None, dry_run: bool = False, wait: float = 5.0
-    ) -> Removal:
-        """Delete every event older than a moment, exactly and in one transaction, and enter that it went.
-
-        Args:
-            before: naive UTC text.
-            archive: a directory; what goes is written there first, and read back.
-            dry_run: say what would go, and change nothing.
-            wait: seconds to try again while another process holds the database.
-
-        Raises:
-            StoreError: nothing was deleted.
-        """
-        if dry_run:
-            with self._session(read_only=True, wait=wait) as engine:
-                return Purger(engine, before).plan()
-        with self._alone(wait), self._session(read_only=False, wait=wait) as engine:
-            return self._purge(engine, before, archive)
-
-    def _purge(self, engine: Engine, before: str, archive: str | None = None) -> Removal:
-        journal = self.journal.identity()
-        self._create_tables(engine)
-        self._begin(engine)
-        head = self._ledger.head
-        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
-        if empty:
-            head = self._ledger.enter(engine, journal, [])  # only the rows of an older table
-        purger = Purger(engine, before)
-        removal = purger.plan()
-        if removal.events or removal.wrong:
-            if archive is not None:
-                removal = purger.archive(archive, removal, self._heads(engine))
-            head = purger.remove(self._ledger, journal, removal)
-        self._finish(engine, head)
-        return removal
-
-    def _finish(self, engine: Engine, head: Head | None) -> None:
-        """Commit what was entered into the ledger, and make it durable."""
-        engine.execute("COMMIT")
-        self._ledger.head = head
-        if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
-            engine.execute("CHECKPOINT audit")
-
-    def _daily(self) -> None:
-        """Once a day, under the ingest lock: apply the retention, and tell where the chain ends."""
-        if time.monotonic() < self._next_daily:
-            return
-        self._next_daily = time.monotonic() + _DAY_SECONDS
-        if self._retention is not None and not (self.is_file and self._is_absent()):
-            try:
-                self._retain(self._retention)
-            except AuditError as error:
-                self._next_daily = time.monotonic() + _DAY_SECONDS / 24
-                self._diagnostics.report("retention", "old events could not be purged", error=error)
-        self.report_head()
-
-    def _retain(self, retention: float) -> None:
-        engine = self._guest()
-        now = utc_now()
-        with self._attached(engine, read_only=False):
-            self._create_tables(engine)
-            hours = [hour for (hour,) in engine.execute(ACTIVE_HOURS, {"now": sql_time(now)})]
-            limit = vouched_limit(hours, now.timestamp(), retention)
-            removal = None
-            if limit is not None:
-                moment = datetime.datetime.fromtimestamp(limit, datetime.timezone.utc)
-                removal = self._purge(engine, sql_time(moment))
-            if removal is None or not removal.events:
-                # An entry a day, so that a log without events doesn't look like one that was off.
-                self._begin(engine)
-                text = "retention: nothing is old enough"
-                entry = entry_of("check", 0, text)
-                self._finish(engine, self._ledger.enter(engine, self.journal.identity(), [entry]))
-        if not engine.keeps:
-            engine.close()
-        if removal is not None and removal.events:
-            _LOG.info("mxcp_audit: retention: %d events before %s purged", removal.events, removal.before)
-
-    def backup(self, path: str, *, wait: float = 5.0) -> tuple[int, int]:
-        """Copy database and journal to `path` and `path.journal`, as of one moment, while servers run.
-
-        What can be ingested is ingested first, so that the copy's journal holds only what running
-        servers have not sealed yet; there is none if there is nothing.
-
-        Returns:
-            how many events the copied table holds, and how many segments its journal.
-
-        Raises:
-            StoreError: something is at `path` already, or the copy can't be written or differs.
-        """
-        self._refuse_target("backup")
-        self.refuse_own_files(path)
-        target = os.path.abspath(path)
-        for name in (target, target + ".wal", target + ".journal"):
-            if os.path.lexists(name):
-                raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
-        with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
-            self.ingest()
-        folder = os.path.dirname(target)
-        scratch = os.path.join(folder, f".{os.path.basename(target)}.{os.urandom(4).hex()}.part")
-        try:
-            with _scratch(scratch):
-                with self._session(read_only=True, wait=wait) as engine:
-                    events = self._copy_database(engine, os.path.join(scratch, "copy"))
-                    segments = self._copy_journal(engine, os.path.join(scratch, "journal"))
-                if segments:
-                    os.rename(os.path.join(scratch, "journal"), target + ".journal")
-                _put_in_place(os.path.join(scratch, "copy"), target)
-                sync_directory(folder)
-        except OSError as error:
-            raise StoreError(f"{path} can't be written: {error.strerror}") from error
-        return events, segments
-
-    def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
-        """Write the database anew, without the room that purged rows left, in place of the old one.
-
-        Returns:
-            its size in bytes before and after.
-
-        Raises:
-            StoreError: the old database is still in place.
-        """
-        self._refuse_target("compact")
-        path = os.path.realpath(self.path)
-        with self._alone(wait):
-            with self._session(read_only=False, wait=wait) as engine:
-                engine.execute("CHECKPOINT audit")
-            # Read-only, DuckDB keeps other writers out and never touches the WAL, so that detaching
-            # the old file can't harm the new one, which has the same name by then.
-            with self._session(read_only=True, wait=wait) as engine:
-                old = os.stat(path)
-                if _size_of(path + ".wal"):
-                    raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
-                folder, name = os.path.split(path)
-                # One name, so that the next one clears what a killed one left.
-                scratch = os.path.join(folder, f".{name}.compact")
-                try:
-                    with _scratch(scratch):
-                        fresh = os.path.join(scratch, "copy")
-                        self._copy_database(engine, fresh)
-                        os.chmod(fresh, stat.S_IMODE(old.st_mode))
-                        if hasattr(os, "chown"):
-                            os.chown(fresh, old.st_uid, old.st_gid)
-                        os.replace(fresh, path)
-                        sync_directory(os.path.dirname(path))
-                except OSError as error:
-                    raise StoreError(f"{path} can't be written anew: {error.strerror}") from error
-                return old.st_size, os.stat(path).st_size
-
-    def _refuse_target(self, command: str) -> None:
-        if not self.is_file:
-            raise StoreError(
-                f"{command} is for database files; use what {self.path.partition(':')[0]} has for it"
-            )
-
-    def _copy_database(self, engine: Engine, path: str) -> int:
-        """Copy the attached database into a new file, read that back, and return the number of events."""
-        target = sql_literal(path)
-        engine.execute(f"ATTACH {target} AS fresh (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
-        os.chmod(path, _FILE_MODE)
-        engine.execute("COPY FROM DATABASE audit TO fresh")
-        engine.execute("CHECKPOINT fresh")
-        engine.execute("DETACH fresh")
-        sync_file(path)
-        engine.execute(f"ATTACH {target} AS fresh (TYPE duckdb, READ_ONLY)")
-        events = 0
-        for table in sorted(self._columns(engine)):
-            ((same, rows),) = engine.execute(SAME_CONTENT[table])
-            if not same:
-                raise StoreError(
-                    f"{path}: the copy of {table} differs; nothing was changed, look at the disk"
-                )
-            events = rows if table == "logs" else events
-        engine.execute("DETACH fresh")
-        return events
-
-    def _copy_journal(self, engine: Engine, directory: str) -> int:
-        """Copy the whole lines of segments that the ledger lacks; return how many segments those are."""
-        paths = self.journal.segments()
-        known: set[str] = set()
-        if paths and "ledger" in self._columns(engine):
-            ids = [segment_id_of(path) for path in paths]
-            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
-        copied = 0
-        for path in paths:
-            if segment_id_of(path) in known:
-                continue
-            with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-                data = file.read()
-                data = data[: data.rfind(b"\n") + 1]
-                if data:
-                    if not copied:
-                        os.mkdir(directory, _DIRECTORY_MODE)
-                    write_new_file(os.path.join(directory, os.path.basename(path)), data)
-                    copied += 1
-        if copied:
-            sync_directory(directory)
-        return copied
-
-    # --- reading
-
-    @contextlib.contextmanager
-    def reading(self, *, wait: float = 5.0) -> Iterator[Reading]:
-        """Open table and journal as one log; nobody can ingest until the block ends.
-
-        Args:
-            wait: seconds to try again while another process holds the database.
-
-        Raises:
-            DatabaseNotFoundError: there is neither a database nor a journal.
-            JournalError: the journal can't be read.
-        """
-        deadline = time.monotonic() + wait
-        engine = self._opener()
-        with contextlib.closing(engine), contextlib.ExitStack() as stack:
-            reading = Reading(engine)
-            while True:
-                try:
-                    self._open_reading(reading, stack)
-                    break
-                except (DatabaseLockedError, DatabaseNotFoundError) as error:
-                    if isinstance(error, DatabaseNotFoundError) and not self.is_file:
-                        reading.open_views(None, self.journal.segments(), set())
-                        break
-                    # Not found: the file appeared, or vanished, between our look and DuckDB's.
-                    if time.monotonic() < deadline:
-                        time.sleep(0.01 + os.urandom(1)[0] / 2560)
-                        continue
-                    reading.problem = error
-                except (DatabaseCorruptError, DatabaseUnreachableError) as error:
-                    reading.problem = error
-                with contextlib.suppress(StoreError):  # what was attached went with the failed session
-                    stack.close()
-                self._keep_segments(stack)
-                reading.open_views(None, self.journal.segments(), set())
-                break
-            if not reading.has_table and not reading.has_journal and reading.problem is None:
-                raise DatabaseNotFoundError(
-                    f"Audit database not found at {self.name}. Either audit logging is not enabled for the "
-                    "profile, or no events have been logged yet (the database is created on first write)."
-                )
-            yield reading
-
-    def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
-        """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
-
-        Returns:
-            False if an ingest is running at this moment.
-        """
-        try:
-            return stack.enter_context(self.journal.reading_lock())
-        except JournalError:  # the journal may be read-only for who reads; then that must do
-            return True
-
-    def _open_reading(self, reading: Reading, stack: contextlib.ExitStack) -> None:
-        engine = reading.engine
-        stack.close()  # what an earlier attempt held
-        if self.is_file and self._is_absent():
-            if not self._keep_segments(stack) and self.journal.segments():
-                raise DatabaseLockedError(f"{self.path} is being made by another process")
-            if self._is_absent():
-                self._open_journal(reading)
-                return
-            stack.close()
-        if not self.is_file and not self._keep_segments(stack):
-            raise DatabaseLockedError(f"{self.name}: this host's journal is being ingested; try again")
-        stack.enter_context(self._attached(engine, read_only=True))
-        segments = self.journal.segments()
-        present = self._columns(engine)
-        reading.has_ledger = "ledger" in present
-        known: set[str] = set()
-        if segments and reading.has_ledger:
-            ids = [segment_id_of(path) for path in segments]
-            known = {segment for (segment,) in engine.execute(KNOWN_SEGMENTS, {"segments": ids})}
-        reading.open_views(present.get("logs"), segments, known)
-
-    def _open_journal(self, reading: Reading) -> None:
-        """Open the journal by a copy, because before the first ingest there is no lock that keeps one out.
-
-        Raises:
-            DatabaseNotFoundError: a segment vanished meanwhile, so there is a table now: look again.
-        """
-        segments = self.journal.segments()
-        cause = None
-        try:
-            reading.open_views(None, segments, ())
-            reading.freeze_journal()
-        except QueryError as error:
-            cause = error
-        if not all(map(os.path.exists, segments)):
-            raise DatabaseNotFoundError(f"{self.path} is being made at this moment; try again") from cause
-        if cause is not None:
-            raise cause
-
-    def refuse_journal(self, path: str) -> None:
-        """Raise StoreError if `path` lies in the journal, where nothing else belongs."""
-        journal = os.path.realpath(self.journal.directory)
-        if os.path.join(os.path.realpath(path), "").startswith(os.path.join(journal, "")):
-            raise StoreError(f"{path} lies in the journal; name a place elsewhere")
-
-    def refuse_own_files(self, path: str) -> None:
-        """Raise StoreError if `path` is no place for an export: above all, if that would destroy the log."""
-        folder, name = os.path.split(os.path.abspath(path))
-        try:
-            folder = os.path.realpath(folder)
-            found = None if not os.path.lexists(path) else os.lstat(path)
-        except (OSError, ValueError) as error:  # ValueError: a NUL
-            raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
-        own = os.path.realpath(self.path)
-        self.refuse_journal(path)
-        if self.is_file and os.path.join(folder, name) in (own, own + ".wal"):
-            raise StoreError(f"{path} is the audit database itself; name another file")
-        if not os.path.isdir(folder):
-            raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
-        if found is not None and not stat.S_ISREG(found.st_mode):
-            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
-            raise StoreError(f"{path} is {kind}; name a file, or write to standard output by --export -")
-        if self.is_file and found is not None and not self._is_absent() and os.path.samefile(path, own):
-            raise StoreError(f"{path} is the audit database under another name; name another file")
+    def create_tables(self, engine: Engine) -> None:
+        """Make what is missing of the tables and their columns; the target is attached for writing."""
+        present = self.columns(engine)
+        if "logs" not in present:
+            engine.execute(CREATE_LOGS)
+        elif any(column.name not in present["logs"] for column in COLUMNS):
+            for statement in WIDEN_LOGS:
+                engine.execute(statement)
+        if "ledger" not in present:
+            engine.execute(CREATE_LEDGER)
+        if "ledger" not in present and _POSTGRES.match(self.path):
+            engine.execute(UNIQUE_POSITIONS)
+        if self.is_lake:
+            engine.execute(turn_statements(self._journal.identity())[0])
 
     def signature(self) -> object:
         """Return what is different after every ingest: cheap, and without opening anything.
 
         None as long as the next ingest might leave it the same, because file times are coarse.
         """
-        paths = [self.path, self.path + ".wal"] if self.is_file else [self.journal.directory]
+        paths = [self.path, self.path + ".wal"] if self.is_file else [self._journal.directory]
         stamps = [_stamp_of(path) for path in paths]
         now = wall_clock_ns()
         for changed_ns, _, _ in filter(None, stamps):
@@ -8173,575 +7567,72 @@ class Store:
         return stamps
 
 
-_POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
-_QUACK: Final = re.compile(r"(?i)quack:")
-
-
-class Fault(NamedTuple):
-    """Something that is wrong, and what to do about it."""
-
-    problem: str
-    remedy: str
-
-
-class Checkup:
-    """The state of a log, as `doctor` shows it: `report`, ready for JSON, and `faults`.
-
-    Changes nothing. What can't be examined is a fault too.
-    """
-
-    _LITTLE_SPACE_BYTES: Final = 256 * 2**20  # arbitrary
-
-    def __init__(self, config: Config, *, wait: float) -> None:
-        self.faults: list[Fault] = []
-        self.report: dict[str, Any] = {}
-        self._config = config
-        self._store = Store(config)
-        if not config.enabled:
-            self._fault(
-                f"audit logging is not enabled for profile {config.profile!r}",
-                "set `enabled: true` in its `audit` section",
-            )
-        self._examine_journal()
-        if self._examine_engine():
-            self._examine_database(wait)
-        if self._store.is_file:
-            self._examine_access()
-        self.report = {
-            "healthy": not self.faults,
-            "faults": [{"problem": fault.problem, "remedy": fault.remedy} for fault in self.faults],
-            "profile": config.profile,
-            **self.report,
-        }
-
-    def _fault(self, problem: str, remedy: str) -> None:
-        self.faults.append(Fault(problem, remedy))
-
-    def _examine_engine(self) -> bool:
-        try:
-            engine = open_engine()
-            with contextlib.closing(engine):
-                self.report["engine"] = {"name": engine.name, "version": engine.version()}
-        except StoreError as error:
-            self.report["engine"] = None
-            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
-            return False
-        return True
-
-    def _examine_database(self, wait: float) -> None:
-        state: dict[str, Any] = {"path": self._store.name, "readable": False, "events": None}
-        self.report["database"] = state
-        try:
-            with self._store.reading(wait=wait) as reading:
-                if reading.problem is not None:
-                    raise reading.problem
-                state["readable"] = reading.has_table
-                state["events"] = reading.engine.execute("SELECT count(*)::BIGINT FROM table_rows")[0][0]
-                for _, text in self._store.losses(reading):
-                    self._fault(f"events were lost: {text}", "see docs/operations.md, losses")
-        except DatabaseNotFoundError:
-            state["events"] = 0  # nothing was logged yet: no fault
-        except DatabaseLockedError as error:
-            self._fault(str(error), "close that program; events wait in the journal meanwhile")
-        except DatabaseUnreachableError as error:
-            self._fault(str(error), "see docs/scale-out.md; events wait in the journal meanwhile")
-        except DatabaseCorruptError as error:
-            self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
-        except StoreError as error:
-            self._fault(str(error), "run with --debug for the whole story")
-
-    def _examine_journal(self) -> None:
-        journal = self._store.journal
-        state: dict[str, Any] = {"path": journal.directory}
-        self.report["journal"] = state
-        try:
-            survey = journal.survey()
-        except JournalError as error:
-            self._fault(str(error), "check its permissions, and whether its file system has locks")
-            return
-        state |= survey._asdict()
-        if survey.orphaned:
-            self._fault(
-                f"{survey.orphaned} segments wait since {survey.oldest_pending} for somebody to take them in",
-                "run `python -m mxcp_audit ingest`; if that fails, it says why",
-            )
-        if survey.rejected:
-            self._fault(
-                f"{survey.rejected} files in {journal.directory} hold lines that could not be ingested",
-                "read the .rejected files, keep what matters, and remove them",
-            )
-        if survey.torn:
-            state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
-
-    def _examine_access(self) -> None:
-        import shutil
-
-        folder = os.path.dirname(self._store.path)
-        for path in (self._store.path, self._store.path + ".wal", self._store.journal.directory):
-            with contextlib.suppress(OSError):
-                mode = stat.S_IMODE(os.stat(path).st_mode)
-                if mode & 0o077 and os.name == "posix":
-                    self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
-                if not os.access(path, os.R_OK | os.W_OK):
-                    self._fault(f"{path} can't be read and written by this user", "check owner and mode")
-        space = {}
-        for path in {folder, os.path.dirname(self._store.journal.directory)}:
-            with contextlib.suppress(OSError):
-                free = space[path] = shutil.disk_usage(path).free
-                if free < self._LITTLE_SPACE_BYTES:
-                    self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
-        self.report["free_bytes"] = space
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-def _refuse_fatal_limit() -> None:
-    """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process.
-
-    Python ignores that signal unless somebody restored its default.
-    """
-    import signal
-
-    signal_number = getattr(signal, "SIGXFSZ", None)
-    if (
-        signal_number is not None
-        and signal.getsignal(signal_number) is signal.SIG_DFL
-        and file_size_limit() != float("inf")
-    ):
-        raise StoreError(
-            "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
-        )
-
-
-_REMEDIES: Final[Mapping[type[StoreError], str]] = {
-    DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
-    DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
-    "else move it aside or restore a backup",
-    DatabaseNotFoundError: "it vanished while it was opened; try again",
-    DatabaseUnreachableError: "events wait in the journal",
-    EngineNotFoundError: "events wait in the journal",
-    StoreError: "events wait in the journal",
-}
-
-
-class Reading:
-    """Table and journal while they are open for reading.
-
-    `problem` is set if the table could not be had: then only journal events are seen.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.problem: StoreError | None = None
-        self.has_table = False
-        self.has_journal = False
-        self.has_ledger = False
-
-    def open_views(
-        self, table: Collection[str] | None, segments: Sequence[str], known: Collection[str]
-    ) -> None:
-        """Define the views `table_rows` and `journal_rows`, which together are the log.
-
-        Args:
-            table: the columns of the table, None if there is none.
-            segments: paths of the journal's segments.
-            known: ids of those that the table already has.
-        """
-        self.has_table = table is not None
-        unknown = [path for path in segments if segment_id_of(path) not in known]
-        sizes = [_size_of(path) for path in unknown]
-        unknown = [path for path, size in zip(unknown, sizes) if size]
-        self.has_journal = bool(unknown)
-        journal_rows = NO_ROWS
-        if unknown:
-            longest = max(_LONGEST_LINE, *(size + 1 for size in sizes))
-            journal_rows = bind(JOURNAL_ROWS, {"files": unknown, "longest": longest})
-        rows = NO_ROWS if table is None else table_rows(table)
-        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
-        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
-
-    def freeze_journal(self) -> None:
-        """Copy the journal's events, so that no later query reads files."""
-        for statement in FREEZE_JOURNAL:
-            self.engine.execute(statement)
-
-    def _source(self, what: Filter, count: int | None, order: str) -> tuple[str, dict[str, object]]:
-        """Return the query of the filtered events. The limit goes into both sides: a limit on the union
-        alone would read the whole table (40 times slower on 10 million rows)."""
-        where, params = what.where()
-        tail = ""
-        if count is not None:
-            params["count"] = count
-            tail = f" ORDER BY {order} LIMIT $count"
-        sides = [
-            f"(SELECT * FROM {view} WHERE {where}{tail})"
-            for view, there in (("table_rows", self.has_table), ("journal_rows", self.has_journal))
-            if there
-        ] or ["(SELECT * FROM journal_rows)"]
-        return " UNION ALL BY NAME ".join(sides), params
-
-    def _select(
-        self, columns: str, what: Filter, count: int | None, oldest_first: bool
-    ) -> tuple[str, dict[str, object]]:
-        order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
-        source, params = self._source(what, count, order)
-        tail = "" if count is None else " LIMIT $count"
-        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})", params
-
-    def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
-        """Yield the matching events as rows of PUBLIC_COLUMNS, newest first.
-
-        Args:
-            what: the filter.
-            count: how many at most; None for all.
-            oldest_first: the other order, and the other end of the log.
-        """
-        sql, params = self._select(public_select(), what, count, oldest_first)
-        return self.engine.stream(sql, params)
-
-    def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
-        """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
-
-        Percentiles are durations that occurred (no interpolation), in milliseconds.
-
-        Args:
-            what: the filter.
-            by: a key of STATS_BY.
-            sort: which of STATS_COLUMNS is largest first; hours and days come newest first.
-            count: how many groups at most.
-        """
-        source, params = self._source(what, None, NEWEST_FIRST)
-        return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
-
-    def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
-        """Run one SELECT over the view `logs` and return its column names and its rows.
-
-        It can read the log and write nothing: the database is attached read-only, and files,
-        extensions and settings are locked. The session is good for nothing else afterwards. Values
-        are those of JSON; what it lacks (times, intervals, bytes) is text.
-
-        Raises:
-            QueryError: no single SELECT, or DuckDB refuses it.
-        """
-        self.freeze_journal()
-        for lock in (SQL_VIEW, *SQL_LOCK):
-            self.engine.execute(lock)
-        params = {"statement": statement}
-        columns = self.engine.execute(SQL_COLUMNS, params)
-        names = ", ".join(f"c{number}" for number in range(len(columns)))
-        parts = [_json_like(sql_type) for _, sql_type in columns]
-        casts = ", ".join(
-            f"{cast.format(f'c{number}')} AS c{number}" for number, (cast, _) in enumerate(parts)
-        )
-        rows = self.engine.stream(
-            f"SELECT {casts} FROM (SELECT * FROM query($statement)) AS result({names})", params
-        )
-        decoders = [decode for _, decode in parts]
-        return [name for name, _ in columns], (
-            tuple(
-                value if decode is None or value is None else decode(value)
-                for decode, value in zip(decoders, row)
-            )
-            for row in rows
-        )
-
-    def export(
-        self,
-        what: Filter,
-        path: str,
-        *,
-        form: str = "csv",
-        count: int | None = None,
-        oldest_first: bool = False,
-        raw: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> int:
-        """Write the matching events to a file and return their number.
-
-        The file appears whole or not at all, with mode 0600; an older one is replaced. Every format has
-        all the columns: `.duckdb` as the table `logs`, so that every command can read it by `--db`.
-
-        Args:
-            what: the filter.
-            path: the file; `Store.refuse_own_files` says whether it may be written.
-            form: one of EXPORT_FORMATS.
-            count: how many events at most; None for all.
-            oldest_first: the other order, and the other end of the log.
-            raw: leave text as it is that a spreadsheet would run as a formula; otherwise it gets a
-                leading apostrophe in CSV, and so does text that begins with one.
-            progress: called every half second with the bytes written so far, from another thread.
-
-        Raises:
-            StoreError: nothing could be written; an older file is still there.
-        """
-        self.freeze_journal()  # or the two queries below would see two ends of a live segment
-        source, params = self._source(what, None, NEWEST_FIRST)
-        ((matching,),) = self.engine.execute(f"SELECT count(*)::BIGINT AS n FROM ({source})", params)
-        expected = matching if count is None else min(count, matching)
-        if form == "duckdb":
-            columns = _NAMES
-        else:
-            columns = public_select(typed=form == "parquet", plain_csv=raw or not form.startswith("csv"))
-        sql, params = self._select(columns, what, count, oldest_first)
-        params["formula"] = FORMULA
-        folder, name = os.path.split(os.path.abspath(path))
-        scratch = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
-        try:
-            os.mkdir(scratch, 0o700)
-            try:
-                target = os.path.join(scratch, "export")
-                with _watched(target, progress):
-                    written = self._write(sql, params, target, form)
-                if written not in (expected, None):
-                    raise StoreError(f"{path}: {written} of {expected} events were written; try again")
-                os.chmod(target, 0o600)
-                os.replace(target, path)
-            finally:
-                _remove_scratch(scratch)
-        except OSError as error:
-            raise StoreError(f"{path} can't be written: {error.strerror}") from error
-        except QueryError as error:
-            raise StoreError(f"{path} can't be written: {error}") from error
-        return int(expected)
-
-    def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
-        """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
-        place = sql_literal(target)
-        if form != "duckdb":
-            told = self.engine.execute(f"COPY ({sql}) TO {place} ({COPY_OPTIONS[form]})", params)
-            return told[0][0] if told else None
-        self.engine.execute(f"ATTACH {place} AS copy (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
-        told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
-        self.engine.execute("CHECKPOINT copy")
-        self.engine.execute("DETACH copy")
-        return told[0][0] if told else None
-
-
-# How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
-_RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
-    (("BOOLEAN",), "{0}", None),
-    (("UBIGINT", "HUGEINT", "UHUGEINT", "VARINT", "BIGNUM"), "{0}::VARCHAR", int),
-    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", json.loads),
-    (("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"), "{0}::BIGINT", None),
-    (("DECIMAL",), "{0}::DOUBLE", None),
-    (("FLOAT", "DOUBLE"), "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", None),  # JSON has no NaN
-)
-
-
-def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
-    """Return the cast of a result column, to be formatted with its name, and what decodes its values."""
-    if sql_type.endswith("]"):
-        return "to_json({0})::VARCHAR", json.loads
-    for beginnings, cast_sql, decode in _RESULT_TYPES:
-        if sql_type.startswith(beginnings):
-            return cast_sql, decode
-    return "{0}::VARCHAR", None
-
-
-@contextlib.contextmanager
-def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None]:
-    """Tell the size of a growing file every half second while the block runs."""
-    if progress is None:
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            progress(_size_of(path))
-
-    watcher = threading.Thread(target=watch, name="mxcp_audit progress", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        done.set()
-        watcher.join()
-
-
-@contextlib.contextmanager
-def interruptible(engine: Engine) -> Iterator[None]:
-    """Let Ctrl+C end a running query, where signals arrive: in the main thread.
-
-    Python runs its signal handler only between two of its own instructions, and a query is one of
-    them. A thread is told of the signal through a socket, and interrupts the query.
-    """
-    import signal
-    import socket
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    here, there = socket.socketpair()
-    there.setblocking(False)
-    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-
-    def watch() -> None:
-        while here.recv(1):
-            engine.interrupt()
-
-    watcher = threading.Thread(target=watch, name="mxcp_audit interrupt", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(before)
-        there.close()
-        watcher.join()
-        here.close()
-
-
-def _remove_scratch(folder: str) -> None:
-    with contextlib.suppress(OSError):
-        for name in os.listdir(folder):
-            os.unlink(os.path.join(folder, name))
-        os.rmdir(folder)
-
-
-class _Tail:
-    """How far a follower has come in one segment."""
-
-    __slots__ = ("offset", "seq", "settled")
-
-    def __init__(self) -> None:
-        self.offset = 0  # behind the last whole line that was read
-        self.seq = 0  # the highest number that was seen
-        self.settled = False  # the table has it, and the rest was taken from there
-
-
-class Follower:
-    """Sees events as they are recorded, by whatever process: each once, none left out.
-
-    A look reads what the segments got since the last one. The database is opened only if its file
-    changed, that is, after an ingest: a segment may have moved into the table before it was read to
-    its end, or seen at all. The ledger says which did, and their missing rows are taken from there.
-    No lock is held between looks.
+class GuestSession:
+    """The session that a server has with DuckDB: one engine, used by one thread at a time, and by no child.
 
     Args:
-        store: the log.
-        what: which events to return.
+        target: where engines come from.
     """
 
-    def __init__(self, store: Store, what: Filter) -> None:
-        self._store = store
-        self._what = what
-        self._tails: dict[str, _Tail] = {}  # by segment
-        self._positions: dict[str, int] = {}  # by journal: the ledger entry that was looked at last
-        self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
-        self._signature: object = None
+    def __init__(self, target: Target) -> None:
+        self._target = target
         self._engine: Engine | None = None
+        self._busy = native_threads().RLock()
+        self._fork_held = False
 
-    def start(self, reading: Reading | None) -> None:
-        """Count everything that is there now as seen.
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep the other threads of this process out. The thread inside may ask for the engine."""
+        with self._busy:
+            yield
 
-        Args:
-            reading: an open reading; None if there is no log yet.
-        """
-        for _ in self._new_lines():
-            pass
-        if reading is None or reading.problem is not None:
-            # The ledger can't be had. Of what it says later, only what was ingested from now on is new.
-            self._since = sql_time(utc_now()) if reading is not None else self._since
-            return
-        self._signature = self._store.signature()
-        if reading.has_ledger:
-            self._positions = dict(reading.engine.execute(LEDGER_ENDS))
+    @contextlib.contextmanager
+    def engine(self) -> Iterator[Engine]:
+        """Lend the engine. After an error its session has ended, and so it has if it is not worth keeping."""
+        with self._busy:
+            if self._engine is None:
+                self._engine = self._target.open_engine(guest=True)
+            engine = self._engine
+            try:
+                yield engine
+            except BaseException:
+                engine.close()
+                raise
+            if not engine.keeps:
+                engine.close()
 
-    def is_seen(self, row: Row) -> bool:
-        """Say whether an event will not be returned by `look`, because `start` counted it as seen."""
-        segment, seq = _segment_and_seq(row)
-        tail = self._tails.get(segment)
-        return tail is None or seq <= tail.seq
-
-    def look(self) -> list[Row]:
-        """Return the matching events that came since the last look, as rows of PUBLIC_COLUMNS, oldest first.
-
-        Raises:
-            JournalError: the journal can't be read.
-            StoreError: the table can't be asked. A later look can make up for it.
-        """
-        rows = [row for row in self._new_lines() if self._what.matches(row)]
-        signature = self._store.signature()
-        if signature is None or signature != self._signature:
-            # Somebody may ingest at this moment; then the next look asks again.
-            with contextlib.suppress(DatabaseLockedError, DatabaseNotFoundError):
-                rows += self._new_table_rows()
-        return sorted(rows, key=lambda row: (row[0], _segment_and_seq(row)))
+    def interrupt(self) -> None:
+        """Make a running statement fail soon, from any thread."""
+        engine = self._engine
+        if engine is not None:
+            engine.interrupt()
 
     def close(self) -> None:
-        """End the session with DuckDB, if there is one."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
-
-    def _new_lines(self) -> Iterator[Row]:
-        paths = {segment_id_of(path): path for path in self._store.journal.segments()}
-        for segment in [each for each, tail in self._tails.items() if tail.settled and each not in paths]:
-            del self._tails[segment]
-        for segment, path in paths.items():
-            tail = self._tails.setdefault(segment, _Tail())
-            if _size_of(path) <= tail.offset:
-                continue
+        """End the session, unless a thread is using it."""
+        if self._busy.acquire(blocking=False):
             try:
-                with open(path, "rb") as file:
-                    file.seek(tail.offset)
-                    data = file.read()
-            except FileNotFoundError:
-                continue  # ingested just now: the ledger tells
-            except OSError as error:
-                raise JournalError(f"can't be read: {error.strerror}", path=path) from error
-            end = data.rfind(b"\n") + 1  # the rest is being written
-            tail.offset += end
-            for line in data[:end].split(b"\n")[:-1]:
-                if line_fault(line) is None:
-                    event = json.loads(line)
-                    if event["seq"] > tail.seq:
-                        tail.seq = event["seq"]
-                        event["event_id"] = f"{segment}:{tail.seq}"
-                        yield tuple(event.get(name) for name in PUBLIC_COLUMNS)
+                if self._engine is not None:
+                    self._engine.close()
+            finally:
+                self._busy.release()
 
-    def _new_table_rows(self) -> list[Row]:
-        """Return what moved into the table unseen."""
-        store = self._store
-        engine = self._engine = self._engine or store._opener()
-        asked = {
-            "journals": list(self._positions),
-            "positions": list(self._positions.values()),
-            "since": self._since,
-        }
-        rows: list[Row] = []
-        with store._attached(engine, read_only=True):
-            signature = store.signature()  # nobody can ingest now
-            present = store._columns(engine)
-            entries = engine.execute(NEW_SEGMENTS, asked) if "ledger" in present else []
-            seen = {
-                segment: self._tails[segment].seq if segment in self._tails else 0
-                for _, segment, _, _ in entries
-            }
-            missing = [segment for _, segment, _, events in entries if seen[segment] < events]
-            if missing:
-                where, params = self._what.where()
-                found = engine.execute(
-                    f"SELECT {public_select()} FROM (SELECT * FROM ({table_rows(present['logs'])}) "
-                    f"WHERE segment IN (SELECT unnest($missing)) AND {where})",
-                    {**params, "missing": missing},
-                )
-                for row in found:
-                    segment, seq = _segment_and_seq(row)
-                    if seq > seen[segment]:
-                        rows.append(row)
-        for journal, segment, position, events in entries:
-            tail = self._tails.setdefault(segment, _Tail())
-            tail.seq = max(tail.seq, events)
-            tail.settled = True
-            self._positions[journal] = max(position, self._positions.get(journal, 0))
-        self._signature = signature
-        if not engine.keeps:
-            self.close()
-        return rows
+    def before_fork(self) -> None:
+        """Wait for the thread inside, interrupt it if it is long, and close the session."""
+        self._fork_held = self._busy.acquire(timeout=_FORK_WAIT_SECONDS[0])
+        if not self._fork_held:
+            self.interrupt()
+            self._fork_held = self._busy.acquire(timeout=_FORK_WAIT_SECONDS[1])
+        if self._fork_held and self._engine is not None:
+            self._engine.close()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Take up work again."""
+        held, self._fork_held = self._fork_held, False
+        if child:  # if a thread was inside, what it used is left alone
+            self._busy = native_threads().RLock()
+            self._engine = None
+        elif held:
+            self._busy.release()
 
 
 def _size_of(path: str) -> int:
@@ -8749,12 +7640,6 @@ def _size_of(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return 0
-
-
-def _segment_and_seq(row: Row) -> tuple[str, int]:
-    """Return what a row's event id is made of; rows of older tables have none."""
-    segment, _, seq = (row[-1] or "").rpartition(":")
-    return segment, int(seq or 0)
 
 
 def _stamp_of(path: str) -> tuple[int, int, int] | None:
@@ -8765,12 +7650,33 @@ def _stamp_of(path: str) -> tuple[int, int, int] | None:
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-# --- the ledger
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def _scratch(directory: str) -> Iterator[None]:
+    """Have a directory that only its owner can read, in place of an older one, and clear it away."""
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)
+    os.mkdir(directory, _DIRECTORY_MODE)
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+# === Ledger ===
+# may name: Errors, Events, Journal, Writer, SQL, Engines, Target
 #
-# Each entry's seal covers the entry and the seal before it, so that whoever knows one seal can tell
-# whether anything up to it was changed. Digests are computed in SQL, where the rows are; seals here,
-# because a chain is no query and HMAC is no function of DuckDB's. docs/security.md says what this
-# proves, to whom, and what it doesn't.
+# What is in the database, sealed. Each entry's seal covers the entry and the seal before it, so that
+# whoever knows one seal can tell whether anything up to it was changed. Digests are computed in SQL, where
+# the rows are; seals here, because a chain is no query and HMAC is no function of DuckDB's.
+# docs/security.md says what this proves, to whom, and what it doesn't.
+#
+# Everything that changes `logs` does it in `Ledger.writing`, and enters there what it did.
 
 Entry: TypeAlias = tuple[str, Mapping[str, object]]  # a PREPARE statement and its own parameters
 
@@ -8876,28 +7782,53 @@ def legacy_entries(engine: Engine) -> Iterator[Entry]:
 
 
 class Ledger:
-    """Continues the chain of one journal. `head` is its end as this process last committed it."""
+    """Writes to the ledger of a target, where it continues the chain of one journal.
 
-    def __init__(self) -> None:
-        self.head: Head | None = None
+    Args:
+        target: the database.
+        journal: whose chain it is.
+    """
 
-    def enter(self, engine: Engine, journal: str, entries: Iterable[Entry]) -> Head:
-        """Add entries at the end of the chain, inside of the running transaction.
+    def __init__(self, target: Target, journal: Journal) -> None:
+        self._target = target
+        self._journal = journal
+        self._head: Head | None = None  # as this process last committed it
+        self._next_head: Head | None = None  # within a transaction
+        self._told_head: Head | None = None
+
+    @contextlib.contextmanager
+    def writing(self, engine: Engine) -> Iterator[None]:
+        """Run the block as one transaction of the attached target; after the block it is on the disk.
+
+        Missing tables are made first. Of two such transactions for the same journal only one can succeed.
+        After an error the transaction ends with the session, which `Target.attached` sees to.
+        """
+        self._target.create_tables(engine)
+        engine.execute("BEGIN")
+        if self._target.is_lake:
+            engine.execute(turn_statements(self._journal.identity())[1])
+        self._next_head = self._head
+        yield
+        engine.execute("COMMIT")
+        self._head = self._next_head
+        if self._target.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
+            engine.execute("CHECKPOINT audit")
+
+    def enter(self, engine: Engine, entries: Iterable[Entry]) -> None:
+        """Add entries at the end of the chain, inside of `writing`.
 
         Into an empty ledger, the rows of an older table come first.
-
-        Returns:
-            the new end, which is `head` once the transaction has succeeded.
 
         Raises:
             StoreError: the chain is sealed with a key that this process doesn't have.
         """
         keys = seal_keys()
+        journal = self._journal.identity()
         common = {"journal": journal, "host": platform_node(), "now": sql_time(utc_now())}
         ((position,),) = engine.execute(LAST_POSITION, common)
         ((seal,),) = engine.execute(SEAL_AT, {**common, "position": position})
-        if self.head is not None and self.head[:2] == (journal, position):
-            events = self.head.events
+        if self._next_head is not None and self._next_head[:2] == (journal, position):
+            events = self._next_head.events
         else:
             ((events,),) = engine.execute(EVENTS_OF, common)
         head = Head(journal, position, events, seal or "")
@@ -8917,10 +7848,263 @@ class Ledger:
             positions.append(place)
             seals.append(seal)
         engine.execute(INSERT_ENTRIES, {"positions": positions, "seals": seals})
-        return head
+        self._next_head = head
+
+    def report_head(self) -> None:
+        """Tell `logging` where the chain ends, unless it was told already."""
+        if self._head is not None and self._head != self._told_head:
+            self._told_head = self._head
+            _LOG.info("mxcp_audit: checkpoint %s", json.dumps({"journals": [self._head._asdict()]}))
 
 
-# --- verifying
+def chain_heads(engine: Engine) -> list[Head]:
+    """Return the end of each journal's chain; the target is attached and has a ledger."""
+    return [Head(name or "", *rest) for name, *rest in engine.execute(HEADS)]
+
+
+def known_segments(engine: Engine, segments: Sequence[str], sql: str = KNOWN_SEGMENTS) -> set[str]:
+    """Return those of the segments that the attached target has taken in.
+
+    Args:
+        engine: a session in which the target is attached and has a ledger.
+        segments: their ids.
+        sql: KNOWN_LOSSES to ask for the entries of losses instead.
+    """
+    return {segment for (segment,) in engine.execute(sql, {"segments": segments})} if segments else set()
+
+
+def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
+    """Return those segment files that the attached target, which has these tables, has not taken in."""
+    if "ledger" not in tables:
+        return list(paths)
+    known = known_segments(engine, [segment_id_of(path) for path in paths])
+    return [path for path in paths if segment_id_of(path) not in known]
+
+
+def platform_node() -> str:
+    """Return this host's name, for the ledger."""
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+
+
+# === Ingest ===
+# may name: Errors, Encoding, Journal, Writer, SQL, Engines, Target, Ledger
+#
+# Moves segments into `logs` exactly once: the ledger's entry of a segment is committed together with its
+# rows, and a segment is deleted only after a checkpoint, so that a crash at any point repeats a step that
+# the ledger turns into nothing. The caller holds the ingest lock.
+#
+# Caveat: a damaged WAL opens without an error and drops the last transaction. → Segments stay until a
+# checkpoint succeeded.
+
+INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
+_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
+_CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
+
+
+class Ingest:
+    """Takes the journal's sealed and orphaned segments, and losses, into the database.
+
+    Args:
+        target: the database.
+        journal: where the segments are.
+        ledger: what is entered into.
+        guest: the session.
+        diagnostics: counts what was ingested and rejected.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        journal: Journal,
+        ledger: Ledger,
+        guest: GuestSession,
+        *,
+        diagnostics: Diagnostics,
+    ) -> None:
+        self._target = target
+        self._journal = journal
+        self._ledger = ledger
+        self._guest = guest
+        self._diagnostics = diagnostics
+
+    def run(self) -> list[JournalError]:
+        """Ingest everything that can be claimed, in transactions of up to INGEST_BYTES.
+
+        Returns:
+            what kept single segments from being claimed.
+
+        Raises:
+            StoreError: the database can't be had. Everything stays in the journal.
+        """
+        seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
+        while True:
+            claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
+            lost = self._journal.losses()
+            try:
+                if claims or lost:
+                    self._take(claims, lost)
+            finally:
+                for claim in claims:
+                    claim.release()
+            seen.update(claim.id for claim in claims)
+            if sum(claim.size for claim in claims) < INGEST_BYTES:
+                return problems
+
+    def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
+        """Ingest claimed segments, then delete them and count."""
+        _refuse_fatal_limit()
+        with self._guest.engine() as engine:
+            losses, fresh = self._stage_and_commit(engine, claims, lost)
+        self._diagnostics.ingested += sum(claim.lines for claim in claims if claim.id in fresh)
+        for claim in claims:
+            faults = losses.get(claim.id, 0)
+            if claim.id in fresh and faults:
+                self._diagnostics.ingested -= faults
+                self._diagnostics.rejected += faults
+                self._diagnostics.report(
+                    "rejected",
+                    f"{faults} lines of {claim.path} can't be ingested; kept beside it in .rejected",
+                )
+            if claim.torn:
+                self._diagnostics.report(
+                    "torn", f"{claim.path} ended within a line; its last {claim.torn} bytes are kept in .torn"
+                )
+            try:
+                claim.release(delete=True)
+            except OSError as error:
+                self._diagnostics.report(
+                    "delete", "an ingested segment can't be deleted; it is not ingested again", error=error
+                )
+        for path in lost:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+
+    def _stage_and_commit(
+        self, engine: Engine, claims: list[Claim], lost: Mapping[str, Loss]
+    ) -> tuple[dict[str, int], set[str]]:
+        tries = 1 if self._target.is_file else _CONFLICT_TRIES
+        while True:
+            try:
+                losses = self._stage(engine, claims) if claims else {}
+                return losses, self._commit(engine, claims, losses, lost)
+            except DatabaseLockedError:
+                tries -= 1
+                if not tries:
+                    raise
+                time.sleep(_CONFLICT_PAUSE_SECONDS * (1 + os.urandom(1)[0]) / 256)
+
+    def _stage(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
+        """Read the segments into the temporary table `batch`; return how many lines each lost."""
+        params: dict[str, object] = {
+            "files": [claim.path for claim in claims],
+            "longest": max(LONGEST_LINE, *(claim.longest + 1 for claim in claims)),
+            "lenient": False,
+        }
+        try:
+            engine.execute(STAGE, params)
+            doubtful = False
+        except QueryError as error:
+            if not is_data_fault(error):
+                raise
+            engine.execute(STAGE, {**params, "lenient": True})
+            doubtful = True  # what was wrong is NULL now, so every line is looked at
+        counts = {segment: found for segment, *found in engine.execute(STAGED_COUNTS)}
+        return {
+            claim.id: self._salvage(engine, claim)
+            for claim in claims
+            if doubtful or counts.get(claim.id) != [claim.lines] * 3
+        }
+
+    def _salvage(self, engine: Engine, claim: Claim) -> int:
+        """Take the good lines of a segment only, set the others aside, and return how many those are."""
+        readable = {seq for (seq,) in engine.execute(STAGED_SEQS, {"segment": claim.id})}
+        good: list[int] = []
+        faults: list[tuple[int, str, bytes]] = []
+        for number, line in enumerate(claim.read().split(b"\n")[:-1], 1):
+            fault = line_fault(line)
+            if fault is None:
+                seq = json.loads(line)["seq"]
+                if seq in readable:
+                    readable.remove(seq)
+                    good.append(seq)
+                    continue
+                fault = f"DuckDB can't read it, or seq {seq} stands twice"
+            faults.append((number, fault, line))
+        if faults:
+            claim.reject(faults)
+            engine.execute(UNSTAGE_SEGMENT, {"segment": claim.id})
+            engine.execute(
+                RESTAGE_SEGMENT,
+                {
+                    "segment": claim.id,
+                    "files": [claim.path],
+                    "longest": max(LONGEST_LINE, claim.longest + 1),
+                    "seqs": good or [0],
+                },
+            )
+        return len(faults)
+
+    def _commit(
+        self, engine: Engine, claims: list[Claim], losses: Mapping[str, int], lost: Mapping[str, Loss]
+    ) -> set[str]:
+        """Put `batch` into the database and make it durable; return the segments that were not there yet."""
+        segments = [claim.id for claim in claims]
+        with self._target.attached(engine, read_only=False), self._ledger.writing(engine):
+            known = known_segments(engine, segments)
+            fresh = [segment for segment in segments if segment not in known]
+            if known:
+                engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
+                if self._target.is_file:
+                    engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
+            if fresh:
+                engine.execute(INSERT_ROWS)
+                self._enter_segments(engine, fresh, losses)
+            self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
+        return set(fresh)
+
+    def _enter_segments(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> None:
+        """Enter segments, and what was lost of each."""
+        entries: list[Entry] = [(PREPARE_SEGMENTS, {"segments": segments})]
+        for segment in segments:
+            if losses.get(segment):
+                text = "lines that could not be ingested, kept in the journal as .rejected"
+                entries.append(entry_of("loss", losses[segment], text, segment=segment))
+        self._ledger.enter(engine, entries)
+
+    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> None:
+        """Enter what writers lost, each loss once."""
+        entries = []
+        for segment in sorted(set(lost) - known_segments(engine, list(lost), KNOWN_LOSSES)):
+            loss = lost[segment]
+            text = f"{loss.reason}, between {loss.first} and {loss.last}"
+            entries.append(entry_of("loss", loss.events, text, segment=segment))
+        if entries:
+            self._ledger.enter(engine, entries)
+
+
+def _refuse_fatal_limit() -> None:
+    """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process.
+
+    Python ignores that signal unless somebody restored its default.
+    """
+    import signal
+
+    signal_number = getattr(signal, "SIGXFSZ", None)
+    if (
+        signal_number is not None
+        and signal.getsignal(signal_number) is signal.SIG_DFL
+        and file_size_limit() != float("inf")
+    ):
+        raise StoreError(
+            "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
+        )
+
+
+# === Evidence ===
+# may name: Errors, Events, SQL, Engines, Ledger
+#
+# Recomputes what the ledger says and names what is otherwise. Nothing is written: whoever purges asks
+# here first, too, so that what somebody had changed stays known as changed when it is gone.
 
 # Arbitrary: events whose hashes are held at once, 100 to 300 bytes each. A purge may be a guest's.
 _RANGE_EVENTS: Final = 1_000_000
@@ -9319,10 +8503,13 @@ def _numbers(seqs: Iterable[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-# --- removing
+# === Removal ===
+# may name: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger, Evidence
+#
+# Old events go in one transaction, which enters that they went; before that they are compared with the
+# ledger, and archived if that is asked for. Retention is a purge a day, and trusts no clock that jumped.
 
 _SILENCE_SECONDS: Final = 25 * 3600.0  # longer ones don't count as time that passed; retention runs daily
-_DAY_SECONDS: Final = 24 * 3600.0
 _MANIFEST: Final = "manifest.json"
 _EPOCH_START: Final = datetime.datetime(1970, 1, 1)
 
@@ -9410,8 +8597,16 @@ class Purger:
             self._left[segment] = (kept, kept_digest)
         return events, digest, last
 
-    def remove(self, ledger: Ledger, journal: str, removal: Removal) -> Head:
-        """Delete the rows, enter the purge, and return the new end of the chain."""
+    def remove(self, ledger: Ledger, removal: Removal) -> None:
+        """Delete the rows and enter the purge.
+
+        Args:
+            ledger: what is entered into, inside of its `writing`.
+            removal: what `plan` or `archive` returned.
+
+        Raises:
+            StoreError: the rows are others than those planned.
+        """
         ((events,),) = self._engine.execute(COUNT_OLD, {"moment": self._before})
         if events != removal.events:
             raise StoreError(f"{events} rows are older than {self._before}, {removal.events} were expected")
@@ -9420,15 +8615,14 @@ class Purger:
         span = (removal.first_event, removal.last_event)
         entry = entry_of("purge", removal.events, purge.detail(), span=span, digest=removal.digest)
         self._engine.execute(DELETE_OLD, {"moment": self._before})
-        return ledger.enter(self._engine, journal, [entry])
+        ledger.enter(self._engine, [entry])
 
-    def archive(self, directory: str, removal: Removal, heads: Sequence[Head]) -> Removal:
+    def archive(self, directory: str, removal: Removal) -> Removal:
         """Write what goes as Parquet, a file a day, with a manifest, and read it back.
 
         Args:
             directory: where the archive's own directory appears, whole or not at all.
-            removal: what `plan` said.
-            heads: of all chains, for the manifest.
+            removal: what `plan` returned.
 
         Raises:
             StoreError: it can't be written, or doesn't hold what it should.
@@ -9438,14 +8632,14 @@ class Purger:
         try:
             os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
             with _scratch(scratch):
-                self._write_archive(scratch, removal, heads)
+                self._write_archive(scratch, removal)
                 os.rename(scratch, target)
                 sync_directory(directory)
         except OSError as error:
             raise StoreError(f"{directory}: no archive can be written: {error.strerror}") from error
         return removal._replace(archive=name)
 
-    def _write_archive(self, folder: str, removal: Removal, heads: Sequence[Head]) -> None:
+    def _write_archive(self, folder: str, removal: Removal) -> None:
         files = []
         for day, events in self._engine.execute(OLD_DAYS, {"moment": self._before}):
             path = os.path.join(folder, f"{day}.parquet")
@@ -9471,11 +8665,64 @@ class Purger:
             "first_event": iso_time(removal.first_event),
             "last_event": iso_time(removal.last_event),
             "digest": removal.digest,
-            "heads": [head._asdict() for head in heads],
+            "heads": [head._asdict() for head in chain_heads(self._engine)],
             "files": files,
         }
         write_new_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
         sync_directory(folder)
+
+
+def purge_before(engine: Engine, ledger: Ledger, before: str, archive: str | None = None) -> Removal:
+    """Delete every event older than a moment, in one transaction, and enter that it went.
+
+    Args:
+        engine: a session in which the target is attached for writing.
+        ledger: what is entered into.
+        before: naive UTC text.
+        archive: a directory; what goes is written there first, and read back.
+
+    Raises:
+        StoreError: nothing was deleted.
+    """
+    with ledger.writing(engine):
+        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
+        if empty:
+            ledger.enter(engine, [])  # only the rows of an older table
+        purger = Purger(engine, before)
+        removal = purger.plan()
+        if removal.events or removal.wrong:
+            if archive is not None:
+                removal = purger.archive(archive, removal)
+            purger.remove(ledger, removal)
+    return removal
+
+
+def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> None:
+    """Purge what is older than the retention, as far as the ledger vouches for its age.
+
+    Args:
+        engine: a session in which the target is attached for writing.
+        target: the database.
+        ledger: what is entered into.
+        retention: seconds.
+
+    Raises:
+        StoreError: nothing was deleted.
+    """
+    target.create_tables(engine)
+    now = utc_now()
+    hours = [hour for (hour,) in engine.execute(ACTIVE_HOURS, {"now": sql_time(now)})]
+    limit = vouched_limit(hours, now.timestamp(), retention)
+    removal = None
+    if limit is not None:
+        moment = datetime.datetime.fromtimestamp(limit, datetime.timezone.utc)
+        removal = purge_before(engine, ledger, sql_time(moment))
+    if removal is not None and removal.events:
+        _LOG.info("mxcp_audit: retention: %d events before %s purged", removal.events, removal.before)
+    else:
+        # An entry a day, so that a log without events doesn't look like one that was off.
+        with ledger.writing(engine):
+            ledger.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
 
 
 def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float | None:
@@ -9504,17 +8751,125 @@ def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float |
     return None
 
 
-@contextlib.contextmanager
-def _scratch(directory: str) -> Iterator[None]:
-    """Have a directory that only its owner can read, in place of an older one, and clear it away."""
-    import shutil
+def file_digest(path: str) -> str:
+    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    import hashlib
 
-    shutil.rmtree(directory, ignore_errors=True)
-    os.mkdir(directory, _DIRECTORY_MODE)
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+# === Copies ===
+# may name: Errors, Journal, SQL, Engines, Target, Ledger
+#
+# Copies of the whole log: a backup elsewhere, and the database written anew in place of itself. A copy is
+# read back before it gets its name, appears whole or not at all, and overwrites nothing else.
+
+
+def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> tuple[int, int]:
+    """Copy database and journal to `path` and `path.journal`, as of one moment.
+
+    Returns:
+        how many events the copied table holds, and how many segments its journal.
+
+    Raises:
+        StoreError: something is at `path` already, or the copy can't be written or differs.
+    """
+    place = os.path.abspath(path)
+    for name in (place, place + ".wal", place + ".journal"):
+        if os.path.lexists(name):
+            raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
+    folder = os.path.dirname(place)
+    scratch = os.path.join(folder, f".{os.path.basename(place)}.{os.urandom(4).hex()}.part")
     try:
-        yield
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        with _scratch(scratch):
+            with target.session(read_only=True, wait=wait) as engine:
+                tables = target.columns(engine)
+                events = _copy_database(engine, tables, os.path.join(scratch, "copy"))
+                unknown = unknown_segments(engine, journal.segments(), tables)
+                segments = _copy_journal(unknown, os.path.join(scratch, "journal"))
+            if segments:
+                os.rename(os.path.join(scratch, "journal"), place + ".journal")
+            _put_in_place(os.path.join(scratch, "copy"), place)
+            sync_directory(folder)
+    except OSError as error:
+        raise StoreError(f"{path} can't be written: {error.strerror}") from error
+    return events, segments
+
+
+def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
+    """Write a database file anew, in place of itself. The caller holds the ingest lock.
+
+    Returns:
+        its size in bytes before and after.
+
+    Raises:
+        StoreError: the old database is still in place.
+    """
+    path = os.path.realpath(target.path)
+    with target.session(read_only=False, wait=wait) as engine:
+        engine.execute("CHECKPOINT audit")
+    # Read-only, DuckDB keeps other writers out and never touches the WAL, so that detaching
+    # the old file can't harm the new one, which has the same name by then.
+    with target.session(read_only=True, wait=wait) as engine:
+        old = os.stat(path)
+        if _size_of(path + ".wal"):
+            raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
+        folder, name = os.path.split(path)
+        # One name, so that the next one clears what a killed one left.
+        scratch = os.path.join(folder, f".{name}.compact")
+        try:
+            with _scratch(scratch):
+                fresh = os.path.join(scratch, "copy")
+                _copy_database(engine, target.columns(engine), fresh)
+                os.chmod(fresh, stat.S_IMODE(old.st_mode))
+                if hasattr(os, "chown"):
+                    os.chown(fresh, old.st_uid, old.st_gid)
+                os.replace(fresh, path)
+                sync_directory(folder)
+        except OSError as error:
+            raise StoreError(f"{path} can't be written anew: {error.strerror}") from error
+        return old.st_size, os.stat(path).st_size
+
+
+def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> int:
+    """Copy the attached database into a new file, read that back, and return the number of events."""
+    place = sql_literal(path)
+    engine.execute(f"ATTACH {place} AS fresh (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
+    os.chmod(path, _FILE_MODE)
+    engine.execute("COPY FROM DATABASE audit TO fresh")
+    engine.execute("CHECKPOINT fresh")
+    engine.execute("DETACH fresh")
+    sync_file(path)
+    engine.execute(f"ATTACH {place} AS fresh (TYPE duckdb, READ_ONLY)")
+    events = 0
+    for table in sorted(tables):
+        ((same, rows),) = engine.execute(SAME_CONTENT[table])
+        if not same:
+            raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
+        events = rows if table == "logs" else events
+    engine.execute("DETACH fresh")
+    return events
+
+
+def _copy_journal(paths: Iterable[str], directory: str) -> int:
+    """Copy the whole lines of segments into a new directory; return how many segments had any."""
+    copied = 0
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
+            data = file.read()
+            data = data[: data.rfind(b"\n") + 1]
+            if data:
+                if not copied:
+                    os.mkdir(directory, _DIRECTORY_MODE)
+                write_new_file(os.path.join(directory, os.path.basename(path)), data)
+                copied += 1
+    if copied:
+        sync_directory(directory)
+    return copied
 
 
 def _put_in_place(path: str, target: str) -> None:
@@ -9529,20 +8884,924 @@ def _put_in_place(path: str, target: str) -> None:
         os.rename(path, target)
 
 
-def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+# === Reading ===
+# may name: Errors, Config, Events, Journal, SQL, Engines, Target, Ledger
+#
+# Table and journal as one log. Reading attaches read-only first, then lists the journal, then asks the
+# ledger: while a reader holds its lock nobody can ingest, so the three agree, and every event is seen once.
+# A target that is no file has no such lock: there a reader holds this host's ingest lock, shared with other
+# readers, and reads in one transaction. Other hosts' events come out of the table alone.
 
 
-def platform_node() -> str:
-    """Return this host's name, for the ledger."""
-    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+class Reader:
+    """Opens a log for reading.
+
+    Args:
+        target: its database.
+        journal: its journal.
+    """
+
+    def __init__(self, target: Target, journal: Journal) -> None:
+        self._target = target
+        self._journal = journal
+
+    @contextlib.contextmanager
+    def open(self, *, wait: float) -> Iterator[Reading]:
+        """Open table and journal as one log; nobody can ingest until the block ends.
+
+        Where the table can't be had, `problem` is set and the journal alone is read.
+
+        Args:
+            wait: seconds to try again while another process holds the database.
+
+        Raises:
+            DatabaseNotFoundError: there is neither a database nor a journal.
+            JournalError: the journal can't be read.
+        """
+        deadline = Deadline(wait)
+        with contextlib.closing(self._target.open_engine()) as engine, contextlib.ExitStack() as stack:
+            reading = Reading(engine)
+            while True:
+                stack.close()  # what an earlier attempt held
+                try:
+                    self._attempt(reading, stack)
+                except (DatabaseLockedError, DatabaseNotFoundError) as error:
+                    if isinstance(error, DatabaseNotFoundError) and not self._target.is_file:
+                        reading.open_views(None, self._journal.segments())
+                    # Not found: the file appeared, or vanished, between our look and DuckDB's.
+                    elif deadline.pause():
+                        continue
+                    else:
+                        self._open_without_table(reading, error, stack)
+                except (DatabaseCorruptError, DatabaseUnreachableError) as error:
+                    self._open_without_table(reading, error, stack)
+                break
+            if not reading.has_table and not reading.has_journal and reading.problem is None:
+                raise DatabaseNotFoundError(
+                    f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
+                    "for the profile, or no events have been logged yet (the database is created on first "
+                    "write)."
+                )
+            yield reading
+
+    def _attempt(self, reading: Reading, stack: contextlib.ExitStack) -> None:
+        """Open both sides; what must be let go again goes onto the stack."""
+        target, journal = self._target, self._journal
+        if target.is_absent():
+            if not self._keep_segments(stack) and journal.segments():
+                raise DatabaseLockedError(f"{target.path} is being made by another process")
+            if target.is_absent():
+                self._open_journal(reading)
+                return
+            stack.close()
+        if not target.is_file and not self._keep_segments(stack):
+            raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
+        stack.enter_context(target.attached(reading.engine, read_only=True))
+        segments = journal.segments()
+        present = target.columns(reading.engine)
+        reading.has_ledger = "ledger" in present
+        reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
+
+    def _open_journal(self, reading: Reading) -> None:
+        """Open the journal by a copy, because before the first ingest there is no lock that keeps one out.
+
+        Raises:
+            DatabaseNotFoundError: a segment vanished meanwhile, so there is a table now: look again.
+        """
+        segments = self._journal.segments()
+        cause = None
+        try:
+            reading.open_views(None, segments)
+            reading.freeze_journal()
+        except QueryError as error:
+            cause = error
+        if not all(map(os.path.exists, segments)):
+            raise DatabaseNotFoundError(
+                f"{self._target.path} is being made at this moment; try again"
+            ) from cause
+        if cause is not None:
+            raise cause
+
+    def _open_without_table(self, reading: Reading, problem: StoreError, stack: contextlib.ExitStack) -> None:
+        """Open the journal alone, because the table can't be had."""
+        with contextlib.suppress(StoreError):  # what was attached went with the failed session
+            stack.close()
+        self._keep_segments(stack)
+        reading.problem = problem
+        reading.open_views(None, self._journal.segments())
+
+    def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
+        """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
+
+        Returns:
+            False if an ingest is running at this moment.
+        """
+        try:
+            return stack.enter_context(self._journal.reading_lock())
+        except JournalError:  # the journal may be read-only for who reads; then that must do
+            return True
+
+
+class Reading:
+    """Table and journal while they are open for reading.
+
+    `problem` is set if the table could not be had: then only journal events are seen.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.problem: StoreError | None = None
+        self.has_table = False
+        self.has_journal = False
+        self.has_ledger = False
+
+    def open_views(self, table: Collection[str] | None, segments: Iterable[str]) -> None:
+        """Define the views `table_rows` and `journal_rows`, which together are the log.
+
+        Args:
+            table: the columns of the table, None if there is none.
+            segments: paths of the journal's segments that the table lacks.
+        """
+        self.has_table = table is not None
+        sizes = {path: size for path in segments if (size := _size_of(path))}
+        self.has_journal = bool(sizes)
+        journal_rows = NO_ROWS
+        if sizes:
+            longest = max(LONGEST_LINE, *(size + 1 for size in sizes.values()))
+            journal_rows = bind(JOURNAL_ROWS, {"files": list(sizes), "longest": longest})
+        rows = NO_ROWS if table is None else table_rows(table)
+        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
+        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
+
+    def freeze_journal(self) -> None:
+        """Copy the journal's events, so that no later query reads files."""
+        for statement in FREEZE_JOURNAL:
+            self.engine.execute(statement)
+
+    def _source(self, what: Filter, count: int | None, order: str) -> tuple[str, dict[str, object]]:
+        """Return the query of the filtered events. The limit goes into both sides: a limit on the union
+        alone would read the whole table (40 times slower on 10 million rows)."""
+        where, params = what.where()
+        tail = ""
+        if count is not None:
+            params["count"] = count
+            tail = f" ORDER BY {order} LIMIT $count"
+        sides = [
+            f"(SELECT * FROM {view} WHERE {where}{tail})"
+            for view, there in (("table_rows", self.has_table), ("journal_rows", self.has_journal))
+            if there
+        ] or ["(SELECT * FROM journal_rows)"]
+        return " UNION ALL BY NAME ".join(sides), params
+
+    def _select(
+        self, columns: str, what: Filter, count: int | None, oldest_first: bool
+    ) -> tuple[str, dict[str, object]]:
+        order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
+        source, params = self._source(what, count, order)
+        tail = "" if count is None else " LIMIT $count"
+        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})", params
+
+    def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
+        """Yield the matching events as rows of PUBLIC_COLUMNS, newest first.
+
+        Args:
+            what: the filter.
+            count: how many at most; None for all.
+            oldest_first: the other order, and the other end of the log.
+        """
+        sql, params = self._select(public_select(), what, count, oldest_first)
+        return self.engine.stream(sql, params)
+
+    def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
+        """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
+
+        Percentiles are durations that occurred (no interpolation), in milliseconds.
+
+        Args:
+            what: the filter.
+            by: a key of STATS_BY.
+            sort: which of STATS_COLUMNS is largest first; hours and days come newest first.
+            count: how many groups at most.
+        """
+        source, params = self._source(what, None, NEWEST_FIRST)
+        return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
+
+    def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
+        """Run one SELECT over the view `logs` and return its column names and its rows.
+
+        It can read the log and write nothing: the database is attached read-only, and files,
+        extensions and settings are locked. The session is good for nothing else afterwards. Values
+        are those of JSON; what it lacks (times, intervals, bytes) is text.
+
+        Raises:
+            QueryError: no single SELECT, or DuckDB refuses it.
+        """
+        self.freeze_journal()
+        for lock in (SQL_VIEW, *SQL_LOCK):
+            self.engine.execute(lock)
+        params = {"statement": statement}
+        columns = self.engine.execute(SQL_COLUMNS, params)
+        names = ", ".join(f"c{number}" for number in range(len(columns)))
+        parts = [_json_like(sql_type) for _, sql_type in columns]
+        casts = ", ".join(
+            f"{cast.format(f'c{number}')} AS c{number}" for number, (cast, _) in enumerate(parts)
+        )
+        rows = self.engine.stream(
+            f"SELECT {casts} FROM (SELECT * FROM query($statement)) AS result({names})", params
+        )
+        decoders = [decode for _, decode in parts]
+        return [name for name, _ in columns], (
+            tuple(
+                value if decode is None or value is None else decode(value)
+                for decode, value in zip(decoders, row)
+            )
+            for row in rows
+        )
+
+    def export(
+        self,
+        what: Filter,
+        path: str,
+        *,
+        form: str = "csv",
+        count: int | None = None,
+        oldest_first: bool = False,
+        raw: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Write the matching events to a file and return their number.
+
+        The file appears whole or not at all, with mode 0600; an older one is replaced. Every format has
+        all the columns: `.duckdb` as the table `logs`, so that every command can read it by `--db`.
+
+        Args:
+            what: the filter.
+            path: the file; `Store.refuse_own_files` says whether it may be written.
+            form: one of EXPORT_FORMATS.
+            count: how many events at most; None for all.
+            oldest_first: the other order, and the other end of the log.
+            raw: leave text as it is that a spreadsheet would run as a formula; otherwise it gets a
+                leading apostrophe in CSV, and so does text that begins with one.
+            progress: called every half second with the bytes written so far, from another thread.
+
+        Raises:
+            StoreError: nothing could be written; an older file is still there.
+        """
+        self.freeze_journal()  # or the two queries below would see two ends of a live segment
+        source, params = self._source(what, None, NEWEST_FIRST)
+        ((matching,),) = self.engine.execute(f"SELECT count(*)::BIGINT AS n FROM ({source})", params)
+        expected = matching if count is None else min(count, matching)
+        if form == "duckdb":
+            columns = _NAMES
+        else:
+            columns = public_select(typed=form == "parquet", plain_csv=raw or not form.startswith("csv"))
+        sql, params = self._select(columns, what, count, oldest_first)
+        params["formula"] = FORMULA
+        folder, name = os.path.split(os.path.abspath(path))
+        scratch = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
+        try:
+            with _scratch(scratch):
+                target = os.path.join(scratch, "export")
+                with _watched(target, progress):
+                    written = self._write(sql, params, target, form)
+                if written not in (expected, None):
+                    raise StoreError(f"{path}: {written} of {expected} events were written; try again")
+                os.chmod(target, _FILE_MODE)
+                os.replace(target, path)
+        except OSError as error:
+            raise StoreError(f"{path} can't be written: {error.strerror}") from error
+        except QueryError as error:
+            raise StoreError(f"{path} can't be written: {error}") from error
+        return int(expected)
+
+    def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
+        """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
+        place = sql_literal(target)
+        if form != "duckdb":
+            told = self.engine.execute(f"COPY ({sql}) TO {place} ({COPY_OPTIONS[form]})", params)
+            return told[0][0] if told else None
+        self.engine.execute(f"ATTACH {place} AS copy (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
+        told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
+        self.engine.execute("CHECKPOINT copy")
+        self.engine.execute("DETACH copy")
+        return told[0][0] if told else None
+
+
+# How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
+_RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
+    (("BOOLEAN",), "{0}", None),
+    (("UBIGINT", "HUGEINT", "UHUGEINT", "VARINT", "BIGNUM"), "{0}::VARCHAR", int),
+    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", json.loads),
+    (("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"), "{0}::BIGINT", None),
+    (("DECIMAL",), "{0}::DOUBLE", None),
+    (("FLOAT", "DOUBLE"), "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", None),  # JSON has no NaN
+)
+
+
+def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
+    """Return the cast of a result column, to be formatted with its name, and what decodes its values."""
+    if sql_type.endswith("]"):
+        return "to_json({0})::VARCHAR", json.loads
+    for beginnings, cast_sql, decode in _RESULT_TYPES:
+        if sql_type.startswith(beginnings):
+            return cast_sql, decode
+    return "{0}::VARCHAR", None
+
+
+@contextlib.contextmanager
+def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None]:
+    """Tell the size of a growing file every half second while the block runs."""
+    if progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            progress(_size_of(path))
+
+    watcher = threading.Thread(target=watch, name="mxcp_audit progress", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        done.set()
+        watcher.join()
+
+
+@contextlib.contextmanager
+def interruptible(engine: Engine) -> Iterator[None]:
+    """Let Ctrl+C end a running query, where signals arrive: in the main thread.
+
+    Python runs its signal handler only between two of its own instructions, and a query is one of
+    them. A thread is told of the signal through a socket, and interrupts the query.
+    """
+    import signal
+    import socket
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        while here.recv(1):
+            engine.interrupt()
+
+    watcher = threading.Thread(target=watch, name="mxcp_audit interrupt", daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        there.close()
+        watcher.join()
+        here.close()
+
+
+# === Store ===
+# may name: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines, Target, Ledger, Ingest,
+# Evidence, Removal, Copies, Reading
+#
+# The log of a configuration as a whole: what can be done with it. Each operation opens what it needs, in
+# the order that keeps others out, and leaves the work to the rooms above.
+
+_DAY_SECONDS: Final = 24 * 3600.0
+_LOSS_DAYS: Final = 30  # arbitrary: how long lost events are pointed out
+
+
+class Store:
+    """The log of a configuration: its database (`target`) and its journal (`journal`) as one.
+
+    Args:
+        config: says where both are.
+        diagnostics: counts what was ingested and rejected.
+        opener: makes engines; `open_engine`, unless a test brings its own.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        diagnostics: Diagnostics | None = None,
+        opener: Callable[..., Engine] = open_engine,
+    ) -> None:
+        self.journal = Journal(config.journal_directory)
+        self.target = Target(config, self.journal, opener)
+        self._diagnostics = diagnostics or Diagnostics()
+        self._guest = GuestSession(self.target)
+        self._ledger = Ledger(self.target, self.journal)
+        self._ingest = Ingest(
+            self.target, self.journal, self._ledger, self._guest, diagnostics=self._diagnostics
+        )
+        self._retention = config.retention
+        self._next_daily = time.monotonic()
+
+    # --- the side of the recording (IngestSide)
+
+    def ingest(self) -> bool:
+        """Move every sealed and orphaned segment into the database; True if no retry could move more.
+
+        Once a day, the retention is applied besides.
+
+        Raises:
+            JournalError: a segment can't be claimed; the others are done.
+            StoreError: the database can't be had. Everything stays in the journal.
+        """
+        with self._guest.held(), self.journal.ingest_lock() as mine:
+            if not mine:
+                return not self.journal.segments()
+            problems = self._ingest.run()
+            self._daily()
+            if problems:
+                raise problems[0]
+            return True
+
+    def _daily(self) -> None:
+        """Once a day, under the ingest lock: apply the retention, and tell where the chain ends."""
+        if time.monotonic() < self._next_daily:
+            return
+        self._next_daily = time.monotonic() + _DAY_SECONDS
+        if self._retention is not None and not self.target.is_absent():
+            try:
+                with self._guest.engine() as engine, self.target.attached(engine, read_only=False):
+                    retain(engine, self.target, self._ledger, self._retention)
+            except AuditError as error:
+                self._next_daily = time.monotonic() + _DAY_SECONDS / 24
+                self._diagnostics.report("retention", "old events could not be purged", error=error)
+        self.report_head()
+
+    def interrupt(self) -> None:
+        """End a running ingest soon; it leaves everything in the journal."""
+        self._guest.interrupt()
+
+    def close(self) -> None:
+        """End the session, unless an ingest is using it."""
+        self._guest.close()
+
+    def before_fork(self) -> None:
+        """Wait for a running ingest, interrupt it if it is long, and close the session."""
+        self._guest.before_fork()
+
+    def after_fork(self, *, child: bool) -> None:
+        """Take up work again."""
+        self._guest.after_fork(child=child)
+
+    def report_head(self) -> None:
+        """Tell `logging` the end of this journal's chain, unless it was told already."""
+        self._ledger.report_head()
+
+    # --- reading
+
+    def reading(self, *, wait: float = 5.0) -> contextlib.AbstractContextManager[Reading]:
+        """Open table and journal as one log; nobody can ingest until the block ends.
+
+        Args:
+            wait: seconds to try again while another process holds the database.
+
+        Raises:
+            DatabaseNotFoundError: there is neither a database nor a journal.
+            JournalError: the journal can't be read.
+        """
+        return Reader(self.target, self.journal).open(wait=wait)
+
+    def losses(self, reading: Reading) -> list[tuple[int, str]]:
+        """Return what was lost within the last 30 days: how many events each time, and when and why."""
+        found = [(loss.events, str(loss)) for loss in self.journal.losses().values()]
+        if reading.has_ledger:
+            since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
+            found[:0] = reading.engine.execute(RECENT_LOSSES, {"since": since})
+        return found
+
+    def imported(self, segment_id: str) -> tuple[int, str] | None:
+        """Return how many events of a segment are in the database and the time of the last, or None.
+
+        Raises:
+            StoreError: the database can't be had.
+        """
+        if self.target.is_absent():
+            return None
+        found = []
+        with self._guest.engine() as engine, self.target.attached(engine, read_only=True):
+            if "ledger" in self.target.columns(engine):
+                found = engine.execute(IMPORTED, {"segment": segment_id})
+        return (int(found[0][0]), str(found[0][1])) if found else None
+
+    # --- proving
+
+    def verify(
+        self,
+        *,
+        checkpoint: Sequence[Head] = (),
+        since: str | None = None,
+        wait: float = 5.0,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Verdict:
+        """Recompute the ledger from `logs` and return what isn't as it was recorded.
+
+        Args:
+            checkpoint: heads noted earlier, which the chains must still lead through.
+            since: naive UTC text; older segments are not recomputed, their chain is.
+            wait: seconds to try again while another process holds the database.
+            progress: called with the events done and their total.
+
+        Raises:
+            DatabaseNotFoundError: there is no database.
+            ConfigError: the key file can't be used.
+        """
+        keys = seal_keys()
+        with self.target.session(read_only=True, wait=wait) as engine:
+            verdict = Verifier(engine, keys, progress=progress).run(checkpoint=checkpoint, since=since)
+        verdict.waiting_bytes = self.journal.waiting_bytes()
+        return verdict
+
+    def heads(self, *, wait: float = 5.0) -> list[Head]:
+        """Return the end of each journal's chain, to be kept elsewhere.
+
+        Args:
+            wait: seconds to try again while another process holds the database.
+
+        Raises:
+            DatabaseNotFoundError: there is no database.
+        """
+        with self.target.session(read_only=True, wait=wait) as engine:
+            return chain_heads(engine) if "ledger" in self.target.columns(engine) else []
+
+    # --- removing and copying
+
+    @contextlib.contextmanager
+    def _alone(self, wait: float) -> Iterator[None]:
+        """Hold the ingest lock, trying for `wait` seconds."""
+        deadline = Deadline(wait)
+        self.journal.make_directory()
+        with self._guest.held():
+            while True:
+                with self.journal.ingest_lock() as mine:
+                    if mine:
+                        yield
+                        return
+                if not deadline.pause():
+                    raise DatabaseLockedError(f"{self.target.name}: another process is ingesting; try again")
+
+    def purge(
+        self, before: str, *, archive: str | None = None, dry_run: bool = False, wait: float = 5.0
+    ) -> Removal:
+        """Delete every event older than a moment, exactly and in one transaction, and enter that it went.
+
+        Args:
+            before: naive UTC text.
+            archive: a directory; what goes is written there first, and read back.
+            dry_run: say what would go, and change nothing.
+            wait: seconds to try again while another process holds the database.
+
+        Raises:
+            StoreError: nothing was deleted.
+        """
+        if dry_run:
+            with self.target.session(read_only=True, wait=wait) as engine:
+                return Purger(engine, before).plan()
+        with self._alone(wait), self.target.session(read_only=False, wait=wait) as engine:
+            return purge_before(engine, self._ledger, before, archive)
+
+    def backup(self, path: str, *, wait: float = 5.0) -> tuple[int, int]:
+        """Copy database and journal to `path` and `path.journal`, as of one moment, while servers run.
+
+        What can be ingested is ingested first, so that the copy's journal holds only what running
+        servers have not sealed yet; there is none if there is nothing.
+
+        Returns:
+            how many events the copied table holds, and how many segments its journal.
+
+        Raises:
+            StoreError: something is at `path` already, or the copy can't be written or differs.
+        """
+        self._refuse_remote("backup")
+        self.refuse_own_files(path)
+        with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
+            self.ingest()
+        return back_up(self.target, self.journal, path, wait=wait)
+
+    def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
+        """Write the database anew, without the room that purged rows left, in place of the old one.
+
+        Returns:
+            its size in bytes before and after.
+
+        Raises:
+            StoreError: the old database is still in place.
+        """
+        self._refuse_remote("compact")
+        with self._alone(wait):
+            return rewrite(self.target, wait=wait)
+
+    def _refuse_remote(self, command: str) -> None:
+        if not self.target.is_file:
+            system = self.target.path.partition(":")[0]
+            raise StoreError(f"{command} is for database files; use what {system} has for it")
+
+    def refuse_journal(self, path: str) -> None:
+        """Raise StoreError if `path` lies in the journal, where nothing else belongs."""
+        journal = os.path.realpath(self.journal.directory)
+        if os.path.join(os.path.realpath(path), "").startswith(os.path.join(journal, "")):
+            raise StoreError(f"{path} lies in the journal; name a place elsewhere")
+
+    def refuse_own_files(self, path: str) -> None:
+        """Raise StoreError if `path` is no place for an export: above all, if that would destroy the log."""
+        folder, name = os.path.split(os.path.abspath(path))
+        try:
+            folder = os.path.realpath(folder)
+            found = None if not os.path.lexists(path) else os.lstat(path)
+        except (OSError, ValueError) as error:  # ValueError: a NUL
+            raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
+        is_file, own = self.target.is_file, os.path.realpath(self.target.path)
+        self.refuse_journal(path)
+        if is_file and os.path.join(folder, name) in (own, own + ".wal"):
+            raise StoreError(f"{path} is the audit database itself; name another file")
+        if not os.path.isdir(folder):
+            raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
+        if found is not None and not stat.S_ISREG(found.st_mode):
+            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
+            raise StoreError(f"{path} is {kind}; name a file, or write to standard output by --export -")
+        if is_file and found is not None and not self.target.is_absent() and os.path.samefile(path, own):
+            raise StoreError(f"{path} is the audit database under another name; name another file")
+
+
+# --- following: new events as they come, without keeping anybody from ingesting
+
+
+class _Tail:
+    """How far a follower has come in one segment."""
+
+    __slots__ = ("offset", "seq", "settled")
+
+    def __init__(self) -> None:
+        self.offset = 0  # behind the last whole line that was read
+        self.seq = 0  # the highest number that was seen
+        self.settled = False  # the table has it, and the rest was taken from there
+
+
+class Follower:
+    """Sees events as they are recorded, by whatever process: each once, none left out.
+
+    A look reads what the segments got since the last one. The database is opened only if its file
+    changed, that is, after an ingest: a segment may have moved into the table before it was read to
+    its end, or seen at all. The ledger says which did, and their missing rows are taken from there.
+    No lock is held between looks.
+
+    Args:
+        store: the log.
+        what: which events to return.
+    """
+
+    def __init__(self, store: Store, what: Filter) -> None:
+        self._target = store.target
+        self._journal = store.journal
+        self._what = what
+        self._tails: dict[str, _Tail] = {}  # by segment
+        self._positions: dict[str, int] = {}  # by journal: the ledger entry that was looked at last
+        self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
+        self._signature: object = None
+        self._engine: Engine | None = None
+
+    def start(self, reading: Reading | None) -> None:
+        """Count everything that is there now as seen.
+
+        Args:
+            reading: an open reading; None if there is no log yet.
+        """
+        for _ in self._new_lines():
+            pass
+        if reading is None or reading.problem is not None:
+            # The ledger can't be had. Of what it says later, only what was ingested from now on is new.
+            self._since = sql_time(utc_now()) if reading is not None else self._since
+            return
+        self._signature = self._target.signature()
+        if reading.has_ledger:
+            self._positions = dict(reading.engine.execute(LEDGER_ENDS))
+
+    def is_seen(self, row: Row) -> bool:
+        """Say whether an event will not be returned by `look`, because `start` counted it as seen."""
+        segment, seq = _segment_and_seq(row)
+        tail = self._tails.get(segment)
+        return tail is None or seq <= tail.seq
+
+    def look(self) -> list[Row]:
+        """Return the matching events that came since the last look, as rows of PUBLIC_COLUMNS, oldest first.
+
+        Raises:
+            JournalError: the journal can't be read.
+            StoreError: the table can't be asked. A later look can make up for it.
+        """
+        rows = [row for row in self._new_lines() if self._what.matches(row)]
+        signature = self._target.signature()
+        if signature is None or signature != self._signature:
+            # Somebody may ingest at this moment; then the next look asks again.
+            with contextlib.suppress(DatabaseLockedError, DatabaseNotFoundError):
+                rows += self._new_table_rows()
+        return sorted(rows, key=lambda row: (row[0], _segment_and_seq(row)))
+
+    def close(self) -> None:
+        """End the session with DuckDB, if there is one."""
+        engine, self._engine = self._engine, None
+        if engine is not None:
+            engine.close()
+
+    def _new_lines(self) -> Iterator[Row]:
+        paths = {segment_id_of(path): path for path in self._journal.segments()}
+        for segment in [each for each, tail in self._tails.items() if tail.settled and each not in paths]:
+            del self._tails[segment]
+        for segment, path in paths.items():
+            tail = self._tails.setdefault(segment, _Tail())
+            if _size_of(path) <= tail.offset:
+                continue
+            try:
+                with open(path, "rb") as file:
+                    file.seek(tail.offset)
+                    data = file.read()
+            except FileNotFoundError:
+                continue  # ingested just now: the ledger tells
+            except OSError as error:
+                raise JournalError(f"can't be read: {error.strerror}", path=path) from error
+            end = data.rfind(b"\n") + 1  # the rest is being written
+            tail.offset += end
+            for line in data[:end].split(b"\n")[:-1]:
+                if line_fault(line) is None:
+                    event = json.loads(line)
+                    if event["seq"] > tail.seq:
+                        tail.seq = event["seq"]
+                        event["event_id"] = f"{segment}:{tail.seq}"
+                        yield tuple(event.get(name) for name in PUBLIC_COLUMNS)
+
+    def _new_table_rows(self) -> list[Row]:
+        """Return what moved into the table unseen."""
+        target = self._target
+        engine = self._engine = self._engine or target.open_engine()
+        asked = {
+            "journals": list(self._positions),
+            "positions": list(self._positions.values()),
+            "since": self._since,
+        }
+        rows: list[Row] = []
+        with target.attached(engine, read_only=True):
+            signature = target.signature()  # nobody can ingest now
+            present = target.columns(engine)
+            entries = engine.execute(NEW_SEGMENTS, asked) if "ledger" in present else []
+            seen = {
+                segment: self._tails[segment].seq if segment in self._tails else 0
+                for _, segment, _, _ in entries
+            }
+            missing = [segment for _, segment, _, events in entries if seen[segment] < events]
+            if missing:
+                where, params = self._what.where()
+                found = engine.execute(
+                    f"SELECT {public_select()} FROM (SELECT * FROM ({table_rows(present['logs'])}) "
+                    f"WHERE segment IN (SELECT unnest($missing)) AND {where})",
+                    {**params, "missing": missing},
+                )
+                for row in found:
+                    segment, seq = _segment_and_seq(row)
+                    if seq > seen[segment]:
+                        rows.append(row)
+        for journal, segment, position, events in entries:
+            tail = self._tails.setdefault(segment, _Tail())
+            tail.seq = max(tail.seq, events)
+            tail.settled = True
+            self._positions[journal] = max(position, self._positions.get(journal, 0))
+        self._signature = signature
+        if not engine.keeps:
+            self.close()
+        return rows
+
+
+def _segment_and_seq(row: Row) -> tuple[str, int]:
+    """Return what a row's event id is made of; rows of older tables have none."""
+    segment, _, seq = (row[-1] or "").rpartition(":")
+    return segment, int(seq or 0)
+
+
+# --- health: what `doctor` looks at; it changes nothing
+
+
+class Fault(NamedTuple):
+    """Something that is wrong, and what to do about it."""
+
+    problem: str
+    remedy: str
+
+
+class Checkup:
+    """The state of a log, as `doctor` shows it: `report`, ready for JSON, and `faults`.
+
+    Changes nothing. What can't be examined is a fault too.
+    """
+
+    _LITTLE_SPACE_BYTES: Final = 256 * 2**20  # arbitrary
+
+    def __init__(self, config: Config, *, wait: float) -> None:
+        self.faults: list[Fault] = []
+        self.report: dict[str, Any] = {}
+        self._config = config
+        self._store = Store(config)
+        if not config.enabled:
+            self._fault(
+                f"audit logging is not enabled for profile {config.profile!r}",
+                "set `enabled: true` in its `audit` section",
+            )
+        self._examine_journal()
+        if self._examine_engine():
+            self._examine_database(wait)
+        if self._store.target.is_file:
+            self._examine_access()
+        self.report = {
+            "healthy": not self.faults,
+            "faults": [{"problem": fault.problem, "remedy": fault.remedy} for fault in self.faults],
+            "profile": config.profile,
+            **self.report,
+        }
+
+    def _fault(self, problem: str, remedy: str) -> None:
+        self.faults.append(Fault(problem, remedy))
+
+    def _examine_engine(self) -> bool:
+        try:
+            engine = open_engine()
+            with contextlib.closing(engine):
+                self.report["engine"] = {"name": engine.name, "version": engine.version()}
+        except StoreError as error:
+            self.report["engine"] = None
+            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
+            return False
+        return True
+
+    def _examine_database(self, wait: float) -> None:
+        state: dict[str, Any] = {"path": self._store.target.name, "readable": False, "events": None}
+        self.report["database"] = state
+        try:
+            with self._store.reading(wait=wait) as reading:
+                if reading.problem is not None:
+                    raise reading.problem
+                state["readable"] = reading.has_table
+                state["events"] = reading.engine.execute("SELECT count(*)::BIGINT FROM table_rows")[0][0]
+                for _, text in self._store.losses(reading):
+                    self._fault(f"events were lost: {text}", "see docs/operations.md, losses")
+        except DatabaseNotFoundError:
+            state["events"] = 0  # nothing was logged yet: no fault
+        except DatabaseLockedError as error:
+            self._fault(str(error), "close that program; events wait in the journal meanwhile")
+        except DatabaseUnreachableError as error:
+            self._fault(str(error), "see docs/scale-out.md; events wait in the journal meanwhile")
+        except DatabaseCorruptError as error:
+            self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
+        except StoreError as error:
+            self._fault(str(error), "run with --debug for the whole story")
+
+    def _examine_journal(self) -> None:
+        journal = self._store.journal
+        state: dict[str, Any] = {"path": journal.directory}
+        self.report["journal"] = state
+        try:
+            survey = journal.survey()
+        except JournalError as error:
+            self._fault(str(error), "check its permissions, and whether its file system has locks")
+            return
+        state |= survey._asdict()
+        if survey.orphaned:
+            self._fault(
+                f"{survey.orphaned} segments wait since {survey.oldest_pending} for somebody to take them in",
+                "run `python -m mxcp_audit ingest`; if that fails, it says why",
+            )
+        if survey.rejected:
+            self._fault(
+                f"{survey.rejected} files in {journal.directory} hold lines that could not be ingested",
+                "read the .rejected files, keep what matters, and remove them",
+            )
+        if survey.torn:
+            state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
+
+    def _examine_access(self) -> None:
+        import shutil
+
+        folder = os.path.dirname(self._store.target.path)
+        for path in (
+            self._store.target.path,
+            self._store.target.path + ".wal",
+            self._store.journal.directory,
+        ):
+            with contextlib.suppress(OSError):
+                mode = stat.S_IMODE(os.stat(path).st_mode)
+                if mode & 0o077 and os.name == "posix":
+                    self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
+                if not os.access(path, os.R_OK | os.W_OK):
+                    self._fault(f"{path} can't be read and written by this user", "check owner and mode")
+        space = {}
+        for path in {folder, os.path.dirname(self._store.journal.directory)}:
+            with contextlib.suppress(OSError):
+                free = space[path] = shutil.disk_usage(path).free
+                if free < self._LITTLE_SPACE_BYTES:
+                    self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
+        self.report["free_bytes"] = space
 
 
 # === Output ===
@@ -10502,7 +10761,7 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
             if options.limit or options.since:
                 past = list(reading.rows(what, count=options.limit or 100))
     except DatabaseNotFoundError:
-        _say(f"there is no log at {store.path} yet; waiting for the first event")
+        _say(f"there is no log at {store.target.path} yet; waiting for the first event")
         follower.start(None)
         past = []
     show([row for row in reversed(past) if follower.is_seen(row)])

@@ -207,7 +207,7 @@ def test_follow_idle_costs_less_than_a_hundredth_of_a_core(
         follower.start(reading)
     time.sleep(0.2)  # a file that changed just now is looked at twice
     follower.look()
-    store._opener = lambda **_: opened.append("opened")  # type: ignore[assignment, return-value]
+    store.target.open_engine = lambda **_: opened.append("opened")  # type: ignore[method-assign, return-value]
     begun = time.process_time()
     for _ in range(100):
         assert follower.look() == []

@@ -1556,7 +1556,8 @@ def test_bc_099_one_bad_line_costs_one_line(db: Path, bad: Any) -> None:
 def test_bc_100_retry_in_the_same_process_meets_no_constraint(db: Path) -> None:
     write_segment(db, [str(n) for n in range(100)])
     store = Store(mxcp_audit.config_from_arguments(path=str(db)))
-    engine = store._guest()
+    with store._guest.engine() as engine:
+        pass
     true_execute, failures = engine.execute, iter(["INSERT INTO audit.logs", "COMMIT", "CHECKPOINT"])
     failing = next(failures)
 

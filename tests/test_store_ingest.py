@@ -136,8 +136,8 @@ def test_ingest_undeletable_segments_do_not_keep_the_others_waiting(
 def test_ingest_that_is_interrupted_rejects_nothing(db: Path, engine: str) -> None:
     path = segment(db, *map(str, range(100)))
     store = store_of(db)
-    used = store._guest()
-    true_execute = used.execute
+    with store._guest.engine() as used:
+        true_execute = used.execute
 
     def execute(sql: str, params: Any = {}) -> Any:
         if sql == mxcp_audit.STAGE:

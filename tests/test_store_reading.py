@@ -138,7 +138,7 @@ def test_reading_hostile_name_finds_exactly_its_row(
 def test_reading_without_database_and_journal_names_both_reasons(engine: str, store: Store) -> None:
     with pytest.raises(DatabaseNotFoundError, match="not enabled for the profile, or no events") as caught:
         names(store)
-    assert str(store.path) in str(caught.value)
+    assert str(store.target.path) in str(caught.value)
 
 
 def test_reading_older_ten_column_table_shows_it_as_it_is(engine: str, tmp_path: Path, store: Store) -> None:
@@ -151,7 +151,7 @@ def test_reading_older_ten_column_table_shows_it_as_it_is(engine: str, tmp_path:
 def test_reading_locked_database_shows_the_journal_and_says_who_holds_it(
     filled: Store,
 ) -> None:
-    with held_database(Path(filled.path)) as holder, filled.reading(wait=0.05) as reading:
+    with held_database(Path(filled.target.path)) as holder, filled.reading(wait=0.05) as reading:
         assert isinstance(reading.problem, DatabaseLockedError)
         assert f"PID {holder.pid}" in str(reading.problem)
         shown = [row[3] for row in reading.rows(Filter())]
@@ -343,7 +343,7 @@ def test_export_full_disk_leaves_the_old_file(engine: str, filled: Store, tmp_pa
     code = (
         "import resource, sys; from mxcp_audit import main;"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100));"
-        f"sys.exit(main(['log', '--db', {filled.path!r}, '--export', {str(path)!r}]))"
+        f"sys.exit(main(['log', '--db', {filled.target.path!r}, '--export', {str(path)!r}]))"
     )
     done = subprocess.run(
         [sys.executable, "-c", code],

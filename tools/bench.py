@@ -460,8 +460,8 @@ path = Path(sys.argv[1], "log.duckdb")
 store = mxcp_audit.Store(mxcp_audit.config_from_arguments(path))
 before, _ = peers._usage(); start = time.perf_counter()
 assert store.ingest()
-seconds = time.perf_counter() - start; engine = store._engine
-if engine is not None: engine.close()
+seconds = time.perf_counter() - start
+store.close()
 print(json.dumps({"seconds": seconds, "cpu": peers._usage()[0] - before, "bytes": path.stat().st_size}))
 """
 

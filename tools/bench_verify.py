@@ -71,7 +71,7 @@ def verify(events: int = 1_000_000) -> int:
         columns = ", ".join(f"max({column.name})::VARCHAR" for column in m.COLUMNS)
 
         def read(sql: str) -> None:
-            with store._session(read_only=True, wait=5.0) as engine:
+            with store.target.session(read_only=True, wait=5.0) as engine:
                 for _ in engine.stream(sql):
                     pass
 

@@ -22,10 +22,23 @@ RECORDING = (
     "Calls",
     "Logger",
 )
-ROOMS = (*RECORDING, "SQL", "Engines", "Store", "Output", "Assembly", "Command line")
+READING = (
+    "SQL",
+    "Engines",
+    "Target",
+    "Ledger",
+    "Ingest",
+    "Evidence",
+    "Removal",
+    "Copies",
+    "Reading",
+    "Store",
+    "Output",
+)
+ROOMS = (*RECORDING, *READING, "Assembly", "Command line")
 # What may be used where; a module that is not here may be used anywhere.
 IMPORTS = {
-    "threading": {"Writer", "Logger", "Store", "Command line"},  # the last for `wrap`
+    "threading": {"Writer", "Logger", "Reading", "Command line"},  # the last for `wrap`
     "atexit": {"Logger"},
     "duckdb": {"Engines"},
     "subprocess": {"Engines", "Command line"},
@@ -49,18 +62,23 @@ MAY_NAME = re.compile(r"# may name: (.+)")
 def rooms_of(lines: list[str]) -> list[tuple[str, int, set[str]]]:
     """Return name, line of the banner, and the rooms that may be named, of each room in order."""
     found = []
-    for number, line in enumerate(lines, 1):
+    for start, line in enumerate(lines, 1):
+        number = start
         banner = BANNER.fullmatch(line)
         if banner:
             allowed = MAY_NAME.fullmatch(lines[number]) if number < len(lines) else None
             if allowed is None:
                 raise SystemExit(f"mxcp_audit.py:{number}: no `# may name:` line under the banner; add one")
-            names = {name.strip() for name in allowed[1].split(",")}
+            text = allowed[1]
+            while text.endswith(","):  # it goes on in the next line
+                number += 1
+                text += lines[number].removeprefix("#")
+            names = {name.strip() for name in text.split(",")}
             if names == {"nothing"}:
                 names = set()
             elif names == {"every room above"}:
                 names = {name for name, _, _ in found}
-            found.append((banner[1], number, names))
+            found.append((banner[1], start, names))
     return found
 
 

@@ -969,7 +969,8 @@ class Mutant:
 
 
 DELETE = "[claim.release(delete=True) for claim in claims]\n"
-CHECKPOINT = "            if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing\n"
+KNOWN = "            known = known_segments(engine, segments)\n"
+CHECKPOINT = "        if self._target.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing\n"
 MUTANTS = (
     Mutant("no drain at exit", "S3", (("            logger.shutdown()\n", "            pass\n"),)),
     Mutant(
@@ -977,12 +978,19 @@ MUTANTS = (
         "S2",
         (
             (
-                "            self._begin(engine)\n            known = ",
-                f"            {DELETE}            self._begin(engine)\n            known = ",
+                KNOWN,
+                f"            {DELETE}{KNOWN}",
             ),
         ),
     ),
-    Mutant("delete before checkpoint", "S10", ((CHECKPOINT, f"            {DELETE}{CHECKPOINT}"),)),
+    Mutant(
+        "delete before checkpoint",
+        "S10",
+        (
+            (KNOWN, f"            self._ledger.delete = lambda: {DELETE}{KNOWN}"),
+            (CHECKPOINT, f"        getattr(self, 'delete', list)()\n{CHECKPOINT}"),
+        ),
+    ),
     Mutant(
         "reuse DuckDB after a fork",
         "S7",
@@ -1000,7 +1008,7 @@ MUTANTS = (
         "S4",
         (("            os.ftruncate(self._fd, self.size)\n", "            pass\n"),),
     ),
-    Mutant("no ledger check", "S2", (("self._ids(engine, KNOWN_SEGMENTS, segments)\n", "set[str]()\n"),)),
+    Mutant("no ledger check", "S2", ((KNOWN, "            known = set[str]()\n"),)),
     Mutant("count but drop", "S4", (("                    self._queue[:0] = rest\n", ""),)),
     Mutant(
         "no lock on a live segment",
