@@ -8770,14 +8770,7 @@ def file_digest(path: str) -> str:
 
 
 def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> tuple[int, int]:
-    """Copy database and journal to `path` and `path.journal`, as of one moment.
-
-    Returns:
-        how many events the copied table holds, and how many segments its journal.
-
-    Raises:
-        StoreError: something is at `path` already, or the copy can't be written or differs.
-    """
+    """Do what `Store.backup` says, but for the ingest before it."""
     place = os.path.abspath(path)
     for name in (place, place + ".wal", place + ".journal"):
         if os.path.lexists(name):
@@ -8801,14 +8794,7 @@ def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> tupl
 
 
 def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
-    """Write a database file anew, in place of itself. The caller holds the ingest lock.
-
-    Returns:
-        its size in bytes before and after.
-
-    Raises:
-        StoreError: the old database is still in place.
-    """
+    """Do what `Store.compact` says. The caller holds the ingest lock."""
     path = os.path.realpath(target.path)
     with target.session(read_only=False, wait=wait) as engine:
         engine.execute("CHECKPOINT audit")
@@ -8907,17 +8893,7 @@ class Reader:
 
     @contextlib.contextmanager
     def open(self, *, wait: float) -> Iterator[Reading]:
-        """Open table and journal as one log; nobody can ingest until the block ends.
-
-        Where the table can't be had, `problem` is set and the journal alone is read.
-
-        Args:
-            wait: seconds to try again while another process holds the database.
-
-        Raises:
-            DatabaseNotFoundError: there is neither a database nor a journal.
-            JournalError: the journal can't be read.
-        """
+        """Do what `Store.reading` says; where the table can't be had, open the journal alone."""
         deadline = Deadline(wait)
         with contextlib.closing(self._target.open_engine()) as engine, contextlib.ExitStack() as stack:
             reading = Reading(engine)
@@ -9209,6 +9185,18 @@ def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
 
 
 @contextlib.contextmanager
+def _companion(work: Callable[[], None], stop: Callable[[], None], name: str) -> Iterator[None]:
+    """Run `work` in a thread of its own while the block runs; `stop` makes it return."""
+    thread = threading.Thread(target=work, name=f"mxcp_audit {name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop()
+        thread.join()
+
+
+@contextlib.contextmanager
 def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None]:
     """Tell the size of a growing file every half second while the block runs."""
     if progress is None:
@@ -9220,13 +9208,8 @@ def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None
         while not done.wait(0.5):
             progress(_size_of(path))
 
-    watcher = threading.Thread(target=watch, name="mxcp_audit progress", daemon=True)
-    watcher.start()
-    try:
+    with _companion(watch, done.set, "progress"):
         yield
-    finally:
-        done.set()
-        watcher.join()
 
 
 @contextlib.contextmanager
@@ -9250,15 +9233,12 @@ def interruptible(engine: Engine) -> Iterator[None]:
         while here.recv(1):
             engine.interrupt()
 
-    watcher = threading.Thread(target=watch, name="mxcp_audit interrupt", daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
+    def stop() -> None:
         signal.set_wakeup_fd(before)
         there.close()
-        watcher.join()
-        here.close()
+
+    with here, _companion(watch, stop, "interrupt"):
+        yield
 
 
 # === Store ===
@@ -10137,24 +10117,30 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
     """Return one line that sums up what is shown."""
     errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
     denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
-    parts = [_counted(len(rows), "event")]
+    parts = [counted(len(rows), "event")]
     if errors:
-        parts.append(_counted(errors, "error"))
+        parts.append(counted(errors, "error"))
     if denied:
         parts.append(f"{denied} denied")
-    text = ", ".join(parts)
-    return text + " (there may be more: --limit)" if count is not None and len(rows) == count else text
+    return ", ".join(parts) + more_hint(len(rows), count)
 
 
-def _counted(count: int, noun: str) -> str:
+def more_hint(shown: int, limit: int | None) -> str:
+    """Return what to say behind a number of rows that may have been cut off by the limit."""
+    return " (there may be more: --limit)" if shown == limit else ""
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 # === Assembly ===
-# may name: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Logger, Store
+# may name: Errors, Config, Events, Encoding, Journal, Writer, Logger, Target, Store
 #
-# The door in the wall: gives loggers their way into the database. And what needs both sides: `import`,
-# which redacts and encodes like a logger and asks the ledger what is there already.
+# What needs both sides of the wall.
+
+# --- the door: loggers get their way into the database
 
 
 def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
@@ -10164,10 +10150,16 @@ def _ingest_side(config: Config, diagnostics: Diagnostics) -> IngestSide:
 AuditLogger._ingest_side = staticmethod(_ingest_side)
 
 
+# --- import: it redacts and encodes like a logger, and asks the ledger what is there already
+
 PART_EVENTS: Final = 20_000  # arbitrary: of an imported file, in one segment
 PART_BYTES: Final = 32 * 2**20
 _BATCH_EVENTS: Final = 500  # arbitrary: of a part, in one write
 IMPORT_LINE_BYTES: Final = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
+
+
+_Answer = TypeVar("_Answer")
+_Imported: TypeAlias = tuple[bytes, int, dict[str, Any]]  # an event's line, its time in ns, its values
 
 
 class ImportResult(NamedTuple):
@@ -10201,14 +10193,11 @@ class Importer:
         wait: float,
         diagnostics: Diagnostics,
     ) -> None:
-        key = os.environ.get("MXCP_AUDIT_KEY")
-        redactor = Redactor(
-            config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None
-        )
         self._now_ns = 0
-        self._encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns)
+        self._encoder = Encoder(
+            redactor_of(config), max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns
+        )
         self._store = Store(config, diagnostics=diagnostics)
-        self._journal = Journal(config.journal_directory)
         self._on_bad_line = on_bad_line
         self._wait = wait
         self._bad = 0
@@ -10240,8 +10229,8 @@ class Importer:
                 known += count
         return ImportResult(events, known, self._bad)
 
-    def _events(self, path: str) -> Iterator[tuple[bytes, int, dict[str, Any]]]:
-        """Yield each event of a file with its line and its time."""
+    def _events(self, path: str) -> Iterator[_Imported]:
+        """Yield each event of a file."""
         with open(path, "rb") as raw:
             head = raw.peek(12)
             if head[8:12] == b"DUCK":
@@ -10260,20 +10249,22 @@ class Importer:
                 if found is not None:
                     yield line, *found
 
-    def _part_id(self, digest: hashlib._Hash, first: tuple[bytes, int, dict[str, Any]]) -> str:
+    def _part_id(self, digest: hashlib._Hash, first: _Imported) -> str:
         line, now_ns, _ = first
         here = digest.copy()
         here.update(line)
         return f"{new_segment_id(now_ns).rpartition('-')[0]}-{here.hexdigest()[:8]}"
 
-    def _write(self, part: str, digest: hashlib._Hash, first: Any, lines: Iterator[Any]) -> tuple[int, Any]:
+    def _write(
+        self, part: str, digest: hashlib._Hash, first: _Imported, lines: Iterator[_Imported]
+    ) -> tuple[int, _Imported | None]:
         """Write a part into the journal; return its size and the first event after it."""
         try:
-            segment = self._journal.open_segment(named=part)
+            segment = self._store.journal.open_segment(named=part)
         except FileExistsError as error:
             raise StoreError(f"{part} is being imported by another process; try again later") from error
         try:
-            event = first
+            event: _Imported | None = first
             while event is not None and segment.events < PART_EVENTS and segment.size < PART_BYTES:
                 batch: list[bytes] = []
                 room = min(_BATCH_EVENTS, PART_EVENTS - segment.events)
@@ -10297,11 +10288,16 @@ class Importer:
         return self._encoder.line(**rest, input_json=input_json, echoes=echoes)
 
     def _skip(
-        self, path: str, there: tuple[int, str], digest: hashlib._Hash, first: Any, lines: Iterator[Any]
-    ) -> tuple[int, Any]:
+        self,
+        path: str,
+        there: tuple[int, str],
+        digest: hashlib._Hash,
+        first: _Imported,
+        lines: Iterator[_Imported],
+    ) -> tuple[int, _Imported | None]:
         """Pass over a part that is in the database; return its size and the first event after it."""
         count, last_ns = 0, 0
-        event = first
+        event: _Imported | None = first
         while event is not None and count < there[0]:
             digest.update(event[0])
             last_ns = max(last_ns, event[1])
@@ -10315,15 +10311,14 @@ class Importer:
             )
         return count, event
 
-    def _patiently(self, action: Callable[[], Any]) -> Any:
-        deadline = time.monotonic() + self._wait
+    def _patiently(self, action: Callable[[], _Answer]) -> _Answer:
+        deadline = Deadline(self._wait)
         while True:
             try:
                 return action()
             except DatabaseLockedError:
-                if time.monotonic() >= deadline:
+                if not deadline.pause():
                     raise
-                time.sleep(0.05)
 
 
 def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
@@ -10333,1144 +10328,14 @@ def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
     return cast("IO[bytes]", gzip.open(raw))
 
 
-# === Command line ===
-# may name: every room above
+# === Wrap ===
+# may name: Errors, Writer, Calls, Logger
 #
-# The only room that prints or exits. The answer goes to standard output, all else to standard error.
-# Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
+# A stdio server as a child of ours, between it and its client. The bytes pass unchanged whatever the
+# recording does, unless `strict` says otherwise; signals and ends pass too.
 
-EXIT_FAILED: Final = 1
-EXIT_USAGE: Final = 2
-EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
-_POLICY_WORDS: Final = {"denied": "deny", "allowed": "allow", "warned": "warn"}
-_SORTS: Final = {
-    **{name: name for name in ("calls", "errors", "denied")},
-    **{name: f"{name}_ms" for name in ("p50", "p95", "p99", "max")},
-}
-_TIME: Final = re.compile(
-    r"(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(?::(\d{2})(?:\.(\d{1,6}))?)?(Z|[+-]\d{2}:?\d{2})?)?"
-)
-_TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, 2026-01-31 or 2026-01-31T12:00:00Z"
-
-
-def parse_time(text: str, *, now: datetime.datetime | None = None) -> str:
-    """Return a moment as naive UTC text, from a duration before now or an ISO date or time.
-
-    Args:
-        text: `10s 10m 2h 1d 1w`, sums such as `1h30m`, or an ISO 8601 date or time. A time without
-            an offset is UTC.
-        now: aware; the current time if None.
-
-    Raises:
-        ValueError: anything else; its text has examples.
-    """
-    try:
-        match = _TIME.fullmatch(text)
-        if match:
-            day, minute, second, fraction, offset = match.groups()
-            zone = (
-                "+00:00"
-                if offset in (None, "Z")
-                else offset
-                if ":" in offset
-                else offset[:3] + ":" + offset[3:]
-            )
-            moment = datetime.datetime.fromisoformat(
-                f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '').ljust(6, '0')}{zone}"
-            )
-        else:
-            moment = (now or utc_now()) - datetime.timedelta(seconds=parse_duration(text))
-        return sql_time(moment)
-    except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is neither a duration nor a time: {_TIME_EXAMPLES}") from None
-
-
-def _time_argument(text: str) -> str:
-    import argparse
-
-    try:
-        return parse_time(text)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
-
-
-def _positive(text: str) -> int:
-    import argparse
-
-    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no whole number above 0")
-    return int(text)
-
-
-def _seconds(text: str) -> float:
-    import argparse
-
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = -1
-    if not 0 <= seconds <= 86_400:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number of seconds from 0 to 86400")
-    return seconds
-
-
-def _columns(text: str) -> tuple[str, ...]:
-    import argparse
-
-    names = tuple(name.strip() for name in text.split(","))
-    unknown = [name for name in names if name not in PUBLIC_COLUMNS]
-    if unknown:
-        raise argparse.ArgumentTypeError(
-            f"there is no column {unknown[0]!r}; there are {', '.join(PUBLIC_COLUMNS)}"
-        )
-    return tuple(dict.fromkeys(names))
-
-
-def _policy_argument(text: str) -> str:
-    return _POLICY_WORDS.get(text, text)
-
-
-def _say_status(text: str) -> None:
-    """Write a line over the last one, on a terminal."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
-
-
-def version_text() -> str:
-    """Return the version, the journal's format and what this very file is, so that an edited copy shows."""
-    import hashlib
-
-    try:
-        with open(__file__, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()[:12]
-    except OSError:  # inside of an archive
-        digest = "unknown"
-    return f"mxcp_audit {__version__}, journal format {JOURNAL_FORMAT}, file {digest}"
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    import argparse
-
-    class Parser(argparse.ArgumentParser):
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(**{"allow_abbrev": False, **settings})
-
-        def error(self, message: str) -> NoReturn:  # it may quote a name that came out of the log
-            super().error("\n".join(map(printable, message.splitlines())))
-
-    class Version(argparse.Action):
-        def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-            print(version_text())
-            parser.exit()
-
-    parser = Parser(
-        prog="mxcp-audit",
-        description="Query the audit log of an MCP server, while the server runs.",
-        epilog="""\
-examples:
-  mxcp-audit log --status error --since 1h     what failed
-  mxcp-audit log -f                            what happens now
-  mxcp-audit stats --type tool --sort p95      which tools are slow
-  mxcp-audit COMMAND --help                    more of each
-""",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = Parser(add_help=False)
-    place = common.add_argument_group("which log")
-    place.add_argument(
-        "--config", metavar="FILE", help="the site file (default: mxcp-site.yml here or above)"
-    )
-    place.add_argument(
-        "--profile", metavar="NAME", help="the profile (default: MXCP_PROFILE, or the site file's)"
-    )
-    place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
-    place.add_argument(
-        "--wait",
-        metavar="SECONDS",
-        type=_seconds,
-        default=5.0,
-        help="how long to try again while another process holds the database (default: 5)",
-    )
-    common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-    for add in (
-        _add_log,
-        _add_show,
-        _add_stats,
-        _add_sql,
-        _add_config,
-        _add_redact,
-        _add_ingest,
-        _add_doctor,
-        _add_import,
-        _add_wrap,
-        _add_verify,
-        _add_checkpoint,
-        _add_purge,
-        _add_backup,
-        _add_compact,
-        _add_completion,
-    ):
-        add(commands, common)
-    return parser
-
-
-def _add_command(
-    commands: Any,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    texts: tuple[str, str, str],
-    **parts: Any,
-) -> argparse.ArgumentParser:
-    """Add a command with its help: one line, what it does, and examples without the program's name."""
-    import argparse
-
-    one_line, description, examples = texts
-    lines = "".join(f"  mxcp-audit {line}\n" for line in examples.splitlines())
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=one_line,
-        description=description,
-        epilog=f"examples:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        **parts,
-    )
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_log(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "show, follow, filter and export events",
-        "Show the newest events, from the database and from the journal of running servers.",
-        """\
-log --tool my_tool --status error --since 1d
-log --tool 'user_*' --grep timeout --input
-log --policy denied --since 7d --export denied.csv
-log --json --limit 500
-log --follow --status error""",
-    )
-    command = _add_command(commands, "log", cmd_log, texts, parents=[common])
-    _add_filters(command)
-    shown = command.add_argument_group("what is shown")
-    shown.add_argument("--limit", type=_positive, metavar="N", help="at most N events (default: 100)")
-    shown.add_argument(
-        "--oldest-first", action="store_true", help="the other order, from the other end of the log"
-    )
-    shown.add_argument("--json", action="store_true", help="a JSON array of objects; with -f one a line")
-    shown.add_argument(
-        "--columns", type=_columns, metavar="A,B,…", help=f"these of: {', '.join(PUBLIC_COLUMNS)}"
-    )
-    shown.add_argument("--wide", action="store_true", help="more columns, nothing cut to the terminal")
-    shown.add_argument("--input", action="store_true", help="the redacted input under each event")
-    shown.add_argument(
-        "-f",
-        "--follow",
-        action="store_true",
-        help="go on with new events as they happen; past ones come first with --limit or --since",
-    )
-    export = command.add_argument_group("export")
-    export.add_argument(
-        "--export",
-        metavar="FILE",
-        help=f"write every match (or --limit) with all columns; the extension is one of "
-        f"{', '.join(EXPORT_FORMATS)}; - is standard output",
-    )
-    export.add_argument(
-        "--format", choices=EXPORT_FORMATS, metavar="FORMAT", help="whatever the extension says"
-    )
-    export.add_argument(
-        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
-    )
-
-
-def _add_filters(command: argparse.ArgumentParser) -> None:
-    what = command.add_argument_group("which events (all must hold; * in a name is any text)")
-    for event_type, metavar in (("tool", "NAME"), ("resource", "URI"), ("prompt", "NAME")):
-        what.add_argument(
-            f"--{event_type}",
-            action="append",
-            default=[],
-            metavar=metavar,
-            help=f"of this {event_type}; may be repeated, and any of them will do",
-        )
-    what.add_argument("--type", choices=EVENT_TYPES, help="of this type")
-    what.add_argument(
-        "--policy",
-        type=_policy_argument,
-        choices=POLICY_DECISIONS,
-        help="with this decision; denied means deny, and so on",
-    )
-    what.add_argument("--status", choices=STATUSES, help="that ended so")
-    what.add_argument(
-        "--since",
-        type=_time_argument,
-        metavar="WHEN",
-        help="10s 10m 2h 1d 1w 1h30m ago, or since an ISO time",
-    )
-    what.add_argument(
-        "--until", type=_time_argument, metavar="WHEN", help="before that long ago, or before an ISO time"
-    )
-    what.add_argument("--caller", metavar="NAME", help="from this caller: http, stdio, cli …")
-    what.add_argument("--user", metavar="ID", help="by this user")
-    what.add_argument("--session", metavar="ID", help="in this session")
-    what.add_argument("--trace", metavar="ID", help="in this trace")
-    what.add_argument("--event", metavar="ID", help="the one with this event_id")
-    what.add_argument(
-        "--grep", metavar="TEXT", help="with this text in name, input, error or reason, in any case"
-    )
-    what.add_argument("--min-ms", type=_positive, metavar="N", help="that took N milliseconds or longer")
-
-
-def _filter_of(options: argparse.Namespace) -> Filter:
-    if options.since and options.until and options.until <= options.since:
-        raise _UsageError("--until is not after --since, so nothing can match")
-    if options.event is not None:
-        parse_event_id(options.event)
-    return Filter(
-        tools=tuple(options.tool),
-        resources=tuple(options.resource),
-        prompts=tuple(options.prompt),
-        event_type=options.type,
-        policy=options.policy,
-        status=options.status,
-        since=options.since,
-        until=options.until,
-        caller=options.caller,
-        user=options.user,
-        session=options.session,
-        trace=options.trace,
-        event_id=options.event,
-        text=options.grep,
-        min_ms=options.min_ms,
-    )
-
-
-class _UsageError(AuditError):
-    """Options that don't go together."""
-
-
-def _config_of(options: argparse.Namespace) -> Config:
-    if options.db is not None:
-        if options.config or options.profile:
-            raise _UsageError("--db needs no site file: leave --config and --profile out")
-        # Beside a target that is no file there is no place: look for the default profile's journal here.
-        journal = "logs-default.journal" if is_attach_target(options.db) else None
-        return config_from_arguments(path=options.db, journal=journal)
-    return load_config(config=options.config, profile=options.profile)
-
-
-def _store_of(options: argparse.Namespace) -> Store:
-    config = _config_of(options)
-    if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
-        raise _UsageError(
-            f"audit logging is not enabled for profile {config.profile!r}; add to {config.site_file}:\n"
-            f"profiles:\n  {config.profile}:\n    audit:\n      enabled: true"
-        )
-    return Store(config)
-
-
-@contextlib.contextmanager
-def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
-    """Open table and journal; raise where only half of the log can be had, which must not look like all."""
-    with store.reading(wait=options.wait) as reading:
-        if reading.problem is not None:
-            raise reading.problem
-        with interruptible(reading.engine):
-            yield reading
-
-
-def cmd_log(options: argparse.Namespace) -> int:
-    what = _filter_of(options)
-    _check_log_options(options)
-    store = _store_of(options)
-    if options.follow:
-        return _follow(options, store, what)
-    if options.export:
-        return _export(options, store, what)
-    with store.reading(wait=options.wait) as reading:
-        count = options.limit or 100
-        rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
-        if options.json:
-            write_json(sys.stdout, *_columns_of(rows, options.columns))
-        else:
-            shown = list(rows)
-            _event_table(options).write(shown)
-            sys.stdout.flush()
-            _say(summary(shown, count))
-        lost = store.losses(reading) if reading.problem is None else []
-        if lost:
-            _say(f"{sum(count for count, _ in lost)} events were lost in the last 30 days: see `doctor`")
-        if reading.problem is not None:
-            _say(f"only events of the journal are shown: {reading.problem}")
-            return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
-    return 0
-
-
-def _check_log_options(options: argparse.Namespace) -> None:
-    if not options.export and (options.format or options.raw):
-        raise _UsageError("--format and --raw say how to export: add --export FILE")
-    if options.export and (options.columns or options.wide or options.input or options.json):
-        raise _UsageError("an export has every column, in the format of its extension or of --format")
-    if options.follow and (options.export or options.until or options.oldest_first):
-        raise _UsageError(
-            "--follow shows what is yet to come: leave --export, --until and --oldest-first out"
-        )
-
-
-def _columns_of(rows: Iterable[Row], columns: Sequence[str] | None) -> tuple[Iterable[Row], Sequence[str]]:
-    """Return the rows with these of PUBLIC_COLUMNS only, all if None, and the names of what is left."""
-    if columns is None:
-        return rows, PUBLIC_COLUMNS
-    places = [PUBLIC_COLUMNS.index(column) for column in columns]
-    return (tuple(row[place] for place in places) for row in rows), columns
-
-
-def _event_table(options: argparse.Namespace) -> EventTable:
-    width, colour = _terminal(sys.stdout)
-    return EventTable(
-        sys.stdout,
-        columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
-        width=None if options.wide else width,
-        colour=colour,
-        with_input=options.input,
-        grows=options.follow,
-    )
-
-
-def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
-    table = _event_table(options)
-    follower = Follower(store, what)
-
-    def show(rows: Sequence[Row]) -> None:
-        if options.json:
-            write_json_lines(sys.stdout, *_columns_of(rows, options.columns))
-        elif rows:
-            table.write(rows)
-        sys.stdout.flush()
-
-    try:
-        with store.reading(wait=options.wait) as reading:
-            follower.start(reading)
-            if reading.problem is not None:
-                _say(f"only events of the journal are shown until this is over: {reading.problem}")
-            past = []
-            if options.limit or options.since:
-                past = list(reading.rows(what, count=options.limit or 100))
-    except DatabaseNotFoundError:
-        _say(f"there is no log at {store.target.path} yet; waiting for the first event")
-        follower.start(None)
-        past = []
-    show([row for row in reversed(past) if follower.is_seen(row)])
-    told = ""
-    with contextlib.closing(follower):
-        while True:
-            begun = time.monotonic()
-            try:
-                show(follower.look())
-            except (JournalError, StoreError) as error:
-                if str(error) != told:
-                    told = str(error)
-                    _say(f"new events may be missing until this is over: {told}")
-            _pause(
-                min(0.4, max(0.1, 100 * (time.monotonic() - begun)))
-            )  # 1 % of a core, within half a second
-
-
-def _pause(seconds: float) -> None:
-    """Wait, but not longer than there is somebody to write for: then BrokenPipeError."""
-    import select
-
-    if not hasattr(select, "poll"):
-        time.sleep(seconds)
-        return
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), 0)
-    if any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(1000 * seconds)):
-        raise BrokenPipeError
-
-
-def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
-    to_stdout = options.export == "-"
-    form = options.format or ("csv" if to_stdout else export_format(options.export))
-    if form is None:
-        known = ", ".join("." + known for known in EXPORT_FORMATS)
-        raise _UsageError(f"{options.export}: the extension must be one of {known}; or say --format")
-    is_text = form in ("csv", "json", "jsonl")
-    if to_stdout and not is_text and sys.stdout.isatty():
-        raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
-    with contextlib.ExitStack() as stack:
-        path = options.export
-        if to_stdout:
-            import tempfile
-
-            path = os.path.join(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="mxcp_audit-")), f"export.{form}"
-            )
-        else:
-            store.refuse_own_files(path)
-        on_terminal = sys.stderr.isatty()
-
-        def progress(size: int) -> None:
-            _say_status(f"{size / 1e6:.1f} MB written")
-
-        with _whole_log(store, options) as reading:
-            written = reading.export(
-                what,
-                path,
-                form=form,
-                count=options.limit,
-                oldest_first=options.oldest_first,
-                raw=options.raw,
-                progress=progress if on_terminal else None,
-            )
-        if on_terminal:
-            _say_status("")
-        if to_stdout:
-            _copy_to_stdout(path)
-    _say(
-        f"{written} event{'' if written == 1 else 's'} written to {'standard output' if to_stdout else path}"
-    )
-    return 0
-
-
-def _copy_to_stdout(path: str) -> None:
-    if sys.stdout.isatty():  # here it is text
-        with open(path, encoding="utf-8", newline="\n") as text:
-            for line in text:
-                write_text(sys.stdout, line.removesuffix("\n"))
-        return
-    import shutil
-
-    with open(path, "rb") as file:
-        shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
-
-
-def _terminal(file: TextIO) -> tuple[int | None, bool]:
-    """Return the width to fit to, None for a pipe, and whether to use colour (no-color.org)."""
-    is_terminal = file.isatty()
-    if not is_terminal and not os.environ.get("COLUMNS"):
-        return None, False
-    import shutil
-
-    colour = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return max(40, shutil.get_terminal_size().columns), colour
-
-
-def _add_show(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "show one event in full",
-        "Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.",
-        "show 20261125T010203123456Z-1f2e3d4c:17\nshow 20261125T010203123456Z-1f2e3d4c:17 --json",
-    )
-    command = _add_command(commands, "show", cmd_show, texts, parents=[common])
-    command.add_argument("event", metavar="EVENT_ID", help="such as 20261125T010203123456Z-1f2e3d4c:17")
-    command.add_argument("--json", action="store_true", help="print a JSON object")
-
-
-def cmd_show(options: argparse.Namespace) -> int:
-    parse_event_id(options.event)
-    with _store_of(options).reading(wait=options.wait) as reading:
-        rows = list(reading.rows(Filter(event_id=options.event), count=1))
-        if not rows and reading.problem is not None:
-            raise reading.problem
-    if not rows:
-        _say(f"there is no event {options.event}")
-        return EXIT_FAILED
-    event = dict(zip(PUBLIC_COLUMNS, rows[0]))
-    if options.json:
-        print(json_text(event, indent=2, ascii_only=not takes_unicode(sys.stdout)))
-        return 0
-    fields = {name: None if value is None else str(value) for name, value in event.items()}
-    fields["input_json"] = indented_json(event["input_json"] or "null")
-    write_fields(sys.stdout, fields.items())
-    return 0
-
-
-def _add_stats(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "count calls, errors and denials; find what is slow",
-        "Show how often, how long and how well: a line for each group of events. "
-        "P50, P95, P99 and MAX are milliseconds.",
-        """\
-stats --since 1d
-stats --type tool --sort p95
-stats --by hour --tool my_tool
-stats --by user --policy denied --json""",
-    )
-    command = _add_command(commands, "stats", cmd_stats, texts, parents=[common])
-    _add_filters(command)
-    shown = command.add_argument_group("what is shown")
-    shown.add_argument("--by", choices=STATS_BY, default="name", help="what makes a group (default: name)")
-    shown.add_argument(
-        "--sort",
-        choices=_SORTS,
-        default="calls",
-        help="what is largest first, and what bars show (default: calls); hours and days go by time",
-    )
-    shown.add_argument(
-        "--limit", type=_positive, default=100, metavar="N", help="at most N groups (default: 100)"
-    )
-    shown.add_argument("--json", action="store_true", help="print a JSON array of objects")
-
-
-def cmd_stats(options: argparse.Namespace) -> int:
-    sort = _SORTS[options.sort]
-    with _whole_log(_store_of(options), options) as reading:
-        rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
-    if options.json:
-        write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
-    else:
-        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0])
-        sys.stdout.flush()
-        _say(f"{len(rows)} group{'' if len(rows) == 1 else 's'}" + _more(len(rows), options.limit))
-    return 0
-
-
-def _more(shown: int, limit: int) -> str:
-    return " (there may be more: --limit)" if shown == limit else ""
-
-
-def _add_sql(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "ask in SQL, read-only",
-        "Run one SELECT of DuckDB's SQL over the view `logs`, which has every event with the columns "
-        f"{', '.join(PUBLIC_COLUMNS)}. It can write nothing and read nothing else. "
-        "While it runs, servers keep their events in the journal.",
-        """\
-sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
-sql "SELECT input_json ->> '$.id' AS id, count(*) FROM logs GROUP BY 1" --json
-sql - --csv < question.sql""",
-    )
-    command = _add_command(commands, "sql", cmd_sql, texts, parents=[common])
-    command.add_argument("statement", metavar="SELECT", help="the statement; - reads it from standard input")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print a JSON array of objects")
-    form.add_argument("--csv", action="store_true", help="print CSV")
-    command.add_argument(
-        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
-    )
-
-
-def cmd_sql(options: argparse.Namespace) -> int:
-    statement = sys.stdin.read() if options.statement == "-" else options.statement
-    try:
-        with _whole_log(_store_of(options), options) as reading:
-            names, rows = reading.query(statement)
-            if options.json:
-                write_json(sys.stdout, rows, names)
-            elif options.csv:
-                _print_csv(names, rows, raw=options.raw)
-            else:
-                write_grid(sys.stdout, names, list(rows), width=_terminal(sys.stdout)[0])
-    except QueryError as error:  # without the place, which is one in our statement around it
-        raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
-    return 0
-
-
-def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
-    """Print CSV: as UTF-8 whatever the locale says, but to a terminal harmlessly."""
-    import io
-
-    if sys.stdout.isatty():
-        text = io.StringIO(newline="")
-        write_csv(text, names, rows, raw=raw)
-        write_text(sys.stdout, text.getvalue().removesuffix("\n"))
-        return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", newline="")
-    write_csv(sys.stdout, names, rows, raw=raw)
-
-
-def _add_config(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "show the settings that hold, and who set them",
-        "Show every setting of the profile: its value and where it comes from. Secrets are left out.",
-        "config\nconfig --profile production --json",
-    )
-    command = _add_command(commands, "config", cmd_config, texts, parents=[common])
-    command.add_argument("--json", action="store_true", help="print a JSON object of value and source")
-
-
-def cmd_config(options: argparse.Namespace) -> int:
-    config = _config_of(options)
-    settings = {name: value for name, value in config._asdict().items() if name != "sources"}
-    settings["attach"] = dict.fromkeys(config.attach, REDACTED)
-    settings["journal"] = config.journal_directory
-    if is_attach_target(config.path):
-        settings["path"] = public_target(config.path)
-    sources = {name: config.sources.get(name, "default") for name in settings}
-    if options.json:
-        answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}
-        print(json_text(answer, indent=2, ascii_only=not takes_unicode(sys.stdout)))
-        return 0
-    rows = [
-        (name, value if isinstance(value, str) or value is None else json_text(value), sources[name])
-        for name, value in settings.items()
-    ]
-    write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
-    return 0
-
-
-def _add_redact(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "show what would be recorded of an input, and why",
-        "Read JSON on standard input and print what would be recorded of it, then a line for each part "
-        "that is taken out. Without a site file the default rules hold.",
-        """\
-redact < input.json
-redact --tool login --json < input.json""",
-    )
-    command = _add_command(commands, "redact", cmd_redact, texts, parents=[common])
-    command.add_argument("--tool", metavar="NAME", help="as the input of this tool")
-    command.add_argument("--json", action="store_true", help="print one object: recorded, redacted")
-
-
-def cmd_redact(options: argparse.Namespace) -> int:
-    if options.db is None and not options.config and not options.profile and not has_site_file():
-        redactor, limit = Redactor(), 1 << 20
-    else:
-        config = _config_of(options)
-        redactor, limit = redactor_of(config), config.max_input_bytes
-    try:
-        value = json.loads(sys.stdin.read())
-    except (ValueError, RecursionError) as error:
-        raise _UsageError(f"standard input is no JSON: {error}") from error
-    recorded = json.loads(
-        Encoder(redactor, max_input_bytes=limit).input_json(value, options.tool, None, None)
-    )
-    reasons = redactor.explain(value, tool=options.tool)
-    if options.json:
-        answer = {
-            "recorded": json.loads(recorded),
-            "redacted": [{"path": path, "reason": reason} for path, reason in reasons],
-        }
-        print(json_text(answer, indent=2, ascii_only=not takes_unicode(sys.stdout)))
-        return 0
-    write_text(sys.stdout, indented_json(recorded))
-    if reasons:
-        print()
-        write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
-    return 0
-
-
-def _add_ingest(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "move the events of dead processes from the journal into the database",
-        "Move every sealed or orphaned segment into the database, as running servers\ndo.",
-        "ingest\ningest --db /var/log/mxcp/audit-prod.duckdb",
-    )
-    _add_command(commands, "ingest", cmd_ingest, texts, parents=[common])
-
-
-def cmd_ingest(options: argparse.Namespace) -> int:
-    told = Diagnostics()
-    store = Store(_config_of(options), diagnostics=told)
-    done = store.ingest()
-    _say(f"{told.ingested} events ingested" + (f", {told.rejected} rejected" if told.rejected else ""))
-    if not done:
-        _say("another process is ingesting; the rest is left to it")
-    return EXIT_FAILED if told.rejected else 0
-
-
-def _add_completion(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "print what makes a shell complete this program's words",
-        "Print a script for bash or zsh. Load it from your shell's start file.",
-        "completion bash > ~/.local/share/bash-completion/completions/mxcp-audit\ncompletion zsh >> ~/.zshrc",
-    )
-    command = _add_command(commands, "completion", cmd_completion, texts)
-    command.add_argument("shell", choices=("bash", "zsh"))
-    command.set_defaults(debug=False)
-
-
-def cmd_completion(options: argparse.Namespace) -> int:
-    print(completion_script(options.shell))
-    return 0
-
-
-def completion_script(shell: str) -> str:
-    """Return the completion for bash or zsh, made from the parser itself."""
-    commands: Mapping[str, argparse.ArgumentParser] = {}
-    for action in build_parser()._actions:
-        if action.dest == "command":
-            commands = cast("Mapping[str, argparse.ArgumentParser]", action.choices)
-    words, values = [], []
-    for name, command in commands.items():
-        flags: list[str] = []
-        for action in command._actions:
-            flags += action.option_strings
-            if action.choices and action.option_strings:
-                cases = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
-                values.append(f'        {cases}) words="{" ".join(action.choices)}" ;;')
-            elif action.choices:
-                flags += action.choices
-        words.append(f'        {name}) words="{" ".join(flags)}" ;;')
-    return _COMPLETION.format(
-        zsh=_COMPLETION_ZSH if shell == "zsh" else "",
-        values="\n".join(values),
-        words="\n".join(words),
-        commands=" ".join(commands),
-    )
-
-
-_COMPLETION_ZSH: Final = """\
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
-autoload -Uz bashcompinit && bashcompinit
-"""
-# Where no word fits, the shell completes file names.
-_COMPLETION: Final = """\
-# Completion of mxcp-audit, made by `mxcp-audit completion`.
-{zsh}_mxcp_audit() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} words=""
-    case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
-{values}
-        *" --export"|*" --config"|*" --db") COMPREPLY=(); return ;;
-    esac
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{commands} --help --version"
-    elif [ -z "$words" ]; then
-        case "${{COMP_WORDS[1]}}" in
-{words}
-        esac
-    fi
-    COMPREPLY=($(compgen -W "$words" -- "$current"))
-}}
-complete -o default -F _mxcp_audit mxcp-audit"""
-
-
-def _add_verify(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "prove that nothing was changed, removed or inserted",
-        "Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
-        "verify\nverify --since 7d --json\nverify --checkpoint heads.json",
-    )
-    command = _add_command(commands, "verify", cmd_verify, texts, parents=[common])
-    command.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
-    command.add_argument(
-        "--since", type=_time_argument, metavar="WHEN", help="recompute segments with events since then only"
-    )
-    command.add_argument(
-        "--checkpoint", metavar="FILE", help="what `checkpoint` printed: nothing up to there may be missing"
-    )
-
-
-def cmd_verify(options: argparse.Namespace) -> int:
-    checkpoint = _read_checkpoint(options.checkpoint) if options.checkpoint else []
-    store = Store(_config_of(options))
-    verdict = store.verify(
-        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress_bar("verified")
-    )
-    if options.json:
-        print(json_text(_verdict_object(verdict)))
-    else:
-        for finding in verdict.findings:
-            print(printable(f"{finding.kind:<9} {finding.text}"))
-        if verdict.more_findings:
-            print(f"and {verdict.more_findings} more")
-        print(_verdict_summary(verdict, options.since))
-    return 0 if verdict.intact else EXIT_FAILED
-
-
-def _verdict_object(verdict: Verdict) -> dict[str, object]:
-    return {
-        "intact": verdict.intact,
-        "entries": verdict.entries,
-        "segments": verdict.segments,
-        "events": verdict.events,
-        "purged": verdict.purged,
-        "lost": verdict.lost,
-        "legacy": verdict.legacy,
-        "waiting_bytes": verdict.waiting_bytes,
-        "journals": [head._asdict() for head in verdict.heads],
-        "findings": [
-            {
-                "kind": finding.kind,
-                "segment": finding.segment,
-                "journal": finding.journal,
-                "events": finding.event_ids,
-                "text": finding.text,
-            }
-            for finding in verdict.findings
-        ],
-        "more_findings": verdict.more_findings,
-    }
-
-
-def _verdict_summary(verdict: Verdict, since: str | None) -> str:
-    found = len(verdict.findings) + verdict.more_findings
-    parts = [
-        "intact" if verdict.intact else f"NOT intact, {found} finding{'' if found == 1 else 's'}",
-        f"{verdict.events} events in {verdict.segments} segments of {len(verdict.heads)} journals",
-    ]
-    for count, what in (
-        (verdict.purged, "purged since"),
-        (verdict.lost, "lost, as the ledger says"),
-        (verdict.legacy, "older than the ledger: what they were before it began is not proved"),
-    ):
-        if count:
-            parts.append(f"{count} {what}")
-    if verdict.waiting_bytes:
-        parts.append(f"{verdict.waiting_bytes} bytes wait in the journal, not sealed yet")
-    if since is not None:
-        parts.append(f"segments before {since} UTC were not recomputed")
-    return "; ".join(parts)
-
-
-def _progress_bar(what: str) -> Callable[[int, int], None]:
-    """Return what shows progress on a terminal, and does nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return lambda done, total: None
-
-    def show(done: int, total: int) -> None:
-        with contextlib.suppress(OSError, ValueError):
-            print(f"\r{what} {done} of {total} events", end="\n" if done >= total else "", file=sys.stderr)
-
-    return show
-
-
-def _read_checkpoint(path: str) -> list[Head]:
-    try:
-        with open(path, encoding="utf-8") as file:
-            text = file.read()
-        said = json.loads(text[text.index("{") :])
-        return [
-            Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
-            for head in said["journals"]
-        ]
-    except OSError as error:
-        raise _UsageError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
-
-
-def _add_checkpoint(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "print where the ledger ends, to be kept elsewhere",
-        "Print the head of each journal's chain. Kept where nobody who can write the\n"
-        "database can, it lets `verify --checkpoint FILE` tell whether anything up to\n"
-        "it was cut off or rewritten.",
-        "checkpoint > heads.json",
-    )
-    _add_command(commands, "checkpoint", cmd_checkpoint, texts, parents=[common])
-
-
-def cmd_checkpoint(options: argparse.Namespace) -> int:
-    heads = Store(_config_of(options)).heads(wait=options.wait)
-    print(
-        json_text(
-            {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": [h._asdict() for h in heads]}
-        )
-    )
-    return 0
-
-
-def _add_purge(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "delete old events, so that the rest still verifies",
-        "Delete every event older than that, and enter into the ledger what went.",
-        "purge --older-than 90d --dry-run\n"
-        "purge --older-than 90d --archive archive\n"
-        "purge --older-than 2026-01-01",
-    )
-    command = _add_command(commands, "purge", cmd_purge, texts, parents=[common])
-    command.add_argument(
-        "--older-than",
-        type=_time_argument,
-        required=True,
-        metavar="WHEN",
-        help="90d, or before an ISO date or time",
-    )
-    command.add_argument("--dry-run", action="store_true", help="say what would go")
-    command.add_argument("--archive", metavar="DIR", help="write what goes as Parquet into DIR first")
-
-
-def cmd_purge(options: argparse.Namespace) -> int:
-    if options.older_than > sql_time(utc_now()):
-        raise _UsageError("--older-than lies in the future; everything would go")
-    if options.archive and os.path.lexists(options.archive) and not os.path.isdir(options.archive):
-        raise _UsageError(f"{options.archive} is no directory; name one for --archive")
-    store = Store(_config_of(options))
-    if options.archive:
-        store.refuse_journal(options.archive)
-    removal = store.purge(
-        options.older_than, archive=options.archive, dry_run=options.dry_run, wait=options.wait
-    )
-    would = "would be " if options.dry_run else ""
-    span = (
-        f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
-    )
-    print(f"{removal.events} events {would}purged{span}")
-    if removal.archive:
-        print(f"archived in {printable(os.path.join(options.archive, removal.archive))}")
-    if removal.wrong:
-        _say(
-            f"{removal.wrong} segments were not as recorded before they were purged; verify goes on saying so"
-        )
-    return 0
-
-
-def _add_backup(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "copy the log while the server runs",
-        "Copy the database to FILE, and what is not in it yet to FILE.journal. To\n"
-        "restore, copy both back while no server runs.",
-        "backup /backup/audit-2026-11-25.duckdb",
-    )
-    command = _add_command(commands, "backup", cmd_backup, texts, parents=[common])
-    command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
-
-
-def cmd_backup(options: argparse.Namespace) -> int:
-    events, segments = Store(_config_of(options)).backup(options.file, wait=options.wait)
-    print(f"{events} events copied to {printable(options.file)}")
-    if segments:
-        print(f"{segments} segments of running servers copied to {printable(options.file)}.journal")
-    return 0
-
-
-def _add_compact(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "give the space of purged events back to the file system",
-        "Write the database anew and put it in place of the old one.",
-        "compact",
-    )
-    _add_command(commands, "compact", cmd_compact, texts, parents=[common])
-
-
-def cmd_compact(options: argparse.Namespace) -> int:
-    before, after = Store(_config_of(options)).compact(wait=options.wait)
-    print(f"{before} bytes before, {after} bytes after")
-    return 0
-
-
-def _add_doctor(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "say how the log is doing, and what to do about it",
-        "Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1\nnot.",
-        "doctor\ndoctor --json",
-    )
-    command = _add_command(commands, "doctor", cmd_doctor, texts, parents=[common])
-    command.add_argument("--json", action="store_true", help="print a JSON object")
-
-
-def cmd_doctor(options: argparse.Namespace) -> int:
-    config = (
-        _config_of(options)
-        if options.db is not None
-        else load_config(config=options.config, profile=options.profile)
-    )
-    checkup = Checkup(config, wait=options.wait)
-    if options.json:
-        print(json.dumps(checkup.report, indent=2))
-    else:
-        for part, state in checkup.report.items():
-            if isinstance(state, dict):
-                text = ", ".join(f"{key} {value}" for key, value in state.items() if value is not None)
-                print(printable(f"{part}: {text}"))
-        for fault in checkup.faults:
-            print(printable(f"fault: {fault.problem}; remedy: {fault.remedy}"))
-        print("not healthy" if checkup.faults else "healthy")
-    return EXIT_FAILED if checkup.faults else 0
-
-
-def _add_import(commands: Any, common: argparse.ArgumentParser) -> None:
-    texts = (
-        "take in MXCP's own JSONL logs",
-        "Take in the JSONL logs of MXCP, of any version, plain or gzip. What was\n"
-        "imported before is not imported again, so a log that grew can be given again.",
-        "import audit.jsonl\nimport logs-2025.jsonl.gz logs-2026.jsonl",
-    )
-    command = _add_command(commands, "import", cmd_import, texts, parents=[common])
-    command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
-
-
-def cmd_import(options: argparse.Namespace) -> int:
-    config = _config_of(options)
-    failed = False
-    for path in options.files:
-        importer = Importer(
-            config,
-            on_bad_line=lambda number, reason, path=path: _say(f"{path}:{number}: {reason}"),  # type: ignore[misc]
-            wait=options.wait,
-            diagnostics=Diagnostics(),
-        )
-        try:
-            result = importer.take(path)
-        except (OSError, EOFError) as error:
-            _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
-            failed = True
-            continue
-        known = f", {result.known} were there" if result.known else ""
-        bad = f", {result.bad} bad line{'' if result.bad == 1 else 's'} left out" if result.bad else ""
-        _say(f"{path}: {result.events} event{'' if result.events == 1 else 's'} imported{known}{bad}")
-        failed |= result.bad > 0
-    return EXIT_FAILED if failed else 0
-
-
-def _add_wrap(commands: Any, common: argparse.ArgumentParser) -> None:
-    import argparse
-
-    texts = (
-        "run any stdio MCP server and record what it executes",
-        "Run COMMAND, an MCP server over standard input and output in any language, and\n"
-        "record its tool calls, resource reads and prompts. Every byte passes\n"
-        "unchanged.",
-        "wrap -- npx -y @modelcontextprotocol/server-everything\n"
-        "wrap --profile production --strict -- python server.py",
-    )
-    command = _add_command(
-        commands,
-        "wrap",
-        cmd_wrap,
-        texts,
-        parents=[common],
-        usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
-    )
-    command.add_argument(
-        "--strict", action="store_true", help="stop the traffic when it can't be recorded (default: go on)"
-    )
-    command.add_argument("server", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="the server")
-
-
-def cmd_wrap(options: argparse.Namespace) -> int:
-    command = options.server[1:] if options.server[:1] == ["--"] else options.server
-    if not command:
-        raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
-    if options.db is not None:
-        _config_of(options)  # --db excludes the others
-        audit = AuditLogger(options.db)
-    else:
-        audit = AuditLogger.from_config(options.config, profile=options.profile)
-    if not audit.enabled:
-        problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
-        if options.strict:
-            raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
-        _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
-    wrapped = _WrappedServer(command, audit, strict=options.strict)
-    code = wrapped.run()
-    audit.shutdown(_WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
-    if wrapped.failure is not None:
-        _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
-        return EXIT_FAILED
-    return _end_like(code)
-
-
-def _end_like(code: int) -> int:
-    """Return a child's exit code, or die of the signal that it died of, so that our parent sees the same."""
-    if code < 0:
-        import signal
-
-        with contextlib.suppress(OSError, ValueError):  # SIGKILL has no handler to reset
-            signal.signal(-code, signal.SIG_DFL)
-        os.kill(os.getpid(), -code)
-    return code if code >= 0 else 128 - code
-
-
-class _WrappedServer:
+class WrappedServer:
     """A stdio server as our child. Three threads: one a direction, and the main one, which waits for its end.
 
     Pieces are passed on as they come, by plain reads and writes: nothing here buffers, and a side that
@@ -11683,10 +10548,1210 @@ def _has_terminal() -> bool:
         os.close(fd)
 
 
+def end_like(code: int) -> int:
+    """Return a child's exit code, or die of the signal that it died of, so that our parent sees the same."""
+    if code < 0:
+        import signal
+
+        with contextlib.suppress(OSError, ValueError):  # SIGKILL has no handler to reset
+            signal.signal(-code, signal.SIG_DFL)
+        os.kill(os.getpid(), -code)
+    return code if code >= 0 else 128 - code
+
+
+# === Command line ===
+# may name: every room above
+#
+# The only room that prints or exits. The answer goes to standard output, all else to standard error.
+# Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
+
+EXIT_FAILED: Final = 1
+EXIT_USAGE: Final = 2
+EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
+
+
+class _UsageError(AuditError):
+    """Options that don't go together."""
+
+
+# --- words: what options mean
+
+_POLICY_WORDS: Final = {"denied": "deny", "allowed": "allow", "warned": "warn"}
+_SORTS: Final = {
+    **{name: name for name in ("calls", "errors", "denied")},
+    **{name: f"{name}_ms" for name in ("p50", "p95", "p99", "max")},
+}
+_TIME: Final = re.compile(
+    r"(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(?::(\d{2})(?:\.(\d{1,6}))?)?(Z|[+-]\d{2}:?\d{2})?)?"
+)
+_TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, 2026-01-31 or 2026-01-31T12:00:00Z"
+
+
+def parse_time(text: str, *, now: datetime.datetime | None = None) -> str:
+    """Return a moment as naive UTC text, from a duration before now or an ISO date or time.
+
+    Args:
+        text: `10s 10m 2h 1d 1w`, sums such as `1h30m`, or an ISO 8601 date or time. A time without
+            an offset is UTC.
+        now: aware; the current time if None.
+
+    Raises:
+        ValueError: anything else; its text has examples.
+    """
+    try:
+        match = _TIME.fullmatch(text)
+        if match:
+            day, minute, second, fraction, offset = match.groups()
+            zone = "+00:00" if offset in (None, "Z") else f"{offset[:3]}:{offset[-2:]}"
+            moment = datetime.datetime.fromisoformat(
+                f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '').ljust(6, '0')}{zone}"
+            )
+        else:
+            moment = (now or utc_now()) - datetime.timedelta(seconds=parse_duration(text))
+        return sql_time(moment)
+    except (ValueError, OverflowError):
+        raise ValueError(f"{text!r} is neither a duration nor a time: {_TIME_EXAMPLES}") from None
+
+
+def _argument(parse: Callable[[str], _Answer]) -> Callable[[str], _Answer]:
+    """Return what argparse calls instead of `parse`, so that the text of a ValueError is shown as it is."""
+    import argparse
+
+    def checked(text: str) -> _Answer:
+        try:
+            return parse(text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
+    return checked
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
+        raise ValueError(f"{text!r} is no whole number above 0")
+    return int(text)
+
+
+def _seconds(text: str) -> float:
+    with contextlib.suppress(ValueError):
+        if 0 <= float(text) <= 86_400:
+            return float(text)
+    raise ValueError(f"{text!r} is no number of seconds from 0 to 86400")
+
+
+def _columns(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(","))
+    unknown = [name for name in names if name not in PUBLIC_COLUMNS]
+    if unknown:
+        raise ValueError(f"there is no column {unknown[0]!r}; there are {', '.join(PUBLIC_COLUMNS)}")
+    return tuple(dict.fromkeys(names))
+
+
+def _policy_argument(text: str) -> str:
+    return _POLICY_WORDS.get(text, text)
+
+
+# --- the parser
+
+_Add: TypeAlias = "Callable[..., argparse.ArgumentParser]"  # adds a command: see `_add_command`
+
+
+def _parser_class() -> type[argparse.ArgumentParser]:
+    import argparse
+
+    class Parser(argparse.ArgumentParser):
+        def __init__(self, **settings: Any) -> None:
+            super().__init__(**{"allow_abbrev": False, **settings})
+
+        def error(self, message: str) -> NoReturn:  # it may quote a name that came out of the log
+            super().error("\n".join(map(printable, message.splitlines())))
+
+    return Parser
+
+
+def _add_version(parser: argparse.ArgumentParser) -> None:
+    import argparse
+
+    class Version(argparse.Action):
+        def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
+            print(version_text())
+            parser.exit()
+
+    parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    import argparse
+
+    parser_class = _parser_class()
+    parser = parser_class(
+        prog="mxcp-audit",
+        description="Query the audit log of an MCP server, while the server runs.",
+        epilog="""\
+examples:
+  mxcp-audit log --status error --since 1h     what failed
+  mxcp-audit log -f                            what happens now
+  mxcp-audit stats --type tool --sort p95      which tools are slow
+  mxcp-audit COMMAND --help                    more of each
+""",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _add_version(parser)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    common = parser_class(add_help=False)
+    _add_common(common)
+    add = functools.partial(_add_command, commands, common)
+    for add_one in (
+        _add_log,
+        _add_show,
+        _add_stats,
+        _add_sql,
+        _add_config,
+        _add_redact,
+        _add_ingest,
+        _add_doctor,
+        _add_import,
+        _add_wrap,
+        _add_verify,
+        _add_checkpoint,
+        _add_purge,
+        _add_backup,
+        _add_compact,
+        _add_completion,
+    ):
+        add_one(add)
+    return parser
+
+
+def _add_command(
+    commands: Any,
+    common: argparse.ArgumentParser,
+    name: str,
+    run: Callable[[argparse.Namespace], int],
+    one_line: str,
+    description: str,
+    examples: str,
+    **parts: Any,
+) -> argparse.ArgumentParser:
+    """Add a command with its help; the examples are lines without the program's name."""
+    import argparse
+
+    lines = "".join(f"  mxcp-audit {line}\n" for line in examples.splitlines())
+    command: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=one_line,
+        description=description,
+        epilog=f"examples:\n{lines}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        **{"parents": [common], **parts},
+    )
+    command.set_defaults(run=run)
+    return command
+
+
+def _add_common(common: argparse.ArgumentParser) -> None:
+    place = common.add_argument_group("which log")
+    place.add_argument(
+        "--config", metavar="FILE", help="the site file (default: mxcp-site.yml here or above)"
+    )
+    place.add_argument(
+        "--profile", metavar="NAME", help="the profile (default: MXCP_PROFILE, or the site file's)"
+    )
+    place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
+    place.add_argument(
+        "--wait",
+        metavar="SECONDS",
+        type=_argument(_seconds),
+        default=5.0,
+        help="how long to try again while another process holds the database (default: 5)",
+    )
+    common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
+
+
+def version_text() -> str:
+    """Return the version, the journal's format and what this very file is, so that an edited copy shows."""
+    import hashlib
+
+    try:
+        with open(__file__, "rb") as file:
+            digest = hashlib.sha256(file.read()).hexdigest()[:12]
+    except OSError:  # inside of an archive
+        digest = "unknown"
+    return f"mxcp_audit {__version__}, journal format {JOURNAL_FORMAT}, file {digest}"
+
+
+# --- answers: to standard output; all else to standard error
+
+
+def _print(text: str = "") -> None:
+    """Print a line of the answer, safe for a terminal and in whatever encoding it has."""
+    write_text(sys.stdout, text)
+
+
+def _print_json(value: object, *, indent: int | None = None) -> None:
+    _print(json_text(value, indent=indent, ascii_only=not takes_unicode(sys.stdout)))
+
+
 def _say(text: str) -> None:
     """Print one line to standard error, safe for a terminal. A closed standard error is no failure."""
     with contextlib.suppress(OSError, ValueError):
         print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr, flush=True)
+
+
+def _say_status(text: str) -> None:
+    """Write a line over the last one, on a terminal."""
+    with contextlib.suppress(OSError, ValueError):
+        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+def _progress_bar(what: str) -> Callable[[int, int], None]:
+    """Return what shows progress on a terminal, and does nothing elsewhere."""
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+
+    def show(done: int, total: int) -> None:
+        with contextlib.suppress(OSError, ValueError):
+            print(f"\r{what} {done} of {total} events", end="\n" if done >= total else "", file=sys.stderr)
+
+    return show
+
+
+def _terminal(file: TextIO) -> tuple[int | None, bool]:
+    """Return the width to fit to, None for a pipe, and whether to use colour (no-color.org)."""
+    is_terminal = file.isatty()
+    if not is_terminal and not os.environ.get("COLUMNS"):
+        return None, False
+    import shutil
+
+    colour = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    return max(40, shutil.get_terminal_size().columns), colour
+
+
+# --- what several commands ask for
+
+
+def _config_of(options: argparse.Namespace) -> Config:
+    if options.db is not None:
+        if options.config or options.profile:
+            raise _UsageError("--db needs no site file: leave --config and --profile out")
+        # Beside a target that is no file there is no place: look for the default profile's journal here.
+        journal = "logs-default.journal" if is_attach_target(options.db) else None
+        return config_from_arguments(path=options.db, journal=journal)
+    return load_config(config=options.config, profile=options.profile)
+
+
+def _store_of(options: argparse.Namespace) -> Store:
+    config = _config_of(options)
+    if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
+        raise _UsageError(
+            f"audit logging is not enabled for profile {config.profile!r}; add to {config.site_file}:\n"
+            f"profiles:\n  {config.profile}:\n    audit:\n      enabled: true"
+        )
+    return Store(config)
+
+
+@contextlib.contextmanager
+def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
+    """Open table and journal; raise where only half of the log can be had, which must not look like all."""
+    with store.reading(wait=options.wait) as reading:
+        if reading.problem is not None:
+            raise reading.problem
+        with interruptible(reading.engine):
+            yield reading
+
+
+def _add_filters(command: argparse.ArgumentParser) -> None:
+    what = command.add_argument_group("which events (all must hold; * in a name is any text)")
+    for event_type, metavar in (("tool", "NAME"), ("resource", "URI"), ("prompt", "NAME")):
+        what.add_argument(
+            f"--{event_type}",
+            action="append",
+            default=[],
+            metavar=metavar,
+            help=f"of this {event_type}; may be repeated, and any of them will do",
+        )
+    what.add_argument("--type", choices=EVENT_TYPES, help="of this type")
+    what.add_argument(
+        "--policy",
+        type=_policy_argument,
+        choices=POLICY_DECISIONS,
+        help="with this decision; denied means deny, and so on",
+    )
+    what.add_argument("--status", choices=STATUSES, help="that ended so")
+    what.add_argument(
+        "--since",
+        type=_argument(parse_time),
+        metavar="WHEN",
+        help="10s 10m 2h 1d 1w 1h30m ago, or since an ISO time",
+    )
+    what.add_argument(
+        "--until",
+        type=_argument(parse_time),
+        metavar="WHEN",
+        help="before that long ago, or before an ISO time",
+    )
+    what.add_argument("--caller", metavar="NAME", help="from this caller: http, stdio, cli …")
+    what.add_argument("--user", metavar="ID", help="by this user")
+    what.add_argument("--session", metavar="ID", help="in this session")
+    what.add_argument("--trace", metavar="ID", help="in this trace")
+    what.add_argument("--event", metavar="ID", help="the one with this event_id")
+    what.add_argument(
+        "--grep", metavar="TEXT", help="with this text in name, input, error or reason, in any case"
+    )
+    what.add_argument(
+        "--min-ms", type=_argument(_positive), metavar="N", help="that took N milliseconds or longer"
+    )
+
+
+def _filter_of(options: argparse.Namespace) -> Filter:
+    if options.since and options.until and options.until <= options.since:
+        raise _UsageError("--until is not after --since, so nothing can match")
+    if options.event is not None:
+        parse_event_id(options.event)
+    return Filter(
+        tools=tuple(options.tool),
+        resources=tuple(options.resource),
+        prompts=tuple(options.prompt),
+        event_type=options.type,
+        policy=options.policy,
+        status=options.status,
+        since=options.since,
+        until=options.until,
+        caller=options.caller,
+        user=options.user,
+        session=options.session,
+        trace=options.trace,
+        event_id=options.event,
+        text=options.grep,
+        min_ms=options.min_ms,
+    )
+
+
+# --- log
+
+
+def _add_log(add: _Add) -> None:
+    command = add(
+        "log",
+        cmd_log,
+        "show, follow, filter and export events",
+        "Show the newest events, from the database and from the journal of running servers.",
+        """\
+log --tool my_tool --status error --since 1d
+log --tool 'user_*' --grep timeout --input
+log --policy denied --since 7d --export denied.csv
+log --json --limit 500
+log --follow --status error""",
+    )
+    _add_filters(command)
+    shown = command.add_argument_group("what is shown")
+    shown.add_argument(
+        "--limit", type=_argument(_positive), metavar="N", help="at most N events (default: 100)"
+    )
+    shown.add_argument(
+        "--oldest-first", action="store_true", help="the other order, from the other end of the log"
+    )
+    shown.add_argument("--json", action="store_true", help="a JSON array of objects; with -f one a line")
+    shown.add_argument(
+        "--columns", type=_argument(_columns), metavar="A,B,…", help=f"these of: {', '.join(PUBLIC_COLUMNS)}"
+    )
+    shown.add_argument("--wide", action="store_true", help="more columns, nothing cut to the terminal")
+    shown.add_argument("--input", action="store_true", help="the redacted input under each event")
+    shown.add_argument(
+        "-f",
+        "--follow",
+        action="store_true",
+        help="go on with new events as they happen; past ones come first with --limit or --since",
+    )
+    export = command.add_argument_group("export")
+    export.add_argument(
+        "--export",
+        metavar="FILE",
+        help=f"write every match (or --limit) with all columns; the extension is one of "
+        f"{', '.join(EXPORT_FORMATS)}; - is standard output",
+    )
+    export.add_argument(
+        "--format", choices=EXPORT_FORMATS, metavar="FORMAT", help="whatever the extension says"
+    )
+    export.add_argument(
+        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
+    )
+
+
+def cmd_log(options: argparse.Namespace) -> int:
+    what = _filter_of(options)
+    _check_log_options(options)
+    store = _store_of(options)
+    if options.follow:
+        return _follow(options, store, what)
+    if options.export:
+        return _export(options, store, what)
+    with store.reading(wait=options.wait) as reading:
+        count = options.limit or 100
+        rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
+        if options.json:
+            write_json(sys.stdout, *_columns_of(rows, options.columns))
+        else:
+            shown = list(rows)
+            _event_table(options).write(shown)
+            sys.stdout.flush()
+            _say(summary(shown, count))
+        lost = store.losses(reading) if reading.problem is None else []
+        if lost:
+            _say(f"{sum(count for count, _ in lost)} events were lost in the last 30 days: see `doctor`")
+        if reading.problem is not None:
+            _say(f"only events of the journal are shown: {reading.problem}")
+            return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
+    return 0
+
+
+def _check_log_options(options: argparse.Namespace) -> None:
+    if not options.export and (options.format or options.raw):
+        raise _UsageError("--format and --raw say how to export: add --export FILE")
+    if options.export and (options.columns or options.wide or options.input or options.json):
+        raise _UsageError("an export has every column, in the format of its extension or of --format")
+    if options.follow and (options.export or options.until or options.oldest_first):
+        raise _UsageError(
+            "--follow shows what is yet to come: leave --export, --until and --oldest-first out"
+        )
+
+
+def _columns_of(rows: Iterable[Row], columns: Sequence[str] | None) -> tuple[Iterable[Row], Sequence[str]]:
+    """Return the rows with these of PUBLIC_COLUMNS only, all if None, and the names of what is left."""
+    if columns is None:
+        return rows, PUBLIC_COLUMNS
+    places = [PUBLIC_COLUMNS.index(column) for column in columns]
+    return (tuple(row[place] for place in places) for row in rows), columns
+
+
+def _event_table(options: argparse.Namespace) -> EventTable:
+    width, colour = _terminal(sys.stdout)
+    return EventTable(
+        sys.stdout,
+        columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
+        width=None if options.wide else width,
+        colour=colour,
+        with_input=options.input,
+        grows=options.follow,
+    )
+
+
+def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
+    table = _event_table(options)
+    follower = Follower(store, what)
+
+    def show(rows: Sequence[Row]) -> None:
+        if options.json:
+            write_json_lines(sys.stdout, *_columns_of(rows, options.columns))
+        elif rows:
+            table.write(rows)
+        sys.stdout.flush()
+
+    try:
+        with store.reading(wait=options.wait) as reading:
+            follower.start(reading)
+            if reading.problem is not None:
+                _say(f"only events of the journal are shown until this is over: {reading.problem}")
+            past = []
+            if options.limit or options.since:
+                past = list(reading.rows(what, count=options.limit or 100))
+    except DatabaseNotFoundError:
+        _say(f"there is no log at {store.target.name} yet; waiting for the first event")
+        follower.start(None)
+        past = []
+    show([row for row in reversed(past) if follower.is_seen(row)])
+    told = ""
+    with contextlib.closing(follower):
+        while True:
+            begun = time.monotonic()
+            try:
+                show(follower.look())
+            except (JournalError, StoreError) as error:
+                if str(error) != told:
+                    told = str(error)
+                    _say(f"new events may be missing until this is over: {told}")
+            # 1 % of a core, within half a second
+            _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
+
+
+def _pause(seconds: float) -> None:
+    """Wait, but not longer than there is somebody to write for: then BrokenPipeError."""
+    import select
+
+    if not hasattr(select, "poll"):
+        time.sleep(seconds)
+        return
+    watch = select.poll()
+    watch.register(sys.stdout.fileno(), 0)
+    if any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(1000 * seconds)):
+        raise BrokenPipeError
+
+
+def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
+    to_stdout = options.export == "-"
+    form = options.format or ("csv" if to_stdout else export_format(options.export))
+    if form is None:
+        known = ", ".join("." + known for known in EXPORT_FORMATS)
+        raise _UsageError(f"{options.export}: the extension must be one of {known}; or say --format")
+    is_text = form in ("csv", "json", "jsonl")
+    if to_stdout and not is_text and sys.stdout.isatty():
+        raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
+    with contextlib.ExitStack() as stack:
+        path = options.export
+        if to_stdout:
+            import tempfile
+
+            path = os.path.join(
+                stack.enter_context(tempfile.TemporaryDirectory(prefix="mxcp_audit-")), f"export.{form}"
+            )
+        else:
+            store.refuse_own_files(path)
+        on_terminal = sys.stderr.isatty()
+
+        def progress(size: int) -> None:
+            _say_status(f"{size / 1e6:.1f} MB written")
+
+        with _whole_log(store, options) as reading:
+            written = reading.export(
+                what,
+                path,
+                form=form,
+                count=options.limit,
+                oldest_first=options.oldest_first,
+                raw=options.raw,
+                progress=progress if on_terminal else None,
+            )
+        if on_terminal:
+            _say_status("")
+        if to_stdout:
+            _copy_to_stdout(path)
+    _say(f"{counted(written, 'event')} written to {'standard output' if to_stdout else path}")
+    return 0
+
+
+def _copy_to_stdout(path: str) -> None:
+    if sys.stdout.isatty():  # here it is text
+        with open(path, encoding="utf-8", newline="\n") as text:
+            for line in text:
+                write_text(sys.stdout, line.removesuffix("\n"))
+        return
+    import shutil
+
+    with open(path, "rb") as file:
+        shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
+
+
+# --- show, stats, sql
+
+
+def _add_show(add: _Add) -> None:
+    command = add(
+        "show",
+        cmd_show,
+        "show one event in full",
+        "Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.",
+        "show 20261125T010203123456Z-1f2e3d4c:17\nshow 20261125T010203123456Z-1f2e3d4c:17 --json",
+    )
+    command.add_argument("event", metavar="EVENT_ID", help="such as 20261125T010203123456Z-1f2e3d4c:17")
+    command.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def cmd_show(options: argparse.Namespace) -> int:
+    parse_event_id(options.event)
+    with _store_of(options).reading(wait=options.wait) as reading:
+        rows = list(reading.rows(Filter(event_id=options.event), count=1))
+        if not rows and reading.problem is not None:
+            raise reading.problem
+    if not rows:
+        _say(f"there is no event {options.event}")
+        return EXIT_FAILED
+    event = dict(zip(PUBLIC_COLUMNS, rows[0]))
+    if options.json:
+        _print_json(event, indent=2)
+        return 0
+    fields = {name: None if value is None else str(value) for name, value in event.items()}
+    fields["input_json"] = indented_json(event["input_json"] or "null")
+    write_fields(sys.stdout, fields.items())
+    return 0
+
+
+def _add_stats(add: _Add) -> None:
+    command = add(
+        "stats",
+        cmd_stats,
+        "count calls, errors and denials; find what is slow",
+        "Show how often, how long and how well: a line for each group of events. "
+        "P50, P95, P99 and MAX are milliseconds.",
+        """\
+stats --since 1d
+stats --type tool --sort p95
+stats --by hour --tool my_tool
+stats --by user --policy denied --json""",
+    )
+    _add_filters(command)
+    shown = command.add_argument_group("what is shown")
+    shown.add_argument("--by", choices=STATS_BY, default="name", help="what makes a group (default: name)")
+    shown.add_argument(
+        "--sort",
+        choices=_SORTS,
+        default="calls",
+        help="what is largest first, and what bars show (default: calls); hours and days go by time",
+    )
+    shown.add_argument(
+        "--limit", type=_argument(_positive), default=100, metavar="N", help="at most N groups (default: 100)"
+    )
+    shown.add_argument("--json", action="store_true", help="print a JSON array of objects")
+
+
+def cmd_stats(options: argparse.Namespace) -> int:
+    sort = _SORTS[options.sort]
+    with _whole_log(_store_of(options), options) as reading:
+        rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
+    if options.json:
+        write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
+    else:
+        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0])
+        sys.stdout.flush()
+        _say(counted(len(rows), "group") + more_hint(len(rows), options.limit))
+    return 0
+
+
+def _add_sql(add: _Add) -> None:
+    command = add(
+        "sql",
+        cmd_sql,
+        "ask in SQL, read-only",
+        "Run one SELECT of DuckDB's SQL over the view `logs`, which has every event with the columns "
+        f"{', '.join(PUBLIC_COLUMNS)}. It can write nothing and read nothing else. "
+        "While it runs, servers keep their events in the journal.",
+        """\
+sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
+sql "SELECT input_json ->> '$.id' AS id, count(*) FROM logs GROUP BY 1" --json
+sql - --csv < question.sql""",
+    )
+    command.add_argument("statement", metavar="SELECT", help="the statement; - reads it from standard input")
+    form = command.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print a JSON array of objects")
+    form.add_argument("--csv", action="store_true", help="print CSV")
+    command.add_argument(
+        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
+    )
+
+
+def cmd_sql(options: argparse.Namespace) -> int:
+    statement = sys.stdin.read() if options.statement == "-" else options.statement
+    try:
+        with _whole_log(_store_of(options), options) as reading:
+            names, rows = reading.query(statement)
+            if options.json:
+                write_json(sys.stdout, rows, names)
+            elif options.csv:
+                _print_csv(names, rows, raw=options.raw)
+            else:
+                write_grid(sys.stdout, names, list(rows), width=_terminal(sys.stdout)[0])
+    except QueryError as error:  # without the place, which is one in our statement around it
+        raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
+    return 0
+
+
+def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
+    """Print CSV: as UTF-8 whatever the locale says, but to a terminal harmlessly."""
+    import io
+
+    if sys.stdout.isatty():
+        text = io.StringIO(newline="")
+        write_csv(text, names, rows, raw=raw)
+        write_text(sys.stdout, text.getvalue().removesuffix("\n"))
+        return
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(encoding="utf-8", newline="")
+    write_csv(sys.stdout, names, rows, raw=raw)
+
+
+# --- config, redact
+
+
+def _add_config(add: _Add) -> None:
+    command = add(
+        "config",
+        cmd_config,
+        "show the settings that hold, and who set them",
+        "Show every setting of the profile: its value and where it comes from. Secrets are left out.",
+        "config\nconfig --profile production --json",
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON object of value and source")
+
+
+def cmd_config(options: argparse.Namespace) -> int:
+    config = _config_of(options)
+    settings = {name: value for name, value in config._asdict().items() if name != "sources"}
+    settings["attach"] = dict.fromkeys(config.attach, REDACTED)
+    settings["journal"] = config.journal_directory
+    if is_attach_target(config.path):
+        settings["path"] = public_target(config.path)
+    sources = {name: config.sources.get(name, "default") for name in settings}
+    if options.json:
+        answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}
+        _print_json(answer, indent=2)
+        return 0
+    rows = [
+        (name, value if isinstance(value, str) or value is None else json_text(value), sources[name])
+        for name, value in settings.items()
+    ]
+    write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
+    return 0
+
+
+def _add_redact(add: _Add) -> None:
+    command = add(
+        "redact",
+        cmd_redact,
+        "show what would be recorded of an input, and why",
+        "Read JSON on standard input and print what would be recorded of it, then a line for each part "
+        "that is taken out. Without a site file the default rules hold.",
+        """\
+redact < input.json
+redact --tool login --json < input.json""",
+    )
+    command.add_argument("--tool", metavar="NAME", help="as the input of this tool")
+    command.add_argument("--json", action="store_true", help="print one object: recorded, redacted")
+
+
+def cmd_redact(options: argparse.Namespace) -> int:
+    if options.db is None and not options.config and not options.profile and not has_site_file():
+        redactor, limit = Redactor(), 1 << 20
+    else:
+        config = _config_of(options)
+        redactor, limit = redactor_of(config), config.max_input_bytes
+    try:
+        value = json.loads(sys.stdin.read())
+    except (ValueError, RecursionError) as error:
+        raise _UsageError(f"standard input is no JSON: {error}") from error
+    recorded = json.loads(
+        Encoder(redactor, max_input_bytes=limit).input_json(value, options.tool, None, None)
+    )
+    reasons = redactor.explain(value, tool=options.tool)
+    if options.json:
+        answer = {
+            "recorded": json.loads(recorded),
+            "redacted": [{"path": path, "reason": reason} for path, reason in reasons],
+        }
+        _print_json(answer, indent=2)
+        return 0
+    write_text(sys.stdout, indented_json(recorded))
+    if reasons:
+        _print()
+        write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
+    return 0
+
+
+# --- ingest, import, doctor
+
+
+def _add_ingest(add: _Add) -> None:
+    add(
+        "ingest",
+        cmd_ingest,
+        "move the events of dead processes from the journal into the database",
+        "Move every sealed or orphaned segment into the database, as running servers\ndo.",
+        "ingest\ningest --db /var/log/mxcp/audit-prod.duckdb",
+    )
+
+
+def cmd_ingest(options: argparse.Namespace) -> int:
+    told = Diagnostics()
+    store = Store(_config_of(options), diagnostics=told)
+    done = store.ingest()
+    _say(f"{told.ingested} events ingested" + (f", {told.rejected} rejected" if told.rejected else ""))
+    if not done:
+        _say("another process is ingesting; the rest is left to it")
+    return EXIT_FAILED if told.rejected else 0
+
+
+def _add_import(add: _Add) -> None:
+    command = add(
+        "import",
+        cmd_import,
+        "take in MXCP's own JSONL logs",
+        "Take in the JSONL logs of MXCP, of any version, plain or gzip. What was\n"
+        "imported before is not imported again, so a log that grew can be given again.",
+        "import audit.jsonl\nimport logs-2025.jsonl.gz logs-2026.jsonl",
+    )
+    command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
+
+
+def cmd_import(options: argparse.Namespace) -> int:
+    config = _config_of(options)
+    failed = False
+    for path in options.files:
+        importer = Importer(
+            config,
+            on_bad_line=lambda number, reason, path=path: _say(f"{path}:{number}: {reason}"),  # type: ignore[misc]
+            wait=options.wait,
+            diagnostics=Diagnostics(),
+        )
+        try:
+            result = importer.take(path)
+        except (OSError, EOFError) as error:
+            _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
+            failed = True
+            continue
+        known = f", {result.known} were there" if result.known else ""
+        bad = f", {counted(result.bad, 'bad line')} left out" if result.bad else ""
+        _say(f"{path}: {counted(result.events, 'event')} imported{known}{bad}")
+        failed |= result.bad > 0
+    return EXIT_FAILED if failed else 0
+
+
+def _add_doctor(add: _Add) -> None:
+    command = add(
+        "doctor",
+        cmd_doctor,
+        "say how the log is doing, and what to do about it",
+        "Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1\nnot.",
+        "doctor\ndoctor --json",
+    )
+    command.add_argument("--json", action="store_true", help="print a JSON object")
+
+
+def cmd_doctor(options: argparse.Namespace) -> int:
+    checkup = Checkup(_config_of(options), wait=options.wait)
+    if options.json:
+        _print_json(checkup.report, indent=2)
+    else:
+        for part, state in checkup.report.items():
+            if isinstance(state, dict):
+                text = ", ".join(f"{key} {value}" for key, value in state.items() if value is not None)
+                _print(f"{part}: {text}")
+        for fault in checkup.faults:
+            _print(f"fault: {fault.problem}; remedy: {fault.remedy}")
+        _print("not healthy" if checkup.faults else "healthy")
+    return EXIT_FAILED if checkup.faults else 0
+
+
+# --- verify, checkpoint
+
+
+def _add_verify(add: _Add) -> None:
+    command = add(
+        "verify",
+        cmd_verify,
+        "prove that nothing was changed, removed or inserted",
+        "Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
+        "verify\nverify --since 7d --json\nverify --checkpoint heads.json",
+    )
+    command.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
+    command.add_argument(
+        "--since",
+        type=_argument(parse_time),
+        metavar="WHEN",
+        help="recompute segments with events since then only",
+    )
+    command.add_argument(
+        "--checkpoint", metavar="FILE", help="what `checkpoint` printed: nothing up to there may be missing"
+    )
+
+
+def cmd_verify(options: argparse.Namespace) -> int:
+    checkpoint = _read_checkpoint(options.checkpoint) if options.checkpoint else []
+    store = Store(_config_of(options))
+    verdict = store.verify(
+        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress_bar("verified")
+    )
+    if options.json:
+        _print_json(_verdict_object(verdict))
+    else:
+        for finding in verdict.findings:
+            _print(f"{finding.kind:<9} {finding.text}")
+        if verdict.more_findings:
+            _print(f"and {verdict.more_findings} more")
+        _print(_verdict_summary(verdict, options.since))
+    return 0 if verdict.intact else EXIT_FAILED
+
+
+def _verdict_object(verdict: Verdict) -> dict[str, object]:
+    return {
+        "intact": verdict.intact,
+        "entries": verdict.entries,
+        "segments": verdict.segments,
+        "events": verdict.events,
+        "purged": verdict.purged,
+        "lost": verdict.lost,
+        "legacy": verdict.legacy,
+        "waiting_bytes": verdict.waiting_bytes,
+        "journals": [head._asdict() for head in verdict.heads],
+        "findings": [
+            {
+                "kind": finding.kind,
+                "segment": finding.segment,
+                "journal": finding.journal,
+                "events": finding.event_ids,
+                "text": finding.text,
+            }
+            for finding in verdict.findings
+        ],
+        "more_findings": verdict.more_findings,
+    }
+
+
+def _verdict_summary(verdict: Verdict, since: str | None) -> str:
+    found = len(verdict.findings) + verdict.more_findings
+    parts = [
+        "intact" if verdict.intact else f"NOT intact, {counted(found, 'finding')}",
+        f"{verdict.events} events in {verdict.segments} segments of {len(verdict.heads)} journals",
+    ]
+    for count, what in (
+        (verdict.purged, "purged since"),
+        (verdict.lost, "lost, as the ledger says"),
+        (verdict.legacy, "older than the ledger: what they were before it began is not proved"),
+    ):
+        if count:
+            parts.append(f"{count} {what}")
+    if verdict.waiting_bytes:
+        parts.append(f"{verdict.waiting_bytes} bytes wait in the journal, not sealed yet")
+    if since is not None:
+        parts.append(f"segments before {since} UTC were not recomputed")
+    return "; ".join(parts)
+
+
+def _read_checkpoint(path: str) -> list[Head]:
+    try:
+        with open(path, encoding="utf-8") as file:
+            text = file.read()
+        said = json.loads(text[text.index("{") :])
+        return [
+            Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
+            for head in said["journals"]
+        ]
+    except OSError as error:
+        raise _UsageError(f"{path} can't be read: {error.strerror}") from error
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
+
+
+def _add_checkpoint(add: _Add) -> None:
+    add(
+        "checkpoint",
+        cmd_checkpoint,
+        "print where the ledger ends, to be kept elsewhere",
+        "Print the head of each journal's chain. Kept where nobody who can write the\n"
+        "database can, it lets `verify --checkpoint FILE` tell whether anything up to\n"
+        "it was cut off or rewritten.",
+        "checkpoint > heads.json",
+    )
+
+
+def cmd_checkpoint(options: argparse.Namespace) -> int:
+    heads = Store(_config_of(options)).heads(wait=options.wait)
+    now = iso_time(microseconds(sql_time(utc_now())))
+    _print_json({"time": now, "journals": [head._asdict() for head in heads]})
+    return 0
+
+
+# --- purge, backup, compact
+
+
+def _add_purge(add: _Add) -> None:
+    command = add(
+        "purge",
+        cmd_purge,
+        "delete old events, so that the rest still verifies",
+        "Delete every event older than that, and enter into the ledger what went.",
+        "purge --older-than 90d --dry-run\n"
+        "purge --older-than 90d --archive archive\n"
+        "purge --older-than 2026-01-01",
+    )
+    command.add_argument(
+        "--older-than",
+        type=_argument(parse_time),
+        required=True,
+        metavar="WHEN",
+        help="90d, or before an ISO date or time",
+    )
+    command.add_argument("--dry-run", action="store_true", help="say what would go")
+    command.add_argument("--archive", metavar="DIR", help="write what goes as Parquet into DIR first")
+
+
+def cmd_purge(options: argparse.Namespace) -> int:
+    if options.older_than > sql_time(utc_now()):
+        raise _UsageError("--older-than lies in the future; everything would go")
+    if options.archive and os.path.lexists(options.archive) and not os.path.isdir(options.archive):
+        raise _UsageError(f"{options.archive} is no directory; name one for --archive")
+    store = Store(_config_of(options))
+    if options.archive:
+        store.refuse_journal(options.archive)
+    removal = store.purge(
+        options.older_than, archive=options.archive, dry_run=options.dry_run, wait=options.wait
+    )
+    would = "would be " if options.dry_run else ""
+    span = (
+        f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
+    )
+    _print(f"{removal.events} events {would}purged{span}")
+    if removal.archive:
+        _print(f"archived in {os.path.join(options.archive, removal.archive)}")
+    if removal.wrong:
+        _say(
+            f"{removal.wrong} segments were not as recorded before they were purged; verify goes on saying so"
+        )
+    return 0
+
+
+def _add_backup(add: _Add) -> None:
+    command = add(
+        "backup",
+        cmd_backup,
+        "copy the log while the server runs",
+        "Copy the database to FILE, and what is not in it yet to FILE.journal. To\n"
+        "restore, copy both back while no server runs.",
+        "backup /backup/audit-2026-11-25.duckdb",
+    )
+    command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
+
+
+def cmd_backup(options: argparse.Namespace) -> int:
+    events, segments = Store(_config_of(options)).backup(options.file, wait=options.wait)
+    _print(f"{events} events copied to {options.file}")
+    if segments:
+        _print(f"{segments} segments of running servers copied to {options.file}.journal")
+    return 0
+
+
+def _add_compact(add: _Add) -> None:
+    add(
+        "compact",
+        cmd_compact,
+        "give the space of purged events back to the file system",
+        "Write the database anew and put it in place of the old one.",
+        "compact",
+    )
+
+
+def cmd_compact(options: argparse.Namespace) -> int:
+    before, after = Store(_config_of(options)).compact(wait=options.wait)
+    _print(f"{before} bytes before, {after} bytes after")
+    return 0
+
+
+# --- wrap
+
+
+def _add_wrap(add: _Add) -> None:
+    import argparse
+
+    command = add(
+        "wrap",
+        cmd_wrap,
+        "run any stdio MCP server and record what it executes",
+        "Run COMMAND, an MCP server over standard input and output in any language, and\n"
+        "record its tool calls, resource reads and prompts. Every byte passes\n"
+        "unchanged.",
+        "wrap -- npx -y @modelcontextprotocol/server-everything\n"
+        "wrap --profile production --strict -- python server.py",
+        usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
+    )
+    command.add_argument(
+        "--strict", action="store_true", help="stop the traffic when it can't be recorded (default: go on)"
+    )
+    command.add_argument("server", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="the server")
+
+
+def cmd_wrap(options: argparse.Namespace) -> int:
+    command = options.server[1:] if options.server[:1] == ["--"] else options.server
+    if not command:
+        raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
+    if options.db is not None:
+        config = _config_of(options)
+        audit = AuditLogger(config.path, journal=config.journal_directory)
+    else:
+        audit = AuditLogger.from_config(options.config, profile=options.profile)
+    if not audit.enabled:
+        problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
+        if options.strict:
+            raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
+        _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
+    wrapped = WrappedServer(command, audit, strict=options.strict)
+    code = wrapped.run()
+    audit.shutdown(WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
+    if wrapped.failure is not None:
+        _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
+        return EXIT_FAILED
+    return end_like(code)
+
+
+# --- completion
+
+
+def _add_completion(add: _Add) -> None:
+    command = add(
+        "completion",
+        cmd_completion,
+        "print what makes a shell complete this program's words",
+        "Print a script for bash or zsh. Load it from your shell's start file.",
+        "completion bash > ~/.local/share/bash-completion/completions/mxcp-audit\ncompletion zsh >> ~/.zshrc",
+        parents=[],
+    )
+    command.add_argument("shell", choices=("bash", "zsh"))
+    command.set_defaults(debug=False)
+
+
+def cmd_completion(options: argparse.Namespace) -> int:
+    print(completion_script(options.shell))
+    return 0
+
+
+def completion_script(shell: str) -> str:
+    """Return the completion for bash or zsh, made from the parser itself."""
+    commands: Mapping[str, argparse.ArgumentParser] = {}
+    for action in build_parser()._actions:
+        if action.dest == "command":
+            commands = cast("Mapping[str, argparse.ArgumentParser]", action.choices)
+    words, values = [], []
+    for name, command in commands.items():
+        flags: list[str] = []
+        for action in command._actions:
+            flags += action.option_strings
+            if action.choices and action.option_strings:
+                cases = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
+                values.append(f'        {cases}) words="{" ".join(action.choices)}" ;;')
+            elif action.choices:
+                flags += action.choices
+        words.append(f'        {name}) words="{" ".join(flags)}" ;;')
+    return _COMPLETION.format(
+        zsh=_COMPLETION_ZSH if shell == "zsh" else "",
+        values="\n".join(values),
+        words="\n".join(words),
+        commands=" ".join(commands),
+    )
+
+
+_COMPLETION_ZSH: Final = """\
+(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
+autoload -Uz bashcompinit && bashcompinit
+"""
+# Where no word fits, the shell completes file names.
+_COMPLETION: Final = """\
+# Completion of mxcp-audit, made by `mxcp-audit completion`.
+{zsh}_mxcp_audit() {{
+    local current=${{COMP_WORDS[COMP_CWORD]}} words=""
+    case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+{values}
+        *" --export"|*" --config"|*" --db") COMPREPLY=(); return ;;
+    esac
+    if [ "$COMP_CWORD" -eq 1 ]; then
+        words="{commands} --help --version"
+    elif [ -z "$words" ]; then
+        case "${{COMP_WORDS[1]}}" in
+{words}
+        esac
+    fi
+    COMPREPLY=($(compgen -W "$words" -- "$current"))
+}}
+complete -o default -F _mxcp_audit mxcp-audit"""
+
+
+# --- the end of all ways
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -489,6 +489,18 @@ def test_output_encoding_of_the_terminal_is_kept(filled: Path, encoding: str) ->
         done.stdout.decode(encoding)
 
 
+def test_answers_in_an_encoding_that_lacks_a_character_are_no_traceback(
+    filled: Path, cli: Cli, tmp_path: Path
+) -> None:
+    head = {"journal": "é", "position": 1, "events": 1, "seal": ""}
+    (filled / "heads.json").write_text(json.dumps({"journals": [head]}))
+    verify = ["verify", "--checkpoint", "heads.json"]
+    for arguments in (verify, [*verify, "--json"], ["backup", "é.duckdb"]):
+        done = cli(*arguments, *DB, PYTHONIOENCODING="ascii")
+        assert "Traceback" not in done.stderr and re.search(r"\\xe9|\\u00e9", done.stdout), done.stderr
+    assert (tmp_path / "é.duckdb").exists()
+
+
 def test_sql_csv_is_utf_8_whatever_the_locale_says(filled: Path, cli: Cli) -> None:
     done = cli("sql", "SELECT '日本é' AS \"é\"", "--csv", *DB, PYTHONIOENCODING="ascii")
     assert done.stdout == "é\n日本é\n"

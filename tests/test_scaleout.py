@@ -586,6 +586,19 @@ def test_log_with_db_reads_a_target_without_any_site_file(make_host: Make, tmp_p
     assert sorted(file.name for file in elsewhere.folder.iterdir()) == ["mxcp-site.yml"]
 
 
+def test_follow_of_a_target_without_a_log_waits_and_shows_no_secret(make_host: Make) -> None:
+    host = make_host("ducklake")
+    child = host.start(
+        "import sys; from mxcp_audit import main; main(['log', '-f', '--db', sys.argv[1]])",
+        f"{host.path} password={PASSWORD}",
+    )
+    assert child.stderr
+    told = child.stderr.readline()
+    child.kill()
+    child.communicate()
+    assert "there is no log at ducklake:" in told and PASSWORD not in told
+
+
 def test_segment_with_a_nul_from_elsewhere_does_not_stop_postgresql(make_host: Make) -> None:
     host = make_host("postgres")
     host.run(LEAVE, 3)

@@ -112,6 +112,14 @@ def test_wrap_pieces_pass_at_once(tmp_path: Path) -> None:
     process.stdout.close()
 
 
+def test_wrap_into_a_target_that_is_no_file_keeps_the_journal_here(tmp_path: Path) -> None:
+    command = wrap(server=[sys.executable, "-c", SERVER], database="postgres:host=/nowhere dbname=none")
+    done = run(command, tmp_path, call(1))
+    assert (done.returncode, json.loads(done.stdout)["id"]) == (0, 1)
+    (segment,) = (tmp_path / "logs-default.journal").glob("*.jsonl")
+    assert json.loads(segment.read_text())["name"] == "echo"
+
+
 def test_wrap_answer_of_many_mebibytes_passes_and_is_recorded(tmp_path: Path, cli: Cli) -> None:
     text = "x" * (20 << 20)
     done = run(wrap(server=[sys.executable, "-c", SERVER]), tmp_path, call(1, text=text) + call("1", a=1))
@@ -160,7 +168,7 @@ def test_wrap_server_ends_before_a_slow_client_reads_nothing_is_lost(tmp_path: P
     server = "import sys\nsys.stdout.buffer.write(b'x' * 100_000)\nsys.stdout.flush()"
     process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
     assert process.stdout
-    time.sleep(2 * mxcp_audit._WrappedServer.GRACE_SECONDS)  # the pipe to us is full, and the server gone
+    time.sleep(2 * mxcp_audit.WrappedServer.GRACE_SECONDS)  # the pipe to us is full, and the server gone
     assert len(process.communicate(timeout=60)[0]) == 100_000
 
 

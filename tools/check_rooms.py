@@ -35,13 +35,13 @@ READING = (
     "Store",
     "Output",
 )
-ROOMS = (*RECORDING, *READING, "Assembly", "Command line")
+ROOMS = (*RECORDING, *READING, "Assembly", "Wrap", "Command line")
 # What may be used where; a module that is not here may be used anywhere.
 IMPORTS = {
-    "threading": {"Writer", "Logger", "Reading", "Command line"},  # the last for `wrap`
+    "threading": {"Writer", "Logger", "Reading", "Wrap"},
     "atexit": {"Logger"},
     "duckdb": {"Engines"},
-    "subprocess": {"Engines", "Command line"},
+    "subprocess": {"Engines", "Wrap"},
     "argparse": {"Command line"},
     "fcntl": {"Journal"},
     "msvcrt": {"Journal"},
