@@ -8632,6 +8632,7 @@ class Follower:
         self._positions: dict[str, int] = {}  # by journal: the ledger entry that was looked at last
         self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
         self._signature: object = None
+        self._fresh: list[Row] = []  # counted as seen, and kept where a look fails
         self._engine: Engine | None = None
 
     def start(self, reading: Reading | None) -> None:
@@ -8663,12 +8664,15 @@ class Follower:
             JournalError: the journal can't be read.
             StoreError: the table can't be asked. A later look can make up for it.
         """
-        rows = [row for row in self._new_lines() if self._what.matches(row)]
+        for row in self._new_lines():
+            if self._what.matches(row):
+                self._fresh.append(row)
         signature = self._store.signature()
         if signature is None or signature != self._signature:
             # Somebody may ingest at this moment; then the next look asks again.
             with contextlib.suppress(DatabaseLockedError, DatabaseNotFoundError):
-                rows += self._new_table_rows()
+                self._fresh += self._new_table_rows()
+        rows, self._fresh = self._fresh, []
         return sorted(rows, key=lambda row: (row[0], _segment_and_seq(row)))
 
     def close(self) -> None:
