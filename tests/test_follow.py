@@ -84,6 +84,7 @@ def follow(tmp_path: Path) -> Iterator[Callable[..., Follow]]:
     yield start
     for one in running:
         one.stop()
+        print(one.err.read_text(), file=sys.stderr)  # for whoever looks into a failure
 
 
 def probe(audit: AuditLogger, one: Follow) -> bool:
