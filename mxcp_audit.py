@@ -11269,7 +11269,11 @@ class _WrappedServer:
         ]
         for thread in threads:
             thread.start()
-        code = self._process.wait()
+        waiter = threading.Thread(target=self._process.wait, name="mxcp_audit wait", daemon=True)
+        waiter.start()
+        while waiter.is_alive():  # a signal that comes just before it falls asleep is seen at the next turn
+            waiter.join(0.2)
+        code = self._process.returncode
         while threads[1].is_alive():
             before = self._pieces
             threads[1].join(self.GRACE_SECONDS)
