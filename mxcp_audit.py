@@ -9543,6 +9543,7 @@ class Follower:
         self._positions: dict[str, int] = {}  # by journal: the ledger entry that was looked at last
         self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
         self._signature: object = None
+        self._fresh: list[Row] = []  # counted as seen, and kept where a look fails
         self._engine: Engine | None = None
 
     def start(self, reading: Reading | None) -> None:
@@ -9574,12 +9575,15 @@ class Follower:
             JournalError: the journal can't be read.
             StoreError: the table can't be asked. A later look can make up for it.
         """
-        rows = [row for row in self._new_lines() if self._what.matches(row)]
+        for row in self._new_lines():
+            if self._what.matches(row):
+                self._fresh.append(row)
         signature = self._target.signature()
         if signature is None or signature != self._signature:
             # Somebody may ingest at this moment; then the next look asks again.
             with contextlib.suppress(DatabaseLockedError, DatabaseNotFoundError):
-                rows += self._new_table_rows()
+                self._fresh += self._new_table_rows()
+        rows, self._fresh = self._fresh, []
         return sorted(rows, key=lambda row: (row[0], _segment_and_seq(row)))
 
     def close(self) -> None:
@@ -10336,7 +10340,7 @@ def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
 
 
 class WrappedServer:
-    """A stdio server as our child. Three threads: one a direction, and the main one, which waits for its end.
+    """A stdio server as our child. A thread for each direction, and one that waits for the server's end.
 
     Pieces are passed on as they come, by plain reads and writes: nothing here buffers, and a side that
     doesn't read makes the other wait, as one pipe would. A child is never left behind: when the client
@@ -10389,7 +10393,11 @@ class WrappedServer:
         ]
         for thread in threads:
             thread.start()
-        code = self._process.wait()
+        waiter = threading.Thread(target=self._process.wait, name="mxcp_audit wait", daemon=True)
+        waiter.start()
+        while waiter.is_alive():  # a signal that comes just before it falls asleep is seen at the next turn
+            waiter.join(0.2)
+        code = self._process.returncode
         while threads[1].is_alive():
             before = self._pieces
             threads[1].join(self.GRACE_SECONDS)

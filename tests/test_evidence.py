@@ -26,8 +26,8 @@ assert spec is not None and spec.loader is not None
 independent = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(independent)
 
-# On each engine, with a key and without: 1,000 in all.
-TAMPERINGS = int(os.environ.get("MXCP_TEST_TAMPERINGS", "250"))
+# With a key and without: 1,000 on each engine.
+TAMPERINGS = int(os.environ.get("MXCP_TEST_TAMPERINGS", "500"))
 LEGACY = """\
 CREATE TABLE logs (timestamp TIMESTAMP, caller VARCHAR, type VARCHAR, name VARCHAR, input_json VARCHAR,
     duration_ms INTEGER, policy_decision VARCHAR, reason VARCHAR, status VARCHAR, error VARCHAR);

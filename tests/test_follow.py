@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import SAFETY_SECONDS, child_environment, held_database, wait_until
 
-from mxcp_audit import AuditLogger, Filter, Follower, Store, config_from_arguments
+from mxcp_audit import AuditLogger, Filter, Follower, QueryError, Store, config_from_arguments
 from tools.judge import journal_line
 
 WRITER = """
@@ -84,6 +84,7 @@ def follow(tmp_path: Path) -> Iterator[Callable[..., Follow]]:
     yield start
     for one in running:
         one.stop()
+        print(one.err.read_text(), file=sys.stderr)  # for whoever looks into a failure
 
 
 def probe(audit: AuditLogger, one: Follow) -> bool:
@@ -247,6 +248,27 @@ def test_follower_segment_read_in_part_takes_the_rest_from_the_table(
     assert not store.journal.segments()
     assert first + names(follower.look()) == ["a0", "a1", "a2", "b"]
     assert follower.look() == []
+    follower.close()
+
+
+def test_follower_look_that_fails_loses_no_line_that_it_read(
+    logger: AuditLogger, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    logger.log_event("cli", "tool", "old")
+    logger.flush()
+    follower = started(store)
+
+    def fail() -> None:
+        raise QueryError("the disk is gone")
+
+    logger.log_event("cli", "tool", "new")
+    assert logger.wait_written()
+    with monkeypatch.context() as patched:
+        patched.setattr(follower, "_new_table_rows", fail)
+        patched.setattr(store, "signature", lambda: None)
+        with pytest.raises(QueryError):
+            follower.look()
+    assert names(follower.look()) == ["new"]
     follower.close()
 
 

@@ -1,8 +1,7 @@
 """How fast events get into DuckLake on PostgreSQL and into PostgreSQL, as a ratio to a local file.
 
-    tools/environment scaleout duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 \\
-        duckdb-extension-postgres-scanner==1.5.5
-    .venv/scaleout/bin/python tools/bench_scaleout.py [EVENTS]
+    "$(tools/environment scaleout duckdb==1.5.5 duckdb-extension-ducklake==1.5.5 \\
+        duckdb-extension-postgres-scanner==1.5.5)" tools/bench_scaleout.py [EVENTS]
 
 PostgreSQL is started here, with fsync on. One process ingests what lies in its journal. The first ingest
 of each target, which makes the tables and loads the extensions, is not counted. At the end the answers to

@@ -425,7 +425,7 @@ def faulty(first, *rest, **options):
 audit = AuditLogger(db, flush_interval=0.02, durable=durable)
 setattr(os, call, faulty)
 if lasting and durable: threading.Timer(0.4, lambda: on.__setitem__(0, False)).start()
-for n in range(40): log(n, text="x" * 100); time.sleep(0.001)
+for n in range(40): log(n, text="x" * 100); time.sleep(0.005)  # several writes
 if lasting: audit.flush(0.2); on[0] = False
 assert promise(), audit.counters
 """
