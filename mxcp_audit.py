@@ -3085,7 +3085,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 
 # === Encoding ===
-# may name: Errors, Events, Redaction
+# may name: Events, Redaction
 #
 # Event → line. A line is one JSON object with the names of COLUMNS, in UTF-8, ending with a line
 # feed; `seq` comes last, because only the writer knows it. Redaction comes first, so a line never
@@ -3367,7 +3367,7 @@ def _time_of_mxcp(text: object) -> int:
 
 
 # === Journal ===
-# may name: Errors, Events, Encoding
+# may name: Errors, Events
 #
 # The append-only files between the server and the database:
 #
@@ -4782,7 +4782,7 @@ class Ingester:
 
 
 # === Calls ===
-# may name: Errors, Events, Redaction, Encoding, Writer
+# may name: Errors
 #
 # An execution while it runs. A call's input is encoded when the call begins, so that a tool that
 # changes its arguments can't change what is recorded; the rest is known when it ends. What the body
@@ -5558,7 +5558,7 @@ def _json_int(text: str) -> int | str:
 
 
 # === Logger ===
-# may name: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Calls
+# may name: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
 #
 # What servers hold. It joins the rooms above and adds what belongs to the process: exit, fork,
 # children of multiprocessing. It never reads and knows no DuckDB: Assembly hangs the database's
@@ -6140,7 +6140,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # === SQL ===
-# may name: Errors, Config, Events
+# may name: Errors, Events
 #
 # The wall: everything above records, everything below reads. Statements are constants with `$name`
 # parameters; the only texts put together are fixed words of ours (column names, conditions), never
@@ -6153,10 +6153,15 @@ _JOURNAL_COLUMNS: Final = ", ".join(
 )
 _JOURNAL_NAMES: Final = ", ".join(column.name for column in COLUMNS if column.name != "segment")
 
+
+# --- tables: making and finding them, in a file or elsewhere
+
 # Other schemas of a shared target may have tables of the same names.
 _OUR_TABLES: Final = """\
 database_name = 'audit' AND table_name IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
+TABLE_COLUMNS: Final = f"""\
+SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns() WHERE {_OUR_TABLES}"""
 CREATE_LOGS: Final = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
 WIDEN_LOGS: Final = tuple(
     f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
@@ -6183,6 +6188,44 @@ LEDGER_COLUMNS: Final = (
 )
 _LEDGER_DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in LEDGER_COLUMNS)
 CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({_LEDGER_DEFINITIONS})"
+# For targets that are no file. A server, or an engine whose parent was killed, finishes a commit that it was
+# sent, and the next ingest may not see it yet. So two transactions that take in the same segments must
+# collide. In PostgreSQL they do over the position in the ledger; DuckLake has no such index, but only one of
+# two transactions can change the same row of a journal's own little table.
+UNIQUE_POSITIONS: Final = (
+    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
+)
+
+
+def turn_statements(journal: str) -> tuple[str, str]:
+    """Return two statements: the first makes the table of a journal, the second takes the journal's turn.
+
+    Args:
+        journal: its identity; part of the table's name.
+
+    Raises:
+        JournalError: the identity is none of ours.
+    """
+    if not re.fullmatch("[0-9a-f]{1,64}", journal):
+        raise JournalError("is no identity of a journal; remove the file", path="journal.id")
+    table = f"audit.turn_{journal}"
+    return (
+        f"CREATE TABLE IF NOT EXISTS {table} AS SELECT 0::BIGINT AS taken",
+        f"UPDATE {table} SET taken = taken + 1",
+    )
+
+
+SET_SCHEMA: Final = "SET VARIABLE audit_schema = $schema"
+QUACK_COLUMNS: Final = """\
+SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name FROM (DESCRIBE audit.logs)
+UNION ALL SELECT 'ledger', column_name::VARCHAR FROM (DESCRIBE audit.ledger)"""  # duckdb_columns() lists none
+EXTENSION_STATES: Final = """\
+SELECT extension_name::VARCHAR AS name, loaded, installed FROM duckdb_extensions()
+WHERE extension_name IN (SELECT unnest($names))"""
+ENGINE_VERSION: Final = "SELECT library_version::VARCHAR AS version FROM pragma_version()"
+
+
+# --- digests: what the ledger knows a row, and a segment, by
 
 
 def row_hash(columns: Sequence[Column], **instead: str) -> str:
@@ -6230,6 +6273,13 @@ FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event,
       GROUP BY part)"""
 
 
+# Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
+_SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
+_IN_RANGE: Final = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
+
+
+# --- ingest: segments go into the temporary table `batch`, and from there into `logs`
+
 LONGEST_LINE: Final = 2**20  # of a segment; DuckDB sets aside twice this. More where a longer line is found
 # Reading a segment: `columns` always, because detection types the same file differently in 1.5 and 2.0.
 STAGE: Final = f"""\
@@ -6254,6 +6304,10 @@ KNOWN_SEGMENTS: Final = """\
 SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
 KNOWN_LOSSES: Final = """\
 SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'loss' AND segment IN (SELECT unnest($segments))"""
+# What `import` asks: how much of a part of a file is there already.
+IMPORTED: Final = """\
+SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
 # Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger may be
 # what the page cache says and not what the disk says.
 TOUCH_KNOWN: Final = """\
@@ -6261,7 +6315,10 @@ UPDATE audit.ledger SET ingested_at = ingested_at
 WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
-# Entering: positions and digests go into the temporary table `entries`, then seals are added.
+
+
+# --- entering: positions and digests go into the temporary table `entries`, then seals are added
+
 CREATE_ENTRIES: Final = f"CREATE OR REPLACE TEMP TABLE entries ({_LEDGER_DEFINITIONS})"
 LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
 SEAL_AT: Final = """\
@@ -6269,8 +6326,6 @@ SELECT max(seal)::VARCHAR FROM audit.ledger WHERE journal = $journal AND positio
 EVENTS_OF: Final = """\
 SELECT coalesce(sum(events), 0)::BIGINT FROM audit.ledger WHERE journal = $journal AND kind = 'segment'"""
 LEDGER_IS_EMPTY: Final = "SELECT count(*) = 0 FROM audit.ledger"
-# Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
-_SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
 LEGACY_DAYS: Final = """\
 SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR, count(*)::BIGINT FROM audit.logs
 WHERE segment IS NULL GROUP BY ALL ORDER BY ALL NULLS FIRST"""
@@ -6306,11 +6361,36 @@ INSERT_ENTRIES: Final = """\
 INSERT INTO audit.ledger BY NAME
 SELECT entries.* REPLACE (sealed AS seal)
 FROM entries JOIN (SELECT unnest($positions) AS place, unnest($seals) AS sealed) ON position = place"""
+CHAIN_ENDS: Final = "SELECT journal::VARCHAR, max(position)::BIGINT FROM audit.ledger GROUP BY journal"
+HEADS: Final = """\
+SELECT journal::VARCHAR, max(position)::BIGINT,
+       coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, arg_max(seal, position)::VARCHAR
+FROM audit.ledger GROUP BY journal ORDER BY journal"""
+ACTIVE_HOURS: Final = """\
+SELECT DISTINCT epoch(date_trunc('hour', ingested_at))::BIGINT AS hour FROM audit.ledger
+WHERE ingested_at <= $now::TIMESTAMP ORDER BY hour DESC"""
 
-# Verifying reads the tables through views of known columns and types, whatever somebody made of them.
+
+# --- verifying: the tables are read through views of known columns and types, whatever somebody made of them
+
 TABLE_TYPES: Final = f"""\
 SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
+
+
+def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
+    """Return the view of a table in which a column that is missing, or has another type, is NULL."""
+    names = ", ".join(
+        column.name
+        if types.get(column.name) == column.sql_type
+        else f"NULL::{column.sql_type} AS {column.name}"
+        for column in columns
+    )
+    source = f"FROM audit.{table}" if types else "WHERE false"
+    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {names} {source}"
+
+
+COUNT_SOUND: Final = "SELECT count(*)::BIGINT FROM sound_logs"
 CHAIN: Final = f"""\
 SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, segment::VARCHAR, events::BIGINT, seal::VARCHAR,
        {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
@@ -6328,54 +6408,6 @@ SCOPE_SINCE: Final = f"""\
 CREATE OR REPLACE TEMP TABLE scope AS
 SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
 UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
-# What a purge touches; segments that an earlier one took whole are left out.
-SCOPE_BEFORE: Final = f"""\
-CREATE OR REPLACE TEMP TABLE scope AS
-SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND first_event < $moment::TIMESTAMP
-AND ($before IS NULL OR last_event >= make_timestamp($before) OR ingested_at >= $purged_at::TIMESTAMP)
-UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp < $moment::TIMESTAMP"""
-_OLD: Final = f"{_SEGMENT_OR_DAY} = $segment AND timestamp < $moment::TIMESTAMP"
-_KEPT: Final = f"{_SEGMENT_OR_DAY} = $segment AND coalesce(timestamp >= $moment::TIMESTAMP, true)"
-PART_GONE: Final = (
-    f"SELECT events::BIGINT, digest::VARCHAR, epoch_us(last_event)::BIGINT "
-    f"FROM ({digests('sound_logs', _OLD, segment=_SEGMENT_OR_DAY)})"
-)
-PART_KEPT: Final = (
-    f"SELECT events::BIGINT, digest::VARCHAR FROM ({digests('sound_logs', _KEPT, segment=_SEGMENT_OR_DAY)})"
-)
-DELETE_OLD: Final = "DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
-COUNT_OLD: Final = "SELECT count(*)::BIGINT FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
-OLD_DAYS: Final = """\
-SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR AS day, count(*)::BIGINT FROM audit.logs
-WHERE timestamp < $moment::TIMESTAMP GROUP BY day ORDER BY day"""
-OLD_OF_DAY: Final = f"""\
-SELECT {_NAMES} FROM audit.logs
-WHERE timestamp < $moment::TIMESTAMP AND strftime(timestamp, '%Y-%m-%d') = $day
-ORDER BY timestamp, segment, seq"""
-COPY_PARQUET: Final = "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"
-_IN_RANGE: Final = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
-ARCHIVED: Final = (
-    "SELECT digest::VARCHAR FROM ("
-    + digests("read_parquet($files)", _IN_RANGE.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
-    + ") ORDER BY segment"
-)
-CHAIN_ENDS: Final = "SELECT journal::VARCHAR, max(position)::BIGINT FROM audit.ledger GROUP BY journal"
-HEADS: Final = """\
-SELECT journal::VARCHAR, max(position)::BIGINT,
-       coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, arg_max(seal, position)::VARCHAR
-FROM audit.ledger GROUP BY journal ORDER BY journal"""
-ACTIVE_HOURS: Final = """\
-SELECT DISTINCT epoch(date_trunc('hour', ingested_at))::BIGINT AS hour FROM audit.ledger
-WHERE ingested_at <= $now::TIMESTAMP ORDER BY hour DESC"""
-
-
-SAME_CONTENT: Final = {
-    table: f"""\
-SELECT a.rows = b.rows AND a.hash IS NOT DISTINCT FROM b.hash, a.rows::BIGINT
-FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} t) a,
-     (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM fresh.{table} t) b"""
-    for table in ("logs", "ledger")
-}
 
 
 def comparison(*, scoped: bool) -> str:
@@ -6419,74 +6451,47 @@ FROM sound_logs, (SELECT unnest($seqs) AS place)
 WHERE segment = $segment AND seq IN (SELECT unnest($seqs)) AND seq <> place"""
 
 
-def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
-    """Return the view of a table in which a column that is missing, or has another type, is NULL."""
-    names = ", ".join(
-        column.name
-        if types.get(column.name) == column.sql_type
-        else f"NULL::{column.sql_type} AS {column.name}"
-        for column in columns
-    )
-    source = f"FROM audit.{table}" if types else "WHERE false"
-    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {names} {source}"
+# --- removing and copying
 
-
-RECENT_LOSSES: Final = """\
-SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
-WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
-
-TABLE_COLUMNS: Final = f"""\
-SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns() WHERE {_OUR_TABLES}"""
-SET_SCHEMA: Final = "SET VARIABLE audit_schema = $schema"
-
-# For targets that are no file. A server, or an engine whose parent was killed, finishes a commit that it was
-# sent, and the next ingest may not see it yet. So two transactions that take in the same segments must
-# collide. In PostgreSQL they do over the position in the ledger; DuckLake has no such index, but only one of
-# two transactions can change the same row of a journal's own little table.
-UNIQUE_POSITIONS: Final = (
-    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
+# What a purge touches; segments that an earlier one took whole are left out.
+SCOPE_BEFORE: Final = f"""\
+CREATE OR REPLACE TEMP TABLE scope AS
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND first_event < $moment::TIMESTAMP
+AND ($before IS NULL OR last_event >= make_timestamp($before) OR ingested_at >= $purged_at::TIMESTAMP)
+UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp < $moment::TIMESTAMP"""
+_OLD: Final = f"{_SEGMENT_OR_DAY} = $segment AND timestamp < $moment::TIMESTAMP"
+_KEPT: Final = f"{_SEGMENT_OR_DAY} = $segment AND coalesce(timestamp >= $moment::TIMESTAMP, true)"
+PART_GONE: Final = (
+    f"SELECT events::BIGINT, digest::VARCHAR, epoch_us(last_event)::BIGINT "
+    f"FROM ({digests('sound_logs', _OLD, segment=_SEGMENT_OR_DAY)})"
 )
+PART_KEPT: Final = (
+    f"SELECT events::BIGINT, digest::VARCHAR FROM ({digests('sound_logs', _KEPT, segment=_SEGMENT_OR_DAY)})"
+)
+DELETE_OLD: Final = "DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+COUNT_OLD: Final = "SELECT count(*)::BIGINT FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+OLD_DAYS: Final = """\
+SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR AS day, count(*)::BIGINT FROM audit.logs
+WHERE timestamp < $moment::TIMESTAMP GROUP BY day ORDER BY day"""
+OLD_OF_DAY: Final = f"""\
+SELECT {_NAMES} FROM audit.logs
+WHERE timestamp < $moment::TIMESTAMP AND strftime(timestamp, '%Y-%m-%d') = $day
+ORDER BY timestamp, segment, seq"""
+ARCHIVED: Final = (
+    "SELECT digest::VARCHAR FROM ("
+    + digests("read_parquet($files)", _IN_RANGE.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
+    + ") ORDER BY segment"
+)
+SAME_CONTENT: Final = {
+    table: f"""\
+SELECT a.rows = b.rows AND a.hash IS NOT DISTINCT FROM b.hash, a.rows::BIGINT
+FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} t) a,
+     (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM fresh.{table} t) b"""
+    for table in ("logs", "ledger")
+}
 
 
-def turn_statements(journal: str) -> tuple[str, str]:
-    """Return two statements: the first makes the table of a journal, the second takes the journal's turn.
-
-    Args:
-        journal: its identity; part of the table's name.
-
-    Raises:
-        JournalError: the identity is none of ours.
-    """
-    if not re.fullmatch("[0-9a-f]{1,64}", journal):
-        raise JournalError("is no identity of a journal; remove the file", path="journal.id")
-    table = f"audit.turn_{journal}"
-    return (
-        f"CREATE TABLE IF NOT EXISTS {table} AS SELECT 0::BIGINT AS taken",
-        f"UPDATE {table} SET taken = taken + 1",
-    )
-
-
-QUACK_COLUMNS: Final = """\
-SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name FROM (DESCRIBE audit.logs)
-UNION ALL SELECT 'ledger', column_name::VARCHAR FROM (DESCRIBE audit.ledger)"""  # duckdb_columns() lists none
-EXTENSION_STATES: Final = """\
-SELECT extension_name::VARCHAR AS name, loaded, installed FROM duckdb_extensions()
-WHERE extension_name IN (SELECT unnest($names))"""
-ENGINE_VERSION: Final = "SELECT library_version::VARCHAR AS version FROM pragma_version()"
-
-JOURNAL_ROWS: Final = f"""\
-SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
-FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}}, filename = true,
-               maximum_object_size = $longest, ignore_errors = true)
-WHERE seq IS NOT NULL AND timestamp IS NOT NULL"""
-NO_ROWS: Final = "SELECT " + ", ".join(f"NULL::{c.sql_type} AS {c.name}" for c in COLUMNS) + " WHERE false"
-
-NEWEST_FIRST: Final = "timestamp DESC, segment DESC, seq DESC"
-OLDEST_FIRST: Final = "timestamp, segment, seq"
-
-PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:13]), "event_id")
-_EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
-_ISO_TIME: Final = "strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')"
+# --- reading: the views `table_rows` and `journal_rows` together are the log
 
 
 def table_rows(present: Collection[str]) -> str:
@@ -6496,6 +6501,27 @@ def table_rows(present: Collection[str]) -> str:
         + ", ".join(c.name if c.name in present else f"NULL::{c.sql_type} AS {c.name}" for c in COLUMNS)
         + " FROM audit.logs"
     )
+
+
+JOURNAL_ROWS: Final = f"""\
+SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
+FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}}, filename = true,
+               maximum_object_size = $longest, ignore_errors = true)
+WHERE seq IS NOT NULL AND timestamp IS NOT NULL"""
+NO_ROWS: Final = "SELECT " + ", ".join(f"NULL::{c.sql_type} AS {c.name}" for c in COLUMNS) + " WHERE false"
+COUNT_TABLE: Final = "SELECT count(*)::BIGINT FROM table_rows"
+RECENT_LOSSES: Final = """\
+SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
+WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
+FREEZE_JOURNAL: Final = (
+    "CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows",
+    "CREATE OR REPLACE TEMP VIEW journal_rows AS SELECT * FROM journal_copy",
+)
+NEWEST_FIRST: Final = "timestamp DESC, segment DESC, seq DESC"
+OLDEST_FIRST: Final = "timestamp, segment, seq"
+PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:13]), "event_id")
+_EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
+_ISO_TIME: Final = "strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')"
 
 
 def public_select(*, typed: bool = False, plain_csv: bool = True) -> str:
@@ -6519,10 +6545,23 @@ def public_select(*, typed: bool = False, plain_csv: bool = True) -> str:
     return ", ".join(parts)
 
 
+# For a follower: what the ledger got since it was asked last. Losses count, because a lost line has its
+# number too, so that the sum is the highest number of the segment.
+NEW_SEGMENTS: Final = """\
+SELECT journal::VARCHAR AS journal, segment::VARCHAR AS segment, max(position)::BIGINT AS position,
+       sum(events)::BIGINT AS events
+FROM audit.ledger
+LEFT JOIN (SELECT unnest($journals::VARCHAR[]) AS known, unnest($positions::BIGINT[]) AS last)
+       ON known = journal
+WHERE kind IN ('segment', 'loss') AND position > coalesce(last, 0) AND ingested_at >= $since::TIMESTAMP
+GROUP BY journal, segment"""
+
+
+# --- exports, figures, and SQL of a person's own
+
 # What Excel, LibreOffice and Sheets take for a formula, also behind blanks, and the apostrophe itself,
 # so that removing one leading apostrophe gives every cell back as it was.
 FORMULA: Final = r"^\s*[=+\-@|＝＋－＠]|^[\t\r\n']"
-
 # What COPY is told for each export format. Its name is the extension of a file. A `.duckdb` file is no COPY.
 _COPY_OPTIONS: Final = {
     "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
@@ -6593,24 +6632,8 @@ SQL_LOCK: Final = ("SET enable_external_access = false", "SET lock_configuration
 SQL_COLUMNS: Final = """\
 SELECT column_name::VARCHAR AS n, column_type::VARCHAR AS t FROM (DESCRIBE SELECT * FROM query($statement))"""
 
-FREEZE_JOURNAL: Final = (
-    "CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows",
-    "CREATE OR REPLACE TEMP VIEW journal_rows AS SELECT * FROM journal_copy",
-)
 
-# For a follower: what the ledger got since it was asked last. Losses count, because a lost line has its
-# number too, so that the sum is the highest number of the segment.
-LEDGER_ENDS: Final = (
-    "SELECT journal::VARCHAR AS journal, max(position)::BIGINT AS position FROM audit.ledger GROUP BY journal"
-)
-NEW_SEGMENTS: Final = """\
-SELECT journal::VARCHAR AS journal, segment::VARCHAR AS segment, max(position)::BIGINT AS position,
-       sum(events)::BIGINT AS events
-FROM audit.ledger
-LEFT JOIN (SELECT unnest($journals::VARCHAR[]) AS known, unnest($positions::BIGINT[]) AS last)
-       ON known = journal
-WHERE kind IN ('segment', 'loss') AND position > coalesce(last, 0) AND ingested_at >= $since::TIMESTAMP
-GROUP BY journal, segment"""
+# --- filters: which events are meant, in SQL and without
 
 
 class Filter(NamedTuple):
@@ -6736,14 +6759,8 @@ def _lower_case(text: str) -> str:
     return text.lower() if text.isascii() else "".join(character.lower()[0] for character in text)
 
 
-# What `import` asks: how much of a part of a file is there already.
-IMPORTED: Final = """\
-SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
-FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
-
-
 # === Engines ===
-# may name: Errors, SQL
+# may name: Errors
 #
 # The two ways to DuckDB: the package, in this process, and the program, as a child that is fed SQL
 # on standard input. Both take the same statements and return the same values. A session begins at
@@ -6852,11 +6869,11 @@ def is_data_fault(error: QueryError) -> bool:
 class Engine(Protocol):
     """What the store needs of DuckDB."""
 
-    def version(self) -> str:
-        """Return DuckDB's version."""
-
     name: str
     keeps: bool  # whether an idle session is worth keeping
+
+    def version(self) -> str:
+        """Return DuckDB's version, such as "2.0.1"."""
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
         """Run one statement and return its rows. Raises StoreError; the session is over then."""
@@ -7181,89 +7198,6 @@ def _in_subinterpreter() -> bool:
     return False
 
 
-# The extensions that a target needs, by the words before its colons, and those that they need in turn.
-_EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
-    "ducklake": ("ducklake",),
-    "postgres": ("postgres_scanner",),
-    "postgresql": ("postgres_scanner",),
-    "mysql": ("mysql_scanner",),
-    "sqlite": ("sqlite_scanner",),
-    "quack": ("httpfs", "quack"),
-    "md": ("motherduck",),
-    "motherduck": ("motherduck",),
-    "s3": ("httpfs",),
-    "gs": ("httpfs",),
-    "gcs": ("httpfs",),
-    "r2": ("httpfs",),
-    "https": ("httpfs",),
-    "az": ("azure",),
-    "abfss": ("azure",),
-}
-# libpq waits for ever by default, and nothing can interrupt it meanwhile. Arbitrary, but finite.
-_PATIENCE: Final = ("connect_timeout=10", "tcp_user_timeout=30000")
-
-
-def attach_statement(target: str, options: Mapping[str, object]) -> str:
-    """Return the statement that attaches a target which is no file as `audit`."""
-    scheme = target.lower().removeprefix("ducklake:")
-    if scheme.startswith(("postgresql://", "postgres://")):
-        options = {"TYPE": "postgres", **options} if scheme == target.lower() else options
-        if "connect_timeout" not in target:
-            target += ("&" if "?" in target else "?") + "&".join(_PATIENCE)
-    elif scheme.startswith("postgres:") and "connect_timeout" not in target:
-        separator = "&" if "?" in target else "?"
-        target += separator + "&".join(_PATIENCE) if "://" in target else " " + " ".join(_PATIENCE)
-    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
-    return f"ATTACH {sql_literal(target)} AS audit" + (f" ({words})" if words else "")
-
-
-def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
-    """Load what a target needs; nothing is downloaded.
-
-    Taken is what was installed in DuckDB's own way, else what a `duckdb-extension-*` package holds.
-
-    Raises:
-        DatabaseUnreachableError: an extension is missing; the text has the command that installs it.
-    """
-    texts = " ".join([target, *map(str, options.values())]).lower()
-    words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
-    wanted = list(dict.fromkeys(name for word in words for name in _EXTENSIONS.get(word, ())))
-    engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
-    states = {
-        name: (loaded, installed)
-        for name, loaded, installed in engine.execute(EXTENSION_STATES, {"names": wanted or [""]})
-    }
-    for name in wanted:
-        loaded, installed = states.get(name, (False, False))
-        if loaded:
-            continue
-        if not installed:
-            ((version,),) = engine.execute(ENGINE_VERSION)
-            path = _packaged_extension(name, version)
-            if path is None:
-                raise DatabaseUnreachableError(
-                    f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
-                    f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
-                )
-            engine.execute(f"LOAD {sql_literal(path)}")
-        else:
-            engine.execute(f"LOAD {name}")
-    if "postgres_scanner" in wanted:  # it refuses a whole batch for one NUL, which a foreign journal may hold
-        engine.execute("SET pg_null_byte_replacement = chr(65533)")
-
-
-def _packaged_extension(name: str, version: str) -> str | None:
-    """Return the file of an extension that came as a Python package for just this version of DuckDB."""
-    import importlib.util
-
-    package = importlib.util.find_spec(f"duckdb_extension_{name}")
-    for folder in (package.submodule_search_locations or ()) if package else ():
-        path = os.path.join(folder, "extensions", version, f"{name}.duckdb_extension")
-        if os.path.exists(path):
-            return path
-    return None
-
-
 def open_engine(
     *, guest: bool = False, apart: bool = False, environ: Mapping[str, str] = os.environ
 ) -> Engine:
@@ -7362,10 +7296,10 @@ class Target:
     """
 
     def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = open_engine) -> None:
-        self.path = config.path
-        self.is_file = not is_attach_target(config.path)
-        self.is_lake = config.path.lower().startswith("ducklake:")
-        self.name = public_target(config.path)  # for people: without passwords
+        self.path: str = config.path
+        self.is_file: bool = not is_attach_target(config.path)
+        self.is_lake: bool = config.path.lower().startswith("ducklake:")
+        self.name: str = public_target(config.path)  # for people: without passwords
         self._journal = journal
         self._options = config.attach
         self._opener = opener if self.is_file else functools.partial(opener, apart=True)
@@ -7565,6 +7499,94 @@ class Target:
             if abs(now - changed_ns) < tick_ns:
                 return None
         return stamps
+
+
+# --- targets that are no file
+
+# The extensions that a target needs, by the words before its colons, and those that they need in turn.
+_EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
+    "ducklake": ("ducklake",),
+    "postgres": ("postgres_scanner",),
+    "postgresql": ("postgres_scanner",),
+    "mysql": ("mysql_scanner",),
+    "sqlite": ("sqlite_scanner",),
+    "quack": ("httpfs", "quack"),
+    "md": ("motherduck",),
+    "motherduck": ("motherduck",),
+    "s3": ("httpfs",),
+    "gs": ("httpfs",),
+    "gcs": ("httpfs",),
+    "r2": ("httpfs",),
+    "https": ("httpfs",),
+    "az": ("azure",),
+    "abfss": ("azure",),
+}
+# libpq waits for ever by default, and nothing can interrupt it meanwhile. Arbitrary, but finite.
+_PATIENCE: Final = ("connect_timeout=10", "tcp_user_timeout=30000")
+
+
+def attach_statement(target: str, options: Mapping[str, object]) -> str:
+    """Return the statement that attaches a target which is no file as `audit`."""
+    scheme = target.lower().removeprefix("ducklake:")
+    if scheme.startswith(("postgresql://", "postgres://")):
+        options = {"TYPE": "postgres", **options} if scheme == target.lower() else options
+        if "connect_timeout" not in target:
+            target += ("&" if "?" in target else "?") + "&".join(_PATIENCE)
+    elif scheme.startswith("postgres:") and "connect_timeout" not in target:
+        separator = "&" if "?" in target else "?"
+        target += separator + "&".join(_PATIENCE) if "://" in target else " " + " ".join(_PATIENCE)
+    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
+    return f"ATTACH {sql_literal(target)} AS audit" + (f" ({words})" if words else "")
+
+
+def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
+    """Load what a target needs; nothing is downloaded.
+
+    Taken is what was installed in DuckDB's own way, else what a `duckdb-extension-*` package holds.
+
+    Raises:
+        DatabaseUnreachableError: an extension is missing; the text has the command that installs it.
+    """
+    texts = " ".join([target, *map(str, options.values())]).lower()
+    words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
+    wanted = list(dict.fromkeys(name for word in words for name in _EXTENSIONS.get(word, ())))
+    engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
+    states = {
+        name: (loaded, installed)
+        for name, loaded, installed in engine.execute(EXTENSION_STATES, {"names": wanted or [""]})
+    }
+    for name in wanted:
+        loaded, installed = states.get(name, (False, False))
+        if loaded:
+            continue
+        if not installed:
+            ((version,),) = engine.execute(ENGINE_VERSION)
+            path = _packaged_extension(name, version)
+            if path is None:
+                raise DatabaseUnreachableError(
+                    f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
+                    f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
+                )
+            engine.execute(f"LOAD {sql_literal(path)}")
+        else:
+            engine.execute(f"LOAD {name}")
+    if "postgres_scanner" in wanted:  # it refuses a whole batch for one NUL, which a foreign journal may hold
+        engine.execute("SET pg_null_byte_replacement = chr(65533)")
+
+
+def _packaged_extension(name: str, version: str) -> str | None:
+    """Return the file of an extension that came as a Python package for just this version of DuckDB."""
+    import importlib.util
+
+    package = importlib.util.find_spec(f"duckdb_extension_{name}")
+    for folder in (package.submodule_search_locations or ()) if package else ():
+        path = os.path.join(folder, "extensions", version, f"{name}.duckdb_extension")
+        if os.path.exists(path):
+            return path
+    return None
+
+
+# --- a server's session
 
 
 class GuestSession:
@@ -8101,7 +8123,7 @@ def _refuse_fatal_limit() -> None:
 
 
 # === Evidence ===
-# may name: Errors, Events, SQL, Engines, Ledger
+# may name: Events, SQL, Engines, Ledger
 #
 # Recomputes what the ledger says and names what is otherwise. Nothing is written: whoever purges asks
 # here first, too, so that what somebody had changed stays known as changed when it is gone.
@@ -8323,7 +8345,7 @@ class Verifier:
                     text = f"{table}.{column.name} is {found or 'missing'}, not {column.sql_type}"
                     self.verdict.add("table", text)
         if not types["ledger"] and "segment" not in types["logs"]:
-            ((self.verdict.legacy,),) = self._engine.execute("SELECT count(*)::BIGINT FROM sound_logs")
+            ((self.verdict.legacy,),) = self._engine.execute(COUNT_SOUND)
             return False
         purges = []
         for detail, events, purged_at in self._engine.execute(PURGES):
@@ -8645,7 +8667,7 @@ class Purger:
             path = os.path.join(folder, f"{day}.parquet")
             os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE))
             rows = bind(OLD_OF_DAY, {"moment": self._before, "day": day})
-            self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_PARQUET})")
+            self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
             sync_file(path)
             files.append({"name": f"{day}.parquet", "events": events, "sha256": file_digest(path)})
         import hashlib
@@ -8772,9 +8794,6 @@ def file_digest(path: str) -> str:
 def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> tuple[int, int]:
     """Do what `Store.backup` says, but for the ingest before it."""
     place = os.path.abspath(path)
-    for name in (place, place + ".wal", place + ".journal"):
-        if os.path.lexists(name):
-            raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
     folder = os.path.dirname(place)
     scratch = os.path.join(folder, f".{os.path.basename(place)}.{os.urandom(4).hex()}.part")
     try:
@@ -8871,7 +8890,7 @@ def _put_in_place(path: str, target: str) -> None:
 
 
 # === Reading ===
-# may name: Errors, Config, Events, Journal, SQL, Engines, Target, Ledger
+# may name: Errors, Journal, SQL, Engines, Target, Ledger
 #
 # Table and journal as one log. Reading attaches read-only first, then lists the journal, then asks the
 # ledger: while a reader holds its lock nobody can ingest, so the three agree, and every event is seen once.
@@ -8898,7 +8917,8 @@ class Reader:
         with contextlib.closing(self._target.open_engine()) as engine, contextlib.ExitStack() as stack:
             reading = Reading(engine)
             while True:
-                stack.close()  # what an earlier attempt held
+                with contextlib.suppress(StoreError):  # what an earlier attempt held went with its session
+                    stack.close()
                 try:
                     self._attempt(reading, stack)
                 except (DatabaseLockedError, DatabaseNotFoundError) as error:
@@ -8935,8 +8955,8 @@ class Reader:
         stack.enter_context(target.attached(reading.engine, read_only=True))
         segments = journal.segments()
         present = target.columns(reading.engine)
-        reading.has_ledger = "ledger" in present
         reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
+        reading.has_ledger = "ledger" in present
 
     def _open_journal(self, reading: Reading) -> None:
         """Open the journal by a copy, because before the first ingest there is no lock that keeps one out.
@@ -9268,8 +9288,8 @@ class Store:
         diagnostics: Diagnostics | None = None,
         opener: Callable[..., Engine] = open_engine,
     ) -> None:
-        self.journal = Journal(config.journal_directory)
-        self.target = Target(config, self.journal, opener)
+        self.journal: Journal = Journal(config.journal_directory)
+        self.target: Target = Target(config, self.journal, opener)
         self._diagnostics = diagnostics or Diagnostics()
         self._guest = GuestSession(self.target)
         self._ledger = Ledger(self.target, self.journal)
@@ -9459,6 +9479,10 @@ class Store:
         """
         self._refuse_remote("backup")
         self.refuse_own_files(path)
+        for name in (path, path + ".wal", path + ".journal"):
+            if os.path.lexists(name):
+                name = os.path.abspath(name)
+                raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
         with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
             self.ingest()
         return back_up(self.target, self.journal, path, wait=wait)
@@ -9560,7 +9584,7 @@ class Follower:
             return
         self._signature = self._target.signature()
         if reading.has_ledger:
-            self._positions = dict(reading.engine.execute(LEDGER_ENDS))
+            self._positions = dict(reading.engine.execute(CHAIN_ENDS))
 
     def is_seen(self, row: Row) -> bool:
         """Say whether an event will not be returned by `look`, because `start` counted it as seen."""
@@ -9727,7 +9751,7 @@ class Checkup:
                 if reading.problem is not None:
                     raise reading.problem
                 state["readable"] = reading.has_table
-                state["events"] = reading.engine.execute("SELECT count(*)::BIGINT FROM table_rows")[0][0]
+                state["events"] = reading.engine.execute(COUNT_TABLE)[0][0]
                 for _, text in self._store.losses(reading):
                     self._fault(f"events were lost: {text}", "see docs/operations.md, losses")
         except DatabaseNotFoundError:
@@ -9789,7 +9813,7 @@ class Checkup:
 
 
 # === Output ===
-# may name: Events, SQL, Engines
+# may name: SQL, Engines
 #
 # Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
@@ -10140,7 +10164,7 @@ def counted(count: int, noun: str) -> str:
 
 
 # === Assembly ===
-# may name: Errors, Config, Events, Encoding, Journal, Writer, Logger, Target, Store
+# may name: Errors, Config, Events, Encoding, Writer, Logger, Target, Store
 #
 # What needs both sides of the wall.
 

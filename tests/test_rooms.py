@@ -52,5 +52,10 @@ def test_check_rooms_on_a_room_that_may_name_one_below_is_red() -> None:
     assert any("not above it" in fault for fault in check_rooms.check(broken))
 
 
+def test_check_rooms_on_a_room_that_may_name_more_than_it_does_is_red() -> None:
+    broken = re.sub(r"(# === Target ===\n# may name: )", r"\1Calls, ", SOURCE)
+    assert any("Calls, but doesn't" in fault for fault in check_rooms.check(broken))
+
+
 def test_check_rooms_on_a_missing_room_is_red() -> None:
     assert "restore them" in check_rooms.check(SOURCE.replace("# === Output ===", "# Output"))[0]

@@ -83,6 +83,7 @@ def rooms_of(lines: list[str]) -> list[tuple[str, int, set[str]]]:
 
 
 def dotted(node: ast.expr) -> str:
+    """Return a name as it is written, with a question mark for what is no name."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):
@@ -91,6 +92,7 @@ def dotted(node: ast.expr) -> str:
 
 
 def defined_names(node: ast.stmt) -> list[str]:
+    """Return the names that a statement defines."""
     if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
         return [node.name]
     targets = (
@@ -104,23 +106,9 @@ def defined_names(node: ast.stmt) -> list[str]:
     return [name.id for name in names if isinstance(name.ctx, ast.Store)]
 
 
-def _misplaced(node: ast.AST, name: str, homes: dict[str, set[str]], room: str) -> str:
-    where = " or ".join(sorted(homes[name])) or "no room"
-    return (
-        f"mxcp_audit.py:{getattr(node, 'lineno', 0)}: {room} uses {name}, which belongs to {where}; move it"
-    )
-
-
-def check(source: str) -> list[str]:
-    """Return the faults of a source text, a line each."""
-    lines = source.splitlines()
-    rooms = rooms_of(lines)
+def order_faults(rooms: list[tuple[str, int, set[str]]]) -> list[str]:
+    """Return what is wrong with what the rooms say of each other."""
     faults = []
-    if tuple(name for name, _, _ in rooms) != ROOMS:
-        faults.append(
-            f"mxcp_audit.py: the rooms are {[name for name, _, _ in rooms]}, not {list(ROOMS)}; restore them"
-        )
-        return faults
     order = {name: index for index, name in enumerate(ROOMS)}
     for name, number, allowed in rooms:
         for other in sorted(allowed):
@@ -130,6 +118,39 @@ def check(source: str) -> list[str]:
                 )
             elif name in RECORDING and other not in RECORDING:
                 faults.append(f"mxcp_audit.py:{number}: {name} records and may not name {other}, which reads")
+    return faults
+
+
+def _misplaced(node: ast.AST, name: str, homes: dict[str, set[str]], room: str) -> str:
+    where = " or ".join(sorted(homes[name])) or "no room"
+    return (
+        f"mxcp_audit.py:{getattr(node, 'lineno', 0)}: {room} uses {name}, which belongs to {where}; move it"
+    )
+
+
+def misplaced(node: ast.AST, room: str) -> list[str]:
+    """Return a fault for each thing that a node uses in a room where it doesn't belong."""
+    if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
+        used, homes = [node.id], IMPORTS
+    elif isinstance(node, ast.Import):
+        used, homes = [alias.name for alias in node.names], IMPORTS
+    elif isinstance(node, ast.ImportFrom):
+        used, homes = [node.module or ""], IMPORTS
+    elif isinstance(node, ast.Call):
+        used, homes = [dotted(node.func)], CALLS
+    else:
+        return []
+    return [_misplaced(node, name, homes, room) for name in used if name in homes and room not in homes[name]]
+
+
+def check(source: str) -> list[str]:
+    """Return the faults of a source text, a line each."""
+    lines = source.splitlines()
+    rooms = rooms_of(lines)
+    found = tuple(name for name, _, _ in rooms)
+    if found != ROOMS:
+        return [f"mxcp_audit.py: the rooms are {list(found)}, not {list(ROOMS)}; restore them"]
+    faults = order_faults(rooms)
 
     def room_at(line: int) -> int:
         return max((index for index, (_, start, _) in enumerate(rooms) if start <= line), default=-1)
@@ -143,31 +164,27 @@ def check(source: str) -> list[str]:
                 faults.append(
                     f"mxcp_audit.py:{node.lineno}: {name} is defined in {rooms[there][0]} too; rename one"
                 )
+    named: dict[str, set[str]] = {name: set() for name in ROOMS}
     for node in ast.walk(tree):
         here = room_at(getattr(node, "lineno", 0))
         if here < 0:
             continue
         room, _, allowed = rooms[here]
+        faults += misplaced(node, room)
         if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
             there = home.get(node.id, here)
+            named[room].add(rooms[there][0])
             if there >= 0 and there != here and rooms[there][0] not in allowed:
                 faults.append(
                     f"mxcp_audit.py:{node.lineno}: {room} names {node.id} of {rooms[there][0]}; "
                     + ("add it to `may name`" if there < here else "move one of them: names point up only")
                 )
-            if node.id in IMPORTS and room not in IMPORTS[node.id]:
-                faults.append(_misplaced(node, node.id, IMPORTS, room))
-        if isinstance(node, (ast.Import, ast.ImportFrom)):
-            modules = (
-                [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
-            )
-            for module in modules:
-                if module in IMPORTS and room not in IMPORTS[module]:
-                    faults.append(_misplaced(node, module, IMPORTS, room))
-        if isinstance(node, ast.Call):
-            called = dotted(node.func)
-            if called in CALLS and room not in CALLS[called]:
-                faults.append(_misplaced(node, called, CALLS, room))
+    for room, number, allowed in rooms:
+        if "every room above" not in lines[number]:
+            for other in sorted(allowed - named[room]):
+                faults.append(
+                    f"mxcp_audit.py:{number}: {room} says that it may name {other}, but doesn't; take it out"
+                )
     return sorted(set(faults))
 
 
