@@ -6769,15 +6769,12 @@ def _lower_case(text: str) -> str:
 #
 # What DuckDB says when something fails is matched in one table, here and nowhere else.
 
-Params = Mapping[str, object]
-Row = tuple[Any, ...]
-
+Params: TypeAlias = Mapping[str, object]
+Row: TypeAlias = tuple[Any, ...]
 _PARAMETER: Final = re.compile(r"\$([a-z_][a-z_0-9]*)")
-_GUEST_MEMORY: Final = "256MB"  # a logger is a guest in its server; a batch of 64 MiB fits
-_SESSION_SETTINGS: Final = (
-    "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
-    "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
-)
+
+
+# --- what DuckDB says
 
 # The order matters: the first that is found decides.
 _ENGINE_ERRORS: Final = (
@@ -6814,7 +6811,6 @@ _ENGINE_ERRORS: Final = (
     (DatabaseCorruptError, "internal error"),
     (DatabaseCorruptError, "database has been invalidated"),
 )
-_DATA_FAULTS: Final = ("invalid input error", "conversion error", "out of range error")
 _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
 
@@ -6829,6 +6825,17 @@ def store_error(message: str) -> StoreError:
                 return kind(f"in use by {holder[1]} (PID {holder[2]})")
             return kind(message.strip().splitlines()[0])
     return QueryError(message.strip())
+
+
+_DATA_FAULTS: Final = ("invalid input error", "conversion error", "out of range error")
+
+
+def is_data_fault(error: QueryError) -> bool:
+    """Say whether a statement failed because of what it read, and not for want of memory, disk or time."""
+    return str(error).lower().startswith(_DATA_FAULTS)
+
+
+# --- values as SQL text
 
 
 def sql_literal(value: object) -> str:
@@ -6861,9 +6868,13 @@ def bind(sql: str, params: Params) -> str:
     return _PARAMETER.sub(lambda match: sql_literal(params[match[1]]), sql)
 
 
-def is_data_fault(error: QueryError) -> bool:
-    """Say whether a statement failed because of what it read, and not for want of memory, disk or time."""
-    return str(error).lower().startswith(_DATA_FAULTS)
+# --- the engines
+
+_GUEST_MEMORY: Final = "256MB"  # a logger is a guest in its server; a batch of 64 MiB fits
+_SESSION_SETTINGS: Final = (
+    "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
+    "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
+)
 
 
 class Engine(Protocol):
@@ -7091,6 +7102,21 @@ class CliEngine:
             self._complaints.close()
 
 
+def _end_process(process: subprocess.Popen[bytes]) -> None:
+    """Close the child's input and wait for its end; a child that goes on computing is killed."""
+    import subprocess
+
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+    try:
+        process.wait(1)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
+
+
 class ApartEngine(CliEngine):
     """The `duckdb` package in a child of its own, with the manners of the program.
 
@@ -7137,21 +7163,6 @@ for line in sys.stdin:
 """
 
 
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    """Close the child's input and wait for its end; a child that goes on computing is killed."""
-    import subprocess
-
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
-            with contextlib.suppress(OSError):
-                pipe.close()
-    try:
-        process.wait(1)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
-
-
 def _scratch_directory() -> str:
     """Return where DuckDB may spill: never beside the data, which may be read-only. Made only if needed.
 
@@ -7168,6 +7179,9 @@ def _scratch_directory() -> str:
         if os.name == "posix" and (found.st_uid != owner or not stat.S_ISDIR(found.st_mode)):
             private = tempfile.mkdtemp(prefix="mxcp_audit-")  # somebody else was there first
     return os.path.join(private, f"{os.getpid()}-{os.urandom(4).hex()}")
+
+
+# --- which engine there is
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
@@ -7251,22 +7265,6 @@ def open_engine(
 # - After a fork the child's copy of an open database harms the parent's rows. → `GuestSession.before_fork`
 #   waits for a running ingest and closes the session.
 
-_FINE_TICK_NS: Final = 50_000_000  # kernels keep file times to 1 … 10 ms
-_COARSE_TICK_NS: Final = 2_100_000_000  # some file systems keep whole seconds, or even ones
-_DATABASE_MODE: Final = 0o600
-_FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
-_POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
-_QUACK: Final = re.compile(r"(?i)quack:")
-_REMEDIES: Final[Mapping[type[StoreError], str]] = {
-    DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
-    DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
-    "else move it aside or restore a backup",
-    DatabaseNotFoundError: "it vanished while it was opened; try again",
-    DatabaseUnreachableError: "events wait in the journal",
-    EngineNotFoundError: "events wait in the journal",
-    StoreError: "events wait in the journal",
-}
-
 
 class Deadline:
     """A time until which something is tried again.
@@ -7284,6 +7282,57 @@ class Deadline:
             return False
         time.sleep(0.01 + os.urandom(1)[0] / 2560)
         return True
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
+
+
+def _stamp_of(path: str) -> tuple[int, int, int] | None:
+    try:
+        found = os.stat(path)
+    except OSError:
+        return None
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+def _remove(path: str) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+
+
+@contextlib.contextmanager
+def _scratch(directory: str) -> Iterator[None]:
+    """Have a directory that only its owner can read, in place of an older one, and clear it away."""
+    import shutil
+
+    shutil.rmtree(directory, ignore_errors=True)
+    os.mkdir(directory, _DIRECTORY_MODE)
+    try:
+        yield
+    finally:
+        shutil.rmtree(directory, ignore_errors=True)
+
+
+# --- the database
+
+_FINE_TICK_NS: Final = 50_000_000  # kernels keep file times to 1 … 10 ms
+_COARSE_TICK_NS: Final = 2_100_000_000  # some file systems keep whole seconds, or even ones
+_DATABASE_MODE: Final = 0o600
+_POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
+_QUACK: Final = re.compile(r"(?i)quack:")
+_REMEDIES: Final[Mapping[type[StoreError], str]] = {
+    DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
+    DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
+    "else move it aside or restore a backup",
+    DatabaseNotFoundError: "it vanished while it was opened; try again",
+    DatabaseUnreachableError: "events wait in the journal",
+    EngineNotFoundError: "events wait in the journal",
+    StoreError: "events wait in the journal",
+}
 
 
 class Target:
@@ -7588,6 +7637,8 @@ def _packaged_extension(name: str, version: str) -> str | None:
 
 # --- a server's session
 
+_FORK_WAIT_SECONDS: Final = (1.0, 5.0)  # for a running ingest to end; then after interrupting it
+
 
 class GuestSession:
     """The session that a server has with DuckDB: one engine, used by one thread at a time, and by no child.
@@ -7657,39 +7708,6 @@ class GuestSession:
             self._busy.release()
 
 
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
-
-
-def _stamp_of(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
-    return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
-
-
-@contextlib.contextmanager
-def _scratch(directory: str) -> Iterator[None]:
-    """Have a directory that only its owner can read, in place of an older one, and clear it away."""
-    import shutil
-
-    shutil.rmtree(directory, ignore_errors=True)
-    os.mkdir(directory, _DIRECTORY_MODE)
-    try:
-        yield
-    finally:
-        shutil.rmtree(directory, ignore_errors=True)
-
-
 # === Ledger ===
 # may name: Errors, Events, Journal, Writer, SQL, Engines, Target
 #
@@ -7700,11 +7718,6 @@ def _scratch(directory: str) -> Iterator[None]:
 #
 # Everything that changes `logs` does it in `Ledger.writing`, and enters there what it did.
 
-Entry: TypeAlias = tuple[str, Mapping[str, object]]  # a PREPARE statement and its own parameters
-
-_KEYED: Final = "k:"  # marks a seal that was made with a key
-_LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
-
 
 class Head(NamedTuple):
     """The end of a journal's chain; known elsewhere, it proves everything before it."""
@@ -7713,6 +7726,14 @@ class Head(NamedTuple):
     position: int  # of the last entry, from 1
     events: int  # of all segments so far, purged ones included
     seal: str
+
+
+Entry: TypeAlias = tuple[str, Mapping[str, object]]  # a PREPARE statement and its own parameters
+
+
+# --- seals
+
+_KEYED: Final = "k:"  # marks a seal that was made with a key
 
 
 def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
@@ -7768,6 +7789,9 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
     return _KEYED + hmac.digest(key, text, "sha256").hex()
 
 
+# --- entries
+
+
 def entry_of(
     kind: str,
     events: int,
@@ -7789,6 +7813,9 @@ def entry_of(
     }
 
 
+_LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
+
+
 def legacy_entries(engine: Engine) -> Iterator[Entry]:
     """Yield what enters the rows of an older table, a few days at a time."""
     days: list[str] = []
@@ -7801,6 +7828,14 @@ def legacy_entries(engine: Engine) -> Iterator[Entry]:
         total += rows
     if days:
         yield PREPARE_LEGACY, {"first_day": days[0], "last_day": days[-1]}
+
+
+def platform_node() -> str:
+    """Return this host's name, for the ledger."""
+    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+
+
+# --- writing and asking
 
 
 class Ledger:
@@ -7901,11 +7936,6 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
         return list(paths)
     known = known_segments(engine, [segment_id_of(path) for path in paths])
     return [path for path in paths if segment_id_of(path) not in known]
-
-
-def platform_node() -> str:
-    """Return this host's name, for the ledger."""
-    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
 
 
 # === Ingest ===
@@ -8128,12 +8158,10 @@ def _refuse_fatal_limit() -> None:
 # Recomputes what the ledger says and names what is otherwise. Nothing is written: whoever purges asks
 # here first, too, so that what somebody had changed stays known as changed when it is gone.
 
-# Arbitrary: events whose hashes are held at once, 100 to 300 bytes each. A purge may be a guest's.
-_RANGE_EVENTS: Final = 1_000_000
-_PURGE_RANGE_EVENTS: Final = 200_000
+
+# --- what is found
+
 _MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
-_MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
-_MAX_MOVED: Final = 100  # arbitrary: changed events of a segment among which exchanges are looked for
 
 
 class Finding(NamedTuple):
@@ -8185,6 +8213,44 @@ class Verdict:
             self.findings.append(Finding(kind, segment, tuple(seqs), text, journal))
         else:
             self.more_findings += 1
+
+
+def _numbers(seqs: Iterable[int]) -> str:
+    """Return numbers as people write them: 3-7, 9."""
+    runs: list[list[int]] = []
+    for seq in sorted(seqs):
+        if runs and seq == runs[-1][1] + 1:
+            runs[-1][1] = seq
+        else:
+            runs.append([seq, seq])
+    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+# --- what purges left
+
+
+class Compared(NamedTuple):
+    """A row of COMPARE: a segment in the ledger (the first seven) and in `logs`."""
+
+    journal: str
+    position: int
+    segment: str
+    entered: int
+    first: int | None
+    last: int | None
+    digest: str | None
+    found: int
+    found_first: int | None
+    found_last: int | None
+    found_digest: str | None
+
+
+def compared(rows: Iterable[Row]) -> Iterator[Compared]:
+    """Yield the rows of COMPARE; NULLs that a sound ledger doesn't hold become harmless values."""
+    for journal, position, segment, entered, *rest in rows:
+        yield Compared(
+            journal or "", -1 if position is None else position, segment or "", entered or 0, *rest
+        )
 
 
 class Purge(NamedTuple):
@@ -8262,28 +8328,12 @@ def _suffix_maxima(ends: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[int,
     return tuple(positions), tuple(reversed(limits))
 
 
-class Compared(NamedTuple):
-    """A row of COMPARE: a segment in the ledger (the first seven) and in `logs`."""
+# --- recomputing
 
-    journal: str
-    position: int
-    segment: str
-    entered: int
-    first: int | None
-    last: int | None
-    digest: str | None
-    found: int
-    found_first: int | None
-    found_last: int | None
-    found_digest: str | None
-
-
-def compared(rows: Iterable[Row]) -> Iterator[Compared]:
-    """Yield the rows of COMPARE; NULLs that a sound ledger doesn't hold become harmless values."""
-    for journal, position, segment, entered, *rest in rows:
-        yield Compared(
-            journal or "", -1 if position is None else position, segment or "", entered or 0, *rest
-        )
+# Arbitrary: events whose hashes are held at once, 100 to 300 bytes each.
+_RANGE_EVENTS: Final = 1_000_000
+_MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
+_MAX_MOVED: Final = 100  # arbitrary: changed events of a segment among which exchanges are looked for
 
 
 class Verifier:
@@ -8514,39 +8564,13 @@ class Verifier:
         return taken
 
 
-def _numbers(seqs: Iterable[int]) -> str:
-    """Return numbers as people write them: 3-7, 9."""
-    runs: list[list[int]] = []
-    for seq in sorted(seqs):
-        if runs and seq == runs[-1][1] + 1:
-            runs[-1][1] = seq
-        else:
-            runs.append([seq, seq])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
-
-
 # === Removal ===
 # may name: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger, Evidence
 #
 # Old events go in one transaction, which enters that they went; before that they are compared with the
 # ledger, and archived if that is asked for. Retention is a purge a day, and trusts no clock that jumped.
 
-_SILENCE_SECONDS: Final = 25 * 3600.0  # longer ones don't count as time that passed; retention runs daily
-_MANIFEST: Final = "manifest.json"
 _EPOCH_START: Final = datetime.datetime(1970, 1, 1)
-
-
-class Removal(NamedTuple):
-    """What a purge took, or would take."""
-
-    before: str
-    events: int
-    segments: int
-    first_event: int | None  # microseconds since the epoch
-    last_event: int | None
-    digest: str  # SHA-256 over the digests of what went of each segment, in order of their names
-    wrong: int  # segments that were not as recorded before
-    archive: str | None = None
 
 
 def microseconds(moment: str) -> int:
@@ -8562,6 +8586,26 @@ def iso_time(us: int | None) -> str | None:
         return (_EPOCH_START + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
     except OverflowError:
         return f"{us} microseconds"
+
+
+class Removal(NamedTuple):
+    """What a purge took, or would take."""
+
+    before: str
+    events: int
+    segments: int
+    first_event: int | None  # microseconds since the epoch
+    last_event: int | None
+    digest: str  # SHA-256 over the digests of what went of each segment, in order of their names
+    wrong: int  # segments that were not as recorded before
+    archive: str | None = None
+
+
+# --- purges and archives
+
+# Fewer than _RANGE_EVENTS, because a server's guest may purge.
+_PURGE_RANGE_EVENTS: Final = 200_000
+_MANIFEST: Final = "manifest.json"
 
 
 class Purger:
@@ -8694,6 +8738,17 @@ class Purger:
         sync_directory(folder)
 
 
+def file_digest(path: str) -> str:
+    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def purge_before(engine: Engine, ledger: Ledger, before: str, archive: str | None = None) -> Removal:
     """Delete every event older than a moment, in one transaction, and enter that it went.
 
@@ -8717,6 +8772,11 @@ def purge_before(engine: Engine, ledger: Ledger, before: str, archive: str | Non
                 removal = purger.archive(archive, removal)
             purger.remove(ledger, removal)
     return removal
+
+
+# --- retention: a purge a day
+
+_SILENCE_SECONDS: Final = 25 * 3600.0  # longer ones don't count as time that passed; retention runs daily
 
 
 def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> None:
@@ -8771,17 +8831,6 @@ def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float |
             left -= max(0.0, silence)
         later = hour
     return None
-
-
-def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
 
 
 # === Copies ===
@@ -8898,6 +8947,9 @@ def _put_in_place(path: str, target: str) -> None:
 # readers, and reads in one transaction. Other hosts' events come out of the table alone.
 
 
+# --- opening: so that every event is seen once
+
+
 class Reader:
     """Opens a log for reading.
 
@@ -8996,6 +9048,9 @@ class Reader:
             return stack.enter_context(self._journal.reading_lock())
         except JournalError:  # the journal may be read-only for who reads; then that must do
             return True
+
+
+# --- asking and exporting
 
 
 class Reading:
@@ -9183,6 +9238,8 @@ class Reading:
         return told[0][0] if told else None
 
 
+# --- what comes back of a person's own SQL
+
 # How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
 _RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
     (("BOOLEAN",), "{0}", None),
@@ -9202,6 +9259,9 @@ def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
         if sql_type.startswith(beginnings):
             return cast_sql, decode
     return "{0}::VARCHAR", None
+
+
+# --- threads beside a query
 
 
 @contextlib.contextmanager
@@ -9818,17 +9878,8 @@ class Checkup:
 # Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
 
-SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
-WIDE_COLUMNS: Final = (*SHORT_COLUMNS, "user_id", "session_id", "trace_id", "event_id")
-_HEADERS: Final = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
-_FIRST_WIDTHS: Final = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
-_ELASTIC: Final = frozenset(
-    ("name", "caller", "input_json", "reason", "error", "user_id", "session_id", "trace_id", "event_id")
-)
-_STYLES: Final = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
-_PLAIN_STYLE: Final = "\x1b[0m"
-_NARROWEST: Final = 12  # arbitrary: cells that an elastic column keeps
-_WIDEST_BAR: Final = 40
+
+# --- text that no terminal acts on
 
 
 def printable(text: str) -> str:
@@ -9885,6 +9936,41 @@ def _split_at(text: str, width: int) -> tuple[str, str]:
     return text, ""
 
 
+def takes_unicode(file: TextIO) -> bool:
+    """Say whether every character can be written as it is."""
+    return (file.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+
+
+def _write(file: TextIO, line: str) -> None:
+    """Write a line in whatever the file's encoding has; the rest as escapes."""
+    encoding = file.encoding or "utf-8"
+    if not line.isascii():
+        try:
+            line.encode(encoding)
+        except UnicodeEncodeError:
+            line = line.replace("…", "~").encode(encoding, "backslashreplace").decode(encoding)
+    file.write(line + "\n")
+
+
+def write_text(file: TextIO, text: str) -> None:
+    """Write a text with its line breaks, and nothing else that a terminal acts on."""
+    for line in text.split("\n"):
+        _write(file, printable(line))
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, in the plural unless it is one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def more_hint(shown: int, limit: int | None) -> str:
+    """Return what to say behind a number of rows that may have been cut off by the limit."""
+    return " (there may be more: --limit)" if shown == limit else ""
+
+
+# --- data: JSON and CSV
+
+
 def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
     """Return JSON that no terminal acts on: control and direction characters are escaped, which JSON
     allows anywhere in a text, so that it reads back the same."""
@@ -9911,23 +9997,7 @@ def write_json_lines(file: TextIO, rows: Iterable[Row], names: Sequence[str] = P
         file.write(json_text(dict(zip(names, row)), ascii_only=not takes_unicode(file)) + "\n")
 
 
-def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> int:
-    """Write rows as CSV, and return their number.
-
-    Args:
-        raw: leave text as it is that a spreadsheet would run; otherwise it gets a leading apostrophe.
-    """
-    import csv
-
-    formula = re.compile(FORMULA)
-    writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
-    count = 0
-    for row in rows:
-        count += 1
-        cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
-        writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
-    return count
+_JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
 
 
 def indented_json(text: str) -> str:
@@ -9952,6 +10022,39 @@ def indented_json(text: str) -> str:
         if opens or token == ",":
             parts.append("\n" + "  " * depth)
     return "".join(parts)
+
+
+def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> int:
+    """Write rows as CSV, and return their number.
+
+    Args:
+        raw: leave text as it is that a spreadsheet would run; otherwise it gets a leading apostrophe.
+    """
+    import csv
+
+    formula = re.compile(FORMULA)
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(names)
+    count = 0
+    for row in rows:
+        count += 1
+        cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
+        writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
+    return count
+
+
+# --- tables, and names with values
+
+SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
+WIDE_COLUMNS: Final = (*SHORT_COLUMNS, "user_id", "session_id", "trace_id", "event_id")
+_HEADERS: Final = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
+_FIRST_WIDTHS: Final = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
+_ELASTIC: Final = frozenset(
+    ("name", "caller", "input_json", "reason", "error", "user_id", "session_id", "trace_id", "event_id")
+)
+_STYLES: Final = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
+_PLAIN_STYLE: Final = "\x1b[0m"
+_NARROWEST: Final = 12  # arbitrary: cells that an elastic column keeps
 
 
 class EventTable:
@@ -10016,6 +10119,18 @@ class EventTable:
         _write(self._file, f"{style}{line}{_PLAIN_STYLE}" if style and self._colour else line)
 
 
+def summary(rows: Sequence[Row], count: int | None) -> str:
+    """Return one line that sums up what is shown."""
+    errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
+    denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
+    parts = [counted(len(rows), "event")]
+    if errors:
+        parts.append(counted(errors, "error"))
+    if denied:
+        parts.append(f"{denied} denied")
+    return ", ".join(parts) + more_hint(len(rows), count)
+
+
 def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
     """Write rows of any values as a table. Numbers go to the right, long text is cut to what fits."""
     cells = [[_shown(value) for value in row] for row in rows]
@@ -10028,6 +10143,56 @@ def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width
     widths = _widths(measured, [not number for number in right], width)
     for row in [titles, *cells]:
         _write(file, _line(row, widths, right, width))
+
+
+def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None:
+    """Write names and values, a line each; the further lines of a value are indented."""
+    for name, value in fields:
+        lines = ["-"] if value is None else value.split("\n")
+        if len(lines) > 1:
+            _write(file, name)
+        for line in lines:
+            label = "  " if len(lines) > 1 else f"{name:16} "
+            _write(file, (label + printable(line)).rstrip())
+
+
+def _widths(measured: Iterable[Iterable[int]], elastic: Sequence[bool], width: int | None) -> list[int]:
+    """Return a width for each column: the widest cell's, or less where the column is elastic."""
+    widths = [max(column) for column in zip(*measured)]
+    if width is None:
+        return widths
+    excess = sum(widths) + 2 * (len(widths) - 1) - width
+    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
+        if elastic[index] and excess > 0:
+            cut = min(excess, max(0, widths[index] - _NARROWEST))
+            widths[index] -= cut
+            excess -= cut
+    return widths
+
+
+def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], width: int | None) -> str:
+    line = "  ".join(fit(c, size, right=number) for c, size, number in zip(cells, widths, right)).rstrip()
+    return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
+
+
+def _cell(event: Mapping[str, Any], column: str) -> str:
+    value = event[column]
+    return _moment(value) if column == "timestamp" else _shown(value)
+
+
+def _moment(value: object) -> str:
+    return "-" if value is None else printable(str(value)[:19].replace("T", " "))
+
+
+def _shown(value: object) -> str:
+    if value is None:
+        return "-"
+    return printable(value if isinstance(value, str) else json_text(value))
+
+
+# --- figures with bars
+
+_WIDEST_BAR: Final = 40
 
 
 def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
@@ -10069,98 +10234,6 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
         if room > 3:
             line = fit(line, width - room if width else 0) + block * -(-value * room // largest)
         _write(file, line.rstrip())
-
-
-def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None:
-    """Write names and values, a line each; the further lines of a value are indented."""
-    for name, value in fields:
-        lines = ["-"] if value is None else value.split("\n")
-        if len(lines) > 1:
-            _write(file, name)
-        for line in lines:
-            label = "  " if len(lines) > 1 else f"{name:16} "
-            _write(file, (label + printable(line)).rstrip())
-
-
-def write_text(file: TextIO, text: str) -> None:
-    """Write a text with its line breaks, and nothing else that a terminal acts on."""
-    for line in text.split("\n"):
-        _write(file, printable(line))
-
-
-_JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
-
-
-def _widths(measured: Iterable[Iterable[int]], elastic: Sequence[bool], width: int | None) -> list[int]:
-    """Return a width for each column: the widest cell's, or less where the column is elastic."""
-    widths = [max(column) for column in zip(*measured)]
-    if width is None:
-        return widths
-    excess = sum(widths) + 2 * (len(widths) - 1) - width
-    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
-        if elastic[index] and excess > 0:
-            cut = min(excess, max(0, widths[index] - _NARROWEST))
-            widths[index] -= cut
-            excess -= cut
-    return widths
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], width: int | None) -> str:
-    line = "  ".join(fit(c, size, right=number) for c, size, number in zip(cells, widths, right)).rstrip()
-    return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
-
-
-def _cell(event: Mapping[str, Any], column: str) -> str:
-    value = event[column]
-    return _moment(value) if column == "timestamp" else _shown(value)
-
-
-def _moment(value: object) -> str:
-    return "-" if value is None else printable(str(value)[:19].replace("T", " "))
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "-"
-    return printable(value if isinstance(value, str) else json_text(value))
-
-
-def takes_unicode(file: TextIO) -> bool:
-    """Say whether every character can be written as it is."""
-    return (file.encoding or "utf-8").lower().replace("-", "").startswith("utf")
-
-
-def _write(file: TextIO, line: str) -> None:
-    """Write a line in whatever the file's encoding has; the rest as escapes."""
-    encoding = file.encoding or "utf-8"
-    if not line.isascii():
-        try:
-            line.encode(encoding)
-        except UnicodeEncodeError:
-            line = line.replace("…", "~").encode(encoding, "backslashreplace").decode(encoding)
-    file.write(line + "\n")
-
-
-def summary(rows: Sequence[Row], count: int | None) -> str:
-    """Return one line that sums up what is shown."""
-    errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
-    denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
-    parts = [counted(len(rows), "event")]
-    if errors:
-        parts.append(counted(errors, "error"))
-    if denied:
-        parts.append(f"{denied} denied")
-    return ", ".join(parts) + more_hint(len(rows), count)
-
-
-def more_hint(shown: int, limit: int | None) -> str:
-    """Return what to say behind a number of rows that may have been cut off by the limit."""
-    return " (there may be more: --limit)" if shown == limit else ""
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is one."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 # === Assembly ===

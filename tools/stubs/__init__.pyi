@@ -650,13 +650,13 @@ class Filter(NamedTuple):
     def where(self) -> tuple[str, dict[str, object]]: ...
     def matches(self, row: Sequence[Any]) -> bool: ...
 
-Params = Mapping[str, object]
-Row = tuple[Any, ...]
+Params: TypeAlias = Mapping[str, object]
+Row: TypeAlias = tuple[Any, ...]
 
 class Engine(Protocol):
-    def version(self) -> str: ...
     name: str
     keeps: bool
+    def version(self) -> str: ...
     def execute(self, sql: str, params: Params = {}) -> list[Row]: ...
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]: ...
     def interrupt(self) -> None: ...
@@ -695,10 +695,10 @@ class Deadline:
     def pause(self) -> bool: ...
 
 class Target:
-    path: Incomplete
-    is_file: Incomplete
-    is_lake: Incomplete
-    name: Incomplete
+    path: str
+    is_file: bool
+    is_lake: bool
+    name: str
     def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = ...) -> None: ...
     def open_engine(self, *, guest: bool = False) -> Engine: ...
     @contextlib.contextmanager
@@ -721,13 +721,13 @@ class GuestSession:
     def before_fork(self) -> None: ...
     def after_fork(self, *, child: bool) -> None: ...
 
-Entry: TypeAlias = tuple[str, Mapping[str, object]]
-
 class Head(NamedTuple):
     journal: str
     position: int
     events: int
     seal: str
+
+Entry: TypeAlias = tuple[str, Mapping[str, object]]
 
 class Ledger:
     def __init__(self, target: Target, journal: Journal) -> None: ...
@@ -781,6 +781,19 @@ class Verdict:
         journal: str | None = None,
     ) -> None: ...
 
+class Compared(NamedTuple):
+    journal: str
+    position: int
+    segment: str
+    entered: int
+    first: int | None
+    last: int | None
+    digest: str | None
+    found: int
+    found_first: int | None
+    found_last: int | None
+    found_digest: str | None
+
 class Purge(NamedTuple):
     before: int
     heads: Mapping[str, int]
@@ -798,19 +811,6 @@ class Purges:
     def __init__(self, purges: Iterable[Purge] = ()) -> None: ...
     def limit(self, journal: str, position: int) -> int | None: ...
     def expected(self, row: Compared) -> tuple[int, str | None]: ...
-
-class Compared(NamedTuple):
-    journal: str
-    position: int
-    segment: str
-    entered: int
-    first: int | None
-    last: int | None
-    digest: str | None
-    found: int
-    found_first: int | None
-    found_last: int | None
-    found_digest: str | None
 
 class Verifier:
     verdict: Incomplete
@@ -874,8 +874,8 @@ class Reading:
     ) -> int: ...
 
 class Store:
-    journal: Incomplete
-    target: Incomplete
+    journal: Journal
+    target: Target
     def __init__(
         self, config: Config, *, diagnostics: Diagnostics | None = None, opener: Callable[..., Engine] = ...
     ) -> None: ...
