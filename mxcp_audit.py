@@ -10669,6 +10669,7 @@ def end_like(code: int) -> int:
 #
 # The only room that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
+# Each command has an `_add_…`, which says what it takes, and a `cmd_…`, which does it and returns the exit code.
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -11085,6 +11086,7 @@ log --follow --status error""",
 
 
 def cmd_log(options: argparse.Namespace) -> int:
+    """Show, follow or export events. 75 or 1 if only those of the journal could be shown."""
     what = _filter_of(options)
     _check_log_options(options)
     store = _store_of(options)
@@ -11263,6 +11265,7 @@ def _add_show(add: _Add) -> None:
 
 
 def cmd_show(options: argparse.Namespace) -> int:
+    """Show one event. 1 if there is none of that id."""
     parse_event_id(options.event)
     with _store_of(options).reading(wait=options.wait) as reading:
         rows = list(reading.rows(Filter(event_id=options.event), count=1))
@@ -11310,6 +11313,7 @@ stats --by user --policy denied --json""",
 
 
 def cmd_stats(options: argparse.Namespace) -> int:
+    """Show figures of the events, by group."""
     sort = _SORTS[options.sort]
     with _whole_log(_store_of(options), options) as reading:
         rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
@@ -11345,6 +11349,7 @@ sql - --csv < question.sql""",
 
 
 def cmd_sql(options: argparse.Namespace) -> int:
+    """Run a person's own SELECT over the events."""
     statement = sys.stdin.read() if options.statement == "-" else options.statement
     try:
         with _whole_log(_store_of(options), options) as reading:
@@ -11389,6 +11394,7 @@ def _add_config(add: _Add) -> None:
 
 
 def cmd_config(options: argparse.Namespace) -> int:
+    """Show the settings that hold, without secrets."""
     config = _config_of(options)
     settings = {name: value for name, value in config._asdict().items() if name != "sources"}
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
@@ -11424,6 +11430,7 @@ redact --tool login --json < input.json""",
 
 
 def cmd_redact(options: argparse.Namespace) -> int:
+    """Show what would be recorded of the JSON on standard input."""
     if options.db is None and not options.config and not options.profile and not has_site_file():
         redactor, limit = Redactor(), 1 << 20
     else:
@@ -11465,6 +11472,7 @@ def _add_ingest(add: _Add) -> None:
 
 
 def cmd_ingest(options: argparse.Namespace) -> int:
+    """Take in what dead processes left. 1 if lines had to be rejected."""
     told = Diagnostics()
     store = Store(_config_of(options), diagnostics=told)
     done = store.ingest()
@@ -11487,6 +11495,7 @@ def _add_import(add: _Add) -> None:
 
 
 def cmd_import(options: argparse.Namespace) -> int:
+    """Take in MXCP's JSONL logs. 1 if a line was no event, or a file ended early."""
     config = _config_of(options)
     failed = False
     for path in options.files:
@@ -11521,6 +11530,7 @@ def _add_doctor(add: _Add) -> None:
 
 
 def cmd_doctor(options: argparse.Namespace) -> int:
+    """Show how the log is doing. 1 if anything is wrong."""
     checkup = Checkup(_config_of(options), wait=options.wait)
     if options.json:
         _print_json(checkup.report, indent=2)
@@ -11559,6 +11569,7 @@ def _add_verify(add: _Add) -> None:
 
 
 def cmd_verify(options: argparse.Namespace) -> int:
+    """Prove the log whole. 1 if it is not."""
     checkpoint = _read_checkpoint(options.checkpoint) if options.checkpoint else []
     store = Store(_config_of(options))
     verdict = store.verify(
@@ -11648,6 +11659,7 @@ def _add_checkpoint(add: _Add) -> None:
 
 
 def cmd_checkpoint(options: argparse.Namespace) -> int:
+    """Print the end of each journal's chain."""
     heads = Store(_config_of(options)).heads(wait=options.wait)
     now = iso_time(microseconds(sql_time(utc_now())))
     _print_json({"time": now, "journals": [head._asdict() for head in heads]})
@@ -11679,6 +11691,7 @@ def _add_purge(add: _Add) -> None:
 
 
 def cmd_purge(options: argparse.Namespace) -> int:
+    """Delete old events, or say which would go."""
     if options.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
     if options.archive and os.path.lexists(options.archive) and not os.path.isdir(options.archive):
@@ -11716,6 +11729,7 @@ def _add_backup(add: _Add) -> None:
 
 
 def cmd_backup(options: argparse.Namespace) -> int:
+    """Copy the log while servers run."""
     events, segments = Store(_config_of(options)).backup(options.file, wait=options.wait)
     _print(f"{events} events copied to {options.file}")
     if segments:
@@ -11734,6 +11748,7 @@ def _add_compact(add: _Add) -> None:
 
 
 def cmd_compact(options: argparse.Namespace) -> int:
+    """Write the database anew in place of itself."""
     before, after = Store(_config_of(options)).compact(wait=options.wait)
     _print(f"{before} bytes before, {after} bytes after")
     return 0
@@ -11763,6 +11778,7 @@ def _add_wrap(add: _Add) -> None:
 
 
 def cmd_wrap(options: argparse.Namespace) -> int:
+    """Run an MCP server and record what it executes. Ends as the server did; 1 if --strict stopped it."""
     command = options.server[1:] if options.server[:1] == ["--"] else options.server
     if not command:
         raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
@@ -11802,6 +11818,7 @@ def _add_completion(add: _Add) -> None:
 
 
 def cmd_completion(options: argparse.Namespace) -> int:
+    """Print the completion script of a shell."""
     print(completion_script(options.shell))
     return 0
 
