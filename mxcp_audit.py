@@ -10669,7 +10669,7 @@ def end_like(code: int) -> int:
 #
 # The only room that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
-# Each command has an `_add_…`, which says what it takes, and a `cmd_…`, which does it and returns the exit code.
+# Each command has an `_add_…`, which says what it takes, and a `cmd_…`, which does it and returns the code.
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
