@@ -7321,7 +7321,6 @@ def _scratch(directory: str) -> Iterator[None]:
 
 _FINE_TICK_NS: Final = 50_000_000  # kernels keep file times to 1 … 10 ms
 _COARSE_TICK_NS: Final = 2_100_000_000  # some file systems keep whole seconds, or even ones
-_DATABASE_MODE: Final = 0o600
 _POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
 _QUACK: Final = re.compile(r"(?i)quack:")
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
@@ -7365,7 +7364,7 @@ class Target:
         return self._opener(guest=guest)
 
     @contextlib.contextmanager
-    def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
+    def session(self, *, read_only: bool, wait: float) -> Iterator[Engine]:
         """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds.
 
         Raises:
@@ -7373,8 +7372,7 @@ class Target:
             StoreError: it can't be had.
         """
         deadline = Deadline(wait)
-        engine = self.open_engine(guest=guest)
-        with contextlib.closing(engine), contextlib.ExitStack() as stack:
+        with contextlib.closing(self.open_engine()) as engine, contextlib.ExitStack() as stack:
             while True:
                 try:
                     if self.is_absent():
@@ -7461,7 +7459,9 @@ class Target:
             return
         wal = self.path + ".wal"
         with contextlib.suppress(OSError):
-            os.close(os.open(wal, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), 0o600))
+            os.close(
+                os.open(wal, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), _FILE_MODE)
+            )
         yield
         with contextlib.suppress(OSError):
             if not os.stat(wal).st_size:
@@ -7490,7 +7490,7 @@ class Target:
                 _remove(path)
             # A file made by DuckDB 2.0 without this can't be read by 1.5.
             self._attach_file(engine, scratch, "scratch", STORAGE_VERSION="v1.0.0")
-            os.chmod(scratch, _DATABASE_MODE)
+            os.chmod(scratch, _FILE_MODE)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
                 os.replace(scratch, self.path)
