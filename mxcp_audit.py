@@ -10759,7 +10759,7 @@ def _policy_argument(text: str) -> str:
 
 # --- the parser
 
-_Add: TypeAlias = "Callable[..., argparse.ArgumentParser]"  # adds a command: see `_add_command`
+_NewCommand: TypeAlias = "Callable[..., argparse.ArgumentParser]"  # adds a command: see `_add_command`
 
 
 def _parser_class() -> type[argparse.ArgumentParser]:
@@ -10807,8 +10807,8 @@ examples:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = parser_class(add_help=False)
     _add_common(common)
-    add = functools.partial(_add_command, commands, common)
-    for add_one in (
+    new_command = functools.partial(_add_command, commands, common)
+    for add in (
         _add_log,
         _add_show,
         _add_stats,
@@ -10826,7 +10826,7 @@ examples:
         _add_compact,
         _add_completion,
     ):
-        add_one(add)
+        add(new_command)
     return parser
 
 
@@ -11037,8 +11037,8 @@ def _filter_of(options: argparse.Namespace) -> Filter:
 # --- log
 
 
-def _add_log(add: _Add) -> None:
-    command = add(
+def _add_log(new_command: _NewCommand) -> None:
+    command = new_command(
         "log",
         cmd_log,
         "show, follow, filter and export events",
@@ -11252,8 +11252,8 @@ def _copy_to_stdout(path: str) -> None:
 # --- show, stats, sql
 
 
-def _add_show(add: _Add) -> None:
-    command = add(
+def _add_show(new_command: _NewCommand) -> None:
+    command = new_command(
         "show",
         cmd_show,
         "show one event in full",
@@ -11284,8 +11284,8 @@ def cmd_show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_stats(add: _Add) -> None:
-    command = add(
+def _add_stats(new_command: _NewCommand) -> None:
+    command = new_command(
         "stats",
         cmd_stats,
         "count calls, errors and denials; find what is slow",
@@ -11326,8 +11326,8 @@ def cmd_stats(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_sql(add: _Add) -> None:
-    command = add(
+def _add_sql(new_command: _NewCommand) -> None:
+    command = new_command(
         "sql",
         cmd_sql,
         "ask in SQL, read-only",
@@ -11382,8 +11382,8 @@ def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
 # --- config, redact
 
 
-def _add_config(add: _Add) -> None:
-    command = add(
+def _add_config(new_command: _NewCommand) -> None:
+    command = new_command(
         "config",
         cmd_config,
         "show the settings that hold, and who set them",
@@ -11414,8 +11414,8 @@ def cmd_config(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_redact(add: _Add) -> None:
-    command = add(
+def _add_redact(new_command: _NewCommand) -> None:
+    command = new_command(
         "redact",
         cmd_redact,
         "show what would be recorded of an input, and why",
@@ -11461,8 +11461,8 @@ def cmd_redact(options: argparse.Namespace) -> int:
 # --- ingest, import, doctor
 
 
-def _add_ingest(add: _Add) -> None:
-    add(
+def _add_ingest(new_command: _NewCommand) -> None:
+    new_command(
         "ingest",
         cmd_ingest,
         "move the events of dead processes from the journal into the database",
@@ -11482,8 +11482,8 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     return EXIT_FAILED if told.rejected else 0
 
 
-def _add_import(add: _Add) -> None:
-    command = add(
+def _add_import(new_command: _NewCommand) -> None:
+    command = new_command(
         "import",
         cmd_import,
         "take in MXCP's own JSONL logs",
@@ -11518,8 +11518,8 @@ def cmd_import(options: argparse.Namespace) -> int:
     return EXIT_FAILED if failed else 0
 
 
-def _add_doctor(add: _Add) -> None:
-    command = add(
+def _add_doctor(new_command: _NewCommand) -> None:
+    command = new_command(
         "doctor",
         cmd_doctor,
         "say how the log is doing, and what to do about it",
@@ -11548,8 +11548,8 @@ def cmd_doctor(options: argparse.Namespace) -> int:
 # --- verify, checkpoint
 
 
-def _add_verify(add: _Add) -> None:
-    command = add(
+def _add_verify(new_command: _NewCommand) -> None:
+    command = new_command(
         "verify",
         cmd_verify,
         "prove that nothing was changed, removed or inserted",
@@ -11646,8 +11646,8 @@ def _read_checkpoint(path: str) -> list[Head]:
         raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
 
 
-def _add_checkpoint(add: _Add) -> None:
-    add(
+def _add_checkpoint(new_command: _NewCommand) -> None:
+    new_command(
         "checkpoint",
         cmd_checkpoint,
         "print where the ledger ends, to be kept elsewhere",
@@ -11669,8 +11669,8 @@ def cmd_checkpoint(options: argparse.Namespace) -> int:
 # --- purge, backup, compact
 
 
-def _add_purge(add: _Add) -> None:
-    command = add(
+def _add_purge(new_command: _NewCommand) -> None:
+    command = new_command(
         "purge",
         cmd_purge,
         "delete old events, so that the rest still verifies",
@@ -11716,8 +11716,8 @@ def cmd_purge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_backup(add: _Add) -> None:
-    command = add(
+def _add_backup(new_command: _NewCommand) -> None:
+    command = new_command(
         "backup",
         cmd_backup,
         "copy the log while the server runs",
@@ -11737,8 +11737,8 @@ def cmd_backup(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_compact(add: _Add) -> None:
-    add(
+def _add_compact(new_command: _NewCommand) -> None:
+    new_command(
         "compact",
         cmd_compact,
         "give the space of purged events back to the file system",
@@ -11757,10 +11757,10 @@ def cmd_compact(options: argparse.Namespace) -> int:
 # --- wrap
 
 
-def _add_wrap(add: _Add) -> None:
+def _add_wrap(new_command: _NewCommand) -> None:
     import argparse
 
-    command = add(
+    command = new_command(
         "wrap",
         cmd_wrap,
         "run any stdio MCP server and record what it executes",
@@ -11804,8 +11804,8 @@ def cmd_wrap(options: argparse.Namespace) -> int:
 # --- completion
 
 
-def _add_completion(add: _Add) -> None:
-    command = add(
+def _add_completion(new_command: _NewCommand) -> None:
+    command = new_command(
         "completion",
         cmd_completion,
         "print what makes a shell complete this program's words",

@@ -265,7 +265,7 @@ def test_follower_look_that_fails_loses_no_line_that_it_read(
     assert logger.wait_written()
     with monkeypatch.context() as patched:
         patched.setattr(follower, "_new_table_rows", fail)
-        patched.setattr(store, "signature", lambda: None)
+        patched.setattr(store.target, "signature", lambda: None)
         with pytest.raises(QueryError):
             follower.look()
     assert names(follower.look()) == ["new"]
