@@ -1225,7 +1225,7 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # name, at any depth and in any container, and no text in a known secret format; it is
 # plain (dict with text keys, list, text, number, bool, None), shares nothing with the
 # caller's objects, and neither it nor `scrub` raises. Both are pure: the same input and
-# settings give the same output, and no input is changed, consumed or kept.
+# settings give the same output, and no input is changed or consumed.
 #
 # An input passes four sieves, cheapest knowledge first:
 #
@@ -2856,7 +2856,7 @@ class Redactor:
     """Returns plain copies of values and texts in which no secret is left, and never raises.
 
     One Redactor serves any number of threads: it keeps nothing but its settings and bounded
-    caches of verdicts on names.
+    caches, of verdicts on names and of short texts that hold no secret.
 
     Args:
         redact: more sensitive names, in any spelling; `tool_name.param` for one tool.
@@ -4336,6 +4336,7 @@ class Writer:
         self._waiting: list[tuple[int, Callable[[], object]]] = []
         self._asleep = True
         self._gathering = False
+        self._awaited = 0  # the ticket that somebody waits for
         self._closing = self._closed = False
         self._inline = 0  # the thread that writes without being the writer
         self._thread: threading.Thread | None = None
@@ -4372,6 +4373,8 @@ class Writer:
         """
         if self._is_writing_thread():
             return True
+        with self._lock:
+            self._awaited = max(self._awaited, ticket)
         if self._gathering:
             self._release_wake()
         deadline = None if timeout is None else time.monotonic() + timeout
@@ -4538,7 +4541,7 @@ class Writer:
         try:
             while self._thread is me:
                 self._asleep, self._gathering = False, True
-                if not (self._durable or self._closing or self._seal_wanted > self._sealed):
+                if not (self._durable or self._closing or self._is_awaited()):
                     self._wake.acquire(timeout=_GATHER_SECONDS)
                 self._gathering = False
                 with self._writing:
@@ -4561,6 +4564,10 @@ class Writer:
             self._diagnostics.report(
                 "writer", "the writer thread ended; the next event starts another", error=error
             )
+
+    def _is_awaited(self) -> bool:
+        """Say whether somebody waits for lines: those who set this look at `_gathering` afterwards."""
+        return self._seal_wanted > self._sealed or self._awaited > self.written
 
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread. Call it with the lock held."""

@@ -70,6 +70,21 @@ def test_put_many_threads_every_line_once_in_order(bench: Bench) -> None:
     assert bench.writer.accepted == bench.writer.written == 8000
 
 
+@pytest.mark.parametrize("wait", ["wait_written", "flush"])
+def test_waiting_ends_the_gathering(bench: Bench, monkeypatch: pytest.MonkeyPatch, wait: str) -> None:
+    monkeypatch.setattr(mxcp_audit, "_GATHER_SECONDS", 3600.0)
+    for n in range(200):  # whether the writer gathers already or is about to
+        ticket = bench.writer.put(line(n))
+        if n % 2:
+            time.sleep(0.001)
+        if wait == "flush":
+            assert bench.writer.flush(SAFETY_SECONDS)
+        else:
+            assert bench.writer.wait_written(ticket, SAFETY_SECONDS)
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert bench.lines() == [line(n) for n in range(200)]
+
+
 def test_put_interrupted_on_its_way_to_wake_leaves_a_writer_that_the_next_wakes(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
