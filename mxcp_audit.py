@@ -3663,14 +3663,18 @@ def segment_id_of(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _write_beside(path: str, suffix: str, data: bytes) -> None:
-    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
-    target = path.removesuffix(SEGMENT_SUFFIX) + suffix
-    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, _FILE_MODE)
-    with open(fd, "wb") as file:
+def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
+    """Write a file with mode 0600 and force it to the disk; an earlier one is replaced or is an OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if replace else os.O_EXCL) | _NO_FOLLOW
+    with open(os.open(path, flags, _FILE_MODE), "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(fd)
+        os.fsync(file.fileno())
+
+
+def _write_beside(path: str, suffix: str, data: bytes) -> None:
+    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
+    write_file(path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
 
 
 class Survey(NamedTuple):
@@ -3688,8 +3692,8 @@ class Survey(NamedTuple):
 _ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 
 
-class Journal:
-    """The directory of segments. Making the object touches nothing; the first segment makes the directory.
+class _JournalDirectory:
+    """The directory, and what lies in it beside the segments: its name, its lock, losses.
 
     Args:
         directory: where the segments lie; made with mode 0700, its parents as the umask says.
@@ -3701,6 +3705,138 @@ class Journal:
     ) -> None:
         self.directory = os.path.abspath(directory)
         self._clock = clock
+
+    def make_directory(self, *, durable: bool = False) -> None:
+        """Make the journal's directory, or check the one that is there.
+
+        Raises:
+            OSError: it can't be made.
+            JournalError: it is a symbolic link or belongs to somebody else.
+        """
+        parent = os.path.dirname(self.directory)
+        try:
+            os.makedirs(parent, exist_ok=True)
+            os.mkdir(self.directory, _DIRECTORY_MODE)
+            if durable:
+                sync_directory(parent)
+            return
+        except FileExistsError:
+            self.check_directory()
+
+    def check_directory(self) -> None:
+        """Raise JournalError if the directory is a link or somebody else's, OSError if it is gone."""
+        found = os.lstat(self.directory)
+        if not stat.S_ISDIR(found.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
+            raise JournalError(
+                f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`",
+                path=self.directory,
+            )
+        if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
+            raise JournalError(
+                f"belongs to user {found.st_uid}, who could read and change what is recorded; "
+                "work as that user, make it your own, or set `journal`",
+                path=self.directory,
+            )
+
+    def _names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.directory))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
+
+    def identity(self) -> str:
+        """Return the random name under which this journal appears in the ledger, made at the first call.
+
+        Call it under the ingest lock only, so that two processes can't make two names.
+        """
+        path = os.path.join(self.directory, "journal.id")
+        try:
+            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="ascii") as file:
+                known = file.read().strip()
+            if known:
+                return known
+        except FileNotFoundError:
+            pass
+        fresh = os.urandom(8).hex()
+        scratch = f"{path}.{fresh}"
+        write_file(scratch, fresh.encode() + b"\n")
+        os.replace(scratch, path)
+        return fresh
+
+    def ingest_lock(self) -> contextlib.AbstractContextManager[bool]:
+        """Hold the lock of the one process that ingests from here; yields False if another has it.
+
+        Raises:
+            JournalError: the file can't be opened or locked.
+        """
+        return self._locked(os.O_RDWR, shared=False)
+
+    def reading_lock(self) -> contextlib.AbstractContextManager[bool]:
+        """Keep anybody from ingesting from here, but no other reader from reading; False if one ingests now.
+
+        For targets that don't shut ingesters out themselves while they are read.
+
+        Raises:
+            JournalError: the file can't be opened or locked.
+        """
+        return self._locked(os.O_RDONLY, shared=True)
+
+    @contextlib.contextmanager
+    def _locked(self, mode: int, *, shared: bool) -> Iterator[bool]:
+        """Hold `ingest.lock`. Without a journal, nobody can ingest: a reader has what it wants."""
+        path = os.path.join(self.directory, "ingest.lock")
+        fd, locked = -1, False
+        try:
+            try:
+                if not shared:
+                    self.check_directory()
+                try:
+                    fd = os.open(path, mode | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+                except OSError as error:
+                    if not shared or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise
+                    fd = os.open(path, mode | _NO_FOLLOW)  # who reads may not write there
+                locked = try_lock(fd, shared=shared)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise JournalError(
+                    f"can't be locked: {error.strerror}; nothing is ingested", path=path
+                ) from error
+            yield locked or (shared and fd < 0)
+        finally:
+            if locked:
+                unlock(fd)
+            if fd >= 0:
+                os.close(fd)
+
+    def record_loss(self, loss: Loss) -> None:
+        """Put on record that events were lost; survives `kill -9` and power cuts once this returns.
+
+        Raises:
+            OSError: not recorded; try again.
+        """
+        self.make_directory()
+        path = os.path.join(self.directory, new_segment_id(self._clock()))
+        _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
+
+    def losses(self) -> dict[str, Loss]:
+        """Return the losses on record that the ledger does not have yet, by the path of their file."""
+        found = {}
+        for name in self._names():
+            if name.endswith(_LOSS_SUFFIX) and is_segment_id(name.removesuffix(_LOSS_SUFFIX)):
+                path = os.path.join(self.directory, name)
+                # One that can't be read yet is being written at this moment.
+                with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
+                    found[path] = Loss(**json.load(file))
+        return found
+
+
+class Journal(_JournalDirectory):
+    """The directory of segments. Making the object touches nothing; the first segment makes the directory."""
 
     def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
         """Create a new segment and lock it.
@@ -3743,47 +3879,6 @@ class Journal:
             return try_lock(fd)
         except OSError:  # no locks here: the claimers find out as well, and leave everything alone
             return True
-
-    def make_directory(self, *, durable: bool = False) -> None:
-        """Make the journal's directory, or check the one that is there.
-
-        Raises:
-            OSError: it can't be made.
-            JournalError: it is a symbolic link or belongs to somebody else.
-        """
-        parent = os.path.dirname(self.directory)
-        try:
-            os.makedirs(parent, exist_ok=True)
-            os.mkdir(self.directory, _DIRECTORY_MODE)
-            if durable:
-                sync_directory(parent)
-            return
-        except FileExistsError:
-            self.check_directory()
-
-    def check_directory(self) -> None:
-        """Raise JournalError if the directory is a link or somebody else's, OSError if it is gone."""
-        found = os.lstat(self.directory)
-        if not stat.S_ISDIR(found.st_mode):
-            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
-            raise JournalError(
-                f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`",
-                path=self.directory,
-            )
-        if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
-            raise JournalError(
-                f"belongs to user {found.st_uid}, who could read and change what is recorded; "
-                "work as that user, make it your own, or set `journal`",
-                path=self.directory,
-            )
-
-    def _names(self) -> list[str]:
-        try:
-            return sorted(os.listdir(self.directory))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
 
     def segments(self) -> list[str]:
         """Return the paths of all segments, oldest first; none if there is no journal yet.
@@ -3856,111 +3951,6 @@ class Journal:
             ) from error
         return claim
 
-    @contextlib.contextmanager
-    def ingest_lock(self) -> Iterator[bool]:
-        """Hold the lock of the one process that ingests from here; yields False if another has it.
-
-        Raises:
-            JournalError: the file can't be opened or locked.
-        """
-        path = os.path.join(self.directory, "ingest.lock")
-        try:
-            self.check_directory()
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
-        except FileNotFoundError:
-            yield False  # no directory, so nothing to ingest either
-            return
-        except OSError as error:
-            raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
-        locked = False
-        try:
-            try:
-                locked = try_lock(fd)
-            except OSError as error:
-                raise JournalError(
-                    f"can't be locked: {error.strerror}; nothing is ingested", path=path
-                ) from error
-            yield locked
-        finally:
-            if locked:
-                unlock(fd)
-            os.close(fd)
-
-    @contextlib.contextmanager
-    def reading_lock(self) -> Iterator[bool]:
-        """Keep anybody from ingesting from here, but no other reader from reading; False if one ingests now.
-
-        For targets that don't shut ingesters out themselves while they are read.
-
-        Raises:
-            JournalError: the file can't be opened or locked.
-        """
-        path = os.path.join(self.directory, "ingest.lock")
-        fd = -1
-        locked = True
-        try:
-            with contextlib.suppress(FileNotFoundError):  # no journal; or who reads may not write there
-                try:
-                    fd = os.open(path, os.O_RDONLY | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
-                except OSError as error:
-                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                        raise
-                    fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
-                locked = try_lock(fd, shared=True)
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-            raise JournalError(f"can't be locked: {error.strerror}", path=path) from error
-        try:
-            yield locked
-        finally:
-            if fd >= 0:
-                os.close(fd)
-
-    def identity(self) -> str:
-        """Return the random name under which this journal appears in the ledger, made at the first call.
-
-        Call it under the ingest lock only, so that two processes can't make two names.
-        """
-        path = os.path.join(self.directory, "journal.id")
-        try:
-            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="ascii") as file:
-                known = file.read().strip()
-            if known:
-                return known
-        except FileNotFoundError:
-            pass
-        fresh = os.urandom(8).hex()
-        scratch = f"{path}.{fresh}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
-        with open(os.open(scratch, flags, _FILE_MODE), "w", encoding="ascii") as file:
-            file.write(fresh + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        return fresh
-
-    def record_loss(self, loss: Loss) -> None:
-        """Put on record that events were lost; survives `kill -9` and power cuts once this returns.
-
-        Raises:
-            OSError: not recorded; try again.
-        """
-        self.make_directory()
-        path = os.path.join(self.directory, new_segment_id(self._clock()))
-        _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
-
-    def losses(self) -> dict[str, Loss]:
-        """Return the losses on record that the ledger does not have yet, by the path of their file."""
-        found = {}
-        for name in self._names():
-            if name.endswith(_LOSS_SUFFIX) and is_segment_id(name.removesuffix(_LOSS_SUFFIX)):
-                path = os.path.join(self.directory, name)
-                # One that can't be read yet is being written at this moment.
-                with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
-                    found[path] = Loss(**json.load(file))
-        return found
-
     def survey(self) -> Survey:
         """Look at every file, changing nothing and disturbing nobody for longer than a moment.
 
@@ -4019,15 +4009,6 @@ def sync_file(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def write_new_file(path: str, data: bytes) -> None:
-    """Write a file that doesn't exist yet, durably, with mode 0600. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _FILE_MODE)
-    with open(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
 
 
 # === Writer ===
@@ -8031,7 +8012,7 @@ class Store:
                 if data:
                     if not copied:
                         os.mkdir(directory, _DIRECTORY_MODE)
-                    write_new_file(os.path.join(directory, os.path.basename(path)), data)
+                    write_file(os.path.join(directory, os.path.basename(path)), data)
                     copied += 1
         if copied:
             sync_directory(directory)
@@ -9478,7 +9459,7 @@ class Purger:
             "heads": [head._asdict() for head in heads],
             "files": files,
         }
-        write_new_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+        write_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
         sync_directory(folder)
 
 
