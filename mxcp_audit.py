@@ -2989,18 +2989,18 @@ class Redactor:
         declared = None if endpoint_def is None else _declare(endpoint_def)
         found: list[tuple[str, str]] = []
 
-        def compare(before: object, after: object, path: str, name: str, declared: _Declared | None) -> None:
+        def _compare(before: object, after: object, path: str, name: str, declared: _Declared | None) -> None:
             if isinstance(before, dict) and isinstance(after, dict):
                 for (key, old), (_, new) in zip(before.items(), after.items(), strict=False):
-                    compare(old, new, f"{path}.{key}", key, declared.of(key) if declared else None)
+                    _compare(old, new, f"{path}.{key}", key, declared.of(key) if declared else None)
             elif isinstance(before, list) and isinstance(after, list):
                 for index, (old, new) in enumerate(zip(before, after, strict=False)):
-                    compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
+                    _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
             elif before != after:
                 found.append((path, self._reason(name, after, tool, declared)))
 
         plain = _Walk(self._texts, self._verdicts, None, True).plain(value)
-        compare(plain, self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared)
+        _compare(plain, self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared)
         return found
 
     def _reason(self, name: str, after: object, tool: str | None, declared: _Declared | None) -> str:
@@ -5183,7 +5183,7 @@ class _AuditedHandlers(dict[Any, Any]):
         super().__setitem__(kind, handler if method is None else self._audited(method, handler))
 
     def _audited(self, method: str, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
-        async def audited(request: Any) -> Any:
+        async def _audited_handler(request: Any) -> Any:
             variable = getattr(sys.modules.get("mcp.server.lowlevel.server"), "request_ctx", None)
             context = variable.get(None) if variable is not None else None
             found = _Request(
@@ -5191,7 +5191,7 @@ class _AuditedHandlers(dict[Any, Any]):
             )
             return await self._middleware(found, lambda _: handler(request))
 
-        return audited
+        return _audited_handler
 
 
 # Decorators.
@@ -5222,7 +5222,7 @@ def audited(
     input_of = _binder(function)
     template = re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(title)))  # `{id}` stands for any text
 
-    def start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         outer = running_call()
         if (
             outer is not None
@@ -5241,7 +5241,7 @@ def audited(
             **{**origin._asdict(), "caller": caller or origin.caller},
         )
 
-    return cast(Function, functools.wraps(function)(_wrapper(function, start)))
+    return cast(Function, functools.wraps(function)(_wrapper(function, _start)))
 
 
 def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
@@ -5250,7 +5250,7 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
     if inspect.isasyncgenfunction(function):
 
-        async def async_generator(*args: Any, **kwargs: Any) -> Any:
+        async def _async_generator(*args: Any, **kwargs: Any) -> Any:
             async with _Unseen(start(args, kwargs)) as call:
                 steps = function(*args, **kwargs)
                 try:
@@ -5259,9 +5259,8 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
                     while True:
                         try:
                             sent = yield item
-                        except (
-                            GeneratorExit
-                        ):  # of aclose; an event loop that ends may have closed `steps` first
+                        except GeneratorExit:
+                            # Of aclose; an event loop that ends may have closed `steps` first.
                             with call.running():
                                 await steps.aclose()
                             raise
@@ -5274,27 +5273,27 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
                 except StopAsyncIteration:
                     return
 
-        return async_generator
+        return _async_generator
     if inspect.isgeneratorfunction(function):
 
-        def generator(*args: Any, **kwargs: Any) -> Any:
+        def _generator(*args: Any, **kwargs: Any) -> Any:
             with _Unseen(start(args, kwargs)) as call:
                 return (yield from _Steps(call, function(*args, **kwargs)))
 
-        return generator
+        return _generator
     if inspect.iscoroutinefunction(function):
 
-        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+        async def _coroutine(*args: Any, **kwargs: Any) -> Any:
             async with start(args, kwargs):
                 return await function(*args, **kwargs)
 
-        return coroutine
+        return _coroutine
 
-    def plain(*args: Any, **kwargs: Any) -> Any:
+    def _plain(*args: Any, **kwargs: Any) -> Any:
         with start(args, kwargs):
             return function(*args, **kwargs)
 
-    return plain
+    return _plain
 
 
 class _Within:
@@ -5308,12 +5307,14 @@ class _Within:
         self._outer = outer
 
     def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+        """Give the outer call the function's name and input."""
         outer = self._outer
         outer.name = str(name)
         outer.input_json, outer.echoes = outer._recorder.begin(input_params, name, endpoint_def)
         return outer.input_json, outer.echoes
 
     def finish(self, call: Call) -> int:
+        """Tell the outer call how the function ended; the line is its own to write."""
         if call.status == "error":
             self._outer.fail(call.error)
         if call.policy_decision != "n/a":
@@ -5321,10 +5322,10 @@ class _Within:
         return 0
 
     def wait(self, ticket: int) -> None:
-        pass
+        """Nothing: the outer call waits for its line."""
 
     async def wait_async(self, ticket: int) -> None:
-        pass
+        """Nothing, likewise."""
 
 
 class _Unseen:
@@ -5361,14 +5362,17 @@ class _Steps:
             return next(self._generator)
 
     def send(self, value: Any) -> Any:
+        """Send a value into the generator, as part of the call."""
         with self._call.running():
             return self._generator.send(value)
 
     def throw(self, *error: Any) -> Any:
+        """Raise an error in the generator, as part of the call."""
         with self._call.running():
             return self._generator.throw(*error)
 
     def close(self) -> None:
+        """End the generator, as part of the call."""
         with self._call.running():
             self._generator.close()
 
@@ -5390,7 +5394,7 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
     bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
     rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
 
-    def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:  # the function will say so itself
@@ -5400,7 +5404,7 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
             named.update(given.get(rest, {}))
         return {name: value for name, value in named.items() if not _is_context(value)}
 
-    return input_of
+    return _input_of
 
 
 def _is_context(value: object) -> bool:
