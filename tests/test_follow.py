@@ -238,10 +238,10 @@ def test_follower_segment_read_in_part_takes_the_rest_from_the_table(
     logger.log_event("cli", "tool", "old")
     logger.flush()
     follower = started(store)
-    assert logger._writer.flush(10)  # nothing is ingested between
+    assert logger.wait_written(10)  # nothing is ingested between
     for number in range(3):
         logger.log_event("cli", "tool", f"a{number}")
-    logger._writer.flush(10)
+    logger.wait_written(10)
     first = names(follower.look())
     logger.log_event("cli", "tool", "b")
     logger.shutdown()
@@ -299,7 +299,7 @@ def test_follower_database_locked_goes_on_with_the_journal(
     follower = started(store)
     with held_database(tmp_path / "log.duckdb"):
         logger.log_event("cli", "tool", "new")
-        logger._writer.flush(10)
+        logger.wait_written(10)
         assert names(follower.look()) == ["new"]
     logger.shutdown()
     assert follower.look() == []
