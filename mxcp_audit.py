@@ -2989,18 +2989,18 @@ class Redactor:
         declared = None if endpoint_def is None else _declare(endpoint_def)
         found: list[tuple[str, str]] = []
 
-        def compare(before: object, after: object, path: str, name: str, declared: _Declared | None) -> None:
+        def _compare(before: object, after: object, path: str, name: str, declared: _Declared | None) -> None:
             if isinstance(before, dict) and isinstance(after, dict):
                 for (key, old), (_, new) in zip(before.items(), after.items(), strict=False):
-                    compare(old, new, f"{path}.{key}", key, declared.of(key) if declared else None)
+                    _compare(old, new, f"{path}.{key}", key, declared.of(key) if declared else None)
             elif isinstance(before, list) and isinstance(after, list):
                 for index, (old, new) in enumerate(zip(before, after, strict=False)):
-                    compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
+                    _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
             elif before != after:
                 found.append((path, self._reason(name, after, tool, declared)))
 
         plain = _Walk(self._texts, self._verdicts, None, True).plain(value)
-        compare(plain, self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared)
+        _compare(plain, self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared)
         return found
 
     def _reason(self, name: str, after: object, tool: str | None, declared: _Declared | None) -> str:
@@ -3663,14 +3663,18 @@ def segment_id_of(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
-def _write_beside(path: str, suffix: str, data: bytes) -> None:
-    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
-    target = path.removesuffix(SEGMENT_SUFFIX) + suffix
-    fd = os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, _FILE_MODE)
-    with open(fd, "wb") as file:
+def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
+    """Write a file with mode 0600 and force it to the disk; an earlier one is replaced or is an OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if replace else os.O_EXCL) | _NO_FOLLOW
+    with open(os.open(path, flags, _FILE_MODE), "wb") as file:
         file.write(data)
         file.flush()
-        os.fsync(fd)
+        os.fsync(file.fileno())
+
+
+def _write_beside(path: str, suffix: str, data: bytes) -> None:
+    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
+    write_file(path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
 
 
 class Survey(NamedTuple):
@@ -3688,8 +3692,8 @@ class Survey(NamedTuple):
 _ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 
 
-class Journal:
-    """The directory of segments. Making the object touches nothing; the first segment makes the directory.
+class _JournalDirectory:
+    """The directory, and what lies in it beside the segments: its name, its lock, losses.
 
     Args:
         directory: where the segments lie; made with mode 0700, its parents as the umask says.
@@ -3701,6 +3705,138 @@ class Journal:
     ) -> None:
         self.directory = os.path.abspath(directory)
         self._clock = clock
+
+    def make_directory(self, *, durable: bool = False) -> None:
+        """Make the journal's directory, or check the one that is there.
+
+        Raises:
+            OSError: it can't be made.
+            JournalError: it is a symbolic link or belongs to somebody else.
+        """
+        parent = os.path.dirname(self.directory)
+        try:
+            os.makedirs(parent, exist_ok=True)
+            os.mkdir(self.directory, _DIRECTORY_MODE)
+            if durable:
+                sync_directory(parent)
+            return
+        except FileExistsError:
+            self.check_directory()
+
+    def check_directory(self) -> None:
+        """Raise JournalError if the directory is a link or somebody else's, OSError if it is gone."""
+        found = os.lstat(self.directory)
+        if not stat.S_ISDIR(found.st_mode):
+            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
+            raise JournalError(
+                f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`",
+                path=self.directory,
+            )
+        if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
+            raise JournalError(
+                f"belongs to user {found.st_uid}, who could read and change what is recorded; "
+                "work as that user, make it your own, or set `journal`",
+                path=self.directory,
+            )
+
+    def _names(self) -> list[str]:
+        try:
+            return sorted(os.listdir(self.directory))
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
+
+    def identity(self) -> str:
+        """Return the random name under which this journal appears in the ledger, made at the first call.
+
+        Call it under the ingest lock only, so that two processes can't make two names.
+        """
+        path = os.path.join(self.directory, "journal.id")
+        try:
+            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="ascii") as file:
+                known = file.read().strip()
+            if known:
+                return known
+        except FileNotFoundError:
+            pass
+        fresh = os.urandom(8).hex()
+        scratch = f"{path}.{fresh}"
+        write_file(scratch, fresh.encode() + b"\n")
+        os.replace(scratch, path)
+        return fresh
+
+    def ingest_lock(self) -> contextlib.AbstractContextManager[bool]:
+        """Hold the lock of the one process that ingests from here; yields False if another has it.
+
+        Raises:
+            JournalError: the file can't be opened or locked.
+        """
+        return self._locked(os.O_RDWR, shared=False)
+
+    def reading_lock(self) -> contextlib.AbstractContextManager[bool]:
+        """Keep anybody from ingesting from here, but no other reader from reading; False if one ingests now.
+
+        For targets that don't shut ingesters out themselves while they are read.
+
+        Raises:
+            JournalError: the file can't be opened or locked.
+        """
+        return self._locked(os.O_RDONLY, shared=True)
+
+    @contextlib.contextmanager
+    def _locked(self, mode: int, *, shared: bool) -> Iterator[bool]:
+        """Hold `ingest.lock`. Without a journal, nobody can ingest: a reader has what it wants."""
+        path = os.path.join(self.directory, "ingest.lock")
+        fd, locked = -1, False
+        try:
+            try:
+                if not shared:
+                    self.check_directory()
+                try:
+                    fd = os.open(path, mode | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+                except OSError as error:
+                    if not shared or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
+                        raise
+                    fd = os.open(path, mode | _NO_FOLLOW)  # who reads may not write there
+                locked = try_lock(fd, shared=shared)
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                raise JournalError(
+                    f"can't be locked: {error.strerror}; nothing is ingested", path=path
+                ) from error
+            yield locked or (shared and fd < 0)
+        finally:
+            if locked:
+                unlock(fd)
+            if fd >= 0:
+                os.close(fd)
+
+    def record_loss(self, loss: Loss) -> None:
+        """Put on record that events were lost; survives `kill -9` and power cuts once this returns.
+
+        Raises:
+            OSError: not recorded; try again.
+        """
+        self.make_directory()
+        path = os.path.join(self.directory, new_segment_id(self._clock()))
+        _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
+
+    def losses(self) -> dict[str, Loss]:
+        """Return the losses on record that the ledger does not have yet, by the path of their file."""
+        found = {}
+        for name in self._names():
+            if name.endswith(_LOSS_SUFFIX) and is_segment_id(name.removesuffix(_LOSS_SUFFIX)):
+                path = os.path.join(self.directory, name)
+                # One that can't be read yet is being written at this moment.
+                with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
+                    found[path] = Loss(**json.load(file))
+        return found
+
+
+class Journal(_JournalDirectory):
+    """The directory of segments. Making the object touches nothing; the first segment makes the directory."""
 
     def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
         """Create a new segment and lock it.
@@ -3743,47 +3879,6 @@ class Journal:
             return try_lock(fd)
         except OSError:  # no locks here: the claimers find out as well, and leave everything alone
             return True
-
-    def make_directory(self, *, durable: bool = False) -> None:
-        """Make the journal's directory, or check the one that is there.
-
-        Raises:
-            OSError: it can't be made.
-            JournalError: it is a symbolic link or belongs to somebody else.
-        """
-        parent = os.path.dirname(self.directory)
-        try:
-            os.makedirs(parent, exist_ok=True)
-            os.mkdir(self.directory, _DIRECTORY_MODE)
-            if durable:
-                sync_directory(parent)
-            return
-        except FileExistsError:
-            self.check_directory()
-
-    def check_directory(self) -> None:
-        """Raise JournalError if the directory is a link or somebody else's, OSError if it is gone."""
-        found = os.lstat(self.directory)
-        if not stat.S_ISDIR(found.st_mode):
-            kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
-            raise JournalError(
-                f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`",
-                path=self.directory,
-            )
-        if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
-            raise JournalError(
-                f"belongs to user {found.st_uid}, who could read and change what is recorded; "
-                "work as that user, make it your own, or set `journal`",
-                path=self.directory,
-            )
-
-    def _names(self) -> list[str]:
-        try:
-            return sorted(os.listdir(self.directory))
-        except FileNotFoundError:
-            return []
-        except OSError as error:
-            raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
 
     def segments(self) -> list[str]:
         """Return the paths of all segments, oldest first; none if there is no journal yet.
@@ -3856,111 +3951,6 @@ class Journal:
             ) from error
         return claim
 
-    @contextlib.contextmanager
-    def ingest_lock(self) -> Iterator[bool]:
-        """Hold the lock of the one process that ingests from here; yields False if another has it.
-
-        Raises:
-            JournalError: the file can't be opened or locked.
-        """
-        path = os.path.join(self.directory, "ingest.lock")
-        try:
-            self.check_directory()
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
-        except FileNotFoundError:
-            yield False  # no directory, so nothing to ingest either
-            return
-        except OSError as error:
-            raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
-        locked = False
-        try:
-            try:
-                locked = try_lock(fd)
-            except OSError as error:
-                raise JournalError(
-                    f"can't be locked: {error.strerror}; nothing is ingested", path=path
-                ) from error
-            yield locked
-        finally:
-            if locked:
-                unlock(fd)
-            os.close(fd)
-
-    @contextlib.contextmanager
-    def reading_lock(self) -> Iterator[bool]:
-        """Keep anybody from ingesting from here, but no other reader from reading; False if one ingests now.
-
-        For targets that don't shut ingesters out themselves while they are read.
-
-        Raises:
-            JournalError: the file can't be opened or locked.
-        """
-        path = os.path.join(self.directory, "ingest.lock")
-        fd = -1
-        locked = True
-        try:
-            with contextlib.suppress(FileNotFoundError):  # no journal; or who reads may not write there
-                try:
-                    fd = os.open(path, os.O_RDONLY | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
-                except OSError as error:
-                    if error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                        raise
-                    fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
-                locked = try_lock(fd, shared=True)
-        except OSError as error:
-            if fd >= 0:
-                os.close(fd)
-            raise JournalError(f"can't be locked: {error.strerror}", path=path) from error
-        try:
-            yield locked
-        finally:
-            if fd >= 0:
-                os.close(fd)
-
-    def identity(self) -> str:
-        """Return the random name under which this journal appears in the ledger, made at the first call.
-
-        Call it under the ingest lock only, so that two processes can't make two names.
-        """
-        path = os.path.join(self.directory, "journal.id")
-        try:
-            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="ascii") as file:
-                known = file.read().strip()
-            if known:
-                return known
-        except FileNotFoundError:
-            pass
-        fresh = os.urandom(8).hex()
-        scratch = f"{path}.{fresh}"
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW
-        with open(os.open(scratch, flags, _FILE_MODE), "w", encoding="ascii") as file:
-            file.write(fresh + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(scratch, path)
-        return fresh
-
-    def record_loss(self, loss: Loss) -> None:
-        """Put on record that events were lost; survives `kill -9` and power cuts once this returns.
-
-        Raises:
-            OSError: not recorded; try again.
-        """
-        self.make_directory()
-        path = os.path.join(self.directory, new_segment_id(self._clock()))
-        _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
-
-    def losses(self) -> dict[str, Loss]:
-        """Return the losses on record that the ledger does not have yet, by the path of their file."""
-        found = {}
-        for name in self._names():
-            if name.endswith(_LOSS_SUFFIX) and is_segment_id(name.removesuffix(_LOSS_SUFFIX)):
-                path = os.path.join(self.directory, name)
-                # One that can't be read yet is being written at this moment.
-                with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
-                    found[path] = Loss(**json.load(file))
-        return found
-
     def survey(self) -> Survey:
         """Look at every file, changing nothing and disturbing nobody for longer than a moment.
 
@@ -4019,15 +4009,6 @@ def sync_file(path: str) -> None:
         os.fsync(fd)
     finally:
         os.close(fd)
-
-
-def write_new_file(path: str, data: bytes) -> None:
-    """Write a file that doesn't exist yet, durably, with mode 0600. Raises OSError."""
-    fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | _NO_FOLLOW, _FILE_MODE)
-    with open(fd, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(fd)
 
 
 # === Writer ===
@@ -5209,7 +5190,7 @@ class _AuditedHandlers(dict[Any, Any]):
         super().__setitem__(kind, handler if method is None else self._audited(method, handler))
 
     def _audited(self, method: str, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
-        async def audited(request: Any) -> Any:
+        async def _audited_handler(request: Any) -> Any:
             variable = getattr(sys.modules.get("mcp.server.lowlevel.server"), "request_ctx", None)
             context = variable.get(None) if variable is not None else None
             found = _Request(
@@ -5217,7 +5198,7 @@ class _AuditedHandlers(dict[Any, Any]):
             )
             return await self._middleware(found, lambda _: handler(request))
 
-        return audited
+        return _audited_handler
 
 
 # Decorators.
@@ -5248,7 +5229,7 @@ def audited(
     input_of = _binder(function)
     template = re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(title)))  # `{id}` stands for any text
 
-    def start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         outer = running_call()
         if (
             outer is not None
@@ -5267,7 +5248,7 @@ def audited(
             **{**origin._asdict(), "caller": caller or origin.caller},
         )
 
-    return cast(Function, functools.wraps(function)(_wrapper(function, start)))
+    return cast(Function, functools.wraps(function)(_wrapper(function, _start)))
 
 
 def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
@@ -5276,7 +5257,7 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
     if inspect.isasyncgenfunction(function):
 
-        async def async_generator(*args: Any, **kwargs: Any) -> Any:
+        async def _async_generator(*args: Any, **kwargs: Any) -> Any:
             async with _Unseen(start(args, kwargs)) as call:
                 steps = function(*args, **kwargs)
                 try:
@@ -5285,9 +5266,8 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
                     while True:
                         try:
                             sent = yield item
-                        except (
-                            GeneratorExit
-                        ):  # of aclose; an event loop that ends may have closed `steps` first
+                        except GeneratorExit:
+                            # Of aclose; an event loop that ends may have closed `steps` first.
                             with call.running():
                                 await steps.aclose()
                             raise
@@ -5300,27 +5280,27 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
                 except StopAsyncIteration:
                     return
 
-        return async_generator
+        return _async_generator
     if inspect.isgeneratorfunction(function):
 
-        def generator(*args: Any, **kwargs: Any) -> Any:
+        def _generator(*args: Any, **kwargs: Any) -> Any:
             with _Unseen(start(args, kwargs)) as call:
                 return (yield from _Steps(call, function(*args, **kwargs)))
 
-        return generator
+        return _generator
     if inspect.iscoroutinefunction(function):
 
-        async def coroutine(*args: Any, **kwargs: Any) -> Any:
+        async def _coroutine(*args: Any, **kwargs: Any) -> Any:
             async with start(args, kwargs):
                 return await function(*args, **kwargs)
 
-        return coroutine
+        return _coroutine
 
-    def plain(*args: Any, **kwargs: Any) -> Any:
+    def _plain(*args: Any, **kwargs: Any) -> Any:
         with start(args, kwargs):
             return function(*args, **kwargs)
 
-    return plain
+    return _plain
 
 
 class _Within:
@@ -5334,12 +5314,14 @@ class _Within:
         self._outer = outer
 
     def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+        """Give the outer call the function's name and input."""
         outer = self._outer
         outer.name = str(name)
         outer.input_json, outer.echoes = outer._recorder.begin(input_params, name, endpoint_def)
         return outer.input_json, outer.echoes
 
     def finish(self, call: Call) -> int:
+        """Tell the outer call how the function ended; the line is its own to write."""
         if call.status == "error":
             self._outer.fail(call.error)
         if call.policy_decision != "n/a":
@@ -5347,10 +5329,10 @@ class _Within:
         return 0
 
     def wait(self, ticket: int) -> None:
-        pass
+        """Nothing: the outer call waits for its line."""
 
     async def wait_async(self, ticket: int) -> None:
-        pass
+        """Nothing, likewise."""
 
 
 class _Unseen:
@@ -5387,14 +5369,17 @@ class _Steps:
             return next(self._generator)
 
     def send(self, value: Any) -> Any:
+        """Send a value into the generator, as part of the call."""
         with self._call.running():
             return self._generator.send(value)
 
     def throw(self, *error: Any) -> Any:
+        """Raise an error in the generator, as part of the call."""
         with self._call.running():
             return self._generator.throw(*error)
 
     def close(self) -> None:
+        """End the generator, as part of the call."""
         with self._call.running():
             self._generator.close()
 
@@ -5416,7 +5401,7 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
     bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
     rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
 
-    def input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
+    def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:  # the function will say so itself
@@ -5426,7 +5411,7 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
             named.update(given.get(rest, {}))
         return {name: value for name, value in named.items() if not _is_context(value)}
 
-    return input_of
+    return _input_of
 
 
 def _is_context(value: object) -> bool:
@@ -8741,7 +8726,7 @@ class Purger:
             "heads": [head._asdict() for head in chain_heads(self._engine)],
             "files": files,
         }
-        write_new_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+        write_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
         sync_directory(folder)
 
 
@@ -8926,7 +8911,7 @@ def _copy_journal(paths: Iterable[str], directory: str) -> int:
             if data:
                 if not copied:
                     os.mkdir(directory, _DIRECTORY_MODE)
-                write_new_file(os.path.join(directory, os.path.basename(path)), data)
+                write_file(os.path.join(directory, os.path.basename(path)), data)
                 copied += 1
     if copied:
         sync_directory(directory)
