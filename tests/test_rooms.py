@@ -53,8 +53,18 @@ def test_check_rooms_on_a_room_that_may_name_one_below_is_red() -> None:
 
 
 def test_check_rooms_on_a_room_that_may_name_more_than_it_does_is_red() -> None:
-    broken = re.sub(r"(# === Target ===\n# may name: )", r"\1Calls, ", SOURCE)
+    broken = re.sub(r"(# === Output ===\n# may name: )", r"\1Calls, ", SOURCE)
     assert any("Calls, but doesn't" in fault for fault in check_rooms.check(broken))
+
+
+def test_check_rooms_on_a_part_that_may_name_what_its_room_may_not_is_red() -> None:
+    broken = re.sub(r"(# == Target ==\n# may name: )", r"\1Calls, ", SOURCE)
+    assert any("Calls, which Store doesn't say" in fault for fault in check_rooms.check(broken))
+
+
+def test_check_rooms_on_a_part_that_names_one_below_is_red() -> None:
+    broken = SOURCE.replace("# == Ingest ==", "_ = Verifier\n# == Ingest ==")
+    assert any("Ledger names Verifier of Evidence" in fault for fault in check_rooms.check(broken))
 
 
 def test_check_rooms_on_a_missing_room_is_red() -> None:

@@ -1,7 +1,8 @@
 """Check that each room of mxcp_audit.py names only the rooms that it says it may name, all above it.
 
-Silent when all is well; otherwise a line for each fault, with the fix, and exit status 1. It also
-holds each import to its room, so that the clock, threads and DuckDB stay where they belong.
+A large room has parts, with the same rule among them. Silent when all is well; otherwise a line for each
+fault, with the fix, and exit status 1. It also holds each import to its room, so that the clock, threads and
+DuckDB stay where they belong.
 """
 
 from __future__ import annotations
@@ -10,32 +11,14 @@ import ast
 import re
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
-RECORDING = (
-    "Errors",
-    "Config",
-    "Events",
-    "Redaction",
-    "Encoding",
-    "Journal",
-    "Writer",
-    "Calls",
-    "Logger",
-)
-READING = (
-    "SQL",
-    "Engines",
-    "Target",
-    "Ledger",
-    "Ingest",
-    "Evidence",
-    "Removal",
-    "Copies",
-    "Reading",
-    "Store",
-    "Output",
-)
-ROOMS = (*RECORDING, *READING, "Assembly", "Wrap", "Command line")
+RECORDING = ("Errors", "Config", "Events", "Redaction", "Encoding", "Journal", "Writer", "Calls", "Logger")
+ROOMS = (*RECORDING, "SQL", "Engines", "Store", "Output", "Assembly", "Command line")
+PARTS = {  # a large room has parts, which name only parts above them
+    "Store": ("Target", "Ledger", "Ingest", "Evidence", "Removal", "Copies", "Reading", "Operations"),
+    "Command line": ("Wrap", "Commands"),
+}
 # What may be used where; a module that is not here may be used anywhere.
 IMPORTS = {
     "threading": {"Writer", "Logger", "Reading", "Wrap"},
@@ -55,30 +38,44 @@ CALLS = {  # dotted names that are called
     "print": {"Command line"},
     "sys.exit": {"Command line"},
 }
-BANNER = re.compile(r"# === (.+) ===")
+BANNER = re.compile(r"# ===? (.+?) ===?")
 MAY_NAME = re.compile(r"# may name: (.+)")
+ALL = "every room above"
 
 
-def rooms_of(lines: list[str]) -> list[tuple[str, int, set[str]]]:
-    """Return name, line of the banner, and the rooms that may be named, of each room in order."""
-    found = []
-    for start, line in enumerate(lines, 1):
-        number = start
+class Place(NamedTuple):
+    """A room, or a part of one: its name, where it begins, and what it may name."""
+
+    name: str
+    room: str
+    line: int
+    may_name: frozenset[str]
+
+    @property
+    def is_part(self) -> bool:
+        return self.name != self.room
+
+
+def places_of(lines: list[str]) -> list[Place]:
+    """Return the rooms and their parts, in order."""
+    found: list[Place] = []
+    for number, line in enumerate(lines, 1):
         banner = BANNER.fullmatch(line)
-        if banner:
-            allowed = MAY_NAME.fullmatch(lines[number]) if number < len(lines) else None
-            if allowed is None:
-                raise SystemExit(f"mxcp_audit.py:{number}: no `# may name:` line under the banner; add one")
-            text = allowed[1]
-            while text.endswith(","):  # it goes on in the next line
-                number += 1
-                text += lines[number].removeprefix("#")
-            names = {name.strip() for name in text.split(",")}
-            if names == {"nothing"}:
-                names = set()
-            elif names == {"every room above"}:
-                names = {name for name, _, _ in found}
-            found.append((banner[1], start, names))
+        if not banner:
+            continue
+        allowed = MAY_NAME.fullmatch(lines[number]) if number < len(lines) else None
+        if allowed is None:
+            raise SystemExit(f"mxcp_audit.py:{number}: no `# may name:` line under the banner; add one")
+        text, more = allowed[1], number
+        while text.endswith(","):  # it goes on in the next line
+            more += 1
+            text += lines[more].removeprefix("#")
+        names = {name.strip() for name in text.split(",")} - {"nothing"}
+        is_room = line.startswith("# ===")
+        room = banner[1] if is_room else found[-1].room
+        if ALL in names:
+            names |= {place.room for place in found if place.room != room}
+        found.append(Place(banner[1], room, number, frozenset(names)))
     return found
 
 
@@ -106,29 +103,41 @@ def defined_names(node: ast.stmt) -> list[str]:
     return [name.id for name in names if isinstance(name.ctx, ast.Store)]
 
 
-def order_faults(rooms: list[tuple[str, int, set[str]]]) -> list[str]:
-    """Return what is wrong with what the rooms say of each other."""
+def plan_fault(places: list[Place]) -> str | None:
+    """Return what is wrong with the plan: which rooms there are, of which parts, in which order."""
+    wanted = [name for room in ROOMS for name in (room, *PARTS.get(room, ()))]
+    found = [place.name for place in places]
+    return None if found == wanted else f"mxcp_audit.py: the rooms are {found}, not {wanted}; restore them"
+
+
+def order_faults(places: list[Place]) -> list[str]:
+    """Return what is wrong with what rooms and parts say of each other."""
     faults = []
-    order = {name: index for index, name in enumerate(ROOMS)}
-    for name, number, allowed in rooms:
-        for other in sorted(allowed):
-            if other not in order or order[other] >= order[name]:
-                faults.append(
-                    f"mxcp_audit.py:{number}: {name} says that it may name {other}, which is not above it"
-                )
-            elif name in RECORDING and other not in RECORDING:
-                faults.append(f"mxcp_audit.py:{number}: {name} records and may not name {other}, which reads")
+    whole = {place.room: place for place in places if not place.is_part}
+    for index, place in enumerate(places):
+        above = {other.name for other in places[:index] if other.room == place.room or not other.is_part}
+        for other in sorted(place.may_name - {ALL}):
+            if other not in above - {place.room}:
+                problem = f"says that it may name {other}, which is not above it"
+            elif place.name in RECORDING and other not in RECORDING:
+                problem = f"records and may not name {other}, which reads"
+            elif other in ROOMS and other not in whole[place.room].may_name:
+                problem = f"says that it may name {other}, which {place.room} doesn't say"
+            else:
+                continue
+            faults.append(f"mxcp_audit.py:{place.line}: {place.name} {problem}")
     return faults
 
 
-def _misplaced(node: ast.AST, name: str, homes: dict[str, set[str]], room: str) -> str:
+def _misplaced(node: ast.AST, name: str, homes: dict[str, set[str]], place: Place) -> str:
     where = " or ".join(sorted(homes[name])) or "no room"
     return (
-        f"mxcp_audit.py:{getattr(node, 'lineno', 0)}: {room} uses {name}, which belongs to {where}; move it"
+        f"mxcp_audit.py:{getattr(node, 'lineno', 0)}: {place.name} uses {name}, "
+        f"which belongs to {where}; move it"
     )
 
 
-def misplaced(node: ast.AST, room: str) -> list[str]:
+def misplaced(node: ast.AST, place: Place) -> list[str]:
     """Return a fault for each thing that a node uses in a room where it doesn't belong."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
         used, homes = [node.id], IMPORTS
@@ -140,51 +149,61 @@ def misplaced(node: ast.AST, room: str) -> list[str]:
         used, homes = [dotted(node.func)], CALLS
     else:
         return []
-    return [_misplaced(node, name, homes, room) for name in used if name in homes and room not in homes[name]]
+    return [
+        _misplaced(node, name, homes, place)
+        for name in used
+        if name in homes and not {place.room, place.name} & homes[name]
+    ]
 
 
 def check(source: str) -> list[str]:
     """Return the faults of a source text, a line each."""
-    lines = source.splitlines()
-    rooms = rooms_of(lines)
-    found = tuple(name for name, _, _ in rooms)
-    if found != ROOMS:
-        return [f"mxcp_audit.py: the rooms are {list(found)}, not {list(ROOMS)}; restore them"]
-    faults = order_faults(rooms)
+    places = places_of(source.splitlines())
+    fault = plan_fault(places)
+    if fault:
+        return [fault]
+    faults = order_faults(places)
 
-    def room_at(line: int) -> int:
-        return max((index for index, (_, start, _) in enumerate(rooms) if start <= line), default=-1)
+    def place_at(line: int) -> int:
+        return max((index for index, place in enumerate(places) if place.line <= line), default=-1)
 
     tree = ast.parse(source)
     home: dict[str, int] = {}
     for node in tree.body:
         for name in defined_names(node):
-            there = home.setdefault(name, room_at(node.lineno))
-            if there != room_at(node.lineno):
+            there = home.setdefault(name, place_at(node.lineno))
+            if there != place_at(node.lineno):
                 faults.append(
-                    f"mxcp_audit.py:{node.lineno}: {name} is defined in {rooms[there][0]} too; rename one"
+                    f"mxcp_audit.py:{node.lineno}: {name} is defined in {places[there].name} too; rename one"
                 )
-    named: dict[str, set[str]] = {name: set() for name in ROOMS}
+    named: dict[str, set[str]] = {place.name: set() for place in places}
     for node in ast.walk(tree):
-        here = room_at(getattr(node, "lineno", 0))
-        if here < 0:
+        index = place_at(getattr(node, "lineno", 0))
+        if index < 0:
             continue
-        room, _, allowed = rooms[here]
-        faults += misplaced(node, room)
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
-            there = home.get(node.id, here)
-            named[room].add(rooms[there][0])
-            if there >= 0 and there != here and rooms[there][0] not in allowed:
-                faults.append(
-                    f"mxcp_audit.py:{node.lineno}: {room} names {node.id} of {rooms[there][0]}; "
-                    + ("add it to `may name`" if there < here else "move one of them: names point up only")
+        here = places[index]
+        faults += misplaced(node, here)
+        if not (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)) or home.get(node.id, -1) < 0:
+            continue
+        origin = places[home[node.id]]
+        target = origin.name if origin.room == here.room else origin.room
+        named[here.name].add(target)
+        named[here.room].add(target)
+        if target not in here.may_name | {here.name, here.room}:
+            faults.append(
+                f"mxcp_audit.py:{node.lineno}: {here.name} names {node.id} of {target}; "
+                + (
+                    "add it to `may name`"
+                    if origin.line < here.line
+                    else "move one of them: names point up only"
                 )
-    for room, number, allowed in rooms:
-        if "every room above" not in lines[number]:
-            for other in sorted(allowed - named[room]):
-                faults.append(
-                    f"mxcp_audit.py:{number}: {room} says that it may name {other}, but doesn't; take it out"
-                )
+            )
+    for place in places:
+        for other in sorted(place.may_name - named[place.name]) if ALL not in place.may_name else ():
+            faults.append(
+                f"mxcp_audit.py:{place.line}: {place.name} says that it may name {other}, "
+                "but doesn't; take it out"
+            )
     return sorted(set(faults))
 
 
