@@ -184,6 +184,11 @@ class QueryError(StoreError):
     """The engine refused a statement."""
 
 
+def counted(count: int, noun: str) -> str:
+    """Return a number with its noun, as messages tell it: in the plural unless it is one."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
 # === Config ===
 # may name: Errors
 #
@@ -3650,8 +3655,7 @@ class Loss(NamedTuple):
     reason: str
 
     def __str__(self) -> str:
-        plural = "" if self.events == 1 else "s"
-        return f"{self.events} event{plural} lost between {self.first} and {self.last} UTC: {self.reason}"
+        return f"{counted(self.events, 'event')} lost between {self.first} and {self.last} UTC: {self.reason}"
 
 
 def _timestamp_of(line: bytes) -> str | None:
@@ -7284,6 +7288,20 @@ class Deadline:
         return True
 
 
+_Answer = TypeVar("_Answer")
+
+
+def patiently(action: Callable[[], _Answer], wait: float) -> _Answer:
+    """Return what `action` returns; while it raises DatabaseLockedError, try again for `wait` seconds."""
+    deadline = Deadline(wait)
+    while True:
+        try:
+            return action()
+        except DatabaseLockedError:
+            if not deadline.pause():
+                raise
+
+
 def _size_of(path: str) -> int:
     try:
         return os.stat(path).st_size
@@ -8015,11 +8033,12 @@ class Ingest:
                 self._diagnostics.rejected += faults
                 self._diagnostics.report(
                     "rejected",
-                    f"{faults} lines of {claim.path} can't be ingested; kept beside it in .rejected",
+                    f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected",
                 )
             if claim.torn:
                 self._diagnostics.report(
-                    "torn", f"{claim.path} ended within a line; its last {claim.torn} bytes are kept in .torn"
+                    "torn",
+                    f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn",
                 )
             try:
                 claim.release(delete=True)
@@ -8153,7 +8172,7 @@ def _refuse_fatal_limit() -> None:
 
 
 # == Evidence ==
-# may name: Events, SQL, Engines, Ledger
+# may name: Errors, Events, SQL, Engines, Ledger
 #
 # Recomputes what the ledger says and names what is otherwise. Nothing is written: whoever purges asks
 # here first, too, so that what somebody had changed stays known as changed when it is gone.
@@ -8408,7 +8427,7 @@ class Verifier:
             for segment, (events, _) in purge.wrong.items():
                 self.verdict.add(
                     "changed",
-                    f"segment {segment} was not as recorded when it was purged: {events} events",
+                    f"segment {segment} was not as recorded when it was purged: {counted(events, 'event')}",
                     segment,
                 )
         self.purges = Purges(purges)
@@ -8474,7 +8493,7 @@ class Verifier:
         if unkeyed:
             self.verdict.add(
                 "chain",
-                f"{unkeyed} entries of journal {head.journal} are sealed without the key; "
+                f"entries of journal {head.journal} sealed without the key: {unkeyed}; "
                 "if they are older than the key, a checkpoint of that time settles it",
                 journal=head.journal,
             )
@@ -8504,22 +8523,24 @@ class Verifier:
     def _judge(self, row: Compared) -> None:
         verdict = self.verdict
         if row.position < 0:
-            verdict.add(
-                "inserted", f"segment {row.segment} is not in the ledger: {row.found} events", row.segment
-            )
+            text = f"segment {row.segment} is not in the ledger: {counted(row.found, 'event')}"
+            verdict.add("inserted", text, row.segment)
             return
         events, digest = self.purges.expected(row)
         if (row.found, row.found_digest) == (events, digest):
             return
         if not row.found:
-            verdict.add("removed", f"segment {row.segment}: all {events} events are missing", row.segment)
-        elif not events:
             verdict.add(
-                "inserted", f"segment {row.segment}: {row.found} events where none belong", row.segment
+                "removed",
+                f"segment {row.segment}: nothing is left of {counted(events, 'event')}",
+                row.segment,
             )
+        elif not events:
+            text = f"segment {row.segment}: {counted(row.found, 'event')} where none belong"
+            verdict.add("inserted", text, row.segment)
         elif self._explained >= _MAX_EXPLAINED or not self._explain(row, events):
             kind = "removed" if row.found < events else "inserted" if row.found > events else "changed"
-            text = f"segment {row.segment}: {row.found} events, {events} were recorded, not the same"
+            text = f"segment {row.segment}: {counted(row.found, 'event')}, not as recorded: {events}"
             verdict.add(kind, text, row.segment)
 
     def _explain(self, row: Compared, events: int) -> bool:
@@ -8675,7 +8696,9 @@ class Purger:
         """
         ((events,),) = self._engine.execute(COUNT_OLD, {"moment": self._before})
         if events != removal.events:
-            raise StoreError(f"{events} rows are older than {self._before}, {removal.events} were expected")
+            raise StoreError(
+                f"{counted(events, 'row')} older than {self._before}, not {removal.events}; try again"
+            )
         heads = {name or "": position for name, position in self._engine.execute(CHAIN_ENDS)}
         purge = Purge(self._limit, heads, self._left, self._wrong, removal.archive)
         span = (removal.first_event, removal.last_event)
@@ -9216,7 +9239,7 @@ class Reading:
                 with _watched(target, progress):
                     written = self._write(sql, params, target, form)
                 if written not in (expected, None):
-                    raise StoreError(f"{path}: {written} of {expected} events were written; try again")
+                    raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
                 os.chmod(target, _FILE_MODE)
                 os.replace(target, path)
         except OSError as error:
@@ -9813,13 +9836,18 @@ class Checkup:
                 state["readable"] = reading.has_table
                 state["events"] = reading.engine.execute(COUNT_TABLE)[0][0]
                 for _, text in self._store.losses(reading):
-                    self._fault(f"events were lost: {text}", "see docs/operations.md, losses")
+                    self._fault(
+                        f"events were lost: {text}",
+                        "they are gone; mend the reason. 30 days on it counts as healthy",
+                    )
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
         except DatabaseLockedError as error:
             self._fault(str(error), "close that program; events wait in the journal meanwhile")
         except DatabaseUnreachableError as error:
-            self._fault(str(error), "see docs/scale-out.md; events wait in the journal meanwhile")
+            self._fault(
+                str(error), "check its address, network and login; events wait in the journal meanwhile"
+            )
         except DatabaseCorruptError as error:
             self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
         except StoreError as error:
@@ -9837,12 +9865,12 @@ class Checkup:
         state |= survey._asdict()
         if survey.orphaned:
             self._fault(
-                f"{survey.orphaned} segments wait since {survey.oldest_pending} for somebody to take them in",
+                f"{counted(survey.orphaned, 'segment')} since {survey.oldest_pending}, taken in by nobody",
                 "run `python -m mxcp_audit ingest`; if that fails, it says why",
             )
         if survey.rejected:
             self._fault(
-                f"{survey.rejected} files in {journal.directory} hold lines that could not be ingested",
+                f"lines could not be ingested: {counted(survey.rejected, 'file')} in {journal.directory}",
                 "read the .rejected files, keep what matters, and remove them",
             )
         if survey.torn:
@@ -9873,7 +9901,7 @@ class Checkup:
 
 
 # === Output ===
-# may name: SQL, Engines
+# may name: Errors, SQL, Engines
 #
 # Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
@@ -9956,11 +9984,6 @@ def write_text(file: TextIO, text: str) -> None:
     """Write a text with its line breaks, and nothing else that a terminal acts on."""
     for line in text.split("\n"):
         _write(file, printable(line))
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless it is one."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def more_hint(shown: int, limit: int | None) -> str:
@@ -10058,13 +10081,14 @@ _NARROWEST: Final = 12  # arbitrary: cells that an elastic column keeps
 
 
 class EventTable:
-    """Events as a table that may grow, with the reason or the error under a row that has one.
+    """Events as a table that may grow.
 
     Args:
         file: where to; it is asked for its encoding, so that an ASCII terminal gets ASCII.
         columns: names out of PUBLIC_COLUMNS.
         width: cells that a line may take; None where nobody looks at lines, as in a pipe.
         colour: mark errors and denials.
+        with_reasons: show reason and error under a row that has one.
         with_input: show the input under each row.
         grows: leave room in the columns, because more rows will come.
     """
@@ -10076,6 +10100,7 @@ class EventTable:
         columns: Sequence[str] = SHORT_COLUMNS,
         width: int | None,
         colour: bool,
+        with_reasons: bool = True,
         with_input: bool = False,
         grows: bool = False,
     ) -> None:
@@ -10083,6 +10108,7 @@ class EventTable:
         self._columns = columns
         self._width = width
         self._colour = colour
+        self._below = ("reason", "error") if with_reasons else ()
         self._with_input = with_input
         self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
         self._widths = [
@@ -10104,8 +10130,8 @@ class EventTable:
             self._line(self._heads)
         for event, row in zip(events, cells):
             self._line(row, _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"]) or "")
-            for label in ("reason", "error"):
-                if event[label] and label not in self._columns:
+            for label in self._below:
+                if event[label]:
                     text = f"    {label}: {printable(event[label])}"
                     _write(self._file, (text if self._width is None else fit(text, self._width)).rstrip())
             if self._with_input:
@@ -10259,7 +10285,6 @@ _BATCH_EVENTS: Final = 500  # arbitrary: of a part, in one write
 IMPORT_LINE_BYTES: Final = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
 
 
-_Answer = TypeVar("_Answer")
 _Imported: TypeAlias = tuple[bytes, int, dict[str, Any]]  # an event's line, its time in ns, its values
 
 
@@ -10312,7 +10337,7 @@ class Importer:
         """
         import hashlib  # lazily: it loads OpenSSL
 
-        self._patiently(self._store.ingest)  # a part that waits in the journal is none the ledger knows
+        patiently(self._store.ingest, self._wait)  # a part that waits in the journal is none the ledger knows
         self._bad = 0
         events = known = 0
         digest = hashlib.sha256()
@@ -10320,11 +10345,11 @@ class Importer:
         first = next(lines, None)
         while first is not None:
             part = self._part_id(digest, first)
-            there = self._patiently(lambda part=part: self._store.imported(part))  # type: ignore[misc]
+            there = patiently(lambda part=part: self._store.imported(part), self._wait)  # type: ignore[misc]
             if there is None:
                 count, first = self._write(part, digest, first, lines)
                 events += count
-                self._patiently(self._store.ingest)
+                patiently(self._store.ingest, self._wait)
             else:
                 count, first = self._skip(path, there, digest, first, lines)
                 known += count
@@ -10411,15 +10436,6 @@ class Importer:
                 "edited, or is a copy that went its own way; import the events that are missing as a file"
             )
         return count, event
-
-    def _patiently(self, action: Callable[[], _Answer]) -> _Answer:
-        deadline = Deadline(self._wait)
-        while True:
-            try:
-                return action()
-            except DatabaseLockedError:
-                if not deadline.pause():
-                    raise
 
 
 def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
@@ -10580,7 +10596,7 @@ class WrappedServer:
         if not written:
             self.failure = f"the journal can't be written: {counters.last_error}"
         elif counters.dropped:
-            self.failure = f"{counters.dropped} events were dropped"
+            self.failure = f"{counted(counters.dropped, 'event')} dropped"
 
     def _on_fault(self, problem: str) -> None:
         if self._strict:
@@ -10811,7 +10827,9 @@ examples:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     common = parser_class(add_help=False)
     _add_common(common)
-    new_command = functools.partial(_add_command, commands, common)
+    waiting = parser_class(add_help=False, parents=[common])
+    _add_wait(waiting)
+    new_command = functools.partial(_add_command, commands, common, waiting)
     for add in (
         _add_log,
         _add_show,
@@ -10837,14 +10855,21 @@ examples:
 def _add_command(
     commands: Any,
     common: argparse.ArgumentParser,
+    waiting: argparse.ArgumentParser,
     name: str,
     run: Callable[[argparse.Namespace], int],
     one_line: str,
     description: str,
     examples: str,
+    *,
+    waits: bool = True,
     **parts: Any,
 ) -> argparse.ArgumentParser:
-    """Add a command with its help; the examples are lines without the program's name."""
+    """Add a command with its help; the examples are lines without the program's name.
+
+    Args:
+        waits: whether it takes `--wait`.
+    """
     import argparse
 
     lines = "".join(f"  mxcp-audit {line}\n" for line in examples.splitlines())
@@ -10854,7 +10879,7 @@ def _add_command(
         description=description,
         epilog=f"examples:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
-        **{"parents": [common], **parts},
+        **{"parents": [waiting if waits else common], **parts},
     )
     command.set_defaults(run=run)
     return command
@@ -10869,14 +10894,17 @@ def _add_common(common: argparse.ArgumentParser) -> None:
         "--profile", metavar="NAME", help="the profile (default: MXCP_PROFILE, or the site file's)"
     )
     place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
-    place.add_argument(
+    common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
+
+
+def _add_wait(waiting: argparse.ArgumentParser) -> None:
+    waiting.add_argument(
         "--wait",
         metavar="SECONDS",
         type=_argument(_seconds),
         default=5.0,
         help="how long to try again while another process holds the database (default: 5)",
     )
-    common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
 
 
 def version_text() -> str:
@@ -10922,7 +10950,9 @@ def _progress_bar(what: str) -> Callable[[int, int], None]:
 
     def show(done: int, total: int) -> None:
         with contextlib.suppress(OSError, ValueError):
-            print(f"\r{what} {done} of {total} events", end="\n" if done >= total else "", file=sys.stderr)
+            print(
+                f"\r{what} {done} of {counted(total, 'event')}", end="\n" * (done >= total), file=sys.stderr
+            )
 
     return show
 
@@ -11110,7 +11140,9 @@ def cmd_log(options: argparse.Namespace) -> int:
             _say(summary(shown, count))
         lost = store.losses(reading) if reading.problem is None else []
         if lost:
-            _say(f"{sum(count for count, _ in lost)} events were lost in the last 30 days: see `doctor`")
+            _say(
+                f"{counted(sum(count for count, _ in lost), 'event')} lost in the last 30 days: see `doctor`"
+            )
         if reading.problem is not None:
             _say(f"only events of the journal are shown: {reading.problem}")
             return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
@@ -11143,6 +11175,7 @@ def _event_table(options: argparse.Namespace) -> EventTable:
         columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
         width=None if options.wide else width,
         colour=colour,
+        with_reasons=options.columns is None,
         with_input=options.input,
         grows=options.follow,
     )
@@ -11393,6 +11426,7 @@ def _add_config(new_command: _NewCommand) -> None:
         "show the settings that hold, and who set them",
         "Show every setting of the profile: its value and where it comes from. Secrets are left out.",
         "config\nconfig --profile production --json",
+        waits=False,
     )
     command.add_argument("--json", action="store_true", help="print a JSON object of value and source")
 
@@ -11428,6 +11462,7 @@ def _add_redact(new_command: _NewCommand) -> None:
         """\
 redact < input.json
 redact --tool login --json < input.json""",
+        waits=False,
     )
     command.add_argument("--tool", metavar="NAME", help="as the input of this tool")
     command.add_argument("--json", action="store_true", help="print one object: recorded, redacted")
@@ -11470,7 +11505,7 @@ def _add_ingest(new_command: _NewCommand) -> None:
         "ingest",
         cmd_ingest,
         "move the events of dead processes from the journal into the database",
-        "Move every sealed or orphaned segment into the database, as running servers\ndo.",
+        "Move every segment that no running server is writing into the database.",
         "ingest\ningest --db /var/log/mxcp/audit-prod.duckdb",
     )
 
@@ -11479,10 +11514,14 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     """Take in what dead processes left. 1 if lines had to be rejected."""
     told = Diagnostics()
     store = Store(_config_of(options), diagnostics=told)
-    done = store.ingest()
-    _say(f"{told.ingested} events ingested" + (f", {told.rejected} rejected" if told.rejected else ""))
-    if not done:
-        _say("another process is ingesting; the rest is left to it")
+
+    def ingest() -> None:
+        if not store.ingest():
+            raise DatabaseLockedError(f"{store.target.name}: another process is ingesting; try again")
+
+    patiently(ingest, options.wait)
+    rejected = f", {counted(told.rejected, 'line')} rejected" if told.rejected else ""
+    _say(f"{counted(told.ingested, 'event')} ingested{rejected}")
     return EXIT_FAILED if told.rejected else 0
 
 
@@ -11515,7 +11554,7 @@ def cmd_import(options: argparse.Namespace) -> int:
             _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
             failed = True
             continue
-        known = f", {result.known} were there" if result.known else ""
+        known = f", {result.known} known already" if result.known else ""
         bad = f", {counted(result.bad, 'bad line')} left out" if result.bad else ""
         _say(f"{path}: {counted(result.events, 'event')} imported{known}{bad}")
         failed |= result.bad > 0
@@ -11619,7 +11658,8 @@ def _verdict_summary(verdict: Verdict, since: str | None) -> str:
     found = len(verdict.findings) + verdict.more_findings
     parts = [
         "intact" if verdict.intact else f"NOT intact, {counted(found, 'finding')}",
-        f"{verdict.events} events in {verdict.segments} segments of {len(verdict.heads)} journals",
+        f"{counted(verdict.events, 'event')} in {counted(verdict.segments, 'segment')} "
+        f"of {counted(len(verdict.heads), 'journal')}",
     ]
     for count, what in (
         (verdict.purged, "purged since"),
@@ -11629,7 +11669,7 @@ def _verdict_summary(verdict: Verdict, since: str | None) -> str:
         if count:
             parts.append(f"{count} {what}")
     if verdict.waiting_bytes:
-        parts.append(f"{verdict.waiting_bytes} bytes wait in the journal, not sealed yet")
+        parts.append(f"{counted(verdict.waiting_bytes, 'byte')} in the journal, not sealed yet")
     if since is not None:
         parts.append(f"segments before {since} UTC were not recomputed")
     return "; ".join(parts)
@@ -11710,12 +11750,12 @@ def cmd_purge(options: argparse.Namespace) -> int:
     span = (
         f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
     )
-    _print(f"{removal.events} events {would}purged{span}")
+    _print(f"{counted(removal.events, 'event')} {would}purged{span}")
     if removal.archive:
         _print(f"archived in {os.path.join(options.archive, removal.archive)}")
     if removal.wrong:
         _say(
-            f"{removal.wrong} segments were not as recorded before they were purged; verify goes on saying so"
+            f"purged although not as recorded: {counted(removal.wrong, 'segment')}; verify goes on saying so"
         )
     return 0
 
@@ -11735,9 +11775,9 @@ def _add_backup(new_command: _NewCommand) -> None:
 def cmd_backup(options: argparse.Namespace) -> int:
     """Copy the log while servers run."""
     events, segments = Store(_config_of(options)).backup(options.file, wait=options.wait)
-    _print(f"{events} events copied to {options.file}")
+    _print(f"{counted(events, 'event')} copied to {options.file}")
     if segments:
-        _print(f"{segments} segments of running servers copied to {options.file}.journal")
+        _print(f"{counted(segments, 'segment')} of running servers copied to {options.file}.journal")
     return 0
 
 
@@ -11773,6 +11813,7 @@ def _add_wrap(new_command: _NewCommand) -> None:
         "unchanged.",
         "wrap -- npx -y @modelcontextprotocol/server-everything\n"
         "wrap --profile production --strict -- python server.py",
+        waits=False,
         usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
     )
     command.add_argument(

@@ -149,6 +149,9 @@ def test_log_table_columns_wide_and_input(filled: Path, run: Cli) -> None:
     assert run("log", *DB, "--columns", "name, status", "--limit", "1").stdout == (
         "NAME      STATUS\nget_user  success\n"
     )
+    denied = ("--policy", "deny", "--columns", "name")
+    assert run("log", *DB, *denied).stdout == "NAME\ndelete_user\n"  # no reason, no error
+    assert run("log", *DB, *denied, "--input").stdout == 'NAME\ndelete_user\n    {"id":7}\n'
     wide = run("log", *DB, "--wide", COLUMNS="50").stdout
     assert "EVENT_ID" in wide and max(map(len, wide.splitlines())) > 100
     assert '    {"id":7,"password":"[REDACTED]"}' in run("log", *DB, "--input").stdout
@@ -239,6 +242,84 @@ def test_commands_while_locked_name_the_holder_and_exit_75(held: int, filled: Pa
         assert (done.returncode, done.stdout) == (75, ""), command
         assert f"PID {held}" in done.stderr
     assert not (filled / "x.csv").exists()
+
+
+def test_ingest_wait_tries_again_until_the_database_is_free(
+    filled: Path, run: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with held_database(filled / "log.duckdb") as holder:
+        done = run("ingest", *DB, "--wait", "0")
+        assert done.returncode == 75 and f"PID {holder.pid}" in done.stderr
+
+        def pause(deadline: object) -> bool:
+            holder.kill()
+            holder.wait()
+            return True
+
+        monkeypatch.setattr(mxcp_audit.Deadline, "pause", pause)
+        done = run("ingest", *DB)
+        assert (done.returncode, done.stderr) == (0, "2 events ingested\n")
+
+
+def test_ingest_wait_tries_again_while_another_process_ingests(
+    filled: Path, run: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fcntl = pytest.importorskip("fcntl")
+    with open(filled / "log.duckdb.journal" / "ingest.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        done = run("ingest", *DB, "--wait", "0")
+        assert done.returncode == 75 and "another process is ingesting" in done.stderr
+
+        def pause(deadline: object) -> bool:
+            fcntl.flock(lock, fcntl.LOCK_UN)
+            return True
+
+        monkeypatch.setattr(mxcp_audit.Deadline, "pause", pause)
+        done = run("ingest", *DB)
+        assert (done.returncode, done.stderr) == (0, "2 events ingested\n")
+
+
+def test_options_that_would_do_nothing_are_refused(run: Cli) -> None:
+    for command in (["config"], ["redact"], ["wrap"]):
+        done = run(*command, *DB, "--wait", "1")
+        assert done.returncode == 2 and "--wait" in done.stderr, command
+
+
+def test_one_of_anything_is_told_in_the_singular(engine: str, tmp_path: Path, run: Cli) -> None:
+    code = (
+        "import os, sys; from mxcp_audit import AuditLogger;"
+        "a = AuditLogger(sys.argv[1], flush_interval=3600, durable=True);"
+        "a.log_event('cli', 'tool', 'once', {}, 5); os._exit(0)"
+    )
+    subprocess.run(
+        [sys.executable, "-c", code, "log.duckdb"], cwd=tmp_path, env=child_environment(), check=True
+    )
+    (segment,) = (tmp_path / "log.duckdb.journal").glob("*.jsonl")
+    with open(segment, "ab") as file:
+        file.write(b"{}\n")
+    os.utime(segment, (0, 0))
+    said = []
+    for command in (
+        ["doctor"],
+        ["ingest"],
+        ["doctor"],
+        ["log"],
+        ["stats"],
+        ["verify"],
+        ["log", "--export", "one.csv"],
+        ["backup", "backup.duckdb"],
+        ["purge", "--older-than", mxcp_audit.utc_now().isoformat()[:19] + ".999999Z", "--dry-run"],
+    ):
+        done = run(*command, *DB)
+        assert "Traceback" not in done.stderr
+        said += [f"{command[0]}: {line}" for line in (done.stdout + done.stderr).splitlines()]
+    assert (
+        sum(bool(re.search(r"\b1 (event|segment|journal|line|file|group)\b", line)) for line in said) >= 8
+    ), said
+    plurals = [
+        line for line in said if re.search(r"\b1 (event|segment|journal|line|file|group|byte)s\b", line)
+    ]
+    assert plurals == []
 
 
 def test_log_corrupt_database_shows_the_journal_and_exits_1(filled: Path, cli: Cli) -> None:

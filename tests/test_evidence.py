@@ -337,7 +337,7 @@ def test_verify_manual_delete_of_whole_segments_is_reported_as_removed(log: Path
     change(log, f"DELETE FROM logs WHERE timestamp < '{moment(START_NS + DAY_NS)}'")
     (finding,) = store_of(log).verify().findings
     assert (finding.kind, finding.segment) == ("removed", segments_of(log)[0])
-    assert "all 4 events" in finding.text
+    assert "nothing is left of 4 events" in finding.text
 
 
 def test_verify_rows_of_unknown_segment_are_reported_as_inserted(log: Path) -> None:
@@ -535,7 +535,7 @@ def test_verify_damaged_ledger_gives_findings_and_no_traceback(log: Path) -> Non
 
 def test_cli_verify_says_intact_or_what_is_not(log: Path, cli: Any) -> None:
     done = cli("verify", "--db", str(log))
-    assert (done.returncode, done.stdout) == (0, "intact; 8 events in 2 segments of 1 journals\n"), done
+    assert (done.returncode, done.stdout) == (0, "intact; 8 events in 2 segments of 1 journal\n"), done
     change(log, "UPDATE logs SET name = 'x' WHERE seq = 1")
     done = cli("verify", "--db", str(log))
     assert done.returncode == 1 and "NOT intact, 2 findings" in done.stdout

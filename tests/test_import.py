@@ -153,12 +153,12 @@ def test_import_twice_renamed_compressed_and_grown_adds_only_what_is_new(tmp_pat
     log = write(tmp_path / "a.jsonl", older(1), older(1), older(2))  # two events may be alike
     assert "3 events imported" in cli("import", "--db", "log.duckdb", "a.jsonl").stderr
     again = cli("import", "--db", "log.duckdb", "a.jsonl")
-    assert (again.returncode, "0 events imported, 3 were there" in again.stderr) == (0, True)
+    assert (again.returncode, "0 events imported, 3 known already" in again.stderr) == (0, True)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(log.read_bytes()))
     assert "0 events imported" in cli("import", "--db", "log.duckdb", "b.jsonl.gz").stderr
     write(log, older(3), newer(4), mode="a")
-    assert "2 events imported, 3 were there" in cli("import", "--db", "log.duckdb", "a.jsonl").stderr
-    assert "0 events imported, 5 were there" in cli("import", "--db", "log.duckdb", "a.jsonl").stderr
+    assert "2 events imported, 3 known already" in cli("import", "--db", "log.duckdb", "a.jsonl").stderr
+    assert "0 events imported, 5 known already" in cli("import", "--db", "log.duckdb", "a.jsonl").stderr
     assert [event["name"] for event in events(cli)] == ["t1", "t1", "t2", "t3", "t4"]
 
 
@@ -329,7 +329,7 @@ def test_import_locked_database_nothing_done_exit_75(tmp_path: Path, cli: Cli) -
     with held_database(tmp_path / "log.duckdb"):
         done = cli("import", "--db", "log.duckdb", "--wait", "0.2", "a.jsonl")
         assert done.returncode == 75, done.stderr
-    assert "1 event imported, 1 were there" in cli("import", "--db", "log.duckdb", "a.jsonl").stderr
+    assert "1 event imported, 1 known already" in cli("import", "--db", "log.duckdb", "a.jsonl").stderr
 
 
 def test_import_old_ten_column_database_is_read_and_continued(tmp_path: Path, cli: Cli) -> None:

@@ -268,7 +268,7 @@ def test_doctor_names_every_fault_with_its_remedy(db: Path) -> None:
     for sign in (
         "not enabled",
         "open to other users",
-        "1 segments wait",
+        "1 segment since",
         "could not be ingested",
         "events were lost",
     ):

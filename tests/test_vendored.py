@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import os
 import shutil
@@ -101,3 +102,12 @@ def test_vendored_with_an_engine_asked_for_that_is_missing_says_so(folder: Path)
             MXCP_AUDIT_ENGINE=choice,
         )
         assert queried.returncode == 1 and word in queried.stderr and "Traceback" not in queried.stderr
+
+
+def test_vendored_messages_name_no_page_that_was_not_copied() -> None:
+    tree = ast.parse((ROOT / "mxcp_audit.py").read_text(encoding="utf-8"))
+    texts = {
+        node for node in ast.walk(tree) if isinstance(node, ast.Constant) and isinstance(node.value, str)
+    }
+    docstrings = {node.value for node in ast.walk(tree) if isinstance(node, ast.Expr)}
+    assert [node.value for node in texts - docstrings if "docs/" in node.value or ".md" in node.value] == []
