@@ -7394,7 +7394,10 @@ class Target:
             while True:
                 try:
                     if self.is_absent():
-                        raise DatabaseNotFoundError(f"Audit database not found at {self.path}")
+                        raise DatabaseNotFoundError(
+                            f"Audit database not found at {self.path}: correct the path, or run `ingest` "
+                            "if events wait in its journal"
+                        )
                     stack.enter_context(self.attached(engine, read_only=read_only))
                     break
                 except DatabaseLockedError:

@@ -33,7 +33,7 @@ def read_journal(directory: Path, ledgered: frozenset[str] = frozenset()) -> Ite
 
 
 if __name__ == "__main__":
-    if len(sys.argv) < 2:
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         raise SystemExit(__doc__)
     for found in read_journal(Path(sys.argv[1]), frozenset(sys.argv[2:])):
         print(json.dumps(found, ensure_ascii=False))

@@ -219,6 +219,8 @@ def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), databas
 
 
 def main(arguments: list[str]) -> int:
+    if not arguments or arguments[0].startswith("-"):
+        raise SystemExit(__doc__)
     import duckdb
 
     checkpoints = []
