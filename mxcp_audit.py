@@ -3475,6 +3475,11 @@ class Segment:
         """How many lines that is."""
         return self._end[1]
 
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was sealed or given up."""
+        return self._fd < 0
+
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
         """Write whole lines at the end, all of them or none.
 
@@ -4036,6 +4041,7 @@ _RETRY_SECONDS: Final = (0.05, 5.0)  # first and longest pause after a failed wr
 _REPORT_SECONDS: Final = 60.0  # how often the same trouble is told
 
 _LOG: Final = logging.getLogger("mxcp_audit")
+_native: Final[list[Any]] = []  # what `native_threads` made, once: a process under gevent needs no second
 
 
 def native_threads() -> Any:
@@ -4048,8 +4054,7 @@ def native_threads() -> Any:
     if monkey is None or not monkey.is_module_patched("threading"):
         return threading
     if not _native:
-        import importlib.util
-        import types
+        import importlib.util  # here, because only gevent needs it
 
         patched = sys.modules["_thread"]
         original = types.ModuleType("_thread")
@@ -4066,9 +4071,6 @@ def native_threads() -> Any:
             sys.modules["_thread"] = patched
         _native.append(module)
     return _native[0]
-
-
-_native: Final[list[Any]] = []  # the copy, made once: a process under gevent needs no second
 
 
 class Diagnostics:
@@ -4153,6 +4155,7 @@ class Appender:
     def start_afresh(self) -> None:
         """Begin without a segment: at first, and in a child after a fork, where the parent's is let go."""
         self.done = 0  # lines that are in the journal, or can be in none
+        self._before = 0  # those of them that are in no segment of ours any more
         self._lost: list[Loss] = []
         self._losing = native_threads().RLock()  # callers lose events too, in signal handlers as well
         segment, self._segment = self._segment, None
@@ -4174,13 +4177,10 @@ class Appender:
         Raises:
             OSError, JournalError: they are not in the journal, but for the first ones that `done` counts.
         """
-        segment = self._segment
-        if segment is not None and not segment.is_in_place():
-            segment = self._replace(segment)
+        segment = self._present()
         if segment is None:
             segment = self._segment = self._journal.open_segment(durable=self._durable)
         before = segment.events
-        goal = before + len(piece)
         lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
         try:
             segment.append(lines, len(piece), durable=self._durable)
@@ -4189,11 +4189,23 @@ class Appender:
             if error.errno != errno.EFBIG:
                 raise
             self._append_in_parts(piece, fits=before > 0)
-        finally:
-            # An interrupt may come between the two: what the segment took is done.
-            if segment.events == goal:
-                self.done += len(piece)
+        self.settle()
         return segment.size >= SEGMENT_BYTES and self.seal()
+
+    def settle(self) -> None:
+        """Count in `done` what the segment took, even if an interrupt came right after that."""
+        if self._segment is not None:
+            self.done = self._before + self._segment.events
+
+    def _present(self) -> Segment | None:
+        """Return the segment that is open and in place, if there is one."""
+        self.settle()
+        segment = self._segment
+        if segment is not None and segment.is_closed:  # an interrupt came before we let go of it
+            self._before, self._segment = self.done, None
+        elif segment is not None and not segment.is_in_place():
+            self._replace(segment)
+        return self._segment
 
     def _append_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
         """Put away what exceeded the limit of file sizes: in a new segment if it fits, or in halves."""
@@ -4203,17 +4215,16 @@ class Appender:
             self.append(piece[: len(piece) // 2])
             self.append(piece[len(piece) // 2 :])
         else:
-            self.done += 1
+            self._before = self.done = self.done + 1
             self.lose(1, "the event is larger than a file may be (RLIMIT_FSIZE)")
             self._diagnostics.note(
                 "limit", "an event is larger than a file may be (RLIMIT_FSIZE) and is lost"
             )
 
-    def _replace(self, segment: Segment) -> Segment | None:
+    def _replace(self, segment: Segment) -> None:
         """Start anew after somebody deleted or moved the segment; a deleted one is written again."""
         self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; a new segment is written")
         held = segment.rescue()
-        fresh = None
         if held:
             fresh = self._journal.open_segment(durable=self._durable)
             try:
@@ -4221,19 +4232,18 @@ class Appender:
             except BaseException:
                 fresh.seal()
                 raise
-        self._segment = fresh
+            self._segment = fresh
+        else:
+            self._before, self._segment = self.done, None
         segment.abandon()
-        return fresh
 
     def seal(self) -> bool:
         """Seal the segment, if any, and put losses on record; False if either must be tried again."""
-        segment = self._segment
         try:
-            if segment is not None and not segment.is_in_place():
-                segment = self._replace(segment)
+            segment = self._present()
             if segment is not None:
                 segment.seal()
-            self._segment = None
+                self._before, self._segment = self.done, None
         except (OSError, JournalError) as error:
             self._diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
             return False
@@ -4260,7 +4270,8 @@ class Appender:
             try:
                 self._journal.record_loss(loss)
             except (OSError, JournalError) as error:
-                self._lost.insert(0, loss)
+                with self._losing:
+                    self._lost.insert(0, loss)
                 self._diagnostics.note("loss", "a loss could not be put on record yet", error=error)
                 return False
         return True
@@ -4294,7 +4305,6 @@ class Writer:
         self._drop_when_full = drop_when_full
         self._diagnostics = diagnostics
         self._on_start = on_start
-        self._fork_held = False
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -4309,12 +4319,11 @@ class Writer:
         self._writing = threads.RLock()  # of the appender; held while the disk works
         self._wake = threads.Lock()
         self._wake.acquire()
-        # accepted = _finished + len(_held) + len(_queue)
+        # Lines stay in the queue until they are in the journal: there is no moment at which
+        # an interrupt, or a write that fails, finds them nowhere.
         self._queue: list[bytes] = []
         self._queued_bytes = 0
-        self._held: list[bytes] = []  # the batch that is being written
-        self._held_bytes = 0
-        self._finished = 0  # lines of the batches before
+        self._finished = 0  # lines that left the queue
         self._waiting: list[tuple[int, Callable[[], object]]] = []
         self._asleep = True
         self._gathering = False
@@ -4326,24 +4335,23 @@ class Writer:
 
     def before_fork(self) -> None:
         """Wait a moment for a write to end, so that no child inherits a segment that nobody knows yet."""
-        self._fork_held = self._writing.acquire(timeout=1.0)
+        self._writing.acquire(timeout=1.0)
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        if self._fork_held:
-            self._fork_held = False
+        with contextlib.suppress(RuntimeError):  # the moment was too short, and the lock is another's
             self._writing.release()
 
     # --- the caller's side
 
     def put(self, line: bytes) -> int:
         """Queue an unfinished line and return its ticket for `wait_written`; 0 if it was dropped."""
-        if self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._has_room():
+        if self._queued_bytes > QUEUE_BYTES and not self._has_room():
             return 0
         with self._lock:
             self._queue.append(line)
             self._queued_bytes += len(line)
-            ticket = self._finished + len(self._held) + len(self._queue)
+            ticket = self._finished + len(self._queue)
         if self._asleep:
             self._rouse()
         return ticket
@@ -4351,7 +4359,8 @@ class Writer:
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
         """Return True when the line with this ticket is in the journal; at once inside of the writing thread.
 
-        Without an end if `timeout` is None, else False after so many seconds.
+        Without an end if `timeout` is None, else False after so many seconds; False, too, of a line that
+        `close` had to leave behind.
         """
         if self._is_writing_thread():
             return True
@@ -4360,7 +4369,8 @@ class Writer:
         if self._gathering:
             self._release_wake()
         deadline = None if timeout is None else time.monotonic() + timeout
-        return self._wait_until(lambda: self.written >= ticket or self._closed, deadline)
+        self._wait_until(lambda: self.written >= ticket or self._closed, deadline)
+        return self.written >= ticket
 
     def call_when_written(self, ticket: int, callback: Callable[[], object]) -> None:
         """Call back, from any thread, when the line with this ticket is in the journal."""
@@ -4377,18 +4387,11 @@ class Writer:
             ticket = self.accepted
             self._seal_wanted = max(self._seal_wanted, ticket)
             self._progress.notify_all()
-        if self._asleep:
-            self._rouse()
-        elif self._gathering:
+        if self._gathering:
             self._release_wake()
         if self._is_writing_thread():
             return self._sealed >= ticket
-        while not self._wait_until(lambda: self._sealed >= ticket, min(deadline, time.monotonic() + 0.1)):
-            if time.monotonic() >= deadline:
-                return False
-            if self._thread is None:  # nobody else will
-                self._rouse()
-        return True
+        return self._wait_until(lambda: self._sealed >= ticket, deadline)
 
     def close(self, timeout: float) -> int:
         """Write and seal everything, end the thread, and return how many lines could not be written.
@@ -4406,7 +4409,7 @@ class Writer:
             if thread is not self._threads.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
-            with self._progress:
+            with self._lock:
                 self._progress.wait(_RETRY_SECONDS[0])
         with self._lock:
             self._closed = True
@@ -4418,7 +4421,7 @@ class Writer:
     @property
     def accepted(self) -> int:
         """How many lines were queued."""
-        return self._finished + len(self._held) + len(self._queue)
+        return self._finished + len(self._queue)
 
     @property
     def written(self) -> int:
@@ -4444,22 +4447,22 @@ class Writer:
         if self._is_writing_thread():
             return True
         self._diagnostics.report("full", f"{full}: callers wait (on_full: block)")
-        while self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._closing:
-            if self._thread is None:
-                self._rouse()
-            with self._progress:
-                if self._queued_bytes + self._held_bytes > QUEUE_BYTES:
-                    self._progress.wait(_RETRY_SECONDS[0] if self._thread is None else 1.0)
-        return True
+        return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, None)
 
     def _wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
-        with self._progress:
-            while not done():
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return False
-                self._progress.wait(left)
-            return True
+        """Wait for the writer, and do its work where there is none; False if the deadline came first."""
+        while not done():
+            if self._asleep:  # somebody was interrupted before he woke it, or nobody else will work
+                self._rouse()
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            if self._thread is None:
+                left = min(_RETRY_SECONDS[0], left or _RETRY_SECONDS[0])
+            with self._lock:
+                if not done():
+                    self._progress.wait(left)
+        return True
 
     def _rouse(self) -> None:
         """Wake the writer, start it, or do its work here.
@@ -4534,7 +4537,7 @@ class Writer:
                     if not self._sleep():
                         return
                     continue
-                with self._progress:
+                with self._lock:
                     if self._closing:  # `close` goes on trying as long as it may
                         self._retire()
                         return
@@ -4582,44 +4585,43 @@ class Writer:
         return done
 
     def _note_sealed(self) -> None:
-        with self._progress:
+        with self._lock:
             self._sealed = self.written
             self._progress.notify_all()
 
     def _drain(self) -> bool:
-        """Move the queue into the journal; False, with all that is left queued again, on a fault."""
-        while True:
-            with self._lock:
-                self._held = self._queue
-                self._queue = []
-                self._held_bytes, self._queued_bytes = self._queued_bytes, 0
-            if not self._held:
-                self._held_bytes = 0
-                return True
-            fault = False
+        """Move the queue into the journal; False on a fault, with what is left still queued."""
+        self._trim()  # after an interrupt there may be something to do
+        while batch := self._queue[:]:
             try:
-                for piece in _pieces(self._held):
+                for piece in _pieces(batch):
                     if self._appender.append(piece):
                         self._note_sealed()
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
-                fault = True
                 self._diagnostics.note(
                     "journal",
                     "the journal can't be written; events wait in memory and it is tried again",
                     error=error,
                 )
-            finally:
-                with self._progress:
-                    rest = self._held[self.written - self._finished :]
-                    self._queue[:0] = rest
-                    self._held, self._finished = [], self.written
-                    self._held_bytes = 0
-                    self._queued_bytes += sum(map(len, rest))
-                    self._progress.notify_all()
-                if self._waiting:
-                    self._call_back()
-            if fault:
                 return False
+            finally:
+                self._trim()
+        return True
+
+    def _trim(self) -> None:
+        """Take out of the queue what is in the journal, and tell those who wait for it."""
+        self._appender.settle()
+        with self._lock:
+            written = self.written
+            gone = self._queue[: written - self._finished]
+            count, left = len(gone), self._queued_bytes - sum(map(len, gone))
+            # An interrupt comes with a call, so that it never finds half of this.
+            del self._queue[:count]
+            self._finished = written
+            self._queued_bytes = left if self._queue else 0
+            self._progress.notify_all()
+        if self._waiting:
+            self._call_back()
 
     def _call_back(self) -> None:
         with self._lock:
