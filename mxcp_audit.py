@@ -666,7 +666,7 @@ def _float(text: str) -> float:
     return sign * value
 
 
-# Settings.
+# --- settings
 
 SITE_FILE = "mxcp-site.yml"
 MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
@@ -948,7 +948,7 @@ _SETTINGS: dict[str, Callable[[object], object]] = {
 _SETTINGS_OF_MXCP = ("max_file_size",)  # of its JSONL log; means nothing here
 
 
-# The site file.
+# --- the site file
 
 
 class _SiteFile:
@@ -2666,12 +2666,7 @@ class _Walk:
             return text if shown == text else encode_text(shown)
         return text
 
-    def mapping(
-        self,
-        value: dict[Any, Any],
-        declared: _Declared | None,
-        pairs: list[tuple[Any, Any]] | None = None,
-    ) -> str:
+    def mapping(self, value: dict[Any, Any], declared: _Declared | None, pairs: _Pairs | None = None) -> str:
         """Write a mapping: 1. guard, 2. judge labels, 3. go through the fields, 4. again on a copy.
 
         Args:
@@ -3093,10 +3088,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 # UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
 # Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
 
-_FRAME_CACHE_SIZE: Final = (
-    1024  # arbitrary: servers have tens of names; a flood of made-up ones must not stay
-)
-
+_FRAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
 REPLACEMENT: Final = "\ufffd"
 _NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
@@ -3218,14 +3210,15 @@ class Encoder:
         return (*frame, flag)
 
     def _text_json(self, value: object, echoes: Sequence[str] = ()) -> str:
-        return encode_text(self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT))
+        return encode_text(self._clean(value, echoes))
 
     def _id_json(self, value: object) -> str:
         if value is None:
             return "null"
-        return encode_text(
-            (value if type(value) is str else self._plain_text(value)).replace("\0", REPLACEMENT)
-        )
+        return encode_text(self._plain_text(value).replace("\0", REPLACEMENT))
+
+    def _clean(self, value: object, echoes: Sequence[str] = ()) -> str:
+        return self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT)
 
     def _plain_text(self, value: object) -> str:
         if type(value) is str:
@@ -3243,7 +3236,7 @@ class Encoder:
             ("policy_decision", "n/a" if policy_decision is None else policy_decision, POLICY_DECISIONS),
             ("status", status, STATUSES),
         ):
-            text = self._redactor.scrub(self._plain_text(value)).replace("\0", REPLACEMENT)
+            text = self._clean(value)
             texts.append(encode_text(text))
             if text not in allowed:
                 flags.append(f"mxcp_audit: {argument} is none of {', '.join(allowed)}")
@@ -3267,6 +3260,19 @@ def _clamped(duration_ms: object, flag: str) -> tuple[int | str, str]:
     return min(max(value, 0), MAX_DURATION_MS), flag
 
 
+def _json_object(line: bytes) -> dict[str, Any]:
+    """Return the JSON object that a line holds; ValueError says why there is none."""
+    try:
+        found = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
 def line_fault(line: bytes) -> str | None:
     """Say what makes a journal line unusable, or return None for a sound one.
 
@@ -3274,13 +3280,9 @@ def line_fault(line: bytes) -> str | None:
     refuses what DuckDB would quietly turn into NULL.
     """
     try:
-        event = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return f"invalid UTF-8 at byte {error.start + 1}"
-    except (ValueError, RecursionError) as error:
-        return f"invalid JSON: {error}"
-    if not isinstance(event, dict):
-        return "no JSON object"
+        event = _json_object(line)
+    except ValueError as error:
+        return str(error)
     for column in COLUMNS:
         value = event.get(column.name)
         if column.name == "segment":
@@ -3299,7 +3301,7 @@ def line_fault(line: bytes) -> str | None:
     return None
 
 
-# MXCP's own logs.
+# --- MXCP's own logs
 
 _ISO_8601: Final = re.compile(
     r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
@@ -3334,14 +3336,7 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
     Raises:
         ValueError: it is no event; the text says why.
     """
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"invalid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError("no JSON object")
+    record = _json_object(line)
     newer = "operation_type" in record
     if not newer and "type" not in record:
         if "schema_name" in record and "fields" in record:
@@ -3376,7 +3371,7 @@ def _time_of_mxcp(text: object) -> int:
 #         20261125T010203123456Z-1f2e3d4c.torn         what a dead writer left half written
 #         20261125T010203123456Z-1f2e3d4c.rejected     lines that could not be ingested, with the reason
 #         20261125T010204000000Z-5a6b7c8d.loss         how many events were dropped, when and why
-#         ingest.lock                                  held by the one process that ingests
+#         ingest.lock                                  held by the one process that ingests, or by readers
 #         journal.id                                   names this journal in the ledger
 #
 # A process writes its own segments only, so nothing depends on concurrent appends being atomic
@@ -3394,6 +3389,7 @@ _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
+_ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
@@ -3445,6 +3441,45 @@ def file_size_limit() -> float:
         return float("inf")
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     return float("inf") if limit == resource.RLIM_INFINITY else limit
+
+
+def sync_directory(directory: str) -> None:
+    """Force the names in a directory to the disk, where the system can."""
+    if sys.platform == "win32":  # it has no such call, and needs none
+        return
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: str) -> None:
+    """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
+    fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def segment_id_of(path: str) -> str:
+    """Return the segment id that a journal file's path stands for."""
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
+    """Write a file with mode 0600 and force it to the disk; an earlier one is replaced or is an OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if replace else os.O_EXCL) | _NO_FOLLOW
+    with open(os.open(path, flags, _FILE_MODE), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_beside(path: str, suffix: str, data: bytes) -> None:
+    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
+    write_file(path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
 
 
 class Segment:
@@ -3664,25 +3699,6 @@ def _timestamp_of(line: bytes) -> str | None:
     return match[1].decode("ascii", "replace") if match else None
 
 
-def segment_id_of(path: str) -> str:
-    """Return the segment id that a journal file's path stands for."""
-    return os.path.splitext(os.path.basename(path))[0]
-
-
-def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
-    """Write a file with mode 0600 and force it to the disk; an earlier one is replaced or is an OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if replace else os.O_EXCL) | _NO_FOLLOW
-    with open(os.open(path, flags, _FILE_MODE), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_beside(path: str, suffix: str, data: bytes) -> None:
-    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
-    write_file(path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
-
-
 class Survey(NamedTuple):
     """What lies in a journal."""
 
@@ -3693,9 +3709,6 @@ class Survey(NamedTuple):
     rejected: int  # files of lines that could not be ingested
     bytes: int
     oldest_pending: str | None  # the time of the oldest event in a sealed segment, ISO 8601
-
-
-_ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 
 
 class _JournalDirectory:
@@ -3915,19 +3928,26 @@ class Journal(_JournalDirectory):
         total = 0
         claims: list[Claim] = []
         problems: list[JournalError] = []
-        for path in self.segments():
-            if total >= limit_bytes:
-                break
-            if segment_id_of(path) in skip:
-                continue
-            try:
-                claim = self._claim_one(path)
-            except JournalError as error:
-                problems.append(error)
-                continue
-            if claim is not None:
-                claims.append(claim)
-                total += claim.size
+        try:
+            for path in self.segments():
+                if total >= limit_bytes:
+                    break
+                if segment_id_of(path) in skip:
+                    continue
+                try:
+                    claim = self._claim_one(path)
+                except JournalError as error:
+                    problems.append(error)
+                    continue
+                if claim is not None:
+                    claims.append(claim)
+                    total += claim.size
+        except (
+            BaseException
+        ):  # no memory, say: a claim that nobody knows would be held until the process ends
+            for claim in claims:
+                claim.release()
+            raise
         return claims, problems
 
     def _claim_one(self, path: str) -> Claim | None:
@@ -3948,8 +3968,10 @@ class Journal(_JournalDirectory):
             if not claim.lines:
                 claim.release(delete=True)
                 return None
-        except OSError as error:
+        except BaseException as error:
             claim.release()
+            if not isinstance(error, OSError):
+                raise
             raise JournalError(
                 f"can't be claimed: {error.strerror}; nothing is ingested until it can "
                 "(a file system without locks can't hold the journal of a shared database: set `journal`)",
@@ -3995,26 +4017,6 @@ class Journal(_JournalDirectory):
             with contextlib.suppress(FileNotFoundError):
                 total += os.stat(path).st_size
         return total
-
-
-def sync_directory(directory: str) -> None:
-    """Force the names in a directory to the disk, where the system can."""
-    if sys.platform == "win32":  # it has no such call, and needs none
-        return
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_file(path: str) -> None:
-    """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
-    fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 # === Writer ===
@@ -4671,7 +4673,7 @@ class Ingester:
 
     Args:
         side: what to call; it counts into the same diagnostics.
-        interval: seconds until the first retry; later ones wait longer, up to 30 s.
+        interval: seconds until the first retry; later ones wait longer. None waits more than 30 s.
         diagnostics: who is told of faults.
     """
 
@@ -4741,26 +4743,24 @@ class Ingester:
             self._diagnostics.report("stuck", "the ingest does not end; is its disk or network gone?")
 
     def _run(self) -> None:
-        pause = self._interval
-        waiting = False
-        while True:
-            with self._changed:
-                daily = False
-                if not self._stopping and self._done >= self._wanted:
-                    woken = self._changed.wait(pause if waiting else self._LONGEST_SLEEP_SECONDS)
-                    daily = not woken
-                if self._done >= self._wanted and (self._stopping or not (waiting or daily)):
-                    if self._stopping:
-                        self._thread = None
-                        self._changed.notify_all()
-                        return
-                    continue
-                target = self._wanted
+        shortest = min(self._interval, self._LONGEST_PAUSE_SECONDS)
+        waiting, pause = False, shortest  # whether something waits for a retry, and how long until then
+        while (target := self._next_target(pause if waiting else self._LONGEST_SLEEP_SECONDS)) is not None:
+            pause = min(pause * 2, self._LONGEST_PAUSE_SECONDS) if waiting else shortest
             waiting = not self._attempt()
-            pause = min(pause * 2, self._LONGEST_PAUSE_SECONDS) if waiting else self._interval
             with self._changed:
                 self._done = max(self._done, target)
                 self._changed.notify_all()
+
+    def _next_target(self, longest: float) -> int | None:
+        """Wait for a sealed segment, `longest` seconds at most; return what to count as done, None to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._done < self._wanted, longest)
+            if self._stopping and self._done >= self._wanted:
+                self._thread = None
+                self._changed.notify_all()
+                return None
+            return self._wanted
 
     def _attempt(self) -> bool:
         try:
@@ -4893,7 +4893,10 @@ class Call:
         if error is not None and not isinstance(error, GeneratorExit):
             if self.status != "error":  # what is known already was known nearer to the cause
                 self.fail(describe_exception(error))
-            denial = find_cause(error, self._denied_by)
+            try:
+                denial = find_cause(error, self._denied_by)
+            except TypeError:  # `denied_by` holds no exceptions; what the body raised counts for more
+                denial = None
             if denial is not None and self.policy_decision == "n/a":
                 self.policy("deny", describe_exception(denial, with_type=False))
         return self._recorder.finish(self)
@@ -4950,20 +4953,32 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
 
 def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
     """Return the error, or a cause or member of it, of the given kinds: frameworks wrap what tools raise."""
-    waiting: list[BaseException | None] = [error]
+    waiting: list[object] = [error]
     for _ in range(_MAX_CAUSES):
         if not waiting:
             break
         seen = waiting.pop(0)
-        if seen is None or isinstance(seen, kinds):
-            if seen is not None:
-                return seen
+        if not isinstance(seen, BaseException):  # an exception may call what it likes `exceptions`
             continue
-        waiting += [seen.__cause__ or seen.__context__, *getattr(seen, "exceptions", ())]
+        if isinstance(seen, kinds):
+            return seen
+        members = _get(seen, "exceptions")
+        waiting += [
+            seen.__cause__ or seen.__context__,
+            *(members if isinstance(members, (tuple, list)) else ()),
+        ]
     return None
 
 
-# Where a call came from.
+def check_denied_by(denied_by: DeniedBy) -> None:
+    """Raise EventError for what no exception could ever be an instance of, such as a list of classes."""
+    try:
+        isinstance(None, denied_by)
+    except TypeError as error:
+        raise EventError("must be an exception class, or a tuple of them", field="denied_by") from error
+
+
+# --- where a call came from
 
 
 class Origin(NamedTuple):
@@ -5068,7 +5083,7 @@ def _surroundings() -> Origin:
     return origin_of(None)
 
 
-# Middleware.
+# --- middleware
 
 
 def error_of_result(result: object) -> str | None:
@@ -5092,6 +5107,9 @@ class Middleware:
         caller: what to record as caller; found out for each call if None.
         denied_by: exceptions that are recorded as the policy decision `deny`; FastMCP's own
             AuthorizationError always is.
+
+    Raises:
+        EventError: `denied_by` holds something else than exceptions.
     """
 
     def __init__(
@@ -5099,6 +5117,7 @@ class Middleware:
     ) -> None:
         self._record = record
         self._caller = caller
+        check_denied_by(denied_by)
         self._denied_by = denied_by if isinstance(denied_by, tuple) else (denied_by,)
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -5204,7 +5223,7 @@ class _AuditedHandlers(dict[Any, Any]):
         return _audited_handler
 
 
-# Decorators.
+# --- decorators
 
 
 def audited(
@@ -5234,12 +5253,8 @@ def audited(
 
     def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         outer = running_call()
-        if (
-            outer is not None
-            and not outer.detailed
-            and outer.event_type == event_type
-            and (template.fullmatch(outer.name))
-        ):
+        same_kind = outer is not None and not outer.detailed and outer.event_type == event_type
+        if outer is not None and same_kind and template.fullmatch(outer.name):
             outer.detailed = True  # what the function calls in turn are executions of their own
             return Call(_Within(outer), event_type, title, input_of(args, kwargs), denied_by=denied_by)
         origin = _surroundings()
@@ -5422,7 +5437,7 @@ def _is_context(value: object) -> bool:
     return kind.__name__ == "Context" and kind.__module__.partition(".")[0] in ("mcp", "fastmcp")
 
 
-# The stdio wrapper's bookkeeping.
+# --- the stdio wrapper's bookkeeping
 
 MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
 _MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
@@ -5575,6 +5590,10 @@ class Counters(NamedTuple):
     last_error: str | None
 
 
+_UNENCODABLE: Final = "[UNENCODABLE]"
+_UNENCODABLE_JSON: Final = encode_text(encode_text(_UNENCODABLE))
+
+
 class EventRecorder:
     """Turns events and calls into queued lines; what can't be encoded is recorded without content.
 
@@ -5600,8 +5619,8 @@ class EventRecorder:
         try:
             return self._encoder.input_json(input_params, name, endpoint_def, echoes), echoes
         except Exception as fault:
-            self._diagnostics.report("encode", "an input could not be encoded", error=fault)
-            return encode_text(encode_text(_UNENCODABLE)), echoes
+            self._report("an input could not be encoded", fault)
+            return _UNENCODABLE_JSON, echoes
 
     def finish(self, call: Call) -> int:
         """Queue the line of a call that ended."""
@@ -5630,19 +5649,21 @@ class EventRecorder:
 
     def put_without_content(self, fault: Exception) -> int:
         """Record that there was an event, although it could not be encoded."""
-        self._diagnostics.report(
-            "encode", "an event could not be encoded; it is recorded without content", error=fault
-        )
-        input_json = encode_text(encode_text(_UNENCODABLE))
+        self._report("an event could not be encoded; it is recorded without content", fault)
         try:
             return self._put(
                 self._encoder.line(
-                    "", "", "", input_json, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ()
+                    *("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE),
+                    *(None, None, None, ()),
                 )
             )
         except Exception as error:
-            self._diagnostics.report("encode", "an event could not be recorded", error=error)
+            self._report("an event could not be recorded", error)
             return 0
+
+    def _report(self, message: str, fault: Exception) -> None:
+        """Tell of a fault by its type: its text may hold what was to be encoded."""
+        self._diagnostics.report("encode", f"{message} ({type(fault).__name__})")
 
     def wait(self, ticket: int) -> None:
         """With `durable`, return when the line is on the disk."""
@@ -5661,15 +5682,12 @@ class EventRecorder:
                 return
             written: asyncio.Future[None] = loop.create_future()
 
-            def resolve() -> None:
+            def _resolve() -> None:
                 if not written.done():  # the waiting task may have been cancelled
                     written.set_result(None)
 
-            self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(resolve))
+            self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(_resolve))
             await written
-
-
-_UNENCODABLE: Final = "[UNENCODABLE]"
 
 
 class AuditLogger:
@@ -5771,7 +5789,7 @@ class AuditLogger:
                 Journal(config.journal_directory),
                 durable=config.durable,
                 diagnostics=self._diagnostics,
-                on_sealed=self._sealed,
+                on_sealed=self._on_sealed,
             ),
             flush_interval=config.flush_interval,
             durable=config.durable,
@@ -5942,14 +5960,15 @@ class AuditLogger:
     def _decorator(
         self, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
     ) -> Callable[[Function], Function]:
+        check_denied_by(denied_by)
         if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
             example = '("reports/{id}")' if event_type == "resource" else "()"
             raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
 
-        def decorate(function: Function) -> Function:
+        def _decorate(function: Function) -> Function:
             return audited(function, self.record, event_type, name, caller, denied_by)
 
-        return decorate
+        return _decorate
 
     @property
     def counters(self) -> Counters:
@@ -6031,6 +6050,8 @@ class AuditLogger:
         """Before the first thread: be found by the exit hooks. False while the program ends."""
         if _live.exiting:
             return False
+        if self in _live.loggers:  # an earlier thread ended, or could not be started
+            return True
         _live.loggers.add(self)
         children = sys.modules.get("multiprocessing.util")
         process = sys.modules.get("multiprocessing.process")
@@ -6048,7 +6069,7 @@ class AuditLogger:
             except KeyboardInterrupt:
                 continue
 
-    def _sealed(self) -> None:
+    def _on_sealed(self) -> None:
         if self._ingester is not None and not _live.exiting:
             self._ingester.notify()
 
@@ -6100,7 +6121,10 @@ _live: Final = _Live()
 def _at_exit() -> None:
     try:
         for logger in list(_live.loggers):
-            logger.shutdown()
+            try:
+                logger.shutdown()
+            except Exception as error:  # the others have events, too
+                logger._diagnostics.report("exit", "a logger could not be shut down", error=error)
     except KeyboardInterrupt:  # a second Ctrl+C: leave at once, and say what is left
         _live.exiting = True
         left = sum(logger._writer.pending for logger in list(_live.loggers))

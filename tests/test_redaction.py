@@ -270,7 +270,7 @@ def test_declared_garbage_declares_nothing(redactor: Redactor, garbage: Any) -> 
 def test_declared_cycle_ends(redactor: Redactor) -> None:
     definition: dict[str, Any] = {"properties": {}}
     definition["properties"].update(a=definition, b=definition)
-    redactor.redact({"a": {"b": 1}}, endpoint_def=definition)
+    assert redactor.redact({"a": {"b": 1}}, endpoint_def=definition) == {"a": {"b": REDACTED}}
 
 
 # Structure.

@@ -368,6 +368,7 @@ def test_fork_in_two_threads_at_once_leaves_the_writer_free(bench: Bench) -> Non
     bench.writer.after_fork_in_parent()
     bench.writer.put(line(1))
     assert bench.writer.flush(SAFETY_SECONDS)
+    assert bench.writer.close(SAFETY_SECONDS) == 0
     assert bench.lines() == [line(1)]
 
 
