@@ -208,60 +208,62 @@ class QueryError(StoreError):
 # the code for the same answers: without `?`, a key is a scalar on one line before a colon);
 # patterns line by line (silently wrong on wrapped text).
 
-MAX_SITE_FILE_BYTES = 16 << 20  # arbitrary; real ones have a few hundred bytes
-MAX_DEPTH = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
-MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
-MAX_NUMBER_CHARS = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
-MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
+MAX_SITE_FILE_BYTES: Final = 16 * 2**20  # arbitrary; real ones have a few hundred bytes
+MAX_DEPTH: Final = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
+MAX_KEY_CHARS: Final = 1024  # PyYAML's limit; blanks before the colon count
+MAX_NUMBER_CHARS: Final = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
+MAX_KEY_INTEGER: Final = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
 
-_NULLS = ("~", "null", "Null", "NULL")
-_BOOLEANS = {
+_NULLS: Final = ("~", "null", "Null", "NULL")
+_BOOLEANS: Final = {
     word: value
     for value, words in ((True, ("yes", "true", "on")), (False, ("no", "false", "off")))
     for lower in words
     for word in (lower, lower.title(), lower.upper())
 }
-_NAN = float("nan")  # one object, as in PyYAML: two `.nan` keys are duplicates
-_INTEGER = re.compile(
+_NAN: Final = float("nan")  # one object, as in PyYAML: two `.nan` keys are duplicates
+_INTEGER: Final = re.compile(
     r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
 )
-_FLOAT = re.compile(
+_FLOAT: Final = re.compile(
     r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
     r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-_DATE = re.compile(
+_DATE: Final = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt]|[ \t]+)[0-9]{1,2}"
     r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
 
 # The reader appends one NUL, which can't occur elsewhere: no look-ahead runs off the end.
-_REFUSED_CHARACTER = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
-_BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
-_MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n\0])")
-_DASH = re.compile(r"-(?=[ \t\n\0])")
-_COLON = re.compile(r" *:(?=[ \t\n\0])")
-_LINE_GAP = re.compile(r" *\n[ \n]*")
-_LINE_END = re.compile(r"[\n\0]")
-_LEADING_LINES = re.compile(r"(?:\n *)*")
-_BLOCK_HEADER = re.compile(r"[|>](?:([+-]?)([1-9]?)|([1-9])([+-]))(?: +#[^\n\0]*| *)(?=[\n\0])")
-_PLAIN_START = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])")
-_PLAIN_END = re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")
-_FLOW_PLAIN_START = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])")
-_FLOW_PLAIN_END = re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #")
-_QUOTED = {
+_REFUSED_CHARACTER: Final = re.compile(
+    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
+)
+_BLANKS: Final = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
+_MARKER: Final = re.compile(r"(?:---|\.\.\.)(?=[ \t\n\0])")
+_DASH: Final = re.compile(r"-(?=[ \t\n\0])")
+_COLON: Final = re.compile(r" *:(?=[ \t\n\0])")
+_LINE_GAP: Final = re.compile(r" *\n[ \n]*")
+_LINE_END: Final = re.compile(r"[\n\0]")
+_LEADING_LINES: Final = re.compile(r"(?:\n *)*")
+_BLOCK_HEADER: Final = re.compile(r"[|>](?:([+-]?)([1-9]?)|([1-9])([+-]))(?: +#[^\n\0]*| *)(?=[\n\0])")
+_PLAIN_START: Final = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])")
+_PLAIN_END: Final = re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")
+_FLOW_PLAIN_START: Final = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])")
+_FLOW_PLAIN_END: Final = re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #")
+_QUOTED: Final = {
     "'": re.compile(r"'([^']*(?:''[^']*)*)'"),
     '"': re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL),
 }
-_QUOTED_MARKER = re.compile(r"\n(?:---|\.\.\.)[ \t\n]")
-_SINGLE_PART = re.compile(r"''|[ \t\n]+")
-_DOUBLE_PART = re.compile(r"\\(?:x(.{2})|u(.{4})|U(.{8})|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL)
-_HEXADECIMAL = re.compile(r"[0-9A-Fa-f]+")
-_ESCAPES = {
+_QUOTED_MARKER: Final = re.compile(r"\n(?:---|\.\.\.)[ \t\n]")
+_SINGLE_PART: Final = re.compile(r"''|[ \t\n]+")
+_DOUBLE_PART: Final = re.compile(r"\\(?:x(.{2})|u(.{4})|U(.{8})|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL)
+_HEXADECIMAL: Final = re.compile(r"[0-9A-Fa-f]+")
+_ESCAPES: Final = {
     **{"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r"},
     **{"e": "\x1b", " ": " ", '"': '"', "\\": "\\", "/": "/"},
     **{"N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"},
 }
-_REFUSALS = {
+_REFUSALS: Final = {
     "\t": "a tab between tokens; use spaces",
     "&": "an anchor (&name); write the value out, or put text that starts with & in quotes",
     "*": "an alias (*name); write the value out, or put text that starts with * in quotes",
@@ -668,17 +670,18 @@ def _float(text: str) -> float:
 
 # --- settings
 
-SITE_FILE = "mxcp-site.yml"
-MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
-MIN_INPUT_BYTES, MAX_INPUT_BYTES = 256, 64 << 20  # arbitrary; the writer's queue holds 64 MiB
+SITE_FILE: Final = "mxcp-site.yml"
+MAX_DURATION_S: Final = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
+MIN_INPUT_BYTES: Final = 256  # arbitrary
+MAX_INPUT_BYTES: Final = 64 * 2**20  # what the writer's queue holds
 
-_UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION = re.compile(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+")
-_DURATION_PART = re.compile(r"([0-9]+)(ms|[smhdw])")
+_UNITS_S: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION: Final = re.compile(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+")
+_DURATION_PART: Final = re.compile(r"([0-9]+)(ms|[smhdw])")
 # DuckDB's own rule for what ATTACH takes as `extension:rest`; one letter is a Windows drive.
-_TARGET = re.compile(r"[A-Za-z0-9_]{2,}:")
-_OPTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_NOT_IN_A_PATH = re.compile(r"[\0\ud800-\udfff]")
+_TARGET: Final = re.compile(r"[A-Za-z0-9_]{2,}:")
+_OPTION_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NOT_IN_A_PATH: Final = re.compile(r"[\0\ud800-\udfff]")
 
 
 def parse_duration(text: str) -> float:
@@ -731,7 +734,7 @@ class Config(NamedTuple):
     flush_interval: float = 1.0
     durable: bool = False
     on_full: str = "block"
-    max_input_bytes: int = 1 << 20
+    max_input_bytes: int = 2**20
     redact: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     redact_mode: str = "constant"
@@ -756,7 +759,7 @@ def is_attach_target(path: str) -> bool:
 
 
 # What may be shown of a connection string and of the `attach` options; everything else may be secret.
-_PUBLIC_KEYS = frozenset(
+_PUBLIC_KEYS: Final = frozenset(
     (
         "dbname",
         "host",
@@ -769,11 +772,13 @@ _PUBLIC_KEYS = frozenset(
         "connect_timeout",
     )
 )
-_PUBLIC_OPTIONS = frozenset(("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET"))
-_KEYWORD_PREFIXES = ("postgres:", "mysql:")  # what follows is `key=value …`, or a URL
-_PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
-_PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
-_PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
+_PUBLIC_OPTIONS: Final = frozenset(
+    ("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET")
+)
+_KEYWORD_PREFIXES: Final = ("postgres:", "mysql:")  # what follows is `key=value …`, or a URL
+_PREFIXES: Final = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
+_PAIR: Final = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
+_PIECE: Final = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
 
 
 def public_target(target: str) -> str:
@@ -931,7 +936,7 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     return dict(value)
 
 
-_SETTINGS: dict[str, Callable[[object], object]] = {
+_SETTINGS: Final[dict[str, Callable[[object], object]]] = {
     "enabled": _boolean,
     "path": _database,
     "journal": _path,
@@ -945,7 +950,7 @@ _SETTINGS: dict[str, Callable[[object], object]] = {
     "redact_mode": _choice("constant", "hmac"),
     "retention": _duration,
 }
-_SETTINGS_OF_MXCP = ("max_file_size",)  # of its JSONL log; means nothing here
+_SETTINGS_OF_MXCP: Final = ("max_file_size",)  # of its JSONL log; means nothing here
 
 
 # --- the site file
@@ -1174,7 +1179,7 @@ POLICY_DECISIONS: Final = ("allow", "deny", "warn", "n/a")
 STATUSES: Final = ("success", "error")
 MAX_DURATION_MS: Final = 2**31 - 1  # the largest INTEGER; DuckDB refuses a whole segment for one more
 
-wall_clock_ns: Final = time.time_ns  # the only clock that is recorded; intervals use the monotonic one
+wall_clock_ns: Final = time.time_ns  # the clock that is recorded; intervals use the monotonic one
 
 _SEGMENT_ID: Final = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
@@ -1252,7 +1257,7 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # for every `name=value` over the whole text (2.7 ms for 26 KB; stems first, then a look
 # around each, takes 0.7 ms); `re.IGNORECASE` (3.7 ms; small letters first, 0.2 ms).
 
-REDACTED = "[REDACTED]"
+REDACTED: Final = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
 
 
@@ -1266,20 +1271,20 @@ def _words_in(text: str) -> frozenset[str]:
 
 # The names that the specification lists are redacted as they stand there, whatever the
 # words say, in any spelling: case and separators don't count.
-SPEC_NAMES = _words_in("""
+SPEC_NAMES: Final = _words_in("""
     password passwd pwd secret token key apikey auth authorization credential ssn creditcard
     cardnumber
 """)
 # A secret wherever it stands: nothing else is called by these words. The last line is
 # "password" in the languages whose word for it is unmistakable.
-STRONG_WORDS = _words_in("""
+STRONG_WORDS: Final = _words_in("""
     password passwd pwd passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp
     pat creditcard codeverifier securityanswer clientassertion psk dockerconfigjson dockercfg
     kubeconfig jsessionid phpsessid sessid passwort kennwort contrasena contraseña senha
 """)
 # Two words that are one secret: the specification's card number, what card and identity
 # forms ask for, and words that a spelling tore apart (`passWord`, `OAuth`).
-PHRASES = {
+PHRASES: Final = {
     phrase: word
     for word, phrases in {
         "creditcard": "credit card, debit card, payment card, card number, card num, card no"
@@ -1298,7 +1303,7 @@ PHRASES = {
     for phrase in phrases.split(", ")
 }
 # A secret in some company only, each with the words before it that make it harmless.
-WEAK_WORDS = {
+WEAK_WORDS: Final = {
     # Units of text and places in a listing, optimistic locks, crypto-currencies.
     "token": _words_in("""
     next starting page paging pagination continuation continue cursor sync delta resume forward
@@ -1335,7 +1340,7 @@ WEAK_WORDS = {
     "answer": frozenset(),
 }
 # With one of these somewhere before it, `key` opens something.
-KEY_OPENERS = _words_in("""
+KEY_OPENERS: Final = _words_in("""
     access private auth authentication authorization encryption encrypt decryption decrypt signing
     sign hmac mac aes des rsa cipher crypto master root session shared account storage subscription
     license licence activation service role app application client server wrapping wrap unseal
@@ -1343,25 +1348,25 @@ KEY_OPENERS = _words_in("""
     signature kek dek
 """)
 # `tokens` are text, unless one of these says which.
-TOKEN_OPENERS = _words_in("""
+TOKEN_OPENERS: Final = _words_in("""
     access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot
     service deploy user device registration verification recovery invite
 """)
 # `…auth` holds credentials after a scheme or a thing one logs in to; else it is a setting.
-AUTH_SCHEMES = _words_in("""
+AUTH_SCHEMES: Final = _words_in("""
     http https basic digest bearer docker registry proxy api x npm redis git repo token
 """)
 # `Authorization` is a header, alone or beside these; else it is a decision or a record.
-AUTHORIZATION_CONTEXT = _words_in("""
+AUTHORIZATION_CONTEXT: Final = _words_in("""
     proxy http x ms amz basic bearer forwarded original header request
 """)
 # A code that proves who one is; others are countries, prices, programs and statuses.
-CODE_OPENERS = _words_in("""
+CODE_OPENERS: Final = _words_in("""
     authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa
     sms access device reset login time cvv cvc card
 """)
 # After a secret word these still mean the secret itself: forms, copies and parts of it.
-STILL_SECRET = _words_in("""
+STILL_SECRET: Final = _words_in("""
     value string str text plain plaintext cleartext base b bin binary raw hex encoded encrypted
     hashed hash digest data byte content body material override new old current previous confirm
     confirmation repeat again verification verify primary secondary main backup default dev prod
@@ -1370,7 +1375,7 @@ STILL_SECRET = _words_in("""
 """)
 # After a secret word these say that the name is about the secret: which one, of what
 # kind, where, when, how many, whether at all, and who deals with it.
-DESCRIPTORS = _words_in("""
+DESCRIPTORS: Final = _words_in("""
     id identifier uuid guid arn ref reference name label title alias slug index idx handle
     fingerprint thumbprint type kind class category format encoding algorithm algo alg method mode
     scheme strategy standard version level brand logo url uri path file filename filepath dir
@@ -1390,27 +1395,27 @@ DESCRIPTORS = _words_in("""
     service resolver cache table list only setting option
 """)
 # Before a secret word these turn the name into a switch or a figure.
-FLAG_WORDS = _words_in("""
+FLAG_WORDS: Final = _words_in("""
     is are has have had use uses using used no not non without with allow allows allowed require
     requires required enable enables enabled disable disables disabled show hide prevent ignore
     ignores skip need needs should must can force forgot detect scan support supports include
     includes accept accepts want generate manage mask redact max min maximum minimum num count total
 """)
 # Glued before a secret word in real names (`dbpass`, `ccnum`); the words above join in.
-GLUE_WORDS = _words_in("""
+GLUE_WORDS: Final = _words_in("""
     db user my mysql sql pg smtp imap ftp ldap admin root redis mail wifi api card credit debit cc
     num csrf xsrf id refresh aws client web www github gitlab slack number no code
 """)
 # A word that ends in one of these ends in a secret, whatever is glued before it
 # (`pgpassword`, `csrfmiddlewaretoken`); too long to be the end of an English word.
-GLUED_SUFFIXES = sorted(
+GLUED_SUFFIXES: Final = sorted(
     _words_in("""
     password passwd passphrase passcode secretkey accesskey privatekey secret credential apikey
     token pwd
 """)
 )
 
-_KNOWN_WORDS = (
+_KNOWN_WORDS: Final = (
     STRONG_WORDS
     | frozenset(WEAK_WORDS)
     | KEY_OPENERS
@@ -1424,21 +1429,21 @@ _KNOWN_WORDS = (
     | WEAK_WORDS["token"]
     | WEAK_WORDS["key"]
 )
-_CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
+_CAMEL: Final = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
 # The end of a long name decides; the limits are arbitrary, and keep judging cheap.
-_MAX_NAME_CHARS = 128
-_MAX_GLUED_CHARS = 24
-_LONGEST_WORD = 16
+_MAX_NAME_CHARS: Final = 128
+_MAX_GLUED_CHARS: Final = 24
+_LONGEST_WORD: Final = 16
 # A secret name holds one of these stems: where none is found, no name needs judging.
-STEMS = sorted(
+STEMS: Final = sorted(
     _words_in("""
     pass key token auth secret pwd cred cookie card jwt otp pin code pat cc[_.-]?n cv[vc] csc psk ssn
     social sess signature sig(?==) answer assertion dockerc kubeconfig kennwort contrase senha
 """)
 )
 # What leads to a secret without naming it.
-SPECIAL_STEMS = ("bearer", "basic", "identified", "thin:", "://")
-_MAX_VERDICTS = 4096
+SPECIAL_STEMS: Final = ("bearer", "basic", "identified", "thin:", "://")
+_MAX_VERDICTS: Final = 4096
 
 
 def _singular(word: str) -> str:
@@ -1637,7 +1642,7 @@ class _Names:
 # --- where the value of a name stands in a text
 
 # How a name in a text leads to its value. The names of the groups say which.
-_SEPARATOR = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
+_SEPARATOR: Final = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<assign>\\{0,8}["'`]?\]?[ \t]{0,8}(?:=>|:=|[!<>=]?=|<>|:(?![:/]))\s{0,8})
   | (?P<sibling>\\{0,8}["']\s{0,8},?\s{0,8}\\{0,8}["']?[vV]alue\\{0,8}["']?\s{0,8}[=:]\s{0,8})
   | (?P<lines>[ \t]{0,8}\r?\n[ \t]{0,64}[vV]alue:[ \t]{1,8})
@@ -1648,26 +1653,26 @@ _SEPARATOR = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
   | (?P<element>(?:\s[^<>]{0,200})?>(?=[^<\s]))
   | (?P<option>[ \t]{1,4}(?=[^\s-]))
 )"""
-_QUOTE = r"""(?:[A-Za-z_]{1,24}\()?[bBrRuUfF]{0,2}(\\{0,8})(["'`])"""
-_QUOTED_BY = {
+_QUOTE: Final = r"""(?:[A-Za-z_]{1,24}\()?[bBrRuUfF]{0,2}(\\{0,8})(["'`])"""
+_QUOTED_BY: Final = {
     '"': r'[^"\\]*(?:\\.[^"\\]*)*',
     "'": r"[^'\\]*(?:(?:\\.|'')[^'\\]*)*",
     "`": r"[^`\\]*(?:\\.[^`\\]*)*",
 }
 # A bare value ends at a space or at what separates it from the next; a separator that
 # nothing follows may be part of it.
-_BARE = r"""(?:[^\s,;&'"`<>)\]}\\]
+_BARE: Final = r"""(?:[^\s,;&'"`<>)\]}\\]
   |,(?![\s,]|[\w.\-]{1,40}[=:]|\Z) | ;(?!\s|[\w .\-]{1,40}=|\Z) | &(?![\w.%\[\]\-]{1,64}=|amp;)
   |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+"""
-_YAML_BLOCK = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
+_YAML_BLOCK: Final = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
 # What stands for a secret, or says something about it, is none.
-_PLACEHOLDER = (
+_PLACEHOLDER: Final = (
     r"\?|\$[0-9]{1,2}|\$[A-Z_]+|\$?\{\{?[\w .:-]*\}{0,2}|%s|%\(\w*\)s|<[\w .-]*>?|\*{2,}|\.{3}|x{3,}"
     r"|(?i:null|none|nil|undefined|true|false)"
 )
 # Prefixes that issuers gave their secrets so that scanners may know them; each at the
 # start of a run of word characters and dashes, with at least 16 of those after it.
-TOKEN_PREFIXES = sorted(
+TOKEN_PREFIXES: Final = sorted(
     _words_in(
         "gh[opsur]_ github_pat_ "  # GitHub
         "gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- "  # GitLab
@@ -1689,7 +1694,7 @@ TOKEN_PREFIXES = sorted(
     )
 )
 # Formats with dots, colons and slashes, each behind a substring that must be there.
-DOTTED_TOKENS = (
+DOTTED_TOKENS: Final = (
     ("eyJ", r"(?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}"),  # JWT, JWS, JWE
     ("SG.", r"\bSG\.[\w-]{16,}(?:\.[\w-]+)?"),  # SendGrid
     ("ya29.", r"\bya29\.[\w-]{16,}"),  # Google
@@ -1705,24 +1710,26 @@ DOTTED_TOKENS = (
     ("/webhookb2/", r"(?<=/webhookb2/)[\w@/-]+"),  # Teams
     ("-us", r"[0-9a-f]{32}-us[0-9]{1,2}\b"),  # Mailchimp
 )
-_PASSWORDS = _words_in("password passwd pwd passphrase passcode")
-_REFERENCES = _words_in("secret secrets credential credentials")
-_ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 scrypt2 utf8")
-_REMARKS = _words_in("""
+_PASSWORDS: Final = _words_in("password passwd pwd passphrase passcode")
+_REFERENCES: Final = _words_in("secret secrets credential credentials")
+_ALGORITHMS: Final = _words_in(
+    "sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 scrypt2 utf8"
+)
+_REMARKS: Final = _words_in("""
     a an the this that is are was must should may can cannot will not no yes on off too at in of for
     from to and or with field required optional missing invalid incorrect wrong expired empty unset
     unknown expected unexpected got value string str text int integer bool boolean bytes object
     array list dict number type any strict bearer basic only same different
 """)
-_HEADER_NAMES = _words_in("""
+_HEADER_NAMES: Final = _words_in("""
     authorization proxy-authorization x-ms-authorization-auxiliary cookie set-cookie
 """)
-_SCHEMES = _words_in("""
+_SCHEMES: Final = _words_in("""
     bearer basic token apikey api-key key bot negotiate ntlm jwt oauth
 """)
 # In "API key: …" and "verification code is …" the word before belongs to the name.
-_OPENERS = KEY_OPENERS | TOKEN_OPENERS | CODE_OPENERS | STRONG_WORDS
-_NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
+_OPENERS: Final = KEY_OPENERS | TOKEN_OPENERS | CODE_OPENERS | STRONG_WORDS
+_NAME_CHARS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 
 
 class _Patterns:
@@ -2257,7 +2264,7 @@ def _spans(pattern: re.Pattern[str], text: str) -> Iterator[_Span]:
 
 # Arbitrary limits. Deeper than any input that people write, and far from the interpreter's
 # own limit; more nodes than fit into the default of `max_input_bytes`.
-_MAX_DEPTH = 64
+_MAX_DEPTH: Final = 64
 
 
 class _Declared(NamedTuple):
@@ -2339,12 +2346,12 @@ def _named_parts(group: object) -> Iterable[tuple[str, object]]:
 
 # --- what an object holds
 
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: Final[tuple[type, ...]] = (type({}.keys()), type({}.values()), type({}.items()))
 # Types whose `str` says all, by name: importing their modules would cost 15 ms.
-_TEXT_TYPES = _words_in("""
+_TEXT_TYPES: Final = _words_in("""
     Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path
 """)
-_TEXT_MODULES = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
+_TEXT_MODULES: Final = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
 
 
 def _type_name(value: object) -> str:
@@ -2472,15 +2479,15 @@ def _exception_text(error: BaseException) -> str:
 
 # --- the walk
 
-_MAX_NODES = 500_000
+_MAX_NODES: Final = 500_000
 _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
-_CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
+_CARD_NUMBERS: Final = 10**12  # an integer from here on may be a card's number
 # The fewest digits at which an interpreter may refuse to write an int (CPython's lowest limit).
-_WIDE_INT = 10**640
-_JSON_STARTS = frozenset('{[" \t\r\n')
+_WIDE_INT: Final = 10**640
+_JSON_STARTS: Final = frozenset('{[" \t\r\n')
 # A sibling with one of these names says what stands under the other.
-_LABELS = _words_in("name key header field param parameter property variable attribute setting")
-_VALUES = _words_in("value values val default content")
+_LABELS: Final = _words_in("name key header field param parameter property variable attribute setting")
+_VALUES: Final = _words_in("value values val default content")
 # What a verdict on a key says: its value goes; its own text holds a secret, or it is no
 # text; a sibling may say what it is.
 _SENSITIVE, _ODD, _LABELLED = 1, 2, 4
@@ -2579,7 +2586,8 @@ def _percent(text: str) -> str:
 class _Walk:
     """One walk through one value: writes it as JSON, redacted unless the walk is blind.
 
-    One pass for both, without a copy in between, takes two thirds of the time.
+    One pass for both, without a copy in between, takes two thirds of the time. One class, because
+    walking, judging and writing call each other at every node and share what is open around it.
 
     Args:
         texts: cleans texts.
@@ -2775,11 +2783,12 @@ class _Walk:
         if nodes > _MAX_NODES:
             return encode_text(f"[CUT: {len(value)} items]")
         opened.append(ident)
+        value = value[:]  # another thread may change it
         items = None if declared is None else declared.items or declared
         out: list[str] = []
         harmless, text = self.texts.harmless, self.text
         hide_next = len(value) == 2 and self.is_label(value[0])
-        for item in value[:]:  # another thread may append
+        for item in value:
             if hide_next and out:
                 out.append(self.hide(item))
                 hide_next = False
@@ -4022,9 +4031,13 @@ class Journal(_JournalDirectory):
 # === Writer ===
 # may name: Errors, Events, Encoding, Journal
 #
-# Two daemon threads, started at the first event and asleep while there is nothing to do: the
-# writer (queue → journal) and the ingester (journal → database, through the callback that it is
-# given), so that the journal's latency never depends on DuckDB.
+# Two daemon threads, started when there is first something to do and asleep while there is nothing:
+# the writer (queue → journal) and the ingester (journal → database, through `IngestSide`), so that
+# the journal's latency never depends on DuckDB.
+#
+# A line stays in the queue until it is in the journal, and `Appender.done` alone says which are; so
+# an interrupt, a fork or a failed write, whenever it comes, neither loses a line nor repeats one.
+# Locks: `_writing` is held while the disk works, `_lock` for moments within it, never around it.
 #
 # `put` runs in the caller's thread, in signal handlers and in destructors too. So its lock is
 # re-entrant, it waits for nothing but room in the queue, and it wakes the writer once for each of
@@ -4033,7 +4046,8 @@ class Journal(_JournalDirectory):
 # waits. Rejected: queue.SimpleQueue (wakes the writer for each event: four times slower), a polling
 # thread (never idle).
 #
-# Where no thread can be started (interpreter exit, process limits), the caller's thread writes.
+# Where no thread can be started (interpreter exit, process limits) and after `close`, the caller's
+# thread writes.
 
 QUEUE_BYTES: Final = 64 * 2**20
 SEGMENT_BYTES: Final = 8 * 2**20
@@ -4282,6 +4296,10 @@ class Appender:
 class Writer:
     """The queue and the thread that empties it.
 
+    One class for both sides, because what matters is how they find each other: a caller changes the
+    queue or what is wanted and then looks at `_asleep` and `_gathering`, the thread the other way
+    round. A queue of its own would show all of that to the thread, and cost `put` a call.
+
     Args:
         appender: where the lines go.
         flush_interval: seconds after which a segment is sealed.
@@ -4355,7 +4373,10 @@ class Writer:
             self._queued_bytes += len(line)
             ticket = self._finished + len(self._queue)
         if self._asleep:
-            self._rouse()
+            try:  # noqa: SIM105 - `suppress` would need some stack itself
+                self._rouse()
+            except RecursionError:  # the stack ends here; the line is queued, and the next wakes the writer
+                pass
         return ticket
 
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
@@ -4515,6 +4536,11 @@ class Writer:
             self._inline = me
             try:
                 done = self._work()
+            except RecursionError:
+                raise
+            except Exception as error:  # the caller's event is queued, so this is not his to know
+                done = False
+                self._diagnostics.note("writer", "writing failed; events wait in memory", error=error)
             finally:
                 self._inline = 0
         self._diagnostics.tell()
@@ -5694,7 +5720,8 @@ class AuditLogger:
     """Records events: each becomes a line in the journal within milliseconds, and a row in DuckDB soon after.
 
     `log_event` never raises and, unless `durable` is set or the queue is full, never waits. It may be
-    called from any thread, signal handler or exit handler.
+    called from any thread, signal handler or exit handler. The class is the public face and joins what
+    other classes do: its length is that of its signatures and their descriptions.
 
     Args:
         path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
@@ -5915,6 +5942,9 @@ class AuditLogger:
         Args:
             caller: recorded as caller; by default `http` or `stdio`, as the request came.
             denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
+
+        Raises:
+            EventError: `denied_by` holds something else than exceptions.
         """
         return Middleware(self.record, caller=caller, denied_by=denied_by)
 
@@ -5942,6 +5972,9 @@ class AuditLogger:
             name: recorded as name; by default the function's own.
             caller: recorded as caller; by default that of the request it runs in, `cli` without one.
             denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
+
+        Raises:
+            EventError: the parentheses are missing, or `denied_by` holds something else than exceptions.
         """
         return self._decorator("tool", name, caller, denied_by)
 

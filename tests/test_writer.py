@@ -387,3 +387,20 @@ def test_full_queue_that_nobody_woke_the_writer_for_is_emptied(
     assert not caller.is_alive()
     assert bench.writer.close(SAFETY_SECONDS) == 0
     assert bench.lines() == [line(n) for n in range(3)]
+
+
+@pytest.mark.parametrize("where", ["_rouse", "_work"])
+def test_put_that_fails_after_the_line_was_queued_returns_its_ticket(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(bench.writer, "_start_thread", lambda: False)
+    with monkeypatch.context() as patched:
+
+        def fail() -> None:
+            raise RecursionError if where == "_rouse" else ValueError("what nobody foresaw")
+
+        patched.setattr(bench.writer, where, fail)
+        assert bench.writer.put(line(1)) == 1
+    assert bench.writer.put(line(2)) == 2
+    assert bench.lines() == [line(1), line(2)]
+    assert bench.writer.close(SAFETY_SECONDS) == 0
