@@ -213,60 +213,62 @@ def counted(count: int, noun: str) -> str:
 # the code for the same answers: without `?`, a key is a scalar on one line before a colon);
 # patterns line by line (silently wrong on wrapped text).
 
-MAX_SITE_FILE_BYTES = 16 << 20  # arbitrary; real ones have a few hundred bytes
-MAX_DEPTH = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
-MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
-MAX_NUMBER_CHARS = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
-MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
+MAX_SITE_FILE_BYTES: Final = 16 * 2**20  # arbitrary; real ones have a few hundred bytes
+MAX_DEPTH: Final = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
+MAX_KEY_CHARS: Final = 1024  # PyYAML's limit; blanks before the colon count
+MAX_NUMBER_CHARS: Final = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
+MAX_KEY_INTEGER: Final = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
 
-_NULLS = ("~", "null", "Null", "NULL")
-_BOOLEANS = {
+_NULLS: Final = ("~", "null", "Null", "NULL")
+_BOOLEANS: Final = {
     word: value
     for value, words in ((True, ("yes", "true", "on")), (False, ("no", "false", "off")))
     for lower in words
     for word in (lower, lower.title(), lower.upper())
 }
-_NAN = float("nan")  # one object, as in PyYAML: two `.nan` keys are duplicates
-_INTEGER = re.compile(
+_NAN: Final = float("nan")  # one object, as in PyYAML: two `.nan` keys are duplicates
+_INTEGER: Final = re.compile(
     r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
 )
-_FLOAT = re.compile(
+_FLOAT: Final = re.compile(
     r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
     r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
 )
-_DATE = re.compile(
+_DATE: Final = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt]|[ \t]+)[0-9]{1,2}"
     r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
 
 # The reader appends one NUL, which can't occur elsewhere: no look-ahead runs off the end.
-_REFUSED_CHARACTER = re.compile(r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]")
-_BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
-_MARKER = re.compile(r"(?:---|\.\.\.)(?=[ \t\n\0])")
-_DASH = re.compile(r"-(?=[ \t\n\0])")
-_COLON = re.compile(r" *:(?=[ \t\n\0])")
-_LINE_GAP = re.compile(r" *\n[ \n]*")
-_LINE_END = re.compile(r"[\n\0]")
-_LEADING_LINES = re.compile(r"(?:\n *)*")
-_BLOCK_HEADER = re.compile(r"[|>](?:([+-]?)([1-9]?)|([1-9])([+-]))(?: +#[^\n\0]*| *)(?=[\n\0])")
-_PLAIN_START = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])")
-_PLAIN_END = re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")
-_FLOW_PLAIN_START = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])")
-_FLOW_PLAIN_END = re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #")
-_QUOTED = {
+_REFUSED_CHARACTER: Final = re.compile(
+    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
+)
+_BLANKS: Final = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
+_MARKER: Final = re.compile(r"(?:---|\.\.\.)(?=[ \t\n\0])")
+_DASH: Final = re.compile(r"-(?=[ \t\n\0])")
+_COLON: Final = re.compile(r" *:(?=[ \t\n\0])")
+_LINE_GAP: Final = re.compile(r" *\n[ \n]*")
+_LINE_END: Final = re.compile(r"[\n\0]")
+_LEADING_LINES: Final = re.compile(r"(?:\n *)*")
+_BLOCK_HEADER: Final = re.compile(r"[|>](?:([+-]?)([1-9]?)|([1-9])([+-]))(?: +#[^\n\0]*| *)(?=[\n\0])")
+_PLAIN_START: Final = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])")
+_PLAIN_END: Final = re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")
+_FLOW_PLAIN_START: Final = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])")
+_FLOW_PLAIN_END: Final = re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #")
+_QUOTED: Final = {
     "'": re.compile(r"'([^']*(?:''[^']*)*)'"),
     '"': re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL),
 }
-_QUOTED_MARKER = re.compile(r"\n(?:---|\.\.\.)[ \t\n]")
-_SINGLE_PART = re.compile(r"''|[ \t\n]+")
-_DOUBLE_PART = re.compile(r"\\(?:x(.{2})|u(.{4})|U(.{8})|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL)
-_HEXADECIMAL = re.compile(r"[0-9A-Fa-f]+")
-_ESCAPES = {
+_QUOTED_MARKER: Final = re.compile(r"\n(?:---|\.\.\.)[ \t\n]")
+_SINGLE_PART: Final = re.compile(r"''|[ \t\n]+")
+_DOUBLE_PART: Final = re.compile(r"\\(?:x(.{2})|u(.{4})|U(.{8})|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL)
+_HEXADECIMAL: Final = re.compile(r"[0-9A-Fa-f]+")
+_ESCAPES: Final = {
     **{"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r"},
     **{"e": "\x1b", " ": " ", '"': '"', "\\": "\\", "/": "/"},
     **{"N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"},
 }
-_REFUSALS = {
+_REFUSALS: Final = {
     "\t": "a tab between tokens; use spaces",
     "&": "an anchor (&name); write the value out, or put text that starts with & in quotes",
     "*": "an alias (*name); write the value out, or put text that starts with * in quotes",
@@ -671,19 +673,20 @@ def _float(text: str) -> float:
     return sign * value
 
 
-# Settings.
+# --- settings
 
-SITE_FILE = "mxcp-site.yml"
-MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
-MIN_INPUT_BYTES, MAX_INPUT_BYTES = 256, 64 << 20  # arbitrary; the writer's queue holds 64 MiB
+SITE_FILE: Final = "mxcp-site.yml"
+MAX_DURATION_S: Final = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
+MIN_INPUT_BYTES: Final = 256  # arbitrary
+MAX_INPUT_BYTES: Final = 64 * 2**20  # what the writer's queue holds
 
-_UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION = re.compile(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+")
-_DURATION_PART = re.compile(r"([0-9]+)(ms|[smhdw])")
+_UNITS_S: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_DURATION: Final = re.compile(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+")
+_DURATION_PART: Final = re.compile(r"([0-9]+)(ms|[smhdw])")
 # DuckDB's own rule for what ATTACH takes as `extension:rest`; one letter is a Windows drive.
-_TARGET = re.compile(r"[A-Za-z0-9_]{2,}:")
-_OPTION_NAME = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_NOT_IN_A_PATH = re.compile(r"[\0\ud800-\udfff]")
+_TARGET: Final = re.compile(r"[A-Za-z0-9_]{2,}:")
+_OPTION_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
+_NOT_IN_A_PATH: Final = re.compile(r"[\0\ud800-\udfff]")
 
 
 def parse_duration(text: str) -> float:
@@ -736,7 +739,7 @@ class Config(NamedTuple):
     flush_interval: float = 1.0
     durable: bool = False
     on_full: str = "block"
-    max_input_bytes: int = 1 << 20
+    max_input_bytes: int = 2**20
     redact: tuple[str, ...] = ()
     keep: tuple[str, ...] = ()
     redact_mode: str = "constant"
@@ -761,7 +764,7 @@ def is_attach_target(path: str) -> bool:
 
 
 # What may be shown of a connection string and of the `attach` options; everything else may be secret.
-_PUBLIC_KEYS = frozenset(
+_PUBLIC_KEYS: Final = frozenset(
     (
         "dbname",
         "host",
@@ -774,11 +777,13 @@ _PUBLIC_KEYS = frozenset(
         "connect_timeout",
     )
 )
-_PUBLIC_OPTIONS = frozenset(("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET"))
-_KEYWORD_PREFIXES = ("postgres:", "mysql:")  # what follows is `key=value …`, or a URL
-_PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
-_PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
-_PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
+_PUBLIC_OPTIONS: Final = frozenset(
+    ("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET")
+)
+_KEYWORD_PREFIXES: Final = ("postgres:", "mysql:")  # what follows is `key=value …`, or a URL
+_PREFIXES: Final = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
+_PAIR: Final = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
+_PIECE: Final = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
 
 
 def public_target(target: str) -> str:
@@ -936,7 +941,7 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     return dict(value)
 
 
-_SETTINGS: dict[str, Callable[[object], object]] = {
+_SETTINGS: Final[dict[str, Callable[[object], object]]] = {
     "enabled": _boolean,
     "path": _database,
     "journal": _path,
@@ -950,10 +955,10 @@ _SETTINGS: dict[str, Callable[[object], object]] = {
     "redact_mode": _choice("constant", "hmac"),
     "retention": _duration,
 }
-_SETTINGS_OF_MXCP = ("max_file_size",)  # of its JSONL log; means nothing here
+_SETTINGS_OF_MXCP: Final = ("max_file_size",)  # of its JSONL log; means nothing here
 
 
-# The site file.
+# --- the site file
 
 
 class _SiteFile:
@@ -1179,7 +1184,7 @@ POLICY_DECISIONS: Final = ("allow", "deny", "warn", "n/a")
 STATUSES: Final = ("success", "error")
 MAX_DURATION_MS: Final = 2**31 - 1  # the largest INTEGER; DuckDB refuses a whole segment for one more
 
-wall_clock_ns: Final = time.time_ns  # the only clock that is recorded; intervals use the monotonic one
+wall_clock_ns: Final = time.time_ns  # the clock that is recorded; intervals use the monotonic one
 
 _SEGMENT_ID: Final = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
@@ -1257,7 +1262,7 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # for every `name=value` over the whole text (2.7 ms for 26 KB; stems first, then a look
 # around each, takes 0.7 ms); `re.IGNORECASE` (3.7 ms; small letters first, 0.2 ms).
 
-REDACTED = "[REDACTED]"
+REDACTED: Final = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
 
 
@@ -1271,20 +1276,20 @@ def _words_in(text: str) -> frozenset[str]:
 
 # The names that the specification lists are redacted as they stand there, whatever the
 # words say, in any spelling: case and separators don't count.
-SPEC_NAMES = _words_in("""
+SPEC_NAMES: Final = _words_in("""
     password passwd pwd secret token key apikey auth authorization credential ssn creditcard
     cardnumber
 """)
 # A secret wherever it stands: nothing else is called by these words. The last line is
 # "password" in the languages whose word for it is unmistakable.
-STRONG_WORDS = _words_in("""
+STRONG_WORDS: Final = _words_in("""
     password passwd pwd passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp
     pat creditcard codeverifier securityanswer clientassertion psk dockerconfigjson dockercfg
     kubeconfig jsessionid phpsessid sessid passwort kennwort contrasena contraseña senha
 """)
 # Two words that are one secret: the specification's card number, what card and identity
 # forms ask for, and words that a spelling tore apart (`passWord`, `OAuth`).
-PHRASES = {
+PHRASES: Final = {
     phrase: word
     for word, phrases in {
         "creditcard": "credit card, debit card, payment card, card number, card num, card no"
@@ -1303,7 +1308,7 @@ PHRASES = {
     for phrase in phrases.split(", ")
 }
 # A secret in some company only, each with the words before it that make it harmless.
-WEAK_WORDS = {
+WEAK_WORDS: Final = {
     # Units of text and places in a listing, optimistic locks, crypto-currencies.
     "token": _words_in("""
     next starting page paging pagination continuation continue cursor sync delta resume forward
@@ -1340,7 +1345,7 @@ WEAK_WORDS = {
     "answer": frozenset(),
 }
 # With one of these somewhere before it, `key` opens something.
-KEY_OPENERS = _words_in("""
+KEY_OPENERS: Final = _words_in("""
     access private auth authentication authorization encryption encrypt decryption decrypt signing
     sign hmac mac aes des rsa cipher crypto master root session shared account storage subscription
     license licence activation service role app application client server wrapping wrap unseal
@@ -1348,25 +1353,25 @@ KEY_OPENERS = _words_in("""
     signature kek dek
 """)
 # `tokens` are text, unless one of these says which.
-TOKEN_OPENERS = _words_in("""
+TOKEN_OPENERS: Final = _words_in("""
     access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot
     service deploy user device registration verification recovery invite
 """)
 # `…auth` holds credentials after a scheme or a thing one logs in to; else it is a setting.
-AUTH_SCHEMES = _words_in("""
+AUTH_SCHEMES: Final = _words_in("""
     http https basic digest bearer docker registry proxy api x npm redis git repo token
 """)
 # `Authorization` is a header, alone or beside these; else it is a decision or a record.
-AUTHORIZATION_CONTEXT = _words_in("""
+AUTHORIZATION_CONTEXT: Final = _words_in("""
     proxy http x ms amz basic bearer forwarded original header request
 """)
 # A code that proves who one is; others are countries, prices, programs and statuses.
-CODE_OPENERS = _words_in("""
+CODE_OPENERS: Final = _words_in("""
     authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa
     sms access device reset login time cvv cvc card
 """)
 # After a secret word these still mean the secret itself: forms, copies and parts of it.
-STILL_SECRET = _words_in("""
+STILL_SECRET: Final = _words_in("""
     value string str text plain plaintext cleartext base b bin binary raw hex encoded encrypted
     hashed hash digest data byte content body material override new old current previous confirm
     confirmation repeat again verification verify primary secondary main backup default dev prod
@@ -1375,7 +1380,7 @@ STILL_SECRET = _words_in("""
 """)
 # After a secret word these say that the name is about the secret: which one, of what
 # kind, where, when, how many, whether at all, and who deals with it.
-DESCRIPTORS = _words_in("""
+DESCRIPTORS: Final = _words_in("""
     id identifier uuid guid arn ref reference name label title alias slug index idx handle
     fingerprint thumbprint type kind class category format encoding algorithm algo alg method mode
     scheme strategy standard version level brand logo url uri path file filename filepath dir
@@ -1395,27 +1400,27 @@ DESCRIPTORS = _words_in("""
     service resolver cache table list only setting option
 """)
 # Before a secret word these turn the name into a switch or a figure.
-FLAG_WORDS = _words_in("""
+FLAG_WORDS: Final = _words_in("""
     is are has have had use uses using used no not non without with allow allows allowed require
     requires required enable enables enabled disable disables disabled show hide prevent ignore
     ignores skip need needs should must can force forgot detect scan support supports include
     includes accept accepts want generate manage mask redact max min maximum minimum num count total
 """)
 # Glued before a secret word in real names (`dbpass`, `ccnum`); the words above join in.
-GLUE_WORDS = _words_in("""
+GLUE_WORDS: Final = _words_in("""
     db user my mysql sql pg smtp imap ftp ldap admin root redis mail wifi api card credit debit cc
     num csrf xsrf id refresh aws client web www github gitlab slack number no code
 """)
 # A word that ends in one of these ends in a secret, whatever is glued before it
 # (`pgpassword`, `csrfmiddlewaretoken`); too long to be the end of an English word.
-GLUED_SUFFIXES = sorted(
+GLUED_SUFFIXES: Final = sorted(
     _words_in("""
     password passwd passphrase passcode secretkey accesskey privatekey secret credential apikey
     token pwd
 """)
 )
 
-_KNOWN_WORDS = (
+_KNOWN_WORDS: Final = (
     STRONG_WORDS
     | frozenset(WEAK_WORDS)
     | KEY_OPENERS
@@ -1429,21 +1434,21 @@ _KNOWN_WORDS = (
     | WEAK_WORDS["token"]
     | WEAK_WORDS["key"]
 )
-_CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
+_CAMEL: Final = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
 # The end of a long name decides; the limits are arbitrary, and keep judging cheap.
-_MAX_NAME_CHARS = 128
-_MAX_GLUED_CHARS = 24
-_LONGEST_WORD = 16
+_MAX_NAME_CHARS: Final = 128
+_MAX_GLUED_CHARS: Final = 24
+_LONGEST_WORD: Final = 16
 # A secret name holds one of these stems: where none is found, no name needs judging.
-STEMS = sorted(
+STEMS: Final = sorted(
     _words_in("""
     pass key token auth secret pwd cred cookie card jwt otp pin code pat cc[_.-]?n cv[vc] csc psk ssn
     social sess signature sig(?==) answer assertion dockerc kubeconfig kennwort contrase senha
 """)
 )
 # What leads to a secret without naming it.
-SPECIAL_STEMS = ("bearer", "basic", "identified", "thin:", "://")
-_MAX_VERDICTS = 4096
+SPECIAL_STEMS: Final = ("bearer", "basic", "identified", "thin:", "://")
+_MAX_VERDICTS: Final = 4096
 
 
 def _singular(word: str) -> str:
@@ -1642,7 +1647,7 @@ class _Names:
 # --- where the value of a name stands in a text
 
 # How a name in a text leads to its value. The names of the groups say which.
-_SEPARATOR = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
+_SEPARATOR: Final = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<assign>\\{0,8}["'`]?\]?[ \t]{0,8}(?:=>|:=|[!<>=]?=|<>|:(?![:/]))\s{0,8})
   | (?P<sibling>\\{0,8}["']\s{0,8},?\s{0,8}\\{0,8}["']?[vV]alue\\{0,8}["']?\s{0,8}[=:]\s{0,8})
   | (?P<lines>[ \t]{0,8}\r?\n[ \t]{0,64}[vV]alue:[ \t]{1,8})
@@ -1653,26 +1658,26 @@ _SEPARATOR = r"""(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
   | (?P<element>(?:\s[^<>]{0,200})?>(?=[^<\s]))
   | (?P<option>[ \t]{1,4}(?=[^\s-]))
 )"""
-_QUOTE = r"""(?:[A-Za-z_]{1,24}\()?[bBrRuUfF]{0,2}(\\{0,8})(["'`])"""
-_QUOTED_BY = {
+_QUOTE: Final = r"""(?:[A-Za-z_]{1,24}\()?[bBrRuUfF]{0,2}(\\{0,8})(["'`])"""
+_QUOTED_BY: Final = {
     '"': r'[^"\\]*(?:\\.[^"\\]*)*',
     "'": r"[^'\\]*(?:(?:\\.|'')[^'\\]*)*",
     "`": r"[^`\\]*(?:\\.[^`\\]*)*",
 }
 # A bare value ends at a space or at what separates it from the next; a separator that
 # nothing follows may be part of it.
-_BARE = r"""(?:[^\s,;&'"`<>)\]}\\]
+_BARE: Final = r"""(?:[^\s,;&'"`<>)\]}\\]
   |,(?![\s,]|[\w.\-]{1,40}[=:]|\Z) | ;(?!\s|[\w .\-]{1,40}=|\Z) | &(?![\w.%\[\]\-]{1,64}=|amp;)
   |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+"""
-_YAML_BLOCK = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
+_YAML_BLOCK: Final = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
 # What stands for a secret, or says something about it, is none.
-_PLACEHOLDER = (
+_PLACEHOLDER: Final = (
     r"\?|\$[0-9]{1,2}|\$[A-Z_]+|\$?\{\{?[\w .:-]*\}{0,2}|%s|%\(\w*\)s|<[\w .-]*>?|\*{2,}|\.{3}|x{3,}"
     r"|(?i:null|none|nil|undefined|true|false)"
 )
 # Prefixes that issuers gave their secrets so that scanners may know them; each at the
 # start of a run of word characters and dashes, with at least 16 of those after it.
-TOKEN_PREFIXES = sorted(
+TOKEN_PREFIXES: Final = sorted(
     _words_in(
         "gh[opsur]_ github_pat_ "  # GitHub
         "gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- "  # GitLab
@@ -1694,7 +1699,7 @@ TOKEN_PREFIXES = sorted(
     )
 )
 # Formats with dots, colons and slashes, each behind a substring that must be there.
-DOTTED_TOKENS = (
+DOTTED_TOKENS: Final = (
     ("eyJ", r"(?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}"),  # JWT, JWS, JWE
     ("SG.", r"\bSG\.[\w-]{16,}(?:\.[\w-]+)?"),  # SendGrid
     ("ya29.", r"\bya29\.[\w-]{16,}"),  # Google
@@ -1710,24 +1715,26 @@ DOTTED_TOKENS = (
     ("/webhookb2/", r"(?<=/webhookb2/)[\w@/-]+"),  # Teams
     ("-us", r"[0-9a-f]{32}-us[0-9]{1,2}\b"),  # Mailchimp
 )
-_PASSWORDS = _words_in("password passwd pwd passphrase passcode")
-_REFERENCES = _words_in("secret secrets credential credentials")
-_ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 scrypt2 utf8")
-_REMARKS = _words_in("""
+_PASSWORDS: Final = _words_in("password passwd pwd passphrase passcode")
+_REFERENCES: Final = _words_in("secret secrets credential credentials")
+_ALGORITHMS: Final = _words_in(
+    "sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 scrypt2 utf8"
+)
+_REMARKS: Final = _words_in("""
     a an the this that is are was must should may can cannot will not no yes on off too at in of for
     from to and or with field required optional missing invalid incorrect wrong expired empty unset
     unknown expected unexpected got value string str text int integer bool boolean bytes object
     array list dict number type any strict bearer basic only same different
 """)
-_HEADER_NAMES = _words_in("""
+_HEADER_NAMES: Final = _words_in("""
     authorization proxy-authorization x-ms-authorization-auxiliary cookie set-cookie
 """)
-_SCHEMES = _words_in("""
+_SCHEMES: Final = _words_in("""
     bearer basic token apikey api-key key bot negotiate ntlm jwt oauth
 """)
 # In "API key: …" and "verification code is …" the word before belongs to the name.
-_OPENERS = KEY_OPENERS | TOKEN_OPENERS | CODE_OPENERS | STRONG_WORDS
-_NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
+_OPENERS: Final = KEY_OPENERS | TOKEN_OPENERS | CODE_OPENERS | STRONG_WORDS
+_NAME_CHARS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 
 
 class _Patterns:
@@ -2262,7 +2269,7 @@ def _spans(pattern: re.Pattern[str], text: str) -> Iterator[_Span]:
 
 # Arbitrary limits. Deeper than any input that people write, and far from the interpreter's
 # own limit; more nodes than fit into the default of `max_input_bytes`.
-_MAX_DEPTH = 64
+_MAX_DEPTH: Final = 64
 
 
 class _Declared(NamedTuple):
@@ -2344,12 +2351,12 @@ def _named_parts(group: object) -> Iterable[tuple[str, object]]:
 
 # --- what an object holds
 
-_VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
+_VIEWS: Final[tuple[type, ...]] = (type({}.keys()), type({}.values()), type({}.items()))
 # Types whose `str` says all, by name: importing their modules would cost 15 ms.
-_TEXT_TYPES = _words_in("""
+_TEXT_TYPES: Final = _words_in("""
     Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path
 """)
-_TEXT_MODULES = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
+_TEXT_MODULES: Final = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
 
 
 def _type_name(value: object) -> str:
@@ -2477,15 +2484,15 @@ def _exception_text(error: BaseException) -> str:
 
 # --- the walk
 
-_MAX_NODES = 500_000
+_MAX_NODES: Final = 500_000
 _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
-_CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
+_CARD_NUMBERS: Final = 10**12  # an integer from here on may be a card's number
 # The fewest digits at which an interpreter may refuse to write an int (CPython's lowest limit).
-_WIDE_INT = 10**640
-_JSON_STARTS = frozenset('{[" \t\r\n')
+_WIDE_INT: Final = 10**640
+_JSON_STARTS: Final = frozenset('{[" \t\r\n')
 # A sibling with one of these names says what stands under the other.
-_LABELS = _words_in("name key header field param parameter property variable attribute setting")
-_VALUES = _words_in("value values val default content")
+_LABELS: Final = _words_in("name key header field param parameter property variable attribute setting")
+_VALUES: Final = _words_in("value values val default content")
 # What a verdict on a key says: its value goes; its own text holds a secret, or it is no
 # text; a sibling may say what it is.
 _SENSITIVE, _ODD, _LABELLED = 1, 2, 4
@@ -2584,7 +2591,8 @@ def _percent(text: str) -> str:
 class _Walk:
     """One walk through one value: writes it as JSON, redacted unless the walk is blind.
 
-    One pass for both, without a copy in between, takes two thirds of the time.
+    One pass for both, without a copy in between, takes two thirds of the time. One class, because
+    walking, judging and writing call each other at every node and share what is open around it.
 
     Args:
         texts: cleans texts.
@@ -2671,12 +2679,7 @@ class _Walk:
             return text if shown == text else encode_text(shown)
         return text
 
-    def mapping(
-        self,
-        value: dict[Any, Any],
-        declared: _Declared | None,
-        pairs: list[tuple[Any, Any]] | None = None,
-    ) -> str:
+    def mapping(self, value: dict[Any, Any], declared: _Declared | None, pairs: _Pairs | None = None) -> str:
         """Write a mapping: 1. guard, 2. judge labels, 3. go through the fields, 4. again on a copy.
 
         Args:
@@ -2785,11 +2788,12 @@ class _Walk:
         if nodes > _MAX_NODES:
             return encode_text(f"[CUT: {len(value)} items]")
         opened.append(ident)
+        value = value[:]  # another thread may change it
         items = None if declared is None else declared.items or declared
         out: list[str] = []
         harmless, text = self.texts.harmless, self.text
         hide_next = len(value) == 2 and self.is_label(value[0])
-        for item in value[:]:  # another thread may append
+        for item in value:
             if hide_next and out:
                 out.append(self.hide(item))
                 hide_next = False
@@ -3098,10 +3102,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 # UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
 # Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
 
-_FRAME_CACHE_SIZE: Final = (
-    1024  # arbitrary: servers have tens of names; a flood of made-up ones must not stay
-)
-
+_FRAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
 REPLACEMENT: Final = "\ufffd"
 _NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
@@ -3223,14 +3224,15 @@ class Encoder:
         return (*frame, flag)
 
     def _text_json(self, value: object, echoes: Sequence[str] = ()) -> str:
-        return encode_text(self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT))
+        return encode_text(self._clean(value, echoes))
 
     def _id_json(self, value: object) -> str:
         if value is None:
             return "null"
-        return encode_text(
-            (value if type(value) is str else self._plain_text(value)).replace("\0", REPLACEMENT)
-        )
+        return encode_text(self._plain_text(value).replace("\0", REPLACEMENT))
+
+    def _clean(self, value: object, echoes: Sequence[str] = ()) -> str:
+        return self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT)
 
     def _plain_text(self, value: object) -> str:
         if type(value) is str:
@@ -3248,7 +3250,7 @@ class Encoder:
             ("policy_decision", "n/a" if policy_decision is None else policy_decision, POLICY_DECISIONS),
             ("status", status, STATUSES),
         ):
-            text = self._redactor.scrub(self._plain_text(value)).replace("\0", REPLACEMENT)
+            text = self._clean(value)
             texts.append(encode_text(text))
             if text not in allowed:
                 flags.append(f"mxcp_audit: {argument} is none of {', '.join(allowed)}")
@@ -3272,6 +3274,19 @@ def _clamped(duration_ms: object, flag: str) -> tuple[int | str, str]:
     return min(max(value, 0), MAX_DURATION_MS), flag
 
 
+def _json_object(line: bytes) -> dict[str, Any]:
+    """Return the JSON object that a line holds; ValueError says why there is none."""
+    try:
+        found = json.loads(line.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"invalid JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError("no JSON object")
+    return found
+
+
 def line_fault(line: bytes) -> str | None:
     """Say what makes a journal line unusable, or return None for a sound one.
 
@@ -3279,13 +3294,9 @@ def line_fault(line: bytes) -> str | None:
     refuses what DuckDB would quietly turn into NULL.
     """
     try:
-        event = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return f"invalid UTF-8 at byte {error.start + 1}"
-    except (ValueError, RecursionError) as error:
-        return f"invalid JSON: {error}"
-    if not isinstance(event, dict):
-        return "no JSON object"
+        event = _json_object(line)
+    except ValueError as error:
+        return str(error)
     for column in COLUMNS:
         value = event.get(column.name)
         if column.name == "segment":
@@ -3304,7 +3315,7 @@ def line_fault(line: bytes) -> str | None:
     return None
 
 
-# MXCP's own logs.
+# --- MXCP's own logs
 
 _ISO_8601: Final = re.compile(
     r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
@@ -3339,14 +3350,7 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
     Raises:
         ValueError: it is no event; the text says why.
     """
-    try:
-        record = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"invalid JSON: {error}") from error
-    if not isinstance(record, dict):
-        raise ValueError("no JSON object")
+    record = _json_object(line)
     newer = "operation_type" in record
     if not newer and "type" not in record:
         if "schema_name" in record and "fields" in record:
@@ -3381,7 +3385,7 @@ def _time_of_mxcp(text: object) -> int:
 #         20261125T010203123456Z-1f2e3d4c.torn         what a dead writer left half written
 #         20261125T010203123456Z-1f2e3d4c.rejected     lines that could not be ingested, with the reason
 #         20261125T010204000000Z-5a6b7c8d.loss         how many events were dropped, when and why
-#         ingest.lock                                  held by the one process that ingests
+#         ingest.lock                                  held by the one process that ingests, or by readers
 #         journal.id                                   names this journal in the ledger
 #
 # A process writes its own segments only, so nothing depends on concurrent appends being atomic
@@ -3399,6 +3403,7 @@ _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 _NO_FOLLOW: Final = getattr(os, "O_NOFOLLOW", 0) | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 _GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
+_ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
@@ -3452,6 +3457,45 @@ def file_size_limit() -> float:
     return float("inf") if limit == resource.RLIM_INFINITY else limit
 
 
+def sync_directory(directory: str) -> None:
+    """Force the names in a directory to the disk, where the system can."""
+    if sys.platform == "win32":  # it has no such call, and needs none
+        return
+    fd = os.open(directory, os.O_RDONLY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def sync_file(path: str) -> None:
+    """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
+    fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def segment_id_of(path: str) -> str:
+    """Return the segment id that a journal file's path stands for."""
+    return os.path.splitext(os.path.basename(path))[0]
+
+
+def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
+    """Write a file with mode 0600 and force it to the disk; an earlier one is replaced or is an OSError."""
+    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if replace else os.O_EXCL) | _NO_FOLLOW
+    with open(os.open(path, flags, _FILE_MODE), "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_beside(path: str, suffix: str, data: bytes) -> None:
+    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
+    write_file(path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
+
+
 class Segment:
     """One journal file while this process writes it.
 
@@ -3479,6 +3523,11 @@ class Segment:
     def events(self) -> int:
         """How many lines that is."""
         return self._end[1]
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether it was sealed or given up."""
+        return self._fd < 0
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
         """Write whole lines at the end, all of them or none.
@@ -3663,25 +3712,6 @@ def _timestamp_of(line: bytes) -> str | None:
     return match[1].decode("ascii", "replace") if match else None
 
 
-def segment_id_of(path: str) -> str:
-    """Return the segment id that a journal file's path stands for."""
-    return os.path.splitext(os.path.basename(path))[0]
-
-
-def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
-    """Write a file with mode 0600 and force it to the disk; an earlier one is replaced or is an OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if replace else os.O_EXCL) | _NO_FOLLOW
-    with open(os.open(path, flags, _FILE_MODE), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _write_beside(path: str, suffix: str, data: bytes) -> None:
-    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
-    write_file(path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
-
-
 class Survey(NamedTuple):
     """What lies in a journal."""
 
@@ -3692,9 +3722,6 @@ class Survey(NamedTuple):
     rejected: int  # files of lines that could not be ingested
     bytes: int
     oldest_pending: str | None  # the time of the oldest event in a sealed segment, ISO 8601
-
-
-_ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 
 
 class _JournalDirectory:
@@ -3914,19 +3941,26 @@ class Journal(_JournalDirectory):
         total = 0
         claims: list[Claim] = []
         problems: list[JournalError] = []
-        for path in self.segments():
-            if total >= limit_bytes:
-                break
-            if segment_id_of(path) in skip:
-                continue
-            try:
-                claim = self._claim_one(path)
-            except JournalError as error:
-                problems.append(error)
-                continue
-            if claim is not None:
-                claims.append(claim)
-                total += claim.size
+        try:
+            for path in self.segments():
+                if total >= limit_bytes:
+                    break
+                if segment_id_of(path) in skip:
+                    continue
+                try:
+                    claim = self._claim_one(path)
+                except JournalError as error:
+                    problems.append(error)
+                    continue
+                if claim is not None:
+                    claims.append(claim)
+                    total += claim.size
+        except (
+            BaseException
+        ):  # no memory, say: a claim that nobody knows would be held until the process ends
+            for claim in claims:
+                claim.release()
+            raise
         return claims, problems
 
     def _claim_one(self, path: str) -> Claim | None:
@@ -3947,8 +3981,10 @@ class Journal(_JournalDirectory):
             if not claim.lines:
                 claim.release(delete=True)
                 return None
-        except OSError as error:
+        except BaseException as error:
             claim.release()
+            if not isinstance(error, OSError):
+                raise
             raise JournalError(
                 f"can't be claimed: {error.strerror}; nothing is ingested until it can "
                 "(a file system without locks can't hold the journal of a shared database: set `journal`)",
@@ -3996,32 +4032,16 @@ class Journal(_JournalDirectory):
         return total
 
 
-def sync_directory(directory: str) -> None:
-    """Force the names in a directory to the disk, where the system can."""
-    if sys.platform == "win32":  # it has no such call, and needs none
-        return
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_file(path: str) -> None:
-    """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
-    fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 # === Writer ===
 # may name: Errors, Events, Encoding, Journal
 #
-# Two daemon threads, started at the first event and asleep while there is nothing to do: the
-# writer (queue → journal) and the ingester (journal → database, through the callback that it is
-# given), so that the journal's latency never depends on DuckDB.
+# Two daemon threads, started when there is first something to do and asleep while there is nothing:
+# the writer (queue → journal) and the ingester (journal → database, through `IngestSide`), so that
+# the journal's latency never depends on DuckDB.
+#
+# A line stays in the queue until it is in the journal, and `Appender.done` alone says which are; so
+# an interrupt, a fork or a failed write, whenever it comes, neither loses a line nor repeats one.
+# Locks: `_writing` is held while the disk works, `_lock` for moments within it, never around it.
 #
 # `put` runs in the caller's thread, in signal handlers and in destructors too. So its lock is
 # re-entrant, it waits for nothing but room in the queue, and it wakes the writer once for each of
@@ -4030,7 +4050,8 @@ def sync_file(path: str) -> None:
 # waits. Rejected: queue.SimpleQueue (wakes the writer for each event: four times slower), a polling
 # thread (never idle).
 #
-# Where no thread can be started (interpreter exit, process limits), the caller's thread writes.
+# Where no thread can be started (interpreter exit, process limits) and after `close`, the caller's
+# thread writes.
 
 QUEUE_BYTES: Final = 64 * 2**20
 SEGMENT_BYTES: Final = 8 * 2**20
@@ -4040,6 +4061,7 @@ _RETRY_SECONDS: Final = (0.05, 5.0)  # first and longest pause after a failed wr
 _REPORT_SECONDS: Final = 60.0  # how often the same trouble is told
 
 _LOG: Final = logging.getLogger("mxcp_audit")
+_native: Final[list[Any]] = []  # what `native_threads` made, once: a process under gevent needs no second
 
 
 def native_threads() -> Any:
@@ -4052,8 +4074,7 @@ def native_threads() -> Any:
     if monkey is None or not monkey.is_module_patched("threading"):
         return threading
     if not _native:
-        import importlib.util
-        import types
+        import importlib.util  # here, because only gevent needs it
 
         patched = sys.modules["_thread"]
         original = types.ModuleType("_thread")
@@ -4070,9 +4091,6 @@ def native_threads() -> Any:
             sys.modules["_thread"] = patched
         _native.append(module)
     return _native[0]
-
-
-_native: Final[list[Any]] = []  # the copy, made once: a process under gevent needs no second
 
 
 class Diagnostics:
@@ -4157,6 +4175,7 @@ class Appender:
     def start_afresh(self) -> None:
         """Begin without a segment: at first, and in a child after a fork, where the parent's is let go."""
         self.done = 0  # lines that are in the journal, or can be in none
+        self._before = 0  # those of them that are in no segment of ours any more
         self._lost: list[Loss] = []
         self._losing = native_threads().RLock()  # callers lose events too, in signal handlers as well
         segment, self._segment = self._segment, None
@@ -4178,13 +4197,10 @@ class Appender:
         Raises:
             OSError, JournalError: they are not in the journal, but for the first ones that `done` counts.
         """
-        segment = self._segment
-        if segment is not None and not segment.is_in_place():
-            segment = self._replace(segment)
+        segment = self._present()
         if segment is None:
             segment = self._segment = self._journal.open_segment(durable=self._durable)
         before = segment.events
-        goal = before + len(piece)
         lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
         try:
             segment.append(lines, len(piece), durable=self._durable)
@@ -4193,11 +4209,23 @@ class Appender:
             if error.errno != errno.EFBIG:
                 raise
             self._append_in_parts(piece, fits=before > 0)
-        finally:
-            # An interrupt may come between the two: what the segment took is done.
-            if segment.events == goal:
-                self.done += len(piece)
+        self.settle()
         return segment.size >= SEGMENT_BYTES and self.seal()
+
+    def settle(self) -> None:
+        """Count in `done` what the segment took, even if an interrupt came right after that."""
+        if self._segment is not None:
+            self.done = self._before + self._segment.events
+
+    def _present(self) -> Segment | None:
+        """Return the segment that is open and in place, if there is one."""
+        self.settle()
+        segment = self._segment
+        if segment is not None and segment.is_closed:  # an interrupt came before we let go of it
+            self._before, self._segment = self.done, None
+        elif segment is not None and not segment.is_in_place():
+            self._replace(segment)
+        return self._segment
 
     def _append_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
         """Put away what exceeded the limit of file sizes: in a new segment if it fits, or in halves."""
@@ -4207,17 +4235,16 @@ class Appender:
             self.append(piece[: len(piece) // 2])
             self.append(piece[len(piece) // 2 :])
         else:
-            self.done += 1
+            self._before = self.done = self.done + 1
             self.lose(1, "the event is larger than a file may be (RLIMIT_FSIZE)")
             self._diagnostics.note(
                 "limit", "an event is larger than a file may be (RLIMIT_FSIZE) and is lost"
             )
 
-    def _replace(self, segment: Segment) -> Segment | None:
+    def _replace(self, segment: Segment) -> None:
         """Start anew after somebody deleted or moved the segment; a deleted one is written again."""
         self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; a new segment is written")
         held = segment.rescue()
-        fresh = None
         if held:
             fresh = self._journal.open_segment(durable=self._durable)
             try:
@@ -4225,19 +4252,18 @@ class Appender:
             except BaseException:
                 fresh.seal()
                 raise
-        self._segment = fresh
+            self._segment = fresh
+        else:
+            self._before, self._segment = self.done, None
         segment.abandon()
-        return fresh
 
     def seal(self) -> bool:
         """Seal the segment, if any, and put losses on record; False if either must be tried again."""
-        segment = self._segment
         try:
-            if segment is not None and not segment.is_in_place():
-                segment = self._replace(segment)
+            segment = self._present()
             if segment is not None:
                 segment.seal()
-            self._segment = None
+                self._before, self._segment = self.done, None
         except (OSError, JournalError) as error:
             self._diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
             return False
@@ -4264,7 +4290,8 @@ class Appender:
             try:
                 self._journal.record_loss(loss)
             except (OSError, JournalError) as error:
-                self._lost.insert(0, loss)
+                with self._losing:
+                    self._lost.insert(0, loss)
                 self._diagnostics.note("loss", "a loss could not be put on record yet", error=error)
                 return False
         return True
@@ -4272,6 +4299,10 @@ class Appender:
 
 class Writer:
     """The queue and the thread that empties it.
+
+    One class for both sides, because what matters is how they find each other: a caller changes the
+    queue or what is wanted and then looks at `_asleep` and `_gathering`, the thread the other way
+    round. A queue of its own would show all of that to the thread, and cost `put` a call.
 
     Args:
         appender: where the lines go.
@@ -4298,7 +4329,6 @@ class Writer:
         self._drop_when_full = drop_when_full
         self._diagnostics = diagnostics
         self._on_start = on_start
-        self._fork_held = False
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -4313,12 +4343,11 @@ class Writer:
         self._writing = threads.RLock()  # of the appender; held while the disk works
         self._wake = threads.Lock()
         self._wake.acquire()
-        # accepted = _finished + len(_held) + len(_queue)
+        # Lines stay in the queue until they are in the journal: there is no moment at which
+        # an interrupt, or a write that fails, finds them nowhere.
         self._queue: list[bytes] = []
         self._queued_bytes = 0
-        self._held: list[bytes] = []  # the batch that is being written
-        self._held_bytes = 0
-        self._finished = 0  # lines of the batches before
+        self._finished = 0  # lines that left the queue
         self._waiting: list[tuple[int, Callable[[], object]]] = []
         self._asleep = True
         self._gathering = False
@@ -4330,32 +4359,35 @@ class Writer:
 
     def before_fork(self) -> None:
         """Wait a moment for a write to end, so that no child inherits a segment that nobody knows yet."""
-        self._fork_held = self._writing.acquire(timeout=1.0)
+        self._writing.acquire(timeout=1.0)
 
     def after_fork_in_parent(self) -> None:
         """Go on."""
-        if self._fork_held:
-            self._fork_held = False
+        with contextlib.suppress(RuntimeError):  # the moment was too short, and the lock is another's
             self._writing.release()
 
     # --- the caller's side
 
     def put(self, line: bytes) -> int:
         """Queue an unfinished line and return its ticket for `wait_written`; 0 if it was dropped."""
-        if self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._has_room():
+        if self._queued_bytes > QUEUE_BYTES and not self._has_room():
             return 0
         with self._lock:
             self._queue.append(line)
             self._queued_bytes += len(line)
-            ticket = self._finished + len(self._held) + len(self._queue)
+            ticket = self._finished + len(self._queue)
         if self._asleep:
-            self._rouse()
+            try:  # noqa: SIM105 - `suppress` would need some stack itself
+                self._rouse()
+            except RecursionError:  # the stack ends here; the line is queued, and the next wakes the writer
+                pass
         return ticket
 
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
         """Return True when the line with this ticket is in the journal; at once inside of the writing thread.
 
-        Without an end if `timeout` is None, else False after so many seconds.
+        Without an end if `timeout` is None, else False after so many seconds; False, too, of a line that
+        `close` had to leave behind.
         """
         if self._is_writing_thread():
             return True
@@ -4364,7 +4396,8 @@ class Writer:
         if self._gathering:
             self._release_wake()
         deadline = None if timeout is None else time.monotonic() + timeout
-        return self._wait_until(lambda: self.written >= ticket or self._closed, deadline)
+        self._wait_until(lambda: self.written >= ticket or self._closed, deadline)
+        return self.written >= ticket
 
     def call_when_written(self, ticket: int, callback: Callable[[], object]) -> None:
         """Call back, from any thread, when the line with this ticket is in the journal."""
@@ -4381,18 +4414,11 @@ class Writer:
             ticket = self.accepted
             self._seal_wanted = max(self._seal_wanted, ticket)
             self._progress.notify_all()
-        if self._asleep:
-            self._rouse()
-        elif self._gathering:
+        if self._gathering:
             self._release_wake()
         if self._is_writing_thread():
             return self._sealed >= ticket
-        while not self._wait_until(lambda: self._sealed >= ticket, min(deadline, time.monotonic() + 0.1)):
-            if time.monotonic() >= deadline:
-                return False
-            if self._thread is None:  # nobody else will
-                self._rouse()
-        return True
+        return self._wait_until(lambda: self._sealed >= ticket, deadline)
 
     def close(self, timeout: float) -> int:
         """Write and seal everything, end the thread, and return how many lines could not be written.
@@ -4410,7 +4436,7 @@ class Writer:
             if thread is not self._threads.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
-            with self._progress:
+            with self._lock:
                 self._progress.wait(_RETRY_SECONDS[0])
         with self._lock:
             self._closed = True
@@ -4422,7 +4448,7 @@ class Writer:
     @property
     def accepted(self) -> int:
         """How many lines were queued."""
-        return self._finished + len(self._held) + len(self._queue)
+        return self._finished + len(self._queue)
 
     @property
     def written(self) -> int:
@@ -4448,22 +4474,22 @@ class Writer:
         if self._is_writing_thread():
             return True
         self._diagnostics.report("full", f"{full}: callers wait (on_full: block)")
-        while self._queued_bytes + self._held_bytes > QUEUE_BYTES and not self._closing:
-            if self._thread is None:
-                self._rouse()
-            with self._progress:
-                if self._queued_bytes + self._held_bytes > QUEUE_BYTES:
-                    self._progress.wait(_RETRY_SECONDS[0] if self._thread is None else 1.0)
-        return True
+        return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, None)
 
     def _wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
-        with self._progress:
-            while not done():
-                left = None if deadline is None else deadline - time.monotonic()
-                if left is not None and left <= 0:
-                    return False
-                self._progress.wait(left)
-            return True
+        """Wait for the writer, and do its work where there is none; False if the deadline came first."""
+        while not done():
+            if self._asleep:  # somebody was interrupted before he woke it, or nobody else will work
+                self._rouse()
+            left = None if deadline is None else deadline - time.monotonic()
+            if left is not None and left <= 0:
+                return False
+            if self._thread is None:
+                left = min(_RETRY_SECONDS[0], left or _RETRY_SECONDS[0])
+            with self._lock:
+                if not done():
+                    self._progress.wait(left)
+        return True
 
     def _rouse(self) -> None:
         """Wake the writer, start it, or do its work here.
@@ -4514,6 +4540,11 @@ class Writer:
             self._inline = me
             try:
                 done = self._work()
+            except RecursionError:
+                raise
+            except Exception as error:  # the caller's event is queued, so this is not his to know
+                done = False
+                self._diagnostics.note("writer", "writing failed; events wait in memory", error=error)
             finally:
                 self._inline = 0
         self._diagnostics.tell()
@@ -4538,7 +4569,7 @@ class Writer:
                     if not self._sleep():
                         return
                     continue
-                with self._progress:
+                with self._lock:
                     if self._closing:  # `close` goes on trying as long as it may
                         self._retire()
                         return
@@ -4586,44 +4617,43 @@ class Writer:
         return done
 
     def _note_sealed(self) -> None:
-        with self._progress:
+        with self._lock:
             self._sealed = self.written
             self._progress.notify_all()
 
     def _drain(self) -> bool:
-        """Move the queue into the journal; False, with all that is left queued again, on a fault."""
-        while True:
-            with self._lock:
-                self._held = self._queue
-                self._queue = []
-                self._held_bytes, self._queued_bytes = self._queued_bytes, 0
-            if not self._held:
-                self._held_bytes = 0
-                return True
-            fault = False
+        """Move the queue into the journal; False on a fault, with what is left still queued."""
+        self._trim()  # after an interrupt there may be something to do
+        while batch := self._queue[:]:
             try:
-                for piece in _pieces(self._held):
+                for piece in _pieces(batch):
                     if self._appender.append(piece):
                         self._note_sealed()
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
-                fault = True
                 self._diagnostics.note(
                     "journal",
                     "the journal can't be written; events wait in memory and it is tried again",
                     error=error,
                 )
-            finally:
-                with self._progress:
-                    rest = self._held[self.written - self._finished :]
-                    self._queue[:0] = rest
-                    self._held, self._finished = [], self.written
-                    self._held_bytes = 0
-                    self._queued_bytes += sum(map(len, rest))
-                    self._progress.notify_all()
-                if self._waiting:
-                    self._call_back()
-            if fault:
                 return False
+            finally:
+                self._trim()
+        return True
+
+    def _trim(self) -> None:
+        """Take out of the queue what is in the journal, and tell those who wait for it."""
+        self._appender.settle()
+        with self._lock:
+            written = self.written
+            gone = self._queue[: written - self._finished]
+            count, left = len(gone), self._queued_bytes - sum(map(len, gone))
+            # An interrupt comes with a call, so that it never finds half of this.
+            del self._queue[:count]
+            self._finished = written
+            self._queued_bytes = left if self._queue else 0
+            self._progress.notify_all()
+        if self._waiting:
+            self._call_back()
 
     def _call_back(self) -> None:
         with self._lock:
@@ -4673,7 +4703,7 @@ class Ingester:
 
     Args:
         side: what to call; it counts into the same diagnostics.
-        interval: seconds until the first retry; later ones wait longer, up to 30 s.
+        interval: seconds until the first retry; later ones wait longer. None waits more than 30 s.
         diagnostics: who is told of faults.
     """
 
@@ -4743,26 +4773,24 @@ class Ingester:
             self._diagnostics.report("stuck", "the ingest does not end; is its disk or network gone?")
 
     def _run(self) -> None:
-        pause = self._interval
-        waiting = False
-        while True:
-            with self._changed:
-                daily = False
-                if not self._stopping and self._done >= self._wanted:
-                    woken = self._changed.wait(pause if waiting else self._LONGEST_SLEEP_SECONDS)
-                    daily = not woken
-                if self._done >= self._wanted and (self._stopping or not (waiting or daily)):
-                    if self._stopping:
-                        self._thread = None
-                        self._changed.notify_all()
-                        return
-                    continue
-                target = self._wanted
+        shortest = min(self._interval, self._LONGEST_PAUSE_SECONDS)
+        waiting, pause = False, shortest  # whether something waits for a retry, and how long until then
+        while (target := self._next_target(pause if waiting else self._LONGEST_SLEEP_SECONDS)) is not None:
+            pause = min(pause * 2, self._LONGEST_PAUSE_SECONDS) if waiting else shortest
             waiting = not self._attempt()
-            pause = min(pause * 2, self._LONGEST_PAUSE_SECONDS) if waiting else self._interval
             with self._changed:
                 self._done = max(self._done, target)
                 self._changed.notify_all()
+
+    def _next_target(self, longest: float) -> int | None:
+        """Wait for a sealed segment, `longest` seconds at most; return what to count as done, None to end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopping or self._done < self._wanted, longest)
+            if self._stopping and self._done >= self._wanted:
+                self._thread = None
+                self._changed.notify_all()
+                return None
+            return self._wanted
 
     def _attempt(self) -> bool:
         try:
@@ -4895,7 +4923,10 @@ class Call:
         if error is not None and not isinstance(error, GeneratorExit):
             if self.status != "error":  # what is known already was known nearer to the cause
                 self.fail(describe_exception(error))
-            denial = find_cause(error, self._denied_by)
+            try:
+                denial = find_cause(error, self._denied_by)
+            except TypeError:  # `denied_by` holds no exceptions; what the body raised counts for more
+                denial = None
             if denial is not None and self.policy_decision == "n/a":
                 self.policy("deny", describe_exception(denial, with_type=False))
         return self._recorder.finish(self)
@@ -4952,20 +4983,32 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
 
 def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
     """Return the error, or a cause or member of it, of the given kinds: frameworks wrap what tools raise."""
-    waiting: list[BaseException | None] = [error]
+    waiting: list[object] = [error]
     for _ in range(_MAX_CAUSES):
         if not waiting:
             break
         seen = waiting.pop(0)
-        if seen is None or isinstance(seen, kinds):
-            if seen is not None:
-                return seen
+        if not isinstance(seen, BaseException):  # an exception may call what it likes `exceptions`
             continue
-        waiting += [seen.__cause__ or seen.__context__, *getattr(seen, "exceptions", ())]
+        if isinstance(seen, kinds):
+            return seen
+        members = _get(seen, "exceptions")
+        waiting += [
+            seen.__cause__ or seen.__context__,
+            *(members if isinstance(members, (tuple, list)) else ()),
+        ]
     return None
 
 
-# Where a call came from.
+def check_denied_by(denied_by: DeniedBy) -> None:
+    """Raise EventError for what no exception could ever be an instance of, such as a list of classes."""
+    try:
+        isinstance(None, denied_by)
+    except TypeError as error:
+        raise EventError("must be an exception class, or a tuple of them", field="denied_by") from error
+
+
+# --- where a call came from
 
 
 class Origin(NamedTuple):
@@ -5070,7 +5113,7 @@ def _surroundings() -> Origin:
     return origin_of(None)
 
 
-# Middleware.
+# --- middleware
 
 
 def error_of_result(result: object) -> str | None:
@@ -5094,6 +5137,9 @@ class Middleware:
         caller: what to record as caller; found out for each call if None.
         denied_by: exceptions that are recorded as the policy decision `deny`; FastMCP's own
             AuthorizationError always is.
+
+    Raises:
+        EventError: `denied_by` holds something else than exceptions.
     """
 
     def __init__(
@@ -5101,6 +5147,7 @@ class Middleware:
     ) -> None:
         self._record = record
         self._caller = caller
+        check_denied_by(denied_by)
         self._denied_by = denied_by if isinstance(denied_by, tuple) else (denied_by,)
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -5206,7 +5253,7 @@ class _AuditedHandlers(dict[Any, Any]):
         return _audited_handler
 
 
-# Decorators.
+# --- decorators
 
 
 def audited(
@@ -5236,12 +5283,8 @@ def audited(
 
     def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         outer = running_call()
-        if (
-            outer is not None
-            and not outer.detailed
-            and outer.event_type == event_type
-            and (template.fullmatch(outer.name))
-        ):
+        same_kind = outer is not None and not outer.detailed and outer.event_type == event_type
+        if outer is not None and same_kind and template.fullmatch(outer.name):
             outer.detailed = True  # what the function calls in turn are executions of their own
             return Call(_Within(outer), event_type, title, input_of(args, kwargs), denied_by=denied_by)
         origin = _surroundings()
@@ -5424,7 +5467,7 @@ def _is_context(value: object) -> bool:
     return kind.__name__ == "Context" and kind.__module__.partition(".")[0] in ("mcp", "fastmcp")
 
 
-# The stdio wrapper's bookkeeping.
+# --- the stdio wrapper's bookkeeping
 
 MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
 _MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
@@ -5577,6 +5620,10 @@ class Counters(NamedTuple):
     last_error: str | None
 
 
+_UNENCODABLE: Final = "[UNENCODABLE]"
+_UNENCODABLE_JSON: Final = encode_text(encode_text(_UNENCODABLE))
+
+
 class EventRecorder:
     """Turns events and calls into queued lines; what can't be encoded is recorded without content.
 
@@ -5602,8 +5649,8 @@ class EventRecorder:
         try:
             return self._encoder.input_json(input_params, name, endpoint_def, echoes), echoes
         except Exception as fault:
-            self._diagnostics.report("encode", "an input could not be encoded", error=fault)
-            return encode_text(encode_text(_UNENCODABLE)), echoes
+            self._report("an input could not be encoded", fault)
+            return _UNENCODABLE_JSON, echoes
 
     def finish(self, call: Call) -> int:
         """Queue the line of a call that ended."""
@@ -5632,19 +5679,21 @@ class EventRecorder:
 
     def put_without_content(self, fault: Exception) -> int:
         """Record that there was an event, although it could not be encoded."""
-        self._diagnostics.report(
-            "encode", "an event could not be encoded; it is recorded without content", error=fault
-        )
-        input_json = encode_text(encode_text(_UNENCODABLE))
+        self._report("an event could not be encoded; it is recorded without content", fault)
         try:
             return self._put(
                 self._encoder.line(
-                    "", "", "", input_json, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ()
+                    *("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE),
+                    *(None, None, None, ()),
                 )
             )
         except Exception as error:
-            self._diagnostics.report("encode", "an event could not be recorded", error=error)
+            self._report("an event could not be recorded", error)
             return 0
+
+    def _report(self, message: str, fault: Exception) -> None:
+        """Tell of a fault by its type: its text may hold what was to be encoded."""
+        self._diagnostics.report("encode", f"{message} ({type(fault).__name__})")
 
     def wait(self, ticket: int) -> None:
         """With `durable`, return when the line is on the disk."""
@@ -5663,22 +5712,20 @@ class EventRecorder:
                 return
             written: asyncio.Future[None] = loop.create_future()
 
-            def resolve() -> None:
+            def _resolve() -> None:
                 if not written.done():  # the waiting task may have been cancelled
                     written.set_result(None)
 
-            self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(resolve))
+            self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(_resolve))
             await written
-
-
-_UNENCODABLE: Final = "[UNENCODABLE]"
 
 
 class AuditLogger:
     """Records events: each becomes a line in the journal within milliseconds, and a row in DuckDB soon after.
 
     `log_event` never raises and, unless `durable` is set or the queue is full, never waits. It may be
-    called from any thread, signal handler or exit handler.
+    called from any thread, signal handler or exit handler. The class is the public face and joins what
+    other classes do: its length is that of its signatures and their descriptions.
 
     Args:
         path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
@@ -5773,7 +5820,7 @@ class AuditLogger:
                 Journal(config.journal_directory),
                 durable=config.durable,
                 diagnostics=self._diagnostics,
-                on_sealed=self._sealed,
+                on_sealed=self._on_sealed,
             ),
             flush_interval=config.flush_interval,
             durable=config.durable,
@@ -5899,6 +5946,9 @@ class AuditLogger:
         Args:
             caller: recorded as caller; by default `http` or `stdio`, as the request came.
             denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
+
+        Raises:
+            EventError: `denied_by` holds something else than exceptions.
         """
         return Middleware(self.record, caller=caller, denied_by=denied_by)
 
@@ -5926,6 +5976,9 @@ class AuditLogger:
             name: recorded as name; by default the function's own.
             caller: recorded as caller; by default that of the request it runs in, `cli` without one.
             denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
+
+        Raises:
+            EventError: the parentheses are missing, or `denied_by` holds something else than exceptions.
         """
         return self._decorator("tool", name, caller, denied_by)
 
@@ -5944,14 +5997,15 @@ class AuditLogger:
     def _decorator(
         self, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
     ) -> Callable[[Function], Function]:
+        check_denied_by(denied_by)
         if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
             example = '("reports/{id}")' if event_type == "resource" else "()"
             raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
 
-        def decorate(function: Function) -> Function:
+        def _decorate(function: Function) -> Function:
             return audited(function, self.record, event_type, name, caller, denied_by)
 
-        return decorate
+        return _decorate
 
     @property
     def counters(self) -> Counters:
@@ -6033,6 +6087,8 @@ class AuditLogger:
         """Before the first thread: be found by the exit hooks. False while the program ends."""
         if _live.exiting:
             return False
+        if self in _live.loggers:  # an earlier thread ended, or could not be started
+            return True
         _live.loggers.add(self)
         children = sys.modules.get("multiprocessing.util")
         process = sys.modules.get("multiprocessing.process")
@@ -6050,7 +6106,7 @@ class AuditLogger:
             except KeyboardInterrupt:
                 continue
 
-    def _sealed(self) -> None:
+    def _on_sealed(self) -> None:
         if self._ingester is not None and not _live.exiting:
             self._ingester.notify()
 
@@ -6102,7 +6158,10 @@ _live: Final = _Live()
 def _at_exit() -> None:
     try:
         for logger in list(_live.loggers):
-            logger.shutdown()
+            try:
+                logger.shutdown()
+            except Exception as error:  # the others have events, too
+                logger._diagnostics.report("exit", "a logger could not be shut down", error=error)
     except KeyboardInterrupt:  # a second Ctrl+C: leave at once, and say what is left
         _live.exiting = True
         left = sum(logger._writer.pending for logger in list(_live.loggers))

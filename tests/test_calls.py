@@ -130,6 +130,39 @@ def test_record_circular_causes_recorded(audit: AuditLogger) -> None:
     assert recorded(audit)[0]["policy_decision"] == "n/a"
 
 
+class Odd(Exception):
+    """An exception whose `exceptions` are no members of a group."""
+
+    def __init__(self, exceptions: Any) -> None:
+        self.exceptions = exceptions
+
+
+class Unanswering(Exception):
+    @property
+    def exceptions(self) -> Any:
+        raise RuntimeError("asked")
+
+
+@pytest.mark.parametrize("raised", [Odd(None), Odd(7), Odd(["text"]), Odd({"a": 1}), Unanswering()], ids=repr)
+def test_record_exception_with_odd_members_same_object_leaves(audit: AuditLogger, raised: Exception) -> None:
+    with pytest.raises(Exception) as caught, audit.record("tool", "t", denied_by=PermissionError):
+        raise raised
+    assert caught.value is raised
+    assert [event["status"] for event in recorded(audit)] == ["error"]
+
+
+@pytest.mark.parametrize("kinds", [[PermissionError], "PermissionError", (PermissionError, None)], ids=repr)
+def test_denied_by_of_no_exceptions_refused_when_set_up_and_harmless_in_a_call(
+    audit: AuditLogger, kinds: Any
+) -> None:
+    for set_up in (audit.middleware, audit.tool, audit.prompt):
+        with pytest.raises(EventError, match="denied_by: .*exception"):
+            set_up(denied_by=kinds)
+    with pytest.raises(KeyError), audit.record("tool", "t", denied_by=kinds):
+        raise KeyError("x")
+    assert outcome(audit) == [("t", None, "error", "KeyError: 'x'")]
+
+
 def test_policy_of_the_running_call_recorded_innermost(audit: AuditLogger) -> None:
     with audit.record("tool", "outer"):
         with audit.record("tool", "inner"):

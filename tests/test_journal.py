@@ -202,3 +202,28 @@ def test_file_size_limit_is_respected_before_the_signal_comes(journal: Journal) 
     assert caught.value.errno == errno.EFBIG and os.stat(segment.path).st_size == 9
     segment.seal()
     assert mxcp_audit.file_size_limit() > 0
+
+
+def test_claim_that_runs_out_of_memory_holds_nothing(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for _ in range(3):
+        segment = journal.open_segment()
+        segment.append(b"{}\n", 1)
+        segment.seal()
+    true_read, left = mxcp_audit.Claim.read, [1]
+
+    def read(self: Any) -> bytes:
+        if not left:
+            raise MemoryError
+        left.pop()
+        return true_read(self)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mxcp_audit.Claim, "read", read)
+        with pytest.raises(MemoryError):
+            journal.claim(limit_bytes=2**20)
+    claims, problems = journal.claim(limit_bytes=2**20)
+    assert (len(claims), problems) == (3, [])
+    for claim in claims:
+        claim.release()

@@ -240,3 +240,55 @@ def test_log_event_reports_no_recorded_content(db: Path, caplog: Any) -> None:
     audit.log_event("cli", "tool", "x", {"a": Broken(), "password": "hunter2"})
     audit.shutdown()
     assert "hunter2" not in caplog.text
+
+
+def test_logger_that_fails_at_exit_keeps_no_other_from_writing(db: Path) -> None:
+    done = run(
+        """
+        audits = [AuditLogger(sys.argv[1] + name) for name in "abc"]
+        def fail(*_): raise RuntimeError("what nobody foresaw")
+        for audit in audits:
+            audit._side.close = fail
+            audit.log_event("cli", "tool", "t")
+        """,
+        db,
+    )
+    assert done.returncode == 0
+    assert [len(table_rows(Path(f"{db}{name}"))) for name in "abc"] == [1, 1, 1]
+    assert done.stderr.count("what nobody foresaw") == 3
+
+
+def test_encoder_that_fails_tells_no_content(
+    db: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with AuditLogger(db) as audit:
+
+        def fail(*_: Any) -> str:
+            raise ValueError("hunter2")
+
+        with monkeypatch.context() as patched:
+            patched.setattr(audit._encoder, "input_json", fail)
+            log(audit, "x")
+            with audit.record("tool", "x"):
+                pass
+        assert audit.counters.errors == 2 and "ValueError" in str(audit.counters.last_error)
+    assert "hunter2" not in caplog.text and "hunter2" not in str(audit.counters)
+    assert len(table_rows(db)) == 2
+
+
+def test_child_of_multiprocessing_registers_its_exit_once(db: Path) -> None:
+    done = run(
+        """
+        import multiprocessing, multiprocessing.util
+        def child(db):
+            audit = AuditLogger(db)
+            for _ in range(3):
+                assert audit._activate()
+            print(len(multiprocessing.util._finalizer_registry))
+        if __name__ == "__main__":
+            process = multiprocessing.get_context("fork").Process(target=child, args=(sys.argv[1],))
+            process.start(); process.join()
+        """,
+        db,
+    )
+    assert done.stdout.split() == ["1"], done.stderr

@@ -270,7 +270,7 @@ def test_declared_garbage_declares_nothing(redactor: Redactor, garbage: Any) -> 
 def test_declared_cycle_ends(redactor: Redactor) -> None:
     definition: dict[str, Any] = {"properties": {}}
     definition["properties"].update(a=definition, b=definition)
-    redactor.redact({"a": {"b": 1}}, endpoint_def=definition)
+    assert redactor.redact({"a": {"b": 1}}, endpoint_def=definition) == {"a": {"b": REDACTED}}
 
 
 # Structure.
@@ -773,3 +773,22 @@ def test_clip_plain_any_value_fits_and_is_valid(value: Any, max_bytes: int) -> N
 def test_clip_plain_many_items_leave_a_count() -> None:
     shown = clip_plain(list(range(100_000)), 500)
     assert shown[:3] == [0, 1, 2] and "100000 items" in shown[-1]
+
+
+def test_redact_list_that_another_thread_empties_meanwhile_is_read(redactor: Redactor) -> None:
+    """At whichever call inside of the walk the other thread comes."""
+    for moment in range(1, 12):
+        value, passed = ["-x", 2], [0]
+
+        def empty(frame: Any, event: str, argument: Any, moment: int = moment) -> None:
+            if event == "c_return" and frame.f_code.co_name == "sequence":
+                passed[0] += 1  # noqa: B023 - called within the same turn
+                if passed[0] == moment:  # noqa: B023
+                    value.clear()  # noqa: B023
+
+        sys.setprofile(empty)
+        try:
+            shown = redactor.redact({"a": value})
+        finally:
+            sys.setprofile(None)
+        assert shown in ({"a": ["-x", 2]}, {"a": []}), moment

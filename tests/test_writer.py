@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import itertools
 import logging
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -285,3 +287,120 @@ def test_diagnostics_are_told_with_no_lock_held(bench: Bench, monkeypatch: pytes
     finally:
         logging.getLogger("mxcp_audit").removeHandler(handler)
     assert others and all(others)
+
+
+def test_write_interrupted_at_any_moment_loses_and_repeats_nothing(
+    bench: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl+C may come at each call, in the thread of a caller who writes: each is tried in turn."""
+    monkeypatch.setattr(mxcp_audit, "SEGMENT_BYTES", 1)  # each write seals
+    for moment in itertools.count(1):
+        bench = Bench(tmp_path / str(moment))
+        bench.writer._start_thread = lambda: False  # type: ignore[method-assign]
+        passed = 0
+
+        def interrupt(frame: Any, event: str, argument: Any, moment: int = moment) -> None:
+            nonlocal passed
+            if event in ("call", "c_return") and frame.f_globals is vars(mxcp_audit):
+                passed += 1
+                if passed == moment:
+                    sys.setprofile(None)
+                    raise KeyboardInterrupt
+
+        queued = 0
+        for n in range(3):
+            sys.setprofile(interrupt if n == 1 else None)
+            try:
+                bench.writer.put(line(n))
+            except KeyboardInterrupt:
+                pass
+            finally:
+                sys.setprofile(None)
+            queued += bench.writer.accepted > queued  # it may have come before the line was taken
+        assert bench.writer.close(SAFETY_SECONDS) == 0, moment
+        found = bench.lines()
+        assert len(found) == queued, moment
+        assert found == sorted({line(0), line(2), *found}), moment
+        if passed < moment:
+            break
+    assert moment > 50  # there were such moments
+
+
+def test_wait_written_without_a_thread_goes_on_trying(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    true_append, failures = mxcp_audit.Segment.append, [3]
+
+    def append(self: Any, *args: Any, **options: Any) -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(errno.ENOSPC, "full")
+        true_append(self, *args, **options)
+
+    monkeypatch.setattr(mxcp_audit.Segment, "append", append)
+    monkeypatch.setattr(bench.writer, "_start_thread", lambda: False)
+    ticket = bench.writer.put(line(1))
+    assert bench.writer.wait_written(ticket, SAFETY_SECONDS)
+    assert bench.lines() == [line(1)]
+
+
+def test_wait_written_after_the_thread_died_starts_another(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true_append, failures = mxcp_audit.Segment.append, [1]
+
+    def append(self: Any, *args: Any, **options: Any) -> None:
+        if failures[0]:
+            failures[0] -= 1
+            raise ValueError("what nobody foresaw")
+        true_append(self, *args, **options)
+
+    monkeypatch.setattr(mxcp_audit.Segment, "append", append)
+    ticket = bench.writer.put(line(1))
+    assert bench.writer.wait_written(ticket, SAFETY_SECONDS)
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert bench.lines() == [line(1)]
+
+
+def test_fork_in_two_threads_at_once_leaves_the_writer_free(bench: Bench) -> None:
+    bench.writer.before_fork()
+    other = threading.Thread(target=lambda: (bench.writer.before_fork(), bench.writer.after_fork_in_parent()))
+    other.start()  # waits a second in vain
+    other.join()
+    bench.writer.after_fork_in_parent()
+    bench.writer.put(line(1))
+    assert bench.writer.flush(SAFETY_SECONDS)
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert bench.lines() == [line(1)]
+
+
+def test_full_queue_that_nobody_woke_the_writer_for_is_emptied(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mxcp_audit, "QUEUE_BYTES", 5)
+    assert bench.writer.wait_written(bench.writer.put(line(0)), SAFETY_SECONDS)
+    wait_until(lambda: bench.writer._asleep)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.writer, "_rouse", lambda: None)  # as after Ctrl+C
+        bench.writer.put(line(1))
+    caller = threading.Thread(target=lambda: bench.writer.put(line(2)), daemon=True)
+    caller.start()
+    caller.join(SAFETY_SECONDS)
+    assert not caller.is_alive()
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert bench.lines() == [line(n) for n in range(3)]
+
+
+@pytest.mark.parametrize("where", ["_rouse", "_work"])
+def test_put_that_fails_after_the_line_was_queued_returns_its_ticket(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    monkeypatch.setattr(bench.writer, "_start_thread", lambda: False)
+    with monkeypatch.context() as patched:
+
+        def fail() -> None:
+            raise RecursionError if where == "_rouse" else ValueError("what nobody foresaw")
+
+        patched.setattr(bench.writer, where, fail)
+        assert bench.writer.put(line(1)) == 1
+    assert bench.writer.put(line(2)) == 2
+    assert bench.lines() == [line(1), line(2)]
+    assert bench.writer.close(SAFETY_SECONDS) == 0

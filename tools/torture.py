@@ -1009,7 +1009,11 @@ MUTANTS = (
         (("            os.ftruncate(self._fd, self.size)\n", "            pass\n"),),
     ),
     Mutant("no ledger check", "S2", ((KNOWN, "            known = set[str]()\n"),)),
-    Mutant("count but drop", "S4", (("                    self._queue[:0] = rest\n", ""),)),
+    Mutant(
+        "count but drop",
+        "S4",
+        (("            del self._queue[:count]\n", "            self._queue.clear()\n"),),
+    ),
     Mutant(
         "no lock on a live segment",
         "S8",
