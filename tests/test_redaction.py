@@ -40,7 +40,7 @@ def redactor() -> Redactor:
 
 
 @dataclasses.dataclass
-class Box:
+class Around:
     held: Any
 
 
@@ -754,9 +754,7 @@ def test_redact_mapping_changed_by_its_own_value_is_shown_as_it_is_then(redactor
     assert redactor.redact({"in": value}) == {"in": {"a": "grown", "password": REDACTED, "new": 1}}
 
 
-@pytest.mark.parametrize(
-    "wrap", [lambda value: [value], lambda value: {"in": value}, lambda value: Box(value)]
-)
+@pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"in": value}, Around])
 def test_redact_nesting_of_any_kind_ends_at_the_same_depth(redactor: Redactor, wrap: Any) -> None:
     value: Any = "core"
     for _ in range(mxcp_audit._MAX_DEPTH + 1):

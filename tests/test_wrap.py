@@ -364,7 +364,7 @@ def test_wrap_client_that_reads_no_more_is_recorded_to_its_end(tmp_path: Path, c
 
 
 def test_wrap_server_that_closes_its_input_is_seen_by_the_client(tmp_path: Path) -> None:
-    code = f"import os, time; os.close(0); os.write(1, b'closed'); {FOR_EVER}"
+    code = f"import os, time\nos.close(0)\nos.write(1, b'closed')\n{FOR_EVER}"
     process = start(wrap(server=[sys.executable, "-c", code]), tmp_path)
     assert process.stdin and process.stdout and process.stdout.read(6) == b"closed"
     with pytest.raises(BrokenPipeError):
