@@ -226,7 +226,7 @@ def test_open_engine_without_the_package_takes_the_program_or_names_the_remedy(
     monkeypatch.setitem(sys.modules, "duckdb", None)  # its import fails
     monkeypatch.setattr("importlib.util.find_spec", absent)
     for apart in (False, True):
-        with pytest.raises(EngineNotFoundError, match="pip install duckdb"):
+        with pytest.raises(EngineNotFoundError, match="package can.t be loaded .*: pip install duckdb"):
             open_engine(apart=apart, environ={"MXCP_AUDIT_ENGINE": "package", "PATH": str(tmp_path)})
         with pytest.raises(EngineNotFoundError, match="no DuckDB here: .*MXCP_AUDIT_DUCKDB"):
             open_engine(apart=apart, environ={"PATH": str(tmp_path)})
