@@ -360,7 +360,7 @@ def test_wrap_client_that_reads_no_more_is_recorded_to_its_end(tmp_path: Path, c
     process.stderr.read()
     process.wait(60)
     process.stderr.close()
-    assert [event["name"] for event in events(cli)] == ["echo"] * 3
+    assert [event["status"] for event in events(cli)] == ["success"] * 3
 
 
 def test_wrap_server_that_closes_its_input_is_seen_by_the_client(tmp_path: Path) -> None:
