@@ -9662,10 +9662,10 @@ class Store:
         try:
             folder = os.path.realpath(folder)
             found = None if not os.path.lexists(path) else os.lstat(path)
+            self.refuse_journal(path)
         except (OSError, ValueError) as error:  # ValueError: a NUL
             raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
         is_file, own = self.target.is_file, os.path.realpath(self.target.path)
-        self.refuse_journal(path)
         if is_file and os.path.join(folder, name) in (own, own + ".wal"):
             raise StoreError(f"{path} is the audit database itself; name another file")
         if not os.path.isdir(folder):
@@ -9914,6 +9914,8 @@ class Checkup:
             self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
         except StoreError as error:
             self._fault(str(error), "run with --debug for the whole story")
+        except JournalError:
+            pass  # a fault already
 
     def _examine_journal(self) -> None:
         journal = self._store.journal

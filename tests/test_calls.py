@@ -122,6 +122,30 @@ def test_record_denied_by_found_in_causes_and_groups(audit: AuditLogger, python:
     assert (event["policy_decision"], event["reason"]) == ("deny", "not an admin")
 
 
+def test_describe_exception_that_cannot_be_shown_names_its_type() -> None:
+    class Hostile(Exception):
+        def __str__(self) -> str:
+            raise RuntimeError("hunter2")
+
+    assert mxcp_audit.describe_exception(Hostile()) == "Hostile: (its message can't be shown)"
+
+
+def test_record_failure_that_is_known_already_stays_when_another_is_raised(audit: AuditLogger) -> None:
+    with pytest.raises(ValueError), audit.record("tool", "x") as call:
+        call.fail("nearer to the cause")
+        raise ValueError("further away")
+    assert (call.status, call.error) == ("error", "nearer to the cause")
+
+
+def test_origin_trace_of_an_opentelemetry_that_fails_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    def get_current_span() -> None:
+        raise RuntimeError
+
+    module = types.SimpleNamespace(get_current_span=get_current_span)
+    monkeypatch.setitem(sys.modules, "opentelemetry.trace", module)
+    assert mxcp_audit.origin_of(None).trace_id is None
+
+
 def test_record_circular_causes_recorded(audit: AuditLogger) -> None:
     one, other = ValueError("one"), ValueError("other")
     one.__cause__, other.__cause__ = other, one

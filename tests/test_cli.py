@@ -16,7 +16,9 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -795,3 +797,59 @@ def test_docs_page_covers_every_option_of_every_command() -> None:
             known |= {flag for option in parser._actions for flag in option.option_strings}
     for flag in re.findall(r"`(--?[a-z][a-z-]*)", page):
         assert flag in known, flag
+
+
+def test_show_unknown_event_is_none(filled: Path, run: Cli) -> None:
+    done = run("show", "20260131T120000000000Z-00000000:1", *DB)
+    assert (done.returncode, done.stdout) == (1, "") and "there is no event 20260131T" in done.stderr
+
+
+def test_debug_lets_errors_through_with_their_story(filled: Path, run: Cli) -> None:
+    with pytest.raises(mxcp_audit.DatabaseNotFoundError):
+        run("log", "--db", "none.duckdb", "--debug")
+
+
+def test_doctor_says_in_words_what_is_and_what_to_do(
+    filled: Path, run: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mxcp_audit.Checkup, "_LITTLE_SPACE_BYTES", 0)
+    done = run("doctor", *DB)
+    assert done.returncode == 0 and done.stdout.endswith("\nhealthy\n")
+    assert re.search(r"^database: path .*log.duckdb, readable True, events 3$", done.stdout, re.MULTILINE)
+    (filled / "log.duckdb.journal" / "x.rejected").write_text("{}")
+    done = run("doctor", *DB)
+    assert done.returncode == 1 and done.stdout.endswith("\nnot healthy\n")
+    assert re.search(r"^fault: 1 files in .*; remedy: read the \.rejected", done.stdout, re.MULTILINE)
+
+
+def test_log_points_out_what_was_lost(filled: Path, run: Cli) -> None:
+    loss = mxcp_audit.Loss(3, "2026-01-31 12:00:00", "2026-01-31 12:00:01", "the queue was full")
+    mxcp_audit.Journal(filled / "log.duckdb.journal").record_loss(loss)
+    done = run("log", *DB)
+    assert done.returncode == 0 and "3 events were lost in the last 30 days" in done.stderr
+
+
+def test_commands_of_a_program_answer_in_any_of_its_threads(filled: Path, run: Cli) -> None:
+    """Signals are the main thread's alone."""
+    done: list[subprocess.CompletedProcess[str]] = []
+    thread = threading.Thread(target=lambda: done.append(run("sql", "SELECT count(*) AS n FROM logs", *DB)))
+    thread.start()
+    thread.join()
+    assert done[0].returncode == 0 and "5" in done[0].stdout
+
+
+def test_terminal_csv_and_progress_of_verify(filled: Path) -> None:
+    with AuditLogger(filled / "log.duckdb") as audit:
+        audit.log_event("http", "tool", NASTY)
+    module = [sys.executable, "-m", "mxcp_audit"]
+    shown = Session([*module, "sql", "SELECT name FROM logs", "--csv", *DB], filled)
+    assert shown.end() == 0 and "get_user" in shown.text and "\x1b[2J" not in shown.text
+    verified = Session([*module, "verify", *DB], filled)
+    assert verified.end() == 0 and re.search(r"\rverified (\d+) of \1 events\r\n", verified.text)
+
+
+def test_version_of_a_module_inside_of_an_archive(tmp_path: Path, cli: Cli) -> None:
+    with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
+        archive.write(ROOT / "mxcp_audit.py", "mxcp_audit.py")
+    done = cli("--version", PYTHONPATH=str(tmp_path / "all.zip"))
+    assert done.returncode == 0 and done.stdout.endswith(", file unknown\n")

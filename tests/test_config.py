@@ -712,3 +712,19 @@ def test_docs_limits_are_those_of_the_code():
 def test_docs_table_of_types_is_true():
     assert parse_yaml("[010, 0x10, 0b10, 1_000, '1:30']")[:4] == [8, 16, 2, 1000]
     assert parse_yaml("[1:30, 1e3, 1.0.0, 08, y, None]") == [90, "1e3", "1.0.0", "08", "y", "None"]
+
+
+def test_config_from_arguments_target_that_is_no_file_needs_a_journal() -> None:
+    with pytest.raises(ConfigError, match="journal: .* is no file, so there is no place beside it") as caught:
+        mxcp_audit.config_from_arguments("postgres:host=h password=hunter2 dbname=d")
+    assert "hunter2" not in str(caught.value)
+
+
+def test_load_config_in_a_directory_that_is_gone_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    with pytest.raises(ConfigError, match="working directory is gone"):
+        load_config()

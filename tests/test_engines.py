@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from collections.abc import Iterator
 from typing import Any
 
@@ -214,3 +215,51 @@ def test_open_engine_unknown_choice_or_nothing_there_names_the_remedy(tmp_path: 
     engine = open_engine(environ={"MXCP_AUDIT_ENGINE": "cli", "MXCP_AUDIT_DUCKDB": str(tmp_path / "none")})
     with pytest.raises(EngineNotFoundError, match="can't be run"):
         engine.execute("SELECT 1")
+
+
+def test_open_engine_without_the_package_takes_the_program_or_names_the_remedy(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def absent(*args: Any, **options: Any) -> None:
+        return None
+
+    monkeypatch.setitem(sys.modules, "duckdb", None)  # its import fails
+    monkeypatch.setattr("importlib.util.find_spec", absent)
+    for apart in (False, True):
+        with pytest.raises(EngineNotFoundError, match="package can.t be loaded .*: pip install duckdb"):
+            open_engine(apart=apart, environ={"MXCP_AUDIT_ENGINE": "package", "PATH": str(tmp_path)})
+        with pytest.raises(EngineNotFoundError, match="no DuckDB here: .*MXCP_AUDIT_DUCKDB"):
+            open_engine(apart=apart, environ={"PATH": str(tmp_path)})
+    (tmp_path / "duckdb").write_text("#!/bin/sh\n")
+    (tmp_path / "duckdb").chmod(0o755)
+    found = open_engine(environ={"PATH": str(tmp_path)})
+    assert isinstance(found, CliEngine) and found.program == str(tmp_path / "duckdb")
+
+
+def test_find_program_without_an_executable_in_its_package_looks_on_path(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    package = types.SimpleNamespace(submodule_search_locations=[str(tmp_path / "package")])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: package)
+    assert mxcp_audit.find_program({"PATH": str(tmp_path)}) is None
+
+
+def test_execute_text_that_is_no_unicode_is_refused_or_replaced(session: Any) -> None:
+    if session.name == "cli":
+        assert session.execute("SELECT $x::VARCHAR AS x", {"x": "\ud800"}) == [("?",)]
+        return
+    with pytest.raises(QueryError, match="surrogate|can't be searched for"):
+        session.execute("SELECT $x::VARCHAR AS x", {"x": "\ud800"})
+    assert session.execute("SELECT 1::BIGINT AS one") == [(1,)]
+
+
+def test_scratch_directory_of_somebody_else_is_not_used(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    own = tmp_path / f"mxcp_audit-{os.getuid()}"
+    assert os.path.dirname(mxcp_audit._scratch_directory()) == str(own)
+    own.rmdir()
+    own.symlink_to("/")
+    place = os.path.dirname(mxcp_audit._scratch_directory())
+    assert place != str(own) and os.stat(place).st_mode & 0o777 == 0o700

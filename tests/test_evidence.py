@@ -581,3 +581,43 @@ def test_logger_tells_the_checkpoint_at_shutdown(
     path = tmp_path / "told"
     path.write_text(told[-1])
     assert len(told) == 2 and m._read_checkpoint(str(path)) == [head] and head.events == 2
+
+
+def test_cli_verify_more_findings_than_anybody_reads_are_counted(
+    log: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(m, "_MAX_FINDINGS", 1)
+    change(log, "UPDATE logs SET name = 'x' WHERE seq = 1")
+    assert m.main(["verify", "--db", str(log)]) == 1
+    assert "\nand 1 more\nNOT intact, 2 findings; " in capsys.readouterr().out
+
+
+def test_cli_verify_since_says_what_it_left_out(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    change(log, f"UPDATE logs SET name = 'x' WHERE segment = '{segments_of(log)[0]}'")
+    assert m.main(["verify", "--db", str(log), "--since", moment(START_NS + DAY_NS - 1000)]) == 0
+    assert "segments before 2026-05-29" in capsys.readouterr().out
+
+
+def test_cli_verify_checkpoint_that_cannot_be_read_is_wrong_use(log: Path, cli: Any, tmp_path: Path) -> None:
+    done = cli("verify", "--db", str(log), "--checkpoint", str(tmp_path))
+    assert done.returncode == 2 and "can't be read" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_verify_database_without_ledger_is_no_proof_of_a_checkpoint(log: Path) -> None:
+    heads = store_of(log).heads()
+    change(log, "DROP TABLE ledger", "DROP TABLE logs")
+    change(log, "CREATE TABLE logs (timestamp TIMESTAMP, name TEXT)")
+    texts = [finding.text for finding in store_of(log).verify(checkpoint=heads).findings]
+    assert "there is no ledger, so that nothing can be proved" in texts
+
+
+def test_key_file_that_is_absent_is_refused(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MXCP_AUDIT_KEY_FILE", str(tmp_path / "none"))
+    with pytest.raises(m.ConfigError, match="none"):
+        store_of(log).verify()
+
+
+def test_iso_time_of_moments_that_no_calendar_has() -> None:
+    assert m.iso_time(None) is None and m.iso_time(2**62) == f"{2**62} microseconds"

@@ -15,7 +15,15 @@ from typing import Any
 import pytest
 from conftest import SAFETY_SECONDS, child_environment, held_database, wait_until
 
-from mxcp_audit import AuditLogger, Filter, Follower, QueryError, Store, config_from_arguments
+from mxcp_audit import (
+    AuditLogger,
+    Filter,
+    Follower,
+    JournalError,
+    QueryError,
+    Store,
+    config_from_arguments,
+)
 from tools.judge import journal_line
 
 WRITER = """
@@ -320,6 +328,43 @@ def test_follower_started_while_locked_shows_what_is_ingested_later(
     assert not store.journal.segments()
     assert names(follower.look()) == ["came_and_went"]
     follower.close()
+
+
+def test_follower_segment_that_cannot_be_read_loses_nothing_once_it_can(
+    tmp_path: Path, logger: AuditLogger, store: Store
+) -> None:
+    logger.log_event("cli", "tool", "old")
+    logger.flush()
+    follower = started(store)
+    bad = Path(store.journal.directory, "20260131T120000000000Z-00000000.jsonl")
+    bad.mkdir()
+    (bad / "x").write_text("")
+    logger.log_event("cli", "tool", "new")
+    logger.wait_written(10)
+    with pytest.raises(JournalError, match="can't be read"):
+        follower.look()
+    (bad / "x").unlink()
+    bad.rmdir()
+    assert names(follower.look()) == ["new"]
+    follower.close()
+
+
+def test_follow_says_once_what_is_in_the_way_and_goes_on(tmp_path: Path, logger: AuditLogger) -> None:
+    logger.log_event("cli", "tool", "old")
+    logger.flush()
+    with held_database(tmp_path / "log.duckdb"):
+        one = Follow(tmp_path, "--json", "--wait", "0")
+        wait_until(lambda: "only events of the journal are shown" in one.err.read_text())
+    whole = (tmp_path / "log.duckdb").read_bytes()
+    (tmp_path / "log.duckdb").write_bytes(b"garbage" * 3000)
+    wait_until(lambda: "new events may be missing" in one.err.read_text())
+    logger.log_event("cli", "tool", "new")
+    logger.wait_written(10)
+    time.sleep(1)  # for some more looks, which fail alike
+    (tmp_path / "log.duckdb").write_bytes(whole)
+    wait_until(lambda: [event["name"] for event in one.events()] == ["new"])
+    assert one.stop() == 130
+    assert one.err.read_text().count("new events may be missing") == 1
 
 
 def test_filter_matches_agrees_with_where(engine: str, logger: AuditLogger, store: Store) -> None:

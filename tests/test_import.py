@@ -177,6 +177,7 @@ def test_import_bad_lines_named_good_ones_taken(tmp_path: Path, cli: Cli) -> Non
         json.dumps(older(1, timestamp="yesterday")),
         json.dumps(older(1, timestamp="2025-02-30T10:00:00")),
         json.dumps(older(1, timestamp=None)),
+        json.dumps(older(1, timestamp="1969-12-31T23:59:59")),
         "[" * 100_000,
     ]
     write(tmp_path / "a.jsonl", older(1), "", *bad, older(2))
@@ -190,8 +191,10 @@ def test_import_bad_lines_named_good_ones_taken(tmp_path: Path, cli: Cli) -> Non
         ["Expecting value", "no JSON object", "neither type nor operation_type", "'yesterday' is no time"],
     ):
         assert text in line
-    assert [line.split(" ")[0] for line in told[:-1]] == [f"a.jsonl:{n}:" for n in (3, 4, 5, 6, 7, 8, 9, 11)]
-    assert told[-1] == "a.jsonl: 2 events imported, 8 bad lines left out"
+    assert [line.split(" ")[0] for line in told[:-1]] == [
+        f"a.jsonl:{n}:" for n in (3, 4, 5, 6, 7, 8, 9, 10, 12)
+    ]
+    assert told[-1] == "a.jsonl: 2 events imported, 9 bad lines left out"
     assert [event["name"] for event in events(cli)] == ["t1", "t2"]
 
 

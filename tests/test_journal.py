@@ -227,3 +227,141 @@ def test_claim_that_runs_out_of_memory_holds_nothing(
     assert (len(claims), problems) == (3, [])
     for claim in claims:
         claim.release()
+
+
+FIRST, SECOND = "20260131T120000000000Z-00000000", "20260131T120000000000Z-00000001"
+
+
+def test_open_segment_whose_name_is_taken_gets_another(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = iter([FIRST, FIRST, SECOND])
+    monkeypatch.setattr(mxcp_audit, "new_segment_id", lambda now: next(names))
+    segments = [journal.open_segment(), journal.open_segment()]
+    assert [segment.id for segment in segments] == [FIRST, SECOND]
+    with pytest.raises(FileExistsError):
+        journal.open_segment(named=FIRST)
+    for segment in segments:
+        segment.seal()
+
+
+def test_open_segment_that_a_claimer_deleted_at_once_is_another(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    true, deleted = mxcp_audit.try_lock, []
+
+    def try_lock(fd: int) -> bool:
+        if not deleted:
+            deleted.extend(journal.segments())
+            os.unlink(deleted[0])
+        return true(fd)
+
+    monkeypatch.setattr(mxcp_audit, "try_lock", try_lock)
+    segment = journal.open_segment()
+    assert journal.segments() == [segment.path] != deleted
+    segment.seal()
+
+
+def test_open_segment_that_is_interrupted_leaves_no_descriptor(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[int] = []
+
+    def try_lock(fd: int) -> bool:
+        opened.append(fd)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(mxcp_audit, "try_lock", try_lock)
+    with pytest.raises(KeyboardInterrupt):
+        journal.open_segment()
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        os.fstat(opened[0])
+
+
+def test_claim_bad_file_does_not_stop_the_rest(journal: Journal) -> None:
+    good = journal.open_segment()
+    good.append(b"{}\n", 1)
+    good.seal()
+    bad = Path(journal.directory, f"{FIRST}.jsonl")
+    bad.mkdir()
+    (claim,), (problem,) = journal.claim(limit_bytes=2**20)
+    assert claim.id == good.id and problem.path == str(bad) and "can't be opened" in str(problem)
+    claim.release()
+
+
+def test_file_system_without_locks_records_and_names_the_remedy(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def try_lock(fd: int, **how: bool) -> bool:
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(mxcp_audit, "try_lock", try_lock)
+    segment = journal.open_segment()
+    segment.append(b"{}\n", 1)
+    segment.seal()
+    claims, (problem,) = journal.claim(limit_bytes=2**20)
+    assert claims == [] and Path(segment.path).read_bytes() == b"{}\n" and "set `journal`" in str(problem)
+    with pytest.raises(JournalError, match="can't be examined"):
+        journal.survey()
+    with pytest.raises(JournalError, match="nothing is ingested"), journal.ingest_lock():
+        pass
+
+
+def test_segment_that_vanishes_under_the_look_is_none(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    gone = str(Path(journal.directory, f"{FIRST}.jsonl"))
+    monkeypatch.setattr(journal, "segments", lambda: [gone])
+    assert journal.claim(limit_bytes=1) == ([], [])
+    assert journal.survey().sealed == journal.waiting_bytes() == 0
+
+
+def test_names_in_what_is_no_directory_say_so(journal: Journal) -> None:
+    Path(journal.directory).write_text("x")
+    with pytest.raises(JournalError, match="can't be read"):
+        journal.segments()
+
+
+def test_reading_lock_where_the_reader_may_not_write(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    journal.open_segment().seal()
+    with journal.ingest_lock():
+        pass  # makes the file
+    true = os.open
+
+    def refusing(path: Any, flags: int, *mode: int) -> int:
+        if flags & os.O_CREAT:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+        return true(path, flags, *mode)
+
+    monkeypatch.setattr(os, "open", refusing)
+    with journal.reading_lock() as mine:
+        assert mine
+        monkeypatch.undo()
+        with journal.ingest_lock() as other:
+            assert not other
+
+
+def test_segment_on_a_disk_that_answers_no_question_is_left_as_it_is(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segment = journal.open_segment()
+    segment.append(b"{}\n", 1)
+    failing(monkeypatch, "fstat", OSError(errno.EIO, "broken"))
+    with pytest.raises(OSError, match="broken"):  # no answer is not the answer no
+        segment.is_in_place()
+    monkeypatch.undo()
+    failing(monkeypatch, "fstat", OSError(errno.ESTALE, "stale"))
+    assert segment.rescue() == b""
+    monkeypatch.undo()
+    segment.seal()
+    for leave in (segment.seal, segment.abandon, segment.forget):
+        leave()
+
+
+def test_identity_that_is_empty_is_made_anew(journal: Journal) -> None:
+    journal.open_segment().seal()
+    place = Path(journal.directory, "journal.id")
+    place.write_text("")
+    assert journal.identity() == place.read_text().strip() != ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import subprocess
 import sys
@@ -15,7 +16,8 @@ from typing import Any
 import pytest
 from conftest import SAFETY_SECONDS, child_environment, held_database, table_rows, wait_until
 
-from mxcp_audit import AuditLogger
+import mxcp_audit
+from mxcp_audit import AuditLogger, Encoder
 from tools.judge import judge
 
 PREAMBLE = "import os, signal, sys, threading, time\nfrom mxcp_audit import AuditLogger\n"
@@ -292,3 +294,69 @@ def test_child_of_multiprocessing_registers_its_exit_once(db: Path) -> None:
         db,
     )
     assert done.stdout.split() == ["1"], done.stderr
+
+
+def test_event_that_cannot_be_encoded_is_recorded_without_content(
+    db: Path, monkeypatch: pytest.MonkeyPatch, caplog: Any
+) -> None:
+    """Nothing is known to do that. If something does, the log must show that there was an event."""
+    true_line, true_input, faults = Encoder.line, Encoder.input_json, {"line": 0, "input": 0}
+
+    def line(self: Encoder, *args: Any, **fields: Any) -> bytes:
+        faults["line"] -= 1
+        if faults["line"] >= 0:
+            raise ValueError("unforeseen")
+        return true_line(self, *args, **fields)
+
+    def input_json(self: Encoder, *args: Any) -> str:
+        if faults["input"]:
+            raise ValueError("unforeseen")
+        return true_input(self, *args)
+
+    monkeypatch.setattr(Encoder, "line", line)
+    monkeypatch.setattr(Encoder, "input_json", input_json)
+    audit = AuditLogger(db)
+    faults["line"] = 1
+    log(audit, "first")
+    faults["line"] = 1
+    with audit.record("tool", "second"):
+        pass
+    faults["line"] = 2
+    log(audit, "nowhere")
+    faults["input"] = 1
+    with audit.record("tool", "third", {"password": "hunter2"}):
+        pass
+    faults["input"] = 0
+    audit.shutdown()
+    rows = table_rows(db, "SELECT name, status, input_json FROM logs ORDER BY timestamp, segment, seq")
+    assert [row[:2] for row in rows] == [("", "error"), ("", "error"), ("third", "success")]
+    assert {row[2] for row in rows} == {json.dumps(mxcp_audit._UNENCODABLE)}
+    assert audit.counters.errors == 5 and "recorded without content" in caplog.text
+
+
+def test_durable_in_a_loop_that_is_not_asyncios_waits_all_the_same(db: Path) -> None:
+    audit = AuditLogger(db, durable=True)
+
+    async def work() -> None:
+        async with audit.record("tool", "x"):
+            pass
+
+    with pytest.raises(StopIteration):
+        work().send(None)  # as trio's loop does it
+    assert audit.counters.written == 1
+    audit.shutdown()
+
+
+def test_first_event_of_a_logger_when_exit_has_passed_is_in_the_journal(db: Path) -> None:
+    code = (
+        "import atexit, sys\n"
+        "def late():\n"
+        "    from mxcp_audit import AuditLogger\n"
+        "    AuditLogger(sys.argv[1]).log_event('cli', 'tool', 'late')\n"
+        "atexit.register(late)\n"  # before ours, so it runs after it
+        "import mxcp_audit\n"
+    )
+    command = [sys.executable, "-c", code, str(db)]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert list(judge(db).names) == ["late"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import errno
 import json
 import os
 import shutil
@@ -155,6 +156,26 @@ def test_cli_purge_wrong_use_is_refused(
     done = cli("purge", "--db", "none.duckdb", *arguments)
     assert done.returncode == code and "Traceback" not in done.stderr
     assert not (tmp_path / "none.duckdb").exists()
+
+
+def test_cli_purge_of_changed_rows_says_so_and_archive_must_be_a_directory(
+    log: Path, tmp_path: Path, cli: Any
+) -> None:
+    (tmp_path / "file").write_text("")
+    everything = ("purge", "--db", str(log), "--older-than", moment(START_NS + 9 * DAY_NS))
+    done = cli(*everything, "--archive", "file")
+    assert done.returncode == 2 and "is no directory" in done.stderr
+    table_write(log, "UPDATE logs SET name = 'x' WHERE seq = 1")
+    done = cli(*everything)
+    assert done.returncode == 0 and "were not as recorded before they were purged" in done.stderr
+
+
+def test_purge_of_other_rows_than_planned_removes_none(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    true = m.Purger.plan
+    monkeypatch.setattr(m.Purger, "plan", lambda self: true(self)._replace(events=1))
+    with pytest.raises(m.StoreError, match="1 were expected"):
+        store_of(log).purge(moment(START_NS + 9 * DAY_NS))
+    assert intact(log)
 
 
 # --- archive
@@ -343,6 +364,23 @@ def test_backup_that_differs_is_refused(log: Path, tmp_path: Path, monkeypatch: 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith((".b", "b"))] == []
 
 
+def test_backup_where_there_are_no_links_overwrites_nothing_either(
+    log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path / "b.duckdb"
+
+    def link(path: str, target: str) -> None:
+        raise OSError(errno.EPERM, "no links here")
+
+    monkeypatch.setattr(os, "link", link)
+    store_of(log).backup(str(place))
+    assert table_rows(place) == table_rows(log)
+    (tmp_path / "mine").write_text("mine")
+    with pytest.raises(FileExistsError):
+        m._put_in_place(str(place), str(tmp_path / "mine"))
+    assert (tmp_path / "mine").read_text() == "mine"
+
+
 # --- compact
 
 
@@ -363,6 +401,32 @@ def test_compact_gives_space_back_and_keeps_everything(engine: str, tmp_path: Pa
     assert mode(database) == 0o640
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {"log.duckdb", "log.duckdb.journal"}
+
+
+def test_compact_that_cannot_be_written_leaves_the_old_one(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = log.read_bytes()
+
+    def replace(*paths: Any) -> None:
+        raise OSError(errno.ENOSPC, "full")
+
+    monkeypatch.setattr(os, "replace", replace)
+    with pytest.raises(m.StoreError, match="can't be written anew: full"):
+        store_of(log).compact()
+    assert log.read_bytes() == before and not list(log.parent.glob("*.compact"))
+
+
+def test_purge_and_compact_while_another_ingests_wait_and_give_up(log: Path) -> None:
+    rows = table_rows(log)
+    with store_of(log).journal.ingest_lock():
+        for work in (
+            lambda store: store.purge(moment(START_NS + 9 * DAY_NS), wait=0),
+            lambda store: store.compact(wait=0.1),
+        ):
+            with pytest.raises(m.DatabaseLockedError, match="another process is ingesting"):
+                work(store_of(log))
+    assert table_rows(log) == rows
 
 
 def test_compact_locked_database_says_who_holds_it(log: Path, cli: Any) -> None:
@@ -443,3 +507,16 @@ def test_journal_file_that_is_a_link_is_not_followed(engine: str, tmp_path: Path
     with pytest.raises((m.AuditError, OSError)):
         store_of(database).ingest()
     assert target.read_text() == "mine"
+
+
+def test_retention_that_fails_does_not_keep_events_out(
+    log: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def retain(*args: Any) -> None:
+        raise m.QueryError("unforeseen")
+
+    monkeypatch.setattr(m, "retain", retain)
+    rows = len(table_rows(log))
+    write_segment(log, START_NS + 5 * DAY_NS, 3)
+    ingest(log, retention="1d")
+    assert len(table_rows(log)) == rows + 3 and "old events could not be purged" in caplog.text

@@ -39,6 +39,11 @@ def redactor() -> Redactor:
     return Redactor()
 
 
+@dataclasses.dataclass
+class Around:
+    held: Any
+
+
 def is_plain(value: Any) -> bool:
     """Say whether a value consists of exactly the types that `redact` promises."""
     if type(value) is dict:
@@ -265,6 +270,14 @@ def test_declared_part_in_an_opaque_value_redacts_all_of_it(redactor: Redactor) 
 )
 def test_declared_garbage_declares_nothing(redactor: Redactor, garbage: Any) -> None:
     assert redactor.redact({"a": 1}, endpoint_def=garbage) == {"a": 1}
+
+
+def test_declared_by_what_cannot_be_read_hides_everything(redactor: Redactor) -> None:
+    class Unreadable(dict[str, Any]):
+        def get(self, *args: Any) -> Any:
+            raise RuntimeError
+
+    assert redactor.redact({"a": 1}, endpoint_def=Unreadable()) == REDACTED
 
 
 def test_declared_cycle_ends(redactor: Redactor) -> None:
@@ -554,13 +567,38 @@ def test_redact_pydantic_model_is_walked_without_its_serializers(redactor: Redac
     assert shown == {"login": {"user": "ana", "password": REDACTED, "api_key": REDACTED}}
 
 
-def test_redact_attrs_and_numpy_become_plain(redactor: Redactor) -> None:
+def test_redact_attrs_become_plain(redactor: Redactor) -> None:
     attr = pytest.importorskip("attr")
-    numpy = pytest.importorskip("numpy")
     login = attr.make_class("Login", ["user", "password"])("ana", "x")
-    value = [login, numpy.int64(3), numpy.float64("nan"), numpy.array([1, 2]), numpy.bool_(True)]
+    assert redactor.redact(login) == {"user": "ana", "password": REDACTED}
+
+
+def test_redact_numpy_becomes_plain(redactor: Redactor) -> None:
+    numpy = pytest.importorskip("numpy")
+    value = [numpy.int64(3), numpy.float64("nan"), numpy.array([1, 2]), numpy.bool_(True)]
     shown = redactor.redact(value)
-    assert shown == [{"user": "ana", "password": REDACTED}, 3, "NaN", [1, 2], True] and is_plain(shown)
+    assert shown == [3, "NaN", [1, 2], True] and is_plain(shown)
+
+
+def test_redact_object_of_named_fields_has_each_that_can_be_read(redactor: Redactor) -> None:
+    class Struct:
+        """What msgspec makes, as far as we look at it; one field is unset."""
+
+        __struct_fields__ = ("user", "password", "unset")
+        user, password = "ana", "x"
+
+        @property
+        def unset(self) -> str:
+            raise AttributeError("hunter2")
+
+    class Ratio(float):
+        def __repr__(self) -> str:
+            raise RuntimeError("hunter2")
+
+    assert redactor.redact([Struct(), Ratio(0.5)]) == [
+        {"user": "ana", "password": REDACTED, "unset": "<unreadable: AttributeError>"},
+        0.5,
+    ]
 
 
 def test_redact_cycle_is_marked_and_a_repeat_is_not(redactor: Redactor) -> None:
@@ -706,6 +744,48 @@ def test_redact_mapping_changed_by_another_thread_never_raises(redactor: Redacto
         thread.join()
 
 
+def test_redact_mapping_changed_by_its_own_value_is_shown_as_it_is_then(redactor: Redactor) -> None:
+    class Growing:
+        def __repr__(self) -> str:
+            value.setdefault("new", 1)
+            return "grown"
+
+    value: dict[str, Any] = {"a": Growing(), "password": "x"}
+    assert redactor.redact({"in": value}) == {"in": {"a": "grown", "password": REDACTED, "new": 1}}
+
+
+@pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"in": value}, Around])
+def test_redact_nesting_of_any_kind_ends_at_the_same_depth(redactor: Redactor, wrap: Any) -> None:
+    value: Any = "core"
+    for _ in range(mxcp_audit._MAX_DEPTH + 1):
+        value = wrap(value)
+    shown = json.dumps(redactor.redact(value))
+    assert "[DEPTH]" in shown and "core" not in shown
+
+
+@pytest.mark.parametrize("kind", ["mapping", "sequence"])
+def test_redact_more_items_than_anybody_reads_are_counted(
+    redactor: Redactor, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    monkeypatch.setattr(mxcp_audit, "_MAX_NODES", 10)
+    many: Any = dict.fromkeys(map(str, range(11)), 1) if kind == "mapping" else list(range(11))
+    assert redactor.redact({"few": 1, "many": many}) == {"few": 1, "many": "[CUT: 11 items]"}
+
+
+def test_redact_and_scrub_fault_of_our_own_shows_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is known to do that. If something does, no half-redacted text may come out."""
+    redactor = Redactor()
+
+    def fail(*args: Any) -> str:
+        raise ValueError("hunter2")
+
+    for name in ("value", "mapping", "text"):
+        monkeypatch.setattr(mxcp_audit._Walk, name, fail)
+    assert redactor.redact({"a": "hunter2"}) == "<unreadable dict: ValueError>"
+    assert redactor.redact_json(["hunter2"]) == '"<unreadable list: ValueError>"'
+    assert redactor.scrub("hunter2") == "<unreadable text: ValueError>"
+
+
 def test_redact_headers_with_a_name_twice_keep_both(redactor: Redactor) -> None:
     class Headers(collections.abc.Mapping[str, str]):
         def __getitem__(self, name: str) -> str:
@@ -792,3 +872,10 @@ def test_redact_list_that_another_thread_empties_meanwhile_is_read(redactor: Red
         finally:
             sys.setprofile(None)
         assert shown in ({"a": ["-x", 2]}, {"a": []}), moment
+
+
+def test_clip_plain_long_number_and_no_room_leave_what_fits() -> None:
+    for max_bytes in (64, 80):
+        shown = clip_plain(10**200, max_bytes)
+        assert isinstance(shown, str) and shown.startswith("1000") and len(json.dumps(shown)) <= max_bytes
+    assert mxcp_audit._clip_text("x" * 50, 8) == "…"

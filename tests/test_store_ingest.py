@@ -8,6 +8,7 @@ import stat
 import subprocess
 import sys
 import threading
+import types
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,16 @@ import pytest
 from conftest import child_environment, held_database, table_rows, write_table_of_mxcp
 
 import mxcp_audit
-from mxcp_audit import DatabaseCorruptError, DatabaseLockedError, Diagnostics, Journal, Loss, Store
+from mxcp_audit import (
+    DatabaseCorruptError,
+    DatabaseLockedError,
+    Diagnostics,
+    Journal,
+    JournalError,
+    Loss,
+    Store,
+    StoreError,
+)
 from tools.judge import journal_line, judge
 from tools.read_journal import read_journal
 
@@ -275,3 +285,79 @@ def test_doctor_names_every_fault_with_its_remedy(db: Path) -> None:
         assert sign in text
     assert all(fault.remedy for fault in checkup.faults) and not checkup.report["healthy"]
     assert path.with_suffix(".rejected").exists()
+
+
+def said_by_doctor(db: Path) -> tuple[dict[str, Any], str]:
+    checkup = mxcp_audit.Checkup(mxcp_audit.config_from_arguments(path=str(db)), wait=0)
+    assert all(fault.remedy for fault in checkup.faults)
+    return checkup.report, "\n".join(fault.problem for fault in checkup.faults)
+
+
+def test_doctor_of_a_log_that_was_never_written_finds_nothing_wrong(
+    db: Path, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mxcp_audit.Checkup, "_LITTLE_SPACE_BYTES", 0)
+    report, faults = said_by_doctor(db)
+    assert report["healthy"] and report["database"]["events"] == 0 and not faults
+
+
+def test_doctor_of_a_database_that_cannot_be_had_says_why(db: Path, engine: str) -> None:
+    segment(db, "x")
+    store_of(db).ingest()
+    with held_database(db) as holder:
+        report, faults = said_by_doctor(db)
+    assert f"PID {holder.pid}" in faults and not report["database"]["readable"]
+    db.write_bytes(b"garbage" * 3000)
+    report, faults = said_by_doctor(db)
+    assert "not a valid DuckDB database" in faults and not report["healthy"]
+    db.unlink()
+    db.mkdir()
+    report, faults = said_by_doctor(db)
+    assert str(db) in faults and not report["healthy"]
+
+
+def test_doctor_without_an_engine_names_it_and_goes_on(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    segment(db, "x")
+    monkeypatch.setenv("MXCP_AUDIT_ENGINE", "cli")
+    monkeypatch.setenv("MXCP_AUDIT_DUCKDB", str(db.parent / "none"))
+    report, faults = said_by_doctor(db)
+    assert "can't be run" in faults and report["engine"] is None and report["journal"]["sealed"] == 1
+
+
+def test_doctor_of_a_journal_that_is_none_says_so(db: Path, engine: str) -> None:
+    Path(f"{db}.journal").write_text("in the way")
+    report, faults = said_by_doctor(db)
+    assert "can't be read" in faults and not report["healthy"]
+
+
+def test_doctor_sees_rights_space_and_half_lines(db: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = segment(db, "x")
+    store_of(db).ingest()
+    path.with_suffix(".torn").write_text("half")
+    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) != db)  # root may everything
+    monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=2**20))
+    report, faults = said_by_doctor(db)
+    assert f"{db} can't be read and written" in faults and "only 1 MiB are free" in faults
+    assert report["journal"]["torn"] == 1 and "half lines" in report["journal"]["torn_note"]
+
+
+def test_ingest_one_segment_that_cannot_be_claimed_is_named_and_the_others_are_in(
+    db: Path, engine: str
+) -> None:
+    path = segment(db, "x")
+    bad = path.with_name("20260131T120000000000Z-00000000.jsonl")
+    bad.mkdir()
+    with pytest.raises(JournalError, match="can't be opened"):
+        store_of(db).ingest()
+    assert len(table_rows(db)) == 1 and not path.exists()
+
+
+def test_ingest_where_the_database_has_no_directory_says_so(db: Path, engine: str) -> None:
+    segment(db, "x")
+    (db.parent / "file").write_text("")
+    config = mxcp_audit.config_from_arguments(
+        path=str(db.parent / "file" / "log.duckdb"), journal=f"{db}.journal"
+    )
+    with pytest.raises(StoreError, match="check the path and its permissions"):
+        Store(config).ingest()
+    assert len(Journal(f"{db}.journal").segments()) == 1

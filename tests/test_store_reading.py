@@ -387,6 +387,7 @@ def test_export_refuses_what_would_destroy_or_is_no_file(filled: Store, tmp_path
             "/dev/stdout",
         ),
         "log.duckdb/out.csv",
+        "a\0b.csv",
     ):
         with pytest.raises(StoreError):
             filled.refuse_own_files(str(tmp_path / path))
@@ -525,3 +526,33 @@ def test_query_texts_that_look_like_commands_are_only_text(
         with filled.reading() as reading:
             assert len(list(reading.query(text)[1])) == 1
     assert sorted(os.listdir(tmp_path)) == ["log.duckdb", "log.duckdb.journal"]
+
+
+def test_export_that_is_not_whole_or_fails_leaves_the_old_file(
+    filled: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "out.csv"
+    path.write_text("old")
+    true = mxcp_audit.Reading._write
+
+    def short(self: Any, *args: Any) -> int:
+        return (true(self, *args) or 0) - 1
+
+    def failing(self: Any, *args: Any) -> int:
+        raise mxcp_audit.QueryError("unforeseen")
+
+    for write, said in ((short, "events were written; try again"), (failing, "can't be written: unforeseen")):
+        monkeypatch.setattr(mxcp_audit.Reading, "_write", write)
+        with pytest.raises(StoreError, match=said):
+            export(filled, path, "csv")
+        assert path.read_text() == "old" and not list(tmp_path.glob("*.part"))
+
+
+def test_reading_while_the_first_ingest_goes_on_shows_the_journal_and_says_so(
+    engine: str, store: Store
+) -> None:
+    segment = live_segment(store, {"name": "waiting"})
+    with store.journal.ingest_lock(), store.reading(wait=0.1) as reading:
+        assert isinstance(reading.problem, mxcp_audit.DatabaseLockedError)
+        assert len(list(reading.rows(Filter(), count=10))) == 1
+    segment.seal()

@@ -325,6 +325,56 @@ def test_wrap_message_that_cannot_be_read_traffic_goes_on_or_stops(tmp_path: Pat
     assert done.returncode == 1 and call(1) not in done.stdout
 
 
+def test_wrap_bookkeeping_that_fails_traffic_goes_on_or_stops(tmp_path: Path) -> None:
+    """Nothing is known to do that."""
+    code = (
+        "import sys, mxcp_audit\n"
+        "def fail(self, data): raise ValueError('unforeseen')\n"
+        "mxcp_audit.StdioAudit.from_client = fail\n"
+        "sys.exit(mxcp_audit.main(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, *wrap(server=[sys.executable, "-c", CAT])[3:]]
+    done = run(command, tmp_path, call(1))
+    assert (done.returncode, done.stdout) == (0, call(1)) and b"passed unaudited: ValueError" in done.stderr
+    done = run([*command[:6], "--strict", *command[6:]], tmp_path, call(1))
+    assert (done.returncode, done.stdout) == (1, b"") and b"stopped (--strict)" in done.stderr
+
+
+def test_wrap_strict_event_that_was_dropped_stops(tmp_path: Path) -> None:
+    with mxcp_audit.AuditLogger(tmp_path / "log.duckdb", on_full="drop") as audit:
+        wrapped = mxcp_audit.WrappedServer(["unused"], audit, strict=True)
+        wrapped._settle()
+        assert wrapped.failure is None
+        audit._diagnostics.dropped = 2
+        wrapped._settle()
+    assert wrapped.failure == "2 events were dropped"
+
+
+def test_wrap_client_that_reads_no_more_is_recorded_to_its_end(tmp_path: Path, cli: Cli) -> None:
+    process = start(wrap(server=[sys.executable, "-c", SERVER]), tmp_path)
+    assert process.stdin and process.stdout and process.stderr
+    process.stdout.close()
+    for number in range(3):
+        process.stdin.write(call(number))
+    process.stdin.close()
+    process.stderr.read()
+    process.wait(60)
+    process.stderr.close()
+    assert [event["status"] for event in events(cli)] == ["success"] * 3
+
+
+def test_wrap_server_that_closes_its_input_is_seen_by_the_client(tmp_path: Path) -> None:
+    code = f"import os, time\nos.close(0)\nos.write(1, b'closed')\n{FOR_EVER}"
+    process = start(wrap(server=[sys.executable, "-c", code]), tmp_path)
+    assert process.stdin and process.stdout and process.stdout.read(6) == b"closed"
+    with pytest.raises(BrokenPipeError):
+        while True:
+            process.stdin.write(call(1))
+            time.sleep(0.01)
+    process.terminate()
+    process.communicate()
+
+
 def test_wrap_strict_answer_follows_its_row(tmp_path: Path) -> None:
     """With --strict a client that has its answer can be sure that the journal has the row."""
     process = start(wrap("--strict", server=[sys.executable, "-c", SERVER]), tmp_path)

@@ -404,3 +404,224 @@ def test_put_that_fails_after_the_line_was_queued_returns_its_ticket(
     assert bench.writer.put(line(2)) == 2
     assert bench.lines() == [line(1), line(2)]
     assert bench.writer.close(SAFETY_SECONDS) == 0
+
+
+def test_thread_whose_start_is_interrupted_is_started_by_the_next_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    with pytest.raises(KeyboardInterrupt):
+        bench.writer.put(line(1))
+    monkeypatch.undo()
+    bench.writer.put(line(2))
+    assert bench.writer.flush(SAFETY_SECONDS) and bench.lines() == [line(1), line(2)]
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_no_thread_to_be_had_callers_write_themselves(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    bench.writer.put(line(1))
+    assert bench.lines() == [line(1)] and "callers write themselves" in caplog.text
+    assert bench.writer.flush(SAFETY_SECONDS) and bench.sealed == 1
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+
+
+def test_event_logged_within_the_callers_own_write_is_written_once(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As a signal handler or a destructor does it."""
+    monkeypatch.setattr(bench.writer, "_start_thread", lambda: False)
+    true, within = os.write, [line(2)]
+
+    def write(fd: int, data: Any) -> int:
+        while within:
+            bench.writer.put(within.pop())
+        return true(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    bench.writer.put(line(1))
+    assert bench.lines() == [line(1), line(2)]
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+
+
+def test_handler_in_the_writing_thread_never_waits_for_itself(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench = Bench(tmp_path)
+    monkeypatch.setattr(mxcp_audit, "QUEUE_BYTES", 1)
+    said: list[bool] = []
+
+    class Auditing(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            if not said and threading.current_thread() is not threading.main_thread():
+                ticket = bench.writer.put(line(2))  # though the queue is full
+                said.extend([bench.writer.wait_written(ticket), bench.writer.flush(SAFETY_SECONDS)])
+                os.unlink(bench.journal.directory)
+
+    handler = Auditing()
+    logging.getLogger("mxcp_audit").addHandler(handler)
+    try:
+        Path(bench.journal.directory).write_text("in the way")
+        bench.writer.put(line(1))
+        wait_until(lambda: len(said) == 2)
+        assert bench.writer.close(SAFETY_SECONDS) == 0
+    finally:
+        logging.getLogger("mxcp_audit").removeHandler(handler)
+    assert said == [True, False] and bench.lines() == [line(1), line(2)]
+
+
+def test_writer_thread_that_dies_is_replaced_by_the_next_event(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def die() -> bool:
+        raise SystemExit
+
+    monkeypatch.setattr(bench.writer, "_work", die)
+    bench.writer.put(line(1))
+    wait_until(lambda: bench.told.errors)
+    assert "the writer thread ended" in caplog.text
+    monkeypatch.undo()
+    bench.writer.put(line(2))
+    assert bench.writer.flush(SAFETY_SECONDS) and bench.lines() == [line(1), line(2)]
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_segment_that_cannot_be_sealed_is_sealed_once_it_can(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench.writer.wait_written(bench.writer.put(line(1)))
+    true_write, true_truncate, failures = os.write, os.ftruncate, [3]
+
+    def write(fd: int, data: Any) -> int:
+        if failures[0] > 0:
+            true_write(fd, b"half a ")
+            raise OSError(errno.ENOSPC, "full")
+        return true_write(fd, data)
+
+    def ftruncate(fd: int, size: int) -> None:
+        failures[0] -= 1
+        if failures[0] >= 0:
+            raise OSError(errno.EIO, "broken")
+        true_truncate(fd, size)
+
+    monkeypatch.setattr(os, "write", write)
+    monkeypatch.setattr(os, "ftruncate", ftruncate)
+    bench.writer.put(line(2))
+    assert bench.writer.flush(SAFETY_SECONDS)
+    assert bench.lines() == [line(1), line(2)] and "could not be sealed" in caplog.text
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_segment_that_was_deleted_before_its_seal_is_written_again(bench: Bench) -> None:
+    bench.writer.wait_written(bench.writer.put(line(1)))
+    os.unlink(bench.journal.segments()[0])
+    assert bench.writer.flush(SAFETY_SECONDS) and bench.lines() == [line(1)]
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_deleted_segment_whose_copy_fails_is_tried_again(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bench.writer.wait_written(bench.writer.put(line(1)))
+    os.unlink(bench.journal.segments()[0])
+    true, failures = os.write, [2]
+
+    def write(fd: int, data: Any) -> int:
+        if failures[0]:
+            failures[0] -= 1
+            raise OSError(errno.ENOSPC, "full")
+        return true(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    bench.writer.put(line(2))
+    assert bench.writer.flush(SAFETY_SECONDS) and bench.lines() == [line(1), line(2)]
+    assert len(bench.journal.segments()) == 1  # what failed left nothing
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_segment_that_is_large_enough_is_sealed_without_being_asked(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mxcp_audit, "SEGMENT_BYTES", 1)
+    for n in range(3):
+        bench.writer.wait_written(bench.writer.put(line(n)))
+    wait_until(lambda: bench.sealed == 3)
+    assert len(bench.journal.segments()) == 3 and bench.lines() == [line(n) for n in range(3)]
+    bench.writer.close(SAFETY_SECONDS)
+
+
+# --- the thread that ingests
+
+
+class Side:
+    """The door in the wall, with an `ingest` of the test's own."""
+
+    def __init__(self, *answers: Any) -> None:
+        self.answers, self.calls, self.interrupts = list(answers), 0, 0
+
+    def ingest(self) -> bool:
+        self.calls += 1
+        answer = self.answers.pop(0) if self.answers else True
+        if isinstance(answer, BaseException):
+            raise answer
+        return bool(answer() if callable(answer) else answer)
+
+    def interrupt(self) -> None:
+        self.interrupts += 1
+
+
+def ingester(side: Any) -> tuple[mxcp_audit.Ingester, Diagnostics]:
+    told = Diagnostics()
+    return mxcp_audit.Ingester(side, interval=0.01, diagnostics=told), told
+
+
+def test_ingester_without_a_thread_ingests_when_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def start(self: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", start)
+    side = Side()
+    one, _ = ingester(side)
+    one.notify()
+    assert not one.wait(SAFETY_SECONDS) and side.calls == 0
+    one.stop(SAFETY_SECONDS)
+    assert side.calls == 1
+
+
+def test_ingester_whatever_is_raised_is_told_and_tried_again() -> None:
+    side = Side(ValueError("unforeseen"), mxcp_audit.StoreError("foreseen"), False)
+    one, told = ingester(side)
+    one.notify()
+    wait_until(lambda: side.calls >= 4)
+    one.stop(SAFETY_SECONDS)
+    assert told.errors == 2 and told.last_error is not None and "events stay" in told.last_error
+
+
+def test_ingester_stopped_by_its_own_thread_returns_at_once() -> None:
+    stopped = threading.Event()
+    side = Side(lambda: one.stop(SAFETY_SECONDS) or stopped.set() or True)
+    one, _ = ingester(side)
+    one.notify()
+    assert stopped.wait(SAFETY_SECONDS)
+    one.stop(SAFETY_SECONDS)
+
+
+def test_ingester_that_does_not_end_is_interrupted_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mxcp_audit.Ingester, "_LONGEST_STOP_SECONDS", 0.3)
+    begun, over = threading.Event(), threading.Event()
+    side = Side(lambda: begun.set() or over.wait(SAFETY_SECONDS))
+    one, told = ingester(side)
+    one.notify()
+    assert begun.wait(SAFETY_SECONDS)
+    one.stop(0)
+    assert side.interrupts and told.last_error is not None and "does not end" in told.last_error
+    over.set()
+    wait_until(lambda: not one._thread or not one._thread.is_alive())
