@@ -354,8 +354,10 @@ def test_wrap_client_that_reads_no_more_is_recorded_to_its_end(tmp_path: Path, c
     process = start(wrap(server=[sys.executable, "-c", SERVER]), tmp_path)
     assert process.stdin and process.stdout and process.stderr
     process.stdout.close()
-    for number in range(3):
+    show = ["log", "--db", "log.duckdb", "--json", "--status", "success"]
+    for number in range(3):  # one by one, so that the answers after the first meet a client that is gone
         process.stdin.write(call(number))
+        wait_until(lambda wanted=number + 1: cli(*show).stdout.count('"event_id"') == wanted)  # type: ignore[misc]
     process.stdin.close()
     process.stderr.read()
     process.wait(60)
