@@ -6141,10 +6141,15 @@ if hasattr(os, "register_at_fork"):
 
 _NAMES: Final = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
-_JOURNAL_COLUMNS: Final = ", ".join(
-    f"{column.name}: '{column.sql_type}'" for column in COLUMNS if column.name != "segment"
-)
-_JOURNAL_NAMES: Final = ", ".join(column.name for column in COLUMNS if column.name != "segment")
+_ISO_FORMAT: Final = "'%Y-%m-%dT%H:%M:%S.%fZ'"
+_LINE_COLUMNS: Final = tuple(column for column in COLUMNS if column.name != "segment")
+# The lines of segments. `columns` always, because detection types the same file differently in 1.5 and 2.0.
+_LINES: Final = f"""\
+SELECT {", ".join(column.name for column in _LINE_COLUMNS)}, parse_filename(filename, true) AS segment
+FROM read_json($files, format = 'newline_delimited', filename = true,
+               columns = {{{", ".join(f"{column.name}: '{column.sql_type}'" for column in _LINE_COLUMNS)}}},
+               maximum_object_size = $longest, ignore_errors = $lenient)"""
+LONGEST_LINE: Final = 2**20  # of a segment; DuckDB sets aside twice this. More where a longer line is found
 
 
 # --- tables: making and finding them, in a file or elsewhere
@@ -6273,13 +6278,7 @@ _IN_RANGE: Final = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $h
 
 # --- ingest: segments go into the temporary table `batch`, and from there into `logs`
 
-LONGEST_LINE: Final = 2**20  # of a segment; DuckDB sets aside twice this. More where a longer line is found
-# Reading a segment: `columns` always, because detection types the same file differently in 1.5 and 2.0.
-STAGE: Final = f"""\
-CREATE OR REPLACE TEMP TABLE batch AS
-SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
-FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}}, filename = true,
-               maximum_object_size = $longest, ignore_errors = $lenient)"""
+STAGE: Final = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
 STAGED_COUNTS: Final = """\
 SELECT segment::VARCHAR, count(seq)::BIGINT, count(DISTINCT seq)::BIGINT, count(timestamp)::BIGINT
 FROM batch GROUP BY ALL"""
@@ -6289,14 +6288,10 @@ STAGED_SEQS: Final = (
 UNSTAGE_SEGMENT: Final = "DELETE FROM batch WHERE segment = $segment"
 RESTAGE_SEGMENT: Final = f"""\
 INSERT INTO batch BY NAME
-SELECT DISTINCT ON (seq) {_JOURNAL_NAMES}, $segment AS segment
-FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}},
-               maximum_object_size = $longest, ignore_errors = true)
+SELECT DISTINCT ON (seq) * FROM ({_LINES})
 WHERE seq IN (SELECT unnest($seqs)) AND timestamp IS NOT NULL"""
-KNOWN_SEGMENTS: Final = """\
-SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
-KNOWN_LOSSES: Final = """\
-SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'loss' AND segment IN (SELECT unnest($segments))"""
+KNOWN: Final = """\
+SELECT segment::VARCHAR FROM audit.ledger WHERE kind = $kind AND segment IN (SELECT unnest($segments))"""
 # What `import` asks: how much of a part of a file is there already.
 IMPORTED: Final = """\
 SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
@@ -6371,21 +6366,21 @@ SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb
 WHERE {_OUR_TABLES}"""
 
 
+def _in_shape(columns: Sequence[Column], there: Collection[str]) -> str:
+    """Return the SELECT list of these columns in which each that isn't `there` is NULL."""
+    return ", ".join(c.name if c.name in there else f"NULL::{c.sql_type} AS {c.name}" for c in columns)
+
+
 def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
     """Return the view of a table in which a column that is missing, or has another type, is NULL."""
-    names = ", ".join(
-        column.name
-        if types.get(column.name) == column.sql_type
-        else f"NULL::{column.sql_type} AS {column.name}"
-        for column in columns
-    )
+    sound = {column.name for column in columns if types.get(column.name) == column.sql_type}
     source = f"FROM audit.{table}" if types else "WHERE false"
-    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {names} {source}"
+    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {_in_shape(columns, sound)} {source}"
 
 
 COUNT_SOUND: Final = "SELECT count(*)::BIGINT FROM sound_logs"
 CHAIN: Final = f"""\
-SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, segment::VARCHAR, events::BIGINT, seal::VARCHAR,
+SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, events::BIGINT, seal::VARCHAR,
        {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
 FROM sound_ledger ORDER BY journal, position, seal"""
 PURGES: Final = """\
@@ -6489,19 +6484,11 @@ FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} 
 
 def table_rows(present: Collection[str]) -> str:
     """Return the SELECT of the table's rows in the shape of COLUMNS: what an older table lacks is NULL."""
-    return (
-        "SELECT "
-        + ", ".join(c.name if c.name in present else f"NULL::{c.sql_type} AS {c.name}" for c in COLUMNS)
-        + " FROM audit.logs"
-    )
+    return f"SELECT {_in_shape(COLUMNS, present)} FROM audit.logs"
 
 
-JOURNAL_ROWS: Final = f"""\
-SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
-FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}}, filename = true,
-               maximum_object_size = $longest, ignore_errors = true)
-WHERE seq IS NOT NULL AND timestamp IS NOT NULL"""
-NO_ROWS: Final = "SELECT " + ", ".join(f"NULL::{c.sql_type} AS {c.name}" for c in COLUMNS) + " WHERE false"
+JOURNAL_ROWS: Final = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
+NO_ROWS: Final = f"SELECT {_in_shape(COLUMNS, ())} WHERE false"
 COUNT_TABLE: Final = "SELECT count(*)::BIGINT FROM table_rows"
 RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
@@ -6514,25 +6501,24 @@ NEWEST_FIRST: Final = "timestamp DESC, segment DESC, seq DESC"
 OLDEST_FIRST: Final = "timestamp, segment, seq"
 PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:13]), "event_id")
 _EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
-_ISO_TIME: Final = "strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')"
 
 
-def public_select(*, typed: bool = False, plain_csv: bool = True) -> str:
+def public_select(*, typed: bool = False, harmless: bool = False) -> str:
     """Return the SELECT list of every output: the public columns, as types that both engines return alike.
 
     Args:
         typed: timestamps stay timestamps, for formats that have them.
-        plain_csv: False to neutralise text that a spreadsheet would run, by a leading apostrophe.
+        harmless: text that a spreadsheet would run (`$formula`) gets a leading apostrophe.
     """
     parts = []
     for name in PUBLIC_COLUMNS:
         if name == "timestamp":
-            parts.append("timestamp" if typed else f"{_ISO_TIME} AS timestamp")
+            parts.append("timestamp" if typed else f"strftime(timestamp, {_ISO_FORMAT}) AS timestamp")
         elif name == "duration_ms":
             parts.append("duration_ms" if typed else "duration_ms::BIGINT AS duration_ms")
         else:
             value = f"({_EVENT_ID})" if name == "event_id" else name
-            if not plain_csv:
+            if harmless:
                 value = f"CASE WHEN regexp_matches({value}, $formula) THEN '''' || {value} ELSE {value} END"
             parts.append(f"{value} AS {name}")
     return ", ".join(parts)
@@ -6587,13 +6573,20 @@ STATS_BY: Final = {
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
 }
 STATS_COLUMNS: Final = (
-    *("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms", "first_seen", "last_seen"),
+    "calls",
+    "errors",
+    "denied",
+    "p50_ms",
+    "p95_ms",
+    "p99_ms",
+    "max_ms",
+    "first_seen",
+    "last_seen",
 )
 _STATS: Final = """\
 SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
        q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
-       strftime(first_at, '%Y-%m-%dT%H:%M:%S.%fZ') AS first_seen,
-       strftime(last_at, '%Y-%m-%dT%H:%M:%S.%fZ') AS last_seen
+       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen
 FROM (SELECT {group} AS k, count(*) AS calls, count(*) FILTER (WHERE status = 'error') AS errors,
              count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
              quantile_disc(duration_ms, [0.5, 0.95, 0.99]) AS q, max(duration_ms) AS max_ms,
@@ -6612,7 +6605,7 @@ def stats_query(source: str, by: str, sort: str) -> str:
     """
     group, shown = STATS_BY[by]
     order = "k DESC" if by in ("hour", "day") else f"{sort} DESC NULLS LAST, k"
-    return _STATS.format(shown=shown, group=group, source=source, order=order)
+    return _STATS.format(shown=shown, group=group, source=source, order=order, iso=_ISO_FORMAT)
 
 
 # What a person's own SQL may see: the events as one view, and no file, setting or other database.
@@ -7919,15 +7912,16 @@ def chain_heads(engine: Engine) -> list[Head]:
     return [Head(name or "", *rest) for name, *rest in engine.execute(HEADS)]
 
 
-def known_segments(engine: Engine, segments: Sequence[str], sql: str = KNOWN_SEGMENTS) -> set[str]:
-    """Return those of the segments that the attached target has taken in.
+def known_segments(engine: Engine, segments: Sequence[str], *, kind: str = "segment") -> set[str]:
+    """Return those of the segments that have an entry of a kind.
 
     Args:
         engine: a session in which the target is attached and has a ledger.
         segments: their ids.
-        sql: KNOWN_LOSSES to ask for the entries of losses instead.
+        kind: `segment` if they were taken in, `loss` if something of them was lost.
     """
-    return {segment for (segment,) in engine.execute(sql, {"segments": segments})} if segments else set()
+    asked = {"segments": segments, "kind": kind}
+    return {segment for (segment,) in engine.execute(KNOWN, asked)} if segments else set()
 
 
 def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
@@ -8088,9 +8082,9 @@ class Ingest:
             engine.execute(
                 RESTAGE_SEGMENT,
                 {
-                    "segment": claim.id,
                     "files": [claim.path],
                     "longest": max(LONGEST_LINE, claim.longest + 1),
+                    "lenient": True,
                     "seqs": good or [0],
                 },
             )
@@ -8126,7 +8120,7 @@ class Ingest:
     def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> None:
         """Enter what writers lost, each loss once."""
         entries = []
-        for segment in sorted(set(lost) - known_segments(engine, list(lost), KNOWN_LOSSES)):
+        for segment in sorted(set(lost) - known_segments(engine, list(lost), kind="loss")):
             loss = lost[segment]
             text = f"{loss.reason}, between {loss.first} and {loss.last}"
             entries.append(entry_of("loss", loss.events, text, segment=segment))
@@ -8421,7 +8415,7 @@ class Verifier:
         verdict = self.verdict
         head = Head("", 0, 0, "")
         unkeyed, journal = 0, None
-        for name, position, kind, _, events, seal, row in self._engine.stream(CHAIN):
+        for name, position, kind, events, seal, row in self._engine.stream(CHAIN):
             name, seal, position = name or "", seal or "", -1 if position is None else position
             if name != journal:
                 self._end_chain(head, unkeyed)
@@ -8437,8 +8431,7 @@ class Verifier:
                 verdict.add("chain", text, journal=name)
             unkeyed += sealed == "open" and bool(self._keys)
             head = Head(name, position, head.events + ((events or 0) if kind == "segment" else 0), seal)
-            checkpoint = wanted.get((name, position))
-            if checkpoint is not None and checkpoint == head:
+            if wanted.get((name, position)) == head:
                 del wanted[name, position]
                 unkeyed = 0  # whoever wrote them, they are what the checkpoint saw
             verdict.entries += 1
@@ -9079,7 +9072,7 @@ class Reading:
         journal_rows = NO_ROWS
         if sizes:
             longest = max(LONGEST_LINE, *(size + 1 for size in sizes.values()))
-            journal_rows = bind(JOURNAL_ROWS, {"files": list(sizes), "longest": longest})
+            journal_rows = bind(JOURNAL_ROWS, {"files": list(sizes), "longest": longest, "lenient": True})
         rows = NO_ROWS if table is None else table_rows(table)
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
@@ -9205,7 +9198,7 @@ class Reading:
         if form == "duckdb":
             columns = _NAMES
         else:
-            columns = public_select(typed=form == "parquet", plain_csv=raw or not form.startswith("csv"))
+            columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
         sql, params = self._select(columns, what, count, oldest_first)
         params["formula"] = FORMULA
         folder, name = os.path.split(os.path.abspath(path))
