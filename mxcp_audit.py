@@ -7252,8 +7252,8 @@ def open_engine(
 # whatever else DuckDB can attach. Nothing here knows what the tables say.
 #
 # Caveats, each with its remedy:
-# - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here;
-#   the ingest lock guards besides.
+# - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here, and
+#   attached only once at a time in a process, which that lock wouldn't see to; the ingest lock guards besides.
 # - A half-made file stays damaged. → It is made under another name, and renamed when it is whole.
 # - After a fork the child's copy of an open database harms the parent's rows. → `GuestSession.before_fork`
 #   waits for a running ingest and closes the session.
@@ -7325,6 +7325,23 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
+_ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fork copies it
+
+
+@contextlib.contextmanager
+def _alone_in_process(path: str) -> Iterator[None]:
+    """Be the only one in this process who has a database file attached, as its lock makes a process.
+
+    Raises:
+        DatabaseLockedError: somebody else has, for reading or writing.
+    """
+    key, mine = (os.getpid(), os.path.realpath(path)), object()
+    if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
+        raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
+    try:
+        yield
+    finally:
+        del _ATTACHED[key]
 
 
 class Target:
@@ -7384,19 +7401,20 @@ class Target:
         A file that is absent is made, unless `read_only` is set.
         """
         attach = self._file_attached if self.is_file else self._remote_attached
-        try:
-            with attach(engine, read_only=read_only):
-                yield
-        except StoreError as error:
-            engine.close()
-            if not self.is_file:  # causes repeat connection strings, and with them passwords
-                raise self._public_error(error) from None
-            if isinstance(error, QueryError):
+        with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
+            try:
+                with attach(engine, read_only=read_only):
+                    yield
+            except StoreError as error:
+                engine.close()
+                if not self.is_file:  # causes repeat connection strings, and with them passwords
+                    raise self._public_error(error) from None
+                if isinstance(error, QueryError):
+                    raise
+                raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
+            except BaseException:
+                engine.close()
                 raise
-            raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
-        except BaseException:
-            engine.close()
-            raise
 
     @contextlib.contextmanager
     def _file_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
