@@ -6644,33 +6644,39 @@ class Filter(NamedTuple):
     text: str | None = None
     min_ms: int | None = None
 
+    def _named(self) -> list[tuple[str, str]]:
+        """Return event types with names, of which any will do."""
+        wanted = (("tool", self.tools), ("resource", self.resources), ("prompt", self.prompts))
+        return [(event_type, name) for event_type, names in wanted for name in names]
+
+    def _equal(self) -> tuple[tuple[str, str | None], ...]:
+        """Return columns with the value that each must have; None for any."""
+        return (
+            ("type", self.event_type),
+            ("policy_decision", self.policy),
+            ("status", self.status),
+            ("caller", self.caller),
+            ("user_id", self.user),
+            ("session_id", self.session),
+            ("trace_id", self.trace),
+        )
+
     def where(self) -> tuple[str, dict[str, object]]:
         """Return the WHERE condition, `true` if everything is meant, and its parameters."""
         conditions: list[str] = []
         params: dict[str, object] = {}
         named = []
-        for event_type, names in (
-            ("tool", self.tools),
-            ("resource", self.resources),
-            ("prompt", self.prompts),
-        ):
-            for number, name in enumerate(names):
-                key = f"{event_type}_{number}"
-                params[key] = _like(name).replace("*", "%") if "*" in name else name
-                test = rf"name LIKE ${key} ESCAPE '\'" if "*" in name else f"name = ${key}"
-                named.append(f"(type = '{event_type}' AND {test})")
+        for number, (event_type, name) in enumerate(self._named()):
+            key = f"name_{number}"
+            params[key] = _like(name).replace("*", "%") if "*" in name else name
+            test = rf"name LIKE ${key} ESCAPE '\'" if "*" in name else f"name = ${key}"
+            named.append(f"(type = '{event_type}' AND {test})")
         if named:
             conditions.append("(" + " OR ".join(named) + ")")
         for key, value, test in (
-            ("event_type", self.event_type, "type = $event_type"),
-            ("policy", self.policy, "policy_decision = $policy"),
-            ("status", self.status, "status = $status"),
+            *((f"{column}_is", value, f"{column} = ${column}_is") for column, value in self._equal()),
             ("since", self.since, "timestamp >= $since::TIMESTAMP"),
             ("until", self.until, "timestamp < $until::TIMESTAMP"),
-            ("caller", self.caller, "caller = $caller"),
-            ("user_is", self.user, "user_id = $user_is"),
-            ("session_is", self.session, "session_id = $session_is"),
-            ("trace", self.trace, "trace_id = $trace"),
             ("min_ms", self.min_ms, "duration_ms >= $min_ms"),
         ):
             if value is not None:
@@ -6690,28 +6696,15 @@ class Filter(NamedTuple):
         Also update `where`: the two must agree.
         """
         event = dict(zip(PUBLIC_COLUMNS, row))
-        named = (("tool", self.tools), ("resource", self.resources), ("prompt", self.prompts))
-        if (self.tools or self.resources or self.prompts) and not any(
-            event["type"] == event_type and _is_like(event["name"], name)
-            for event_type, names in named
-            for name in names
+        named = self._named()
+        if named and not any(
+            event["type"] == event_type and _is_like(event["name"], name) for event_type, name in named
         ):
             return False
         moment = event["timestamp"][:-1].replace("T", " ")
         return (
-            all(
-                wanted is None or event[column] == wanted
-                for column, wanted in (
-                    ("type", self.event_type),
-                    ("policy_decision", self.policy),
-                    ("status", self.status),
-                    ("caller", self.caller),
-                    ("user_id", self.user),
-                    ("session_id", self.session),
-                    ("trace_id", self.trace),
-                    ("event_id", self.event_id and self.event_id.strip()),
-                )
-            )
+            all(wanted is None or event[column] == wanted for column, wanted in self._equal())
+            and (self.event_id is None or event["event_id"] == self.event_id.strip())
             and (self.since is None or moment >= self.since)
             and (self.until is None or moment < self.until)
             and (
@@ -7253,7 +7246,7 @@ def open_engine(
 #
 # Caveats, each with its remedy:
 # - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here, and
-#   attached only once at a time in a process, which that lock wouldn't see to; the ingest lock guards besides.
+#   attached only once at a time in a process; the ingest lock guards besides.
 # - A half-made file stays damaged. → It is made under another name, and renamed when it is whole.
 # - After a fork the child's copy of an open database harms the parent's rows. → `GuestSession.before_fork`
 #   waits for a running ingest and closes the session.
@@ -7325,6 +7318,20 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
+NEW_FILE: Final = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
+
+
+def _attach_options(options: Mapping[str, object]) -> str:
+    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
+    return f" ({words})" if words else ""
+
+
+def attach_file(engine: Engine, path: str, name: str, options: Mapping[str, object]) -> None:
+    """Attach a database file under a name; one that is absent is made, for which there is NEW_FILE."""
+    # Without the type DuckDB would look for an extension that reads SQLite.
+    engine.execute(f"ATTACH {sql_literal(path)} AS {name}{_attach_options({**options, 'TYPE': 'duckdb'})}")
+
+
 _ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fork copies it
 
 
@@ -7420,7 +7427,7 @@ class Target:
     def _file_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
         if not read_only and self.is_absent():
             self._make_file(engine)
-        self._attach_file(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
+        attach_file(engine, self.path, "audit", self._attach_options(read_only))
         with self._private_wal(read_only):
             yield
         engine.execute("DETACH audit")
@@ -7433,7 +7440,7 @@ class Target:
                 "quack: is for reading only: it carries no transactions (DuckDB 1.5.5), so that nobody could "
                 "promise an event to be there exactly once; write to a file, DuckLake or PostgreSQL"
             )
-        options = {**self._options, **({"READ_ONLY": True} if read_only else {})}
+        options = self._attach_options(read_only)
         load_extensions(engine, self.path, options)
         try:
             engine.execute(attach_statement(self.path, options))
@@ -7478,13 +7485,8 @@ class Target:
             if not os.stat(wal).st_size:
                 os.unlink(wal)  # nothing was written: leave nothing behind
 
-    def _attach_file(self, engine: Engine, path: str, name: str, **options: object) -> None:
-        # Without the type DuckDB would look for an extension that reads SQLite.
-        words = ", ".join(
-            f"{word} {sql_literal(value)}"
-            for word, value in {**self._options, **options, "TYPE": "duckdb"}.items()
-        )
-        engine.execute(f"ATTACH {sql_literal(path)} AS {name} ({words})")
+    def _attach_options(self, read_only: bool) -> dict[str, object]:
+        return {**self._options, **({"READ_ONLY": True} if read_only else {})}
 
     def _make_file(self, engine: Engine) -> None:
         """Make an empty database, under another name until it is whole: half of one would stay damaged.
@@ -7499,8 +7501,7 @@ class Target:
         try:
             for path in leftovers:
                 _remove(path)
-            # A file made by DuckDB 2.0 without this can't be read by 1.5.
-            self._attach_file(engine, scratch, "scratch", STORAGE_VERSION="v1.0.0")
+            attach_file(engine, scratch, "scratch", {**self._options, **NEW_FILE})
             os.chmod(scratch, _FILE_MODE)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
@@ -7595,8 +7596,7 @@ def attach_statement(target: str, options: Mapping[str, object]) -> str:
     elif scheme.startswith("postgres:") and "connect_timeout" not in target:
         separator = "&" if "?" in target else "?"
         target += separator + "&".join(_PATIENCE) if "://" in target else " " + " ".join(_PATIENCE)
-    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
-    return f"ATTACH {sql_literal(target)} AS audit" + (f" ({words})" if words else "")
+    return f"ATTACH {sql_literal(target)} AS audit{_attach_options(options)}"
 
 
 def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
@@ -8902,14 +8902,13 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
 
 def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> int:
     """Copy the attached database into a new file, read that back, and return the number of events."""
-    place = sql_literal(path)
-    engine.execute(f"ATTACH {place} AS fresh (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
+    attach_file(engine, path, "fresh", NEW_FILE)
     os.chmod(path, _FILE_MODE)
     engine.execute("COPY FROM DATABASE audit TO fresh")
     engine.execute("CHECKPOINT fresh")
     engine.execute("DETACH fresh")
     sync_file(path)
-    engine.execute(f"ATTACH {place} AS fresh (TYPE duckdb, READ_ONLY)")
+    attach_file(engine, path, "fresh", {"READ_ONLY": True})
     events = 0
     for table in sorted(tables):
         ((same, rows),) = engine.execute(SAME_CONTENT[table])
@@ -9238,14 +9237,14 @@ class Reading:
 
     def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
         """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
-        place = sql_literal(target)
-        if form != "duckdb":
-            told = self.engine.execute(f"COPY ({sql}) TO {place} ({COPY_OPTIONS[form]})", params)
-            return told[0][0] if told else None
-        self.engine.execute(f"ATTACH {place} AS copy (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
-        told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
-        self.engine.execute("CHECKPOINT copy")
-        self.engine.execute("DETACH copy")
+        if form == "duckdb":
+            attach_file(self.engine, target, "copy", NEW_FILE)
+            told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
+            self.engine.execute("CHECKPOINT copy")
+            self.engine.execute("DETACH copy")
+        else:
+            copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
+            told = self.engine.execute(copy, params)
         return told[0][0] if told else None
 
 
