@@ -10291,24 +10291,16 @@ class Importer:
 
     Args:
         config: says where database and journal are, and what is redacted.
-        on_bad_line: told the number of a line, from 1, and why it is no event.
+        on_bad_line: told the file, the number of a line, from 1, and why it is no event.
         wait: seconds to try again while another process holds the database.
-        diagnostics: counts what was ingested.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        on_bad_line: Callable[[int, str], None],
-        wait: float,
-        diagnostics: Diagnostics,
-    ) -> None:
+    def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
         self._now_ns = 0
         self._encoder = Encoder(
             redactor_of(config), max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns
         )
-        self._store = Store(config, diagnostics=diagnostics)
+        self._store = Store(config)
         self._on_bad_line = on_bad_line
         self._wait = wait
         self._bad = 0
@@ -10355,7 +10347,7 @@ class Importer:
                     found = event_of_mxcp(line)
                 except ValueError as error:
                     self._bad += 1
-                    self._on_bad_line(number, str(error))
+                    self._on_bad_line(path, number, str(error))
                     continue
                 if found is not None:
                     yield line, *found
@@ -10486,7 +10478,6 @@ class WrappedServer:
         """
         import shutil
         import subprocess
-        import threading
 
         program = shutil.which(self._command[0]) or self._command[0]  # Windows needs it for npx.cmd
         try:
@@ -10773,6 +10764,7 @@ def _policy_argument(text: str) -> str:
 
 # --- the parser
 
+_HELP_WIDTH: Final = 78  # argparse would fold the examples, too
 _NewCommand: TypeAlias = "Callable[..., argparse.ArgumentParser]"  # adds a command: see `_add_command`
 
 
@@ -10856,12 +10848,13 @@ def _add_command(
 ) -> argparse.ArgumentParser:
     """Add a command with its help; the examples are lines without the program's name."""
     import argparse
+    import textwrap
 
     lines = "".join(f"  mxcp-audit {line}\n" for line in examples.splitlines())
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=one_line,
-        description=description,
+        description=textwrap.fill(description, _HELP_WIDTH),
         epilog=f"examples:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **{"parents": [common], **parts},
@@ -11501,8 +11494,8 @@ def _add_import(new_command: _NewCommand) -> None:
         "import",
         cmd_import,
         "take in MXCP's own JSONL logs",
-        "Take in the JSONL logs of MXCP, of any version, plain or gzip. What was\n"
-        "imported before is not imported again, so a log that grew can be given again.",
+        "Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported before is not "
+        "imported again, so a log that grew can be given again.",
         "import audit.jsonl\nimport logs-2025.jsonl.gz logs-2026.jsonl",
     )
     command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
@@ -11510,15 +11503,13 @@ def _add_import(new_command: _NewCommand) -> None:
 
 def cmd_import(options: argparse.Namespace) -> int:
     """Take in MXCP's JSONL logs. 1 if a line was no event, or a file ended early."""
-    config = _config_of(options)
+    importer = Importer(
+        _config_of(options),
+        on_bad_line=lambda path, number, reason: _say(f"{path}:{number}: {reason}"),
+        wait=options.wait,
+    )
     failed = False
     for path in options.files:
-        importer = Importer(
-            config,
-            on_bad_line=lambda number, reason, path=path: _say(f"{path}:{number}: {reason}"),  # type: ignore[misc]
-            wait=options.wait,
-            diagnostics=Diagnostics(),
-        )
         try:
             result = importer.take(path)
         except (OSError, EOFError) as error:
@@ -11665,9 +11656,8 @@ def _add_checkpoint(new_command: _NewCommand) -> None:
         "checkpoint",
         cmd_checkpoint,
         "print where the ledger ends, to be kept elsewhere",
-        "Print the head of each journal's chain. Kept where nobody who can write the\n"
-        "database can, it lets `verify --checkpoint FILE` tell whether anything up to\n"
-        "it was cut off or rewritten.",
+        "Print the head of each journal's chain. Kept where nobody who can write the database can, it lets "
+        "`verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.",
         "checkpoint > heads.json",
     )
 
@@ -11735,8 +11725,8 @@ def _add_backup(new_command: _NewCommand) -> None:
         "backup",
         cmd_backup,
         "copy the log while the server runs",
-        "Copy the database to FILE, and what is not in it yet to FILE.journal. To\n"
-        "restore, copy both back while no server runs.",
+        "Copy the database to FILE, and what is not in it yet to FILE.journal. To restore, copy both back "
+        "while no server runs.",
         "backup /backup/audit-2026-11-25.duckdb",
     )
     command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
@@ -11778,9 +11768,8 @@ def _add_wrap(new_command: _NewCommand) -> None:
         "wrap",
         cmd_wrap,
         "run any stdio MCP server and record what it executes",
-        "Run COMMAND, an MCP server over standard input and output in any language, and\n"
-        "record its tool calls, resource reads and prompts. Every byte passes\n"
-        "unchanged.",
+        "Run COMMAND, an MCP server over standard input and output in any language, and record its tool "
+        "calls, resource reads and prompts. Every byte passes unchanged.",
         "wrap -- npx -y @modelcontextprotocol/server-everything\n"
         "wrap --profile production --strict -- python server.py",
         usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
@@ -11914,18 +11903,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except AuditError as error:
+    except (AuditError, OSError) as error:
         if debug:
             raise
         _say(f"mxcp-audit: {error}")
         if isinstance(error, (ConfigError, EventError, _UsageError)):
             return EXIT_USAGE
         return EXIT_LOCKED if isinstance(error, DatabaseLockedError) else EXIT_FAILED
-    except OSError as error:
-        if debug:
-            raise
-        _say(f"mxcp-audit: {error}")
-        return EXIT_FAILED
 
 
 if __name__ == "__main__":
