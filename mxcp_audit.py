@@ -6965,9 +6965,8 @@ class PackageEngine:
             _immortal(connection)
 
     def __del__(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None and self._process_id != os.getpid():
-            _immortal(connection)
+        if self._connection is not None and self._process_id != os.getpid():
+            _immortal(self._connection)
 
 
 def _immortal(thing: object) -> None:
