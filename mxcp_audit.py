@@ -8978,21 +8978,27 @@ class Reader:
         with contextlib.closing(self._target.open_engine()) as engine, contextlib.ExitStack() as stack:
             reading = Reading(engine)
             while True:
-                with contextlib.suppress(StoreError):  # what an earlier attempt held went with its session
-                    stack.close()
                 try:
                     self._attempt(reading, stack)
-                except (DatabaseLockedError, DatabaseNotFoundError) as error:
-                    if isinstance(error, DatabaseNotFoundError) and not self._target.is_file:
-                        reading.open_views(None, self._journal.segments())
-                    # Not found: the file appeared, or vanished, between our look and DuckDB's.
-                    elif deadline.pause():
+                    break
+                except (
+                    DatabaseCorruptError,
+                    DatabaseLockedError,
+                    DatabaseNotFoundError,
+                    DatabaseUnreachableError,
+                ) as error:
+                    with contextlib.suppress(StoreError):  # what was attached went with the failed session
+                        stack.close()
+                    is_missing = isinstance(error, DatabaseNotFoundError)
+                    is_new = is_missing and not self._target.is_file
+                    # Of a file that means: it appeared, or vanished, between our look and DuckDB's.
+                    passes = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
+                    if passes and deadline.pause():
                         continue
-                    else:
-                        self._open_without_table(reading, error, stack)
-                except (DatabaseCorruptError, DatabaseUnreachableError) as error:
-                    self._open_without_table(reading, error, stack)
-                break
+                    self._keep_segments(stack)
+                    reading.problem = None if is_new else error
+                    reading.open_views(None, self._journal.segments())
+                    break
             if not reading.has_table and not reading.has_journal and reading.problem is None:
                 raise DatabaseNotFoundError(
                     f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
@@ -9038,14 +9044,6 @@ class Reader:
             ) from cause
         if cause is not None:
             raise cause
-
-    def _open_without_table(self, reading: Reading, problem: StoreError, stack: contextlib.ExitStack) -> None:
-        """Open the journal alone, because the table can't be had."""
-        with contextlib.suppress(StoreError):  # what was attached went with the failed session
-            stack.close()
-        self._keep_segments(stack)
-        reading.problem = problem
-        reading.open_views(None, self._journal.segments())
 
     def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
         """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
