@@ -7336,10 +7336,13 @@ _ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fo
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Be the only one in this process who has a database file attached, as its lock makes a process.
+    """Be the only one in this process who has a database file attached, for reading or writing.
+
+    DuckDB's lock keeps processes apart, not threads, and goes with the first of several readers that ends:
+    then another process may ingest, and take segments away that are being read.
 
     Raises:
-        DatabaseLockedError: somebody else has, for reading or writing.
+        DatabaseLockedError: somebody else has.
     """
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
