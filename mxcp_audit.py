@@ -6204,10 +6204,15 @@ if hasattr(os, "register_at_fork"):
 
 _NAMES: Final = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
-_JOURNAL_COLUMNS: Final = ", ".join(
-    f"{column.name}: '{column.sql_type}'" for column in COLUMNS if column.name != "segment"
-)
-_JOURNAL_NAMES: Final = ", ".join(column.name for column in COLUMNS if column.name != "segment")
+_ISO_FORMAT: Final = "'%Y-%m-%dT%H:%M:%S.%fZ'"
+_LINE_COLUMNS: Final = tuple(column for column in COLUMNS if column.name != "segment")
+# The lines of segments. `columns` always, because detection types the same file differently in 1.5 and 2.0.
+_LINES: Final = f"""\
+SELECT {", ".join(column.name for column in _LINE_COLUMNS)}, parse_filename(filename, true) AS segment
+FROM read_json($files, format = 'newline_delimited', filename = true,
+               columns = {{{", ".join(f"{column.name}: '{column.sql_type}'" for column in _LINE_COLUMNS)}}},
+               maximum_object_size = $longest, ignore_errors = $lenient)"""
+LONGEST_LINE: Final = 2**20  # of a segment; DuckDB sets aside twice this. More where a longer line is found
 
 
 # --- tables: making and finding them, in a file or elsewhere
@@ -6336,13 +6341,7 @@ _IN_RANGE: Final = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $h
 
 # --- ingest: segments go into the temporary table `batch`, and from there into `logs`
 
-LONGEST_LINE: Final = 2**20  # of a segment; DuckDB sets aside twice this. More where a longer line is found
-# Reading a segment: `columns` always, because detection types the same file differently in 1.5 and 2.0.
-STAGE: Final = f"""\
-CREATE OR REPLACE TEMP TABLE batch AS
-SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
-FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}}, filename = true,
-               maximum_object_size = $longest, ignore_errors = $lenient)"""
+STAGE: Final = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
 STAGED_COUNTS: Final = """\
 SELECT segment::VARCHAR, count(seq)::BIGINT, count(DISTINCT seq)::BIGINT, count(timestamp)::BIGINT
 FROM batch GROUP BY ALL"""
@@ -6352,14 +6351,10 @@ STAGED_SEQS: Final = (
 UNSTAGE_SEGMENT: Final = "DELETE FROM batch WHERE segment = $segment"
 RESTAGE_SEGMENT: Final = f"""\
 INSERT INTO batch BY NAME
-SELECT DISTINCT ON (seq) {_JOURNAL_NAMES}, $segment AS segment
-FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}},
-               maximum_object_size = $longest, ignore_errors = true)
+SELECT DISTINCT ON (seq) * FROM ({_LINES})
 WHERE seq IN (SELECT unnest($seqs)) AND timestamp IS NOT NULL"""
-KNOWN_SEGMENTS: Final = """\
-SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
-KNOWN_LOSSES: Final = """\
-SELECT segment::VARCHAR FROM audit.ledger WHERE kind = 'loss' AND segment IN (SELECT unnest($segments))"""
+KNOWN: Final = """\
+SELECT segment::VARCHAR FROM audit.ledger WHERE kind = $kind AND segment IN (SELECT unnest($segments))"""
 # What `import` asks: how much of a part of a file is there already.
 IMPORTED: Final = """\
 SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
@@ -6434,21 +6429,21 @@ SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb
 WHERE {_OUR_TABLES}"""
 
 
+def _in_shape(columns: Sequence[Column], there: Collection[str]) -> str:
+    """Return the SELECT list of these columns in which each that isn't `there` is NULL."""
+    return ", ".join(c.name if c.name in there else f"NULL::{c.sql_type} AS {c.name}" for c in columns)
+
+
 def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
     """Return the view of a table in which a column that is missing, or has another type, is NULL."""
-    names = ", ".join(
-        column.name
-        if types.get(column.name) == column.sql_type
-        else f"NULL::{column.sql_type} AS {column.name}"
-        for column in columns
-    )
+    sound = {column.name for column in columns if types.get(column.name) == column.sql_type}
     source = f"FROM audit.{table}" if types else "WHERE false"
-    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {names} {source}"
+    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {_in_shape(columns, sound)} {source}"
 
 
 COUNT_SOUND: Final = "SELECT count(*)::BIGINT FROM sound_logs"
 CHAIN: Final = f"""\
-SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, segment::VARCHAR, events::BIGINT, seal::VARCHAR,
+SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, events::BIGINT, seal::VARCHAR,
        {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
 FROM sound_ledger ORDER BY journal, position, seal"""
 PURGES: Final = """\
@@ -6552,19 +6547,11 @@ FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} 
 
 def table_rows(present: Collection[str]) -> str:
     """Return the SELECT of the table's rows in the shape of COLUMNS: what an older table lacks is NULL."""
-    return (
-        "SELECT "
-        + ", ".join(c.name if c.name in present else f"NULL::{c.sql_type} AS {c.name}" for c in COLUMNS)
-        + " FROM audit.logs"
-    )
+    return f"SELECT {_in_shape(COLUMNS, present)} FROM audit.logs"
 
 
-JOURNAL_ROWS: Final = f"""\
-SELECT {_JOURNAL_NAMES}, parse_filename(filename, true) AS segment
-FROM read_json($files, format = 'newline_delimited', columns = {{{_JOURNAL_COLUMNS}}}, filename = true,
-               maximum_object_size = $longest, ignore_errors = true)
-WHERE seq IS NOT NULL AND timestamp IS NOT NULL"""
-NO_ROWS: Final = "SELECT " + ", ".join(f"NULL::{c.sql_type} AS {c.name}" for c in COLUMNS) + " WHERE false"
+JOURNAL_ROWS: Final = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
+NO_ROWS: Final = f"SELECT {_in_shape(COLUMNS, ())} WHERE false"
 COUNT_TABLE: Final = "SELECT count(*)::BIGINT FROM table_rows"
 RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
@@ -6577,25 +6564,24 @@ NEWEST_FIRST: Final = "timestamp DESC, segment DESC, seq DESC"
 OLDEST_FIRST: Final = "timestamp, segment, seq"
 PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:13]), "event_id")
 _EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
-_ISO_TIME: Final = "strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')"
 
 
-def public_select(*, typed: bool = False, plain_csv: bool = True) -> str:
+def public_select(*, typed: bool = False, harmless: bool = False) -> str:
     """Return the SELECT list of every output: the public columns, as types that both engines return alike.
 
     Args:
         typed: timestamps stay timestamps, for formats that have them.
-        plain_csv: False to neutralise text that a spreadsheet would run, by a leading apostrophe.
+        harmless: text that a spreadsheet would run (`$formula`) gets a leading apostrophe.
     """
     parts = []
     for name in PUBLIC_COLUMNS:
         if name == "timestamp":
-            parts.append("timestamp" if typed else f"{_ISO_TIME} AS timestamp")
+            parts.append("timestamp" if typed else f"strftime(timestamp, {_ISO_FORMAT}) AS timestamp")
         elif name == "duration_ms":
             parts.append("duration_ms" if typed else "duration_ms::BIGINT AS duration_ms")
         else:
             value = f"({_EVENT_ID})" if name == "event_id" else name
-            if not plain_csv:
+            if harmless:
                 value = f"CASE WHEN regexp_matches({value}, $formula) THEN '''' || {value} ELSE {value} END"
             parts.append(f"{value} AS {name}")
     return ", ".join(parts)
@@ -6650,13 +6636,20 @@ STATS_BY: Final = {
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
 }
 STATS_COLUMNS: Final = (
-    *("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms", "first_seen", "last_seen"),
+    "calls",
+    "errors",
+    "denied",
+    "p50_ms",
+    "p95_ms",
+    "p99_ms",
+    "max_ms",
+    "first_seen",
+    "last_seen",
 )
 _STATS: Final = """\
 SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
        q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
-       strftime(first_at, '%Y-%m-%dT%H:%M:%S.%fZ') AS first_seen,
-       strftime(last_at, '%Y-%m-%dT%H:%M:%S.%fZ') AS last_seen
+       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen
 FROM (SELECT {group} AS k, count(*) AS calls, count(*) FILTER (WHERE status = 'error') AS errors,
              count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
              quantile_disc(duration_ms, [0.5, 0.95, 0.99]) AS q, max(duration_ms) AS max_ms,
@@ -6675,7 +6668,7 @@ def stats_query(source: str, by: str, sort: str) -> str:
     """
     group, shown = STATS_BY[by]
     order = "k DESC" if by in ("hour", "day") else f"{sort} DESC NULLS LAST, k"
-    return _STATS.format(shown=shown, group=group, source=source, order=order)
+    return _STATS.format(shown=shown, group=group, source=source, order=order, iso=_ISO_FORMAT)
 
 
 # What a person's own SQL may see: the events as one view, and no file, setting or other database.
@@ -6714,33 +6707,39 @@ class Filter(NamedTuple):
     text: str | None = None
     min_ms: int | None = None
 
+    def _named(self) -> list[tuple[str, str]]:
+        """Return event types with names, of which any will do."""
+        wanted = (("tool", self.tools), ("resource", self.resources), ("prompt", self.prompts))
+        return [(event_type, name) for event_type, names in wanted for name in names]
+
+    def _equal(self) -> tuple[tuple[str, str | None], ...]:
+        """Return columns with the value that each must have; None for any."""
+        return (
+            ("type", self.event_type),
+            ("policy_decision", self.policy),
+            ("status", self.status),
+            ("caller", self.caller),
+            ("user_id", self.user),
+            ("session_id", self.session),
+            ("trace_id", self.trace),
+        )
+
     def where(self) -> tuple[str, dict[str, object]]:
         """Return the WHERE condition, `true` if everything is meant, and its parameters."""
         conditions: list[str] = []
         params: dict[str, object] = {}
         named = []
-        for event_type, names in (
-            ("tool", self.tools),
-            ("resource", self.resources),
-            ("prompt", self.prompts),
-        ):
-            for number, name in enumerate(names):
-                key = f"{event_type}_{number}"
-                params[key] = _like(name).replace("*", "%") if "*" in name else name
-                test = rf"name LIKE ${key} ESCAPE '\'" if "*" in name else f"name = ${key}"
-                named.append(f"(type = '{event_type}' AND {test})")
+        for number, (event_type, name) in enumerate(self._named()):
+            key = f"name_{number}"
+            params[key] = _like(name).replace("*", "%") if "*" in name else name
+            test = rf"name LIKE ${key} ESCAPE '\'" if "*" in name else f"name = ${key}"
+            named.append(f"(type = '{event_type}' AND {test})")
         if named:
             conditions.append("(" + " OR ".join(named) + ")")
         for key, value, test in (
-            ("event_type", self.event_type, "type = $event_type"),
-            ("policy", self.policy, "policy_decision = $policy"),
-            ("status", self.status, "status = $status"),
+            *((f"{column}_is", value, f"{column} = ${column}_is") for column, value in self._equal()),
             ("since", self.since, "timestamp >= $since::TIMESTAMP"),
             ("until", self.until, "timestamp < $until::TIMESTAMP"),
-            ("caller", self.caller, "caller = $caller"),
-            ("user_is", self.user, "user_id = $user_is"),
-            ("session_is", self.session, "session_id = $session_is"),
-            ("trace", self.trace, "trace_id = $trace"),
             ("min_ms", self.min_ms, "duration_ms >= $min_ms"),
         ):
             if value is not None:
@@ -6760,28 +6759,15 @@ class Filter(NamedTuple):
         Also update `where`: the two must agree.
         """
         event = dict(zip(PUBLIC_COLUMNS, row))
-        named = (("tool", self.tools), ("resource", self.resources), ("prompt", self.prompts))
-        if (self.tools or self.resources or self.prompts) and not any(
-            event["type"] == event_type and _is_like(event["name"], name)
-            for event_type, names in named
-            for name in names
+        named = self._named()
+        if named and not any(
+            event["type"] == event_type and _is_like(event["name"], name) for event_type, name in named
         ):
             return False
         moment = event["timestamp"][:-1].replace("T", " ")
         return (
-            all(
-                wanted is None or event[column] == wanted
-                for column, wanted in (
-                    ("type", self.event_type),
-                    ("policy_decision", self.policy),
-                    ("status", self.status),
-                    ("caller", self.caller),
-                    ("user_id", self.user),
-                    ("session_id", self.session),
-                    ("trace_id", self.trace),
-                    ("event_id", self.event_id and self.event_id.strip()),
-                )
-            )
+            all(wanted is None or event[column] == wanted for column, wanted in self._equal())
+            and (self.event_id is None or event["event_id"] == self.event_id.strip())
             and (self.since is None or moment >= self.since)
             and (self.until is None or moment < self.until)
             and (
@@ -7042,9 +7028,8 @@ class PackageEngine:
             _immortal(connection)
 
     def __del__(self) -> None:
-        connection, self._connection = self._connection, None
-        if connection is not None and self._process_id != os.getpid():
-            _immortal(connection)
+        if self._connection is not None and self._process_id != os.getpid():
+            _immortal(self._connection)
 
 
 def _immortal(thing: object) -> None:
@@ -7322,8 +7307,8 @@ def open_engine(
 # whatever else DuckDB can attach. Nothing here knows what the tables say.
 #
 # Caveats, each with its remedy:
-# - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here;
-#   the ingest lock guards besides.
+# - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here, and
+#   attached only once at a time in a process; the ingest lock guards besides.
 # - A half-made file stays damaged. → It is made under another name, and renamed when it is whole.
 # - After a fork the child's copy of an open database harms the parent's rows. → `GuestSession.before_fork`
 #   waits for a running ingest and closes the session.
@@ -7409,6 +7394,40 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
+NEW_FILE: Final = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
+
+
+def _attach_options(options: Mapping[str, object]) -> str:
+    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
+    return f" ({words})" if words else ""
+
+
+def attach_file(engine: Engine, path: str, name: str, options: Mapping[str, object]) -> None:
+    """Attach a database file under a name; one that is absent is made, for which there is NEW_FILE."""
+    # Without the type DuckDB would look for an extension that reads SQLite.
+    engine.execute(f"ATTACH {sql_literal(path)} AS {name}{_attach_options({**options, 'TYPE': 'duckdb'})}")
+
+
+_ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fork copies it
+
+
+@contextlib.contextmanager
+def _alone_in_process(path: str) -> Iterator[None]:
+    """Be the only one in this process who has a database file attached, for reading or writing.
+
+    DuckDB's lock keeps processes apart, not threads, and goes with the first of several readers that ends:
+    then another process may ingest, and take segments away that are being read.
+
+    Raises:
+        DatabaseLockedError: somebody else has.
+    """
+    key, mine = (os.getpid(), os.path.realpath(path)), object()
+    if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
+        raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
+    try:
+        yield
+    finally:
+        del _ATTACHED[key]
 
 
 class Target:
@@ -7471,25 +7490,26 @@ class Target:
         A file that is absent is made, unless `read_only` is set.
         """
         attach = self._file_attached if self.is_file else self._remote_attached
-        try:
-            with attach(engine, read_only=read_only):
-                yield
-        except StoreError as error:
-            engine.close()
-            if not self.is_file:  # causes repeat connection strings, and with them passwords
-                raise self._public_error(error) from None
-            if isinstance(error, QueryError):
+        with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
+            try:
+                with attach(engine, read_only=read_only):
+                    yield
+            except StoreError as error:
+                engine.close()
+                if not self.is_file:  # causes repeat connection strings, and with them passwords
+                    raise self._public_error(error) from None
+                if isinstance(error, QueryError):
+                    raise
+                raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
+            except BaseException:
+                engine.close()
                 raise
-            raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
-        except BaseException:
-            engine.close()
-            raise
 
     @contextlib.contextmanager
     def _file_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
         if not read_only and self.is_absent():
             self._make_file(engine)
-        self._attach_file(engine, self.path, "audit", **({"READ_ONLY": True} if read_only else {}))
+        attach_file(engine, self.path, "audit", self._attach_options(read_only))
         with self._private_wal(read_only):
             yield
         engine.execute("DETACH audit")
@@ -7502,7 +7522,7 @@ class Target:
                 "quack: is for reading only: it carries no transactions (DuckDB 1.5.5), so that nobody could "
                 "promise an event to be there exactly once; write to a file, DuckLake or PostgreSQL"
             )
-        options = {**self._options, **({"READ_ONLY": True} if read_only else {})}
+        options = self._attach_options(read_only)
         load_extensions(engine, self.path, options)
         try:
             engine.execute(attach_statement(self.path, options))
@@ -7547,13 +7567,8 @@ class Target:
             if not os.stat(wal).st_size:
                 os.unlink(wal)  # nothing was written: leave nothing behind
 
-    def _attach_file(self, engine: Engine, path: str, name: str, **options: object) -> None:
-        # Without the type DuckDB would look for an extension that reads SQLite.
-        words = ", ".join(
-            f"{word} {sql_literal(value)}"
-            for word, value in {**self._options, **options, "TYPE": "duckdb"}.items()
-        )
-        engine.execute(f"ATTACH {sql_literal(path)} AS {name} ({words})")
+    def _attach_options(self, read_only: bool) -> dict[str, object]:
+        return {**self._options, **({"READ_ONLY": True} if read_only else {})}
 
     def _make_file(self, engine: Engine) -> None:
         """Make an empty database, under another name until it is whole: half of one would stay damaged.
@@ -7568,8 +7583,7 @@ class Target:
         try:
             for path in leftovers:
                 _remove(path)
-            # A file made by DuckDB 2.0 without this can't be read by 1.5.
-            self._attach_file(engine, scratch, "scratch", STORAGE_VERSION="v1.0.0")
+            attach_file(engine, scratch, "scratch", {**self._options, **NEW_FILE})
             os.chmod(scratch, _FILE_MODE)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
@@ -7664,8 +7678,7 @@ def attach_statement(target: str, options: Mapping[str, object]) -> str:
     elif scheme.startswith("postgres:") and "connect_timeout" not in target:
         separator = "&" if "?" in target else "?"
         target += separator + "&".join(_PATIENCE) if "://" in target else " " + " ".join(_PATIENCE)
-    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
-    return f"ATTACH {sql_literal(target)} AS audit" + (f" ({words})" if words else "")
+    return f"ATTACH {sql_literal(target)} AS audit{_attach_options(options)}"
 
 
 def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
@@ -7999,15 +8012,16 @@ def chain_heads(engine: Engine) -> list[Head]:
     return [Head(name or "", *rest) for name, *rest in engine.execute(HEADS)]
 
 
-def known_segments(engine: Engine, segments: Sequence[str], sql: str = KNOWN_SEGMENTS) -> set[str]:
-    """Return those of the segments that the attached target has taken in.
+def known_segments(engine: Engine, segments: Sequence[str], *, kind: str = "segment") -> set[str]:
+    """Return those of the segments that have an entry of a kind.
 
     Args:
         engine: a session in which the target is attached and has a ledger.
         segments: their ids.
-        sql: KNOWN_LOSSES to ask for the entries of losses instead.
+        kind: `segment` if they were taken in, `loss` if something of them was lost.
     """
-    return {segment for (segment,) in engine.execute(sql, {"segments": segments})} if segments else set()
+    asked = {"segments": segments, "kind": kind}
+    return {segment for (segment,) in engine.execute(KNOWN, asked)} if segments else set()
 
 
 def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
@@ -8169,9 +8183,9 @@ class Ingest:
             engine.execute(
                 RESTAGE_SEGMENT,
                 {
-                    "segment": claim.id,
                     "files": [claim.path],
                     "longest": max(LONGEST_LINE, claim.longest + 1),
+                    "lenient": True,
                     "seqs": good or [0],
                 },
             )
@@ -8207,7 +8221,7 @@ class Ingest:
     def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> None:
         """Enter what writers lost, each loss once."""
         entries = []
-        for segment in sorted(set(lost) - known_segments(engine, list(lost), KNOWN_LOSSES)):
+        for segment in sorted(set(lost) - known_segments(engine, list(lost), kind="loss")):
             loss = lost[segment]
             text = f"{loss.reason}, between {loss.first} and {loss.last}"
             entries.append(entry_of("loss", loss.events, text, segment=segment))
@@ -8502,7 +8516,7 @@ class Verifier:
         verdict = self.verdict
         head = Head("", 0, 0, "")
         unkeyed, journal = 0, None
-        for name, position, kind, _, events, seal, row in self._engine.stream(CHAIN):
+        for name, position, kind, events, seal, row in self._engine.stream(CHAIN):
             name, seal, position = name or "", seal or "", -1 if position is None else position
             if name != journal:
                 self._end_chain(head, unkeyed)
@@ -8518,8 +8532,7 @@ class Verifier:
                 verdict.add("chain", text, journal=name)
             unkeyed += sealed == "open" and bool(self._keys)
             head = Head(name, position, head.events + ((events or 0) if kind == "segment" else 0), seal)
-            checkpoint = wanted.get((name, position))
-            if checkpoint is not None and checkpoint == head:
+            if wanted.get((name, position)) == head:
                 del wanted[name, position]
                 unkeyed = 0  # whoever wrote them, they are what the checkpoint saw
             verdict.entries += 1
@@ -8976,14 +8989,13 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
 
 def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> int:
     """Copy the attached database into a new file, read that back, and return the number of events."""
-    place = sql_literal(path)
-    engine.execute(f"ATTACH {place} AS fresh (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
+    attach_file(engine, path, "fresh", NEW_FILE)
     os.chmod(path, _FILE_MODE)
     engine.execute("COPY FROM DATABASE audit TO fresh")
     engine.execute("CHECKPOINT fresh")
     engine.execute("DETACH fresh")
     sync_file(path)
-    engine.execute(f"ATTACH {place} AS fresh (TYPE duckdb, READ_ONLY)")
+    attach_file(engine, path, "fresh", {"READ_ONLY": True})
     events = 0
     for table in sorted(tables):
         ((same, rows),) = engine.execute(SAME_CONTENT[table])
@@ -9054,21 +9066,27 @@ class Reader:
         with contextlib.closing(self._target.open_engine()) as engine, contextlib.ExitStack() as stack:
             reading = Reading(engine)
             while True:
-                with contextlib.suppress(StoreError):  # what an earlier attempt held went with its session
-                    stack.close()
                 try:
                     self._attempt(reading, stack)
-                except (DatabaseLockedError, DatabaseNotFoundError) as error:
-                    if isinstance(error, DatabaseNotFoundError) and not self._target.is_file:
-                        reading.open_views(None, self._journal.segments())
-                    # Not found: the file appeared, or vanished, between our look and DuckDB's.
-                    elif deadline.pause():
+                    break
+                except (
+                    DatabaseCorruptError,
+                    DatabaseLockedError,
+                    DatabaseNotFoundError,
+                    DatabaseUnreachableError,
+                ) as error:
+                    with contextlib.suppress(StoreError):  # what was attached went with the failed session
+                        stack.close()
+                    is_missing = isinstance(error, DatabaseNotFoundError)
+                    is_new = is_missing and not self._target.is_file
+                    # Of a file that means: it appeared, or vanished, between our look and DuckDB's.
+                    passes = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
+                    if passes and deadline.pause():
                         continue
-                    else:
-                        self._open_without_table(reading, error, stack)
-                except (DatabaseCorruptError, DatabaseUnreachableError) as error:
-                    self._open_without_table(reading, error, stack)
-                break
+                    self._keep_segments(stack)
+                    reading.problem = None if is_new else error
+                    reading.open_views(None, self._journal.segments())
+                    break
             if not reading.has_table and not reading.has_journal and reading.problem is None:
                 raise DatabaseNotFoundError(
                     f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
@@ -9115,14 +9133,6 @@ class Reader:
         if cause is not None:
             raise cause
 
-    def _open_without_table(self, reading: Reading, problem: StoreError, stack: contextlib.ExitStack) -> None:
-        """Open the journal alone, because the table can't be had."""
-        with contextlib.suppress(StoreError):  # what was attached went with the failed session
-            stack.close()
-        self._keep_segments(stack)
-        reading.problem = problem
-        reading.open_views(None, self._journal.segments())
-
     def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
         """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
 
@@ -9164,7 +9174,7 @@ class Reading:
         journal_rows = NO_ROWS
         if sizes:
             longest = max(LONGEST_LINE, *(size + 1 for size in sizes.values()))
-            journal_rows = bind(JOURNAL_ROWS, {"files": list(sizes), "longest": longest})
+            journal_rows = bind(JOURNAL_ROWS, {"files": list(sizes), "longest": longest, "lenient": True})
         rows = NO_ROWS if table is None else table_rows(table)
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
@@ -9290,7 +9300,7 @@ class Reading:
         if form == "duckdb":
             columns = _NAMES
         else:
-            columns = public_select(typed=form == "parquet", plain_csv=raw or not form.startswith("csv"))
+            columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
         sql, params = self._select(columns, what, count, oldest_first)
         params["formula"] = FORMULA
         folder, name = os.path.split(os.path.abspath(path))
@@ -9312,14 +9322,14 @@ class Reading:
 
     def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
         """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
-        place = sql_literal(target)
-        if form != "duckdb":
-            told = self.engine.execute(f"COPY ({sql}) TO {place} ({COPY_OPTIONS[form]})", params)
-            return told[0][0] if told else None
-        self.engine.execute(f"ATTACH {place} AS copy (TYPE duckdb, STORAGE_VERSION 'v1.0.0')")
-        told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
-        self.engine.execute("CHECKPOINT copy")
-        self.engine.execute("DETACH copy")
+        if form == "duckdb":
+            attach_file(self.engine, target, "copy", NEW_FILE)
+            told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
+            self.engine.execute("CHECKPOINT copy")
+            self.engine.execute("DETACH copy")
+        else:
+            copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
+            told = self.engine.execute(copy, params)
         return told[0][0] if told else None
 
 
@@ -10370,24 +10380,16 @@ class Importer:
 
     Args:
         config: says where database and journal are, and what is redacted.
-        on_bad_line: told the number of a line, from 1, and why it is no event.
+        on_bad_line: told the file, the number of a line, from 1, and why it is no event.
         wait: seconds to try again while another process holds the database.
-        diagnostics: counts what was ingested.
     """
 
-    def __init__(
-        self,
-        config: Config,
-        *,
-        on_bad_line: Callable[[int, str], None],
-        wait: float,
-        diagnostics: Diagnostics,
-    ) -> None:
+    def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
         self._now_ns = 0
         self._encoder = Encoder(
             redactor_of(config), max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns
         )
-        self._store = Store(config, diagnostics=diagnostics)
+        self._store = Store(config)
         self._on_bad_line = on_bad_line
         self._wait = wait
         self._bad = 0
@@ -10434,7 +10436,7 @@ class Importer:
                     found = event_of_mxcp(line)
                 except ValueError as error:
                     self._bad += 1
-                    self._on_bad_line(number, str(error))
+                    self._on_bad_line(path, number, str(error))
                     continue
                 if found is not None:
                     yield line, *found
@@ -10556,7 +10558,6 @@ class WrappedServer:
         """
         import shutil
         import subprocess
-        import threading
 
         program = shutil.which(self._command[0]) or self._command[0]  # Windows needs it for npx.cmd
         try:
@@ -10843,6 +10844,7 @@ def _policy_argument(text: str) -> str:
 
 # --- the parser
 
+_HELP_WIDTH: Final = 78  # argparse would fold the examples, too
 _NewCommand: TypeAlias = "Callable[..., argparse.ArgumentParser]"  # adds a command: see `_add_command`
 
 
@@ -10935,12 +10937,13 @@ def _add_command(
         waits: whether it takes `--wait`.
     """
     import argparse
+    import textwrap
 
     lines = "".join(f"  mxcp-audit {line}\n" for line in examples.splitlines())
     command: argparse.ArgumentParser = commands.add_parser(
         name,
         help=one_line,
-        description=description,
+        description=textwrap.fill(description, _HELP_WIDTH),
         epilog=f"examples:\n{lines}",
         formatter_class=argparse.RawDescriptionHelpFormatter,
         **{"parents": [waiting if waits else common], **parts},
@@ -11594,8 +11597,8 @@ def _add_import(new_command: _NewCommand) -> None:
         "import",
         cmd_import,
         "take in MXCP's own JSONL logs",
-        "Take in the JSONL logs of MXCP, of any version, plain or gzip. What was\n"
-        "imported before is not imported again, so a log that grew can be given again.",
+        "Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported before is not "
+        "imported again, so a log that grew can be given again.",
         "import audit.jsonl\nimport logs-2025.jsonl.gz logs-2026.jsonl",
     )
     command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
@@ -11603,15 +11606,13 @@ def _add_import(new_command: _NewCommand) -> None:
 
 def cmd_import(options: argparse.Namespace) -> int:
     """Take in MXCP's JSONL logs. 1 if a line was no event, or a file ended early."""
-    config = _config_of(options)
+    importer = Importer(
+        _config_of(options),
+        on_bad_line=lambda path, number, reason: _say(f"{path}:{number}: {reason}"),
+        wait=options.wait,
+    )
     failed = False
     for path in options.files:
-        importer = Importer(
-            config,
-            on_bad_line=lambda number, reason, path=path: _say(f"{path}:{number}: {reason}"),  # type: ignore[misc]
-            wait=options.wait,
-            diagnostics=Diagnostics(),
-        )
         try:
             result = importer.take(path)
         except (OSError, EOFError) as error:
@@ -11759,9 +11760,8 @@ def _add_checkpoint(new_command: _NewCommand) -> None:
         "checkpoint",
         cmd_checkpoint,
         "print where the ledger ends, to be kept elsewhere",
-        "Print the head of each journal's chain. Kept where nobody who can write the\n"
-        "database can, it lets `verify --checkpoint FILE` tell whether anything up to\n"
-        "it was cut off or rewritten.",
+        "Print the head of each journal's chain. Kept where nobody who can write the database can, it lets "
+        "`verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.",
         "checkpoint > heads.json",
     )
 
@@ -11829,8 +11829,8 @@ def _add_backup(new_command: _NewCommand) -> None:
         "backup",
         cmd_backup,
         "copy the log while the server runs",
-        "Copy the database to FILE, and what is not in it yet to FILE.journal. To\n"
-        "restore, copy both back while no server runs.",
+        "Copy the database to FILE, and what is not in it yet to FILE.journal. To restore, copy both back "
+        "while no server runs.",
         "backup /backup/audit-2026-11-25.duckdb",
     )
     command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
@@ -11872,9 +11872,8 @@ def _add_wrap(new_command: _NewCommand) -> None:
         "wrap",
         cmd_wrap,
         "run any stdio MCP server and record what it executes",
-        "Run COMMAND, an MCP server over standard input and output in any language, and\n"
-        "record its tool calls, resource reads and prompts. Every byte passes\n"
-        "unchanged.",
+        "Run COMMAND, an MCP server over standard input and output in any language, and record its tool "
+        "calls, resource reads and prompts. Every byte passes unchanged.",
         "wrap -- npx -y @modelcontextprotocol/server-everything\n"
         "wrap --profile production --strict -- python server.py",
         waits=False,
@@ -12009,18 +12008,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except KeyboardInterrupt:
         return 130
-    except AuditError as error:
+    except (AuditError, OSError) as error:
         if debug:
             raise
         _say(f"mxcp-audit: {error}")
         if isinstance(error, (ConfigError, EventError, _UsageError)):
             return EXIT_USAGE
         return EXIT_LOCKED if isinstance(error, DatabaseLockedError) else EXIT_FAILED
-    except OSError as error:
-        if debug:
-            raise
-        _say(f"mxcp-audit: {error}")
-        return EXIT_FAILED
 
 
 if __name__ == "__main__":

@@ -23,7 +23,6 @@ from mxcp_audit import (
     DatabaseLockedError,
     DatabaseNotFoundError,
     EngineNotFoundError,
-    PackageEngine,
     QueryError,
     StoreError,
     bind,
@@ -140,11 +139,13 @@ def test_interrupt_from_another_thread_ends_a_long_statement(session: Any) -> No
     assert session.execute("SELECT 1::BIGINT AS one") == [(1,)]
 
 
-def test_interrupt_and_close_without_a_session_do_nothing() -> None:
-    for engine in (PackageEngine(guest=True), CliEngine("no such program", guest=True)):
-        engine.interrupt()
-        engine.close()
-        engine.close()
+def test_interrupt_and_close_without_a_session_do_nothing(engine: str) -> None:
+    session = open_engine()
+    session.interrupt()
+    session.close()
+    session.close()
+    assert session.execute("SELECT 1::BIGINT AS one") == [(1,)]
+    session.close()
 
 
 def test_cli_engine_program_that_dies_gives_an_error_and_a_new_session() -> None:

@@ -16,7 +16,7 @@ import pytest
 from conftest import ROOT, Cli, child_environment, held_database, table_rows, write_table_of_mxcp
 
 import mxcp_audit
-from mxcp_audit import AuditLogger, Diagnostics, Importer, StoreError, config_from_arguments
+from mxcp_audit import AuditLogger, Importer, StoreError, config_from_arguments
 
 
 def older(number: int, **changes: object) -> dict[str, object]:
@@ -239,9 +239,8 @@ def test_import_files_that_are_none(tmp_path: Path, cli: Cli) -> None:
 def importer(tmp_path: Path) -> Importer:
     return Importer(
         config_from_arguments(tmp_path / "log.duckdb"),
-        on_bad_line=lambda number, reason: None,
+        on_bad_line=lambda path, number, reason: None,
         wait=5,
-        diagnostics=Diagnostics(),
     )
 
 
@@ -278,7 +277,7 @@ def test_import_copy_that_went_its_own_way_refused(tmp_path: Path) -> None:
 KILLED = """
 import os, signal, sys
 import mxcp_audit
-from mxcp_audit import Diagnostics, Importer, Segment, Store, config_from_arguments
+from mxcp_audit import Importer, Segment, Store, config_from_arguments
 
 mxcp_audit.PART_EVENTS = 100
 where, times = sys.argv[2], int(sys.argv[3])
@@ -295,7 +294,7 @@ def dying(self, *rest, **named):
 
 setattr(kind, name, dying)
 config = config_from_arguments("log.duckdb")
-Importer(config, on_bad_line=print, wait=5, diagnostics=Diagnostics()).take(sys.argv[1])
+Importer(config, on_bad_line=print, wait=5).take(sys.argv[1])
 """
 
 

@@ -170,6 +170,57 @@ def test_reading_corrupt_database_shows_the_journal_and_names_the_file(
     segment.forget()
 
 
+def test_reading_beside_a_logger_that_ingests_in_the_same_process_sees_every_event_once(
+    engine: str, store: Store, logger: AuditLogger
+) -> None:
+    done = threading.Event()
+    flushed = 0
+
+    def record() -> None:
+        nonlocal flushed
+        while not done.is_set():
+            log(logger, f"t{flushed}")
+            logger.flush()
+            flushed += 1
+
+    log(logger, "first")
+    assert logger.flush()
+    recorder = threading.Thread(target=record)
+    recorder.start()
+    try:
+        for _ in range(10):
+            before = flushed
+            with store.reading(wait=SAFETY_SECONDS) as reading:
+                assert reading.problem is None
+                found = [
+                    [row[3] for row in reading.rows(Filter(tools=("t*",)), count=None)] for _ in range(3)
+                ]
+            for seen in found:
+                assert len(seen) == len(set(seen)) and {f"t{number}" for number in range(before)} <= set(seen)
+    finally:
+        done.set()
+        recorder.join()
+    assert flushed and logger.flush() and not store.journal.segments()
+
+
+def test_ingest_while_the_same_process_reads_leaves_everything_for_later(
+    engine: str, store: Store, logger: AuditLogger
+) -> None:
+    log(logger, "first")
+    assert logger.flush()
+    segment = live_segment(store, {"name": "second"})
+    with store.reading() as reading:
+        segment.seal()
+        with pytest.raises(DatabaseLockedError, match="this process"):
+            Store(config_from_arguments(store.target.path)).ingest()
+        assert [row[3] for row in reading.rows(Filter())] == ["second", "first"]
+        # Another reader's end would drop the lock of this one.
+        with pytest.raises(DatabaseLockedError, match="this process"):
+            store.heads(wait=0)
+    assert store.ingest() and not store.journal.segments()
+    assert names(store) == ["second", "first"]
+
+
 def test_reading_while_the_first_segments_are_ingested_loses_none(
     engine: str, tmp_path: Path, store: Store
 ) -> None:

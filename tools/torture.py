@@ -210,13 +210,6 @@ class Torture:
         """Remove a run's files: thousands of runs must not fill the disk."""
         shutil.rmtree(db.parent, ignore_errors=True)
 
-    def sampled(self, points: list[int], count: int) -> list[int]:
-        """Return all points, or in a quick run some, the first and last among them."""
-        if not self.quick or len(points) <= count:
-            return points
-        inner = self.random.sample(points[1:-1], count - 2)
-        return [points[0], *sorted(inner), points[-1]]
-
 
 WRITING = """
 audit = AuditLogger(db, flush_interval=0.05)

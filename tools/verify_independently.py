@@ -155,6 +155,21 @@ def expected_of(entry: dict[str, Any], purges: list[dict[str, Any]]) -> tuple[in
     return count, text
 
 
+def purges_of(entries: list[dict[str, Any]], wrong: Wrong) -> list[dict[str, Any]]:
+    """Return what the purge entries say; what was wrong before a purge stays wrong."""
+    purges = []
+    for entry in entries:
+        if entry["kind"] == "purge":
+            try:
+                said = json.loads(entry["detail"])
+                purges.append({key: said[key] for key in ("before", "heads", "left", "wrong")})
+            except (TypeError, ValueError, KeyError):
+                wrong.add(("chain", entry["journal"] or ""))
+    for purge in purges:
+        wrong.update(("segment", segment) for segment in purge["wrong"])
+    return purges
+
+
 def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), database: str = "audit") -> Wrong:
     """Return what is wrong with the attached database.
 
@@ -186,18 +201,7 @@ def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), databas
             entry = dict(zip((column.partition(":")[0] for column in LEDGER), row))
             entries.append({**entry, "hash": row_hash(LEDGER, tuple(row)), "seal": seal})
     check_chains(entries, keys, list(checkpoints), wrong)
-
-    purges = []
-    for entry in entries:
-        if entry["kind"] == "purge":
-            try:
-                said = json.loads(entry["detail"])
-                purges.append({key: said[key] for key in ("before", "heads", "left", "wrong")})
-            except (TypeError, ValueError, KeyError):
-                wrong.add(("chain", entry["journal"] or ""))
-    for purge in purges:
-        wrong.update(("segment", segment) for segment in purge["wrong"])
-
+    purges = purges_of(entries, wrong)
     found: dict[str, list[tuple[int | None, str]]] = defaultdict(list)
     if types["logs"]:
         days = connection.execute(

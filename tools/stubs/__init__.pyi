@@ -950,12 +950,7 @@ class ImportResult(NamedTuple):
 
 class Importer:
     def __init__(
-        self,
-        config: Config,
-        *,
-        on_bad_line: Callable[[int, str], None],
-        wait: float,
-        diagnostics: Diagnostics,
+        self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float
     ) -> None: ...
     def take(self, path: str) -> ImportResult: ...
 
