@@ -9392,7 +9392,8 @@ def interruptible(engine: Engine) -> Iterator[None]:
     """Let Ctrl+C end a running query, where signals arrive: in the main thread.
 
     Python runs its signal handler only between two of its own instructions, and a query is one of
-    them. A thread is told of the signal through a socket, and interrupts the query.
+    them. A thread is told of the signal through a socket, and interrupts the query: again and again
+    until the block ends, because a query that is only about to begin forgets that it was interrupted.
     """
     import signal
     import socket
@@ -9405,8 +9406,12 @@ def interruptible(engine: Engine) -> Iterator[None]:
     before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
 
     def watch() -> None:
-        while here.recv(1):
+        heard = here.recv(1)
+        here.settimeout(0.05)
+        while heard:
             engine.interrupt()
+            with contextlib.suppress(TimeoutError):
+                heard = here.recv(1)
 
     def stop() -> None:
         signal.set_wakeup_fd(before)

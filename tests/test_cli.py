@@ -670,7 +670,8 @@ def test_terminal_export_to_it_is_harmless_and_binary_is_refused(filled: Path) -
     assert refused.end() == 2 and "not for a terminal" in refused.text
 
 
-def test_terminal_interrupted_sql_ends_soon(filled: Path) -> None:
+@pytest.mark.parametrize("pause", [0, 0.5])  # before the query has begun, and while it runs
+def test_terminal_interrupted_sql_ends_soon(filled: Path, pause: float) -> None:
     if os.environ.get("MXCP_AUDIT_ENGINE") != "cli" and importlib.util.find_spec("duckdb"):
         major = int(importlib.metadata.version("duckdb").split(".")[0])
         if major < 2:
@@ -683,7 +684,7 @@ def test_terminal_interrupted_sql_ends_soon(filled: Path) -> None:
     )
     session = Session([sys.executable, "-c", marked, "sql", endless, *DB], filled)
     session.read_until(lambda text: "asking" in text)
-    time.sleep(0.5)
+    time.sleep(pause)
     session.type("\x03")
     assert session.end() == 130
     assert "Traceback" not in session.text
