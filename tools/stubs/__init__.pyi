@@ -938,6 +938,7 @@ class EventTable:
         columns: Sequence[str] = ...,
         width: int | None,
         colour: bool,
+        with_reasons: bool = True,
         with_input: bool = False,
         grows: bool = False,
     ) -> None: ...
