@@ -820,7 +820,7 @@ def test_doctor_says_in_words_what_is_and_what_to_do(
     (filled / "log.duckdb.journal" / "x.rejected").write_text("{}")
     done = run("doctor", *DB)
     assert done.returncode == 1 and done.stdout.endswith("\nnot healthy\n")
-    assert re.search(r"^fault: 1 files in .*; remedy: read the \.rejected", done.stdout, re.MULTILINE)
+    assert re.search(r"^fault: .*: 1 file in .*; remedy: read the \.rejected", done.stdout, re.MULTILINE)
 
 
 def test_log_points_out_what_was_lost(filled: Path, run: Cli) -> None:
