@@ -827,7 +827,7 @@ def test_log_points_out_what_was_lost(filled: Path, run: Cli) -> None:
     loss = mxcp_audit.Loss(3, "2026-01-31 12:00:00", "2026-01-31 12:00:01", "the queue was full")
     mxcp_audit.Journal(filled / "log.duckdb.journal").record_loss(loss)
     done = run("log", *DB)
-    assert done.returncode == 0 and "3 events were lost in the last 30 days" in done.stderr
+    assert done.returncode == 0 and "3 events lost in the last 30 days" in done.stderr
 
 
 def test_commands_of_a_program_answer_in_any_of_its_threads(filled: Path, run: Cli) -> None:

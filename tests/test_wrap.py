@@ -347,7 +347,7 @@ def test_wrap_strict_event_that_was_dropped_stops(tmp_path: Path) -> None:
         assert wrapped.failure is None
         audit._diagnostics.dropped = 2
         wrapped._settle()
-    assert wrapped.failure == "2 events were dropped"
+    assert wrapped.failure == "2 events dropped"
 
 
 def test_wrap_client_that_reads_no_more_is_recorded_to_its_end(tmp_path: Path, cli: Cli) -> None:
