@@ -7004,6 +7004,8 @@ class PackageEngine:
             self.close()
             if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes this
                 raise KeyboardInterrupt from error
+            if "Unable to cast" in str(error):  # DuckDB 1.2's word for what is a UnicodeEncodeError since
+                raise QueryError("the text can't be searched for: surrogates not allowed") from error
             raise
 
     def interrupt(self) -> None:
