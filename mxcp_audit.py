@@ -7004,7 +7004,7 @@ class PackageEngine:
             self.close()
             if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes this
                 raise KeyboardInterrupt from error
-            if "Unable to cast" in str(error):  # DuckDB 1.2's word for what is a UnicodeEncodeError since
+            if "Unable to cast" in str(error):  # what older versions make of half a character
                 raise QueryError("the text can't be searched for: surrogates not allowed") from error
             raise
 
