@@ -284,6 +284,16 @@ def test_tool_wrong_arguments_function_says_so(audit: AuditLogger) -> None:
     assert (name, json.loads(input_json), status) == ("named", {"args": [1], "kwargs": {"b": 2}}, "error")
 
 
+def test_tool_function_without_a_signature_is_recorded_as_it_is_called(audit: AuditLogger) -> None:
+    with pytest.raises(ValueError, match="signature"):
+        inspect.signature(min)
+    smallest = audit.tool("smallest")(min)
+    assert smallest(3, 1, key=abs) == 1
+    ((name, input_json, status, _),) = outcome(audit)
+    shown = json.loads(input_json)
+    assert (name, shown["args"], list(shown["kwargs"]), status) == ("smallest", [3, 1], ["key"], "success")
+
+
 _pickled_audit = AuditLogger("unused.duckdb", enabled=False)
 
 
