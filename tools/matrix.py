@@ -23,28 +23,21 @@ sys.path.insert(0, str(ROOT))
 from tools.judge import find_pythons  # noqa: E402
 
 TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "PyYAML")
-# What depends on nothing but Python and DuckDB.
-CORE = [
-    "calls",
+# What depends on nothing but Python and DuckDB; first what asks DuckDB.
+READING = (
     "cli",
     "concurrency",
-    "config",
-    "encoding",
     "engines",
-    "events",
     "evidence",
     "follow",
     "import",
-    "journal",
-    "logger",
     "output",
     "purge",
-    "redaction",
     "reliability",
     "store_ingest",
     "store_reading",
-    "writer",
-]
+)
+CORE = (*READING, "calls", "config", "encoding", "events", "journal", "logger", "redaction", "writer")
 LEFT_OUT = "bc_038 or bc_039"  # gevent has an environment of its own
 WORKERS = "2"
 
@@ -57,11 +50,13 @@ class Cell:
         python: the version wanted.
         package: the version of the `duckdb` package, or None to have none.
         program: that of `duckdb-cli`; the oldest that holds the program is 1.4.4.post2.
+        tests: which files of the tests; where another cell has the same Python, those that ask DuckDB.
     """
 
     python: str
     package: str | None
     program: str
+    tests: tuple[str, ...] = CORE
 
     @property
     def requirements(self) -> tuple[str, ...]:
@@ -81,7 +76,7 @@ class Cell:
 
 CELLS = (
     Cell("3.10", "1.2.2", "1.4.4.post2"),
-    Cell("3.12", "1.4.4", "1.4.4.post2"),
+    Cell("3.12", "1.4.4", "1.4.4.post2", READING),
     Cell("3.13", "1.5.5", "1.5.5"),
     Cell("3.12", None, "1.5.6"),
 )
@@ -141,8 +136,9 @@ def run_cell(cell: Cell) -> Result:
     wanted = (cell.python, cell.package or "none", cell.program)
     if made.returncode:
         return Result(wanted, {}, 1, "its environment can't be made")
-    note = "core" if cell.python in find_pythons() else f"core; Python {cell.python} is absent"
-    files = [f"tests/test_{name}.py" for name in CORE]
+    note = "core" if cell.tests is CORE else "of the core what asks DuckDB"
+    note += "" if cell.python in find_pythons() else f"; Python {cell.python} is absent"
+    files = [f"tests/test_{name}.py" for name in cell.tests]
     return run_pytest(made.stdout.strip(), ["-k", f"not ({LEFT_OUT})", *files], note)
 
 
