@@ -542,7 +542,7 @@ print(json.dumps({"memory": memory, "idle": (time.process_time() - cpu) / (time.
 
 def query(run: Run) -> Iterator[Table]:
     """How fast `log`, `stats` and others read a large log, against plain DuckDB; see bench_query.py."""
-    rows, rounds = run.pick("2000", "1000000", "10000000"), run.pick("1", "3", "7")
+    rows, rounds = run.pick("2000", "1000000", "10000000"), run.pick("1", "3", "3")
     words = [run.python(), str(QUERY_FILE), "query", "--rows", rows, "--rounds", rounds]
     done = subprocess.run(words, env=environ(), capture_output=True, text=True)
     if done.returncode:
