@@ -23,21 +23,22 @@ sys.path.insert(0, str(ROOT))
 from tools.judge import find_pythons  # noqa: E402
 
 TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "PyYAML")
-# What depends on nothing but Python and DuckDB; first what asks DuckDB.
-READING = (
-    "cli",
+# What depends on nothing but Python and DuckDB; first what asks DuckDB most.
+READING = ("cli", "engines", "evidence", "follow", "import", "purge", "store_ingest", "store_reading")
+CORE = (
+    *READING,
+    "calls",
     "concurrency",
-    "engines",
-    "evidence",
-    "follow",
-    "import",
+    "config",
+    "encoding",
+    "events",
+    "journal",
+    "logger",
     "output",
-    "purge",
+    "redaction",
     "reliability",
-    "store_ingest",
-    "store_reading",
+    "writer",
 )
-CORE = (*READING, "calls", "config", "encoding", "events", "journal", "logger", "redaction", "writer")
 LEFT_OUT = "bc_038 or bc_039"  # gevent has an environment of its own
 WORKERS = "2"
 
@@ -50,7 +51,7 @@ class Cell:
         python: the version wanted.
         package: the version of the `duckdb` package, or None to have none.
         program: that of `duckdb-cli`; the oldest that holds the program is 1.4.4.post2.
-        tests: which files of the tests; where another cell has the same Python, those that ask DuckDB.
+        tests: which files of the tests; where another cell has the same Python, those that ask DuckDB most.
     """
 
     python: str
@@ -136,7 +137,7 @@ def run_cell(cell: Cell) -> Result:
     wanted = (cell.python, cell.package or "none", cell.program)
     if made.returncode:
         return Result(wanted, {}, 1, "its environment can't be made")
-    note = "core" if cell.tests is CORE else "of the core what asks DuckDB"
+    note = "core" if cell.tests is CORE else "of the core what asks DuckDB most"
     note += "" if cell.python in find_pythons() else f"; Python {cell.python} is absent"
     files = [f"tests/test_{name}.py" for name in cell.tests]
     return run_pytest(made.stdout.strip(), ["-k", f"not ({LEFT_OUT})", *files], note)
