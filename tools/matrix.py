@@ -23,15 +23,18 @@ sys.path.insert(0, str(ROOT))
 from tools.judge import find_pythons  # noqa: E402
 
 TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "PyYAML")
-# What depends on nothing but Python and DuckDB; first what asks DuckDB most.
-READING = ("cli", "engines", "evidence", "follow", "import", "purge", "store_ingest", "store_reading")
+# What depends on nothing but Python and DuckDB; first what depends on its version most.
+STORE = ("engines", "evidence", "purge", "store_ingest", "store_reading")
 CORE = (
-    *READING,
+    *STORE,
     "calls",
+    "cli",
     "concurrency",
     "config",
     "encoding",
     "events",
+    "follow",
+    "import",
     "journal",
     "logger",
     "output",
@@ -51,7 +54,7 @@ class Cell:
         python: the version wanted.
         package: the version of the `duckdb` package, or None to have none.
         program: that of `duckdb-cli`; the oldest that holds the program is 1.4.4.post2.
-        tests: which files of the tests; where another cell has the same Python, those that ask DuckDB most.
+        tests: which files of the tests; STORE where another cell has the same Python.
     """
 
     python: str
@@ -77,7 +80,7 @@ class Cell:
 
 CELLS = (
     Cell("3.10", "1.2.2", "1.4.4.post2"),
-    Cell("3.12", "1.4.4", "1.4.4.post2", READING),
+    Cell("3.12", "1.4.4", "1.4.4.post2", STORE),
     Cell("3.13", "1.5.5", "1.5.5"),
     Cell("3.12", None, "1.5.6"),
 )
@@ -137,7 +140,7 @@ def run_cell(cell: Cell) -> Result:
     wanted = (cell.python, cell.package or "none", cell.program)
     if made.returncode:
         return Result(wanted, {}, 1, "its environment can't be made")
-    note = "core" if cell.tests is CORE else "of the core what asks DuckDB most"
+    note = "core" if cell.tests is CORE else "of the core the Store"
     note += "" if cell.python in find_pythons() else f"; Python {cell.python} is absent"
     files = [f"tests/test_{name}.py" for name in cell.tests]
     return run_pytest(made.stdout.strip(), ["-k", f"not ({LEFT_OUT})", *files], note)
