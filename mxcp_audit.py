@@ -9408,6 +9408,7 @@ def interruptible(engine: Engine) -> Iterator[None]:
     before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
 
     def watch() -> None:
+        """Interrupt the query from the first signal on, until `stop` closes the other end."""
         heard = here.recv(1)
         here.settimeout(0.05)
         while heard:
@@ -10602,6 +10603,7 @@ class WrappedServer:
         import signal
 
         def forward(number: int, frame: object) -> None:
+            """Send the server what came to us."""
             # What the terminal sends, it sends to the server too: we are in one process group.
             if number not in (signal.SIGINT, getattr(signal, "SIGQUIT", None)) or not _has_terminal():
                 self._process.send_signal(number)
@@ -10816,6 +10818,7 @@ def _argument(parse: Callable[[str], _Answer]) -> Callable[[str], _Answer]:
     import argparse
 
     def checked(text: str) -> _Answer:
+        """Parse, and fail in argparse's own way."""
         try:
             return parse(text)
         except ValueError as error:

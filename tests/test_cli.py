@@ -690,6 +690,23 @@ def test_terminal_interrupted_sql_ends_soon(filled: Path, pause: float) -> None:
     assert "Traceback" not in session.text
 
 
+def test_interrupt_that_comes_too_early_is_repeated_until_it_is_heard(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys, threading, mxcp_audit\n"
+        "heard = []; enough = threading.Event()\n"
+        "class Deaf:\n"
+        "    def interrupt(self):\n"
+        "        heard.append(1)\n"
+        "        if len(heard) == 3: enough.set()\n"
+        "signal.signal(signal.SIGINT, lambda *_: None)\n"
+        "with mxcp_audit.interruptible(Deaf()):\n"
+        "    os.kill(os.getpid(), signal.SIGINT)\n"
+        "    sys.exit(not enough.wait(10))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=child_environment())
+    assert done.returncode == 0
+
+
 # --- completion
 
 
