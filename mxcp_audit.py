@@ -101,7 +101,7 @@ __all__ = [
 
 
 # === Errors ===
-# may name: nothing
+# depends on: nothing
 #
 # One root, so that a caller can catch all of ours and nothing else. A message says
 # what is wrong, where, and what to do; a cause is kept (`raise … from`).
@@ -190,7 +190,7 @@ def counted(count: int, noun: str) -> str:
 
 
 # === Config ===
-# may name: Errors
+# depends on: Errors
 #
 # Guarantees: for any text whatsoever, `parse_yaml` returns a value equal, types included, to what
 # PyYAML's `safe_load` (which MXCP uses) returns, or raises ConfigError with line, column, the name
@@ -469,7 +469,7 @@ class _YamlScalars(_YamlCursor):
 
 
 class _YamlReader(_YamlScalars):
-    """Reads one YAML document; the comment atop this room says how.
+    """Reads one YAML document; the comment atop this section says how.
 
     Blocks leave the cursor on the first token of a later line. `places` says where each entry
     starts, by the id of its mapping or list and its key or index.
@@ -1148,7 +1148,7 @@ def _site_bytes(path: str) -> bytes:
 
 
 # === Events ===
-# may name: Errors
+# depends on: Errors
 #
 # What an event is made of. COLUMNS is the only place that knows the columns: the table, the
 # journal reader, SELECT lists, headers and JSON keys all come from it. The first ten are the
@@ -1229,7 +1229,7 @@ def parse_event_id(text: str) -> tuple[str, int]:
 
 
 # === Redaction ===
-# may name: Errors
+# depends on: Errors
 #
 # Guarantee: what `Redactor.redact` returns holds no value that stands under a sensitive
 # name, at any depth and in any container, and no text in a known secret format; it is
@@ -2879,7 +2879,7 @@ class Redactor:
     Raises:
         ConfigError: an entry is no text, the mode is unknown, or "hmac" has no key.
 
-    Source of the rules: `spec.md`, "Sensitive Data Redaction", and the comment atop this room.
+    Source of the rules: `spec.md`, "Sensitive Data Redaction", and the comment atop this section.
     """
 
     def __init__(
@@ -3094,7 +3094,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 
 # === Encoding ===
-# may name: Events, Redaction
+# depends on: Events, Redaction
 #
 # Event → line. A line is one JSON object with the names of COLUMNS, in UTF-8, ending with a line
 # feed; `seq` comes last, because only the writer knows it. Redaction comes first, so a line never
@@ -3376,7 +3376,7 @@ def _time_of_mxcp(text: object) -> int:
 
 
 # === Journal ===
-# may name: Errors, Events
+# depends on: Errors, Events
 #
 # The append-only files between the server and the database:
 #
@@ -4033,7 +4033,7 @@ class Journal(_JournalDirectory):
 
 
 # === Writer ===
-# may name: Errors, Events, Encoding, Journal
+# depends on: Errors, Events, Encoding, Journal
 #
 # Two daemon threads, started when there is first something to do and asleep while there is nothing:
 # the writer (queue → journal) and the ingester (journal → database, through `IngestSide`), so that
@@ -4803,7 +4803,7 @@ class Ingester:
 
 
 # === Calls ===
-# may name: Errors
+# depends on: Errors
 #
 # An execution while it runs. A call's input is encoded when the call begins, so that a tool that
 # changes its arguments can't change what is recorded; the rest is known when it ends. What the body
@@ -5467,140 +5467,10 @@ def _is_context(value: object) -> bool:
     return kind.__name__ == "Context" and kind.__module__.partition(".")[0] in ("mcp", "fastmcp")
 
 
-# --- the stdio wrapper's bookkeeping
-
-MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
-_MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
-
-
-class StdioAudit:
-    """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
-
-    Feed a piece *before* it is passed on: then an answer can't overtake its request, and a client
-    that has an answer can be sure of its row. The two sides may be fed from two threads.
-
-    Args:
-        record: `AuditLogger.record`.
-        on_fault: told what could not be audited.
-    """
-
-    def __init__(self, record: Callable[..., Call], *, on_fault: Callable[[str], None]) -> None:
-        self._record = record
-        self._on_fault = on_fault
-        self._client_lines = _Lines()
-        self._server_lines = _Lines()
-        self._pending: dict[str | float, Call] = {}
-        self._session_id = _CONNECTION
-
-    def from_client(self, data: bytes) -> None:
-        """Take in what the client sends: any piece of it."""
-        for line in self._client_lines.feed(data):
-            for message in self._messages(line):
-                method = message.get("method")
-                params = message.get("params")
-                if method == "initialize":
-                    self._session_id = stdio_session(_get(params, "clientInfo"), _CONNECTION)
-                elif method == "notifications/cancelled":
-                    reason = _text(_get(params, "reason"))
-                    self._finish(
-                        _get(params, "requestId"),
-                        "cancelled by the client" + (f": {reason}" if reason else ""),
-                    )
-                elif isinstance(method, str) and method in MCP_METHODS:
-                    self._begin(method, params, message)
-
-    def from_server(self, data: bytes) -> None:
-        """Take in what the server sends: any piece of it."""
-        for line in self._server_lines.feed(data):
-            for message in self._messages(line) if self._pending else ():
-                if "method" in message:  # the server's own requests count their ids for themselves
-                    continue
-                failure = message.get("error")
-                if failure is None:
-                    self._finish(message.get("id"), error_of_result(message.get("result")))
-                else:
-                    code = _text(_get(failure, "code"))
-                    text = _text(_get(failure, "message")) or "the server answered with an error"
-                    self._finish(message.get("id"), f"{text} ({code})" if code else text)
-
-    def close(self, reason: str) -> None:
-        """Record every call that was never answered, with `reason` as its error."""
-        for key in list(self._pending):
-            self._finish(key, reason)
-
-    def _messages(self, line: bytes | None) -> list[dict[str, Any]]:
-        if line is None:
-            self._on_fault(f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited")
-            return []
-        try:
-            value = json.loads(line.decode("utf-8", "replace"), parse_int=_json_int)
-        except RecursionError:
-            self._on_fault("a message passed unaudited: it is nested too deeply to be read")
-            return []
-        except ValueError:  # no JSON, so nobody takes it for a call
-            return []
-        return [
-            message for message in (value if isinstance(value, list) else [value]) if type(message) is dict
-        ]
-
-    def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
-        call = self._record(
-            MCP_METHODS[method],
-            name_of(params),
-            _get(params, "arguments"),
-            caller="stdio",
-            session_id=self._session_id,
-            trace_id=trace_of(_get(params, "_meta")),
-        )
-        key = message.get("id")
-        if type(key) not in (str, int, float):
-            call.fail("sent without an id that could be answered")
-            call.end()
-            return
-        self._finish(key, "its id was used again before it was answered")
-        self._pending[key] = call  # type: ignore[index]
-
-    def _finish(self, key: object, error: str | None) -> None:
-        call = self._pending.pop(key, None) if type(key) in (str, int, float) else None  # type: ignore[call-overload]
-        if call is not None:
-            if error is not None:
-                call.fail(error)
-            call.end()
-
-
-class _Lines:
-    """Puts pieces of bytes together into lines."""
-
-    def __init__(self) -> None:
-        self._parts: list[bytes] = []
-        self._size = 0
-
-    def feed(self, data: bytes) -> Iterator[bytes | None]:
-        """Yield the lines that `data` completes; None for one that is too long to be kept."""
-        *ends, rest = data.split(b"\n")
-        for end in ends:
-            self._keep(end)
-            yield b"".join(self._parts) if self._size <= MAX_MESSAGE_BYTES else None
-            self._parts, self._size = [], 0
-        self._keep(rest)
-
-    def _keep(self, part: bytes) -> None:
-        self._size += len(part)
-        if self._size <= MAX_MESSAGE_BYTES:
-            self._parts.append(part)
-        else:
-            self._parts.clear()
-
-
-def _json_int(text: str) -> int | str:
-    """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
-    return int(text) if len(text) <= _MAX_DIGITS else text
-
-
 # === Logger ===
-# may name: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
+# depends on: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
 #
-# What servers hold. It joins the rooms above and adds what belongs to the process: exit, fork,
+# What servers hold. It joins the sections above and adds what belongs to the process: exit, fork,
 # children of multiprocessing. It never reads and knows no DuckDB: Assembly hangs the database's
 # side in `_ingest_side`, and without it events stay in the journal.
 #
@@ -6196,7 +6066,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # === SQL ===
-# may name: Errors, Events
+# depends on: Errors, Events
 #
 # The wall: everything above records, everything below reads. Statements are constants with `$name`
 # parameters; the only texts put together are fixed words of ours (column names, conditions), never
@@ -6802,7 +6672,7 @@ def _lower_case(text: str) -> str:
 
 
 # === Engines ===
-# may name: Errors
+# depends on: Errors
 #
 # The two ways to DuckDB: the package, in this process, and the program, as a child that is fed SQL
 # on standard input. Both take the same statements and return the same values. A session begins at
@@ -7296,14 +7166,14 @@ def open_engine(
 
 
 # === Store ===
-# may name: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines
+# depends on: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines
 #
 # The log as a whole: table and journal. Guarantees: every event gets into the table exactly once, is seen
 # exactly once while it does, and leaves only by a purge that is entered. Each part below says what it adds
 # to that, and names only parts above it.
 
 # == Target ==
-# may name: Errors, Config, Events, Journal, Writer, SQL, Engines
+# depends on: Errors, Config, Events, Journal, Writer, SQL, Engines
 #
 # The database itself: making it, attaching it as `audit` and letting it go again, whether it is a file or
 # whatever else DuckDB can attach. Nothing here knows what the tables say.
@@ -7804,7 +7674,7 @@ class GuestSession:
 
 
 # == Ledger ==
-# may name: Errors, Events, Journal, Writer, SQL, Engines, Target
+# depends on: Errors, Events, Journal, Writer, SQL, Engines, Target
 #
 # What is in the database, sealed. Each entry's seal covers the entry and the seal before it, so that
 # whoever knows one seal can tell whether anything up to it was changed. Digests are computed in SQL, where
@@ -8035,7 +7905,7 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 
 
 # == Ingest ==
-# may name: Errors, Encoding, Journal, Writer, SQL, Engines, Target, Ledger
+# depends on: Errors, Encoding, Journal, Writer, SQL, Engines, Target, Ledger
 #
 # Moves segments into `logs` exactly once: the ledger's entry of a segment is committed together with its
 # rows, and a segment is deleted only after a checkpoint, so that a crash at any point repeats a step that
@@ -8249,8 +8119,395 @@ def _refuse_fatal_limit() -> None:
         )
 
 
+# == Reading ==
+# depends on: Errors, Journal, SQL, Engines, Target, Ledger
+#
+# Table and journal as one log. Reading attaches read-only first, then lists the journal, then asks the
+# ledger: while a reader holds its lock nobody can ingest, so the three agree, and every event is seen once.
+# A target that is no file has no such lock: there a reader holds this host's ingest lock, shared with other
+# readers, and reads in one transaction. Other hosts' events come out of the table alone.
+
+
+# --- opening: so that every event is seen once
+
+
+class Reader:
+    """Opens a log for reading.
+
+    Args:
+        target: its database.
+        journal: its journal.
+    """
+
+    def __init__(self, target: Target, journal: Journal) -> None:
+        self._target = target
+        self._journal = journal
+
+    @contextlib.contextmanager
+    def open(self, *, wait: float) -> Iterator[Reading]:
+        """Do what `Store.reading` says; where the table can't be had, open the journal alone."""
+        deadline = Deadline(wait)
+        with contextlib.closing(self._target.open_engine()) as engine, contextlib.ExitStack() as stack:
+            reading = Reading(engine)
+            while True:
+                try:
+                    self._attempt(reading, stack)
+                    break
+                except (
+                    DatabaseCorruptError,
+                    DatabaseLockedError,
+                    DatabaseNotFoundError,
+                    DatabaseUnreachableError,
+                ) as error:
+                    with contextlib.suppress(StoreError):  # what was attached went with the failed session
+                        stack.close()
+                    is_missing = isinstance(error, DatabaseNotFoundError)
+                    is_new = is_missing and not self._target.is_file
+                    # Of a file that means: it appeared, or vanished, between our look and DuckDB's.
+                    passes = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
+                    if passes and deadline.pause():
+                        continue
+                    self._keep_segments(stack)
+                    reading.problem = None if is_new else error
+                    reading.open_views(None, self._journal.segments())
+                    break
+            if not reading.has_table and not reading.has_journal and reading.problem is None:
+                raise DatabaseNotFoundError(
+                    f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
+                    "for the profile, or no events have been logged yet (the database is created on first "
+                    "write)."
+                )
+            yield reading
+
+    def _attempt(self, reading: Reading, stack: contextlib.ExitStack) -> None:
+        """Open both sides; what must be let go again goes onto the stack."""
+        target, journal = self._target, self._journal
+        if target.is_absent():
+            if not self._keep_segments(stack) and journal.segments():
+                raise DatabaseLockedError(f"{target.path} is being made by another process")
+            if target.is_absent():
+                self._open_journal(reading)
+                return
+            stack.close()
+        if not target.is_file and not self._keep_segments(stack):
+            raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
+        stack.enter_context(target.attached(reading.engine, read_only=True))
+        segments = journal.segments()
+        present = target.columns(reading.engine)
+        reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
+        reading.has_ledger = "ledger" in present
+
+    def _open_journal(self, reading: Reading) -> None:
+        """Open the journal by a copy, because before the first ingest there is no lock that keeps one out.
+
+        Raises:
+            DatabaseNotFoundError: a segment vanished meanwhile, so there is a table now: look again.
+        """
+        segments = self._journal.segments()
+        cause = None
+        try:
+            reading.open_views(None, segments)
+            reading.freeze_journal()
+        except QueryError as error:
+            cause = error
+        if not all(map(os.path.exists, segments)):
+            raise DatabaseNotFoundError(
+                f"{self._target.path} is being made at this moment; try again"
+            ) from cause
+        if cause is not None:
+            raise cause
+
+    def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
+        """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
+
+        Returns:
+            False if an ingest is running at this moment.
+        """
+        try:
+            return stack.enter_context(self._journal.reading_lock())
+        except JournalError:  # the journal may be read-only for who reads; then that must do
+            return True
+
+
+# --- asking and exporting
+
+
+class Reading:
+    """Table and journal while they are open for reading.
+
+    `problem` is set if the table could not be had: then only journal events are seen.
+    """
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.problem: StoreError | None = None
+        self.has_table = False
+        self.has_journal = False
+        self.has_ledger = False
+
+    def open_views(self, table: Collection[str] | None, segments: Iterable[str]) -> None:
+        """Define the views `table_rows` and `journal_rows`, which together are the log.
+
+        Args:
+            table: the columns of the table, None if there is none.
+            segments: paths of the journal's segments that the table lacks.
+        """
+        self.has_table = table is not None
+        sizes = {path: size for path in segments if (size := _size_of(path))}
+        self.has_journal = bool(sizes)
+        journal_rows = NO_ROWS
+        if sizes:
+            longest = max(LONGEST_LINE, *(size + 1 for size in sizes.values()))
+            journal_rows = bind(JOURNAL_ROWS, {"files": list(sizes), "longest": longest, "lenient": True})
+        rows = NO_ROWS if table is None else table_rows(table)
+        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
+        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
+
+    def freeze_journal(self) -> None:
+        """Copy the journal's events, so that no later query reads files."""
+        for statement in FREEZE_JOURNAL:
+            self.engine.execute(statement)
+
+    def _source(self, what: Filter, count: int | None, order: str) -> tuple[str, dict[str, object]]:
+        """Return the query of the filtered events. The limit goes into both sides: a limit on the union
+        alone would read the whole table (40 times slower on 10 million rows)."""
+        where, params = what.where()
+        tail = ""
+        if count is not None:
+            params["count"] = count
+            tail = f" ORDER BY {order} LIMIT $count"
+        sides = [
+            f"(SELECT * FROM {view} WHERE {where}{tail})"
+            for view, there in (("table_rows", self.has_table), ("journal_rows", self.has_journal))
+            if there
+        ] or ["(SELECT * FROM journal_rows)"]
+        return " UNION ALL BY NAME ".join(sides), params
+
+    def _select(
+        self, columns: str, what: Filter, count: int | None, oldest_first: bool
+    ) -> tuple[str, dict[str, object]]:
+        order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
+        source, params = self._source(what, count, order)
+        tail = "" if count is None else " LIMIT $count"
+        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})", params
+
+    def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
+        """Yield the matching events as rows of PUBLIC_COLUMNS, newest first.
+
+        Args:
+            what: the filter.
+            count: how many at most; None for all.
+            oldest_first: the other order, and the other end of the log.
+        """
+        sql, params = self._select(public_select(), what, count, oldest_first)
+        return self.engine.stream(sql, params)
+
+    def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
+        """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
+
+        Percentiles are durations that occurred (no interpolation), in milliseconds.
+
+        Args:
+            what: the filter.
+            by: a key of STATS_BY.
+            sort: which of STATS_COLUMNS is largest first; hours and days come newest first.
+            count: how many groups at most.
+        """
+        source, params = self._source(what, None, NEWEST_FIRST)
+        return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
+
+    def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
+        """Run one SELECT over the view `logs` and return its column names and its rows.
+
+        It can read the log and write nothing: the database is attached read-only, and files,
+        extensions and settings are locked. The session is good for nothing else afterwards. Values
+        are those of JSON; what it lacks (times, intervals, bytes) is text.
+
+        Raises:
+            QueryError: no single SELECT, or DuckDB refuses it.
+        """
+        self.freeze_journal()
+        for lock in (SQL_VIEW, *SQL_LOCK):
+            self.engine.execute(lock)
+        params = {"statement": statement}
+        columns = self.engine.execute(SQL_COLUMNS, params)
+        names = ", ".join(f"c{number}" for number in range(len(columns)))
+        parts = [_json_like(sql_type) for _, sql_type in columns]
+        casts = ", ".join(
+            f"{cast.format(f'c{number}')} AS c{number}" for number, (cast, _) in enumerate(parts)
+        )
+        rows = self.engine.stream(
+            f"SELECT {casts} FROM (SELECT * FROM query($statement)) AS result({names})", params
+        )
+        decoders = [decode for _, decode in parts]
+        return [name for name, _ in columns], (
+            tuple(
+                value if decode is None or value is None else decode(value)
+                for decode, value in zip(decoders, row)
+            )
+            for row in rows
+        )
+
+    def export(
+        self,
+        what: Filter,
+        path: str,
+        *,
+        form: str = "csv",
+        count: int | None = None,
+        oldest_first: bool = False,
+        raw: bool = False,
+        progress: Callable[[int], None] | None = None,
+    ) -> int:
+        """Write the matching events to a file and return their number.
+
+        The file appears whole or not at all, with mode 0600; an older one is replaced. Every format has
+        all the columns: `.duckdb` as the table `logs`, so that every command can read it by `--db`.
+
+        Args:
+            what: the filter.
+            path: the file; `Store.refuse_own_files` says whether it may be written.
+            form: one of EXPORT_FORMATS.
+            count: how many events at most; None for all.
+            oldest_first: the other order, and the other end of the log.
+            raw: leave text as it is that a spreadsheet would run as a formula; otherwise it gets a
+                leading apostrophe in CSV, and so does text that begins with one.
+            progress: called every half second with the bytes written so far, from another thread.
+
+        Raises:
+            StoreError: nothing could be written; an older file is still there.
+        """
+        self.freeze_journal()  # or the two queries below would see two ends of a live segment
+        source, params = self._source(what, None, NEWEST_FIRST)
+        ((matching,),) = self.engine.execute(f"SELECT count(*)::BIGINT AS n FROM ({source})", params)
+        expected = matching if count is None else min(count, matching)
+        if form == "duckdb":
+            columns = _NAMES
+        else:
+            columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
+        sql, params = self._select(columns, what, count, oldest_first)
+        params["formula"] = FORMULA
+        folder, name = os.path.split(os.path.abspath(path))
+        scratch = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
+        try:
+            with _scratch(scratch):
+                target = os.path.join(scratch, "export")
+                with _watched(target, progress):
+                    written = self._write(sql, params, target, form)
+                if written not in (expected, None):
+                    raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
+                os.chmod(target, _FILE_MODE)
+                os.replace(target, path)
+        except OSError as error:
+            raise StoreError(f"{path} can't be written: {error.strerror}") from error
+        except QueryError as error:
+            raise StoreError(f"{path} can't be written: {error}") from error
+        return int(expected)
+
+    def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
+        """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
+        if form == "duckdb":
+            attach_file(self.engine, target, "copy", NEW_FILE)
+            told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
+            self.engine.execute("CHECKPOINT copy")
+            self.engine.execute("DETACH copy")
+        else:
+            copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
+            told = self.engine.execute(copy, params)
+        return told[0][0] if told else None
+
+
+# --- what comes back of a person's own SQL
+
+# How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
+_RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
+    (("BOOLEAN",), "{0}", None),
+    (("UBIGINT", "HUGEINT", "UHUGEINT", "VARINT", "BIGNUM"), "{0}::VARCHAR", int),
+    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", json.loads),
+    (("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"), "{0}::BIGINT", None),
+    (("DECIMAL",), "{0}::DOUBLE", None),
+    (("FLOAT", "DOUBLE"), "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", None),  # JSON has no NaN
+)
+
+
+def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
+    """Return the cast of a result column, to be formatted with its name, and what decodes its values."""
+    if sql_type.endswith("]"):
+        return "to_json({0})::VARCHAR", json.loads
+    for beginnings, cast_sql, decode in _RESULT_TYPES:
+        if sql_type.startswith(beginnings):
+            return cast_sql, decode
+    return "{0}::VARCHAR", None
+
+
+# --- threads beside a query
+
+
+@contextlib.contextmanager
+def _companion(work: Callable[[], None], stop: Callable[[], None], name: str) -> Iterator[None]:
+    """Run `work` in a thread of its own while the block runs; `stop` makes it return."""
+    thread = threading.Thread(target=work, name=f"mxcp_audit {name}", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stop()
+        thread.join()
+
+
+@contextlib.contextmanager
+def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None]:
+    """Tell the size of a growing file every half second while the block runs."""
+    if progress is None:
+        yield
+        return
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            progress(_size_of(path))
+
+    with _companion(watch, done.set, "progress"):
+        yield
+
+
+@contextlib.contextmanager
+def interruptible(engine: Engine) -> Iterator[None]:
+    """Let Ctrl+C end a running query, where signals arrive: in the main thread.
+
+    Python runs its signal handler only between two of its own instructions, and a query is one of
+    them. A thread is told of the signal through a socket, and interrupts the query: again and again
+    until the block ends, because a query that is only about to begin forgets that it was interrupted.
+    """
+    import signal
+    import socket
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    here, there = socket.socketpair()
+    there.setblocking(False)
+    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+
+    def watch() -> None:
+        """Interrupt the query from the first signal on, until `stop` closes the other end."""
+        heard = here.recv(1)
+        here.settimeout(0.05)
+        while heard:
+            engine.interrupt()
+            with contextlib.suppress(TimeoutError):
+                heard = here.recv(1)
+
+    def stop() -> None:
+        signal.set_wakeup_fd(before)
+        there.close()
+
+    with here, _companion(watch, stop, "interrupt"):
+        yield
+
+
 # == Evidence ==
-# may name: Errors, Events, SQL, Engines, Ledger
+# depends on: Errors, Events, SQL, Engines, Ledger
 #
 # Recomputes what the ledger says and names what is otherwise. Nothing is written: whoever purges asks
 # here first, too, so that what somebody had changed stays known as changed when it is gone.
@@ -8663,7 +8920,7 @@ class Verifier:
 
 
 # == Removal ==
-# may name: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger, Evidence
+# depends on: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger, Evidence
 #
 # Old events go in one transaction, which enters that they went; before that they are compared with the
 # ledger, and archived if that is asked for. Retention is a purge a day, and trusts no clock that jumped.
@@ -8934,7 +9191,7 @@ def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float |
 
 
 # == Copies ==
-# may name: Errors, Journal, SQL, Engines, Target, Ledger
+# depends on: Errors, Journal, SQL, Engines, Target, Ledger
 #
 # Copies of the whole log: a backup elsewhere, and the database written anew in place of itself. A copy is
 # read back before it gets its name, appears whole or not at all, and overwrites nothing else.
@@ -9037,395 +9294,8 @@ def _put_in_place(path: str, target: str) -> None:
         os.rename(path, target)
 
 
-# == Reading ==
-# may name: Errors, Journal, SQL, Engines, Target, Ledger
-#
-# Table and journal as one log. Reading attaches read-only first, then lists the journal, then asks the
-# ledger: while a reader holds its lock nobody can ingest, so the three agree, and every event is seen once.
-# A target that is no file has no such lock: there a reader holds this host's ingest lock, shared with other
-# readers, and reads in one transaction. Other hosts' events come out of the table alone.
-
-
-# --- opening: so that every event is seen once
-
-
-class Reader:
-    """Opens a log for reading.
-
-    Args:
-        target: its database.
-        journal: its journal.
-    """
-
-    def __init__(self, target: Target, journal: Journal) -> None:
-        self._target = target
-        self._journal = journal
-
-    @contextlib.contextmanager
-    def open(self, *, wait: float) -> Iterator[Reading]:
-        """Do what `Store.reading` says; where the table can't be had, open the journal alone."""
-        deadline = Deadline(wait)
-        with contextlib.closing(self._target.open_engine()) as engine, contextlib.ExitStack() as stack:
-            reading = Reading(engine)
-            while True:
-                try:
-                    self._attempt(reading, stack)
-                    break
-                except (
-                    DatabaseCorruptError,
-                    DatabaseLockedError,
-                    DatabaseNotFoundError,
-                    DatabaseUnreachableError,
-                ) as error:
-                    with contextlib.suppress(StoreError):  # what was attached went with the failed session
-                        stack.close()
-                    is_missing = isinstance(error, DatabaseNotFoundError)
-                    is_new = is_missing and not self._target.is_file
-                    # Of a file that means: it appeared, or vanished, between our look and DuckDB's.
-                    passes = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
-                    if passes and deadline.pause():
-                        continue
-                    self._keep_segments(stack)
-                    reading.problem = None if is_new else error
-                    reading.open_views(None, self._journal.segments())
-                    break
-            if not reading.has_table and not reading.has_journal and reading.problem is None:
-                raise DatabaseNotFoundError(
-                    f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
-                    "for the profile, or no events have been logged yet (the database is created on first "
-                    "write)."
-                )
-            yield reading
-
-    def _attempt(self, reading: Reading, stack: contextlib.ExitStack) -> None:
-        """Open both sides; what must be let go again goes onto the stack."""
-        target, journal = self._target, self._journal
-        if target.is_absent():
-            if not self._keep_segments(stack) and journal.segments():
-                raise DatabaseLockedError(f"{target.path} is being made by another process")
-            if target.is_absent():
-                self._open_journal(reading)
-                return
-            stack.close()
-        if not target.is_file and not self._keep_segments(stack):
-            raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
-        stack.enter_context(target.attached(reading.engine, read_only=True))
-        segments = journal.segments()
-        present = target.columns(reading.engine)
-        reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
-        reading.has_ledger = "ledger" in present
-
-    def _open_journal(self, reading: Reading) -> None:
-        """Open the journal by a copy, because before the first ingest there is no lock that keeps one out.
-
-        Raises:
-            DatabaseNotFoundError: a segment vanished meanwhile, so there is a table now: look again.
-        """
-        segments = self._journal.segments()
-        cause = None
-        try:
-            reading.open_views(None, segments)
-            reading.freeze_journal()
-        except QueryError as error:
-            cause = error
-        if not all(map(os.path.exists, segments)):
-            raise DatabaseNotFoundError(
-                f"{self._target.path} is being made at this moment; try again"
-            ) from cause
-        if cause is not None:
-            raise cause
-
-    def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
-        """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
-
-        Returns:
-            False if an ingest is running at this moment.
-        """
-        try:
-            return stack.enter_context(self._journal.reading_lock())
-        except JournalError:  # the journal may be read-only for who reads; then that must do
-            return True
-
-
-# --- asking and exporting
-
-
-class Reading:
-    """Table and journal while they are open for reading.
-
-    `problem` is set if the table could not be had: then only journal events are seen.
-    """
-
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
-        self.problem: StoreError | None = None
-        self.has_table = False
-        self.has_journal = False
-        self.has_ledger = False
-
-    def open_views(self, table: Collection[str] | None, segments: Iterable[str]) -> None:
-        """Define the views `table_rows` and `journal_rows`, which together are the log.
-
-        Args:
-            table: the columns of the table, None if there is none.
-            segments: paths of the journal's segments that the table lacks.
-        """
-        self.has_table = table is not None
-        sizes = {path: size for path in segments if (size := _size_of(path))}
-        self.has_journal = bool(sizes)
-        journal_rows = NO_ROWS
-        if sizes:
-            longest = max(LONGEST_LINE, *(size + 1 for size in sizes.values()))
-            journal_rows = bind(JOURNAL_ROWS, {"files": list(sizes), "longest": longest, "lenient": True})
-        rows = NO_ROWS if table is None else table_rows(table)
-        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
-        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
-
-    def freeze_journal(self) -> None:
-        """Copy the journal's events, so that no later query reads files."""
-        for statement in FREEZE_JOURNAL:
-            self.engine.execute(statement)
-
-    def _source(self, what: Filter, count: int | None, order: str) -> tuple[str, dict[str, object]]:
-        """Return the query of the filtered events. The limit goes into both sides: a limit on the union
-        alone would read the whole table (40 times slower on 10 million rows)."""
-        where, params = what.where()
-        tail = ""
-        if count is not None:
-            params["count"] = count
-            tail = f" ORDER BY {order} LIMIT $count"
-        sides = [
-            f"(SELECT * FROM {view} WHERE {where}{tail})"
-            for view, there in (("table_rows", self.has_table), ("journal_rows", self.has_journal))
-            if there
-        ] or ["(SELECT * FROM journal_rows)"]
-        return " UNION ALL BY NAME ".join(sides), params
-
-    def _select(
-        self, columns: str, what: Filter, count: int | None, oldest_first: bool
-    ) -> tuple[str, dict[str, object]]:
-        order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
-        source, params = self._source(what, count, order)
-        tail = "" if count is None else " LIMIT $count"
-        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})", params
-
-    def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
-        """Yield the matching events as rows of PUBLIC_COLUMNS, newest first.
-
-        Args:
-            what: the filter.
-            count: how many at most; None for all.
-            oldest_first: the other order, and the other end of the log.
-        """
-        sql, params = self._select(public_select(), what, count, oldest_first)
-        return self.engine.stream(sql, params)
-
-    def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
-        """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
-
-        Percentiles are durations that occurred (no interpolation), in milliseconds.
-
-        Args:
-            what: the filter.
-            by: a key of STATS_BY.
-            sort: which of STATS_COLUMNS is largest first; hours and days come newest first.
-            count: how many groups at most.
-        """
-        source, params = self._source(what, None, NEWEST_FIRST)
-        return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
-
-    def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
-        """Run one SELECT over the view `logs` and return its column names and its rows.
-
-        It can read the log and write nothing: the database is attached read-only, and files,
-        extensions and settings are locked. The session is good for nothing else afterwards. Values
-        are those of JSON; what it lacks (times, intervals, bytes) is text.
-
-        Raises:
-            QueryError: no single SELECT, or DuckDB refuses it.
-        """
-        self.freeze_journal()
-        for lock in (SQL_VIEW, *SQL_LOCK):
-            self.engine.execute(lock)
-        params = {"statement": statement}
-        columns = self.engine.execute(SQL_COLUMNS, params)
-        names = ", ".join(f"c{number}" for number in range(len(columns)))
-        parts = [_json_like(sql_type) for _, sql_type in columns]
-        casts = ", ".join(
-            f"{cast.format(f'c{number}')} AS c{number}" for number, (cast, _) in enumerate(parts)
-        )
-        rows = self.engine.stream(
-            f"SELECT {casts} FROM (SELECT * FROM query($statement)) AS result({names})", params
-        )
-        decoders = [decode for _, decode in parts]
-        return [name for name, _ in columns], (
-            tuple(
-                value if decode is None or value is None else decode(value)
-                for decode, value in zip(decoders, row)
-            )
-            for row in rows
-        )
-
-    def export(
-        self,
-        what: Filter,
-        path: str,
-        *,
-        form: str = "csv",
-        count: int | None = None,
-        oldest_first: bool = False,
-        raw: bool = False,
-        progress: Callable[[int], None] | None = None,
-    ) -> int:
-        """Write the matching events to a file and return their number.
-
-        The file appears whole or not at all, with mode 0600; an older one is replaced. Every format has
-        all the columns: `.duckdb` as the table `logs`, so that every command can read it by `--db`.
-
-        Args:
-            what: the filter.
-            path: the file; `Store.refuse_own_files` says whether it may be written.
-            form: one of EXPORT_FORMATS.
-            count: how many events at most; None for all.
-            oldest_first: the other order, and the other end of the log.
-            raw: leave text as it is that a spreadsheet would run as a formula; otherwise it gets a
-                leading apostrophe in CSV, and so does text that begins with one.
-            progress: called every half second with the bytes written so far, from another thread.
-
-        Raises:
-            StoreError: nothing could be written; an older file is still there.
-        """
-        self.freeze_journal()  # or the two queries below would see two ends of a live segment
-        source, params = self._source(what, None, NEWEST_FIRST)
-        ((matching,),) = self.engine.execute(f"SELECT count(*)::BIGINT AS n FROM ({source})", params)
-        expected = matching if count is None else min(count, matching)
-        if form == "duckdb":
-            columns = _NAMES
-        else:
-            columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
-        sql, params = self._select(columns, what, count, oldest_first)
-        params["formula"] = FORMULA
-        folder, name = os.path.split(os.path.abspath(path))
-        scratch = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
-        try:
-            with _scratch(scratch):
-                target = os.path.join(scratch, "export")
-                with _watched(target, progress):
-                    written = self._write(sql, params, target, form)
-                if written not in (expected, None):
-                    raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
-                os.chmod(target, _FILE_MODE)
-                os.replace(target, path)
-        except OSError as error:
-            raise StoreError(f"{path} can't be written: {error.strerror}") from error
-        except QueryError as error:
-            raise StoreError(f"{path} can't be written: {error}") from error
-        return int(expected)
-
-    def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
-        """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
-        if form == "duckdb":
-            attach_file(self.engine, target, "copy", NEW_FILE)
-            told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
-            self.engine.execute("CHECKPOINT copy")
-            self.engine.execute("DETACH copy")
-        else:
-            copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
-            told = self.engine.execute(copy, params)
-        return told[0][0] if told else None
-
-
-# --- what comes back of a person's own SQL
-
-# How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
-_RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
-    (("BOOLEAN",), "{0}", None),
-    (("UBIGINT", "HUGEINT", "UHUGEINT", "VARINT", "BIGNUM"), "{0}::VARCHAR", int),
-    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", json.loads),
-    (("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"), "{0}::BIGINT", None),
-    (("DECIMAL",), "{0}::DOUBLE", None),
-    (("FLOAT", "DOUBLE"), "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", None),  # JSON has no NaN
-)
-
-
-def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
-    """Return the cast of a result column, to be formatted with its name, and what decodes its values."""
-    if sql_type.endswith("]"):
-        return "to_json({0})::VARCHAR", json.loads
-    for beginnings, cast_sql, decode in _RESULT_TYPES:
-        if sql_type.startswith(beginnings):
-            return cast_sql, decode
-    return "{0}::VARCHAR", None
-
-
-# --- threads beside a query
-
-
-@contextlib.contextmanager
-def _companion(work: Callable[[], None], stop: Callable[[], None], name: str) -> Iterator[None]:
-    """Run `work` in a thread of its own while the block runs; `stop` makes it return."""
-    thread = threading.Thread(target=work, name=f"mxcp_audit {name}", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stop()
-        thread.join()
-
-
-@contextlib.contextmanager
-def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None]:
-    """Tell the size of a growing file every half second while the block runs."""
-    if progress is None:
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            progress(_size_of(path))
-
-    with _companion(watch, done.set, "progress"):
-        yield
-
-
-@contextlib.contextmanager
-def interruptible(engine: Engine) -> Iterator[None]:
-    """Let Ctrl+C end a running query, where signals arrive: in the main thread.
-
-    Python runs its signal handler only between two of its own instructions, and a query is one of
-    them. A thread is told of the signal through a socket, and interrupts the query: again and again
-    until the block ends, because a query that is only about to begin forgets that it was interrupted.
-    """
-    import signal
-    import socket
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    here, there = socket.socketpair()
-    there.setblocking(False)
-    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-
-    def watch() -> None:
-        """Interrupt the query from the first signal on, until `stop` closes the other end."""
-        heard = here.recv(1)
-        here.settimeout(0.05)
-        while heard:
-            engine.interrupt()
-            with contextlib.suppress(TimeoutError):
-                heard = here.recv(1)
-
-    def stop() -> None:
-        signal.set_wakeup_fd(before)
-        there.close()
-
-    with here, _companion(watch, stop, "interrupt"):
-        yield
-
-
 # == Operations ==
-# may name: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines, Target, Ledger, Ingest,
+# depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest,
 # Evidence, Removal, Copies, Reading
 #
 # The log of a configuration as a whole: what can be done with it. Each operation opens what it needs, in
@@ -9695,7 +9565,10 @@ class Store:
             raise StoreError(f"{path} is the audit database under another name; name another file")
 
 
-# --- following: new events as they come, without keeping anybody from ingesting
+# == Follow ==
+# depends on: Errors, Events, Encoding, Journal, SQL, Engines, Target, Reading, Operations
+#
+# New events as they come, without keeping anybody from ingesting.
 
 
 class _Tail:
@@ -9852,7 +9725,10 @@ def _segment_and_seq(row: Row) -> tuple[str, int]:
     return segment, int(seq or 0)
 
 
-# --- health: what `doctor` looks at; it changes nothing
+# == Health ==
+# depends on: Errors, Config, SQL, Engines, Operations
+#
+# What `doctor` looks at; it changes nothing.
 
 
 class Fault(NamedTuple):
@@ -9983,7 +9859,7 @@ class Checkup:
 
 
 # === Output ===
-# may name: Errors, SQL, Engines
+# depends on: Errors, SQL, Engines
 #
 # Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
@@ -10345,7 +10221,7 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
 
 
 # === Assembly ===
-# may name: Errors, Config, Events, Encoding, Writer, Logger, Store
+# depends on: Errors, Config, Events, Encoding, Writer, Logger, Store
 #
 # What needs both sides of the wall.
 
@@ -10520,16 +10396,149 @@ def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
 
 
 # === Command line ===
-# may name: every room above
+# depends on: every section above
 #
-# The only room that prints or exits. The answer goes to standard output, all else to standard error.
+# The only section that prints or exits. The answer goes to standard output, all else to standard error.
 # Exit: 0 done, 1 bad news or failure, 2 wrong usage or configuration, 75 locked.
 
 # == Wrap ==
-# may name: Errors, Writer, Calls, Logger
+# depends on: Errors, Writer, Calls, Logger
 #
 # A stdio server as a child of ours, between it and its client. The bytes pass unchanged whatever the
 # recording does, unless `strict` says otherwise; signals and ends pass too.
+
+
+# --- the stdio wrapper's bookkeeping
+
+MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
+_MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
+
+
+class StdioAudit:
+    """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
+
+    Feed a piece *before* it is passed on: then an answer can't overtake its request, and a client
+    that has an answer can be sure of its row. The two sides may be fed from two threads.
+
+    Args:
+        record: `AuditLogger.record`.
+        on_fault: told what could not be audited.
+    """
+
+    def __init__(self, record: Callable[..., Call], *, on_fault: Callable[[str], None]) -> None:
+        self._record = record
+        self._on_fault = on_fault
+        self._client_lines = _Lines()
+        self._server_lines = _Lines()
+        self._pending: dict[str | float, Call] = {}
+        self._session_id = _CONNECTION
+
+    def from_client(self, data: bytes) -> None:
+        """Take in what the client sends: any piece of it."""
+        for line in self._client_lines.feed(data):
+            for message in self._messages(line):
+                method = message.get("method")
+                params = message.get("params")
+                if method == "initialize":
+                    self._session_id = stdio_session(_get(params, "clientInfo"), _CONNECTION)
+                elif method == "notifications/cancelled":
+                    reason = _text(_get(params, "reason"))
+                    self._finish(
+                        _get(params, "requestId"),
+                        "cancelled by the client" + (f": {reason}" if reason else ""),
+                    )
+                elif isinstance(method, str) and method in MCP_METHODS:
+                    self._begin(method, params, message)
+
+    def from_server(self, data: bytes) -> None:
+        """Take in what the server sends: any piece of it."""
+        for line in self._server_lines.feed(data):
+            for message in self._messages(line) if self._pending else ():
+                if "method" in message:  # the server's own requests count their ids for themselves
+                    continue
+                failure = message.get("error")
+                if failure is None:
+                    self._finish(message.get("id"), error_of_result(message.get("result")))
+                else:
+                    code = _text(_get(failure, "code"))
+                    text = _text(_get(failure, "message")) or "the server answered with an error"
+                    self._finish(message.get("id"), f"{text} ({code})" if code else text)
+
+    def close(self, reason: str) -> None:
+        """Record every call that was never answered, with `reason` as its error."""
+        for key in list(self._pending):
+            self._finish(key, reason)
+
+    def _messages(self, line: bytes | None) -> list[dict[str, Any]]:
+        if line is None:
+            self._on_fault(f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited")
+            return []
+        try:
+            value = json.loads(line.decode("utf-8", "replace"), parse_int=_json_int)
+        except RecursionError:
+            self._on_fault("a message passed unaudited: it is nested too deeply to be read")
+            return []
+        except ValueError:  # no JSON, so nobody takes it for a call
+            return []
+        return [
+            message for message in (value if isinstance(value, list) else [value]) if type(message) is dict
+        ]
+
+    def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
+        call = self._record(
+            MCP_METHODS[method],
+            name_of(params),
+            _get(params, "arguments"),
+            caller="stdio",
+            session_id=self._session_id,
+            trace_id=trace_of(_get(params, "_meta")),
+        )
+        key = message.get("id")
+        if type(key) not in (str, int, float):
+            call.fail("sent without an id that could be answered")
+            call.end()
+            return
+        self._finish(key, "its id was used again before it was answered")
+        self._pending[key] = call  # type: ignore[index]
+
+    def _finish(self, key: object, error: str | None) -> None:
+        call = self._pending.pop(key, None) if type(key) in (str, int, float) else None  # type: ignore[call-overload]
+        if call is not None:
+            if error is not None:
+                call.fail(error)
+            call.end()
+
+
+class _Lines:
+    """Puts pieces of bytes together into lines."""
+
+    def __init__(self) -> None:
+        self._parts: list[bytes] = []
+        self._size = 0
+
+    def feed(self, data: bytes) -> Iterator[bytes | None]:
+        """Yield the lines that `data` completes; None for one that is too long to be kept."""
+        *ends, rest = data.split(b"\n")
+        for end in ends:
+            self._keep(end)
+            yield b"".join(self._parts) if self._size <= MAX_MESSAGE_BYTES else None
+            self._parts, self._size = [], 0
+        self._keep(rest)
+
+    def _keep(self, part: bytes) -> None:
+        self._size += len(part)
+        if self._size <= MAX_MESSAGE_BYTES:
+            self._parts.append(part)
+        else:
+            self._parts.clear()
+
+
+def _json_int(text: str) -> int | str:
+    """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
+    return int(text) if len(text) <= _MAX_DIGITS else text
+
+
+# --- the server as a child
 
 
 class WrappedServer:
@@ -10761,7 +10770,7 @@ def end_like(code: int) -> int:
 
 
 # == Commands ==
-# may name: every room above, Wrap
+# depends on: every section above, Wrap
 #
 # Each command has an `_add_…`, which says what it takes, and a `cmd_…`, which does it and returns the code.
 

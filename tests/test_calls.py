@@ -1,4 +1,4 @@
-"""The Calls room: the context manager, decorators, the origin of a call, JSON-RPC bookkeeping."""
+"""The Calls section: the context manager, decorators, the origin of a call, JSON-RPC bookkeeping."""
 
 from __future__ import annotations
 

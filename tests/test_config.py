@@ -1,4 +1,4 @@
-"""The Config room: the YAML subset against PyYAML, and the settings of a site file."""
+"""The Config section: the YAML subset against PyYAML, and the settings of a site file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Encoding room: whatever an event holds, its line is what DuckDB reads back."""
+"""The Encoding section: whatever an event holds, its line is what DuckDB reads back."""
 
 from __future__ import annotations
 

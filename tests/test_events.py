@@ -1,4 +1,4 @@
-"""The Events room: columns, ids."""
+"""The Events section: columns, ids."""
 
 from __future__ import annotations
 

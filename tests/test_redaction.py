@@ -1,4 +1,4 @@
-"""The Redaction room: names, structure, texts, conversion to plain values, cutting."""
+"""The Redaction section: names, structure, texts, conversion to plain values, cutting."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Check that each room of mxcp_audit.py names only the rooms that it says it may name, all above it.
+"""Check that each section of mxcp_audit.py names only the sections that it says it depends on, all above it.
 
-A large room has parts, with the same rule among them. Silent when all is well; otherwise a line for each
-fault, with the fix, and exit status 1. It also holds each import to its room, so that the clock, threads and
+A large section has parts, with the same rule among them. Silent when all is well; otherwise a line for each
+fault, with the fix, and exit status 1. It also holds each import to its section, so that the clock, threads and
 DuckDB stay where they belong.
 """
 
@@ -14,9 +14,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 RECORDING = ("Errors", "Config", "Events", "Redaction", "Encoding", "Journal", "Writer", "Calls", "Logger")
-ROOMS = (*RECORDING, "SQL", "Engines", "Store", "Output", "Assembly", "Command line")
-PARTS = {  # a large room has parts, which name only parts above them
-    "Store": ("Target", "Ledger", "Ingest", "Evidence", "Removal", "Copies", "Reading", "Operations"),
+SECTIONS = (*RECORDING, "SQL", "Engines", "Store", "Output", "Assembly", "Command line")
+PARTS = {  # a large section has parts, which name only parts above them
+    "Store": (
+        "Target",
+        "Ledger",
+        "Ingest",
+        "Reading",
+        "Evidence",
+        "Removal",
+        "Copies",
+        "Operations",
+        "Follow",
+        "Health",
+    ),
     "Command line": ("Wrap", "Commands"),
 }
 # What may be used where; a module that is not here may be used anywhere.
@@ -39,43 +50,43 @@ CALLS = {  # dotted names that are called
     "sys.exit": {"Command line"},
 }
 BANNER = re.compile(r"# ===? (.+?) ===?")
-MAY_NAME = re.compile(r"# may name: (.+)")
-ALL = "every room above"
+DEPENDS_ON = re.compile(r"# depends on: (.+)")
+ALL = "every section above"
 
 
 class Place(NamedTuple):
-    """A room, or a part of one: its name, where it begins, and what it may name."""
+    """A section, or a part of one: its name, where it begins, and what it depends on."""
 
     name: str
-    room: str
+    section: str
     line: int
-    may_name: frozenset[str]
+    depends_on: frozenset[str]
 
     @property
     def is_part(self) -> bool:
-        return self.name != self.room
+        return self.name != self.section
 
 
 def places_of(lines: list[str]) -> list[Place]:
-    """Return the rooms and their parts, in order."""
+    """Return the sections and their parts, in order."""
     found: list[Place] = []
     for number, line in enumerate(lines, 1):
         banner = BANNER.fullmatch(line)
         if not banner:
             continue
-        allowed = MAY_NAME.fullmatch(lines[number]) if number < len(lines) else None
+        allowed = DEPENDS_ON.fullmatch(lines[number]) if number < len(lines) else None
         if allowed is None:
-            raise SystemExit(f"mxcp_audit.py:{number}: no `# may name:` line under the banner; add one")
+            raise SystemExit(f"mxcp_audit.py:{number}: no `# depends on:` line under the banner; add one")
         text, more = allowed[1], number
         while text.endswith(","):  # it goes on in the next line
             more += 1
             text += lines[more].removeprefix("#")
         names = {name.strip() for name in text.split(",")} - {"nothing"}
-        is_room = line.startswith("# ===")
-        room = banner[1] if is_room else found[-1].room
+        is_section = line.startswith("# ===")
+        section = banner[1] if is_section else found[-1].section
         if ALL in names:
-            names |= {place.room for place in found if place.room != room}
-        found.append(Place(banner[1], room, number, frozenset(names)))
+            names |= {place.section for place in found if place.section != section}
+        found.append(Place(banner[1], section, number, frozenset(names)))
     return found
 
 
@@ -104,25 +115,27 @@ def defined_names(node: ast.stmt) -> list[str]:
 
 
 def plan_fault(places: list[Place]) -> str | None:
-    """Return what is wrong with the plan: which rooms there are, of which parts, in which order."""
-    wanted = [name for room in ROOMS for name in (room, *PARTS.get(room, ()))]
+    """Return what is wrong with the plan: which sections there are, of which parts, in which order."""
+    wanted = [name for section in SECTIONS for name in (section, *PARTS.get(section, ()))]
     found = [place.name for place in places]
-    return None if found == wanted else f"mxcp_audit.py: the rooms are {found}, not {wanted}; restore them"
+    return None if found == wanted else f"mxcp_audit.py: the sections are {found}, not {wanted}; restore them"
 
 
 def order_faults(places: list[Place]) -> list[str]:
-    """Return what is wrong with what rooms and parts say of each other."""
+    """Return what is wrong with what sections and parts say of each other."""
     faults = []
-    whole = {place.room: place for place in places if not place.is_part}
+    whole = {place.section: place for place in places if not place.is_part}
     for index, place in enumerate(places):
-        above = {other.name for other in places[:index] if other.room == place.room or not other.is_part}
-        for other in sorted(place.may_name - {ALL}):
-            if other not in above - {place.room}:
-                problem = f"says that it may name {other}, which is not above it"
+        above = {
+            other.name for other in places[:index] if other.section == place.section or not other.is_part
+        }
+        for other in sorted(place.depends_on - {ALL}):
+            if other not in above - {place.section}:
+                problem = f"says that it depends on {other}, which is not above it"
             elif place.name in RECORDING and other not in RECORDING:
                 problem = f"records and may not name {other}, which reads"
-            elif other in ROOMS and other not in whole[place.room].may_name:
-                problem = f"says that it may name {other}, which {place.room} doesn't say"
+            elif other in SECTIONS and other not in whole[place.section].depends_on:
+                problem = f"says that it depends on {other}, which {place.section} doesn't say"
             else:
                 continue
             faults.append(f"mxcp_audit.py:{place.line}: {place.name} {problem}")
@@ -130,7 +143,7 @@ def order_faults(places: list[Place]) -> list[str]:
 
 
 def _misplaced(node: ast.AST, name: str, homes: dict[str, set[str]], place: Place) -> str:
-    where = " or ".join(sorted(homes[name])) or "no room"
+    where = " or ".join(sorted(homes[name])) or "no section"
     return (
         f"mxcp_audit.py:{getattr(node, 'lineno', 0)}: {place.name} uses {name}, "
         f"which belongs to {where}; move it"
@@ -138,7 +151,7 @@ def _misplaced(node: ast.AST, name: str, homes: dict[str, set[str]], place: Plac
 
 
 def misplaced(node: ast.AST, place: Place) -> list[str]:
-    """Return a fault for each thing that a node uses in a room where it doesn't belong."""
+    """Return a fault for each thing that a node uses in a section where it doesn't belong."""
     if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load):
         used, homes = [node.id], IMPORTS
     elif isinstance(node, ast.Import):
@@ -152,7 +165,7 @@ def misplaced(node: ast.AST, place: Place) -> list[str]:
     return [
         _misplaced(node, name, homes, place)
         for name in used
-        if name in homes and not {place.room, place.name} & homes[name]
+        if name in homes and not {place.section, place.name} & homes[name]
     ]
 
 
@@ -186,31 +199,52 @@ def check(source: str) -> list[str]:
         if not (isinstance(node, ast.Name) and isinstance(node.ctx, ast.Load)) or home.get(node.id, -1) < 0:
             continue
         origin = places[home[node.id]]
-        target = origin.name if origin.room == here.room else origin.room
+        target = origin.name if origin.section == here.section else origin.section
         named[here.name].add(target)
-        named[here.room].add(target)
-        if target not in here.may_name | {here.name, here.room}:
+        named[here.section].add(target)
+        if target not in here.depends_on | {here.name, here.section}:
             faults.append(
                 f"mxcp_audit.py:{node.lineno}: {here.name} names {node.id} of {target}; "
                 + (
-                    "add it to `may name`"
+                    "add it to `depends on`"
                     if origin.line < here.line
                     else "move one of them: names point up only"
                 )
             )
     for place in places:
-        for other in sorted(place.may_name - named[place.name]) if ALL not in place.may_name else ():
+        for other in sorted(place.depends_on - named[place.name]) if ALL not in place.depends_on else ():
             faults.append(
-                f"mxcp_audit.py:{place.line}: {place.name} says that it may name {other}, "
+                f"mxcp_audit.py:{place.line}: {place.name} says that it depends on {other}, "
                 "but doesn't; take it out"
             )
     return sorted(set(faults))
 
 
+BUDGET_BYTES = 520_000  # of the whole file; lowered as sections shrink, 400,000 in the end
+
+
+def sizes(source: str) -> str:
+    """Return lines and bytes of each section and part, as a table."""
+    lines = source.splitlines(keepends=True)
+    places = places_of(source.splitlines())
+    starts = [0, *(place.line - 1 for place in places), len(lines)]
+    names = ["head", *(f"  {place.name}" if place.is_part else place.name for place in places)]
+    rows = []
+    for name, start, end in zip(names, starts, starts[1:]):
+        rows.append(f"{name:<18}{end - start:>7,}{len(''.join(lines[start:end]).encode()):>9,}")
+    return "\n".join([*rows, f"{'sum':<18}{len(lines):>7,}{len(source.encode()):>9,}"])
+
+
 if __name__ == "__main__":
-    path = Path(
-        sys.argv[1] if len(sys.argv) > 1 else Path(__file__).resolve().parent.parent / "mxcp_audit.py"
-    )
-    found = check(path.read_text(encoding="utf-8"))
+    given = [argument for argument in sys.argv[1:] if argument != "--sizes"]
+    path = Path(given[0]) if given else Path(__file__).resolve().parent.parent / "mxcp_audit.py"
+    text = path.read_text(encoding="utf-8")
+    if "--sizes" in sys.argv:
+        print(sizes(text))
+    found = check(text)
+    if len(text.encode()) > BUDGET_BYTES:
+        found.append(
+            f"mxcp_audit.py: {len(text.encode()):,} bytes, {BUDGET_BYTES:,} are allowed; make it smaller"
+        )
     print("\n".join(found), end="\n" if found else "")
     raise SystemExit(bool(found))
