@@ -92,22 +92,37 @@ def pytest_configure() -> None:
 PR_SET_CHILD_SUBREAPER = 36
 
 
-def _descendants(pid: int) -> set[int]:
+def _children(pid: int) -> set[int]:
+    """Return the children of a process, but for a PostgreSQL server, which its module's fixture ends."""
     children: set[int] = set()
     for path in Path(f"/proc/{pid}/task").glob("*/children"):
         with contextlib.suppress(OSError):
             children.update(map(int, path.read_text().split()))
-    return children.union(*map(_descendants, children))
+    return {child for child in children if _name_of(child) != "postgres"}
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _end(pid: int) -> None:
+    """Kill a process and all that it started."""
+    for child in _children(pid):
+        _end(child)
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
 
 
 @pytest.fixture(autouse=True)
 def ended_children() -> Iterator[None]:
     """Every process that a test starts ends with it, whatever happens in between."""
-    before = _descendants(os.getpid())
+    before = _children(os.getpid())
     yield
-    for pid in _descendants(os.getpid()) - before:
-        with contextlib.suppress(OSError):
-            os.kill(pid, signal.SIGKILL)
+    for pid in _children(os.getpid()) - before:
+        _end(pid)
         with contextlib.suppress(OSError):
             os.waitpid(pid, 0)  # an orphan that became ours; what `subprocess` knows copes with it
 
