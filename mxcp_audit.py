@@ -6484,7 +6484,8 @@ RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
 WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
 LOSSES: Final = f"""\
-SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events::BIGINT AS events, coalesce(detail, '')::VARCHAR AS detail
+SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events::BIGINT AS events,
+       coalesce(detail, '')::VARCHAR AS detail
 FROM audit.ledger WHERE kind = 'loss' ORDER BY ingested_at, position"""
 FREEZE_JOURNAL: Final = (
     "CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows",
@@ -8403,7 +8404,7 @@ class Reading:
         return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
-        """Return the rows of a query of ours over `events`, the matching events with all their columns."""
+        """Return the rows of a query of ours over `events`: all columns of the matching events."""
         source, params = self._source(what, None, NEWEST_FIRST)
         events = f"WITH events AS (SELECT *, {_EVENT_ID} AS event_id FROM ({source}))"
         return self.engine.execute(f"{events} {sql}", params)
@@ -10329,22 +10330,22 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
 # == Forms ==
 # depends on: SQL
 #
-# Events as other systems want them: OCSF, ECS and OTLP. Each form is a table: a place in the JSON object, and the
-# SQL expression that fills it. A place whose value is NULL is left out. docs/siem.md shows one event in each form.
+# Events as other systems want them: OCSF, ECS and OTLP. Each form is a table: a place in the JSON object, and
+# the SQL expression that fills it. A place whose value is NULL is left out. docs/siem.md describes them.
 
 # Expressions that several places share.
-_METHOD: Final = "CASE type WHEN 'tool' THEN 'tools/call' WHEN 'resource' THEN 'resources/read' WHEN 'prompt' THEN 'prompts/get' ELSE coalesce(type, '') END"
 _FORM_WORDS: Final = {
     "EVENT_ID": "segment || ':' || seq::VARCHAR",
-    "METHOD": _METHOD,
+    "METHOD": "CASE type WHEN 'tool' THEN 'tools/call' WHEN 'resource' THEN 'resources/read' "
+    "WHEN 'prompt' THEN 'prompts/get' ELSE coalesce(type, '') END",
     "INPUT": "CASE WHEN json_valid(input_json) THEN input_json::JSON ELSE to_json(input_json) END",
     "CONTEXT": "CASE WHEN json_valid(context) THEN context::JSON ELSE to_json(context) END",
     "FAILED": "(status = 'error')",
     "DENIED": "(policy_decision = 'deny')",
     "IS_IP": r"regexp_full_match(address, '[0-9.]{7,15}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*')",
     "TRACE": "CASE WHEN regexp_full_match(trace_id, '[0-9A-Fa-f]{32}') THEN lower(trace_id) END",
-    "PROTOCOL": "json_extract_string(CASE WHEN json_valid(context) THEN context END, '$.\"mcp.protocol.version\"')",
-    "USER_AGENT": "json_extract_string(CASE WHEN json_valid(context) THEN context END, '$.\"user_agent.original\"')",
+    "PROTOCOL": "CONTEXT ->> '$.\"mcp.protocol.version\"'",
+    "USER_AGENT": "CONTEXT ->> '$.\"user_agent.original\"'",
 }
 FORMS: Final = {
     # OCSF 1.8, API Activity: https://schema.ocsf.io/1.8.0/classes/api_activity
@@ -10424,7 +10425,8 @@ trace.id                trace_id
 user.id                 user_id
 user_agent.original     USER_AGENT
 """,
-    # OTLP logs as JSON, a request a line: https://opentelemetry.io/docs/specs/otlp/#otlphttp and its conventions for MCP
+    # OTLP logs as JSON, a request a line, with the attributes of OpenTelemetry's conventions for MCP:
+    # https://opentelemetry.io/docs/specs/otlp/#otlphttp
     "otlp": """\
 resourceLogs[].resource.attributes{service.name}            coalesce(server, 'mxcp_audit')
 resourceLogs[].scopeLogs[].scope.name                       'mxcp_audit'
@@ -10509,17 +10511,20 @@ def _json_sql(node: Any) -> str:
 # == Report ==
 # depends on: SQL, Engines, Store, Text
 #
-# One HTML file for people: no script, nothing loaded, readable without styles. All that was recorded is text here.
+# One HTML file for people: no script, nothing loaded, readable without styles; what was recorded is text.
 
 _REPORT_STYLE: Final = """\
 :root{--ink:#1a1a1a;--soft:#5a5a5a;--line:#d5d5d5;--paper:#fff;--ok:#56b4e9;--bad:#d55e00;--no:#1a1a1a}
 @media(prefers-color-scheme:dark){:root{--ink:#eee;--soft:#aaa;--line:#444;--paper:#16181c;--ok:#2f7fb5;--bad:#e8833a;--no:#eee}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:70rem;margin:2rem auto;padding:0 1rem}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:70rem;
+margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem}th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
+table{border-collapse:collapse;font-size:.9rem}
+th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
 border-bottom:1px solid var(--line);overflow-wrap:anywhere;max-width:30rem}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}.ok{fill:var(--ok)}.bad{fill:var(--bad)}.no{fill:var(--no)}
+svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
+.ok{fill:var(--ok)}.bad{fill:var(--bad)}.no{fill:var(--no)}
 .axis{stroke:var(--line)}pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
 _OUTCOME: Final = "CASE WHEN policy_decision = 'deny' THEN 2 WHEN status = 'error' THEN 1 ELSE 0 END"
 _OUTCOMES: Final = (("success", "ok"), ("error", "bad"), ("denied", "no"))
@@ -10529,27 +10534,29 @@ _REPORT_TABLES: Final = (
     (
         "Denials",
         "last at,name,user,reason,#calls",
-        """SELECT strftime(max(timestamp), '%Y-%m-%dT%H:%M:%SZ'), name, user_id, reason, count(*)::BIGINT AS calls FROM events
-        WHERE policy_decision = 'deny' GROUP BY name, user_id, reason ORDER BY calls DESC, 2, 3, 4 LIMIT 50""",
+        """SELECT max(timestamp)::VARCHAR AS last, name, user_id, reason, count(*)::BIGINT AS calls FROM events
+        WHERE policy_decision = 'deny' GROUP BY name, user_id, reason ORDER BY calls DESC, 2, 3, 4
+        LIMIT 50""",
     ),
     (
         "Errors by class",
         "class,#calls,last at,name,example",
-        """SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''), 'unknown') AS class,
-        count(*)::BIGINT AS calls, strftime(max(timestamp), '%Y-%m-%dT%H:%M:%SZ') AS last, arg_max(name, timestamp) AS name, left(arg_max(error, timestamp), 500) AS example
+        """SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''),
+                        'unknown') AS class, count(*)::BIGINT AS calls, max(timestamp)::VARCHAR AS last,
+               arg_max(name, timestamp) AS name, left(arg_max(error, timestamp), 500) AS example
         FROM events WHERE status = 'error' GROUP BY class ORDER BY 2 DESC, 1 LIMIT 50""",
     ),
     (
         "Slowest calls",
         "#ms,at,name,user,event id",
-        """SELECT duration_ms::BIGINT, strftime(timestamp, '%Y-%m-%dT%H:%M:%SZ'), name, user_id, event_id FROM events
+        """SELECT duration_ms::BIGINT AS ms, timestamp::VARCHAR AS at_, name, user_id, event_id FROM events
         WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10""",
     ),
     (
         "Unfinished calls",
         "at,name,user,error,event id",
-        """SELECT strftime(timestamp, '%Y-%m-%dT%H:%M:%SZ'), name, user_id, left(error, 200), event_id FROM events
-        WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50""",
+        """SELECT timestamp::VARCHAR AS at_, name, user_id, left(error, 200) AS error, event_id FROM events WHERE status = 'error'
+        AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50""",
     ),
 )
 
@@ -10585,7 +10592,8 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
     bar = (width - left) / max(len(buckets), 1)
     parts = [
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Calls per {unit}, by outcome">'
-        '<defs><pattern id="hatch" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">'
+        '<defs><pattern id="hatch" width="4" height="4" patternUnits="userSpaceOnUse" '
+        'patternTransform="rotate(45)">'
         '<rect width="2" height="4" class="no"/></pattern></defs>'
     ]
     for mark in range(0, limit + 1, step):
@@ -10605,7 +10613,8 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
             fill = ' fill="url(#hatch)" stroke="currentColor"' if style == "no" else f' class="{style}"'
             if count:
                 parts.append(
-                    f'<rect{fill} x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" height="{tall:.1f}"/>'
+                    f'<rect{fill} x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
+                    f'height="{tall:.1f}"/>'
                 )
         parts.append("</g>")
         if number % every == 0:
@@ -10635,13 +10644,14 @@ def report_html(
         return reading.ask(what, sql)
 
     ((calls, first, last, span),) = ask(
-        "SELECT count(*)::BIGINT AS n, strftime(min(timestamp), '%Y-%m-%dT%H:%M:%SZ'), strftime(max(timestamp), '%Y-%m-%dT%H:%M:%SZ') AS last, "
+        "SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last, "
         "epoch(max(timestamp) - min(timestamp))::BIGINT AS span FROM events"
     )
     unit = next(name for name, seconds in _BUCKETS if (span or 0) <= seconds)
     form = {"minute": "%H:%M", "hour": "%m-%d %H:00", "day": "%Y-%m-%d", "month": "%Y-%m"}[unit]
     yield f"""<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>Audit report</title><style>{_REPORT_STYLE}</style></head><body><h1>Audit report</h1>
 """
@@ -10654,7 +10664,8 @@ def report_html(
             count(*) FILTER (WHERE o = 1)::BIGINT AS bad, count(*) FILTER (WHERE o = 2)::BIGINT AS no
             FROM (SELECT unnest(generate_series(date_trunc('{unit}', min(timestamp)), max(timestamp),
                   INTERVAL 1 {unit})) AS b FROM events)
-            LEFT JOIN (SELECT date_trunc('{unit}', timestamp) AS moment, {_OUTCOME} AS o FROM events) ON moment = b
+            LEFT JOIN (SELECT date_trunc('{unit}', timestamp) AS bucket, {_OUTCOME} AS o FROM events)
+                  ON bucket = b
             GROUP BY b ORDER BY b"""
         )
         yield f"<h2>Calls per {unit} (UTC)</h2>{_chart(unit, buckets)}"
@@ -10671,8 +10682,8 @@ def report_html(
     for title, columns, sql in _REPORT_TABLES:
         rows = ask(sql)
         yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
-    losses = reading.losses()
-    yield f"<h2>Lost events</h2>{_html_table('entered at,#events,reason', losses) if losses else '<p>none</p>'}"
+    lost = reading.losses()
+    yield f"<h2>Lost events</h2>{_html_table('entered at,#events,reason', lost) if lost else '<p>none</p>'}"
     yield "<h2>Newest events</h2>"
     for row in reading.rows(what, count=newest):
         event = dict(zip(PUBLIC_COLUMNS, row))
