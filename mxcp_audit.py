@@ -4183,6 +4183,7 @@ class Appender:
         self._before = 0  # those of them that are in no segment of ours any more
         self.sealed: dict[str, int] = {}  # files that wait for an ingest, and how many events each holds
         self._lost: list[Loss] = []
+        self.recorded = 0.0  # when losses were put on record last
         self._losing = native_threads().RLock()  # callers lose events too, in signal handlers as well
         segment, self._segment = self._segment, None
         if segment is not None:
@@ -4288,6 +4289,11 @@ class Appender:
         except (OSError, JournalError) as error:
             self._diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
             return False
+        return self.record_losses()
+
+    def record_losses(self) -> bool:
+        """Put losses on record; False if it must be tried again."""
+        self.recorded = time.monotonic()
         while self._lost:
             with self._losing:
                 loss = self._lost.pop(0)
@@ -4427,6 +4433,8 @@ class Ingester:
             with appender.journal.ingest_lock() as free:
                 pass
             if not free:
+                if time.monotonic() - appender.recorded > _REPORT_SECONDS:
+                    appender.record_losses()
                 self._answered({"busy": True})
             elif appender.left() or appender.seal():
                 self._taken = list(appender.sealed)
@@ -4557,7 +4565,7 @@ class Ingester:
             time.sleep(0.02 + os.urandom(1)[0] / 5000)
         events = sum(self._appender.sealed.values())
         if events:
-            self._diagnostics.note("waiting", f"{counted(events, 'event')} wait in the journal: {why}")
+            self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}: {why}")
         self._tell_head()
 
     def end_child(self) -> None:
@@ -4692,7 +4700,8 @@ class Writer:
         with self._lock:
             self._ingester.wanted += 1
             wanted = self._ingester.wanted
-        self._rouse()
+        if not (self._ingester.stopped or self._closing):
+            self._rouse()
         while self._ingester.tried < wanted and not (self._ingester.stopped or self._closing):
             left = deadline - time.monotonic()
             if left <= 0:
@@ -6052,9 +6061,9 @@ class AuditLogger:
         deadline = time.monotonic() + timeout
         left = self._writer.close(timeout)
         try:
-            if self._ingest is not None:
-                ingest = functools.partial(type(self)._ingest, self._ingester.settings)
-                self._ingester.finish(ingest, deadline)
+            ingest = self._ingest
+            if ingest is not None:
+                self._ingester.finish(functools.partial(ingest, self._ingester.settings), deadline)
         finally:
             self._ingester.end_child()
         _live.loggers.discard(self)
@@ -7278,7 +7287,7 @@ def open_engine(
 # to that, and names only parts above it.
 
 # == Target ==
-# depends on: Errors, Config, Events, Journal, Writer, SQL, Engines
+# depends on: Errors, Config, Events, Journal, SQL, Engines
 #
 # The database itself: making it, attaching it as `audit` and letting it go again, whether it is a file or
 # whatever else DuckDB can attach. Nothing here knows what the tables say.
@@ -7704,7 +7713,7 @@ def _packaged_extension(name: str, version: str) -> str | None:
 
 
 # == Ledger ==
-# depends on: Errors, Events, Journal, Writer, SQL, Engines, Target
+# depends on: Errors, Events, Journal, SQL, Engines, Target
 #
 # What is in the database, sealed. Each entry's seal covers the entry and the seal before it, so that
 # whoever knows one seal can tell whether anything up to it was changed. Digests are computed in SQL, where
@@ -8944,7 +8953,7 @@ class Verifier:
 
 
 # == Removal ==
-# depends on: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger, Evidence
+# depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger, Evidence
 #
 # Old events go in one transaction, which enters that they went; before that they are compared with the
 # ledger, and archived if that is asked for. Retention is a purge a day, and trusts no clock that jumped.
@@ -9325,7 +9334,6 @@ def _put_in_place(path: str, target: str) -> None:
 # The log of a configuration as a whole: what can be done with it. Each operation opens what it needs, in
 # the order that keeps others out, and leaves the work to the parts above.
 
-_DAY_SECONDS: Final = 24 * 3600.0
 _LOSS_DAYS: Final = 30  # arbitrary: how long lost events are pointed out
 
 
@@ -10254,7 +10262,8 @@ def ingest_once(settings: Mapping[str, Any], *, wait: float, daily: bool) -> dic
 
 def ingest_child(config: Mapping[str, Any], *, wait: float, daily: bool) -> None:
     """Be the child that a logger started: ingest, and print one line of JSON."""
-    print("\n" + json.dumps(ingest_once(config, wait=wait, daily=daily)), flush=True)
+    sys.stdout.write(f"\n{json.dumps(ingest_once(config, wait=wait, daily=daily))}\n")
+    sys.stdout.flush()
 
 
 AuditLogger._ingest = staticmethod(ingest_once)

@@ -790,7 +790,7 @@ def stored(db: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
         return list(json.loads(capsys.readouterr().out, parse_constant=fail))
 
     def store(*inputs: object, **fields: Any) -> list[Any]:
-        monkeypatch.setattr(AuditLogger, "_ingest_side", None)
+        monkeypatch.setattr(AuditLogger, "_ingest", None)
         audit = AuditLogger(db)
         for n, value in enumerate(inputs):
             audit.log_event("cli", "tool", f"before-{n}")
@@ -1558,20 +1558,24 @@ def test_bc_099_one_bad_line_costs_one_line(db: Path, bad: Any) -> None:
 
 def test_bc_100_retry_in_the_same_process_meets_no_constraint(db: Path) -> None:
     write_segment(db, [str(n) for n in range(100)])
-    store = Store(mxcp_audit.config_from_arguments(path=str(db)))
-    with store._guest.engine() as engine:
-        pass
-    true_execute, failures = engine.execute, iter(["INSERT INTO audit.logs", "COMMIT", "CHECKPOINT"])
+    failures = iter(["INSERT INTO audit.logs", "COMMIT", "CHECKPOINT"])
     failing = next(failures)
 
-    def execute(sql: str, params: Any = {}) -> Any:
-        nonlocal failing
-        if sql.startswith(failing):
-            failing = next(failures, "nothing")
-            raise mxcp_audit.StoreError("injected")
-        return true_execute(sql, params)
+    def opener(**how: bool) -> Any:
+        engine = mxcp_audit.open_engine(**how)
+        true_execute = engine.execute
 
-    engine.execute = execute  # type: ignore[method-assign]
+        def execute(sql: str, params: Any = {}) -> Any:
+            nonlocal failing
+            if sql.startswith(failing):
+                failing = next(failures, "nothing")
+                raise mxcp_audit.StoreError("injected")
+            return true_execute(sql, params)
+
+        engine.execute = execute  # type: ignore[method-assign]
+        return engine
+
+    store = Store(mxcp_audit.config_from_arguments(path=str(db)), opener=opener)
     for _ in range(3):
         with pytest.raises(mxcp_audit.StoreError, match="injected"):
             store.ingest()
@@ -1943,7 +1947,7 @@ def test_bc_123_undeletable_segment_stops_nothing_and_is_taken_once(
 def test_bc_124_every_field_is_shown_before_and_after_ingest(
     db: Path, monkeypatch: pytest.MonkeyPatch, cli: Any
 ) -> None:
-    monkeypatch.setattr(AuditLogger, "_ingest_side", None)
+    monkeypatch.setattr(AuditLogger, "_ingest", None)
     audit = AuditLogger(db)
     audit.log_event(
         "http",
