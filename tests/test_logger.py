@@ -249,7 +249,7 @@ def test_logger_that_fails_at_exit_keeps_no_other_from_writing(db: Path) -> None
         audits = [AuditLogger(sys.argv[1] + name) for name in "abc"]
         def fail(*_): raise RuntimeError("what nobody foresaw")
         for audit in audits:
-            audit._ingester.end_child = fail
+            audit._ingester._tell_head = fail
             audit.log_event("cli", "tool", "t")
         """,
         db,
