@@ -4402,9 +4402,9 @@ class Ingester:
 
     Args:
         appender: whose segments are ingested.
-        settings: of the database, for the child; None: nothing is ingested here.
+        settings: those of `Config`, as JSON has them; None: nothing is ingested here. With a retention,
+            there is an ingest a day although nothing waits.
         interval: seconds from an event to the ingest, and between two ingests at least.
-        daily: also start one when nothing waits, once a day: retention.
         diagnostics: counts what the child did.
     """
 
@@ -4414,10 +4414,10 @@ class Ingester:
         settings: Mapping[str, object] | None,
         *,
         interval: float,
-        daily: bool,
         diagnostics: Diagnostics,
     ) -> None:
-        self._appender, self.settings, self._interval, self._daily = appender, settings, interval, daily
+        self._appender, self.settings, self._interval = appender, settings, interval
+        self._retains = bool(settings and settings["retention"])
         self._diagnostics = diagnostics
         self._child: subprocess.Popen[bytes] | None = None
         self.start_afresh()
@@ -4443,7 +4443,7 @@ class Ingester:
         if self.stopped:
             return None
         since, now = self._appender.waiting_since(), time.monotonic()
-        due = self._next_daily if self._daily and self._next_daily else float("inf")
+        due = self._next_daily if self._next_daily and self._retains else float("inf")
         if self._appender.sealed:
             due = self._away_until
         elif since is not None:
@@ -4505,11 +4505,10 @@ class Ingester:
             os.close(writing)
         folders = [os.path.abspath(folder) for folder in sys.path if folder]
         work = {
-            "config": self.settings,
+            "settings": self._due_settings(),
             "python": (folders, sys.pycache_prefix, sys.dont_write_bytecode),
             "file": os.path.abspath(__file__),
             "wait": _CHILD_WAIT_SECONDS,
-            "daily": self._is_daily(),
         }
         with contextlib.suppress(OSError), child.stdin as pipe:  # it may have ended already
             pipe.write(json.dumps(work).encode())
@@ -4571,7 +4570,11 @@ class Ingester:
             self._tell_head()
 
     def _is_daily(self) -> bool:
-        return self._daily and time.monotonic() >= self._next_daily
+        return self._retains and time.monotonic() >= self._next_daily
+
+    def _due_settings(self) -> Mapping[str, object]:
+        """Return the settings for an ingest, with the retention only once a day."""
+        return {**(self.settings or {}), **({} if self._is_daily() else {"retention": None})}
 
     def _tell_head(self) -> None:
         if self._head != self._told_head:
@@ -4588,7 +4591,7 @@ class Ingester:
         self.end_child()
         why = "there was no time left"
         while self._appender.left():
-            answer = ingest(wait=max(0.0, deadline - time.monotonic()), daily=self._is_daily())
+            answer = ingest(self._due_settings(), wait=max(0.0, deadline - time.monotonic()))
             why = answer.get("fault") or "another process is ingesting"
             self._account({name: value for name, value in answer.items() if name != "fault"})
             if answer.get("done"):
@@ -5778,7 +5781,6 @@ class AuditLogger:
             appender,
             None if self._ingest is None else {**config._asdict(), "attach": dict(config.attach), "sources": {}},
             interval=config.flush_interval,
-            daily=config.retention is not None,
             diagnostics=told,
         )
         self._writer = Writer(
@@ -6112,7 +6114,7 @@ class AuditLogger:
         try:
             ingest = self._ingest
             if ingest is not None:
-                self._ingester.finish(functools.partial(ingest, self._ingester.settings), deadline)
+                self._ingester.finish(ingest, deadline)
         finally:
             self._ingester.end_child()
         _live.loggers.discard(self)
@@ -9453,6 +9455,8 @@ class Store:
     def ingest(self, *, wait: float = 0.0) -> bool:
         """Move every sealed and orphaned segment into the database; True if no retry could move more.
 
+        The first time, the retention is applied besides.
+
         Args:
             wait: seconds to try again while another process holds the database.
 
@@ -9460,32 +9464,30 @@ class Store:
             JournalError: a segment can't be claimed; the others are done.
             StoreError: the database can't be had. Everything stays in the journal.
         """
-        return bool(self.ingest_for_logger(wait=wait, daily=False)["done"])
+        return bool(self.ingest_for_logger(wait=wait)["done"])
 
-    def ingest_for_logger(self, *, wait: float, daily: bool) -> dict[str, Any]:
-        """Ingest and, if `daily` is set, apply the retention; the answer is what a logger's ingester knows."""
+    def ingest_for_logger(self, *, wait: float) -> dict[str, Any]:
+        """Ingest, and the first time apply the retention; the answer is what a logger's ingester knows."""
         with self.journal.ingest_lock() as mine:
             if not mine:
                 waiting = bool(self.journal.segments())
                 return {"done": not waiting, "busy": waiting}
             problems = patiently(self._ingest.run, wait)
-            retained = not daily or self._retention is None or self._retain(self._retention)
+            if self._retention is not None and not self.target.is_absent():
+                self._retain(self._retention)
         if problems:
             raise problems[0]
-        return {"done": True, "retained": retained, "head": self._ledger.head_text()}
+        return {"done": True, "retained": self._retention is None, "head": self._ledger.head_text()}
 
-    def _retain(self, retention: float) -> bool:
-        """Apply the retention under the ingest lock; False if it failed."""
-        if self.target.is_absent():
-            return True
+    def _retain(self, retention: float) -> None:
+        """Apply the retention, under the ingest lock."""
         try:
             with self.target.session(read_only=False, wait=0.0, guest=True) as engine:
                 news = retain(engine, self.target, self._ledger, retention)
             self._diagnostics.inform("retention", news)
-            return True
+            self._retention = None
         except AuditError as error:
             self._diagnostics.report("retention", "old events could not be purged", error=error)
-            return False
 
     # --- reading
 
@@ -10326,13 +10328,13 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
 # --- loggers get their way into the database
 
 
-def ingest_once(settings: Mapping[str, Any], *, wait: float, daily: bool) -> dict[str, Any]:
+def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
     """Ingest in this process, and return what became of it as values that JSON has."""
     told = Diagnostics(silent=True)
     answer: dict[str, Any] = {"done": False}
     try:
         store = Store(Config(**settings), diagnostics=told)
-        answer.update(store.ingest_for_logger(wait=wait, daily=daily))
+        answer.update(store.ingest_for_logger(wait=wait))
     except AuditError as error:
         answer.update(fault=str(error), locked=isinstance(error, DatabaseLockedError))
     except Exception as error:  # whatever it is, the server goes on
@@ -10346,9 +10348,9 @@ def ingest_once(settings: Mapping[str, Any], *, wait: float, daily: bool) -> dic
     }
 
 
-def ingest_child(config: Mapping[str, Any], *, wait: float, daily: bool) -> None:
+def ingest_child(settings: Mapping[str, Any], wait: float) -> None:
     """Be the child that a logger started: ingest, and print one line of JSON."""
-    sys.stdout.write(f"\n{json.dumps(ingest_once(config, wait=wait, daily=daily))}\n")
+    sys.stdout.write(f"\n{json.dumps(ingest_once(settings, wait=wait))}\n")
     sys.stdout.flush()
 
 

@@ -45,7 +45,10 @@ class Bench:
         settings.update(options)
         self.appender = Appender(self.journal, durable=settings["durable"], diagnostics=self.told)
         self.ingester = Attempts(
-            self.appender, {} if answers else None, interval=interval, daily=False, diagnostics=self.told
+            self.appender,
+            {"retention": None} if answers else None,
+            interval=interval,
+            diagnostics=self.told,
         )
         self.ingester.answers = iter(answers)
         self.writer = Writer(self.appender, self.ingester, **settings, on_start=lambda: True)
