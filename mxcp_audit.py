@@ -90,7 +90,6 @@ __all__ = [
     "EventError",
     "Filter",
     "JournalError",
-    "LoggerClosedError",
     "QueryError",
     "Redactor",
     "Store",
@@ -150,10 +149,6 @@ class JournalError(AuditError):
     def __init__(self, problem: str, *, path: str) -> None:
         self.path = path
         super().__init__(f"{path}: {problem}")
-
-
-class LoggerClosedError(AuditError):
-    """The logger was shut down and what was asked needs a living one."""
 
 
 class StoreError(AuditError):
@@ -3469,7 +3464,7 @@ _FileKey: TypeAlias = tuple[int, int]  # device and inode
 
 
 def _key_at(path: str) -> _FileKey | None:
-    """Return which file `path` leads to, links not followed; None if to none, as a stale network handle does."""
+    """Return which file `path` leads to, links not followed; None if to none."""
     try:
         found = os.lstat(path)
     except OSError as error:
@@ -3480,7 +3475,7 @@ def _key_at(path: str) -> _FileKey | None:
 
 
 class Descriptor:
-    """An open file of ours. If somebody closes it, its number may become another's: that one is left alone."""
+    """An open file of ours. If somebody closes it and its number becomes another's, that is left alone."""
 
     __slots__ = ("_fd", "_key")
 
@@ -3599,7 +3594,7 @@ class Segment(Descriptor):
         a later one succeeds, so it is taken back: write it to another segment.
 
         Raises:
-            OSError: `data` was not written; bytes that did reach the file are cut off before it is used again.
+            OSError: `data` was not written; what did reach the file is cut off before it is used again.
         """
         self._mend()
         fd, (size, count) = self.number(), self._end
@@ -3782,19 +3777,14 @@ class Survey(NamedTuple):
     oldest_pending: str | None  # the time of the oldest event in a sealed segment, ISO 8601
 
 
-class _JournalDirectory:
-    """The directory, and what lies in it beside the segments: its name, its lock, losses.
-
-    Args:
-        directory: where the segments lie; made with mode 0700, its parents as the umask says.
-        clock: nanoseconds since the epoch, for names only.
-    """
+class Journal:
+    """The directory of segments. Making the object touches nothing; the first segment makes the directory."""
 
     def __init__(
         self, directory: str | os.PathLike[str], *, clock: Callable[[], int] = wall_clock_ns
     ) -> None:
         self.directory = os.path.abspath(directory)
-        self._clock = clock
+        self._clock = clock  # for names only
 
     def make_directory(self, *, durable: bool = False) -> None:
         """Make the journal's directory, or check the one that is there.
@@ -3857,26 +3847,20 @@ class _JournalDirectory:
         return fresh
 
     def ingest_lock(self) -> contextlib.AbstractContextManager[bool]:
-        """Hold the lock of the one process that ingests from here; yields False if another has it.
-
-        Raises:
-            JournalError: the file can't be opened or locked.
-        """
+        """Hold the lock of the one process that ingests from here; yields False if another has it."""
         return self._locked(os.O_RDWR, shared=False)
 
     def reading_lock(self) -> contextlib.AbstractContextManager[bool]:
-        """Keep anybody from ingesting from here, but no other reader from reading; False if one ingests now.
-
-        For targets that don't shut ingesters out themselves while they are read.
-
-        Raises:
-            JournalError: the file can't be opened or locked.
-        """
+        """Keep ingests out, but no other reader; yields False if one runs. For targets that don't do so."""
         return self._locked(os.O_RDONLY, shared=True)
 
     @contextlib.contextmanager
     def _locked(self, mode: int, *, shared: bool) -> Iterator[bool]:
-        """Hold `ingest.lock`. Without a journal, nobody can ingest: a reader has what it wants."""
+        """Hold `ingest.lock`. Without a journal, nobody can ingest: a reader has what it wants.
+
+        Raises:
+            JournalError: the file can't be opened or locked.
+        """
         path = os.path.join(self.directory, "ingest.lock")
         fd, locked = -1, False
         try:
@@ -3924,10 +3908,6 @@ class _JournalDirectory:
                 with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
                     found[path] = Loss(**json.load(file))
         return found
-
-
-class Journal(_JournalDirectory):
-    """The directory of segments. Making the object touches nothing; the first segment makes the directory."""
 
     def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
         """Create a new segment and lock it.
@@ -4094,11 +4074,11 @@ class Journal(_JournalDirectory):
 # === Writer ===
 # depends on: Errors, Events, Encoding, Journal
 #
-# Queue → journal → child that ingests. One daemon thread, started by the first event and asleep while there is
-# nothing to do. A line stays in the queue until it is in the journal, and `Appender.done` alone says which are:
-# an interrupt, a fork or a failed write neither loses a line nor repeats one. `_writing` is held while the disk
-# works, `_lock` for moments within it. `put` runs in signal handlers and destructors, so its lock is re-entrant.
-# Where no thread can be started, and after `close`, the caller's thread writes. docs/design.md says why.
+# Queue → journal → child that ingests. One daemon thread, started by the first event, asleep while there is
+# nothing to do; where none can be started, and after `close`, callers write. A line stays in the queue until
+# it is in the journal, and `Appender.done` alone says which are: an interrupt, a fork or a failed write
+# neither loses a line nor repeats one. `_writing` is held while the disk works, `_lock` for moments within.
+# `put` runs in signal handlers and destructors, so `_lock` is re-entrant. docs/design.md says why.
 
 QUEUE_BYTES: Final = 64 * 2**20
 SEGMENT_BYTES: Final = 8 * 2**20
@@ -4170,7 +4150,7 @@ class Diagnostics:
         self._telling = threading.local()
 
     def note(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
-        """Count a fault; `tell` logs it once no lock is held: a handler may log an event under a lock of its own.
+        """Count a fault; `tell` logs it once no lock is held: a handler has a lock too, and may log an event.
 
         Args:
             kind: a fixed word, so that a flood of one fault doesn't hide another.
@@ -4194,7 +4174,9 @@ class Diagnostics:
             return
         self._telling.on = True
         try:
-            _LOG.disabled = False  # dictConfig disables every logger that it does not name; levels still count
+            _LOG.disabled = (
+                False  # dictConfig disables every logger that it does not name; levels still count
+            )
             while self.untold:
                 level, _, text = self.untold.pop(0)
                 _LOG.log(level, "mxcp_audit: %s", text)
@@ -4232,7 +4214,7 @@ class Appender:
             segment.forget()
 
     def waiting_since(self) -> float | None:
-        """Return the monotonic time of the first event, or loss, that is not sealed yet; None if there is none."""
+        """Return the monotonic time of the first event that is not sealed; None if there is none."""
         if self._segment is not None:
             return self._segment.opened
         return 0.0 if self._lost else None
@@ -4306,7 +4288,9 @@ class Appender:
             held = segment.read()
         except OSError as error:  # a stale network handle
             self.lose(segment.events, "their segment was taken away and can't be read any more")
-            self._diagnostics.note("moved", f"{segment.path} was taken away; its events are lost", error=error)
+            self._diagnostics.note(
+                "moved", f"{segment.path} was taken away; its events are lost", error=error
+            )
             self._before, self._segment = self.done, None
         else:
             self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
@@ -4388,7 +4372,9 @@ module.ingest_child(**work)
 
 def _no_child() -> str | None:
     """Return why this process can't start a child that ingests, or None if it can."""
-    if getattr(sys, "frozen", False) or not re.match(r"(?i)(python|pypy)", os.path.basename(sys.executable or "")):
+    if getattr(sys, "frozen", False) or not re.match(
+        r"(?i)(python|pypy)", os.path.basename(sys.executable or "")
+    ):
         return "sys.executable is no Python"
     return None if os.path.isfile(__file__) else f"{__file__} is no file"
 
@@ -4468,7 +4454,9 @@ class Ingester:
         try:
             if reason is not None:
                 self.stopped = True
-                raise JournalError(f"{reason}, so that only shutdown ingests", path=appender.journal.directory)
+                raise JournalError(
+                    f"{reason}, so that only shutdown ingests", path=appender.journal.directory
+                )
             with appender.journal.ingest_lock() as free:
                 pass
             if not free:
@@ -4519,7 +4507,9 @@ class Ingester:
         assert child is not None
         code = child.poll()
         with contextlib.suppress(OSError):  # nothing to read for now, or somebody closed the pipe
-            while (code is not None or os.name == "posix") and (data := os.read(pipe.number(), _ANSWER_BYTES)):
+            while (code is not None or os.name == "posix") and (
+                data := os.read(pipe.number(), _ANSWER_BYTES)
+            ):
                 self._said = (self._said + data)[-_ANSWER_BYTES:]
         if code is None:
             return
@@ -4566,7 +4556,9 @@ class Ingester:
             told.note("ingest", f"events stay in the journal: {answer['fault']}")
         self._head = answer.get("head") or self._head
         if answer.get("done") and time.monotonic() >= self._next_daily:
-            self._next_daily = time.monotonic() + (_DAY_SECONDS if answer.get("retained") else _DAY_SECONDS / 24)
+            self._next_daily = time.monotonic() + (
+                _DAY_SECONDS if answer.get("retained") else _DAY_SECONDS / 24
+            )
             self._tell_head()
 
     def _is_daily(self) -> bool:
@@ -4582,7 +4574,7 @@ class Ingester:
             self._diagnostics.untold.append((logging.INFO, "checkpoint", f"checkpoint {self._head}"))
 
     def finish(self, ingest: Callable[..., Mapping[str, Any]], deadline: float) -> None:
-        """After the last line: wait for the child, then ingest in this thread for as long as there is time."""
+        """After the last line: wait for the child, then ingest in this thread while there is time."""
         self.stopped = True
         begun = time.monotonic()
         while self._child is not None and time.monotonic() < (begun + deadline) / 2:
@@ -4729,7 +4721,7 @@ class Writer:
         callback()
 
     def flush(self, timeout: float) -> bool:
-        """Write all that was put before, and try once to have it ingested; False if it could not be written."""
+        """Write all that was put before, and try once to ingest it; False if it could not be written."""
         deadline = time.monotonic() + timeout
         if not self.wait_written(self.accepted, timeout) or self._is_writing_thread():
             return not self.pending
@@ -4934,7 +4926,7 @@ class Writer:
         return True
 
     def _work(self) -> bool:
-        """Write what is queued and let the ingester work; False if something is left that could not be done."""
+        """Write what is queued and let the ingester work; False if something is left to be done."""
         done = self._drain()
         if self._closing:
             sealed = self._closed or self._appender.seal()  # also then: an ingest may free the space
@@ -5779,7 +5771,9 @@ class AuditLogger:
         appender = Appender(Journal(config.journal_directory), durable=config.durable, diagnostics=told)
         self._ingester = Ingester(
             appender,
-            None if self._ingest is None else {**config._asdict(), "attach": dict(config.attach), "sources": {}},
+            None
+            if self._ingest is None
+            else {**config._asdict(), "attach": dict(config.attach), "sources": {}},
             interval=config.flush_interval,
             diagnostics=told,
         )
@@ -6890,40 +6884,36 @@ _PARAMETER: Final = re.compile(r"\$([a-z_][a-z_0-9]*)")
 
 # --- what DuckDB says
 
-# The order matters: the first that is found decides.
-_ENGINE_ERRORS: Final = (
-    (DatabaseLockedError, "could not serialize access"),
-    (DatabaseLockedError, "duplicate key value violates unique constraint"),
-    (DatabaseLockedError, "tuple concurrently updated"),
-    (DatabaseLockedError, "deadlock detected"),
-    (DatabaseLockedError, "transaction conflict"),
-    (DatabaseLockedError, "write-write conflict"),
-    (DatabaseLockedError, "maximum retry count"),
-    (DatabaseUnreachableError, "unable to connect to postgres"),
-    (DatabaseUnreachableError, "connection to server"),
-    (DatabaseUnreachableError, "server closed the connection"),
-    (DatabaseUnreachableError, "terminating connection"),
-    (DatabaseUnreachableError, "no connection to the server"),
-    (DatabaseUnreachableError, "could not connect to server"),
-    (DatabaseUnreachableError, "install it first using"),
-    (DatabaseUnreachableError, "terminate called after throwing"),
-    (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled"),
-    (DatabaseLockedError, "could not set lock on file"),
-    (DatabaseLockedError, "conflicting lock is held"),
-    (DatabaseLockedError, "being used by another process"),
-    (DatabaseLockedError, "is already attached"),
-    (DatabaseLockedError, "already open in another"),
-    (DatabaseNotFoundError, "database does not exist"),
-    (DatabaseCorruptError, "not a valid duckdb database file"),
-    (DatabaseCorruptError, "corrupt"),
-    (DatabaseCorruptError, "computed checksum"),
-    (DatabaseCorruptError, "could not read enough bytes"),
-    (DatabaseCorruptError, "database file with version number"),
-    (DatabaseCorruptError, "trying to read a database"),
-    (DatabaseCorruptError, "failure while replaying wal"),
-    (DatabaseCorruptError, "serialization error"),
-    (DatabaseCorruptError, "internal error"),
-    (DatabaseCorruptError, "database has been invalidated"),
+# The first that is in the message decides.
+_ENGINE_ERRORS: Final = tuple(
+    (kind, sign)
+    for kind, signs in (
+        (
+            DatabaseLockedError,
+            "could not serialize access|duplicate key value violates unique constraint|tuple concurrently "
+            "updated|deadlock detected|transaction conflict|write-write conflict|maximum retry count",
+        ),
+        (
+            DatabaseUnreachableError,
+            "unable to connect to postgres|connection to server|server closed the connection|terminating "
+            "connection|no connection to the server|could not connect to server|install it first using|"
+            "terminate called after throwing",
+        ),
+        (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled"),
+        (
+            DatabaseLockedError,
+            "could not set lock on file|conflicting lock is held|being used by another process|"
+            "is already attached|already open in another",
+        ),
+        (DatabaseNotFoundError, "database does not exist"),
+        (
+            DatabaseCorruptError,
+            "not a valid duckdb database file|corrupt|computed checksum|could not read enough bytes|"
+            "database file with version number|trying to read a database|failure while replaying wal|"
+            "serialization error|internal error|database has been invalidated",
+        ),
+    )
+    for sign in signs.split("|")
 )
 _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
@@ -6931,9 +6921,8 @@ _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 def store_error(message: str) -> StoreError:
     """Return the error of ours that a message of DuckDB's stands for."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
-    lowered = message.lower()
     for kind, sign in _ENGINE_ERRORS:
-        if sign in lowered:
+        if sign in message.lower():
             holder = _HOLDER.search(message)
             if kind is DatabaseLockedError and holder:
                 return kind(f"in use by {holder[1]} (PID {holder[2]})")
@@ -6984,24 +6973,24 @@ def bind(sql: str, params: Params) -> str:
 
 # --- the engines
 
-_GUEST_MEMORY: Final = "256MB"  # a logger is a guest in its server; a batch of 64 MiB fits
+_GUEST_MEMORY: Final = "256MB"  # an ingest is a guest beside its server; a batch of 64 MiB fits
 _SESSION_SETTINGS: Final = (
     "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
     "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
 )
+_PROCESS: Final = os.getpid()
 
 
 class Engine(Protocol):
-    """What the store needs of DuckDB."""
+    """What the store needs of DuckDB. Methods raise StoreError; the session is over then."""
 
     name: str
-    keeps: bool  # whether an idle session is worth keeping
 
     def version(self) -> str:
         """Return DuckDB's version, such as "2.0.1"."""
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
-        """Run one statement and return its rows. Raises StoreError; the session is over then."""
+        """Run one statement and return its rows."""
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
         """The same, row by row; exhaust or close it before the next statement."""
@@ -7014,15 +7003,9 @@ class Engine(Protocol):
 
 
 class PackageEngine:
-    """DuckDB in this process, through the `duckdb` package.
-
-    Args:
-        guest: one thread and little memory, for use inside of a server.
-    """
+    """DuckDB in this process, through the `duckdb` package; `guest` gives it one thread and little memory."""
 
     name = "package"
-    keeps = True
-    _first_process: ClassVar[int] = os.getpid()
 
     def __init__(self, *, guest: bool) -> None:
         self._guest = guest
@@ -7043,10 +7026,6 @@ class PackageEngine:
         if self._guest:
             config |= {"threads": 1, "memory_limit": _GUEST_MEMORY}
         self._process_id = os.getpid()
-        if self._process_id != self._first_process:
-            # DuckDB 1.4 and 1.5 open a connection of their own when they are imported. Destroyed in a child
-            # that has been forked since, it looks for its threads, and aborts the process.
-            _immortal(duckdb.default_connection())
         connection = duckdb.connect(":memory:", config=config)
         connection.execute(_SESSION_SETTINGS)
         return connection
@@ -7083,34 +7062,26 @@ class PackageEngine:
     def interrupt(self) -> None:
         """Make a running statement fail soon."""
         connection = self._connection
-        if connection is not None and self._process_id == os.getpid():
+        if connection is not None:
             with contextlib.suppress(Exception):  # closed at this moment
                 connection.interrupt()
 
     def close(self) -> None:
         """Close the in-memory database, and with it whatever is attached.
 
-        In a child that was forked meanwhile the connection is left alone for ever: its threads do
-        not exist there, and its locks are the parent's.
+        In a child that was forked meanwhile the connection is never destroyed: its threads are not there.
         """
         connection, self._connection = self._connection, None
-        if connection is None:
-            return
-        if self._process_id == os.getpid():
+        if connection is not None and self._process_id == os.getpid():
             connection.close()
-        else:
-            _immortal(connection)
+        elif connection is not None:
+            import ctypes
+
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
     def __del__(self) -> None:
         if self._connection is not None and self._process_id != os.getpid():
-            _immortal(self._connection)
-
-
-def _immortal(thing: object) -> None:
-    """Keep an object from ever being destroyed, at the interpreter's end too."""
-    import ctypes
-
-    ctypes.pythonapi.Py_IncRef(ctypes.py_object(thing))
+            self.close()
 
 
 class CliEngine:
@@ -7119,14 +7090,9 @@ class CliEngine:
     Each statement is followed by a `.print` of a random word, at which its rows end. The user's
     `~/.duckdbrc` doesn't matter (`-init` with an empty file: 1.4 knows no `-no-init`), and the first error
     ends the child (`-bail`).
-
-    Args:
-        program: the path of the program.
-        guest: one thread and little memory.
     """
 
     name = "cli"
-    keeps = False
 
     def __init__(self, program: str, *, guest: bool) -> None:
         self.program = program
@@ -7236,12 +7202,11 @@ class ApartEngine(CliEngine):
     """The `duckdb` package in a child of its own, with the manners of the program.
 
     For targets that are no file: when PostgreSQL goes away at the wrong moment, its extension ends the
-    process that it is in (1.5.5), and while it waits nothing can interrupt it. So it is never loaded
-    into a server.
+    process that it is in (1.5.5), and while it waits nothing can interrupt it. And where DuckDB may not
+    be: in a forked process, which may have inherited half of one, and in a subinterpreter, where it hangs.
     """
 
     name = "package"
-    keeps = True  # starting it and loading extensions takes a good part of a second
 
     def __init__(self, *, guest: bool) -> None:
         """Raises ImportError if there is no such package; it is not imported here."""
@@ -7333,7 +7298,7 @@ def open_engine(
     """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default whichever is there.
 
     Args:
-        guest: one thread and little memory, for use inside of a server.
+        guest: one thread and little memory, for use beside a server.
         apart: in a process of its own in any case.
         environ: the environment.
 
@@ -7345,9 +7310,7 @@ def open_engine(
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
     if choice in ("auto", "package"):
         try:
-            if _in_subinterpreter():
-                raise ImportError("it hangs in a subinterpreter; the duckdb program works there")
-            if apart:
+            if apart or os.getpid() != _PROCESS or _in_subinterpreter():
                 return ApartEngine(guest=guest)
             PackageEngine.version()
             return PackageEngine(guest=guest)
@@ -7362,9 +7325,7 @@ def open_engine(
             "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or name it in "
             "MXCP_AUDIT_DUCKDB"
         )
-    engine = CliEngine(program, guest=guest)
-    engine.keeps = apart
-    return engine
+    return CliEngine(program, guest=guest)
 
 
 # === Store ===
@@ -9816,7 +9777,7 @@ class Follower:
             tail.settled = True
             self._positions[journal] = max(position, self._positions.get(journal, 0))
         self._signature = signature
-        if not engine.keeps:
+        if engine.name == "cli" and self._store.target.is_file:  # a process for nothing, until then
             self.close()
         return rows
 

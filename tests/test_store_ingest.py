@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-import threading
 import types
 from pathlib import Path
 from typing import Any

@@ -557,7 +557,9 @@ def test_segment_that_is_large_enough_is_sealed_without_being_asked(
     monkeypatch.setattr(mxcp_audit, "SEGMENT_BYTES", 1)
     for n in range(3):
         bench.writer.wait_written(bench.writer.put(line(n)))
-    assert len(bench.journal.segments()) == len(bench.appender.sealed) == 3 and bench.lines() == [line(n) for n in range(3)]
+    assert len(bench.journal.segments()) == len(bench.appender.sealed) == 3 and bench.lines() == [
+        line(n) for n in range(3)
+    ]
     bench.writer.close(SAFETY_SECONDS)
 
 
