@@ -3403,23 +3403,11 @@ def _time_of_mxcp(text: object) -> int:
 # === Journal ===
 # depends on: Errors, Events
 #
-# The append-only files between the server and the database:
-#
-#     logs-default.duckdb.journal/                     mode 0700
-#         20261125T010203123456Z-1f2e3d4c.jsonl        a segment, mode 0600
-#         20261125T010203123456Z-1f2e3d4c.torn         what a dead writer left half written
-#         20261125T010203123456Z-1f2e3d4c.rejected     lines that could not be ingested, with the reason
-#         20261125T010204000000Z-5a6b7c8d.loss         how many events were dropped, when and why
-#         ingest.lock                                  held by the one process that ingests, or by readers
-#         journal.id                                   names this journal in the ledger
-#
-# A process writes its own segments only, so nothing depends on concurrent appends being atomic
-# (APFS loses some). Live = its writer holds the lock; sealed or orphaned = the lock can be had.
-# The lock belongs to the open file (flock), not to the process: pids are reused, and differ between
-# containers. A name never changes: a rename under a reader's feet makes its query fail.
-#
-# Caveat: on a file system without locks nobody can tell a live segment from an orphan. There,
-# events are recorded and readable, but never ingested; the error says so.
+# The append-only files between the server and the database; docs/journal-format.md describes each. A process
+# writes its own segments only. Live = its writer holds the lock; sealed or orphaned = the lock can be had. The
+# lock belongs to the open file (flock), not to the process: pids are reused, and differ between containers.
+# A name never changes: a rename under a reader's feet makes its query fail. On a file system without locks
+# nobody can tell a live segment from an orphan: events are recorded and readable, but never ingested.
 
 JOURNAL_FORMAT: Final = 1  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX: Final = ".jsonl"
@@ -3487,7 +3475,7 @@ class Descriptor:
         """Return the descriptor's number. Raises OSError if it is closed, or another's by now."""
         found = os.fstat(self._fd) if self._fd >= 0 else None
         if found is None or (found.st_dev, found.st_ino) != self._key:
-            raise OSError(errno.EBADF, "the file was closed by somebody else")
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self._fd
 
     def is_open(self) -> bool:
@@ -4382,9 +4370,7 @@ def _no_child() -> str | None:
 class Ingester:
     """Says when the journal is to be ingested, and has a short-lived child do it; used by the writer alone.
 
-    A child, because DuckDB in a server costs memory, holds up forks and exits, and can end the process.
-    A segment is sealed for an ingest only, and not while the one that was sealed before still waits: the
-    journal of a database that is away for days has as many segments as it has times 8 MiB, and two.
+    A segment is sealed for an ingest only, and not while the one that was sealed before still waits.
 
     Args:
         appender: whose segments are ingested.
@@ -4520,7 +4506,8 @@ class Ingester:
             answer = json.loads(text)
             answer["cpu"]  # noqa: B018 - else it is not ours
         except (ValueError, TypeError, KeyError):
-            answer = {"fault": f"the ingest ended with code {code}: {text[:500] or 'it said nothing'}"}
+            self._diagnostics.note("child", f"an ingest ended with code {code}: {text[:500]}")
+            answer = {}
         self._answered({"cpu": time.monotonic() - self._started, **answer})
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
@@ -4619,11 +4606,6 @@ class Writer:
     these first and reads the queue afterwards. So none of them misses the other.
 
     Args:
-        appender: where the lines go.
-        ingester: takes its turn after each batch.
-        durable: each batch is forced to the disk before it counts as written.
-        drop_when_full: what a full queue does: drop the event and count it, or make the caller wait.
-        diagnostics: counts and logs faults.
         on_start: called before a thread is started; False if none may be, because the program ends.
     """
 
@@ -9777,7 +9759,7 @@ class Follower:
             tail.settled = True
             self._positions[journal] = max(position, self._positions.get(journal, 0))
         self._signature = signature
-        if engine.name == "cli" and self._store.target.is_file:  # a process for nothing, until then
+        if engine.name == "cli" and self._target.is_file:  # a process for nothing, until then
             self.close()
         return rows
 
