@@ -143,7 +143,7 @@ def test_origin_trace_of_an_opentelemetry_that_fails_is_none(monkeypatch: pytest
 
     module = types.SimpleNamespace(get_current_span=get_current_span)
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", module)
-    assert mxcp_audit.origin_of(None).trace_id is None
+    assert mxcp_audit.origin_of(None)["trace_id"] is None
 
 
 def test_record_circular_causes_recorded(audit: AuditLogger) -> None:
@@ -238,7 +238,7 @@ def test_record_durable_cancelled_again_while_waiting_first_leaves(
     async def cancelled_again(ticket: int) -> None:
         raise asyncio.CancelledError("second")
 
-    monkeypatch.setattr(audit._recorder, "wait_async", cancelled_again)
+    monkeypatch.setattr(audit, "wait_async", cancelled_again)
 
     async def main() -> BaseException | None:
         try:
@@ -586,7 +586,8 @@ def test_origin_http_user_is_subject_else_client(token: dict[str, object] | None
         headers={"mcp-session-id": "s1"},
     )
     origin = origin_of(types.SimpleNamespace(request=request, session=None, meta=None))
-    assert (origin.caller, origin.user_id, origin.session_id) == ("http", user, "s1")
+    assert (origin["caller"], origin.get("user_id"), origin["session_id"]) == ("http", user, "s1")
+    assert origin.get("agent") == (token and "app")
 
 
 @pytest.mark.parametrize(
@@ -609,7 +610,7 @@ def test_origin_trace_of_opentelemetry_if_loaded(monkeypatch: pytest.MonkeyPatch
     span = types.SimpleNamespace(get_span_context=lambda: types.SimpleNamespace(trace_id=0xABC))
     module = types.SimpleNamespace(get_current_span=lambda: span)
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", module)  # type: ignore[arg-type]
-    assert origin_of(None).trace_id == f"{0xABC:032x}"
+    assert origin_of(None)["trace_id"] == f"{0xABC:032x}"
 
 
 # --- the stdio wrapper's bookkeeping
