@@ -4880,7 +4880,8 @@ _META: Final = "io.modelcontextprotocol/"  # before the names of what newer clie
 # What runs between a middleware and the tool: none of it is a tool's own code.
 _FRAMEWORKS: Final = frozenset(
     re.findall(
-        r"\w+", "anyio asyncio concurrent contextlib docket fastmcp functools mcp pydantic threading uncalled_for"
+        r"\w+",
+        "anyio asyncio concurrent contextlib docket fastmcp functools mcp pydantic threading uncalled_for",
     )
 )
 # Whose objects are handed to a tool without having been sent: contexts, servers, requests, dependencies.
@@ -5147,6 +5148,10 @@ def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
     return None
 
 
+def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
+    return denied_by if isinstance(denied_by, tuple) else (denied_by,)
+
+
 def check_denied_by(denied_by: DeniedBy) -> None:
     """Raise EventError for what no exception could ever be an instance of, such as a list of classes."""
     try:
@@ -5323,6 +5328,26 @@ def _active_trace() -> tuple[str | None, str | None]:
         return None, None
 
 
+def _watch_spans() -> None:
+    """Have OpenTelemetry tell the running call of a trace that begins within it, in the server alone."""
+    sdk = sys.modules.get("opentelemetry.sdk.trace")
+    provider = _get(sys.modules.get("opentelemetry.trace"), "get_tracer_provider")
+    add = _get(provider and provider(), "add_span_processor")
+    if sdk is None or add is None or hasattr(provider(), "__mxcp_audit__"):
+        return
+
+    class _Spans(sdk.SpanProcessor):  # type: ignore[misc, name-defined]
+        def on_start(self, span: Any, parent_context: object = None) -> None:
+            """Give the running call the trace id, if it has none."""
+            call = _running.get()
+            if call is not None and call.trace_id is None:
+                call.trace_id = f"{span.get_span_context().trace_id:032x}"
+
+    with contextlib.suppress(Exception):
+        add(_Spans())
+        provider().__mxcp_audit__ = True
+
+
 def _surroundings() -> dict[str, Any]:
     """Return the origin of the call, or of the framework's request, around the code that asks."""
     call = running_call()
@@ -5373,12 +5398,14 @@ def summarize(call: Call, result: object, *, uri: str | None = None, max_body: i
     )
     if not isinstance(items, (list, tuple)):
         return
-    if type(result).__module__.startswith("fastmcp"):  # its own classes, which become the protocol's later
-        convert = _either(result, "to_mcp_prompt_result", "to_mcp_result")
+    if hasattr(result, "structured_content") and type(result).__module__.startswith("fastmcp"):
         structured = _get(result, "structured_content")
         more = {"structuredContent": structured} if structured is not None else {}
-        own = hasattr(result, "structured_content")
-        result = {"content": items, **more, "isError": False} if own else convert(*([uri] if uri else []))
+        result = {"content": items, **more, "isError": False}
+    elif (convert := _get(result, "to_mcp_prompt_result")) is not None:
+        result = convert()
+    elif (convert := _get(result, "to_mcp_result")) is not None:
+        result = convert(uri)
     elif result is items:
         result = {"contents": items}
     text = _WIRE.encode(result)
@@ -5434,7 +5461,7 @@ class Middleware:
         check_denied_by(denied_by)
         self._logger = logger
         self._caller = caller
-        self._denied_by = denied_by if isinstance(denied_by, tuple) else (denied_by,)
+        self._denied_by = _kinds(denied_by)
         self._server: str | None = None
         self._inside = 0  # calls
 
@@ -5454,7 +5481,7 @@ class Middleware:
             message = _get(context, "params")
         outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
         if outer is not None:
-            outer.denied_by = (*outer.denied_by, *self._denied_by)
+            outer.denied_by = (*_kinds(outer.denied_by), *self._denied_by)
             outer.is_open = True
             try:
                 return await call_next(context)
@@ -5501,6 +5528,8 @@ class Middleware:
             server=_text(_get(server, "name")) or self._server,
             **origin,
         )
+        if call.trace_id is None:
+            _watch_spans()
         call.arguments, call.task, call.is_open = _get(message, "arguments"), _current_task(), True
         unfinished = self._logger.unfinished
         if unfinished:
@@ -6075,7 +6104,7 @@ class AuditLogger:
         redact, keep: names, or `tool.parameter`, that are always or never redacted.
         redact_mode: "constant", or "hmac" to tell equal secrets apart from different ones.
         retention: delete events older than this, such as "90d".
-        record_result: "none", "summary" (bytes, items, kinds) or "body" (redacted): what to record of a result.
+        record_result: what to record of a result: "none", "summary" (bytes, items, kinds), "body" (redacted).
         max_result_bytes: a longer body is cut, visibly.
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
         attach: options of the ATTACH statement for targets other than files.

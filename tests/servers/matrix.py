@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import inspect
 import json
+import logging
 import sys
 import threading
 import time
@@ -27,6 +28,7 @@ except ImportError:
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
 audit = mxcp_audit.AuditLogger(folder / "log.duckdb", flush_interval=3600, redact=["secretive.note"])
+logging.disable(logging.CRITICAL)  # the frameworks draw coloured tracebacks, a second each
 failures: list[str] = []
 seen = 0
 SAME: dict[str, Any] = {"policy_decision": "n/a", "status": "success", "error": None, "error_type": None}
@@ -68,7 +70,9 @@ async def compare(label: str, expected: list[dict[str, Any]]) -> None:
         f"{r['caller']} {r.get('client')} {r.get('server')} #{r.get('request_id')}"
         for r in found
     )
-    print(f"{'wrong' if problems else 'ok':6}{label:28}{what}{' ← ' if problems else ''}{', '.join(problems)}")
+    print(
+        f"{'wrong' if problems else 'ok':6}{label:28}{what}{' ← ' if problems else ''}{', '.join(problems)}"
+    )
 
 
 async def quietly(awaitable: Awaitable[Any]) -> Any:
@@ -107,7 +111,9 @@ class Awaitable_:
 
 
 def context_has(**wanted: Any) -> Callable[[Any], bool]:
-    return lambda got: got is not None and all(json.loads(got).get(k.replace("__", ".")) == v for k, v in wanted.items())
+    return lambda got: (
+        got is not None and all(json.loads(got).get(k.replace("__", ".")) == v for k, v in wanted.items())
+    )
 
 
 def add_functions(server: Any) -> None:
@@ -183,15 +189,30 @@ async def common_calls(client: Any, way: str, sdk: bool, origin: dict[str, Any])
     """The calls that every framework and transport answers alike."""
     error_type: Any = (lambda got: got is not None) if sdk else "ValueError"
     for label, name, arguments, *expected in [
-        ("success", "add", {"a": 1, "b": 2}, row("add", result_bytes=lambda n: 20 < n < 400, context=context_has(mcp__result__items=1))),
-        ("failure", "fail", {"password": "hunter2"}, failed("fail", "", error_type, input_json='{"password":"[REDACTED]"}')),
+        (
+            "success",
+            "add",
+            {"a": 1, "b": 2},
+            row("add", result_bytes=lambda n: 20 < n < 400, context=context_has(mcp__result__items=1)),
+        ),
+        (
+            "failure",
+            "fail",
+            {"password": "hunter2"},
+            failed("fail", "", error_type, input_json='{"password":"[REDACTED]"}'),
+        ),
         ("decorated failure", "decorated_fail", {"a": 1}, failed("decorated_fail", "out of order")),
         ("denial", "refuse", {}, denied("refuse", "not an admin")),
         ("other name, helper", "fetch-user", {"user_id": 7}, row("fetch-user"), row("helper")),
         ("undecorated, helper", "undecorated", {"user_id": 7}, row("undecorated"), row("helper")),
         ("asynchronous", "asynchronous", {"a": 3}, row("asynchronous", duration_ms=lambda ms: ms >= 25)),
         ("policy", "decide", {}, row("decide", policy_decision="warn", reason="late")),
-        ("rule of redaction", "secretive", {"note": "mine"}, row("secretive", input_json='{"note":"[REDACTED]"}')),
+        (
+            "rule of redaction",
+            "secretive",
+            {"note": "mine"},
+            row("secretive", input_json='{"note":"[REDACTED]"}'),
+        ),
         ("unknown tool", "nosuch", {"x": 1}, failed("nosuch", "", lambda got: got is not None)),
         ("wrong arguments", "add", {"a": "one", "b": 2}, failed("add", "", lambda got: got is not None)),
     ]:
@@ -199,11 +220,27 @@ async def common_calls(client: Any, way: str, sdk: bool, origin: dict[str, Any])
         helpers = [{**origin, **e} for e in expected[1:]]
         await compare(f"{way}: {label}", [{**origin, **expected[0]}, *helpers])
     for label, awaitable, expected in [
-        ("resource", client.read_resource("reports://7"), row("reports://{report_id}", "resource", input_json='{"report_id":"7"}')),
-        ("plain resource", client.read_resource("plain://7"), row("plain://7", "resource", context=context_has(mcp__result__items=1))),
-        ("unknown resource", client.read_resource("nosuch://7"), failed("nosuch://7", "", lambda got: got is not None, type="resource")),
+        (
+            "resource",
+            client.read_resource("reports://7"),
+            row("reports://{report_id}", "resource", input_json='{"report_id":"7"}'),
+        ),
+        (
+            "plain resource",
+            client.read_resource("plain://7"),
+            row("plain://7", "resource", context=context_has(mcp__result__items=1)),
+        ),
+        (
+            "unknown resource",
+            client.read_resource("nosuch://7"),
+            failed("nosuch://7", "", lambda got: got is not None, type="resource"),
+        ),
         ("prompt", client.get_prompt("greet", {"name": "Ada"}), row("greet", "prompt")),
-        ("unknown prompt", client.get_prompt("nosuch", {}), failed("nosuch", "", lambda got: got is not None, type="prompt")),
+        (
+            "unknown prompt",
+            client.get_prompt("nosuch", {}),
+            failed("nosuch", "", lambda got: got is not None, type="prompt"),
+        ),
     ]:
         await quietly(awaitable)
         await compare(f"{way}: {label}", [{**origin, **expected}])
@@ -257,7 +294,9 @@ async def functions() -> None:
 
     slow = {"duration_ms": lambda ms: ms >= 25}
     for label, function in [("coroutine", later), ("callable object", Callable_()), ("future", future)]:
-        called: Any = audit.tool("f")((lambda made: lambda fails: made(fails))(function) if label == "coroutine" else function)
+        called: Any = audit.tool("f")(
+            (lambda made: lambda fails: made(fails))(function) if label == "coroutine" else function
+        )
         await quietly(called(fails=False))
         await asyncio.sleep(0)
         await compare(f"function: {label}", [row("f", **slow)])
@@ -346,6 +385,7 @@ async def fastmcp_cases() -> None:
         await client.call_tool("add", {"a": 1, "b": 1})
         await compare("memory: instrumented twice", [row("add", **who)])
     await proxied(major, as_client)
+    await traced(as_client)
     if major > 2:
         await transformed(as_client)
         await refusals(as_client)
@@ -353,20 +393,34 @@ async def fastmcp_cases() -> None:
         await resumed(as_client)
     await tasks(as_client, major)
     auth = StaticTokenVerifier({"letmein": {"client_id": "the-app", "scopes": [], "sub": "alice"}})
-    for way, options in (("http", {}), ("stateless", {"stateless_http": True}), ("sse", {"transport": "sse"})):
+    for way, options in (
+        ("http", {}),
+        ("stateless", {"stateless_http": True}),
+        ("sse", {"transport": "sse"}),
+    ):
         server = FastMCP("shop", auth=auth)
         server.add_middleware(audit.middleware())
         add_functions(server)
         async with serving(server.http_app(**options)) as url:
             from fastmcp.client.transports import SSETransport, StreamableHttpTransport
 
-            headers = {"Authorization": "Bearer letmein", "X-Forwarded-For": "203.0.113.9", "User-Agent": "ua/7"}
+            headers = {
+                "Authorization": "Bearer letmein",
+                "X-Forwarded-For": "203.0.113.9",
+                "User-Agent": "ua/7",
+            }
             transport: Any = (
                 SSETransport(url + "/sse", headers=headers)
                 if way == "sse"
                 else StreamableHttpTransport(url + "/mcp", headers=headers)
             )
-            known = {"address": "127.0.0.1", "user_id": "alice", "agent": "the-app", "caller": "http", "server": "shop"}
+            known = {
+                "address": "127.0.0.1",
+                "user_id": "alice",
+                "agent": "the-app",
+                "caller": "http",
+                "server": "shop",
+            }
             known["context"] = context_has(user_agent__original="ua/7")
             if way != "stateless" or major > 3:
                 known["client"] = "matrix/1.0"
@@ -415,7 +469,9 @@ async def proxied(major: int, as_client: dict[str, Any]) -> None:
         await client.call_tool("add", {"a": 1, "b": 2})
         await compare("proxied: success", [row("add", server="proxy", client="matrix/1.0")])
         await client.call_tool("fail", {"password": "x"}, raise_on_error=False)
-        await compare("proxied: failure", [failed("fail", "out of order", lambda got: got is not None, server="proxy")])
+        await compare(
+            "proxied: failure", [failed("fail", "out of order", lambda got: got is not None, server="proxy")]
+        )
 
 
 async def transformed(as_client: dict[str, Any]) -> None:
@@ -446,19 +502,41 @@ async def transformed(as_client: dict[str, Any]) -> None:
     async with Client(server, **as_client) as client:
         await client.call_tool("call_tool", {"name": "secretive", "arguments": {"note": "mine"}})
         via = context_has(mcp__via="call_tool")
-        await compare("meta tool: success", [row("secretive", input_json='{"note":"[REDACTED]"}', context=via)])
-        await client.call_tool("call_tool", {"name": "decorated_fail", "arguments": {"a": 1}}, raise_on_error=False)
+        await compare(
+            "meta tool: success", [row("secretive", input_json='{"note":"[REDACTED]"}', context=via)]
+        )
+        await client.call_tool(
+            "call_tool", {"name": "decorated_fail", "arguments": {"a": 1}}, raise_on_error=False
+        )
         await compare("meta tool: failure", [failed("decorated_fail", "out of order")])
         await client.call_tool("call_tool", {"name": "nosuch", "arguments": {"a": 1}}, raise_on_error=False)
         name = "call_tool" if version("fastmcp")[0] > "3" else "nosuch"
         await compare("meta tool: unknown", [failed(name, "", lambda got: got is not None)])
 
 
+async def traced(as_client: dict[str, Any]) -> None:
+    """OpenTelemetry in the server alone; FastMCP has spans of its own from version 3 on."""
+    from fastmcp import Client, FastMCP
+
+    try:
+        from opentelemetry import trace
+        from opentelemetry.sdk.trace import TracerProvider
+    except ImportError:
+        return
+    trace.set_tracer_provider(TracerProvider())
+    server: Any = FastMCP("shop")
+    server.add_middleware(audit.middleware())
+    add_functions(server)
+    async with Client(server, **as_client) as client:
+        await client.call_tool("add", {"a": 1, "b": 1})
+        await compare("traced: success", [row("add", trace_id=lambda got: len(got or "") == 32)])
+
+
 async def refusals(as_client: dict[str, Any]) -> None:
     from fastmcp import Client, FastMCP
+    from fastmcp.client.transports import StreamableHttpTransport
     from fastmcp.server.auth import require_scopes
     from fastmcp.server.auth.providers.jwt import StaticTokenVerifier
-    from fastmcp.client.transports import StreamableHttpTransport
 
     auth = StaticTokenVerifier({"letmein": {"client_id": "the-app", "scopes": [], "sub": "alice"}})
     server: Any = FastMCP("shop", auth=auth)
@@ -513,7 +591,15 @@ async def tasks(as_client: dict[str, Any], major: int) -> None:
     async with Client(server, **as_client) as client:
         for a, expected in (
             (1, row("slow", duration_ms=lambda ms: ms >= 90, input_json='{"a":1}')),
-            (-1, failed("slow", "below zero", "tool_error" if major > 3 else "ValueError", duration_ms=lambda ms: ms >= 90)),
+            (
+                -1,
+                failed(
+                    "slow",
+                    "below zero",
+                    "tool_error" if major > 3 else "ValueError",
+                    duration_ms=lambda ms: ms >= 90,
+                ),
+            ),
         ):
             if major > 3:
                 from fastmcp_tasks.client import call_tool_task  # type: ignore[import-not-found]
@@ -532,7 +618,12 @@ async def tasks(as_client: dict[str, Any], major: int) -> None:
 
 async def resumed(as_client: dict[str, Any]) -> None:
     from fastmcp import Client, FastMCP
-    from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, InputRequiredResult
+    from mcp_types import (
+        ElicitRequest,
+        ElicitRequestFormParams,
+        ElicitResult,
+        InputRequiredResult,
+    )
 
     server: Any = FastMCP("shop")
     server.add_middleware(audit.middleware())
@@ -615,7 +706,10 @@ async def sdk_cases() -> None:
                     from mcp import ClientSession
                     from mcp.client.sse import sse_client
 
-                    async with sse_client(url + "/sse") as streams, ClientSession(*streams, client_info=info) as session:
+                    async with (
+                        sse_client(url + "/sse") as streams,
+                        ClientSession(*streams, client_info=info) as session,
+                    ):
                         await session.initialize()
                         await http_calls(session, way, known)
                 else:
