@@ -30,7 +30,6 @@ __all__ = [
     "Filter",
     "Store",
     "main",
-    "_Spans@5349",
 ]
 
 class AuditError(Exception): ...
