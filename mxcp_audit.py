@@ -11518,8 +11518,11 @@ class StdioAudit:
         self._on_fault = on_fault
         self._client_lines = _Lines()
         self._server_lines = _Lines()
-        self._pending: dict[str | float, Call] = {}
+        self._pending: dict[object, Call] = {}
+        self._asked: dict[object, str] = {}  # requests that name the server, or a task, by id
+        self._unfinished = Unfinished()
         self._client: str | None = None
+        self._server: str | None = None
 
     def from_client(self, data: bytes) -> None:
         """Take in what the client sends: any piece of it."""
@@ -11530,8 +11533,12 @@ class StdioAudit:
             for message in self._messages(line, from_client=True):
                 method = _in_any_case(message, "method")
                 params = _in_any_case(message, "params")
+                key = message.get("id")
                 if method == "initialize":
                     self._client = client_of(_get(params, "clientInfo"))
+                    self._asked[_key_of(key)] = ""
+                elif isinstance(method, str) and method.startswith("tasks/"):
+                    self._asked[_key_of(key)] = _text(_get(params, "taskId")) or ""
                 elif method == "notifications/cancelled":
                     reason = _text(_get(params, "reason"))
                     self._finish(
@@ -11548,21 +11555,58 @@ class StdioAudit:
     def from_server(self, data: bytes) -> None:
         """Take in what the server sends: any piece of it."""
         for line in self._server_lines.feed(data):
-            for message in self._messages(line) if self._pending else ():
+            for message in self._messages(line) if self._pending or self._asked or self._unfinished else ():
+                result, params = message.get("result"), _in_any_case(message, "params")
                 if _in_any_case(message, "method") is not None:  # the server counts its own ids
+                    self._see_task(_text(_get(params, "taskId")), params)
+                    continue
+                asked = self._asked.pop(_key_of(message.get("id")), None)
+                if asked is not None:
+                    self._server = _text(_get(_get(result, "serverInfo"), "name")) or self._server
+                    self._see_task(asked, result, is_result=_get(result, "status") is None)
                     continue
                 failure = message.get("error")
                 if failure is None:
-                    self._finish(message.get("id"), error_of_result(message.get("result")))
+                    self._answered(message.get("id"), result)
                 else:
                     code = _text(_get(failure, "code"))
                     text = _text(_get(failure, "message")) or "the server answered with an error"
-                    self._finish(message.get("id"), f"{text} ({code})" if code else text)
+                    self._finish(message.get("id"), f"{text} ({code})" if code else text, code)
+
+    def _answered(self, key: object, result: object) -> None:
+        """Finish a call, or keep it where the answer asks for input or says that a task goes on."""
+        call = self._pending.get(_key_of(key))
+        if call is None:
+            return
+        task = _task_of(result)
+        if _get(result, "resultType") == "input_required":
+            leg = _leg_of(call, _get(result, "requestState"))
+            self._unfinished.put(leg, call, "not resumed: input required", _RESUME_SECONDS)
+        elif task is not None:
+            self._unfinished.put(task, call, "not finished: the task was still running")
+        else:
+            conclude(call, result)
+            self._finish(key, None)
+        self._pending.pop(_key_of(key), None)
+
+    def _see_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
+        """Finish the call that began a task, once an answer or a notification says that the task is over."""
+        status = _text(_get(state, "status"))
+        if not task or not (is_result or status in ("completed", "failed", "cancelled")):
+            return
+        call = self._unfinished.take(("task", task))
+        if call is not None:
+            if status in ("failed", "cancelled"):
+                call.fail(_text(_get(state, "statusMessage")) or status)
+            else:
+                conclude(call, state if is_result else _get(state, "result"))
+            call.end()
 
     def close(self, reason: str) -> None:
         """Record every call that was never answered, with `reason` as its error."""
         for key in list(self._pending):
             self._finish(key, reason)
+        self._unfinished.close()
 
     def _messages(self, line: bytes | None, *, from_client: bool = False) -> list[dict[str, Any]]:
         """Return the messages of a line as any reader may understand it; report what only some can read."""
@@ -11596,29 +11640,42 @@ class StdioAudit:
         ]
 
     def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
+        meta, key = _get(params, "_meta"), message.get("id")
+        version = _text(_get(meta, _META + "protocolVersion"))
         call = self._record(
             MCP_METHODS[method],
             name_of(params),
             _get(params, "arguments"),
             caller="stdio",
             session_id=_CONNECTION,
-            client=self._client,
-            trace_id=trace_of(_get(params, "_meta")),
+            client=client_of(_get(meta, _META + "clientInfo")) or self._client,
+            server=self._server,
+            request_id=_text(key),
+            trace_id=trace_of(meta),
+            context={"mcp.protocol.version": version} if version else None,
         )
-        key = message.get("id")
+        self._unfinished.close(now=time.monotonic())
+        state = _get(params, "requestState")
+        if state is not None or _get(params, "inputResponses") is not None:
+            call = self._unfinished.take(_leg_of(call, state)) or call
         if type(key) not in (str, int, float):
             call.fail("sent without an id that could be answered")
             call.end()
             return
         self._finish(key, "its id was used again before it was answered")
-        self._pending[key] = call  # type: ignore[index]
+        self._pending[key] = call
 
-    def _finish(self, key: object, error: str | None) -> None:
-        call = self._pending.pop(key, None) if type(key) in (str, int, float) else None  # type: ignore[call-overload]
+    def _finish(self, key: object, error: str | None, error_type: str | None = None) -> None:
+        call = self._pending.pop(_key_of(key), None)
         if call is not None:
             if error is not None:
-                call.fail(error)
+                call.fail(error, error_type)
             call.end()
+
+
+def _key_of(value: object) -> object:
+    """Return an id as a key; None for what is no id, so that nothing is kept under it."""
+    return value if type(value) in (str, int, float) else None
 
 
 class _Lines:

@@ -544,3 +544,46 @@ def test_wrap_real_node_server_same_answers_every_call(tmp_path: Path, cli: Cli)
     assert [(event["type"], event["name"], event["status"]) for event in found] == expected
     assert {row[0] for row in expected} == {"tool", "resource", "prompt"}
     assert {row[2] for row in expected} == {"success", "error"}
+
+
+def message(**members: object) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", **members}).encode() + b"\n"
+
+
+def test_stdio_legs_of_a_call_that_asks_for_input_are_one_row(tmp_path: Path, cli: Cli) -> None:
+    with mxcp_audit.AuditLogger(tmp_path / "log.duckdb") as audit:
+        stdio = mxcp_audit.StdioAudit(audit.record, on_fault=pytest.fail)
+        delete = {"name": "delete_user", "arguments": {"id": 7}}
+        for key, answers in ((1, True), (3, False)):
+            stdio.from_client(message(id=key, method="tools/call", params=delete))
+            asks = {"resultType": "input_required", "requestState": f"s{key}", "inputRequests": {}}
+            stdio.from_server(message(id=key, result=asks))
+            if answers:
+                more = {**delete, "requestState": f"s{key}", "inputResponses": {"ok": True}}
+                stdio.from_client(message(id=key + 1, method="tools/call", params=more))
+                stdio.from_server(message(id=key + 1, result={"content": [{"type": "text", "text": "gone"}]}))
+        stdio.close("over")
+    assert [(event["status"], event["error"]) for event in events(cli)] == [
+        ("success", None),
+        ("error", "not resumed: input required"),
+    ]
+
+
+@pytest.mark.parametrize(("status", "expected"), [("completed", "success"), ("failed", "error")])
+def test_stdio_task_is_recorded_when_it_ends(tmp_path: Path, cli: Cli, status: str, expected: str) -> None:
+    with mxcp_audit.AuditLogger(tmp_path / "log.duckdb") as audit:
+        stdio = mxcp_audit.StdioAudit(audit.record, on_fault=pytest.fail)
+        info = {"clientInfo": {"name": "vscode", "version": "1.101"}}
+        stdio.from_client(message(id=0, method="initialize", params=info))
+        stdio.from_server(message(id=0, result={"serverInfo": {"name": "shop"}}))
+        stdio.from_client(message(id=1, method="tools/call", params={"name": "slow", "task": {"ttl": 1}}))
+        stdio.from_server(message(id=1, result={"task": {"taskId": "t1", "status": "working"}}))
+        stdio.from_client(message(id=2, method="tasks/get", params={"taskId": "t1"}))
+        stdio.from_server(message(id=2, result={"taskId": "t1", "status": "working"}))
+        assert audit.counters.accepted == 0
+        stdio.from_client(message(id=3, method="tasks/get", params={"taskId": "t1"}))
+        stdio.from_server(message(id=3, result={"taskId": "t1", "status": status}))
+        assert audit.counters.accepted == 1
+    (event,) = events(cli)
+    assert (event["name"], event["status"]) == ("slow", expected)
+    assert (event["client"], event["server"], event["request_id"]) == ("vscode/1.101", "shop", "1")
