@@ -340,7 +340,10 @@ def test_line_fields_are_cut_visibly(field: str, limit: int, character: str) -> 
     value = character * 200_000
     text = encode(**{field: value})["type" if field == "event_type" else field]
     assert limit - 10 < len(text.encode()) <= limit
-    assert text.endswith(f"…[CUT: {len(value.encode())} bytes]") and text[0] in (character, mxcp_audit.REPLACEMENT)
+    assert text.endswith(f"…[CUT: {len(value.encode())} bytes]") and text[0] in (
+        character,
+        mxcp_audit.REPLACEMENT,
+    )
 
 
 def test_line_a_secret_where_a_text_is_cut_leaves_no_half() -> None:
