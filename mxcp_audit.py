@@ -721,6 +721,9 @@ class Config(NamedTuple):
         keep: names whose values are no secrets although they look so.
         redact_mode: "constant" or "hmac": what stands for a secret.
         retention: seconds after which `purge` may delete an event; None keeps all.
+        record_result: "none", "summary" or "body": what is recorded of what came back.
+        max_result_bytes: bytes of a body that are kept.
+        trusted_proxies: addresses and networks whose word about a client's address is taken.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
     """
@@ -739,6 +742,9 @@ class Config(NamedTuple):
     keep: tuple[str, ...] = ()
     redact_mode: str = "constant"
     retention: float | None = None
+    record_result: str = "summary"
+    max_result_bytes: int = 2**14
+    trusted_proxies: tuple[str, ...] = ()
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
@@ -925,6 +931,20 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _networks(value: object) -> tuple[str, ...]:
+    import ipaddress  # lazily: few have proxies
+
+    names = _names(value)
+    for index, name in enumerate(names):
+        try:
+            ipaddress.ip_network(name, strict=False)
+        except ValueError as error:
+            raise ValueError(
+                f"must be an address such as 10.0.0.1 or a network such as 10.0.0.0/8: {error}", index
+            ) from error
+    return names
+
+
 def _options(value: object) -> dict[str, str | int | float | bool]:
     if not isinstance(value, Mapping):
         raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")
@@ -949,6 +969,9 @@ _SETTINGS: Final[dict[str, Callable[[object], object]]] = {
     "keep": _names,
     "redact_mode": _choice("constant", "hmac"),
     "retention": _duration,
+    "record_result": _choice("none", "summary", "body"),
+    "max_result_bytes": _input_bytes,
+    "trusted_proxies": _networks,
 }
 _SETTINGS_OF_MXCP: Final = ("max_file_size",)  # of its JSONL log; means nothing here
 
@@ -5005,28 +5028,12 @@ def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
 
 
 # === Calls ===
-# depends on: Errors
+# depends on: Errors, Events, Redaction
 #
-# An execution while it runs. A call's input is encoded when the call begins, so that a tool that
-# changes its arguments can't change what is recorded; the rest is known when it ends. What the body
-# raises leaves as the same object, whatever happens while recording.
-#
-# What frameworks hand over is read by attribute, or by key, and never imported: one callable of the
-# shape `(context, call_next)` serves FastMCP 2 to 4 and the `mcp` SDK 2. Where it hangs differs:
-#
-#                   method, message             request, session, _meta          who
-#     FastMCP       context.method, .message    .fastmcp_context.request_context request.scope["user"]
-#     mcp 2         ctx.method, .params         ctx                              request.scope["user"]
-#     mcp 1         key of request_handlers     request_ctx (a context variable) request.scope["user"]
-#
-# The client's name and version have no column. Over stdio they stand in `session_id`, which is ours
-# to choose there (`claude-ai/1.2:9f86d081884c7d65`); over HTTP `session_id` is the transport's own.
-#
-# Caveat: the `mcp` SDK makes a result of what a tool raises, so that the exception is gone before a
-# middleware could see it. → Decorate the tool as well: under a middleware a decorator makes no row of
-# its own, but tells the middleware's call what it saw.
-#
-# Caveat: a call is recorded when it ends, so one that runs when the process is killed is not.
+# An execution while it runs: one row, written when it ends, by the outermost of what records it here (a
+# middleware, one further in, a decorator); those within tell what they know. Its input is encoded when it
+# begins. What the body raises leaves as the same object, whatever happens while recording.
+# Frameworks are never imported: what they hand over is read by attribute or key (docs/design.md says where).
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
@@ -5034,25 +5041,26 @@ DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
-_MAX_CLIENT_CHARS: Final = 64  # arbitrary: of a client's name and version, which it makes up itself
+_MAX_CLIENT_CHARS: Final = 128  # arbitrary: of a client's name and version, which it makes up itself
+_MAX_UNFINISHED: Final = 10_000  # arbitrary: a client that never resumes must not fill the memory
+_RESUME_SECONDS: Final = 600.0  # how long the SDK takes back the state of a call that waits for input
 _CONNECTION: Final = os.urandom(8).hex()  # stands for the one connection that a stdio server has
-_TRACEPARENT: Final = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
-
-
-class Recorder(Protocol):
-    """What a call needs of the logger."""
-
-    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
-        """Return the encoded input and what was redacted in it."""
-
-    def finish(self, call: Call) -> int:
-        """Record the call and return the ticket of its line."""
-
-    def wait(self, ticket: int) -> None:
-        """With `durable`, return when the line is on the disk."""
-
-    async def wait_async(self, ticket: int) -> None:
-        """The same, without blocking the event loop."""
+_TRACEPARENT: Final = re.compile(
+    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?"
+)
+_META: Final = "io.modelcontextprotocol/"  # before the names of what newer clients send with each request
+# What runs between a middleware and the tool: none of it is a tool's own code.
+_FRAMEWORKS: Final = frozenset(
+    re.findall(
+        r"\w+",
+        "anyio asyncio concurrent contextlib docket fastmcp functools mcp pydantic threading uncalled_for",
+    )
+)
+# Whose objects are handed to a tool without having been sent: contexts, servers, requests, dependencies.
+_INJECTING: Final = frozenset(
+    re.findall(r"\w+", "docket fast_depends fastapi fastmcp mcp starlette uncalled_for")
+)
+_META_TOOLS: Final = ("fastmcp.server.transforms", "fastmcp.experimental", "fastmcp.contrib")  # but for these
 
 
 class Call:
@@ -5063,52 +5071,88 @@ class Call:
         with audit.record("tool", "get_user", {"id": 7}, caller="http") as call:
             call.policy("warn", "outside of office hours")
 
-    Attributes may be changed until the end: `user_id`, `session_id`, `trace_id`, `caller`.
+    Attributes may be changed until the end: `caller`, `user_id`, `session_id`, `trace_id`, `client`, `agent`,
+    `address`, `server`, `request_id`, `error_type`, `result_bytes`, and `context`, a dict of anything else.
     """
+
+    user_id: str | None = None
+    session_id: str | None = None
+    trace_id: str | None = None
+    client: str | None = None
+    agent: str | None = None
+    address: str | None = None
+    server: str | None = None
+    request_id: str | None = None
+    error_type: str | None = None
+    result_bytes: int | None = None
+    policy_decision = "n/a"
+    reason: object = None
+    status = "success"
+    error: object = None
+    duration_ms = 0
+    # Of a call by a middleware: may what runs within it be the same execution? Its arguments, and its task.
+    is_open = False
+    arguments: object = None
+    task: object = None
+    # Of a call within another that is the same execution: the other one, which writes the row.
+    outer: Call | None = None
+    failure: Call | None = None  # of the outer one: the one within that failed
+    ended = False
+    waits = False  # it was answered, and goes on
+    _before: contextvars.Token[Call | None] | None = None
 
     def __init__(
         self,
-        recorder: Recorder,
+        logger: Any,
         event_type: str,
         name: str,
         input_params: object = None,
         *,
         caller: str = "cli",
         endpoint_def: object = None,
-        user_id: str | None = None,
-        session_id: str | None = None,
-        trace_id: str | None = None,
         denied_by: DeniedBy = (),
+        context: Mapping[str, object] | None = None,
+        **origin: Any,
     ) -> None:
-        self.event_type = event_type
-        self.name = name
-        self.caller = caller
-        self.user_id = user_id
-        self.session_id = session_id
-        self.trace_id = trace_id
-        self.policy_decision = "n/a"
-        self.reason: object = None
-        self.status = "success"
-        self.error: object = None
-        self.duration_ms = 0
-        self._recorder = recorder
-        self._denied_by = denied_by
-        self.detailed = True  # False: a decorator within may tell more (see _Within)
-        self._before: contextvars.Token[Call | None] | None = None
+        self.__dict__.update(origin)
+        self.event_type, self.name, self.caller = event_type, name, caller
+        self.context: dict[str, object] = dict(context) if context else {}
+        self._logger = logger
+        self.denied_by = denied_by
         self._started = time.perf_counter()
-        self.input_json, self.echoes = recorder.begin(input_params, name, endpoint_def)
+        self.take_input(input_params, endpoint_def)
+
+    def take_input(self, input_params: object, endpoint_def: object = None) -> None:
+        """Encode the input; what a tool passes on to another one is redacted by that one's rules."""
+        self.input_json, self.echoes = self._logger.begin(input_params, self.name, endpoint_def)
+
+    def more(self) -> tuple[object, ...]:
+        """Return the values of NEW_COLUMNS."""
+        return (
+            *(self.client, self.agent, self.address, self.server),
+            *(self.request_id, self.error_type, self.result_bytes, self.context or None),
+        )
 
     def policy(self, decision: str, reason: object = None) -> None:
         """Record what a policy decided: allow, deny or warn, and why."""
         self.policy_decision, self.reason = decision, reason
 
-    def fail(self, error: object) -> None:
+    def fail(self, error: object, error_type: str | None = None) -> None:
         """Record an error although nothing is raised, such as a result that is marked as one."""
-        self.status, self.error = "error", error
+        self.status, self.error, self.error_type = "error", error, error_type or self.error_type
 
     def end(self, error: BaseException | None = None) -> None:
-        """Record the call: for code that can't use `with`. Call it once."""
-        self._recorder.wait(self._end(error))
+        """Record the call, once: for code that can't use `with`."""
+        self._logger.wait(self._end(error))
+
+    async def end_async(self, error: BaseException | None = None) -> None:
+        """Record the call, once, without blocking the event loop."""
+        try:
+            await self._logger.wait_async(self._end(error))
+        except BaseException:
+            # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
+            if error is None or isinstance(error, Exception):
+                raise
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -5120,18 +5164,30 @@ class Call:
             _running.reset(before)
 
     def _end(self, error: BaseException | None) -> int:
+        if self.ended:
+            return 0
+        self.ended = True
         self.duration_ms = round((time.perf_counter() - self._started) * 1000)
         # Whoever closes a generator has all that was wanted of it: no error.
         if error is not None and not isinstance(error, GeneratorExit):
             if self.status != "error":  # what is known already was known nearer to the cause
-                self.fail(describe_exception(error))
+                self.fail(describe_exception(error), type_of_error(error))
             try:
-                denial = find_cause(error, self._denied_by)
+                denial = find_cause(error, self.denied_by)
             except TypeError:  # `denied_by` holds no exceptions; what the body raised counts for more
                 denial = None
             if denial is not None and self.policy_decision == "n/a":
                 self.policy("deny", describe_exception(denial, with_type=False))
-        return self._recorder.finish(self)
+        within, outer = self.failure, self.outer
+        if within is not None and self.status == "error":
+            self.fail(within.error, within.error_type)
+        if outer is None:
+            return cast(int, self._logger.finish(self))
+        if self.policy_decision != "n/a":
+            outer.policy(self.policy_decision, self.reason)
+        if self.status == "error":
+            outer.failure = self
+        return 0
 
     def _leave(self) -> None:
         if self._before is not None:
@@ -5141,7 +5197,6 @@ class Call:
 
     def __enter__(self) -> Call:
         self._before = _running.set(self)
-        self._started = time.perf_counter()
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -5153,12 +5208,7 @@ class Call:
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
-        try:
-            await self._recorder.wait_async(self._end(error))
-        except BaseException:
-            # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
-            if error is None or isinstance(error, Exception):
-                raise
+        await self.end_async(error)
 
 
 _running: Final[contextvars.ContextVar[Call | None]] = contextvars.ContextVar("mxcp_audit", default=None)
@@ -5169,6 +5219,64 @@ def running_call() -> Call | None:
     return _running.get()
 
 
+def _call_within(
+    logger: Any, event_type: str, arguments: object = None, name: str | None = None
+) -> Call | None:
+    """Return the middleware's call that the code which asks belongs to; None if it begins an execution.
+
+    It belongs to it if both run in one task and nothing but frameworks lies between: no tool's own code.
+    A tool that is named in the call's arguments belongs to it as well: that call only passes it on.
+    """
+    outer = _running.get()
+    if (
+        outer is None
+        or not outer.is_open
+        or outer.ended
+        or outer.event_type != event_type
+        or outer._logger.config.path != logger.config.path
+        or _current_task() not in (None, outer.task)
+    ):
+        return None
+    if name is not None and isinstance(outer.arguments, dict) and name in _texts_in(outer.arguments):
+        outer.context["mcp.via"], outer.name = outer.name, name
+        outer.take_input(arguments)
+    elif not _only_frameworks_between():
+        return None
+    outer.is_open = False  # what the tool calls in turn are executions of their own
+    return outer
+
+
+def _texts_in(arguments: dict[str, Any]) -> list[str]:
+    return [value for value in arguments.values() if type(value) is str]
+
+
+def _current_task() -> object:
+    try:
+        return sys.modules["asyncio"].current_task()
+    except (KeyError, RuntimeError):  # in a thread without an event loop, or another kind of loop
+        return None
+
+
+def _only_frameworks_between() -> bool:
+    """Return True if no tool's own code lies between the middleware and what begins now, in this thread.
+
+    What takes whatever comes (`*args, **kwargs`) is a decorator's, and what takes `call_next` a middleware.
+    """
+    frame = sys._getframe(1)
+    while (frame := cast(Any, frame.f_back)) is not None:
+        code, module = frame.f_code, str(frame.f_globals.get("__name__"))
+        if module == __name__:
+            if code is _MIDDLEWARE_CODE and frame.f_locals.get("call") is not None:
+                return True
+        elif (
+            (module.partition(".")[0] not in _FRAMEWORKS or module.startswith(_META_TOOLS))
+            and code.co_flags & 0x0C != 0x0C  # CO_VARARGS, CO_VARKEYWORDS
+            and "call_next" not in (code.co_name, *code.co_varnames[: code.co_argcount])
+        ):
+            return False
+    return True
+
+
 def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
     """Return `Type: message`, whatever the exception's own `__str__` does; of a cancellation `cancelled`."""
     name = type(error).__name__
@@ -5176,11 +5284,21 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
         return "cancelled"
     try:
         text = str(error)
-    except Exception:
+    except BaseException:
         text = "(its message can't be shown)"
     if not text:
         return name
     return f"{name}: {text}" if with_type else text
+
+
+def type_of_error(error: BaseException) -> str:
+    """Return the JSON-RPC code of a protocol's error, else the class of what a framework's error wraps."""
+    code = _get(_get(error, "error"), "code")
+    if type(code) is int:
+        return str(code)
+    cause = error.__cause__
+    wraps = cause is not None and type(error).__module__.partition(".")[0] in ("fastmcp", "mcp")
+    return type(cause if wraps else error).__name__
 
 
 def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
@@ -5202,6 +5320,10 @@ def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
     return None
 
 
+def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
+    return denied_by if isinstance(denied_by, tuple) else (denied_by,)
+
+
 def check_denied_by(denied_by: DeniedBy) -> None:
     """Raise EventError for what no exception could ever be an instance of, such as a list of classes."""
     try:
@@ -5210,16 +5332,39 @@ def check_denied_by(denied_by: DeniedBy) -> None:
         raise EventError("must be an exception class, or a tuple of them", field="denied_by") from error
 
 
+class Unfinished:
+    """Calls that were answered and go on: resumed by another request, or in the background. By any key."""
+
+    def __init__(self) -> None:
+        self._calls: dict[object, list[tuple[float, str, Call]]] = {}
+
+    def put(self, key: object, call: Call, error: str, seconds: float = float("inf")) -> None:
+        """Keep a call, which fails with `error` if nobody takes it within the time."""
+        self._calls.setdefault(key, []).append((time.monotonic() + seconds, error, call))
+        if len(self._calls) > _MAX_UNFINISHED:
+            self.close(next(iter(self._calls)))
+
+    def take(self, key: object) -> Call | None:
+        """Return the oldest call that was kept under this key."""
+        kept = self._calls.get(key)
+        call = kept.pop(0)[2] if kept else None
+        if kept is not None and not kept:
+            self._calls.pop(key, None)
+        return call
+
+    def close(self, *keys: object, now: float = float("inf")) -> None:
+        """Record the calls that nobody took in time; all of them by default."""
+        for key in keys or list(self._calls):
+            for deadline, error, call in list(self._calls.get(key, ())):
+                if deadline <= now and self.take(key) is not None:
+                    call.fail(error)
+                    call.end()
+
+    def __bool__(self) -> bool:
+        return bool(self._calls)
+
+
 # --- where a call came from
-
-
-class Origin(NamedTuple):
-    """Where a call came from, as far as the framework knows."""
-
-    caller: str
-    user_id: str | None = None
-    session_id: str | None = None
-    trace_id: str | None = None
 
 
 def _get(owner: object, name: str) -> Any:
@@ -5235,75 +5380,163 @@ def _get(owner: object, name: str) -> Any:
         return None
 
 
+def _either(owner: object, one: str, other: str) -> Any:
+    value = _get(owner, one)
+    return _get(owner, other) if value is None else value
+
+
 def _text(value: object) -> str | None:
     """Return a text that isn't empty, of a text or a number, else None."""
     return str(value) if isinstance(value, (str, int)) and value != "" else None
 
 
-def origin_of(request_context: object) -> Origin:
-    """Return where a request came from; `cli` if there is none, which is a call inside of the program.
+def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
+    """Return where a request came from, as attributes of a Call; `cli` for a call inside of the program.
 
     Args:
-        request_context: what has `request`, `session` and `meta`, in whichever framework.
+        context: what has `request`, `session` and `meta`, in whichever framework.
+        proxies: addresses and networks whose word about the client's address is taken.
     """
-    if request_context is None:
-        return Origin("cli", trace_id=_active_trace())
-    request = _get(request_context, "request")
-    trace_id = (
-        trace_of(_get(request_context, "meta"))
-        or trace_of(_get(_get(request_context, "params"), "_meta"))
-        or trace_of(_get(request, "headers"))
-        or _active_trace()
+    origin: dict[str, Any] = {"caller": "cli", "context": {}}
+    if context is None:
+        origin["trace_id"], _ = _active_trace()
+        return origin
+    request, session, meta = _get(context, "request"), _get(context, "session"), _get(context, "meta")
+    if meta is None:
+        meta = _get(_get(context, "params"), "_meta")
+    headers = _get(request, "headers")
+    params = _get(session, "client_params")
+    client = _get(meta, _META + "clientInfo") or _either(params, "client_info", "clientInfo")
+    version = _get(meta, _META + "protocolVersion") or _get(context, "protocol_version")
+    trace = parent_of(meta) or parent_of(headers) or _active_trace()
+    origin["request_id"] = _text(_get(context, "request_id"))
+    origin["client"] = client_of(client)
+    origin["trace_id"] = trace[0]
+    more = origin["context"]
+    if trace[1]:
+        more["parent_span_id"] = trace[1]
+    version = (
+        version
+        or _either(params, "protocol_version", "protocolVersion")
+        or _get(headers, "mcp-protocol-version")
     )
+    if version:
+        more["mcp.protocol.version"] = str(version)
     if request is None:
-        client = _get(_get(request_context, "session"), "client_params")
-        client = _get(client, "client_info") or _get(client, "clientInfo")
-        return Origin("stdio", None, stdio_session(client, _CONNECTION), trace_id)
-    session = _get(_get(request, "headers"), "mcp-session-id") or _get(
-        _get(request, "query_params"), "session_id"
+        origin["caller"], origin["session_id"] = "stdio", _CONNECTION
+        return origin
+    origin["caller"] = "http"
+    origin["session_id"] = _text(
+        _get(headers, "mcp-session-id") or _get(_get(request, "query_params"), "session_id")
     )
-    return Origin("http", _user_of(request), _text(session), trace_id)
-
-
-def stdio_session(client: object, connection: str) -> str:
-    """Return a session id for a connection that has none: the client's name and version, and `connection`."""
-    name, version = _text(_get(client, "name")), _text(_get(client, "version"))
-    label = "/".join(part for part in (name, version) if part)[:_MAX_CLIENT_CHARS]
-    return f"{label}:{connection}" if label else connection
-
-
-def _user_of(request: object) -> str | None:
-    """Return the authenticated subject of an HTTP request, else its OAuth client, else None."""
+    agent = _get(headers, "user-agent")
+    if agent:
+        more["user_agent.original"] = agent
+    origin["address"] = address_of(request, headers, proxies)
     token = _get(_get(_get(request, "scope"), "user"), "access_token")
-    return (
-        _text(_get(token, "subject"))
-        or _text(_get(_get(token, "claims"), "sub"))
-        or _text(_get(token, "client_id"))
-    )
+    if token is not None:
+        origin["agent"] = _text(_get(token, "client_id"))
+        subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
+        origin["user_id"] = subject or origin["agent"]
+    return origin
+
+
+def client_of(client: object) -> str | None:
+    """Return a client's name and version, as it calls itself: "claude-ai/1.2"."""
+    parts = (_text(_get(client, "name")), _text(_get(client, "version")))
+    return "/".join(part for part in parts if part)[:_MAX_CLIENT_CHARS] or None
+
+
+def address_of(request: object, headers: object, proxies: Sequence[str]) -> str | None:
+    """Return the client's address: the peer's, or whom proxies that are trusted say they forward for."""
+    host = _get(_get(request, "client"), "host")
+    said = _get(headers, "x-forwarded-for") if proxies or _get(_get(request, "client"), "port") == 0 else None
+    if said and _get(_get(request, "client"), "port") == 0:
+        host = "127.0.0.1"  # uvicorn has put the proxy's word there already, as it does for this peer only
+    if not proxies or not host:
+        return _text(host)
+    hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', _get(headers, "forwarded") or ""))
+    for hop in reversed(hops.split(",") if hops else ()):
+        if not _is_in(host, proxies):
+            break
+        hop = (
+            re.sub(r"^\[?([^\]]*?)\]?(?::\d+)?$", r"\1", hop.strip())
+            if hop.count(":") < 2 or "]" in hop
+            else hop.strip()
+        )
+        host = hop or host
+    return _text(host)
+
+
+def _is_in(address: str, networks: Sequence[str]) -> bool:
+    import ipaddress  # lazily: few have proxies
+
+    try:
+        return any(ipaddress.ip_address(address) in ipaddress.ip_network(each, False) for each in networks)
+    except ValueError:
+        return address in networks
+
+
+def parent_of(carrier: object) -> tuple[str, str] | None:
+    """Return trace and parent span of a W3C `traceparent` in `_meta` or in headers, or None."""
+    parent = _get(carrier, "traceparent")
+    match = _TRACEPARENT.fullmatch(parent) if isinstance(parent, str) else None
+    return (match[1], match[2]) if match else None
 
 
 def trace_of(carrier: object) -> str | None:
-    """Return the trace id of a W3C `traceparent` in `_meta` or in headers, or None."""
-    parent = _get(carrier, "traceparent")
-    match = _TRACEPARENT.fullmatch(parent) if isinstance(parent, str) else None
-    return match[1] if match else None
+    """Return the trace id of a W3C `traceparent`, or None."""
+    parent = parent_of(carrier)
+    return parent[0] if parent else None
 
 
-def _active_trace() -> str | None:
-    """Return the trace id of OpenTelemetry's current span; that package is never loaded for it."""
+def _active_trace() -> tuple[str | None, str | None]:
+    """Return trace and span that OpenTelemetry is in; that package is never loaded for it."""
     current = _get(sys.modules.get("opentelemetry.trace"), "get_current_span")
     try:
-        trace_id = current().get_span_context().trace_id if current is not None else 0
-        return f"{trace_id:032x}" if trace_id else None
+        span = current().get_span_context() if current is not None else None
+        return (f"{span.trace_id:032x}", f"{span.span_id:016x}") if span and span.trace_id else (None, None)
     except Exception:
-        return None
+        return None, None
 
 
-def _surroundings() -> Origin:
+def _watch_spans() -> None:
+    """Have OpenTelemetry tell the running call of a trace that begins within it, in the server alone."""
+    sdk = sys.modules.get("opentelemetry.sdk.trace")
+    provider = _get(sys.modules.get("opentelemetry.trace"), "get_tracer_provider")
+    add = _get(provider and provider(), "add_span_processor")
+    if sdk is None or add is None or hasattr(provider(), "__mxcp_audit__"):
+        return
+
+    def on_start(self: object, span: Any, parent_context: object = None) -> None:
+        """Give the running call the trace id, if it has none."""
+        call = _running.get()
+        if call is not None and call.trace_id is None:
+            call.trace_id = f"{span.get_span_context().trace_id:032x}"
+
+    with contextlib.suppress(Exception):
+        add(type("Spans", (sdk.SpanProcessor,), {"on_start": on_start})())
+        provider().__mxcp_audit__ = True
+
+
+def _surroundings() -> dict[str, Any]:
     """Return the origin of the call, or of the framework's request, around the code that asks."""
     call = running_call()
+    while call is not None and call.outer is not None:
+        call = call.outer
     if call is not None:
-        return Origin(call.caller, call.user_id, call.session_id, call.trace_id)
+        names = (
+            "caller",
+            "user_id",
+            "session_id",
+            "trace_id",
+            "client",
+            "agent",
+            "address",
+            "server",
+            "request_id",
+        )
+        return {name: getattr(call, name) for name in names}
     for module, variable in (
         ("fastmcp.server.dependencies", "fastmcp_request_ctx"),
         ("mcp.server.lowlevel.server", "request_ctx"),
@@ -5315,27 +5548,76 @@ def _surroundings() -> Origin:
     return origin_of(None)
 
 
-# --- middleware
+# --- what came of it
 
 
 def error_of_result(result: object) -> str | None:
     """Return the message of a result that is marked as an error, or None."""
-    marked = _get(result, "is_error")
-    if marked is None:
-        result = _get(result, "root") or result  # the SDK 1 wraps it
-        marked = _get(result, "isError")
-    if marked is not True:
+    result = _get(result, "root") or result  # the SDK 1 wraps it
+    if _either(result, "is_error", "isError") is not True:
         return None
     content = _get(result, "content")
     texts = [_get(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
     return "\n".join(text for text in texts if isinstance(text, str)) or "the result is marked as an error"
 
 
+def summarize(call: Call, result: object, *, uri: str | None = None, max_body: int | None = None) -> None:
+    """Tell a call the size of its result as it is sent, how many items of which kinds, perhaps the body."""
+    result = _get(result, "root") or result
+    items = next(
+        (i for name in ("content", "contents", "messages") if (i := _get(result, name)) is not None), result
+    )
+    if not isinstance(items, (list, tuple)):
+        return
+    if hasattr(result, "structured_content") and type(result).__module__.startswith("fastmcp"):
+        structured = _get(result, "structured_content")
+        more = {"structuredContent": structured} if structured is not None else {}
+        result = {"content": items, **more, "isError": False}
+    elif (convert := _get(result, "to_mcp_prompt_result")) is not None:
+        result = convert()
+    elif (convert := _get(result, "to_mcp_result")) is not None:
+        result = convert(uri)
+    elif result is items:
+        result = {"contents": items}
+    text = _WIRE.encode(result)
+    call.result_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    call.context["mcp.result.items"] = len(items)
+    call.context["mcp.result.kinds"] = sorted({_kind_of(item) for item in items})
+    if max_body is not None:
+        plain = json.loads(text)
+        call.context["mcp.result.body"] = (
+            plain if call.result_bytes <= max_body else clip_plain(plain, max_body)
+        )
+
+
+def _kind_of(item: object) -> str:
+    inner = _either(item, "content", "resource")
+    kind = _get(item, "type") or _get(inner, "type")
+    blob = _get(item, "blob") is not None or isinstance(inner, bytes)
+    return str(kind or ("blob" if blob else "text"))
+
+
+def _wire_of(value: Any) -> Any:
+    if hasattr(value, "model_dump"):
+        return value.model_dump(mode="json", by_alias=True, exclude_none=True)
+    if isinstance(value, bytes):
+        import base64
+
+        return base64.b64encode(value).decode()
+    return getattr(value, "__dict__", None) or str(value)
+
+
+_WIRE: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_wire_of)
+
+
+# --- middleware
+
+
 class Middleware:
     """A middleware `(context, call_next)` that records tool calls, resource reads and prompts.
 
     Args:
-        record: `AuditLogger.record`.
+        logger: an AuditLogger.
         caller: what to record as caller; found out for each call if None.
         denied_by: exceptions that are recorded as the policy decision `deny`; FastMCP's own
             AuthorizationError always is.
@@ -5345,47 +5627,216 @@ class Middleware:
     """
 
     def __init__(
-        self, record: Callable[..., Call], *, caller: str | None = None, denied_by: DeniedBy = PermissionError
+        self, logger: Any, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> None:
-        self._record = record
-        self._caller = caller
         check_denied_by(denied_by)
-        self._denied_by = denied_by if isinstance(denied_by, tuple) else (denied_by,)
+        self._logger = logger
+        self._caller = caller
+        self._denied_by = _kinds(denied_by)
+        self._server: str | None = None
+        self._inside = 0  # calls
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
         """Pass a message on; record it if it is an execution."""
-        event_type = MCP_METHODS.get(_get(context, "method"))
-        if event_type is None:
-            return await call_next(context)
-        async with self._begin(event_type, context) as call:
+        method = _get(context, "method")
+        event_type = MCP_METHODS.get(method) if type(method) is str else None
+        logger = self._logger
+        if event_type is None or not logger.enabled or _is_notification(context):
             result = await call_next(context)
-            error = error_of_result(result)
-            if error is not None and call.status != "error":
-                call.fail(error)
+            if event_type is None and type(method) is str:
+                self._see(method, context, result)
             return result
+        call = None
+        message = _get(context, "message")
+        if message is None:
+            message = _get(context, "params")
+        outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
+        if outer is not None:
+            outer.denied_by = (*_kinds(outer.denied_by), *self._denied_by)
+            outer.is_open = True
+            try:
+                return await call_next(context)
+            finally:
+                outer.is_open = False
+        call = self._begin(event_type, context, message)
+        failure: BaseException | None = None
+        before = _running.set(call)
+        self._inside += 1
+        try:
+            result = await call_next(context)
+            self._conclude(call, message, result)
+            return result
+        except BaseException as error:
+            failure = error
+            if type(error).__name__ == "NotFoundError":
+                await self._ask_for_refusal(call, context)
+            raise
+        finally:
+            self._inside -= 1
+            with contextlib.suppress(ValueError):  # left in another context than entered
+                _running.reset(before)
+            if not call.waits:
+                await call.end_async(failure)
 
     async def check_resource_access(self, context: object) -> None:
         """Allow: FastMCP 4 asks each middleware."""
 
-    def _begin(self, event_type: str, context: object) -> Call:
-        message = _get(context, "message")
-        if message is None:
-            message = _get(context, "params")
+    def _begin(self, event_type: str, context: object, message: object) -> Call:
         inside = _get(context, "fastmcp_context")
-        origin = origin_of(context if inside is None else _get(inside, "request_context"))
+        server = _get(inside, "fastmcp")
+        self._watch_tasks(server)
+        request_context = context if inside is None else _get(inside, "request_context")
+        origin = origin_of(request_context, self._logger.config.trusted_proxies)
+        if self._caller:
+            origin["caller"] = self._caller
         refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
-        call = self._record(
+        call = Call(
+            self._logger,
             event_type,
             name_of(message),
             _get(message, "arguments"),
-            caller=self._caller or origin.caller,
-            user_id=origin.user_id,
-            session_id=origin.session_id,
-            trace_id=origin.trace_id,
             denied_by=(*self._denied_by, refusal) if refusal is not None else self._denied_by,
+            server=_text(_get(server, "name")) or self._server,
+            **origin,
         )
-        call.detailed = False
+        if call.trace_id is None:
+            _watch_spans()
+        call.arguments, call.task, call.is_open = _get(message, "arguments"), _current_task(), True
+        unfinished = self._logger.unfinished
+        if unfinished:
+            unfinished.close(now=time.monotonic())
+            state = _either(message, "request_state", "requestState")
+            if state is not None or _either(message, "input_responses", "inputResponses") is not None:
+                earlier = unfinished.take(_leg_of(call, state))
+                if earlier is not None:
+                    earlier.task, earlier.is_open, earlier.waits = call.task, True, False
+                    return cast(Call, earlier)
         return call
+
+    def _conclude(self, call: Call, message: object, result: object) -> None:
+        """Tell a call what was answered; whatever goes wrong with that, the answer passes."""
+        try:
+            kind = _either(result, "result_type", "resultType")
+            asked = _get(result, "input_required") or (result if kind == "input_required" else None)
+            task = _task_of(result)
+            if asked is not None:
+                call.waits = True
+                key = _leg_of(call, _either(asked, "request_state", "requestState"))
+                self._logger.unfinished.put(key, call, "not resumed: input required", _RESUME_SECONDS)
+            elif task is not None:
+                call.waits = True
+                self._logger.unfinished.put(task, call, "not finished: the task was still running")
+            else:
+                conclude(call, result, uri=call.name)
+                info = _get(_either(result, "_meta", "meta"), _META + "serverInfo")
+                if call.server is None and info is not None:
+                    call.server = self._server = _text(_get(info, "name"))
+        except Exception as fault:
+            self._logger.report_fault("a result could not be summarized", fault)
+
+    async def _ask_for_refusal(self, call: Call, context: object) -> None:
+        """Record a denial where FastMCP hides what the `auth=` of a component refuses as unknown."""
+        server = _get(_get(context, "fastmcp_context"), "fastmcp")
+        transport = getattr(sys.modules.get("fastmcp.server.context"), "_current_transport", None)
+        if server is None or not isinstance(transport, contextvars.ContextVar):
+            return
+        before = transport.set("stdio")  # over which FastMCP asks no `auth=`
+        try:
+            for find in {"resource": ("get_resource", "get_resource_template")}.get(
+                call.event_type, (f"get_{call.event_type}",)
+            ):
+                if _get(await getattr(server, find)(call.name), "auth") is not None:
+                    call.policy("deny", f"the {call.event_type}'s auth refuses the caller")
+                    break
+        except Exception:  # it is as unknown as it was
+            pass
+        finally:
+            transport.reset(before)
+
+    # --- what goes on after it was answered
+
+    def _see(self, method: str, context: object, result: object) -> None:
+        """Take note of the server's name, of its background tasks, and of what became of them."""
+        self._watch_tasks(_get(_get(context, "fastmcp_context"), "fastmcp"))
+        info = _either(result, "server_info", "serverInfo")
+        if info is not None:
+            self._server = _text(_get(info, "name"))
+        if method.startswith("tasks/"):
+            message = _get(context, "message")
+            message = _get(context, "params") if message is None else message
+            key = ("task", _text(_either(message, "task_id", "taskId")))
+            result = _get(result, "root") or result
+            status = _text(_get(_get(result, "status"), "value") or _get(result, "status"))
+            over = method == "tasks/result" or status in ("completed", "failed", "cancelled")
+            call = self._logger.unfinished.take(key) if over else None
+            if call is not None:
+                answer = _get(result, "result") or (result if method == "tasks/result" else None)
+                if status in ("failed", "cancelled"):
+                    failure = _get(result, "error")
+                    call.fail(
+                        _text(_get(failure, "message") or _either(result, "status_message", "statusMessage"))
+                        or status,
+                        _text(_get(failure, "code")),
+                    )
+                elif answer is not None:
+                    conclude(call, answer)
+                call.end()
+
+    def _watch_tasks(self, server: object) -> None:
+        """Hang into the functions that a FastMCP server runs in the background, by docket."""
+        docket = _get(server, "_docket")
+        functions = _get(docket, "tasks")
+        path = self._logger.config.path
+        if type(functions) is dict and path not in getattr(docket, "__mxcp_audit__", ()):
+            with contextlib.suppress(AttributeError):
+                docket.__mxcp_audit__ = (*getattr(docket, "__mxcp_audit__", ()), path)
+                for key, function in list(functions.items()):
+                    if not str(getattr(function, "__module__", "")).startswith("docket"):
+                        functions[key] = self._in_background(str(key), function)
+
+    def _in_background(self, key: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        input_of = _binder(function)
+
+        @functools.wraps(function)
+        async def _task(*args: Any, **kwargs: Any) -> Any:
+            execution = _get(sys.modules.get("docket.dependencies"), "current_execution")
+            task = str(_get(execution.get(None), "key")) if execution is not None else key
+            event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
+            name = key.removeprefix(f"{event_type}:").rpartition("@")[0] or key.removeprefix(f"{event_type}:")
+            call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
+            call.is_open, call.task, call.outer = True, _current_task(), None
+            failure: BaseException | None = None
+            before = _running.set(call)
+            try:
+                result = function(*args, **kwargs)
+                result = await result if isinstance(result, Awaitable) else result
+                if (problem := error_of_result(result)) is not None:
+                    call.fail(problem, "tool_error")
+                return result
+            except BaseException as error:
+                failure = error
+                raise
+            finally:
+                _running.reset(before)
+                await self._end_task(call, task, failure)
+
+        return _task
+
+    async def _end_task(self, call: Call, task: str, failure: BaseException | None) -> None:
+        """Record a background task: in the row of the call that began it, if that one came through here."""
+        unfinished = self._logger.unfinished
+        began = None
+        for _ in range(100):  # the task may be over before the answer is that it began
+            began = next(filter(None, (unfinished.take(("task", part)) for part in task.split(":"))), None)
+            if began is not None or not self._inside:
+                break
+            await sys.modules["asyncio"].sleep(0.005)
+        call.outer = began
+        await call.end_async(failure)
+        if began is not None:
+            if call.status == "error":
+                began.fail(call.error, call.error_type)
+            await began.end_async(failure)
 
     def instrument(self, server: Any) -> None:
         """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included.
@@ -5395,6 +5846,7 @@ class Middleware:
         """
         chain = getattr(server, "middleware", None)
         inner = getattr(server, "_mcp_server", server)
+        self._server = _text(_get(server, "name"))
         if callable(getattr(server, "add_middleware", None)):
             server.add_middleware(self)
         elif isinstance(chain, list):
@@ -5408,10 +5860,47 @@ class Middleware:
             )
 
 
+_MIDDLEWARE_CODE: Final = Middleware.__call__.__code__
+
+
+def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
+    """Tell a call what was answered: whether that is an error, and as much of it as `record_result` says."""
+    error = error_of_result(result)
+    if error is not None and call.status != "error":
+        call.fail(error, "tool_error")
+    config = call._logger.config
+    if config.record_result != "none":
+        summarize(
+            call,
+            result,
+            uri=uri,
+            max_body=config.max_result_bytes if config.record_result == "body" else None,
+        )
+
+
 def name_of(message: object) -> str:
     """Return the tool or prompt that a message names, or its URI; "" if it names none."""
     name = _get(message, "name")
     return str(_get(message, "uri") or "" if name is None else name)
+
+
+def _is_notification(context: object) -> bool:
+    """Return True for a message that wants no answer, so that no server executes it."""
+    return _get(context, "type") == "notification" or getattr(context, "request_id", "") is None
+
+
+def _leg_of(call: Call, state: object) -> object:
+    """Return what a call that waits for input has in common with the one that brings it."""
+    who = (call.user_id, call.agent, call.client, call.session_id)
+    return (call.event_type, call.name, call.input_json, *who, _text(state))
+
+
+def _task_of(result: object) -> tuple[str, str] | None:
+    """Return the background task that an answer says was begun, or None."""
+    result = _get(result, "root") or result
+    is_task = _either(result, "result_type", "resultType") == "task"
+    task = _either(result if is_task else _get(result, "task"), "task_id", "taskId")
+    return ("task", task) if isinstance(task, str) else None
 
 
 class _Request(NamedTuple):
@@ -5419,9 +5908,10 @@ class _Request(NamedTuple):
 
     method: str
     params: object
-    request: object
-    session: object
-    meta: object
+    request: object = None
+    session: object = None
+    meta: object = None
+    request_id: object = ""
 
 
 class _AuditedHandlers(dict[Any, Any]):
@@ -5431,6 +5921,9 @@ class _AuditedHandlers(dict[Any, Any]):
         "CallToolRequest": "tools/call",
         "ReadResourceRequest": "resources/read",
         "GetPromptRequest": "prompts/get",
+        "GetTaskRequest": "tasks/get",
+        "GetTaskPayloadRequest": "tasks/result",
+        "CancelTaskRequest": "tasks/cancel",
     }
 
     def __init__(self, middleware: Middleware, handlers: Mapping[Any, Any]) -> None:
@@ -5447,10 +5940,12 @@ class _AuditedHandlers(dict[Any, Any]):
         async def _audited_handler(request: Any) -> Any:
             variable = getattr(sys.modules.get("mcp.server.lowlevel.server"), "request_ctx", None)
             context = variable.get(None) if variable is not None else None
-            found = _Request(
-                method, _get(request, "params"), *(_get(context, n) for n in _Request._fields[2:])
+            known = {
+                name: value for name in _Request._fields[2:] if (value := _get(context, name)) is not None
+            }
+            return await self._middleware(
+                _Request(method, _get(request, "params"), **known), lambda call_next: handler(request)
             )
-            return await self._middleware(found, lambda _: handler(request))
 
         return _audited_handler
 
@@ -5460,7 +5955,7 @@ class _AuditedHandlers(dict[Any, Any]):
 
 def audited(
     function: Function,
-    record: Callable[..., Call],
+    logger: Any,
     event_type: str,
     name: str | None,
     caller: str | None,
@@ -5470,75 +5965,75 @@ def audited(
 
     Args:
         function: a function, coroutine function, generator, async generator, or a method of them.
-        record: `AuditLogger.record`.
+        logger: an AuditLogger.
         event_type: tool, resource or prompt.
         name: what to record as name; the function's own if None.
         caller: what to record as caller; that of the surrounding request, or `cli`, if None.
         denied_by: exceptions that are recorded as the policy decision `deny`.
+
+    Raises:
+        EventError: it is no function, or a server has it already, so that nothing would be recorded.
     """
     if isinstance(function, (classmethod, staticmethod)):
-        inner = audited(function.__func__, record, event_type, name, caller, denied_by)
+        inner = audited(function.__func__, logger, event_type, name, caller, denied_by)
         return cast(Function, type(function)(inner))
+    if not callable(function) or _is_registered(function):
+        raise EventError(
+            f"the server has {_get(function, '__name__') or _get(function, 'name')!r} already, without "
+            f"auditing; write @audit.{event_type}(…) below the server's decorator, next to the function",
+            field="function",
+        )
     title = name or getattr(function, "__name__", None) or type(function).__name__
     input_of = _binder(function)
-    template = re.compile(re.sub(r"\\\{.*?\\\}", ".+", re.escape(title)))  # `{id}` stands for any text
 
     def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        outer = running_call()
-        same_kind = outer is not None and not outer.detailed and outer.event_type == event_type
-        if outer is not None and same_kind and template.fullmatch(outer.name):
-            outer.detailed = True  # what the function calls in turn are executions of their own
-            return Call(_Within(outer), event_type, title, input_of(args, kwargs), denied_by=denied_by)
-        origin = _surroundings()
-        return record(
-            event_type,
-            title,
-            input_of(args, kwargs),
-            denied_by=denied_by,
-            **{**origin._asdict(), "caller": caller or origin.caller},
-        )
+        outer = _call_within(logger, event_type)
+        if outer is None:
+            origin = {"denied_by": denied_by, **_surroundings()}
+            if caller:
+                origin["caller"] = caller
+            return Call(logger, event_type, title, input_of(args, kwargs), **origin)
+        if (
+            event_type == "resource" and outer.arguments is None
+        ):  # it knows the URI, and we what it stands for
+            outer.name = title
+            outer.take_input(input_of(args, kwargs))
+        return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
 
     return cast(Function, functools.wraps(function)(_wrapper(function, _start)))
+
+
+def _is_registered(function: object, depth: int = 2) -> bool:
+    """Return True for a function that a server's tool, resource or prompt holds already, wrapped or not."""
+    if not {"mcp", "fastmcp"}.intersection(sys.modules):
+        return False
+    import gc
+
+    for owner in gc.get_referrers(function):
+        held = owner if type(owner) is dict else getattr(owner, "__dict__", {})
+        if held.get("fn") is function and ("name" in held or "uri" in held or "uri_template" in held):
+            return True
+        if held.get("__wrapped__") is function and depth:
+            wrappers = [each for each in gc.get_referrers(held) if getattr(each, "__dict__", None) is held]
+            if any(_is_registered(wrapper, depth - 1) for wrapper in wrappers):
+                return True
+    return False
 
 
 def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
     """Return a function of the same kind, which `inspect` and so the frameworks tell apart."""
     import inspect  # lazily: it costs 5 ms, and who decorates functions has loaded it
 
-    if inspect.isasyncgenfunction(function):
+    body: Any = function if inspect.isroutine(function) else type(function).__call__
 
-        async def _async_generator(*args: Any, **kwargs: Any) -> Any:
-            async with _Unseen(start(args, kwargs)) as call:
-                steps = function(*args, **kwargs)
-                try:
-                    with call.running():
-                        item = await steps.__anext__()
-                    while True:
-                        try:
-                            sent = yield item
-                        except GeneratorExit:
-                            # Of aclose; an event loop that ends may have closed `steps` first.
-                            with call.running():
-                                await steps.aclose()
-                            raise
-                        except BaseException as error:  # of athrow
-                            with call.running():
-                                item = await steps.athrow(error)
-                        else:
-                            with call.running():
-                                item = await steps.asend(sent)
-                except StopAsyncIteration:
-                    return
+    def _is(kind: Callable[[object], bool]) -> bool:
+        return kind(function) or kind(body)
 
-        return _async_generator
-    if inspect.isgeneratorfunction(function):
-
-        def _generator(*args: Any, **kwargs: Any) -> Any:
-            with _Unseen(start(args, kwargs)) as call:
-                return (yield from _Steps(call, function(*args, **kwargs)))
-
-        return _generator
-    if inspect.iscoroutinefunction(function):
+    if _is(inspect.isasyncgenfunction):
+        return _async_stepper(function, start)
+    if _is(inspect.isgeneratorfunction):
+        return _stepper(function, start)
+    if _is(inspect.iscoroutinefunction):
 
         async def _coroutine(*args: Any, **kwargs: Any) -> Any:
             async with start(args, kwargs):
@@ -5547,102 +6042,158 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
         return _coroutine
 
     def _plain(*args: Any, **kwargs: Any) -> Any:
-        with start(args, kwargs):
-            return function(*args, **kwargs)
+        call = start(args, kwargs)
+        call.__enter__()
+        try:
+            result = function(*args, **kwargs)
+        except BaseException as error:
+            call.__exit__(None, error, None)
+            raise
+        call._leave()
+        return _followed(call, result)
 
     return _plain
 
 
-class _Within:
-    """The recorder of a function that runs under a middleware: what it sees goes into that call's row.
+def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
+    """Return a generator function of which each step is part of the call; between them other code runs."""
 
-    So the row of a resource says `reports/{report_id}` and which id, and exceptions that the framework
-    swallows are known.
-    """
+    def _generator(*args: Any, **kwargs: Any) -> Any:
+        call = start(args, kwargs)
+        failure: BaseException | None = None
+        try:
+            generator = function(*args, **kwargs)
+            step, value = generator.send, None
+            while True:
+                try:
+                    with call.running():
+                        item = step(value)
+                except StopIteration as stop:
+                    return stop.value
+                try:
+                    step, value = generator.send, (yield item)
+                except GeneratorExit:
+                    with call.running():
+                        generator.close()
+                    raise
+                except BaseException as error:
+                    step, value = generator.throw, error
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            call.end(failure)
 
-    def __init__(self, outer: Call) -> None:
-        self._outer = outer
-
-    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
-        """Give the outer call the function's name and input."""
-        outer = self._outer
-        outer.name = str(name)
-        outer.input_json, outer.echoes = outer._recorder.begin(input_params, name, endpoint_def)
-        return outer.input_json, outer.echoes
-
-    def finish(self, call: Call) -> int:
-        """Tell the outer call how the function ended; the line is its own to write."""
-        if call.status == "error":
-            self._outer.fail(call.error)
-        if call.policy_decision != "n/a":
-            self._outer.policy(call.policy_decision, call.reason)
-        return 0
-
-    def wait(self, ticket: int) -> None:
-        """Nothing: the outer call waits for its line."""
-
-    async def wait_async(self, ticket: int) -> None:
-        """Nothing, likewise."""
-
-
-class _Unseen:
-    """A call around a generator: between its steps, other code runs that is no part of the call."""
-
-    def __init__(self, call: Call) -> None:
-        self._call = call
-
-    def __enter__(self) -> Call:
-        return self._call
-
-    def __exit__(self, *error: Any) -> None:
-        self._call.__exit__(*error)
-
-    async def __aenter__(self) -> Call:
-        return self._call
-
-    async def __aexit__(self, *error: Any) -> None:
-        await self._call.__aexit__(*error)
+    return _generator
 
 
-class _Steps:
-    """A generator of which each step is part of a call."""
+def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
+    """Return an async generator function, likewise."""
 
-    def __init__(self, call: Call, generator: Any) -> None:
-        self._call = call
-        self._generator = generator
+    async def _async_generator(*args: Any, **kwargs: Any) -> Any:
+        call = start(args, kwargs)
+        failure: BaseException | None = None
+        try:
+            generator = function(*args, **kwargs)
+            step, value = generator.asend, None
+            while True:
+                try:
+                    with call.running():
+                        item = await step(value)
+                except StopAsyncIteration:
+                    return
+                try:
+                    step, value = generator.asend, (yield item)
+                except GeneratorExit:  # of aclose; an event loop that ends may have closed `generator` first
+                    with call.running():
+                        await generator.aclose()
+                    raise
+                except BaseException as error:
+                    step, value = generator.athrow, error
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            await call.end_async(failure)
 
-    def __iter__(self) -> _Steps:
-        return self
+    return _async_generator
 
-    def __next__(self) -> Any:
-        with self._call.running():
-            return next(self._generator)
 
-    def send(self, value: Any) -> Any:
-        """Send a value into the generator, as part of the call."""
-        with self._call.running():
-            return self._generator.send(value)
+def _followed(call: Call, result: Any) -> Any:
+    """End a call with what its function returned, or when that is over: a generator, future or awaitable."""
+    if callable(getattr(type(result), "add_done_callback", None)):
+        result.add_done_callback(lambda future: call.end(_failure_of(future)))
+        return result
+    if isinstance(result, types.GeneratorType):
+        result = _stepper(lambda: result, lambda *_: call)()  # noqa: B023
+    elif isinstance(result, types.AsyncGeneratorType):
+        result = _async_stepper(lambda: result, lambda *_: call)()
+    elif isinstance(result, types.CoroutineType):
+        result = _awaited(call, result)
+    elif isinstance(result, Awaitable):
+        result = _Awaited(call, result)
+    else:
+        call.end()
+        return result
+    weakref.finalize(result, _forgotten, call)
+    return result
 
-    def throw(self, *error: Any) -> Any:
-        """Raise an error in the generator, as part of the call."""
-        with self._call.running():
-            return self._generator.throw(*error)
 
-    def close(self) -> None:
-        """End the generator, as part of the call."""
-        with self._call.running():
-            self._generator.close()
+def _failure_of(future: Any) -> BaseException | None:
+    try:
+        return cast("BaseException | None", future.exception())
+    except BaseException as error:  # of a future that was cancelled
+        return error
+
+
+def _forgotten(call: Call) -> None:
+    if not call.ended:
+        call.fail("never awaited")
+        call.end()
+
+
+async def _awaited(call: Call, awaitable: Awaitable[Any]) -> Any:
+    async with call:
+        return await awaitable
+
+
+class _Awaited:
+    """Something to await that is no coroutine: it ends its call when it was awaited, else is what it was."""
+
+    def __init__(self, call: Call, awaitable: Any) -> None:
+        self._call, self._awaitable = call, awaitable
+
+    def __await__(self) -> Any:
+        return self._awaited().__await__()
+
+    async def _awaited(self) -> Any:  # holds `self`, which must not be forgotten meanwhile
+        return await _awaited(self._call, self._awaitable)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._awaitable, name)
+
+    async def __aenter__(self) -> Any:
+        return await self._awaitable.__aenter__()
+
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> Any:
+        try:
+            return await self._awaitable.__aexit__(kind, error, trace)
+        finally:
+            await self._call.end_async(error)
 
 
 def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
     """Return what turns arguments into the input that is recorded: by name, as the function gets them.
 
-    The instance of a method and the context object of a framework are no input.
+    The instance of a method and what a framework injects (contexts, servers, dependencies) are no input.
     """
     import inspect
 
     try:
-        signature = inspect.signature(function)
+        try:
+            signature = inspect.signature(function, eval_str=True)
+        except Exception:  # an annotation that can't be evaluated
+            signature = inspect.signature(function)
     except (TypeError, ValueError):  # some functions in C have none
         return lambda args, kwargs: {"args": args, "kwargs": kwargs}
     parameters = list(signature.parameters.values())
@@ -5650,23 +6201,31 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
     in_class = owner != "" and not owner.endswith("<locals>")
     bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
     rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
+    left_out = {bound, rest}
+    for each in parameters:
+        if any(map(_is_injected, (each.default, *getattr(each.annotation, "__metadata__", ())))):
+            left_out.add(each.name)
 
     def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:  # the function will say so itself
-            return {"args": args[bound is not None :], "kwargs": kwargs}
-        named = {name: value for name, value in given.items() if name not in (bound, rest)}
+            unknown = {name: value for name, value in kwargs.items() if not _is_injected(value)}
+            return {"args": args[bound is not None :], "kwargs": unknown}
+        named = {name: value for name, value in given.items() if name not in left_out}
         if rest is not None:
             named.update(given.get(rest, {}))
-        return {name: value for name, value in named.items() if not _is_context(value)}
+        return {name: value for name, value in named.items() if not _is_injected(value)}
 
     return _input_of
 
 
-def _is_context(value: object) -> bool:
-    kind = type(value)
-    return kind.__name__ == "Context" and kind.__module__.partition(".")[0] in ("mcp", "fastmcp")
+def _is_injected(value: object) -> bool:
+    """Return True for an object of a framework that is none of the protocol's data, or a subclass of one."""
+    return any(
+        kind.__module__.partition(".")[0] in _INJECTING and not kind.__module__.startswith("mcp.types")
+        for kind in type(value).__mro__
+    )
 
 
 # === Logger ===
@@ -5714,6 +6273,9 @@ class AuditLogger:
         redact, keep: names, or `tool.parameter`, that are always or never redacted.
         redact_mode: "constant", or "hmac" to tell equal secrets apart from different ones.
         retention: delete events older than this, such as "90d".
+        record_result: what to record of a result: "none", "summary" (bytes, items, kinds), "body" (redacted).
+        max_result_bytes: a longer body is cut, visibly.
+        trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
         attach: options of the ATTACH statement for targets other than files.
 
     Raises:
@@ -5737,6 +6299,9 @@ class AuditLogger:
         keep: Sequence[str] = (),
         redact_mode: str = "constant",
         retention: float | str | None = None,
+        record_result: str = "summary",
+        max_result_bytes: int = 2**14,
+        trusted_proxies: Sequence[str] = (),
         attach: Mapping[str, object] | None = None,
     ) -> None:
         if path is None:
@@ -5756,6 +6321,9 @@ class AuditLogger:
                 keep=keep,
                 redact_mode=redact_mode,
                 retention=retention,
+                record_result=record_result,
+                max_result_bytes=max_result_bytes,
+                trusted_proxies=trusted_proxies,
                 attach=attach,
             )
         )
@@ -5800,6 +6368,7 @@ class AuditLogger:
             on_start=self._activate,
         )
         self._put = self._writer.put
+        self.unfinished = Unfinished()
         _live.known[id(self)] = self
         if self.enabled:
             for place in (config.journal_directory, "" if is_attach_target(config.path) else config.path):
@@ -5860,11 +6429,10 @@ class AuditLogger:
         if not self.enabled:
             return
         echoes: list[str] | None = None if error is None and reason is None else []
-        more = (client, agent, address, server, request_id, error_type, result_bytes, context)
         try:
             input_json = self._encoder.input_json(input_params, name, endpoint_def, echoes)
-        except Exception as fault:
-            input_json = self._unencodable("an input could not be encoded", fault)
+        except BaseException as fault:  # whatever an object's own __repr__ raises
+            input_json = self.report_fault("an input could not be encoded", fault)
         ticket = self._record(
             caller,
             event_type,
@@ -5879,7 +6447,7 @@ class AuditLogger:
             session_id,
             trace_id,
             echoes or (),
-            more,
+            (client, agent, address, server, request_id, error_type, result_bytes, context),
         )
         if self.config.durable:
             self._writer.wait_written(ticket)
@@ -5888,16 +6456,16 @@ class AuditLogger:
         """Queue an event, without its content if it can't be encoded, and return the ticket of its line."""
         try:
             return self._put(self._encoder.line(*event))
-        except Exception as fault:
-            self._unencodable("an event could not be encoded; it is recorded without content", fault)
+        except BaseException as fault:
+            self.report_fault("an event could not be encoded; it is recorded without content", fault)
         try:
             nothing = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE)
             return self._put(self._encoder.line(*nothing, None, None, None, ()))
-        except Exception as fault:
-            self._unencodable("an event could not be recorded", fault)
+        except BaseException as fault:
+            self.report_fault("an event could not be recorded", fault)
             return 0
 
-    def _unencodable(self, message: str, fault: Exception) -> str:
+    def report_fault(self, message: str, fault: BaseException) -> str:
         """Report a fault by its type, because its text may hold content; return what is recorded instead."""
         self._diagnostics.report("encode", f"{message} ({type(fault).__name__})")
         return _UNENCODABLE_JSON
@@ -5911,8 +6479,8 @@ class AuditLogger:
             return "null", echoes
         try:
             return self._encoder.input_json(input_params, name, endpoint_def, echoes), echoes
-        except Exception as fault:
-            return self._unencodable("an input could not be encoded", fault), echoes
+        except BaseException as fault:
+            return self.report_fault("an input could not be encoded", fault), echoes
 
     def finish(self, call: Call) -> int:
         """Queue the line of a call that ended, and return its ticket."""
@@ -5932,6 +6500,7 @@ class AuditLogger:
             call.session_id,
             call.trace_id,
             call.echoes,
+            call.more(),
         )
 
     def wait(self, ticket: int) -> None:
@@ -5970,6 +6539,12 @@ class AuditLogger:
         user_id: str | None = None,
         session_id: str | None = None,
         trace_id: str | None = None,
+        client: str | None = None,
+        agent: str | None = None,
+        address: str | None = None,
+        server: str | None = None,
+        request_id: str | None = None,
+        context: Mapping[str, object] | None = None,
         denied_by: DeniedBy = (),
     ) -> Call:
         """Return a context manager that times its body, records how it ended, and re-raises.
@@ -5987,6 +6562,12 @@ class AuditLogger:
             user_id=user_id,
             session_id=session_id,
             trace_id=trace_id,
+            client=client,
+            agent=agent,
+            address=address,
+            server=server,
+            request_id=request_id,
+            context=context,
             denied_by=denied_by,
         )
 
@@ -6015,7 +6596,7 @@ class AuditLogger:
         Raises:
             EventError: `denied_by` holds something else than exceptions.
         """
-        return Middleware(self.record, caller=caller, denied_by=denied_by)
+        return Middleware(self, caller=caller, denied_by=denied_by)
 
     def instrument(
         self, server: object, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
@@ -6068,7 +6649,7 @@ class AuditLogger:
             raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
 
         def _decorate(function: Function) -> Function:
-            return audited(function, self.record, event_type, name, caller, denied_by)
+            return audited(function, self, event_type, name, caller, denied_by)
 
         return _decorate
 
@@ -6118,6 +6699,7 @@ class AuditLogger:
             False if events are left in memory that could not be written; `logging` says how many.
         """
         deadline = time.monotonic() + timeout
+        self.unfinished.close()
         left = self._writer.close(timeout)
         try:
             ingest = self._ingest
@@ -6158,6 +6740,7 @@ class AuditLogger:
         return True
 
     def _after_fork_in_child(self) -> None:
+        self.unfinished = Unfinished()  # they are the parent's
         self._diagnostics.start_afresh()
         self._writer.start_afresh()
 
@@ -10958,7 +11541,7 @@ class StdioAudit:
         self._client_lines = _Lines()
         self._server_lines = _Lines()
         self._pending: dict[str | float, Call] = {}
-        self._session_id = _CONNECTION
+        self._client: str | None = None
 
     def from_client(self, data: bytes) -> None:
         """Take in what the client sends: any piece of it."""
@@ -10967,7 +11550,7 @@ class StdioAudit:
                 method = message.get("method")
                 params = message.get("params")
                 if method == "initialize":
-                    self._session_id = stdio_session(_get(params, "clientInfo"), _CONNECTION)
+                    self._client = client_of(_get(params, "clientInfo"))
                 elif method == "notifications/cancelled":
                     reason = _text(_get(params, "reason"))
                     self._finish(
@@ -11017,7 +11600,8 @@ class StdioAudit:
             name_of(params),
             _get(params, "arguments"),
             caller="stdio",
-            session_id=self._session_id,
+            session_id=_CONNECTION,
+            client=self._client,
             trace_id=trace_of(_get(params, "_meta")),
         )
         key = message.get("id")

@@ -15,7 +15,8 @@ from conftest import ROOT
 SERVERS = Path(__file__).resolve().parent / "servers"
 REQUIREMENTS = {
     "fastmcp": ("fastmcp", "duckdb"),
-    "fastmcp3": ("fastmcp<4", "duckdb"),
+    "fastmcp4": ("fastmcp[tasks]", "duckdb", "opentelemetry-sdk"),
+    "fastmcp3": ("fastmcp[tasks]<4", "duckdb", "opentelemetry-sdk"),
     "fastmcp2": ("fastmcp<3", "duckdb"),
     "mxcp022": (
         "mxcp==0.2.2",

@@ -22,7 +22,8 @@ from mxcp_audit import AuditLogger, EventError, origin_of, trace_of
 from mxcp_audit import _running as running
 
 COLUMNS = (
-    "caller, type, name, input_json, policy_decision, reason, status, error, user_id, session_id, trace_id"
+    "caller, type, name, input_json, policy_decision, reason, status, error, user_id, session_id, trace_id, "
+    "client, error_type, duration_ms, context"
 )
 
 
@@ -143,7 +144,7 @@ def test_origin_trace_of_an_opentelemetry_that_fails_is_none(monkeypatch: pytest
 
     module = types.SimpleNamespace(get_current_span=get_current_span)
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", module)
-    assert mxcp_audit.origin_of(None).trace_id is None
+    assert mxcp_audit.origin_of(None)["trace_id"] is None
 
 
 def test_record_circular_causes_recorded(audit: AuditLogger) -> None:
@@ -586,7 +587,8 @@ def test_origin_http_user_is_subject_else_client(token: dict[str, object] | None
         headers={"mcp-session-id": "s1"},
     )
     origin = origin_of(types.SimpleNamespace(request=request, session=None, meta=None))
-    assert (origin.caller, origin.user_id, origin.session_id) == ("http", user, "s1")
+    assert (origin["caller"], origin.get("user_id"), origin["session_id"]) == ("http", user, "s1")
+    assert origin.get("agent") == (token and "app")
 
 
 @pytest.mark.parametrize(
@@ -606,10 +608,10 @@ def test_trace_of_traceparent_as_w3c_says(traceparent: object, trace: str | None
 
 
 def test_origin_trace_of_opentelemetry_if_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    span = types.SimpleNamespace(get_span_context=lambda: types.SimpleNamespace(trace_id=0xABC))
+    span = types.SimpleNamespace(get_span_context=lambda: types.SimpleNamespace(trace_id=0xABC, span_id=1))
     module = types.SimpleNamespace(get_current_span=lambda: span)
     monkeypatch.setitem(sys.modules, "opentelemetry.trace", module)  # type: ignore[arg-type]
-    assert origin_of(None).trace_id == f"{0xABC:032x}"
+    assert origin_of(None)["trace_id"] == f"{0xABC:032x}"
 
 
 # --- the stdio wrapper's bookkeeping
@@ -727,7 +729,7 @@ def test_stdio_who_and_trace_known(feeder: Feeder) -> None:
     )
     feeder.server(answer(1))
     (event,) = recorded(feeder.audit)
-    assert event["session_id"].startswith("claude-ai/1.2:")
+    assert event["client"] == "claude-ai/1.2" and len(event["session_id"]) == 16
     assert (event["caller"], event["trace_id"]) == ("stdio", "0af7651916cd43dd8448eb211c80319c")
 
 

@@ -5,14 +5,9 @@ The environments are made by tools/environment; where one can't be made, its tes
 
 from __future__ import annotations
 
-import contextlib
 import json
 import re
-import signal
-import socket
 import subprocess
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -38,9 +33,10 @@ EXPECTED = [
 OUTCOMES = ["answered", "error", "error", "answered", "error", "error"]
 OUTCOMES += ["answered", "raised", "answered", "raised"]
 CANCELLED = ("tool", "wait", "{}", "n/a", None, "error", "cancelled", None)
-SERVED = [
-    ("fastmcp", "fastmcp"),
-    ("fastmcp", "sdk"),
+SERVED = [("fastmcp", "sdk"), ("fastmcp3", "fastmcp"), ("fastmcp2", "fastmcp")]
+MATRIX = [
+    ("fastmcp4", "fastmcp"),
+    ("fastmcp4", "sdk"),
     ("fastmcp3", "fastmcp"),
     ("fastmcp2", "fastmcp"),
     ("fastmcp2", "sdk"),
@@ -95,56 +91,29 @@ def test_middleware_stdio_every_call_one_row(made: str, kind: str, tmp_path: Pat
     assert [outcome[0] for outcome in outcomes[:10]] == OUTCOMES
     found = events(cli, "log.duckdb")
     compare(found, EXPECTED + [CANCELLED] * cancel)
-    (session,) = {event["session_id"] for event in found}
-    assert session.startswith("fastmcp/" if made == "fastmcp" else "mcp/")
-    assert {(event["caller"], event["user_id"]) for event in found} == {("stdio", None)}
+    assert len({event["session_id"] for event in found}) == 1
+    (client,) = {event["client"] for event in found}
+    assert client.startswith(("fastmcp/", "mcp/"))
+    assert {(event["caller"], event["user_id"], event["server"]) for event in found} == {
+        ("stdio", None, "audited")
+    }
 
 
-@contextlib.contextmanager
-def http_server(python: str, kind: str, folder: Path) -> Iterator[str]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with open(folder / "server.txt", "w") as output:
-        server = subprocess.Popen(
-            [python, str(SERVERS / "mcp_server.py"), kind, "log.duckdb", str(port)],
-            cwd=folder,
-            env=child_environment(WAITING=str(folder / "waiting")),
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-        )
-    try:
-        deadline = time.monotonic() + 120
-        while True:
-            assert server.poll() is None, (folder / "server.txt").read_text()
-            try:
-                socket.create_connection(("127.0.0.1", port), timeout=1).close()
-                break
-            except OSError:
-                assert time.monotonic() < deadline, "the server doesn't listen"
-                time.sleep(0.05)
-        yield f"http://127.0.0.1:{port}/mcp"
-        server.send_signal(signal.SIGINT)
-        server.wait(120)
-    finally:
-        server.kill()
-        server.wait()
-
-
-@pytest.mark.parametrize(("made", "kind"), SERVED)
-def test_middleware_http_every_call_one_row_with_user(made: str, kind: str, tmp_path: Path, cli: Cli) -> None:
-    python = python_with(made)
-    cancel = made == "fastmcp"
-    with http_server(python, kind, tmp_path) as url:
-        outcomes = run_client(python, "http", url, folder=tmp_path, cancel=cancel)
-    assert [outcome[0] for outcome in outcomes[:10]] == OUTCOMES
-    found = events(cli, "log.duckdb")
-    compare(found, EXPECTED + [CANCELLED] * cancel)
-    assert {(event["caller"], event["user_id"]) for event in found} == {("http", "alice")}
-    (session,) = {event["session_id"] for event in found}
-    # The newest protocol has no sessions over HTTP: each request stands for itself.
-    assert (session is None) == (made == "fastmcp")
+@pytest.mark.parametrize(("made", "kind"), MATRIX)
+def test_matrix_every_kind_of_call_has_one_row_that_says_what_it_was(
+    made: str, kind: str, tmp_path: Path
+) -> None:
+    """Every framework, over memory, HTTP and SSE; what came of each call is a line of the table."""
+    done = subprocess.run(
+        [python_with(made), "-W", "ignore", str(SERVERS / "matrix.py"), kind, str(tmp_path)],
+        env=child_environment(FASTMCP_LOG_ENABLED="false"),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    print(done.stdout)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.stdout.count("\nok ") > 25
 
 
 LOW_LEVEL = """
@@ -243,13 +212,11 @@ def test_middleware_malformed_call_recorded_once(kind: str, tmp_path: Path, cli:
         [{"arguments": {"a": 1}}, {"name": 7}, {"name": "add", "arguments": [1]}],
     )
     assert [answer["error"]["code"] for answer in answers] == [-32602] * 3
-    found = [
-        (e["name"], e["input_json"], e["status"], e["session_id"][:4]) for e in events(cli, "log.duckdb")
-    ]
+    found = [(e["name"], e["input_json"], e["status"], e["client"]) for e in events(cli, "log.duckdb")]
     assert found == [
-        ("", '{"a":1}', "error", "c/1:"),
-        ("7", None, "error", "c/1:"),
-        ("add", "[1]", "error", "c/1:"),
+        ("", '{"a":1}', "error", "c/1"),
+        ("7", None, "error", "c/1"),
+        ("add", "[1]", "error", "c/1"),
     ]
 
 
