@@ -3116,6 +3116,9 @@ def _clip_text(text: str, max_bytes: int) -> str:
 # Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
 
 _FRAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
+_FRAME_CHARS: Final = 512  # arbitrary: of what such a frame is kept for
+_NAME_BYTES: Final = 1024  # of a name or an id
+_TEXT_BYTES: Final = 2**16  # of an error or a reason
 REPLACEMENT: Final = "\ufffd"
 _NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _NO_MORE: Final = (None,) * len(NEW_COLUMNS)
@@ -3216,8 +3219,8 @@ class Encoder:
         text = (
             f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json}'
             f',"duration_ms":{duration_ms}{middle}'
-            f"{'null' if reason is None else self._text_json(reason, echoes)}{tail}"
-            f"{'null' if error is None else self._text_json(error, echoes)}{ids}{rest}"
+            f"{'null' if reason is None else self._text_json(reason, echoes, _TEXT_BYTES)}{tail}"
+            f"{'null' if error is None else self._text_json(error, echoes, _TEXT_BYTES)}{ids}{rest}"
         )
         try:
             return text.encode()
@@ -3239,7 +3242,7 @@ class Encoder:
             f',"status":{status_json},"error":',
         )
         key = (caller, event_type, name, policy_decision, status)
-        if not flag and all(type(part) is str for part in key):
+        if not flag and all(type(part) is str for part in key) and sum(map(len, key)) <= _FRAME_CHARS:  # type: ignore[arg-type]
             if len(self._frames) >= _FRAME_CACHE_SIZE:
                 self._frames.clear()
             self._frames[key] = frame
@@ -3267,16 +3270,24 @@ class Encoder:
             parts.append(f',"{column.name}":{text}')
         return "".join(parts), flag
 
-    def _text_json(self, value: object, echoes: Sequence[str] = ()) -> str:
-        return encode_text(self._clean(value, echoes))
+    def _text_json(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
+        return encode_text(self._clean(value, echoes, limit))
 
     def _id_json(self, value: object) -> str:
-        if type(value) is str and "\0" not in value:
+        if type(value) is str and len(value) < _NAME_BYTES // 4 and "\0" not in value:
             return encode_text(value)
-        return "null" if value is None else encode_text(self._plain_text(value).replace("\0", REPLACEMENT))
+        if value is None:
+            return "null"
+        whole = self._plain_text(value)
+        return encode_text(_cut(whole[: 2 * _NAME_BYTES].replace("\0", REPLACEMENT), _NAME_BYTES, whole))
 
-    def _clean(self, value: object, echoes: Sequence[str] = ()) -> str:
-        return self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT)
+    def _clean(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
+        """Return a text without secrets, cut to a limit. What is far beyond the limit is not looked at."""
+        whole = self._plain_text(value)
+        text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
+        if len(whole) > 2 * limit:  # a secret that was cut in half there would be known no more
+            text = text[:-limit]
+        return _cut(text, limit, whole)
 
     def _plain_text(self, value: object) -> str:
         if type(value) is str:
@@ -3301,6 +3312,17 @@ class Encoder:
         return texts[0], texts[1], texts[2], "; ".join(flags)
 
 
+def _cut(text: str, limit: int, whole: str) -> str:
+    """Return the beginning of a text of at most `limit` bytes; the size of the whole stands at the cut."""
+    if len(text) * 4 <= limit and len(whole) <= 2 * limit:
+        return text
+    data = text.encode("utf-8", "surrogatepass")
+    if len(data) <= limit and len(whole) <= 2 * limit:
+        return text
+    mark = f"…[CUT: {len(whole.encode('utf-8', 'surrogatepass'))} bytes]"
+    return data[: limit - len(mark.encode())].decode("utf-8", "ignore") + mark
+
+
 def finish_line(line: bytes, seq: int) -> bytes:
     """Return the whole line: `seq` added, closed, ended by a line feed."""
     return b'%b,"seq":%d}\n' % (line, seq)
@@ -3309,8 +3331,8 @@ def finish_line(line: bytes, seq: int) -> bytes:
 def _clamped(duration_ms: object, flag: str) -> tuple[int | str, str]:
     """Return `duration_ms` as an INTEGER of 0 … 2³¹−1, or "null" with a flag if it is no number."""
     try:
-        value = float(duration_ms)  # type: ignore[arg-type]
-        return round(min(max(value, 0.0), MAX_DURATION_MS)) if value == value else 1 // 0, flag
+        # In this order NaN is 0, too.
+        return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS)), flag  # type: ignore[arg-type]
     except OverflowError:  # an integer that is no float
         return 0 if duration_ms < 0 else MAX_DURATION_MS, flag  # type: ignore[operator]
     except Exception:  # whatever an object's own __float__ raises
