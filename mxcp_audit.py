@@ -4520,7 +4520,7 @@ class Ingester:
             "file": os.path.abspath(__file__),
             "wait": _CHILD_WAIT_SECONDS,
         }
-        text = json.dumps(work).encode()
+        text = json.dumps(work, default=str).encode()
         reading, writing = os.pipe()
         self._pipe, self._said, self._started = Descriptor(reading), b"", time.monotonic()
         try:
@@ -6256,8 +6256,7 @@ class AuditLogger:
     """Records events: each becomes a line in the journal within milliseconds, and a row in DuckDB soon after.
 
     `log_event` never raises and, unless `durable` is set or the queue is full, never waits. It may be
-    called from any thread, signal handler or exit handler. The class is the public face and joins what
-    other classes do: its length is that of its signatures and their descriptions.
+    called from any thread, signal handler or exit handler.
 
     Args:
         path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
