@@ -1270,12 +1270,11 @@ _Span: TypeAlias = tuple[int, int]  # start and end in a text
 
 
 def _words_in(text: str) -> frozenset[str]:
-    """Return the words of a list that is written as a text, which is easier to read and to extend."""
+    """Return the words of a list that is written as a text."""
     return frozenset(text.split())
 
 
-# The names that the specification lists are redacted as they stand there, whatever the
-# words say, in any spelling: case and separators don't count.
+# The names that the specification lists are redacted in any spelling, whatever the words say.
 SPEC_NAMES: Final = _words_in("""
     password passwd pwd secret token key apikey auth authorization credential ssn creditcard
     cardnumber
@@ -1283,22 +1282,24 @@ SPEC_NAMES: Final = _words_in("""
 # A secret wherever it stands: nothing else is called by these words. The last line is
 # "password" in the languages whose word for it is unmistakable.
 STRONG_WORDS: Final = _words_in("""
-    password passwd pwd passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp
-    pat creditcard codeverifier securityanswer clientassertion psk dockerconfigjson dockercfg
-    kubeconfig jsessionid phpsessid sessid passwort kennwort contrasena contraseña senha
+    password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp
+    pat creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig
+    jsessionid phpsessid sessid privkey passwort kennwort contrasena contraseña senha
 """)
-# Two words that are one secret: the specification's card number, what card and identity
-# forms ask for, and words that a spelling tore apart (`passWord`, `OAuth`).
+# Two words that are one secret: what card and identity forms ask for, and words that a
+# spelling tore apart (`passWord`, `OAuth`).
 PHRASES: Final = {
     phrase: word
     for word, phrases in {
         "creditcard": "credit card, debit card, payment card, card number, card num, card no"
-        ", cc number, cc num, cc no",
+        ", cc number, cc num, cc no, primary account",
         "cvv": "card verification",
         "ssn": "social security",
-        "codeverifier": "code verifier",
-        "securityanswer": "security answer, secret answer",
-        "clientassertion": "client assertion",
+        "codeverifier": "code verifier, oauth verifier",
+        "securityanswer": "security answer, secret answer, recovery answer, challenge answer",
+        "assertion": "saml response",
+        "sessid": "connect sid",
+        "credential": "service json, account json",
         "password": "pass word",
         "passphrase": "pass phrase",
         "passcode": "pass code",
@@ -1320,13 +1321,10 @@ WEAK_WORDS: Final = {
 """),
     # What finds a record, names a button, or is public by design.
     "key": _words_in("""
-    public pub publishable anon primary foreign unique sort partition cache object idempotency dedup
-    deduplication index group grouping hash range composite compound natural surrogate lookup map
-    mapping issue project proj space epic ticket file config event metric variation translation i18n
-    shortcut hot press up down arrow ctrl shift alt option function tab escape enter row column
-    table tag label name json dict attribute property field site parent child import export input
-    output search filter query bucket order routing message ordering shard record entity resource
-    collapse feature flag node
+    public pub publishable anon foreign unique sort partition cache object idempotency ttl kv event
+    group hash range composite map project file config variation hot ctrl alt input output parent
+    label field record body error subject primary issue tag bucket table column row index kms
+    managed
 """),
     "auth": frozenset(),
     "authorization": frozenset(),
@@ -1342,15 +1340,16 @@ WEAK_WORDS: Final = {
 """),
     "code": frozenset(),
     "signature": frozenset(),
-    "answer": frozenset(),
 }
-# With one of these somewhere before it, `key` opens something.
+# With one of these somewhere before it, `key` opens something: what it does, what it opens,
+# for whom, and the twins that an account has.
 KEY_OPENERS: Final = _words_in("""
-    access private auth authentication authorization encryption encrypt decryption decrypt signing
-    sign hmac mac aes des rsa cipher crypto master root session shared account storage subscription
-    license licence activation service role app application client server wrapping wrap unseal
-    recovery ssh pgp gpg pem tls ssl sas bot webhook admin developer dev merchant payment jwt
-    signature kek dek
+    access private priv auth authentication authorization encryption encrypt decryption decrypt
+    signing sign hmac mac aes des rsa cipher crypto master root session shared account storage
+    subscription license licence activation product service app application client server wrapping
+    wrap unseal recovery ssh pgp gpg pem tls ssl sas bot webhook admin developer dev merchant payment
+    jwt signature kek dek pass secondary tertiary stream customer function functions workspace
+    registration enrollment ingestion integration extension phase ike wep wpa radius tacacs tsig
 """)
 # `tokens` are text, unless one of these says which.
 TOKEN_OPENERS: Final = _words_in("""
@@ -1359,11 +1358,11 @@ TOKEN_OPENERS: Final = _words_in("""
 """)
 # `…auth` holds credentials after a scheme or a thing one logs in to; else it is a setting.
 AUTH_SCHEMES: Final = _words_in("""
-    http https basic digest bearer docker registry proxy api x npm redis git repo token
+    http https basic digest bearer docker registry proxy api x npm redis git repo
 """)
 # `Authorization` is a header, alone or beside these; else it is a decision or a record.
 AUTHORIZATION_CONTEXT: Final = _words_in("""
-    proxy http x ms amz basic bearer forwarded original header request
+    proxy http x ms amz basic bearer forwarded original header request custom
 """)
 # A code that proves who one is; others are countries, prices, programs and statuses.
 CODE_OPENERS: Final = _words_in("""
@@ -1371,69 +1370,46 @@ CODE_OPENERS: Final = _words_in("""
     sms access device reset login time cvv cvc card
 """)
 # After a secret word these still mean the secret itself: forms, copies and parts of it.
+# Any other word there says that the name is about the secret: its policy, place, kind, age.
 STILL_SECRET: Final = _words_in("""
     value string str text plain plaintext cleartext base b bin binary raw hex encoded encrypted
-    hashed hash digest data byte content body material override new old current previous confirm
+    hashed hash digest data byte content body material blob override new old current previous confirm
     confirmation repeat again verification verify primary secondary main backup default dev prod
-    production test testing staging live sandbox local json pem block part number num no hint
-    auxiliary env x last
+    production test testing staging live sandbox local json pem number num no hint auxiliary env
+    x v wo last block part enc
 """)
-# After a secret word these say that the name is about the secret: which one, of what
-# kind, where, when, how many, whether at all, and who deals with it.
-DESCRIPTORS: Final = _words_in("""
-    id identifier uuid guid arn ref reference name label title alias slug index idx handle
-    fingerprint thumbprint type kind class category format encoding algorithm algo alg method mode
-    scheme strategy standard version level brand logo url uri path file filename filepath dir
-    directory folder location endpoint host hostname server domain port realm region bucket store
-    storage vault provider source issuer backend engine manager header prefix suffix field column
-    table selector xpath placeholder parameter param in at on time date expires expiry expiration
-    expire exp ttl lifetime age duration timeout timestamp created updated modified rotated changed
-    issued period interval day hour minute second sec ms length len size count min max limit quota
-    total bit strength score complexity attempt retry usage rate ratio budget remaining enabled
-    disabled enable disable required require optional allowed valid invalid protected present
-    provided exists exist status state check failure failed error verified supported needed missing
-    used expired revoked policy rule requirement pattern regex validation validator rotation reset
-    recovery change detection scanning encryption management generation generator exchange handling
-    support character char history auth authentication reauthentication login flow grant question
-    template message subject notification event alert email mail description help scope role
-    permission owner user username client audience plugin helper command process processor handler
-    service resolver cache table list only setting option
-""")
-# Before a secret word these turn the name into a switch or a figure.
+# A `key` with one of these after it is a document.
+KEY_DOCUMENTS: Final = _words_in("pem material blob wo string plaintext cleartext")
+# Before a secret word these turn the name into a switch or a figure …
 FLAG_WORDS: Final = _words_in("""
     is are has have had use uses using used no not non without with allow allows allowed require
     requires required enable enables enabled disable disables disabled show hide prevent ignore
-    ignores skip need needs should must can force forgot detect scan support supports include
-    includes accept accepts want generate manage mask redact max min maximum minimum num count total
+    ignores skip need needs should must can cannot force forgot detect scan support supports include
+    includes accept accepts want generate regenerate manage mask redact max min maximum minimum num
+    count total always automount ask return
+""")
+# … and these, which have other uses before a weak word (`reset_token`, `set_cookie`), before a strong one.
+VERBS: Final = _words_in("""
+    change create delete edit export fetch get import issue list mount prompt rename renew reset
+    revoke rotate save set update
 """)
 # Glued before a secret word in real names (`dbpass`, `ccnum`); the words above join in.
 GLUE_WORDS: Final = _words_in("""
-    db user my mysql sql pg smtp imap ftp ldap admin root redis mail wifi api card credit debit cc
-    num csrf xsrf id refresh aws client web www github gitlab slack number no code
+    db user my mysql sql pg smtp imap ftp ldap redis mail wifi card credit debit cc csrf xsrf id aws
+    web www github gitlab slack code public next page max min sort
 """)
 # A word that ends in one of these ends in a secret, whatever is glued before it
-# (`pgpassword`, `csrfmiddlewaretoken`); too long to be the end of an English word.
-GLUED_SUFFIXES: Final = sorted(
-    _words_in("""
-    password passwd passphrase passcode secretkey accesskey privatekey secret credential apikey
-    token pwd
-""")
+# (`pgpassword`, `csrfmiddlewaretoken`, `bindpass`); English has few such words.
+GLUED_SUFFIXES: Final = (
+    *("passphrase", "credential", "accesskey", "secretkey", "privatekey", "password", "passcode", "passwd"),
+    *("secret", "apikey", "token", "pass", "pwd", "psk"),
 )
+NO_SECRETS: Final = _words_in("compass bypass trespass surpass overpass underpass encompass")
 
 _KNOWN_WORDS: Final = (
-    STRONG_WORDS
-    | frozenset(WEAK_WORDS)
-    | KEY_OPENERS
-    | TOKEN_OPENERS
-    | AUTH_SCHEMES
-    | CODE_OPENERS
-    | STILL_SECRET
-    | DESCRIPTORS
-    | FLAG_WORDS
-    | GLUE_WORDS
-    | WEAK_WORDS["token"]
-    | WEAK_WORDS["key"]
-)
+    STRONG_WORDS | frozenset(WEAK_WORDS) | KEY_OPENERS | TOKEN_OPENERS | AUTH_SCHEMES | CODE_OPENERS
+    | STILL_SECRET | FLAG_WORDS | VERBS | GLUE_WORDS
+)  # fmt: skip
 _CAMEL: Final = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
 # The end of a long name decides; the limits are arbitrary, and keep judging cheap.
 _MAX_NAME_CHARS: Final = 128
@@ -1442,17 +1418,16 @@ _LONGEST_WORD: Final = 16
 # A secret name holds one of these stems: where none is found, no name needs judging.
 STEMS: Final = sorted(
     _words_in("""
-    pass key token auth secret pwd cred cookie card jwt otp pin code pat cc[_.-]?n cv[vc] csc psk ssn
-    social sess signature sig(?==) answer assertion dockerc kubeconfig kennwort contrase senha
+    pass key token auth secret pwd pw(?![a-z]) cred cookie card jwt otp pin code pat cc[_.-]?n cv[vc] csc
+    psk ssn social sess signature sig(?==) answer assertion saml dockerc kubeconfig kennwort contrase
+    senha verifier pfx sensitive ct[._]sid e_?json t_?json y.?account _wo(?![a-z])
 """)
 )
-# What leads to a secret without naming it.
-SPECIAL_STEMS: Final = ("bearer", "basic", "identified", "thin:", "://")
 _MAX_VERDICTS: Final = 4096
 
 
 def _singular(word: str) -> str:
-    """Say the word that the lists know: `keys` is `key`, `access` and `pass` stay."""
+    """Return the word that the lists know: `keys` is `key`, `access` and `pass` stay."""
     return word[:-1] if word[-1:] == "s" and word not in _KNOWN_WORDS and word[:-1] in _KNOWN_WORDS else word
 
 
@@ -1462,7 +1437,7 @@ def _unglue(word: str) -> list[str]:
     Longer words are tried first, and a split must hold a secret word, so that `keynote`
     and `codec` stay what they are.
     """
-    if _singular(word) in _KNOWN_WORDS or len(word) < 5:
+    if _singular(word) in _KNOWN_WORDS or len(word) < 5 or word in NO_SECRETS:
         return [word]
     splits: dict[int, list[str]] = {len(word): []}
     for start in range(len(word) - 2 if len(word) <= _MAX_GLUED_CHARS else -1, -1, -1):
@@ -1476,7 +1451,7 @@ def _unglue(word: str) -> list[str]:
     if parts and " ".join(parts[:2]) in PHRASES:
         return parts
     for suffix in GLUED_SUFFIXES:
-        if word.removesuffix("s").endswith(suffix):
+        if word.endswith((suffix, suffix + "s")):
             return [word[: word.rindex(suffix)], *_unglue(word[word.rindex(suffix) :])]
     return [word]
 
@@ -1498,24 +1473,26 @@ def _name_words(name: str) -> list[str]:
     return words
 
 
-def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], loud: bool) -> bool:
-    """Say whether a weak word, in this company, is a secret.
+def _opens(words: list[str]) -> bool:
+    """Return True if one of the words before `key` says that it opens something."""
+    # A protocol's abbreviation (`ntp_key`, `tsig_key`) has few vowels.
+    return any(
+        word in KEY_OPENERS or word in STRONG_WORDS or (1 < len(word) < 5 and not re.search("[aeiouy]", word))
+        for word in words
+    ) or ("primary" in words and len(words) > 1)
 
-    Args:
-        head: the weak word, singular.
-        plural: whether it stood there in the plural.
-        before: the words before it.
-        tail: the words after it.
-        loud: the name is in UPPER_CASE or an `X-` header, where `key` is rarely a record's.
-    """
+
+def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], loud: bool) -> bool:
+    """Return True if a weak word, between these words, is a secret; `loud` is UPPER_CASE or an `X-` header."""
     nearest = before[-1] if before else ""
-    if nearest in WEAK_WORDS[head]:
+    if nearest in WEAK_WORDS[head] and before[1:] != ["primary"]:
         return False
     if head == "token":
+        if before[-2:] == ["client", "request"]:
+            return False
         return not plural or any(word in TOKEN_OPENERS or word in STRONG_WORDS for word in before)
     if head == "key":
-        opens = any(word in KEY_OPENERS or word in STRONG_WORDS for word in before)
-        return opens or (loud and bool(before) and not plural)
+        return _opens(before) or not KEY_DOCUMENTS.isdisjoint(tail) or (loud and bool(before) and not plural)
     if head == "auth":
         return nearest in AUTH_SCHEMES or (not before and bool(tail))
     if head == "authorization":
@@ -1528,8 +1505,6 @@ def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], lou
         return any(word in CODE_OPENERS or _singular(word) in STRONG_WORDS for word in before)
     if head == "signature":  # the last part of a pre-signed URL, good until it expires
         return nearest in ("amz", "goog", "access")
-    if head == "answer":
-        return "security" in before or "secret" in before
     return True  # jwt, pass
 
 
@@ -1538,13 +1513,13 @@ def _judge_name(name: str) -> tuple[int, str]:
 
     Strength 1 is a weak word standing alone (`token`): under that name everything goes, but
     in running text `token: ` may be a remark. Strength 2 is a secret anywhere.
-
-    Source of the rule: issue 4 of this project, measured on the names in its test data.
     """
     words = _name_words(name)
     plain = "".join(words)
     if plain in SPEC_NAMES:
         return (1 if plain in WEAK_WORDS else 2), f"the specification names {plain!r}"
+    if words[:1] == ["sensitive"] or words[1:][-1:] == ["wo"]:  # Terraform's write-only attributes
+        return 2, f"the word {'sensitive' if words[0] == 'sensitive' else 'wo'!r}"
     for at in range(len(words) - 1, -1, -1):
         head = _singular(words[at])
         if head in STRONG_WORDS or head in WEAK_WORDS:
@@ -1552,22 +1527,26 @@ def _judge_name(name: str) -> tuple[int, str]:
     else:
         return 0, ""
     before, tail = [_singular(word) for word in words[:at]], [_singular(word) for word in words[at + 1 :]]
-    if not FLAG_WORDS.isdisjoint(before):
+    # "auth header" is what the header holds, "api key header" is what it is called.
+    still = STILL_SECRET | {"header"} if head in ("auth", "authorization", "cookie") else STILL_SECRET
+    if not FLAG_WORDS.isdisjoint(before) or not still.issuperset(tail):
+        return 0, ""
+    # Kubernetes' imagePullSecrets are names of secrets.
+    if head in STRONG_WORDS and (not VERBS.isdisjoint(before) or before[-2:] == ["image", "pull"]):
         return 0, ""
     strong = head in STRONG_WORDS or (head != "auth" and not STRONG_WORDS.isdisjoint(before))
     if strong and before and before[-1] in WEAK_WORDS.get(head, ()):
         return 0, ""
     if strong:
-        # Kubernetes' imagePullSecrets are names of secrets.
-        if not DESCRIPTORS.isdisjoint(tail) or (before and before[-1] == "pull"):
-            return 0, ""
         return 2, f"the word {words[at]!r}"
-    # "auth header" is what the header holds, "api key header" is what it is called.
-    still = STILL_SECRET | {"header"} if head in ("auth", "authorization", "cookie") else STILL_SECRET
     loud = name.isupper() or name[:2] in ("X-", "x-")
-    if still.issuperset(tail) and _judge_weak(head, words[at] != head, before, tail, loud):
+    if _judge_weak(head, words[at] != head, before, tail, loud):
         return (2 if before else 1), f"the word {words[at]!r} in {' '.join(words)!r}"
     return 0, ""
+
+
+# What leads to a secret without naming it.
+SPECIAL_STEMS: Final = ("bearer", "basic", "identified", "thin:", "://")
 
 
 def _normal(name: str) -> str:
