@@ -1152,7 +1152,7 @@ def _site_bytes(path: str) -> bytes:
 #
 # What an event is made of. COLUMNS is the only place that knows the columns: the table, the
 # journal reader, SELECT lists, headers and JSON keys all come from it. The first ten are the
-# specification's and never change; new ones go to the end, before `segment` and `seq`.
+# specification's and never change; new ones go to NEW_COLUMNS, before `segment` and `seq`.
 
 
 class Column(NamedTuple):
@@ -1162,27 +1162,22 @@ class Column(NamedTuple):
     sql_type: str
 
 
-COLUMNS: Final = (
-    Column("timestamp", "TIMESTAMP"),
-    Column("caller", "VARCHAR"),
-    Column("type", "VARCHAR"),
-    Column("name", "VARCHAR"),
-    Column("input_json", "VARCHAR"),
-    Column("duration_ms", "INTEGER"),
-    Column("policy_decision", "VARCHAR"),
-    Column("reason", "VARCHAR"),
-    Column("status", "VARCHAR"),
-    Column("error", "VARCHAR"),
-    Column("user_id", "VARCHAR"),
-    Column("session_id", "VARCHAR"),
-    Column("trace_id", "VARCHAR"),
-    Column("segment", "VARCHAR"),
-    Column("seq", "INTEGER"),
+COLUMNS: Final = tuple(
+    Column(name, {"i": "INTEGER", "b": "BIGINT", "t": "TIMESTAMP"}.get(kind, "VARCHAR"))
+    for name, kind in re.findall(
+        r"(\w+)(?::(\w))?",
+        "timestamp:t caller type name input_json duration_ms:i policy_decision reason status error "
+        "user_id session_id trace_id client agent address server request_id error_type result_bytes:b "
+        "context segment seq:i",
+    )
 )
+# Since 0.2: a line leaves them out, and a row's hash is as it was, where they are NULL.
+NEW_COLUMNS: Final = COLUMNS[13:-2]
 EVENT_TYPES: Final = ("tool", "resource", "prompt")
 POLICY_DECISIONS: Final = ("allow", "deny", "warn", "n/a")
 STATUSES: Final = ("success", "error")
 MAX_DURATION_MS: Final = 2**31 - 1  # the largest INTEGER; DuckDB refuses a whole segment for one more
+LARGEST: Final = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
 
 wall_clock_ns: Final = time.time_ns  # the clock that is recorded; intervals use the monotonic one
 
@@ -3084,6 +3079,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 _FRAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
 REPLACEMENT: Final = "\ufffd"
 _NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
+_NO_MORE: Final = (None,) * len(NEW_COLUMNS)
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
@@ -3123,12 +3119,15 @@ class Encoder:
             return "null"
         tool = name if type(name) is str else None
         text = self._redactor.redact_json(input_params, tool=tool, endpoint_def=endpoint_def, echoes=echoes)
-        limit = self._max_input_bytes
-        if len(text) * 4 > limit and len(text.encode("utf-8", "surrogatepass")) > limit:
-            text = encode_json(clip_plain(json.loads(text), limit))
-        if "\\u0000" in text:
-            text = _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
+        if len(text) * 4 > self._max_input_bytes or "\\u0000" in text:
+            text = self._clipped(text)
         return encode_text(text)
+
+    def _clipped(self, text: str) -> str:
+        """Return JSON of at most `max_input_bytes` and without NUL."""
+        if len(text.encode("utf-8", "surrogatepass")) > self._max_input_bytes:
+            text = encode_json(clip_plain(json.loads(text), self._max_input_bytes))
+        return _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
 
     def line(
         self,
@@ -3145,10 +3144,12 @@ class Encoder:
         session_id: object,
         trace_id: object,
         echoes: Sequence[str],
+        more: Sequence[object] = _NO_MORE,
     ) -> bytes:
         """Return the line of an event, up to where `seq` belongs; finish it with `finish_line`.
 
         Values outside the allowed ones are recorded as they were given, and `reason` says so.
+        `more` holds the values of NEW_COLUMNS.
         """
         second, ns = divmod(self._clock(), 1_000_000_000)
         stamp = self._second
@@ -3161,6 +3162,9 @@ class Encoder:
             head, middle, tail, flag = self._frame(caller, event_type, name, policy_decision, status)
         if type(duration_ms) is not int or not 0 <= duration_ms <= MAX_DURATION_MS:
             duration_ms, flag = _clamped(duration_ms, flag)
+        rest = ""
+        if more != _NO_MORE:
+            rest, flag = self._more_json(more, flag)
         if flag:
             reason = flag if reason is None else f"{self._plain_text(reason)}; {flag}"
         if user_id is None and session_id is None and trace_id is None:
@@ -3174,7 +3178,7 @@ class Encoder:
             f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json}'
             f',"duration_ms":{duration_ms}{middle}'
             f"{'null' if reason is None else self._text_json(reason, echoes)}{tail}"
-            f"{'null' if error is None else self._text_json(error, echoes)}{ids}"
+            f"{'null' if error is None else self._text_json(error, echoes)}{ids}{rest}"
         )
         try:
             return text.encode()
@@ -3202,13 +3206,35 @@ class Encoder:
             self._frames[key] = frame
         return (*frame, flag)
 
+    def _more_json(self, more: Sequence[object], flag: str) -> tuple[str, str]:
+        """Return the members of a line for the values of NEW_COLUMNS that are not None, and what is wrong."""
+        parts = []
+        for column, value in zip(NEW_COLUMNS, more):
+            if value is None:
+                continue
+            if column.name == "context":
+                text = self._clipped(self._redactor.redact_json(value))
+                if text[0] != "{":
+                    flag = _flags(flag, "context is no mapping")
+                    text = f'{{"value":{text}}}'
+                text = encode_text(text)
+            elif column.sql_type != "BIGINT":
+                text = self._id_json(value)
+            elif type(value) is int and 0 <= value <= LARGEST["BIGINT"]:
+                text = str(value)
+            else:
+                flag = _flags(flag, f"{column.name} is no integer from 0 to 2⁶³−1")
+                continue
+            parts.append(f',"{column.name}":{text}')
+        return "".join(parts), flag
+
     def _text_json(self, value: object, echoes: Sequence[str] = ()) -> str:
         return encode_text(self._clean(value, echoes))
 
     def _id_json(self, value: object) -> str:
-        if value is None:
-            return "null"
-        return encode_text(self._plain_text(value).replace("\0", REPLACEMENT))
+        if type(value) is str and "\0" not in value:
+            return encode_text(value)
+        return "null" if value is None else encode_text(self._plain_text(value).replace("\0", REPLACEMENT))
 
     def _clean(self, value: object, echoes: Sequence[str] = ()) -> str:
         return self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT)
@@ -3243,14 +3269,17 @@ def finish_line(line: bytes, seq: int) -> bytes:
 
 def _clamped(duration_ms: object, flag: str) -> tuple[int | str, str]:
     """Return `duration_ms` as an INTEGER of 0 … 2³¹−1, or "null" with a flag if it is no number."""
-    problem = "mxcp_audit: duration_ms is no number"
     try:
-        value = round(float(duration_ms))  # type: ignore[arg-type]
-    except OverflowError:
-        return MAX_DURATION_MS, flag
+        value = float(duration_ms)  # type: ignore[arg-type]
+        return round(min(max(value, 0.0), MAX_DURATION_MS)) if value == value else 1 // 0, flag
+    except OverflowError:  # an integer that is no float
+        return 0 if duration_ms < 0 else MAX_DURATION_MS, flag  # type: ignore[operator]
     except Exception:  # whatever an object's own __float__ raises
-        return "null", f"{flag}; {problem}" if flag else problem
-    return min(max(value, 0), MAX_DURATION_MS), flag
+        return "null", _flags(flag, "duration_ms is no number")
+
+
+def _flags(flag: str, problem: str) -> str:
+    return f"{flag}; mxcp_audit: {problem}" if flag else f"mxcp_audit: {problem}"
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
@@ -3280,9 +3309,10 @@ def line_fault(line: bytes) -> str | None:
         value = event.get(column.name)
         if column.name == "segment":
             continue
-        if column.sql_type == "INTEGER":
-            if value is not None and (type(value) is not int or not 0 <= value <= MAX_DURATION_MS):
-                return f"{column.name} is no integer from 0 to {MAX_DURATION_MS}"
+        largest = LARGEST.get(column.sql_type)
+        if largest is not None:
+            if value is not None and (type(value) is not int or not 0 <= value <= largest):
+                return f"{column.name} is no integer from 0 to {largest}"
         elif value is not None and not isinstance(value, str):
             return f"{column.name} is no text"
     if not event.get("seq"):
@@ -5702,6 +5732,15 @@ class AuditLogger:
         user_id: str | None = None,
         session_id: str | None = None,
         trace_id: str | None = None,
+        *,
+        client: str | None = None,
+        agent: str | None = None,
+        address: str | None = None,
+        server: str | None = None,
+        request_id: str | None = None,
+        error_type: str | None = None,
+        result_bytes: int | None = None,
+        context: Mapping[str, object] | None = None,
     ) -> None:
         """Record one event. Never raises; the first ten arguments are those of MXCP's own logger.
 
@@ -5715,11 +5754,17 @@ class AuditLogger:
             status: success or error; `error` is the message.
             endpoint_def: MXCP's definition of the endpoint: parameters marked `sensitive: true` are redacted.
             user_id, session_id, trace_id: who, in which session, in which trace; None where unknown.
+            client, agent, address: which program called ("claude-ai/1.2"), as which OAuth client, from where.
+            server, request_id: which server took the call, and the call's id in the protocol.
+            error_type: class of the exception, or JSON-RPC code.
+            result_bytes: size of the result, 0 … 2⁶³−1.
+            context: anything else, by name; redacted like the input.
         """
         if not self.enabled:
             return
         encoder = self._encoder
         echoes: list[str] | None = None if error is None and reason is None else []
+        more = (client, agent, address, server, request_id, error_type, result_bytes, context)
         try:
             ticket = self._put(
                 encoder.line(
@@ -5736,6 +5781,7 @@ class AuditLogger:
                     session_id,
                     trace_id,
                     echoes or (),
+                    more,
                 )
             )
         except Exception as fault:
@@ -6077,6 +6123,7 @@ WIDEN_LOGS: Final = tuple(
     f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
     for column in COLUMNS[10:]
 )
+_OLD_COLUMNS: Final = tuple(column for column in COLUMNS if column not in NEW_COLUMNS)
 # The ledger: an entry for each segment, loss and purge, and one for an older table's rows (`legacy`).
 # `position` counts the entries of one journal's chain from 1. `marks` holds four hex digits of each
 # event's hash in order of seq, so that a changed event can be named; null where seq has gaps.
@@ -6143,6 +6190,7 @@ def row_hash(columns: Sequence[Column], **instead: str) -> str:
 
     A number for each column, separated by `|`: an integer itself, a timestamp's microseconds since
     the epoch, a text's length in bytes; nothing for NULL. Then `|` and all texts, one after the other.
+    Then each of NEW_COLUMNS that isn't NULL, as `|name:number` or `|name:length:text`.
     Of events, the segment's text is left out, which its entry has: hashing it costs a tenth of an ingest.
 
     Args:
@@ -6154,15 +6202,24 @@ def row_hash(columns: Sequence[Column], **instead: str) -> str:
         "TIMESTAMP": "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END",
         "VARCHAR": "strlen({0})",
     }
+    suffix = ""
+    if columns is COLUMNS:
+        for name, sql_type in NEW_COLUMNS:  # `||` with NULL is NULL, which concat leaves out
+            suffix += (
+                f", '|{name}:' || {name}"
+                if sql_type == "BIGINT"
+                else (f", '|{name}:' || strlen({name}) || ':' || {name}")
+            )
+    left_out = "segment" if columns is COLUMNS else ""
+    columns = _OLD_COLUMNS if columns is COLUMNS else columns
     head = ", '|', ".join(
         numbers.get(column.sql_type, "{0}").format(instead.get(column.name, column.name))
         for column in columns
     )
-    left_out = "segment" if columns is COLUMNS else ""
     texts = ", ".join(
         column.name for column in columns if column.sql_type == "VARCHAR" and column.name != left_out
     )
-    return f"sha256(concat({head}, '|', {texts}))"
+    return f"sha256(concat({head}, '|', {texts}{suffix}))"
 
 
 def digests(
@@ -6411,7 +6468,7 @@ FREEZE_JOURNAL: Final = (
 )
 NEWEST_FIRST: Final = "timestamp DESC, segment DESC, seq DESC"
 OLDEST_FIRST: Final = "timestamp, segment, seq"
-PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:13]), "event_id")
+PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:-2]), "event_id")
 _EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
 
 
@@ -6428,6 +6485,8 @@ def public_select(*, typed: bool = False, harmless: bool = False) -> str:
             parts.append("timestamp" if typed else f"strftime(timestamp, {_ISO_FORMAT}) AS timestamp")
         elif name == "duration_ms":
             parts.append("duration_ms" if typed else "duration_ms::BIGINT AS duration_ms")
+        elif name == "result_bytes":
+            parts.append(name)
         else:
             value = f"({_EVENT_ID})" if name == "event_id" else name
             if harmless:
@@ -6480,6 +6539,9 @@ def export_format(path: str) -> str | None:
 STATS_BY: Final = {
     **{name: (name, "k") for name in ("name", "type", "caller", "status")},
     "user": ("user_id", "k"),
+    **{
+        name.replace("_", "-"): (name, "k") for name in ("client", "agent", "address", "server", "error_type")
+    },
     "policy": ("policy_decision", "k"),
     "hour": ("date_trunc('hour', timestamp)", "strftime(k, '%Y-%m-%dT%H:00Z')"),
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
@@ -6552,6 +6614,11 @@ class Filter(NamedTuple):
     user: str | None = None
     session: str | None = None
     trace: str | None = None
+    client: str | None = None
+    agent: str | None = None
+    address: str | None = None
+    server: str | None = None
+    error_type: str | None = None
     event_id: str | None = None
     text: str | None = None
     min_ms: int | None = None
@@ -6573,6 +6640,11 @@ class Filter(NamedTuple):
             ("trace_id", self.trace),
         )
 
+    def _alike(self) -> tuple[tuple[str, str | None], ...]:
+        """Return columns with the pattern that each must match; None for any."""
+        names = ("client", "agent", "address", "server", "error_type")
+        return tuple((name, getattr(self, name)) for name in names)
+
     def where(self) -> tuple[str, dict[str, object]]:
         """Return the WHERE condition, `true` if everything is meant, and its parameters."""
         conditions: list[str] = []
@@ -6580,8 +6652,7 @@ class Filter(NamedTuple):
         named = []
         for number, (event_type, name) in enumerate(self._named()):
             key = f"name_{number}"
-            params[key] = _like(name).replace("*", "%") if "*" in name else name
-            test = rf"name LIKE ${key} ESCAPE '\'" if "*" in name else f"name = ${key}"
+            test, params[key] = _name_test("name", key, name)
             named.append(f"(type = '{event_type}' AND {test})")
         if named:
             conditions.append("(" + " OR ".join(named) + ")")
@@ -6594,6 +6665,10 @@ class Filter(NamedTuple):
             if value is not None:
                 conditions.append(test)
                 params[key] = value
+        for column, value in self._alike():
+            if value is not None:
+                test, params[f"{column}_is"] = _name_test(column, f"{column}_is", value)
+                conditions.append(test)
         if self.event_id is not None:
             params["segment_is"], params["seq_is"] = parse_event_id(self.event_id)
             conditions.append("segment = $segment_is AND seq = $seq_is")
@@ -6616,6 +6691,7 @@ class Filter(NamedTuple):
         moment = event["timestamp"][:-1].replace("T", " ")
         return (
             all(wanted is None or event[column] == wanted for column, wanted in self._equal())
+            and all(wanted is None or _is_like(event[column], wanted) for column, wanted in self._alike())
             and (self.event_id is None or event["event_id"] == self.event_id.strip())
             and (self.since is None or moment >= self.since)
             and (self.until is None or moment < self.until)
@@ -6637,6 +6713,13 @@ _TEXT_TEST: Final = " OR ".join(rf"{name} ILIKE $pattern ESCAPE '\'" for name in
 def _like(text: str) -> str:
     r"""Return the LIKE pattern (escape `\`) that stands for the text itself."""
     return text.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+
+
+def _name_test(column: str, key: str, name: str) -> tuple[str, str]:
+    """Return the condition that a column is a name, in which `*` is any text, and its parameter's value."""
+    if "*" not in name:
+        return f"{column} = ${key}", name
+    return rf"{column} LIKE ${key} ESCAPE '\'", _like(name).replace("*", "%")
 
 
 def _is_like(value: object, name: str) -> bool:
@@ -8724,6 +8807,8 @@ class Verifier:
             wide = types[table] and (table == "ledger" or types["ledger"] or "segment" in types[table])
             for column in columns if wide else columns[:10] if types[table] else ():
                 found = types[table].get(column.name)
+                if found is None and column in NEW_COLUMNS:
+                    continue  # an earlier version's table: as good as NULL, which leaves the hash as it was
                 if found != column.sql_type:
                     text = f"{table}.{column.name} is {found or 'missing'}, not {column.sql_type}"
                     self.verdict.add("table", text)
@@ -9838,7 +9923,7 @@ class Checkup:
 
 
 # === Output ===
-# depends on: Errors, SQL, Engines
+# depends on: Errors, Events, SQL, Engines
 #
 # Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
@@ -10006,12 +10091,10 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 # --- tables, and names with values
 
 SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
-WIDE_COLUMNS: Final = (*SHORT_COLUMNS, "user_id", "session_id", "trace_id", "event_id")
+WIDE_COLUMNS: Final = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
 _HEADERS: Final = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
 _FIRST_WIDTHS: Final = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
-_ELASTIC: Final = frozenset(
-    ("name", "caller", "input_json", "reason", "error", "user_id", "session_id", "trace_id", "event_id")
-)
+_FIXED: Final = frozenset(("timestamp", "type", "status", "policy_decision", "duration_ms", "result_bytes"))
 _STYLES: Final = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 _PLAIN_STYLE: Final = "\x1b[0m"
 _NARROWEST: Final = 12  # arbitrary: cells that an elastic column keeps
@@ -10058,7 +10141,7 @@ class EventTable:
         """Write more rows, oldest or newest first, as they shall appear."""
         events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
         cells = [[_cell(event, column) for column in self._columns] for event in events]
-        elastic = [column in _ELASTIC for column in self._columns]
+        elastic = [column not in _FIXED for column in self._columns]
         self._widths = _widths(
             [self._widths, *(map(display_width, row) for row in cells)], elastic, self._width
         )
@@ -10077,7 +10160,7 @@ class EventTable:
                     _write(self._file, "    " + piece)
 
     def _line(self, cells: Sequence[str], style: str = "") -> None:
-        right = [column == "duration_ms" for column in self._columns]
+        right = [column in ("duration_ms", "result_bytes") for column in self._columns]
         line = _line(cells, self._widths, right, self._width)
         _write(self._file, f"{style}{line}{_PLAIN_STYLE}" if style and self._colour else line)
 
@@ -11100,6 +11183,14 @@ def _add_filters(command: argparse.ArgumentParser) -> None:
     what.add_argument("--user", metavar="ID", help="by this user")
     what.add_argument("--session", metavar="ID", help="in this session")
     what.add_argument("--trace", metavar="ID", help="in this trace")
+    for option, metavar, text in (
+        ("--client", "NAME", "by this program, such as claude-ai/1.2"),
+        ("--agent", "ID", "by this OAuth client"),
+        ("--address", "ADDRESS", "from this address"),
+        ("--server", "NAME", "on this server"),
+        ("--error-type", "NAME", "that failed with this class of exception or JSON-RPC code"),
+    ):
+        what.add_argument(option, metavar=metavar, help=f"{text}; * is any text")
     what.add_argument("--event", metavar="ID", help="the one with this event_id")
     what.add_argument(
         "--grep", metavar="TEXT", help="with this text in name, input, error or reason, in any case"
@@ -11127,6 +11218,11 @@ def _filter_of(options: argparse.Namespace) -> Filter:
         user=options.user,
         session=options.session,
         trace=options.trace,
+        client=options.client,
+        agent=options.agent,
+        address=options.address,
+        server=options.server,
+        error_type=options.error_type,
         event_id=options.event,
         text=options.grep,
         min_ms=options.min_ms,
@@ -11366,6 +11462,16 @@ def _add_show(new_command: _NewCommand) -> None:
     command.add_argument("--json", action="store_true", help="print a JSON object")
 
 
+# How `show` groups what it shows: what happened, who did it, where, with what, what came of it.
+_SHOWN: Final = (
+    "event_id timestamp type name status duration_ms policy_decision reason error error_type",
+    "caller user_id agent client address",
+    "server session_id request_id trace_id",
+    "input_json",
+    "result_bytes context",
+)
+
+
 def cmd_show(options: argparse.Namespace) -> int:
     """Show one event. 1 if there is none of that id."""
     parse_event_id(options.event)
@@ -11381,8 +11487,11 @@ def cmd_show(options: argparse.Namespace) -> int:
         _print_json(event, indent=2)
         return 0
     fields = {name: None if value is None else str(value) for name, value in event.items()}
-    fields["input_json"] = indented_json(event["input_json"] or "null")
-    write_fields(sys.stdout, fields.items())
+    for name in ("input_json", "context"):
+        fields[name] = indented_json(event[name] or "null")
+    for number, names in enumerate(_SHOWN):
+        sys.stdout.write("\n" if number else "")
+        write_fields(sys.stdout, [(name, fields[name]) for name in names.split()])
     return 0
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import importlib.metadata
 import importlib.util
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -73,6 +75,56 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.importorskip("duckdb")
     monkeypatch.setenv("MXCP_AUDIT_ENGINE", request.param)
     return str(request.param)
+
+
+def pytest_configure() -> None:
+    """Make the suite independent of the shell that it is started from, as `nohup` or a strict umask have it."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # `command &` hands SIGINT on as ignored
+    os.umask(0o022)
+    for name in ("TZ", "LC_ALL", "LC_CTYPE", "LANGUAGE"):
+        os.environ.pop(name, None)
+    os.environ["LANG"] = "C.UTF-8"
+    time.tzset()
+    if sys.platform == "linux":  # orphans of a killed child become ours, and end with the test (below)
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+PR_SET_CHILD_SUBREAPER = 36
+
+
+def _children(pid: int) -> set[int]:
+    """Return the children of a process, but for a PostgreSQL server, which its module's fixture ends."""
+    children: set[int] = set()
+    for path in Path(f"/proc/{pid}/task").glob("*/children"):
+        with contextlib.suppress(OSError):
+            children.update(map(int, path.read_text().split()))
+    return {child for child in children if _name_of(child) != "postgres"}
+
+
+def _name_of(pid: int) -> str:
+    try:
+        return Path(f"/proc/{pid}/comm").read_text().strip()
+    except OSError:
+        return ""
+
+
+def _end(pid: int) -> None:
+    """Kill a process and all that it started."""
+    for child in _children(pid):
+        _end(child)
+    with contextlib.suppress(OSError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@pytest.fixture(autouse=True)
+def ended_children() -> Iterator[None]:
+    """Every process that a test starts ends with it, whatever happens in between."""
+    before = _children(os.getpid())
+    yield
+    for pid in _children(os.getpid()) - before:
+        _end(pid)
+        with contextlib.suppress(OSError):
+            os.waitpid(pid, 0)  # an orphan that became ours; what `subprocess` knows copes with it
 
 
 @pytest.fixture(autouse=True)

@@ -19,7 +19,7 @@ def write_segment(
     encoder = m.Encoder(m.Redactor(), max_input_bytes=10_000, clock=lambda: now[0])
     segment = m.Journal(journal or f"{database}.journal").open_segment()
     for number in range(1, events + 1):
-        event = {
+        event: dict[str, Any] = {
             "caller": "http",
             "event_type": "tool",
             "name": f"t{number % 3}",
@@ -32,6 +32,8 @@ def write_segment(
             "session_id": "s",
             "trace_id": None,
             "echoes": (),
+            "more": [None if number % 2 else "c|1:é"] * 6
+            + [number % 3 or None, {"n": number} if number % 4 else None],
             **values,
         }
         line = encoder.line(input_json=encoder.input_json({"n": number}, "t", None, None), **event)

@@ -42,7 +42,17 @@ def filled(engine: str, tmp_path: Path) -> Path:
     with AuditLogger(tmp_path / "log.duckdb") as audit:
         audit.log_event("cli", "tool", "get_user", {"id": 7, "password": "hunter2"}, 12, session_id="s1")
         audit.log_event("http", "tool", "delete_user", {"id": 7}, 1, "deny", "not an admin", "error", "no")
-        audit.log_event("http", "resource", "reports/{report_id}", {"report_id": "日本"}, 300, user_id="ann")
+        audit.log_event(
+            *("http", "resource", "reports/{report_id}", {"report_id": "日本"}, 300),
+            **{
+                "user_id": "ann",
+                "client": "claude-ai/1.2",
+                "agent": "a1",
+                "address": "::1",
+                "server": "shop",
+            },
+            **{"request_id": "7", "error_type": "ValueError", "result_bytes": 5, "context": {"k": [1]}},
+        )
     code = (
         "import os, sys; from mxcp_audit import AuditLogger;"
         "a = AuditLogger(sys.argv[1], flush_interval=3600, durable=True);"
@@ -99,6 +109,10 @@ FILTERS = {
     ("--user", "ann"): ["reports/{report_id}"],
     ("--session", "s1"): ["get_user"],
     ("--trace", "t1"): ["get_user"],
+    ("--client", "claude-ai/*"): ["reports/{report_id}"],
+    ("--client", "claude-ai"): [],
+    ("--agent", "a1", "--address", "::1", "--server", "s*p"): ["reports/{report_id}"],
+    ("--error-type", "ValueError"): ["reports/{report_id}"],
     ("--grep", "NOT AN"): ["delete_user"],
     ("--grep", "日本"): ["reports/{report_id}"],
     ("--min-ms", "13"): ["get_user", "reports/{report_id}"],
@@ -121,13 +135,20 @@ def test_log_event_filter_and_show_find_the_same_event(filled: Path, run: Cli) -
     done = run("show", *DB, event["event_id"])
     assert done.returncode == 0 and done.stderr == ""
     assert '    "password": "[REDACTED]"' in done.stdout and "session_id       s1" in done.stdout
+    groups = [
+        [line.split()[0] for line in group.splitlines() if line[0] != " "]
+        for group in done.stdout.split("\n\n")
+    ]
+    assert [group[0] for group in groups] == ["event_id", "caller", "server", "input_json", "result_bytes"]
+    assert sorted(sum(groups, [])) == sorted(mxcp_audit.PUBLIC_COLUMNS)
 
 
 def test_log_json_has_the_documented_names_in_order(filled: Path, run: Cli) -> None:
     (event,) = json.loads(run("log", "--json", *DB, "--limit", "1").stdout)
     assert list(event) == [
         *("timestamp", "caller", "type", "name", "input_json", "duration_ms", "policy_decision", "reason"),
-        *("status", "error", "user_id", "session_id", "trace_id", "event_id"),
+        *("status", "error", "user_id", "session_id", "trace_id", "client", "agent", "address"),
+        *("server", "request_id", "error_type", "result_bytes", "context", "event_id"),
     ]
     assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{6}Z", event["timestamp"])
     (event,) = json.loads(run("log", "--json", *DB, "--limit", "1", "--columns", "name,event_id").stdout)

@@ -22,6 +22,7 @@ from xml.etree import ElementTree
 import pytest
 from conftest import ROOT, SITE, child_environment
 
+import mxcp_audit
 from mxcp_audit import AuditLogger, load_config
 
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -191,7 +192,8 @@ def test_read_journal_reads_what_the_logger_wrote(folder: Path) -> None:
     )
     theirs = [json.loads(line) for line in read.stdout.splitlines()]
     assert [event.pop("seq") for event in theirs] == [1, 2, 3]
-    assert theirs == json.loads(ours.stdout)[::-1]
+    absent = dict.fromkeys(column.name for column in mxcp_audit.NEW_COLUMNS)
+    assert [{**absent, **event} for event in theirs] == json.loads(ours.stdout)[::-1]
 
 
 # --- docs/operations.md lists every message
@@ -304,7 +306,8 @@ def test_journal_format_page_members_and_pattern_are_the_written_ones(tmp_path: 
     cells = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
     members = [name for cell in cells for name in re.findall(r"`(\w+)`", cell)]
     audit = AuditLogger(tmp_path / "log.duckdb", flush_interval=3600)
-    audit.log_event("stdio", "tool", "é", {"n": 1}, 1)
+    more = {**dict.fromkeys(("client", "agent", "address", "server", "request_id", "error_type"), "x")}
+    audit.log_event("stdio", "tool", "é", {"n": 1}, 1, **more, result_bytes=1, context={"x": 1})
     while audit.counters.written < 1:
         time.sleep(0.01)
     (segment,) = (tmp_path / "log.duckdb.journal").glob("*.jsonl")

@@ -56,7 +56,8 @@ def encode(clock_ns: int = MOMENT_NS, max_input_bytes: int = 2**20, **event: Any
 
 def test_line_of_a_plain_event_has_the_columns_in_order() -> None:
     line = encode(input_params={"id": 7})
-    assert list(line) == [column.name for column in mxcp_audit.COLUMNS if column.name != "segment"]
+    left_out = ("segment", *(column.name for column in mxcp_audit.NEW_COLUMNS))
+    assert list(line) == [column.name for column in mxcp_audit.COLUMNS if column.name not in left_out]
     assert line["timestamp"] == "2023-11-14T22:13:20.123456Z"
     assert line["input_json"] == '{"id":7}' and line["seq"] == 7
 
@@ -76,6 +77,42 @@ def test_line_of_the_next_second_has_its_own_time() -> None:
         "2023-11-14T22:13:21.123456Z",
         "2023-11-14T22:13:20.123456Z",
     ]
+
+
+@pytest.mark.parametrize(
+    ("more", "recorded", "flag"),
+    [
+        ([None] * 8, {}, None),
+        (
+            ["é", None, "::1", "", "7\0", "ValueError"],
+            {
+                "client": "é",
+                "address": "::1",
+                "server": "",
+                "request_id": "7\ufffd",
+                "error_type": "ValueError",
+            },
+            None,
+        ),
+        (
+            [None] * 6 + [0, {"a": 1, "password": "x"}],
+            {"result_bytes": 0, "context": '{"a":1,"password":"[REDACTED]"}'},
+            None,
+        ),
+        ([None] * 6 + [2**63 - 1, {}], {"result_bytes": 2**63 - 1, "context": "{}"}, None),
+        ([None] * 6 + [-1], {}, "result_bytes"),
+        ([None] * 6 + [True, [1]], {"context": '{"value":[1]}'}, "context is no mapping"),
+        ([None, 7] + [None] * 5 + ["x"], {"agent": "7", "context": '{"value":"x"}'}, "context"),
+    ],
+)
+def test_line_with_new_columns_holds_those_that_have_a_value(
+    more: list[object], recorded: dict[str, object], flag: str | None
+) -> None:
+    line = encode(more=more)
+    names = {column.name for column in mxcp_audit.NEW_COLUMNS}
+    assert {name: value for name, value in line.items() if name in names} == recorded
+    assert line["reason"] is None if flag is None else flag in line["reason"]
+    assert list(line)[-1] == "seq"
 
 
 @pytest.mark.parametrize("field", ["name", "error", "reason", "user_id", "session_id", "trace_id", "caller"])
@@ -124,6 +161,9 @@ def test_input_json_of_none_is_null() -> None:
         (2**31, 2**31 - 1),
         (10**400, 2**31 - 1),
         (math.inf, 2**31 - 1),
+        (-math.inf, 0),
+        (-(10**400), 0),
+        (2**31 - 1 + 0.4, 2**31 - 1),
         (True, 1),
         ("12", 12),
     ],

@@ -27,7 +27,9 @@ def test_columns_begin_with_the_ten_documented_ones() -> None:
 
 
 def test_columns_public_ones_end_with_the_event_id() -> None:
-    assert mxcp_audit.PUBLIC_COLUMNS[10:] == ("user_id", "session_id", "trace_id", "event_id")
+    more = ("client", "agent", "address", "server", "request_id", "error_type", "result_bytes", "context")
+    assert tuple(column.name for column in mxcp_audit.NEW_COLUMNS) == more
+    assert mxcp_audit.PUBLIC_COLUMNS[10:] == ("user_id", "session_id", "trace_id", *more, "event_id")
 
 
 def test_segment_id_of_a_later_moment_sorts_later() -> None:

@@ -252,6 +252,35 @@ def make_keyed(database: Path) -> None:
     assert store_of(database).purge(moment(START_NS + DAY_NS + 90 * 10**9)).events == 5
 
 
+def test_verify_table_of_an_earlier_version_is_intact_and_stays_so(engine: str, tmp_path: Path) -> None:
+    database = tmp_path / "log.duckdb"
+    gone = [f"ALTER TABLE logs DROP COLUMN {column.name}" for column in m.NEW_COLUMNS]
+
+    def verdicts() -> tuple[bool, bool]:
+        with duckdb.connect() as connection:
+            connection.execute(f"ATTACH '{database}' AS audit (READ_ONLY)")
+            return store_of(database).verify().intact, not independent.verify(connection, keys=[])
+
+    write_segment(database, START_NS, 3, more=(None,) * 8)
+    ingest(database)
+    change(database, *gone)
+    assert verdicts() == (True, True)
+    write_segment(database, START_NS + DAY_NS, 4)
+    ingest(database)
+    assert verdicts() == (True, True)
+    change(database, *gone)  # which now held something
+    assert verdicts() == (False, False)
+
+
+def test_purge_with_archive_of_an_earlier_version_s_table_works(engine: str, tmp_path: Path) -> None:
+    database = tmp_path / "log.duckdb"
+    write_segment(database, START_NS, 3, more=(None,) * 8)
+    ingest(database)
+    change(database, *(f"ALTER TABLE logs DROP COLUMN {column.name}" for column in m.NEW_COLUMNS))
+    removal = store_of(database).purge(moment(START_NS + 90 * 10**9), archive=str(tmp_path / "old"))
+    assert removal.events == 2 and store_of(database).verify().intact
+
+
 # --- what is said
 
 
@@ -294,10 +323,15 @@ def test_row_hash_documented_example_has_the_documented_form(engine: str) -> Non
         "'success' AS status, NULL::VARCHAR AS error, NULL::VARCHAR AS user_id, NULL::VARCHAR AS session_id, "
         "NULL::VARCHAR AS trace_id, 'S' AS segment, 1 AS seq"
     )
+    nulls = ", ".join(f"NULL::{c.sql_type} AS {c.name}" for c in m.NEW_COLUMNS)
+    with_more = form + "|client:4:é/1|result_bytes:9"
+    assert f"`{with_more}`" in page
     session = m.open_engine()
-    ((found,),) = session.execute(f"SELECT {m.row_hash(m.COLUMNS)}::VARCHAR AS hash FROM (SELECT {values})")
+    for instead, text in (("", form), ("REPLACE ('é/1' AS client, 9::BIGINT AS result_bytes)", with_more)):
+        source = f"SELECT * {instead} FROM (SELECT {values}, {nulls})"
+        ((found,),) = session.execute(f"SELECT {m.row_hash(m.COLUMNS)}::VARCHAR AS hash FROM ({source})")
+        assert found == hashlib.sha256(text.encode()).hexdigest()
     session.close()
-    assert found == hashlib.sha256(form.encode()).hexdigest()
 
 
 def test_verify_log_of_the_other_engine_is_intact(log: Path, monkeypatch: pytest.MonkeyPatch) -> None:

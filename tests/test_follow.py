@@ -384,6 +384,8 @@ def test_filter_matches_agrees_with_where(engine: str, logger: AuditLogger, stor
             user_id=value if number % 2 else None,
             session_id=value,
             trace_id=value,
+            client=value,
+            error_type=None if number % 2 else value,
         )
     logger.shutdown()
     with store.reading() as reading:
@@ -408,6 +410,8 @@ def test_filter_matches_agrees_with_where(engine: str, logger: AuditLogger, stor
                     lambda v: Filter(user=v),
                     lambda v: Filter(session=v),
                     lambda v: Filter(trace=v),
+                    lambda v: Filter(client=v),
+                    lambda v: Filter(error_type=v),
                     lambda v: Filter(text=v),
                 )
             ),

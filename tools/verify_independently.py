@@ -33,6 +33,16 @@ LOGS = [
     "segment",
     "seq:i",
 ]
+MORE = [
+    "client",
+    "agent",
+    "address",
+    "server",
+    "request_id",
+    "error_type",
+    "result_bytes:b",
+    "context",
+]
 LEDGER = [
     "journal",
     "position:i",
@@ -47,7 +57,7 @@ LEDGER = [
     "host",
     "ingested_at:t",
 ]
-TYPES = {"t": ("TIMESTAMP",), "i": ("INTEGER", "BIGINT"), "": ("VARCHAR",)}
+TYPES = {"t": ("TIMESTAMP",), "i": ("INTEGER", "BIGINT"), "b": ("BIGINT",), "": ("VARCHAR",)}
 
 Wrong = set[tuple[str, str]]  # what, and where: a segment, a journal, a column
 
@@ -69,14 +79,20 @@ def select(table: str, columns: list[str], types: dict[str, str]) -> str:
 
 
 def row_hash(columns: list[str], row: tuple[Any, ...]) -> str:
-    numbers, texts = "", b""
+    numbers, texts, suffix = "", b"", b""
+    for column, value in zip(MORE, row[len(columns) :]):
+        name, _, kind = column.partition(":")
+        if kind and value is not None:
+            suffix += f"|{name}:{value}".encode()
+        elif value is not None:
+            suffix += f"|{name}:{len(value.encode())}:{value}".encode()
     for column, value in zip(columns, row):
         if value is not None and ":" not in column:
             data = value.encode()
             texts += b"" if columns is LOGS and column == "segment" else data
             value = len(data)
         numbers += f"{'' if value is None else value}|"
-    return hashlib.sha256(numbers.encode() + texts).hexdigest()
+    return hashlib.sha256(numbers.encode() + texts + suffix).hexdigest()
 
 
 def digest(rows: list[tuple[int | None, str]]) -> str | None:
@@ -193,6 +209,10 @@ def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), databas
             name, _, kind = column.partition(":")
             if types[table].get(name) not in TYPES[kind]:
                 wrong.add(("table", f"{table}.{name}"))
+    for column in MORE if types["logs"] else ():  # may be missing: then they are NULL
+        name, _, kind = column.partition(":")
+        if types["logs"].get(name, TYPES[kind][0]) not in TYPES[kind]:
+            wrong.add(("table", f"logs.{name}"))
     entries = []
     if types["ledger"]:
         for *row, seal in connection.execute(
@@ -210,9 +230,9 @@ def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), databas
             if {"segment", "timestamp"} <= set(types["logs"])
             else f"SELECT '' FROM {database}.logs"
         ).fetchall()
-        rows = connection.execute(select(f"{database}.logs", LOGS, types["logs"])).fetchall()
+        rows = connection.execute(select(f"{database}.logs", LOGS + MORE, types["logs"])).fetchall()
         for (segment,), row in zip(days, rows):
-            found[segment].append((row[-1], row_hash(LOGS, row)))
+            found[segment].append((row[len(LOGS) - 1], row_hash(LOGS, row)))
     for entry in entries:
         if entry["kind"] in ("segment", "legacy"):
             rows = found.pop(entry["segment"] or "", [])
