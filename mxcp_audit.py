@@ -1478,7 +1478,7 @@ def _opens(words: list[str]) -> bool:
 
 
 def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], loud: bool) -> bool:
-    """Return True if a weak word, between these words, is a secret; `loud` is UPPER_CASE or an `X-` header."""
+    """Return True if a weak word, between these words, is a secret; `loud`: UPPER_CASE or `X-…`."""
     nearest = before[-1] if before else ""
     if nearest in WEAK_WORDS[head] and before[1:] != ["primary"]:
         return False
