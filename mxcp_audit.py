@@ -3916,6 +3916,18 @@ def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
         os.fsync(file.fileno())
 
 
+def replace_file(path: str, data: bytes) -> None:
+    """Put a file in place of another, whole or not at all, with mode 0600."""
+    scratch = f"{path}.{os.urandom(4).hex()}.part"
+    try:
+        write_file(scratch, data)
+        os.replace(scratch, path)
+    except OSError:
+        with contextlib.suppress(OSError):
+            os.unlink(scratch)
+        raise
+
+
 def _write_beside(path: str, suffix: str, data: bytes) -> None:
     """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
     write_file(path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
@@ -4218,9 +4230,7 @@ class _JournalDirectory:
         except FileNotFoundError:
             pass
         fresh = os.urandom(8).hex()
-        scratch = f"{path}.{fresh}"
-        write_file(scratch, fresh.encode() + b"\n")
-        os.replace(scratch, path)
+        replace_file(path, fresh.encode() + b"\n")
         return fresh
 
     def ingest_lock(self) -> contextlib.AbstractContextManager[bool]:
@@ -6657,7 +6667,7 @@ FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event,
 
 
 # Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
-_SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
+SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
 _IN_RANGE: Final = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
 
 
@@ -6711,7 +6721,7 @@ FROM ({
     digests(
         "audit.logs",
         "segment IS NULL AND coalesce(strftime(timestamp, '%Y-%m-%d'), '') BETWEEN $first_day AND $last_day",
-        segment=_SEGMENT_OR_DAY,
+        segment=SEGMENT_OR_DAY,
     )
 })"""
 PREPARE_SEGMENTS: Final = f"""\
@@ -6780,7 +6790,7 @@ GROUP BY part ORDER BY ALL NULLS FIRST"""
 SCOPE_SINCE: Final = f"""\
 CREATE OR REPLACE TEMP TABLE scope AS
 SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
-UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
+UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
 
 
 def comparison(*, scoped: bool) -> str:
@@ -6791,7 +6801,7 @@ def comparison(*, scoped: bool) -> str:
     inside = _IN_RANGE
     if scoped:
         inside += " AND {0} IN (SELECT segment FROM scope)"
-    found = digests("sound_logs", inside.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
+    found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
     chosen = (
         "true"
         if scoped
@@ -6831,15 +6841,15 @@ SCOPE_BEFORE: Final = f"""\
 CREATE OR REPLACE TEMP TABLE scope AS
 SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND first_event < $moment::TIMESTAMP
 AND ($before IS NULL OR last_event >= make_timestamp($before) OR ingested_at >= $purged_at::TIMESTAMP)
-UNION SELECT DISTINCT {_SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp < $moment::TIMESTAMP"""
-_OLD: Final = f"{_SEGMENT_OR_DAY} = $segment AND timestamp < $moment::TIMESTAMP"
-_KEPT: Final = f"{_SEGMENT_OR_DAY} = $segment AND coalesce(timestamp >= $moment::TIMESTAMP, true)"
+UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp < $moment::TIMESTAMP"""
+_OLD: Final = f"{SEGMENT_OR_DAY} = $segment AND timestamp < $moment::TIMESTAMP"
+_KEPT: Final = f"{SEGMENT_OR_DAY} = $segment AND coalesce(timestamp >= $moment::TIMESTAMP, true)"
 PART_GONE: Final = (
     f"SELECT events::BIGINT, digest::VARCHAR, epoch_us(last_event)::BIGINT "
-    f"FROM ({digests('sound_logs', _OLD, segment=_SEGMENT_OR_DAY)})"
+    f"FROM ({digests('sound_logs', _OLD, segment=SEGMENT_OR_DAY)})"
 )
 PART_KEPT: Final = (
-    f"SELECT events::BIGINT, digest::VARCHAR FROM ({digests('sound_logs', _KEPT, segment=_SEGMENT_OR_DAY)})"
+    f"SELECT events::BIGINT, digest::VARCHAR FROM ({digests('sound_logs', _KEPT, segment=SEGMENT_OR_DAY)})"
 )
 DELETE_OLD: Final = "DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
 COUNT_OLD: Final = "SELECT count(*)::BIGINT FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
@@ -6852,7 +6862,7 @@ WHERE timestamp < $moment::TIMESTAMP AND strftime(timestamp, '%Y-%m-%d') = $day
 ORDER BY timestamp, segment, seq"""
 ARCHIVED: Final = (
     "SELECT digest::VARCHAR FROM ("
-    + digests("read_parquet($files)", _IN_RANGE.format(_SEGMENT_OR_DAY), segment=_SEGMENT_OR_DAY)
+    + digests("read_parquet($files)", _IN_RANGE.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
     + ") ORDER BY segment"
 )
 SAME_CONTENT: Final = {
@@ -6878,6 +6888,10 @@ COUNT_TABLE: Final = "SELECT count(*)::BIGINT FROM table_rows"
 RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
 WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
+LOSSES: Final = f"""\
+SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events::BIGINT AS events,
+       coalesce(detail, '')::VARCHAR AS detail
+FROM audit.ledger WHERE kind = 'loss' ORDER BY ingested_at, position"""
 FREEZE_JOURNAL: Final = (
     "CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows",
     "CREATE OR REPLACE TEMP VIEW journal_rows AS SELECT * FROM journal_copy",
@@ -6895,32 +6909,20 @@ def public_select(*, typed: bool = False, harmless: bool = False) -> str:
         typed: timestamps stay timestamps, for formats that have them.
         harmless: text that a spreadsheet would run (`$formula`) gets a leading apostrophe.
     """
-    parts = []
+    return ", ".join(f"{value} AS {name}" for name, value in public_values(typed=typed, harmless=harmless))
+
+
+def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
+    """Yield the public columns with the SQL of each; the arguments are those of `public_select`."""
     for name in PUBLIC_COLUMNS:
+        value = f"({_EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
-            parts.append("timestamp" if typed else f"strftime(timestamp, {_ISO_FORMAT}) AS timestamp")
+            value = name if typed else f"strftime(timestamp, {_ISO_FORMAT})"
         elif name == "duration_ms":
-            parts.append("duration_ms" if typed else "duration_ms::BIGINT AS duration_ms")
-        elif name == "result_bytes":
-            parts.append(name)
-        else:
-            value = f"({_EVENT_ID})" if name == "event_id" else name
-            if harmless:
-                value = f"CASE WHEN regexp_matches({value}, $formula) THEN '''' || {value} ELSE {value} END"
-            parts.append(f"{value} AS {name}")
-    return ", ".join(parts)
-
-
-# For a follower: what the ledger got since it was asked last. Losses count, because a lost line has its
-# number too, so that the sum is the highest number of the segment.
-NEW_SEGMENTS: Final = """\
-SELECT journal::VARCHAR AS journal, segment::VARCHAR AS segment, max(position)::BIGINT AS position,
-       sum(events)::BIGINT AS events
-FROM audit.ledger
-LEFT JOIN (SELECT unnest($journals::VARCHAR[]) AS known, unnest($positions::BIGINT[]) AS last)
-       ON known = journal
-WHERE kind IN ('segment', 'loss') AND position > coalesce(last, 0) AND ingested_at >= $since::TIMESTAMP
-GROUP BY journal, segment"""
+            value = name if typed else "duration_ms::BIGINT"
+        elif harmless and name != "result_bytes":
+            value = f"CASE WHEN regexp_matches({value}, $formula) THEN '''' || {value} ELSE {value} END"
+        yield name, value
 
 
 # --- exports, figures, and SQL of a person's own
@@ -7093,34 +7095,6 @@ class Filter(NamedTuple):
             conditions.append(f"({_TEXT_TEST})")
         return " AND ".join(conditions) or "true", params
 
-    def matches(self, row: Sequence[Any]) -> bool:
-        """Say the same of a row of PUBLIC_COLUMNS without DuckDB, for events that are in no table yet.
-
-        Also update `where`: the two must agree.
-        """
-        event = dict(zip(PUBLIC_COLUMNS, row))
-        named = self._named()
-        if named and not any(
-            event["type"] == event_type and _is_like(event["name"], name) for event_type, name in named
-        ):
-            return False
-        moment = event["timestamp"][:-1].replace("T", " ")
-        return (
-            all(wanted is None or event[column] == wanted for column, wanted in self._equal())
-            and all(wanted is None or _is_like(event[column], wanted) for column, wanted in self._alike())
-            and (self.event_id is None or event["event_id"] == self.event_id.strip())
-            and (self.since is None or moment >= self.since)
-            and (self.until is None or moment < self.until)
-            and (
-                self.min_ms is None
-                or (event["duration_ms"] is not None and event["duration_ms"] >= self.min_ms)
-            )
-            and (
-                self.text is None
-                or any(_lower_case(self.text) in _lower_case(event[column] or "") for column in _TEXT_COLUMNS)
-            )
-        )
-
 
 _TEXT_COLUMNS: Final = ("name", "input_json", "error", "reason")
 _TEXT_TEST: Final = " OR ".join(rf"{name} ILIKE $pattern ESCAPE '\'" for name in _TEXT_COLUMNS)
@@ -7136,17 +7110,6 @@ def _name_test(column: str, key: str, name: str) -> tuple[str, str]:
     if "*" not in name:
         return f"{column} = ${key}", name
     return rf"{column} LIKE ${key} ESCAPE '\'", _like(name).replace("*", "%")
-
-
-def _is_like(value: object, name: str) -> bool:
-    if not isinstance(value, str) or "*" not in name:
-        return value == name
-    return re.fullmatch(".*".join(map(re.escape, name.split("*"))), value, re.DOTALL) is not None
-
-
-def _lower_case(text: str) -> str:
-    """Return the text in lower case, character by character, as DuckDB does it."""
-    return text.lower() if text.isascii() else "".join(character.lower()[0] for character in text)
 
 
 # === Engines ===
@@ -8794,6 +8757,23 @@ class Reading:
         source, params = self._source(what, None, NEWEST_FIRST)
         return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
 
+    def ask(self, what: Filter, sql: str) -> list[Row]:
+        """Return the rows of a query of ours over `events`: all columns of the matching events."""
+        source, params = self._source(what, None, NEWEST_FIRST)
+        events = f"WITH events AS (SELECT *, {_EVENT_ID} AS event_id FROM ({source}))"
+        return self.engine.execute(f"{events} {sql}", params)
+
+    def lines(
+        self, expression: str, what: Filter, *, count: int | None = None, oldest_first: bool = False
+    ) -> Iterator[str]:
+        """Yield what an SQL expression of ours makes of each matching event."""
+        sql, params = self._select(f"{expression} AS line", what, count, oldest_first)
+        return (line for (line,) in self.engine.stream(sql, params))
+
+    def losses(self) -> list[Row]:
+        """Return when lost events were entered, how many, and why."""
+        return self.engine.execute(LOSSES) if self.has_ledger else []
+
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
 
@@ -10046,85 +10026,113 @@ class Store:
 
 
 # == Follow ==
-# depends on: Errors, Events, Encoding, Journal, SQL, Engines, Target, Reading, Operations
+# depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
 #
-# New events as they come, without keeping anybody from ingesting.
+# New events as they come, without keeping anybody from ingesting, and from where a cursor says. What is new
+# is known by position: of entries in the ledger, and of lines in the segments that the ledger lacks. Time
+# plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
 
-
-class _Tail:
-    """How far a follower has come in one segment."""
-
-    __slots__ = ("offset", "seq", "settled")
-
-    def __init__(self) -> None:
-        self.offset = 0  # behind the last whole line that was read
-        self.seq = 0  # the highest number that was seen
-        self.settled = False  # the table has it, and the rest was taken from there
+_LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory, and how long the database is held
+_LOOK_ENTRIES: Final = 1000  # of the ledger, likewise
+_REMOTE_SECONDS: Final = 2.0  # between looks at a target that doesn't show from outside whether it changed
+_SETTLED: Final = 2**62  # the last line of a segment that the table has
+_NEW_ENTRIES: Final = f"""\
+SELECT journal::VARCHAR AS journal, position::BIGINT AS position, kind::VARCHAR AS kind,
+       segment::VARCHAR AS segment, events::BIGINT AS events, detail::VARCHAR AS detail
+FROM audit.ledger
+LEFT JOIN (SELECT unnest($journals::VARCHAR[]) AS known, unnest($positions::BIGINT[]) AS last)
+       ON known = journal
+WHERE position > coalesce(last, 0) AND ingested_at >= $since::TIMESTAMP
+ORDER BY ingested_at, journal, position LIMIT {_LOOK_ENTRIES}"""
+_FRESH: Final = f"""\
+CREATE OR REPLACE TEMP TABLE fresh AS SELECT events.* FROM ({{rows}}) AS events
+JOIN (SELECT unnest($segments::VARCHAR[]) AS wanted, unnest($tails::BIGINT[]) AS tail)
+     ON wanted = {SEGMENT_OR_DAY} WHERE coalesce(seq, 1) > tail"""
+_NOTICES: Final = """\
+INSERT INTO fresh BY NAME
+SELECT now()::TIMESTAMP AS timestamp, '' AS caller, kind AS type, kind AS name,
+       '{"events":' || events || '}' AS input_json, 0 AS duration_ms, 'n/a' AS policy_decision,
+       'error' AS status, detail AS error, journal AS segment, position AS seq
+FROM (SELECT unnest($kinds::VARCHAR[]) AS kind, unnest($counts::BIGINT[]) AS events,
+             unnest($details::VARCHAR[]) AS detail, unnest($journals::VARCHAR[]) AS journal,
+             unnest($positions::BIGINT[]) AS position)"""
 
 
 class Follower:
-    """Sees events as they are recorded, by whatever process: each once, none left out.
+    """Returns events as they are recorded, by whatever process or host: each once, none left out.
 
-    A look reads what the segments got since the last one. The database is opened only if its file
-    changed, that is, after an ingest: a segment may have moved into the table before it was read to
-    its end, or seen at all. The ledger says which did, and their missing rows are taken from there.
-    No lock is held between looks.
+    A look asks the ledger for new entries if the database changed, and reads the segments that grew. No lock
+    is held between looks. A segment that vanishes in between is in the table: the next look finds the rest.
 
     Args:
         store: the log.
         what: which events to return.
+        columns: the SELECT list of what a look returns.
+        cursor: where to begin: what `cursor` returned earlier; None for `start`.
     """
 
-    def __init__(self, store: Store, what: Filter) -> None:
-        self._target = store.target
-        self._journal = store.journal
-        self._what = what
-        self._tails: dict[str, _Tail] = {}  # by segment
-        self._positions: dict[str, int] = {}  # by journal: the ledger entry that was looked at last
+    def __init__(
+        self,
+        store: Store,
+        what: Filter,
+        *,
+        columns: str | None = None,
+        cursor: Mapping[str, Any] | None = None,
+    ) -> None:
+        self._target, self._journal, self._what = store.target, store.journal, what
+        self._columns = columns or public_select()
+        self._notices = cursor is not None  # losses and gaps are returned too
+        self._positions: dict[str, int] = dict((cursor or {}).get("journals", {}))  # by journal
+        self._tails: dict[str, int] = dict((cursor or {}).get("segments", {}))  # by segment: its last event
+        self._sizes: dict[str, int] = {}
         self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
         self._signature: object = None
-        self._fresh: list[Row] = []  # counted as seen, and kept where a look fails
+        self._next_look = 0.0
+        self.is_behind = False  # the last look left entries of the ledger to the next
         self._engine: Engine | None = None
 
     def start(self, reading: Reading | None) -> None:
-        """Count everything that is there now as seen.
-
-        Args:
-            reading: an open reading; None if there is no log yet.
-        """
-        for _ in self._new_lines():
-            pass
-        if reading is None or reading.problem is not None:
-            # The ledger can't be had. Of what it says later, only what was ingested from now on is new.
+        """Count all that is recorded now as seen; `reading` is an open log, None if there is none yet."""
+        if reading is None or reading.problem is not None:  # of the ledger, only what is entered later is new
             self._since = sql_time(utc_now()) if reading is not None else self._since
-            return
-        self._signature = self._target.signature()
-        if reading.has_ledger:
+        elif reading.has_ledger:
+            self._signature = self._target.signature()
             self._positions = dict(reading.engine.execute(CHAIN_ENDS))
+        if reading is not None and reading.has_journal:
+            self._tails = dict(
+                reading.engine.execute("SELECT segment, max(seq)::BIGINT FROM journal_rows GROUP BY segment")
+            )
 
     def is_seen(self, row: Row) -> bool:
-        """Say whether an event will not be returned by `look`, because `start` counted it as seen."""
-        segment, seq = _segment_and_seq(row)
-        tail = self._tails.get(segment)
-        return tail is None or seq <= tail.seq
+        """Return True if `look` will not return this event, because `start` counted it as seen."""
+        segment, _, seq = (row[-1] or "").rpartition(":")
+        return int(seq or 0) <= self._tails.get(segment, _SETTLED)
 
-    def look(self) -> list[Row]:
-        """Return the matching events that came since the last look, as rows of PUBLIC_COLUMNS, oldest first.
+    def cursor(self) -> dict[str, Any]:
+        """Return where the next look goes on, for JSON."""
+        return {"version": 1, "journals": self._positions, "segments": self._tails}
+
+    def look(self, *, wait: float = 0.0) -> list[Row]:
+        """Return the matching events that are new since the last look, oldest first, not too many at once.
+
+        Args:
+            wait: seconds to try again while another process holds the database; 0 leaves it to the next look.
 
         Raises:
             JournalError: the journal can't be read.
             StoreError: the table can't be asked. A later look can make up for it.
         """
-        for row in self._new_lines():
-            if self._what.matches(row):
-                self._fresh.append(row)
-        signature = self._target.signature()
-        if signature is None or signature != self._signature:
-            # Somebody may ingest at this moment; then the next look asks again.
-            with contextlib.suppress(DatabaseLockedError, DatabaseNotFoundError):
-                self._fresh += self._new_table_rows()
-        rows, self._fresh = self._fresh, []
-        return sorted(rows, key=lambda row: (row[0], _segment_and_seq(row)))
+        signature, rows = self._target.signature(), []
+        has_changed = signature is None or signature != self._signature
+        if has_changed if self._target.is_file else time.monotonic() >= self._next_look:
+            try:
+                rows = patiently(self._new_table_rows, wait)
+            except DatabaseNotFoundError:
+                pass
+            except DatabaseLockedError:
+                if wait:
+                    raise
+        return rows if rows or self.is_behind else self._new_lines()
 
     def close(self) -> None:
         """End the session with DuckDB, if there is one."""
@@ -10132,77 +10140,97 @@ class Follower:
         if engine is not None:
             engine.close()
 
-    def _new_lines(self) -> Iterator[Row]:
-        paths = {segment_id_of(path): path for path in self._journal.segments()}
-        for segment in [each for each, tail in self._tails.items() if tail.settled and each not in paths]:
-            del self._tails[segment]
-        for segment, path in paths.items():
-            tail = self._tails.setdefault(segment, _Tail())
-            if _size_of(path) <= tail.offset:
-                continue
-            try:
-                with open(path, "rb") as file:
-                    file.seek(tail.offset)
-                    data = file.read()
-            except FileNotFoundError:
-                continue  # ingested just now: the ledger tells
-            except OSError as error:
-                raise JournalError(f"can't be read: {error.strerror}", path=path) from error
-            end = data.rfind(b"\n") + 1  # the rest is being written
-            tail.offset += end
-            for line in data[:end].split(b"\n")[:-1]:
-                if line_fault(line) is None:
-                    event = json.loads(line)
-                    if event["seq"] > tail.seq:
-                        tail.seq = event["seq"]
-                        event["event_id"] = f"{segment}:{tail.seq}"
-                        yield tuple(event.get(name) for name in PUBLIC_COLUMNS)
-
     def _new_table_rows(self) -> list[Row]:
-        """Return what moved into the table unseen."""
-        target = self._target
-        engine = self._engine = self._engine or target.open_engine()
+        """Return what the ledger entered, but for the events that were seen in the journal."""
+        engine = self._engine = self._engine or self._target.open_engine()
         asked = {
             "journals": list(self._positions),
             "positions": list(self._positions.values()),
             "since": self._since,
         }
-        rows: list[Row] = []
-        with target.attached(engine, read_only=True):
-            signature = target.signature()  # nobody can ingest now
-            present = target.columns(engine)
-            entries = engine.execute(NEW_SEGMENTS, asked) if "ledger" in present else []
-            seen = {
-                segment: self._tails[segment].seq if segment in self._tails else 0
-                for _, segment, _, _ in entries
-            }
-            missing = [segment for _, segment, _, events in entries if seen[segment] < events]
-            if missing:
-                where, params = self._what.where()
-                found = engine.execute(
-                    f"SELECT {public_select()} FROM (SELECT * FROM ({table_rows(present['logs'])}) "
-                    f"WHERE segment IN (SELECT unnest($missing)) AND {where})",
-                    {**params, "missing": missing},
-                )
-                for row in found:
-                    segment, seq = _segment_and_seq(row)
-                    if seq > seen[segment]:
-                        rows.append(row)
-        for journal, segment, position, events in entries:
-            tail = self._tails.setdefault(segment, _Tail())
-            tail.seq = max(tail.seq, events)
-            tail.settled = True
+        with self._target.attached(engine, read_only=True):
+            signature = self._target.signature()  # nobody can ingest now
+            present = self._target.columns(engine)
+            entries: list[Row] = []
+            total, behind = 0, False
+            for entry in engine.execute(_NEW_ENTRIES, asked) if "ledger" in present else ():
+                total += entry[4] or 0
+                if entries and total > _LOOK_EVENTS:
+                    behind = True
+                    break
+                entries.append(entry)
+            rows = (
+                self._rows_of(engine, table_rows(present["logs"]), entries)
+                if entries and "logs" in present
+                else []
+            )
+        for journal, position, kind, segment, _, _ in entries:
             self._positions[journal] = max(position, self._positions.get(journal, 0))
-        self._signature = signature
+            if kind == "segment":
+                self._tails[segment] = _SETTLED
+        self.is_behind = behind or len(entries) == _LOOK_ENTRIES
+        self._signature = None if self.is_behind else signature
+        self._next_look = time.monotonic() + (0 if self.is_behind else _REMOTE_SECONDS)
         if not engine.keeps:
             self.close()
         return rows
 
+    def _rows_of(self, engine: Engine, source: str, entries: Sequence[Row]) -> list[Row]:
+        """Return the unseen rows of entries, and a notice for each loss and each gap."""
+        tails = {
+            segment: self._tails.get(segment, 0)
+            for _, _, kind, segment, _, _ in entries
+            if kind in ("segment", "legacy")
+        }
+        engine.execute(_FRESH.format(rows=source), {"segments": list(tails), "tails": list(tails.values())})
+        fresh = engine.execute(f"SELECT {SEGMENT_OR_DAY} AS k, count(*)::BIGINT AS n FROM fresh GROUP BY k")
+        counts: dict[str, int] = dict(fresh)
+        notices = []
+        for journal, position, kind, segment, events, detail in entries if self._notices else ():
+            missing = (events or 0) - tails.get(segment, 0) - counts.get(segment, 0)
+            if kind == "loss":
+                notices.append((kind, events, detail or "", journal, position))
+            elif segment in tails and missing > 0:
+                text = f"{counted(missing, 'event')} left the table before they were read, by a purge perhaps"
+                notices.append(("gap", missing, text, journal, position))
+        if notices:
+            names = ("kinds", "counts", "details", "journals", "positions")
+            engine.execute(_NOTICES, {name: list(values) for name, values in zip(names, zip(*notices))})
+        return self._matching(engine)
 
-def _segment_and_seq(row: Row) -> tuple[str, int]:
-    """Return what a row's event id is made of; rows of older tables have none."""
-    segment, _, seq = (row[-1] or "").rpartition(":")
-    return segment, int(seq or 0)
+    def _new_lines(self) -> list[Row]:
+        """Return what the segments got that the table lacks."""
+        paths = {segment_id_of(path): path for path in self._journal.segments()}
+        for segment in [each for each, tail in self._tails.items() if tail == _SETTLED and each not in paths]:
+            del self._tails[segment]
+        sizes = {each: _size_of(path) for each, path in paths.items() if self._tails.get(each) != _SETTLED}
+        grown = [each for each, size in sizes.items() if size > self._sizes.get(each, 0)]
+        if not grown:
+            return []
+        engine = self._engine = self._engine or self._target.open_engine()
+        longest = max(LONGEST_LINE, *(sizes[each] + 1 for each in grown))
+        found = [paths[each] for each in grown]
+        source = bind(JOURNAL_ROWS, {"files": found, "longest": longest, "lenient": True})
+        tails = {"segments": grown, "tails": [self._tails.get(each, 0) for each in grown]}
+        try:
+            engine.execute(_FRESH.format(rows=source), tails)
+        except QueryError:
+            self.close()
+            if all(map(os.path.exists, found)):
+                raise
+            return []  # ingested at this moment: the ledger tells the next look
+        last = engine.execute("SELECT segment, max(seq)::BIGINT AS last FROM fresh GROUP BY segment")
+        rows = self._matching(engine)
+        self._tails.update(last)
+        self._sizes = sizes
+        return rows
+
+    def _matching(self, engine: Engine) -> list[Row]:
+        where, params = self._what.where()
+        notices = "type IN ('loss', 'gap')" if self._notices else "false"
+        return engine.execute(
+            f"SELECT {self._columns} FROM fresh WHERE ({where}) OR {notices} ORDER BY {OLDEST_FIRST}", params
+        )
 
 
 # == Health ==
@@ -10339,10 +10367,13 @@ class Checkup:
 
 
 # === Output ===
-# depends on: Errors, Events, SQL, Engines
+# depends on: Errors, Events, SQL, Engines, Store
 #
 # Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
 # characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
+
+# == Text ==
+# depends on: Errors, Events, SQL, Engines
 
 
 # --- text that no terminal acts on
@@ -10696,6 +10727,401 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
         if room > 3:
             line = fit(line, width - room if width else 0) + block * -(-value * room // largest)
         _write(file, line.rstrip())
+
+
+# == Forms ==
+# depends on: SQL
+#
+# Events as other systems want them: OCSF, ECS and OTLP. Each form is a table: a place in the JSON object, and
+# the SQL expression that fills it. A place whose value is NULL is left out. docs/siem.md describes them.
+
+# Expressions that several places share.
+_FORM_WORDS: Final = {
+    "EVENT_ID": "segment || ':' || seq::VARCHAR",
+    "METHOD": "CASE type WHEN 'tool' THEN 'tools/call' WHEN 'resource' THEN 'resources/read' "
+    "WHEN 'prompt' THEN 'prompts/get' ELSE coalesce(type, '') END",
+    "INPUT": "CASE WHEN json_valid(input_json) THEN input_json::JSON ELSE to_json(input_json) END",
+    "CONTEXT": "CASE WHEN json_valid(context) THEN context::JSON ELSE to_json(context) END",
+    "FAILED": "(status = 'error')",
+    "DENIED": "(policy_decision = 'deny')",
+    "IS_IP": r"regexp_full_match(address, '[0-9.]{7,15}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*')",
+    "TRACE": "CASE WHEN regexp_full_match(trace_id, '[0-9A-Fa-f]{32}') THEN lower(trace_id) END",
+    "PROTOCOL": "CONTEXT ->> '$.\"mcp.protocol.version\"'",
+    "USER_AGENT": "CONTEXT ->> '$.\"user_agent.original\"'",
+}
+FORMS: Final = {
+    # OCSF 1.8, API Activity: https://schema.ocsf.io/1.8.0/classes/api_activity
+    "ocsf": """\
+activity_id             99
+activity_name           'Invoke'
+actor.app_name          client
+actor.app_uid           agent
+actor.invoked_by        coalesce(caller, '')
+actor.session.uid       session_id
+actor.user.uid          user_id
+api.operation           METHOD
+api.request.data        INPUT
+api.request.uid         coalesce(request_id, EVENT_ID)
+api.response.error      error_type
+api.response.error_message  error
+api.service.name        server
+category_uid            6
+class_uid               6003
+duration                duration_ms
+http_request.user_agent USER_AGENT
+message                 concat_ws(' ', METHOD, name)
+metadata.correlation_uid trace_id
+metadata.log_name       'mxcp_audit'
+metadata.product.name   'mxcp_audit'
+metadata.product.vendor_name 'mxcp_audit'
+metadata.uid            EVENT_ID
+metadata.version        '1.8.0'
+resources[].name        name
+resources[].type        type
+severity_id             CASE WHEN DENIED THEN 3 WHEN FAILED THEN 2 ELSE 1 END
+src_endpoint.hostname   CASE WHEN NOT IS_IP THEN address END
+src_endpoint.ip         CASE WHEN IS_IP THEN address END
+src_endpoint.name       coalesce(client, caller, '')
+status                  CASE WHEN FAILED THEN 'Failure' ELSE 'Success' END
+status_detail           coalesce(reason, error)
+status_id               CASE WHEN FAILED THEN 2 ELSE 1 END
+time                    epoch_ms(timestamp)
+type_uid                600399
+unmapped.context        CONTEXT
+unmapped.policy_decision policy_decision
+unmapped.result_bytes   result_bytes
+""",
+    # Elastic Common Schema 9: https://www.elastic.co/docs/reference/ecs
+    "ecs": """\
+@timestamp              strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')
+client.address          address
+client.ip               CASE WHEN IS_IP THEN address END
+ecs.version             '9.0.0'
+error.message           error
+error.type              error_type
+event.action            METHOD
+event.category[]        'api'
+event.dataset           'mxcp_audit.logs'
+event.duration          duration_ms::BIGINT * 1000000
+event.id                EVENT_ID
+event.kind              'event'
+event.module            'mxcp_audit'
+event.outcome           CASE WHEN FAILED THEN 'failure' ELSE 'success' END
+event.provider          'mxcp_audit'
+event.reason            reason
+event.type[]            CASE WHEN DENIED THEN 'denied' ELSE 'access' END
+http.request.id         request_id
+message                 concat_ws(' ', METHOD, name)
+mxcp_audit.agent        agent
+mxcp_audit.caller       caller
+mxcp_audit.client       client
+mxcp_audit.context      CONTEXT
+mxcp_audit.input        input_json
+mxcp_audit.name         name
+mxcp_audit.policy       policy_decision
+mxcp_audit.result_bytes result_bytes
+mxcp_audit.session      session_id
+mxcp_audit.type         type
+service.name            server
+trace.id                trace_id
+user.id                 user_id
+user_agent.original     USER_AGENT
+""",
+    # OTLP logs as JSON, a request a line, with the attributes of OpenTelemetry's conventions for MCP:
+    # https://opentelemetry.io/docs/specs/otlp/#otlphttp
+    "otlp": """\
+resourceLogs[].resource.attributes{service.name}            coalesce(server, 'mxcp_audit')
+resourceLogs[].scopeLogs[].scope.name                       'mxcp_audit'
+resourceLogs[].scopeLogs[].logRecords[].timeUnixNano        (epoch_us(timestamp) * 1000)::VARCHAR
+.observedTimeUnixNano               (epoch_us(timestamp) * 1000)::VARCHAR
+.severityNumber                     CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
+.severityText                       CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
+.eventName                          'mxcp_audit.call'
+.body.stringValue                   concat_ws(' ', METHOD, name)
+.traceId                            TRACE
+.attributes{log.record.uid}         EVENT_ID
+.attributes{mcp.method.name}        METHOD
+.attributes{gen_ai.tool.name}       CASE WHEN type = 'tool' THEN name END
+.attributes{gen_ai.prompt.name}     CASE WHEN type = 'prompt' THEN name END
+.attributes{mcp.resource.uri}       CASE WHEN type = 'resource' THEN name END
+.attributes{mcp.session.id}         session_id
+.attributes{mcp.protocol.version}   PROTOCOL
+.attributes{jsonrpc.request.id}     request_id
+.attributes{client.address}         address
+.attributes{user.id}                user_id
+.attributes{user_agent.original}    USER_AGENT
+.attributes{error.type}             coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
+.attributes{error.message}          error
+.attributes{network.transport}      CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
+.attributes{mxcp_audit.agent}       agent
+.attributes{mxcp_audit.caller}      caller
+.attributes{mxcp_audit.client}      client
+.attributes{mxcp_audit.context}     context
+.attributes{mxcp_audit.duration_ms#}  duration_ms
+.attributes{mxcp_audit.input}       input_json
+.attributes{mxcp_audit.policy}      policy_decision
+.attributes{mxcp_audit.reason}      reason
+.attributes{mxcp_audit.result_bytes#} result_bytes
+.attributes{mxcp_audit.trace_id}    trace_id
+""",
+}
+_PLACE: Final = re.compile(r"\{[^}]+\}|[^.{]+")
+_FORM_WORD: Final = re.compile(r"\b(?:" + "|".join(_FORM_WORDS) + r")\b")
+
+
+def form_sql(form: str) -> str:
+    """Return the SQL expression of one line: an event as JSON, in a form of FORMS or as `jsonl`, our own."""
+    if form == "jsonl":
+        fields = ", ".join(f"'{name}': {sql}" for name, sql in public_values())
+        return f"to_json({{{fields}}})::VARCHAR"
+    tree: dict[str, Any] = {}
+    parents: list[str] = []
+    for line in FORMS[form].splitlines():
+        place, sql = line.split(None, 1)
+        names = [*(parents if place.startswith(".") else ()), *_PLACE.findall(place)]
+        if not place.startswith("."):
+            parents = names[:-1]
+        node = tree
+        for name in names[:-1]:
+            node = node.setdefault(name, {})
+        while (filled := _FORM_WORD.sub(lambda word: f"({_FORM_WORDS[word[0]]})", sql)) != sql:
+            sql = filled
+        node[names[-1]] = sql
+    return _json_sql(tree)
+
+
+STREAM_FORMS: Final = ("jsonl", *FORMS)
+
+
+def _json_sql(node: Any) -> str:
+    """Return the SQL of a JSON value as text; it is NULL where there is nothing in it."""
+    if isinstance(node, str):
+        return f"to_json({node})::VARCHAR"
+    parts, brackets = [], "{}"
+    for name, child in node.items():
+        if name.startswith("{"):  # an attribute of OpenTelemetry
+            kind, cast, brackets = (
+                ("intValue", "BIGINT", "[]") if "#" in name else ("stringValue", "VARCHAR", "[]")
+            )
+            value = f"to_json(({child})::{cast})::VARCHAR"
+            parts.append(f"""'{{"key":"{name.strip("{#}")}","value":{{"{kind}":' || {value} || '}}}}'""")
+        elif name.endswith("[]"):
+            parts.append(f"""'"{name[:-2]}":[' || {_json_sql(child)} || ']'""")
+        else:
+            parts.append(f"""'"{name}":' || {_json_sql(child)}""")
+    return f"'{brackets[0]}' || nullif(concat_ws(',', {', '.join(parts)}), '') || '{brackets[1]}'"
+
+
+# == Report ==
+# depends on: SQL, Engines, Store, Text
+#
+# One HTML file for people: no script, nothing loaded, readable without styles; what was recorded is text.
+
+_REPORT_STYLE: Final = """\
+:root{--ink:#1a1a1a;--soft:#5a5a5a;--line:#d5d5d5;--paper:#fff;--ok:#56b4e9;--bad:#d55e00;--no:#1a1a1a}
+@media(prefers-color-scheme:dark){:root{--ink:#eee;--soft:#aaa;--line:#444;--paper:#16181c;--ok:#2f7fb5;--bad:#e8833a;--no:#eee}}
+body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:70rem;
+margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-size:.9rem}
+th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
+border-bottom:1px solid var(--line);overflow-wrap:anywhere;max-width:30rem}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
+.ok{fill:var(--ok)}.bad{fill:var(--bad)}.no{fill:var(--no)}
+.axis{stroke:var(--line)}pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
+_OUTCOME: Final = "CASE WHEN policy_decision = 'deny' THEN 2 WHEN status = 'error' THEN 1 ELSE 0 END"
+_OUTCOMES: Final = (("success", "ok"), ("error", "bad"), ("denied", "no"))
+_BUCKETS: Final = (("minute", 2 * 3600), ("hour", 4 * 86400), ("day", 120 * 86400), ("month", float("inf")))
+# Each table of the report: its title, its columns (a leading # marks numbers), and the query of `events`.
+_REPORT_TABLES: Final = (
+    (
+        "Denials",
+        "last at,name,user,reason,#calls",
+        """SELECT max(timestamp)::VARCHAR AS last, name, user_id, reason, count(*)::BIGINT AS calls
+        FROM events WHERE policy_decision = 'deny' GROUP BY name, user_id, reason ORDER BY calls DESC, 2, 3, 4
+        LIMIT 50""",
+    ),
+    (
+        "Errors by class",
+        "class,#calls,last at,name,example",
+        """SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''),
+                        'unknown') AS class, count(*)::BIGINT AS calls, max(timestamp)::VARCHAR AS last,
+               arg_max(name, timestamp) AS name, left(arg_max(error, timestamp), 500) AS example
+        FROM events WHERE status = 'error' GROUP BY class ORDER BY 2 DESC, 1 LIMIT 50""",
+    ),
+    (
+        "Slowest calls",
+        "#ms,at,name,user,event id",
+        """SELECT duration_ms::BIGINT AS ms, timestamp::VARCHAR AS at_, name, user_id, event_id FROM events
+        WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10""",
+    ),
+    (
+        "Unfinished calls",
+        "at,name,user,error,event id",
+        """SELECT timestamp::VARCHAR AS at_, name, user_id, left(error, 200) AS error, event_id
+        FROM events WHERE status = 'error'
+        AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50""",
+    ),
+)
+
+
+def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
+    """Return rows as a table; what comes from the log is escaped."""
+    names = heads.split(",")
+    kinds = [' class="n"' if name.startswith("#") else "" for name in names]
+
+    def line(tag: str, cells: Iterable[object]) -> str:
+        return "".join(f"<{tag}{kind}>{_html(cell)}</{tag}>" for kind, cell in zip(kinds, cells))
+
+    body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
+    head = line("th", (name.strip("#") for name in names))
+    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+
+
+def _html(value: object) -> str:
+    """Return a value as HTML text that no browser acts on, with what a terminal would act on made visible."""
+    import html
+
+    text = f"{value:,}" if isinstance(value, int) else "" if value is None else printable(str(value))
+    return html.escape(text)
+
+
+def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
+    """Return a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
+    width, height, left, base = 900, 240, 55, 200
+    top = max((sum(counts) for _, *counts in buckets), default=0) or 1
+    step = 10 ** (len(str(top)) - 1)
+    step = next(step * part // 10 or 1 for part in (2, 5, 10, 20) if top <= 6 * (step * part // 10 or 1))
+    limit = -(-top // step) * step
+    bar = (width - left) / max(len(buckets), 1)
+    parts = [
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Calls per {unit}, by outcome">'
+        '<defs><pattern id="hatch" width="4" height="4" patternUnits="userSpaceOnUse" '
+        'patternTransform="rotate(45)">'
+        '<rect width="2" height="4" class="no"/></pattern></defs>'
+    ]
+    for mark in range(0, limit + 1, step):
+        y = base - 180 * mark / limit
+        parts.append(
+            f'<line class="axis" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>'
+            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:,}</text>'
+        )
+    every = -(-len(buckets) // 8)
+    for number, (label, *counts) in enumerate(buckets):
+        x, y = left + number * bar, float(base)
+        title = f"{label}: " + ", ".join(f"{count:,} {name}" for count, (name, _) in zip(counts, _OUTCOMES))
+        parts.append(f"<g><title>{title}</title>")
+        for count, (_, style) in zip(counts, _OUTCOMES):
+            tall = 180 * count / limit
+            y -= tall
+            fill = ' fill="url(#hatch)" stroke="currentColor"' if style == "no" else f' class="{style}"'
+            if count:
+                parts.append(
+                    f'<rect{fill} x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
+                    f'height="{tall:.1f}"/>'
+                )
+        parts.append("</g>")
+        if number % every == 0:
+            parts.append(f'<text x="{x:.1f}" y="{base + 16}">{label}</text>')
+    for number, (name, style) in enumerate(_OUTCOMES):
+        fill = ' fill="url(#hatch)" stroke="currentColor"' if style == "no" else f' class="{style}"'
+        parts.append(
+            f'<rect{fill} x="{left + 90 * number}" y="{height - 14}" width="12" height="12"/>'
+            f'<text x="{left + 90 * number + 17}" y="{height - 4}">{name}</text>'
+        )
+    return "".join([*parts, "</svg>"])
+
+
+def report_html(
+    reading: Reading, what: Filter, facts: Sequence[tuple[str, str]], *, newest: int
+) -> Iterator[str]:
+    """Yield the report of the matching events: the same text for the same events and facts.
+
+    Args:
+        reading: an open log.
+        what: the filter.
+        facts: names and values for its head, such as the range and what `verify` said.
+        newest: how many events stand in full at the end.
+    """
+
+    def ask(sql: str) -> list[Row]:
+        return reading.ask(what, sql)
+
+    ((calls, first, last, span),) = ask(
+        "SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last, "
+        "epoch(max(timestamp) - min(timestamp))::BIGINT AS span FROM events"
+    )
+    unit = next(name for name, seconds in _BUCKETS if (span or 0) <= seconds)
+    form = {"minute": "%H:%M", "hour": "%m-%d %H:00", "day": "%Y-%m-%d", "month": "%Y-%m"}[unit]
+    yield f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8">
+<meta name="viewport" content="width=device-width,initial-scale=1">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
+<title>Audit report</title><style>{_REPORT_STYLE}</style></head><body><h1>Audit report</h1>
+"""
+    yield _html_table(
+        "what,value", [*facts, ("calls", f"{calls:,}"), ("first event", first), ("last event", last)]
+    )
+    if calls:
+        buckets = ask(  # with those of no call, so that the axis is one of time
+            f"""SELECT strftime(b, '{form}') AS label, count(*) FILTER (WHERE o = 0)::BIGINT AS good,
+            count(*) FILTER (WHERE o = 1)::BIGINT AS bad, count(*) FILTER (WHERE o = 2)::BIGINT AS no
+            FROM (SELECT unnest(generate_series(date_trunc('{unit}', min(timestamp)), max(timestamp),
+                  INTERVAL 1 {unit})) AS b FROM events)
+            LEFT JOIN (SELECT date_trunc('{unit}', timestamp) AS bucket, {_OUTCOME} AS o FROM events)
+                  ON bucket = b
+            GROUP BY b ORDER BY b"""
+        )
+        yield f"<h2>Calls per {unit} (UTC)</h2>{_chart(unit, buckets)}"
+    heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
+    for title, by in (
+        ("Tools, resources and prompts", "name"),
+        ("Users", "user"),
+        ("Clients", "client"),
+        ("Servers", "server"),
+    ):
+        rows = reading.stats(what, by=by, count=50)
+        if [row for row in rows if row[0] is not None]:
+            yield f"<h2>{title}</h2>{_html_table(heads.format(by), rows)}"
+    for title, columns, sql in _REPORT_TABLES:
+        rows = ask(sql)
+        yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
+    lost = reading.losses()
+    yield f"<h2>Lost events</h2>{_html_table('entered at,#events,reason', lost) if lost else '<p>none</p>'}"
+    yield "<h2>Newest events</h2>"
+    for row in reading.rows(what, count=newest):
+        event = dict(zip(PUBLIC_COLUMNS, row))
+        head = " · ".join(
+            _html(event[name]) for name in ("timestamp", "name", "status", "policy_decision") if event[name]
+        )
+        body = "\n".join(f"{name}: {_html(value)}" for name, value in event.items() if value is not None)
+        yield f"<details><summary>{head}</summary><pre>{body}</pre></details>\n"
+    yield "</body></html>\n"
+
+
+def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> Iterator[str]:
+    """Yield the numbers of a report of `doctor` as gauges in the text format of Prometheus."""
+    for name, value in report.items():
+        metric = f"{prefix}_{name}"
+        if isinstance(value, Mapping) and all(os.path.isabs(key) for key in value):
+            samples = [(f"{{path={json.dumps(printable(path))}}}", number) for path, number in value.items()]
+        elif isinstance(value, Mapping):
+            yield from prometheus_text(value, metric)
+            continue
+        elif isinstance(value, (bool, int, float)):
+            samples = [("", value)]
+        elif name == "faults":
+            samples = [("", len(value))]
+        else:
+            continue
+        yield f"# TYPE {metric} gauge"
+        for labels, number in samples:
+            yield (
+                f"{metric}{labels} {float(number):g}"
+                if isinstance(number, bool)
+                else f"{metric}{labels} {number}"
+            )
 
 
 # === Assembly ===
@@ -11402,6 +11828,7 @@ examples:
         _add_redact,
         _add_ingest,
         _add_doctor,
+        _add_report,
         _add_import,
         _add_wrap,
         _add_verify,
@@ -11689,7 +12116,20 @@ log --follow --status error""",
         f"{', '.join(EXPORT_FORMATS)}; - is standard output",
     )
     export.add_argument(
-        "--format", choices=EXPORT_FORMATS, metavar="FORMAT", help="whatever the extension says"
+        "--format",
+        choices=sorted({*EXPORT_FORMATS, *STREAM_FORMS}),
+        metavar="FORMAT",
+        help=f"of an export, instead of its extension; without one, print lines of {', '.join(STREAM_FORMS)}",
+    )
+    export.add_argument(
+        "--cursor-file", metavar="FILE", help="print what is new since the last run with this file"
+    )
+    export.add_argument("--post", metavar="URL", help="send the lines there instead, in batches")
+    export.add_argument(
+        "--header",
+        action="append",
+        metavar="NAME=VARIABLE",
+        help="of --post: a header from an environment variable",
     )
     export.add_argument(
         "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
@@ -11701,6 +12141,8 @@ def cmd_log(options: argparse.Namespace) -> int:
     what = _filter_of(options)
     _check_log_options(options)
     store = _store_of(options)
+    if options.format in STREAM_FORMS and not options.export:
+        return _stream(options, store, what)
     if options.follow:
         return _follow(options, store, what)
     if options.export:
@@ -11727,8 +12169,16 @@ def cmd_log(options: argparse.Namespace) -> int:
 
 
 def _check_log_options(options: argparse.Namespace) -> None:
-    if not options.export and (options.format or options.raw):
-        raise _UsageError("--format and --raw say how to export: add --export FILE")
+    if not options.export and (options.raw or (options.format and options.format not in STREAM_FORMS)):
+        raise _UsageError("--raw and this --format are for exports: add --export FILE")
+    if options.export and options.format and options.format not in EXPORT_FORMATS:
+        raise _UsageError(f"--format {options.format} is for printing lines: leave --export out")
+    if (options.cursor_file or options.post) and (options.export or options.format not in STREAM_FORMS):
+        raise _UsageError(f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}")
+    if options.cursor_file and (options.limit or options.oldest_first):
+        raise _UsageError("--cursor-file prints everything that is new: leave --limit and --oldest-first out")
+    if options.header and not options.post:
+        raise _UsageError("--header needs --post URL")
     if options.export and (options.columns or options.wide or options.input or options.json):
         raise _UsageError("an export has every column, in the format of its extension or of --format")
     if options.follow and (options.export or options.until or options.oldest_first):
@@ -11794,6 +12244,107 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
                     _say(f"new events may be missing until this is over: {told}")
             # 1 % of a core, within half a second
             _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
+
+
+def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
+    """Print or send events in a form; with a cursor what is new, and move the cursor when that is written."""
+    send = functools.partial(_post, options) if options.post else _print_lines
+    expression = form_sql(options.format)
+    if not (options.cursor_file or options.follow):
+        with _whole_log(store, options) as reading:
+            lines = reading.lines(
+                expression, what, count=options.limit or 100, oldest_first=options.oldest_first
+            )
+            while batch := list(itertools.islice(lines, _POST_LINES)):
+                send(batch)
+        return 0
+    follower = Follower(
+        store, what, columns=f"{expression} AS line", cursor=_read_cursor(options.cursor_file)
+    )
+    if not options.cursor_file:
+        with contextlib.suppress(DatabaseNotFoundError), store.reading(wait=options.wait) as reading:
+            follower.start(reading)
+    saved = None
+    with contextlib.closing(follower):
+        while True:
+            rows = follower.look(wait=0 if options.follow else options.wait)
+            for first in range(0, len(rows), _POST_LINES):
+                send([line for (line,) in rows[first : first + _POST_LINES]])
+            cursor = json.dumps(follower.cursor())
+            if options.cursor_file and cursor != saved:
+                try:
+                    replace_file(options.cursor_file, cursor.encode() + b"\n")
+                except OSError as error:
+                    raise AuditError(f"{options.cursor_file} can't be written: {error.strerror}") from error
+                saved = cursor
+            if not rows and not follower.is_behind:
+                if not options.follow:
+                    return 0
+                _pause(0.4)
+
+
+def _read_cursor(path: str | None) -> dict[str, Any] | None:
+    """Return the cursor that a file holds; an empty one where there is no file yet."""
+    if path is None:
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            cursor = json.load(file)
+        if cursor["version"] != 1 or not all(
+            isinstance(cursor[key], dict) for key in ("journals", "segments")
+        ):
+            raise ValueError("of another version")
+        return dict(cursor)
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
+
+
+def _print_lines(lines: Sequence[str]) -> None:
+    sys.stdout.write("".join(f"{line}\n" for line in lines))
+    sys.stdout.flush()
+
+
+_POST_LINES: Final = 500
+_POST_SECONDS: Final = 60.0  # without --follow: how long a receiver may say no
+
+
+def _post(options: argparse.Namespace, lines: Sequence[str]) -> None:
+    """Send lines by HTTP until a 2xx comes; wait after 429, 5xx and network faults; else raise."""
+    import urllib.error
+    import urllib.request
+
+    is_otlp = options.format == "otlp"
+    text = "\n".join(lines) + "\n"
+    if is_otlp:  # one request of all resources: each line holds an array of one
+        text = '{"resourceLogs":[' + ",".join(line[len('{"resourceLogs":[') : -2] for line in lines) + "]}"
+    headers = {"Content-Type": "application/json" if is_otlp else "application/x-ndjson"}
+    for header in options.header or ():
+        name, _, variable = header.partition("=")
+        if variable not in os.environ:
+            raise _UsageError(f"--header {header}: the environment has no variable {variable!r}")
+        headers[name] = os.environ[variable]
+    request = urllib.request.Request(options.post, text.encode(), headers, method="POST")
+    pause, end = 1.0, time.monotonic() + _POST_SECONDS
+    while True:
+        try:
+            with urllib.request.urlopen(request, timeout=30):
+                return
+        except urllib.error.HTTPError as error:
+            told = f"{options.post} answered {error.code}: {error.read(500).decode(errors='replace').strip()}"
+            if error.code != 429 and error.code < 500:
+                raise AuditError(f"{told}; nothing more was sent, and the cursor stays") from error
+            pause = max(pause, min(float(error.headers.get("Retry-After", "").strip() or 0), 300.0))
+        except ValueError as error:
+            raise _UsageError(f"--post {options.post}: {error}") from error
+        except OSError as error:
+            told = f"{options.post} can't be reached: {error}"
+        if not options.follow and time.monotonic() + pause > end:
+            raise AuditError(f"{told}; the cursor stays, try again later")
+        _say(f"{told}; trying again in {pause:.0f} s")
+        time.sleep(pause)
+        pause = min(pause * 2, 60.0)
 
 
 def _pause(seconds: float) -> None:
@@ -12158,6 +12709,9 @@ def _add_doctor(new_command: _NewCommand) -> None:
         "doctor\ndoctor --json",
     )
     command.add_argument("--json", action="store_true", help="print a JSON object")
+    command.add_argument(
+        "--prometheus", action="store_true", help="print the numbers as gauges of Prometheus"
+    )
 
 
 def cmd_doctor(options: argparse.Namespace) -> int:
@@ -12165,6 +12719,9 @@ def cmd_doctor(options: argparse.Namespace) -> int:
     checkup = Checkup(_config_of(options), wait=options.wait)
     if options.json:
         _print_json(checkup.report, indent=2)
+    elif options.prometheus:
+        for line in prometheus_text(checkup.report):
+            _print(line)
     else:
         for part, state in checkup.report.items():
             if isinstance(state, dict):
@@ -12174,6 +12731,55 @@ def cmd_doctor(options: argparse.Namespace) -> int:
             _print(f"fault: {fault.problem}; remedy: {fault.remedy}")
         _print("not healthy" if checkup.faults else "healthy")
     return EXIT_FAILED if checkup.faults else 0
+
+
+# --- report
+
+
+def _add_report(new_command: _NewCommand) -> None:
+    command = new_command(
+        "report",
+        cmd_report,
+        "write a report as one HTML file",
+        "Write what happened as one HTML file that loads nothing and has no script.",
+        "report --out report.html --since 30d\nreport --out denied.html --policy denied --since 7d",
+    )
+    _add_filters(command)
+    command.add_argument(
+        "--out", metavar="FILE", required=True, help="the file; it appears whole or not at all"
+    )
+    command.add_argument(
+        "--limit", type=_argument(_positive), metavar="N", help="the newest N events in full (default: 100)"
+    )
+
+
+def cmd_report(options: argparse.Namespace) -> int:
+    """Write the report."""
+    what = _filter_of(options)
+    store = _store_of(options)
+    store.refuse_own_files(options.out)
+    try:
+        verdict = store.verify(wait=options.wait)
+        said = _verdict_summary(verdict, None)
+        ends = "; ".join(f"{head.journal} at {head.position}: {head.seal[:16]}" for head in verdict.heads)
+    except StoreError as error:
+        said, ends = str(error), ""
+    chosen = {name: value for name, value in what._asdict().items() if value not in (None, ())}
+    facts = [
+        ("log", store.target.name),
+        ("made at", sql_time(utc_now())[:19] + " UTC"),
+        ("filter", json.dumps(chosen, ensure_ascii=False) if chosen else "none: all events"),
+        ("verify", said),
+        ("chain ends", ends),
+    ]
+    with _whole_log(store, options) as reading:
+        text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
+    try:
+        replace_file(options.out, text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise StoreError(f"{options.out} can't be written: {error.strerror}") from error
+    _say(f"report written to {options.out}")
+    return 0
 
 
 # --- verify, checkpoint

@@ -78,7 +78,7 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 
 
 def pytest_configure() -> None:
-    """Make the suite independent of the shell that it is started from, as `nohup` or a strict umask have it."""
+    """Make the suite independent of the shell that starts it: `nohup`, a strict umask, a language."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `command &` hands SIGINT on as ignored
     os.umask(0o022)
     for name in ("TZ", "LC_ALL", "LC_CTYPE", "LANGUAGE"):

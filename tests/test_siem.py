@@ -1,0 +1,330 @@
+"""The stream with its cursor, the forms of other systems by their own schemas, the report, the gauges."""
+
+from __future__ import annotations
+
+import base64
+import contextlib
+import html.parser
+import http.server
+import json
+import random
+import re
+import shutil
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import Cli
+
+from mxcp_audit import AuditLogger
+
+HOSTILE = (
+    "",
+    "x",
+    '"',
+    "\\",
+    "\x01",
+    "\u2028ü😀",
+    "</script><script>alert(1)</script>",
+    '{"a":1}',
+    "null",
+    "::1",
+    "127.0.0.1",
+    "ab" * 16,
+    "a" * 3000,
+    "\ud800",
+    "=1+1",
+)
+TEXTS = (
+    "user_id",
+    "session_id",
+    "trace_id",
+    "client",
+    "agent",
+    "address",
+    "server",
+    "request_id",
+    "error_type",
+)
+COUNT = 2000
+
+
+@pytest.fixture(scope="module")
+def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log of events that hold whatever may stand in them."""
+    path = tmp_path_factory.mktemp("siem") / "log.duckdb"
+    dice = random.Random(7)
+
+    def text() -> str | None:
+        return dice.choice((*HOSTILE, None))
+
+    with AuditLogger(path) as audit:
+        for number in range(COUNT):
+            agent = dice.choice((None, {"mcp.protocol.version": "2026-07-28", "user_agent.original": text()}))
+            audit.log_event(
+                text() or "http",
+                dice.choice(("tool", "resource", "prompt")),
+                f"{number % 5} {text()}",
+                {"a": text(), "b": [number]},
+                dice.choice((0, 5, 2**40)),
+                dice.choice(("allow", "deny", "warn", "n/a")),
+                text(),
+                dice.choice(("success", "error")),
+                text(),
+                **{name: text() for name in TEXTS},  # type: ignore[arg-type]
+                result_bytes=dice.choice((None, 0, 77)),
+                context=agent,
+            )
+    return path
+
+
+# --- what is new since the cursor
+
+
+def names_of(done: subprocess.CompletedProcess[str]) -> list[str]:
+    assert done.returncode == 0, done.stderr
+    return [json.loads(line)["name"] for line in done.stdout.splitlines()]
+
+
+def test_cursor_gives_each_event_once_whether_ingested_or_not(cli: Cli, tmp_path: Path, engine: str) -> None:
+    log = tmp_path / "log.duckdb"
+    new = ("log", "--db", str(log), "--format", "jsonl", "--cursor-file", str(tmp_path / "cursor"))
+    with AuditLogger(log, flush_interval=3600) as audit:
+        audit.log_event("cli", "tool", "a")
+        audit.wait_written()
+        assert names_of(cli(*new)) == ["a"]
+        audit.log_event("cli", "tool", "b")
+        audit.flush()
+        audit.log_event("cli", "tool", "c")
+        audit.wait_written()
+        assert sorted(names_of(cli(*new)) + names_of(cli(*new))) == ["b", "c"]
+        audit.log_event("cli", "tool", "d")
+    assert names_of(cli(*new)) == ["d"]
+    assert names_of(cli(*new)) == []
+
+
+def test_cursor_that_a_purge_overtook_tells_of_the_gap(cli: Cli, tmp_path: Path) -> None:
+    log = tmp_path / "log.duckdb"
+    new = ("log", "--db", str(log), "--format", "jsonl", "--cursor-file", str(tmp_path / "cursor"))
+    with AuditLogger(log) as audit:
+        audit.log_event("cli", "tool", "read")
+    assert names_of(cli(*new)) == ["read"]
+    with AuditLogger(log) as audit:
+        for _ in range(3):
+            audit.log_event("cli", "tool", "unread")
+    time.sleep(1.1)
+    assert cli("purge", "--db", str(log), "--older-than", "1s").returncode == 0
+    (gap,) = map(json.loads, cli(*new).stdout.splitlines())
+    assert (gap["type"], gap["status"], gap["input_json"]) == ("gap", "error", '{"events":3}')
+    assert names_of(cli(*new)) == []
+
+
+@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 2, "journals": {}, "segments": {}}', "\\x00"])
+def test_cursor_that_is_none_of_ours_is_refused(cli: Cli, log: Path, tmp_path: Path, text: str) -> None:
+    cursor = tmp_path / "cursor"
+    cursor.write_text(text)
+    done = cli("log", "--db", str(log), "--format", "ecs", "--cursor-file", str(cursor))
+    assert (done.returncode, done.stdout) == (2, "") and str(cursor) in done.stderr
+    assert cursor.read_text() == text
+
+
+@contextlib.contextmanager
+def receiver(answers: list[int]) -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
+    """A web server that gives these answers, then 200; yields its address and what it accepted."""
+    accepted: list[tuple[dict[str, str], bytes]] = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            body = self.rfile.read(int(self.headers["Content-Length"]))
+            code = answers.pop(0) if answers else 200
+            if code == 200:
+                accepted.append((dict(self.headers), body))
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(b"said so")
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}/v1/logs", accepted
+        server.shutdown()
+
+
+def test_post_tries_again_after_429_and_5xx_and_moves_the_cursor(cli: Cli, log: Path, tmp_path: Path) -> None:
+    send = ("log", "--db", str(log), "--format", "otlp", "--cursor-file", str(tmp_path / "cursor"))
+    with receiver([429, 503]) as (url, accepted):
+        done = cli(*send, "--post", url, "--header", "Authorization=TOKEN", TOKEN="Bearer x")
+        assert (done.returncode, done.stdout) == (0, ""), done.stderr
+        assert sum(len(json.loads(body)["resourceLogs"]) for _, body in accepted) == COUNT
+        assert {headers["Authorization"] for headers, _ in accepted} == {"Bearer x"}
+        assert cli(*send, "--post", url).returncode == 0 and len(accepted) == -(-COUNT // 500)
+
+
+def test_post_refused_stops_with_the_answer_and_leaves_the_cursor(
+    cli: Cli, log: Path, tmp_path: Path
+) -> None:
+    cursor = tmp_path / "cursor"
+    with receiver([400]) as (url, accepted):
+        done = cli("log", "--db", str(log), "--format", "ecs", "--cursor-file", str(cursor), "--post", url)
+    assert done.returncode == 1 and "400: said so" in done.stderr and not accepted and not cursor.exists()
+
+
+# --- forms
+
+
+def lines_of(cli: Cli, log: Path, form: str) -> list[Any]:
+    done = cli("log", "--db", str(log), "--format", form, "--limit", "100000")
+    assert (done.returncode, done.stderr) == (0, "")
+    return [json.loads(line) for line in done.stdout.split("\n") if line]
+
+
+def test_log_ocsf_is_valid_api_activity(cli: Cli, log: Path) -> None:
+    jsonschema, ocsf = pytest.importorskip("jsonschema"), pytest.importorskip("ocsf_json_schema")
+    schemas = ocsf.OcsfJsonSchemaEmbedded(ocsf.get_ocsf_schema(version="1.8.0"))
+    name = schemas.lookup_class_name_from_uid(class_uid=6003)
+    check = jsonschema.Draft202012Validator(schemas.get_class_schema(class_name=name, profiles=[]))
+    events = lines_of(cli, log, "ocsf")
+    assert len(events) == COUNT == len({event["metadata"]["uid"] for event in events})
+    assert [fault.message for event in events[:500] for fault in check.iter_errors(event)] == []
+    assert {event["status_id"] for event in events} == {1, 2}
+
+
+# Of ECS 9 (fields/ecs/ecs_flat.yml): those that we fill, with the kind of value that each takes.
+ECS = dict.fromkeys(
+    ("@timestamp", "client.address", "client.ip", "ecs.version", "error.message", "error.type")
+    + ("event.action", "event.dataset", "event.id", "event.kind", "event.module", "event.outcome")
+    + ("event.provider", "event.reason", "http.request.id", "message", "service.name", "trace.id")
+    + ("user.id", "user_agent.original"),
+    str,
+) | {"event.category": list, "event.type": list, "event.duration": int}
+
+
+def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    fields: dict[str, Any] = {}
+    for name, value in node.items():
+        fields.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
+    return fields
+
+
+def test_log_ecs_has_fields_of_ecs_and_one_namespace_of_ours(cli: Cli, log: Path) -> None:
+    events = [flat(event) for event in lines_of(cli, log, "ecs")]
+    assert len(events) == COUNT
+    for event in events:
+        for name, value in event.items():
+            assert name.startswith("mxcp_audit.") or isinstance(value, ECS[name])
+        assert event["event.outcome"] in ("success", "failure")
+        assert event["event.category"] == ["api"] and event["event.type"][0] in ("access", "denied")
+
+
+def test_log_otlp_is_parsed_by_opentelemetry(cli: Cli, log: Path) -> None:
+    service = pytest.importorskip("opentelemetry.proto.collector.logs.v1.logs_service_pb2")
+    json_format = pytest.importorskip("google.protobuf.json_format")
+    events = lines_of(cli, log, "otlp")
+    uids = set()
+    for event in events:
+        (resource,) = event["resourceLogs"]
+        (record,) = resource["scopeLogs"][0]["logRecords"]
+        if "traceId" in record:  # OTLP has it as hex, where protobuf's own JSON has base64
+            record["traceId"] = base64.b64encode(bytes.fromhex(record["traceId"])).decode()
+        parsed = json_format.ParseDict(event, service.ExportLogsServiceRequest())
+        attributes = parsed.resource_logs[0].scope_logs[0].log_records[0].attributes
+        uids |= {each.value.string_value for each in attributes if each.key == "log.record.uid"}
+    assert len(events) == len(uids) == COUNT
+
+
+# --- the report
+
+
+class Report(html.parser.HTMLParser):
+    """The texts of the report's tables, and the tags that it uses."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: set[str] = set()
+        self.tables: dict[str, list[list[str]]] = {}
+        self._title = "head"
+        self._in = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        assert not [name for name, _ in attrs if name.startswith("on") or name in ("src", "href")]
+        self._in = tag
+        if tag == "h2":
+            self._title = ""
+        elif tag == "tr":
+            self.tables.setdefault(self._title, []).append([])
+        elif tag in ("td", "th"):
+            self.tables[self._title][-1].append("")
+
+    def handle_endtag(self, tag: str) -> None:
+        self._in = ""
+
+    def handle_data(self, data: str) -> None:
+        if self._in == "h2":
+            self._title += data
+        elif self._in in ("td", "th"):
+            self.tables[self._title][-1][-1] += data
+
+    @property
+    def head(self) -> dict[str, str]:
+        return dict(self.tables["head"])
+
+
+def report_of(cli: Cli, log: Path, *arguments: str) -> Report:
+    path = log.parent / "report.html"
+    done = cli("report", "--db", str(log), "--out", str(path), *arguments)
+    assert done.returncode == 0, done.stderr
+    assert path.stat().st_mode & 0o777 == 0o600 and [*log.parent.glob("*.part")] == []
+    return Report(path.read_text(encoding="utf-8"))
+
+
+def test_report_counts_what_stats_counts_and_shows_text_as_text(cli: Cli, log: Path) -> None:
+    report = report_of(cli, log)
+    assert not report.tags & {"script", "link", "img", "iframe", "form", "object", "embed"}
+    assert report.head["calls"] == f"{COUNT:,}" and report.head["verify"].startswith("intact")
+    stats = json.loads(cli("stats", "--db", str(log), "--by", "user", "--json").stdout)
+    shown = sorted(int(row[1].replace(",", "")) for row in report.tables["Users"][1:])
+    assert shown == sorted(row["calls"] for row in stats)
+    pages = [re.sub("made at.*?</tr>", "", (log.parent / "report.html").read_text()) for _ in range(1)]
+    report_of(cli, log)
+    assert pages == [re.sub("made at.*?</tr>", "", (log.parent / "report.html").read_text())]
+
+
+def test_report_takes_the_filters_of_log(cli: Cli, log: Path) -> None:
+    stats = cli("stats", "--db", str(log), "--by", "policy", "--policy", "denied", "--json")
+    (denied,) = json.loads(stats.stdout)
+    assert report_of(cli, log, "--policy", "denied").head["calls"] == f"{denied['calls']:,}"
+    assert report_of(cli, log, "--tool", "no such tool").head["calls"] == "0"
+
+
+@pytest.mark.parametrize("width", [1280, 400])
+def test_report_in_a_browser_is_drawn(cli: Cli, log: Path, tmp_path: Path, width: int) -> None:
+    browser = shutil.which("chromium")
+    if browser is None:
+        pytest.skip("there is no Chromium: apt-get install chromium")
+    report_of(cli, log)
+    picture = tmp_path / "report.png"
+    command = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--no-first-run", "--disable-sync"]
+    command += ["--disable-background-networking", "--disable-component-update"]
+    command += [f"--user-data-dir={tmp_path}/profile", f"--window-size={width},900"]
+    command += [f"--screenshot={picture}", (log.parent / "report.html").as_uri()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert picture.exists() and picture.stat().st_size > 10_000, done.stderr[-500:]
+    assert "Refused" not in done.stderr
+
+
+def test_doctor_prometheus_is_parsed_by_its_client(cli: Cli, log: Path) -> None:
+    parser = pytest.importorskip("prometheus_client.parser")
+    done = cli("doctor", "--db", str(log), "--prometheus")
+    assert done.returncode == 0, done.stderr
+    families = parser.text_string_to_metric_families(done.stdout)
+    samples = {sample.name: sample.value for family in families for sample in family.samples}
+    assert samples["mxcp_audit_database_events"] == COUNT
+    assert samples["mxcp_audit_healthy"] == 1
