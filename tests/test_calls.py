@@ -238,7 +238,7 @@ def test_record_durable_cancelled_again_while_waiting_first_leaves(
     async def cancelled_again(ticket: int) -> None:
         raise asyncio.CancelledError("second")
 
-    monkeypatch.setattr(audit._recorder, "wait_async", cancelled_again)
+    monkeypatch.setattr(audit, "wait_async", cancelled_again)
 
     async def main() -> BaseException | None:
         try:

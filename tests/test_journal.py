@@ -348,15 +348,16 @@ def test_segment_on_a_disk_that_answers_no_question_is_left_as_it_is(
 ) -> None:
     segment = journal.open_segment()
     segment.append(b"{}\n", 1)
-    failing(monkeypatch, "fstat", OSError(errno.EIO, "broken"))
-    with pytest.raises(OSError, match="broken"):  # no answer is not the answer no
-        segment.is_in_place()
-    monkeypatch.undo()
-    failing(monkeypatch, "fstat", OSError(errno.ESTALE, "stale"))
-    assert segment.rescue() == b""
-    monkeypatch.undo()
+    for call, ask in (("lstat", segment.is_in_place), ("fstat", segment.is_open)):
+        failing(monkeypatch, call, OSError(errno.EIO, "broken"))
+        with pytest.raises(OSError, match="broken"):  # no answer is not the answer no
+            ask()
+        monkeypatch.undo()
+        failing(monkeypatch, call, OSError(errno.ESTALE, "stale"))
+        assert ask() is (call == "fstat")
+        monkeypatch.undo()
     segment.seal()
-    for leave in (segment.seal, segment.abandon, segment.forget):
+    for leave in (segment.seal, segment.close, segment.forget):
         leave()
 
 

@@ -7,7 +7,6 @@ import os
 import stat
 import subprocess
 import sys
-import threading
 import types
 from pathlib import Path
 from typing import Any
@@ -146,43 +145,25 @@ def test_ingest_undeletable_segments_do_not_keep_the_others_waiting(
 def test_ingest_that_is_interrupted_rejects_nothing(db: Path, engine: str) -> None:
     path = segment(db, *map(str, range(100)))
     store = store_of(db)
-    with store._guest.engine() as used:
-        true_execute = used.execute
 
-    def execute(sql: str, params: Any = {}) -> Any:
-        if sql == mxcp_audit.STAGE:
-            raise mxcp_audit.store_error("INTERRUPT Error: Interrupted!")
-        return true_execute(sql, params)
+    def opener(**how: bool) -> Any:
+        opened = mxcp_audit.open_engine(**how)
+        true_execute = opened.execute
 
-    used.execute = execute  # type: ignore[method-assign]
+        def execute(sql: str, params: Any = {}) -> Any:
+            if sql == mxcp_audit.STAGE:
+                raise mxcp_audit.store_error("INTERRUPT Error: Interrupted!")
+            return true_execute(sql, params)
+
+        opened.execute = execute  # type: ignore[method-assign]
+        return opened
+
+    store.target._opener = opener
     with pytest.raises(mxcp_audit.StoreError, match="Interrupted"):
         store.ingest()
     assert path.exists() and not path.with_suffix(".rejected").exists() and told(store).rejected == 0
     store_of(db).ingest()
     assert judge(db).in_table == 100
-
-
-def test_ingest_interrupted_from_another_thread_again_and_again_loses_nothing(db: Path, engine: str) -> None:
-    for n in range(20):
-        segment(db, *(f"{n}-{line}" for line in range(200)))
-    store, stop = store_of(db), threading.Event()
-
-    def disturb() -> None:
-        while not stop.wait(0.003):
-            store.interrupt()
-
-    thread = threading.Thread(target=disturb)
-    thread.start()
-    for _ in range(20):
-        try:
-            store.ingest()
-        except mxcp_audit.AuditError:
-            continue
-    stop.set()
-    thread.join()
-    store.ingest()
-    verdict = judge(db)
-    assert (verdict.in_table, len(verdict.names), verdict.doubled, verdict.losses) == (4000, 4000, 0, 0)
 
 
 def test_ingest_old_ten_column_table_is_widened(db: Path, engine: str) -> None:

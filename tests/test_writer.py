@@ -17,25 +17,41 @@ import pytest
 from conftest import SAFETY_SECONDS, wait_until
 
 import mxcp_audit
-from mxcp_audit import Appender, Diagnostics, Journal, Writer
+from mxcp_audit import Appender, Diagnostics, Ingester, Journal, Writer
+
+
+class Attempts(Ingester):
+    """An ingester whose attempts are answered by the test, without a child."""
+
+    answers: Any = ()
+    begun = 0
+
+    def _start(self) -> None:
+        self.begun += 1
+        answer = next(self.answers, {"done": True})
+        if answer.get("done"):
+            for path in self._appender.sealed:
+                os.rename(path, path + ".ingested")
+        self._answered(answer)
 
 
 class Bench:
     """A writer with what it needs, and what is in its journal."""
 
-    def __init__(self, folder: Path, **options: Any) -> None:
+    def __init__(self, folder: Path, *answers: Any, interval: float = 60.0, **options: Any) -> None:
         self.journal = Journal(folder / "journal")
         self.told = Diagnostics()
-        self.sealed = 0
-        settings: dict[str, Any] = {"flush_interval": 60.0, "durable": False, "drop_when_full": False}
+        settings: dict[str, Any] = {"durable": False, "drop_when_full": False, "diagnostics": self.told}
         settings.update(options)
-        self.appender = Appender(
-            self.journal, durable=settings["durable"], diagnostics=self.told, on_sealed=self._sealed
+        self.appender = Appender(self.journal, durable=settings["durable"], diagnostics=self.told)
+        self.ingester = Attempts(
+            self.appender,
+            {"retention": None} if answers else None,
+            interval=interval,
+            diagnostics=self.told,
         )
-        self.writer = Writer(self.appender, **settings, diagnostics=self.told, on_start=lambda: True)
-
-    def _sealed(self) -> None:
-        self.sealed += 1
+        self.ingester.answers = iter(answers)
+        self.writer = Writer(self.appender, self.ingester, **settings, on_start=lambda: True)
 
     def lines(self) -> list[bytes]:
         return [
@@ -168,11 +184,10 @@ def test_drop_when_full_counts_and_puts_on_record(tmp_path: Path, monkeypatch: p
     tickets = [bench.writer.put(line(n)) for n in range(30)]
     assert tickets.count(0) == bench.told.dropped > 0
     os.unlink(bench.journal.directory)
-    assert bench.writer.flush(SAFETY_SECONDS)
+    assert bench.writer.close(SAFETY_SECONDS) == 0
     (loss,) = bench.journal.losses().values()
     assert loss.events == tickets.count(0) and loss.first <= loss.last and "full" in loss.reason
     assert len(bench.lines()) + loss.events == 30
-    bench.writer.close(SAFETY_SECONDS)
 
 
 def test_segment_that_was_deleted_is_written_again_once(bench: Bench) -> None:
@@ -181,16 +196,6 @@ def test_segment_that_was_deleted_is_written_again_once(bench: Bench) -> None:
     bench.writer.wait_written(bench.writer.put(line(2)))
     assert bench.writer.close(SAFETY_SECONDS) == 0
     assert bench.lines() == [line(1), line(2)]
-
-
-def test_seal_comes_with_age_without_another_event(tmp_path: Path) -> None:
-    bench = Bench(tmp_path, flush_interval=0.05)
-    bench.writer.put(line(1))
-    wait_until(lambda: bench.sealed)
-    claims, _ = bench.journal.claim(limit_bytes=1)
-    assert len(claims) == 1
-    claims[0].release()
-    bench.writer.close(SAFETY_SECONDS)
 
 
 def test_idle_writer_never_wakes(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -430,7 +435,7 @@ def test_no_thread_to_be_had_callers_write_themselves(
     monkeypatch.setattr(threading.Thread, "start", start)
     bench.writer.put(line(1))
     assert bench.lines() == [line(1)] and "callers write themselves" in caplog.text
-    assert bench.writer.flush(SAFETY_SECONDS) and bench.sealed == 1
+    assert bench.writer.flush(SAFETY_SECONDS)
     assert bench.writer.close(SAFETY_SECONDS) == 0
 
 
@@ -523,8 +528,7 @@ def test_segment_that_cannot_be_sealed_is_sealed_once_it_can(
 def test_segment_that_was_deleted_before_its_seal_is_written_again(bench: Bench) -> None:
     bench.writer.wait_written(bench.writer.put(line(1)))
     os.unlink(bench.journal.segments()[0])
-    assert bench.writer.flush(SAFETY_SECONDS) and bench.lines() == [line(1)]
-    bench.writer.close(SAFETY_SECONDS)
+    assert bench.writer.close(SAFETY_SECONDS) == 0 and bench.lines() == [line(1)]
 
 
 def test_deleted_segment_whose_copy_fails_is_tried_again(
@@ -553,75 +557,99 @@ def test_segment_that_is_large_enough_is_sealed_without_being_asked(
     monkeypatch.setattr(mxcp_audit, "SEGMENT_BYTES", 1)
     for n in range(3):
         bench.writer.wait_written(bench.writer.put(line(n)))
-    wait_until(lambda: bench.sealed == 3)
-    assert len(bench.journal.segments()) == 3 and bench.lines() == [line(n) for n in range(3)]
+    assert len(bench.journal.segments()) == len(bench.appender.sealed) == 3 and bench.lines() == [
+        line(n) for n in range(3)
+    ]
     bench.writer.close(SAFETY_SECONDS)
 
 
-# --- the thread that ingests
+# --- the ingest
 
 
-class Side:
-    """The door in the wall, with an `ingest` of the test's own."""
-
-    def __init__(self, *answers: Any) -> None:
-        self.answers, self.calls, self.interrupts = list(answers), 0, 0
-
-    def ingest(self) -> bool:
-        self.calls += 1
-        answer = self.answers.pop(0) if self.answers else True
-        if isinstance(answer, BaseException):
-            raise answer
-        return bool(answer() if callable(answer) else answer)
-
-    def interrupt(self) -> None:
-        self.interrupts += 1
+def file_count(bench: Bench) -> int:
+    return len(bench.journal.segments())
 
 
-def ingester(side: Any) -> tuple[mxcp_audit.Ingester, Diagnostics]:
-    told = Diagnostics()
-    return mxcp_audit.Ingester(side, interval=0.01, diagnostics=told), told
+def test_ingest_comes_an_interval_after_the_first_event_and_then_by_the_budget(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {"done": True, "cpu": 0.3}, interval=0.05)
+    for n in range(3):
+        bench.writer.wait_written(bench.writer.put(line(n)))
+    wait_until(lambda: bench.ingester.begun)
+    bench.writer.wait_written(bench.writer.put(line(3)))
+    due = bench.ingester.due_in()
+    assert due is not None and 25 < due <= 30  # 1 % of a core
+    assert bench.writer.flush(SAFETY_SECONDS) and bench.ingester.begun == 2  # who asks need not wait for it
+    bench.writer.close(SAFETY_SECONDS)
 
 
-def test_ingester_without_a_thread_ingests_when_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
-    def start(self: threading.Thread) -> None:
-        raise RuntimeError("can't start new thread")
-
-    monkeypatch.setattr(threading.Thread, "start", start)
-    side = Side()
-    one, _ = ingester(side)
-    one.notify()
-    assert not one.wait(SAFETY_SECONDS) and side.calls == 0
-    one.stop(SAFETY_SECONDS)
-    assert side.calls == 1
-
-
-def test_ingester_whatever_is_raised_is_told_and_tried_again() -> None:
-    side = Side(ValueError("unforeseen"), mxcp_audit.StoreError("foreseen"), False)
-    one, told = ingester(side)
-    one.notify()
-    wait_until(lambda: side.calls >= 4)
-    one.stop(SAFETY_SECONDS)
-    assert told.errors == 2 and told.last_error is not None and "events stay" in told.last_error
+@pytest.mark.parametrize("answer", [{"fault": "locked", "locked": True}, {"fault": "broken"}, {"busy": True}])
+def test_segments_stay_few_however_often_an_ingest_fails(tmp_path: Path, answer: dict[str, Any]) -> None:
+    bench = Bench(tmp_path, *[answer] * 30, interval=0.0)
+    for n in range(30):
+        bench.writer.put(line(n))
+        bench.writer.flush(0.05 if answer.get("busy") else SAFETY_SECONDS)
+        bench.ingester._busy_until = 0.0
+    assert file_count(bench) <= 2 and bench.ingester.begun >= 10
+    bench.ingester.answers = iter(())
+    assert bench.writer.flush(SAFETY_SECONDS)
+    wait_until(lambda: not file_count(bench) or not bench.writer.flush(1))
+    assert bench.writer.close(SAFETY_SECONDS) == 0
 
 
-def test_ingester_stopped_by_its_own_thread_returns_at_once() -> None:
-    stopped = threading.Event()
-    side = Side(lambda: one.stop(SAFETY_SECONDS) or stopped.set() or True)
-    one, _ = ingester(side)
-    one.notify()
-    assert stopped.wait(SAFETY_SECONDS)
-    one.stop(SAFETY_SECONDS)
+def test_no_segment_is_sealed_while_another_process_ingests(tmp_path: Path) -> None:
+    bench = Bench(tmp_path, {"done": True}, interval=0.01)
+    bench.writer.wait_written(bench.writer.put(line(1)))
+    with bench.journal.ingest_lock() as mine:
+        assert mine
+        for n in range(5):
+            bench.writer.put(line(n))
+            assert bench.writer.flush(0.1)
+        assert not bench.ingester.begun and not bench.appender.sealed and file_count(bench) == 1
+    assert bench.writer.flush(SAFETY_SECONDS) and bench.ingester.begun == 1
+    bench.writer.close(SAFETY_SECONDS)
 
 
-def test_ingester_that_does_not_end_is_interrupted_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(mxcp_audit.Ingester, "_LONGEST_STOP_SECONDS", 0.3)
-    begun, over = threading.Event(), threading.Event()
-    side = Side(lambda: begun.set() or over.wait(SAFETY_SECONDS))
-    one, told = ingester(side)
-    one.notify()
-    assert begun.wait(SAFETY_SECONDS)
-    one.stop(0)
-    assert side.interrupts and told.last_error is not None and "does not end" in told.last_error
-    over.set()
-    wait_until(lambda: not one._thread or not one._thread.is_alive())
+def test_ingest_of_a_full_segment_waits_for_no_budget_but_for_a_database_that_is_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mxcp_audit, "SEGMENT_BYTES", 1)
+    bench = Bench(tmp_path, {"done": True, "cpu": 9.0}, {"fault": "no", "cpu": 9.0}, interval=60.0)
+    for n in range(2):
+        bench.writer.wait_written(bench.writer.put(line(n)))
+        wait_until(lambda n=n: bench.ingester.begun == n + 1)
+    bench.writer.wait_written(bench.writer.put(line(2)))
+    due = bench.ingester.due_in()
+    assert due is not None and due > 50
+    bench.writer.close(SAFETY_SECONDS)
+
+
+def test_child_that_answers_nonsense_or_cannot_be_started_is_told_and_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    bench = Bench(tmp_path, {}, interval=3600.0)
+    bench.ingester._start = Ingester._start.__get__(bench.ingester)  # type: ignore[method-assign]
+    for child in ("raise SystemExit('what nobody foresaw')", "print('{}')", "import os; os.abort()"):
+        monkeypatch.setattr(mxcp_audit, "_CHILD", child)
+        bench.writer.put(line(1))
+        assert bench.writer.flush(SAFETY_SECONDS)
+        assert bench.told.last_error is not None and "ended with code" in bench.told.last_error
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python-that-is-gone"))
+    assert bench.writer.flush(SAFETY_SECONDS) and "python-that-is-gone" in str(bench.told.last_error)
+    monkeypatch.setattr(sys, "executable", "/usr/sbin/uwsgi")
+    assert bench.writer.flush(SAFETY_SECONDS) and "sys.executable is no Python" in str(bench.told.last_error)
+    assert bench.told.errors == 5 and file_count(bench) <= 2
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+
+
+def test_foreign_file_under_the_number_of_ours_is_left_alone(bench: Bench, tmp_path: Path) -> None:
+    bench.writer.wait_written(bench.writer.put(line(1)))
+    segment = bench.appender._segment
+    assert segment is not None
+    ours = os.dup(segment._fd)
+    with open(tmp_path / "foreign", "w+b") as foreign:
+        os.dup2(foreign.fileno(), segment._fd)  # as after os.closerange and the next open()
+        bench.writer.wait_written(bench.writer.put(line(2)))
+        assert bench.writer.close(SAFETY_SECONDS) == 0
+        assert os.fstat(segment._fd if segment._fd >= 0 else foreign.fileno()).st_size == 0
+    os.close(ours)
+    assert (tmp_path / "foreign").read_bytes() == b"" and bench.lines() == [line(1), line(2)]

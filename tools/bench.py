@@ -451,7 +451,7 @@ def ingest(run: Run) -> Iterator[Table]:
 _MAKE_JOURNAL = """
 import sys; from pathlib import Path; sys.path.insert(0, "tools")
 import mxcp_audit, bench_peers as peers
-mxcp_audit.AuditLogger._ingest_side = None
+mxcp_audit.AuditLogger._ingest = None
 ours = peers.Ours(Path(sys.argv[1]))
 peers.flood(ours, peers.small_input, int(sys.argv[2]), 1)
 ours.close(); print("{}")
@@ -608,7 +608,6 @@ import duckdb, mxcp_audit
 path, rows, rounds = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 audit = mxcp_audit.AuditLogger(path, flush_interval=3600)
 audit.log_event("http", "tool", "get_user", {"user_id": 0}, 12); audit.flush(60)
-audit._side.before_fork(); audit._side.after_fork(child=False)  # closes the session
 with duckdb.connect(path) as connection:
     connection.execute('''INSERT INTO logs BY NAME SELECT
         TIMESTAMP '2026-01-01' + to_microseconds(i * 1000003 % 31536000000000) AS timestamp, 'http' AS caller,

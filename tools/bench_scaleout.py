@@ -69,7 +69,7 @@ def main() -> None:
     programs = find_programs()
     if programs is None:
         raise SystemExit("there is no PostgreSQL: apt-get install postgresql")
-    AuditLogger._ingest_side = None  # events are to stay in the journal until they are ingested here
+    AuditLogger._ingest = None  # events are to stay in the journal until they are ingested here
     os.environ["PGPASSWORD"] = PASSWORD
     server = Postgres(programs)
     try:

@@ -36,7 +36,7 @@ IMPORTS = {
     "threading": {"Writer", "Logger", "Reading", "Wrap"},
     "atexit": {"Logger"},
     "duckdb": {"Engines"},
-    "subprocess": {"Engines", "Wrap"},
+    "subprocess": {"Writer", "Engines", "Wrap"},
     "argparse": {"Command line"},
     "fcntl": {"Journal"},
     "msvcrt": {"Journal"},
