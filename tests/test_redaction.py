@@ -778,7 +778,7 @@ def test_redact_nesting_of_any_kind_ends_at_the_same_depth(redactor: Redactor, w
 def test_redact_more_items_than_anybody_reads_are_counted(
     redactor: Redactor, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(mxcp_audit, "_MAX_NODES", 10)
+    monkeypatch.setattr(mxcp_audit._Walk, "max_nodes", 10)
     many: Any = dict.fromkeys(map(str, range(11)), 1) if kind == "mapping" else list(range(11))
     assert redactor.redact({"few": 1, "many": many}) == {"few": 1, "many": "[CUT: 11 items]"}
 
