@@ -7106,7 +7106,7 @@ COPY_OPTIONS: Final = {
     },
     "parquet": "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false",
 }
-EXPORT_FORMATS: Final = (*COPY_OPTIONS, "duckdb")
+EXPORT_FORMATS: Final = (*COPY_OPTIONS, "duckdb", "sqlite")
 
 
 def export_format(path: str) -> str | None:
@@ -8917,6 +8917,15 @@ class Reading:
             told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
             self.engine.execute("CHECKPOINT copy")
             self.engine.execute("DETACH copy")
+        elif form == "sqlite":
+            import sqlite3
+
+            with contextlib.closing(sqlite3.connect(target)) as file, file:
+                file.execute(f"CREATE TABLE logs ({', '.join(PUBLIC_COLUMNS)})")
+                marks = ", ".join("?" * len(PUBLIC_COLUMNS))
+                return file.executemany(
+                    f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql, params)
+                ).rowcount
         else:
             copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
             told = self.engine.execute(copy, params)
@@ -10957,7 +10966,9 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
 .ok{fill:var(--ok)}.bad{fill:var(--bad)}.no{fill:var(--no)}
 .axis{stroke:var(--line)}pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
-_OUTCOME: Final = "CASE WHEN policy_decision = 'deny' THEN 2 WHEN status = 'error' THEN 1 ELSE 0 END"
+_DENIED: Final = "policy_decision IS NOT DISTINCT FROM 'deny'"
+_BAD: Final = f"status = 'error' AND NOT {_DENIED}"
+_GOOD: Final = f"status IS DISTINCT FROM 'error' AND NOT {_DENIED}"
 _OUTCOMES: Final = (("success", "ok"), ("error", "bad"), ("denied", "no"))
 _BUCKETS: Final = (("minute", 2 * 3600), ("hour", 4 * 86400), ("day", 120 * 86400), ("month", float("inf")))
 # Each table of the report: its title, its columns (a leading # marks numbers), and the query of `events`.
@@ -11075,9 +11086,11 @@ def report_html(
     def ask(sql: str) -> list[Row]:
         return reading.ask(what, sql)
 
-    ((calls, first, last, span),) = ask(
+    ((calls, first, last, span, *filled),) = ask(
         "SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last, "
-        "epoch(max(timestamp) - min(timestamp))::BIGINT AS span FROM events"
+        "epoch(max(timestamp) - min(timestamp))::BIGINT AS span, "
+        "any_value(name) AS a, any_value(user_id) AS b, any_value(client) AS c, any_value(server) AS d "
+        "FROM events"
     )
     unit = next(name for name, seconds in _BUCKETS if (span or 0) <= seconds)
     form = {"minute": "%H:%M", "hour": "%m-%d %H:00", "day": "%Y-%m-%d", "month": "%Y-%m"}[unit]
@@ -11092,25 +11105,26 @@ def report_html(
     )
     if calls:
         buckets = ask(  # with those of no call, so that the axis is one of time
-            f"""SELECT strftime(b, '{form}') AS label, count(*) FILTER (WHERE o = 0)::BIGINT AS good,
-            count(*) FILTER (WHERE o = 1)::BIGINT AS bad, count(*) FILTER (WHERE o = 2)::BIGINT AS no
+            f"""SELECT strftime(b, '{form}') AS label, coalesce(good, 0)::BIGINT AS good,
+            coalesce(bad, 0)::BIGINT AS bad, coalesce(no, 0)::BIGINT AS no
             FROM (SELECT unnest(generate_series(date_trunc('{unit}', min(timestamp)), max(timestamp),
                   INTERVAL 1 {unit})) AS b FROM events)
-            LEFT JOIN (SELECT date_trunc('{unit}', timestamp) AS bucket, {_OUTCOME} AS o FROM events)
-                  ON bucket = b
-            GROUP BY b ORDER BY b"""
+            LEFT JOIN (SELECT date_trunc('{unit}', timestamp) AS bucket,
+                  count(*) FILTER (WHERE {_GOOD}) AS good, count(*) FILTER (WHERE {_BAD}) AS bad,
+                  count(*) FILTER (WHERE {_DENIED}) AS no
+                  FROM events GROUP BY bucket) ON bucket = b ORDER BY b"""
         )
         yield f"<h2>Calls per {unit} (UTC)</h2>{_chart(unit, buckets)}"
     heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
-    for title, by in (
+    kinds = (
         ("Tools, resources and prompts", "name"),
         ("Users", "user"),
         ("Clients", "client"),
         ("Servers", "server"),
-    ):
-        rows = reading.stats(what, by=by, count=50)
-        if [row for row in rows if row[0] is not None]:
-            yield f"<h2>{title}</h2>{_html_table(heads.format(by), rows)}"
+    )
+    for (title, by), value in zip(kinds, filled):
+        if value is not None:
+            yield f"<h2>{title}</h2>{_html_table(heads.format(by), reading.stats(what, by=by, count=50))}"
     for title, columns, sql in _REPORT_TABLES:
         rows = ask(sql)
         yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"

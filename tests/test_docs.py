@@ -7,7 +7,6 @@ Site files are loaded, other YAML is parsed, systemd verifies its units, a cront
 
 from __future__ import annotations
 
-import ast
 import json
 import os
 import re
@@ -15,7 +14,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -194,108 +192,6 @@ def test_read_journal_reads_what_the_logger_wrote(folder: Path) -> None:
     assert [event.pop("seq") for event in theirs] == [1, 2, 3]
     absent = dict.fromkeys(column.name for column in mxcp_audit.NEW_COLUMNS)
     assert [{**absent, **event} for event in theirs] == json.loads(ours.stdout)[::-1]
-
-
-# --- docs/operations.md lists every message
-
-# Whoever calls these tells a person something, or writes it into the log.
-TELLERS = {"note", "report", "fail", "fail_here", "warning", "add", "close"}
-TELLERS |= {"_say", "_fault", "_on_fault", "_lose", "_finish"}
-# These return a message, or put one together.
-MESSENGERS = {
-    "line_fault",
-    "store_error",
-    "error_of_result",
-    "hide_secrets",
-    "_clamped",
-    "_flagged",
-    "_reason",
-}
-TABLES = ("_REFUSALS", "_REMEDIES")
-UNSEEN = {"a field occurs twice"}  # caught where it is raised
-
-
-def texts_of(node: ast.AST, function: ast.AST, seen: frozenset[str] = frozenset()) -> Iterator[str]:
-    """Yield the texts in an expression, a `\0` for each value; names are looked up in the function."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        yield node.value
-    elif isinstance(node, ast.JoinedStr):
-        yield "".join(str(part.value) if isinstance(part, ast.Constant) else "\0" for part in node.values)
-        for part in node.values:
-            if isinstance(part, ast.FormattedValue):
-                yield from texts_of(part.value, function, seen)
-    elif isinstance(node, ast.Name) and node.id not in seen:
-        for each in ast.walk(function):
-            if isinstance(each, ast.Assign) and node.id in map(ast.unparse, each.targets):
-                yield from texts_of(each.value, function, seen | {node.id})
-    elif isinstance(node, ast.Call):
-        for argument in (*node.args, *(keyword.value for keyword in node.keywords)):
-            yield from texts_of(argument, function, seen)
-    elif isinstance(node, ast.IfExp):
-        for branch in (node.body, node.orelse):
-            yield from texts_of(branch, function, seen)
-    elif isinstance(node, (ast.BinOp, ast.BoolOp, ast.Dict, ast.Tuple)):
-        for child in ast.iter_child_nodes(node):
-            yield from texts_of(child, function, seen)
-
-
-def messages(node: ast.AST, function: ast.AST) -> Iterator[str]:
-    """Yield what the module tells people when something is wrong."""
-    if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
-        function = node
-    told: list[ast.AST] = []
-    target = ast.unparse(node.targets[0]) if isinstance(node, ast.Assign) else ""
-    if isinstance(node, ast.AnnAssign):
-        target = ast.unparse(node.target)
-    if isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call):
-        told = [*node.exc.args]
-    elif isinstance(node, ast.Call) and ast.unparse(node.func).split(".")[-1] in TELLERS:
-        told = [*node.args]
-    elif isinstance(node, (ast.Assign, ast.AnnAssign, ast.Return)) and node.value is not None:
-        in_messenger = getattr(function, "name", "") in MESSENGERS
-        if in_messenger or target in TABLES or target.endswith(".failure"):
-            told = [node.value]
-    for expression in told:
-        yield from texts_of(expression, function)
-    for child in ast.iter_child_nodes(node):
-        yield from messages(child, function)
-
-
-def found_by(message: str) -> str:
-    """Return the first words of a message that are the same each time, by which one looks it up."""
-    parts = [part.strip(" ,.()'\"") for part in re.split(r"[\0…;\n]|: ", message.replace("`", ""))]
-    return next((part for part in parts if len(part) >= 10), max(parts, key=len))
-
-
-def plain_words(markdown: str) -> str:
-    return " ".join(markdown.replace("`", "").replace("\\|", "|").split())
-
-
-def test_operations_page_has_every_message_of_the_program() -> None:
-    tree = ast.parse((ROOT / "mxcp_audit.py").read_text(encoding="utf-8"))
-    page = plain_words((ROOT / "docs" / "operations.md").read_text(encoding="utf-8"))
-    keys = {found_by(message) for message in messages(tree, tree)} - UNSEEN
-    keys = {key for key in keys if len(key) >= 5 and " " in key}
-    assert len(keys) > 200  # or the search finds nothing
-    assert sorted(key for key in keys if key not in page) == []
-
-
-def test_operations_page_has_no_message_that_the_program_lacks() -> None:
-    tree = ast.parse((ROOT / "mxcp_audit.py").read_text(encoding="utf-8"))
-    known = "\n".join(text.replace("`", "") for text in set(messages(tree, tree)))
-    page = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
-    tables = page[page.index("## Every message") : page.index("### In the log itself")]
-    cells = re.findall(r"^\| ((?:[^|\\]|\\.)+) \|", tables, re.MULTILINE)
-    entries = [entry for cell in cells for entry in re.findall(r"`([^`]+)`", cell)]
-    assert len(entries) > 150
-    stale = [e for e in map(plain_words, entries) if not any(piece in known for piece in pieces_of(e))]
-    assert stale == []
-
-
-def pieces_of(entry: str) -> list[str]:
-    """Return all pieces of twelve characters, one of which the program has if it has the message."""
-    text = max(entry.split("…"), key=len).strip()
-    return [text[start : start + 12] for start in range(max(1, len(text) - 11))]
 
 
 def test_journal_format_page_members_and_pattern_are_the_written_ones(tmp_path: Path) -> None:

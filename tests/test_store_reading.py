@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import gzip
 import json
 import os
 import random
 import resource
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -264,6 +266,11 @@ def test_export_every_format_has_all_columns_and_the_filtered_events(filled: Sto
             copy = Store(config_from_arguments(path))
             with copy.reading() as reading:
                 found = [dict(zip(mxcp_audit.PUBLIC_COLUMNS, row)) for row in reading.rows(Filter())]
+        elif form == "sqlite":
+            with contextlib.closing(sqlite3.connect(path)) as file:
+                found = [
+                    dict(zip(mxcp_audit.PUBLIC_COLUMNS, row)) for row in file.execute("SELECT * FROM logs")
+                ]
         else:
             reader = "read_parquet" if form == "parquet" else "read_csv" if form[:3] == "csv" else "read_json"
             kinds = {**dict.fromkeys(mxcp_audit.PUBLIC_COLUMNS, "VARCHAR"), "duration_ms": "BIGINT"}
@@ -284,7 +291,7 @@ def test_export_every_format_has_all_columns_and_the_filtered_events(filled: Sto
 
 
 def test_export_nothing_matches_writes_a_valid_empty_file(filled: Store, tmp_path: Path) -> None:
-    for form in ("csv", "json", "jsonl", "parquet", "duckdb"):
+    for form in ("csv", "json", "jsonl", "parquet", "duckdb", "sqlite"):
         assert export(filled, tmp_path / f"out.{form}", form, Filter(tools=("none",))) == 0
     with open(tmp_path / "out.csv", newline="") as file:
         assert list(csv.reader(file)) == [list(mxcp_audit.PUBLIC_COLUMNS)]
@@ -383,7 +390,7 @@ def test_export_damaged_journal_line_leaves_out_that_line_only(
     lines = path.read_bytes().split(b"\n")
     lines[500] = lines[500][:40]
     path.write_bytes(b"\n".join(lines))
-    for form in ("csv", "json", "jsonl", "parquet", "duckdb"):
+    for form in ("csv", "json", "jsonl", "parquet", "duckdb", "sqlite"):
         assert export(store, tmp_path / f"out.{form}", form) == 999
     segment.forget()
 

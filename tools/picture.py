@@ -1,4 +1,4 @@
-"""Draw docs/terminal.svg: what `log` and `stats` print on a terminal after the demo.
+"""Draw docs/terminal.svg, what `log` and `stats` print after the demo, and docs/report.png, a report.
 
 Usage: "$(tools/environment demo duckdb fastmcp -e.)" tools/picture.py
 
@@ -9,8 +9,10 @@ what they print, colours included, is drawn as it is.
 from __future__ import annotations
 
 import asyncio
+import datetime
 import os
 import pty
+import random
 import re
 import subprocess
 import sys
@@ -21,6 +23,7 @@ from pathlib import Path
 import demo_client
 
 TARGET = Path(__file__).resolve().parent.parent / "docs" / "terminal.svg"
+REPORT = TARGET.with_name("report.png")
 COMMANDS = (("log",), ("stats", "--sort", "p95"))
 CELLS = 98
 CELL_WIDTH, LINE_HEIGHT, MARGIN = 8.43, 19, 18  # of a monospaced font of 14 pixels
@@ -73,8 +76,46 @@ def drawn(lines: list[str]) -> str:
 """
 
 
+TOOLS = (("search_orders", 40), ("get_customer", 15), ("refund_order", 120), ("export_report", 900))
+
+
+def draw_report(folder: Path) -> None:
+    """Log three days of made-up calls, and photograph their report."""
+    from mxcp_audit import AuditLogger
+
+    dice = random.Random(2026)
+    log = folder / "shop.duckdb"
+    start = int(datetime.datetime(2026, 11, 10, tzinfo=datetime.timezone.utc).timestamp())
+    calls = [1 + int(90 * dice.random() * (7 <= hour % 24 < 19)) for hour in range(72)]
+    moments = [start + hour * 3600 + dice.randrange(3600) for hour in range(72) for _ in range(calls[hour])]
+    with AuditLogger(log) as audit:
+        for moment in sorted(moments):
+            audit._encoder._clock = lambda moment=moment: moment * 10**9  # type: ignore[misc]
+            name, typical_ms = dice.choices(TOOLS, (60, 25, 8, 7))[0]
+            duration_ms = typical_ms * dice.lognormvariate(0, 0.7)
+            outcome: tuple[str | None, ...] = ("allow", None)
+            if name == "refund_order" and dice.random() < 0.4:
+                outcome = ("deny", "refunds need the role support", "error", "PermissionError: not allowed")
+            elif dice.random() < 0.08:
+                outcome = ("allow", None, "error", "TimeoutError: the shop did not answer")
+            audit.log_event(
+                *("http", "tool", name, {"id": dice.randrange(999)}, duration_ms, *outcome),  # type: ignore[arg-type]
+                user_id=dice.choice(("ana", "bo", "chen")),
+                client=dice.choice(("claude-ai/1.2", "vscode/1.101")),
+                server="shop/2.0",
+            )
+    page = folder / "report.html"
+    command = [sys.executable, "-m", "mxcp_audit", "report", "--db", str(log), "--out", str(page)]
+    subprocess.run(command, check=True)
+    browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+    browser += ["--window-size=1000,700", "--disable-background-networking", "--disable-component-update"]
+    browser += ["--disable-sync", "--no-first-run", f"--user-data-dir={folder}/profile"]
+    subprocess.run([*browser, f"--screenshot={REPORT}", page.as_uri()], check=True)
+    print(f"written: {REPORT}")
+
+
 def main() -> None:
-    """Run the demo and both commands, and write the picture."""
+    """Run the demo and both commands, and write the pictures."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "mxcp-site.yml").write_text(demo_client.SITE_FILE, encoding="utf-8")
@@ -85,6 +126,8 @@ def main() -> None:
             lines += [*on_a_terminal(folder, arguments).replace("\r", "").splitlines(), ""]
     TARGET.write_text(drawn(lines[:-1]), encoding="utf-8")
     print(f"written: {TARGET}")
+    with tempfile.TemporaryDirectory() as name:
+        draw_report(Path(name))
 
 
 if __name__ == "__main__":
