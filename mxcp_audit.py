@@ -1561,7 +1561,19 @@ def _judge_name(name: str) -> tuple[int, str]:
 
 # What leads to a secret without naming it.
 SPECIAL_STEMS: Final = (
-    *("bearer", "basic", "identified", ":thin:", "://", "@tcp(", "@unix(", "-u", "community", "echo", "printf"),
+    *(
+        "bearer",
+        "basic",
+        "identified",
+        ":thin:",
+        "://",
+        "@tcp(",
+        "@unix(",
+        "-u",
+        "community",
+        "echo",
+        "printf",
+    ),
     *("<<<", "crypt(", "getconnection", "securestring", "login", "-----begin", "insert", "replace"),
 )
 
@@ -1984,7 +1996,9 @@ class _Texts:
                 self.programs.setdefault(program, []).append((needed.split(), parsed))
         # Programs that take a secret without an option before it.
         self._positional = {
-            name for name, rows in self.programs.items() if any(place[0] == "#" for _, row in rows for place, _ in row)
+            name
+            for name, rows in self.programs.items()
+            if any(place[0] == "#" for _, row in rows for place, _ in row)
         }
         names = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{names})(?:\.exe)?(?=[\s\"'])")
