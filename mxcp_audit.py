@@ -1244,36 +1244,11 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # === Redaction ===
 # depends on: Errors
 #
-# Guarantee: what `Redactor.redact` returns holds no value that stands under a sensitive
-# name, at any depth and in any container, and no text in a known secret format; it is
-# plain (dict with text keys, list, text, number, bool, None), shares nothing with the
-# caller's objects, and neither it nor `scrub` raises. Both are pure: the same input and
-# settings give the same output, and no input is changed or consumed.
-#
-# An input passes four sieves, cheapest knowledge first:
-#
-#     declared    endpoint_def says `sensitive: true`            {"pin": {"sensitive": true}}
-#     names       the words of a field's name                    {"dbPassword": "hunter2"}
-#     structure   a sibling names the field                      {"name": "API_KEY", "value": …}
-#     texts       formats, and the same names inside any text    "password=hunter2", "Bearer …"
-#
-# A name is a noun phrase: its last secret word counts, what precedes it qualifies it
-# (`sort_key`, `signing_key`) and what follows may say that the name is only *about* the
-# secret (`password_policy`). Where a strong word meets an unknown one, the value goes;
-# where a weak one does, it stays.
-#
-# It fails towards too much: a user's remedy is `keep:` (a name, or `tool.param`). It fails
-# towards too little for a secret that neither its name nor its form gives away: a password
-# in prose without a number or a capital, a column of a printed table, Base64 or other
-# encodings of a secret, a secret split over two fields, names in most languages other than
-# English. The remedy is `sensitive: true`, or `redact:` with the field's name.
-#
-# Rejected: substring matching (precision 0.42, recall 0.86 on 921 real names; this rule has
-# 1.00 and 1.00, on our own 835 too) and exact matching (1.00 and 0.04); guessing by entropy
-# (blinds users to hashes, UUIDs and image data, and cannot see `hunter2`); e-mail addresses
-# and phone numbers (they identify callers, which is what an audit log is for); one pattern
-# for every `name=value` over the whole text (2.7 ms for 26 KB; stems first, then a look
-# around each, takes 0.7 ms); `re.IGNORECASE` (3.7 ms; small letters first, 0.2 ms).
+# Guarantee: what `Redactor.redact` returns holds no value that stands under a sensitive name, at any
+# depth, and no text in a known secret format; it is plain and shares nothing with the caller's objects.
+# Neither it nor `scrub` raises, changes or consumes an input. It fails towards too much: the remedy is
+# `keep:`. An input passes four sieves, cheapest knowledge first: what an endpoint declares, the words of
+# names, structure (siblings name a field), texts. docs/design.md says what was rejected and why.
 
 REDACTED: Final = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
@@ -1363,6 +1338,7 @@ KEY_OPENERS: Final = _words_in("""
     wrap unseal recovery ssh pgp gpg pem tls ssl sas bot webhook admin developer dev merchant payment
     jwt signature kek dek pass secondary tertiary stream customer function functions workspace
     registration enrollment ingestion integration extension phase ike wep wpa radius tacacs tsig
+    device agent connection tunnel provisioning
 """)
 # `tokens` are text, unless one of these says which.
 TOKEN_OPENERS: Final = _words_in("""
@@ -1403,8 +1379,8 @@ FLAG_WORDS: Final = _words_in("""
 """)
 # … and these, which have other uses before a weak word (`reset_token`, `set_cookie`), before a strong one.
 VERBS: Final = _words_in("""
-    change create delete edit export fetch get import issue list mount prompt rename renew reset
-    revoke rotate save set update
+    add change check clear copy create delete deny edit enforce exclude export fetch get import issue list mount
+    prompt reject remove rename renew reset resolve revoke rotate save set update validate
 """)
 # Glued before a secret word in real names (`dbpass`, `ccnum`); the words above join in.
 GLUE_WORDS: Final = _words_in("""
@@ -1446,11 +1422,7 @@ def _singular(word: str) -> str:
 
 
 def _unglue(word: str) -> list[str]:
-    """Split a word such as `accesstoken` into known words; one that can't be split stays whole.
-
-    Longer words are tried first, and a split must hold a secret word, so that `keynote`
-    and `codec` stay what they are.
-    """
+    """Split a word such as `accesstoken` into known words; one that can't be split stays whole."""
     if _singular(word) in _KNOWN_WORDS or len(word) < 5 or word in NO_SECRETS:
         return [word]
     splits: dict[int, list[str]] = {len(word): []}
@@ -1523,11 +1495,7 @@ def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], lou
 
 
 def _judge_name(name: str) -> tuple[int, str]:
-    """Judge a field's name: (0, "") harmless, else a strength and the reason in words.
-
-    Strength 1 is a weak word standing alone (`token`): under that name everything goes, but
-    in running text `token: ` may be a remark. Strength 2 is a secret anywhere.
-    """
+    """Judge a field's name: (0, "") harmless, else a strength and the reason in words."""
     words = _name_words(name)
     plain = "".join(words)
     if plain in SPEC_NAMES:
@@ -1607,12 +1575,7 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
 
 
 class _Names:
-    """The verdicts on names under one Redactor's settings.
-
-    Args:
-        redact: entries of the setting of that name.
-        keep: likewise.
-    """
+    """The verdicts on names under one Redactor's settings."""
 
     def __init__(self, redact: Iterable[str], keep: Iterable[str]) -> None:
         self.redact, self.keep = _read_names(redact), _read_names(keep)
@@ -1680,7 +1643,8 @@ _QUOTED_BY: Final = {
 # A bare value ends at a space or at what separates it from the next; a separator that
 # nothing follows may be part of it.
 _BARE: Final = r"""(?:[^\s,;&'"`<>)\]}\\]
-  |,(?![\s,]|[\w.\-]{1,40}[=:]|\Z) | ;(?!\s|[\w .\-]{1,40}=|\Z) | &(?![\w.%\[\]\-]{1,64}=|amp;)
+  |,(?!\s|[A-Za-z_][A-Za-z_.\-]{1,40}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{1,40}[0-9]?=|\Z)
+  |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{1,64}[0-9]{0,2})?=|amp;)
   |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+"""
 _PERCENT_VALUE: Final = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
 _YAML_BLOCK: Final = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
@@ -1777,7 +1741,8 @@ _PLACES: Final[tuple[tuple[str, tuple[str, ...], str, str], ...]] = (
     (
         "a code in a redirect",
         ("code=",),
-        r"[?&](?:state=[\w.%~+-]{1,200}&)?code=([\w.~/%+-]{8,})(?:(?<=&code=).)?(?=&(?:state|scope|iss|session_state)=|(?<!\w)\Z|$)",
+        r"[?&](?:code=([\w.~/%+-]{8,})&(?=(?:state|scope|iss|session_state)=)"
+        r"|state=[\w.%~+-]{1,200}&code=([\w.~/%+-]{8,}))",
         "secret",
     ),
     (
@@ -1799,15 +1764,17 @@ _PLACES: Final[tuple[tuple[str, tuple[str, ...], str, str], ...]] = (
     ),
     (
         "an argument of a function for secrets",
-        ("crypt(", "getconnection(", "securestring", "dbplyr"),
-        rf"(?i:pgp_sym_(?:en|de)crypt\([^,()]{{1,200}},\s*|\bcrypt\(\s*|getconnection\(\s*{_STRING}\s*,\s*{_STRING}\s*,\s*"
+        ("crypt(", "getconnection(", "securestring"),
+        rf"(?i:pgp_sym_(?:en|de)crypt\([^,()]{{1,200}},\s*|\bcrypt\(\s*|getconnection\(\s*"
+        rf"{_STRING}\s*,\s*{_STRING}\s*,\s*"
         r"|securestring\s+(?:-string\s+)?)(?=[\"'])",
         "",
     ),
     (
         "credentials of a user",
         ("auth", "login", "credential"),
-        rf"(?i:\b(?:\w{{0,24}}basic_?auth|\w{{0,24}}login|auth|authenticate|\w{{0,24}}credentials?)\s?[=(][\s(]{{0,3}}{_STRING}\s*,\s*)"
+        rf"(?i:\b(?:\w{{0,24}}basic_?auth|\w{{0,24}}login|auth|authenticate|\w{{0,24}}credentials?)"
+        rf"\s?[=(][\s(]{{0,3}}{_STRING}\s*,\s*)"
         r"(?=b?[\"'])",
         "",
     ),
@@ -1861,7 +1828,7 @@ _COMMANDS: Final = (
     ("databricks", "", "--string-value"),
     ("pulumi", "set --secret", "#2"),
 )
-_WORD: Final = r"""(?:[^\s"'`|;&<>()\\]|\\[^\n]|[&;|](?=\w)|"(?:[^"\\]|\\.){0,500}"|'[^']{0,500}')+"""
+_WORD: Final = r"""(?:[^\s"'`|;&<>()\\]|\\[^\n]|[&;|](?=[^\s&;|])|"(?:[^"\\]|\\.){0,500}"|'[^']{0,500}')+"""
 _PASSWORDS: Final = _words_in("password passwd pwd passphrase passcode pass pw")
 _REFERENCES: Final = _words_in("secret secrets credential credentials")
 _ALGORITHMS: Final = _words_in(
@@ -1913,10 +1880,7 @@ def _is_basic(credentials: str) -> bool:
 
 
 def _is_card(digits: str) -> bool:
-    """Return True if digits are a payment card's: an issuer's range, its length, and Luhn's check.
-
-    Visa's 13 and 19 digits are left out: article numbers and 64-bit ids look like them.
-    """
+    """Return True if digits are a payment card's: an issuer's range, its length, and Luhn's check."""
     two, four, length = int(digits[:2]), int(digits[:4]), len(digits)
     issued = (
         (length == 16 and (digits[0] == "4" or 51 <= two <= 55 or 2221 <= four <= 2720))  # Visa, Mastercard
@@ -1934,16 +1898,7 @@ def _is_card(digits: str) -> bool:
 
 
 class _Texts:
-    """Removes secrets from texts; half of a Redactor, which knows nothing of containers.
-
-    Every pattern runs in linear time: no repeat within a repeat over the same characters, and every
-    look ahead or back, and every run that may have to be tried again, is bounded. They are compiled
-    here, so that `import` costs nothing.
-
-    Args:
-        names: judges the names in texts.
-        key: for markers by which secrets can be told apart, or None.
-    """
+    """Removes secrets from texts; half of a Redactor, which knows nothing of containers."""
 
     def __init__(self, names: _Names, key: bytes | None) -> None:
         self.names, self._key, self.constant = names, key, key is None
@@ -2000,20 +1955,14 @@ class _Texts:
             for name, rows in self.programs.items()
             if any(place[0] == "#" for _, row in rows for place, _ in row)
         }
-        names = "|".join(sorted(map(re.escape, self.programs), reverse=True))
-        self._program = re.compile(rf"\b(?<![.-])(?:{names})(?:\.exe)?(?=[\s\"'])")
+        alternatives = "|".join(sorted(map(re.escape, self.programs), reverse=True))
+        self._program = re.compile(rf"\b(?<![.-])(?:{alternatives})(?:\.exe)?(?=[\s\"'])")
         self._ansi = re.compile(_ANSI)
 
     # 1. The order of the sieves.
 
     def clean(self, text: str, found: list[str] | None = None, why: list[str] | None = None) -> str:
-        """Return `text` without the secrets that its form or the names in it give away.
-
-        Args:
-            text: any text.
-            found: receives what was removed, if given.
-            why: receives the names of the rules that removed something, if given.
-        """
+        """Return `text` without the secrets that its form or the names in it give away."""
         # 1. Most texts can't hold a secret, or hold nothing that leads to one.
         size = len(text)
         if size < 5 or (size < 11 and text.isalnum()):  # the shortest is `pwd=x`
@@ -2202,7 +2151,7 @@ class _Texts:
                         continue
                     value, start = word, 0
                     secret = how == "/" or place == "#-1" or _looks_secret(word)
-                    if "=" in word or word[0] == "\\" or not secret:
+                    if re.match(r"[a-z_]+=|\\", word) or not secret:
                         continue
                 elif word == place and how != "+" and at + 1 < len(words):
                     at, start = at + 1, 0
@@ -2458,8 +2407,10 @@ class _Texts:
     def _assigned(self, text: str, start: int, at: int, name: str, strength: int, lead: str) -> _Span | None:
         """Return an assigned value, or None for what only looks like one."""
         value = self._extent(text, at)
-        shown = text[slice(*value)]
         quoted = value[0] > at
+        if name[:1] == "-" and not quoted and (word := self._word.match(text, at)):
+            value = word.span()
+        shown = text[slice(*value)]
         if self._placeholder.fullmatch(shown) or (shown.isupper() and self.names.strength(shown)):
             return value[1], value[1]
         if text[at : at + 2] == "{{":
@@ -2491,10 +2442,10 @@ class _Texts:
             shown.rpartition(".")[2]
         ):
             return None
-        word = re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0]
-        if ":" in lead and word in _REMARKS:
+        said = re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0]
+        if ":" in lead and said in _REMARKS:
             return None
-        if ":" in lead and name in _REFERENCES and re.match(r"[\w.-]{1,40}=[^=\s]", shown):
+        if ":" in lead and name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown):
             return None  # `credentials: username=u`
         if name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown):  # the shell's directory
             return None
@@ -2598,14 +2549,7 @@ _MAX_DEPTH: Final = 64
 
 
 class _Declared(NamedTuple):
-    """What an endpoint's definition says of one parameter and of its parts.
-
-    Args:
-        sensitive: the whole of it is declared sensitive.
-        fields: its parts, by `_normal` name.
-        items: its elements.
-        hides: it or something below it is sensitive.
-    """
+    """What an endpoint's definition says of one parameter and of its parts."""
 
     sensitive: bool
     fields: dict[str, _Declared]
@@ -2626,17 +2570,7 @@ def _declare(definition: object) -> _Declared | None:
 
 
 def _read_declared(definition: object, depth: int, budget: list[int]) -> _Declared | None:
-    """Read what MXCP's parameter definitions declare; anything else declares nothing.
-
-    Both of MXCP's forms are understood: a list of parameters with names, and JSON Schema's
-    `properties`. A `sensitive` that is neither a boolean nor a clear "no" counts as yes, and
-    so does what lies beyond the limits.
-
-    Args:
-        definition: a definition, or a part of one.
-        depth: how deep it lies.
-        budget: how many parts may still be read.
-    """
+    """Read what MXCP's parameter definitions declare; anything else declares nothing."""
     budget[0] -= 1
     if budget[0] < 0 or depth > _MAX_DEPTH:
         return _Declared(True, {}, None, True)
@@ -2710,12 +2644,7 @@ def _numpy(value: Any, kind: type) -> object:
 
 
 def _members(value: object) -> dict[str, Any] | None:
-    """Return the fields of an object that keeps its data under names, or None.
-
-    Known are named tuples, dataclasses, pydantic, attrs, msgspec and namespaces. Only the
-    type is asked what it is, so that an object that answers to any name can't lie; no
-    serializer, property or `__dict__` of unknown types is run.
-    """
+    """Return the fields of an object that keeps its data under names, or None."""
     kind = type(value)
     names: Iterable[str] | None = None
     if issubclass(kind, tuple):
@@ -2760,12 +2689,7 @@ def _order(item: object) -> tuple[str, str]:
 
 
 def _content(value: Any, kind: type) -> object:
-    """Return what an object holds or says, in JSON's own types or one step nearer to them.
-
-    Args:
-        value: the object; of an exact type of JSON's it would come back here for ever.
-        kind: its type.
-    """
+    """Return what an object holds or says, in JSON's own types or one step nearer to them."""
     if issubclass(kind, str):
         return str.__str__(value)
     if issubclass(kind, int):
@@ -2835,11 +2759,7 @@ _REDACTED_JSON, _CYCLE_JSON, _DEPTH_JSON = encode_text(REDACTED), '"[CYCLE]"', '
 
 
 class _Verdicts(dict[str, tuple[int, str]]):
-    """The verdicts on the names of fields, for all tools or for one, each with its name as JSON; bounded.
-
-    A verdict is 0 or flags; what holds a secret itself is not kept. The walk asks with
-    `verdicts[name]`, the fastest question that Python knows.
-    """
+    """The verdicts on the names of fields, for all tools or for one, each with its name as JSON; bounded."""
 
     __slots__ = ("names", "texts", "tool")
 
@@ -2896,19 +2816,7 @@ def _float_json(value: float) -> str:
 
 
 class _Walk:
-    """One walk through one value: writes it as JSON, redacted unless the walk is blind.
-
-    One pass for both takes two thirds of the time of two. One class, because walking, judging and
-    writing call each other at every node and share what is open around it.
-
-    Args:
-        texts: cleans texts.
-        verdicts: judges keys.
-        echoes: receives redacted values as texts, or None.
-        quiet: the marker says nothing about the secret and nobody asks for echoes, so that a
-            secret needs no look at it.
-        limit: the bytes that are kept of what the walk writes, or 0: what will be cut is not read.
-    """
+    """One walk through one value: writes it as JSON, redacted unless the walk is blind."""
 
     blind = False
     nodes = 0  # elements read so far
@@ -3053,12 +2961,7 @@ class _Walk:
         return "{" + ",".join(out) + "}"
 
     def field(self, name: object, value: dict[Any, Any], taken: set[str] | None) -> tuple[str, int]:
-        """Return an unusual field's name as text and the verdict on it, after a look at its siblings.
-
-        A key that JSON knows is written as JSON does (`null`, `1`); a second one of the same
-        text gets a number, so that no value is lost. `taken` are the keys that are written
-        already, or None where the key stays as it is.
-        """
+        """Return an unusual field's name as text and the verdict on it, after a look at its siblings."""
         plain = name if type(name) is str else self.plain(name)
         shown = plain if isinstance(plain, str) else json.dumps(plain)
         verdict = self.verdicts[shown][0]
@@ -3514,19 +3417,7 @@ class Redactor:
 
 
 def clip_plain(plain: Any, max_bytes: int) -> Any:
-    """Return a plain value cut so that its JSON takes at most `max_bytes`, in any writer's style.
-
-    What fits stays whole: the room is shared out from the smallest part to the largest, and a
-    part that is too large for its share is cut in turn. A cut text ends in
-    `…[CUT: 5242880 bytes]` with its whole size, a dropped subtree leaves such a text behind.
-    Sizes are those of ASCII JSON with spaces, the longest that a writer makes, so that the
-    result may be smaller than asked. Call it only with what `Redactor.redact` returned: a
-    secret cut in half would be known no more.
-
-    Args:
-        plain: dict (text keys), list, str, int, float, bool or None.
-        max_bytes: the limit; at least 64.
-    """
+    """Return a plain value cut so that its JSON takes at most `max_bytes`, in any writer's style."""
     size = len(json.dumps(plain))
     if size <= max_bytes:
         return plain
@@ -3596,6 +3487,7 @@ _TEXT_BYTES: Final = 2**16  # of an error or a reason
 REPLACEMENT: Final = "\ufffd"
 _NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _NO_MORE: Final = (None,) * len(NEW_COLUMNS)
+_PLAIN_ID: Final = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
@@ -3750,12 +3642,13 @@ class Encoder:
         return encode_text(self._clean(value, echoes, limit))
 
     def _id_json(self, value: object) -> str:
-        if type(value) is str and len(value) < _NAME_BYTES // 4 and "\0" not in value:
-            return encode_text(value)
         if value is None:
             return "null"
-        whole = self._plain_text(value)
-        return encode_text(_cut(whole[: 2 * _NAME_BYTES].replace("\0", REPLACEMENT), _NAME_BYTES, whole))
+        if (
+            type(value) is str and len(value) < _NAME_BYTES and _PLAIN_ID.fullmatch(value)
+        ):  # no secret, and nothing to escape
+            return f'"{value}"'
+        return self._text_json(value)
 
     def _clean(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
         """Return a text without secrets, cut to a limit. What is far beyond the limit is not looked at."""
