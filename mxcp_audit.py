@@ -1379,8 +1379,8 @@ FLAG_WORDS: Final = _words_in("""
 """)
 # … and these, which have other uses before a weak word (`reset_token`, `set_cookie`), before a strong one.
 VERBS: Final = _words_in("""
-    add change check clear copy create delete deny edit enforce exclude export fetch get import issue list mount
-    prompt reject remove rename renew reset resolve revoke rotate save set update validate
+    add change check clear copy create delete deny edit enforce exclude export fetch get import issue list
+    mount prompt reject remove rename renew reset resolve revoke rotate save set update validate
 """)
 # Glued before a secret word in real names (`dbpass`, `ccnum`); the words above join in.
 GLUE_WORDS: Final = _words_in("""
