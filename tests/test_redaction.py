@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import copy
 import dataclasses
 import datetime
 import decimal
 import enum
+import html
 import json
 import pathlib
 import re
 import sys
 import threading
 import types
+import urllib.parse
 import uuid
 from typing import Any
 
@@ -76,8 +79,35 @@ def test_texts_labelled_cases_reach_the_floors(origin: str) -> None:
     assert kept >= 0.97 * to_keep, wrong
 
 
+@pytest.mark.parametrize("origin", ["shared", "own"])
+def test_texts_hard_cases_reach_the_floors(origin: str) -> None:
+    cases = (score_redaction.load if origin == "shared" else score_redaction.load_own)("redaction_hard.json")
+    cases = cases or score_redaction.load("redaction_text_hard.json")
+    if not cases:
+        pytest.skip("the shared cases are absent; set MXCP_AUDIT_CASES")
+    removed, to_remove, kept, to_keep, wrong = score_redaction.score_texts(cases)
+    assert removed >= 0.97 * to_remove, wrong
+    assert kept >= 0.97 * to_keep, wrong
+
+
+def test_names_of_sources_without_their_own_words_reach_the_floors() -> None:
+    tail, earlier = map(score_redaction.load, ("redaction_names_tail.json", "redaction_names.json"))
+    if not tail:
+        pytest.skip("the shared cases are absent; set MXCP_AUDIT_CASES")
+    for cases, others, precision, recall in ((tail, earlier, 0.96, 0.94), (earlier, tail, 0.95, 0.96)):
+        held = score_redaction.score_held_out(cases, others)
+        assert held[0] >= precision and held[1] >= recall, held
+
+
+def test_scrub_made_texts_leave_no_piece_of_a_secret_beside_its_marker() -> None:
+    """`tools/score_redaction.py --generate 200000` makes more of them."""
+    assert score_redaction.generated(4000, 7) == []
+
+
 def test_scrub_own_cases_twice_changes_nothing_more(redactor: Redactor) -> None:
-    for case in score_redaction.load_own("redaction_text.json"):
+    for case in score_redaction.load_own("redaction_text.json") + score_redaction.load_own(
+        "redaction_hard.json"
+    ):
         once = redactor.scrub("".join(case["text_parts"]))
         assert redactor.scrub(once) == once
 
@@ -290,8 +320,13 @@ def test_declared_cycle_ends(redactor: Redactor) -> None:
 
 
 @pytest.mark.parametrize("secret", ["hunter2", "", None, 0, 1.5, True, ["x"], {"a": {"b": 1}}, b"x", ("a",)])
-def test_redact_sensitive_key_hides_any_value_whole(redactor: Redactor, secret: Any) -> None:
-    assert redactor.redact({"db_password": secret, "n": 1}) == {"db_password": REDACTED, "n": 1}
+def test_redact_sensitive_key_hides_any_value_whole_but_switches(redactor: Redactor, secret: Any) -> None:
+    switch = secret is None or secret is True
+    assert redactor.redact({"db_password": secret, "n": 1}) == {
+        "db_password": secret if switch else REDACTED,
+        "n": 1,
+    }
+    assert Redactor(redact=["x"]).redact({"x": secret}) == {"x": REDACTED}
 
 
 @pytest.mark.parametrize(
@@ -300,8 +335,8 @@ def test_redact_sensitive_key_hides_any_value_whole(redactor: Redactor, secret: 
         ({"name": "API_KEY", "value": "x"}, {"name": "API_KEY", "value": REDACTED}),
         ({"name": "MODE", "value": "x"}, {"name": "MODE", "value": "x"}),
         ({b"name": b"API_KEY", b"value": b"x"}, {"name": "API_KEY", "value": REDACTED}),
-        ([{"key": "Env", "value": "prod"}], [{"key": REDACTED, "value": "prod"}]),
-        ([{"Key": "db_password", "Value": "x"}], [{"Key": REDACTED, "Value": REDACTED}]),
+        ([{"key": "Env", "value": "prod"}], [{"key": "Env", "value": "prod"}]),
+        ([{"Key": "db_password", "Value": "x"}], [{"Key": "db_password", "Value": REDACTED}]),
         ({"key": "user:1", "value": "x"}, {"key": REDACTED, "value": "x"}),
         (["Authorization", "Bearer x"], ["Authorization", REDACTED]),
         ([("authorization", "x"), ("host", "h")], [["authorization", REDACTED], ["host", "h"]]),
@@ -311,6 +346,21 @@ def test_redact_sensitive_key_hides_any_value_whole(redactor: Redactor, secret: 
         ({123: {"password": 9876}}, {"123": {"password": REDACTED}}),
         ({("a", "b"): {"secret": "y"}}, {'["a", "b"]': {"secret": REDACTED}}),
         ({b"token": "x"}, {"token": REDACTED}),
+        ({"columns": ["user", "password"], "rows": [["a", "X"], ["b", None]]},
+         {"columns": ["user", "password"], "rows": [["a", REDACTED], ["b", None]]}),
+        ({"fields": [{"name": "id"}, {"name": "api_key"}], "values": [[1, "X"]]},
+         {"fields": [{"name": "id"}, {"name": "api_key"}], "values": [[1, REDACTED]]}),
+        ([["user", "password", "n"], ["a", "X", 1]], [["user", "password", "n"], ["a", REDACTED, 1]]),
+        ({"label": "Password", "value": "X"}, {"label": "Password", "value": REDACTED}),
+        ([{"op": "add", "path": "/spec/password", "value": "X"}],
+         [{"op": "add", "path": "/spec/password", "value": REDACTED}]),
+        ({"element": "Password field", "text": "X"}, {"element": "Password field", "text": REDACTED}),
+        ({"type": "text", "text": "X"}, {"type": "text", "text": "X"}),
+        (["Host", "h", "Authorization", "X"], ["Host", "h", "Authorization", REDACTED]),
+        (["password", "token", "name", "id"], ["password", "token", "name", "id"]),
+        (["mysql", "-u", "root", "-pX7y", "shop"], ["mysql", "-u", "root", f"-p{REDACTED}", "shop"]),
+        ({"command": "redis-cli", "args": ["-a", "X"]}, {"command": "redis-cli", "args": ["-a", REDACTED]}),
+        ({"command": "cp", "args": ["-a", "X"]}, {"command": "cp", "args": ["-a", "X"]}),
     ],
 )  # fmt: skip
 def test_redact_structure_judges_by_the_sibling(redactor: Redactor, value: Any, expected: Any) -> None:
@@ -478,11 +528,53 @@ def test_scrub_echo_of_a_subtree_and_of_a_text_goes(redactor: Redactor) -> None:
     assert shown == " ".join([REDACTED] * 4)
 
 
+@pytest.mark.parametrize(
+    "spell",
+    [
+        urllib.parse.quote, urllib.parse.quote_plus, html.escape, repr, json.dumps,
+        lambda secret: base64.b64encode(secret.encode()).decode(),
+        lambda secret: f"{secret[:24]}...{secret[-24:]}",
+        lambda secret: f"{secret[:12]} and {secret[-12:]}",
+        lambda secret: urllib.parse.quote(secret)[:40],
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("size", [40, 300, 200_000])
+def test_scrub_echo_cut_short_or_encoded_goes(redactor: Redactor, spell: Any, size: int) -> None:
+    secret = ("correct horse <battery> & staple's '" * (size // 30 + 1))[:size]
+    echoes: list[str] = []
+    redactor.redact({"password": secret}, echoes=echoes)
+    shown = redactor.scrub(f"before {spell(secret)} after", echoes)
+    assert "horse" not in shown and "Y29ycmVj" not in shown and REDACTED in shown
+    assert shown.startswith("before ") and shown.endswith(" after")
+
+
+def test_redact_json_with_a_limit_reads_no_more_than_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
+    read: list[int] = []
+    clean = mxcp_audit._Texts.clean
+    monkeypatch.setattr(mxcp_audit._Texts, "clean", lambda *a: read.append(len(a[1])) or clean(*a))
+    limit = 10_000
+    for value in (
+        "x y" * 10**6,
+        b"x y" * 10**6,
+        {"a": "[1, " * 10**6, "id": 7},
+        ["some words " * 50] * 10**4,
+    ):
+        read.clear()
+        shown = json.loads(Redactor().redact_json(value, limit=limit))
+        assert sum(read) < 5 * limit and "CUT: " in repr(shown)
+        assert not isinstance(value, dict) or (shown["id"] == 7 and "CUT: 4000000 bytes" in shown["a"])
+
+
+def test_redact_json_with_a_limit_shows_no_half_of_a_secret() -> None:
+    text = "x" * 9_990 + " password=" + "hunter2" * 20 + "y" * 50_000
+    shown = Redactor().redact_json({"a": text}, limit=10_000)
+    assert "hunter" not in shown
+
+
 def test_redact_echoes_stay_bounded(redactor: Redactor) -> None:
     echoes: list[str] = []
     redactor.redact({"secrets": [f"secret-{n}" for n in range(1000)], "token": "x" * 100_000}, echoes=echoes)
     assert len(echoes) <= mxcp_audit._MAX_ECHOES
-    assert max(map(len, echoes)) <= mxcp_audit._MAX_ECHO_CHARS
 
 
 # Conversion to plain values.
@@ -683,13 +775,20 @@ def test_redact_hostile_object_leaves_a_placeholder_and_its_neighbours(redactor:
     assert isinstance(redactor.scrub(Liar()), str)  # type: ignore[arg-type]
 
 
-def test_redact_interrupt_passes_through(redactor: Redactor) -> None:
-    class Interrupting:
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
+def test_redact_what_an_object_raises_never_escapes(redactor: Redactor, error: Any) -> None:
+    class Raising(ValueError):
         def __repr__(self) -> str:
-            raise KeyboardInterrupt
+            raise error
 
-    with pytest.raises(KeyboardInterrupt):
-        redactor.redact([Interrupting()])
+        __str__ = __repr__
+
+    class Silent:
+        __repr__ = Raising.__repr__
+
+    shown = redactor.redact([Silent(), Raising(), {Silent(): 1}], echoes=[])
+    assert shown[:2] == ["<unprintable Silent>", "Raising: <unprintable>"]
+    assert redactor.redact({"password": Silent()}, echoes=[]) == {"password": REDACTED}
 
 
 def test_redact_generators_and_files_are_not_read(redactor: Redactor, tmp_path: pathlib.Path) -> None:
@@ -767,7 +866,7 @@ def test_redact_nesting_of_any_kind_ends_at_the_same_depth(redactor: Redactor, w
 def test_redact_more_items_than_anybody_reads_are_counted(
     redactor: Redactor, monkeypatch: pytest.MonkeyPatch, kind: str
 ) -> None:
-    monkeypatch.setattr(mxcp_audit, "_MAX_NODES", 10)
+    monkeypatch.setattr(mxcp_audit._Walk, "max_nodes", 10)
     many: Any = dict.fromkeys(map(str, range(11)), 1) if kind == "mapping" else list(range(11))
     assert redactor.redact({"few": 1, "many": many}) == {"few": 1, "many": "[CUT: 11 items]"}
 
@@ -815,6 +914,7 @@ def test_explain_says_where_and_why(redactor: Redactor) -> None:
     )
     assert [path for path, _ in rows] == ["$.a.password", "$.city", "$.note[0]", "$.env[0].value"]
     reasons = dict(rows)
+    assert "text" in reasons["$.note[0]"] and "beside" in reasons["$.env[0].value"]
     assert "specification" in reasons["$.a.password"] and "declared" in reasons["$.city"]
     assert "abc" not in repr(rows) and "Bern" not in repr(rows)
 

@@ -1,6 +1,6 @@
 """Scores the redaction rules: names by precision and recall, texts by what is removed and kept.
 
-    python tools/score_redaction.py [--misses] [--hostile] [--speed]
+    python tools/score_redaction.py [--misses] [--held-out] [--generate N] [--hostile] [--speed]
 
 Data are read in place from the directory that `MXCP_AUDIT_CASES` names (default `../shared/cases`
 beside this repository) and from `tests/data/`, whose sets are this project's own.
@@ -12,6 +12,8 @@ import argparse
 import functools
 import json
 import os
+import random
+import re
 import sys
 import time
 import timeit
@@ -22,6 +24,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+import mxcp_audit  # noqa: E402
 from mxcp_audit import Redactor  # noqa: E402
 
 OWN = ROOT / "tests" / "data"
@@ -96,6 +99,174 @@ def score_names(cases: list[dict[str, Any]]) -> tuple[float, float, list[str]]:
     return hit / max(1, hit + over), hit / max(1, hit + missed), wrong
 
 
+# The word lists of the name rule, from which a source's own words can be taken.
+WORD_LISTS = ("STRONG_WORDS", "KEY_OPENERS", "TOKEN_OPENERS", "AUTH_SCHEMES", "AUTHORIZATION_CONTEXT")
+WORD_LISTS += ("CODE_OPENERS", "STILL_SECRET", "KEY_DOCUMENTS", "FLAG_WORDS", "VERBS")
+
+
+def source_of(case: dict[str, Any]) -> str:
+    """Return where a name comes from: its group, or the start of its source."""
+    return str(
+        case.get("group")
+        or re.split(r"[(;,:]| (?:env|model|tool|alias|api|arg|in )", case.get("source", ""))[0]
+    )
+
+
+def score_held_out(cases: list[dict[str, Any]], others: list[dict[str, Any]]) -> tuple[float, float]:
+    """Return precision and recall where each source is judged without the words that it alone has.
+
+    The rule is grammar plus word lists made by hand. What one source contributed are the words of
+    the lists that no name of another source holds; without them the source is as if never seen.
+
+    Args:
+        cases: the names to judge.
+        others: further names, which may hold a word as well.
+    """
+    words_of = {
+        case["name"]: set(map(mxcp_audit._singular, mxcp_audit._name_words(case["name"])))
+        for case in [*cases, *others]
+    }
+    sources: dict[str, set[str]] = {}
+    for case in [*cases, *others]:
+        sources.setdefault(source_of(case), set()).update(words_of[case["name"]])
+    saved = {name: getattr(mxcp_audit, name) for name in (*WORD_LISTS, "WEAK_WORDS")}
+    hit = over = missed = 0
+    for source in {source_of(case) for case in cases}:
+        elsewhere = set().union(*(words for other, words in sources.items() if other != source))
+        own = sources[source] - elsewhere - mxcp_audit.SPEC_NAMES
+        for name in WORD_LISTS:
+            setattr(mxcp_audit, name, saved[name] - own)
+        mxcp_audit.WEAK_WORDS = {word: before - own for word, before in saved["WEAK_WORDS"].items()}  # type: ignore[misc]
+        redactor = Redactor()
+        for case in cases:
+            if source_of(case) == source:
+                verdict = redactor.is_sensitive(case["name"])
+                hit += verdict and case["sensitive"]
+                over += verdict and not case["sensitive"]
+                missed += case["sensitive"] and not verdict
+    for name, value in saved.items():
+        setattr(mxcp_audit, name, value)
+    return hit / max(1, hit + over), hit / max(1, hit + missed)
+
+
+# Texts with a place for a secret: {s} bare, {q} quoted, {j} as JSON; {n} is a sensitive name.
+COMMANDS = (
+    *("mysql -u root -p{s} shop", "mysql -u root --password={s}", "docker login -u ann -p {q} r.example"),
+    *(
+        "docker login --username ann --password {s} r.example",
+        "podman login -p {q} -u ann",
+        "redis-cli -a {q} PING",
+    ),
+    *(
+        "ldapsearch -x -D cn=a -w {q} -b dc=x",
+        "sqlcmd -S s -U sa -P {q} -Q x",
+        "7z x -p{s} a.7z",
+        "zip -P {q} a b",
+    ),
+    *(
+        "smbclient //f/s -U 'ann%{s}'",
+        "htpasswd -b f ann {q}",
+        "curl -u ann:{s} https://h/",
+        "sshpass -p {q} ssh h",
+    ),
+    *(
+        "curl -H 'X-Api-Key: {s}' https://h/",
+        "tool --{n} {q} -v",
+        "tool --{n}={q} -v",
+        "env {n}={q} prog --x",
+    ),
+    *(
+        "helm install a b --set {n}={s}",
+        "kubectl create secret generic a --from-literal={n}={s}",
+        "az login -u a -p {q}",
+    ),
+    *("snmpwalk -v3 -A {q} -X {q} h", "openssl rsa -passin pass:{s} -in k", "psql 'host=h {n}={s} user=u'"),
+    *("gh secret set X --body {q}", "vault kv put a/b {n}={q}", "{n}={q} cmd -p 80", "export {n}={q} && run"),
+)
+ASSIGNMENTS = (
+    *(
+        "{n}={s}",
+        "{n}: {s}",
+        "{n} = {q}",
+        '"{n}": {j}',
+        "{n} := {q}",
+        "<{n}>{s}</{n}>",
+        "{n}={s}&a=1",
+        "a=1;{n}={s};b=2",
+    ),
+    *(
+        "{n} => {q}",
+        "set_{n}({q})",
+        "{n}: str = {q}",
+        "[x]\n{n} = {s}\ny = 1\n",
+        "- name: {n}\n  value: {s}\n",
+    ),
+    *(
+        '({{"{n}", {j}}})',
+        "user,{n},x\nann,{s},1\n",
+        "| {n} | x |\n|---|---|\n| {s} | y |\n",
+        "{n} is {s}",
+        "f({n}={q}, x=2)",
+    ),
+    *(
+        "INSERT INTO t (a, {n}) VALUES (1, {q})",
+        'log: {{"a": {{"{n}": {j}}}}} end',
+        "{n}\u00a0: {s}",
+        "{n}%3D{s}%26x%3D1",
+    ),
+)
+STRUCTURES = (
+    '{{"{n}": {j}}}',
+    '{{"a": [{{"{n}": [{j}]}}]}}',
+    '{{"name": "{n}", "value": {j}}}',
+    '["Host", "h", "{n}", {j}]',
+    '{{"columns": ["id", "{n}"], "rows": [[1, {j}], [2, {j}]]}}',
+    '[["id", "{n}", "x"], [1, {j}, 2]]',
+    '["--{n}", {j}]',
+    '[{{"op": "add", "path": "/spec/{n}", "value": {j}}}]',
+    '{{"element": "{n} field", "text": {j}}}',
+    '{{"command": "mysql", "args": ["-u", "root", {jp}]}}',
+    '{{"label": "{n}", "value": {j}}}',
+)
+NAMES = (
+    "password",
+    "passwd",
+    "db_password",
+    "apiKey",
+    "api_key",
+    "client_secret",
+    "access_token",
+    "secret",
+    "pwd",
+    "DB_PASSWORD",
+    "passphrase",
+)
+
+
+def generated(count: int, seed: int) -> list[tuple[str, str, str]]:
+    """Return texts that got a marker and kept a piece of their secret: (text, secret, result)."""
+    draw, redactor, left = random.Random(seed), Redactor(), []
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+    for _ in range(count):
+        secret = "Qz7" + "".join(draw.choice(letters) for _ in range(draw.randint(8, 20)))
+        form = draw.choice((*COMMANDS, *ASSIGNMENTS, *STRUCTURES))
+        if "%" not in form:
+            for _ in range(draw.randint(0, 3)):
+                at = draw.randint(1, len(secret) - 1)
+                secret = secret[:at] + draw.choice("!@#^*+-_.:/?$~") + secret[at:]
+        text = form.format(
+            n=draw.choice(NAMES),
+            s=secret,
+            j=json.dumps(secret),
+            jp=json.dumps("-p" + secret),
+            q=draw.choice(("'{}'", '"{}"')).format(secret),
+        )
+        result = redactor.scrub(draw.choice(("", "", "ran: ", "$ ", "2026-01-01 INFO ", "\n")) + text)
+        if "[REDACTED" in result and any(secret[at : at + 6] in result for at in range(len(secret) - 5)):
+            left.append((text, secret, result))
+    return left
+
+
 def joined(parts: str | list[str]) -> str:
     """Return a text that may be kept in parts, so that secret scanners stay quiet."""
     return parts if isinstance(parts, str) else "".join(parts)
@@ -164,9 +335,34 @@ def score_speed() -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--misses", action="store_true", help="show what was misjudged")
+    parser.add_argument("--held-out", action="store_true", help="judge each source without its own words")
+    parser.add_argument("--generate", type=int, default=0, metavar="N", help="look for leaks in N made texts")
     parser.add_argument("--hostile", action="store_true", help="time hostile texts and their doubles")
     parser.add_argument("--speed", action="store_true", help="time an ordinary event and a long text")
     args = parser.parse_args(argv)
+    tail, names = load("redaction_names_tail.json"), load("redaction_names.json")
+    for label, cases, others in (("tail", tail, names), ("earlier", names, tail)):
+        if cases:
+            precision, recall, wrong = score_names(cases)
+            print(f"{label}: {len(cases)} names: precision {precision:.3f}, recall {recall:.3f}")
+            print(*wrong if args.misses else (), sep="\n", end="")
+        if cases and args.held_out:
+            precision, recall = score_held_out(cases, others)
+            print(
+                f"{label}: each source without its own words: precision {precision:.3f}, recall {recall:.3f}"
+            )
+    for origin, hard in (
+        ("shared", load("redaction_text_hard.json")),
+        ("own", load_own("redaction_hard.json")),
+    ):
+        if hard:
+            removed, to_remove, kept, to_keep, wrong = score_texts(hard)
+            print(f"{origin}: {len(hard)} hard texts: removed {removed}/{to_remove}, kept {kept}/{to_keep}")
+            print(*wrong if args.misses else (), sep="\n", end="")
+    if args.generate:
+        left = generated(args.generate, 1)
+        print(f"{args.generate} generated texts: {len(left)} with a marker beside a piece of the secret")
+        print(*left[:20], sep="\n")
     for origin, read in (("shared", load), ("own", load_own)):
         names, texts = read("redaction_names.json"), read("redaction_text.json")
         if not names:
