@@ -4160,21 +4160,25 @@ class Claim:
 def combine(paths: Sequence[str], directory: str) -> list[str]:
     """Put many small segments together in one file of the directory; return the files to read instead.
 
-    DuckDB takes 2 ms for each file, and half a second for a hundred megabytes. Each line gets its segment as its
-    first member, which the statement that reads lines takes from a file of this name only. A segment that vanished
-    meanwhile raises FileNotFoundError.
+    DuckDB takes 2 ms for each file, and half a second for a hundred megabytes. Each line gets its segment as
+    its first member, which the statement that reads lines takes from a file of this name only. A segment that
+    vanishes meanwhile is left out: callers that no lock keeps from that look afterwards.
     """
-    sizes = {path: os.stat(path).st_size for path in paths}
-    small = [path for path in paths if sizes[path] <= _SMALL_BYTES]
+    sizes: dict[str, int] = {}
+    for path in paths:
+        with contextlib.suppress(FileNotFoundError):
+            sizes[path] = os.stat(path, follow_symlinks=False).st_size
+    small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
     if len(small) < 8:
-        return list(paths)
+        return list(sizes)
     target = os.path.join(directory, COMBINED + SEGMENT_SUFFIX)
     with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, _FILE_MODE), "wb") as file:
         for path in small:
-            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), "rb") as segment:
-                data = segment.read()
-            file.write(named_lines(segment_id_of(path), data[: data.rfind(b"\n") + 1]))
-    return [*(path for path in paths if sizes[path] > _SMALL_BYTES), target]
+            with contextlib.suppress(FileNotFoundError):
+                with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), "rb") as segment:
+                    data = segment.read()
+                file.write(named_lines(segment_id_of(path), data[: data.rfind(b"\n") + 1]))
+    return [*(path for path, size in sizes.items() if size > _SMALL_BYTES), target]
 
 
 def named_lines(segment: str, lines: bytes) -> bytes:
@@ -4418,8 +4422,8 @@ class Journal:
     ) -> tuple[list[Claim], list[JournalError]]:
         """Lock sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
 
-        Live segments are passed over; empty ones are deleted. Release every claim. Each holds a descriptor, so
-        that there are 64 at most, or a quarter of what this process may open.
+        Live segments are passed over; empty ones are deleted. Release every claim. Each holds a descriptor,
+        so that there are 64 at most, or a quarter of what this process may open.
 
         Args:
             limit_bytes: what the claims may add up to, but for the last one.
@@ -7234,7 +7238,7 @@ if hasattr(os, "register_at_fork"):
 
 
 # === SQL ===
-# depends on: Errors, Events
+# depends on: Errors, Events, Journal
 #
 # The wall: everything above records, everything below reads. Statements are constants with `$name`
 # parameters; the only texts put together are fixed words of ours (column names, conditions), never
@@ -7904,7 +7908,7 @@ _DATA_FAULTS: Final = ("invalid input error", "conversion error", "out of range 
 
 
 def is_data_fault(error: QueryError) -> bool:
-    """Return True if a statement failed because of what it read: its form, or that it needs too much memory."""
+    """Return True if a statement failed because of what it read: its form, or the memory that it needs."""
     return str(error).lower().startswith((*_DATA_FAULTS, "out of memory"))
 
 
@@ -8380,6 +8384,13 @@ def _scratch(directory: str) -> Iterator[None]:
         yield
     finally:
         shutil.rmtree(directory, ignore_errors=True)
+
+
+def scratch_folder() -> contextlib.AbstractContextManager[str]:
+    """Return a private folder for as long as a block lasts."""
+    import tempfile
+
+    return tempfile.TemporaryDirectory(prefix="mxcp_audit-")
 
 
 # --- the database
@@ -9028,7 +9039,7 @@ class Ingest:
         try:
             with (
                 contextlib.closing(self._target.open_engine(guest=True)) as engine,
-                _scratch_folder() as folder,
+                scratch_folder() as folder,
             ):
                 losses, fresh = self._stage_and_commit(engine, claims, lost, folder)
         except QueryError as error:
@@ -9158,8 +9169,8 @@ class Ingest:
     def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> None:
         """Of segments that the ledger has by name: keep what is in none of its rows.
 
-        A host that was cloned goes on with a copy of a segment. Where the ledger has its first lines, the others
-        become a segment of their own; anything else is put aside.
+        A host that was cloned goes on with a copy of a segment. Where the ledger has its first lines, the
+        others become a segment of their own; anything else is put aside.
         """
         asked = {"segments": [claim.id for claim in claims]}
         same = {segment: (events, is_same) for segment, events, is_same in engine.execute(KNOWN_LINES, asked)}
@@ -9197,13 +9208,6 @@ class Ingest:
             entries.append(entry_of("loss", loss.events, text, segment=segment))
         if entries:
             self._ledger.enter(engine, entries)
-
-
-def _scratch_folder() -> contextlib.AbstractContextManager[str]:
-    """Return a private folder for as long as a block lasts."""
-    import tempfile
-
-    return tempfile.TemporaryDirectory(prefix="mxcp_audit-")
 
 
 def _refuse_fatal_limit() -> None:
@@ -9252,8 +9256,12 @@ class Reader:
     def open(self, *, wait: float) -> Iterator[Reading]:
         """Do what `Store.reading` says; where the table can't be had, open the journal alone."""
         deadline = Deadline(wait)
-        with contextlib.closing(self._target.open_engine()) as engine, contextlib.ExitStack() as stack:
-            reading = Reading(engine)
+        with (
+            scratch_folder() as folder,
+            contextlib.closing(self._target.open_engine()) as engine,
+            contextlib.ExitStack() as stack,
+        ):
+            reading = Reading(engine, folder)
             while True:
                 try:
                     self._attempt(reading, stack)
@@ -9343,8 +9351,9 @@ class Reading:
     `problem` is set if the table could not be had: then only journal events are seen.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, folder: str) -> None:
         self.engine = engine
+        self._folder = folder  # for small segments, put together
         self.problem: StoreError | None = None
         self.has_table = False
         self.has_journal = False
@@ -9363,7 +9372,10 @@ class Reading:
         journal_rows = NO_ROWS
         if sizes:
             longest = max(LONGEST_LINE, *(size + 1 for size in sizes.values()))
-            journal_rows = bind(JOURNAL_ROWS, {"files": list(sizes), "longest": longest, "lenient": True})
+            files = combine(list(sizes), self._folder)
+            self.has_journal = bool(files)
+        if self.has_journal:
+            journal_rows = bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True})
         rows = NO_ROWS if table is None else table_rows(table)
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
@@ -10862,10 +10874,11 @@ class Follower:
         engine = self._engine = self._engine or self._target.open_engine()
         longest = max(LONGEST_LINE, *(sizes[each] + 1 for each in grown))
         found = [paths[each] for each in grown]
-        source = bind(JOURNAL_ROWS, {"files": found, "longest": longest, "lenient": True})
         tails = {"segments": grown, "tails": [self._tails.get(each, 0) for each in grown]}
         try:
-            engine.execute(_FRESH.format(rows=source), tails)
+            with scratch_folder() as folder:
+                files = {"files": combine(found, folder), "longest": longest, "lenient": True}
+                engine.execute(_FRESH.format(rows=bind(JOURNAL_ROWS, files)), tails)
         except QueryError:
             self.close()
             if all(map(os.path.exists, found)):
