@@ -743,7 +743,9 @@ def test_stdio_lines_that_are_no_calls_pass(feeder: Feeder, line: bytes) -> None
     feeder.stdio.from_server(line + b"\n")
     feeder.server(answer(1))
     assert outcome(feeder.audit) == [("t", "{}", "success", None)]
-    assert len(feeder.faults) == (line[:1] in (b"l", b"\xff"))  # what is no JSON is told, of the client's lines
+    assert len(feeder.faults) == (
+        line[:1] in (b"l", b"\xff")
+    )  # what is no JSON is told, of the client's lines
 
 
 def test_stdio_number_of_ten_thousand_digits_does_not_hide_a_call(feeder: Feeder) -> None:

@@ -278,14 +278,22 @@ def test_open_segment_that_is_interrupted_leaves_no_descriptor(
         os.fstat(opened[0])
 
 
-def test_claim_bad_file_does_not_stop_the_rest(journal: Journal) -> None:
+def test_claim_bad_file_does_not_stop_the_rest(journal: Journal, monkeypatch: pytest.MonkeyPatch) -> None:
     good = journal.open_segment()
     good.append(b"{}\n", 1)
     good.seal()
     bad = Path(journal.directory, f"{FIRST}.jsonl")
-    bad.mkdir()
+    bad.write_bytes(b"{}\n")
+    inspect = mxcp_audit.Claim.inspect
+
+    def fail(claim: mxcp_audit.Claim) -> None:
+        if claim.path == str(bad):
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        inspect(claim)
+
+    monkeypatch.setattr(mxcp_audit.Claim, "inspect", fail)
     (claim,), (problem,) = journal.claim(limit_bytes=2**20)
-    assert claim.id == good.id and problem.path == str(bad) and "can't be opened" in str(problem)
+    assert claim.id == good.id and problem.path == str(bad) and "can't be claimed" in str(problem)
     claim.release()
 
 

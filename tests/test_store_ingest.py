@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import socket
 import stat
 import subprocess
 import sys
@@ -20,7 +22,6 @@ from mxcp_audit import (
     DatabaseLockedError,
     Diagnostics,
     Journal,
-    JournalError,
     Loss,
     Store,
     StoreError,
@@ -322,15 +323,83 @@ def test_doctor_sees_rights_space_and_half_lines(db: Path, monkeypatch: pytest.M
     assert report["journal"]["torn"] == 1 and "half lines" in report["journal"]["torn_note"]
 
 
-def test_ingest_one_segment_that_cannot_be_claimed_is_named_and_the_others_are_in(
-    db: Path, engine: str
-) -> None:
+@pytest.mark.parametrize("kind", ["directory", "fifo", "socket", "link"])
+def test_ingest_leaves_what_is_no_regular_file_alone(db: Path, kind: str) -> None:
+    """Nothing hangs on it, follows it or counts it: it is not ours, whatever its name is."""
     path = segment(db, "x")
     bad = path.with_name("20260131T120000000000Z-00000000.jsonl")
-    bad.mkdir()
-    with pytest.raises(JournalError, match="can't be opened"):
-        store_of(db).ingest()
-    assert len(table_rows(db)) == 1 and not path.exists()
+    if kind == "directory":
+        bad.mkdir()
+    elif kind == "fifo":
+        os.mkfifo(bad)
+    elif kind == "socket":
+        with contextlib.chdir(bad.parent) if hasattr(contextlib, "chdir") else contextlib.nullcontext():
+            socket.socket(socket.AF_UNIX).bind(bad.name)
+    else:
+        (db.parent / "secret").write_bytes(journal_line("secret", 1))
+        bad.symlink_to(db.parent / "secret")
+    assert store_of(db).ingest()
+    with store_of(db).reading() as reading:
+        assert [row[3] for row in reading.rows(mxcp_audit.Filter())] == ["x"]
+    assert store_of(db).journal.survey().bytes == 0 and os.path.lexists(bad) and not path.exists()
+
+
+def test_ingest_of_a_cloned_segment_takes_the_new_lines_of_both(db: Path, engine: str) -> None:
+    """A segment that was copied while it was live goes on in both places: the ledger knows one of them."""
+    path = segment(db, "a", "b")
+    copy = path.read_bytes()
+    assert store_of(db).ingest()
+    path.write_bytes(copy + journal_line("c", 3) + journal_line("d", 4))
+    assert store_of(db).ingest()
+    assert sorted(name for (name,) in table_rows(db, "SELECT name FROM logs")) == ["a", "b", "c", "d"]
+    assert store_of(db).verify().intact and not path.exists()
+    path.write_bytes(copy)
+    assert store_of(db).ingest() and len(table_rows(db)) == 4 and not path.exists()
+
+
+def test_ingest_of_a_known_name_with_other_lines_puts_them_aside(db: Path, engine: str) -> None:
+    path = segment(db, "a", "b")
+    assert store_of(db).ingest()
+    path.write_bytes(journal_line("x", 1) + journal_line("y", 2))
+    store = store_of(db)
+    assert store.ingest()
+    assert sorted(name for (name,) in table_rows(db, "SELECT name FROM logs")) == ["a", "b"]
+    kept = [json.loads(line) for line in path.with_suffix(".rejected").read_text().splitlines()]
+    assert [json.loads(each["text"])["name"] for each in kept] == ["x", "y"]
+    assert "other lines" in kept[0]["reason"]
+    assert table_rows(db, "SELECT events FROM ledger WHERE kind = 'loss'") == [(2,)]
+
+
+def test_ingest_narrows_a_fault_down_to_its_line(db: Path, engine: str) -> None:
+    """Twenty segments, one of which holds a line that passes our own check and not DuckDB's."""
+    for number in range(20):
+        segment(db, f"t{number}")
+    bad = segment(db, "good", "bad", "fine")
+    bad.write_bytes(
+        bad.read_bytes()
+        .replace(b'"input_json":"null"', b'"input_json":"\\ud800"', 2)
+        .replace(b'"\\ud800"', b'"null"', 1)
+    )
+    assert store_of(db).ingest()
+    names = {name for (name,) in table_rows(db, "SELECT name FROM logs")}
+    assert len(names) == 22 and "bad" not in names
+    assert len(bad.with_suffix(".rejected").read_text().splitlines()) == 1
+
+
+def test_many_small_segments_are_read_and_ingested_with_few_descriptors(db: Path) -> None:
+    for number in range(300):
+        segment(db, f"t{number}")
+    script = (
+        "import resource, sys, mxcp_audit\n"
+        "resource.setrlimit(resource.RLIMIT_NOFILE, (48, 48))\n"
+        "store = mxcp_audit.Store(mxcp_audit.config_from_arguments(sys.argv[1]))\n"
+        "with store.reading() as reading: print(len(list(reading.rows(mxcp_audit.Filter(), count=None))))\n"
+        "print(store.ingest(), store.journal.segments())"
+    )
+    command = [sys.executable, "-c", script, str(db)]
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
+    assert done.stdout == "300\nTrue []\n", done.stderr
+    assert len(table_rows(db)) == 300
 
 
 def test_ingest_where_the_database_has_no_directory_says_so(db: Path, engine: str) -> None:
