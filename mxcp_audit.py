@@ -3835,7 +3835,7 @@ _NO_FOLLOW: Final = (
     | getattr(os, "O_CLOEXEC", 0)
     | getattr(os, "O_BINARY", 0)
 )
-_MOST_CLAIMS: Final = 64  # arbitrary: each holds a descriptor
+_MOST_CLAIMS: Final = 4096  # arbitrary: segments in one transaction
 _SMALL_BYTES: Final = 2**18  # arbitrary: segments up to here are put together before DuckDB reads them
 COMBINED: Final = "combined"  # the name of the file that holds them
 _GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
@@ -4084,17 +4084,17 @@ class Segment(Descriptor):
 
 
 class Claim:
-    """A sealed or orphaned segment whose lock this process holds: nobody else ingests it."""
+    """A sealed or orphaned segment. Its lock was free, so that nobody writes to it any more; that nobody else
+    ingests it is seen to by the ingest lock. So it holds no descriptor, of which a process has few."""
 
-    __slots__ = ("_fd", "id", "lines", "path", "size", "torn")
+    __slots__ = ("id", "lines", "path", "size", "torn")
 
-    def __init__(self, fd: int, path: str) -> None:
-        self._fd = fd
+    def __init__(self, path: str) -> None:
         self.path = path
         self.id = segment_id_of(path)
         self.lines = self.size = self.torn = 0
 
-    def inspect(self) -> None:
+    def inspect(self, fd: int) -> None:
         """Count the lines and cut off a torn tail, which is kept beside the segment as `.torn`.
 
         A power loss may leave NULs where blocks never reached the disk. The last one before a line
@@ -4103,14 +4103,14 @@ class Claim:
         data = self.read()
         if b"\0" in data:  # replacing costs a tenth of an ingest even where there is none
             for found in re.finditer(rb"\0(?=\{)", data):
-                os.lseek(self._fd, found.start(), os.SEEK_SET)
-                os.write(self._fd, b"\n")
+                os.lseek(fd, found.start(), os.SEEK_SET)
+                os.write(fd, b"\n")
             data = data.replace(b"\0{", b"\n{")
         end = data.rfind(b"\n") + 1
         if end < len(data):
             self.torn = len(data) - end
             _write_beside(self.path, ".torn", data[end:])
-            os.ftruncate(self._fd, end)
+            os.ftruncate(fd, end)
         self.lines = data.count(b"\n")
         self.size = end
 
@@ -4138,23 +4138,9 @@ class Claim:
             ),
         )
 
-    def release(self, *, delete: bool = False) -> None:
-        """Give the claim up, and delete the segment if its events are safely elsewhere.
-
-        Raises:
-            OSError: the segment could not be deleted; the claim is given up all the same.
-        """
-        fd, self._fd = self._fd, -1
-        if fd < 0:
-            return
-        try:
-            if delete and sys.platform != "win32":
-                os.unlink(self.path)
-        finally:
-            unlock(fd)
-            os.close(fd)
-        if delete and sys.platform == "win32":  # it deletes no open file
-            os.unlink(self.path)
+    def delete(self) -> None:
+        """Delete the segment, because its events are safely elsewhere."""
+        os.unlink(self.path)
 
 
 def combine(paths: Sequence[str], directory: str) -> list[str]:
@@ -4201,16 +4187,6 @@ class Loss(NamedTuple):
 
 def _is_regular(fd: int) -> bool:
     return stat.S_ISREG(os.fstat(fd).st_mode)
-
-
-def _descriptor_limit() -> int:
-    """Return how many files this process may have open."""
-    try:
-        import resource
-    except ImportError:  # not on Windows
-        return 512
-    limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
-    return 2**20 if limit == resource.RLIM_INFINITY else limit
 
 
 def _timestamp_of(line: bytes) -> str | None:
@@ -4422,8 +4398,7 @@ class Journal:
     ) -> tuple[list[Claim], list[JournalError]]:
         """Lock sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
 
-        Live segments are passed over; empty ones are deleted. Release every claim. Each holds a descriptor,
-        so that there are 64 at most, or a quarter of what this process may open.
+        Live segments are passed over; empty ones are deleted. Call it under the ingest lock.
 
         Args:
             limit_bytes: what the claims may add up to, but for the last one.
@@ -4432,29 +4407,22 @@ class Journal:
         Returns:
             the claims, and what kept others from being claimed: one bad file doesn't stop the rest.
         """
-        total, most = 0, min(_MOST_CLAIMS, _descriptor_limit() // 4)
+        total = 0
         claims: list[Claim] = []
         problems: list[JournalError] = []
-        try:
-            for path in self.segments():
-                if total >= limit_bytes or len(claims) >= most:
-                    break
-                if segment_id_of(path) in skip:
-                    continue
-                try:
-                    claim = self._claim_one(path)
-                except JournalError as error:
-                    problems.append(error)
-                    continue
-                if claim is not None:
-                    claims.append(claim)
-                    total += claim.size
-        except (
-            BaseException
-        ):  # no memory, say: a claim that nobody knows would be held until the process ends
-            for claim in claims:
-                claim.release()
-            raise
+        for path in self.segments():
+            if total >= limit_bytes or len(claims) >= _MOST_CLAIMS:
+                break
+            if segment_id_of(path) in skip:
+                continue
+            try:
+                claim = self._claim_one(path)
+            except JournalError as error:
+                problems.append(error)
+                continue
+            if claim is not None:
+                claims.append(claim)
+                total += claim.size
         return claims, problems
 
     def _claim_one(self, path: str) -> Claim | None:
@@ -4466,24 +4434,23 @@ class Journal:
             if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, directory or socket
                 return None
             raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
-        claim = Claim(fd, path)
+        claim = Claim(path)
         try:
             if not _is_regular(fd) or not try_lock(fd) or not Descriptor(fd).leads_to(path):
-                claim.release()
                 return None
-            claim.inspect()
+            claim.inspect(fd)
             if not claim.lines:
-                claim.release(delete=True)
+                claim.delete()
                 return None
-        except BaseException as error:
-            claim.release()
-            if not isinstance(error, OSError):
-                raise
+        except OSError as error:
             raise JournalError(
                 f"can't be claimed: {error.strerror}; nothing is ingested until it can "
                 "(a file system without locks can't hold the journal of a shared database: set `journal`)",
                 path=path,
             ) from error
+        finally:
+            unlock(fd)
+            os.close(fd)
         return claim
 
     def survey(self) -> Survey:
@@ -9023,12 +8990,8 @@ class Ingest:
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
             lost = self._journal.losses()
-            try:
-                if claims or lost:
-                    self._take(claims, lost)
-            finally:
-                for claim in claims:
-                    claim.release()
+            if claims or lost:
+                self._take(claims, lost)
             seen.update(claim.id for claim in claims)
             if not claims:
                 return problems
@@ -9061,7 +9024,7 @@ class Ingest:
                     f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn",
                 )
             try:
-                claim.release(delete=True)
+                claim.delete()
             except OSError as error:
                 self._diagnostics.report(
                     "delete", "an ingested segment can't be deleted; it is not ingested again", error=error
