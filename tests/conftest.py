@@ -117,10 +117,12 @@ def _end(pid: int) -> None:
 
 
 @pytest.fixture(autouse=True)
-def ended_children() -> Iterator[None]:
+def ended_children(request: pytest.FixtureRequest) -> Iterator[None]:
     """Every process that a test starts ends with it, whatever happens in between."""
     before = _children(os.getpid())
     yield
+    if "session" in request.fixturenames:  # an engine that the tests of a module share
+        return
     for pid in _children(os.getpid()) - before:
         _end(pid)
         with contextlib.suppress(OSError):
