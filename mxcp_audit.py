@@ -3116,6 +3116,9 @@ def _clip_text(text: str, max_bytes: int) -> str:
 # Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
 
 _FRAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
+_FRAME_CHARS: Final = 512  # arbitrary: of what such a frame is kept for
+_NAME_BYTES: Final = 1024  # of a name or an id
+_TEXT_BYTES: Final = 2**16  # of an error or a reason
 REPLACEMENT: Final = "\ufffd"
 _NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _NO_MORE: Final = (None,) * len(NEW_COLUMNS)
@@ -3220,8 +3223,8 @@ class Encoder:
         text = (
             f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json}'
             f',"duration_ms":{duration_ms}{middle}'
-            f"{'null' if reason is None else self._text_json(reason, echoes)}{tail}"
-            f"{'null' if error is None else self._text_json(error, echoes)}{ids}{rest}"
+            f"{'null' if reason is None else self._text_json(reason, echoes, _TEXT_BYTES)}{tail}"
+            f"{'null' if error is None else self._text_json(error, echoes, _TEXT_BYTES)}{ids}{rest}"
         )
         try:
             return text.encode()
@@ -3243,7 +3246,7 @@ class Encoder:
             f',"status":{status_json},"error":',
         )
         key = (caller, event_type, name, policy_decision, status)
-        if not flag and all(type(part) is str for part in key):
+        if not flag and all(type(part) is str for part in key) and sum(map(len, key)) <= _FRAME_CHARS:  # type: ignore[arg-type]
             if len(self._frames) >= _FRAME_CACHE_SIZE:
                 self._frames.clear()
             self._frames[key] = frame
@@ -3271,16 +3274,24 @@ class Encoder:
             parts.append(f',"{column.name}":{text}')
         return "".join(parts), flag
 
-    def _text_json(self, value: object, echoes: Sequence[str] = ()) -> str:
-        return encode_text(self._clean(value, echoes))
+    def _text_json(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
+        return encode_text(self._clean(value, echoes, limit))
 
     def _id_json(self, value: object) -> str:
-        if type(value) is str and "\0" not in value:
+        if type(value) is str and len(value) < _NAME_BYTES // 4 and "\0" not in value:
             return encode_text(value)
-        return "null" if value is None else encode_text(self._plain_text(value).replace("\0", REPLACEMENT))
+        if value is None:
+            return "null"
+        whole = self._plain_text(value)
+        return encode_text(_cut(whole[: 2 * _NAME_BYTES].replace("\0", REPLACEMENT), _NAME_BYTES, whole))
 
-    def _clean(self, value: object, echoes: Sequence[str] = ()) -> str:
-        return self._redactor.scrub(self._plain_text(value), echoes).replace("\0", REPLACEMENT)
+    def _clean(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
+        """Return a text without secrets, cut to a limit. What is far beyond the limit is not looked at."""
+        whole = self._plain_text(value)
+        text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
+        if len(whole) > 2 * limit:  # a secret that was cut in half there would be known no more
+            text = text[:-limit]
+        return _cut(text, limit, whole)
 
     def _plain_text(self, value: object) -> str:
         if type(value) is str:
@@ -3305,6 +3316,17 @@ class Encoder:
         return texts[0], texts[1], texts[2], "; ".join(flags)
 
 
+def _cut(text: str, limit: int, whole: str) -> str:
+    """Return the beginning of a text of at most `limit` bytes; the size of the whole stands at the cut."""
+    if len(text) * 4 <= limit and len(whole) <= 2 * limit:
+        return text
+    data = text.encode("utf-8", "surrogatepass")
+    if len(data) <= limit and len(whole) <= 2 * limit:
+        return text
+    mark = f"…[CUT: {len(whole.encode('utf-8', 'surrogatepass'))} bytes]"
+    return data[: limit - len(mark.encode())].decode("utf-8", "ignore") + mark
+
+
 def finish_line(line: bytes, seq: int) -> bytes:
     """Return the whole line: `seq` added, closed, ended by a line feed."""
     return b'%b,"seq":%d}\n' % (line, seq)
@@ -3313,8 +3335,8 @@ def finish_line(line: bytes, seq: int) -> bytes:
 def _clamped(duration_ms: object, flag: str) -> tuple[int | str, str]:
     """Return `duration_ms` as an INTEGER of 0 … 2³¹−1, or "null" with a flag if it is no number."""
     try:
-        value = float(duration_ms)  # type: ignore[arg-type]
-        return round(min(max(value, 0.0), MAX_DURATION_MS)) if value == value else 1 // 0, flag
+        # In this order NaN is 0, too.
+        return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS)), flag  # type: ignore[arg-type]
     except OverflowError:  # an integer that is no float
         return 0 if duration_ms < 0 else MAX_DURATION_MS, flag  # type: ignore[operator]
     except Exception:  # whatever an object's own __float__ raises
@@ -3431,7 +3453,7 @@ def _time_of_mxcp(text: object) -> int:
 # depends on: Errors, Events
 #
 # The append-only files between the server and the database; docs/journal-format.md describes each. A process
-# writes its own segments only. Live = its writer holds the lock; sealed or orphaned = the lock can be had. The
+# writes its own segments only. Live = its writer holds the lock; sealed or orphaned = the lock can be had. A
 # lock belongs to the open file (flock), not to the process: pids are reused, and differ between containers.
 # A name never changes: a rename under a reader's feet makes its query fail. On a file system without locks
 # nobody can tell a live segment from an orphan: events are recorded and readable, but never ingested.
@@ -11599,17 +11621,27 @@ class StdioAudit:
         self._on_fault = on_fault
         self._client_lines = _Lines()
         self._server_lines = _Lines()
-        self._pending: dict[str | float, Call] = {}
+        self._pending: dict[object, Call] = {}
+        self._asked: dict[object, str] = {}  # requests that name the server, or a task, by id
+        self._unfinished = Unfinished()
         self._client: str | None = None
+        self._server: str | None = None
 
     def from_client(self, data: bytes) -> None:
         """Take in what the client sends: any piece of it."""
-        for line in self._client_lines.feed(data):
-            for message in self._messages(line):
-                method = message.get("method")
-                params = message.get("params")
+        self._from_client(self._client_lines.feed(data))
+
+    def _from_client(self, lines: Iterable[bytes | None]) -> None:
+        for line in lines:
+            for message in self._messages(line, from_client=True):
+                method = _in_any_case(message, "method")
+                params = _in_any_case(message, "params")
+                key = message.get("id")
                 if method == "initialize":
                     self._client = client_of(_get(params, "clientInfo"))
+                    self._asked[_key_of(key)] = ""
+                elif isinstance(method, str) and method.startswith("tasks/"):
+                    self._asked[_key_of(key)] = _text(_get(params, "taskId")) or ""
                 elif method == "notifications/cancelled":
                     reason = _text(_get(params, "reason"))
                     self._finish(
@@ -11619,88 +11651,197 @@ class StdioAudit:
                 elif isinstance(method, str) and method in MCP_METHODS:
                     self._begin(method, params, message)
 
+    def client_ended(self) -> None:
+        """Take in a last line that has no end: some servers execute it."""
+        self._from_client(self._client_lines.end())
+
     def from_server(self, data: bytes) -> None:
         """Take in what the server sends: any piece of it."""
         for line in self._server_lines.feed(data):
-            for message in self._messages(line) if self._pending else ():
-                if "method" in message:  # the server's own requests count their ids for themselves
+            for message in self._messages(line) if self._pending or self._asked or self._unfinished else ():
+                result, params = message.get("result"), _in_any_case(message, "params")
+                if _in_any_case(message, "method") is not None:  # the server counts its own ids
+                    self._see_task(_text(_get(params, "taskId")), params)
+                    continue
+                asked = self._asked.pop(_key_of(message.get("id")), None)
+                if asked is not None:
+                    self._server = _text(_get(_get(result, "serverInfo"), "name")) or self._server
+                    self._see_task(asked, result, is_result=_get(result, "status") is None)
                     continue
                 failure = message.get("error")
                 if failure is None:
-                    self._finish(message.get("id"), error_of_result(message.get("result")))
+                    self._answered(message.get("id"), result)
                 else:
                     code = _text(_get(failure, "code"))
                     text = _text(_get(failure, "message")) or "the server answered with an error"
-                    self._finish(message.get("id"), f"{text} ({code})" if code else text)
+                    self._finish(message.get("id"), f"{text} ({code})" if code else text, code)
+
+    def _answered(self, key: object, result: object) -> None:
+        """Finish a call, or keep it where the answer asks for input or says that a task goes on."""
+        call = self._pending.get(_key_of(key))
+        if call is None:
+            return
+        task = _task_of(result)
+        if _get(result, "resultType") == "input_required":
+            leg = _leg_of(call, _get(result, "requestState"))
+            self._unfinished.put(leg, call, "not resumed: input required", _RESUME_SECONDS)
+        elif task is not None:
+            self._unfinished.put(task, call, "not finished: the task was still running")
+        else:
+            conclude(call, result)
+            self._finish(key, None)
+        self._pending.pop(_key_of(key), None)
+
+    def _see_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
+        """Finish the call that began a task, once an answer or a notification says that the task is over."""
+        status = _text(_get(state, "status"))
+        if not task or not (is_result or status in ("completed", "failed", "cancelled")):
+            return
+        call = self._unfinished.take(("task", task))
+        if call is not None:
+            if status in ("failed", "cancelled"):
+                call.fail(_text(_get(state, "statusMessage")) or status)
+            else:
+                conclude(call, state if is_result else _get(state, "result"))
+            call.end()
 
     def close(self, reason: str) -> None:
         """Record every call that was never answered, with `reason` as its error."""
         for key in list(self._pending):
             self._finish(key, reason)
+        self._unfinished.close()
 
-    def _messages(self, line: bytes | None) -> list[dict[str, Any]]:
+    def _messages(self, line: bytes | None, *, from_client: bool = False) -> list[dict[str, Any]]:
+        """Return the messages of a line as any reader may understand it; report what only some can read."""
         if line is None:
             self._on_fault(f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited")
             return []
+        text = line.decode("utf-8", "replace").lstrip("\ufeff")
+        twice: list[dict[str, Any]] = []  # of an object with a name twice, what readers of the first one see
+
+        def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            last = dict(pairs)
+            if len(last) < len(pairs):
+                twice.append(dict(reversed(pairs)))
+            return last
+
         try:
-            value = json.loads(line.decode("utf-8", "replace"), parse_int=_json_int)
+            value = json.loads(text, parse_int=_json_int, object_pairs_hook=_object)
         except RecursionError:
             self._on_fault("a message passed unaudited: it is nested too deeply to be read")
             return []
-        except ValueError:  # no JSON, so nobody takes it for a call
+        except ValueError:
+            if from_client and text.strip() and not self._client_lines.is_part:
+                self._on_fault(
+                    "a line passed unaudited: it is no JSON, though a lenient server may execute it"
+                )
             return []
+        if from_client and any("method" in each for each in twice):
+            self._on_fault("a message names its method twice: servers may differ in what they execute")
         return [
             message for message in (value if isinstance(value, list) else [value]) if type(message) is dict
         ]
 
     def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
+        meta, key = _get(params, "_meta"), message.get("id")
+        version = _text(_get(meta, _META + "protocolVersion"))
         call = self._record(
             MCP_METHODS[method],
             name_of(params),
             _get(params, "arguments"),
             caller="stdio",
             session_id=_CONNECTION,
-            client=self._client,
-            trace_id=trace_of(_get(params, "_meta")),
+            client=client_of(_get(meta, _META + "clientInfo")) or self._client,
+            server=self._server,
+            request_id=_text(key),
+            trace_id=trace_of(meta),
+            context={"mcp.protocol.version": version} if version else None,
         )
-        key = message.get("id")
+        self._unfinished.close(now=time.monotonic())
+        state = _get(params, "requestState")
+        if state is not None or _get(params, "inputResponses") is not None:
+            call = self._unfinished.take(_leg_of(call, state)) or call
         if type(key) not in (str, int, float):
             call.fail("sent without an id that could be answered")
             call.end()
             return
         self._finish(key, "its id was used again before it was answered")
-        self._pending[key] = call  # type: ignore[index]
+        self._pending[key] = call
 
-    def _finish(self, key: object, error: str | None) -> None:
-        call = self._pending.pop(key, None) if type(key) in (str, int, float) else None  # type: ignore[call-overload]
+    def _finish(self, key: object, error: str | None, error_type: str | None = None) -> None:
+        call = self._pending.pop(_key_of(key), None)
         if call is not None:
             if error is not None:
-                call.fail(error)
+                call.fail(error, error_type)
             call.end()
 
 
+def _key_of(value: object) -> object:
+    """Return an id as a key; None for what is no id, so that nothing is kept under it."""
+    return value if type(value) in (str, int, float) else None
+
+
 class _Lines:
-    """Puts pieces of bytes together into lines."""
+    """Puts pieces of bytes together into lines, as any reader may understand them.
+
+    A line ends at LF (Node's SDK), or at CR as well (Python's universal newlines), or at the input's end. So
+    what stands between two CRs is yielded, and then a whole line with CRs inside, where CR may be a blank.
+    """
 
     def __init__(self) -> None:
-        self._parts: list[bytes] = []
+        self._line: list[bytes] = []  # up to LF; kept only while it may hold more than one part
+        self._part: list[bytes] = []  # up to CR or LF
         self._size = 0
+        self.is_part = False  # what was yielded last may be a piece of a line
 
     def feed(self, data: bytes) -> Iterator[bytes | None]:
         """Yield the lines that `data` completes; None for one that is too long to be kept."""
-        *ends, rest = data.split(b"\n")
-        for end in ends:
-            self._keep(end)
-            yield b"".join(self._parts) if self._size <= MAX_MESSAGE_BYTES else None
-            self._parts, self._size = [], 0
-        self._keep(rest)
+        for end in data.splitlines(keepends=True) if b"\r" in data else _split_after_lf(data):
+            self._size += len(end)
+            if self._size <= MAX_MESSAGE_BYTES:
+                self._part.append(end)
+            else:
+                self._line, self._part = [], []
+            if end[-1:] in b"\r\n":
+                yield from self._ended(is_line=end[-1:] == b"\n")
 
-    def _keep(self, part: bytes) -> None:
-        self._size += len(part)
-        if self._size <= MAX_MESSAGE_BYTES:
-            self._parts.append(part)
-        else:
-            self._parts.clear()
+    def end(self) -> Iterator[bytes | None]:
+        """Yield what stands behind the last line end, once the input has ended."""
+        if self._size:
+            yield from self._ended(is_line=True)
+
+    def _ended(self, *, is_line: bool) -> Iterator[bytes | None]:
+        part = b"".join(self._part)
+        self.is_part = not is_line or bool(self._line)
+        if self.is_part:
+            self._line.append(part)
+        if part.strip():
+            yield part.strip()
+        if is_line:
+            whole, size = b"".join(self._line).strip(), self._size
+            self._line, self._size = [], 0
+            if size > MAX_MESSAGE_BYTES:
+                yield None
+            elif b"\r" in whole:
+                yield whole
+        self._part = []
+
+
+def _split_after_lf(data: bytes) -> Iterator[bytes]:
+    """Yield the lines of a piece with their ends, and what stands behind the last."""
+    *lines, rest = data.split(b"\n")
+    for line in lines:
+        yield line + b"\n"
+    if rest:
+        yield rest
+
+
+def _in_any_case(message: Mapping[str, Any], name: str) -> Any:
+    """Return a member by its name; servers in Go take it in any case."""
+    value = message.get(name)
+    return (
+        value if value is not None else next((message[key] for key in message if key.lower() == name), None)
+    )
 
 
 def _json_int(text: str) -> int | str:
@@ -11715,14 +11856,16 @@ class WrappedServer:
     """A stdio server as our child. A thread for each direction, and one that waits for the server's end.
 
     Pieces are passed on as they come, by plain reads and writes: nothing here buffers, and a side that
-    doesn't read makes the other wait, as one pipe would. A child is never left behind: when the client
-    is gone, its input is closed; if it doesn't end by that, it gets SIGTERM and then SIGKILL. Where the
-    system can (Linux), whoever kills us with SIGKILL kills it too.
+    doesn't read makes the other wait, as one pipe would. The child and what it starts (`npx` starts the
+    server itself) are a process group of their own: each signal that comes to us goes to all of it, and none
+    of it is left behind. When the client is gone, the server's input is closed; if it doesn't end by that,
+    the group gets SIGTERM and then SIGKILL. On Linux, whoever kills us with SIGKILL kills the child too.
     """
 
     _PIECE_BYTES: Final = 2**16
     GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
     _JOURNAL_SECONDS: Final = 5.0  # arbitrary: how long --strict waits for a journal that hangs
+    _ANSWER_SECONDS: Final = 1.0  # for answers after SIGTERM: two seconds later MCP's SDKs kill us
     _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
     def __init__(self, command: Sequence[str], audit: AuditLogger, *, strict: bool) -> None:
@@ -11732,6 +11875,7 @@ class WrappedServer:
         self._told = Diagnostics()
         self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
         self._client_gone = False
+        self._end_at = float("inf")  # when calls that are still pending are recorded without an answer
         self._pieces = 0  # that the server sent
         self._is_reading = False  # as opposed to: recording, or waiting for the client to read
         self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
@@ -11753,7 +11897,7 @@ class WrappedServer:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 bufsize=0,
-                preexec_fn=_dying_with_parent(),  # no thread of ours runs yet, so it is safe
+                preexec_fn=_child_setup(),  # no thread of ours runs yet, so it is safe
             )
         except OSError as error:
             raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
@@ -11768,12 +11912,15 @@ class WrappedServer:
         waiter.start()
         while waiter.is_alive():  # a signal that comes just before it falls asleep is seen at the next turn
             waiter.join(0.2)
+            if time.monotonic() >= self._end_at:
+                self._stdio.close("the client ended the server before it was answered")
         code = self._process.returncode
         while threads[1].is_alive():
             before = self._pieces
             threads[1].join(self.GRACE_SECONDS)
             if self._is_reading and self._pieces == before:
                 break  # all has passed; a grandchild holds the pipe open, perhaps for ever
+        self._end_group()
         who = "client" if self._client_gone else "server"
         self._stdio.close(f"the {who} went away before it was answered")
         return code
@@ -11782,10 +11929,10 @@ class WrappedServer:
         import signal
 
         def forward(number: int, frame: object) -> None:
-            """Send the server what came to us."""
-            # What the terminal sends, it sends to the server too: we are in one process group.
-            if number not in (signal.SIGINT, getattr(signal, "SIGQUIT", None)) or not _has_terminal():
-                self._process.send_signal(number)
+            """Send the server, and what it started, what came to us."""
+            if number not in (getattr(signal, "SIGUSR1", None), getattr(signal, "SIGUSR2", None)):
+                self._end_at = min(self._end_at, time.monotonic() + self._ANSWER_SECONDS)
+            self._signal(number)
 
         for name in self._SIGNALS:
             number = getattr(signal, name, None)
@@ -11804,6 +11951,7 @@ class WrappedServer:
         except OSError:  # the server reads no more: the client shall see that, as it would without us
             _give_up(0)
             return
+        self._audited(lambda _: self._stdio.client_ended(), b"")
         self._process.stdin.close()
         if _reader_is_gone(1):
             self._client_gone = True
@@ -11859,27 +12007,54 @@ class WrappedServer:
 
     def _end_child(self) -> None:
         """Make the server end if it doesn't by itself."""
-        for ask in (self._process.terminate, self._process.kill):
-            if self.failure is None or ask == self._process.kill:
+        for number in (_SIGTERM, _SIGKILL):
+            if self.failure is None or number == _SIGKILL:
                 deadline = time.monotonic() + self.GRACE_SECONDS
                 while self._process.poll() is None and time.monotonic() < deadline:
                     time.sleep(0.05)
-            ask()
+            self._signal(number)
+
+    def _signal(self, number: int) -> None:
+        """Send a signal to the server's process group, or where there are none to the server."""
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            if hasattr(os, "killpg"):
+                os.killpg(self._process.pid, number)
+            else:
+                self._process.send_signal(number)
+
+    def _end_group(self) -> None:
+        """End what the server left behind: a launcher may be gone while its server runs on."""
+        deadline = time.monotonic() + self.GRACE_SECONDS
+        for number in (_SIGTERM, _SIGKILL) if hasattr(os, "killpg") else ():
+            try:
+                os.killpg(self._process.pid, number)
+                while time.monotonic() < deadline:
+                    os.killpg(self._process.pid, 0)
+                    time.sleep(0.02)
+            except OSError:  # nobody is left
+                return
 
 
-def _dying_with_parent() -> Callable[[], object] | None:
-    """Return what a child calls so that the system kills it with its parent; None where it can't."""
-    if sys.platform != "linux":
+_SIGTERM: Final = 15
+_SIGKILL: Final = 9  # the same on each system that has process groups
+
+
+def _child_setup() -> Callable[[], object] | None:
+    """Return what a child calls first: it leads a process group, and on Linux dies with its parent."""
+    if not hasattr(os, "setpgid"):
         return None
-    import signal
-
-    try:
+    prctl: Callable[..., object] | None = None
+    with contextlib.suppress(ImportError, OSError, AttributeError):
         import ctypes
 
-        prctl = ctypes.CDLL(None).prctl
-    except (ImportError, OSError, AttributeError):
-        return None
-    return lambda: prctl(1, int(signal.SIGKILL))  # PR_SET_PDEATHSIG, prctl(2)
+        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
+
+    def _set_up() -> None:
+        os.setpgid(0, 0)
+        if prctl is not None:
+            prctl(1, _SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
+
+    return _set_up
 
 
 def _read_piece(fd: int, size: int) -> bytes:
@@ -11912,20 +12087,6 @@ def _reader_is_gone(fd: int) -> bool:
     poll = select.poll()
     poll.register(fd, 0)
     return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll())
-
-
-def _has_terminal() -> bool:
-    """Say whether a terminal's Ctrl+C reaches this process group."""
-    try:
-        fd = os.open("/dev/tty", os.O_RDONLY | getattr(os, "O_NOCTTY", 0))
-    except OSError:
-        return False
-    try:
-        return os.tcgetpgrp(fd) == os.getpgrp()
-    except OSError:
-        return False
-    finally:
-        os.close(fd)
 
 
 def end_like(code: int) -> int:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import copy
 import json
 import os
+import pickle
 import subprocess
 import sys
 import textwrap
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -358,3 +362,144 @@ def test_first_event_of_a_logger_when_exit_has_passed_is_in_the_journal(db: Path
     done = subprocess.run(command, env=child_environment(), capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert list(judge(db).names) == ["late"]
+
+
+def test_daemon_thread_that_logs_on_does_not_hold_up_the_exit(db: Path) -> None:
+    with held_database(db):  # so that shutdown takes the time that it has
+        begun = time.monotonic()
+        done = run(
+            """
+            audit = AuditLogger(sys.argv[1])
+            true_shutdown = audit.shutdown
+            audit.shutdown = lambda: true_shutdown(1.5)
+            def work():
+                while True: audit.log_event("cli", "tool", "x"); time.sleep(0.01)
+            threading.Thread(target=work, daemon=True).start(); time.sleep(0.2)
+            """,
+            db,
+        )
+        assert done.returncode == 0 and "in use by" in done.stderr, done.stderr
+        assert time.monotonic() - begun < SAFETY_SECONDS / 4
+    assert len(list(Path(f"{db}.journal").glob("*.jsonl"))) <= 2
+
+
+def test_reload_of_the_module_keeps_the_older_loggers_events(db: Path) -> None:
+    done = run(
+        """
+        import importlib, mxcp_audit
+        audit = AuditLogger(sys.argv[1]); audit.log_event("cli", "tool", "old")
+        importlib.reload(mxcp_audit)
+        mxcp_audit.AuditLogger(sys.argv[1]).log_event("cli", "tool", "new")
+        audit.log_event("cli", "tool", "later")
+        """,
+        db,
+    )
+    assert (done.returncode, done.stderr) == (0, "") and judge(db).in_table == 3
+
+
+@pytest.mark.parametrize("copy_of", [copy.deepcopy, lambda audit: pickle.loads(pickle.dumps(audit))])
+def test_logger_travels_as_its_configuration(db: Path, copy_of: Any) -> None:
+    with AuditLogger(db, redact=["colour"], attach={}) as audit:
+        log(audit, "first")
+        with copy_of(audit) as other:
+            other.log_event("cli", "tool", "second", {"colour": "red"})
+            assert other.config == audit.config and other.counters.accepted == 1
+    assert set(judge(db).names) == {"first", "second"} and "red" not in str(table_rows(db))
+
+
+def test_faults_are_logged_although_dict_config_disables_loggers(db: Path) -> None:
+    done = run(
+        """
+        import logging.config
+        logging.config.dictConfig({"version": 1, "handlers": {"h": {"class": "logging.StreamHandler"}},
+                                   "root": {"handlers": ["h"]}})
+        os.mkdir(sys.argv[1])
+        AuditLogger(sys.argv[1]).log_event("cli", "tool", "x")
+        """,
+        db,
+    )
+    assert done.returncode == 0 and done.stderr
+
+
+@pytest.mark.skipif(os.geteuid() == 0 and not hasattr(os, "fork"), reason="needs another user")
+@pytest.mark.parametrize("place", ["parent is a file", "not writable"])
+def test_place_that_cannot_be_used_is_said_when_the_logger_is_made(
+    db: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    folder = db.parent / "folder"
+    if place == "parent is a file":
+        folder.write_text("in the way")
+    else:
+        folder.mkdir()
+        monkeypatch.setattr(os, "access", lambda path, mode: str(folder) not in str(path))
+    audit = AuditLogger(folder / "log.duckdb")
+    assert str(folder) in caplog.text and "is tried again" in caplog.text
+    if place == "parent is a file":
+        folder.unlink()
+    log(audit, "x")
+    assert audit.shutdown() and set(judge(folder / "log.duckdb").names) == {"x"}
+
+
+def test_database_that_is_held_for_long_leaves_few_segments_and_descriptors(db: Path) -> None:
+    with held_database(db):
+        done = run(
+            """
+            import mxcp_audit, resource
+            resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
+            mxcp_audit._CHILD_WAIT_SECONDS = mxcp_audit._LOCKED_PAUSE_SECONDS = 0.01
+            mxcp_audit._LONGEST_PAUSE_SECONDS = 0.02
+            audit = AuditLogger(sys.argv[1], flush_interval=0.01)
+            for n in range(300):
+                audit.log_event("cli", "tool", str(n)); time.sleep(0.01); open(os.devnull).close()
+                if n % 30 == 0: audit.flush()
+            audit.shutdown(0.1)
+            """,
+            db,
+        )
+        assert done.returncode == 0 and "in use by" in done.stderr, done.stderr
+        assert len(list(Path(f"{db}.journal").glob("*.jsonl"))) <= 3
+    assert len(judge(db).names) == 300
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_workers_that_end_at_once_leave_every_event_in_the_table(db: Path, engine: str, held: bool) -> None:
+    worker = """
+        audit = AuditLogger(sys.argv[1])
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+        for n in range(50): audit.log_event("cli", "tool", f"{os.getpid()}-{n}")
+        audit.wait_written(); print("ready", flush=True); time.sleep(600)
+    """
+    command = [sys.executable, "-c", PREAMBLE + textwrap.dedent(worker), str(db)]
+    with contextlib.ExitStack() as stack:
+        workers = [
+            stack.enter_context(
+                subprocess.Popen(command, env=child_environment(), stdout=subprocess.PIPE, text=True)
+            )
+            for _ in range(4)
+        ]
+        for process in workers:
+            stack.callback(process.kill)
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        with held_database(db) if held else contextlib.nullcontext():
+            for process in workers:
+                process.terminate()
+            time.sleep(1.5 if held else 0)
+        for process in workers:
+            process.wait(SAFETY_SECONDS)
+    verdict = judge(db)
+    assert (verdict.in_table, len(verdict.names), verdict.doubled) == (200, 200, 0)
+
+
+def test_child_that_ingests_ends_with_its_process(db: Path) -> None:
+    with held_database(db):
+        done = run(
+            """
+            audit = AuditLogger(sys.argv[1], flush_interval=0.01)
+            audit.log_event("cli", "tool", "x")
+            while audit._ingester._child is None: time.sleep(0.01)
+            print(audit._ingester._child.pid); audit.shutdown(0.5)
+            """,
+            db,
+        )
+        with pytest.raises(ProcessLookupError):
+            os.kill(int(done.stdout), 0)

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +26,7 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals and process 
 
 CAT = """
 import os
+import random
 while data := os.read(0, 65536):
     while data:
         data = data[os.write(1, data):]
@@ -97,7 +102,8 @@ def is_alive(pid: int) -> bool:
 def test_wrap_every_byte_both_ways_unchanged(tmp_path: Path) -> None:
     data = os.urandom(3 << 20) + b"\n\0\r\n" + b"x" * (3 << 20) + call(1) + b"no line feed at the end"
     done = run(wrap(server=[sys.executable, "-c", CAT]), tmp_path, data)
-    assert (done.stdout == data, done.stderr, done.returncode) == (True, b"", 0)
+    assert (done.stdout == data, done.returncode) == (True, 0)
+    assert done.stderr.count(b"is no JSON") == 1  # told once, and passed
 
 
 def test_wrap_pieces_pass_at_once(tmp_path: Path) -> None:
@@ -172,17 +178,93 @@ def test_wrap_server_ends_before_a_slow_client_reads_nothing_is_lost(tmp_path: P
     assert len(process.communicate(timeout=60)[0]) == 100_000
 
 
-def test_wrap_grandchild_that_holds_the_output_does_not_hold_us(tmp_path: Path) -> None:
+def test_wrap_grandchild_that_holds_the_output_ends_with_its_launcher(tmp_path: Path) -> None:
     server = "import subprocess, sys\nprint(subprocess.Popen(['sleep', '600'], stderr=-3).pid, flush=True)"
     process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
     assert process.stdout
     grandchild = int(process.stdout.readline())
     try:
         assert process.wait(60) == 0
-        assert is_alive(grandchild)
+        wait_until(lambda: not is_alive(grandchild))
     finally:
-        os.kill(grandchild, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(grandchild, signal.SIGKILL)
         process.communicate()
+
+
+def test_wrap_client_that_ends_as_the_sdks_do_leaves_its_pending_call_on_record(
+    tmp_path: Path, cli: Cli
+) -> None:
+    """Close, wait, SIGTERM, wait, SIGKILL, with a server that ignores all of it."""
+    server = (
+        "import signal, sys, time\nsignal.signal(15, signal.SIG_IGN)\nprint(1, flush=True)\ntime.sleep(600)"
+    )
+    process = start(wrap(server=[sys.executable, "-c", server]), tmp_path)
+    assert process.stdin and process.stdout and process.stdout.readline()
+    process.stdin.write(call(1))
+    process.stdin.close()
+    process.send_signal(signal.SIGTERM)
+    journal = tmp_path / "log.duckdb.journal"
+    wait_until(lambda: any(path.stat().st_size for path in journal.glob("*.jsonl")))
+    process.kill()
+    process.wait()
+    process.stdout.close()
+    (event,) = events(cli)
+    assert (event["status"], event["error"]) == (
+        "error",
+        "the client ended the server before it was answered",
+    )
+
+
+def calls_of(data: bytes, lines: Iterable[str]) -> list[object]:
+    """Return the ids of the calls that a reader with these lines executes."""
+    found: list[object] = []
+    for line in lines:
+        with contextlib.suppress(ValueError):
+            value = json.loads(line)
+            messages = value if isinstance(value, list) else [value]
+            found += [m["id"] for m in messages if isinstance(m, dict) and m.get("method") == "tools/call"]
+    return found
+
+
+def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Random streams, in random pieces, against a reader with universal newlines and one with LF alone."""
+    count = int(os.environ.get("MXCP_AUDIT_STREAMS", "3000"))
+    dice = random.Random(count)
+    for _ in range(count):
+        data, number = b"", 0
+        for _ in range(dice.randrange(1, 7)):
+            if dice.random() < 0.6:
+                number += 1
+                data += json.dumps({"id": number, "method": "tools/call", "params": {"name": "t"}}).encode()
+                if dice.random() < 0.2:
+                    data = data.replace(b", ", dice.choice((b",\r", b"\r, ")), dice.randrange(3))
+            else:
+                data += dice.choice((b"x", b" ", b"{", b"}", b"[", b"]", b"null", b'"a\\nb"', b"[]", b","))
+            data += dice.choice((b"\n", b"\r", b"\r\n", b"\n\n", b"", b"\r\r"))
+        seen: list[object] = []
+        audit = mxcp_audit.StdioAudit(lambda *_, **__: None, on_fault=lambda _: None)  # type: ignore[arg-type, return-value]
+        monkeypatch.setattr(audit, "_begin", lambda method, params, message: seen.append(message["id"]))  # noqa: B023
+        start = 0
+        while start < len(data):
+            end = start + dice.randrange(1, 40)
+            audit.from_client(data[start:end])
+            start = end
+        audit.client_ended()
+        universal = calls_of(data, io.TextIOWrapper(io.BytesIO(data), newline=None))
+        expected = {*universal, *calls_of(data, data.decode().split("\n"))}
+        assert sorted(map(str, seen)) == sorted(map(str, expected)), data
+
+
+@pytest.mark.parametrize(
+    "line", [b"{'method': 'tools/call'}", b'{"method": "ping", "method": "tools/call", "id": 1}', b"{,}"]
+)
+def test_stdio_what_only_some_servers_can_read_is_told(line: bytes) -> None:
+    faults: list[str] = []
+    audit = mxcp_audit.StdioAudit(lambda *_, **__: None, on_fault=faults.append)  # type: ignore[arg-type, return-value]
+    with contextlib.suppress(AttributeError):
+        audit.from_client(line + b"\n")
+    assert len(faults) == 1
 
 
 def test_wrap_signals_reach_the_server(tmp_path: Path) -> None:
@@ -462,3 +544,46 @@ def test_wrap_real_node_server_same_answers_every_call(tmp_path: Path, cli: Cli)
     assert [(event["type"], event["name"], event["status"]) for event in found] == expected
     assert {row[0] for row in expected} == {"tool", "resource", "prompt"}
     assert {row[2] for row in expected} == {"success", "error"}
+
+
+def message(**members: object) -> bytes:
+    return json.dumps({"jsonrpc": "2.0", **members}).encode() + b"\n"
+
+
+def test_stdio_legs_of_a_call_that_asks_for_input_are_one_row(tmp_path: Path, cli: Cli) -> None:
+    with mxcp_audit.AuditLogger(tmp_path / "log.duckdb") as audit:
+        stdio = mxcp_audit.StdioAudit(audit.record, on_fault=pytest.fail)
+        delete = {"name": "delete_user", "arguments": {"id": 7}}
+        for key, answers in ((1, True), (3, False)):
+            stdio.from_client(message(id=key, method="tools/call", params=delete))
+            asks = {"resultType": "input_required", "requestState": f"s{key}", "inputRequests": {}}
+            stdio.from_server(message(id=key, result=asks))
+            if answers:
+                more = {**delete, "requestState": f"s{key}", "inputResponses": {"ok": True}}
+                stdio.from_client(message(id=key + 1, method="tools/call", params=more))
+                stdio.from_server(message(id=key + 1, result={"content": [{"type": "text", "text": "gone"}]}))
+        stdio.close("over")
+    assert [(event["status"], event["error"]) for event in events(cli)] == [
+        ("success", None),
+        ("error", "not resumed: input required"),
+    ]
+
+
+@pytest.mark.parametrize(("status", "expected"), [("completed", "success"), ("failed", "error")])
+def test_stdio_task_is_recorded_when_it_ends(tmp_path: Path, cli: Cli, status: str, expected: str) -> None:
+    with mxcp_audit.AuditLogger(tmp_path / "log.duckdb") as audit:
+        stdio = mxcp_audit.StdioAudit(audit.record, on_fault=pytest.fail)
+        info = {"clientInfo": {"name": "vscode", "version": "1.101"}}
+        stdio.from_client(message(id=0, method="initialize", params=info))
+        stdio.from_server(message(id=0, result={"serverInfo": {"name": "shop"}}))
+        stdio.from_client(message(id=1, method="tools/call", params={"name": "slow", "task": {"ttl": 1}}))
+        stdio.from_server(message(id=1, result={"task": {"taskId": "t1", "status": "working"}}))
+        stdio.from_client(message(id=2, method="tasks/get", params={"taskId": "t1"}))
+        stdio.from_server(message(id=2, result={"taskId": "t1", "status": "working"}))
+        assert audit.counters.accepted == 0
+        stdio.from_client(message(id=3, method="tasks/get", params={"taskId": "t1"}))
+        stdio.from_server(message(id=3, result={"taskId": "t1", "status": status}))
+        assert audit.counters.accepted == 1
+    (event,) = events(cli)
+    assert (event["name"], event["status"]) == ("slow", expected)
+    assert (event["client"], event["server"], event["request_id"]) == ("vscode/1.101", "shop", "1")
