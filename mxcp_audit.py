@@ -3389,66 +3389,6 @@ def line_fault(line: bytes) -> str | None:
     return None
 
 
-# --- MXCP's own logs
-
-_ISO_8601: Final = re.compile(
-    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
-)
-_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-# Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
-_NAMES_OF_MXCP: Final = {
-    "caller": ("caller", "caller_type"),
-    "event_type": ("type", "operation_type"),
-    "name": ("name", "operation_name"),
-    "input_params": ("input_json", "input_data"),
-    "duration_ms": ("duration_ms", "duration_ms"),
-    "policy_decision": ("policy_decision", "policy_decision"),
-    "reason": ("reason", "policy_reason"),
-    "status": ("status", "operation_status"),
-    "error": ("error", "error"),
-    "user_id": ("user_id", "user_id"),
-    "session_id": ("session_id", "session_id"),
-    "trace_id": ("trace_id", "trace_id"),
-}
-
-
-def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`.
-
-    Args:
-        line: of MXCP 0.1 to 0.3, or of 0.4 and newer; which of them, its keys say.
-
-    Returns:
-        None for what newer versions keep beside events: the definition of a schema.
-
-    Raises:
-        ValueError: it is no event; the text says why.
-    """
-    record = _json_object(line)
-    newer = "operation_type" in record
-    if not newer and "type" not in record:
-        if "schema_name" in record and "fields" in record:
-            return None
-        raise ValueError("no event: it has neither type nor operation_type")
-    event = {ours: record.get(theirs[newer]) for ours, theirs in _NAMES_OF_MXCP.items()}
-    if not newer and isinstance(event["input_params"], str):
-        with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
-            event["input_params"] = json.loads(event["input_params"])
-    return _time_of_mxcp(record.get("timestamp")), event
-
-
-def _time_of_mxcp(text: object) -> int:
-    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"timestamp {text!r:.60} is no time")
-    day, second, fraction, hours, minutes = match.groups()
-    offset = f"{hours}:{minutes}" if hours else "+00:00"
-    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
-    if moment < _EPOCH:
-        raise ValueError(f"timestamp {text!r:.60} is before 1970")
-    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
-
-
 # === Journal ===
 # depends on: Errors, Events
 #
@@ -5399,9 +5339,9 @@ def _get(owner: object, name: str) -> Any:
             if _mappings[kind]:
                 return owner.get(name)  # type: ignore[attr-defined]
             fields = getattr(kind, "model_fields", None)
-            if fields and not hasattr(kind, name) and kind.model_config.get("extra") != "allow":  # type: ignore[attr-defined]
-                if name not in fields:
-                    _absent.add((kind, name))
+            fields = fields if fields and kind.model_config.get("extra") != "allow" else None  # type: ignore[attr-defined]
+            if fields and name not in fields and not hasattr(kind, name):
+                _absent.add((kind, name))
         return value
     except Exception:
         return None
@@ -5746,7 +5686,7 @@ class Middleware:
         origin = origin_of(request_context, self._logger.config.trusted_proxies)
         if self._caller:
             origin["caller"] = self._caller
-        if server is not None and self._refusal is None:
+        if self._refusal is None:
             self._refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
             self._denied_by += (self._refusal,) if self._refusal is not None else ()
         arguments = _get(message, "arguments")
@@ -6205,19 +6145,18 @@ def _followed(call: Call, result: Any) -> Any:
     if callable(getattr(type(result), "add_done_callback", None)):
         result.add_done_callback(lambda future: call.end(_failure_of(future)))
         return result
-    if isinstance(result, types.GeneratorType):
-        result = _stepper(lambda: result, lambda *_: call)()  # noqa: B023
-    elif isinstance(result, types.AsyncGeneratorType):
-        result = _async_stepper(lambda: result, lambda *_: call)()
-    elif isinstance(result, types.CoroutineType):
-        result = _awaited(call, result)
-    elif isinstance(result, Awaitable):
-        result = _Awaited(call, result)
-    else:
+    if isinstance(result, (types.GeneratorType, types.AsyncGeneratorType)):
+        stepper = _stepper if isinstance(result, types.GeneratorType) else _async_stepper
+        steps = stepper(lambda: result, lambda *_: call)()
+        weakref.finalize(steps, _forgotten, call, "never iterated")
+        return steps
+    if not isinstance(result, Awaitable):
         call.end()
         return result
-    weakref.finalize(result, _forgotten, call)
-    return result
+    is_coroutine = isinstance(result, types.CoroutineType)
+    awaited = _awaited(call, result) if is_coroutine else _Awaited(call, result)
+    weakref.finalize(awaited, _forgotten, call, "never awaited")
+    return awaited
 
 
 def _failure_of(future: Any) -> BaseException | None:
@@ -6227,9 +6166,9 @@ def _failure_of(future: Any) -> BaseException | None:
         return error
 
 
-def _forgotten(call: Call) -> None:
+def _forgotten(call: Call, error: str) -> None:
     if not call.ended:
-        call.fail("never awaited")
+        call.fail(error)
         call.end()
 
 
@@ -11424,6 +11363,66 @@ def ingest_child(settings: Mapping[str, Any], wait: float) -> None:
 
 
 AuditLogger._ingest = staticmethod(ingest_once)
+
+
+# --- MXCP's own logs
+
+_ISO_8601: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
+)
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+# Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
+_NAMES_OF_MXCP: Final = {
+    "caller": ("caller", "caller_type"),
+    "event_type": ("type", "operation_type"),
+    "name": ("name", "operation_name"),
+    "input_params": ("input_json", "input_data"),
+    "duration_ms": ("duration_ms", "duration_ms"),
+    "policy_decision": ("policy_decision", "policy_decision"),
+    "reason": ("reason", "policy_reason"),
+    "status": ("status", "operation_status"),
+    "error": ("error", "error"),
+    "user_id": ("user_id", "user_id"),
+    "session_id": ("session_id", "session_id"),
+    "trace_id": ("trace_id", "trace_id"),
+}
+
+
+def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`.
+
+    Args:
+        line: of MXCP 0.1 to 0.3, or of 0.4 and newer; which of them, its keys say.
+
+    Returns:
+        None for what newer versions keep beside events: the definition of a schema.
+
+    Raises:
+        ValueError: it is no event; the text says why.
+    """
+    record = _json_object(line)
+    newer = "operation_type" in record
+    if not newer and "type" not in record:
+        if "schema_name" in record and "fields" in record:
+            return None
+        raise ValueError("no event: it has neither type nor operation_type")
+    event = {ours: record.get(theirs[newer]) for ours, theirs in _NAMES_OF_MXCP.items()}
+    if not newer and isinstance(event["input_params"], str):
+        with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
+            event["input_params"] = json.loads(event["input_params"])
+    return _time_of_mxcp(record.get("timestamp")), event
+
+
+def _time_of_mxcp(text: object) -> int:
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"timestamp {text!r:.60} is no time")
+    day, second, fraction, hours, minutes = match.groups()
+    offset = f"{hours}:{minutes}" if hours else "+00:00"
+    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
+    if moment < _EPOCH:
+        raise ValueError(f"timestamp {text!r:.60} is before 1970")
+    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
 
 
 # --- import: it redacts and encodes like a logger, and asks the ledger what is there already
