@@ -4161,9 +4161,7 @@ class Diagnostics:
             return
         self._telling.on = True
         try:
-            _LOG.disabled = (
-                False  # dictConfig disables every logger that it does not name; levels still count
-            )
+            _LOG.disabled = False  # dictConfig disables each logger that it does not name; levels still count
             while self.untold:
                 level, _, text = self.untold.pop(0)
                 _LOG.log(level, "mxcp_audit: %s", text)
@@ -4397,6 +4395,7 @@ class Ingester:
         """Begin without a child: at first, and after a fork, where it is the parent's."""
         if self._child is not None:
             self._child.returncode = 0  # so that nothing waits for it here, or warns
+            self._pipe.close()
         self._child = None
         self.stopped = self.settings is None  # no further child
         self.wanted = self.tried = self._covers = 0  # attempts that `flush` asked for
@@ -4415,7 +4414,7 @@ class Ingester:
             return None
         since, now = self._appender.waiting_since(), time.monotonic()
         due = self._next_daily if self._next_daily and self._retains else float("inf")
-        if self._appender.sealed:
+        if self._appender.left():  # a full segment, or one of an attempt that failed
             due = self._away_until
         elif since is not None:
             due = min(due, max(since + self._interval, self._not_before))
@@ -4448,43 +4447,43 @@ class Ingester:
                 if time.monotonic() - appender.recorded > _REPORT_SECONDS:
                     appender.record_losses()
                 self._answered({"busy": True})
-            elif appender.left() or appender.seal():
+            elif appender.sealed or appender.seal():
                 self._taken = list(appender.sealed)
                 self._start()
             else:
                 self._answered({})
-        except (OSError, JournalError) as error:
+        except Exception as error:  # whatever keeps a child from being started
             self._answered({"fault": str(error)})
 
     def _start(self) -> None:
-        reading, writing = os.pipe()
-        self._pipe, self._said = Descriptor(reading), b""
-        try:
-            if os.name == "posix":
-                os.set_blocking(reading, False)
-            self._started = time.monotonic()
-            subprocess = _native_subprocess()
-            self._child = child = subprocess.Popen(
-                [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
-                stdin=subprocess.PIPE,
-                stdout=writing,
-                stderr=writing,
-                start_new_session=True,
-            )
-        except BaseException:
-            self._pipe.close()
-            raise
-        finally:
-            os.close(writing)
-        folders = [os.path.abspath(folder) for folder in sys.path if folder]
+        subprocess = _native_subprocess()
+        folders = [os.path.abspath(folder) for folder in sys.path if folder and isinstance(folder, str)]
         work = {
             "settings": self._due_settings(),
             "python": (folders, sys.pycache_prefix, sys.dont_write_bytecode),
             "file": os.path.abspath(__file__),
             "wait": _CHILD_WAIT_SECONDS,
         }
+        text = json.dumps(work, default=str).encode()
+        reading, writing = os.pipe()
+        self._pipe, self._said, self._started = Descriptor(reading), b"", time.monotonic()
+        try:
+            if os.name == "posix":
+                os.set_blocking(reading, False)
+            self._child = child = subprocess.Popen(
+                [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
+                stdin=subprocess.PIPE,
+                stdout=writing,
+                stderr=writing,
+                start_new_session=True,  # Ctrl+C is for the server
+            )
+        except BaseException:
+            self._pipe.close()
+            raise
+        finally:
+            os.close(writing)
         with contextlib.suppress(OSError), child.stdin as pipe:  # it may have ended already
-            pipe.write(json.dumps(work).encode())
+            pipe.write(text)
 
     def _look(self) -> None:
         """Read what the child says, and take it into account once the child has ended."""
@@ -6277,8 +6276,7 @@ class AuditLogger:
     """Records events: each becomes a line in the journal within milliseconds, and a row in DuckDB soon after.
 
     `log_event` never raises and, unless `durable` is set or the queue is full, never waits. It may be
-    called from any thread, signal handler or exit handler. The class is the public face and joins what
-    other classes do: its length is that of its signatures and their descriptions.
+    called from any thread, signal handler or exit handler.
 
     Args:
         path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
@@ -6752,6 +6750,8 @@ class AuditLogger:
         if self in _live.loggers:  # an earlier thread ended, or could not be started
             return True
         _live.loggers.add(self)
+        name = public_target(self.config.path)
+        self._diagnostics.inform("start", f"events go to {name}, by way of {self.config.journal_directory}")
         children = sys.modules.get("multiprocessing.util")
         process = sys.modules.get("multiprocessing.process")
         if children is not None and process is not None and process.parent_process() is not None:
@@ -6811,6 +6811,8 @@ class _Live:
         except KeyboardInterrupt:  # a second Ctrl+C: leave at once, and say what is left
             left = sum(logger._writer.pending for logger in list(self.loggers))
             _LOG.warning("mxcp_audit: interrupted at exit; %d events were not written", left)
+            for logger in list(self.loggers):
+                logger._ingester.end_child()
         finally:
             self.exiting = True
 

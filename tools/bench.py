@@ -465,7 +465,6 @@ if os.environ["MXCP_AUDIT_ENGINE"] == "package": import duckdb
 before, _ = peers._usage(); start = time.perf_counter()
 assert store.ingest()
 seconds = time.perf_counter() - start
-store.close()
 print(json.dumps({"seconds": seconds, "cpu": peers._usage()[0] - before, "bytes": path.stat().st_size}))
 """
 
@@ -502,7 +501,7 @@ def footprint(run: Run) -> Iterator[Table]:
     table.notes.append(f"Threads after the import: {threads} (1 is the interpreter's own).")
     yield table
     idle = Table(
-        "Added to a FastMCP server by a logger that recorded and ingested 1,000 events, then idles",
+        "Added to a FastMCP server by a logger that recorded and ingested 100,000 events, then idles",
         ("", "resident MB", "idle CPU"),
     )
     for engine, title in (("package", "the `duckdb` package"), ("cli", "the `duckdb` program")):
@@ -532,12 +531,75 @@ except ImportError:
     pass
 gc.collect(); before = peers.resident_bytes()
 ours = peers.Ours(Path(sys.argv[1]))
-for number in range(1000): ours.log(peers.small_input(number))
+for number in range(100_000): ours.log(peers.small_input(number))
 assert ours.audit.flush(60)
 time.sleep(0.5); gc.collect(); memory = peers.resident_bytes() - before
 cpu, start = time.process_time(), time.perf_counter(); time.sleep(float(sys.argv[2]))
 print(json.dumps({"memory": memory, "idle": (time.process_time() - cpu) / (time.perf_counter() - start)}))
 """
+
+
+def ending(run: Run) -> Iterator[Table]:
+    """What the end of a process costs, and that it loses nothing when many end in the same moment."""
+    times: dict[str, list[float]] = {}
+    for _ in range(run.pick(1, 9, 21)):
+        for title, code in (("`import duckdb` and out", "import duckdb"), ("log one event and out", _ONE)):
+            start = time.perf_counter()
+            command = [run.python(), "-c", code, str(run.place("one"))]
+            subprocess.run(command, env=environ(), check=True)
+            times.setdefault(title, []).append(1000 * (time.perf_counter() - start))
+    bare = statistics.median(times["`import duckdb` and out"])
+    table = Table("A whole process, into a new database", ("", "ms", "half of the rounds", "ratio"))
+    for title, mine in times.items():
+        middle = statistics.median(mine)
+        table.rows.append((title, figure(middle), spread(mine), figure(middle / bare)))
+    yield table
+    together = Table("Workers that get SIGTERM in the same moment, 50 events each", ("", "rounds", "whole"))
+    rounds = run.pick(1, 5, 20)
+    for workers in (4, 8):
+        for held in (0.0, 1.5):
+            whole = sum(_end_together(run, workers, held) for _ in range(rounds))
+            title = f"{workers} workers" + (f", the database held for {held} s" if held else "")
+            together.rows.append((title, str(rounds), str(whole)))
+    yield together
+
+
+_ONE = """
+import sys; from mxcp_audit import AuditLogger
+AuditLogger(sys.argv[1] + "/log.duckdb").log_event("cli", "tool", "x", {"user_id": 1})
+"""
+_WORKER = """
+import os, signal, sys, time; from mxcp_audit import AuditLogger
+audit = AuditLogger(sys.argv[1]); signal.signal(signal.SIGTERM, lambda *_: sys.exit())
+for number in range(50): audit.log_event("http", "tool", f"{os.getpid()}-{number}")
+audit.wait_written(); print("ready", flush=True); time.sleep(600)
+"""
+
+
+def _end_together(run: Run, workers: int, held: float) -> bool:
+    """End workers at once; True if plain DuckDB sees every event after the last has ended."""
+    path = str(run.place("together") / f"{os.urandom(4).hex()}.duckdb")
+    hold = "import duckdb, sys; c = duckdb.connect(sys.argv[1]); print('held', flush=True); sys.stdin.read()"
+
+    def start(code: str) -> subprocess.Popen[bytes]:
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE}
+        process = subprocess.Popen([run.python(), "-c", code, path], env=environ(), **pipes)
+        assert process.stdout is not None
+        process.stdout.readline()
+        return process
+
+    running = [start(_WORKER) for _ in range(workers)]
+    holder = start(hold) if held else None
+    for process in running:
+        process.terminate()
+    if holder is not None:
+        time.sleep(held)
+        holder.kill()
+    for process in (*running, *([holder] if holder else [])):
+        process.communicate()
+    select = "SELECT count(*) FROM logs"
+    count = f"import duckdb, sys; (n,), = duckdb.connect(sys.argv[1]).sql({select!r}).fetchall(); print(n)"
+    return _script(run, count, path) == workers * 50
 
 
 def query(run: Run) -> Iterator[Table]:
@@ -845,6 +907,7 @@ TOPICS: dict[str, Callable[[Run], Iterator[Table]]] = {
     "pipeline": pipeline,
     "ingest": ingest,
     "footprint": footprint,
+    "ending": ending,
     "query": query,
     "growth": growth,
 }
