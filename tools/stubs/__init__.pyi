@@ -246,6 +246,8 @@ class Redactor:
         self, value: object, *, tool: str | None = None, endpoint_def: object = None
     ) -> list[tuple[str, str]]: ...
 
+class Json(str): ...
+
 class Encoder:
     def __init__(
         self, redactor: Redactor, *, max_input_bytes: int, clock: Callable[[], int] = ...
@@ -436,6 +438,7 @@ class Call:
     failure: Call | None
     ended: bool
     waits: bool
+    details: dict[str, object]
     context: dict[str, object]
     denied_by: Incomplete
     def __init__(
