@@ -7412,7 +7412,7 @@ FROM ({
 }) AS staged
 JOIN audit.ledger AS entered ON entered.segment = staged.segment AND entered.kind = 'segment'"""
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
-STAGE_NOTHING: Final = "DELETE FROM batch"
+STAGE_NOTHING: Final = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 
 
