@@ -3689,11 +3689,6 @@ class Segment(Descriptor):
                     os.unlink(self.path)
         self.close()
 
-    def empty(self) -> None:
-        """Remove its lines, which were written elsewhere."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self.number(), 0)
-
     def close(self) -> None:
         """Close the file as it is, and release its lock."""
         with contextlib.suppress(OSError):
@@ -4195,10 +4190,7 @@ class Diagnostics:
     def note(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
         """Count a fault; `tell` logs it once no lock is held: a handler has a lock too, and may log an event.
 
-        Args:
-            kind: a fixed word, so that a flood of one fault doesn't hide another.
-            message: what happened and what to do; never any recorded content.
-            error: the cause; its text is added.
+        `kind` is a fixed word, so that a flood of one fault doesn't hide another; texts hold no content.
         """
         self.errors += 1
         self.last_error = message if error is None else f"{message}: {error}"
@@ -4261,13 +4253,10 @@ class Appender:
         return 0.0 if self._lost else None
 
     def append(self, piece: list[bytes]) -> None:
-        """Put lines into the segment, a new one if need be.
+        """Put lines into the segment, a new one if need be; after an error, `done` says which are in it.
 
         After any fault the segment is sealed and the next attempt begins another: a file that has
         reached a size limit, or that an fsync failed on, never becomes better.
-
-        Raises:
-            OSError, JournalError: they are not in the journal, but for the first ones that `done` counts.
         """
         segment = self._present()
         if segment is None:
@@ -4321,10 +4310,7 @@ class Appender:
             )
 
     def _replace(self, segment: Segment) -> None:
-        """Write the events of a segment again that was deleted or moved, or whose mount was replaced.
-
-        The old file is emptied, so that they are not there twice if it comes back.
-        """
+        """Write a segment again that was deleted or moved; the old file is emptied, in case it comes back."""
         try:
             held = segment.read()
         except OSError as error:  # a stale network handle
@@ -4335,15 +4321,15 @@ class Appender:
             self._before, self._segment = self.done, None
         else:
             self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-            fresh = self.journal.open_segment(durable=self._durable) if held else None
-            if fresh is not None:
-                try:
-                    fresh.append(held, segment.events, durable=self._durable)
-                except BaseException:
-                    fresh.seal()
-                    raise
+            fresh = self.journal.open_segment(durable=self._durable)
+            try:
+                fresh.append(held, segment.events, durable=self._durable)
+            except BaseException:
+                fresh.seal()
+                raise
             self._segment = fresh
-            segment.empty()
+            with contextlib.suppress(OSError):
+                os.ftruncate(segment.number(), 0)
         segment.close()
 
     def seal(self) -> bool:
@@ -4393,7 +4379,7 @@ class Appender:
 _CPU_SHARE: Final = 0.01  # of one core: what ingests may use
 _LONGEST_PAUSE_SECONDS: Final = 60.0
 _LOCKED_PAUSE_SECONDS: Final = 5.0  # after an ingest that waited in vain for the database
-_CHILD_WAIT_SECONDS: Final = 20.0  # how long it waits; starting anew costs more than that
+_CHILD_WAIT_SECONDS: Final = 30.0  # how long it waits; starting anew costs more than that
 _POLL_SECONDS: Final = 0.1
 _BUSY_PAUSE_SECONDS: Final = 1.0  # until the ingest lock is tried again
 _DAY_SECONDS: Final = 24 * 3600.0
@@ -4426,11 +4412,9 @@ class Ingester:
     A segment is sealed for an ingest only, and not while the one that was sealed before still waits.
 
     Args:
-        appender: whose segments are ingested.
         settings: those of `Config`, as JSON has them; None: nothing is ingested here. With a retention,
             there is an ingest a day although nothing waits.
         interval: seconds from an event to the ingest, and between two ingests at least.
-        diagnostics: counts what the child did.
     """
 
     def __init__(
@@ -4681,10 +4665,7 @@ class Writer:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin with an empty queue and no thread: at first, and in a child after a fork.
-
-        What the parent had queued is the parent's to write.
-        """
+        """Begin with an empty queue and no thread: at first, and after a fork; the parent writes its own."""
         self._appender.start_afresh()
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
@@ -4693,8 +4674,6 @@ class Writer:
         self._writing = threads.RLock()  # of the appender; held while the disk works
         self._wake = threads.Lock()
         self._wake.acquire()
-        # Lines stay in the queue until they are in the journal: there is no moment at which
-        # an interrupt, or a write that fails, finds them nowhere.
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._finished = 0  # lines that left the queue
@@ -4735,8 +4714,7 @@ class Writer:
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
         """Return True when the line with this ticket is in the journal; at once inside of the writing thread.
 
-        Without an end if `timeout` is None, else False after so many seconds; False, too, of a line that
-        `close` had to leave behind.
+        False after `timeout` seconds, and for a line that `close` had to leave behind.
         """
         if self._is_writing_thread():
             return True
@@ -4848,11 +4826,7 @@ class Writer:
         return True
 
     def _rouse(self) -> None:
-        """Wake the writer, start it, or do its work here.
-
-        `_asleep` is the writer's to change: whoever is interrupted on the way here, by Ctrl+C say, leaves
-        a writer that the next event wakes.
-        """
+        """Wake the writer, start it, or do its work here. If this is interrupted, the next event wakes it."""
         if self._thread is not None or self._start_thread():
             self._release_wake()
         else:
@@ -6685,10 +6659,10 @@ class AuditLogger:
         return not self.enabled or self._writer.wait_written(self._writer.accepted, timeout)
 
     def shutdown(self, timeout: float = 10.0) -> bool:
-        """Write what is queued, ingest, end the threads. Called at exit; calling it twice is harmless.
+        """Write what is queued, ingest, end the thread. Called at exit; calling it twice is harmless.
 
-        If the database is locked, the journal keeps the events for the next start. An event logged
-        later is written to the journal directly.
+        If the database is held until the end, the journal keeps the events for the next start, and `logging`
+        says how many. An event logged later is written to the journal directly.
 
         Args:
             timeout: seconds that writing and ingesting may take together.
@@ -7852,10 +7826,6 @@ def open_engine(
     Args:
         guest: one thread and little memory, for use beside a server.
         apart: in a process of its own in any case.
-        environ: the environment.
-
-    Raises:
-        EngineNotFoundError: neither is there, or not the one that was asked for.
     """
     choice = environ.get("MXCP_AUDIT_ENGINE") or "auto"
     if choice not in ("auto", "package", "cli"):
@@ -8604,7 +8574,7 @@ class Ingest:
 
     def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
         """Ingest claimed segments, then delete them and count."""
-        _refuse_fatal_limit()
+        refuse_fatal_limit()
         with contextlib.closing(self._target.open_engine(guest=True)) as engine:
             losses, fresh = self._stage_and_commit(engine, claims, lost)
         self._diagnostics.ingested += sum(claim.lines for claim in claims if claim.id in fresh)
@@ -8735,7 +8705,7 @@ class Ingest:
             self._ledger.enter(engine, entries)
 
 
-def _refuse_fatal_limit() -> None:
+def refuse_fatal_limit() -> None:
     """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process.
 
     Python ignores that signal unless somebody restored its default.
@@ -9966,6 +9936,9 @@ def _put_in_place(path: str, target: str) -> None:
 _LOSS_DAYS: Final = 30  # arbitrary: how long lost events are pointed out
 
 
+_PROBE_SECONDS: Final = (0.03, 0.6)  # the first and the longest pause between two tries for the database
+
+
 class Store:
     """The log of a configuration: its database (`target`) and its journal (`journal`) as one.
 
@@ -10011,12 +9984,28 @@ class Store:
             if not mine:
                 waiting = bool(self.journal.segments())
                 return {"done": not waiting, "busy": waiting}
-            problems = patiently(self._ingest.run, wait)
+            problems = self._run_ingest(wait)
             if self._retention is not None and not self.target.is_absent():
                 self._retain(self._retention)
         if problems:
             raise problems[0]
         return {"done": True, "retained": self._retention is None, "head": self._ledger.head_text()}
+
+    def _run_ingest(self, wait: float) -> list[JournalError]:
+        """Ingest; who may wait asks for the database first: reading the journal in vain costs more."""
+        end, pause = time.monotonic() + wait, _PROBE_SECONDS[0]
+        while True:
+            try:
+                if wait and self.target.is_file and not self.target.is_absent():
+                    refuse_fatal_limit()
+                    with self.target.session(read_only=False, wait=0.0, guest=True):
+                        pass
+                return self._ingest.run()
+            except DatabaseLockedError:
+                if time.monotonic() + pause >= end:
+                    raise
+                time.sleep(pause * (1 + os.urandom(1)[0] / 256))
+                pause = min(1.5 * pause, _PROBE_SECONDS[1])
 
     def _retain(self, retention: float) -> None:
         """Apply the retention, under the ingest lock."""
