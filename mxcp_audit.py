@@ -3146,6 +3146,7 @@ class Encoder:
         self._clock = clock
         self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
         self._frames: dict[tuple[object, ...], tuple[str, str, str]] = {}
+        self._parties: dict[tuple[object, ...], str] = {}
 
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
@@ -3254,25 +3255,33 @@ class Encoder:
 
     def _more_json(self, more: Sequence[object], flag: str) -> tuple[str, str]:
         """Return the members of a line for the values of NEW_COLUMNS that are not None, and what is wrong."""
-        parts = []
-        for column, value in zip(NEW_COLUMNS, more):
-            if value is None:
-                continue
-            if column.name == "context":
-                text = value if type(value) is Json else self._clipped(self._redactor.redact_json(value))
-                if text[0] != "{":
-                    flag = _flags(flag, "context is no mapping")
-                    text = f'{{"value":{text}}}'
-                text = encode_text(text)
-            elif column.sql_type != "BIGINT":
-                text = self._id_json(value)
-            elif type(value) is int and 0 <= value <= LARGEST["BIGINT"]:
-                text = str(value)
-            else:
-                flag = _flags(flag, f"{column.name} is no integer from 0 to 2⁶³−1")
-                continue
-            parts.append(f',"{column.name}":{text}')
-        return "".join(parts), flag
+        *_, request_id, error_type, result_bytes, context = more
+        try:  # who calls which server stays the same for a session
+            text = self._parties[more[:4]]  # type: ignore[index]
+        except Exception:  # a new one, or a part that is no key: whatever its own __hash__ raises
+            text = self._members(NEW_COLUMNS[:4], more)
+            if all(part is None or type(part) is str for part in more[:4]):
+                if len(self._parties) >= _FRAME_CACHE_SIZE:
+                    self._parties.clear()
+                self._parties[tuple(more[:4])] = text
+        text += self._members(NEW_COLUMNS[4:6], (request_id, error_type))
+        if type(result_bytes) is int and 0 <= result_bytes <= LARGEST["BIGINT"]:
+            text += f',"result_bytes":{result_bytes}'
+        elif result_bytes is not None:
+            flag = _flags(flag, "result_bytes is no integer from 0 to 2⁶³−1")
+        if context is not None:
+            known = type(context) is Json
+            inner = context if known else self._clipped(self._redactor.redact_json(context))
+            if inner[0] != "{":  # type: ignore[index]
+                flag = _flags(flag, "context is no mapping")
+                inner = f'{{"value":{inner}}}'
+            text += f',"context":{encode_text(inner)}'  # type: ignore[arg-type]
+        return text, flag
+
+    def _members(self, columns: Sequence[Column], values: Iterable[object]) -> str:
+        return "".join(
+            [f',"{c.name}":{self._id_json(value)}' for c, value in zip(columns, values) if value is not None]
+        )
 
     def _text_json(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
         return encode_text(self._clean(value, echoes, limit))
@@ -5289,6 +5298,7 @@ class Unfinished:
 
     def __init__(self) -> None:
         self._calls: dict[object, list[tuple[float, str, Call]]] = {}
+        self._looked = 0.0
 
     def put(self, key: object, call: Call, error: str, seconds: float = float("inf")) -> None:
         """Keep a call, which fails with `error` if nobody takes it within the time."""
@@ -5303,6 +5313,13 @@ class Unfinished:
         if kept is not None and not kept:
             self._calls.pop(key, None)
         return call
+
+    def expire(self) -> None:
+        """Record the calls that nobody took in time; looks at most once a second."""
+        now = time.monotonic()
+        if now - self._looked >= 1:
+            self._looked = now
+            self.close(now=now)
 
     def close(self, *keys: object, now: float = float("inf")) -> None:
         """Record the calls that nobody took in time; all of them by default."""
@@ -5646,7 +5663,9 @@ class Middleware:
         message = _get(context, "message")
         if message is None:
             message = _get(context, "params")
-        outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
+        outer = None
+        if _running.get() is not None:
+            outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
         if outer is not None:
             outer.denied_by = (*_kinds(outer.denied_by), *self._denied_by)
             outer.is_open = True
@@ -5703,7 +5722,7 @@ class Middleware:
         call.arguments, call.task, call.is_open = arguments, _current_task(), True
         unfinished = self._logger.unfinished
         if unfinished:
-            unfinished.close(now=time.monotonic())
+            unfinished.expire()
             state = _either(message, "request_state", "requestState")
             if state is not None or _either(message, "input_responses", "inputResponses") is not None:
                 earlier = unfinished.take(_leg_of(call, state))
