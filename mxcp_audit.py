@@ -3125,6 +3125,10 @@ _NO_MORE: Final = (None,) * len(NEW_COLUMNS)
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
+class Json(str):
+    """JSON that needs no redaction, because it was made here."""
+
+
 class Encoder:
     """Turns events into lines; whatever it is given, it raises nothing but MemoryError.
 
@@ -3142,6 +3146,7 @@ class Encoder:
         self._clock = clock
         self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
         self._frames: dict[tuple[object, ...], tuple[str, str, str]] = {}
+        self._parties: dict[tuple[object, ...], str] = {}
 
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
@@ -3250,25 +3255,33 @@ class Encoder:
 
     def _more_json(self, more: Sequence[object], flag: str) -> tuple[str, str]:
         """Return the members of a line for the values of NEW_COLUMNS that are not None, and what is wrong."""
-        parts = []
-        for column, value in zip(NEW_COLUMNS, more):
-            if value is None:
-                continue
-            if column.name == "context":
-                text = self._clipped(self._redactor.redact_json(value))
-                if text[0] != "{":
-                    flag = _flags(flag, "context is no mapping")
-                    text = f'{{"value":{text}}}'
-                text = encode_text(text)
-            elif column.sql_type != "BIGINT":
-                text = self._id_json(value)
-            elif type(value) is int and 0 <= value <= LARGEST["BIGINT"]:
-                text = str(value)
-            else:
-                flag = _flags(flag, f"{column.name} is no integer from 0 to 2⁶³−1")
-                continue
-            parts.append(f',"{column.name}":{text}')
-        return "".join(parts), flag
+        *_, request_id, error_type, result_bytes, context = more
+        try:  # who calls which server stays the same for a session
+            text = self._parties[more[:4]]  # type: ignore[index]
+        except Exception:  # a new one, or a part that is no key: whatever its own __hash__ raises
+            text = self._members(NEW_COLUMNS[:4], more)
+            if all(part is None or type(part) is str for part in more[:4]):
+                if len(self._parties) >= _FRAME_CACHE_SIZE:
+                    self._parties.clear()
+                self._parties[tuple(more[:4])] = text
+        text += self._members(NEW_COLUMNS[4:6], (request_id, error_type))
+        if type(result_bytes) is int and 0 <= result_bytes <= LARGEST["BIGINT"]:
+            text += f',"result_bytes":{result_bytes}'
+        elif result_bytes is not None:
+            flag = _flags(flag, "result_bytes is no integer from 0 to 2⁶³−1")
+        if context is not None:
+            known = type(context) is Json
+            inner = context if known else self._clipped(self._redactor.redact_json(context))
+            if inner[0] != "{":  # type: ignore[index]
+                flag = _flags(flag, "context is no mapping")
+                inner = f'{{"value":{inner}}}'
+            text += f',"context":{encode_text(inner)}'  # type: ignore[arg-type]
+        return text, flag
+
+    def _members(self, columns: Sequence[Column], values: Iterable[object]) -> str:
+        return "".join(
+            [f',"{c.name}":{self._id_json(value)}' for c, value in zip(columns, values) if value is not None]
+        )
 
     def _text_json(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
         return encode_text(self._clean(value, echoes, limit))
@@ -3383,66 +3396,6 @@ def line_fault(line: bytes) -> str | None:
     except ValueError:
         return f"timestamp {event.get('timestamp')!r} is no time"
     return None
-
-
-# --- MXCP's own logs
-
-_ISO_8601: Final = re.compile(
-    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
-)
-_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
-# Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
-_NAMES_OF_MXCP: Final = {
-    "caller": ("caller", "caller_type"),
-    "event_type": ("type", "operation_type"),
-    "name": ("name", "operation_name"),
-    "input_params": ("input_json", "input_data"),
-    "duration_ms": ("duration_ms", "duration_ms"),
-    "policy_decision": ("policy_decision", "policy_decision"),
-    "reason": ("reason", "policy_reason"),
-    "status": ("status", "operation_status"),
-    "error": ("error", "error"),
-    "user_id": ("user_id", "user_id"),
-    "session_id": ("session_id", "session_id"),
-    "trace_id": ("trace_id", "trace_id"),
-}
-
-
-def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`.
-
-    Args:
-        line: of MXCP 0.1 to 0.3, or of 0.4 and newer; which of them, its keys say.
-
-    Returns:
-        None for what newer versions keep beside events: the definition of a schema.
-
-    Raises:
-        ValueError: it is no event; the text says why.
-    """
-    record = _json_object(line)
-    newer = "operation_type" in record
-    if not newer and "type" not in record:
-        if "schema_name" in record and "fields" in record:
-            return None
-        raise ValueError("no event: it has neither type nor operation_type")
-    event = {ours: record.get(theirs[newer]) for ours, theirs in _NAMES_OF_MXCP.items()}
-    if not newer and isinstance(event["input_params"], str):
-        with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
-            event["input_params"] = json.loads(event["input_params"])
-    return _time_of_mxcp(record.get("timestamp")), event
-
-
-def _time_of_mxcp(text: object) -> int:
-    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"timestamp {text!r:.60} is no time")
-    day, second, fraction, hours, minutes = match.groups()
-    offset = f"{hours}:{minutes}" if hours else "+00:00"
-    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
-    if moment < _EPOCH:
-        raise ValueError(f"timestamp {text!r:.60} is before 1970")
-    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
 
 
 # === Journal ===
@@ -5001,7 +4954,7 @@ def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
 
 
 # === Calls ===
-# depends on: Errors, Events, Redaction
+# depends on: Errors, Events, Redaction, Encoding
 #
 # An execution while it runs: one row, written when it ends, by the outermost of what records it here (a
 # middleware, one further in, a decorator); those within tell what they know. Its input is encoded when it
@@ -5087,6 +5040,7 @@ class Call:
         context: Mapping[str, object] | None = None,
         **origin: Any,
     ) -> None:
+        self.details: dict[str, object] = {}  # what we know ourselves; part of `context`, too
         self.__dict__.update(origin)
         self.event_type, self.name, self.caller = event_type, name, caller
         self.context: dict[str, object] = dict(context) if context else {}
@@ -5101,9 +5055,12 @@ class Call:
 
     def more(self) -> tuple[object, ...]:
         """Return the values of NEW_COLUMNS."""
+        context: object = {**self.details, **self.context} if self.context else None
+        if context is None and self.details:
+            context = _json_of(tuple(self.details.items()))
         return (
             *(self.client, self.agent, self.address, self.server),
-            *(self.request_id, self.error_type, self.result_bytes, self.context or None),
+            *(self.request_id, self.error_type, self.result_bytes, context),
         )
 
     def policy(self, decision: str, reason: object = None) -> None:
@@ -5184,6 +5141,11 @@ class Call:
         await self.end_async(error)
 
 
+@functools.lru_cache(1024)  # most calls of a session differ in nothing here, but for those in a trace
+def _json_of(details: tuple[tuple[str, object], ...]) -> Json:
+    return Json(encode_json(dict(details)))
+
+
 _running: Final[contextvars.ContextVar[Call | None]] = contextvars.ContextVar("mxcp_audit", default=None)
 
 
@@ -5211,7 +5173,7 @@ def _call_within(
     ):
         return None
     if name is not None and isinstance(outer.arguments, dict) and name in _texts_in(outer.arguments):
-        outer.context["mcp.via"], outer.name = outer.name, name
+        outer.details["mcp.via"], outer.name = outer.name, name
         outer.take_input(arguments)
     elif not _only_frameworks_between():
         return None
@@ -5310,6 +5272,7 @@ class Unfinished:
 
     def __init__(self) -> None:
         self._calls: dict[object, list[tuple[float, str, Call]]] = {}
+        self._looked = 0.0
 
     def put(self, key: object, call: Call, error: str, seconds: float = float("inf")) -> None:
         """Keep a call, which fails with `error` if nobody takes it within the time."""
@@ -5324,6 +5287,13 @@ class Unfinished:
         if kept is not None and not kept:
             self._calls.pop(key, None)
         return call
+
+    def expire(self) -> None:
+        """Record the calls that nobody took in time; looks at most once a second."""
+        now = time.monotonic()
+        if now - self._looked >= 1:
+            self._looked = now
+            self.close(now=now)
 
     def close(self, *keys: object, now: float = float("inf")) -> None:
         """Record the calls that nobody took in time; all of them by default."""
@@ -5340,15 +5310,29 @@ class Unfinished:
 # --- where a call came from
 
 
+_absent: Final[set[tuple[type, str]]] = set()  # what models of pydantic, slow to say so, don't have
+_mappings: Final[dict[type, bool]] = {}
+
+
 def _get(owner: object, name: str) -> Any:
     """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
-    if owner is None:  # as it is most of the time; the questions below take 1 µs
+    kind = type(owner)
+    if owner is None or (kind, name) in _absent:
         return None
     try:
-        if isinstance(owner, dict):
-            return owner.get(name)
+        if kind is dict:
+            return owner.get(name)  # type: ignore[attr-defined]
         value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
-        return owner.get(name) if value is None and isinstance(owner, Mapping) else value
+        if value is None:
+            if kind not in _mappings:
+                _mappings[kind] = issubclass(kind, Mapping)
+            if _mappings[kind]:
+                return owner.get(name)  # type: ignore[attr-defined]
+            fields = getattr(kind, "model_fields", None)
+            fields = fields if fields and kind.model_config.get("extra") != "allow" else None  # type: ignore[attr-defined]
+            if fields and name not in fields and not hasattr(kind, name):
+                _absent.add((kind, name))
+        return value
     except Exception:
         return None
 
@@ -5363,6 +5347,24 @@ def _text(value: object) -> str | None:
     return str(value) if isinstance(value, (str, int)) and value != "" else None
 
 
+_peers: Final[weakref.WeakKeyDictionary[Any, tuple[str | None, str | None]]] = weakref.WeakKeyDictionary()
+
+
+def _peer_of(session: object) -> tuple[str | None, str | None]:
+    """Return client and protocol version as a session knows them, remembered for as long as it lasts."""
+    connection = getattr(session, "_connection", session)  # the SDK 2 makes a session for each request
+    try:
+        return _peers[connection]
+    except (KeyError, TypeError):
+        params = _get(session, "client_params")
+        client = client_of(_either(params, "client_info", "clientInfo"))
+        peer = (client, _text(_either(params, "protocol_version", "protocolVersion")))
+        if client is not None:
+            with contextlib.suppress(TypeError):  # no weak references
+                _peers[connection] = peer
+        return peer
+
+
 def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     """Return where a request came from, as attributes of a Call; `cli` for a call inside of the program.
 
@@ -5370,29 +5372,23 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
         context: what has `request`, `session` and `meta`, in whichever framework.
         proxies: addresses and networks whose word about the client's address is taken.
     """
-    origin: dict[str, Any] = {"caller": "cli", "context": {}}
+    more: dict[str, object] = {}
+    origin: dict[str, Any] = {"caller": "cli", "details": more}
     if context is None:
         origin["trace_id"], _ = _active_trace()
         return origin
-    request, session, meta = _get(context, "request"), _get(context, "session"), _get(context, "meta")
-    if meta is None:
+    request, meta = _get(context, "request"), _get(context, "meta")
+    if meta is None and not hasattr(context, "meta"):
         meta = _get(_get(context, "params"), "_meta")
     headers = _get(request, "headers")
-    params = _get(session, "client_params")
-    client = _get(meta, _META + "clientInfo") or _either(params, "client_info", "clientInfo")
-    version = _get(meta, _META + "protocolVersion") or _get(context, "protocol_version")
-    trace = parent_of(meta) or parent_of(headers) or _active_trace()
+    client, version = _peer_of(_get(context, "session"))
+    version = _get(meta, _META + "protocolVersion") or _get(context, "protocol_version") or version
+    version = version or _get(headers, "mcp-protocol-version")
+    origin["client"] = client_of(_get(meta, _META + "clientInfo")) or client if meta else client
     origin["request_id"] = _text(_get(context, "request_id"))
-    origin["client"] = client_of(client)
-    origin["trace_id"] = trace[0]
-    more = origin["context"]
-    if trace[1]:
-        more["parent_span_id"] = trace[1]
-    version = (
-        version
-        or _either(params, "protocol_version", "protocolVersion")
-        or _get(headers, "mcp-protocol-version")
-    )
+    origin["trace_id"], parent = parent_of(meta) or parent_of(headers) or _active_trace()
+    if parent:
+        more["parent_span_id"] = parent
     if version:
         more["mcp.protocol.version"] = str(version)
     if request is None:
@@ -5476,9 +5472,11 @@ def _active_trace() -> tuple[str | None, str | None]:
 def _watch_spans() -> None:
     """Have OpenTelemetry tell the running call of a trace that begins within it, in the server alone."""
     sdk = sys.modules.get("opentelemetry.sdk.trace")
+    if sdk is None:
+        return
     provider = _get(sys.modules.get("opentelemetry.trace"), "get_tracer_provider")
     add = _get(provider and provider(), "add_span_processor")
-    if sdk is None or add is None or hasattr(provider(), "__mxcp_audit__"):
+    if add is None or hasattr(provider(), "__mxcp_audit__"):
         return
 
     def on_start(self: object, span: Any, parent_context: object = None) -> None:
@@ -5526,7 +5524,8 @@ def _surroundings() -> dict[str, Any]:
 
 def error_of_result(result: object) -> str | None:
     """Return the message of a result that is marked as an error, or None."""
-    result = _get(result, "root") or result  # the SDK 1 wraps it
+    if not _is_plain(result):
+        result = _get(result, "root") or result  # the SDK 1 wraps it
     if _either(result, "is_error", "isError") is not True:
         return None
     content = _get(result, "content")
@@ -5536,26 +5535,38 @@ def error_of_result(result: object) -> str | None:
 
 def summarize(call: Call, result: object, *, uri: str | None = None, max_body: int | None = None) -> None:
     """Tell a call the size of its result as it is sent, how many items of which kinds, perhaps the body."""
-    result = _get(result, "root") or result
-    items = next(
-        (i for name in ("content", "contents", "messages") if (i := _get(result, name)) is not None), result
-    )
+    if not _is_plain(result):
+        result = _get(result, "root") or result
+    items = _get(result, "content")
+    if items is None:
+        items = _either(result, "contents", "messages")
+    items = result if items is None else items
     if not isinstance(items, (list, tuple)):
         return
-    if hasattr(result, "structured_content") and type(result).__module__.startswith("fastmcp"):
-        structured = _get(result, "structured_content")
-        more = {"structuredContent": structured} if structured is not None else {}
-        result = {"content": items, **more, "isError": False}
-    elif (convert := _get(result, "to_mcp_prompt_result")) is not None:
-        result = convert()
-    elif (convert := _get(result, "to_mcp_result")) is not None:
-        result = convert(uri)
-    elif result is items:
-        result = {"contents": items}
-    text = _WIRE.encode(result)
+    dump = getattr(result, "model_dump_json", None)
+    if _get(result, "content") is not None and type(result).__module__.startswith("fastmcp"):
+        if dump is not None:  # its own class, which becomes the protocol's later
+            text = dump(exclude={"meta", "is_error"}, exclude_none=True, by_alias=True)
+            text = (
+                text.replace('],"structured_content":', '],"structuredContent":', 1)[:-1]
+                + ',"isError":false}'
+            )
+        else:
+            structured = _get(result, "structured_content")
+            more = {"structuredContent": structured} if structured is not None else {}
+            text = _WIRE.encode({"content": items, **more, "isError": False})
+    else:
+        convert = _either(result, "to_mcp_prompt_result", "to_mcp_result")
+        if convert is not None:
+            result = convert(uri) if hasattr(result, "to_mcp_result") else convert()
+            dump = getattr(result, "model_dump_json", None)
+        if dump is not None:
+            text = dump(by_alias=True, exclude_none=True)
+        else:
+            text = _WIRE.encode({"contents": items} if result is items else result)
     call.result_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
-    call.context["mcp.result.items"] = len(items)
-    call.context["mcp.result.kinds"] = sorted({_kind_of(item) for item in items})
+    call.details["mcp.result.items"] = len(items)
+    call.details["mcp.result.kinds"] = tuple(sorted({_kind_of(item) for item in items}))
     if max_body is not None:
         plain = json.loads(text)
         call.context["mcp.result.body"] = (
@@ -5564,10 +5575,12 @@ def summarize(call: Call, result: object, *, uri: str | None = None, max_body: i
 
 
 def _kind_of(item: object) -> str:
-    inner = _either(item, "content", "resource")
-    kind = _get(item, "type") or _get(inner, "type")
-    blob = _get(item, "blob") is not None or isinstance(inner, bytes)
-    return str(kind or ("blob" if blob else "text"))
+    kind = _get(item, "type")
+    if kind is None:
+        inner = _either(item, "content", "resource")
+        blob = _get(item, "blob") is not None or isinstance(inner, bytes)
+        kind = _get(inner, "type") or ("blob" if blob else "text")
+    return str(kind)
 
 
 def _wire_of(value: Any) -> Any:
@@ -5607,6 +5620,7 @@ class Middleware:
         self._caller = caller
         self._denied_by = _kinds(denied_by)
         self._server: str | None = None
+        self._refusal: type[BaseException] | None = None
         self._inside = 0  # calls
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -5623,7 +5637,9 @@ class Middleware:
         message = _get(context, "message")
         if message is None:
             message = _get(context, "params")
-        outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
+        outer = None
+        if _running.get() is not None:
+            outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
         if outer is not None:
             outer.denied_by = (*_kinds(outer.denied_by), *self._denied_by)
             outer.is_open = True
@@ -5662,22 +5678,25 @@ class Middleware:
         origin = origin_of(request_context, self._logger.config.trusted_proxies)
         if self._caller:
             origin["caller"] = self._caller
-        refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
+        if self._refusal is None:
+            self._refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
+            self._denied_by += (self._refusal,) if self._refusal is not None else ()
+        arguments = _get(message, "arguments")
         call = Call(
             self._logger,
             event_type,
             name_of(message),
-            _get(message, "arguments"),
-            denied_by=(*self._denied_by, refusal) if refusal is not None else self._denied_by,
+            arguments,
+            denied_by=self._denied_by,
             server=_text(_get(server, "name")) or self._server,
             **origin,
         )
         if call.trace_id is None:
             _watch_spans()
-        call.arguments, call.task, call.is_open = _get(message, "arguments"), _current_task(), True
+        call.arguments, call.task, call.is_open = arguments, _current_task(), True
         unfinished = self._logger.unfinished
         if unfinished:
-            unfinished.close(now=time.monotonic())
+            unfinished.expire()
             state = _either(message, "request_state", "requestState")
             if state is not None or _either(message, "input_responses", "inputResponses") is not None:
                 earlier = unfinished.take(_leg_of(call, state))
@@ -5689,6 +5708,9 @@ class Middleware:
     def _conclude(self, call: Call, message: object, result: object) -> None:
         """Tell a call what was answered; whatever goes wrong with that, the answer passes."""
         try:
+            if _is_plain(result):
+                conclude(call, result, uri=call.name)
+                return
             kind = _either(result, "result_type", "resultType")
             asked = _get(result, "input_required") or (result if kind == "input_required" else None)
             task = _task_of(result)
@@ -5758,6 +5780,8 @@ class Middleware:
     def _watch_tasks(self, server: object) -> None:
         """Hang into the functions that a FastMCP server runs in the background, by docket."""
         docket = _get(server, "_docket")
+        if docket is None:
+            return
         functions = _get(docket, "tasks")
         path = self._logger.config.path
         if type(functions) is dict and path not in getattr(docket, "__mxcp_audit__", ()):
@@ -5849,6 +5873,22 @@ def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
             uri=uri,
             max_body=config.max_result_bytes if config.record_result == "body" else None,
         )
+
+
+_TELLING: Final = frozenset(("result_type", "resultType", "input_required", "task", "root", "_meta"))
+_plain: Final[dict[type, bool]] = {}
+
+
+def _is_plain(result: object) -> bool:
+    """Return True for a result that can only be that of a call that is over."""
+    kind = type(result)
+    if kind is dict:
+        return _TELLING.isdisjoint(cast("dict[str, Any]", result))
+    if kind not in _plain:
+        fields = getattr(kind, "model_fields", None)
+        extra = fields and kind.model_config.get("extra")  # type: ignore[attr-defined]
+        _plain[kind] = bool(fields) and extra != "allow" and _TELLING.isdisjoint(fields or ())
+    return _plain[kind]
 
 
 def name_of(message: object) -> str:
@@ -6097,19 +6137,18 @@ def _followed(call: Call, result: Any) -> Any:
     if callable(getattr(type(result), "add_done_callback", None)):
         result.add_done_callback(lambda future: call.end(_failure_of(future)))
         return result
-    if isinstance(result, types.GeneratorType):
-        result = _stepper(lambda: result, lambda *_: call)()  # noqa: B023
-    elif isinstance(result, types.AsyncGeneratorType):
-        result = _async_stepper(lambda: result, lambda *_: call)()
-    elif isinstance(result, types.CoroutineType):
-        result = _awaited(call, result)
-    elif isinstance(result, Awaitable):
-        result = _Awaited(call, result)
-    else:
+    if isinstance(result, (types.GeneratorType, types.AsyncGeneratorType)):
+        stepper = _stepper if isinstance(result, types.GeneratorType) else _async_stepper
+        steps = stepper(lambda: result, lambda *_: call)()
+        weakref.finalize(steps, _forgotten, call, "never iterated")
+        return steps
+    if not isinstance(result, Awaitable):
         call.end()
         return result
-    weakref.finalize(result, _forgotten, call)
-    return result
+    is_coroutine = isinstance(result, types.CoroutineType)
+    awaited = _awaited(call, result) if is_coroutine else _Awaited(call, result)
+    weakref.finalize(awaited, _forgotten, call, "never awaited")
+    return awaited
 
 
 def _failure_of(future: Any) -> BaseException | None:
@@ -6119,9 +6158,9 @@ def _failure_of(future: Any) -> BaseException | None:
         return error
 
 
-def _forgotten(call: Call) -> None:
+def _forgotten(call: Call, error: str) -> None:
     if not call.ended:
-        call.fail("never awaited")
+        call.fail(error)
         call.end()
 
 
@@ -11334,6 +11373,66 @@ def ingest_child(settings: Mapping[str, Any], wait: float) -> None:
 
 
 AuditLogger._ingest = staticmethod(ingest_once)
+
+
+# --- MXCP's own logs
+
+_ISO_8601: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
+)
+_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
+# Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
+_NAMES_OF_MXCP: Final = {
+    "caller": ("caller", "caller_type"),
+    "event_type": ("type", "operation_type"),
+    "name": ("name", "operation_name"),
+    "input_params": ("input_json", "input_data"),
+    "duration_ms": ("duration_ms", "duration_ms"),
+    "policy_decision": ("policy_decision", "policy_decision"),
+    "reason": ("reason", "policy_reason"),
+    "status": ("status", "operation_status"),
+    "error": ("error", "error"),
+    "user_id": ("user_id", "user_id"),
+    "session_id": ("session_id", "session_id"),
+    "trace_id": ("trace_id", "trace_id"),
+}
+
+
+def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
+    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`.
+
+    Args:
+        line: of MXCP 0.1 to 0.3, or of 0.4 and newer; which of them, its keys say.
+
+    Returns:
+        None for what newer versions keep beside events: the definition of a schema.
+
+    Raises:
+        ValueError: it is no event; the text says why.
+    """
+    record = _json_object(line)
+    newer = "operation_type" in record
+    if not newer and "type" not in record:
+        if "schema_name" in record and "fields" in record:
+            return None
+        raise ValueError("no event: it has neither type nor operation_type")
+    event = {ours: record.get(theirs[newer]) for ours, theirs in _NAMES_OF_MXCP.items()}
+    if not newer and isinstance(event["input_params"], str):
+        with contextlib.suppress(ValueError, RecursionError):  # else it is recorded as the text that it is
+            event["input_params"] = json.loads(event["input_params"])
+    return _time_of_mxcp(record.get("timestamp")), event
+
+
+def _time_of_mxcp(text: object) -> int:
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError(f"timestamp {text!r:.60} is no time")
+    day, second, fraction, hours, minutes = match.groups()
+    offset = f"{hours}:{minutes}" if hours else "+00:00"
+    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
+    if moment < _EPOCH:
+        raise ValueError(f"timestamp {text!r:.60} is before 1970")
+    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
 
 
 # --- import: it redacts and encodes like a logger, and asks the ledger what is there already

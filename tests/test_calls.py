@@ -614,6 +614,118 @@ def test_origin_trace_of_opentelemetry_if_loaded(monkeypatch: pytest.MonkeyPatch
     assert origin_of(None)["trace_id"] == f"{0xABC:032x}"
 
 
+@pytest.mark.parametrize(
+    ("peer", "headers", "proxies", "address"),
+    [
+        (("10.0.0.1", 5), {"x-forwarded-for": "203.0.113.9"}, (), "10.0.0.1"),
+        (("10.0.0.1", 5), {"x-forwarded-for": "203.0.113.9"}, ("10.0.0.0/8",), "203.0.113.9"),
+        (
+            ("10.0.0.1", 5),
+            {"x-forwarded-for": "1.1.1.1, 203.0.113.9, 10.0.0.2"},
+            ("10.0.0.0/8",),
+            "203.0.113.9",
+        ),
+        (("10.0.0.1", 5), {"forwarded": 'for="[2001:db8::1]:80";proto=https'}, ("10.0.0.1",), "2001:db8::1"),
+        (("10.0.0.1", 5), {"x-forwarded-for": "203.0.113.9:4711"}, ("10.0.0.1",), "203.0.113.9"),
+        (("192.0.2.1", 5), {"x-forwarded-for": "203.0.113.9"}, ("10.0.0.0/8",), "192.0.2.1"),
+        (("203.0.113.9", 0), {"x-forwarded-for": "203.0.113.9"}, (), "127.0.0.1"),  # uvicorn believed it
+        (None, {}, ("10.0.0.1",), None),
+    ],
+)
+def test_address_a_proxy_s_word_counts_only_if_it_is_trusted(
+    peer: tuple[str, int] | None, headers: dict[str, str], proxies: tuple[str, ...], address: str | None
+) -> None:
+    client = peer and types.SimpleNamespace(host=peer[0], port=peer[1])
+    request = types.SimpleNamespace(client=client, headers=headers)
+    assert mxcp_audit.address_of(request, headers, proxies) == address
+
+
+def test_trusted_proxies_that_are_no_addresses_refused(tmp_path: Path) -> None:
+    with pytest.raises(mxcp_audit.ConfigError, match=r"trusted_proxies\[0\]: must be an address"):
+        AuditLogger(tmp_path / "log.duckdb", trusted_proxies=["proxy.example"])
+
+
+@pytest.mark.parametrize(
+    ("how", "names"),
+    [("none", set()), ("summary", {"items", "kinds"}), ("body", {"items", "kinds", "body"})],
+)
+def test_record_result_says_how_much_of_a_result_is_recorded(
+    tmp_path: Path, how: str, names: set[str]
+) -> None:
+    audit = AuditLogger(tmp_path / "log.duckdb", record_result=how, max_result_bytes=1000)
+    answer = {"content": [{"type": "text", "text": "é" * 4000}], "structuredContent": {"password": "hunter2"}}
+
+    async def call_next(context: object) -> dict[str, Any]:
+        return answer
+
+    asyncio.run(audit.middleware()(context_of("tools/call", name="t"), call_next))
+    audit.shutdown()
+    ((size, context),) = table_rows(tmp_path / "log.duckdb", "SELECT result_bytes, context FROM logs")
+    assert size == (
+        None if how == "none" else len(json.dumps(answer, ensure_ascii=False, separators=(",", ":")).encode())
+    )
+    assert {name.rpartition(".")[2] for name in json.loads(context or "{}")} == names
+    assert "hunter2" not in (context or "") and len(context or "") < 2000
+
+
+def test_context_of_a_person_s_own_is_redacted_beside_ours(audit: AuditLogger) -> None:
+    with audit.record("tool", "t", context={"password": "hunter2"}) as call:
+        call.details["mcp.protocol.version"] = "1"
+    (event,) = recorded(audit)
+    assert json.loads(event["context"]) == {"mcp.protocol.version": "1", "password": "[REDACTED]"}
+
+
+@pytest.mark.parametrize("kind", [SystemExit, GeneratorExit, BaseException])
+def test_input_whose_repr_raises_what_is_no_exception_is_recorded(
+    audit: AuditLogger, kind: type[BaseException]
+) -> None:
+    class Hostile_:
+        def __repr__(self) -> str:
+            raise kind("hunter2")
+
+        __str__ = __repr__
+
+    audit.log_event("cli", "tool", "logged", {"x": Hostile_()})
+    with audit.record("tool", "called", {"x": Hostile_()}):
+        pass
+    assert len(recorded(audit)) == 2
+
+
+@pytest.mark.parametrize("made", ["generator", "async generator", "never awaited", "never iterated"])
+def test_plain_function_that_returns_what_goes_on_later_is_recorded_when_that_is_over(
+    audit: AuditLogger, made: str
+) -> None:
+    def generator(fails: bool) -> Iterator[int]:
+        yield 1
+        raise ValueError("late")
+
+    async def later(fails: bool) -> AsyncIterator[int]:
+        yield 1
+        raise ValueError("late")
+
+    async def coroutine(fails: bool) -> None: ...
+
+    body = {"async generator": later, "never awaited": coroutine}.get(made, generator)
+    result: Any = audit.tool("t")(lambda fails: body(fails))(True)
+
+    async def drain() -> None:
+        async for _ in result:
+            pass
+
+    if made == "generator":
+        with pytest.raises(ValueError):
+            list(result)
+    elif made == "async generator":
+        with pytest.raises(ValueError):
+            asyncio.run(drain())
+    elif made == "never awaited":
+        result.close()
+    result = None
+    ((name, _, status, error),) = outcome(audit)
+    wanted = ("error", "ValueError: late") if "generator" in made else ("error", made)
+    assert (name, status, error) == ("t", *wanted)
+
+
 # --- the stdio wrapper's bookkeeping
 
 
@@ -742,7 +854,9 @@ def test_stdio_lines_that_are_no_calls_pass(feeder: Feeder, line: bytes) -> None
     feeder.stdio.from_client(line + b"\n")
     feeder.stdio.from_server(line + b"\n")
     feeder.server(answer(1))
-    assert (outcome(feeder.audit), feeder.faults) == ([("t", "{}", "success", None)], [])
+    assert outcome(feeder.audit) == [("t", "{}", "success", None)]
+    is_json = line[:1] in (b"", b"1", b"[", b"{")
+    assert feeder.faults == [] if is_json else "no JSON" in feeder.faults[0]
 
 
 def test_stdio_number_of_ten_thousand_digits_does_not_hide_a_call(feeder: Feeder) -> None:

@@ -100,6 +100,7 @@ def test_import_both_generations_every_field(engine: str, tmp_path: Path, cli: C
             "password": "[REDACTED]",
         }
         del event["event_id"]
+        assert {event.pop(column.name) for column in mxcp_audit.NEW_COLUMNS} == {None}
     nobody = {"user_id": None, "session_id": None, "trace_id": None}
     alice = {"user_id": "alice", "session_id": "s1", "trace_id": "0af7651916cd43dd8448eb211c80319c"}
     fine = {"policy_decision": "n/a", "reason": None, "status": "success", "error": None}
