@@ -3512,6 +3512,7 @@ class Encoder:
         self._clock = clock
         self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
         self._frames: dict[tuple[object, ...], tuple[str, str, str]] = {}
+        self._parties: dict[tuple[object, ...], str] = {}
 
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
@@ -3622,25 +3623,33 @@ class Encoder:
 
     def _more_json(self, more: Sequence[object], flag: str) -> tuple[str, str]:
         """Return the members of a line for the values of NEW_COLUMNS that are not None, and what is wrong."""
-        parts = []
-        for column, value in zip(NEW_COLUMNS, more):
-            if value is None:
-                continue
-            if column.name == "context":
-                text = value if type(value) is Json else self._clipped(self._redactor.redact_json(value))
-                if text[0] != "{":
-                    flag = _flags(flag, "context is no mapping")
-                    text = f'{{"value":{text}}}'
-                text = encode_text(text)
-            elif column.sql_type != "BIGINT":
-                text = self._id_json(value)
-            elif type(value) is int and 0 <= value <= LARGEST["BIGINT"]:
-                text = str(value)
-            else:
-                flag = _flags(flag, f"{column.name} is no integer from 0 to 2⁶³−1")
-                continue
-            parts.append(f',"{column.name}":{text}')
-        return "".join(parts), flag
+        *_, request_id, error_type, result_bytes, context = more
+        try:  # who calls which server stays the same for a session
+            text = self._parties[more[:4]]  # type: ignore[index]
+        except Exception:  # a new one, or a part that is no key: whatever its own __hash__ raises
+            text = self._members(NEW_COLUMNS[:4], more)
+            if all(part is None or type(part) is str for part in more[:4]):
+                if len(self._parties) >= _FRAME_CACHE_SIZE:
+                    self._parties.clear()
+                self._parties[tuple(more[:4])] = text
+        text += self._members(NEW_COLUMNS[4:6], (request_id, error_type))
+        if type(result_bytes) is int and 0 <= result_bytes <= LARGEST["BIGINT"]:
+            text += f',"result_bytes":{result_bytes}'
+        elif result_bytes is not None:
+            flag = _flags(flag, "result_bytes is no integer from 0 to 2⁶³−1")
+        if context is not None:
+            known = type(context) is Json
+            inner = context if known else self._clipped(self._redactor.redact_json(context))
+            if inner[0] != "{":  # type: ignore[index]
+                flag = _flags(flag, "context is no mapping")
+                inner = f'{{"value":{inner}}}'
+            text += f',"context":{encode_text(inner)}'  # type: ignore[arg-type]
+        return text, flag
+
+    def _members(self, columns: Sequence[Column], values: Iterable[object]) -> str:
+        return "".join(
+            [f',"{c.name}":{self._id_json(value)}' for c, value in zip(columns, values) if value is not None]
+        )
 
     def _text_json(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
         return encode_text(self._clean(value, echoes, limit))
@@ -4010,11 +4019,6 @@ class Segment(Descriptor):
                 if self.is_in_place():
                     os.unlink(self.path)
         self.close()
-
-    def empty(self) -> None:
-        """Remove its lines, which were written elsewhere."""
-        with contextlib.suppress(OSError):
-            os.ftruncate(self.number(), 0)
 
     def close(self) -> None:
         """Close the file as it is, and release its lock."""
@@ -4520,10 +4524,7 @@ class Diagnostics:
     def note(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
         """Count a fault; `tell` logs it once no lock is held: a handler has a lock too, and may log an event.
 
-        Args:
-            kind: a fixed word, so that a flood of one fault doesn't hide another.
-            message: what happened and what to do; never any recorded content.
-            error: the cause; its text is added.
+        `kind` is a fixed word, so that a flood of one fault doesn't hide another; texts hold no content.
         """
         self.errors += 1
         self.last_error = message if error is None else f"{message}: {error}"
@@ -4586,13 +4587,10 @@ class Appender:
         return 0.0 if self._lost else None
 
     def append(self, piece: list[bytes]) -> None:
-        """Put lines into the segment, a new one if need be.
+        """Put lines into the segment, a new one if need be; after an error, `done` says which are in it.
 
         After any fault the segment is sealed and the next attempt begins another: a file that has
         reached a size limit, or that an fsync failed on, never becomes better.
-
-        Raises:
-            OSError, JournalError: they are not in the journal, but for the first ones that `done` counts.
         """
         segment = self._present()
         if segment is None:
@@ -4646,10 +4644,7 @@ class Appender:
             )
 
     def _replace(self, segment: Segment) -> None:
-        """Write the events of a segment again that was deleted or moved, or whose mount was replaced.
-
-        The old file is emptied, so that they are not there twice if it comes back.
-        """
+        """Write a segment again that was deleted or moved; the old file is emptied, in case it comes back."""
         try:
             held = segment.read()
         except OSError as error:  # a stale network handle
@@ -4660,15 +4655,15 @@ class Appender:
             self._before, self._segment = self.done, None
         else:
             self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-            fresh = self.journal.open_segment(durable=self._durable) if held else None
-            if fresh is not None:
-                try:
-                    fresh.append(held, segment.events, durable=self._durable)
-                except BaseException:
-                    fresh.seal()
-                    raise
+            fresh = self.journal.open_segment(durable=self._durable)
+            try:
+                fresh.append(held, segment.events, durable=self._durable)
+            except BaseException:
+                fresh.seal()
+                raise
             self._segment = fresh
-            segment.empty()
+            with contextlib.suppress(OSError):
+                os.ftruncate(segment.number(), 0)
         segment.close()
 
     def seal(self) -> bool:
@@ -4718,7 +4713,7 @@ class Appender:
 _CPU_SHARE: Final = 0.01  # of one core: what ingests may use
 _LONGEST_PAUSE_SECONDS: Final = 60.0
 _LOCKED_PAUSE_SECONDS: Final = 5.0  # after an ingest that waited in vain for the database
-_CHILD_WAIT_SECONDS: Final = 20.0  # how long it waits; starting anew costs more than that
+_CHILD_WAIT_SECONDS: Final = 30.0  # how long it waits; starting anew costs more than that
 _POLL_SECONDS: Final = 0.1
 _BUSY_PAUSE_SECONDS: Final = 1.0  # until the ingest lock is tried again
 _DAY_SECONDS: Final = 24 * 3600.0
@@ -4751,11 +4746,9 @@ class Ingester:
     A segment is sealed for an ingest only, and not while the one that was sealed before still waits.
 
     Args:
-        appender: whose segments are ingested.
         settings: those of `Config`, as JSON has them; None: nothing is ingested here. With a retention,
             there is an ingest a day although nothing waits.
         interval: seconds from an event to the ingest, and between two ingests at least.
-        diagnostics: counts what the child did.
     """
 
     def __init__(
@@ -5006,10 +4999,7 @@ class Writer:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin with an empty queue and no thread: at first, and in a child after a fork.
-
-        What the parent had queued is the parent's to write.
-        """
+        """Begin with an empty queue and no thread: at first, and after a fork; the parent writes its own."""
         self._appender.start_afresh()
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
@@ -5018,8 +5008,6 @@ class Writer:
         self._writing = threads.RLock()  # of the appender; held while the disk works
         self._wake = threads.Lock()
         self._wake.acquire()
-        # Lines stay in the queue until they are in the journal: there is no moment at which
-        # an interrupt, or a write that fails, finds them nowhere.
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._finished = 0  # lines that left the queue
@@ -5060,8 +5048,7 @@ class Writer:
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
         """Return True when the line with this ticket is in the journal; at once inside of the writing thread.
 
-        Without an end if `timeout` is None, else False after so many seconds; False, too, of a line that
-        `close` had to leave behind.
+        False after `timeout` seconds, and for a line that `close` had to leave behind.
         """
         if self._is_writing_thread():
             return True
@@ -5173,11 +5160,7 @@ class Writer:
         return True
 
     def _rouse(self) -> None:
-        """Wake the writer, start it, or do its work here.
-
-        `_asleep` is the writer's to change: whoever is interrupted on the way here, by Ctrl+C say, leaves
-        a writer that the next event wakes.
-        """
+        """Wake the writer, start it, or do its work here. If this is interrupted, the next event wakes it."""
         if self._thread is not None or self._start_thread():
             self._release_wake()
         else:
@@ -5670,6 +5653,7 @@ class Unfinished:
 
     def __init__(self) -> None:
         self._calls: dict[object, list[tuple[float, str, Call]]] = {}
+        self._looked = 0.0
 
     def put(self, key: object, call: Call, error: str, seconds: float = float("inf")) -> None:
         """Keep a call, which fails with `error` if nobody takes it within the time."""
@@ -5684,6 +5668,13 @@ class Unfinished:
         if kept is not None and not kept:
             self._calls.pop(key, None)
         return call
+
+    def expire(self) -> None:
+        """Record the calls that nobody took in time; looks at most once a second."""
+        now = time.monotonic()
+        if now - self._looked >= 1:
+            self._looked = now
+            self.close(now=now)
 
     def close(self, *keys: object, now: float = float("inf")) -> None:
         """Record the calls that nobody took in time; all of them by default."""
@@ -6027,7 +6018,9 @@ class Middleware:
         message = _get(context, "message")
         if message is None:
             message = _get(context, "params")
-        outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
+        outer = None
+        if _running.get() is not None:
+            outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
         if outer is not None:
             outer.denied_by = (*_kinds(outer.denied_by), *self._denied_by)
             outer.is_open = True
@@ -6084,7 +6077,7 @@ class Middleware:
         call.arguments, call.task, call.is_open = arguments, _current_task(), True
         unfinished = self._logger.unfinished
         if unfinished:
-            unfinished.close(now=time.monotonic())
+            unfinished.expire()
             state = _either(message, "request_state", "requestState")
             if state is not None or _either(message, "input_responses", "inputResponses") is not None:
                 earlier = unfinished.take(_leg_of(call, state))
@@ -7086,10 +7079,10 @@ class AuditLogger:
         return not self.enabled or self._writer.wait_written(self._writer.accepted, timeout)
 
     def shutdown(self, timeout: float = 10.0) -> bool:
-        """Write what is queued, ingest, end the threads. Called at exit; calling it twice is harmless.
+        """Write what is queued, ingest, end the thread. Called at exit; calling it twice is harmless.
 
-        If the database is locked, the journal keeps the events for the next start. An event logged
-        later is written to the journal directly.
+        If the database is held until the end, the journal keeps the events for the next start, and `logging`
+        says how many. An event logged later is written to the journal directly.
 
         Args:
             timeout: seconds that writing and ingesting may take together.
@@ -8261,10 +8254,6 @@ def open_engine(
     Args:
         guest: one thread and little memory, for use beside a server.
         apart: in a process of its own in any case.
-        environ: the environment.
-
-    Raises:
-        EngineNotFoundError: neither is there, or not the one that was asked for.
     """
     choice = environ.get("MXCP_AUDIT_ENGINE") or "auto"
     if choice not in ("auto", "package", "cli"):
@@ -9018,7 +9007,7 @@ class Ingest:
 
     def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
         """Ingest claimed segments, then delete them and count."""
-        _refuse_fatal_limit()
+        refuse_fatal_limit()
         try:
             with (
                 contextlib.closing(self._target.open_engine(guest=True)) as engine,
@@ -9193,7 +9182,7 @@ class Ingest:
             self._ledger.enter(engine, entries)
 
 
-def _refuse_fatal_limit() -> None:
+def refuse_fatal_limit() -> None:
     """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process.
 
     Python ignores that signal unless somebody restored its default.
@@ -10432,6 +10421,9 @@ def _put_in_place(path: str, target: str) -> None:
 _LOSS_DAYS: Final = 30  # arbitrary: how long lost events are pointed out
 
 
+_PROBE_SECONDS: Final = (0.03, 0.6)  # the first and the longest pause between two tries for the database
+
+
 class Store:
     """The log of a configuration: its database (`target`) and its journal (`journal`) as one.
 
@@ -10477,12 +10469,28 @@ class Store:
             if not mine:
                 waiting = bool(self.journal.segments())
                 return {"done": not waiting, "busy": waiting}
-            problems = patiently(self._ingest.run, wait)
+            problems = self._run_ingest(wait)
             if self._retention is not None and not self.target.is_absent():
                 self._retain(self._retention)
         if problems:
             raise problems[0]
         return {"done": True, "retained": self._retention is None, "head": self._ledger.head_text()}
+
+    def _run_ingest(self, wait: float) -> list[JournalError]:
+        """Ingest; who may wait asks for the database first: reading the journal in vain costs more."""
+        end, pause = time.monotonic() + wait, _PROBE_SECONDS[0]
+        while True:
+            try:
+                if wait and self.target.is_file and not self.target.is_absent():
+                    refuse_fatal_limit()
+                    with self.target.session(read_only=False, wait=0.0, guest=True):
+                        pass
+                return self._ingest.run()
+            except DatabaseLockedError:
+                if time.monotonic() + pause >= end:
+                    raise
+                time.sleep(pause * (1 + os.urandom(1)[0] / 256))
+                pause = min(1.5 * pause, _PROBE_SECONDS[1])
 
     def _retain(self, retention: float) -> None:
         """Apply the retention, under the ingest lock."""

@@ -108,7 +108,7 @@ def test_line_of_the_next_second_has_its_own_time() -> None:
 def test_line_with_new_columns_holds_those_that_have_a_value(
     more: list[object], recorded: dict[str, object], flag: str | None
 ) -> None:
-    line = encode(more=more)
+    line = encode(more=(*more, *[None] * (8 - len(more))))
     names = {column.name for column in mxcp_audit.NEW_COLUMNS}
     assert {name: value for name, value in line.items() if name in names} == recorded
     assert line["reason"] is None if flag is None else flag in line["reason"]
