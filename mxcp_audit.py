@@ -4444,7 +4444,7 @@ class Journal:
 
 
 # === Writer ===
-# depends on: Errors, Events, Encoding, Journal
+# depends on: Errors, Config, Events, Encoding, Journal
 #
 # Queue → journal → child that ingests. One daemon thread, started by the first event, asleep while there is
 # nothing to do; where none can be started, and after `close`, callers write. A line stays in the queue until
@@ -4798,7 +4798,9 @@ class Ingester:
     def step(self) -> None:
         """Look after the child, or start one if it is time."""
         if self._child is not None:
-            self._look()
+            answer = self._look()
+            if answer is not None:
+                self._answered(answer)
         if self._child is None and self.due_in() == 0.0:
             self._begin()
 
@@ -4859,8 +4861,8 @@ class Ingester:
         with contextlib.suppress(OSError), child.stdin as pipe:  # it may have ended already
             pipe.write(text)
 
-    def _look(self) -> None:
-        """Read what the child says, and take it into account once the child has ended."""
+    def _look(self) -> Mapping[str, Any] | None:
+        """Read what the child says, and return its answer once it has ended."""
         child, pipe = self._child, self._pipe
         assert child is not None
         code = child.poll()
@@ -4870,7 +4872,7 @@ class Ingester:
             ):
                 self._said = (self._said + data)[-_ANSWER_BYTES:]
         if code is None:
-            return
+            return None
         self._child = None
         pipe.close()
         text = self._said.decode("utf-8", "replace").strip().rpartition("\n")[2]
@@ -4880,7 +4882,7 @@ class Ingester:
         except (ValueError, TypeError, KeyError):
             self._diagnostics.note("child", f"an ingest ended with code {code}: {text[:500]}")
             answer = {}
-        self._answered({"cpu": time.monotonic() - self._started, **answer})
+        return {"cpu": time.monotonic() - self._started, **answer}
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
         """Take an attempt into account, and set when the next may come."""
@@ -4933,16 +4935,18 @@ class Ingester:
             self._diagnostics.untold.append((logging.INFO, "checkpoint", f"checkpoint {self._head}"))
 
     def finish(self, ingest: Callable[..., Mapping[str, Any]], deadline: float) -> None:
-        """After the last line: wait for the child, then ingest in this thread while there is time."""
+        """After the last line: wait for the child, then ingest while there is time."""
         self.stopped = True
-        begun = time.monotonic()
-        while self._child is not None and time.monotonic() < (begun + deadline) / 2:
-            self._look()
-            time.sleep(0.02)
-        self.end_child()
+        if self._child is not None:
+            self._answered(self._await_child((time.monotonic() + deadline) / 2))
         why = "there was no time left"
         while self._appender.left():
-            answer = ingest(self._due_settings(), wait=max(0.0, deadline - time.monotonic()))
+            settings = self._due_settings()
+            if is_attach_target(str(settings["path"])) and not _no_child():
+                self._start()  # what waits for a server that does not answer can't be interrupted
+                answer = self._await_child(deadline)
+            else:
+                answer = ingest(settings, wait=max(0.0, deadline - time.monotonic()))
             why = answer.get("fault") or "another process is ingesting"
             self._account({name: value for name, value in answer.items() if name != "fault"})
             if answer.get("done"):
@@ -4957,17 +4961,29 @@ class Ingester:
             self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
         self._tell_head()
 
+    def _await_child(self, deadline: float) -> Mapping[str, Any]:
+        """Return the answer of the child, which is ended at a moment of `time.monotonic`."""
+        while time.monotonic() < deadline:
+            answer = self._look()
+            if answer is not None:
+                return answer
+            time.sleep(0.02)
+        self.end_child()
+        return {"fault": "an ingest took too long"}
+
     def end_child(self) -> None:
-        """End the child, if there is one: what it was doing is done again by the next ingest."""
+        """End the child and its engine, if there is one: the next ingest does again what it was doing."""
+        import signal
+
         child, self._child = self._child, None
         if child is None:
             return
-        child.terminate()
-        try:
-            child.wait(1)
-        except _native_subprocess().TimeoutExpired:
-            child.kill()
-            child.wait()
+        with contextlib.suppress(OSError):
+            if os.name == "posix":
+                os.killpg(child.pid, signal.SIGKILL)  # a transaction that is killed never happened
+            else:
+                child.kill()
+        child.wait()
         self._pipe.close()
 
 
@@ -8071,7 +8087,7 @@ class CliEngine:
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
                 umask=0o077 if hasattr(os, "fork") else -1,
-                start_new_session=True,  # Ctrl+C is ours to handle: a half-done ingest would be rolled back
+                start_new_session=not self._guest,  # Ctrl+C is ours to handle; a guest ends with its process
             )
         except OSError as error:
             raise EngineNotFoundError(f"{self.program} can't be run: {error.strerror}") from error
@@ -8958,6 +8974,7 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_READ: Final = 2**28  # DuckDB sets aside twice the longest line: what doesn't fit is put aside
+_LEAST_READ: Final = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ: Final = re.compile(rb',"seq":[0-9]+\}$')
 _CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
 _CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
@@ -9073,12 +9090,15 @@ class Ingest:
 
     def _read(self, engine: Engine, files: Sequence[str], wanted: Mapping[str, Sequence[int]]) -> bool:
         """Stage files; False if a line of them can't be read, or numbers are missing or stand twice."""
-        longest = max(LONGEST_LINE, *(os.stat(path).st_size + 1 for path in files if path))
-        longest = min(longest, _LONGEST_READ)
+        size = max(os.stat(path).st_size + 1 for path in files)
+        longest = min(max(LONGEST_LINE, size), _LONGEST_READ)
         try:
             engine.execute(STAGE, {"files": list(files), "longest": longest, "lenient": False})
         except QueryError as error:
-            if not is_data_fault(error):
+            is_memory = (
+                "out of memory" in str(error).lower()
+            )  # where little needs too much, lines are not at fault
+            if not is_data_fault(error) or (is_memory and size < _LEAST_READ):
                 raise
             return False
         return {segment: counts for segment, *counts in engine.execute(STAGED_COUNTS)} == wanted

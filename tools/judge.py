@@ -13,10 +13,13 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+LAST_INGEST_SECONDS = 60
 
 
 @dataclass
@@ -46,8 +49,15 @@ def ask(database: str | os.PathLike[str], query: str) -> list[tuple[Any, ...]]:
     if importlib.util.find_spec("duckdb"):
         import duckdb
 
-        with duckdb.connect(os.fspath(database), read_only=True) as connection:
-            return list(connection.execute(query).fetchall())
+        until = time.monotonic() + LAST_INGEST_SECONDS
+        while True:
+            try:
+                with duckdb.connect(os.fspath(database), read_only=True) as connection:
+                    return list(connection.execute(query).fetchall())
+            except duckdb.IOException as error:  # a killed server's ingest goes on without it
+                if "lock" not in str(error) or time.monotonic() > until:
+                    raise
+            time.sleep(0.1)
     package = importlib.util.find_spec("duckdb_cli")
     folders = package.submodule_search_locations if package else None
     program = shutil.which("duckdb", path=os.pathsep.join([*(folders or ()), os.environ["PATH"]]))
