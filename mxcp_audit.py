@@ -3792,6 +3792,7 @@ _MOST_CLAIMS: Final = 4096  # arbitrary: segments in one transaction
 _SMALL_BYTES: Final = 2**18  # arbitrary: segments up to here are put together before DuckDB reads them
 COMBINED: Final = "combined"  # the name of the file that holds them
 _GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
+_TURN_SECONDS: Final = 5.0  # how long readers let an ingest pass that asks
 _ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
 _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
@@ -3909,10 +3910,28 @@ def segment_id_of(path: str) -> str:
     return os.path.splitext(os.path.basename(path))[0]
 
 
+def give_to_owner(path: str, fd: int | None = None) -> None:
+    """Give what root has just made to the owner of its directory: the service must be able to use it."""
+    if getattr(os, "geteuid", lambda: -1)() == 0:
+        owner, made = os.stat(os.path.dirname(path) or os.curdir), os.lstat(path) if fd is None else os.fstat(fd)
+        if made.st_uid != owner.st_uid and (made.st_nlink == 1 or stat.S_ISDIR(made.st_mode)):
+            os.chown(path if fd is None else fd, owner.st_uid, owner.st_gid)
+
+
+def make_file(path: str, flags: int) -> int:
+    """Open a file, new or not, with mode 0600; links are not followed."""
+    fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+    try:
+        give_to_owner(path, fd)
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
 def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
     """Write a file with mode 0600 and force it to the disk; an earlier one is replaced or is an OSError."""
-    flags = os.O_WRONLY | os.O_CREAT | (os.O_TRUNC if replace else os.O_EXCL) | _NO_FOLLOW
-    with open(os.open(path, flags, _FILE_MODE), "wb") as file:
+    with open(make_file(path, os.O_WRONLY | (os.O_TRUNC if replace else os.O_EXCL)), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -4106,7 +4125,7 @@ def combine(paths: Sequence[str], directory: str) -> list[str]:
     if len(small) < 8:
         return list(sizes)
     target = os.path.join(directory, COMBINED + SEGMENT_SUFFIX)
-    with open(os.open(target, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | _NO_FOLLOW, _FILE_MODE), "wb") as file:
+    with open(make_file(target, os.O_WRONLY | os.O_TRUNC), "wb") as file:
         for path in small:
             with contextlib.suppress(FileNotFoundError):
                 with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), "rb") as segment:
@@ -4161,6 +4180,7 @@ class Journal:
         self, directory: str | os.PathLike[str], *, clock: Callable[[], int] = wall_clock_ns
     ) -> None:
         self.directory = os.path.abspath(directory)
+        self._lock_path = os.path.join(self.directory, "ingest.lock")
         self._clock = clock  # for names only
 
     def make_directory(self, *, durable: bool = False) -> None:
@@ -4174,6 +4194,8 @@ class Journal:
         try:
             os.makedirs(parent, exist_ok=True)
             os.mkdir(self.directory, _DIRECTORY_MODE)
+            give_to_owner(self.directory)
+            os.close(make_file(self._lock_path, os.O_RDWR))
             if durable:
                 sync_directory(parent)
             return
@@ -4189,7 +4211,10 @@ class Journal:
                 f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`",
                 path=self.directory,
             )
-        if hasattr(os, "geteuid") and found.st_uid not in (os.geteuid(), 0):
+        if not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0):
+            return
+        # Root works for the owner of the whole place, not for who put a directory into a shared one.
+        if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
             raise JournalError(
                 f"belongs to user {found.st_uid}, who could read and change what is recorded; "
                 "work as that user, make it your own, or set `journal`",
@@ -4226,37 +4251,56 @@ class Journal:
 
     def ingest_lock(self) -> contextlib.AbstractContextManager[bool]:
         """Hold the lock of the one process that ingests from here; yields False if another has it."""
-        return self._locked(os.O_RDWR, shared=False)
+        return self._locked(shared=False)
 
     def reading_lock(self) -> contextlib.AbstractContextManager[bool]:
         """Keep ingests out, but no other reader; yields False if one runs. For targets that don't do so."""
-        return self._locked(os.O_RDONLY, shared=True)
+        return self._locked(shared=True)
+
+    def ask_readers(self) -> None:
+        """Ask readers that come now to let the ingest have the database first; who has its lock may."""
+        with contextlib.suppress(OSError):
+            os.utime(self._lock_path)
+
+    def is_ingest_waiting(self) -> bool:
+        """Return True if an ingest asked for its turn within the last seconds, and goes on."""
+        try:
+            fd = os.open(self._lock_path, os.O_RDONLY | _NO_FOLLOW)
+        except OSError:
+            return False
+        try:
+            if not 0 <= self._clock() - os.fstat(fd).st_mtime_ns < _TURN_SECONDS * 1e9:
+                return False
+            is_free = try_lock(fd, shared=True)
+            if is_free:
+                unlock(fd)
+            return not is_free
+        except OSError:
+            return False
+        finally:
+            os.close(fd)
 
     @contextlib.contextmanager
-    def _locked(self, mode: int, *, shared: bool) -> Iterator[bool]:
-        """Hold `ingest.lock`. Without a journal, nobody can ingest: a reader has what it wants.
+    def _locked(self, *, shared: bool) -> Iterator[bool]:
+        """Hold `ingest.lock`. Without it, nobody ingests yet: a reader, who makes no file, has what it wants.
 
         Raises:
             JournalError: the file can't be opened or locked.
         """
-        path = os.path.join(self.directory, "ingest.lock")
         fd, locked = -1, False
         try:
             try:
-                if not shared:
+                if shared:
+                    fd = os.open(self._lock_path, os.O_RDONLY | _NO_FOLLOW)
+                else:
                     self.check_directory()
-                try:
-                    fd = os.open(path, mode | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
-                except OSError as error:
-                    if not shared or error.errno not in (errno.EACCES, errno.EPERM, errno.EROFS):
-                        raise
-                    fd = os.open(path, mode | _NO_FOLLOW)  # who reads may not write there
+                    fd = make_file(self._lock_path, os.O_RDWR)
                 locked = try_lock(fd, shared=shared)
             except FileNotFoundError:
                 pass
             except OSError as error:
                 raise JournalError(
-                    f"can't be locked: {error.strerror}; nothing is ingested", path=path
+                    f"can't be locked: {error.strerror}; nothing is ingested", path=self._lock_path
                 ) from error
             yield locked or (shared and fd < 0)
         finally:
@@ -4303,9 +4347,8 @@ class Journal:
         while True:
             segment_id = named or new_segment_id(self._clock())
             path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
-            flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_APPEND | _NO_FOLLOW
             try:
-                fd = os.open(path, flags, _FILE_MODE)
+                fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
             except FileExistsError:
                 if named:
                     raise
@@ -7599,12 +7642,24 @@ FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} 
 }
 
 
+# What a restore asks: `ours` is the database that the restored one, `audit`, is to replace.
+OUR_COLUMNS: Final = """\
+SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns() WHERE database_name = 'ours'"""
+OUR_SEGMENTS: Final = """\
+SELECT DISTINCT segment::VARCHAR FROM ours.logs WHERE segment NOT IN
+(SELECT segment FROM audit.ledger WHERE kind = 'segment' AND segment IS NOT NULL)"""
+OUR_LOSSES: Final = """\
+SELECT events::BIGINT, detail::VARCHAR, segment::VARCHAR FROM ours.ledger
+WHERE kind = 'loss' AND segment NOT IN
+(SELECT segment FROM audit.ledger WHERE kind = 'loss' AND segment IS NOT NULL)"""
+
+
 # --- reading: the views `table_rows` and `journal_rows` together are the log
 
 
-def table_rows(present: Collection[str]) -> str:
+def table_rows(present: Collection[str], database: str = "audit") -> str:
     """Return the SELECT of the table's rows in the shape of COLUMNS: what an older table lacks is NULL."""
-    return f"SELECT {_in_shape(COLUMNS, present)} FROM audit.logs"
+    return f"SELECT {_in_shape(COLUMNS, present)} FROM {database}.logs"
 
 
 JOURNAL_ROWS: Final = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
@@ -8473,6 +8528,8 @@ class Target:
             DatabaseNotFoundError: there is no database.
             StoreError: it can't be had.
         """
+        if read_only:
+            self.let_ingest_pass(wait)
         deadline = Deadline(wait)
         with contextlib.closing(self.open_engine(guest=guest)) as engine, contextlib.ExitStack() as stack:
             while True:
@@ -8488,6 +8545,12 @@ class Target:
                     if not deadline.pause():
                         raise
             yield engine
+
+    def let_ingest_pass(self, wait: float) -> None:
+        """Before reading a file: wait while an ingest asks for it, or readers without a break starve it."""
+        deadline = Deadline(wait)
+        while self.is_file and self._journal.is_ingest_waiting() and deadline.pause():
+            pass
 
     @contextlib.contextmanager
     def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
@@ -8565,9 +8628,7 @@ class Target:
             return
         wal = self.path + ".wal"
         with contextlib.suppress(OSError):
-            os.close(
-                os.open(wal, os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_NOFOLLOW", 0), _FILE_MODE)
-            )
+            os.close(make_file(wal, os.O_WRONLY | os.O_EXCL))
         yield
         with contextlib.suppress(OSError):
             if not os.stat(wal).st_size:
@@ -8591,6 +8652,7 @@ class Target:
                 _remove(path)
             attach_file(engine, scratch, "scratch", {**self._options, **NEW_FILE})
             os.chmod(scratch, _FILE_MODE)
+            give_to_owner(scratch)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
                 os.replace(scratch, self.path)
@@ -9247,6 +9309,7 @@ class Reader:
     @contextlib.contextmanager
     def open(self, *, wait: float) -> Iterator[Reading]:
         """Do what `Store.reading` says; where the table can't be had, open the journal alone."""
+        self._target.let_ingest_pass(wait)
         deadline = Deadline(wait)
         with (
             scratch_folder() as folder,
@@ -10328,31 +10391,147 @@ def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float |
 
 
 # == Copies ==
-# depends on: Errors, Journal, SQL, Engines, Target, Ledger
+# depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
 #
 # Copies of the whole log: a backup elsewhere, and the database written anew in place of itself. A copy is
 # read back before it gets its name, appears whole or not at all, and overwrites nothing else.
 
 
-def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> tuple[int, int]:
+def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> int:
     """Do what `Store.backup` says, but for the ingest before it."""
     place = os.path.abspath(path)
     folder = os.path.dirname(place)
     scratch = os.path.join(folder, f".{os.path.basename(place)}.{os.urandom(4).hex()}.part")
     try:
         with _scratch(scratch):
+            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
             with target.session(read_only=True, wait=wait) as engine:
                 tables = target.columns(engine)
-                events = _copy_database(engine, tables, os.path.join(scratch, "copy"))
-                unknown = unknown_segments(engine, journal.segments(), tables)
-                segments = _copy_journal(unknown, os.path.join(scratch, "journal"))
-            if segments:
-                os.rename(os.path.join(scratch, "journal"), place + ".journal")
-            _put_in_place(os.path.join(scratch, "copy"), place)
+                _copy_database(engine, tables, copy)
+                _copy_journal(unknown_segments(engine, journal.segments(), tables), waiting)
+            events = _take_in(copy, waiting)
+            _put_in_place(copy, place)
             sync_directory(folder)
     except OSError as error:
         raise StoreError(f"{path} can't be written: {error.strerror}") from error
-    return events, segments
+    return events
+
+
+def _take_in(path: str, directory: str) -> int:
+    """Ingest the segments of a copied journal into a copied database, and return how many events that has.
+
+    So a copy carries no file of the name of a live segment, which is longer by now: copied back over that,
+    it would destroy the rest. Taken in under an identity of its own, it leaves the other chains as they are.
+    """
+    journal = Journal(directory)
+    target = Target(Config(path), journal)
+    ledger = Ledger(target, journal)
+    if journal.segments():
+        with journal.ingest_lock():
+            Ingest(target, journal, ledger, diagnostics=Diagnostics(silent=True)).run()
+    with target.session(read_only=True, wait=0.0) as engine:
+        return int(str(engine.execute("SELECT count(*) FROM audit.logs")[0][0]))
+
+
+class Restored(NamedTuple):
+    """What a restore did."""
+
+    events: int  # that the database holds now
+    back: int  # of these, how many it did not hold before
+    kept: str | None  # where the database lies that was there before; None if there was none
+
+
+def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Restored:
+    """Do what `Store.restore` says. The caller holds the ingest lock."""
+    place = os.path.realpath(target.path)
+    folder, name = os.path.split(place)
+    source = Target(Config(os.path.abspath(path)), Journal(path + ".journal"))
+    scratch, ours = os.path.join(folder, f".{name}.restore"), None
+    try:
+        with _scratch(scratch):
+            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
+            with source.session(read_only=True, wait=wait) as engine:
+                tables = source.columns(engine)
+                if "logs" not in tables:
+                    raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
+                _copy_database(engine, tables, copy)
+            _copy_journal(Journal(path + ".journal").segments(), waiting)  # of backups by earlier versions
+            events, before, kept = _take_in(copy, waiting), 0, None
+            if not target.is_absent():
+                with target.session(read_only=False, wait=wait) as engine:
+                    engine.execute("CHECKPOINT audit")
+                ours = os.stat(place)
+                events, before = _merge(copy, place, journal)
+                kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}"
+            if events == before:
+                return Restored(events, 0, None)
+            give_to_owner(copy)
+            if ours is None:
+                _put_in_place(copy, place)
+            else:
+                with target.session(read_only=True, wait=wait):
+                    now = os.stat(place)
+                    if (now.st_ino, now.st_size, now.st_mtime_ns) != (
+                        ours.st_ino,
+                        ours.st_size,
+                        ours.st_mtime_ns,
+                    ):
+                        raise DatabaseLockedError(
+                            f"{place}: another process wrote to it meanwhile; try again"
+                        )
+                    _put_in_place(place, str(kept))
+                    os.chmod(copy, stat.S_IMODE(ours.st_mode))
+                    os.replace(copy, place)
+            sync_directory(folder)
+    except OSError as error:
+        raise StoreError(f"{place} can't be restored: {error.strerror}") from error
+    return Restored(events, events - before, kept)
+
+
+def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
+    """Enter into a copy what it lacks of the database at `place`; return how many events each has then.
+
+    Raises:
+        StoreError: there is something that can't be entered, so that replacing the database would lose it.
+    """
+    target = Target(Config(path), journal)
+    ledger = Ledger(target, journal)
+    with target.session(read_only=False, wait=0.0) as engine:
+        attach_file(engine, place, "ours", {"READ_ONLY": True})
+        present: dict[str, set[str]] = {}
+        for table, column in engine.execute(OUR_COLUMNS):
+            present.setdefault(str(table), set()).add(str(column))
+        rows = table_rows(present["logs"], "ours") if "logs" in present else NO_ROWS
+        segments: list[str] = []
+        with ledger.writing(engine):
+            engine.execute(STAGE_NOTHING)
+            if {"logs", "ledger"} <= present.keys():
+                segments = [str(segment) for (segment,) in engine.execute(OUR_SEGMENTS)]
+                engine.execute(
+                    f"INSERT INTO batch BY NAME {rows} WHERE segment IN (SELECT unnest($segments))",
+                    {"segments": segments},
+                )
+                engine.execute(INSERT_ROWS)
+                entries: list[Entry] = [(PREPARE_SEGMENTS, {"segments": segments})] if segments else []
+                entries += [
+                    entry_of("loss", int(str(events)), str(detail), segment=str(segment))
+                    for events, detail, segment in engine.execute(OUR_LOSSES)
+                ]
+                if entries:
+                    ledger.enter(engine, entries)
+            ((missing,),) = engine.execute(
+                f"SELECT count(*) FROM ({rows} EXCEPT ALL {table_rows(target.columns(engine)['logs'])})"
+            )
+            if missing:
+                raise StoreError(
+                    f"{place} holds {counted(int(str(missing)), 'row')} that would be lost; move it "
+                    "and its .wal aside to restore without them"
+                )
+        ((mine, theirs),) = engine.execute(
+            f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))"
+        )
+        engine.execute("DETACH ours")
+    return int(str(mine)), int(str(theirs))
 
 
 def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
@@ -10509,6 +10688,8 @@ class Store:
             except DatabaseLockedError:
                 if time.monotonic() + pause >= end:
                     raise
+                if pause == _PROBE_SECONDS[0]:
+                    self.journal.ask_readers()
                 time.sleep(pause * (1 + os.urandom(1)[0] / 256))
                 pause = min(1.5 * pause, _PROBE_SECONDS[1])
 
@@ -10633,14 +10814,11 @@ class Store:
         with self._alone(wait), self.target.session(read_only=False, wait=wait) as engine:
             return purge_before(engine, self._ledger, before, archive)
 
-    def backup(self, path: str, *, wait: float = 5.0) -> tuple[int, int]:
-        """Copy database and journal to `path` and `path.journal`, as of one moment, while servers run.
-
-        What can be ingested is ingested first, so that the copy's journal holds only what running
-        servers have not sealed yet; there is none if there is nothing.
+    def backup(self, path: str, *, wait: float = 5.0) -> int:
+        """Copy the whole log into one database file, as of one moment, while servers run.
 
         Returns:
-            how many events the copied table holds, and how many segments its journal.
+            how many events the copy holds.
 
         Raises:
             StoreError: something is at `path` already, or the copy can't be written or differs.
@@ -10654,6 +10832,20 @@ class Store:
         with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
             self.ingest()
         return back_up(self.target, self.journal, path, wait=wait)
+
+    def restore(self, path: str, *, wait: float = 5.0) -> Restored:
+        """Put a backup in place of the database, with all that the database holds besides; lose nothing.
+
+        The replaced database stays beside it under another name, and the journal as it is: what waits there
+        is ingested as ever. Events that were purged since the backup are there again. Where the database
+        holds all of the backup, nothing is changed.
+
+        Raises:
+            StoreError: nothing was changed, because something would be lost.
+        """
+        self._refuse_remote("restore")
+        with self._alone(wait):
+            return put_back(self.target, self.journal, path, wait=wait)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
         """Write the database anew, without the room that purged rows left, in place of the old one.
@@ -12738,6 +12930,7 @@ examples:
         _add_checkpoint,
         _add_purge,
         _add_backup,
+        _add_restore,
         _add_compact,
         _add_completion,
     ):
@@ -13861,8 +14054,7 @@ def _add_backup(new_command: _NewCommand) -> None:
         "backup",
         cmd_backup,
         "copy the log while the server runs",
-        "Copy the database to FILE, and what is not in it yet to FILE.journal. To restore, copy both back "
-        "while no server runs.",
+        "Copy the whole log into the new database FILE.",
         "backup /backup/audit-2026-11-25.duckdb",
     )
     command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
@@ -13870,10 +14062,28 @@ def _add_backup(new_command: _NewCommand) -> None:
 
 def cmd_backup(options: argparse.Namespace) -> int:
     """Copy the log while servers run."""
-    events, segments = Store(_config_of(options)).backup(options.file, wait=options.wait)
+    events = Store(_config_of(options)).backup(options.file, wait=options.wait)
     _print(f"{counted(events, 'event')} copied to {options.file}")
-    if segments:
-        _print(f"{counted(segments, 'segment')} of running servers copied to {options.file}.journal")
+    return 0
+
+
+def _add_restore(new_command: _NewCommand) -> None:
+    command = new_command(
+        "restore",
+        cmd_restore,
+        "put a backup back, without losing what came after it",
+        "Put the backup FILE in place of the database, and add what only the database holds.",
+        "restore /backup/audit-2026-11-25.duckdb",
+    )
+    command.add_argument("file", metavar="FILE", help="what `backup` made")
+
+
+def cmd_restore(options: argparse.Namespace) -> int:
+    """Put a backup back."""
+    restored = Store(_config_of(options)).restore(options.file, wait=options.wait)
+    _print(f"{counted(restored.back, 'event')} restored; the database holds {restored.events}")
+    if restored.kept:
+        _print(f"the database that was there before: {restored.kept}")
     return 0
 
 
