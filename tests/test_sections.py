@@ -28,7 +28,7 @@ def test_check_sections_on_the_file_as_it_is_is_silent() -> None:
     ("section", "statement", "reason"),
     [
         ("Events", "_ = AuditLogger", "names point up only"),
-        ("Writer", "_ = parse_yaml", "add it to `depends on`"),
+        ("SQL", "_ = parse_yaml", "add it to `depends on`"),
         ("Journal", "_ = Store", "names point up only"),
         ("Events", "_ = time.time_ns()", "belongs to no section"),
         ("Store", "print(1)", "belongs to Command line"),
