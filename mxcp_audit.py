@@ -3913,7 +3913,10 @@ def segment_id_of(path: str) -> str:
 def give_to_owner(path: str, fd: int | None = None) -> None:
     """Give what root has just made to the owner of its directory: the service must be able to use it."""
     if getattr(os, "geteuid", lambda: -1)() == 0:
-        owner, made = os.stat(os.path.dirname(path) or os.curdir), os.lstat(path) if fd is None else os.fstat(fd)
+        owner, made = (
+            os.stat(os.path.dirname(path) or os.curdir),
+            os.lstat(path) if fd is None else os.fstat(fd),
+        )
         if made.st_uid != owner.st_uid and (made.st_nlink == 1 or stat.S_ISDIR(made.st_mode)):
             os.chown(path if fd is None else fd, owner.st_uid, owner.st_gid)
 

@@ -54,7 +54,7 @@ class Cell:
         python: the version wanted.
         package: the version of the `duckdb` package, or None to have none.
         program: that of `duckdb-cli`; the oldest that holds the program is 1.4.4.post2.
-        tests: which files of the tests; STORE where another cell has the same Python.
+        tests: which files of the tests: all of the core on the oldest; elsewhere what depends on the cell.
     """
 
     python: str
@@ -81,8 +81,8 @@ class Cell:
 CELLS = (
     Cell("3.10", "1.2.2", "1.4.4.post2"),
     Cell("3.12", "1.4.4", "1.4.4.post2", STORE),
-    Cell("3.13", "1.5.5", "1.5.5"),
-    Cell("3.12", None, "1.5.6"),
+    Cell("3.13", "1.5.5", "1.5.5", (*STORE, "calls", "logger", "writer")),
+    Cell("3.12", None, "1.5.6", (*STORE, "cli", "follow")),
 )
 VERSIONS = """
 import importlib.metadata, importlib.util, subprocess, sys
@@ -140,7 +140,7 @@ def run_cell(cell: Cell) -> Result:
     wanted = (cell.python, cell.package or "none", cell.program)
     if made.returncode:
         return Result(wanted, {}, 1, "its environment can't be made")
-    note = "core" if cell.tests is CORE else "of the core the Store"
+    note = "core" if cell.tests is CORE else f"of the core {', '.join(cell.tests)}"
     note += "" if cell.python in find_pythons() else f"; Python {cell.python} is absent"
     files = [f"tests/test_{name}.py" for name in cell.tests]
     return run_pytest(made.stdout.strip(), ["-k", f"not ({LEFT_OUT})", *files], note)
