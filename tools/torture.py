@@ -588,7 +588,7 @@ def s8_many_writers(t: Torture) -> None:
 
 
 def keep_reading(t: Torture, command: list[str], children: list[subprocess.Popen[str]]) -> None:
-    """Check that readers see no event twice; what they print is read at once, or they would hold their lock."""
+    """Check that readers see no event twice; what they print is read at once, or they hold their lock."""
     while any(child.poll() is None for child in children):
         done = t.run(command)
         t.figure.faults += 1
