@@ -7522,6 +7522,7 @@ SELECT journal::VARCHAR, max(position)::BIGINT,
 FROM audit.ledger GROUP BY journal ORDER BY journal"""
 ACTIVE_HOURS: Final = """\
 SELECT DISTINCT epoch(date_trunc('hour', ingested_at))::BIGINT AS hour FROM audit.ledger
+ANTI JOIN (SELECT unnest($journals) AS journal, unnest($positions) AS position) USING (journal, position)
 WHERE ingested_at <= $now::TIMESTAMP ORDER BY hour DESC"""
 
 
@@ -7530,6 +7531,26 @@ WHERE ingested_at <= $now::TIMESTAMP ORDER BY hour DESC"""
 TABLE_TYPES: Final = f"""\
 SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
+
+
+# What keeps a table from being a plain one; of a collation only the table's text tells.
+ODDITIES: Final = f"""\
+SELECT view_name::VARCHAR AS name, 'is a view' AS what FROM duckdb_views()
+WHERE {_OUR_TABLES.replace("table_name", "view_name")}
+UNION ALL SELECT table_name::VARCHAR, 'has a column with a collation, or one that is computed'
+FROM duckdb_tables() WHERE {_OUR_TABLES} AND regexp_matches(sql, 'COLLATE|GENERATED ALWAYS')
+UNION ALL SELECT table_name::VARCHAR, concat('has a default for ', column_name)
+FROM duckdb_columns() WHERE {_OUR_TABLES} AND column_default IS NOT NULL AND column_default <> 'NULL'"""
+POSTGRES_ODDITIES: Final = """\
+SELECT relname AS name, CASE WHEN relkind NOT IN ('r', 'p') THEN 'is no table'
+  WHEN relrowsecurity THEN 'has row security' WHEN relhasrules THEN 'has rules'
+  WHEN EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal) THEN 'has triggers'
+  ELSE 'has a column that is computed, or has a default or a collation' END AS what
+FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({0})
+AND (relkind NOT IN ('r', 'p') OR relrowsecurity OR relhasrules
+  OR EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal)
+  OR EXISTS (SELECT 1 FROM pg_attribute a WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+    AND (atthasdef OR attcollation NOT IN (0, (SELECT oid FROM pg_collation WHERE collname = 'default')))))"""
 
 
 def _in_shape(columns: Sequence[Column], there: Collection[str]) -> str:
@@ -7550,13 +7571,20 @@ SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, events::BIGINT, seal::
        {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
 FROM sound_ledger ORDER BY journal, position, seal"""
 PURGES: Final = """\
-SELECT detail::VARCHAR, events::BIGINT, strftime(ingested_at, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+SELECT journal::VARCHAR, position::BIGINT, detail::VARCHAR, events::BIGINT, host::VARCHAR,
+       strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ')::VARCHAR
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
-SPLITS: Final = """\
+# What the entries held that purges name, by the number of the purge.
+NAMED: Final = """\
+SELECT number::BIGINT, sum(events)::BIGINT, max(epoch_us(last_event))::BIGINT
+FROM (SELECT unnest($numbers) AS number, unnest($journals) AS name,
+             unnest($lows) AS low, unnest($highs) AS high)
+JOIN sound_ledger ON journal = name AND position BETWEEN low AND high
+WHERE kind IN ('segment', 'legacy') GROUP BY number"""
+SPLITS: Final = f"""\
 SELECT max(segment)::VARCHAR FROM (
     SELECT segment, floor(sum(events) OVER (ORDER BY segment ROWS UNBOUNDED PRECEDING) / $size) AS part
-    FROM sound_ledger
-    WHERE kind IN ('segment', 'legacy') AND ($before IS NULL OR last_event >= make_timestamp($before)))
+    FROM (SELECT {SEGMENT_OR_DAY} AS segment, count(*) AS events FROM sound_logs GROUP BY ALL))
 GROUP BY part ORDER BY ALL NULLS FIRST"""
 SCOPE_SINCE: Final = f"""\
 CREATE OR REPLACE TEMP TABLE scope AS
@@ -7567,7 +7595,8 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
 def comparison(*, scoped: bool) -> str:
     """Return the SELECT that sets what the ledger says of segments beside what is in `logs`.
 
-    Without `scoped`, only differences are returned, and what a purge may have taken (`$before`).
+    Without `scoped`, only differences are returned, and what is there although a purge may have taken it,
+    because it is older than `$before`.
     """
     inside = _IN_RANGE
     if scoped:
@@ -7578,7 +7607,8 @@ def comparison(*, scoped: bool) -> str:
         if scoped
         else (
             "found.digest IS DISTINCT FROM entered.digest OR coalesce(found.events, 0) <> entered.events "
-            "OR entered.events IS NULL OR entered.first_event < make_timestamp($before)"
+            "OR entered.events IS NULL "
+            "OR (found.events > 0 AND entered.first_event < make_timestamp($before))"
         )
     )
     return f"""\
@@ -7605,35 +7635,50 @@ FROM sound_logs, (SELECT unnest($seqs) AS place)
 WHERE segment = $segment AND seq IN (SELECT unnest($seqs)) AND seq <> place"""
 
 
+# One event, for somebody who has no database: timestamps in microseconds.
+
+
+def _plain_columns(columns: Sequence[Column]) -> str:
+    time = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END AS {0}"
+    return ", ".join((time if c.sql_type == "TIMESTAMP" else "{0}").format(c.name) for c in columns)
+
+
+EVENT_TO_PROVE: Final = (
+    f"SELECT {_plain_columns(COLUMNS)} FROM sound_logs WHERE segment = $segment AND seq = $seq"
+)
+ENTRY_TO_PROVE: Final = f"""\
+SELECT {_plain_columns(LEDGER_COLUMNS[:-1])} FROM sound_ledger
+WHERE segment = $segment AND kind = 'segment'"""
+HASHES_TO_PROVE: Final = f"""\
+SELECT {row_hash(COLUMNS)}::VARCHAR AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"""
+
+
 # --- removing and copying
 
-# What a purge touches; segments that an earlier one took whole are left out.
+# What a purge takes: segments whose rows are all older, and were so when they were entered.
 SCOPE_BEFORE: Final = f"""\
 CREATE OR REPLACE TEMP TABLE scope AS
-SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND first_event < $moment::TIMESTAMP
-AND ($before IS NULL OR last_event >= make_timestamp($before) OR ingested_at >= $purged_at::TIMESTAMP)
-UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp < $moment::TIMESTAMP"""
-_OLD: Final = f"{SEGMENT_OR_DAY} = $segment AND timestamp < $moment::TIMESTAMP"
-_KEPT: Final = f"{SEGMENT_OR_DAY} = $segment AND coalesce(timestamp >= $moment::TIMESTAMP, true)"
-PART_GONE: Final = (
-    f"SELECT events::BIGINT, digest::VARCHAR, epoch_us(last_event)::BIGINT "
-    f"FROM ({digests('sound_logs', _OLD, segment=SEGMENT_OR_DAY)})"
-)
-PART_KEPT: Final = (
-    f"SELECT events::BIGINT, digest::VARCHAR FROM ({digests('sound_logs', _KEPT, segment=SEGMENT_OR_DAY)})"
-)
-DELETE_OLD: Final = "DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+SELECT {SEGMENT_OR_DAY} AS segment FROM sound_logs GROUP BY ALL
+HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)
+EXCEPT SELECT segment FROM sound_ledger
+WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
+_IN_SCOPE: Final = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
+DELETE_SCOPE: Final = f"DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP AND {_IN_SCOPE}"
+COUNT_SCOPE: Final = f"SELECT count(*)::BIGINT FROM audit.logs WHERE {_IN_SCOPE}"
 COUNT_OLD: Final = "SELECT count(*)::BIGINT FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
-OLD_DAYS: Final = """\
-SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR AS day, count(*)::BIGINT FROM audit.logs
-WHERE timestamp < $moment::TIMESTAMP GROUP BY day ORDER BY day"""
-OLD_OF_DAY: Final = f"""\
-SELECT {_NAMES} FROM audit.logs
-WHERE timestamp < $moment::TIMESTAMP AND strftime(timestamp, '%Y-%m-%d') = $day
-ORDER BY timestamp, segment, seq"""
+# An archive has a file for each day, and one for what is not as it was entered.
+_FILE_OF: Final = (
+    f"CASE WHEN {SEGMENT_OR_DAY} IN (SELECT unnest($wrong)) THEN $apart "
+    "ELSE strftime(timestamp, '%Y-%m-%d.parquet') END"
+)
+OLD_FILES: Final = f"""\
+SELECT file::VARCHAR, count(*)::BIGINT FROM (SELECT {_FILE_OF} AS file FROM audit.logs WHERE {_IN_SCOPE})
+GROUP BY file ORDER BY file"""
+OLD_OF_FILE: Final = f"""\
+SELECT {_NAMES} FROM audit.logs WHERE {_IN_SCOPE} AND {_FILE_OF} = $name ORDER BY timestamp, segment, seq"""
 ARCHIVED: Final = (
     "SELECT digest::VARCHAR FROM ("
-    + digests("read_parquet($files)", _IN_RANGE.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
+    + digests("read_parquet($files)", segment=SEGMENT_OR_DAY)
     + ") ORDER BY segment"
 )
 SAME_CONTENT: Final = {
@@ -7943,14 +7988,16 @@ _ENGINE_ERRORS: Final = tuple(
     )
     for sign in signs.split("|")
 )
+_SQL_FAULTS: Final = ("parser error", "conversion error", "out of range error")
 _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
 
 def store_error(message: str) -> StoreError:
-    """Return the error of ours that a message of DuckDB's stands for."""
+    """Return the error of ours that a message of DuckDB's stands for; what it quotes doesn't count."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
-    for kind, sign in _ENGINE_ERRORS:
-        if sign in message.lower():
+    said = re.sub(r""""[^"]*"|'[^']*'|\nLINE \d+:(?s:.*)""", "", message).lower()
+    for kind, sign in _ENGINE_ERRORS if not said.startswith(_SQL_FAULTS) else ():
+        if sign in said:
             holder = _HOLDER.search(message)
             if kind is DatabaseLockedError and holder:
                 return kind(f"in use by {holder[1]} (PID {holder[2]})")
@@ -8570,7 +8617,7 @@ class Target:
                 engine.close()
                 if not self.is_file:  # causes repeat connection strings, and with them passwords
                     raise self._public_error(error) from None
-                if isinstance(error, QueryError):
+                if type(error) in (StoreError, QueryError):  # ours, or the statement's
                     raise
                 raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
             except BaseException:
@@ -8602,7 +8649,8 @@ class Target:
             raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
         schema = "public" if _POSTGRES.match(self.path) else "main"
         named = [str(value) for name, value in options.items() if name.upper() == "SCHEMA"]
-        engine.execute(SET_SCHEMA, {"schema": [*named, schema][0]})
+        self._schema = [*named, schema][0]
+        engine.execute(SET_SCHEMA, {"schema": self._schema})
         if not read_only:
             yield
             engine.execute("DETACH audit")
@@ -8684,6 +8732,16 @@ class Target:
         for table, column in engine.execute(QUACK_COLUMNS if _QUACK.match(self.path) else TABLE_COLUMNS):
             present.setdefault(table, set()).add(column)
         return present
+
+    def oddities(self, engine: Engine) -> list[str]:
+        """Return what makes our tables other than plain ones: what is read may not be what is there."""
+        if _QUACK.match(self.path):
+            return []
+        sql = ODDITIES
+        if _POSTGRES.match(self.path):
+            asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self._schema)))
+            sql = f"SELECT name, what FROM postgres_query('audit', {asked})"
+        return [f"{table} {what}" for table, what in engine.execute(sql)]
 
     def create_tables(self, engine: Engine) -> None:
         """Make what is missing of the tables and their columns; the target is attached for writing."""
@@ -9286,7 +9344,7 @@ def refuse_fatal_limit() -> None:
 
 
 # == Reading ==
-# depends on: Errors, Journal, SQL, Engines, Target, Ledger
+# depends on: Errors, Journal, Writer, SQL, Engines, Target, Ledger
 #
 # Table and journal as one log. Reading attaches read-only first, then lists the journal, then asks the
 # ledger: while a reader holds its lock nobody can ingest, so the three agree, and every event is seen once.
@@ -9303,11 +9361,13 @@ class Reader:
     Args:
         target: its database.
         journal: its journal.
+        diagnostics: is told of a table that is no plain one.
     """
 
-    def __init__(self, target: Target, journal: Journal) -> None:
+    def __init__(self, target: Target, journal: Journal, diagnostics: Diagnostics) -> None:
         self._target = target
         self._journal = journal
+        self._diagnostics = diagnostics
 
     @contextlib.contextmanager
     def open(self, *, wait: float) -> Iterator[Reading]:
@@ -9348,6 +9408,8 @@ class Reader:
                     "for the profile, or no events have been logged yet (the database is created on first "
                     "write)."
                 )
+            for text in reading.oddities:
+                self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
             yield reading
 
     def _attempt(self, reading: Reading, stack: contextlib.ExitStack) -> None:
@@ -9366,6 +9428,7 @@ class Reader:
         segments = journal.segments()
         present = target.columns(reading.engine)
         reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
+        reading.oddities = target.oddities(reading.engine)
         reading.has_ledger = "ledger" in present
 
     def _open_journal(self, reading: Reading) -> None:
@@ -9413,6 +9476,7 @@ class Reading:
         self.engine = engine
         self._folder = folder  # for small segments, put together
         self.problem: StoreError | None = None
+        self.oddities: list[str] = []  # what makes our tables other than plain ones
         self.has_table = False
         self.has_journal = False
         self.has_ledger = False
@@ -9708,10 +9772,13 @@ def interruptible(engine: Engine) -> Iterator[None]:
 
 
 # == Evidence ==
-# depends on: Errors, Events, SQL, Engines, Ledger
+# depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
 # Recomputes what the ledger says and names what is otherwise. Nothing is written: whoever purges asks
 # here first, too, so that what somebody had changed stays known as changed when it is gone.
+#
+# An entry is believed if its seal is right: made with the key where there is one, or met by a checkpoint.
+# Each segment must be absent, if an entry that is believed says that it was purged, or exactly as entered.
 
 
 # --- what is found
@@ -9722,7 +9789,7 @@ _MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
 class Finding(NamedTuple):
     """One thing that isn't as the ledger says."""
 
-    kind: str  # changed, reordered, removed, inserted (events); chain, cut (the ledger); table (columns)
+    kind: str  # changed, reordered, removed, inserted (events); chain, cut (the ledger); table (its form)
     segment: str | None
     seqs: tuple[int, ...]  # which events of the segment, as far as that can be known
     text: str
@@ -9740,7 +9807,9 @@ class Verdict:
     def __init__(self) -> None:
         self.findings: list[Finding] = []
         self.more_findings = 0  # beyond those that are listed
+        self.notes: list[str] = []  # what could not be known
         self.heads: list[Head] = []
+        self.purges: list[Purge] = []  # those that no checkpoint covers
         self.entries = 0
         self.segments = 0
         self.events = 0  # in all segments, purged ones included
@@ -9781,14 +9850,58 @@ def _numbers(seqs: Iterable[int]) -> str:
     return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
 
 
-# --- what purges left
+# --- what purges removed
+
+
+class Purge(NamedTuple):
+    """What a purge entry says; a value of another type makes it one that can't be read."""
+
+    before: int  # microseconds since the epoch: everything that went is older
+    removed: Mapping[str, Sequence[tuple[int, int]]]  # by journal: first and last position of entries
+    wrong: Mapping[
+        str, tuple[int, str | None, int]
+    ]  # segments that were not as entered: found, digest, entered
+    archive: str | None = None  # the directory, if what went was archived
+    events: int = 0  # how many went
+    journal: str = ""
+    position: int = 0
+    host: str = ""
+    moment: str = ""  # when it was entered
+    # Earlier versions removed parts of segments: the ends of the chains, and what they say stayed.
+    heads: Mapping[str, int] | None = None
+    left: Mapping[str, tuple[int, str]] = types.MappingProxyType({})
+
+    def detail(self) -> str:
+        """Return the entry's `detail`."""
+        return json.dumps(dict(zip(self._fields[:4], self)), separators=(",", ":"))
+
+    @classmethod
+    def parse(cls, detail: str | None) -> Purge:
+        """Return what `detail` says. Raises ValueError if somebody wrote something else into it."""
+        try:
+            said = json.loads(detail or "")
+            wrong = {
+                str(name): (int(n), text, int((*rest, 0)[0]))
+                for name, (n, text, *rest) in said["wrong"].items()
+            }
+            if "removed" in said:
+                removed = {
+                    str(name): [(int(low), int(high)) for low, high in spans]
+                    for name, spans in said["removed"].items()
+                }
+                return cls(int(said["before"]), removed, wrong)
+            heads = {str(name): int(position) for name, position in said["heads"].items()}
+            left = {str(name): (int(n), str(text)) for name, (n, text) in said["left"].items()}
+            return cls(int(said["before"]), {}, wrong, heads=heads, left=left)
+        except (AttributeError, LookupError, TypeError, OverflowError, RecursionError) as error:
+            raise ValueError(f"{error!r}") from error
 
 
 class Compared(NamedTuple):
-    """A row of COMPARE: a segment in the ledger (the first seven) and in `logs`."""
+    """A segment in the ledger (the first seven) and in `logs`."""
 
     journal: str
-    position: int
+    position: int  # -1: it is not in the ledger
     segment: str
     entered: int
     first: int | None
@@ -9800,87 +9913,43 @@ class Compared(NamedTuple):
     found_digest: str | None
 
 
-def compared(rows: Iterable[Row]) -> Iterator[Compared]:
-    """Yield the rows of COMPARE; NULLs that a sound ledger doesn't hold become harmless values."""
-    for journal, position, segment, entered, *rest in rows:
-        yield Compared(
-            journal or "", -1 if position is None else position, segment or "", entered or 0, *rest
-        )
-
-
-class Purge(NamedTuple):
-    """What a purge entry says: everything older than `before` went, as far as it was there."""
-
-    before: int  # microseconds since the epoch
-    heads: Mapping[str, int]  # the end of each chain at that time
-    left: Mapping[str, tuple[int, str]]  # events and digest of what stayed of a segment
-    wrong: Mapping[str, tuple[int, str | None]]  # segments that were not as they should be before
-    archive: str | None = None  # the directory, if what went was archived
-    purged_at: str | None = None  # the entry's ingested_at
-
-    def detail(self) -> str:
-        """Return the entry's `detail`."""
-        said = self._asdict()
-        del said["purged_at"]
-        return json.dumps(said, separators=(",", ":"))
-
-    @classmethod
-    def parse(cls, detail: str | None) -> Purge:
-        """Return what `detail` says. Raises ValueError if somebody wrote something else into it."""
-        try:
-            said = json.loads(detail or "")
-            heads = {str(journal): int(position) for journal, position in said["heads"].items()}
-            left = {
-                str(segment): (int(events), str(text)) for segment, (events, text) in said["left"].items()
-            }
-            wrong = {str(segment): (int(events), text) for segment, (events, text) in said["wrong"].items()}
-            return cls(int(said["before"]), heads, left, wrong)
-        except (AttributeError, KeyError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{error!r}") from error
-
-
 class Purges:
-    """All purges of a ledger: what should be left of a segment."""
+    """What the purges that are believed say of each segment."""
 
     def __init__(self, purges: Iterable[Purge] = ()) -> None:
-        self.before: int | None = None  # nothing newer was ever purged
-        self.purged_at: str | None = None  # when that was first said
-        self._left: dict[str, tuple[int, int, str]] = {}
-        heads: dict[str, dict[int, int]] = {}
+        self._spans: dict[str, list[tuple[int, int]]] = {}
+        self._parts: list[Purge] = []  # by earlier versions, the last moment first
         for purge in purges:
-            if self.before is None or purge.before > self.before:
-                self.before, self.purged_at = purge.before, purge.purged_at
-            for segment, (events, digest) in purge.left.items():
-                if purge.before >= self._left.get(segment, (purge.before, 0, ""))[0]:
-                    self._left[segment] = (purge.before, events, digest)
-            for journal, position in purge.heads.items():
-                ends = heads.setdefault(journal, {})
-                ends[position] = max(ends.get(position, purge.before), purge.before)
-        self._ends = {journal: _suffix_maxima(ends) for journal, ends in heads.items()}
-
-    def limit(self, journal: str, position: int) -> int | None:
-        """Return before which moment the events of this entry were purged; None if never."""
-        positions, limits = self._ends.get(journal, ((), ()))
-        place = bisect.bisect_left(positions, position)
-        return limits[place] if place < len(limits) else None
+            if purge.heads is not None:
+                self._parts.append(purge)
+            for journal, spans in purge.removed.items():
+                self._spans.setdefault(journal, []).extend(spans)
+        for journal, spans in self._spans.items():
+            merged: list[tuple[int, int]] = []
+            for low, high in sorted(spans):
+                if merged and low <= merged[-1][1] + 1:
+                    merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
+                else:
+                    merged.append((low, high))
+            self._spans[journal] = merged
+        self._parts.sort(key=lambda purge: -purge.before)
 
     def expected(self, row: Compared) -> tuple[int, str | None]:
         """Return how many events of a segment should be there, and their digest."""
-        limit = self.limit(row.journal, row.position)
-        if limit is None or row.first is None or row.last is None or row.first >= limit:
-            return row.entered, row.digest
-        if row.last < limit:
+        spans = self._spans.get(row.journal, ())
+        place = bisect.bisect_right(spans, (row.position, float("inf"))) - 1
+        if place >= 0 and spans[place][0] <= row.position <= spans[place][1]:
             return 0, None
-        _, events, digest = self._left.get(row.segment, (0, row.entered, row.digest))
-        return events, digest
-
-
-def _suffix_maxima(ends: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    positions = sorted(ends)
-    limits: list[int] = []
-    for position in reversed(positions):
-        limits.append(max(ends[position], limits[-1] if limits else ends[position]))
-    return tuple(positions), tuple(reversed(limits))
+        if row.first is not None and row.last is not None:
+            for purge in self._parts:
+                if row.first >= purge.before:
+                    break
+                if (purge.heads or {}).get(row.journal, 0) >= row.position:
+                    left = next(
+                        (each.left[row.segment] for each in self._parts if row.segment in each.left), None
+                    )
+                    return (0, None) if row.last < purge.before else left or (row.entered, row.digest)
+        return row.entered, row.digest
 
 
 # --- recomputing
@@ -9889,6 +9958,17 @@ def _suffix_maxima(ends: Mapping[int, int]) -> tuple[tuple[int, ...], tuple[int,
 _RANGE_EVENTS: Final = 1_000_000
 _MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
 _MAX_MOVED: Final = 100  # arbitrary: changed events of a segment among which exchanges are looked for
+_LATEST: Final = 2**62  # microseconds: later than any event, and still a timestamp of DuckDB's
+
+
+def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
+    """Define the views that all statements here read; return the types of the tables' columns."""
+    columns: dict[str, dict[str, str]] = {"logs": {}, "ledger": {}}
+    for table, column, sql_type in engine.execute(TABLE_TYPES):
+        columns[table][column] = sql_type
+    engine.execute(sound_view("logs", COLUMNS, columns["logs"]))
+    engine.execute(sound_view("ledger", LEDGER_COLUMNS, columns["ledger"]))
+    return columns
 
 
 class Verifier:
@@ -9896,6 +9976,7 @@ class Verifier:
 
     Args:
         engine: its session.
+        target: what is attached.
         keys: of the chain, as `seal_keys` returns them.
         progress: called with the events done and their total, now and then.
         range_events: how many events' hashes are held at once.
@@ -9904,18 +9985,24 @@ class Verifier:
     def __init__(
         self,
         engine: Engine,
+        target: Target,
         keys: Sequence[bytes] = (),
         *,
         progress: Callable[[int, int], None] = lambda done, total: None,
         range_events: int = _RANGE_EVENTS,
     ) -> None:
         self._engine = engine
+        self._target = target
         self._range_events = range_events
         self._keys = keys
         self._progress = progress
         self._explained = 0
+        self._covered: dict[str, int] = {}  # by journal: up to which position a checkpoint vouches
+        self._has_checkpoint = False
+        self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.verdict = Verdict()
         self.purges = Purges()
+        self._newest = -_LATEST  # nothing that is younger was purged
 
     def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> Verdict:
         """Verify the chains, then each segment.
@@ -9924,52 +10011,40 @@ class Verifier:
             checkpoint: heads noted earlier: nothing up to them may be missing or differ.
             since: naive UTC text; older segments are not recomputed, their chain is.
         """
-        has_ledger = self.open_tables()
-        self._walk_chains({(head.journal, head.position): head for head in checkpoint})
-        if not has_ledger:
-            if self._keys or checkpoint:
-                self.verdict.add("table", "there is no ledger, so that nothing can be proved")
-            return self.verdict
-        if since is not None:
-            self._engine.execute(SCOPE_SINCE, {"moment": since})
-        for row in self.differences(scoped=since is not None):
-            self._judge(row)
+        if self.open(checkpoint):
+            if since is not None:
+                self._engine.execute(SCOPE_SINCE, {"moment": since})
+            for row in self.differences(scoped=since is not None):
+                self._judge(row)
+        elif self._keys or checkpoint:
+            self.verdict.add("table", "there is no ledger, so that nothing can be proved")
+        if self._keys and not checkpoint:
+            self.verdict.notes.append(
+                "without a checkpoint it can't be known whether the end of the log was cut off, or all of it"
+            )
         return self.verdict
 
-    def open_tables(self) -> bool:
-        """Define the views that all statements read; False if there is no ledger and nothing asks for one."""
-        types: dict[str, dict[str, str]] = {"logs": {}, "ledger": {}}
-        for table, column, sql_type in self._engine.execute(TABLE_TYPES):
-            types[table][column] = sql_type
-        for table, columns in (("logs", COLUMNS), ("ledger", LEDGER_COLUMNS)):
-            self._engine.execute(sound_view(table, columns, types[table]))
-            wide = types[table] and (table == "ledger" or types["ledger"] or "segment" in types[table])
-            for column in columns if wide else columns[:10] if types[table] else ():
-                found = types[table].get(column.name)
-                if found is None and column in NEW_COLUMNS:
-                    continue  # an earlier version's table: as good as NULL, which leaves the hash as it was
-                if found != column.sql_type:
-                    text = f"{table}.{column.name} is {found or 'missing'}, not {column.sql_type}"
+    def open(self, checkpoint: Sequence[Head] = ()) -> bool:
+        """Look at the tables' form, the chains and the purges; False if there is no ledger."""
+        columns = view_tables(self._engine)
+        for text in self._target.oddities(self._engine):
+            self.verdict.add("table", text)
+        for table, ours in (("logs", COLUMNS), ("ledger", LEDGER_COLUMNS)):
+            present = columns[table]
+            wide = present and (table == "ledger" or columns["ledger"] or "segment" in present)
+            for column in ours if wide else ours[:10] if present else ():
+                is_type = present.get(column.name)
+                # What an earlier version's table lacks is as good as NULL, which leaves the hash as it was.
+                if is_type != column.sql_type and not (is_type is None and column in NEW_COLUMNS):
+                    text = f"{table}.{column.name} is {is_type or 'missing'}, not {column.sql_type}"
                     self.verdict.add("table", text)
-        if not types["ledger"] and "segment" not in types["logs"]:
+        has_ledger = bool(columns["ledger"] or "segment" in columns["logs"])
+        if not has_ledger:
             ((self.verdict.legacy,),) = self._engine.execute(COUNT_SOUND)
-            return False
-        purges = []
-        for detail, events, purged_at in self._engine.execute(PURGES):
-            self.verdict.purged += events or 0
-            try:
-                purges.append(Purge.parse(detail)._replace(purged_at=purged_at))
-            except ValueError as error:
-                self.verdict.add("chain", f"a purge entry can't be read: {error}")
-        for purge in purges:
-            for segment, (events, _) in purge.wrong.items():
-                self.verdict.add(
-                    "changed",
-                    f"segment {segment} was not as recorded when it was purged: {counted(events, 'event')}",
-                    segment,
-                )
-        self.purges = Purges(purges)
-        return True
+        self._has_checkpoint = bool(checkpoint)
+        self._walk_chains({(head.journal, head.position): head for head in checkpoint})
+        self._read_purges()
+        return has_ledger
 
     # --- the chains
 
@@ -9977,26 +10052,33 @@ class Verifier:
         """Check every seal, and that the checkpoints are met."""
         verdict = self.verdict
         head = Head("", 0, 0, "")
-        unkeyed, journal = 0, None
+        unkeyed: list[tuple[str, int]] = []
+        journal = None
         for name, position, kind, events, seal, row in self._engine.stream(CHAIN):
             name, seal, position = name or "", seal or "", -1 if position is None else position
             if name != journal:
                 self._end_chain(head, unkeyed)
-                head, unkeyed, journal = Head(name, 0, 0, ""), 0, name
+                head, unkeyed, journal = Head(name, 0, 0, ""), [], name
             if position != head.position + 1:
                 self._gap(name, head.position, position)
+                self.doubted.add((name, position))
             sealed = self._seal_state(head.seal, row, seal)
-            if sealed == "wrong":
-                text = f"entry {position} of journal {name}, or the one before, was changed"
-                verdict.add("chain", text, journal=name)
-            elif sealed == "locked":
-                text = f"entry {position} of journal {name} is sealed with a key that is not given"
-                verdict.add("chain", text, journal=name)
-            unkeyed += sealed == "open" and bool(self._keys)
+            if sealed in ("wrong", "locked"):
+                self.doubted.add((name, position))
+                is_locked = sealed == "locked"
+                why = (
+                    " is sealed with a key that is not given"
+                    if is_locked
+                    else ", or the one before, was changed"
+                )
+                verdict.add("chain", f"entry {position} of journal {name}{why}", journal=name)
+            elif sealed == "open" and self._keys:
+                unkeyed.append((name, position))
             head = Head(name, position, head.events + ((events or 0) if kind == "segment" else 0), seal)
             if wanted.get((name, position)) == head:
                 del wanted[name, position]
-                unkeyed = 0  # whoever wrote them, they are what the checkpoint saw
+                unkeyed = []  # whoever wrote them, they are what the checkpoint saw
+                self._covered[name] = position
             verdict.entries += 1
             verdict.segments += kind == "segment"
             verdict.events += (events or 0) if kind == "segment" else 0
@@ -10016,46 +10098,115 @@ class Verifier:
             return "locked"
         return "keyed" if any(make_seal(previous, row, key) == seal for key in self._keys) else "wrong"
 
-    def _gap(self, journal: str, last: int, found: int) -> None:
-        if found > last:
-            gone = f"entry {last + 1} is" if found == last + 2 else f"entries {last + 1} to {found - 1} are"
+    def _gap(self, journal: str, last: int, position: int) -> None:
+        if position > last:
+            gone = (
+                f"entry {last + 1} is"
+                if position == last + 2
+                else f"entries {last + 1} to {position - 1} are"
+            )
             text = f"{gone} missing from journal {journal}"
         else:
-            text = f"entry {found} stands twice, or where none belongs, in journal {journal}"
+            text = f"entry {position} stands twice, or where none belongs, in journal {journal}"
         self.verdict.add("chain", text, journal=journal)
 
-    def _end_chain(self, head: Head, unkeyed: int) -> None:
+    def _end_chain(self, head: Head, unkeyed: Collection[tuple[str, int]]) -> None:
         if head.journal or head.position:
             self.verdict.heads.append(head)
         if unkeyed:
+            self.doubted.update(unkeyed)
             self.verdict.add(
                 "chain",
-                f"entries of journal {head.journal} sealed without the key: {unkeyed}; "
+                f"entries of journal {head.journal} sealed without the key: {len(unkeyed)}; "
                 "if they are older than the key, a checkpoint of that time settles it",
                 journal=head.journal,
             )
 
+    # --- the purges
+
+    def _read_purges(self) -> None:
+        """Take in the purges that are believed, and compare each with the entries that it names."""
+        purges = []
+        for journal, position, detail, events, host, moment in self._engine.execute(PURGES):
+            entry = (journal or "", -1 if position is None else position)
+            if entry in self.doubted:
+                continue
+            try:
+                purge = Purge.parse(detail)
+            except ValueError as error:
+                self.verdict.add("chain", f"a purge entry can't be read: {error}", journal=entry[0])
+                continue
+            purge = purge._replace(
+                events=events or 0, journal=entry[0], position=entry[1], host=host or "", moment=moment or ""
+            )
+            is_covered = entry[1] <= self._covered.get(entry[0], 0)
+            if purge.left and self._has_checkpoint and not is_covered and not self._keys:
+                text = f"purge {entry[1]} of journal {entry[0]} kept parts of segments, as earlier versions "
+                self.verdict.add("chain", text + "did, but is newer than the checkpoint", journal=entry[0])
+                continue
+            if not is_covered:
+                self.verdict.purges.append(purge)
+            purges.append(purge)
+            self.verdict.purged += purge.events
+            self._newest = max(self._newest, min(purge.before, _LATEST))
+            for segment, (count, _, _) in purge.wrong.items():
+                text = f"segment {segment} was not as recorded when it was purged: {counted(count, 'event')}"
+                self.verdict.add("changed", text, segment)
+        parts = sum(bool(purge.left) for purge in purges)
+        if parts:
+            self.verdict.notes.append(
+                f"{counted(parts, 'purge')} by an earlier version kept parts of segments: what those parts "
+                "should hold is known from the purge alone"
+            )
+        self._check_counts(purges)
+        self.purges = Purges(purges)
+
+    def _check_counts(self, purges: Sequence[Purge]) -> None:
+        """Report purges that name other entries, or others' numbers, than they say."""
+        spans = [
+            (number, journal, low, high)
+            for number, purge in enumerate(purges)
+            for journal, pairs in purge.removed.items()
+            for low, high in pairs
+            if 0 < low <= high < 2**63
+        ]
+        named: dict[int, tuple[int, int]] = {}
+        if spans:
+            numbers, journals, lows, highs = map(list, zip(*spans))
+            params = {"numbers": numbers, "journals": journals, "lows": lows, "highs": highs}
+            for number, events, last in self._engine.execute(NAMED, params):
+                named[number] = (events, last)
+        for number, purge in enumerate(purges):
+            if purge.heads is None:
+                events, last = named.get(number, (0, None))
+                events += sum(count - entered for count, _, entered in purge.wrong.values())
+                if events != purge.events or (last is not None and last >= purge.before):
+                    self.verdict.add(
+                        "chain",
+                        f"purge {purge.position} of journal {purge.journal} says that {purge.events} events "
+                        f"went; the entries that it names held {events}, or younger ones",
+                        journal=purge.journal,
+                    )
+
     # --- the segments
 
     def differences(self, *, scoped: bool) -> Iterator[Compared]:
-        """Yield the segments that differ from their entry, and those that a purge may have touched.
+        """Yield the segments that differ from their entry, and those that are there but may have been purged.
 
         Args:
             scoped: all segments of the table `scope` instead, and no others.
         """
-        before = self.purges.before
         sql = COMPARE_SCOPE if scoped else COMPARE
-        for number, (low, high) in enumerate(self.ranges(before)):
-            params = {"low": low, "high": high, "before": before}
-            yield from compared(self._engine.execute(sql, params))
+        splits = self._engine.execute(SPLITS, {"size": self._range_events})
+        ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
+        for number, (low, high) in enumerate(zip([None, *ends], [*ends, None])):
+            for journal, position, segment, entered, *rest in self._engine.execute(
+                sql, {"low": low, "high": high, **({} if scoped else {"before": self._newest})}
+            ):
+                place = -1 if position is None else position
+                yield Compared(journal or "", place, segment or "", entered or 0, *rest)
             done = min((number + 1) * self._range_events, self.verdict.events)
             self._progress(done, self.verdict.events)
-
-    def ranges(self, before: int | None) -> list[tuple[str | None, str | None]]:
-        """Return ranges of segment ids, first excluded, that hold a bounded number of events each."""
-        splits = self._engine.execute(SPLITS, {"size": self._range_events, "before": before})
-        ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
-        return list(zip([None, *ends], [*ends, None]))
 
     def _judge(self, row: Compared) -> None:
         verdict = self.verdict
@@ -10067,11 +10218,8 @@ class Verifier:
         if (row.found, row.found_digest) == (events, digest):
             return
         if not row.found:
-            verdict.add(
-                "removed",
-                f"segment {row.segment}: nothing is left of {counted(events, 'event')}",
-                row.segment,
-            )
+            text = f"segment {row.segment}: nothing is left of {counted(events, 'event')}"
+            verdict.add("removed", text, row.segment)
         elif not events:
             text = f"segment {row.segment}: {counted(row.found, 'event')} where none belong"
             verdict.add("inserted", text, row.segment)
@@ -10122,11 +10270,94 @@ class Verifier:
         return taken
 
 
+# --- one event, for somebody who has no database
+
+
+def plain_seals(engine: Engine) -> dict[str, str]:
+    """Return how each journal's chain would end without a key: what a proof leads to, for who has none."""
+    view_tables(engine)
+    seals: dict[str, str] = {}
+    for name, *_, row in engine.stream(CHAIN):
+        seals[name or ""] = make_seal(seals.get(name or "", ""), row, None)
+    return seals
+
+
+def prove(engine: Engine, event_id: str) -> dict[str, Any]:
+    """Return what shows, with a checkpoint, that an event is in the log; docs/security.md has the form.
+
+    Args:
+        engine: a session in which the target is attached.
+        event_id: the event's whole id.
+
+    Raises:
+        StoreError: it is not in a segment of the ledger.
+    """
+    view_tables(engine)
+    segment, _, seq = event_id.rpartition(":")
+    event = engine.execute(EVENT_TO_PROVE, {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1})
+    entry = engine.execute(ENTRY_TO_PROVE, {"segment": segment})
+    if not event or not entry:
+        raise StoreError(
+            f"{event_id} is in no segment of the ledger; what waits in the journal is no proof yet"
+        )
+    journal, position = entry[0][0], int(str(entry[0][1]))
+    before, after = "", []
+    for name, place, *_, row in engine.stream(CHAIN):
+        if name == journal and place < position:
+            before = make_seal(before, row, None)
+        elif name == journal and place > position:
+            after.append(row)
+    return {
+        "event": dict(zip((column.name for column in COLUMNS), event[0])),
+        "entry": dict(zip((column.name for column in LEDGER_COLUMNS[:-1]), entry[0])),
+        "hashes": [row for (row,) in engine.execute(HASHES_TO_PROVE, {"segment": segment})],
+        "before": before,
+        "after": after,
+    }
+
+
+# --- signed checkpoints
+
+
+def _signed_text(checkpoint: Mapping[str, Any]) -> bytes:
+    signed = {name: value for name, value in checkpoint.items() if name != "signature"}
+    return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
+
+
+def _ssh_keygen(arguments: Sequence[str], text: bytes) -> str:
+    import subprocess
+
+    try:
+        done = subprocess.run(["ssh-keygen", *arguments], input=text, capture_output=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise StoreError(f"ssh-keygen can't be run: {error}") from error
+    if done.returncode:
+        raise StoreError(f"ssh-keygen: {done.stderr.decode(errors='replace').strip() or 'failed'}")
+    return done.stdout.decode(errors="replace")
+
+
+def sign_checkpoint(key: str, checkpoint: Mapping[str, Any]) -> str:
+    """Return a signature of OpenSSH over a checkpoint."""
+    return _ssh_keygen(["-Y", "sign", "-n", "mxcp_audit", "-f", key], _signed_text(checkpoint))
+
+
+def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
+    """Return who of the allowed signers signed a checkpoint. Raises StoreError if nobody did."""
+    with scratch_folder() as folder:
+        path = os.path.join(folder, "signature")
+        write_file(path, str(checkpoint.get("signature", "")).encode())
+        verified = ["-f", signers, "-n", "mxcp_audit", "-s", path]
+        name = _ssh_keygen(["-Y", "find-principals", *verified[:2], *verified[4:]], b"").partition("\n")[0]
+        _ssh_keygen(["-Y", "verify", "-I", name, *verified], _signed_text(checkpoint))
+    return name
+
+
 # == Removal ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger, Evidence
 #
-# Old events go in one transaction, which enters that they went; before that they are compared with the
-# ledger, and archived if that is asked for. Retention is a purge a day, and trusts no clock that jumped.
+# Old events go by whole segments, in one transaction that enters what went; before that they are compared
+# with the ledger, and archived if that is asked for. Retention is a purge a day, and trusts no clock that
+# jumped.
 
 _EPOCH_START: Final = datetime.datetime(1970, 1, 1)
 
@@ -10152,10 +10383,12 @@ class Removal(NamedTuple):
     before: str
     events: int
     segments: int
+    kept: int  # events that are as old, in segments whose last event is not
     first_event: int | None  # microseconds since the epoch
     last_event: int | None
-    digest: str  # SHA-256 over the digests of what went of each segment, in order of their names
-    wrong: int  # segments that were not as recorded before
+    digest: str  # SHA-256 over the digests of the segments, in order of their names
+    removed: Mapping[str, Sequence[tuple[int, int]]]  # by journal: positions of the entries, from and to
+    wrong: Mapping[str, tuple[int, str | None, int]]  # segments that were not as entered
     archive: str | None = None
 
 
@@ -10164,62 +10397,66 @@ class Removal(NamedTuple):
 # Fewer than _RANGE_EVENTS, because a server's guest may purge.
 _PURGE_RANGE_EVENTS: Final = 200_000
 _MANIFEST: Final = "manifest.json"
+_ALIEN: Final = "not-as-entered.parquet"
 
 
 class Purger:
-    """Removes old events, inside of a transaction of its caller's, and enters into the chain what went.
+    """Removes old segments, inside of a transaction of its caller's, and enters into the chain what went.
 
-    What is purged is first compared with the ledger: a segment that somebody had changed stays known
-    as changed when its rows are gone.
+    A segment goes when its last event is old enough. It is first compared with the ledger: one that somebody
+    had changed stays known as changed when its rows are gone, and lies apart in an archive.
 
     Args:
         engine: a session in which the target is attached as `audit`, for writing.
-        before: naive UTC text; everything older goes.
+        target: what is attached.
+        before: naive UTC text; what is older goes.
     """
 
-    def __init__(self, engine: Engine, before: str) -> None:
+    def __init__(self, engine: Engine, target: Target, before: str) -> None:
         self._engine = engine
         self._before = before
         self._limit = microseconds(before)
-        self._verifier = Verifier(engine, range_events=_PURGE_RANGE_EVENTS)
-        self._left: dict[str, tuple[int, str]] = {}
-        self._wrong: dict[str, tuple[int, str | None]] = {}
+        self._verifier = Verifier(engine, target, seal_keys(), range_events=_PURGE_RANGE_EVENTS)
 
     def plan(self) -> Removal:
         """Find out what would go."""
-        has_ledger = self._verifier.open_tables()
-        purges = self._verifier.purges
-        moment: dict[str, object] = {"moment": self._before}
-        scope = {**moment, "before": purges.before, "purged_at": purges.purged_at}
-        self._engine.execute(SCOPE_BEFORE, scope)
+        import hashlib
+
+        verifier = self._verifier
+        has_ledger = verifier.open()
+        self._engine.execute(SCOPE_BEFORE, {"moment": self._before})
+        digest, segment = hashlib.sha256(), None
+        positions: dict[str, list[int]] = {}
+        wrong: dict[str, tuple[int, str | None, int]] = {}
         events = segments = 0
         first: int | None = None
         last: int | None = None
-        import hashlib
-
-        digest = hashlib.sha256()
-        for row in self._verifier.differences(scoped=True):
-            right = purges.expected(row) if row.position >= 0 else (0, None)
-            if has_ledger and (row.found, row.found_digest) != right and len(self._wrong) < _MAX_FINDINGS:
-                self._wrong[row.segment] = (row.found, row.found_digest)
-            if row.found_first is None or row.found_first >= self._limit:
-                continue
-            gone, gone_digest, gone_last = row.found, row.found_digest or "", row.found_last
-            if row.found_last is None or row.found_last >= self._limit:
-                gone, gone_digest, gone_last = self._split(row.segment)
-            events, segments = events + gone, segments + 1
-            first = row.found_first if first is None else min(first, row.found_first)
-            last = gone_last if last is None or gone_last is None else max(last, gone_last)
-            digest.update(gone_digest.encode())
-        return Removal(self._before, events, segments, first, last, digest.hexdigest(), len(self._wrong))
-
-    def _split(self, segment: str) -> tuple[int, str, int | None]:
-        """Note what stays of a segment, and return what goes: events, digest and last moment."""
-        params = {"moment": self._before, "segment": segment}
-        ((events, digest, last),) = self._engine.execute(PART_GONE, params)
-        for kept, kept_digest in self._engine.execute(PART_KEPT, params):
-            self._left[segment] = (kept, kept_digest)
-        return events, digest, last
+        for row in verifier.differences(scoped=True):
+            if row.segment != segment:  # else it has a second entry
+                segment = row.segment
+                events, segments = events + row.found, segments + 1
+                digest.update((row.found_digest or "").encode())
+                first = min(first or row.found_first or 0, row.found_first or 0)
+                last = max(last or row.found_last or 0, row.found_last or 0)
+            if row.position >= 0:
+                positions.setdefault(row.journal, []).append(row.position)
+            is_believed = row.position >= 0 and (row.journal, row.position) not in verifier.doubted
+            as_entered = (row.found, row.found_digest) == verifier.purges.expected(row)
+            if has_ledger and not (is_believed and as_entered):
+                entered = max(row.entered, 0) if row.position >= 0 else 0
+                wrong[segment] = (row.found, row.found_digest, entered + wrong.get(segment, (0, "", 0))[2])
+        ((old,),) = self._engine.execute(COUNT_OLD, {"moment": self._before})
+        return Removal(
+            self._before,
+            events,
+            segments,
+            old - events,
+            first,
+            last,
+            digest.hexdigest(),
+            {journal: _spans(places) for journal, places in sorted(positions.items())},
+            wrong,
+        )
 
     def remove(self, ledger: Ledger, removal: Removal) -> None:
         """Delete the rows and enter the purge.
@@ -10231,16 +10468,15 @@ class Purger:
         Raises:
             StoreError: the rows are others than those planned.
         """
-        ((events,),) = self._engine.execute(COUNT_OLD, {"moment": self._before})
+        ((events,),) = self._engine.execute(COUNT_SCOPE)
         if events != removal.events:
             raise StoreError(
                 f"{counted(events, 'row')} older than {self._before}, not {removal.events}; try again"
             )
-        heads = {name or "": position for name, position in self._engine.execute(CHAIN_ENDS)}
-        purge = Purge(self._limit, heads, self._left, self._wrong, removal.archive)
+        purge = Purge(self._limit, removal.removed, removal.wrong, removal.archive)
         span = (removal.first_event, removal.last_event)
         entry = entry_of("purge", removal.events, purge.detail(), span=span, digest=removal.digest)
-        self._engine.execute(DELETE_OLD, {"moment": self._before})
+        self._engine.execute(DELETE_SCOPE, {"moment": self._before})
         ledger.enter(self._engine, [entry])
 
     def archive(self, directory: str, removal: Removal) -> Removal:
@@ -10266,23 +10502,23 @@ class Purger:
         return removal._replace(archive=name)
 
     def _write_archive(self, folder: str, removal: Removal) -> None:
-        files = []
-        for day, events in self._engine.execute(OLD_DAYS, {"moment": self._before}):
-            path = os.path.join(folder, f"{day}.parquet")
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, _FILE_MODE))
-            rows = bind(OLD_OF_DAY, {"moment": self._before, "day": day})
-            self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
-            sync_file(path)
-            files.append({"name": f"{day}.parquet", "events": events, "sha256": file_digest(path)})
         import hashlib
 
+        files = []
+        for name, events in self._engine.execute(
+            OLD_FILES, {"wrong": sorted(removal.wrong), "apart": _ALIEN}
+        ):
+            path = os.path.join(folder, name)
+            os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
+            rows = bind(OLD_OF_FILE, {"wrong": sorted(removal.wrong), "apart": _ALIEN, "name": name})
+            self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
+            sync_file(path)
+            files.append({"name": name, "events": events, "sha256": file_digest(path)})
         digest = hashlib.sha256()
         paths = [os.path.join(folder, str(file["name"])) for file in files]
         if paths:
-            for low, high in self._verifier.ranges(None):
-                params = {"files": paths, "low": low, "high": high}
-                for (part,) in self._engine.execute(ARCHIVED, params):
-                    digest.update(part.encode())
+            for (part,) in self._engine.stream(ARCHIVED, {"files": paths}):
+                digest.update(part.encode())
         if digest.hexdigest() != removal.digest:
             raise StoreError(f"{folder}: the archive doesn't read back as it was written; nothing was purged")
         manifest = {
@@ -10291,11 +10527,23 @@ class Purger:
             "first_event": iso_time(removal.first_event),
             "last_event": iso_time(removal.last_event),
             "digest": removal.digest,
+            "not_as_entered": sorted(removal.wrong),
             "heads": [head._asdict() for head in chain_heads(self._engine)],
             "files": files,
         }
         write_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
         sync_directory(folder)
+
+
+def _spans(places: Iterable[int]) -> list[tuple[int, int]]:
+    """Return numbers as first and last of each run."""
+    spans: list[tuple[int, int]] = []
+    for place in sorted(places):
+        if spans and place <= spans[-1][1] + 1:
+            spans[-1] = (spans[-1][0], place)
+        else:
+            spans.append((place, place))
+    return spans
 
 
 def file_digest(path: str) -> str:
@@ -10309,11 +10557,14 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def purge_before(engine: Engine, ledger: Ledger, before: str, archive: str | None = None) -> Removal:
-    """Delete every event older than a moment, in one transaction, and enter that it went.
+def purge_before(
+    engine: Engine, target: Target, ledger: Ledger, before: str, archive: str | None = None
+) -> Removal:
+    """Delete every segment older than a moment, in one transaction, and enter that it went.
 
     Args:
         engine: a session in which the target is attached for writing.
+        target: what is attached.
         ledger: what is entered into.
         before: naive UTC text.
         archive: a directory; what goes is written there first, and read back.
@@ -10325,9 +10576,9 @@ def purge_before(engine: Engine, ledger: Ledger, before: str, archive: str | Non
         ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
         if empty:
             ledger.enter(engine, [])  # only the rows of an older table
-        purger = Purger(engine, before)
+        purger = Purger(engine, target, before)
         removal = purger.plan()
-        if removal.events or removal.wrong:
+        if removal.segments:
             if archive is not None:
                 removal = purger.archive(archive, removal)
             purger.remove(ledger, removal)
@@ -10353,12 +10604,16 @@ def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> 
     """
     target.create_tables(engine)
     now = utc_now()
-    hours = [hour for (hour,) in engine.execute(ACTIVE_HOURS, {"now": sql_time(now)})]
+    verifier = Verifier(engine, target, seal_keys())
+    verifier.open()
+    journals, positions = map(list, zip(*verifier.doubted)) if verifier.doubted else ([], [])
+    params = {"now": sql_time(now), "journals": journals, "positions": positions}
+    hours = [hour for (hour,) in engine.execute(ACTIVE_HOURS, params)]
     limit = vouched_limit(hours, now.timestamp(), retention)
     removal = None
     if limit is not None:
         moment = datetime.datetime.fromtimestamp(limit, datetime.timezone.utc)
-        removal = purge_before(engine, ledger, sql_time(moment))
+        removal = purge_before(engine, target, ledger, sql_time(moment))
     if removal is not None and removal.events:
         return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
     # An entry a day, so that a log without events doesn't look like one that was off.
@@ -10718,7 +10973,7 @@ class Store:
             DatabaseNotFoundError: there is neither a database nor a journal.
             JournalError: the journal can't be read.
         """
-        return Reader(self.target, self.journal).open(wait=wait)
+        return Reader(self.target, self.journal, self._diagnostics).open(wait=wait)
 
     def losses(self, reading: Reading) -> list[tuple[int, str]]:
         """Return what was lost within the last 30 days: how many events each time, and when and why."""
@@ -10766,7 +11021,9 @@ class Store:
         """
         keys = seal_keys()
         with self.target.session(read_only=True, wait=wait) as engine:
-            verdict = Verifier(engine, keys, progress=progress).run(checkpoint=checkpoint, since=since)
+            verdict = Verifier(engine, self.target, keys, progress=progress).run(
+                checkpoint=checkpoint, since=since
+            )
         verdict.waiting_bytes = self.journal.waiting_bytes()
         return verdict
 
@@ -10781,6 +11038,24 @@ class Store:
         """
         with self.target.session(read_only=True, wait=wait) as engine:
             return chain_heads(engine) if "ledger" in self.target.columns(engine) else []
+
+    def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
+        """Return what `verify` takes as a checkpoint; arguments and errors as those of `heads`."""
+        with self.target.session(read_only=True, wait=wait) as engine:
+            has_ledger = "ledger" in self.target.columns(engine)
+            plain = plain_seals(engine) if has_ledger else {}
+            heads = chain_heads(engine) if has_ledger else []
+        journals = [{**head._asdict(), "plain": plain.get(head.journal)} for head in heads]
+        return {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": journals}
+
+    def prove(self, event_id: str, *, wait: float = 5.0) -> dict[str, Any]:
+        """Return what shows, with a checkpoint made since, that an event is in the log.
+
+        Raises:
+            StoreError: it is not in the database.
+        """
+        with self.target.session(read_only=True, wait=wait) as engine:
+            return prove(engine, event_id)
 
     # --- removing and copying
 
@@ -10813,9 +11088,9 @@ class Store:
         """
         if dry_run:
             with self.target.session(read_only=True, wait=wait) as engine:
-                return Purger(engine, before).plan()
+                return Purger(engine, self.target, before).plan()
         with self._alone(wait), self.target.session(read_only=False, wait=wait) as engine:
-            return purge_before(engine, self._ledger, before, archive)
+            return purge_before(engine, self.target, self._ledger, before, archive)
 
     def backup(self, path: str, *, wait: float = 5.0) -> int:
         """Copy the whole log into one database file, as of one moment, while servers run.
@@ -11170,6 +11445,10 @@ class Checkup:
                     raise reading.problem
                 state["readable"] = reading.has_table
                 state["events"] = reading.engine.execute(COUNT_TABLE)[0][0]
+                for text in reading.oddities:
+                    self._fault(
+                        f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
+                    )
                 for _, text in self._store.losses(reading):
                     self._fault(
                         f"events were lost: {text}",
@@ -12101,6 +12380,7 @@ def _time_of_mxcp(text: object) -> int:
 
 PART_EVENTS: Final = 20_000  # arbitrary: of an imported file, in one segment
 PART_BYTES: Final = 32 * 2**20
+_DAY_NS: Final = 86_400 * 10**9
 _BATCH_EVENTS: Final = 500  # arbitrary: of a part, in one write
 IMPORT_LINE_BYTES: Final = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
 
@@ -12119,7 +12399,7 @@ class ImportResult(NamedTuple):
 class Importer:
     """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
 
-    A file becomes segments of up to PART_EVENTS events, which go the way of all segments. The id of a
+    A file becomes segments of up to PART_EVENTS events of one day, which go the way of all. The id of a
     part is made of the time of its first event and of a digest of the file up to there, so that the
     ledger knows it again; the part after it begins where the ledger says that it ended. Renamed,
     compressed and longer files are thus continued; a crash at any point leaves a part that is shorter.
@@ -12155,13 +12435,17 @@ class Importer:
         digest = hashlib.sha256()
         lines = self._events(path)
         first = next(lines, None)
+        waiting = 0
         while first is not None:
             part = self._part_id(digest, first)
-            there = patiently(lambda part=part: self._store.imported(part), self._wait)  # type: ignore[misc]
+            # Parts are taken in one after the other: behind one that is new, all are.
+            there = None if events else patiently(functools.partial(self._store.imported, part), self._wait)
             if there is None:
                 count, first = self._write(part, digest, first, lines)
-                events += count
-                patiently(self._store.ingest, self._wait)
+                events, waiting = events + count, waiting + count
+                if first is None or waiting >= PART_EVENTS:
+                    patiently(self._store.ingest, self._wait)
+                    waiting = 0
             else:
                 count, first = self._skip(path, there, digest, first, lines)
                 known += count
@@ -12203,10 +12487,15 @@ class Importer:
             raise StoreError(f"{part} is being imported by another process; try again later") from error
         try:
             event: _Imported | None = first
-            while event is not None and segment.events < PART_EVENTS and segment.size < PART_BYTES:
+            day = first[1] // _DAY_NS
+
+            def is_next() -> bool:
+                return event is not None and event[1] // _DAY_NS == day
+
+            while is_next() and segment.events < PART_EVENTS and segment.size < PART_BYTES:
                 batch: list[bytes] = []
                 room = min(_BATCH_EVENTS, PART_EVENTS - segment.events)
-                while event is not None and len(batch) < room:
+                while event is not None and is_next() and len(batch) < room:
                     line, self._now_ns, values = event
                     digest.update(line)
                     batch.append(finish_line(self._line(values), segment.events + len(batch) + 1))
@@ -12931,6 +13220,7 @@ examples:
         _add_wrap,
         _add_verify,
         _add_checkpoint,
+        _add_prove,
         _add_purge,
         _add_backup,
         _add_restore,
@@ -13902,11 +14192,16 @@ def _add_verify(new_command: _NewCommand) -> None:
     command.add_argument(
         "--checkpoint", metavar="FILE", help="what `checkpoint` printed: nothing up to there may be missing"
     )
+    command.add_argument(
+        "--signed-by", metavar="FILE", help="the checkpoint must be signed by one of these allowed signers"
+    )
 
 
 def cmd_verify(options: argparse.Namespace) -> int:
     """Prove the log whole. 1 if it is not."""
-    checkpoint = _read_checkpoint(options.checkpoint) if options.checkpoint else []
+    if options.signed_by and not options.checkpoint:
+        raise _UsageError("--signed-by needs --checkpoint")
+    checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
     store = Store(_config_of(options))
     verdict = store.verify(
         checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress_bar("verified")
@@ -13918,6 +14213,12 @@ def cmd_verify(options: argparse.Namespace) -> int:
             _print(f"{finding.kind:<9} {finding.text}")
         if verdict.more_findings:
             _print(f"and {verdict.more_findings} more")
+        if checkpoint:
+            for purge in verdict.purges:
+                text = f"{counted(purge.events, 'event')} at {purge.moment} by {purge.host}"
+                _print(f"purge     {text}, newer than the checkpoint")
+        for note in verdict.notes:
+            _print(f"note      {note}")
         _print(_verdict_summary(verdict, options.since))
     return 0 if verdict.intact else EXIT_FAILED
 
@@ -13944,6 +14245,17 @@ def _verdict_object(verdict: Verdict) -> dict[str, object]:
             for finding in verdict.findings
         ],
         "more_findings": verdict.more_findings,
+        "purges": [
+            {
+                "moment": purge.moment,
+                "host": purge.host,
+                "events": purge.events,
+                "journal": purge.journal,
+                "position": purge.position,
+            }
+            for purge in verdict.purges
+        ],
+        "notes": verdict.notes,
     }
 
 
@@ -13968,11 +14280,13 @@ def _verdict_summary(verdict: Verdict, since: str | None) -> str:
     return "; ".join(parts)
 
 
-def _read_checkpoint(path: str) -> list[Head]:
+def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         said = json.loads(text[text.index("{") :])
+        if signers:
+            _say(f"the checkpoint is signed by {check_signature(signers, said)}")
         return [
             Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
             for head in said["journals"]
@@ -13984,21 +14298,41 @@ def _read_checkpoint(path: str) -> list[Head]:
 
 
 def _add_checkpoint(new_command: _NewCommand) -> None:
-    new_command(
+    command = new_command(
         "checkpoint",
         cmd_checkpoint,
         "print where the ledger ends, to be kept elsewhere",
         "Print the head of each journal's chain. Kept where nobody who can write the database can, it lets "
         "`verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.",
-        "checkpoint > heads.json",
+        "checkpoint > heads.json\ncheckpoint --sign ~/.ssh/id_ed25519 > heads.json",
     )
+    command.add_argument("--sign", metavar="KEY", help="sign it with a private key of OpenSSH")
 
 
 def cmd_checkpoint(options: argparse.Namespace) -> int:
     """Print the end of each journal's chain."""
-    heads = Store(_config_of(options)).heads(wait=options.wait)
-    now = iso_time(microseconds(sql_time(utc_now())))
-    _print_json({"time": now, "journals": [head._asdict() for head in heads]})
+    checkpoint = Store(_config_of(options)).checkpoint(wait=options.wait)
+    if options.sign:
+        checkpoint["signature"] = sign_checkpoint(options.sign, checkpoint)
+    _print_json(checkpoint)
+    return 0
+
+
+def _add_prove(new_command: _NewCommand) -> None:
+    command = new_command(
+        "prove",
+        cmd_prove,
+        "print what shows somebody else that one event is in the log",
+        "Print a proof of one event as JSON: with a checkpoint that was made since, whoever has no access "
+        "to the log can check it by tools/verify_independently.py.",
+        "prove 20260101T120000000000Z-1a2b3c4d:17 > proof.json",
+    )
+    command.add_argument("event", metavar="EVENT_ID", help="as `log --json` shows it")
+
+
+def cmd_prove(options: argparse.Namespace) -> int:
+    """Print the proof of one event."""
+    _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait))
     return 0
 
 
@@ -14043,11 +14377,14 @@ def cmd_purge(options: argparse.Namespace) -> int:
         f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
     )
     _print(f"{counted(removal.events, 'event')} {would}purged{span}")
+    if removal.kept:
+        _print(f"{counted(removal.kept, 'event')} as old stay until the last event of their segment is")
     if removal.archive:
         _print(f"archived in {os.path.join(options.archive, removal.archive)}")
     if removal.wrong:
         _say(
-            f"purged although not as recorded: {counted(removal.wrong, 'segment')}; verify goes on saying so"
+            f"purged although not as recorded: {counted(len(removal.wrong), 'segment')}; "
+            "verify goes on saying so"
         )
     return 0
 

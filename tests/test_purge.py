@@ -52,16 +52,17 @@ def mode(path: Path) -> int:
 # --- purge
 
 
-def test_purge_is_exact_and_the_rest_verifies(log: Path) -> None:
+def test_purge_takes_whole_segments_and_the_rest_verifies(log: Path) -> None:
     limit = START_NS + DAY_NS + 2 * MINUTE_NS
     planned = store_of(log).purge(moment(limit), dry_run=True)
-    assert count(log) == 12 and planned.events == 6
+    assert count(log) == 12 and (planned.events, planned.kept) == (4, 2)
     removal = store_of(log).purge(moment(limit))
-    assert removal == planned and removal.segments == 2
+    assert removal == planned and removal.segments == 1
     ((oldest,),) = table_rows(log, "SELECT epoch_us(min(timestamp)) FROM logs")
-    assert oldest == limit // 1000 and count(log) == 6
+    assert oldest == (START_NS + DAY_NS) // 1000 and count(log) == 8
     verdict = store_of(log).verify()
-    assert verdict.intact and verdict.purged == 6
+    assert verdict.intact and verdict.purged == 4
+    assert store_of(log).purge(moment(START_NS + DAY_NS + 4 * MINUTE_NS)).events == 4 and intact(log)
     change = "DELETE FROM logs WHERE rowid = (SELECT min(rowid) FROM logs)"
     table_write(log, change)
     assert not intact(log)
@@ -78,11 +79,11 @@ def test_purge_twice_in_any_order_verifies(log: Path, days: tuple[int, int]) -> 
     for day in days:
         store_of(log).purge(moment(START_NS + day * DAY_NS + 2 * MINUTE_NS))
         assert intact(log)
-    assert count(log) == 12 - 4 * max(days) - 2
+    assert count(log) == 12 - 4 * max(days)
     write_segment(log, START_NS, 3)  # older than what was purged, but it came later
     ingest(log)
-    assert intact(log) and count(log) == 12 - 4 * max(days) - 2 + 3
-    assert store_of(log).purge(moment(START_NS + 1 * MINUTE_NS)).events == 1
+    assert intact(log) and count(log) == 12 - 4 * max(days) + 3
+    assert store_of(log).purge(moment(START_NS + 3 * MINUTE_NS)).events == 3
     assert intact(log)
 
 
@@ -93,15 +94,16 @@ def test_purge_with_nothing_old_enters_nothing(log: Path) -> None:
 
 def test_purge_of_changed_rows_keeps_the_evidence(log: Path) -> None:
     table_write(log, "UPDATE logs SET name = 'x' WHERE seq = 1", "DELETE FROM logs WHERE seq = 2")
-    assert store_of(log).purge(moment(START_NS + DAY_NS + 2 * MINUTE_NS)).wrong == 2
+    removal = store_of(log).purge(moment(START_NS + 2 * DAY_NS))
+    assert len(removal.wrong) == 2 and removal.events == 6
     kinds = [finding.kind for finding in store_of(log).verify().findings]
     assert kinds.count("changed") == 3 and "removed" in kinds  # two of the purge, and the third segment
 
 
 def test_purge_after_a_whole_segment_was_deleted_by_hand_keeps_the_evidence(log: Path) -> None:
     table_write(log, f"DELETE FROM logs WHERE timestamp < '{moment(START_NS + DAY_NS)}'")
-    removal = store_of(log).purge(moment(START_NS + DAY_NS + 2 * MINUTE_NS))
-    assert (removal.events, removal.wrong) == (2, 1)
+    removal = store_of(log).purge(moment(START_NS + 2 * DAY_NS))
+    assert (removal.events, removal.wrong) == (4, {})
     assert not intact(log)
 
 
@@ -119,9 +121,9 @@ def test_purge_by_one_host_covers_segments_of_another(log: Path, tmp_path: Path)
     other = tmp_path / "other.journal"
     write_segment(log, START_NS, 4, journal=other)
     ingest(log, journal=other)
-    assert store_of(log, journal=other).purge(moment(START_NS + 2 * MINUTE_NS)).events == 4
+    assert store_of(log, journal=other).purge(moment(START_NS + DAY_NS)).events == 8
     assert intact(log)
-    assert store_of(log).purge(moment(START_NS + DAY_NS)).events == 4
+    assert store_of(log).purge(moment(START_NS + 2 * DAY_NS)).events == 4
     assert intact(log) and len(store_of(log).heads()) == 2
 
 
@@ -139,10 +141,11 @@ def test_cli_purge_of_an_older_table_verifies(engine: str, tmp_path: Path, cli: 
     done = cli("purge", "--db", str(database), "--older-than", "2024-01-03T12:00")
     assert (done.returncode, done.stdout) == (
         0,
-        "60 events purged, from 2024-01-01T00:00:00.000000Z to 2024-01-03T11:00:00.000000Z\n",
+        "48 events purged, from 2024-01-01T00:00:00.000000Z to 2024-01-02T23:00:00.000000Z\n"
+        "12 events as old stay until the last event of their segment is\n",
     ), done
     verdict = store_of(database).verify()
-    assert verdict.intact and count(database) == 40 and verdict.legacy == 100
+    assert verdict.intact and count(database) == 52 and verdict.legacy == 100
     assert cli("verify", "--db", str(database)).returncode == 0
 
 
@@ -183,12 +186,12 @@ def test_purge_of_other_rows_than_planned_removes_none(log: Path, monkeypatch: p
 
 def test_archive_holds_what_went_and_says_so(log: Path, tmp_path: Path) -> None:
     before = table_rows(log)
-    limit = moment(START_NS + DAY_NS + 2 * MINUTE_NS)
+    limit = moment(START_NS + 2 * DAY_NS)
     removal = store_of(log).purge(limit, archive=str(tmp_path / "archive"))
     assert removal.archive is not None
     folder = tmp_path / "archive" / removal.archive
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["events"], manifest["digest"]) == (6, removal.digest)
+    assert (manifest["events"], manifest["digest"]) == (8, removal.digest)
     assert manifest["heads"][0]["position"] == 3
     files = sorted(folder.glob("*.parquet"))
     assert [(file["name"], file["sha256"]) for file in manifest["files"]] == [
@@ -198,7 +201,7 @@ def test_archive_holds_what_went_and_says_so(log: Path, tmp_path: Path) -> None:
         rows = connection.execute(
             "SELECT * FROM read_parquet(?) ORDER BY timestamp, segment, seq", [list(map(str, files))]
         ).fetchall()
-    assert rows == before[:6] and table_rows(log) == before[6:]
+    assert rows == before[:8] and table_rows(log) == before[8:]
     assert intact(log)
     if os.name == "posix":
         assert mode(folder) == mode(folder.parent) == 0o700
@@ -215,7 +218,7 @@ def test_archive_that_cannot_be_written_purges_nothing(log: Path, tmp_path: Path
 def test_archive_that_reads_back_differently_purges_nothing(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(m, "OLD_OF_DAY", m.OLD_OF_DAY.replace("ORDER BY", "AND seq > 1 ORDER BY"))
+    monkeypatch.setattr(m, "OLD_OF_FILE", m.OLD_OF_FILE.replace("ORDER BY", "AND seq > 1 ORDER BY"))
     with pytest.raises(m.StoreError, match="read back"):
         store_of(log).purge(moment(START_NS + DAY_NS), archive=str(tmp_path / "archive"))
     assert count(log) == 12 and intact(log) and not list((tmp_path / "archive").iterdir())
@@ -493,6 +496,7 @@ def test_journal_file_that_is_a_link_is_not_followed(engine: str, tmp_path: Path
     write_segment(database, START_NS, 1)
     target = tmp_path / "target"
     target.write_text("mine")
+    Path(f"{database}.journal", name).unlink(missing_ok=True)
     Path(f"{database}.journal", name).symlink_to(target)
     with pytest.raises((m.AuditError, OSError)):
         store_of(database).ingest()

@@ -1,6 +1,7 @@
 """Verify an audit database with the `duckdb` package and nothing of ours: from docs/security.md alone.
 
     python tools/verify_independently.py logs-default.duckdb [checkpoint.json]
+    python tools/verify_independently.py --proof proof.json checkpoint.json
 
 The key, if there is one, is taken from MXCP_AUDIT_KEY or the lines of MXCP_AUDIT_KEY_FILE. Prints what is
 wrong, a line each; exit status 0 if nothing is.
@@ -124,27 +125,34 @@ def seal_is_right(seal: str, text: bytes, keys: list[bytes]) -> bool:
 def check_chains(
     entries: list[dict[str, Any]], keys: list[bytes], checkpoints: list[dict[str, Any]], wrong: Wrong
 ) -> None:
-    """Steps 1 and 5."""
+    """Steps 1 and 5; sets `believed` and `covered` of each entry."""
     chains: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for entry in entries:
         chains[entry["journal"] or ""].append(entry)
-    open_checkpoints = [dict(checkpoint) for checkpoint in checkpoints]
+    names = ("journal", "position", "events", "seal")
+    open_checkpoints = [{name: checkpoint[name] for name in names} for checkpoint in checkpoints]
     for journal, chain in chains.items():
         chain.sort(key=lambda entry: (entry["position"] or 0, entry["seal"] or ""))
-        previous, total, unkeyed = "", 0, 0
-        for expected, entry in enumerate(chain, 1):
+        previous, last, total, unkeyed = "", 0, 0, []
+        for number, entry in enumerate(chain):
             seal = entry["seal"] or ""
             right = seal_is_right(seal, f"{previous}|{entry['hash']}".encode(), keys)
-            if entry["position"] != expected or not right:
+            entry["believed"] = right and entry["position"] == last + 1
+            entry["covered"] = False
+            if not entry["believed"]:
                 wrong.add(("chain", journal))
-            unkeyed += not seal.startswith("k:")
+            elif keys and not seal.startswith("k:"):
+                unkeyed.append(entry)
             total += (entry["events"] or 0) if entry["kind"] == "segment" else 0
             here = {"journal": journal, "position": entry["position"], "events": total, "seal": seal}
             if here in open_checkpoints:
                 open_checkpoints.remove(here)
-                unkeyed = 0
-            previous = seal
-        if keys and unkeyed:
+                unkeyed = []
+                for each in chain[: number + 1]:
+                    each["covered"] = True
+            previous, last = seal, -1 if entry["position"] is None else entry["position"]
+        for entry in unkeyed:
+            entry["believed"] = False
             wrong.add(("chain", journal))
     for checkpoint in open_checkpoints:
         wrong.add(("checkpoint", checkpoint["journal"]))
@@ -153,9 +161,12 @@ def check_chains(
 def expected_of(entry: dict[str, Any], purges: list[dict[str, Any]]) -> tuple[int, str | None]:
     """Return count and digest of what should be there of a segment."""
     everything = (entry["events"] or 0, entry["digest"])
-    reaching = [
-        purge for purge in purges if purge["heads"].get(entry["journal"] or "", 0) >= (entry["position"] or 0)
-    ]
+    journal, position = entry["journal"] or "", -1 if entry["position"] is None else entry["position"]
+    for purge in purges:
+        if any(low <= position <= high for low, high in purge.get("removed", {}).get(journal, ())):
+            return 0, None
+    # Purges of earlier versions took parts of segments, too.
+    reaching = [purge for purge in purges if purge.get("heads", {}).get(journal, 0) >= position]
     first, last = number(entry["first_event"]), number(entry["last_event"])
     if not reaching or first is None or last is None:
         return everything
@@ -164,26 +175,73 @@ def expected_of(entry: dict[str, Any], purges: list[dict[str, Any]]) -> tuple[in
         return everything
     if last < before:
         return 0, None
-    naming = [purge for purge in purges if entry["segment"] in purge["left"]]
+    naming = [purge for purge in purges if entry["segment"] in purge.get("left", {})]
     if not naming:
         return everything
     count, text = max(naming, key=lambda purge: purge["before"])["left"][entry["segment"]]
     return count, text
 
 
-def purges_of(entries: list[dict[str, Any]], wrong: Wrong) -> list[dict[str, Any]]:
-    """Return what the purge entries say; what was wrong before a purge stays wrong."""
+def purges_of(
+    entries: list[dict[str, Any]], wrong: Wrong, *, keys: list[bytes], checkpoints: Any
+) -> list[dict[str, Any]]:
+    """Return what the purge entries say that are believed; what was wrong before a purge stays wrong."""
     purges = []
     for entry in entries:
-        if entry["kind"] == "purge":
-            try:
-                said = json.loads(entry["detail"])
-                purges.append({key: said[key] for key in ("before", "heads", "left", "wrong")})
-            except (TypeError, ValueError, KeyError):
-                wrong.add(("chain", entry["journal"] or ""))
-    for purge in purges:
-        wrong.update(("segment", segment) for segment in purge["wrong"])
+        if entry["kind"] != "purge" or not entry["believed"]:
+            continue
+        journal = entry["journal"] or ""
+        try:
+            said = json.loads(entry["detail"])
+            before, segments = (
+                int(said["before"]),
+                {name: list(said["wrong"][name]) for name in said["wrong"]},
+            )
+            purge = {"before": before}
+            if "removed" in said:
+                purge["removed"] = {
+                    name: [(int(low), int(high)) for low, high in pairs]
+                    for name, pairs in said["removed"].items()
+                }
+            else:
+                purge["heads"] = {name: int(place) for name, place in said["heads"].items()}
+                purge["left"] = {name: (int(n), text) for name, (n, text) in said["left"].items()}
+                if purge["left"] and checkpoints and not entry["covered"] and not keys:
+                    wrong.add(("chain", journal))
+                    continue
+            changed = sum(int(found) - int((*rest, 0)[0]) for found, _, *rest in segments.values())
+        except (TypeError, ValueError, KeyError, AttributeError, OverflowError, RecursionError):
+            wrong.add(("chain", journal))
+            continue
+        purges.append(purge)
+        wrong.update(("segment", segment) for segment in segments)
+        if "removed" in purge:
+            named = [
+                each
+                for each in entries
+                if each["kind"] in ("segment", "legacy")
+                and any(
+                    0 < low <= (each["position"] or 0) <= high < 2**63
+                    for low, high in purge["removed"].get(each["journal"] or "", ())
+                )
+            ]
+            held = sum(each["events"] or 0 for each in named) + changed
+            is_young = any(
+                each["last_event"] is not None and number(each["last_event"]) >= before for each in named
+            )
+            if held != (entry["events"] or 0) or is_young:
+                wrong.add(("chain", journal))
     return purges
+
+
+FORMS = """\
+SELECT view_name, 'view' FROM duckdb_views() WHERE database_name = $name AND view_name IN ('logs', 'ledger')
+UNION ALL SELECT table_name, 'form' FROM duckdb_tables()
+WHERE database_name = $name AND table_name IN ('logs', 'ledger')
+AND regexp_matches(sql, 'COLLATE|GENERATED ALWAYS')
+UNION ALL SELECT table_name, 'default' FROM duckdb_columns()
+WHERE database_name = $name AND table_name IN ('logs', 'ledger')
+AND column_default IS NOT NULL AND column_default <> 'NULL'"""
 
 
 def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), database: str = "audit") -> Wrong:
@@ -202,6 +260,8 @@ def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), databas
         f"SELECT table_name, column_name, data_type FROM duckdb_columns() WHERE {here}", [database]
     ).fetchall():
         types[table][column] = kind
+    for table, what in connection.execute(FORMS, {"name": database}).fetchall():
+        wrong.add(("table", f"{table}: {what}"))
     if not (types["ledger"] or "segment" in types["logs"] or keys or checkpoints):
         return wrong  # an older table, and nothing of ours yet
     for table, columns in (("logs", LOGS), ("ledger", [*LEDGER, "seal"])):
@@ -221,7 +281,7 @@ def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), databas
             entry = dict(zip((column.partition(":")[0] for column in LEDGER), row))
             entries.append({**entry, "hash": row_hash(LEDGER, tuple(row)), "seal": seal})
     check_chains(entries, keys, list(checkpoints), wrong)
-    purges = purges_of(entries, wrong)
+    purges = purges_of(entries, wrong, keys=keys, checkpoints=checkpoints)
     found: dict[str, list[tuple[int | None, str]]] = defaultdict(list)
     if types["logs"]:
         days = connection.execute(
@@ -242,7 +302,34 @@ def verify(connection: Any, *, keys: list[bytes], checkpoints: Any = (), databas
     return wrong
 
 
+def proof_fault(proof: dict[str, Any], checkpoint: dict[str, Any]) -> str | None:
+    """Return why a proof doesn't show that its event is in the log that the checkpoint is of, or None."""
+    event, entry = proof["event"], proof["entry"]
+
+    def values(of: dict[str, Any], columns: list[str]) -> tuple[Any, ...]:
+        return tuple(of[column.partition(":")[0]] for column in columns)
+
+    if proof["hashes"][event["seq"] - 1] != row_hash(LOGS, values(event, LOGS + MORE)):
+        return "the event is not the one of its segment"
+    digest = hashlib.sha256("".join(proof["hashes"]).encode()).hexdigest()
+    if (event["segment"], digest, len(proof["hashes"])) != values(entry, ["segment", "digest", "events"]):
+        return "the segment is not as it was entered"
+    ends, seal = [], proof["before"]
+    for row in (row_hash(LEDGER, values(entry, LEDGER)), *proof["after"]):
+        seal = hashlib.sha256(f"{seal}|{row}".encode()).hexdigest()
+        ends.append({"journal": entry["journal"], "position": entry["position"] + len(ends), "plain": seal})
+    for head in checkpoint["journals"]:
+        if {name: head.get(name) for name in ("journal", "position", "plain")} in ends:
+            return None
+    return "the checkpoint is of another log, or older than the event"
+
+
 def main(arguments: list[str]) -> int:
+    if len(arguments) == 3 and arguments[0] == "--proof":
+        with open(arguments[1], encoding="utf-8") as proof, open(arguments[2], encoding="utf-8") as noted:
+            fault = proof_fault(json.load(proof), json.load(noted))
+        print(fault or "proved")
+        return 1 if fault else 0
     if not arguments or arguments[0].startswith("-"):
         raise SystemExit(__doc__)
     import duckdb
