@@ -24,7 +24,7 @@ from tools.judge import find_pythons  # noqa: E402
 
 TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "PyYAML")
 # What depends on nothing but Python and DuckDB; first what depends on its version most.
-STORE = ("engines", "evidence", "purge", "store_ingest", "store_reading")
+STORE = ("engines", "evidence", "neighbours", "purge", "store_ingest", "store_reading")
 CORE = (
     *STORE,
     "calls",
