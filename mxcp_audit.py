@@ -882,7 +882,9 @@ def _path(value: object) -> str:
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"must be a path, not {_described(value)}; put text in quotes")
     if _NOT_IN_A_PATH.search(path):
-        raise ValueError("a path can't hold NUL or half a character (a surrogate); correct the escape")
+        raise ValueError("a path can't hold NUL or what is no UTF-8 (half a character); name another")
+    if "?" in path and not is_attach_target(path):
+        raise ValueError("DuckDB takes what follows a ? for options, and can't write there; name another")
     return path
 
 
@@ -4252,6 +4254,36 @@ class Journal:
         replace_file(path, fresh.encode() + b"\n")
         return fresh
 
+    def bind(self, target: str) -> None:
+        """Note which database this journal is of; call it under the ingest lock.
+
+        A copy of a journal that still lies where it was gets an identity of its own.
+
+        Raises:
+            JournalError: it is the journal of another database, which is there.
+        """
+        path, mine = os.path.join(self.directory, "journal.place"), [self.directory, target]
+        try:
+            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="utf-8") as file:
+                known = [str(part) for part in json.load(file)]
+            place, other = known
+        except (OSError, ValueError, TypeError):
+            known, place, other = [], "", ""
+        if known == mine:
+            return
+        if place == self.directory and other != target and os.path.isfile(other):
+            raise JournalError(
+                f"holds the events of {other}; {target} needs one of its own: set `journal`",
+                path=self.directory,
+            )
+        if known and place != self.directory:
+            with contextlib.suppress(OSError):
+                with open(os.path.join(place, "journal.id"), encoding="utf-8") as file:
+                    is_copy = file.read().strip() == self.identity()
+                if is_copy:
+                    os.unlink(os.path.join(self.directory, "journal.id"))
+        replace_file(path, json.dumps(mine).encode())
+
     def ingest_lock(self) -> contextlib.AbstractContextManager[bool]:
         """Hold the lock of the one process that ingests from here; yields False if another has it."""
         return self._locked(shared=False)
@@ -4329,9 +4361,16 @@ class Journal:
         for name in self._names():
             if name.endswith(_LOSS_SUFFIX) and is_segment_id(name.removesuffix(_LOSS_SUFFIX)):
                 path = os.path.join(self.directory, name)
-                # One that can't be read yet is being written at this moment.
-                with contextlib.suppress(OSError, ValueError, TypeError), open(path, "rb") as file:
-                    found[path] = Loss(**json.load(file))
+                try:
+                    with open(path, "rb") as file:
+                        found[path] = Loss(**json.load(file))
+                except OSError:  # gone, or not ours to read
+                    pass
+                except (ValueError, TypeError):  # in the midst of being written, or cut short
+                    changed = os.lstat(path).st_mtime_ns
+                    if self._clock() - changed > _ORPHAN_SECONDS * 1e9:
+                        text = "a record of lost events was cut short"
+                        found[path] = Loss(0, "an unknown time", "an unknown time", text)
         return found
 
     def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
@@ -7204,7 +7243,9 @@ class AuditLogger:
 def redactor_of(config: Config) -> Redactor:
     """Return the redactor that a configuration describes."""
     key = os.environ.get("MXCP_AUDIT_KEY")
-    return Redactor(config.redact, config.keep, mode=config.redact_mode, key=key.encode() if key else None)
+    return Redactor(
+        config.redact, config.keep, mode=config.redact_mode, key=os.fsencode(key) if key else None
+    )
 
 
 def place_problem(path: str) -> str | None:
@@ -7305,10 +7346,8 @@ LONGEST_LINE: Final = 2**20  # of a segment; DuckDB sets aside twice this. More 
 
 # Other schemas of a shared target may have tables of the same names.
 _OUR_TABLES: Final = """\
-database_name = 'audit' AND table_name IN ('logs', 'ledger')
+database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
-TABLE_COLUMNS: Final = f"""\
-SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns() WHERE {_OUR_TABLES}"""
 CREATE_LOGS: Final = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
 WIDEN_LOGS: Final = tuple(
     f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
@@ -7364,9 +7403,11 @@ def turn_statements(journal: str) -> tuple[str, str]:
 
 
 SET_SCHEMA: Final = "SET VARIABLE audit_schema = $schema"
+# duckdb_columns() lists none there.
 QUACK_COLUMNS: Final = """\
-SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name FROM (DESCRIBE audit.logs)
-UNION ALL SELECT 'ledger', column_name::VARCHAR FROM (DESCRIBE audit.ledger)"""  # duckdb_columns() lists none
+SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name, column_type::VARCHAR AS column_type
+FROM (DESCRIBE audit.logs)
+UNION ALL SELECT 'ledger', column_name::VARCHAR, column_type::VARCHAR FROM (DESCRIBE audit.ledger)"""
 EXTENSION_STATES: Final = """\
 SELECT extension_name::VARCHAR AS name, loaded, installed FROM duckdb_extensions()
 WHERE extension_name IN (SELECT unnest($names))"""
@@ -7481,7 +7522,7 @@ EVENTS_OF: Final = """\
 SELECT coalesce(sum(events), 0)::BIGINT FROM audit.ledger WHERE journal = $journal AND kind = 'segment'"""
 LEDGER_IS_EMPTY: Final = "SELECT count(*) = 0 FROM audit.ledger"
 LEGACY_DAYS: Final = """\
-SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR, count(*)::BIGINT FROM audit.logs
+SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR, count(*)::BIGINT FROM sound_logs
 WHERE segment IS NULL GROUP BY ALL ORDER BY ALL NULLS FIRST"""
 PREPARE_LEGACY: Final = f"""\
 INSERT INTO entries BY NAME
@@ -7490,7 +7531,7 @@ SELECT $journal AS journal, 'legacy' AS kind, segment, events, first_event, last
        $host AS host, $now::TIMESTAMP AS ingested_at
 FROM ({
     digests(
-        "audit.logs",
+        "sound_logs",
         "segment IS NULL AND coalesce(strftime(timestamp, '%Y-%m-%d'), '') BETWEEN $first_day AND $last_day",
         segment=SEGMENT_OR_DAY,
     )
@@ -7529,13 +7570,21 @@ WHERE ingested_at <= $now::TIMESTAMP ORDER BY hour DESC"""
 # --- verifying: the tables are read through views of known columns and types, whatever somebody made of them
 
 TABLE_TYPES: Final = f"""\
-SELECT table_name::VARCHAR, column_name::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
+SELECT lower(table_name)::VARCHAR, lower(column_name)::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
+# Other types that hold the same values: of tables that MXCP made, or a person.
+SAME_VALUES: Final = {
+    "TIMESTAMP": {"TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS"},
+    "INTEGER": {"INTEGER", "BIGINT", "SMALLINT"},
+    "BIGINT": {"INTEGER", "BIGINT"},
+    "VARCHAR": {"VARCHAR"},
+}
 
 
+VIEW: Final = "is a view"
 # What keeps a table from being a plain one; of a collation only the table's text tells.
 ODDITIES: Final = f"""\
-SELECT view_name::VARCHAR AS name, 'is a view' AS what FROM duckdb_views()
+SELECT view_name::VARCHAR AS name, '{VIEW}' AS what FROM duckdb_views()
 WHERE {_OUR_TABLES.replace("table_name", "view_name")}
 UNION ALL SELECT table_name::VARCHAR, 'has a column with a collation, or one that is computed'
 FROM duckdb_tables() WHERE {_OUR_TABLES} AND regexp_matches(sql, 'COLLATE|GENERATED ALWAYS')
@@ -7553,16 +7602,26 @@ AND (relkind NOT IN ('r', 'p') OR relrowsecurity OR relhasrules
     AND (atthasdef OR attcollation NOT IN (0, (SELECT oid FROM pg_collation WHERE collname = 'default')))))"""
 
 
-def _in_shape(columns: Sequence[Column], there: Collection[str]) -> str:
-    """Return the SELECT list of these columns in which each that isn't `there` is NULL."""
-    return ", ".join(c.name if c.name in there else f"NULL::{c.sql_type} AS {c.name}" for c in columns)
+def _in_shape(columns: Sequence[Column], present: Mapping[str, str]) -> str:
+    """Return the SELECT list of columns, by name and type; others' types are converted, NULL if that fails.
+
+    Args:
+        columns: ours.
+        present: type by name of what the table has.
+    """
+    parts = []
+    for name, sql_type in columns:
+        given = present.get(name)
+        zoned = f"timezone('UTC', {name})" if given == "TIMESTAMP WITH TIME ZONE" else name
+        part = name if given == sql_type else f"TRY_CAST({zoned} AS {sql_type}) AS {name}"
+        parts.append(part if given else f"NULL::{sql_type} AS {name}")
+    return ", ".join(parts)
 
 
 def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
-    """Return the view of a table in which a column that is missing, or has another type, is NULL."""
-    sound = {column.name for column in columns if types.get(column.name) == column.sql_type}
+    """Return the view of a table in which each column of ours has its type, and is NULL if it is missing."""
     source = f"FROM audit.{table}" if types else "WHERE false"
-    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {_in_shape(columns, sound)} {source}"
+    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {_in_shape(columns, types)} {source}"
 
 
 COUNT_SOUND: Final = "SELECT count(*)::BIGINT FROM sound_logs"
@@ -7692,7 +7751,8 @@ FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} 
 
 # What a restore asks: `ours` is the database that the restored one, `audit`, is to replace.
 OUR_COLUMNS: Final = """\
-SELECT table_name::VARCHAR, column_name::VARCHAR FROM duckdb_columns() WHERE database_name = 'ours'"""
+SELECT lower(table_name)::VARCHAR, lower(column_name)::VARCHAR, data_type::VARCHAR
+FROM duckdb_columns() WHERE database_name = 'ours'"""
 OUR_SEGMENTS: Final = """\
 SELECT DISTINCT segment::VARCHAR FROM ours.logs WHERE segment NOT IN
 (SELECT segment FROM audit.ledger WHERE kind = 'segment' AND segment IS NOT NULL)"""
@@ -7705,13 +7765,13 @@ WHERE kind = 'loss' AND segment NOT IN
 # --- reading: the views `table_rows` and `journal_rows` together are the log
 
 
-def table_rows(present: Collection[str], database: str = "audit") -> str:
+def table_rows(present: Mapping[str, str], database: str = "audit") -> str:
     """Return the SELECT of the table's rows in the shape of COLUMNS: what an older table lacks is NULL."""
     return f"SELECT {_in_shape(COLUMNS, present)} FROM {database}.logs"
 
 
 JOURNAL_ROWS: Final = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
-NO_ROWS: Final = f"SELECT {_in_shape(COLUMNS, ())} WHERE false"
+NO_ROWS: Final = f"SELECT {_in_shape(COLUMNS, {})} WHERE false"
 COUNT_TABLE: Final = "SELECT count(*)::BIGINT FROM table_rows"
 RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
@@ -8051,6 +8111,7 @@ def bind(sql: str, params: Params) -> str:
 _GUEST_MEMORY: Final = "256MB"  # an ingest is a guest beside its server; a batch of 64 MiB fits
 _SESSION_SETTINGS: Final = (
     "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
+    "SET TimeZone = 'UTC'; "
     "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
 )
 _PROCESS: Final = os.getpid()
@@ -8226,7 +8287,7 @@ class CliEngine:
                 if line == mark:
                     finished = True
                     return
-                if line != b"\n":
+                if line.startswith(b"{"):  # else it is a warning
                     yield tuple(json.loads(line).values())
             raise self._failure()
         finally:
@@ -8726,11 +8787,12 @@ class Target:
         except OSError as error:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
-    def columns(self, engine: Engine) -> dict[str, set[str]]:
-        """Return the names of the columns of `logs` and `ledger`, as far as these tables are there."""
-        present: dict[str, set[str]] = {}
-        for table, column in engine.execute(QUACK_COLUMNS if _QUACK.match(self.path) else TABLE_COLUMNS):
-            present.setdefault(table, set()).add(column)
+    def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
+        """Return names and types of the columns of `logs` and `ledger`, as far as these tables are there."""
+        present: dict[str, dict[str, str]] = {}
+        asked = QUACK_COLUMNS if _QUACK.match(self.path) else TABLE_TYPES
+        for table, column, sql_type in engine.execute(asked):
+            present.setdefault(table, {})[column] = sql_type
         return present
 
     def oddities(self, engine: Engine) -> list[str]:
@@ -8743,14 +8805,25 @@ class Target:
             sql = f"SELECT name, what FROM postgres_query('audit', {asked})"
         return [f"{table} {what}" for table, what in engine.execute(sql)]
 
+    def refusal(self, error: QueryError) -> StoreError:
+        """Return what to say of a table of somebody's own that can't hold our events."""
+        reason = str(error).splitlines()[0]
+        return StoreError(
+            f"{self.name}: its table `logs` takes no events of ours ({reason}); put that constraint or view "
+            "away, or set `path` to a database of our own"
+        )
+
     def create_tables(self, engine: Engine) -> None:
         """Make what is missing of the tables and their columns; the target is attached for writing."""
         present = self.columns(engine)
         if "logs" not in present:
             engine.execute(CREATE_LOGS)
         elif any(column.name not in present["logs"] for column in COLUMNS):
-            for statement in WIDEN_LOGS:
-                engine.execute(statement)
+            try:
+                for statement in WIDEN_LOGS:
+                    engine.execute(statement)
+            except QueryError as error:
+                raise self.refusal(error) from error
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
         if "ledger" not in present and _POSTGRES.match(self.path):
@@ -9044,6 +9117,8 @@ class Ledger:
             )
         engine.execute(CREATE_ENTRIES)
         ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
+        if empty:
+            engine.execute(sound_view("logs", COLUMNS, self._target.columns(engine)["logs"]))
         for sql, params in (*(legacy_entries(engine) if empty else ()), *entries):
             engine.execute(sql, {**common, "position": position, **params})
         positions, seals = [], []
@@ -9276,7 +9351,10 @@ class Ingest:
                 if self._target.is_file:
                     engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
             if fresh:
-                engine.execute(INSERT_ROWS)
+                try:
+                    engine.execute(INSERT_ROWS)
+                except QueryError as error:
+                    raise self._target.refusal(error) from error
                 self._enter_segments(engine, fresh, losses)
             self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
         return set(fresh)
@@ -9427,8 +9505,11 @@ class Reader:
         stack.enter_context(target.attached(reading.engine, read_only=True))
         segments = journal.segments()
         present = target.columns(reading.engine)
-        reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
         reading.oddities = target.oddities(reading.engine)
+        if any(text.endswith(VIEW) for text in reading.oddities):  # which may read any file of who asks
+            present = {}
+            reading.problem = StoreError(f"{target.name}: what should be a table is a view, and is not read")
+        reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
         reading.has_ledger = "ledger" in present
 
     def _open_journal(self, reading: Reading) -> None:
@@ -9481,11 +9562,11 @@ class Reading:
         self.has_journal = False
         self.has_ledger = False
 
-    def open_views(self, table: Collection[str] | None, segments: Iterable[str]) -> None:
+    def open_views(self, table: Mapping[str, str] | None, segments: Iterable[str]) -> None:
         """Define the views `table_rows` and `journal_rows`, which together are the log.
 
         Args:
-            table: the columns of the table, None if there is none.
+            table: name and type of the table's columns, None if there is none.
             segments: paths of the journal's segments that the table lacks.
         """
         self.has_table = table is not None
@@ -9567,6 +9648,14 @@ class Reading:
         """Yield what an SQL expression of ours makes of each matching event."""
         sql, params = self._select(f"{expression} AS line", what, count, oldest_first)
         return (line for (line,) in self.engine.stream(sql, params))
+
+    def ids_like(self, part: str) -> list[Row]:
+        """Return up to three ids of events that begin with a text, or go on so after the time."""
+        params = {"part": part.replace("_", "").replace("%", "") + "%", "end": f"%-{part}"}
+        source, _ = self._source(Filter(), None, NEWEST_FIRST)
+        return self.engine.execute(
+            f"SELECT {_EVENT_ID} AS id FROM ({source}) WHERE id LIKE $part OR id LIKE $end LIMIT 3", params
+        )
 
     def losses(self) -> list[Row]:
         """Return when lost events were entered, how many, and why."""
@@ -10035,7 +10124,10 @@ class Verifier:
             for column in ours if wide else ours[:10] if present else ():
                 is_type = present.get(column.name)
                 # What an earlier version's table lacks is as good as NULL, which leaves the hash as it was.
-                if is_type != column.sql_type and not (is_type is None and column in NEW_COLUMNS):
+                is_same = table == "logs" and is_type in SAME_VALUES[column.sql_type]
+                if is_type != column.sql_type and not (
+                    is_same or (is_type is None and column in NEW_COLUMNS)
+                ):
                     text = f"{table}.{column.name} is {is_type or 'missing'}, not {column.sql_type}"
                     self.verdict.add("table", text)
         has_ledger = bool(columns["ledger"] or "segment" in columns["logs"])
@@ -10210,6 +10302,9 @@ class Verifier:
 
     def _judge(self, row: Compared) -> None:
         verdict = self.verdict
+        if not verdict.entries and row.segment.startswith("legacy-"):
+            verdict.legacy += row.found  # an older table, of which nothing was entered yet
+            return
         if row.position < 0:
             text = f"segment {row.segment} is not in the ledger: {counted(row.found, 'event')}"
             verdict.add("inserted", text, row.segment)
@@ -10756,9 +10851,9 @@ def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
     ledger = Ledger(target, journal)
     with target.session(read_only=False, wait=0.0) as engine:
         attach_file(engine, place, "ours", {"READ_ONLY": True})
-        present: dict[str, set[str]] = {}
-        for table, column in engine.execute(OUR_COLUMNS):
-            present.setdefault(str(table), set()).add(str(column))
+        present: dict[str, dict[str, str]] = {}
+        for table, column, sql_type in engine.execute(OUR_COLUMNS):
+            present.setdefault(str(table), {})[str(column)] = str(sql_type)
         rows = table_rows(present["logs"], "ours") if "logs" in present else NO_ROWS
         segments: list[str] = []
         with ledger.writing(engine):
@@ -10926,6 +11021,8 @@ class Store:
             if not mine:
                 waiting = bool(self.journal.segments())
                 return {"done": not waiting, "busy": waiting}
+            target = self.target
+            self.journal.bind(os.path.realpath(target.path) if target.is_file else target.name)
             problems = self._run_ingest(wait)
             if self._retention is not None and not self.target.is_absent():
                 self._retain(self._retention)
@@ -11799,11 +11896,14 @@ def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None
             _write(file, (label + printable(line)).rstrip())
 
 
+_WIDEST: Final = 80
+
+
 def _widths(measured: Iterable[Iterable[int]], elastic: Sequence[bool], width: int | None) -> list[int]:
     """Return a width for each column: the widest cell's, or less where the column is elastic."""
     widths = [max(column) for column in zip(*measured)]
-    if width is None:
-        return widths
+    if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
+        return [min(size, _WIDEST) for size in widths]
     excess = sum(widths) + 2 * (len(widths) - 1) - width
     for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
         if elastic[index] and excess > 0:
@@ -11814,7 +11914,10 @@ def _widths(measured: Iterable[Iterable[int]], elastic: Sequence[bool], width: i
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], width: int | None) -> str:
-    line = "  ".join(fit(c, size, right=number) for c, size, number in zip(cells, widths, right)).rstrip()
+    line = "  ".join(
+        fit(cell, size if width is not None else max(size, display_width(cell)), right=number)
+        for cell, size, number in zip(cells, widths, right)
+    ).rstrip()
     return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
 
 
@@ -13082,32 +13185,36 @@ _SORTS: Final = {
     **{name: f"{name}_ms" for name in ("p50", "p95", "p99", "max")},
 }
 _TIME: Final = re.compile(
-    r"(\d{4}-\d{2}-\d{2})(?:[T ](\d{2}:\d{2})(?::(\d{2})(?:\.(\d{1,6}))?)?(Z|[+-]\d{2}:?\d{2})?)?"
+    r"(\d{4}-\d{2}-\d{2})(?:[Tt ](\d{2}:\d{2})(?::(\d{2})(?:[.,](\d{1,9}))?)?([Zz]|[+-]\d{2}:?\d{2})?)?"
 )
-_TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, 2026-01-31 or 2026-01-31T12:00:00Z"
+_CLOCK: Final = re.compile(r"\d{2}:\d{2}")
+_TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None) -> str:
     """Return a moment as naive UTC text, from a duration before now or an ISO date or time.
 
     Args:
-        text: `10s 10m 2h 1d 1w`, sums such as `1h30m`, or an ISO 8601 date or time. A time without
-            an offset is UTC.
+        text: `10s 10m 2h 1d 1w`, `30min`, sums such as `1h30m`, `today`, `yesterday`, a time of today such
+            as `15:00`, or an ISO 8601 date or time. A time without an offset is UTC.
         now: aware; the current time if None.
 
     Raises:
         ValueError: anything else; its text has examples.
     """
+    now = now or utc_now()
+    day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
+    said = day if text in ("today", "yesterday") else f"{day}T{text}" if _CLOCK.match(text) else text
     try:
-        match = _TIME.fullmatch(text)
+        match = _TIME.fullmatch(said)
         if match:
             day, minute, second, fraction, offset = match.groups()
-            zone = "+00:00" if offset in (None, "Z") else f"{offset[:3]}:{offset[-2:]}"
+            zone = "+00:00" if offset in (None, "Z", "z") else f"{offset[:3]}:{offset[-2:]}"
             moment = datetime.datetime.fromisoformat(
-                f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '').ljust(6, '0')}{zone}"
+                f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '')[:6].ljust(6, '0')}{zone}"
             )
         else:
-            moment = (now or utc_now()) - datetime.timedelta(seconds=parse_duration(text))
+            moment = now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", said)))
         return sql_time(moment)
     except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is neither a duration nor a time: {_TIME_EXAMPLES}") from None
@@ -13358,7 +13465,13 @@ def _config_of(options: argparse.Namespace) -> Config:
         # Beside a target that is no file there is no place: look for the default profile's journal here.
         journal = "logs-default.journal" if is_attach_target(options.db) else None
         return config_from_arguments(path=options.db, journal=journal)
-    return load_config(config=options.config, profile=options.profile)
+    try:
+        return load_config(config=options.config, profile=options.profile)
+    except ConfigError:
+        logs = [name for name in os.listdir() if os.path.isdir(f"{name}.journal")]
+        if options.config or has_site_file() or len(logs) != 1:
+            raise
+        raise _UsageError(f"there is no {SITE_FILE} here or above; say --db {logs[0]}") from None
 
 
 def _store_of(options: argparse.Namespace) -> Store:
@@ -13480,7 +13593,7 @@ log --follow --status error""",
     _add_filters(command)
     shown = command.add_argument_group("what is shown")
     shown.add_argument(
-        "--limit", type=_argument(_positive), metavar="N", help="at most N events (default: 100)"
+        "-n", "--limit", type=_argument(_positive), metavar="N", help="at most N events (default: 100)"
     )
     shown.add_argument(
         "--oldest-first", action="store_true", help="the other order, from the other end of the log"
@@ -13830,9 +13943,16 @@ _SHOWN: Final = (
 
 def cmd_show(options: argparse.Namespace) -> int:
     """Show one event. 1 if there is none of that id."""
-    parse_event_id(options.event)
     with _store_of(options).reading(wait=options.wait) as reading:
-        rows = list(reading.rows(Filter(event_id=options.event), count=1))
+        chosen = options.event.strip()
+        try:
+            parse_event_id(chosen)
+        except EventError:  # its beginning, or what follows the time
+            known = [str(name) for (name,) in reading.ids_like(chosen)]
+            if len(known) > 1:
+                raise _UsageError(f"{chosen} may be any of {', '.join(known)} …") from None
+            chosen = known[0] if known else chosen
+        rows = list(reading.rows(Filter(event_id=chosen), count=1)) if ":" in chosen else []
         if not rows and reading.problem is not None:
             raise reading.problem
     if not rows:
@@ -13874,7 +13994,12 @@ stats --by user --policy denied --json""",
         help="what is largest first, and what bars show (default: calls); hours and days go by time",
     )
     shown.add_argument(
-        "--limit", type=_argument(_positive), default=100, metavar="N", help="at most N groups (default: 100)"
+        "-n",
+        "--limit",
+        type=_argument(_positive),
+        default=100,
+        metavar="N",
+        help="at most N groups (default: 100)",
     )
     shown.add_argument("--json", action="store_true", help="print a JSON array of objects")
 
@@ -14138,7 +14263,11 @@ def _add_report(new_command: _NewCommand) -> None:
         "--out", metavar="FILE", required=True, help="the file; it appears whole or not at all"
     )
     command.add_argument(
-        "--limit", type=_argument(_positive), metavar="N", help="the newest N events in full (default: 100)"
+        "-n",
+        "--limit",
+        type=_argument(_positive),
+        metavar="N",
+        help="the newest N events in full (default: 100)",
     )
 
 

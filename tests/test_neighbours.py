@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import datetime
+import json
 import os
 import shutil
 import subprocess
@@ -109,6 +111,75 @@ def test_restore_that_would_lose_a_row_changes_nothing(log: Path, tmp_path: Path
     assert events(log) == before and not list(tmp_path.glob("*.restore*"))
 
 
+# --- words and names
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("today", "2026-03-02 00:00:00.000000"),
+        ("yesterday", "2026-03-01 00:00:00.000000"),
+        ("15:00", "2026-03-02 15:00:00.000000"),
+        ("15:00:30+02:00", "2026-03-02 13:00:30.000000"),
+        ("30min", "2026-03-02 09:30:00.000000"),
+        ("2026-01-31t12:00:00.123456789z", "2026-01-31 12:00:00.123456"),
+        ("2026-01-31 12:00:00,5", "2026-01-31 12:00:00.500000"),
+    ],
+)
+def test_times_are_taken_as_other_tools_print_them(text: str, expected: str) -> None:
+    now = datetime.datetime(2026, 3, 2, 10, 0, tzinfo=datetime.timezone.utc)
+    assert m.parse_time(text, now=now) == expected
+
+
+def test_show_takes_the_part_of_an_id_that_tells(log: Path, cli: Cli) -> None:
+    ids = [event["event_id"] for event in json.loads(cli("log", "--json", "--db", str(log)).stdout)]
+    chosen = ids[3]
+    for part in (chosen, chosen.rpartition("-")[2]):
+        assert json.loads(cli("show", part, "--json", "--db", str(log)).stdout)["event_id"] == chosen
+    done = cli("show", chosen[:8], "--db", str(log))
+    assert done.returncode == 2 and "may be any of" in done.stderr
+    assert cli("show", "nothing", "--db", str(log)).returncode == 1
+
+
+def test_log_beside_a_database_without_a_site_file_names_it(log: Path, cli: Cli) -> None:
+    done = cli("log")
+    assert done.returncode == 2 and "say --db log.duckdb" in done.stderr
+
+
+def test_paths_and_keys_that_cannot_be_are_refused_with_the_reason(tmp_path: Path, cli: Cli) -> None:
+    with pytest.raises(m.ConfigError, match="takes what follows a"):
+        m.AuditLogger(tmp_path / "a?b.duckdb")
+    code = (
+        "import sys, mxcp_audit as m\n"
+        "with m.AuditLogger(sys.argv[1], redact_mode='hmac') as a: a.log_event('cli', 'tool', 't', {})"
+    )
+    environment = {**{key.encode(): value.encode() for key, value in child_environment().items()}}
+    environment[b"MXCP_AUDIT_KEY"] = b"\xff\xfe"
+    command = [sys.executable, "-c", code, str(tmp_path / "k.duckdb")]
+    done = subprocess.run(
+        command, env={**environment, b"PYTHONPATH": str(ROOT).encode()}, capture_output=True
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+
+
+def test_sql_of_the_last_hour_and_warnings_of_the_program(log: Path, tmp_path: Path, cli: Cli) -> None:
+    now = tmp_path / "now.duckdb"
+    with m.AuditLogger(now) as audit:
+        audit.log_event("cli", "tool", "now", {})
+    query = "SELECT count(*) AS n FROM logs WHERE timestamp > now() - INTERVAL 1 HOUR"
+    done = cli("sql", query, "--json", "--db", str(now), TZ="Asia/Tokyo")
+    assert json.loads(done.stdout) == [{"n": 1}], done
+    done = cli("sql", "SELECT list_transform([1, 2], x -> x + 1) AS a", "--db", str(now))
+    assert "Traceback" not in done.stderr
+
+
+def test_long_name_pads_no_other_row(tmp_path: Path, cli: Cli) -> None:
+    with m.AuditLogger(tmp_path / "x.duckdb") as audit:
+        for number in range(50):
+            audit.log_event("cli", "tool", "n" * (1000 if number == 7 else 1), {})
+    assert len(cli("log", "--db", str(tmp_path / "x.duckdb")).stdout) < 50 * 200
+
+
 # --- root
 
 
@@ -128,6 +199,116 @@ def test_commands_as_root_leave_everything_to_the_owner_of_the_directory(tmp_pat
         assert cli(*command, "--db", str(database)).returncode == 0, command
     made = [home, *home.rglob("*")]
     assert database in made and {(path.stat().st_uid, path.stat().st_gid) for path in made} == {(4321, 4322)}
+
+
+# --- tables that others made
+
+_COLUMNS = {column.name: column.sql_type for column in m.COLUMNS[:10]}
+_VALUES = "'cli', 'tool', 'n', '{}', 5, 'n/a', NULL, 'success', NULL"
+
+
+@pytest.mark.parametrize(
+    ("table", "changes", "value"),
+    [
+        ("LOGS", {}, "TIMESTAMP '2026-01-01 12:00'"),
+        ("logs", {"TIMESTAMP": "TIMESTAMP"}, "TIMESTAMP '2026-01-01 12:00'"),
+        (
+            "logs",
+            {"timestamp": "TIMESTAMPTZ", "duration_ms": "BIGINT"},
+            "TIMESTAMPTZ '2026-01-01 21:00:00+09'",
+        ),
+        ("logs", {"name": "VARCHAR NOT NULL"}, "TIMESTAMP '2026-01-01 12:00'"),
+    ],
+)
+def test_table_of_somebody_else_is_read_entered_and_verified(
+    engine: str, tmp_path: Path, cli: Cli, table: str, changes: dict[str, str], value: str
+) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    database = tmp_path / "log.duckdb"
+    columns = {**{k: v for k, v in _COLUMNS.items() if k.upper() not in changes}, **changes}
+    if "TIMESTAMP" in changes:
+        columns = {name.upper(): columns.get(name, columns.get(name.upper(), "")) for name in _COLUMNS}
+    ordered = ", ".join(f"{name} {kind}" for name, kind in columns.items())
+    if list(map(str.lower, columns)) != list(_COLUMNS):
+        ordered = ", ".join(f"{name} {changes.get(name, kind)}" for name, kind in _COLUMNS.items())
+    with duckdb.connect() as connection:
+        connection.execute("SET TimeZone = 'Asia/Tokyo'")
+        connection.execute(f"ATTACH '{database}' AS old (STORAGE_VERSION 'v1.0.0'); USE old")
+        connection.execute(f"CREATE TABLE {table} ({ordered})")
+        connection.execute(f"INSERT INTO logs VALUES ({value}, {_VALUES})")
+    for expected in (1, 2):
+        shown = json.loads(cli("log", "--json", "--db", str(database), TZ="Asia/Tokyo").stdout)
+        assert len(shown) == expected and shown[-1]["timestamp"].startswith("2026-01-01T12:00:00")
+        assert (shown[-1]["name"], shown[-1]["duration_ms"]) == ("n", 5)
+        assert store_of(database).verify().intact
+        if expected == 1:
+            write_segment(database, START_NS, 1)
+            ingest(database)
+    removal = store_of(database).purge("2026-02-01 00:00:00.000000")
+    assert removal.events == 1 and not removal.wrong and store_of(database).verify().intact
+
+
+@pytest.mark.parametrize(
+    ("definition", "reason"),
+    [
+        ("CREATE TABLE logs (timestamp TIMESTAMP, name VARCHAR, extra INTEGER NOT NULL)", "takes no events"),
+        ("CREATE VIEW logs AS SELECT content AS name FROM read_text('{secret}')", "is a view"),
+        ("CREATE TABLE logs (timestamp VARCHAR, name BLOB)", "takes no events"),
+    ],
+)
+def test_table_that_cannot_hold_our_events_is_told_and_harmless(
+    engine: str, tmp_path: Path, cli: Cli, definition: str, reason: str
+) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    database, secret = tmp_path / "log.duckdb", tmp_path / "secret"
+    secret.write_text("hunter2")
+    with duckdb.connect() as connection:
+        connection.execute(f"ATTACH '{database}' AS old (STORAGE_VERSION 'v1.0.0'); USE old")
+        connection.execute(definition.format(secret=secret))
+    write_segment(database, START_NS, 1)
+    said = ""
+    for command in (["ingest"], ["log"], ["log", "--json"], ["stats"], ["doctor"], ["verify"]):
+        done = cli(*command, "--db", str(database))
+        assert "Traceback" not in done.stderr and "hunter2" not in done.stdout + done.stderr, command
+        said += done.stderr
+    assert reason in said
+    assert len(store_of(database).journal.segments()) == 1
+
+
+def test_journal_of_one_database_takes_no_other(log: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other.duckdb"
+    write_segment(other, START_NS, 1, journal=Path(f"{log}.journal"))
+    with pytest.raises(m.JournalError, match=r"holds the events of .*log\.duckdb; .*other\.duckdb needs one"):
+        store_of(other, journal=Path(f"{log}.journal")).ingest()
+    assert not other.exists()
+    log.rename(tmp_path / "moved.duckdb")  # the database has another place from now on
+    assert store_of(tmp_path / "moved.duckdb", journal=Path(f"{log}.journal")).ingest()
+    assert len(events(tmp_path / "moved.duckdb")) == 9
+
+
+def test_copied_journal_goes_on_under_a_name_of_its_own(log: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(log, copy)
+    shutil.copytree(f"{log}.journal", copy / "log.duckdb.journal")
+    for database in (log, copy / "log.duckdb"):
+        write_segment(database, START_NS + 5 * DAY_NS, 1)
+        ingest(database)
+        assert store_of(database).verify().intact
+    assert len(store_of(copy / "log.duckdb").heads()) == 2 and len(store_of(log).heads()) == 1
+
+
+def test_record_of_a_loss_that_was_cut_short_is_entered(log: Path) -> None:
+    journal = store_of(log).journal
+    path = Path(journal.record_loss(m.Loss(5, "2026-01-01", "2026-01-02", "no space")))
+    path.write_bytes(path.read_bytes()[:20])
+    ingest(log)
+    assert path.exists()  # it may be in the midst of being written
+    os.utime(path, (time.time() - 120, time.time() - 120))
+    ingest(log)
+    assert not path.exists() and "cut short" in str(store_of(log).verify().notes) + str(
+        table_rows(log, "SELECT detail FROM ledger WHERE kind = 'loss'")
+    )
 
 
 # --- readers without a break
