@@ -7408,6 +7408,8 @@ QUACK_COLUMNS: Final = """\
 SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name, column_type::VARCHAR AS column_type
 FROM (DESCRIBE audit.logs)
 UNION ALL SELECT 'ledger', column_name::VARCHAR, column_type::VARCHAR FROM (DESCRIBE audit.ledger)"""
+LAKE_PATH: Final = """\
+SELECT value::VARCHAR FROM __ducklake_metadata_audit.ducklake_metadata WHERE key = 'data_path'"""
 EXTENSION_STATES: Final = """\
 SELECT extension_name::VARCHAR AS name, loaded, installed FROM duckdb_extensions()
 WHERE extension_name IN (SELECT unnest($names))"""
@@ -8024,7 +8026,8 @@ _ENGINE_ERRORS: Final = tuple(
         (
             DatabaseLockedError,
             "could not serialize access|duplicate key value violates unique constraint|tuple concurrently "
-            "updated|deadlock detected|transaction conflict|write-write conflict|maximum retry count",
+            "updated|deadlock detected|due to lock timeout|transaction conflict|write-write conflict|"
+            "maximum retry count",
         ),
         (
             DatabaseUnreachableError,
@@ -8048,6 +8051,7 @@ _ENGINE_ERRORS: Final = tuple(
     )
     for sign in signs.split("|")
 )
+_PG_LOCK_MS: Final = 3000
 _SQL_FAULTS: Final = ("parser error", "conversion error", "out of range error")
 _HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
@@ -8249,6 +8253,11 @@ class CliEngine:
         try:
             process = subprocess.Popen(
                 [self.program, *self._options],
+                # So that nobody's lock on a table of PostgreSQL holds us up for ever.
+                env={
+                    **os.environ,
+                    "PGOPTIONS": f"-c lock_timeout={_PG_LOCK_MS} {os.environ.get('PGOPTIONS', '')}",
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -8804,6 +8813,13 @@ class Target:
             asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self._schema)))
             sql = f"SELECT name, what FROM postgres_query('audit', {asked})"
         return [f"{table} {what}" for table, what in engine.execute(sql)]
+
+    def data_path(self, engine: Engine) -> str | None:
+        """Return where the files of an attached lake are; None if the target is none."""
+        if not self.is_lake:
+            return None
+        rows = engine.execute(LAKE_PATH)
+        return str(rows[0][0]) if rows else None
 
     def refusal(self, error: QueryError) -> StoreError:
         """Return what to say of a table of somebody's own that can't hold our events."""
@@ -9504,6 +9520,8 @@ class Reader:
             raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
         stack.enter_context(target.attached(reading.engine, read_only=True))
         segments = journal.segments()
+        reading.is_transaction = not target.is_file
+        reading.data_path = target.data_path(reading.engine)
         present = target.columns(reading.engine)
         reading.oddities = target.oddities(reading.engine)
         if any(text.endswith(VIEW) for text in reading.oddities):  # which may read any file of who asks
@@ -9557,6 +9575,8 @@ class Reading:
         self.engine = engine
         self._folder = folder  # for small segments, put together
         self.problem: StoreError | None = None
+        self.is_transaction = False  # of a target that is no file: others go on writing to it
+        self.data_path: str | None = None  # of a lake: where its files are
         self.oddities: list[str] = []  # what makes our tables other than plain ones
         self.has_table = False
         self.has_journal = False
@@ -9672,7 +9692,10 @@ class Reading:
             QueryError: no single SELECT, or DuckDB refuses it.
         """
         self.freeze_journal()
-        for lock in (SQL_VIEW, *SQL_LOCK):
+        self.engine.execute(SQL_VIEW)
+        if self.data_path:
+            self.engine.execute(f"SET allowed_directories = [{sql_literal(self.data_path)}]")
+        for lock in SQL_LOCK:
             self.engine.execute(lock)
         params = {"statement": statement}
         columns = self.engine.execute(SQL_COLUMNS, params)
@@ -9752,6 +9775,10 @@ class Reading:
     def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
         """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
         if form == "duckdb":
+            if self.is_transaction:  # which may write nothing that outlives it
+                self.engine.execute(f"CREATE TEMP TABLE exported AS {sql}", params)
+                self.engine.execute("COMMIT")
+                sql, params = "SELECT * FROM exported", {}
             attach_file(self.engine, target, "copy", NEW_FILE)
             told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
             self.engine.execute("CHECKPOINT copy")

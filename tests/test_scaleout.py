@@ -342,8 +342,42 @@ def test_log_filters_and_exports_every_target(make_host: Make, kind: str, engine
     assert json.loads(host.cli("log", "--until", "1h", "--json").stdout) == []
     assert host.cli("log", "--export", "out.csv").returncode == 0
     assert len((host.folder / "out.csv").read_text().splitlines()) == 101
+    assert host.cli("log", "--export", "out.duckdb").returncode == 0
+    assert len(json.loads(host.cli("log", "--db", "out.duckdb", "--json").stdout)) == 100
+    counted = host.cli("sql", "SELECT count(*) AS n FROM logs WHERE name = 'tool_3'", "--json")
+    assert json.loads(counted.stdout) == [{"n": 14}], counted.stderr
+    (host.folder / "secret.csv").write_text("secret")
+    refused = host.cli("sql", "SELECT * FROM read_csv('secret.csv')")
+    assert refused.returncode == 1 and "secret" not in refused.stdout
     if kind == "ducklake":
         assert list((host.folder.parent / "lake").rglob("*.parquet"))
+
+
+def test_lock_of_somebody_else_holds_nothing_up(make_host: Make, server: Postgres) -> None:
+    host = make_host("postgres")
+    host.start(LOG, "a", 20, 0).communicate(timeout=120)
+    host.run(LEAVE, 5)
+    holder = subprocess.Popen(
+        [server._program("psql"), "-XAtq", "-f", "-"],
+        env={**os.environ, **server.environment(host.database)},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert holder.stdout is not None and holder.stdin is not None
+        holder.stdin.write("BEGIN; LOCK TABLE logs; SELECT 'held';\n")
+        holder.stdin.flush()
+        while "held" not in holder.stdout.readline():
+            assert holder.poll() is None
+        for command in ("ingest --wait 0", "stats --wait 0"):
+            done = host.cli(*command.split())
+            assert done.returncode == 75 and "lock timeout" in done.stderr, done
+    finally:
+        holder.kill()
+        holder.communicate()
+    host.ingest()
+    assert host.run(COUNTS)[0][:2] == [25, 25]
 
 
 def test_filters_are_pushed_down_to_postgresql(make_host: Make) -> None:
