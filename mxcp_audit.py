@@ -13193,7 +13193,7 @@ def end_like(code: int) -> int:
 # == Commands ==
 # depends on: every section above, Wrap
 #
-# Each command has an `_add_…`, which says what it takes, and a `cmd_…`, which does it and returns the code.
+# One table says what each command takes; its `cmd_…` does it and returns the code.
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -13282,46 +13282,306 @@ def _columns(text: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(names))
 
 
-def _policy_argument(text: str) -> str:
-    return _POLICY_WORDS.get(text, text)
+# --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
 
+# `@` begins a command, with one line about it; then come its description, examples (`>`), groups of options
+# (`[…]`, or `&` for those of another block) and options: names, metavar and type or {choices}, `=` a default,
+# `!` required, `*` may be repeated; behind `|` the help. A word in braces stands for what _WORDS says.
+_OPTIONS: Final = """
+&common
+[which log]
+--config FILE | the site file (default: mxcp-site.yml here or above)
+--profile NAME | the profile (default: MXCP_PROFILE, or the site file's)
+--db TARGET | a database, without any site file
+[]
+--debug | show tracebacks and what is going on
 
-# --- the parser
+&waiting
+--wait SECONDS:seconds =5.0 | how long to try again while another process holds the database (default: 5)
 
+&filters
+[which events (all must hold; * in a name is any text)]
+--tool NAME * | of this tool; may be repeated, and any of them will do
+--resource URI * | of this resource; may be repeated, and any of them will do
+--prompt NAME * | of this prompt; may be repeated, and any of them will do
+--type {types} | of this type
+--policy {policies}:policy | with this decision; denied means deny, and so on
+--status {statuses} | that ended so
+--since WHEN:time | 10s 10m 2h 1d 1w 1h30m ago, today, 15:00, or since an ISO time
+--until WHEN:time | before that long ago, or before an ISO time
+--caller NAME | from this caller: http, stdio, cli …
+--user ID | by this user
+--session ID | in this session
+--trace ID | in this trace
+--client NAME | by this program, such as claude-ai/1.2; * is any text
+--agent ID | by this OAuth client; * is any text
+--address ADDRESS | from this address; * is any text
+--server NAME | on this server; * is any text
+--error-type NAME | that failed with this class of exception or JSON-RPC code; * is any text
+--event ID | the one with this event_id
+--grep TEXT | with this text in name, input, error or reason, in any case
+--min-ms N:positive | that took N milliseconds or longer
+
+@log show, follow, filter and export events
+Show the newest events, from the database and from the journal of running servers.
+> log --tool my_tool --status error --since 1d
+> log --tool 'user_*' --grep timeout --input
+> log --policy denied --since 7d --export denied.csv
+> log --json --limit 500
+> log --follow --status error
+&filters
+[what is shown]
+-n --limit N:positive | at most N events (default: 100)
+--oldest-first | the other order, from the other end of the log
+--json | a JSON array of objects; with -f one a line
+--columns A,B,…:columns | these of: {columns}
+--wide | more columns, nothing cut to the terminal
+--input | the redacted input under each event
+-f --follow | go on with new events as they happen; past ones come first with --limit or --since
+[export]
+--export FILE | write every match (or --limit) with all columns; the extension is one of {exports}; \
+- is standard output
+--format FORMAT:format | of an export, instead of its extension; without one, print lines of {streams}
+--cursor-file FILE | print what is new since the last run with this file
+--post URL | send the lines there instead, in batches
+--header NAME=VARIABLE * | of --post: a header from an environment variable
+--raw | leave text in CSV as it is that a spreadsheet takes for a formula
+
+@show show one event in full
+Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.
+> show 20261125T010203123456Z-1f2e3d4c:17
+> show 1f2e3d4c:17 --json
+event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
+--json | print a JSON object
+
+@stats count calls, errors and denials; find what is slow
+Show how often, how long and how well: a line for each group of events. P50, P95, P99 and MAX are \
+milliseconds.
+> stats --since 1d
+> stats --type tool --sort p95
+> stats --by hour --tool my_tool
+> stats --by user --policy denied --json
+&filters
+[what is shown]
+--by {groups} =name | what makes a group (default: name)
+--sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
+-n --limit N:positive =100 | at most N groups (default: 100)
+--json | print a JSON array of objects
+
+@sql ask in SQL, read-only
+Run one SELECT of DuckDB's SQL over the view `logs`, which has every event with the columns {columns}. \
+It can write nothing and read nothing else. While it runs, servers keep their events in the journal.
+> sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
+> sql "SELECT input_json ->> '$.id' AS id, count(*) FROM logs GROUP BY 1" --json
+> sql - --csv < question.sql
+statement SELECT | the statement; - reads it from standard input
+--json | print a JSON array of objects
+--csv | print CSV
+--raw | leave text in CSV as it is that a spreadsheet takes for a formula
+
+@config show the settings that hold, and who set them
+Show every setting of the profile: its value and where it comes from. Secrets are left out.
+> config
+> config --profile production --json
+--json | print a JSON object of value and source
+
+@redact show what would be recorded of an input, and why
+Read JSON on standard input and print what would be recorded of it, then a line for each part that is taken \
+out. Without a site file the default rules hold.
+> redact < input.json
+> redact --tool login --json < input.json
+--tool NAME | as the input of this tool
+--json | print one object: recorded, redacted
+
+@ingest move the events of dead processes from the journal into the database
+Move every segment that no running server is writing into the database.
+> ingest
+> ingest --db /var/log/mxcp/audit-prod.duckdb
+
+@doctor say how the log is doing, and what to do about it
+Examine engine, database, journal, permissions and space. Exit status: 0 healthy, 1 not.
+> doctor
+> doctor --json
+--json | print a JSON object
+--prometheus | print the numbers as gauges of Prometheus
+
+@report write a report as one HTML file
+Write what happened as one HTML file that loads nothing and has no script.
+> report --out report.html --since 30d
+> report --out denied.html --policy denied --since 7d
+&filters
+--out FILE ! | the file; it appears whole or not at all
+-n --limit N:positive | the newest N events in full (default: 100)
+
+@import take in MXCP's own JSONL logs
+Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported before is not imported \
+again, so a log that grew can be given again.
+> import audit.jsonl
+> import logs-2025.jsonl.gz logs-2026.jsonl
+files FILE + | a JSONL log of MXCP's
+
+@wrap run any stdio MCP server and record what it executes
+Run COMMAND, an MCP server over standard input and output in any language, and record its tool calls, \
+resource reads and prompts. Every byte passes unchanged.
+> wrap -- npx -y @modelcontextprotocol/server-everything
+> wrap --profile production --strict -- python server.py
+--strict | stop the traffic when it can't be recorded (default: go on)
+server COMMAND … | the server, behind --
+
+@verify prove that nothing was changed, removed or inserted
+Recompute the ledger from the events. Exit status: 0 intact, 1 not.
+> verify
+> verify --since 7d --json
+> verify --checkpoint heads.json
+--json | print the whole answer as a JSON object
+--since WHEN:time | recompute segments with events since then only
+--checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
+--signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
+
+@checkpoint print where the ledger ends, to be kept elsewhere
+Print the head of each journal's chain. Kept where nobody who can write the database can, it lets \
+`verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.
+> checkpoint > heads.json
+> checkpoint --sign ~/.ssh/id_ed25519 > heads.json
+--sign KEY | sign it with a private key of OpenSSH
+
+@prove print what shows somebody else that one event is in the log
+Print a proof of one event as JSON: with a checkpoint that was made since, whoever has no access to the log \
+can check it by tools/verify_independently.py.
+> prove 20260101T120000000000Z-1a2b3c4d:17 > proof.json
+event EVENT_ID | as `log --json` shows it
+
+@purge delete old events, so that the rest still verifies
+Delete every segment whose last event is older than that, and enter into the ledger what went.
+> purge --older-than 90d --dry-run
+> purge --older-than 90d --archive archive
+> purge --older-than 2026-01-01
+--older-than WHEN:time ! | 90d, or before an ISO date or time
+--dry-run | say what would go
+--archive DIR | write what goes as Parquet into DIR first
+
+@backup copy the log while the server runs
+Copy the whole log into the new database FILE.
+> backup /backup/audit-2026-11-25.duckdb
+file FILE | a new file; nothing is overwritten
+
+@restore put a backup back, without losing what came after it
+Put the backup FILE in place of the database, and add what only the database holds.
+> restore /backup/audit-2026-11-25.duckdb
+file FILE | what `backup` made
+
+@compact give the space of purged events back to the file system
+Write the database anew and put it in place of the old one.
+> compact
+
+@completion print what makes a shell complete this program's words
+Print a script for bash or zsh. Load it from your shell's start file.
+> completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
+> completion zsh >> ~/.zshrc
+shell {shells} | which shell
+"""
+_WORDS: Final[Mapping[str, Collection[str]]] = {
+    "types": EVENT_TYPES,
+    "policies": POLICY_DECISIONS,
+    "statuses": STATUSES,
+    "columns": PUBLIC_COLUMNS,
+    "exports": tuple(EXPORT_FORMATS),
+    "streams": tuple(STREAM_FORMS),
+    "groups": tuple(STATS_BY),
+    "sorts": tuple(_SORTS),
+    "shells": ("bash", "zsh"),
+}
+_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    "time": parse_time,
+    "positive": _positive,
+    "seconds": _seconds,
+    "columns": _columns,
+    "policy": lambda text: _POLICY_WORDS.get(text, text),
+    "format": str,
+}
+_UNWAITING: Final = ("config", "redact", "wrap", "completion")  # they open no database
 _HELP_WIDTH: Final = 78  # argparse would fold the examples, too
-_NewCommand: TypeAlias = "Callable[..., argparse.ArgumentParser]"  # adds a command: see `_add_command`
 
 
-def _parser_class() -> type[argparse.ArgumentParser]:
+def option_blocks() -> dict[str, list[str]]:
+    """Return the lines of each block of _OPTIONS by its first word; the first line is what follows it."""
+    blocks: dict[str, list[str]] = {}
+    for block in _OPTIONS.replace("\\\n", "").strip().split("\n\n"):
+        name, _, one_line = block.partition("\n")[0].partition(" ")
+        blocks[name] = [one_line, *block.split("\n")[1:]]
+    return blocks
+
+
+def _worded(text: str) -> str:
+    return re.sub(r"\{(\w+)\}", lambda match: ", ".join(_WORDS[match[1]]), text)
+
+
+def _add_option(place: Any, line: str) -> None:
+    """Add one line of _OPTIONS to a parser or a group of one."""
     import argparse
+
+    form, _, text = line.partition(" | ")
+    names: list[str] = []
+    settings: dict[str, Any] = {"help": _worded(text)}
+    marks: dict[str, dict[str, Any]] = {
+        "!": {"required": True},
+        "*": {"action": "append"},
+        "+": {"nargs": "+"},
+        "…": {"nargs": argparse.REMAINDER, "metavar": "-- COMMAND …"},
+    }
+    for number, word in enumerate(form.split(" ")):
+        parse = word.rpartition(":")[2] if ":" in word else ""
+        word = word.removesuffix(f":{parse}") if parse else word
+        if parse:
+            settings["type"] = _argument(_PARSERS[parse])
+        if parse == "format":
+            settings["choices"] = sorted({*EXPORT_FORMATS, *STREAM_FORMS})
+        if not number or word.startswith("-"):
+            names.append(word)
+        elif word.startswith("{"):
+            settings["choices"] = _WORDS[word[1:-1]]
+        elif word.startswith("="):
+            settings["default"] = {"5.0": 5.0, "100": 100}.get(word[1:], word[1:])
+        elif word in marks:
+            settings |= marks[word]
+        else:
+            settings["metavar"] = word
+    if len(settings) == 1 and names[0].startswith("-"):
+        settings["action"] = "store_true"
+    place.add_argument(*names, **settings)
+
+
+def _add_block(parser: argparse.ArgumentParser, lines: Iterable[str]) -> None:
+    blocks, place = option_blocks(), cast("Any", parser)
+    for line in lines:
+        if line.startswith("&"):
+            _add_block(parser, blocks[line][1:])
+        elif line.startswith("["):
+            place = parser.add_argument_group(line[1:-1]) if line != "[]" else parser
+        else:
+            _add_option(place, line)
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """Return the parser of the command line."""
+    import argparse
+    import textwrap
 
     class Parser(argparse.ArgumentParser):
         def __init__(self, **settings: Any) -> None:
-            super().__init__(**{"allow_abbrev": False, **settings})
+            super().__init__(
+                **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **settings}
+            )
 
         def error(self, message: str) -> NoReturn:  # it may quote a name that came out of the log
             super().error("\n".join(map(printable, message.splitlines())))
-
-    return Parser
-
-
-def _add_version(parser: argparse.ArgumentParser) -> None:
-    import argparse
 
     class Version(argparse.Action):
         def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
             print(version_text())
             parser.exit()
 
-    parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
-
-
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
-    import argparse
-
-    parser_class = _parser_class()
-    parser = parser_class(
+    parser = Parser(
         prog="mxcp-audit",
         description="Query the audit log of an MCP server, while the server runs.",
         epilog="""\
@@ -13331,94 +13591,30 @@ examples:
   mxcp-audit stats --type tool --sort p95      which tools are slow
   mxcp-audit COMMAND --help                    more of each
 """,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    _add_version(parser)
+    parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    common = parser_class(add_help=False)
-    _add_common(common)
-    waiting = parser_class(add_help=False, parents=[common])
-    _add_wait(waiting)
-    new_command = functools.partial(_add_command, commands, common, waiting)
-    for add in (
-        _add_log,
-        _add_show,
-        _add_stats,
-        _add_sql,
-        _add_config,
-        _add_redact,
-        _add_ingest,
-        _add_doctor,
-        _add_report,
-        _add_import,
-        _add_wrap,
-        _add_verify,
-        _add_checkpoint,
-        _add_prove,
-        _add_purge,
-        _add_backup,
-        _add_restore,
-        _add_compact,
-        _add_completion,
-    ):
-        add(new_command)
+    for name, (one_line, description, *lines) in option_blocks().items():
+        if not name.startswith("@"):
+            continue
+        name = name[1:]
+        examples = "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line.startswith("> "))
+        command = commands.add_parser(
+            name,
+            help=one_line,
+            description=textwrap.fill(_worded(description), _HELP_WIDTH),
+            epilog=f"examples:\n{examples}",
+            usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …"
+            if name == "wrap"
+            else None,
+        )
+        if name != "completion":
+            _add_block(command, ("&common", *(("&waiting",) if name not in _UNWAITING else ())))
+        _add_block(command, [line for line in lines if not line.startswith("> ")])
+        command.set_defaults(
+            run=globals()[f"cmd_{name}"], **({"debug": False} if name == "completion" else {})
+        )
     return parser
-
-
-def _add_command(
-    commands: Any,
-    common: argparse.ArgumentParser,
-    waiting: argparse.ArgumentParser,
-    name: str,
-    run: Callable[[argparse.Namespace], int],
-    one_line: str,
-    description: str,
-    examples: str,
-    *,
-    waits: bool = True,
-    **parts: Any,
-) -> argparse.ArgumentParser:
-    """Add a command with its help; the examples are lines without the program's name.
-
-    Args:
-        waits: whether it takes `--wait`.
-    """
-    import argparse
-    import textwrap
-
-    lines = "".join(f"  mxcp-audit {line}\n" for line in examples.splitlines())
-    command: argparse.ArgumentParser = commands.add_parser(
-        name,
-        help=one_line,
-        description=textwrap.fill(description, _HELP_WIDTH),
-        epilog=f"examples:\n{lines}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        **{"parents": [waiting if waits else common], **parts},
-    )
-    command.set_defaults(run=run)
-    return command
-
-
-def _add_common(common: argparse.ArgumentParser) -> None:
-    place = common.add_argument_group("which log")
-    place.add_argument(
-        "--config", metavar="FILE", help="the site file (default: mxcp-site.yml here or above)"
-    )
-    place.add_argument(
-        "--profile", metavar="NAME", help="the profile (default: MXCP_PROFILE, or the site file's)"
-    )
-    place.add_argument("--db", metavar="TARGET", help="a database, without any site file")
-    common.add_argument("--debug", action="store_true", help="show tracebacks and what is going on")
-
-
-def _add_wait(waiting: argparse.ArgumentParser) -> None:
-    waiting.add_argument(
-        "--wait",
-        metavar="SECONDS",
-        type=_argument(_seconds),
-        default=5.0,
-        help="how long to try again while another process holds the database (default: 5)",
-    )
 
 
 def version_text() -> str:
@@ -13521,148 +13717,24 @@ def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
             yield reading
 
 
-def _add_filters(command: argparse.ArgumentParser) -> None:
-    what = command.add_argument_group("which events (all must hold; * in a name is any text)")
-    for event_type, metavar in (("tool", "NAME"), ("resource", "URI"), ("prompt", "NAME")):
-        what.add_argument(
-            f"--{event_type}",
-            action="append",
-            default=[],
-            metavar=metavar,
-            help=f"of this {event_type}; may be repeated, and any of them will do",
-        )
-    what.add_argument("--type", choices=EVENT_TYPES, help="of this type")
-    what.add_argument(
-        "--policy",
-        type=_policy_argument,
-        choices=POLICY_DECISIONS,
-        help="with this decision; denied means deny, and so on",
-    )
-    what.add_argument("--status", choices=STATUSES, help="that ended so")
-    what.add_argument(
-        "--since",
-        type=_argument(parse_time),
-        metavar="WHEN",
-        help="10s 10m 2h 1d 1w 1h30m ago, or since an ISO time",
-    )
-    what.add_argument(
-        "--until",
-        type=_argument(parse_time),
-        metavar="WHEN",
-        help="before that long ago, or before an ISO time",
-    )
-    what.add_argument("--caller", metavar="NAME", help="from this caller: http, stdio, cli …")
-    what.add_argument("--user", metavar="ID", help="by this user")
-    what.add_argument("--session", metavar="ID", help="in this session")
-    what.add_argument("--trace", metavar="ID", help="in this trace")
-    for option, metavar, text in (
-        ("--client", "NAME", "by this program, such as claude-ai/1.2"),
-        ("--agent", "ID", "by this OAuth client"),
-        ("--address", "ADDRESS", "from this address"),
-        ("--server", "NAME", "on this server"),
-        ("--error-type", "NAME", "that failed with this class of exception or JSON-RPC code"),
-    ):
-        what.add_argument(option, metavar=metavar, help=f"{text}; * is any text")
-    what.add_argument("--event", metavar="ID", help="the one with this event_id")
-    what.add_argument(
-        "--grep", metavar="TEXT", help="with this text in name, input, error or reason, in any case"
-    )
-    what.add_argument(
-        "--min-ms", type=_argument(_positive), metavar="N", help="that took N milliseconds or longer"
-    )
-
-
 def _filter_of(options: argparse.Namespace) -> Filter:
     if options.since and options.until and options.until <= options.since:
         raise _UsageError("--until is not after --since, so nothing can match")
     if options.event is not None:
         parse_event_id(options.event)
+    names = {field: getattr(options, field) for field in Filter._fields if hasattr(options, field)}
     return Filter(
-        tools=tuple(options.tool),
-        resources=tuple(options.resource),
-        prompts=tuple(options.prompt),
+        **names,
+        tools=tuple(options.tool or ()),
+        resources=tuple(options.resource or ()),
+        prompts=tuple(options.prompt or ()),
         event_type=options.type,
-        policy=options.policy,
-        status=options.status,
-        since=options.since,
-        until=options.until,
-        caller=options.caller,
-        user=options.user,
-        session=options.session,
-        trace=options.trace,
-        client=options.client,
-        agent=options.agent,
-        address=options.address,
-        server=options.server,
-        error_type=options.error_type,
         event_id=options.event,
         text=options.grep,
-        min_ms=options.min_ms,
     )
 
 
 # --- log
-
-
-def _add_log(new_command: _NewCommand) -> None:
-    command = new_command(
-        "log",
-        cmd_log,
-        "show, follow, filter and export events",
-        "Show the newest events, from the database and from the journal of running servers.",
-        """\
-log --tool my_tool --status error --since 1d
-log --tool 'user_*' --grep timeout --input
-log --policy denied --since 7d --export denied.csv
-log --json --limit 500
-log --follow --status error""",
-    )
-    _add_filters(command)
-    shown = command.add_argument_group("what is shown")
-    shown.add_argument(
-        "-n", "--limit", type=_argument(_positive), metavar="N", help="at most N events (default: 100)"
-    )
-    shown.add_argument(
-        "--oldest-first", action="store_true", help="the other order, from the other end of the log"
-    )
-    shown.add_argument("--json", action="store_true", help="a JSON array of objects; with -f one a line")
-    shown.add_argument(
-        "--columns", type=_argument(_columns), metavar="A,B,…", help=f"these of: {', '.join(PUBLIC_COLUMNS)}"
-    )
-    shown.add_argument("--wide", action="store_true", help="more columns, nothing cut to the terminal")
-    shown.add_argument("--input", action="store_true", help="the redacted input under each event")
-    shown.add_argument(
-        "-f",
-        "--follow",
-        action="store_true",
-        help="go on with new events as they happen; past ones come first with --limit or --since",
-    )
-    export = command.add_argument_group("export")
-    export.add_argument(
-        "--export",
-        metavar="FILE",
-        help=f"write every match (or --limit) with all columns; the extension is one of "
-        f"{', '.join(EXPORT_FORMATS)}; - is standard output",
-    )
-    export.add_argument(
-        "--format",
-        choices=sorted({*EXPORT_FORMATS, *STREAM_FORMS}),
-        metavar="FORMAT",
-        help=f"of an export, instead of its extension; without one, print lines of {', '.join(STREAM_FORMS)}",
-    )
-    export.add_argument(
-        "--cursor-file", metavar="FILE", help="print what is new since the last run with this file"
-    )
-    export.add_argument("--post", metavar="URL", help="send the lines there instead, in batches")
-    export.add_argument(
-        "--header",
-        action="append",
-        metavar="NAME=VARIABLE",
-        help="of --post: a header from an environment variable",
-    )
-    export.add_argument(
-        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
-    )
 
 
 def cmd_log(options: argparse.Namespace) -> int:
@@ -13946,18 +14018,6 @@ def _copy_to_stdout(path: str) -> None:
 # --- show, stats, sql
 
 
-def _add_show(new_command: _NewCommand) -> None:
-    command = new_command(
-        "show",
-        cmd_show,
-        "show one event in full",
-        "Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.",
-        "show 20261125T010203123456Z-1f2e3d4c:17\nshow 20261125T010203123456Z-1f2e3d4c:17 --json",
-    )
-    command.add_argument("event", metavar="EVENT_ID", help="such as 20261125T010203123456Z-1f2e3d4c:17")
-    command.add_argument("--json", action="store_true", help="print a JSON object")
-
-
 # How `show` groups what it shows: what happened, who did it, where, with what, what came of it.
 _SHOWN: Final = (
     "event_id timestamp type name status duration_ms policy_decision reason error error_type",
@@ -13998,39 +14058,6 @@ def cmd_show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_stats(new_command: _NewCommand) -> None:
-    command = new_command(
-        "stats",
-        cmd_stats,
-        "count calls, errors and denials; find what is slow",
-        "Show how often, how long and how well: a line for each group of events. "
-        "P50, P95, P99 and MAX are milliseconds.",
-        """\
-stats --since 1d
-stats --type tool --sort p95
-stats --by hour --tool my_tool
-stats --by user --policy denied --json""",
-    )
-    _add_filters(command)
-    shown = command.add_argument_group("what is shown")
-    shown.add_argument("--by", choices=STATS_BY, default="name", help="what makes a group (default: name)")
-    shown.add_argument(
-        "--sort",
-        choices=_SORTS,
-        default="calls",
-        help="what is largest first, and what bars show (default: calls); hours and days go by time",
-    )
-    shown.add_argument(
-        "-n",
-        "--limit",
-        type=_argument(_positive),
-        default=100,
-        metavar="N",
-        help="at most N groups (default: 100)",
-    )
-    shown.add_argument("--json", action="store_true", help="print a JSON array of objects")
-
-
 def cmd_stats(options: argparse.Namespace) -> int:
     """Show figures of the events, by group."""
     sort = _SORTS[options.sort]
@@ -14045,30 +14072,10 @@ def cmd_stats(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_sql(new_command: _NewCommand) -> None:
-    command = new_command(
-        "sql",
-        cmd_sql,
-        "ask in SQL, read-only",
-        "Run one SELECT of DuckDB's SQL over the view `logs`, which has every event with the columns "
-        f"{', '.join(PUBLIC_COLUMNS)}. It can write nothing and read nothing else. "
-        "While it runs, servers keep their events in the journal.",
-        """\
-sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
-sql "SELECT input_json ->> '$.id' AS id, count(*) FROM logs GROUP BY 1" --json
-sql - --csv < question.sql""",
-    )
-    command.add_argument("statement", metavar="SELECT", help="the statement; - reads it from standard input")
-    form = command.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print a JSON array of objects")
-    form.add_argument("--csv", action="store_true", help="print CSV")
-    command.add_argument(
-        "--raw", action="store_true", help="leave text in CSV as it is that a spreadsheet takes for a formula"
-    )
-
-
 def cmd_sql(options: argparse.Namespace) -> int:
     """Run a person's own SELECT over the events."""
+    if options.json and options.csv:
+        raise _UsageError("--json or --csv, not both")
     statement = sys.stdin.read() if options.statement == "-" else options.statement
     try:
         with _whole_log(_store_of(options), options) as reading:
@@ -14101,18 +14108,6 @@ def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
 # --- config, redact
 
 
-def _add_config(new_command: _NewCommand) -> None:
-    command = new_command(
-        "config",
-        cmd_config,
-        "show the settings that hold, and who set them",
-        "Show every setting of the profile: its value and where it comes from. Secrets are left out.",
-        "config\nconfig --profile production --json",
-        waits=False,
-    )
-    command.add_argument("--json", action="store_true", help="print a JSON object of value and source")
-
-
 def cmd_config(options: argparse.Namespace) -> int:
     """Show the settings that hold, without secrets."""
     config = _config_of(options)
@@ -14132,22 +14127,6 @@ def cmd_config(options: argparse.Namespace) -> int:
     ]
     write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
     return 0
-
-
-def _add_redact(new_command: _NewCommand) -> None:
-    command = new_command(
-        "redact",
-        cmd_redact,
-        "show what would be recorded of an input, and why",
-        "Read JSON on standard input and print what would be recorded of it, then a line for each part "
-        "that is taken out. Without a site file the default rules hold.",
-        """\
-redact < input.json
-redact --tool login --json < input.json""",
-        waits=False,
-    )
-    command.add_argument("--tool", metavar="NAME", help="as the input of this tool")
-    command.add_argument("--json", action="store_true", help="print one object: recorded, redacted")
 
 
 def cmd_redact(options: argparse.Namespace) -> int:
@@ -14182,16 +14161,6 @@ def cmd_redact(options: argparse.Namespace) -> int:
 # --- ingest, import, doctor
 
 
-def _add_ingest(new_command: _NewCommand) -> None:
-    new_command(
-        "ingest",
-        cmd_ingest,
-        "move the events of dead processes from the journal into the database",
-        "Move every segment that no running server is writing into the database.",
-        "ingest\ningest --db /var/log/mxcp/audit-prod.duckdb",
-    )
-
-
 def cmd_ingest(options: argparse.Namespace) -> int:
     """Take in what dead processes left. 1 if lines had to be rejected."""
     told = Diagnostics()
@@ -14205,18 +14174,6 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     rejected = f", {counted(told.rejected, 'line')} rejected" if told.rejected else ""
     _say(f"{counted(told.ingested, 'event')} ingested{rejected}")
     return EXIT_FAILED if told.rejected else 0
-
-
-def _add_import(new_command: _NewCommand) -> None:
-    command = new_command(
-        "import",
-        cmd_import,
-        "take in MXCP's own JSONL logs",
-        "Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported before is not "
-        "imported again, so a log that grew can be given again.",
-        "import audit.jsonl\nimport logs-2025.jsonl.gz logs-2026.jsonl",
-    )
-    command.add_argument("files", nargs="+", metavar="FILE", help="a JSONL log of MXCP's")
 
 
 def cmd_import(options: argparse.Namespace) -> int:
@@ -14241,20 +14198,6 @@ def cmd_import(options: argparse.Namespace) -> int:
     return EXIT_FAILED if failed else 0
 
 
-def _add_doctor(new_command: _NewCommand) -> None:
-    command = new_command(
-        "doctor",
-        cmd_doctor,
-        "say how the log is doing, and what to do about it",
-        "Examine engine, database, journal, permissions and space. Exit: 0 healthy, 1\nnot.",
-        "doctor\ndoctor --json",
-    )
-    command.add_argument("--json", action="store_true", help="print a JSON object")
-    command.add_argument(
-        "--prometheus", action="store_true", help="print the numbers as gauges of Prometheus"
-    )
-
-
 def cmd_doctor(options: argparse.Namespace) -> int:
     """Show how the log is doing. 1 if anything is wrong."""
     checkup = Checkup(_config_of(options), wait=options.wait)
@@ -14275,27 +14218,6 @@ def cmd_doctor(options: argparse.Namespace) -> int:
 
 
 # --- report
-
-
-def _add_report(new_command: _NewCommand) -> None:
-    command = new_command(
-        "report",
-        cmd_report,
-        "write a report as one HTML file",
-        "Write what happened as one HTML file that loads nothing and has no script.",
-        "report --out report.html --since 30d\nreport --out denied.html --policy denied --since 7d",
-    )
-    _add_filters(command)
-    command.add_argument(
-        "--out", metavar="FILE", required=True, help="the file; it appears whole or not at all"
-    )
-    command.add_argument(
-        "-n",
-        "--limit",
-        type=_argument(_positive),
-        metavar="N",
-        help="the newest N events in full (default: 100)",
-    )
 
 
 def cmd_report(options: argparse.Namespace) -> int:
@@ -14328,29 +14250,6 @@ def cmd_report(options: argparse.Namespace) -> int:
 
 
 # --- verify, checkpoint
-
-
-def _add_verify(new_command: _NewCommand) -> None:
-    command = new_command(
-        "verify",
-        cmd_verify,
-        "prove that nothing was changed, removed or inserted",
-        "Recompute the ledger from the events. Exit status: 0 intact, 1 not.",
-        "verify\nverify --since 7d --json\nverify --checkpoint heads.json",
-    )
-    command.add_argument("--json", action="store_true", help="print the whole answer as a JSON object")
-    command.add_argument(
-        "--since",
-        type=_argument(parse_time),
-        metavar="WHEN",
-        help="recompute segments with events since then only",
-    )
-    command.add_argument(
-        "--checkpoint", metavar="FILE", help="what `checkpoint` printed: nothing up to there may be missing"
-    )
-    command.add_argument(
-        "--signed-by", metavar="FILE", help="the checkpoint must be signed by one of these allowed signers"
-    )
 
 
 def cmd_verify(options: argparse.Namespace) -> int:
@@ -14453,18 +14352,6 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
         raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
 
 
-def _add_checkpoint(new_command: _NewCommand) -> None:
-    command = new_command(
-        "checkpoint",
-        cmd_checkpoint,
-        "print where the ledger ends, to be kept elsewhere",
-        "Print the head of each journal's chain. Kept where nobody who can write the database can, it lets "
-        "`verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.",
-        "checkpoint > heads.json\ncheckpoint --sign ~/.ssh/id_ed25519 > heads.json",
-    )
-    command.add_argument("--sign", metavar="KEY", help="sign it with a private key of OpenSSH")
-
-
 def cmd_checkpoint(options: argparse.Namespace) -> int:
     """Print the end of each journal's chain."""
     checkpoint = Store(_config_of(options)).checkpoint(wait=options.wait)
@@ -14474,18 +14361,6 @@ def cmd_checkpoint(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_prove(new_command: _NewCommand) -> None:
-    command = new_command(
-        "prove",
-        cmd_prove,
-        "print what shows somebody else that one event is in the log",
-        "Print a proof of one event as JSON: with a checkpoint that was made since, whoever has no access "
-        "to the log can check it by tools/verify_independently.py.",
-        "prove 20260101T120000000000Z-1a2b3c4d:17 > proof.json",
-    )
-    command.add_argument("event", metavar="EVENT_ID", help="as `log --json` shows it")
-
-
 def cmd_prove(options: argparse.Namespace) -> int:
     """Print the proof of one event."""
     _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait))
@@ -14493,27 +14368,6 @@ def cmd_prove(options: argparse.Namespace) -> int:
 
 
 # --- purge, backup, compact
-
-
-def _add_purge(new_command: _NewCommand) -> None:
-    command = new_command(
-        "purge",
-        cmd_purge,
-        "delete old events, so that the rest still verifies",
-        "Delete every event older than that, and enter into the ledger what went.",
-        "purge --older-than 90d --dry-run\n"
-        "purge --older-than 90d --archive archive\n"
-        "purge --older-than 2026-01-01",
-    )
-    command.add_argument(
-        "--older-than",
-        type=_argument(parse_time),
-        required=True,
-        metavar="WHEN",
-        help="90d, or before an ISO date or time",
-    )
-    command.add_argument("--dry-run", action="store_true", help="say what would go")
-    command.add_argument("--archive", metavar="DIR", help="write what goes as Parquet into DIR first")
 
 
 def cmd_purge(options: argparse.Namespace) -> int:
@@ -14545,33 +14399,11 @@ def cmd_purge(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_backup(new_command: _NewCommand) -> None:
-    command = new_command(
-        "backup",
-        cmd_backup,
-        "copy the log while the server runs",
-        "Copy the whole log into the new database FILE.",
-        "backup /backup/audit-2026-11-25.duckdb",
-    )
-    command.add_argument("file", metavar="FILE", help="a new file; nothing is overwritten")
-
-
 def cmd_backup(options: argparse.Namespace) -> int:
     """Copy the log while servers run."""
     events = Store(_config_of(options)).backup(options.file, wait=options.wait)
     _print(f"{counted(events, 'event')} copied to {options.file}")
     return 0
-
-
-def _add_restore(new_command: _NewCommand) -> None:
-    command = new_command(
-        "restore",
-        cmd_restore,
-        "put a backup back, without losing what came after it",
-        "Put the backup FILE in place of the database, and add what only the database holds.",
-        "restore /backup/audit-2026-11-25.duckdb",
-    )
-    command.add_argument("file", metavar="FILE", help="what `backup` made")
 
 
 def cmd_restore(options: argparse.Namespace) -> int:
@@ -14583,16 +14415,6 @@ def cmd_restore(options: argparse.Namespace) -> int:
     return 0
 
 
-def _add_compact(new_command: _NewCommand) -> None:
-    new_command(
-        "compact",
-        cmd_compact,
-        "give the space of purged events back to the file system",
-        "Write the database anew and put it in place of the old one.",
-        "compact",
-    )
-
-
 def cmd_compact(options: argparse.Namespace) -> int:
     """Write the database anew in place of itself."""
     before, after = Store(_config_of(options)).compact(wait=options.wait)
@@ -14601,26 +14423,6 @@ def cmd_compact(options: argparse.Namespace) -> int:
 
 
 # --- wrap
-
-
-def _add_wrap(new_command: _NewCommand) -> None:
-    import argparse
-
-    command = new_command(
-        "wrap",
-        cmd_wrap,
-        "run any stdio MCP server and record what it executes",
-        "Run COMMAND, an MCP server over standard input and output in any language, and record its tool "
-        "calls, resource reads and prompts. Every byte passes unchanged.",
-        "wrap -- npx -y @modelcontextprotocol/server-everything\n"
-        "wrap --profile production --strict -- python server.py",
-        waits=False,
-        usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …",
-    )
-    command.add_argument(
-        "--strict", action="store_true", help="stop the traffic when it can't be recorded (default: go on)"
-    )
-    command.add_argument("server", nargs=argparse.REMAINDER, metavar="-- COMMAND …", help="the server")
 
 
 def cmd_wrap(options: argparse.Namespace) -> int:
@@ -14648,19 +14450,6 @@ def cmd_wrap(options: argparse.Namespace) -> int:
 
 
 # --- completion
-
-
-def _add_completion(new_command: _NewCommand) -> None:
-    command = new_command(
-        "completion",
-        cmd_completion,
-        "print what makes a shell complete this program's words",
-        "Print a script for bash or zsh. Load it from your shell's start file.",
-        "completion bash > ~/.local/share/bash-completion/completions/mxcp-audit\ncompletion zsh >> ~/.zshrc",
-        parents=[],
-    )
-    command.add_argument("shell", choices=("bash", "zsh"))
-    command.set_defaults(debug=False)
 
 
 def cmd_completion(options: argparse.Namespace) -> int:
