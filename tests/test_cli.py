@@ -361,7 +361,7 @@ WRONG: list[list[str]] = [
     ["log", "--lim", "3"],
     ["log", "--limit", "0"],
     ["log", "--limit", "x"],
-    ["log", "--since", "yesterday"],
+    ["log", "--since", "fortnight"],
     ["log", "--since", "1h", "--until", "2h"],
     ["log", "--type", "tools"],
     ["log", "--policy", "maybe"],

@@ -417,7 +417,7 @@ def test_load_config_repr_leaves_out_the_secrets_of_attach(site):
         ("path: 5", "path: must be a path, not the number 5"),
         ("path: ''", "path: must be a path"),
         ('path: "a\\0b"', "NUL"),
-        ('path: "\\ud800"', "surrogate"),
+        ('path: "\\ud800"', "half a character"),
         ("path: audit/logs.jsonl", "`mxcp-audit import FILE`"),
         ("path: LOGS.JSONL", "newer MXCP"),
         ("path: ':memory:'", "would be lost"),
