@@ -14035,6 +14035,8 @@ def cmd_show(options: argparse.Namespace) -> int:
         try:
             parse_event_id(chosen)
         except EventError:  # its beginning, or what follows the time
+            if not re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", chosen):
+                raise
             known = [str(name) for (name,) in reading.ids_like(chosen)]
             if len(known) > 1:
                 raise _UsageError(f"{chosen} may be any of {', '.join(known)} …") from None
