@@ -14028,20 +14028,24 @@ _SHOWN: Final = (
 )
 
 
+def _is_event_id(text: str) -> bool:
+    with contextlib.suppress(EventError):
+        return bool(parse_event_id(text))
+    return False
+
+
 def cmd_show(options: argparse.Namespace) -> int:
     """Show one event. 1 if there is none of that id."""
+    ids = [options.event.strip()]
+    is_part = re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", ids[0]) and not _is_event_id(ids[0])
+    if not is_part:
+        parse_event_id(ids[0])
     with _store_of(options).reading(wait=options.wait) as reading:
-        chosen = options.event.strip()
-        try:
-            parse_event_id(chosen)
-        except EventError:  # its beginning, or what follows the time
-            if not re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", chosen):
-                raise
-            known = [str(name) for (name,) in reading.ids_like(chosen)]
-            if len(known) > 1:
-                raise _UsageError(f"{chosen} may be any of {', '.join(known)} …") from None
-            chosen = known[0] if known else chosen
-        rows = list(reading.rows(Filter(event_id=chosen), count=1)) if ":" in chosen else []
+        if is_part:  # its beginning, or what follows the time
+            ids = [str(name) for (name,) in reading.ids_like(ids[0])]
+        if len(ids) > 1:
+            raise _UsageError(f"{options.event} may be any of {', '.join(ids)} …")
+        rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
         if not rows and reading.problem is not None:
             raise reading.problem
     if not rows:
