@@ -10842,7 +10842,7 @@ def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Res
                     engine.execute("CHECKPOINT audit")
                 ours = os.stat(place)
                 events, before = _merge(copy, place, journal)
-                kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}"
+                kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
             if events == before:
                 return Restored(events, 0, None)
             give_to_owner(copy)

@@ -426,7 +426,13 @@ def test_compact_locked_database_says_who_holds_it(log: Path, cli: Any) -> None:
     assert done.returncode == 75 and str(os.getpid()) in done.stderr
 
 
-@pytest.mark.parametrize("operation", ["purge", "archive", "backup", "compact"])
+def test_random_sequences_of_everything_that_removes_or_copies_stay_intact() -> None:
+    import torture_evidence
+
+    assert "each log intact" in torture_evidence.sequences(2)
+
+
+@pytest.mark.parametrize("operation", ["purge", "archive", "backup", "restore", "compact"])
 def test_removal_killed_at_a_system_call_loses_nothing(operation: str) -> None:
     if shutil.which("strace") is None or shutil.which("taskset") is None:
         pytest.skip("strace and taskset are needed to kill a process at a chosen system call")

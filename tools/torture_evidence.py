@@ -1,6 +1,7 @@
-"""Kill purge, archive, backup and compact with SIGKILL at each write-type system call (needs strace).
+"""Kill purge, archive, backup, restore and compact by SIGKILL at each write-type system call (needs strace).
 
-    python tools/torture_evidence.py [purge|archive|backup|compact …]
+    python tools/torture_evidence.py [purge|archive|backup|restore|compact …]
+    python tools/torture_evidence.py sequences [COUNT]     random sequences of all of them, some killed
 
 After each kill: the log verifies, each event is there once (or was purged, as the ledger says), a backup
 or archive is absent or whole, and the same command then succeeds. Prints how many calls were tried.
@@ -16,6 +17,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import time
 from collections import Counter
 from pathlib import Path
 
@@ -35,12 +37,16 @@ OPERATIONS = {
     "purge": ["purge", "--older-than", BEFORE.replace(" ", "T") + "Z"],
     "archive": ["purge", "--older-than", BEFORE.replace(" ", "T") + "Z", "--archive", "archive"],
     "backup": ["backup", "backup.duckdb"],
+    "restore": ["restore", "old.duckdb"],
     "compact": ["compact"],
 }
 
 
-def make_template(folder: Path) -> set[tuple[str, int]]:
-    """Make a log of five segments, one of them still in the journal, and return its events."""
+def make_template(folder: Path, operation: str = "") -> set[tuple[str, int]]:
+    """Make a log of five segments, one of them still in the journal, and return its events.
+
+    For `restore`, the first two are only in old.duckdb, a backup.
+    """
     database = folder / "log.duckdb"
     events = set()
     for number in range(5):
@@ -48,6 +54,9 @@ def make_template(folder: Path) -> set[tuple[str, int]]:
         events |= {(segment, seq) for seq in range(1, 5)}
         if number < 4:
             ingest(database)
+        if number == 1 and operation == "restore":
+            store_of(database).backup(str(folder / "old.duckdb"))
+            database.unlink()
     return events
 
 
@@ -99,6 +108,8 @@ def check(folder: Path, operation: str, events: set[tuple[str, int]]) -> None:
     assert verdict.intact, verdict.findings
     found = events_of(database)
     assert len(found) == len(set(found)) and set(found) <= events
+    if operation == "restore" and (folder / "old.duckdb").exists():
+        found = list({*found, *events_of(folder / "old.duckdb")})
     assert len(found) + verdict.purged == len(events), (len(found), verdict.purged)
     archives = [path for path in folder.glob("archive/*") if path.name.startswith("purged-")]
     for archive in archives:
@@ -121,7 +132,7 @@ def torture(operation: str, *, sample: int | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         template = Path(name) / "template"
         template.mkdir()
-        events = make_template(template)
+        events = make_template(template, operation)
         points = kill_points(template, arguments)
         for call, number in points if sample is None else random.sample(points, min(sample, len(points))):
             folder = Path(name) / "run"
@@ -135,6 +146,7 @@ def torture(operation: str, *, sample: int | None = None) -> int:
                     shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
                 again = strace(folder, arguments, ["-e", "trace=none"])
                 assert again.returncode == 0, again.stderr
+                (folder / "old.duckdb").unlink(missing_ok=True)
                 check(folder, operation, events)
             except AssertionError as error:
                 raise AssertionError(f"{operation} killed at {call} number {number}: {error}") from error
@@ -142,6 +154,70 @@ def torture(operation: str, *, sample: int | None = None) -> int:
     return kills
 
 
+def sequence(folder: Path, seed: int) -> int:
+    """Do random things to a log, some of them killed; return how many. Raises AssertionError."""
+    chance, database = random.Random(seed), folder / "log.duckdb"
+    moments: dict[tuple[str, int], int] = {}
+    limit, done, backups = 0, 0, 0
+    for step in range(chance.randint(4, 7)):
+        at = START_NS + step * DAY_NS
+        segment = write_segment(database, at, 3)
+        moments |= {(segment, seq): at for seq in range(1, 4)}
+        ingest(database)
+        before = chance.randrange(START_NS, at + 1)
+        stamp = moment(before).replace(" ", "T") + "Z"
+        operation = chance.choice(["purge", "archive", "backup", "restore", "compact"])
+        if operation == "restore" and not backups:
+            continue
+        backups += operation == "backup"
+        arguments = {
+            "purge": ["purge", "--older-than", stamp],
+            "archive": ["purge", "--older-than", stamp, "--archive", "archive"],
+            "backup": ["backup", f"backup{backups}.duckdb"],
+            "restore": ["restore", f"backup{chance.randint(1, max(1, backups))}.duckdb"],
+            "compact": ["compact"],
+        }[operation]
+        limit = max(limit, before) if "purge" in arguments else limit
+        command = [sys.executable, "-m", "mxcp_audit", arguments[0], "--db", "log.duckdb", *arguments[1:]]
+        process = subprocess.Popen(
+            command,
+            cwd=folder,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+            stderr=subprocess.PIPE,
+            text=True,
+            stdout=subprocess.DEVNULL,
+        )
+        try:
+            if chance.random() < 0.5:
+                time.sleep(chance.random() * 0.4)
+                process.kill()
+            said = process.communicate(timeout=120)[1]
+        finally:
+            process.kill()
+        assert process.returncode in (0, -9) or "can't be opened" in said or "not found" in said, said
+        backups -= operation == "backup" and not (folder / f"backup{backups}.duckdb").exists()
+        done += 1
+        verdict = store_of(database).verify()
+        found = events_of(database)
+        where = f"seed {seed}, step {step}, {arguments}"
+        assert verdict.intact, (where, verdict.findings)
+        assert len(found) == len(set(found)) and set(found) <= set(moments), where
+        assert {event for event, at in moments.items() if at >= limit} <= set(found), where
+    return done
+
+
+def sequences(count: int) -> str:
+    """Run random sequences and say what came of them."""
+    done = 0
+    for _ in range(count):
+        with tempfile.TemporaryDirectory() as name:
+            done += sequence(Path(name), random.randrange(2**32))
+    return f"{count} sequences of {done} operations: each event there or purged, each log intact"
+
+
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["sequences"]:
+        print(sequences(int((sys.argv[2:] or ["200"])[0])))
+        raise SystemExit
     for chosen in sys.argv[1:] or OPERATIONS:
         print(f"{chosen}: killed {torture(chosen)} times, nothing lost", flush=True)
