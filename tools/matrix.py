@@ -25,23 +25,7 @@ from tools.judge import find_pythons  # noqa: E402
 TOOLS = ("hypothesis", "pytest", "pytest-timeout", "pytest-xdist", "PyYAML")
 # What depends on nothing but Python and DuckDB; first what depends on its version most.
 STORE = ("engines", "evidence", "neighbours", "purge", "store_ingest", "store_reading")
-CORE = (
-    *STORE,
-    "calls",
-    "cli",
-    "concurrency",
-    "config",
-    "encoding",
-    "events",
-    "follow",
-    "import",
-    "journal",
-    "logger",
-    "output",
-    "redaction",
-    "reliability",
-    "writer",
-)
+CORE = (*STORE, "calls", "cli", "config", "encoding", "journal", "logger", "writer")
 LEFT_OUT = "bc_038 or bc_039"  # gevent has an environment of its own
 WORKERS = "2"
 
