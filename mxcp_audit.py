@@ -1295,6 +1295,8 @@ PHRASES: Final = {
         "passcode": "pass code",
         "apikey": "api key",
         "oauth": "o auth",
+        "imagepull": "image pull",  # Kubernetes' imagePullSecrets are names of secrets
+        "idempotency": "client request",
     }.items()
     for phrase in phrases.split(", ")
 }
@@ -1331,9 +1333,11 @@ WEAK_WORDS: Final = {
     "code": frozenset(),
     "signature": frozenset(),
 }
-# With one of these somewhere before it, `key` opens something: what it does, what it opens,
-# for whom, and the twins that an account has.
-KEY_OPENERS: Final = _words_in("""
+# With one of these somewhere before it: `key` opens something (what it does, what it opens, for whom),
+# `tokens` are no text, `auth` holds credentials, `code` proves who one is, a signature signs a URL, cookies
+# are not baked. `Authorization` is a header alone or beside its words; else it is a decision or a record.
+OPENERS: Final = {
+    "key": _words_in("""
     access private priv auth authentication authorization encryption encrypt decryption decrypt
     signing sign hmac mac aes des rsa cipher crypto master root session shared account storage
     subscription license licence activation product service app application client server wrapping
@@ -1341,25 +1345,20 @@ KEY_OPENERS: Final = _words_in("""
     jwt signature kek dek pass secondary tertiary stream customer function functions workspace
     registration enrollment ingestion integration extension phase ike wep wpa radius tacacs tsig
     device agent connection tunnel provisioning
-""")
-# `tokens` are text, unless one of these says which.
-TOKEN_OPENERS: Final = _words_in("""
+"""),
+    "token": _words_in("""
     access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot
     service deploy user device registration verification recovery invite
-""")
-# `…auth` holds credentials after a scheme or a thing one logs in to; else it is a setting.
-AUTH_SCHEMES: Final = _words_in("""
-    http https basic digest bearer docker registry proxy api x npm redis git repo
-""")
-# `Authorization` is a header, alone or beside these; else it is a decision or a record.
-AUTHORIZATION_CONTEXT: Final = _words_in("""
-    proxy http x ms amz basic bearer forwarded original header request custom
-""")
-# A code that proves who one is; others are countries, prices, programs and statuses.
-CODE_OPENERS: Final = _words_in("""
+"""),
+    "auth": _words_in("http https basic digest bearer docker registry proxy api x npm redis git repo"),
+    "authorization": _words_in("proxy http x ms amz basic bearer forwarded original header request custom"),
+    "code": _words_in("""
     authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa
     sms access device reset login time cvv cvc card
-""")
+"""),
+    "cookie": _words_in("session auth http request set login"),
+    "signature": _words_in("amz goog access"),
+}
 # After a secret word these still mean the secret itself: forms, copies and parts of it.
 # Any other word there says that the name is about the secret: its policy, place, kind, age.
 STILL_SECRET: Final = _words_in("""
@@ -1382,7 +1381,7 @@ FLAG_WORDS: Final = _words_in("""
 # … and these, which have other uses before a weak word (`reset_token`, `set_cookie`), before a strong one.
 VERBS: Final = _words_in("""
     add change check clear copy create delete deny edit enforce exclude export fetch get import issue list
-    mount prompt reject remove rename renew reset resolve revoke rotate save set update validate
+    mount prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
 """)
 # Glued before a secret word in real names (`dbpass`, `ccnum`); the words above join in.
 GLUE_WORDS: Final = _words_in("""
@@ -1392,28 +1391,23 @@ GLUE_WORDS: Final = _words_in("""
 # A word that ends in one of these ends in a secret, whatever is glued before it
 # (`pgpassword`, `csrfmiddlewaretoken`, `bindpass`); English has few such words.
 GLUED_SUFFIXES: Final = (
-    *("passphrase", "credential", "accesskey", "secretkey", "privatekey", "password", "passcode", "passwd"),
-    *("secret", "apikey", "token", "pass", "pwd", "psk"),
+    r"(?:pass(?:phrase|word|code|wd)?|credential|(?:access|secret|private|api)key|secret|token|pwd|psk)s?$"
 )
 NO_SECRETS: Final = _words_in("compass bypass trespass surpass overpass underpass encompass")
 
-_KNOWN_WORDS: Final = (
-    STRONG_WORDS | frozenset(WEAK_WORDS) | KEY_OPENERS | TOKEN_OPENERS | AUTH_SCHEMES | CODE_OPENERS
-    | STILL_SECRET | FLAG_WORDS | VERBS | GLUE_WORDS
-)  # fmt: skip
+_KNOWN_WORDS: Final = STRONG_WORDS.union(
+    WEAK_WORDS, *OPENERS.values(), STILL_SECRET, FLAG_WORDS, VERBS, GLUE_WORDS
+)
 _CAMEL: Final = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
 # The end of a long name decides; the limits are arbitrary, and keep judging cheap.
-_MAX_NAME_CHARS: Final = 128
-_MAX_GLUED_CHARS: Final = 24
-_LONGEST_WORD: Final = 16
+_MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 128, 24, 16
 # A secret name holds one of these stems: where none is found, no name needs judging.
-STEMS: Final = sorted(
-    _words_in("""
-    pass key token auth secret pw cred cookie card jwt otp pin code pat ccn cc_n cc-n cvv cvc csc
-    psk ssn social sessi signature sig= answer assertion saml dockerc kubeconfig kennwort contrase
-    senha verifier pfx sensitive connect.sid json account.num account_num _wo
-""")
+_STEMS: Final = STRONG_WORDS.union(
+    WEAK_WORDS,
+    _words_in("card ccn cc_n cc-n social verifier answer saml sensitive connect.sid json"),
+    _words_in("account.num account_num _wo sig="),
 )
+STEMS: Final = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
 _MAX_VERDICTS: Final = 4096
 _BY_SETTING: Final = "listed under `redact`"
 
@@ -1433,15 +1427,12 @@ def _unglue(word: str) -> list[str]:
             if end in splits and _singular(word[start:end]) in _KNOWN_WORDS:
                 splits[start] = [word[start:end], *splits[end]]
                 break
-    parts = splits.get(0)
-    if parts and any(_singular(part) in STRONG_WORDS or _singular(part) in WEAK_WORDS for part in parts):
+    parts = splits.get(0, [])
+    heads = map(_singular, parts)
+    if " ".join(parts[:2]) in PHRASES or any(head in STRONG_WORDS or head in WEAK_WORDS for head in heads):
         return parts
-    if parts and " ".join(parts[:2]) in PHRASES:
-        return parts
-    for suffix in GLUED_SUFFIXES:
-        if word.endswith((suffix, suffix + "s")):
-            return [word[: word.rindex(suffix)], *_unglue(word[word.rindex(suffix) :])]
-    return [word]
+    suffix = re.search(GLUED_SUFFIXES, word)
+    return [word[: suffix.start()], *_unglue(suffix[0])] if suffix else [word]
 
 
 def _name_words(name: str) -> list[str]:
@@ -1453,47 +1444,35 @@ def _name_words(name: str) -> list[str]:
     words: list[str] = []
     for piece in re.findall(_CAMEL if name.isascii() else r"[^\W\d_]+", name[-_MAX_NAME_CHARS:]):
         for word in _unglue(piece.lower()):
-            joined = PHRASES.get(f"{words[-1]} {_singular(word)}") if words else None
-            if joined:
+            if words and (joined := PHRASES.get(f"{words[-1]} {_singular(word)}")):
                 words[-1] = joined
             else:
                 words.append(word)
     return words
 
 
-def _opens(words: list[str]) -> bool:
-    """Return True if one of the words before `key` says that it opens something."""
-    # A protocol's abbreviation (`ntp_key`, `tsig_key`) has few vowels.
-    return any(
-        word in KEY_OPENERS or word in STRONG_WORDS or (1 < len(word) < 5 and not re.search("[aeiouy]", word))
-        for word in words
-    ) or ("primary" in words and len(words) > 1)
-
-
 def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], loud: bool) -> bool:
     """Return True if a weak word, between these words, is a secret; `loud`: UPPER_CASE or `X-…`."""
-    nearest = before[-1] if before else ""
-    if nearest in WEAK_WORDS[head] and before[1:] != ["primary"]:
-        return False
-    if head == "token":
-        if before[-2:] == ["client", "request"]:
-            return False
-        return not plural or any(word in TOKEN_OPENERS or word in STRONG_WORDS for word in before)
+    opened = not OPENERS.get(head, NO_SECRETS).isdisjoint(before)
     if head == "key":
-        return _opens(before) or not KEY_DOCUMENTS.isdisjoint(tail) or (loud and bool(before) and not plural)
-    if head == "auth":
-        return nearest in AUTH_SCHEMES or (not before and bool(tail))
-    if head == "authorization":
-        return not plural and AUTHORIZATION_CONTEXT.issuperset(before)
-    if head == "cookie":
-        return not plural or not before or nearest in ("session", "auth", "http", "request", "set", "login")
-    if head == "pin":
-        return not plural
-    if head == "code":
-        return any(word in CODE_OPENERS or _singular(word) in STRONG_WORDS for word in before)
-    if head == "signature":  # the last part of a pre-signed URL, good until it expires
-        return nearest in ("amz", "goog", "access")
-    return True  # jwt, pass
+        # The twins that an account has, a protocol's abbreviation (`ntp_key`), a document, a shouted name.
+        twin = len(before) > 1 and "primary" in before
+        short = any(1 < len(word) < 5 and not re.search("[aeiouy]", word) for word in before)
+        if not twin and before and before[-1] in WEAK_WORDS[head]:
+            return False
+        document = not KEY_DOCUMENTS.isdisjoint(tail)
+        return opened or twin or short or document or (loud and bool(before) and not plural)
+    if before and before[-1] in WEAK_WORDS[head]:
+        return False
+    return {
+        "token": opened or not plural,
+        "cookie": opened or not plural or not before,
+        "auth": opened or (not before and bool(tail)),
+        "authorization": not plural and OPENERS["authorization"].issuperset(before),
+        "pin": not plural,
+        "code": opened,
+        "signature": opened,
+    }.get(head, True)
 
 
 def _judge_name(name: str) -> tuple[int, str]:
@@ -1504,24 +1483,19 @@ def _judge_name(name: str) -> tuple[int, str]:
         return (1 if plain in WEAK_WORDS else 2), f"the specification names {plain!r}"
     if words[:1] == ["sensitive"] or words[1:][-1:] == ["wo"]:  # Terraform's write-only attributes
         return 2, f"the word {'sensitive' if words[0] == 'sensitive' else 'wo'!r}"
-    for at in range(len(words) - 1, -1, -1):
-        head = _singular(words[at])
-        if head in STRONG_WORDS or head in WEAK_WORDS:
-            break
-    else:
+    singular = list(map(_singular, words))
+    heads = [at for at, word in enumerate(singular) if word in STRONG_WORDS or word in WEAK_WORDS]
+    if not heads:
         return 0, ""
-    before, tail = [_singular(word) for word in words[:at]], [_singular(word) for word in words[at + 1 :]]
+    at = heads[-1]
+    head, before, tail = singular[at], singular[:at], singular[at + 1 :]
     # "auth header" is what the header holds, "api key header" is what it is called.
-    still = STILL_SECRET | {"header"} if head in ("auth", "authorization", "cookie") else STILL_SECRET
-    if not FLAG_WORDS.isdisjoint(before) or not still.issuperset(tail):
+    held = ("header",) if head in ("auth", "authorization", "cookie") else ()
+    if not FLAG_WORDS.isdisjoint(before) or not STILL_SECRET.union(held).issuperset(tail):
         return 0, ""
-    # Kubernetes' imagePullSecrets are names of secrets.
-    if head in STRONG_WORDS and (not VERBS.isdisjoint(before) or before[-2:] == ["image", "pull"]):
+    if head in STRONG_WORDS and not VERBS.isdisjoint(before):
         return 0, ""
-    strong = head in STRONG_WORDS or (head != "auth" and not STRONG_WORDS.isdisjoint(before))
-    if strong and before and before[-1] in WEAK_WORDS.get(head, ()):
-        return 0, ""
-    if strong:
+    if head in STRONG_WORDS or (head != "auth" and not STRONG_WORDS.isdisjoint(before)):
         return 2, f"the word {words[at]!r}"
     loud = name.isupper() or name[:2] in ("X-", "x-")
     if _judge_weak(head, words[at] != head, before, tail, loud):
@@ -1570,7 +1544,8 @@ class _Names:
         # What the first look at a text asks for: a stem, or what has a place of its own.
         gates = "|".join(row[1] for row in _PLACES).split("|")
         self.gate = _any_of((*STEMS, *own, *gates, *_OTHER_GATES))
-        self._strengths: dict[str, int] = {}
+        # Of names in texts, remembered like the names of fields.
+        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
 
     def judge(self, name: str, tool: str = "") -> tuple[int, str]:
         """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
@@ -1582,20 +1557,6 @@ class _Names:
                 return 0, ""
         # A name without a stem of a secret word needs no splitting into words.
         return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
-
-    def strength(self, name: str) -> int:
-        """Judge a name found in a text; remembered, like the names of fields."""
-        strength = self._strengths.get(name)
-        if strength is None:
-            strength = self.judge(name)[0]
-            if len(self._strengths) >= _MAX_VERDICTS:
-                self._strengths.clear()
-            self._strengths[name] = strength
-        return strength
-
-    def may_name(self, text: str) -> bool:
-        """Say whether a text is worth judging as a name."""
-        return len(text) <= _MAX_NAME_CHARS and self.stems.search(_lower(text)) is not None
 
 
 # --- where a text holds a secret
@@ -1734,79 +1695,38 @@ _STRING: Final = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|[\w.]{1,60})"""
 # What has a place of its own: the rule's name, texts one of which must be there in small letters, the
 # pattern, and what its last group must pass. Without a group a quoted value follows what is matched.
 _PLACES: Final[tuple[tuple[str, str, str, Callable[[str], bool] | None], ...]] = (
-    (
-        "credentials after Bearer",
-        "earer",
-        r"\b[Bb](?:earer|EARER)[ \t]+"
-        r"((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])",
-        None,
-    ),
+    ("credentials after Bearer", "earer", r"\b[Bb](?:earer|EARER)[ \t]+"
+     r"((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])", None),
     ("credentials after Basic", "asic", r"\b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})", _is_basic),
     ("a password in a connection string", ":thin:", r":thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)", None),
-    (
-        "a password in a connection string",
-        "@tcp(|@unix(",
-        r"(?<![\w.-])[\w.-]{1,64}:([^\s\"'`]{1,128})(?=@(?:tcp|unix)\()",
-        None,
-    ),
-    (
-        "a password beside its user",
-        "sqlplus|expdp|impdp|sqlldr",
-        r"\b(?:sqlplus|expdp|impdp|sqlldr)\s(?:-\S+\s){0,4}[\w.\"]{1,64}/([^\s@/]{1,128})",
-        None,
-    ),
+    ("a password in a connection string", "@tcp(|@unix(",
+     r"(?<![\w.-])[\w.-]{1,64}:([^\s\"'`]{1,128})(?=@(?:tcp|unix)\()", None),
+    ("a password beside its user", "sqlplus|expdp|impdp|sqlldr",
+     r"\b(?:sqlplus|expdp|impdp|sqlldr)\s(?:-\S+\s){0,4}[\w.\"]{1,64}/([^\s@/]{1,128})", None),
     ("a community of SNMP", "community", r"\bcommunity[ ]+(\S{4,64})[ ]+R[OW]\b", None),
-    (
-        "a numbered kind of password",
-        "secret |password |key ",
-        r"\b(?:secret|password|key)[ ][05789][ ](\S{4,128})",
-        None,
-    ),
-    (
-        "a code in a redirect",
-        "code=",
-        r"[?&](?:code=([\w.~/%+-]{8,})&(?=(?:state|scope|iss|session_state)=)"
-        r"|state=[\w.%~+-]{1,200}&code=([\w.~/%+-]{8,}))",
-        _looks_secret,
-    ),
-    (
-        "what is piped to a question for a password",
-        "echo|printf",
-        r"\b(?:echo|printf)[ ]+(?:-n[ ]+|['\"]?%s(?:\\n)?['\"]?[ ]+)?['\"]?"
-        r"(?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'\"|$][^'\"|\n]{0,200}?)['\"]?[ ]*\|"
-        r"(?=[^|;\n]{0,200}(?:sudo\s+-\w*S|stdin|chpasswd|kinit|secrets?[ ](?:put|set)|cryptsetup|passphrase-fd))",
-        None,
-    ),
+    ("a numbered kind of password", "secret |password |key ",
+     r"\b(?:secret|password|key)[ ][05789][ ](\S{4,128})", None),
+    ("a code in a redirect", "code=",
+     r"[?&](?:code=([\w.~/%+-]{8,})&(?=(?:state|scope|iss|session_state)=)"
+     r"|state=[\w.%~+-]{1,200}&code=([\w.~/%+-]{8,}))", _looks_secret),
+    ("what is piped to a question for a password", "echo|printf",
+     r"\b(?:echo|printf)[ ]+(?:-n[ ]+|['\"]?%s(?:\\n)?['\"]?[ ]+)?['\"]?"
+     r"(?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'\"|$][^'\"|\n]{0,200}?)['\"]?[ ]*\|(?=[^|;\n]{0,200}"
+     r"(?:sudo\s+-\w*S|stdin|chpasswd|kinit|secrets?[ ](?:put|set)|cryptsetup|phrase-fd))", None),
     ("what is handed to a question for a password", "<<<", r"<<<[ ]?(?=[\"'])", None),
-    (
-        "IDENTIFIED BY",
-        "identified|password for",
-        r"(?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?"
-        r"|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=[\"'])",
-        None,
-    ),
-    (
-        "an argument of a function for secrets",
-        "crypt(|getconnection(|securestring",
-        rf"(?i:pgp_sym_(?:en|de)crypt\([^,()]{{1,200}},\s*|\bcrypt\(\s*|getconnection\(\s*{_STRING}\s*,\s*{_STRING}"
-        r"\s*,\s*|securestring\s+(?:-string\s+)?)(?=[\"'])",
-        None,
-    ),
-    (
-        "credentials of a user",
-        "auth|login|credential",
-        rf"(?i:\b(?:\w{{0,24}}basic_?auth|\w{{0,24}}login|auth|authenticate|\w{{0,24}}credentials?)"
-        rf"\s?[=(][\s(]{{0,3}}{_STRING}\s*,\s*)(?=b?[\"'])",
-        None,
-    ),
-    (
-        "a social security number behind its name",
-        "ssn|social sec",
-        r"(?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)(?:\s{1,4}(?:is|was))?[\s:#=]{0,4})"
-        r"([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])",
-        None,
-    ),
-)
+    ("IDENTIFIED BY", "identified|password for",
+     r"(?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?"
+     r"|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=[\"'])", None),
+    ("an argument of a function for secrets", "crypt(|getconnection(|securestring",
+     rf"(?i:pgp_sym_(?:en|de)crypt\([^,()]{{1,200}},\s*|\bcrypt\(\s*"
+     rf"|getconnection\(\s*{_STRING}\s*,\s*{_STRING}\s*,\s*|securestring\s+(?:-string\s+)?)(?=[\"'])", None),
+    ("credentials of a user", "auth|login|credential",
+     rf"(?i:\b(?:\w{{0,24}}basic_?auth|\w{{0,24}}login|auth|authenticate|\w{{0,24}}credentials?)"
+     rf"\s?[=(][\s(]{{0,3}}{_STRING}\s*,\s*)(?=b?[\"'])", None),
+    ("a social security number behind its name", "ssn|social sec",
+     r"(?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)(?:\s{1,4}(?:is|was))?[\s:#=]{0,4})"
+     r"([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])", None),
+)  # fmt: skip
 # Where programs take a secret that no name leads to: programs | words that must be among the arguments |
 # places. `-p` is the option's own word or the next one, `-p+` its own word only, `-p.` the next one only;
 # a sign behind it (`-u:`) says that the secret stands behind that sign; `#2` is the second word after the
@@ -1853,12 +1773,12 @@ _REMARKS: Final = _words_in("""
 _HEADER_NAMES: Final = _words_in("authorization proxy-authorization cookie set-cookie")
 _SCHEMES: Final = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
 # In "API key: …" and "verification code is …" the word before belongs to the name.
-_OPENERS: Final = KEY_OPENERS | TOKEN_OPENERS | CODE_OPENERS | STRONG_WORDS | {"api"}
+_OPENERS: Final = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"], {"api"})
 _NAME_CHARS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 # What other writing systems and printers put where ASCII has a sign; each as long as what it replaces.
 _PLAIN_SIGNS: Final = str.maketrans("\u00a0\u3000\u202f：＝→“”‘’", "   :==\"\"''")
 _ANSI: Final = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m"
-_MARKER: Final = r"\[REDACTED(?::[0-9a-f]{8})?\]"
+_MARKED: Final = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 _INSERT: Final = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT: Final = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW: Final = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
@@ -1968,7 +1888,7 @@ class _Texts:
 
     def is_marker(self, text: str) -> bool:
         """Return True if a text is what stands in the place of a secret."""
-        return _re(_MARKER).fullmatch(text) is not None
+        return _re(_MARKED).fullmatch(text) is not None
 
     def _without(
         self, text: str, spans: Iterable[_Span], rule: str, found: list[str], why: list[str] | None
@@ -2078,10 +1998,9 @@ class _Texts:
                         ):
                             numbered.add(plain[number])
                 continue
+            found = next(filter(None, (self._argument(words, at, *place) for place in places)), None)
             if at in numbered and not re.match(r"[a-z_]+=|\\", word):
                 found = at, 0, ""
-            else:
-                found = next(filter(None, (self._argument(words, at, *place) for place in places)), None)
             if found is None:
                 continue
             index, start, how = found
@@ -2342,7 +2261,7 @@ class _Texts:
 
     def _bare_end(self, text: str, at: int) -> int:
         """Return the end of an unquoted value; a marker is one, whatever brackets mean elsewhere."""
-        bare = _re(_MARKER).match(text, at) or _re(_BARE).match(text, at)
+        bare = _re(_MARKED).match(text, at) or _re(_BARE).match(text, at)
         return bare.end() if bare else at
 
     def _extent(self, text: str, at: int) -> _Span:
@@ -2354,7 +2273,7 @@ class _Texts:
                 body = _re(_QUOTED_BY[quote[2]]).match(text, quote.end())
                 end = body.end() if body else -1
             return quote.end(), len(text) if end < 0 else end
-        if text[at : at + 1] in ("[", "{") and not _re(_MARKER).match(text, at):
+        if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
             return at, self._balanced_end(text, at)
         block = _re(_YAML_BLOCK).match(text, at)
         return at, block.end() if block else self._bare_end(text, at)
@@ -2574,35 +2493,49 @@ encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
 _REDACTED_JSON, _CYCLE_JSON, _DEPTH_JSON = encode_text(REDACTED), '"[CYCLE]"', '"[DEPTH]"'
 
 
-class _Verdicts(dict[str, tuple[int, str]]):
-    """The verdicts on the names of fields, for all tools or for one, each with its name as JSON; bounded."""
-
-    __slots__ = ("names", "texts", "tool")
+class _Verdicts(dict[str, int]):
+    """The verdicts on the names of fields, for all tools or for one; bounded."""
 
     def __init__(self, names: _Names, texts: _Texts, tool: str = "") -> None:
         super().__init__()
         self.names, self.texts, self.tool = names, texts, tool
+        # As JSON: names without anything to look at, and those with a marker for their values.
+        self.harmless: dict[str, str] = {}
+        self.hidden: dict[str, str] = {}
+        self.inert: dict[str, str] = {}  # as JSON, texts of which none says anything of the next
+        self.is_label = functools.lru_cache(_MAX_VERDICTS)(self._is_label)
 
-    def __missing__(self, name: str) -> tuple[int, str]:
+    def __missing__(self, name: str) -> int:
         strength, reason = self.names.judge(name, self.tool)
         verdict = (_SENSITIVE | (_LISTED if reason == _BY_SETTING else 0)) if strength else 0
         if name.lower() in _ASKING or (name.lower() == "key" and verdict == _SENSITIVE):
             verdict |= _BESIDE
-        key = encode_text(name) + ":"
         if self.texts.clean(name) != name:
-            return verdict | _ODD, key
+            return verdict | _ODD
         if len(name) <= _MAX_NAME_CHARS:
             if len(self) >= _MAX_VERDICTS:
-                self.clear()
-            self[name] = verdict, key
-        return verdict, key
+                for known in (self, self.harmless, self.hidden, self.inert):
+                    known.clear()
+            self[name] = verdict
+            if verdict == 0:
+                self.harmless[name] = encode_text(name) + ":"
+            elif verdict == _SENSITIVE:
+                self.hidden[name] = encode_text(name) + ":" + _REDACTED_JSON
+        return verdict
+
+    def _is_label(self, said: str) -> bool:
+        """Return True if a text is a sensitive name, be it of a field on a page (`Password field`)."""
+        if not 2 < len(said) <= _MAX_NAME_CHARS or not self.names.stems.search(_lower(said)):
+            return False
+        said = re.sub(r"(?i)\s+(?:input|text)?\s*(?:field|input|box|entry|value)$", "", said.strip("-"))
+        return self[said] & _SENSITIVE > 0
 
 
-class _Harmless(dict[str, tuple[int, str]]):
-    """The verdicts of a blind walk, which finds no name sensitive."""
+class _Blind(_Verdicts):
+    """The verdicts of a walk that finds no name sensitive."""
 
-    def __missing__(self, name: str) -> tuple[int, str]:
-        return 0, encode_text(name) + ":"
+    def __missing__(self, name: str) -> int:
+        return 0
 
 
 def _label(value: object) -> str:
@@ -2623,18 +2556,12 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 class _Walk:
     """One walk through one value: writes it as JSON, redacted unless the walk is blind."""
 
-    blind = False
     nodes = 0  # elements read so far
     spent = 0  # characters of long texts read so far
     max_nodes = _MAX_NODES
 
     def __init__(
-        self,
-        texts: _Texts,
-        verdicts: dict[str, tuple[int, str]],
-        echoes: list[str] | None,
-        quiet: bool,
-        limit: int = 0,
+        self, texts: _Texts, verdicts: _Verdicts, echoes: list[str] | None, quiet: bool, limit: int = 0
     ) -> None:
         self.texts, self.verdicts, self.echoes, self.quiet, self.limit = texts, verdicts, echoes, quiet, limit
         self.open: list[int] = []  # ids of the containers around the present value
@@ -2643,9 +2570,8 @@ class _Walk:
 
     def plain(self, value: object) -> Any:
         """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
-        walk = _Walk(self.texts, _Harmless(), None, True)
-        walk.blind = True
-        return json.loads(walk.value(value, None))
+        blind = _Blind(self.verdicts.names, self.texts)
+        return json.loads(_Walk(self.texts, blind, None, True).value(value, None))
 
     def hide(self, value: object) -> str:
         """Return the marker for a whole value, whatever it is, as JSON."""
@@ -2667,9 +2593,9 @@ class _Walk:
                 self.echoes.append(str(item))
         return self.texts.mark(plain if isinstance(plain, str) else json.dumps(plain, sort_keys=True))
 
-    def refusal(self, value: object, count: int) -> str:
+    def refusal(self, ident: int, count: int) -> str:
         """Return what stands for a container that is open already, too deep, or too large."""
-        if id(value) in self.open:
+        if ident in self.open:
             return _CYCLE_JSON
         return _DEPTH_JSON if len(self.open) >= _MAX_DEPTH else encode_text(f"[CUT: {count} items]")
 
@@ -2722,41 +2648,49 @@ class _Walk:
         depth = len(opened)
         self.nodes = nodes = self.nodes + len(value)
         if ident in opened or depth >= _MAX_DEPTH or nodes > self.max_nodes:
-            return self.refusal(value, len(value))
+            return self.refusal(ident, len(value))
         opened.append(ident)
         out: list[str] = []
+        put = out.append
         taken: set[str] | None = None if pairs is None else set()  # where a key may be there already
-        verdicts, harmless, text = self.verdicts, self.texts.harmless, self.text
-        slow = pairs is not None or declared is not None
+        texts, text, verdicts = self.texts.harmless, self.text, self.verdicts
+        known = verdicts.harmless if pairs is None and declared is None else {}
+        hidden = verdicts.hidden if known and self.quiet else known
         try:
             for name, item in pairs or value.items():
-                kind = type(item)
-                verdict, key = verdicts[name] if type(name) is str else (_ODD, "")
-                if verdict or slow:
+                kind, key = type(item), known.get(name)
+                if key is None:
+                    if kind is str and (key := hidden.get(name)):
+                        put(key)
+                        continue
+                    verdict = verdicts[name] if type(name) is str else _ODD
                     if verdict > _CERTAIN or taken is not None:
                         if taken is None and verdict & _ODD:
-                            taken, slow = set(itertools.islice(value, len(out))), True
+                            taken = set(itertools.islice(value, len(out)))
+                            known = hidden = {}
                         name, verdict = self.field(name, value, taken)
-                        key = encode_text(name) + ":"
                         if verdict & _BESIDE and type(item) in (list, tuple):
                             item = self.beside(name.lower(), item, value)
                         verdict &= _CERTAIN
+                    key = encode_text(name) + ":"
                     if verdict and (verdict > _SENSITIVE or not (kind is bool or item is None)):
-                        out.append(key + self.hide(item))
+                        put(key + self.hide(item))
                     else:
-                        out.append(key + self.value(item, declared.of(name) if declared else None))
+                        put(key + self.value(item, declared.of(name) if declared else None))
                 elif kind is str:
-                    out.append(key + (harmless.get(item) or encode_text(text(item, None))))
+                    put(key + (texts.get(item) or encode_text(text(item, None))))
                 elif kind is int and -_CARD_NUMBERS < item < _CARD_NUMBERS:
-                    out.append(f"{key}{item}")
-                elif kind is dict:
-                    out.append(key + self.mapping(item, None))
-                elif kind is list:
-                    out.append(key + self.sequence(item, None))
+                    put(f"{key}{item}")
+                elif kind is float and item - item == 0.0:
+                    put(f"{key}{item!r}")
                 elif kind is bool:
-                    out.append(key + ("true" if item else "false"))
+                    put(key + ("true" if item else "false"))
+                elif kind is dict:
+                    put(key + self.mapping(item, None))
+                elif kind is list:
+                    put(key + self.sequence(item, None))
                 else:
-                    out.append(key + self.value(item, None))
+                    put(key + self.value(item, None))
         except RuntimeError as error:
             if isinstance(error, RecursionError):
                 raise
@@ -2770,7 +2704,7 @@ class _Walk:
         """Return an unusual field's name as text and the verdict on it, after a look at its siblings."""
         plain = name if type(name) is str else self.plain(name)
         shown = plain if isinstance(plain, str) else json.dumps(plain)
-        verdict = self.verdicts[shown][0]
+        verdict = self.verdicts[shown]
         if verdict & _BESIDE:
             low = shown.lower()
             if (
@@ -2779,9 +2713,9 @@ class _Walk:
                 for key, said in value.items():
                     if _label(key).lower() in _LABELS and self.is_label(said):
                         verdict |= _SENSITIVE
-            elif low == "key" and any(_label(key).lower() in _VALUES for key in value):
+            elif low == "key" and re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", _label(value[name])):
                 # A key beside its value is a label, and stays where it reads like one.
-                if re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", _label(value[name])):
+                if any(_label(key).lower() in _VALUES for key in value):
                     verdict &= ~_SENSITIVE
         if taken is None:
             return shown, verdict
@@ -2794,12 +2728,9 @@ class _Walk:
         return free, verdict
 
     def is_label(self, item: object) -> bool:
-        """Return True if a text is a sensitive name, be it of a field on a page (`Password field`)."""
+        """Return True if a text or bytes are a sensitive name."""
         said = _label(item)
-        if not 2 < len(said) <= _MAX_NAME_CHARS or not self.texts.names.stems.search(_lower(said)):
-            return False
-        said = re.sub(r"(?i)\s+(?:input|text)?\s*(?:field|input|box|entry|value)$", "", said.strip("-"))
-        return self.verdicts[said][0] & _SENSITIVE > 0
+        return 2 < len(said) <= _MAX_NAME_CHARS and self.verdicts.is_label(said)
 
     def beside(self, name: str, item: Sequence[Any], value: dict[Any, Any]) -> Sequence[Any]:
         """Return a list with markers where siblings say so: rows under `columns`, arguments of `command`."""
@@ -2836,45 +2767,57 @@ class _Walk:
 
     def sequence(self, value: Any, declared: _Declared | None) -> str:
         """Write a sequence; `["Authorization", …]` and `["--password", …]` are judged by the sibling."""
-        opened, ident, count = self.open, id(value), len(value)
+        opened, ident = self.open, id(value)
+        value = value[:]  # another thread may change it
+        count = len(value)
         self.nodes = nodes = self.nodes + count
         if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
-            return self.refusal(value, count)
+            return self.refusal(ident, count)
+        if declared is None and count and type(value[0]) is str:
+            try:
+                return f"[{','.join(map(self.verdicts.inert.__getitem__, value))}]"
+            except (LookupError, TypeError):
+                pass  # not all of them are known, or texts
         opened.append(ident)
-        value = value[:]  # another thread may change it
         items = None if declared is None else declared.items or declared
         out: list[str] = []
-        harmless, text = self.texts.harmless, self.text
+        put = out.append
+        texts, text, is_label = self.texts.harmless, self.text, self.is_label
         pairs = hide_next = False
-        if len(value) > 1 and not self.blind:
+        if count > 1:
             first = value[0]
-            if count == 2:
-                hide_next = self.is_label(first)
             if type(first) is str:
-                pairs = count % 2 == 0 and count > 2
+                hide_next, pairs = count == 2 and is_label(first), count > 2 and count % 2 == 0
                 if first in self.texts.programs or first[:1] == "/":
                     value = self.arguments(list(value))
+            elif type(first) is bytes:
+                hide_next = count == 2 and is_label(first)
             elif type(first) in (list, tuple) and 1 < len(first) < 1000:
                 # The first row may be the head; pairs are no rows.
                 named = all(type(cell) is str and not _looks_secret(cell) for cell in first)
-                if named and not (len(first) == 2 and self.is_label(first[0])):
+                if named and not (len(first) == 2 and is_label(first[0])):
                     value = [first, *self.rows(value[1:], first)]
         for item in value:
             if hide_next and out:
-                out.append(self.hide(item))
+                put(self.hide(item))
                 hide_next = False
+            elif type(item) is dict and items is None:
+                put(self.mapping(item, None))
             elif type(item) is str and items is None:
-                out.append(harmless.get(item) or encode_text(text(item, None)))
-                if len(item) > 3:
-                    if item[0] == "-" and "=" not in item:
-                        hide_next = self.is_label(item)
-                    elif pairs and len(out) % 2 and self.is_label(item):
-                        following = _label(value[len(out)])
-                        hide_next = item.lower() in _HEADER_NAMES or (
-                            _looks_secret(following) and not self.is_label(following)
-                        )
+                known = texts.get(item)
+                put(known or encode_text(text(item, None)))
+                if item[:1] == "-":
+                    hide_next = "=" not in item and is_label(item)
+                elif not is_label(item):
+                    if known and item[:1] != "/" and item not in self.texts.programs:
+                        self.verdicts.inert[item] = known
+                elif pairs and len(out) % 2:
+                    following = _label(value[len(out)])
+                    hide_next = item.lower() in _HEADER_NAMES or (
+                        _looks_secret(following) and not is_label(following)
+                    )
             else:
-                out.append(self.value(item, items))
+                put(self.value(item, items))
         opened.pop()
         return "[" + ",".join(out) + "]"
 
@@ -2896,7 +2839,7 @@ class _Walk:
         if not isinstance(content, (dict, list)):
             return self.value(content, declared)
         if id(value) in self.open or len(self.open) >= _MAX_DEPTH:
-            return self.refusal(value, 0)
+            return self.refusal(id(value), 0)
         self.open.append(id(value))
         out = self.value(content, declared)
         self.open.pop()
@@ -2904,7 +2847,7 @@ class _Walk:
 
     def text(self, text: str, declared: _Declared | None) -> str:
         """Clean a text; one that holds JSON is walked like the value that it holds."""
-        if self.blind:
+        if type(self.verdicts) is _Blind:
             return text
         note = ""
         if self.limit and len(text) > 64:
@@ -2932,6 +2875,7 @@ class _Walk:
             harmless = self.texts.harmless
             if len(harmless) >= _MAX_HARMLESS:
                 harmless.clear()
+                self.verdicts.inert.clear()
             harmless[text] = encode_text(text)
         return shown
 

@@ -155,7 +155,7 @@ def test_is_sensitive_many_names_keeps_the_cache_bounded() -> None:
     for number in range(3 * mxcp_audit._MAX_VERDICTS):
         redactor.redact({f"name{number}": 1, "note": f"token{number}=x"})
     assert len(redactor._verdicts) <= mxcp_audit._MAX_VERDICTS
-    assert len(redactor._names._strengths) <= mxcp_audit._MAX_VERDICTS
+    assert redactor._names.strength.cache_info().currsize <= mxcp_audit._MAX_VERDICTS
 
 
 def test_redact_many_texts_only_harmless_short_ones_are_remembered_and_few() -> None:

@@ -100,8 +100,8 @@ def score_names(cases: list[dict[str, Any]]) -> tuple[float, float, list[str]]:
 
 
 # The word lists of the name rule, from which a source's own words can be taken.
-WORD_LISTS = ("STRONG_WORDS", "KEY_OPENERS", "TOKEN_OPENERS", "AUTH_SCHEMES", "AUTHORIZATION_CONTEXT")
-WORD_LISTS += ("CODE_OPENERS", "STILL_SECRET", "KEY_DOCUMENTS", "FLAG_WORDS", "VERBS")
+WORD_LISTS = ("STRONG_WORDS", "STILL_SECRET", "KEY_DOCUMENTS", "FLAG_WORDS", "VERBS")
+WORDS_BY_HEAD = ("WEAK_WORDS", "OPENERS")
 
 
 def source_of(case: dict[str, Any]) -> str:
@@ -129,14 +129,15 @@ def score_held_out(cases: list[dict[str, Any]], others: list[dict[str, Any]]) ->
     sources: dict[str, set[str]] = {}
     for case in [*cases, *others]:
         sources.setdefault(source_of(case), set()).update(words_of[case["name"]])
-    saved = {name: getattr(mxcp_audit, name) for name in (*WORD_LISTS, "WEAK_WORDS")}
+    saved = {name: getattr(mxcp_audit, name) for name in (*WORD_LISTS, *WORDS_BY_HEAD)}
     hit = over = missed = 0
     for source in {source_of(case) for case in cases}:
         elsewhere = set().union(*(words for other, words in sources.items() if other != source))
         own = sources[source] - elsewhere - mxcp_audit.SPEC_NAMES
         for name in WORD_LISTS:
             setattr(mxcp_audit, name, saved[name] - own)
-        mxcp_audit.WEAK_WORDS = {word: before - own for word, before in saved["WEAK_WORDS"].items()}  # type: ignore[misc]
+        for name in WORDS_BY_HEAD:
+            setattr(mxcp_audit, name, {head: before - own for head, before in saved[name].items()})
         redactor = Redactor()
         for case in cases:
             if source_of(case) == source:
