@@ -1784,6 +1784,7 @@ _SQL_TEXT: Final = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW: Final = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM: Final = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
 _MAX_ECHOES: Final = 64
+_MAX_DOUBTED: Final = 1000  # longer values are no names and no remarks; each is looked at once
 # Bytes as their kinds: what tokens consist of as `w`; digits as `0`.
 _RUNS: Final = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
 _DIGITS: Final = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
@@ -2135,6 +2136,8 @@ class _Texts:
         if kind in ("pair", "quoted", "call", "typed") or (kind == "prose" and quote and strength == 2):
             value = self._extent(text, at)
             shown = text[slice(*value)]
+            if len(shown) > _MAX_DOUBTED:
+                return value
             if self._placeholder.fullmatch(shown):
                 return None
             if kind in ("pair", "call") and (self.names.strength(shown) or shown[-1:] in (":", " ")):
@@ -2169,7 +2172,7 @@ class _Texts:
         shown = text[at:end].rstrip(".,:;)!")
         if not _looks_secret(shown) or shown.lower() in _ALGORITHMS or re.match(r"\w+[(=]", shown):
             return None
-        line = text[text.rfind("\n", max(0, start - 80), start) + 1 : start]
+        line = text[max(start - 80, text.rfind("\n", max(0, start - 80), start) + 1) : start]
         if re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line):
             return self._extent(text, at)
         alone = strength == 2 and not line.strip() and text[end : end + 1] in ("", "\n", "\r")
@@ -2181,6 +2184,8 @@ class _Texts:
         """Return an assigned value, or None for what only looks like one."""
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
+        if len(shown) > _MAX_DOUBTED:
+            return value
         if self._placeholder.fullmatch(shown) or (shown.isupper() and self.names.strength(shown)):
             return passed
         bare_key = name in ("key", "keys") and strength < 2
@@ -2193,9 +2198,10 @@ class _Texts:
             return None if re.search(wrapper, text[at : value[0]]) else value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
-            own = len(text[max(text.rfind("\n", 0, start) + 1, start - 80) : start])
+            own = start - max(text.rfind("\n", max(0, start - 80), start) + 1, start - 80)
             if len(indent) > own or text[at : at + 2] == "- ":
-                block = re.compile(rf"[^\n]*(?:\n{indent}[^\n]*)*").match(text, at)
+                more = re.escape(indent) + ("" if len(indent) > own else "[ \t-]")
+                block = re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").match(text, at)
                 if block and any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", block[0]))):
                     return block.span()
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
@@ -2221,12 +2227,11 @@ class _Texts:
             return None if ":" in shown or "=" in shown else passed
         # A value of several words ends with its line, where the line holds nothing else.
         if lead.strip() and lead[-1:] == " " == text[value[1] : value[1] + 1]:
-            line = text.rfind("\n", max(0, start - 80), start) + 1
-            end = self._line_end(text, at)
-            alone = not text[line:start].strip(" \t-") and (line or start < 80)
-            entry = alone and ("=" in lead or "\n" in text[max(0, line - 1) : end + 1])
-            if entry and not re.search(r"[\w.]=|[#(]", text[value[1] : end]):
-                return at, end
+            if re.search(r"(?:\A|\n)[ \t-]*\Z", text[max(0, start - 80) : start]):
+                end = self._line_end(text, at)
+                entry = "=" in lead or "\n" in text
+                if entry and not re.search(r"[\w.]=|[#(]", text[value[1] : end]):
+                    return at, end
         return value
 
     def _header(self, text: str, at: int, name: str, before: str) -> _Span | None:
@@ -2247,11 +2252,11 @@ class _Texts:
         elif not any(_looks_secret(word) for word in words[:2]):
             return None
         closing = text.find(before, at) if before in ('"', "'") else -1
-        end = self._line_end(text, at, len(text) if closing < 0 else closing)
+        end = len(text) if closing < 0 else closing
         if name == "set-cookie":  # what follows are the cookie's attributes
             end = (text.find(";", at, end) + 1 or end + 1) - 1
             at = text.find("=", at, end) + 1 or at
-        return at, end
+        return at, self._line_end(text, at, end)
 
     def _line_end(self, text: str, at: int, end: int | None = None) -> int:
         """Return the end of a line, which in an escaped text ends with `\\n`."""
@@ -2713,10 +2718,11 @@ class _Walk:
                 for key, said in value.items():
                     if _label(key).lower() in _LABELS and self.is_label(said):
                         verdict |= _SENSITIVE
-            elif low == "key" and re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", _label(value[name])):
-                # A key beside its value is a label, and stays where it reads like one.
-                if any(_label(key).lower() in _VALUES for key in value):
-                    verdict &= ~_SENSITIVE
+            # A key beside its value is a label, and stays where it reads like one.
+            elif any(_label(key).lower() in _VALUES for key in value) and re.fullmatch(
+                r"[A-Za-z][A-Za-z_. ]{0,63}", _label(value[name])
+            ):
+                verdict &= ~_SENSITIVE
         if taken is None:
             return shown, verdict
         shown = self.text(shown, None)
