@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An audit log for any MCP server: who called what, with which input, how it ended.
 
 Every tool, resource and prompt execution becomes a row in a DuckDB file that can
@@ -16,7 +17,9 @@ Then, from any shell:
     python -m mxcp_audit log --status error --since 1h
 
 Copy this file into your project: it needs the standard library and the `duckdb`
-package, or the `duckdb` program where that package is missing.
+package, or the `duckdb` program where that package is missing. What a copy is,
+`python mxcp_audit.py --version` says: its version, and the first digits of its SHA-256
+to compare with those of the release (docs/vendoring.md).
 
 Not promised: names that begin with an underscore, the order of rows with equal
 timestamps, and the wording of error messages may change between versions. The ten
@@ -74,7 +77,7 @@ if TYPE_CHECKING:
     import hashlib
     import subprocess
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AuditError",
     "AuditLogger",
@@ -7323,7 +7326,7 @@ if hasattr(os, "register_at_fork"):
 # === SQL ===
 # depends on: Errors, Events, Journal
 #
-# The wall: everything above records, everything below reads. Statements are constants with `$name`
+# Everything above records, everything below reads. Statements are constants with `$name`
 # parameters; the only texts put together are fixed words of ours (column names, conditions), never
 # values. The target is attached as `audit`; the same statements run on every target.
 
@@ -12412,7 +12415,7 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
 # === Assembly ===
 # depends on: Errors, Config, Events, Encoding, Writer, Logger, Store
 #
-# What needs both sides of the wall.
+# What needs both recording and reading.
 
 # --- loggers get their way into the database
 
