@@ -8227,6 +8227,16 @@ class PackageEngine:
             self.close()
 
 
+def decode_json(text: str | bytes) -> Any:
+    """Return what JSON text means; an object whose names are all empty is a row, and becomes a list."""
+
+    def members(pairs: list[tuple[str, object]]) -> object:
+        is_row = len(pairs) > 1 and not any(name for name, _ in pairs)
+        return [value for _, value in pairs] if is_row else dict(pairs)
+
+    return json.loads(text, object_pairs_hook=members)
+
+
 class CliEngine:
     """DuckDB as a child process: the `duckdb` program, fed SQL on standard input.
 
@@ -8300,7 +8310,8 @@ class CliEngine:
                     finished = True
                     return
                 if line.startswith(b"{"):  # else it is a warning
-                    yield tuple(json.loads(line).values())
+                    row = decode_json(line) if b'"":' in line else json.loads(line)
+                    yield tuple(row.values())
             raise self._failure()
         finally:
             if not finished:
@@ -9803,11 +9814,12 @@ class Reading:
 
 # --- what comes back of a person's own SQL
 
+
 # How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
 _RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
     (("BOOLEAN",), "{0}", None),
     (("UBIGINT", "HUGEINT", "UHUGEINT", "VARINT", "BIGNUM"), "{0}::VARCHAR", int),
-    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", json.loads),
+    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", decode_json),
     (("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"), "{0}::BIGINT", None),
     (("DECIMAL",), "{0}::DOUBLE", None),
     (("FLOAT", "DOUBLE"), "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", None),  # JSON has no NaN
@@ -9817,7 +9829,7 @@ _RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] |
 def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
     """Return the cast of a result column, to be formatted with its name, and what decodes its values."""
     if sql_type.endswith("]"):
-        return "to_json({0})::VARCHAR", json.loads
+        return "to_json({0})::VARCHAR", decode_json
     for beginnings, cast_sql, decode in _RESULT_TYPES:
         if sql_type.startswith(beginnings):
             return cast_sql, decode
@@ -14520,6 +14532,9 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 # --- the end of all ways
 
 
+_FILE_OPTIONS: Final = "config db export out archive checkpoint signed_by sign cursor_file file".split()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; never a traceback, except with --debug.
 
@@ -14535,6 +14550,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = options.debug
         if debug:
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+        for name, value in vars(options).items():
+            if name not in _FILE_OPTIONS and re.search(
+                "[\ud800-\udfff]", value if isinstance(value, str) else ""
+            ):
+                raise _UsageError(f"{name}: {value!r} is no UTF-8")
         code = int(options.run(options))
         sys.stdout.flush()
         return code

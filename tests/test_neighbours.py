@@ -169,6 +169,12 @@ def test_sql_of_the_last_hour_and_warnings_of_the_program(log: Path, tmp_path: P
     query = "SELECT count(*) AS n FROM logs WHERE timestamp > now() - INTERVAL 1 HOUR"
     done = cli("sql", query, "--json", "--db", str(now), TZ="Asia/Tokyo")
     assert json.loads(done.stdout) == [{"n": 1}], done
+    rows = "SELECT row(1, 'a') AS a, [row(1, 2)] AS b, {'x': 1} AS c"
+    said = json.loads(cli("sql", rows, "--json", "--db", str(now)).stdout)[0]
+    assert said["a"] in ([1, "a"], "(1, a)") and said["b"] == [[1, 2]] and said["c"] == {"x": 1}
+    for command in (["log", "--grep", "\udcff"], ["sql", "SELECT '\udcff'"], ["show", "\udcff"]):
+        done = cli(*command, "--db", str(now))
+        assert done.returncode == 2 and "is no" in done.stderr, done
     done = cli("sql", "SELECT list_transform([1, 2], x -> x + 1) AS a", "--db", str(now))
     assert "Traceback" not in done.stderr
 
