@@ -14073,7 +14073,9 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 # --- the end of all ways
 
 
-_FILE_OPTIONS: Final = "config db export out archive checkpoint signed_by sign cursor_file file".split()
+_FILE_OPTIONS: Final = {
+    *("config", "db", "export", "out", "archive", "checkpoint", "signed_by", "sign", "cursor_file", "file")
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
