@@ -4192,16 +4192,18 @@ class Journal:
             known, place, other = [], "", ""
         if known == mine:
             return
-        if place == self.directory and other != target and os.path.isfile(other):
+        if place == self.directory and os.path.isfile(other) and _key_at(other) != _key_at(target):
             raise JournalError(
                 f"holds the events of {other}; {target} needs one of its own: set `journal`",
                 path=self.directory,
             )
         if known and place != self.directory:
             with contextlib.suppress(OSError):
-                with open(os.path.join(place, "journal.id"), encoding="utf-8") as file:
-                    is_copy = file.read().strip() == self.identity()
-                if is_copy:
+                original = os.path.join(place, "journal.id")
+                with open(original, encoding="utf-8") as file:
+                    is_same = file.read().strip() == self.identity()
+                # Not the same directory under another name: by a link, or mounted twice.
+                if is_same and not os.path.samefile(place, self.directory):
                     os.unlink(os.path.join(self.directory, "journal.id"))
         replace_file(path, json.dumps(mine).encode())
 

@@ -292,6 +292,16 @@ def test_journal_of_one_database_takes_no_other(log: Path, tmp_path: Path) -> No
     assert len(events(tmp_path / "moved.duckdb")) == 9
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links are those of POSIX")
+def test_journal_by_another_name_of_its_folder_stays_the_same(log: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.symlink_to(tmp_path)
+    for number, database in enumerate((other / "log.duckdb", log, other / "log.duckdb"), 1):
+        write_segment(database, START_NS + (5 + number) * DAY_NS, 1)
+        ingest(database)
+    assert len(store_of(log).heads()) == 1 and len(events(log)) == 11
+
+
 def test_copied_journal_goes_on_under_a_name_of_its_own(log: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
