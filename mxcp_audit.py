@@ -7935,7 +7935,6 @@ def bind(sql: str, params: Params) -> str:
 _GUEST_MEMORY: Final = "256MB"  # an ingest is a guest beside its server; a batch of 64 MiB fits
 _SESSION_SETTINGS: Final = (
     "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
-    "SET TimeZone = 'UTC'; "
     "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
 )
 _PROCESS: Final = os.getpid()
@@ -7988,6 +7987,8 @@ class PackageEngine:
         self._process_id = os.getpid()
         connection = duckdb.connect(":memory:", config=config)
         connection.execute(_SESSION_SETTINGS)
+        with contextlib.suppress(duckdb.Error):  # some builds know no time zones
+            connection.execute("SET TimeZone = 'UTC'")
         return connection
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
@@ -8083,10 +8084,11 @@ class CliEngine:
         try:
             process = subprocess.Popen(
                 [self.program, *self._options],
-                # So that nobody's lock on a table of PostgreSQL holds us up for ever.
+                # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
                 env={
                     **os.environ,
-                    "PGOPTIONS": f"-c lock_timeout={_PG_LOCK_MS} {os.environ.get('PGOPTIONS', '')}",
+                    "TZ": "UTC",
+                    "PGOPTIONS": os.environ.get("PGOPTIONS", f"-c lock_timeout={_PG_LOCK_MS}"),
                 },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
