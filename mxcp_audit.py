@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: MIT
 """An audit log for any MCP server: who called what, with which input, how it ended.
 
 Every tool, resource and prompt execution becomes a row in a DuckDB file that can
@@ -16,7 +17,9 @@ Then, from any shell:
     python -m mxcp_audit log --status error --since 1h
 
 Copy this file into your project: it needs the standard library and the `duckdb`
-package, or the `duckdb` program where that package is missing.
+package, or the `duckdb` program where that package is missing. What a copy is,
+`python mxcp_audit.py --version` says: its version, and the first digits of its SHA-256
+to compare with those of the release (docs/vendoring.md).
 
 Not promised: names that begin with an underscore, the order of rows with equal
 timestamps, and the wording of error messages may change between versions. The ten
@@ -74,7 +77,7 @@ if TYPE_CHECKING:
     import hashlib
     import subprocess
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "AuditError",
     "AuditLogger",
@@ -278,14 +281,6 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
     """Return what PyYAML's `safe_load` returns for the same document, or raise; never anything else.
 
     Values are dict, list, str, int, float, bool and None, typed by the rules of YAML 1.1.
-
-    Args:
-        text: the document; bytes are UTF-8, or UTF-16 with a byte order mark.
-        path: the file's name, for the error only.
-
-    Raises:
-        ConfigError: PyYAML refuses the document as well, or it uses what this module leaves out
-            (docs/configuration.md lists that); with line, column and the remedy.
     """
     return _YamlReader(text, path).document()
 
@@ -499,13 +494,7 @@ class _YamlReader(_YamlScalars):
         return value
 
     def block_node(self, indent: int, *, inline: bool, of_key: bool = False) -> object:
-        """The next node if it is deeper than the column `indent`, else None.
-
-        Args:
-            indent: the column of the collection around it, -1 at the top.
-            inline: a key or `---` precedes, so no block collection may start on the same line.
-            of_key: it is a key's value: a sequence may stand at the column of the key.
-        """
+        """The next node if it is deeper than the column `indent`, else None."""
         inline = not self.skip() and inline
         column = self.column()
         dash = _DASH.match(self.text, self.pos)
@@ -688,9 +677,6 @@ def parse_duration(text: str) -> float:
     """Return the seconds that a text such as "10m" or "1h30m" stands for: more than 0, at most 100 years.
 
     Units are ms, s, m (minutes), h, d and w; whole numbers only, parts are added up.
-
-    Raises:
-        ValueError: anything else: "1.5h", "5M", "5 m", "1y", "10", "-1h", "0s".
     """
     parts = _DURATION_PART.findall(text) if isinstance(text, str) and _DURATION.fullmatch(text) else ()
     seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
@@ -833,14 +819,6 @@ def check_settings(
     Both the site file and the keyword arguments of `AuditLogger` go through here, so that they take
     the same values and raise the same texts. Paths stay as they are. A keyword argument that was
     not given must be left out: None is refused.
-
-    Args:
-        settings: names and values, such as {"enabled": True, "flush_interval": "500ms"}.
-        place: for a setting's name and perhaps an entry in its value, returns the arguments of
-            ConfigError that say where it is; without it, the error has the name only.
-
-    Raises:
-        ConfigError: an unknown name (the nearest known one is offered) or a wrong value.
     """
     checked = {}
     for name, value in settings.items():
@@ -1054,15 +1032,7 @@ class _SiteFile:
 
 
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
-    """Return the settings given as keyword arguments, checked like those of a site file.
-
-    Args:
-        path: the database, relative to the working directory, or an ATTACH target.
-        settings: the others, by name; one that is None was not given.
-
-    Raises:
-        ConfigError: a wrong value, or no `journal` for a target that is no file.
-    """
+    """Return the settings given as keyword arguments, checked like those of a site file."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
     checked = check_settings(given)
     if is_attach_target(checked["path"]):
@@ -1205,12 +1175,7 @@ _SEGMENT_ID: Final = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
 
 def new_segment_id(now_ns: int) -> str:
-    """Return a segment id, `<UTC to the microsecond>-<8 hex>`: sortable by age and unguessable.
-
-    Args:
-        now_ns: nanoseconds since the epoch. A clock that stands still or repeats is harmless:
-            the random half tells two segments apart, and the file is created exclusively.
-    """
+    """Return a segment id, `<UTC to the microsecond>-<8 hex>`: sortable by age and unguessable."""
     second, ns = divmod(now_ns, 1_000_000_000)
     stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
     return f"{stamp}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
@@ -1232,11 +1197,7 @@ def is_segment_id(text: str) -> bool:
 
 
 def parse_event_id(text: str) -> tuple[str, int]:
-    """Return segment and sequence number of an event id, `<segment>:<seq>`.
-
-    Raises:
-        EventError: the text is no event id.
-    """
+    """Return segment and sequence number of an event id, `<segment>:<seq>`."""
     segment, _, seq = text.strip().rpartition(":")
     if not is_segment_id(segment) or not re.fullmatch(r"[1-9][0-9]{0,9}", seq):
         raise EventError(f"{text!r} is no event id; one looks like {new_segment_id(0)}:1", field="event_id")
@@ -3191,13 +3152,7 @@ class Json(str):
 
 
 class Encoder:
-    """Turns events into lines; whatever it is given, it raises nothing but MemoryError.
-
-    Args:
-        redactor: what is applied to input, name, reason and error before anything else.
-        max_input_bytes: the limit of `input_json`; longer input is cut with a visible marker.
-        clock: nanoseconds since the epoch, UTC.
-    """
+    """Turns events into lines; whatever it is given, it raises nothing but MemoryError."""
 
     def __init__(
         self, redactor: Redactor, *, max_input_bytes: int, clock: Callable[[], int] = wall_clock_ns
@@ -3216,12 +3171,6 @@ class Encoder:
 
         The text is complete when this returns, so that what the caller does to the input
         afterwards changes nothing.
-
-        Args:
-            input_params: any object; mappings are usual.
-            name: the tool's name, for rules that hold for one tool.
-            endpoint_def: MXCP's definition of the endpoint, with its `sensitive` marks.
-            echoes: receives the texts that were redacted, for `line` to remove from error and reason.
         """
         if input_params is None:
             return "null"
@@ -3493,15 +3442,7 @@ _LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be r
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file without waiting; False if somebody else has it.
-
-    Args:
-        fd: the open file.
-        shared: let others have the lock that ask for it so, too. Windows knows no such lock.
-
-    Raises:
-        OSError: the file system has no locks (ENOLCK, EOPNOTSUPP on some network shares).
-    """
+    """Take the lock of an open file without waiting; False if somebody else has it."""
     try:
         if sys.platform != "win32":
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -3685,9 +3626,6 @@ class Segment(Descriptor):
 
         With `durable`, they are also forced to the disk. What a failed fsync covered may be lost although
         a later one succeeds, so it is taken back: write it to another segment.
-
-        Raises:
-            OSError: `data` was not written; what did reach the file is cut off before it is used again.
         """
         self._mend()
         fd, (size, count) = self.number(), self._end
@@ -3723,11 +3661,7 @@ class Segment(Descriptor):
         return os.pread(self.number(), self.size, 0)
 
     def seal(self) -> None:
-        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless.
-
-        Raises:
-            OSError: it holds lines that must not be ingested and can't be truncated; try again.
-        """
+        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless."""
         if self._fd < 0:
             return
         self._mend()
@@ -3785,12 +3719,7 @@ class Claim:
             return file.read()
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
-        """Keep lines that can't be ingested beside the segment, in `.rejected`, for whoever repairs them.
-
-        Args:
-            faults: line number from 1, reason, and the line. Each becomes a JSON object; bytes that
-                are no UTF-8 are written as lone surrogates, so that none is lost (PEP 383).
-        """
+        """Keep lines that can't be ingested beside the segment, in `.rejected`, for whoever repairs them."""
         _write_beside(
             self.path,
             ".rejected",
@@ -3882,12 +3811,7 @@ class Journal:
         self._clock = clock  # for names only
 
     def make_directory(self, *, durable: bool = False) -> None:
-        """Make the journal's directory, or check the one that is there.
-
-        Raises:
-            OSError: it can't be made.
-            JournalError: it is a symbolic link or belongs to somebody else.
-        """
+        """Make the journal's directory, or check the one that is there."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3951,9 +3875,6 @@ class Journal:
         """Note which database this journal is of; call it under the ingest lock.
 
         A copy of a journal that still lies where it was gets an identity of its own.
-
-        Raises:
-            JournalError: it is the journal of another database, which is there.
         """
         path, mine = os.path.join(self.directory, "journal.place"), [self.directory, target]
         try:
@@ -3964,16 +3885,18 @@ class Journal:
             known, place, other = [], "", ""
         if known == mine:
             return
-        if place == self.directory and other != target and os.path.isfile(other):
+        if place == self.directory and os.path.isfile(other) and _key_at(other) != _key_at(target):
             raise JournalError(
                 f"holds the events of {other}; {target} needs one of its own: set `journal`",
                 path=self.directory,
             )
         if known and place != self.directory:
             with contextlib.suppress(OSError):
-                with open(os.path.join(place, "journal.id"), encoding="utf-8") as file:
-                    is_copy = file.read().strip() == self.identity()
-                if is_copy:
+                original = os.path.join(place, "journal.id")
+                with open(original, encoding="utf-8") as file:
+                    is_same = file.read().strip() == self.identity()
+                # Not the same directory under another name: by a link, or mounted twice.
+                if is_same and not os.path.samefile(place, self.directory):
                     os.unlink(os.path.join(self.directory, "journal.id"))
         replace_file(path, json.dumps(mine).encode())
 
@@ -4010,11 +3933,7 @@ class Journal:
 
     @contextlib.contextmanager
     def _locked(self, *, shared: bool) -> Iterator[bool]:
-        """Hold `ingest.lock`. Without it, nobody ingests yet: a reader, who makes no file, has what it wants.
-
-        Raises:
-            JournalError: the file can't be opened or locked.
-        """
+        """Hold `ingest.lock`. Without it nobody ingests yet: a reader, who makes no file, has all."""
         fd, locked = -1, False
         try:
             try:
@@ -4038,11 +3957,7 @@ class Journal:
                 os.close(fd)
 
     def record_loss(self, loss: Loss) -> str:
-        """Put on record that events were lost, in a file whose path is returned; it survives power cuts.
-
-        Raises:
-            OSError: not recorded; try again.
-        """
+        """Put on record that events were lost, in a file whose path is returned; it survives power cuts."""
         self.make_directory()
         path = os.path.join(self.directory, new_segment_id(self._clock()))
         _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
@@ -4067,17 +3982,7 @@ class Journal:
         return found
 
     def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
-        """Create a new segment and lock it.
-
-        Args:
-            durable: also force the new name to the disk.
-            named: the segment's id; a fresh one if None.
-
-        Raises:
-            FileExistsError: there is a segment of the name asked.
-            OSError: the directory can't be made or written.
-            JournalError: the directory is a symbolic link or belongs to somebody else.
-        """
+        """Create a new segment and lock it."""
         self.make_directory(durable=durable)
         while True:
             segment_id = named or new_segment_id(self._clock())
@@ -4108,11 +4013,7 @@ class Journal:
             return True
 
     def segments(self) -> list[str]:
-        """Return the paths of all segments, oldest first; none if there is no journal yet.
-
-        Raises:
-            JournalError: the directory can't be read.
-        """
+        """Return the paths of all segments, oldest first; none if there is no journal yet."""
         return [
             os.path.join(self.directory, name)
             for name in self._names(regular=True)
@@ -4125,13 +4026,6 @@ class Journal:
         """Lock sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
 
         Live segments are passed over; empty ones are deleted. Call it under the ingest lock.
-
-        Args:
-            limit_bytes: what the claims may add up to, but for the last one.
-            skip: ids of segments that were seen to; they may be undeletable.
-
-        Returns:
-            the claims, and what kept others from being claimed: one bad file doesn't stop the rest.
         """
         total = 0
         claims: list[Claim] = []
@@ -4180,11 +4074,7 @@ class Journal:
         return claim
 
     def survey(self) -> Survey:
-        """Look at every file, changing nothing and disturbing nobody for longer than a moment.
-
-        Raises:
-            JournalError: the directory or a segment can't be read or locked.
-        """
+        """Look at every file, changing nothing and disturbing nobody for longer than a moment."""
         live = sealed = orphaned = size = 0
         oldest: str | None = None
         now = self._clock() / 1e9
@@ -4522,11 +4412,6 @@ class Ingester:
     """Says when the journal is to be ingested, and has a short-lived child do it; used by the writer alone.
 
     A segment is sealed for an ingest only, and not while the one that was sealed before still waits.
-
-    Args:
-        settings: those of `Config`, as JSON has them; None: nothing is ingested here. With a retention,
-            there is an ingest a day although nothing waits.
-        interval: seconds from an event to the ingest, and between two ingests at least.
     """
 
     def __init__(
@@ -4770,9 +4655,6 @@ class Writer:
 
     A caller changes the queue or what is wanted and then reads `_asleep` and `_gathering`; the thread sets
     these first and reads the queue afterwards. So none of them misses the other.
-
-    Args:
-        on_start: called before a thread is started; False if none may be, because the program ends.
     """
 
     def __init__(
@@ -5541,12 +5423,7 @@ def _peer_of(session: object) -> tuple[str | None, str | None]:
 
 
 def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
-    """Return where a request came from, as attributes of a Call; `cli` for a call inside of the program.
-
-    Args:
-        context: what has `request`, `session` and `meta`, in whichever framework.
-        proxies: addresses and networks whose word about the client's address is taken.
-    """
+    """Return where a request came from, as attributes of a Call; `cli` for a call inside of the program."""
     more: dict[str, object] = {}
     origin: dict[str, Any] = {"caller": "cli", "details": more}
     if context is None:
@@ -5775,17 +5652,7 @@ _WIRE: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), defau
 
 
 class Middleware:
-    """A middleware `(context, call_next)` that records tool calls, resource reads and prompts.
-
-    Args:
-        logger: an AuditLogger.
-        caller: what to record as caller; found out for each call if None.
-        denied_by: exceptions that are recorded as the policy decision `deny`; FastMCP's own
-            AuthorizationError always is.
-
-    Raises:
-        EventError: `denied_by` holds something else than exceptions.
-    """
+    """A middleware `(context, call_next)` that records tool calls, resource reads and prompts."""
 
     def __init__(
         self, logger: Any, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
@@ -6011,11 +5878,7 @@ class Middleware:
             await began.end_async(failure)
 
     def instrument(self, server: Any) -> None:
-        """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included.
-
-        Raises:
-            AuditError: it is none that we know.
-        """
+        """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included."""
         chain = getattr(server, "middleware", None)
         inner = getattr(server, "_mcp_server", server)
         self._server = _text(_get(server, "name"))
@@ -6149,19 +6012,7 @@ def audited(
     caller: str | None,
     denied_by: DeniedBy,
 ) -> Function:
-    """Return a function that does the same and is recorded; signature, name and kind stay.
-
-    Args:
-        function: a function, coroutine function, generator, async generator, or a method of them.
-        logger: an AuditLogger.
-        event_type: tool, resource or prompt.
-        name: what to record as name; the function's own if None.
-        caller: what to record as caller; that of the surrounding request, or `cli`, if None.
-        denied_by: exceptions that are recorded as the policy decision `deny`.
-
-    Raises:
-        EventError: it is no function, or a server has it already, so that nothing would be recorded.
-    """
+    """Return a function that does the same and is recorded; signature, name and kind stay."""
     if isinstance(function, (classmethod, staticmethod)):
         inner = audited(function.__func__, logger, event_type, name, caller, denied_by)
         return cast(Function, type(function)(inner))
@@ -7016,7 +6867,7 @@ if hasattr(os, "register_at_fork"):
 # === SQL ===
 # depends on: Errors, Events, Journal
 #
-# The wall: everything above records, everything below reads. Statements are constants with `$name`
+# Everything above records, everything below reads. Statements are constants with `$name`
 # parameters; the only texts put together are fixed words of ours (column names, conditions), never
 # values. The target is attached as `audit`; the same statements run on every target.
 
@@ -7078,14 +6929,7 @@ UNIQUE_POSITIONS: Final = (
 
 
 def turn_statements(journal: str) -> tuple[str, str]:
-    """Return two statements: the first makes the table of a journal, the second takes the journal's turn.
-
-    Args:
-        journal: its identity; part of the table's name.
-
-    Raises:
-        JournalError: the identity is none of ours.
-    """
+    """Return two statements: the first makes the table of a journal, the second takes the journal's turn."""
     if not re.fullmatch("[0-9a-f]{1,64}", journal):
         raise JournalError("is no identity of a journal; remove the file", path="journal.id")
     table = f"audit.turn_{journal}"
@@ -7119,10 +6963,6 @@ def row_hash(columns: Sequence[Column], **instead: str) -> str:
     the epoch, a text's length in bytes; nothing for NULL. Then `|` and all texts, one after the other.
     Then each of NEW_COLUMNS that isn't NULL, as `|name:number` or `|name:length:text`.
     Of events, the segment's text is left out, which its entry has: hashing it costs a tenth of an ingest.
-
-    Args:
-        columns: all that are covered, in order.
-        instead: for an integer column's name, what to take instead of it.
     """
     numbers = {
         # An infinity has no microseconds, and must not look like NULL.
@@ -7298,12 +7138,7 @@ AND (relkind NOT IN ('r', 'p') OR relrowsecurity OR relhasrules
 
 
 def _in_shape(columns: Sequence[Column], present: Mapping[str, str]) -> str:
-    """Return the SELECT list of columns, by name and type; others' types are converted, NULL if that fails.
-
-    Args:
-        columns: ours.
-        present: type by name of what the table has.
-    """
+    """Return the SELECT list of columns, by name and type; other types are converted, NULL if that fails."""
     parts = []
     for name, sql_type in columns:
         given = present.get(name)
@@ -7486,12 +7321,7 @@ _EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
 
 
 def public_select(*, typed: bool = False, harmless: bool = False) -> str:
-    """Return the SELECT list of every output: the public columns, as types that both engines return alike.
-
-    Args:
-        typed: timestamps stay timestamps, for formats that have them.
-        harmless: text that a spreadsheet would run (`$formula`) gets a leading apostrophe.
-    """
+    """Return the SELECT list of every output: the public columns, as types that both engines return alike."""
     return ", ".join(f"{value} AS {name}" for name, value in public_values(typed=typed, harmless=harmless))
 
 
@@ -7571,13 +7401,7 @@ ORDER BY {order} LIMIT $count"""
 
 
 def stats_query(source: str, by: str, sort: str) -> str:
-    """Return the query of one row a group: the group as text, then STATS_COLUMNS.
-
-    Args:
-        source: a query of events.
-        by: a key of STATS_BY. Hours and days come newest first.
-        sort: the one of STATS_COLUMNS whose largest value comes first, for the other groups.
-    """
+    """Return the query of one row a group: the group as text, then STATS_COLUMNS."""
     group, shown = STATS_BY[by]
     order = "k DESC" if by in ("hour", "day") else f"{sort} DESC NULLS LAST, k"
     return _STATS.format(shown=shown, group=group, source=source, order=order, iso=_ISO_FORMAT)
@@ -7774,11 +7598,7 @@ def is_data_fault(error: QueryError) -> bool:
 
 
 def sql_literal(value: object) -> str:
-    """Return a value as SQL text, for what can't be a parameter and for the program.
-
-    Raises:
-        QueryError: a text with a NUL, which ends what the program reads, or a type that has no literal.
-    """
+    """Return a value as SQL text, for what can't be a parameter and for the program."""
     if value is None:
         return "NULL"
     if isinstance(value, bool):
@@ -7808,7 +7628,6 @@ def bind(sql: str, params: Params) -> str:
 _GUEST_MEMORY: Final = "256MB"  # an ingest is a guest beside its server; a batch of 64 MiB fits
 _SESSION_SETTINGS: Final = (
     "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
-    "SET TimeZone = 'UTC'; "
     "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
 )
 _PROCESS: Final = os.getpid()
@@ -7861,6 +7680,8 @@ class PackageEngine:
         self._process_id = os.getpid()
         connection = duckdb.connect(":memory:", config=config)
         connection.execute(_SESSION_SETTINGS)
+        with contextlib.suppress(duckdb.Error):  # some builds know no time zones
+            connection.execute("SET TimeZone = 'UTC'")
         return connection
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
@@ -7917,6 +7738,16 @@ class PackageEngine:
             self.close()
 
 
+def decode_json(text: str | bytes) -> Any:
+    """Return what JSON text means; an object whose names are all empty is a row, and becomes a list."""
+
+    def members(pairs: list[tuple[str, object]]) -> object:
+        is_row = len(pairs) > 1 and not any(name for name, _ in pairs)
+        return [value for _, value in pairs] if is_row else dict(pairs)
+
+    return json.loads(text, object_pairs_hook=members)
+
+
 class CliEngine:
     """DuckDB as a child process: the `duckdb` program, fed SQL on standard input.
 
@@ -7946,10 +7777,11 @@ class CliEngine:
         try:
             process = subprocess.Popen(
                 [self.program, *self._options],
-                # So that nobody's lock on a table of PostgreSQL holds us up for ever.
+                # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
                 env={
                     **os.environ,
-                    "PGOPTIONS": f"-c lock_timeout={_PG_LOCK_MS} {os.environ.get('PGOPTIONS', '')}",
+                    "TZ": "UTC",
+                    "PGOPTIONS": os.environ.get("PGOPTIONS", f"-c lock_timeout={_PG_LOCK_MS}"),
                 },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
@@ -7990,7 +7822,8 @@ class CliEngine:
                     finished = True
                     return
                 if line.startswith(b"{"):  # else it is a warning
-                    yield tuple(json.loads(line).values())
+                    row = decode_json(line) if b'"":' in line else json.loads(line)
+                    yield tuple(row.values())
             raise self._failure()
         finally:
             if not finished:
@@ -8133,12 +7966,7 @@ def _in_subinterpreter() -> bool:
 def open_engine(
     *, guest: bool = False, apart: bool = False, environ: Mapping[str, str] = os.environ
 ) -> Engine:
-    """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default whichever is there.
-
-    Args:
-        guest: one thread and little memory, for use beside a server.
-        apart: in a process of its own in any case.
-    """
+    """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default what is there."""
     choice = environ.get("MXCP_AUDIT_ENGINE") or "auto"
     if choice not in ("auto", "package", "cli"):
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
@@ -8182,11 +8010,7 @@ def open_engine(
 
 
 class Deadline:
-    """A time until which something is tried again.
-
-    Args:
-        seconds: from now.
-    """
+    """A time until which something is tried again."""
 
     def __init__(self, seconds: float) -> None:
         self._end = time.monotonic() + seconds
@@ -8291,9 +8115,6 @@ def _alone_in_process(path: str) -> Iterator[None]:
 
     DuckDB's lock keeps processes apart, not threads, and goes with the first of several readers that ends:
     then another process may ingest, and take segments away that are being read.
-
-    Raises:
-        DatabaseLockedError: somebody else has.
     """
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
@@ -8305,13 +8126,7 @@ def _alone_in_process(path: str) -> Iterator[None]:
 
 
 class Target:
-    """The database of a configuration: a file, or whatever else DuckDB can attach. Attached, it is `audit`.
-
-    Args:
-        config: says where it is.
-        journal: its journal, whose identity is in the names of what is made here.
-        opener: makes engines, as `open_engine` does.
-    """
+    """The database of a configuration: a file, or what else DuckDB can attach; attached, it is `audit`."""
 
     def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = open_engine) -> None:
         self.path: str = config.path
@@ -8323,24 +8138,12 @@ class Target:
         self._opener = opener if self.is_file else functools.partial(opener, apart=True)
 
     def open_engine(self, *, guest: bool = False) -> Engine:
-        """Return a new engine, in a process of its own where the target needs that.
-
-        Args:
-            guest: one thread and little memory, for use inside of a server.
-
-        Raises:
-            EngineNotFoundError: there is none.
-        """
+        """Return a new engine, in a process of its own where the target needs that."""
         return self._opener(guest=guest)
 
     @contextlib.contextmanager
     def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
-        """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds.
-
-        Raises:
-            DatabaseNotFoundError: there is no database.
-            StoreError: it can't be had.
-        """
+        """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds."""
         if read_only:
             self.let_ingest_pass(wait)
         deadline = Deadline(wait)
@@ -8596,9 +8399,6 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
     """Load what a target needs; nothing is downloaded.
 
     Taken is what was installed in DuckDB's own way, else what a `duckdb-extension-*` package holds.
-
-    Raises:
-        DatabaseUnreachableError: an extension is missing; the text has the command that installs it.
     """
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
@@ -8672,9 +8472,6 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
 
     `MXCP_AUDIT_KEY_FILE` names a file of one key a line, newest first, so that a key can be replaced;
     without it `MXCP_AUDIT_KEY` is the only key.
-
-    Raises:
-        ConfigError: the file can't be read, holds no key, or may be read by others.
     """
     path = environ.get("MXCP_AUDIT_KEY_FILE")
     if not path:
@@ -8704,13 +8501,7 @@ def _sealing_key(key: bytes) -> bytes:
 
 
 def make_seal(previous: str, row: str, key: bytes | None) -> str:
-    """Return the seal of an entry.
-
-    Args:
-        previous: the seal before it, "" for the first entry of a journal.
-        row: the hash of the entry's row, 64 hex digits.
-        key: None for a chain without a key, which then proves only what is compared with a checkpoint.
-    """
+    """Return the seal of an entry."""
     import hashlib
     import hmac
 
@@ -8770,12 +8561,7 @@ def platform_node() -> str:
 
 
 class Ledger:
-    """Writes to the ledger of a target, where it continues the chain of one journal.
-
-    Args:
-        target: the database.
-        journal: whose chain it is.
-    """
+    """Writes to the ledger of a target, where it continues the chain of one journal."""
 
     def __init__(self, target: Target, journal: Journal) -> None:
         self._target = target
@@ -8805,9 +8591,6 @@ class Ledger:
         """Add entries at the end of the chain, inside of `writing`.
 
         Into an empty ledger, the rows of an older table come first.
-
-        Raises:
-            StoreError: the chain is sealed with a key that this process doesn't have.
         """
         keys = seal_keys()
         journal = self._journal.identity()
@@ -8850,13 +8633,7 @@ def chain_heads(engine: Engine) -> list[Head]:
 
 
 def known_segments(engine: Engine, segments: Sequence[str], *, kind: str = "segment") -> set[str]:
-    """Return those of the segments that have an entry of a kind.
-
-    Args:
-        engine: a session in which the target is attached and has a ledger.
-        segments: their ids.
-        kind: `segment` if they were taken in, `loss` if something of them was lost.
-    """
+    """Return those of the segments that have an entry of a kind."""
     asked = {"segments": segments, "kind": kind}
     return {segment for (segment,) in engine.execute(KNOWN, asked)} if segments else set()
 
@@ -8888,14 +8665,7 @@ _CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are 
 
 
 class Ingest:
-    """Takes the journal's sealed and orphaned segments, and losses, into the database.
-
-    Args:
-        target: the database.
-        journal: where the segments are.
-        ledger: what is entered into.
-        diagnostics: counts what was ingested and rejected.
-    """
+    """Takes the journal's sealed and orphaned segments, and losses, into the database."""
 
     def __init__(
         self,
@@ -8911,14 +8681,7 @@ class Ingest:
         self._diagnostics = diagnostics
 
     def run(self) -> list[JournalError]:
-        """Ingest everything that can be claimed, in transactions of up to INGEST_BYTES.
-
-        Returns:
-            what kept single segments from being claimed.
-
-        Raises:
-            StoreError: the database can't be had. Everything stays in the journal.
-        """
+        """Ingest everything that can be claimed, in transactions of up to INGEST_BYTES."""
         seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
@@ -9143,13 +8906,7 @@ def refuse_fatal_limit() -> None:
 
 
 class Reader:
-    """Opens a log for reading.
-
-    Args:
-        target: its database.
-        journal: its journal.
-        diagnostics: is told of a table that is no plain one.
-    """
+    """Opens a log for reading."""
 
     def __init__(self, target: Target, journal: Journal, diagnostics: Diagnostics) -> None:
         self._target = target
@@ -9224,11 +8981,7 @@ class Reader:
         reading.has_ledger = "ledger" in present
 
     def _open_journal(self, reading: Reading) -> None:
-        """Open the journal by a copy, because before the first ingest there is no lock that keeps one out.
-
-        Raises:
-            DatabaseNotFoundError: a segment vanished meanwhile, so there is a table now: look again.
-        """
+        """Open the journal by a copy, because before the first ingest there is no lock that keeps one out."""
         segments = self._journal.segments()
         cause = None
         try:
@@ -9244,11 +8997,7 @@ class Reader:
             raise cause
 
     def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
-        """Keep ingests out where no lock on the database does, so that no segment vanishes while it is read.
-
-        Returns:
-            False if an ingest is running at this moment.
-        """
+        """Keep ingests out where no lock on the database does, so that no segment vanishes in between."""
         try:
             return stack.enter_context(self._journal.reading_lock())
         except JournalError:  # the journal may be read-only for who reads; then that must do
@@ -9276,12 +9025,7 @@ class Reading:
         self.has_ledger = False
 
     def open_views(self, table: Mapping[str, str] | None, segments: Iterable[str]) -> None:
-        """Define the views `table_rows` and `journal_rows`, which together are the log.
-
-        Args:
-            table: name and type of the table's columns, None if there is none.
-            segments: paths of the journal's segments that the table lacks.
-        """
+        """Define the views `table_rows` and `journal_rows`, which together are the log."""
         self.has_table = table is not None
         sizes = {path: size for path in segments if (size := _size_of(path))}
         self.has_journal = bool(sizes)
@@ -9325,13 +9069,7 @@ class Reading:
         return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})", params
 
     def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
-        """Yield the matching events as rows of PUBLIC_COLUMNS, newest first.
-
-        Args:
-            what: the filter.
-            count: how many at most; None for all.
-            oldest_first: the other order, and the other end of the log.
-        """
+        """Yield the matching events as rows of PUBLIC_COLUMNS, newest first."""
         sql, params = self._select(public_select(), what, count, oldest_first)
         return self.engine.stream(sql, params)
 
@@ -9339,12 +9077,6 @@ class Reading:
         """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
 
         Percentiles are durations that occurred (no interpolation), in milliseconds.
-
-        Args:
-            what: the filter.
-            by: a key of STATS_BY.
-            sort: which of STATS_COLUMNS is largest first; hours and days come newest first.
-            count: how many groups at most.
         """
         source, params = self._source(what, None, NEWEST_FIRST)
         return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
@@ -9380,9 +9112,6 @@ class Reading:
         It can read the log and write nothing: the database is attached read-only, and files,
         extensions and settings are locked. The session is good for nothing else afterwards. Values
         are those of JSON; what it lacks (times, intervals, bytes) is text.
-
-        Raises:
-            QueryError: no single SELECT, or DuckDB refuses it.
         """
         self.freeze_journal()
         self.engine.execute(SQL_VIEW)
@@ -9424,19 +9153,6 @@ class Reading:
 
         The file appears whole or not at all, with mode 0600; an older one is replaced. Every format has
         all the columns: `.duckdb` as the table `logs`, so that every command can read it by `--db`.
-
-        Args:
-            what: the filter.
-            path: the file; `Store.refuse_own_files` says whether it may be written.
-            form: one of EXPORT_FORMATS.
-            count: how many events at most; None for all.
-            oldest_first: the other order, and the other end of the log.
-            raw: leave text as it is that a spreadsheet would run as a formula; otherwise it gets a
-                leading apostrophe in CSV, and so does text that begins with one.
-            progress: called every half second with the bytes written so far, from another thread.
-
-        Raises:
-            StoreError: nothing could be written; an older file is still there.
         """
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
         source, params = self._source(what, None, NEWEST_FIRST)
@@ -9493,11 +9209,12 @@ class Reading:
 
 # --- what comes back of a person's own SQL
 
+
 # How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
 _RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
     (("BOOLEAN",), "{0}", None),
     (("UBIGINT", "HUGEINT", "UHUGEINT", "VARINT", "BIGNUM"), "{0}::VARCHAR", int),
-    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", json.loads),
+    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", decode_json),
     (("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"), "{0}::BIGINT", None),
     (("DECIMAL",), "{0}::DOUBLE", None),
     (("FLOAT", "DOUBLE"), "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", None),  # JSON has no NaN
@@ -9507,7 +9224,7 @@ _RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] |
 def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
     """Return the cast of a result column, to be formatted with its name, and what decodes its values."""
     if sql_type.endswith("]"):
-        return "to_json({0})::VARCHAR", json.loads
+        return "to_json({0})::VARCHAR", decode_json
     for beginnings, cast_sql, decode in _RESULT_TYPES:
         if sql_type.startswith(beginnings):
             return cast_sql, decode
@@ -9781,15 +9498,7 @@ def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
 
 
 class Verifier:
-    """Recomputes everything that the ledger says. The target is attached as `audit`; nothing is written.
-
-    Args:
-        engine: its session.
-        target: what is attached.
-        keys: of the chain, as `seal_keys` returns them.
-        progress: called with the events done and their total, now and then.
-        range_events: how many events' hashes are held at once.
-    """
+    """Recomputes everything that the ledger says. The target is attached as `audit`; nothing is written."""
 
     def __init__(
         self,
@@ -9814,12 +9523,7 @@ class Verifier:
         self._newest = -_LATEST  # nothing that is younger was purged
 
     def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> Verdict:
-        """Verify the chains, then each segment.
-
-        Args:
-            checkpoint: heads noted earlier: nothing up to them may be missing or differ.
-            since: naive UTC text; older segments are not recomputed, their chain is.
-        """
+        """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
                 self._engine.execute(SCOPE_SINCE, {"moment": since})
@@ -10003,11 +9707,7 @@ class Verifier:
     # --- the segments
 
     def differences(self, *, scoped: bool) -> Iterator[Compared]:
-        """Yield the segments that differ from their entry, and those that are there but may have been purged.
-
-        Args:
-            scoped: all segments of the table `scope` instead, and no others.
-        """
+        """Yield the segments that differ from their entry, and those that are there but perhaps purged."""
         sql = COMPARE_SCOPE if scoped else COMPARE
         splits = self._engine.execute(SPLITS, {"size": self._range_events})
         ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
@@ -10098,15 +9798,7 @@ def plain_seals(engine: Engine) -> dict[str, str]:
 
 
 def prove(engine: Engine, event_id: str) -> dict[str, Any]:
-    """Return what shows, with a checkpoint, that an event is in the log; docs/security.md has the form.
-
-    Args:
-        engine: a session in which the target is attached.
-        event_id: the event's whole id.
-
-    Raises:
-        StoreError: it is not in a segment of the ledger.
-    """
+    """Return what shows, with a checkpoint, that an event is in the log; docs/security.md has the form."""
     view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
     event = engine.execute(EVENT_TO_PROVE, {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1})
@@ -10220,11 +9912,6 @@ class Purger:
 
     A segment goes when its last event is old enough. It is first compared with the ledger: one that somebody
     had changed stays known as changed when its rows are gone, and lies apart in an archive.
-
-    Args:
-        engine: a session in which the target is attached as `audit`, for writing.
-        target: what is attached.
-        before: naive UTC text; what is older goes.
     """
 
     def __init__(self, engine: Engine, target: Target, before: str) -> None:
@@ -10274,15 +9961,7 @@ class Purger:
         )
 
     def remove(self, ledger: Ledger, removal: Removal) -> None:
-        """Delete the rows and enter the purge.
-
-        Args:
-            ledger: what is entered into, inside of its `writing`.
-            removal: what `plan` or `archive` returned.
-
-        Raises:
-            StoreError: the rows are others than those planned.
-        """
+        """Delete the rows and enter the purge."""
         ((events,),) = self._engine.execute(COUNT_SCOPE)
         if events != removal.events:
             raise StoreError(
@@ -10295,15 +9974,7 @@ class Purger:
         ledger.enter(self._engine, [entry])
 
     def archive(self, directory: str, removal: Removal) -> Removal:
-        """Write what goes as Parquet, a file a day, with a manifest, and read it back.
-
-        Args:
-            directory: where the archive's own directory appears, whole or not at all.
-            removal: what `plan` returned.
-
-        Raises:
-            StoreError: it can't be written, or doesn't hold what it should.
-        """
+        """Write what goes as Parquet, a file a day, with a manifest, and read it back."""
         name = f"purged-{re.sub('[^0-9]', '', self._before[:19])}-{os.urandom(4).hex()}"
         scratch, target = os.path.join(directory, f".{name}.part"), os.path.join(directory, name)
         try:
@@ -10375,18 +10046,7 @@ def file_digest(path: str) -> str:
 def purge_before(
     engine: Engine, target: Target, ledger: Ledger, before: str, archive: str | None = None
 ) -> Removal:
-    """Delete every segment older than a moment, in one transaction, and enter that it went.
-
-    Args:
-        engine: a session in which the target is attached for writing.
-        target: what is attached.
-        ledger: what is entered into.
-        before: naive UTC text.
-        archive: a directory; what goes is written there first, and read back.
-
-    Raises:
-        StoreError: nothing was deleted.
-    """
+    """Delete every segment older than a moment, in one transaction, and enter that it went."""
     with ledger.writing(engine):
         ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
         if empty:
@@ -10406,17 +10066,7 @@ _SILENCE_SECONDS: Final = 25 * 3600.0  # longer ones don't count as time that pa
 
 
 def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> str:
-    """Purge what is older than the retention, as far as the ledger vouches for its age; say what went.
-
-    Args:
-        engine: a session in which the target is attached for writing.
-        target: the database.
-        ledger: what is entered into.
-        retention: seconds.
-
-    Raises:
-        StoreError: nothing was deleted.
-    """
+    """Purge what is older than the retention, as far as the ledger vouches for its age; say what went."""
     target.create_tables(engine)
     now = utc_now()
     verifier = Verifier(engine, target, seal_keys())
@@ -10443,14 +10093,6 @@ def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float |
     A clock that jumped forward makes everything look old. So time counts only where the ledger shows
     that this log was alive: a silence of more than 25 hours counts as none. A server that was off for
     a month keeps its events a month longer; `purge` by hand goes by the clock alone.
-
-    Args:
-        hours: in which the ledger has entries, in seconds since the epoch, newest first.
-        now: seconds since the epoch.
-        retention: seconds.
-
-    Returns:
-        seconds since the epoch, or None if the ledger hasn't lived that long.
     """
     left, later = retention, now
     for hour in hours:
@@ -10562,11 +10204,7 @@ def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Res
 
 
 def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
-    """Enter into a copy what it lacks of the database at `place`; return how many events each has then.
-
-    Raises:
-        StoreError: there is something that can't be entered, so that replacing the database would lose it.
-    """
+    """Enter into a copy what it lacks of the database at `place`; return how many events each has then."""
     target = Target(Config(path), journal)
     ledger = Ledger(target, journal)
     with target.session(read_only=False, wait=0.0) as engine:
@@ -11025,12 +10663,6 @@ class Follower:
 
     A look asks the ledger for new entries if the database changed, and reads the segments that grew. No lock
     is held between looks. A segment that vanishes in between is in the table: the next look finds the rest.
-
-    Args:
-        store: the log.
-        what: which events to return.
-        columns: the SELECT list of what a look returns.
-        cursor: where to begin: what `cursor` returned earlier; None for `start`.
     """
 
     def __init__(
@@ -11075,15 +10707,7 @@ class Follower:
         return {"version": 1, "journals": self._positions, "segments": self._tails}
 
     def look(self, *, wait: float = 0.0) -> list[Row]:
-        """Return the matching events that are new since the last look, oldest first, not too many at once.
-
-        Args:
-            wait: seconds to try again while another process holds the database; 0 leaves it to the next look.
-
-        Raises:
-            JournalError: the journal can't be read.
-            StoreError: the table can't be asked. A later look can make up for it.
-        """
+        """Return the matching events that are new since the last look, oldest first, not too many at once."""
         signature, rows = self._target.signature(), []
         has_changed = signature is None or signature != self._signature
         if has_changed if self._target.is_file else time.monotonic() >= self._next_look:
@@ -11484,11 +11108,7 @@ def indented_json(text: str) -> str:
 
 
 def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> int:
-    """Write rows as CSV, and return their number.
-
-    Args:
-        raw: leave text as it is that a spreadsheet would run; otherwise it gets a leading apostrophe.
-    """
+    """Write rows as CSV, and return their number."""
     import csv
 
     formula = re.compile(FORMULA)
@@ -11515,17 +11135,7 @@ _NARROWEST: Final = 12  # arbitrary: cells that an elastic column keeps
 
 
 class EventTable:
-    """Events as a table that may grow.
-
-    Args:
-        file: where to; it is asked for its encoding, so that an ASCII terminal gets ASCII.
-        columns: names out of PUBLIC_COLUMNS.
-        width: cells that a line may take; None where nobody looks at lines, as in a pipe.
-        colour: mark errors and denials.
-        with_reasons: show reason and error under a row that has one.
-        with_input: show the input under each row.
-        grows: leave room in the columns, because more rows will come.
-    """
+    """Events as a table that may grow."""
 
     def __init__(
         self,
@@ -11662,13 +11272,7 @@ _WIDEST_BAR: Final = 40
 
 
 def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
-    """Write rows of a group's name and STATS_COLUMNS as a table with bars.
-
-    Args:
-        bar: the one of STATS_COLUMNS that the bars show.
-        width: cells that a line may take. What doesn't fit is left out: first the bars, then `first_seen`,
-            then `last_seen`. None: everything but bars.
-    """
+    """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
     heads = [
         by.upper(),
         "CALLS",
@@ -12011,14 +11615,7 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
 def report_html(
     reading: Reading, what: Filter, facts: Sequence[tuple[str, str]], *, newest: int
 ) -> Iterator[str]:
-    """Yield the report of the matching events: the same text for the same events and facts.
-
-    Args:
-        reading: an open log.
-        what: the filter.
-        facts: names and values for its head, such as the range and what `verify` said.
-        newest: how many events stand in full at the end.
-    """
+    """Yield the report of the matching events: the same text for the same events and facts."""
 
     def ask(sql: str) -> list[Row]:
         return reading.ask(what, sql)
@@ -12105,7 +11702,7 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
 # === Assembly ===
 # depends on: Errors, Config, Events, Encoding, Writer, Logger, Store
 #
-# What needs both sides of the wall.
+# What needs both recording and reading.
 
 # --- loggers get their way into the database
 
@@ -12163,17 +11760,7 @@ _NAMES_OF_MXCP: Final = {
 
 
 def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`.
-
-    Args:
-        line: of MXCP 0.1 to 0.3, or of 0.4 and newer; which of them, its keys say.
-
-    Returns:
-        None for what newer versions keep beside events: the definition of a schema.
-
-    Raises:
-        ValueError: it is no event; the text says why.
-    """
+    """Return an event of MXCP's JSONL log: nanoseconds since the epoch, and the arguments of `log_event`."""
     record = _json_object(line)
     newer = "operation_type" in record
     if not newer and "type" not in record:
@@ -12226,11 +11813,6 @@ class Importer:
     part is made of the time of its first event and of a digest of the file up to there, so that the
     ledger knows it again; the part after it begins where the ledger says that it ended. Renamed,
     compressed and longer files are thus continued; a crash at any point leaves a part that is shorter.
-
-    Args:
-        config: says where database and journal are, and what is redacted.
-        on_bad_line: told the file, the number of a line, from 1, and why it is no event.
-        wait: seconds to try again while another process holds the database.
     """
 
     def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
@@ -12244,12 +11826,7 @@ class Importer:
         self._bad = 0
 
     def take(self, path: str) -> ImportResult:
-        """Import a file, gzip or plain.
-
-        Raises:
-            StoreError: the database can't be had, or the file is none of MXCP's logs.
-            OSError: the file can't be read. What came before is imported.
-        """
+        """Import a file, gzip or plain."""
         import hashlib  # lazily: it loads OpenSSL
 
         patiently(self._store.ingest, self._wait)  # a part that waits in the journal is none the ledger knows
@@ -12393,10 +11970,6 @@ class StdioAudit:
 
     Feed a piece *before* it is passed on: then an answer can't overtake its request, and a client
     that has an answer can be sure of its row. The two sides may be fed from two threads.
-
-    Args:
-        record: `AuditLogger.record`.
-        on_fault: told what could not be audited.
     """
 
     def __init__(self, record: Callable[..., Call], *, on_fault: Callable[[str], None]) -> None:
@@ -12665,11 +12238,7 @@ class WrappedServer:
         self.failure: str | None = None
 
     def run(self) -> int:
-        """Run the server to its end and return its exit code, negative if a signal ended it.
-
-        Raises:
-            AuditError: it can't be started.
-        """
+        """Run the server to its end and return its exit code, negative if a signal ended it."""
         import shutil
         import subprocess
 
@@ -12912,16 +12481,7 @@ _TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None) -> str:
-    """Return a moment as naive UTC text, from a duration before now or an ISO date or time.
-
-    Args:
-        text: `10s 10m 2h 1d 1w`, `30min`, sums such as `1h30m`, `today`, `yesterday`, a time of today such
-            as `15:00`, or an ISO 8601 date or time. A time without an offset is UTC.
-        now: aware; the current time if None.
-
-    Raises:
-        ValueError: anything else; its text has examples.
-    """
+    """Return a moment as naive UTC text, from a duration before now or an ISO date or time."""
     now = now or utc_now()
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
     said = day if text in ("today", "yesterday") else f"{day}T{text}" if _CLOCK.match(text) else text
@@ -14210,6 +13770,11 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 # --- the end of all ways
 
 
+_FILE_OPTIONS: Final = {
+    *("config", "db", "export", "out", "archive", "checkpoint", "signed_by", "sign", "cursor_file", "file")
+}
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command and return its exit code; never a traceback, except with --debug.
 
@@ -14225,6 +13790,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         debug = options.debug
         if debug:
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
+        for name, value in vars(options).items():
+            if name not in _FILE_OPTIONS and re.search(
+                "[\ud800-\udfff]", value if isinstance(value, str) else ""
+            ):
+                raise _UsageError(f"{name}: {value!r} is no UTF-8")
         code = int(options.run(options))
         sys.stdout.flush()
         return code

@@ -169,6 +169,12 @@ def test_sql_of_the_last_hour_and_warnings_of_the_program(log: Path, tmp_path: P
     query = "SELECT count(*) AS n FROM logs WHERE timestamp > now() - INTERVAL 1 HOUR"
     done = cli("sql", query, "--json", "--db", str(now), TZ="Asia/Tokyo")
     assert json.loads(done.stdout) == [{"n": 1}], done
+    rows = "SELECT row(1, 'a') AS a, [row(1, 2)] AS b, {'x': 1} AS c"
+    said = json.loads(cli("sql", rows, "--json", "--db", str(now)).stdout)[0]
+    assert said["a"] in ([1, "a"], "(1, a)") and said["b"] == [[1, 2]] and said["c"] == {"x": 1}
+    for command in (["log", "--grep", "\udcff"], ["sql", "SELECT '\udcff'"], ["show", "\udcff"]):
+        done = cli(*command, "--db", str(now))
+        assert done.returncode == 2 and "is no" in done.stderr, done
     done = cli("sql", "SELECT list_transform([1, 2], x -> x + 1) AS a", "--db", str(now))
     assert "Traceback" not in done.stderr
 
@@ -284,6 +290,16 @@ def test_journal_of_one_database_takes_no_other(log: Path, tmp_path: Path) -> No
     log.rename(tmp_path / "moved.duckdb")  # the database has another place from now on
     assert store_of(tmp_path / "moved.duckdb", journal=Path(f"{log}.journal")).ingest()
     assert len(events(tmp_path / "moved.duckdb")) == 9
+
+
+@pytest.mark.skipif(os.name != "posix", reason="links are those of POSIX")
+def test_journal_by_another_name_of_its_folder_stays_the_same(log: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    other.symlink_to(tmp_path)
+    for number, database in enumerate((other / "log.duckdb", log, other / "log.duckdb"), 1):
+        write_segment(database, START_NS + (5 + number) * DAY_NS, 1)
+        ingest(database)
+    assert len(store_of(log).heads()) == 1 and len(events(log)) == 11
 
 
 def test_copied_journal_goes_on_under_a_name_of_its_own(log: Path, tmp_path: Path) -> None:

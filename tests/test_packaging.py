@@ -77,7 +77,7 @@ def archives(source: Path, builder: str) -> Path:
 
 def test_wheel_holds_the_module_its_types_and_the_licence_only(archives: Path) -> None:
     (wheel,) = archives.glob("*.whl")
-    assert wheel.name == "mxcp_audit-0.1.0-py3-none-any.whl"
+    assert wheel.name == "mxcp_audit-0.2.0-py3-none-any.whl"
     names = zipfile.ZipFile(wheel).namelist()
     assert [name for name in names if ".dist-info/" not in name] == [
         "mxcp_audit.py",
@@ -93,7 +93,7 @@ def test_wheel_metadata_is_complete(archives: Path) -> None:
         metadata = opened.read(name).decode()
     for line in (
         "Name: mxcp-audit",
-        "Version: 0.1.0",
+        "Version: 0.2.0",
         "Requires-Python: >=3.10",
         "License: MIT",
         "Summary: An audit",
@@ -127,7 +127,7 @@ def test_installed_from_source_runs(
         capture_output=True,
         text=True,
     )
-    assert shown.returncode == 0 and shown.stdout.startswith("mxcp_audit 0.1.0"), shown.stderr
+    assert shown.returncode == 0 and shown.stdout.startswith("mxcp_audit 0.2.0"), shown.stderr
 
 
 @pytest.fixture(scope="module")
@@ -144,7 +144,7 @@ def fresh(archives: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_wheel_installed_in_a_fresh_environment_runs(fresh: Path, tmp_path: Path) -> None:
     for command in ([fresh / "mxcp-audit"], [fresh / "python", "-m", "mxcp_audit"]):
         shown = subprocess.run([*command, "--version"], capture_output=True, text=True, cwd=tmp_path)
-        assert shown.returncode == 0 and shown.stdout.startswith("mxcp_audit 0.1.0"), shown.stderr
+        assert shown.returncode == 0 and shown.stdout.startswith("mxcp_audit 0.2.0"), shown.stderr
 
 
 def test_wheel_brings_types_for_a_users_program(fresh: Path, tmp_path: Path) -> None:
