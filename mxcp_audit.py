@@ -2187,12 +2187,15 @@ class _Texts:
         if strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown))):
             return None if ":" in shown or "=" in shown else passed
         # A value of several words ends with its line, where the line holds nothing else.
-        if lead.strip() and lead[-1:] == " " == text[value[1] : value[1] + 1]:
-            if re.search(r"(?:\A|\n)[ \t-]*\Z", text[max(0, start - 80) : start]):
-                end = self._line_end(text, at)
-                entry = "=" in lead or "\n" in text
-                if entry and not re.search(r"[\w.]=|[#(]", text[value[1] : end]):
-                    return at, end
+        more = (
+            lead.strip()
+            and lead[-1:] == " " == text[value[1] : value[1] + 1]
+            and ("=" in lead or "\n" in text)
+        )
+        if more and re.search(r"(?:\A|\n)[ \t-]*\Z", text[max(0, start - 80) : start]):
+            end = self._line_end(text, at)
+            if not re.search(r"[\w.]=|[#(]", text[value[1] : end]):
+                return at, end
         return value
 
     def _header(self, text: str, at: int, name: str, before: str) -> _Span | None:
