@@ -1235,7 +1235,8 @@ SPEC_NAMES: Final = _words_in("""
 STRONG_WORDS: Final = _words_in("""
     password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp
     pat creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig
-    jsessionid phpsessid sessid privkey passwort kennwort contrasena contraseña senha requirepass masterauth
+    jsessionid phpsessid sessid privkey requirepass masterauth
+    motdepasse passwort kennwort contrasena contraseña senha
 """)
 # Two words that are one secret: what card and identity forms ask for, and words that a
 # spelling tore apart (`passWord`, `OAuth`).
@@ -1253,6 +1254,7 @@ PHRASES: Final = {
         "credential": "service json, account json",
         "password": "pass word",
         "passphrase": "pass phrase",
+        "motdepasse": "de passe",
         "passcode": "pass code",
         "apikey": "api key",
         "oauth": "o auth",
@@ -1352,7 +1354,7 @@ GLUE_WORDS: Final = _words_in("""
 # A word that ends in one of these ends in a secret, whatever is glued before it
 # (`pgpassword`, `csrfmiddlewaretoken`, `bindpass`); English has few such words.
 GLUED_SUFFIXES: Final = (
-    r"(?:pass(?:phrase|word|code|wd)?|credential|(?:access|secret|private|api)key|secret|token|pwd|psk)s?$"
+    r"(?:pass(?:phrase|word|code|wd)?|credential|(?:access|secret|private|api)key|secret|token|pwd?|psk)s?$"
 )
 NO_SECRETS: Final = _words_in("compass bypass trespass surpass overpass underpass encompass")
 
@@ -1466,7 +1468,7 @@ def _judge_name(name: str) -> tuple[int, str]:
 
 def _normal(name: str) -> str:
     """Return a name without case and separators: `X-API-Key` and `xApiKey` are one."""
-    return re.sub(r"[\s_.\-]+", "", name).casefold()
+    return re.sub(r"[\s_.\-]+|#[0-9]+$", "", name).casefold()
 
 
 def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
@@ -1538,14 +1540,16 @@ _SEPARATOR: Final = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
       | </(?:key|name)>\s{0,64}(?:<(?:string|value)>){1,2})
   | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
   | (?P<part>\\{0,8}"(?:\r\n[^\r\n]{1,80}){0,3}(?:\r\n\r\n|\\r\\n\\r\\n|\n\n))
-  | (?P<pair>\]?\\{0,8}["']\s{0,2},\s{0,8}(?=b?\\{0,8}["']))
+  | (?P<pair>\]?\\{0,8}["'](?:\s{0,2},\s{0,8}|\)\.\w{3,16}\(\s{0,4})(?=b?\\{0,8}["']))
   | (?P<call>\(\s{0,4}(?=[bBrRuUfF]{0,2}\\{0,8}["'`]))
-  | (?P<prose>[ \t](?:for[ ]\S{1,40}[ ])?(?:is|was|are|(?:(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4})
-  | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY)[ \t]{1,4}\(?)?(?=["']))
+  | (?P<prose>[ \t](?:for[ ]\S{1,40}[ ])?(?:(?:is|was|are|(?:(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}|\())
+  | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["']))
   | (?P<element>(?:["']?|["']?\s[^<>]{0,200})>\s{0,8}(?:<!\[CDATA\[|<[vV]alue>)?(?=[^<\s]))
   | (?P<option>[ \t]{1,4}(?=[^\s-]))
 )"""
-_QUOTE: Final = r"""(?:(?:new\s)?[A-Za-z_]{1,24}\()?[bBrRuUfFN]{0,2}(\\{0,32})(["'`])"""
+_QUOTE: Final = (
+    r"""(?:(?:new\s)?[A-Za-z_]{1,24}\()?[bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2(?=[\w!@#$%^*+]))?"""
+)
 _QUOTED_BY: Final = {
     '"': r'(?s)[^"\\]*(?:\\.[^"\\]*)*',
     "'": r"(?s)[^'\\]*(?:(?:\\.|'')[^'\\]*)*",
@@ -1559,13 +1563,15 @@ _BARE: Final = r"""(?x)(?:[^\s,;&'"`<>)\]}\\]
   |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+"""
 _PERCENT_VALUE: Final = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
 _YAML_BLOCK: Final = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
+_BRACKETS: Final = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
 _ODBC: Final = r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)"  # `Pwd={a}}b;c}`: `}}` is one brace
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER: Final = (
-    r"\?|\$(?:env:)?\w+|[$#%]\{[^\n]{0,200}|\{\{[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?"
+    r"\?|\[\s*\]|\{\s*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*)?\}"
+    r"|\$(?:env:)?\w+|[$#%]\{[^\n]{0,200}|\{\{[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?"
     r"|\*{2,}|\.{3}|x{3,}|!\w+|@[\w.]+@|(?:env|file):\S+"
     r"|(?i:null|none|nil|undefined|true|false|(?:your|insert|enter|replace)[_ -][\w -]*)"
-    r"|(?:process|var|self|this|env|os|vars|local)\.[\w.]+(?:[\[(][^\n]{0,80})?|lambda\b.*"
+    r"|(?:process|var|self|this|env|os|vars|local)\.[\w.]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*"
 )
 # Prefixes that issuers gave their secrets so that scanners may know them; each at the
 # start of a run of word characters and dashes, with at least 16 of those after it.
@@ -1625,6 +1631,11 @@ def _looks_secret(value: str) -> bool:
     )
 
 
+def _is_password(value: str) -> bool:
+    """Return True if a word beside a user can't be a port, a group or a branch."""
+    return _looks_secret(value) and re.search("[A-Za-z]", value) is not None
+
+
 def _is_basic(credentials: str) -> bool:
     """Return True if a text is what `Basic` carries: `user:password` in Base64."""
     try:
@@ -1651,17 +1662,31 @@ def _is_card(number: str) -> bool:
 
 
 # What else leads to a secret without naming it.
-_OTHER_GATES: Final = ("://", "-----begin", "insert", "replace", "net us", "rabbitmqctl")
+_OTHER_GATES: Final = ("insert", "replace", "net us", "rabbitmqctl")
+_USER: Final = r"[^\s/?#\"'<>\\`:@]{0,200}"
 _STRING: Final = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|[\w.]{1,60})"""
 # What has a place of its own: the rule's name, texts one of which must be there in small letters, the
 # pattern, and what its last group must pass. Without a group a quoted value follows what is matched.
 _PLACES: Final[tuple[tuple[str, str, str, Callable[[str], bool] | None], ...]] = (
+    ("a password in a URL", "://", rf"://{_USER}:([^\s/?#\"'<>\\`]+)(?=@)", None),
+    # `user:p#ss@host`: no URL, but what people write; what is no port. The limit is arbitrary.
+    ("a password in a URL", "://",
+     rf"://(?!\[){_USER}:(?![0-9]+(?:[/?#\s]|\Z))([^\s\"'<>\\`]{{1,300}})(?=@)", None),
+    ("a token in a URL", "://", r"://([^\s/?#\"'<>\\`:@]{16,200})(?=@)", _looks_secret),
+    ("a private key", "-----begin",
+     r"(-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?(?:-----END[^\n-]{0,60}-----|\Z))", None),
     ("credentials after Bearer", "earer", r"\b[Bb](?:earer|EARER)[ \t]+"
      r"((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])", None),
     ("credentials after Basic", "asic", r"\b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})", _is_basic),
     ("a password in a connection string", ":thin:", r":thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)", None),
     ("a password in a connection string", "@tcp(|@unix(",
      r"(?<![\w.-])[\w.-]{1,64}:([^\s\"'`]{1,128})(?=@(?:tcp|unix)\()", None),
+    ("a password beside its user", " -u| --user|creds| --proxy-u",
+     r"\s(?:-u|-U|--user|--proxy-user|--(?:src-|dest-)?creds)[ =][\"']?[^\s:'\"=/]{1,64}:(?!//)([^\s'\"]+)",
+     _is_password),
+    ("a password beside its user", " -p",
+     r"\s(?:-u|-U|-l|-n|--user|--username|--login)[ =]?[\"']?[\w.@\\-]{1,64}[\"']?"
+     r"(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]([^\s'\"|:/]{6,64})(?!\S)", _is_password),
     ("a password beside its user", "sqlplus|expdp|impdp|sqlldr",
      r"\b(?:sqlplus|expdp|impdp|sqlldr)\s(?:-\S+\s){0,4}[\w.\"]{1,64}/([^\s@/]{1,128})", None),
     ("a community of SNMP", "community", r"\bcommunity[ ]+(\S{4,64})[ ]+R[OW]\b", None),
@@ -1677,10 +1702,12 @@ _PLACES: Final[tuple[tuple[str, str, str, Callable[[str], bool] | None], ...]] =
     ("what is handed to a question for a password", "<<<", r"<<<[ ]?(?=[\"'])", None),
     ("IDENTIFIED BY", "identified|password for",
      r"(?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?"
-     r"|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=[\"'])", None),
-    ("an argument of a function for secrets", "crypt(|getconnection(|securestring",
+     r"|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=[\"'])|\bIDENTIFIED\s+BY\s+([^\s\"';(]+)", None),
+    ("an argument of a function for secrets", "crypt(|connect|mysqli|pdo(|jwt.|sp_addlogin|securestring",
      rf"(?i:pgp_sym_(?:en|de)crypt\([^,()]{{1,200}},\s*|\bcrypt\(\s*"
-     rf"|getconnection\(\s*{_STRING}\s*,\s*{_STRING}\s*,\s*|securestring\s+(?:-string\s+)?)(?=[\"'])", None),
+     rf"|(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*{_STRING}\s*,\s*{_STRING}\s*,\s*"
+     rf"|\bjwt\.\w{{4,6}}\(\s*[^,()]{{1,100}},\s*|sp_addlogin\s+{_STRING}\s*,\s*"
+     r"|securestring\s+(?:-string\s+)?)(?=[\"'])", None),
     ("credentials of a user", "auth|login|credential",
      rf"(?i:\b(?:\w{{0,24}}basic_?auth|\w{{0,24}}login|auth|authenticate|\w{{0,24}}credentials?)"
      rf"\s?[=(][\s(]{{0,3}}{_STRING}\s*,\s*)(?=b?[\"'])", None),
@@ -1705,11 +1732,15 @@ _COMMANDS: Final = """
     smbclient rpcclient smbget smbcacls net || -U%
     snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X
     curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
+    curl || --cert: -E:
     openssl || -k. -K. -pass: -passin: -passout:
     ssh-keygen || -N. -P.
     influx || -t.
     lftp || -u,
-    xfreerdp || /p+
+    xfreerdp signtool schtasks || /p /rp
+    wpa_passphrase || #2
+    vault | unseal | #1
+    aws | SecureString | --value
     gh az flyctl databricks | secret | -b --body --value --string-value
     net | user | #2
     net | use | #2 #3
@@ -1734,7 +1765,7 @@ _REMARKS: Final = _words_in("""
 _HEADER_NAMES: Final = _words_in("authorization proxy-authorization cookie set-cookie")
 _SCHEMES: Final = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
 # In "API key: …" and "verification code is …" the word before belongs to the name.
-_OPENERS: Final = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"], {"api"})
+_OPENERS: Final = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"], {"api", "de"})
 _NAME_CHARS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 # What other writing systems and printers put where ASCII has a sign; each as long as what it replaces.
 _PLAIN_SIGNS: Final = str.maketrans("\u00a0\u3000\u202f：＝→“”‘’", "   :==\"\"''")
@@ -1772,10 +1803,7 @@ class _Texts:
                 )
         names_of_programs = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{names_of_programs})(?:\.exe)?(?=[\s\"'])")
-        self._sieves: list[tuple[str, list[str], Callable[[str], Iterator[_Span]]]] = [
-            ("a password in a URL", ["://"], self._url_passwords),
-            ("a private key", ["-----begin"], self._private_keys),
-        ]
+        self._sieves: list[tuple[str, list[str], Callable[[str], Iterator[_Span]]]] = []
         for rule, gates, pattern, accept in _PLACES:
             find = functools.partial(self._placed, pattern=pattern, accept=accept)
             self._sieves.append((rule, gates.split("|"), find))
@@ -1875,31 +1903,6 @@ class _Texts:
         return "".join([*out, text[done:]]) if out else text
 
     # 2. Places and forms: each method yields where, from left to right, and looks at nothing twice.
-
-    def _url_passwords(self, text: str) -> Iterator[_Span]:
-        """Yield the password in a URL, up to the last `@` of its authority."""
-        for authority in _re(r"""://([^\s/?#"'<>\\`]+)""").finditer(text):
-            start, userinfo = authority.start(1), authority[1]
-            port = userinfo.rpartition(":")[2]
-            if "@" not in userinfo and ":" in userinfo and userinfo[0] != "[" and port.strip("0123456789"):
-                # `user:p#ss@host`: no URL, but what people write. The limit is arbitrary.
-                userinfo = re.split(r"[\s\"'<>\\`]", text[start : start + 300], maxsplit=1)[0]
-            userinfo = userinfo[: max(userinfo.rfind("@"), 0)]
-            user, colon, password = userinfo.partition(":")
-            if not colon and len(user) >= 16 and _looks_secret(user):  # a token in the place of the user
-                user, password = "", user
-            if password and not self._placeholder.fullmatch(password):
-                yield start + len(user) + len(colon), start + len(userinfo)
-
-    def _private_keys(self, text: str) -> Iterator[_Span]:
-        """Yield private key blocks, whole; one that was cut off ends with the text."""
-        done = 0
-        for begin in _re(r"-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY(?: BLOCK)?-----").finditer(text):
-            if begin.start() >= done:
-                end = text.find("-----END", begin.end())
-                end = end if end < 0 else text.find("-----", end + 8)
-                done = len(text) if end < 0 else end + 5
-                yield begin.start(), done
 
     def _placed(self, text: str, pattern: str, accept: Callable[[str], bool] | None) -> Iterator[_Span]:
         """Yield what stands where a pattern says: its last group, or what follows it."""
@@ -2086,7 +2089,9 @@ class _Texts:
             if bare_key or before not in ("<", ":", '"', "'", "/", " "):
                 return None
             end = text.find("]]>" if lead[0][-1] == "[" else "<", at)
-            return at, len(text) if end < 0 else end
+            end = len(text) if end < 0 else end
+            label = re.fullmatch("[A-Za-z ]{1,40}", text[at : min(end, at + 41)])
+            return None if label and _normal(label[0]) in _normal(name) else (at, end)
         if kind == "part":
             named = text[max(0, start - 12) : start].rstrip('\\"').endswith(" name=")
             return (at, self._line_end(text, at)) if named else None
@@ -2109,7 +2114,8 @@ class _Texts:
                 pair = flag or (opened in ("(", "[") and closed in (")", "]"))
                 return value if pair or _looks_secret(shown) else None
             # `secret "prod" not found` names it, `SECRET 'x'` in SQL is it.
-            reference = bare_key or strength < 2 or (low in _REFERENCES and not name.isupper())
+            weak = strength < 2 and (len(shown) < 8 or not _looks_secret(shown))
+            reference = bare_key or weak or (low in _REFERENCES and not name.isupper())
             return None if kind == "quoted" and reference and not flag else value
         if kind == "prose":
             end = self._bare_end(text, at)
@@ -2187,12 +2193,12 @@ class _Texts:
         if strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown))):
             return None if ":" in shown or "=" in shown else passed
         # A value of several words ends with its line, where the line holds nothing else.
-        more = (
+        whole = (
             lead.strip()
             and lead[-1:] == " " == text[value[1] : value[1] + 1]
             and ("=" in lead or "\n" in text)
         )
-        if more and re.search(r"(?:\A|\n)[ \t-]*\Z", text[max(0, start - 80) : start]):
+        if whole and re.search(r"(?:\A|\n)[ \t-]*\Z", text[max(0, start - 80) : start]):
             end = self._line_end(text, at)
             if not re.search(r"[\w.]=|[#(]", text[value[1] : end]):
                 return at, end
@@ -2243,7 +2249,8 @@ class _Texts:
                 end = body.end() if body else -1
             return quote.end(), len(text) if end < 0 else end
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
-            return at, self._balanced_end(text, at)
+            end = self._balanced_end(text, at)  # `{SSHA}X` goes on
+            return at, self._bare_end(text, end) if re.match(r"\w", text[end : end + 1]) else end
         block = _re(_YAML_BLOCK).match(text, at)
         return at, block.end() if block else self._bare_end(text, at)
 
@@ -2251,17 +2258,11 @@ class _Texts:
         """Return the end of the bracket that opens at `start`; an unclosed one ends with the text."""
         if text[start] == "{" and (odbc := _re(_ODBC).match(text, start)):
             return odbc.end()
-        depth, quote = 0, ""
-        for sign in _re(r"""(?s)\\.|["'()\[\]{}]""").finditer(text, start):
-            char = sign[0]
-            if quote:
-                quote = "" if char == quote else quote
-            elif char in "\"'":
-                quote = char
-            elif char in "([{)]}":
-                depth += 1 if char in "([{" else -1
-                if depth == 0:
-                    return sign.end()
+        depth = 0
+        for sign in _re(_BRACKETS).finditer(text, start):
+            depth += (sign[0] in "([{") - (sign[0] in ")]}")
+            if depth == 0:
+                return sign.end()
         return len(text)
 
 
@@ -2387,12 +2388,20 @@ def _members(value: object) -> dict[str, Any] | None:
     return members
 
 
-class _Pairs(list[tuple[Any, Any]]):
-    """The items of a mapping that may hold a key twice, such as HTTP headers."""
-
-
 class _Unordered(list[Any]):
     """The elements of a set, whose order says nothing."""
+
+
+def _unlike(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    """Return items as a dict; where a key is there already, the second gets `#2`."""
+    made: dict[Any, Any] = {}
+    for key, item in items:
+        free, number = key, 1
+        while free in made:
+            number += 1
+            free = f"{key}#{number}"
+        made[free] = item
+    return made
 
 
 def _content(value: Any, kind: type) -> object:
@@ -2422,8 +2431,8 @@ def _content(value: Any, kind: type) -> object:
         return _Unordered(value)
     if issubclass(kind, (list, tuple, collections.deque, *_VIEWS)):
         return list(value)
-    if issubclass(kind, Mapping):
-        return _Pairs(value.items())
+    if issubclass(kind, Mapping):  # such as HTTP headers, which may hold a key twice
+        return _unlike(value.items())
     for base in kind.__mro__:
         if base.__name__ in _TEXT_TYPES and base.__module__.startswith(_TEXT_MODULES):
             return str.__str__(str(value))
@@ -2611,8 +2620,8 @@ class _Walk:
             return text if shown == text else encode_text(shown)
         return text
 
-    def mapping(self, value: dict[Any, Any], declared: _Declared | None, pairs: _Pairs | None = None) -> str:
-        """Write a mapping; `pairs` are its items, where it may hold a key twice."""
+    def mapping(self, value: dict[Any, Any], declared: _Declared | None) -> str:
+        """Write a mapping; one with a key that is no text, or holds a secret, is renamed first."""
         opened, ident = self.open, id(value)
         depth = len(opened)
         self.nodes = nodes = self.nodes + len(value)
@@ -2621,26 +2630,27 @@ class _Walk:
         opened.append(ident)
         out: list[str] = []
         put = out.append
-        taken: set[str] | None = None if pairs is None else set()  # where a key may be there already
         texts, text, verdicts = self.texts.harmless, self.text, self.verdicts
-        known = verdicts.harmless if pairs is None and declared is None else {}
+        known = verdicts.harmless if declared is None else {}
         hidden = verdicts.hidden if known and self.quiet else known
         try:
-            for name, item in pairs or value.items():
+            for name, item in value.items():
                 kind, key = type(item), known.get(name)
                 if key is None:
                     if kind is str and (key := hidden.get(name)):
                         put(key)
                         continue
                     verdict = verdicts[name] if type(name) is str else _ODD
-                    if verdict > _CERTAIN or taken is not None:
-                        if taken is None and verdict & _ODD:
-                            taken = set(itertools.islice(value, len(out)))
-                            known = hidden = {}
-                        name, verdict = self.field(name, value, taken)
-                        if verdict & _BESIDE and type(item) in (list, tuple):
+                    if verdict & _ODD:
+                        written = self.mapping(
+                            _unlike((self.name(key), value[key]) for key in list(value)), declared
+                        )
+                        del opened[depth:]
+                        return written
+                    if verdict & _BESIDE:
+                        verdict = self.field(name.lower(), verdict, value)
+                        if type(item) in (list, tuple):
                             item = self.beside(name.lower(), item, value)
-                        verdict &= _CERTAIN
                     key = encode_text(name) + ":"
                     if verdict and (verdict > _SENSITIVE or not (kind is bool or item is None)):
                         put(key + self.hide(item))
@@ -2665,37 +2675,27 @@ class _Walk:
                 raise
             # Another thread changed the mapping; a copy is made in one step.
             del opened[depth:]
-            return self.mapping(value.copy(), declared, pairs)
+            return self.mapping(value.copy(), declared)
         opened.pop()
         return "{" + ",".join(out) + "}"
 
-    def field(self, name: object, value: dict[Any, Any], taken: set[str] | None) -> tuple[str, int]:
-        """Return an unusual field's name as text and the verdict on it, after a look at its siblings."""
+    def name(self, name: object) -> str:
+        """Return any name of a field as a text without a secret."""
         plain = name if type(name) is str else self.plain(name)
-        shown = plain if isinstance(plain, str) else json.dumps(plain)
-        verdict = self.verdicts[shown]
-        if verdict & _BESIDE:
-            low = shown.lower()
-            if (
-                low in _VALUES
-            ):  # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value
-                for key, said in value.items():
-                    if _label(key).lower() in _LABELS and self.is_label(said):
-                        verdict |= _SENSITIVE
-            # A key beside its value is a label, and stays where it reads like one.
-            elif any(_label(key).lower() in _VALUES for key in value) and re.fullmatch(
-                r"[A-Za-z][A-Za-z_. ]{0,63}", _label(value[name])
-            ):
-                verdict &= ~_SENSITIVE
-        if taken is None:
-            return shown, verdict
-        shown = self.text(shown, None)
-        free, number = shown, 1
-        while free in taken:
-            number += 1
-            free = f"{shown}#{number}"
-        taken.add(free)
-        return free, verdict
+        return self.text(plain if isinstance(plain, str) else json.dumps(plain), None)
+
+    def field(self, name: str, verdict: int, value: dict[Any, Any]) -> int:
+        """Return the verdict on a field after a look at its siblings."""
+        if (
+            name in _VALUES
+        ):  # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value
+            labels = [said for key, said in value.items() if _label(key).lower() in _LABELS]
+            verdict |= _SENSITIVE if any(map(self.is_label, labels)) else 0
+        # A key beside its value is a label, and stays where it reads like one.
+        elif name == "key" and any(_label(key).lower() in _VALUES for key in value):
+            said = next(_label(value[key]) for key in value if _label(key).lower() == "key")
+            verdict &= ~_SENSITIVE if re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", said) else -1
+        return verdict & _CERTAIN
 
     def is_label(self, item: object) -> bool:
         """Return True if a text or bytes are a sensitive name."""
@@ -2793,8 +2793,6 @@ class _Walk:
 
     def other(self, value: Any, kind: type, declared: _Declared | None) -> str:
         """Write what is not of JSON's own types by what it holds, itself guarded against cycles."""
-        if kind is _Pairs:
-            return self.mapping(dict(value), declared, value)
         if kind is _Unordered:  # in an order that is the same in every process
             listed = self.sequence(value, declared)
             if listed[0] != "[":
