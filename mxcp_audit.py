@@ -1674,7 +1674,7 @@ _PLACES: Final[tuple[tuple[str, str, str, Callable[[str], bool] | None], ...]] =
      rf"://(?!\[){_USER}:(?![0-9]+(?:[/?#\s]|\Z))([^\s\"'<>\\`]{{1,300}})(?=@)", None),
     ("a token in a URL", "://", r"://([^\s/?#\"'<>\\`:@]{16,200})(?=@)", _looks_secret),
     ("a private key", "-----begin",
-     r"(-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?(?:-----END[^\n-]{0,60}-----|\Z))", None),
+     r"(-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?(?:-----END[^\n-]{0,60}--|\Z)-*)", None),
     ("credentials after Bearer", "earer", r"\b[Bb](?:earer|EARER)[ \t]+"
      r"((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])", None),
     ("credentials after Basic", "asic", r"\b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})", _is_basic),
@@ -1718,7 +1718,7 @@ _PLACES: Final[tuple[tuple[str, str, str, Callable[[str], bool] | None], ...]] =
 # Where programs take a secret that no name leads to: programs | words that must be among the arguments |
 # places. `-p` is the option's own word or the next one, `-p+` its own word only, `-p.` the next one only;
 # a sign behind it (`-u:`) says that the secret stands behind that sign; `#2` is the second word after the
-# required one that is no option, `#-1` the last one.
+# required one that is no option.
 _COMMANDS: Final = """
     mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
     7z 7za 7zr 7zz rar unrar || -p+ -hp+
@@ -1743,9 +1743,11 @@ _COMMANDS: Final = """
     aws | SecureString | --value
     gh az flyctl databricks | secret | -b --body --value --string-value
     net | user | #2
-    net | use | #2 #3
+    net | use | #2
+    net | use | #3
     rabbitmqctl | add_user | #2
-    htpasswd | -b | #-1
+    htpasswd | -b | #3
+    htpasswd | -nb | #2
     cargo vault | login | #1
 """
 _LISTED_WORD: Final = r"""["']\s{0,4},\s{0,4}["']((?:[^"'\\]|\\.)*)(?=["'])"""
@@ -1783,6 +1785,22 @@ _DIGITS: Final = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
 _RUN: Final = b"w" * 16
 
 
+def _place(place: str, needs: list[str]) -> str:
+    """Return the pattern of a place among words that are joined by U+001F."""
+    if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
+        flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
+        skip, plain = rf"(?:\x1f(?={flag})[^\x1f]*)*", rf"\x1f(?!{flag})[^\x1f]+"
+        before = (needs[0] if needs else r"\A[^\x1f]+") + (skip + plain) * (int(place[1:]) - 1)
+        return rf"{before}{skip}\x1f(?!{flag}|[a-z_]+=|\\)([^\x1f]+)"
+    how = place[-1] if place[-1] in ":%,=+." else ""
+    option = place[: len(place) - len(how)]
+    joined = "[=:]?" if len(option) < 4 else "[=:]"
+    if how in "+.":
+        apart = {"": rf"(?:\x1f(?!-)|{joined})", "+": joined, ".": r"\x1f"}[how]
+        return rf"\x1f{option}{apart}([^\x1f]+)"
+    return rf"\x1f{option}(?:\x1f|{joined})(?!(?:env|file|fd|https?):)[^\x1f{how}]*{how}[\"']?([^\x1f\"']+)"
+
+
 class _Texts:
     """Removes secrets from texts; half of a Redactor, which knows nothing of containers."""
 
@@ -1794,13 +1812,19 @@ class _Texts:
             rf"(?:{'|'.join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}}"
         )
         self._placeholder = re.compile(_PLACEHOLDER)
-        self.programs: dict[str, list[tuple[list[str], list[tuple[str, str]]]]] = {}
+        # What a program's words, joined, must hold, where the secret is, and whether its look decides.
+        self.programs: dict[str, list[tuple[list[str], str, bool]]] = {}
         for row in _COMMANDS.strip().split("\n"):
             programs, needed, places = (part.split() for part in row.split("|"))
-            for program in programs:
-                self.programs.setdefault(program, []).append(
-                    (needed, [(place.rstrip(":%,=+."), place[-1]) for place in places])
-                )
+            needs = [
+                "\x1f" + (f"-[a-zA-Z]*{need[1:]}[a-zA-Z]*" if len(need) == 2 else need + "s?")
+                for need in needed
+            ]
+            for place in places:
+                for program in programs:
+                    self.programs.setdefault(program, []).append(
+                        ([need + "(?:\x1f|\\Z)" for need in needs], _place(place, needs), place[1:].isdigit())
+                    )
         names_of_programs = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{names_of_programs})(?:\.exe)?(?=[\s\"'])")
         self._sieves: list[tuple[str, list[str], Callable[[str], Iterator[_Span]]]] = []
@@ -1924,9 +1948,9 @@ class _Texts:
             if token := self._token.match(text, start + skip):
                 yield token.span()
 
-    def _arguments(self, text: str) -> Iterator[_Span]:
-        """Yield the secrets among the arguments of well-known programs."""
-        done = 0
+    def _arguments(self, text: str) -> list[_Span]:
+        """Return the secrets among the arguments of well-known programs."""
+        found, done = set[_Span](), 0
         for program in self._program.finditer(text):
             if program.start() < done:
                 continue
@@ -1936,61 +1960,26 @@ class _Texts:
                 words.append(word.span(1))
                 done = word.end()
             for index, start, end in self.command_secrets([text[slice(*word)] for word in words]):
-                yield words[index][0] + start, words[index][0] + end
+                found.add((words[index][0] + start, words[index][0] + end))
+        return sorted(found)
 
     def command_secrets(self, words: list[str]) -> Iterator[tuple[int, int, int]]:
         """Yield the secrets of a command line as (word, start in it, end in it)."""
-        places: list[tuple[str, str]] = []  # what the program takes
-        numbered: set[int] = set()  # words that are secrets by their number
         for at, word in enumerate(words):
             base = re.split(r"[/\\]", word)[-1].removesuffix(".exe")
-            if base in self.programs and (at == 0 or word[0] != "-"):
-                places, numbered = [], set()
-                rest = words[at : at + 64]  # arbitrary
-                letters = {letter for word in rest if re.match(r"-\w", word) for letter in word[1:]}
-                for needed, added in self.programs[base]:
-                    if not all(need in rest or need + "s" in rest or need[1:] in letters for need in needed):
-                        continue
-                    after = rest.index(needed[0]) + 1 if needed and needed[0] in rest else 1
-                    plain = [at + i for i in range(after, len(rest)) if rest[i][:1] not in ("-", "/", "")]
-                    for place, how in added:
-                        if place[0] != "#":
-                            places.append((place, how))
-                            continue
-                        number = len(plain) - 1 if place == "#-1" else int(place[1:]) - 1
-                        if -1 < number < len(plain) and (
-                            place == "#-1" or _looks_secret(words[plain[number]])
-                        ):
-                            numbered.add(plain[number])
+            if base not in self.programs or (at and word[0] == "-"):
                 continue
-            found = next(filter(None, (self._argument(words, at, *place) for place in places)), None)
-            if at in numbered and not re.match(r"[a-z_]+=|\\", word):
-                found = at, 0, ""
-            if found is None:
-                continue
-            index, start, how = found
-            value = words[index][start:]
-            for sign in ("", how if how in ":%,=" else ""):
-                if sign:
-                    before, sign, value = value.partition(sign)
-                    start += len(before) + 1
-                    if not sign or before in ("env", "file", "fd", "http", "https"):
-                        value = ""
-                if len(value) > 1 and value[0] in "\"'" and value[0] == value[-1]:
-                    start, value = start + 1, value[1:-1]
-            if value and not self._placeholder.fullmatch(value):
-                yield index, start, start + len(value)
-
-    @staticmethod
-    def _argument(words: list[str], at: int, place: str, how: str) -> tuple[int, int, str] | None:
-        """Return where a place's value begins, as (word, start in it, how), if a word is that place."""
-        word = words[at]
-        if word == place and how != "+" and at + 1 < len(words):
-            return None if words[at + 1][:1] == "-" and how not in ":%,=" else (at + 1, 0, how)
-        if word.startswith(place) and word != place and how != ".":
-            joined = word[len(place)] in "=:"
-            return (at, len(place) + joined, how) if joined or len(place) < 4 else None
-        return None
+            line = "\x1f".join(words[at : at + 64])  # arbitrary
+            for needs, place, doubtful in self.programs[base]:
+                for match in (
+                    _re(place).finditer(line) if all(_re(need).search(line) for need in needs) else ()
+                ):
+                    start, value = match.start(1), match[1]
+                    if len(value) > 2 and value[0] in "\"'" and value[0] == value[-1]:
+                        start, value = start + 1, value[1:-1]
+                    if not self._placeholder.fullmatch(value) and (not doubtful or _looks_secret(value)):
+                        first = start - line.rfind("\x1f", 0, start) - 1
+                        yield at + line.count("\x1f", 0, start), first, first + len(value)
 
     # 3. Values that follow a sensitive name: in columns, and `name=value`, `"name": "value"` and their kin.
 
@@ -2603,8 +2592,6 @@ class _Walk:
         depth = len(self.open)
         try:
             return self.other(value, kind, declared)
-        except RecursionError:
-            raise
         except BaseException:  # whatever an object's own methods raise
             del self.open[depth:]
             return encode_text(f"<unprintable {_type_name(value)}>")

@@ -501,6 +501,17 @@ def test_scrub_secret_after_an_escape_goes(redactor: Redactor) -> None:
         assert token not in redactor.scrub(f"{before}{token}")
 
 
+@pytest.mark.parametrize("name", score_redaction.HOSTILE)
+def test_scrub_hostile_text_takes_linear_time(name: str) -> None:
+    """Four times as much takes four times as long, not sixteen times; a disturbed measurement is repeated."""
+    ratios = []
+    for _ in range(4):
+        ratios.append(score_redaction.growth(score_redaction.HOSTILE[name]))
+        if ratios[-1] < 8:
+            return
+    raise AssertionError(f"{name}: {ratios}")
+
+
 # Echoes.
 
 
@@ -775,7 +786,13 @@ def test_redact_hostile_object_leaves_a_placeholder_and_its_neighbours(redactor:
     assert isinstance(redactor.scrub(Liar()), str)  # type: ignore[arg-type]
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError])
+class Unheard(BaseException):
+    """What no `except Exception` catches."""
+
+
+@pytest.mark.parametrize(
+    "error", [KeyboardInterrupt, SystemExit, GeneratorExit, MemoryError, RecursionError, Unheard]
+)
 def test_redact_what_an_object_raises_never_escapes(redactor: Redactor, error: Any) -> None:
     class Raising(ValueError):
         def __repr__(self) -> str:
@@ -789,6 +806,30 @@ def test_redact_what_an_object_raises_never_escapes(redactor: Redactor, error: A
     shown = redactor.redact([Silent(), Raising(), {Silent(): 1}], echoes=[])
     assert shown[:2] == ["<unprintable Silent>", "Raising: <unprintable>"]
     assert redactor.redact({"password": Silent()}, echoes=[]) == {"password": REDACTED}
+
+
+def test_redact_any_hostile_container_costs_no_more_than_itself(redactor: Redactor) -> None:
+    def fail(*args: Any) -> Any:
+        raise Unheard("hunter2")
+
+    methods = ("__iter__", "__len__", "__getitem__", "__getattr__", "__repr__", "items", "keys")
+    namespace = {**dict.fromkeys(methods, fail), "__class__": property(fail)}
+    bases = (object, dict, list, set, str, int, ValueError, collections.UserDict, types.SimpleNamespace)
+    shapes = [base.__new__(type("Hostile", (base,), dict(namespace))) for base in bases]
+    for hostile in shapes:
+        for beside in ("a", "rows", "columns", "args", "value"):
+            value = {
+                "id": 7,
+                "password": "hunter2",
+                "columns": ["password"],
+                beside: [hostile, [hostile]],
+                "z": 1,
+            }
+            for echoes in (None, []):
+                shown = redactor.redact(value, echoes=echoes)
+                assert is_plain(shown) and "hunter2" not in json.dumps(shown)
+                assert (shown["id"], shown["z"]) == (7, 1)
+        assert redactor.redact({"a": "hunter2"}, endpoint_def=hostile) in (REDACTED, {"a": "hunter2"})
 
 
 def test_redact_generators_and_files_are_not_read(redactor: Redactor, tmp_path: pathlib.Path) -> None:

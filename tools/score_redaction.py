@@ -60,6 +60,17 @@ HOSTILE = {
     "spaces": "password ",
     "commas": "password=,",
     "capitals": "İ=pwd",
+    "programs": "gh secret 4111 ",
+    "words behind a name": "=login(ssn (",
+    "one long value": "auth(password=a_",
+    "attributes of cookies": "set-cookie: a=\\\";'",
+    "headers in a name": "passwordcookie: code=",
+    "queries": "?state=<password ",
+    "ends of blocks": "</key><string>password\n  ",
+    "lists under a name": "secrets:\n- a\n",
+    "users beside": " -u a -x -p ",
+    "piped": "echo a | ",
+    "urls without a user": "://a:b?c",
 }
 
 
@@ -229,6 +240,33 @@ STRUCTURES = (
     '{{"command": "mysql", "args": ["-u", "root", {jp}]}}',
     '{{"label": "{n}", "value": {j}}}',
 )
+BEFORE = (
+    "",
+    "",
+    "",
+    "ran: ",
+    "$ ",
+    "2026-01-01 INFO ",
+    "\n",
+    "user=ann ",
+    "a=1, ",
+    "see https://h/a?b=1 ",
+    "- ",
+)
+AROUND = (
+    "{}",
+    "{}",
+    "{}",
+    "{} ",
+    "{}\n",
+    "{}\nport=1\n",
+    "({})",
+    "[{}]",
+    "`{}`",
+    "<p>{}</p>",
+    "{}; echo done",
+)
+AROUND += ("{} | tee log", "{} && ls -p 80", "{}, then stop.", 'msg="x" {}', "error: {} (code 7)")
 NAMES = (
     "password",
     "passwd",
@@ -262,7 +300,8 @@ def generated(count: int, seed: int) -> list[tuple[str, str, str]]:
             jp=json.dumps("-p" + secret),
             q=draw.choice(("'{}'", '"{}"')).format(secret),
         )
-        result = redactor.scrub(draw.choice(("", "", "ran: ", "$ ", "2026-01-01 INFO ", "\n")) + text)
+        text = draw.choice(AROUND).format(draw.choice(BEFORE) + text)
+        result = redactor.scrub(text)
         if "[REDACTED" in result and any(secret[at : at + 6] in result for at in range(len(secret) - 5)):
             left.append((text, secret, result))
     return left
@@ -303,6 +342,21 @@ def seconds(action: Callable[[], object]) -> float:
     clock = time.process_time
     count = max(1, int(0.03 / max(1e-6, timeit.timeit(action, number=1, timer=clock))))
     return min(timeit.repeat(action, number=count, repeat=7, timer=clock)) / count
+
+
+def growth(unit: str, size: int = 6_000) -> float:
+    """Return how many times longer a text of four times as many units takes."""
+    redactor = Redactor()
+    text = unit * (size // len(unit))
+    once, more = (
+        min(
+            timeit.repeat(
+                functools.partial(redactor.scrub, part), number=1, repeat=3, timer=time.process_time
+            )
+        )
+        for part in (text, text * 4)
+    )
+    return more / max(once, 1e-4)
 
 
 def score_hostile(size: int = 25_000) -> float:
