@@ -1785,7 +1785,7 @@ _DIGITS: Final = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
 _RUN: Final = b"w" * 16
 
 
-def _place(place: str, needs: list[str]) -> str:
+def _argument_pattern(place: str, needs: list[str]) -> str:
     """Return the pattern of a place among words that are joined by U+001F."""
     if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
         flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
@@ -1823,7 +1823,7 @@ class _Texts:
             for place in places:
                 for program in programs:
                     self.programs.setdefault(program, []).append(
-                        ([need + "(?:\x1f|\\Z)" for need in needs], _place(place, needs), place[1:].isdigit())
+                        ([need + "(?:\x1f|\\Z)" for need in needs], _argument_pattern(place, needs), place[1:].isdigit())
                     )
         names_of_programs = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{names_of_programs})(?:\.exe)?(?=[\s\"'])")
