@@ -1823,7 +1823,11 @@ class _Texts:
             for place in places:
                 for program in programs:
                     self.programs.setdefault(program, []).append(
-                        ([need + "(?:\x1f|\\Z)" for need in needs], _argument_pattern(place, needs), place[1:].isdigit())
+                        (
+                            [need + "(?:\x1f|\\Z)" for need in needs],
+                            _argument_pattern(place, needs),
+                            place[1:].isdigit(),
+                        )
                     )
         names_of_programs = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{names_of_programs})(?:\.exe)?(?=[\s\"'])")
