@@ -2531,18 +2531,16 @@ class _Walk:
     spent = 0  # characters of long texts read so far
     max_nodes = _MAX_NODES
 
-    def __init__(
-        self, texts: _Texts, verdicts: _Verdicts, echoes: list[str] | None, quiet: bool, limit: int = 0
-    ) -> None:
-        self.texts, self.verdicts, self.echoes, self.quiet, self.limit = texts, verdicts, echoes, quiet, limit
+    def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None:
+        self.verdicts, self.texts, self.echoes, self.limit = verdicts, verdicts.texts, echoes, limit
+        self.quiet = echoes is None and self.texts.constant
         self.open: list[int] = []  # ids of the containers around the present value
         if limit:  # an element takes two bytes at least
             self.max_nodes = min(_MAX_NODES, limit // 2)
 
     def plain(self, value: object) -> Any:
         """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
-        blind = _Blind(self.verdicts.names, self.texts)
-        return json.loads(_Walk(self.texts, blind, None, True).value(value, None))
+        return json.loads(_Walk(_Blind(self.verdicts.names, self.texts)).value(value, None))
 
     def hide(self, value: object) -> str:
         """Return the marker for a whole value, whatever it is, as JSON."""
@@ -2620,16 +2618,14 @@ class _Walk:
             return self.refusal(ident, len(value))
         opened.append(ident)
         out: list[str] = []
-        put = out.append
-        texts, text, verdicts = self.texts.harmless, self.text, self.verdicts
+        verdicts, texts = self.verdicts, self.texts.harmless
         known = verdicts.harmless if declared is None else {}
-        hidden = verdicts.hidden if known and self.quiet else known
         try:
             for name, item in value.items():
                 kind, key = type(item), known.get(name)
                 if key is None:
-                    if kind is str and (key := hidden.get(name)):
-                        put(key)
+                    if kind is str and self.quiet and known and (key := verdicts.hidden.get(name)):
+                        out.append(key)
                         continue
                     verdict = verdicts[name] if type(name) is str else _ODD
                     if verdict & _ODD:
@@ -2644,23 +2640,23 @@ class _Walk:
                             item = self.beside(name.lower(), item, value)
                     key = encode_text(name) + ":"
                     if verdict and (verdict > _SENSITIVE or not (kind is bool or item is None)):
-                        put(key + self.hide(item))
+                        out.append(key + self.hide(item))
                     else:
-                        put(key + self.value(item, declared.of(name) if declared else None))
+                        out.append(key + self.value(item, declared.of(name) if declared else None))
                 elif kind is str:
-                    put(key + (texts.get(item) or encode_text(text(item, None))))
+                    out.append(key + (texts.get(item) or encode_text(self.text(item, None))))
                 elif kind is int and -_CARD_NUMBERS < item < _CARD_NUMBERS:
-                    put(f"{key}{item}")
+                    out.append(f"{key}{item}")
                 elif kind is float and item - item == 0.0:
-                    put(f"{key}{item!r}")
+                    out.append(f"{key}{item!r}")
                 elif kind is bool:
-                    put(key + ("true" if item else "false"))
+                    out.append(key + ("true" if item else "false"))
                 elif kind is dict:
-                    put(key + self.mapping(item, None))
+                    out.append(key + self.mapping(item, None))
                 elif kind is list:
-                    put(key + self.sequence(item, None))
+                    out.append(key + self.sequence(item, None))
                 else:
-                    put(key + self.value(item, None))
+                    out.append(key + self.value(item, None))
         except RuntimeError as error:
             if isinstance(error, RecursionError):
                 raise
@@ -3002,7 +2998,7 @@ class Redactor:
             verdicts = self._verdicts_by_tool.get(_normal(tool), verdicts)
         try:
             declared = None if endpoint_def is None else _declare(endpoint_def)
-            walk = _Walk(self._texts, verdicts, echoes, echoes is None and self._texts.constant, limit)
+            walk = _Walk(verdicts, echoes, limit)
             if type(value) is dict and declared is None:  # nearly always
                 return walk.mapping(value, None)
             return walk.value(value, declared)
@@ -3023,7 +3019,7 @@ class Redactor:
                 leave nothing readable and hide nothing.
         """
         try:
-            walk = _Walk(self._texts, self._verdicts, None, self._texts.constant)
+            walk = _Walk(self._verdicts)
             shown = text if type(text) is str else walk.plain(text)
             shown = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
             return walk.text(without_echoes(shown, echoes, self._texts.mark) if echoes else shown, None)
@@ -3055,7 +3051,7 @@ class Redactor:
                     self._texts.clean(before, None, why)
                 found.append((path, " and ".join(dict.fromkeys(why)) or "what stands beside it names it"))
 
-        plain = _Walk(self._texts, self._verdicts, None, True).plain(value)
+        plain = _Walk(self._verdicts).plain(value)
         declared = None if endpoint_def is None else _declare(endpoint_def)
         _compare(plain, self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared)
         return found
