@@ -1732,9 +1732,7 @@ _COMMANDS: Final = """
     smbclient rpcclient smbget smbcacls net || -U%
     snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X
     curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
-    curl || --cert: -E:
     openssl || -k. -K. -pass: -passin: -passout:
-    ssh-keygen || -N. -P.
     influx || -t.
     lftp || -u,
     xfreerdp signtool schtasks || /p /rp
@@ -1747,7 +1745,6 @@ _COMMANDS: Final = """
     net | use | #3
     rabbitmqctl | add_user | #2
     htpasswd | -b | #3
-    htpasswd | -nb | #2
     cargo vault | login | #1
 """
 _LISTED_WORD: Final = r"""["']\s{0,4},\s{0,4}["']((?:[^"'\\]|\\.)*)(?=["'])"""
@@ -1778,6 +1775,8 @@ _SQL_TEXT: Final = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW: Final = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM: Final = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
 _MAX_ECHOES: Final = 64
+# A call that has its value from elsewhere.
+_ASKING: Final = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential)\w*\("
 _MAX_DOUBTED: Final = 1000  # longer values are no names and no remarks; each is looked at once
 # Bytes as their kinds: what tokens consist of as `w`; digits as `0`.
 _RUNS: Final = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
@@ -1849,8 +1848,6 @@ class _Texts:
         # A long text says most of its words again and again: each is looked at once.
         led = self.names.gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
         option = " -" in text or " /" in text or '"-' in text or "'-" in text
-        if not led and not option and low == text and not text.isascii() and not any(map(str.isdigit, text)):
-            return text
         if "[" in text or not text.isascii():
             plain = (_re(_ANSI).sub("", text) if "[" in text else text).translate(_PLAIN_SIGNS)
             if plain != text:
@@ -1938,9 +1935,13 @@ class _Texts:
         for match in _re(pattern).finditer(text):
             span = match.span(match.lastindex) if match.lastindex else self._extent(text, match.end())
             value = text[slice(*span)]
-            if span[0] >= done and not self._placeholder.fullmatch(value) and (not accept or accept(value)):
+            if span[0] >= done and not self._is_none(value) and (not accept or accept(value)):
                 done = span[1]
                 yield span
+
+    def _is_none(self, value: str) -> bool:
+        """Return True if a word stands for a secret, or had one."""
+        return "[REDACTED" in value or self._placeholder.fullmatch(value) is not None
 
     def _tokens(self, text: str) -> Iterator[_Span]:
         """Yield what the issuers' prefixes give away."""
@@ -1981,7 +1982,7 @@ class _Texts:
                     start, value = match.start(1), match[1]
                     if len(value) > 2 and value[0] in "\"'" and value[0] == value[-1]:
                         start, value = start + 1, value[1:-1]
-                    if not self._placeholder.fullmatch(value) and (not doubtful or _looks_secret(value)):
+                    if not self._is_none(value) and (not doubtful or _looks_secret(value)):
                         first = start - line.rfind("\x1f", 0, start) - 1
                         yield at + line.count("\x1f", 0, start), first, first + len(value)
 
@@ -2014,9 +2015,8 @@ class _Texts:
                 columns = before = 0
                 continue
             cut = re.escape(sign)
-            cells = list(
-                re.finditer(rf'"(?:[^"]|"")*"(?={cut}|\s*\Z)|[^{cut}\r\n]+|(?<={cut})(?={cut})', line)
-            )
+            cell = rf'"(?:[^"]|"")*"(?={cut}|\s*\Z)|[^{cut}\r\n]+|(?<={cut})(?={cut})'
+            cells = list(re.finditer(cell, line))
             shown = [cell[0].strip(" \t\"'`*\r\n") for cell in cells]
             columns, before, inner = columns if columns == len(cells) else 0, len(cells), before == len(cells)
             if not columns:
@@ -2113,8 +2113,8 @@ class _Texts:
         if kind == "prose":
             end = self._bare_end(text, at)
             shown = text[at:end].rstrip(".,:;)!")
-            long_enough = strength == 2 or len(shown) >= 8 or low == "pin"
-            return (at, at + len(shown)) if long_enough and _looks_secret(shown) else None
+            secret = (strength == 2 or len(shown) >= 8 or low == "pin") and _looks_secret(shown)
+            return (at, at + len(shown)) if secret and not re.match(r"\w+[(=]", shown) else None
         if kind == "assign":
             # The name ends a quoted prompt: `input("Password: ")`.
             if quote and before in ("'", '"') and quote[2] == before and lead["assign"][0] not in "\\\"'`":
@@ -2132,12 +2132,11 @@ class _Texts:
         shown = text[at:end].rstrip(".,:;)!")
         if not _looks_secret(shown) or shown.lower() in _ALGORITHMS or re.match(r"\w+[(=]", shown):
             return None
-        line = text[max(start - 80, text.rfind("\n", max(0, start - 80), start) + 1) : start]
-        if re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line):
-            return self._extent(text, at)
+        line = text[max(0, start - 80) : start].rpartition("\n")[2]
+        given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
         alone = strength == 2 and not line.strip() and text[end : end + 1] in ("", "\n", "\r")
         mixed = len(shown) >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
-        known = name in _PASSWORDS or alone or (mixed and name not in _REFERENCES)
+        known = given or name in _PASSWORDS or alone or (mixed and name not in _REFERENCES)
         return (at, at + len(shown)) if known and len(shown) >= 6 else None
 
     def _assigned(self, text: str, start: int, at: int, name: str, strength: int, lead: str) -> _Span | None:
@@ -2152,13 +2151,10 @@ class _Texts:
         if value[0] > at or text[at : at + 1] in ("[", "{"):
             if bare_key and re.fullmatch(r"[A-Za-z_.-]*", shown) and self.names.strength(shown):
                 return None  # `key="DbPassword" value="…"`
-            wrapper = (
-                r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential)\w*\("
-            )
-            return None if re.search(wrapper, text[at : value[0]]) else value
+            return None if _re(_ASKING).search(text[at : value[0]]) else value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
-            own = start - max(text.rfind("\n", max(0, start - 80), start) + 1, start - 80)
+            own = len(text[max(0, start - 80) : start].rpartition("\n")[2])
             if len(indent) > own or text[at : at + 2] == "- ":
                 more = re.escape(indent) + ("" if len(indent) > own else "[ \t-]")
                 block = re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").match(text, at)
@@ -2186,15 +2182,12 @@ class _Texts:
         if strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown))):
             return None if ":" in shown or "=" in shown else passed
         # A value of several words ends with its line, where the line holds nothing else.
-        whole = (
-            lead.strip()
-            and lead[-1:] == " " == text[value[1] : value[1] + 1]
-            and ("=" in lead or "\n" in text)
+        alone = not text[max(0, start - 80) : start].rpartition("\n")[2].strip(" \t-") and (
+            "=" in lead or "\n" in text
         )
-        if whole and re.search(r"(?:\A|\n)[ \t-]*\Z", text[max(0, start - 80) : start]):
+        if alone and lead.strip() and lead[-1:] == " " == text[value[1] : value[1] + 1]:
             end = self._line_end(text, at)
-            if not re.search(r"[\w.]=|[#(]", text[value[1] : end]):
-                return at, end
+            return value if re.search(r"[\w.]=|[#(]", text[value[1] : end]) else (at, end)
         return value
 
     def _header(self, text: str, at: int, name: str, before: str) -> _Span | None:
@@ -2454,7 +2447,7 @@ _COLUMN_LISTS: Final = _words_in("columns column_names columnnames headers heade
 _ROW_LISTS: Final = _words_in("rows values data records")
 _PROGRAMS: Final = _words_in("command cmd program executable")
 _ARGUMENTS: Final = _words_in("args argv arguments")
-_ASKING: Final = _VALUES | _ROW_LISTS | _ARGUMENTS
+_BESIDE_NAMES: Final = _VALUES | _ROW_LISTS | _ARGUMENTS
 # What a verdict on a key says: its value goes, booleans and null too where a setting says so; its own
 # text holds a secret, or it is no text; its siblings decide.
 _SENSITIVE, _LISTED, _CERTAIN, _ODD, _BESIDE = 1, 2, 3, 4, 8
@@ -2479,7 +2472,7 @@ class _Verdicts(dict[str, int]):
     def __missing__(self, name: str) -> int:
         strength, reason = self.names.judge(name, self.tool)
         verdict = (_SENSITIVE | (_LISTED if reason == _BY_SETTING else 0)) if strength else 0
-        if name.lower() in _ASKING or (name.lower() == "key" and verdict == _SENSITIVE):
+        if name.lower() in _BESIDE_NAMES or (name.lower() == "key" and verdict == _SENSITIVE):
             verdict |= _BESIDE
         if self.texts.clean(name) != name:
             return verdict | _ODD
