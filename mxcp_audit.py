@@ -2164,7 +2164,7 @@ class _Texts:
                 return None  # the next entry
         # What is no value: a marker's rest, source text such as `= f(x)` or `= config.password`, a remark.
         after = re.match(r"\s+([^\s-]\S*)", text[value[1] : value[1] + 80]) if lead.isspace() else None
-        if after and self.names.strength(shown) and _looks_secret(after[1]):
+        if after and self.names.strength(shown) and ("[REDACTED" in after[1] or _looks_secret(after[1])):
             return None  # `--secret dbPassword X`
         last = shown.rpartition(".")[2] if re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", shown) else ""
         if "[REDACTED" in shown or re.match(r"[A-Za-z_][\w.]*[(\[]|\(", shown) or self.names.strength(last):
