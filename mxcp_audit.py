@@ -1644,21 +1644,19 @@ def _is_basic(credentials: str) -> bool:
         return False
 
 
+# Visa, Mastercard (2), American Express, Discover, JCB, Diners Club, UnionPay: ranges and lengths.
+_ISSUED: Final = (
+    r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
+    r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
+)
+
+
 def _is_card(number: str) -> bool:
     """Return True if digits are a payment card's: an issuer's range, its length, and Luhn's check."""
     digits = number.replace(" ", "").replace("-", "")
-    two, four, length = int(digits[:2]), int(digits[:4]), len(digits)
-    issued = (
-        (length == 16 and (digits[0] == "4" or 51 <= two <= 55 or 2221 <= four <= 2720))  # Visa, Mastercard
-        or (length == 15 and two in (34, 37))  # American Express
-        or (length == 16 and (four == 6011 or two == 65 or 644 <= four // 10 <= 649))  # Discover
-        or (length == 16 and 3528 <= four <= 3589)  # JCB
-        or (length == 14 and (two in (36, 38, 39) or 300 <= four // 10 <= 305))  # Diners Club
-        or (16 <= length <= 19 and two == 62)  # UnionPay
-    )
     doubled = "0246813579"  # the digit sum of twice the digit
     total = sum(map(int, digits[-1::-2])) + sum(int(doubled[int(digit)]) for digit in digits[-2::-2])
-    return issued and total % 10 == 0 and len(set(digits)) > 1
+    return total % 10 == 0 and len(set(digits)) > 1 and _re(_ISSUED).fullmatch(digits) is not None
 
 
 # What else leads to a secret without naming it.
@@ -2381,11 +2379,12 @@ class _Unordered(list[Any]):
 def _unlike(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
     """Return items as a dict; where a key is there already, the second gets `#2`."""
     made: dict[Any, Any] = {}
+    numbers: dict[Any, int] = {}
     for key, item in items:
-        free, number = key, 1
+        free = key
         while free in made:
-            number += 1
-            free = f"{key}#{number}"
+            numbers[key] = numbers.get(key, 1) + 1
+            free = f"{key}#{numbers[key]}"
         made[free] = item
     return made
 
@@ -2760,6 +2759,8 @@ class _Walk:
                     hide_next = "=" not in item and is_label(item)
                 elif not is_label(item):
                     if known and item[:1] != "/" and item not in self.texts.programs:
+                        if len(self.verdicts.inert) >= _MAX_HARMLESS:
+                            self.verdicts.inert.clear()
                         self.verdicts.inert[item] = known
                 elif pairs and len(out) % 2:
                     following = _label(value[len(out)])
@@ -2823,7 +2824,6 @@ class _Walk:
             harmless = self.texts.harmless
             if len(harmless) >= _MAX_HARMLESS:
                 harmless.clear()
-                self.verdicts.inert.clear()
             harmless[text] = encode_text(text)
         return shown
 
@@ -3050,6 +3050,15 @@ class Redactor:
         return found
 
 
+# === Encoding ===
+# depends on: Events, Redaction
+#
+# Event → line. A line is one JSON object with the names of COLUMNS, in UTF-8, ending with a line
+# feed; `seq` comes last, because only the writer knows it. Redaction comes first, so a line never
+# holds a secret. DuckDB's JSON reader rejects a whole file for one lone surrogate, one invalid
+# UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
+# Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
+
 # --- what is too large
 
 
@@ -3108,14 +3117,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
     return text[:end] + marker
 
 
-# === Encoding ===
-# depends on: Events, Redaction
-#
-# Event → line. A line is one JSON object with the names of COLUMNS, in UTF-8, ending with a line
-# feed; `seq` comes last, because only the writer knows it. Redaction comes first, so a line never
-# holds a secret. DuckDB's JSON reader rejects a whole file for one lone surrogate, one invalid
-# UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
-# Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
+# --- lines
 
 _FRAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
 _FRAME_CHARS: Final = 512  # arbitrary: of what such a frame is kept for

@@ -344,18 +344,28 @@ def seconds(action: Callable[[], object]) -> float:
     return min(timeit.repeat(action, number=count, repeat=7, timer=clock)) / count
 
 
-def growth(unit: str, size: int = 6_000) -> float:
-    """Return how many times longer a text of four times as many units takes."""
+# Values of which a careless walk looks at each part for each other part.
+HOSTILE_VALUES: dict[str, Callable[[int], Any]] = {
+    "names that become one": lambda size: {f"password=secret{number}": 1 for number in range(size)},
+    "lists of names": lambda size: [["password", "x"]] * size,
+    "rows": lambda size: {"columns": ["password"] * size, "rows": [[1] * 4] * size},
+    "programs in a list": lambda size: ["mysql"] * size,
+    "flags": lambda size: ["--password"] * size,
+    "labels": lambda size: {f"name{number}": "password" for number in range(size)} | {"value": 1, "Value": 2},
+}
+
+
+def growth(name: str) -> float:
+    """Return how many times longer four times as much of something hostile takes."""
     redactor = Redactor()
-    text = unit * (size // len(unit))
-    once, more = (
-        min(
-            timeit.repeat(
-                functools.partial(redactor.scrub, part), number=1, repeat=3, timer=time.process_time
-            )
-        )
-        for part in (text, text * 4)
-    )
+    works: list[Callable[[], Any]] = []
+    for size in (6_000, 24_000):
+        if name in HOSTILE:
+            unit = HOSTILE[name]
+            works.append(functools.partial(redactor.scrub, unit * (size // len(unit))))
+        else:
+            works.append(functools.partial(redactor.redact, HOSTILE_VALUES[name](size // 10)))
+    once, more = (min(timeit.repeat(work, number=1, repeat=3, timer=time.process_time)) for work in works)
     return more / max(once, 1e-4)
 
 
