@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import atexit
 import binascii
-import bisect
 import codecs
 import collections
 import contextlib
@@ -1189,6 +1188,24 @@ def utc_now() -> datetime.datetime:
 def sql_time(moment: datetime.datetime) -> str:
     """Return an aware moment as DuckDB reads it: naive UTC text."""
     return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+
+
+_EPOCH_START: Final = datetime.datetime(1970, 1, 1)
+
+
+def microseconds(moment: str) -> int:
+    """Return naive UTC text, as `sql_time` returns it, as microseconds since the epoch."""
+    return (datetime.datetime.fromisoformat(moment) - _EPOCH_START) // datetime.timedelta(microseconds=1)
+
+
+def iso_time(us: int | None) -> str | None:
+    """Return microseconds since the epoch as ISO 8601 text; those of no year that has one, as a number."""
+    if us is None:
+        return None
+    try:
+        return (_EPOCH_START + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
+    except OverflowError:
+        return f"{us} microseconds"
 
 
 def is_segment_id(text: str) -> bool:
@@ -3549,6 +3566,17 @@ def make_file(path: str, flags: int) -> int:
         os.close(fd)
         raise
     return fd
+
+
+def file_digest(path: str) -> str:
+    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
@@ -7039,9 +7067,13 @@ SELECT max(seal)::VARCHAR FROM audit.ledger WHERE journal = $journal AND positio
 EVENTS_OF: Final = """\
 SELECT coalesce(sum(events), 0)::BIGINT FROM audit.ledger WHERE journal = $journal AND kind = 'segment'"""
 LEDGER_IS_EMPTY: Final = "SELECT count(*) = 0 FROM audit.ledger"
+# The first and the last of some days of an older table, as many as have about $size rows.
 LEGACY_DAYS: Final = """\
-SELECT strftime(timestamp, '%Y-%m-%d')::VARCHAR, count(*)::BIGINT FROM sound_logs
-WHERE segment IS NULL GROUP BY ALL ORDER BY ALL NULLS FIRST"""
+SELECT min(day)::VARCHAR, max(day)::VARCHAR FROM (
+    SELECT day, floor(sum(events) OVER (ORDER BY day ROWS UNBOUNDED PRECEDING) / $size) AS part
+    FROM (SELECT coalesce(strftime(timestamp, '%Y-%m-%d'), '') AS day, count(*) AS events
+          FROM sound_logs WHERE segment IS NULL GROUP BY day))
+GROUP BY part ORDER BY part"""
 PREPARE_LEGACY: Final = f"""\
 INSERT INTO entries BY NAME
 SELECT $journal AS journal, 'legacy' AS kind, segment, events, first_event, last_event, digest,
@@ -7143,15 +7175,36 @@ SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, events::BIGINT, seal::
        {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
 FROM sound_ledger ORDER BY journal, position, seal"""
 PURGES: Final = """\
-SELECT journal::VARCHAR, position::BIGINT, detail::VARCHAR, events::BIGINT, host::VARCHAR,
-       strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ')::VARCHAR
+SELECT coalesce(strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ'), '')::VARCHAR, coalesce(host, '')::VARCHAR,
+       coalesce(events, 0)::BIGINT, coalesce(journal, '')::VARCHAR, coalesce(position, 0)::BIGINT,
+       detail::VARCHAR
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
-# What the entries held that purges name, by the number of the purge.
-NAMED: Final = """\
-SELECT number::BIGINT, sum(events)::BIGINT, max(epoch_us(last_event))::BIGINT
-FROM (SELECT unnest($numbers) AS number, unnest($journals) AS name,
+# The entries that purges name, by the number of the purge, and what is left of each.
+CREATE_GONE: Final = """\
+CREATE OR REPLACE TEMP TABLE gone
+(number BIGINT, journal VARCHAR, position BIGINT, events BIGINT, digest VARCHAR)"""
+INSERT_GONE: Final = """\
+INSERT INTO gone BY NAME
+SELECT DISTINCT number, journal, unnest(range(low, least(high, entries) + 1)) AS position, 0 AS events
+FROM (SELECT unnest($numbers) AS number, unnest($journals) AS journal,
              unnest($lows) AS low, unnest($highs) AS high)
-JOIN sound_ledger ON journal = name AND position BETWEEN low AND high
+JOIN (SELECT journal, count(*) AS entries FROM sound_ledger GROUP BY journal) USING (journal)"""
+# Earlier versions removed single events; what a purge kept of a segment, it says itself.
+INSERT_PARTLY: Final = """\
+INSERT INTO gone BY NAME
+SELECT $number AS number, journal, position, digest,
+       CASE WHEN last_event < make_timestamp($before) THEN 0 ELSE kept.events END AS events
+FROM (SELECT journal, position, segment, first_event, last_event FROM sound_ledger
+      WHERE kind IN ('segment', 'legacy')) AS entered
+JOIN (SELECT unnest($journals) AS journal, unnest($heads) AS head) USING (journal)
+LEFT JOIN (SELECT unnest($segments) AS segment, unnest($counts) AS events, unnest($digests) AS digest) AS kept
+USING (segment)
+WHERE position <= head AND first_event < make_timestamp($before)
+  AND (last_event < make_timestamp($before) OR kept.events IS NOT NULL)"""
+NAMED: Final = """\
+SELECT number::BIGINT, greatest(-1, least(sum(entered.events), 4611686018427387904))::BIGINT,
+       max(epoch_us(last_event))::BIGINT
+FROM gone JOIN sound_ledger AS entered USING (journal, position)
 WHERE kind IN ('segment', 'legacy') GROUP BY number"""
 SPLITS: Final = f"""\
 SELECT max(segment)::VARCHAR FROM (
@@ -7167,44 +7220,50 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
 def comparison(*, scoped: bool) -> str:
     """Return the SELECT that sets what the ledger says of segments beside what is in `logs`.
 
-    Without `scoped`, only differences are returned, and what is there although a purge may have taken it,
-    because it is older than `$before`.
+    Without `scoped`, only differences are returned.
     """
     inside = _IN_RANGE
     if scoped:
         inside += " AND {0} IN (SELECT segment FROM scope)"
     found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
-    chosen = (
-        "true"
-        if scoped
-        else (
-            "found.digest IS DISTINCT FROM entered.digest OR coalesce(found.events, 0) <> entered.events "
-            "OR entered.events IS NULL "
-            "OR (found.events > 0 AND entered.first_event < make_timestamp($before))"
-        )
-    )
     return f"""\
-SELECT entered.journal::VARCHAR AS journal, entered.position::BIGINT AS position,
-       coalesce(entered.segment, found.segment)::VARCHAR AS segment, entered.events::BIGINT AS entered,
-       epoch_us(entered.first_event)::BIGINT AS first, epoch_us(entered.last_event)::BIGINT AS last,
-       entered.digest::VARCHAR AS digest, coalesce(found.events, 0)::BIGINT AS found,
-       epoch_us(found.first_event)::BIGINT AS found_first, epoch_us(found.last_event)::BIGINT AS found_last,
-       found.digest::VARCHAR AS found_digest
-FROM (SELECT * FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND {inside.format("segment")}) entered
-FULL JOIN ({found}) found ON found.segment = entered.segment
-WHERE {chosen} ORDER BY segment"""
+SELECT coalesce(entered.journal, '')::VARCHAR AS journal, coalesce(entered.position, -1)::BIGINT AS position,
+       coalesce(entered.segment, found.segment, '')::VARCHAR AS segment,
+       coalesce(entered.events, 0)::BIGINT AS entered, coalesce(due, 0)::BIGINT AS due,
+       (entered.position IS NOT NULL AND coalesce(found.events, 0) = coalesce(due, 0)
+        AND found.digest IS NOT DISTINCT FROM due_digest)::BOOLEAN AS as_due,
+       coalesce(found.events, 0)::BIGINT AS found, epoch_us(found.first_event)::BIGINT AS first,
+       epoch_us(found.last_event)::BIGINT AS last, found.digest::VARCHAR AS digest
+FROM (SELECT sound_ledger.*, coalesce(remains.events, sound_ledger.events) AS due,
+             CASE WHEN remains.events IS NULL THEN sound_ledger.digest
+                  WHEN remains.events > 0 THEN remains.digest END AS due_digest
+      FROM sound_ledger LEFT JOIN (SELECT journal, position, min(events) AS events,
+                                          arg_min(digest, events) AS digest
+                                   FROM gone GROUP BY journal, position) AS remains USING (journal, position)
+      WHERE kind IN ('segment', 'legacy') AND {inside.format("segment")}) AS entered
+FULL JOIN ({found}) AS found ON found.segment = entered.segment
+{"" if scoped else "WHERE NOT as_due"} ORDER BY segment"""
 
 
 COMPARE: Final = comparison(scoped=False)
 COMPARE_SCOPE: Final = comparison(scoped=True)
-MARKS: Final = "SELECT marks::VARCHAR FROM sound_ledger WHERE segment = $segment AND kind = 'segment'"
-FOUND_MARKS: Final = f"""\
-SELECT seq::BIGINT, {row_hash(COLUMNS)}[1:4]::VARCHAR FROM sound_logs
-WHERE segment = $segment ORDER BY seq"""
-MOVED: Final = f"""\
-SELECT seq::BIGINT, place::BIGINT, {row_hash(COLUMNS, seq="place")}[1:4]::VARCHAR
-FROM sound_logs, (SELECT unnest($seqs) AS place)
-WHERE segment = $segment AND seq IN (SELECT unnest($seqs)) AND seq <> place"""
+# What the marks of a segment tell: which events were changed, removed or inserted; nothing if it has none.
+MARKED: Final = f"""\
+WITH marked AS (SELECT max(marks) AS marks, coalesce(length(max(marks)) // 4, 0) AS total
+                FROM sound_ledger WHERE segment = $segment AND kind = 'segment'),
+  found AS (SELECT seq::BIGINT AS seq, {row_hash(COLUMNS)}[1:4] AS mark FROM sound_logs
+            WHERE segment = $segment),
+  judged AS (SELECT coalesce(seq, -1) AS seq, coalesce(seq BETWEEN 1 AND total, false) AS belongs,
+                    row_number() OVER (PARTITION BY seq ORDER BY mark = marks[4 * seq - 3:4 * seq] DESC) AS n,
+                    coalesce(mark = marks[4 * seq - 3:4 * seq], false) AS is_right
+             FROM found, marked WHERE total > 0)
+SELECT state::VARCHAR, seq::BIGINT FROM (
+    SELECT CASE WHEN NOT belongs OR n > 1 THEN 'inserted' ELSE 'changed' END AS state, seq
+    FROM judged WHERE NOT belongs OR n > 1 OR NOT is_right
+    UNION ALL SELECT 'removed', seq FROM (SELECT unnest(range(1, total + 1)) AS seq FROM marked
+                                          WHERE total = $due)
+    ANTI JOIN judged USING (seq))
+ORDER BY state, seq"""
 
 
 # One event, for somebody who has no database: timestamps in microseconds.
@@ -8443,6 +8502,7 @@ class Head(NamedTuple):
 
 
 Entry: TypeAlias = tuple[str, Mapping[str, object]]  # a PREPARE statement and its own parameters
+Span: TypeAlias = tuple["int | None", "int | None"]  # the first and the last event, in microseconds
 
 
 # --- seals
@@ -8456,31 +8516,24 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
     `MXCP_AUDIT_KEY_FILE` names a file of one key a line, newest first, so that a key can be replaced;
     without it `MXCP_AUDIT_KEY` is the only key.
     """
-    path = environ.get("MXCP_AUDIT_KEY_FILE")
-    if not path:
-        key = environ.get("MXCP_AUDIT_KEY")
-        return (_sealing_key(key.encode("utf-8", "surrogateescape")),) if key else ()
-    try:
-        with open(path, "rb") as file:
-            mode = os.fstat(file.fileno()).st_mode
-            lines = [line.strip() for line in file.read().splitlines()]
-    except OSError as error:
-        raise ConfigError(
-            f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE", path=path
-        ) from error
-    if os.name == "posix" and mode & 0o077:
-        raise ConfigError("others may read the key file; run chmod 600 on it", path=path)
-    keys = tuple(_sealing_key(line) for line in lines if line)
-    if not keys:
-        raise ConfigError("the key file is empty; write a key on its first line", path=path)
-    return keys
-
-
-def _sealing_key(key: bytes) -> bytes:
-    # Not the key itself: redaction shows HMACs with that one, of texts that callers choose.
     import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
 
-    return hashlib.sha256(b"mxcp_audit seal\0" + key).digest()
+    path, key = environ.get("MXCP_AUDIT_KEY_FILE"), environ.get("MXCP_AUDIT_KEY", "")
+    lines = [key.encode("utf-8", "surrogateescape")]
+    if path:
+        try:
+            with open(path, "rb") as file:
+                mode = os.fstat(file.fileno()).st_mode
+                lines = [line.strip() for line in file.read().splitlines()]
+        except OSError as error:
+            text = f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE"
+            raise ConfigError(text, path=path) from error
+        if os.name == "posix" and mode & 0o077:
+            raise ConfigError("others may read the key file; run chmod 600 on it", path=path)
+        if not any(lines):
+            raise ConfigError("the key file is empty; write a key on its first line", path=path)
+    # Not the keys themselves: redaction shows HMACs with the first, of texts that callers choose.
+    return tuple(hashlib.sha256(b"mxcp_audit seal\0" + line).digest() for line in lines if line)
 
 
 def make_seal(previous: str, row: str, key: bytes | None) -> str:
@@ -8494,53 +8547,15 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
     return _KEYED + hmac.digest(key, text, "sha256").hex()
 
 
-# --- entries
-
-
-def entry_of(
-    kind: str,
-    events: int,
-    detail: str,
-    *,
-    segment: str | None = None,
-    span: tuple[int | None, int | None] = (None, None),
-    digest: str | None = None,
-) -> Entry:
-    """Return an entry that isn't a segment; `span` is first and last event in microseconds."""
-    return PREPARE_ENTRY, {
-        "kind": kind,
-        "segment": segment,
-        "events": events,
-        "first": span[0],
-        "last": span[1],
-        "digest": digest,
-        "detail": detail,
-    }
-
-
-_LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
-
-
-def legacy_entries(engine: Engine) -> Iterator[Entry]:
-    """Yield what enters the rows of an older table, a few days at a time."""
-    days: list[str] = []
-    total = 0
-    for day, rows in engine.execute(LEGACY_DAYS):
-        if days and total + rows > _LEGACY_ROWS:
-            yield PREPARE_LEGACY, {"first_day": days[0], "last_day": days[-1]}
-            days, total = [], 0
-        days.append(day or "")
-        total += rows
-    if days:
-        yield PREPARE_LEGACY, {"first_day": days[0], "last_day": days[-1]}
-
-
-def platform_node() -> str:
-    """Return this host's name, for the ledger."""
-    return os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+def entry_of(kind: str, events: int, detail: str, *, span: Span = (None, None), **more: str | None) -> Entry:
+    """Return an entry that isn't a segment, with `segment` and `digest` if it has them."""
+    said = {"kind": kind, "events": events, "detail": detail, "segment": None, "digest": None}
+    return PREPARE_ENTRY, {**said, "first": span[0], "last": span[1], **more}
 
 
 # --- writing and asking
+
+_LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
 
 
 class Ledger:
@@ -8577,7 +8592,8 @@ class Ledger:
         """
         keys = seal_keys()
         journal = self._journal.identity()
-        common = {"journal": journal, "host": platform_node(), "now": sql_time(utc_now())}
+        host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+        common = {"journal": journal, "host": host, "now": sql_time(utc_now())}
         ((position,),) = engine.execute(LAST_POSITION, common)
         ((seal,),) = engine.execute(SEAL_AT, {**common, "position": position})
         if self._next_head is not None and self._next_head[:2] == (journal, position):
@@ -8586,15 +8602,16 @@ class Ledger:
             ((events,),) = engine.execute(EVENTS_OF, common)
         head = Head(journal, position, events, seal or "")
         if head.seal.startswith(_KEYED) and not keys:
-            raise StoreError(
-                "the ledger is sealed with a key, and an entry without it would look forged: "
-                "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE"
-            )
+            text = "the ledger is sealed with a key, and an entry without it would look forged: "
+            raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
         engine.execute(CREATE_ENTRIES)
         ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
         if empty:
             engine.execute(sound_view("logs", COLUMNS, self._target.columns(engine)["logs"]))
-        for sql, params in (*(legacy_entries(engine) if empty else ()), *entries):
+            for first, last in engine.execute(LEGACY_DAYS, {"size": _LEGACY_ROWS}):
+                days = {"first_day": first, "last_day": last, "position": position}
+                engine.execute(PREPARE_LEGACY, {**common, **days})
+        for sql, params in entries:
             engine.execute(sql, {**common, "position": position, **params})
         positions, seals = [], []
         for place, kind, count, row in engine.execute(PREPARED_HASHES):
@@ -9298,16 +9315,11 @@ _MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
 class Finding(NamedTuple):
     """One thing that isn't as the ledger says."""
 
-    kind: str  # changed, reordered, removed, inserted (events); chain, cut (the ledger); table (its form)
+    kind: str  # changed, removed, inserted (events); chain, cut (the ledger); table (its form)
     segment: str | None
     seqs: tuple[int, ...]  # which events of the segment, as far as that can be known
     text: str
     journal: str | None = None  # whose chain
-
-    @property
-    def event_ids(self) -> list[str]:
-        """The ids of the events that are meant."""
-        return [f"{self.segment}:{seq}" for seq in self.seqs]
 
 
 class Verdict:
@@ -9318,7 +9330,7 @@ class Verdict:
         self.more_findings = 0  # beyond those that are listed
         self.notes: list[str] = []  # what could not be known
         self.heads: list[Head] = []
-        self.purges: list[Purge] = []  # those that no checkpoint covers
+        self.purges: list[dict[str, Any]] = []  # the entries of those that no checkpoint covers
         self.entries = 0
         self.segments = 0
         self.events = 0  # in all segments, purged ones included
@@ -9332,50 +9344,37 @@ class Verdict:
         """Whether nothing was found."""
         return not self.findings
 
-    def add(
-        self,
-        kind: str,
-        text: str,
-        segment: str | None = None,
-        seqs: Iterable[int] = (),
-        *,
-        journal: str | None = None,
-    ) -> None:
+    def add(self, kind: str, text: str, segment: str | None = None, **more: Any) -> None:
         """Add a finding, or count it if there are very many."""
         if len(self.findings) < _MAX_FINDINGS:
-            self.findings.append(Finding(kind, segment, tuple(seqs), text, journal))
+            self.findings.append(Finding(kind, segment, more.pop("seqs", ()), text, **more))
         else:
             self.more_findings += 1
 
 
-def _numbers(seqs: Iterable[int]) -> str:
-    """Return numbers as people write them: 3-7, 9."""
-    runs: list[list[int]] = []
-    for seq in sorted(seqs):
-        if runs and seq == runs[-1][1] + 1:
-            runs[-1][1] = seq
+def runs_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
+    """Return numbers as the first and last of each run."""
+    runs: list[tuple[int, int]] = []
+    for number in sorted(numbers):
+        if runs and number <= runs[-1][1] + 1:
+            runs[-1] = (runs[-1][0], number)
         else:
-            runs.append([seq, seq])
-    return ", ".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+            runs.append((number, number))
+    return runs
 
 
 # --- what purges removed
 
+_LATEST: Final = 2**62  # microseconds: later than any event, and still a timestamp of DuckDB's
+
 
 class Purge(NamedTuple):
-    """What a purge entry says; a value of another type makes it one that can't be read."""
+    """What a purge entry says."""
 
     before: int  # microseconds since the epoch: everything that went is older
     removed: Mapping[str, Sequence[tuple[int, int]]]  # by journal: first and last position of entries
-    wrong: Mapping[
-        str, tuple[int, str | None, int]
-    ]  # segments that were not as entered: found, digest, entered
+    wrong: Mapping[str, tuple[int, str | None, int]]  # segments not as entered: found, digest, entered
     archive: str | None = None  # the directory, if what went was archived
-    events: int = 0  # how many went
-    journal: str = ""
-    position: int = 0
-    host: str = ""
-    moment: str = ""  # when it was entered
     # Earlier versions removed parts of segments: the ends of the chains, and what they say stayed.
     heads: Mapping[str, int] | None = None
     left: Mapping[str, tuple[int, str]] = types.MappingProxyType({})
@@ -9389,76 +9388,35 @@ class Purge(NamedTuple):
         """Return what `detail` says. Raises ValueError if somebody wrote something else into it."""
         try:
             said = json.loads(detail or "")
+            before = max(-_LATEST, min(int(said["before"]), _LATEST))
             wrong = {
                 str(name): (int(n), text, int((*rest, 0)[0]))
                 for name, (n, text, *rest) in said["wrong"].items()
             }
             if "removed" in said:
-                removed = {
-                    str(name): [(int(low), int(high)) for low, high in spans]
-                    for name, spans in said["removed"].items()
-                }
-                return cls(int(said["before"]), removed, wrong)
+                removed = said["removed"].items()
+                spans = {str(name): [(int(low), int(high)) for low, high in pairs] for name, pairs in removed}
+                return cls(before, spans, wrong)
             heads = {str(name): int(position) for name, position in said["heads"].items()}
             left = {str(name): (int(n), str(text)) for name, (n, text) in said["left"].items()}
-            return cls(int(said["before"]), {}, wrong, heads=heads, left=left)
+            return cls(before, {}, wrong, heads=heads, left=left)
         except (AttributeError, LookupError, TypeError, OverflowError, RecursionError) as error:
             raise ValueError(f"{error!r}") from error
 
 
 class Compared(NamedTuple):
-    """A segment in the ledger (the first seven) and in `logs`."""
+    """A segment in the ledger and in `logs`."""
 
     journal: str
     position: int  # -1: it is not in the ledger
     segment: str
-    entered: int
-    first: int | None
+    entered: int  # events, as the ledger says
+    due: int  # events that purges left of them
+    as_due: bool  # whether exactly these were found
+    found: int
+    first: int | None  # microseconds since the epoch
     last: int | None
     digest: str | None
-    found: int
-    found_first: int | None
-    found_last: int | None
-    found_digest: str | None
-
-
-class Purges:
-    """What the purges that are believed say of each segment."""
-
-    def __init__(self, purges: Iterable[Purge] = ()) -> None:
-        self._spans: dict[str, list[tuple[int, int]]] = {}
-        self._parts: list[Purge] = []  # by earlier versions, the last moment first
-        for purge in purges:
-            if purge.heads is not None:
-                self._parts.append(purge)
-            for journal, spans in purge.removed.items():
-                self._spans.setdefault(journal, []).extend(spans)
-        for journal, spans in self._spans.items():
-            merged: list[tuple[int, int]] = []
-            for low, high in sorted(spans):
-                if merged and low <= merged[-1][1] + 1:
-                    merged[-1] = (merged[-1][0], max(high, merged[-1][1]))
-                else:
-                    merged.append((low, high))
-            self._spans[journal] = merged
-        self._parts.sort(key=lambda purge: -purge.before)
-
-    def expected(self, row: Compared) -> tuple[int, str | None]:
-        """Return how many events of a segment should be there, and their digest."""
-        spans = self._spans.get(row.journal, ())
-        place = bisect.bisect_right(spans, (row.position, float("inf"))) - 1
-        if place >= 0 and spans[place][0] <= row.position <= spans[place][1]:
-            return 0, None
-        if row.first is not None and row.last is not None:
-            for purge in self._parts:
-                if row.first >= purge.before:
-                    break
-                if (purge.heads or {}).get(row.journal, 0) >= row.position:
-                    left = next(
-                        (each.left[row.segment] for each in self._parts if row.segment in each.left), None
-                    )
-                    return (0, None) if row.last < purge.before else left or (row.entered, row.digest)
-        return row.entered, row.digest
 
 
 # --- recomputing
@@ -9466,8 +9424,6 @@ class Purges:
 # Arbitrary: events whose hashes are held at once, 100 to 300 bytes each.
 _RANGE_EVENTS: Final = 1_000_000
 _MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
-_MAX_MOVED: Final = 100  # arbitrary: changed events of a segment among which exchanges are looked for
-_LATEST: Final = 2**62  # microseconds: later than any event, and still a timestamp of DuckDB's
 
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
@@ -9488,7 +9444,6 @@ class Verifier:
         engine: Engine,
         target: Target,
         keys: Sequence[bytes] = (),
-        *,
         progress: Callable[[int, int], None] = lambda done, total: None,
         range_events: int = _RANGE_EVENTS,
     ) -> None:
@@ -9499,19 +9454,17 @@ class Verifier:
         self._progress = progress
         self._explained = 0
         self._covered: dict[str, int] = {}  # by journal: up to which position a checkpoint vouches
-        self._has_checkpoint = False
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.verdict = Verdict()
-        self.purges = Purges()
-        self._newest = -_LATEST  # nothing that is younger was purged
 
     def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> Verdict:
         """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
                 self._engine.execute(SCOPE_SINCE, {"moment": since})
-            for row in self.differences(scoped=since is not None):
-                self._judge(row)
+            for row in self.compare(scoped=since is not None):
+                if not row.as_due:
+                    self._judge(row)
         elif self._keys or checkpoint:
             self.verdict.add("table", "there is no ledger, so that nothing can be proved")
         if self._keys and not checkpoint:
@@ -9523,249 +9476,179 @@ class Verifier:
     def open(self, checkpoint: Sequence[Head] = ()) -> bool:
         """Look at the tables' form, the chains and the purges; False if there is no ledger."""
         columns = view_tables(self._engine)
+        has_ledger = bool(columns["ledger"] or "segment" in columns["logs"])
         for text in self._target.oddities(self._engine):
             self.verdict.add("table", text)
-        for table, ours in (("logs", COLUMNS), ("ledger", LEDGER_COLUMNS)):
-            present = columns[table]
-            wide = present and (table == "ledger" or columns["ledger"] or "segment" in present)
-            for column in ours if wide else ours[:10] if present else ():
-                is_type = present.get(column.name)
+        for table, ours in (("logs", COLUMNS if has_ledger else COLUMNS[:10]), ("ledger", LEDGER_COLUMNS)):
+            for column in ours if columns[table] else ():
+                given = columns[table].get(column.name)
                 # What an earlier version's table lacks is as good as NULL, which leaves the hash as it was.
-                is_same = table == "logs" and is_type in SAME_VALUES[column.sql_type]
-                if is_type != column.sql_type and not (
-                    is_same or (is_type is None and column in NEW_COLUMNS)
-                ):
-                    text = f"{table}.{column.name} is {is_type or 'missing'}, not {column.sql_type}"
+                is_same = table == "logs" and (
+                    given in SAME_VALUES[column.sql_type] or (given is None and column in NEW_COLUMNS)
+                )
+                if given != column.sql_type and not is_same:
+                    text = f"{table}.{column.name} is {given or 'missing'}, not {column.sql_type}"
                     self.verdict.add("table", text)
-        has_ledger = bool(columns["ledger"] or "segment" in columns["logs"])
         if not has_ledger:
             ((self.verdict.legacy,),) = self._engine.execute(COUNT_SOUND)
-        self._has_checkpoint = bool(checkpoint)
         self._walk_chains({(head.journal, head.position): head for head in checkpoint})
-        self._read_purges()
+        self._read_purges(has_checkpoint=bool(checkpoint))
         return has_ledger
 
     # --- the chains
 
     def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
         """Check every seal, and that the checkpoints are met."""
-        verdict = self.verdict
-        head = Head("", 0, 0, "")
-        unkeyed: list[tuple[str, int]] = []
-        journal = None
+        verdict, head, unkeyed = self.verdict, Head("", 0, 0, ""), list[tuple[str, int]]()
+        totals: dict[str, int] = {}
         for name, position, kind, events, seal, row in self._engine.stream(CHAIN):
-            name, seal, position = name or "", seal or "", -1 if position is None else position
-            if name != journal:
+            name, seal, position, events = name or "", seal or "", int(position or 0), int(events or 0)
+            if name != head.journal:
                 self._end_chain(head, unkeyed)
-                head, unkeyed, journal = Head(name, 0, 0, ""), [], name
+                head, unkeyed = Head(name, 0, 0, ""), []
             if position != head.position + 1:
-                self._gap(name, head.position, position)
-                self.doubted.add((name, position))
-            sealed = self._seal_state(head.seal, row, seal)
-            if sealed in ("wrong", "locked"):
-                self.doubted.add((name, position))
-                is_locked = sealed == "locked"
-                why = (
-                    " is sealed with a key that is not given"
-                    if is_locked
-                    else ", or the one before, was changed"
+                text = (
+                    f"entry {position} of journal {name} comes after entry {head.position}: removed or added"
                 )
-                verdict.add("chain", f"entry {position} of journal {name}{why}", journal=name)
-            elif sealed == "open" and self._keys:
+                self._doubt(name, position, text)
+            keys: Sequence[bytes | None] = self._keys if seal.startswith(_KEYED) else [None]
+            if not keys:
+                text = f"entry {position} of journal {name} is sealed with a key that is not given"
+                self._doubt(name, position, text)
+            elif all(make_seal(head.seal, row, key) != seal for key in keys):
+                text = f"entry {position} of journal {name}, or the one before, was changed"
+                self._doubt(name, position, text)
+            elif self._keys and keys == [None]:
                 unkeyed.append((name, position))
-            head = Head(name, position, head.events + ((events or 0) if kind == "segment" else 0), seal)
+            head = Head(name, position, head.events + (events if kind == "segment" else 0), seal)
             if wanted.get((name, position)) == head:
                 del wanted[name, position]
                 unkeyed = []  # whoever wrote them, they are what the checkpoint saw
                 self._covered[name] = position
             verdict.entries += 1
             verdict.segments += kind == "segment"
-            verdict.events += (events or 0) if kind == "segment" else 0
-            verdict.lost += (events or 0) if kind == "loss" else 0
-            verdict.legacy += (events or 0) if kind == "legacy" else 0
+            totals[kind or ""] = totals.get(kind or "", 0) + events
         self._end_chain(head, unkeyed)
+        verdict.events, verdict.lost = totals.get("segment", 0), totals.get("loss", 0)
+        verdict.legacy += totals.get("legacy", 0)
         for name, position in wanted:
             text = f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
             verdict.add("cut", text, journal=name)
 
-    def _seal_state(self, previous: str, row: str, seal: str) -> str:
-        if not seal.startswith(_KEYED):
-            import hmac
-
-            return "open" if hmac.compare_digest(make_seal(previous, row, None), seal) else "wrong"
-        if not self._keys:
-            return "locked"
-        return "keyed" if any(make_seal(previous, row, key) == seal for key in self._keys) else "wrong"
-
-    def _gap(self, journal: str, last: int, position: int) -> None:
-        if position > last:
-            gone = (
-                f"entry {last + 1} is"
-                if position == last + 2
-                else f"entries {last + 1} to {position - 1} are"
-            )
-            text = f"{gone} missing from journal {journal}"
-        else:
-            text = f"entry {position} stands twice, or where none belongs, in journal {journal}"
+    def _doubt(self, journal: str, position: int, text: str) -> None:
+        self.doubted.add((journal, position))
         self.verdict.add("chain", text, journal=journal)
 
     def _end_chain(self, head: Head, unkeyed: Collection[tuple[str, int]]) -> None:
-        if head.journal or head.position:
+        if head.position:
             self.verdict.heads.append(head)
         if unkeyed:
             self.doubted.update(unkeyed)
-            self.verdict.add(
-                "chain",
-                f"entries of journal {head.journal} sealed without the key: {len(unkeyed)}; "
-                "if they are older than the key, a checkpoint of that time settles it",
-                journal=head.journal,
-            )
+            text = f"entries of journal {head.journal} sealed without the key: {len(unkeyed)}; "
+            text += "if they are older than the key, a checkpoint of that time settles it"
+            self.verdict.add("chain", text, journal=head.journal)
 
     # --- the purges
 
-    def _read_purges(self) -> None:
+    def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Take in the purges that are believed, and compare each with the entries that it names."""
-        purges = []
-        for journal, position, detail, events, host, moment in self._engine.execute(PURGES):
-            entry = (journal or "", -1 if position is None else position)
-            if entry in self.doubted:
+        purges: list[Purge] = []
+        entries: list[dict[str, Any]] = []
+        for row in self._engine.execute(PURGES):
+            entry = dict(zip(("moment", "host", "events", "journal", "position"), row))
+            journal, position = entry["journal"], entry["position"]
+            if (journal, position) in self.doubted:
                 continue
             try:
-                purge = Purge.parse(detail)
+                purge = Purge.parse(row[-1])
             except ValueError as error:
-                self.verdict.add("chain", f"a purge entry can't be read: {error}", journal=entry[0])
+                self.verdict.add("chain", f"a purge entry can't be read: {error}", journal=journal)
                 continue
-            purge = purge._replace(
-                events=events or 0, journal=entry[0], position=entry[1], host=host or "", moment=moment or ""
-            )
-            is_covered = entry[1] <= self._covered.get(entry[0], 0)
-            if purge.left and self._has_checkpoint and not is_covered and not self._keys:
-                text = f"purge {entry[1]} of journal {entry[0]} kept parts of segments, as earlier versions "
-                self.verdict.add("chain", text + "did, but is newer than the checkpoint", journal=entry[0])
+            is_covered = position <= self._covered.get(journal, 0)
+            if purge.left and has_checkpoint and not is_covered and not self._keys:
+                text = f"purge {position} of journal {journal} kept parts of segments, as earlier versions "
+                self.verdict.add("chain", text + "did, but is newer than the checkpoint", journal=journal)
                 continue
             if not is_covered:
-                self.verdict.purges.append(purge)
+                self.verdict.purges.append(entry)
             purges.append(purge)
-            self.verdict.purged += purge.events
-            self._newest = max(self._newest, min(purge.before, _LATEST))
+            entries.append(entry)
+            self.verdict.purged += entry["events"]
             for segment, (count, _, _) in purge.wrong.items():
                 text = f"segment {segment} was not as recorded when it was purged: {counted(count, 'event')}"
                 self.verdict.add("changed", text, segment)
-        parts = sum(bool(purge.left) for purge in purges)
-        if parts:
+        if parts := sum(bool(purge.left) for purge in purges):
             self.verdict.notes.append(
                 f"{counted(parts, 'purge')} by an earlier version kept parts of segments: what those parts "
                 "should hold is known from the purge alone"
             )
-        self._check_counts(purges)
-        self.purges = Purges(purges)
+        held = self._name_entries(purges)
+        for number, (purge, entry) in enumerate(zip(purges, entries)):
+            count, last = held.get(number, (0, -_LATEST))
+            count += sum(found - entered for found, _, entered in purge.wrong.values())
+            if purge.heads is None and (count != entry["events"] or last >= purge.before):
+                text = "purge {position} of journal {journal} says that {events} events went; ".format_map(
+                    entry
+                )
+                text += f"the entries that it names held {count}, or younger ones"
+                self.verdict.add("chain", text, journal=entry["journal"])
 
-    def _check_counts(self, purges: Sequence[Purge]) -> None:
-        """Report purges that name other entries, or others' numbers, than they say."""
+    def _name_entries(self, purges: Sequence[Purge]) -> dict[int, tuple[int, int]]:
+        """Make the table of entries that purges name; return what they held: events and the last moment."""
+        self._engine.execute(CREATE_GONE)
         spans = [
             (number, journal, low, high)
             for number, purge in enumerate(purges)
             for journal, pairs in purge.removed.items()
             for low, high in pairs
-            if 0 < low <= high < 2**63
+            if 0 < low <= high < _LATEST
         ]
-        named: dict[int, tuple[int, int]] = {}
         if spans:
-            numbers, journals, lows, highs = map(list, zip(*spans))
-            params = {"numbers": numbers, "journals": journals, "lows": lows, "highs": highs}
-            for number, events, last in self._engine.execute(NAMED, params):
-                named[number] = (events, last)
+            names = ("numbers", "journals", "lows", "highs")
+            self._engine.execute(INSERT_GONE, dict(zip(names, map(list, zip(*spans)))))
         for number, purge in enumerate(purges):
-            if purge.heads is None:
-                events, last = named.get(number, (0, None))
-                events += sum(count - entered for count, _, entered in purge.wrong.values())
-                if events != purge.events or (last is not None and last >= purge.before):
-                    self.verdict.add(
-                        "chain",
-                        f"purge {purge.position} of journal {purge.journal} says that {purge.events} events "
-                        f"went; the entries that it names held {events}, or younger ones",
-                        journal=purge.journal,
-                    )
+            if purge.heads:
+                kept = [(segment, *rest) for segment, rest in purge.left.items()] or [("", 0, "")]
+                lists = map(list, (*zip(*purge.heads.items()), *zip(*kept)))
+                params = dict(zip(("journals", "heads", "segments", "counts", "digests"), lists))
+                self._engine.execute(INSERT_PARTLY, {"number": number, "before": purge.before, **params})
+        return {number: (events, last) for number, events, last in self._engine.execute(NAMED)}
 
     # --- the segments
 
-    def differences(self, *, scoped: bool) -> Iterator[Compared]:
-        """Yield the segments that differ from their entry, and those that are there but perhaps purged."""
-        sql = COMPARE_SCOPE if scoped else COMPARE
+    def compare(self, *, scoped: bool) -> Iterator[Compared]:
+        """Yield each segment in scope; without a scope, each that isn't as the ledger says."""
         splits = self._engine.execute(SPLITS, {"size": self._range_events})
         ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
         for number, (low, high) in enumerate(zip([None, *ends], [*ends, None])):
-            for journal, position, segment, entered, *rest in self._engine.execute(
-                sql, {"low": low, "high": high, **({} if scoped else {"before": self._newest})}
-            ):
-                place = -1 if position is None else position
-                yield Compared(journal or "", place, segment or "", entered or 0, *rest)
+            sql = COMPARE_SCOPE if scoped else COMPARE
+            yield from (Compared(*row) for row in self._engine.execute(sql, {"low": low, "high": high}))
             done = min((number + 1) * self._range_events, self.verdict.events)
             self._progress(done, self.verdict.events)
 
     def _judge(self, row: Compared) -> None:
-        verdict = self.verdict
-        if not verdict.entries and row.segment.startswith("legacy-"):
-            verdict.legacy += row.found  # an older table, of which nothing was entered yet
-            return
-        if row.position < 0:
-            text = f"segment {row.segment} is not in the ledger: {counted(row.found, 'event')}"
-            verdict.add("inserted", text, row.segment)
-            return
-        events, digest = self.purges.expected(row)
-        if (row.found, row.found_digest) == (events, digest):
-            return
-        if not row.found:
-            text = f"segment {row.segment}: nothing is left of {counted(events, 'event')}"
-            verdict.add("removed", text, row.segment)
-        elif not events:
-            text = f"segment {row.segment}: {counted(row.found, 'event')} where none belong"
-            verdict.add("inserted", text, row.segment)
-        elif self._explained >= _MAX_EXPLAINED or not self._explain(row, events):
-            kind = "removed" if row.found < events else "inserted" if row.found > events else "changed"
-            text = f"segment {row.segment}: {counted(row.found, 'event')}, not as recorded: {events}"
-            verdict.add(kind, text, row.segment)
+        """Report a segment that isn't as the ledger says."""
+        if not self.verdict.entries and row.segment.startswith("legacy-"):
+            self.verdict.legacy += row.found  # an older table, of which nothing was entered yet
+        elif not (row.found and row.due and self._explain(row)):
+            kind = "removed" if row.found < row.due else "inserted" if row.found > row.due else "changed"
+            due = f"not {row.due} as recorded" if row.position >= 0 else "which is not in the ledger"
+            text = f"segment {row.segment}: {counted(row.found, 'event')}, {due}"
+            self.verdict.add(kind, text, row.segment)
 
-    def _explain(self, row: Compared, events: int) -> bool:
+    def _explain(self, row: Compared) -> bool:
         """Name the events that are wrong, from the marks; False if they don't tell."""
         self._explained += 1
-        ((marks,),) = self._engine.execute(MARKS, {"segment": row.segment})[:1] or ((None,),)
-        if not marks:
+        if self._explained > _MAX_EXPLAINED:
             return False
-        total = len(marks) // 4
-        right: set[int] = set()
-        other: list[int] = []
-        for seq, mark in self._engine.execute(FOUND_MARKS, {"segment": row.segment}):
-            known = seq is not None and 1 <= seq <= total and marks[4 * seq - 4 : 4 * seq] == mark
-            if known and seq not in right:
-                right.add(seq)
-            else:
-                other.append(-1 if seq is None else seq)
-        changed = {seq for seq in other if 1 <= seq <= total and seq not in right}
-        inserted = [seq for seq in other if seq not in changed]
-        inserted += [seq for seq in changed for _ in range(other.count(seq) - 1)]
-        missing = set(range(1, total + 1)) - right - changed if events == total else set()
-        moved = self._moved(row.segment, marks, sorted(changed))
-        for kind, seqs in (
-            ("changed", changed - moved),
-            ("reordered", moved),
-            ("removed", missing),
-            ("inserted", inserted),
-        ):
-            if seqs:
-                names = _numbers(seqs)
-                self.verdict.add(kind, f"segment {row.segment}: {kind} {names}", row.segment, sorted(seqs))
-        return bool(changed or missing or inserted)
-
-    def _moved(self, segment: str, marks: str, seqs: list[int]) -> set[int]:
-        """Return the events that only changed places with each other."""
-        if not 2 <= len(seqs) <= _MAX_MOVED:
-            return set()
-        taken: set[int] = set()
-        for seq, place, mark in self._engine.execute(MOVED, {"segment": segment, "seqs": seqs}):
-            if marks[4 * place - 4 : 4 * place] == mark:
-                taken |= {seq, place}
-        return taken
+        by_state: dict[str, list[int]] = {}
+        for state, seq in self._engine.execute(MARKED, {"segment": row.segment, "due": row.due}):
+            by_state.setdefault(state, []).append(seq)
+        for state, seqs in by_state.items():
+            names = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs_of(seqs))
+            text = f"segment {row.segment}: {state} {names}"
+            self.verdict.add(state, text, row.segment, seqs=tuple(seqs))
+        return bool(by_state)
 
 
 # --- one event, for somebody who has no database
@@ -9787,9 +9670,7 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     event = engine.execute(EVENT_TO_PROVE, {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1})
     entry = engine.execute(ENTRY_TO_PROVE, {"segment": segment})
     if not event or not entry:
-        raise StoreError(
-            f"{event_id} is in no segment of the ledger; what waits in the journal is no proof yet"
-        )
+        raise StoreError(f"{event_id} is in no segment of the ledger; what waits in the journal is no proof")
     journal, position = entry[0][0], int(str(entry[0][1]))
     before, after = "", []
     for name, place, *_, row in engine.stream(CHAIN):
@@ -9809,16 +9690,15 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
 # --- signed checkpoints
 
 
-def _signed_text(checkpoint: Mapping[str, Any]) -> bytes:
-    signed = {name: value for name, value in checkpoint.items() if name != "signature"}
-    return json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
-
-
-def _ssh_keygen(arguments: Sequence[str], text: bytes) -> str:
+def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
+    """Run `ssh-keygen -Y` with a checkpoint, without its signature, as the input."""
     import subprocess
 
+    signed = {name: value for name, value in checkpoint.items() if name != "signature"}
+    text = json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
     try:
-        done = subprocess.run(["ssh-keygen", *arguments], input=text, capture_output=True, timeout=60)
+        command = ["ssh-keygen", "-Y", *arguments, "-n", "mxcp_audit"]
+        done = subprocess.run(command, input=text, capture_output=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired) as error:
         raise StoreError(f"ssh-keygen can't be run: {error}") from error
     if done.returncode:
@@ -9828,7 +9708,7 @@ def _ssh_keygen(arguments: Sequence[str], text: bytes) -> str:
 
 def sign_checkpoint(key: str, checkpoint: Mapping[str, Any]) -> str:
     """Return a signature of OpenSSH over a checkpoint."""
-    return _ssh_keygen(["-Y", "sign", "-n", "mxcp_audit", "-f", key], _signed_text(checkpoint))
+    return _ssh_keygen(["sign", "-f", key], checkpoint)
 
 
 def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
@@ -9836,9 +9716,9 @@ def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
     with scratch_folder() as folder:
         path = os.path.join(folder, "signature")
         write_file(path, str(checkpoint.get("signature", "")).encode())
-        verified = ["-f", signers, "-n", "mxcp_audit", "-s", path]
-        name = _ssh_keygen(["-Y", "find-principals", *verified[:2], *verified[4:]], b"").partition("\n")[0]
-        _ssh_keygen(["-Y", "verify", "-I", name, *verified], _signed_text(checkpoint))
+        given = ["-f", signers, "-s", path]
+        name = _ssh_keygen(["find-principals", *given], {}).partition("\n")[0]
+        _ssh_keygen(["verify", "-I", name, *given], checkpoint)
     return name
 
 
@@ -9848,23 +9728,6 @@ def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
 # Old events go by whole segments, in one transaction that enters what went; before that they are compared
 # with the ledger, and archived if that is asked for. Retention is a purge a day, and trusts no clock that
 # jumped.
-
-_EPOCH_START: Final = datetime.datetime(1970, 1, 1)
-
-
-def microseconds(moment: str) -> int:
-    """Return naive UTC text, as `sql_time` returns it, as microseconds since the epoch."""
-    return (datetime.datetime.fromisoformat(moment) - _EPOCH_START) // datetime.timedelta(microseconds=1)
-
-
-def iso_time(us: int | None) -> str | None:
-    """Return microseconds since the epoch as ISO 8601 text; those of no year that has one, as a number."""
-    if us is None:
-        return None
-    try:
-        return (_EPOCH_START + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
-    except OverflowError:
-        return f"{us} microseconds"
 
 
 class Removal(NamedTuple):
@@ -9882,165 +9745,120 @@ class Removal(NamedTuple):
     archive: str | None = None
 
 
-# --- purges and archives
-
 # Fewer than _RANGE_EVENTS, because a server's guest may purge.
 _PURGE_RANGE_EVENTS: Final = 200_000
 _MANIFEST: Final = "manifest.json"
 _ALIEN: Final = "not-as-entered.parquet"
 
 
-class Purger:
-    """Removes old segments, inside of a transaction of its caller's, and enters into the chain what went.
-
-    A segment goes when its last event is old enough. It is first compared with the ledger: one that somebody
-    had changed stays known as changed when its rows are gone, and lies apart in an archive.
-    """
-
-    def __init__(self, engine: Engine, target: Target, before: str) -> None:
-        self._engine = engine
-        self._before = before
-        self._limit = microseconds(before)
-        self._verifier = Verifier(engine, target, seal_keys(), range_events=_PURGE_RANGE_EVENTS)
-
-    def plan(self) -> Removal:
-        """Find out what would go."""
-        import hashlib
-
-        verifier = self._verifier
-        has_ledger = verifier.open()
-        self._engine.execute(SCOPE_BEFORE, {"moment": self._before})
-        digest, segment = hashlib.sha256(), None
-        positions: dict[str, list[int]] = {}
-        wrong: dict[str, tuple[int, str | None, int]] = {}
-        events = segments = 0
-        first: int | None = None
-        last: int | None = None
-        for row in verifier.differences(scoped=True):
-            if row.segment != segment:  # else it has a second entry
-                segment = row.segment
-                events, segments = events + row.found, segments + 1
-                digest.update((row.found_digest or "").encode())
-                first = min(first or row.found_first or 0, row.found_first or 0)
-                last = max(last or row.found_last or 0, row.found_last or 0)
-            if row.position >= 0:
-                positions.setdefault(row.journal, []).append(row.position)
-            is_believed = row.position >= 0 and (row.journal, row.position) not in verifier.doubted
-            as_entered = (row.found, row.found_digest) == verifier.purges.expected(row)
-            if has_ledger and not (is_believed and as_entered):
-                entered = max(row.entered, 0) if row.position >= 0 else 0
-                wrong[segment] = (row.found, row.found_digest, entered + wrong.get(segment, (0, "", 0))[2])
-        ((old,),) = self._engine.execute(COUNT_OLD, {"moment": self._before})
-        return Removal(
-            self._before,
-            events,
-            segments,
-            old - events,
-            first,
-            last,
-            digest.hexdigest(),
-            {journal: _spans(places) for journal, places in sorted(positions.items())},
-            wrong,
-        )
-
-    def remove(self, ledger: Ledger, removal: Removal) -> None:
-        """Delete the rows and enter the purge."""
-        ((events,),) = self._engine.execute(COUNT_SCOPE)
-        if events != removal.events:
-            raise StoreError(
-                f"{counted(events, 'row')} older than {self._before}, not {removal.events}; try again"
-            )
-        purge = Purge(self._limit, removal.removed, removal.wrong, removal.archive)
-        span = (removal.first_event, removal.last_event)
-        entry = entry_of("purge", removal.events, purge.detail(), span=span, digest=removal.digest)
-        self._engine.execute(DELETE_SCOPE, {"moment": self._before})
-        ledger.enter(self._engine, [entry])
-
-    def archive(self, directory: str, removal: Removal) -> Removal:
-        """Write what goes as Parquet, a file a day, with a manifest, and read it back."""
-        name = f"purged-{re.sub('[^0-9]', '', self._before[:19])}-{os.urandom(4).hex()}"
-        scratch, target = os.path.join(directory, f".{name}.part"), os.path.join(directory, name)
-        try:
-            os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
-            with _scratch(scratch):
-                self._write_archive(scratch, removal)
-                os.rename(scratch, target)
-                sync_directory(directory)
-        except OSError as error:
-            raise StoreError(f"{directory}: no archive can be written: {error.strerror}") from error
-        return removal._replace(archive=name)
-
-    def _write_archive(self, folder: str, removal: Removal) -> None:
-        import hashlib
-
-        files = []
-        for name, events in self._engine.execute(
-            OLD_FILES, {"wrong": sorted(removal.wrong), "apart": _ALIEN}
-        ):
-            path = os.path.join(folder, name)
-            os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
-            rows = bind(OLD_OF_FILE, {"wrong": sorted(removal.wrong), "apart": _ALIEN, "name": name})
-            self._engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
-            sync_file(path)
-            files.append({"name": name, "events": events, "sha256": file_digest(path)})
-        digest = hashlib.sha256()
-        paths = [os.path.join(folder, str(file["name"])) for file in files]
-        if paths:
-            for (part,) in self._engine.stream(ARCHIVED, {"files": paths}):
-                digest.update(part.encode())
-        if digest.hexdigest() != removal.digest:
-            raise StoreError(f"{folder}: the archive doesn't read back as it was written; nothing was purged")
-        manifest = {
-            "filter": {"before": iso_time(self._limit)},
-            "events": removal.events,
-            "first_event": iso_time(removal.first_event),
-            "last_event": iso_time(removal.last_event),
-            "digest": removal.digest,
-            "not_as_entered": sorted(removal.wrong),
-            "heads": [head._asdict() for head in chain_heads(self._engine)],
-            "files": files,
-        }
-        write_file(os.path.join(folder, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
-        sync_directory(folder)
-
-
-def _spans(places: Iterable[int]) -> list[tuple[int, int]]:
-    """Return numbers as first and last of each run."""
-    spans: list[tuple[int, int]] = []
-    for place in sorted(places):
-        if spans and place <= spans[-1][1] + 1:
-            spans[-1] = (spans[-1][0], place)
-        else:
-            spans.append((place, place))
-    return spans
-
-
-def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
+    """Compare the segments whose last event is older than a moment with the ledger; nothing is written."""
     import hashlib
 
+    verifier = Verifier(engine, target, seal_keys(), range_events=_PURGE_RANGE_EVENTS)
+    has_ledger = verifier.open()
+    engine.execute(SCOPE_BEFORE, {"moment": before})
     digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
+    found: dict[str, Compared] = {}
+    positions: dict[str, list[int]] = {}
+    wrong: dict[str, tuple[int, str | None, int]] = {}
+    for row in verifier.compare(scoped=True):
+        if row.segment not in found:  # else it has a second entry
+            digest.update((row.digest or "").encode())
+        found[row.segment] = row
+        if row.position > 0:
+            positions.setdefault(row.journal, []).append(row.position)
+        if has_ledger and not (row.as_due and (row.journal, row.position) not in verifier.doubted):
+            entered = row.entered + wrong.get(row.segment, (0, "", 0))[2]
+            wrong[row.segment] = (row.found, row.digest, entered)
+    events = sum(row.found for row in found.values())
+    ((old,),) = engine.execute(COUNT_OLD, {"moment": before})
+    return Removal(
+        before,
+        events,
+        len(found),
+        old - events,
+        min((row.first for row in found.values() if row.first is not None), default=None),
+        max((row.last for row in found.values() if row.last is not None), default=None),
+        digest.hexdigest(),
+        {journal: runs_of(places) for journal, places in sorted(positions.items())},
+        wrong,
+    )
 
 
 def purge_before(
     engine: Engine, target: Target, ledger: Ledger, before: str, archive: str | None = None
 ) -> Removal:
-    """Delete every segment older than a moment, in one transaction, and enter that it went."""
+    """Delete every segment older than a moment, in one transaction, and enter that it went.
+
+    A segment that somebody had changed stays known as changed, and lies apart in an archive.
+    """
     with ledger.writing(engine):
         ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
         if empty:
             ledger.enter(engine, [])  # only the rows of an older table
-        purger = Purger(engine, target, before)
-        removal = purger.plan()
+        removal = plan_removal(engine, target, before)
         if removal.segments:
             if archive is not None:
-                removal = purger.archive(archive, removal)
-            purger.remove(ledger, removal)
+                removal = _archive(engine, archive, removal)
+            ((events,),) = engine.execute(COUNT_SCOPE)
+            if events != removal.events:
+                raise StoreError(f"{events} events are older than {before}, not {removal.events}; try again")
+            detail = Purge(microseconds(before), removal.removed, removal.wrong, removal.archive).detail()
+            span = (removal.first_event, removal.last_event)
+            engine.execute(DELETE_SCOPE, {"moment": before})
+            ledger.enter(engine, [entry_of("purge", events, detail, span=span, digest=removal.digest)])
     return removal
+
+
+def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
+    """Write what goes as Parquet, a file a day, with a manifest, and read it back."""
+    name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
+    scratch = os.path.join(directory, f".{name}.part")
+    try:
+        os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
+        with _scratch(scratch):
+            files = _write_archive(engine, scratch, removal)
+            manifest = {
+                "filter": {"before": iso_time(microseconds(removal.before))},
+                "events": removal.events,
+                "first_event": iso_time(removal.first_event),
+                "last_event": iso_time(removal.last_event),
+                "digest": removal.digest,
+                "not_as_entered": sorted(removal.wrong),
+                "heads": [head._asdict() for head in chain_heads(engine)],
+                "files": files,
+            }
+            write_file(os.path.join(scratch, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+            sync_directory(scratch)
+            os.rename(scratch, os.path.join(directory, name))
+            sync_directory(directory)
+    except OSError as error:
+        raise StoreError(f"{directory}: no archive can be written: {error.strerror}") from error
+    return removal._replace(archive=name)
+
+
+def _write_archive(engine: Engine, folder: str, removal: Removal) -> list[dict[str, object]]:
+    """Write the files of an archive and read them back; return what the manifest says of each."""
+    import hashlib
+
+    files: list[dict[str, object]] = []
+    params = {"wrong": sorted(removal.wrong), "apart": _ALIEN}
+    for name, events in engine.execute(OLD_FILES, params):
+        path = os.path.join(folder, name)
+        os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
+        rows = bind(OLD_OF_FILE, {**params, "name": name})
+        engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
+        sync_file(path)
+        files.append({"name": name, "events": events, "sha256": file_digest(path)})
+    digest = hashlib.sha256()
+    if files:
+        paths = [os.path.join(folder, str(file["name"])) for file in files]
+        for (part,) in engine.stream(ARCHIVED, {"files": paths}):
+            digest.update(part.encode())
+    if digest.hexdigest() != removal.digest:
+        raise StoreError(f"{folder}: the archive doesn't read back as it was written; nothing was purged")
+    return files
 
 
 # --- retention: a purge a day
@@ -10058,12 +9876,11 @@ def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> 
     params = {"now": sql_time(now), "journals": journals, "positions": positions}
     hours = [hour for (hour,) in engine.execute(ACTIVE_HOURS, params)]
     limit = vouched_limit(hours, now.timestamp(), retention)
-    removal = None
     if limit is not None:
         moment = datetime.datetime.fromtimestamp(limit, datetime.timezone.utc)
         removal = purge_before(engine, target, ledger, sql_time(moment))
-    if removal is not None and removal.events:
-        return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
+        if removal.events:
+            return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
     # An entry a day, so that a log without events doesn't look like one that was off.
     with ledger.writing(engine):
         ledger.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
@@ -10526,7 +10343,7 @@ class Store:
         """
         if dry_run:
             with self.target.session(read_only=True, wait=wait) as engine:
-                return Purger(engine, self.target, before).plan()
+                return plan_removal(engine, self.target, before)
         with self._alone(wait), self.target.session(read_only=False, wait=wait) as engine:
             return purge_before(engine, self.target, self._ledger, before, archive)
 
@@ -13512,7 +13329,7 @@ def cmd_verify(options: argparse.Namespace) -> int:
             _print(f"and {verdict.more_findings} more")
         if checkpoint:
             for purge in verdict.purges:
-                text = f"{counted(purge.events, 'event')} at {purge.moment} by {purge.host}"
+                text = f"{counted(purge['events'], 'event')} at {purge['moment']} by {purge['host']}"
                 _print(f"purge     {text}, newer than the checkpoint")
         for note in verdict.notes:
             _print(f"note      {note}")
@@ -13536,22 +13353,13 @@ def _verdict_object(verdict: Verdict) -> dict[str, object]:
                 "kind": finding.kind,
                 "segment": finding.segment,
                 "journal": finding.journal,
-                "events": finding.event_ids,
+                "events": [f"{finding.segment}:{seq}" for seq in finding.seqs],
                 "text": finding.text,
             }
             for finding in verdict.findings
         ],
         "more_findings": verdict.more_findings,
-        "purges": [
-            {
-                "moment": purge.moment,
-                "host": purge.host,
-                "events": purge.events,
-                "journal": purge.journal,
-                "position": purge.position,
-            }
-            for purge in verdict.purges
-        ],
+        "purges": verdict.purges,
         "notes": verdict.notes,
     }
 
