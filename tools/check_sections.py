@@ -221,7 +221,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 624_000  # of the whole file; lowered as sections shrink, 400,000 in the end
+BUDGET_BYTES = 619_000
 
 
 def sizes(source: str) -> str:

@@ -755,15 +755,13 @@ class Finding(NamedTuple):
     seqs: tuple[int, ...]
     text: str
     journal: str | None = ...
-    @property
-    def event_ids(self) -> list[str]: ...
 
 class Verdict:
     findings: list[Finding]
     more_findings: int
     notes: list[str]
     heads: list[Head]
-    purges: list[Purge]
+    purges: list[dict[str, Any]]
     entries: int
     segments: int
     events: int
@@ -774,26 +772,13 @@ class Verdict:
     def __init__(self) -> None: ...
     @property
     def intact(self) -> bool: ...
-    def add(
-        self,
-        kind: str,
-        text: str,
-        segment: str | None = None,
-        seqs: Iterable[int] = (),
-        *,
-        journal: str | None = None,
-    ) -> None: ...
+    def add(self, kind: str, text: str, segment: str | None = None, **more: Any) -> None: ...
 
 class Purge(NamedTuple):
     before: int
     removed: Mapping[str, Sequence[tuple[int, int]]]
     wrong: Mapping[str, tuple[int, str | None, int]]
     archive: str | None = ...
-    events: int = ...
-    journal: str = ...
-    position: int = ...
-    host: str = ...
-    moment: str = ...
     heads: Mapping[str, int] | None = ...
     left: Mapping[str, tuple[int, str]] = ...
     def detail(self) -> str: ...
@@ -805,34 +790,27 @@ class Compared(NamedTuple):
     position: int
     segment: str
     entered: int
+    due: int
+    as_due: bool
+    found: int
     first: int | None
     last: int | None
     digest: str | None
-    found: int
-    found_first: int | None
-    found_last: int | None
-    found_digest: str | None
-
-class Purges:
-    def __init__(self, purges: Iterable[Purge] = ()) -> None: ...
-    def expected(self, row: Compared) -> tuple[int, str | None]: ...
 
 class Verifier:
     doubted: set[tuple[str, int]]
     verdict: Incomplete
-    purges: Incomplete
     def __init__(
         self,
         engine: Engine,
         target: Target,
         keys: Sequence[bytes] = (),
-        *,
         progress: Callable[[int, int], None] = ...,
         range_events: int = ...,
     ) -> None: ...
     def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> Verdict: ...
     def open(self, checkpoint: Sequence[Head] = ()) -> bool: ...
-    def differences(self, *, scoped: bool) -> Iterator[Compared]: ...
+    def compare(self, *, scoped: bool) -> Iterator[Compared]: ...
 
 class Removal(NamedTuple):
     before: str
@@ -845,12 +823,6 @@ class Removal(NamedTuple):
     removed: Mapping[str, Sequence[tuple[int, int]]]
     wrong: Mapping[str, tuple[int, str | None, int]]
     archive: str | None = ...
-
-class Purger:
-    def __init__(self, engine: Engine, target: Target, before: str) -> None: ...
-    def plan(self) -> Removal: ...
-    def remove(self, ledger: Ledger, removal: Removal) -> None: ...
-    def archive(self, directory: str, removal: Removal) -> Removal: ...
 
 class Restored(NamedTuple):
     events: int
