@@ -49,7 +49,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from math import isfinite
 from typing import (
     IO,
@@ -5025,8 +5025,9 @@ def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
 # depends on: Errors, Events, Redaction, Encoding
 #
 # An execution while it runs: one row, written when it ends, by the outermost of what records it here (a
-# middleware, one further in, a decorator); those within tell what they know. Its input is encoded when it
-# begins. What the body raises leaves as the same object, whatever happens while recording.
+# middleware, one further in, a decorator); those within tell what they know. Whatever records (`with`, a
+# middleware, a decorated function of any kind, `wrap`), it begins in `Call._begin`, before the body, and ends
+# in `Call._end`. What the body raises leaves as the same object, whatever happens while recording.
 # Frameworks are never imported: what they hand over is read by attribute or key (docs/design.md says where).
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
@@ -5042,6 +5043,13 @@ _CONNECTION: Final = os.urandom(8).hex()  # stands for the one connection that a
 _TRACEPARENT: Final = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?"
 )
+_REQUEST_HEADERS: Final = {
+    name.encode(): name
+    for name in (
+        *("mcp-session-id", "mcp-protocol-version", "traceparent"),
+        *("user-agent", "x-forwarded-for", "forwarded"),
+    )
+}
 _META: Final = "io.modelcontextprotocol/"  # before the names of what newer clients send with each request
 # What runs between a middleware and the tool: none of it is a tool's own code.
 _FRAMEWORKS: Final = frozenset(
@@ -5091,9 +5099,9 @@ class Call:
     # Of a call within another that is the same execution: the other one, which writes the row.
     outer: Call | None = None
     failure: Call | None = None  # of the outer one: the one within that failed
-    ended = False
+    ended = _begun = False
     waits = False  # it was answered, and goes on
-    _before: contextvars.Token[Call | None] | None = None
+    _before: contextvars.Token[Call | None]
 
     def __init__(
         self,
@@ -5139,18 +5147,29 @@ class Call:
         """Record an error although nothing is raised, such as a result that is marked as one."""
         self.status, self.error, self.error_type = "error", error, error_type or self.error_type
 
+    def begin(self) -> None:
+        """Begin the call, before its body: for code that can't use `with`."""
+        self._logger.wait(self._begin())
+
+    async def begin_async(self) -> None:
+        """Begin the call, before its body, without blocking the event loop."""
+        if ticket := self._begin():
+            await self._logger.wait_async(ticket)
+
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
         self._logger.wait(self._end(error))
 
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
-        try:
-            await self._logger.wait_async(self._end(error))
-        except BaseException:
-            # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
-            if error is None or isinstance(error, Exception):
-                raise
+        ticket = self._end(error)
+        if ticket and self._logger.config.durable:
+            try:
+                await self._logger.wait_async(ticket)
+            except BaseException:
+                # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
+                if error is None or isinstance(error, Exception):
+                    raise
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -5161,7 +5180,14 @@ class Call:
         finally:
             _running.reset(before)
 
+    def _begin(self) -> int:
+        """Begin the execution, once: whatever records it comes through here before its body. Return a ticket."""
+        if not self._begun:
+            self._begun, self._started = True, time.perf_counter()
+        return 0
+
     def _end(self, error: BaseException | None) -> int:
+        """End the execution, once: whatever records it comes through here. Return the ticket of its line."""
         if self.ended:
             return 0
         self.ended = True
@@ -5188,12 +5214,11 @@ class Call:
         return 0
 
     def _leave(self) -> None:
-        if self._before is not None:
-            with contextlib.suppress(ValueError):  # left in another context than entered, as fixtures do
-                _running.reset(self._before)
-            self._before = None
+        with contextlib.suppress(ValueError):  # left in another context than entered, as fixtures do
+            _running.reset(self._before)
 
     def __enter__(self) -> Call:
+        self.begin()
         self._before = _running.set(self)
         return self
 
@@ -5202,7 +5227,9 @@ class Call:
         self.end(error)
 
     async def __aenter__(self) -> Call:
-        return self.__enter__()
+        await self.begin_async()
+        self._before = _running.set(self)
+        return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
@@ -5385,11 +5412,11 @@ _mappings: Final[dict[type, bool]] = {}
 def _get(owner: object, name: str) -> Any:
     """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
     kind = type(owner)
+    if kind is dict:
+        return owner.get(name)  # type: ignore[attr-defined]
     if owner is None or (kind, name) in _absent:
         return None
     try:
-        if kind is dict:
-            return owner.get(name)  # type: ignore[attr-defined]
         value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
         if value is None:
             if kind not in _mappings:
@@ -5435,68 +5462,85 @@ def _peer_of(session: object) -> tuple[str | None, str | None]:
 
 def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     """Return where a request came from, as attributes of a Call; `cli` for a call inside of the program."""
-    more: dict[str, object] = {}
-    origin: dict[str, Any] = {"caller": "cli", "details": more}
-    if context is None:
-        origin["trace_id"], _ = _active_trace()
-        return origin
-    request, meta = _get(context, "request"), _get(context, "meta")
+    origin: dict[str, Any] = {"caller": "cli", "details": {}}
+    trace = None
+    if context is not None:
+        with contextlib.suppress(Exception):  # what a framework raises when it is asked; the rest is known
+            trace = _read_request(context, origin, proxies)
+    origin["trace_id"], parent = trace or _active_trace()
+    if parent:
+        origin["details"]["parent_span_id"] = parent
+    return origin
+
+
+def _read_request(
+    context: object, origin: dict[str, Any], proxies: Sequence[str]
+) -> tuple[str, str] | None:
+    """Put what a request says of its origin there; return the trace and span that it names."""
+    request, details = getattr(context, "request", None), origin["details"]
+    meta = getattr(context, "meta", None)
     if meta is None and not hasattr(context, "meta"):
         meta = _get(_get(context, "params"), "_meta")
-    headers = _get(request, "headers")
-    client, version = _peer_of(_get(context, "session"))
-    version = _get(meta, _META + "protocolVersion") or _get(context, "protocol_version") or version
-    version = version or _get(headers, "mcp-protocol-version")
-    origin["client"] = client_of(_get(meta, _META + "clientInfo")) or client if meta else client
-    origin["request_id"] = _text(_get(context, "request_id"))
-    origin["trace_id"], parent = parent_of(meta) or parent_of(headers) or _active_trace()
-    if parent:
-        more["parent_span_id"] = parent
-    if version:
-        more["mcp.protocol.version"] = str(version)
+    client, version = _peer_of(getattr(context, "session", None))
+    version = getattr(context, "protocol_version", None) or version
+    trace = None
+    if meta:
+        client = client_of(_get(meta, _META + "clientInfo")) or client
+        version = _get(meta, _META + "protocolVersion") or version
+        trace = parent_of(meta)
+    origin["client"] = client
+    origin["request_id"] = _text(getattr(context, "request_id", None))
     if request is None:
         origin["caller"], origin["session_id"] = "stdio", _CONNECTION
-        return origin
-    origin["caller"] = "http"
-    origin["session_id"] = _text(
-        _get(headers, "mcp-session-id") or _get(_get(request, "query_params"), "session_id")
-    )
-    agent = _get(headers, "user-agent")
-    if agent:
-        more["user_agent.original"] = agent
-    origin["address"] = address_of(request, headers, proxies)
-    token = _get(_get(_get(request, "scope"), "user"), "access_token")
-    if token is not None:
-        origin["agent"] = _text(_get(token, "client_id"))
-        subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
-        origin["user_id"] = subject or origin["agent"]
-    return origin
+    else:
+        headers = _headers_of(request)
+        version = version or headers.get("mcp-protocol-version")
+        trace = trace or parent_of(headers)
+        origin["caller"] = "http"
+        origin["session_id"] = headers.get("mcp-session-id") or _text(
+            _get(_get(request, "query_params"), "session_id")
+        )
+        if agent := headers.get("user-agent"):
+            details["user_agent.original"] = agent
+        origin["address"] = address_of(request, headers, proxies)
+        token = _get(_get(_get(request, "scope"), "user"), "access_token")
+        if token is not None:
+            origin["agent"] = _text(_get(token, "client_id"))
+            subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
+            origin["user_id"] = subject or origin["agent"]
+    if version:
+        details["mcp.protocol.version"] = str(version)
+    return trace
+
+
+def _headers_of(request: object) -> dict[str, str]:
+    """Return the headers that are read here; Starlette's own look-up decodes all of them each time."""
+    raw = _get(_get(request, "scope"), "headers")
+    if raw is None:
+        headers = _get(request, "headers")
+        return {name: value for name in _REQUEST_HEADERS.values() if (value := _get(headers, name))}
+    return {_REQUEST_HEADERS[name]: value.decode("latin-1") for name, value in reversed(raw) if name in _REQUEST_HEADERS}
 
 
 def client_of(client: object) -> str | None:
     """Return a client's name and version, as it calls itself: "claude-ai/1.2"."""
-    parts = (_text(_get(client, "name")), _text(_get(client, "version")))
-    return "/".join(part for part in parts if part)[:_MAX_CLIENT_CHARS] or None
+    name, version = _text(_get(client, "name")), _text(_get(client, "version"))
+    return f"{name}/{version}"[:_MAX_CLIENT_CHARS] if name and version else (name or version)
 
 
-def address_of(request: object, headers: object, proxies: Sequence[str]) -> str | None:
+def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[str]) -> str | None:
     """Return the client's address: the peer's, or whom proxies that are trusted say they forward for."""
-    host = _get(_get(request, "client"), "host")
-    said = _get(headers, "x-forwarded-for") if proxies or _get(_get(request, "client"), "port") == 0 else None
-    if said and _get(_get(request, "client"), "port") == 0:
+    peer = _get(request, "client")
+    host, said = _get(peer, "host"), headers.get("x-forwarded-for")
+    if said and _get(peer, "port") == 0:
         host = "127.0.0.1"  # uvicorn has put the proxy's word there already, as it does for this peer only
-    if not proxies or not host:
-        return _text(host)
-    hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', _get(headers, "forwarded") or ""))
-    for hop in reversed(hops.split(",") if hops else ()):
-        if not _is_in(host, proxies):
-            break
-        hop = (
-            re.sub(r"^\[?([^\]]*?)\]?(?::\d+)?$", r"\1", hop.strip())
-            if hop.count(":") < 2 or "]" in hop
-            else hop.strip()
-        )
-        host = hop or host
+    if proxies and host:
+        hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', headers.get("forwarded", "")))
+        for hop in reversed(hops.split(",") if hops else ()):
+            if not _is_in(host, proxies):
+                break
+            with_port = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::\d+)?\s*", hop)
+            host = (with_port[1] or with_port[2] if with_port else hop.strip()) or host
     return _text(host)
 
 
@@ -5524,9 +5568,9 @@ def trace_of(carrier: object) -> str | None:
 
 def _active_trace() -> tuple[str | None, str | None]:
     """Return trace and span that OpenTelemetry is in; that package is never loaded for it."""
-    current = _get(sys.modules.get("opentelemetry.trace"), "get_current_span")
+    module = sys.modules.get("opentelemetry.trace")
     try:
-        span = current().get_span_context() if current is not None else None
+        span = module.get_current_span().get_span_context() if module is not None else None
         return (f"{span.trace_id:032x}", f"{span.span_id:016x}") if span and span.trace_id else (None, None)
     except Exception:
         return None, None
@@ -5537,10 +5581,6 @@ def _watch_spans() -> None:
     sdk = sys.modules.get("opentelemetry.sdk.trace")
     if sdk is None:
         return
-    provider = _get(sys.modules.get("opentelemetry.trace"), "get_tracer_provider")
-    add = _get(provider and provider(), "add_span_processor")
-    if add is None or hasattr(provider(), "__mxcp_audit__"):
-        return
 
     def on_start(self: object, span: Any, parent_context: object = None) -> None:
         """Give the running call the trace id, if it has none."""
@@ -5548,9 +5588,11 @@ def _watch_spans() -> None:
         if call is not None and call.trace_id is None:
             call.trace_id = f"{span.get_span_context().trace_id:032x}"
 
-    with contextlib.suppress(Exception):
-        add(type("Spans", (sdk.SpanProcessor,), {"on_start": on_start})())
-        provider().__mxcp_audit__ = True
+    with contextlib.suppress(Exception):  # another provider than the SDK's takes none
+        provider = sys.modules["opentelemetry.trace"].get_tracer_provider()
+        if not hasattr(provider, "__mxcp_audit__"):
+            provider.add_span_processor(type("Spans", (sdk.SpanProcessor,), {"on_start": on_start})())
+            provider.__mxcp_audit__ = True
 
 
 def _surroundings() -> dict[str, Any]:
@@ -5587,8 +5629,6 @@ def _surroundings() -> dict[str, Any]:
 
 def error_of_result(result: object) -> str | None:
     """Return the message of a result that is marked as an error, or None."""
-    if not _is_plain(result):
-        result = _get(result, "root") or result  # the SDK 1 wraps it
     if _either(result, "is_error", "isError") is not True:
         return None
     content = _get(result, "content")
@@ -5596,45 +5636,50 @@ def error_of_result(result: object) -> str | None:
     return "\n".join(text for text in texts if isinstance(text, str)) or "the result is marked as an error"
 
 
-def summarize(call: Call, result: object, *, uri: str | None = None, max_body: int | None = None) -> None:
-    """Tell a call the size of its result as it is sent, how many items of which kinds, perhaps the body."""
+def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
+    """Tell a call what was answered: whether that is an error, and as much of it as `record_result` says."""
     if not _is_plain(result):
-        result = _get(result, "root") or result
-    items = _get(result, "content")
+        result = _get(result, "root") or result  # the SDK 1 wraps it
+    error = error_of_result(result)
+    if error is not None and call.status != "error":
+        call.fail(error, "tool_error")
+    config = call._logger.config
+    if config.record_result == "none":
+        return
+    items = content = _get(result, "content")
     if items is None:
         items = _either(result, "contents", "messages")
     items = result if items is None else items
     if not isinstance(items, (list, tuple)):
         return
-    dump = getattr(result, "model_dump_json", None)
-    if _get(result, "content") is not None and type(result).__module__.startswith("fastmcp"):
-        if dump is not None:  # its own class, which becomes the protocol's later
-            text = dump(exclude={"meta", "is_error"}, exclude_none=True, by_alias=True)
-            text = (
-                text.replace('],"structured_content":', '],"structuredContent":', 1)[:-1]
-                + ',"isError":false}'
-            )
-        else:
-            structured = _get(result, "structured_content")
-            more = {"structuredContent": structured} if structured is not None else {}
-            text = _WIRE.encode({"content": items, **more, "isError": False})
-    else:
-        convert = _either(result, "to_mcp_prompt_result", "to_mcp_result")
-        if convert is not None:
-            result = convert(uri) if hasattr(result, "to_mcp_result") else convert()
-            dump = getattr(result, "model_dump_json", None)
-        if dump is not None:
-            text = dump(by_alias=True, exclude_none=True)
-        else:
-            text = _WIRE.encode({"contents": items} if result is items else result)
-    call.result_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    # Size as it is sent, items, and kinds. FastMCP's own classes become the protocol's later.
+    if content is not None and type(result).__module__.startswith("fastmcp"):
+        structured = _get(result, "structured_content")
+        more = {"structuredContent": structured} if structured is not None else {}
+        result = {"content": content, **more, "isError": error is not None}
+    elif (convert := _get(result, "to_mcp_prompt_result")) is not None:
+        result = convert()
+    elif (convert := _get(result, "to_mcp_result")) is not None:
+        result = convert(uri)
+    sent = _sent({"contents": items} if result is items else result)
+    call.result_bytes = len(sent)
     call.details["mcp.result.items"] = len(items)
-    call.details["mcp.result.kinds"] = tuple(sorted({_kind_of(item) for item in items}))
-    if max_body is not None:
-        plain = json.loads(text)
-        call.context["mcp.result.body"] = (
-            plain if call.result_bytes <= max_body else clip_plain(plain, max_body)
-        )
+    kinds = {_kind_of(item) for item in items}
+    call.details["mcp.result.kinds"] = tuple(kinds if len(kinds) < 2 else sorted(kinds))
+    if config.record_result == "body":
+        body = json.loads(sent)
+        most = config.max_result_bytes
+        call.context["mcp.result.body"] = body if len(sent) <= most else clip_plain(body, most)
+
+
+def _sent(result: object) -> bytes:
+    """Return a result as JSON as a server sends it."""
+    serializer = sys.modules.get("pydantic_core")  # with every framework, but not in `wrap`
+    if serializer is None:
+        return _WIRE.encode(result).encode("utf-8", "surrogatepass")
+    return cast(
+        bytes, serializer.to_json(result, by_alias=True, exclude_none=True, bytes_mode="base64", fallback=vars)
+    )
 
 
 def _kind_of(item: object) -> str:
@@ -5646,17 +5691,21 @@ def _kind_of(item: object) -> str:
     return str(kind)
 
 
-def _wire_of(value: Any) -> Any:
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", by_alias=True, exclude_none=True)
-    if isinstance(value, bytes):
-        import base64
-
-        return base64.b64encode(value).decode()
-    return getattr(value, "__dict__", None) or str(value)
+_WIRE: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
+_TELLING: Final = frozenset(("result_type", "resultType", "input_required", "task", "root", "_meta"))
+_plain: Final[dict[type, bool]] = {}
 
 
-_WIRE: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_wire_of)
+def _is_plain(result: object) -> bool:
+    """Return True for a result that can only be that of a call that is over."""
+    kind = type(result)
+    if kind is dict:
+        return _TELLING.isdisjoint(cast("dict[str, Any]", result))
+    if kind not in _plain:
+        fields = getattr(kind, "model_fields", None)
+        extra = fields and kind.model_config.get("extra")  # type: ignore[attr-defined]
+        _plain[kind] = bool(fields) and extra != "allow" and _TELLING.isdisjoint(fields or ())
+    return _plain[kind]
 
 
 # --- middleware
@@ -5678,7 +5727,7 @@ class Middleware:
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
         """Pass a message on; record it if it is an execution."""
-        method = _get(context, "method")
+        method = getattr(context, "method", None)
         event_type = MCP_METHODS.get(method) if type(method) is str else None
         logger = self._logger
         if event_type is None or not logger.enabled or _is_notification(context):
@@ -5686,21 +5735,20 @@ class Middleware:
             if event_type is None and type(method) is str:
                 self._see(method, context, result)
             return result
+        message = _message_of(context)
         call = None
-        message = _get(context, "message")
-        if message is None:
-            message = _get(context, "params")
-        outer = None
         if _running.get() is not None:
-            outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
-        if outer is not None:
-            outer.denied_by = (*_kinds(outer.denied_by), *self._denied_by)
-            outer.is_open = True
+            call = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
+        if call is not None:  # it is recorded further out
+            call.denied_by = (*_kinds(call.denied_by), *self._denied_by)
+            call.is_open = True
             try:
                 return await call_next(context)
             finally:
-                outer.is_open = False
-        call = self._begin(event_type, context, message)
+                call.is_open = False
+        call = self._call_of(event_type, context, message)
+        call.waits = False
+        await call.begin_async()
         failure: BaseException | None = None
         before = _running.set(call)
         self._inside += 1
@@ -5715,25 +5763,28 @@ class Middleware:
             raise
         finally:
             self._inside -= 1
-            with contextlib.suppress(ValueError):  # left in another context than entered
+            try:
                 _running.reset(before)
+            except ValueError:  # left in another context than entered
+                pass
             if not call.waits:
                 await call.end_async(failure)
 
     async def check_resource_access(self, context: object) -> None:
         """Allow: FastMCP 4 asks each middleware."""
 
-    def _begin(self, event_type: str, context: object, message: object) -> Call:
-        inside = _get(context, "fastmcp_context")
-        server = _get(inside, "fastmcp")
-        self._watch_tasks(server)
+    def _call_of(self, event_type: str, context: object, message: object) -> Call:
+        """Return the call that a message makes, or resumes."""
+        inside = getattr(context, "fastmcp_context", None)
         request_context = context if inside is None else _get(inside, "request_context")
-        origin = origin_of(request_context, self._logger.config.trusted_proxies)
-        if self._caller:
-            origin["caller"] = self._caller
+        server = None if inside is None else _get(inside, "fastmcp")
+        self._watch_tasks(server)
         if self._refusal is None:
             self._refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
             self._denied_by += (self._refusal,) if self._refusal is not None else ()
+        origin = origin_of(request_context, self._logger.config.trusted_proxies)
+        if self._caller:
+            origin["caller"] = self._caller
         arguments = _get(message, "arguments")
         call = Call(
             self._logger,
@@ -5754,7 +5805,7 @@ class Middleware:
             if state is not None or _either(message, "input_responses", "inputResponses") is not None:
                 earlier = unfinished.take(_leg_of(call, state))
                 if earlier is not None:
-                    earlier.task, earlier.is_open, earlier.waits = call.task, True, False
+                    earlier.task, earlier.is_open = call.task, True
                     return cast(Call, earlier)
         return call
 
@@ -5810,8 +5861,7 @@ class Middleware:
         if info is not None:
             self._server = _text(_get(info, "name"))
         if method.startswith("tasks/"):
-            message = _get(context, "message")
-            message = _get(context, "params") if message is None else message
+            message = _message_of(context)
             key = ("task", _text(_either(message, "task_id", "taskId")))
             result = _get(result, "root") or result
             status = _text(_get(_get(result, "status"), "value") or _get(result, "status"))
@@ -5854,7 +5904,8 @@ class Middleware:
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
             name = key.removeprefix(f"{event_type}:").rpartition("@")[0] or key.removeprefix(f"{event_type}:")
             call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
-            call.is_open, call.task, call.outer = True, _current_task(), None
+            call.is_open, call.task = True, _current_task()
+            await call.begin_async()
             failure: BaseException | None = None
             before = _running.set(call)
             try:
@@ -5909,35 +5960,9 @@ class Middleware:
 _MIDDLEWARE_CODE: Final = Middleware.__call__.__code__
 
 
-def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
-    """Tell a call what was answered: whether that is an error, and as much of it as `record_result` says."""
-    error = error_of_result(result)
-    if error is not None and call.status != "error":
-        call.fail(error, "tool_error")
-    config = call._logger.config
-    if config.record_result != "none":
-        summarize(
-            call,
-            result,
-            uri=uri,
-            max_body=config.max_result_bytes if config.record_result == "body" else None,
-        )
-
-
-_TELLING: Final = frozenset(("result_type", "resultType", "input_required", "task", "root", "_meta"))
-_plain: Final[dict[type, bool]] = {}
-
-
-def _is_plain(result: object) -> bool:
-    """Return True for a result that can only be that of a call that is over."""
-    kind = type(result)
-    if kind is dict:
-        return _TELLING.isdisjoint(cast("dict[str, Any]", result))
-    if kind not in _plain:
-        fields = getattr(kind, "model_fields", None)
-        extra = fields and kind.model_config.get("extra")  # type: ignore[attr-defined]
-        _plain[kind] = bool(fields) and extra != "allow" and _TELLING.isdisjoint(fields or ())
-    return _plain[kind]
+def _message_of(context: object) -> Any:
+    message = getattr(context, "message", None)
+    return _get(context, "params") if message is None else message
 
 
 def name_of(message: object) -> str:
@@ -5948,7 +5973,7 @@ def name_of(message: object) -> str:
 
 def _is_notification(context: object) -> bool:
     """Return True for a message that wants no answer, so that no server executes it."""
-    return _get(context, "type") == "notification" or getattr(context, "request_id", "") is None
+    return getattr(context, "type", None) == "notification" or getattr(context, "request_id", "") is None
 
 
 def _leg_of(call: Call, state: object) -> object:
@@ -6105,29 +6130,30 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
     return _plain
 
 
+class _Steps(Generator[Any, Any, Any]):
+    """The steps of a generator, each of them part of the call; between them other code runs."""
+
+    def __init__(self, call: Call, generator: Any) -> None:
+        self._call, self._generator = call, generator
+
+    def send(self, value: Any) -> Any:
+        with self._call.running():
+            return self._generator.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        with self._call.running():
+            return self._generator.throw(*error)
+
+
 def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
-    """Return a generator function of which each step is part of the call; between them other code runs."""
+    """Return a generator function that is recorded."""
 
     def _generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
+        call.begin()
         failure: BaseException | None = None
         try:
-            generator = function(*args, **kwargs)
-            step, value = generator.send, None
-            while True:
-                try:
-                    with call.running():
-                        item = step(value)
-                except StopIteration as stop:
-                    return stop.value
-                try:
-                    step, value = generator.send, (yield item)
-                except GeneratorExit:
-                    with call.running():
-                        generator.close()
-                    raise
-                except BaseException as error:
-                    step, value = generator.throw, error
+            return (yield from _Steps(call, function(*args, **kwargs)))
         except BaseException as error:
             failure = error
             raise
@@ -6138,10 +6164,11 @@ def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
 
 def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
-    """Return an async generator function, likewise."""
+    """Return an async generator function that is recorded."""
 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
+        await call.begin_async()
         failure: BaseException | None = None
         try:
             generator = function(*args, **kwargs)
@@ -11917,6 +11944,7 @@ class StdioAudit:
         state = _get(params, "requestState")
         if state is not None or _get(params, "inputResponses") is not None:
             call = self._unfinished.take(_leg_of(call, state)) or call
+        call.begin()
         if type(key) not in (str, int, float):
             call.fail("sent without an id that could be answered")
             call.end()
