@@ -49,7 +49,16 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from math import isfinite
 from typing import (
     IO,
@@ -5045,23 +5054,17 @@ _TRACEPARENT: Final = re.compile(
 )
 _REQUEST_HEADERS: Final = {
     name.encode(): name
-    for name in (
-        *("mcp-session-id", "mcp-protocol-version", "traceparent"),
-        *("user-agent", "x-forwarded-for", "forwarded"),
+    for name in re.findall(
+        r"\S+", "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
     )
 }
 _META: Final = "io.modelcontextprotocol/"  # before the names of what newer clients send with each request
 # What runs between a middleware and the tool: none of it is a tool's own code.
-_FRAMEWORKS: Final = frozenset(
-    re.findall(
-        r"\w+",
-        "anyio asyncio concurrent contextlib docket fastmcp functools mcp pydantic threading uncalled_for",
-    )
+_FRAMEWORKS: Final = _words_in(
+    "anyio asyncio concurrent contextlib docket fastmcp functools mcp pydantic threading uncalled_for"
 )
 # Whose objects are handed to a tool without having been sent: contexts, servers, requests, dependencies.
-_INJECTING: Final = frozenset(
-    re.findall(r"\w+", "docket fast_depends fastapi fastmcp mcp starlette uncalled_for")
-)
+_INJECTING: Final = _words_in("docket fast_depends fastapi fastmcp mcp starlette uncalled_for")
 _META_TOOLS: Final = ("fastmcp.server.transforms", "fastmcp.experimental", "fastmcp.contrib")  # but for these
 
 
@@ -5181,13 +5184,13 @@ class Call:
             _running.reset(before)
 
     def _begin(self) -> int:
-        """Begin the execution, once: whatever records it comes through here before its body. Return a ticket."""
+        """Begin, once: whatever records an execution comes through here before its body. Return a ticket."""
         if not self._begun:
             self._begun, self._started = True, time.perf_counter()
         return 0
 
     def _end(self, error: BaseException | None) -> int:
-        """End the execution, once: whatever records it comes through here. Return the ticket of its line."""
+        """End, once: whatever records an execution comes through here. Return the ticket of its line."""
         if self.ended:
             return 0
         self.ended = True
@@ -5267,17 +5270,14 @@ def _call_within(
         or _current_task() not in (None, outer.task)
     ):
         return None
-    if name is not None and isinstance(outer.arguments, dict) and name in _texts_in(outer.arguments):
+    given = outer.arguments.values() if isinstance(outer.arguments, dict) else ()
+    if name is not None and any(type(value) is str and value == name for value in given):
         outer.details["mcp.via"], outer.name = outer.name, name
         outer.take_input(arguments)
     elif not _only_frameworks_between():
         return None
     outer.is_open = False  # what the tool calls in turn are executions of their own
     return outer
-
-
-def _texts_in(arguments: dict[str, Any]) -> list[str]:
-    return [value for value in arguments.values() if type(value) is str]
 
 
 def _current_task() -> object:
@@ -5375,13 +5375,43 @@ class Unfinished:
         if len(self._calls) > _MAX_UNFINISHED:
             self.close(next(iter(self._calls)))
 
+    def put_answered(self, call: Call, result: object) -> bool:
+        """Keep a call if what it was answered says that it goes on; return False if it is over."""
+        kind = _either(result, "result_type", "resultType")
+        asked = _get(result, "input_required") or (result if kind == "input_required" else None)
+        task = _either(result if kind == "task" else _get(result, "task"), "task_id", "taskId")
+        if asked is not None:
+            leg = _leg_of(call, _either(asked, "request_state", "requestState"))
+            self.put(leg, call, "not resumed: input required", _RESUME_SECONDS)
+        elif isinstance(task, str):
+            self.put(("task", task), call, "not finished: the task was still running")
+        return asked is not None or isinstance(task, str)
+
     def take(self, key: object) -> Call | None:
         """Return the oldest call that was kept under this key."""
         kept = self._calls.get(key)
-        call = kept.pop(0)[2] if kept else None
-        if kept is not None and not kept:
+        if not kept:
+            return None
+        _, _, call = kept.pop(0)
+        if not kept:
             self._calls.pop(key, None)
         return call
+
+    def end_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
+        """End the call that began a background task, if what is said of its state means that it is over."""
+        status = _text(_get(_get(state, "status"), "value") or _get(state, "status"))
+        if not task or not (is_result or status in ("completed", "failed", "cancelled")):
+            return
+        call = self.take(("task", task))
+        if call is None:
+            return
+        if status in ("failed", "cancelled"):
+            failure = _get(state, "error")
+            told = _get(failure, "message") or _either(state, "status_message", "statusMessage")
+            call.fail(_text(told) or status, _text(_get(failure, "code")))
+        elif (answer := _get(state, "result") or (state if is_result else None)) is not None:
+            conclude(call, answer)
+        call.end()
 
     def expire(self) -> None:
         """Record the calls that nobody took in time; looks at most once a second."""
@@ -5406,30 +5436,30 @@ class Unfinished:
 
 
 _absent: Final[set[tuple[type, str]]] = set()  # what models of pydantic, slow to say so, don't have
-_mappings: Final[dict[type, bool]] = {}
 
 
 def _get(owner: object, name: str) -> Any:
     """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
-    kind = type(owner)
+    kind: Any = type(owner)
     if kind is dict:
         return owner.get(name)  # type: ignore[attr-defined]
     if owner is None or (kind, name) in _absent:
         return None
     try:
         value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
-        if value is None:
-            if kind not in _mappings:
-                _mappings[kind] = issubclass(kind, Mapping)
-            if _mappings[kind]:
-                return owner.get(name)  # type: ignore[attr-defined]
-            fields = getattr(kind, "model_fields", None)
-            fields = fields if fields and kind.model_config.get("extra") != "allow" else None  # type: ignore[attr-defined]
-            if fields and name not in fields and not hasattr(kind, name):
-                _absent.add((kind, name))
+        if value is None and isinstance(owner, Mapping):
+            return owner.get(name)
+        if value is None and _fields_of(kind) and not hasattr(kind, name) and name not in kind.model_fields:
+            _absent.add((kind, name))
         return value
     except Exception:
         return None
+
+
+def _fields_of(kind: Any) -> Collection[str]:
+    """Return the fields of a model of pydantic that has no others; nothing for another class."""
+    fields = getattr(kind, "model_fields", None)
+    return fields if fields and kind.model_config.get("extra") != "allow" else ()
 
 
 def _either(owner: object, one: str, other: str) -> Any:
@@ -5473,9 +5503,7 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     return origin
 
 
-def _read_request(
-    context: object, origin: dict[str, Any], proxies: Sequence[str]
-) -> tuple[str, str] | None:
+def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str]) -> tuple[str, str] | None:
     """Put what a request says of its origin there; return the trace and span that it names."""
     request, details = getattr(context, "request", None), origin["details"]
     meta = getattr(context, "meta", None)
@@ -5493,17 +5521,18 @@ def _read_request(
     if request is None:
         origin["caller"], origin["session_id"] = "stdio", _CONNECTION
     else:
-        headers = _headers_of(request)
+        scope = _get(request, "scope")
+        headers = _headers_of(request, scope)
         version = version or headers.get("mcp-protocol-version")
         trace = trace or parent_of(headers)
         origin["caller"] = "http"
-        origin["session_id"] = headers.get("mcp-session-id") or _text(
-            _get(_get(request, "query_params"), "session_id")
-        )
+        origin["session_id"] = headers.get("mcp-session-id")
+        if origin["session_id"] is None and _get(scope, "query_string") != b"":  # by SSE
+            origin["session_id"] = _text(_get(_get(request, "query_params"), "session_id"))
         if agent := headers.get("user-agent"):
             details["user_agent.original"] = agent
         origin["address"] = address_of(request, headers, proxies)
-        token = _get(_get(_get(request, "scope"), "user"), "access_token")
+        token = _get(_get(scope, "user"), "access_token")
         if token is not None:
             origin["agent"] = _text(_get(token, "client_id"))
             subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
@@ -5513,13 +5542,17 @@ def _read_request(
     return trace
 
 
-def _headers_of(request: object) -> dict[str, str]:
+def _headers_of(request: object, scope: object) -> dict[str, str]:
     """Return the headers that are read here; Starlette's own look-up decodes all of them each time."""
-    raw = _get(_get(request, "scope"), "headers")
+    raw = _get(scope, "headers")
     if raw is None:
         headers = _get(request, "headers")
         return {name: value for name in _REQUEST_HEADERS.values() if (value := _get(headers, name))}
-    return {_REQUEST_HEADERS[name]: value.decode("latin-1") for name, value in reversed(raw) if name in _REQUEST_HEADERS}
+    return {
+        _REQUEST_HEADERS[name]: value.decode("latin-1")
+        for name, value in reversed(raw)
+        if name in _REQUEST_HEADERS
+    }
 
 
 def client_of(client: object) -> str | None:
@@ -5560,12 +5593,6 @@ def parent_of(carrier: object) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def trace_of(carrier: object) -> str | None:
-    """Return the trace id of a W3C `traceparent`, or None."""
-    parent = parent_of(carrier)
-    return parent[0] if parent else None
-
-
 def _active_trace() -> tuple[str | None, str | None]:
     """Return trace and span that OpenTelemetry is in; that package is never loaded for it."""
     module = sys.modules.get("opentelemetry.trace")
@@ -5595,33 +5622,26 @@ def _watch_spans() -> None:
             provider.__mxcp_audit__ = True
 
 
+_ORIGIN: Final = re.findall(
+    r"\w+", "caller user_id session_id trace_id client agent address server request_id"
+)
+
+
 def _surroundings() -> dict[str, Any]:
     """Return the origin of the call, or of the framework's request, around the code that asks."""
     call = running_call()
     while call is not None and call.outer is not None:
         call = call.outer
     if call is not None:
-        names = (
-            "caller",
-            "user_id",
-            "session_id",
-            "trace_id",
-            "client",
-            "agent",
-            "address",
-            "server",
-            "request_id",
-        )
-        return {name: getattr(call, name) for name in names}
-    for module, variable in (
-        ("fastmcp.server.dependencies", "fastmcp_request_ctx"),
-        ("mcp.server.lowlevel.server", "request_ctx"),
-    ):
-        found = getattr(sys.modules.get(module), variable, None)
-        context = found.get(None) if isinstance(found, contextvars.ContextVar) else None
-        if context is not None:
-            return origin_of(context)
-    return origin_of(None)
+        return {name: getattr(call, name) for name in _ORIGIN}
+    context = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
+    return origin_of(context or _context_in("mcp.server.lowlevel.server", "request_ctx"))
+
+
+def _context_in(module: str, variable: str) -> Any:
+    """Return the value of a framework's context variable, or None."""
+    held = getattr(sys.modules.get(module), variable, None)
+    return held.get(None) if isinstance(held, contextvars.ContextVar) else None
 
 
 # --- what came of it
@@ -5678,7 +5698,8 @@ def _sent(result: object) -> bytes:
     if serializer is None:
         return _WIRE.encode(result).encode("utf-8", "surrogatepass")
     return cast(
-        bytes, serializer.to_json(result, by_alias=True, exclude_none=True, bytes_mode="base64", fallback=vars)
+        bytes,
+        serializer.to_json(result, by_alias=True, exclude_none=True, bytes_mode="base64", fallback=vars),
     )
 
 
@@ -5702,9 +5723,8 @@ def _is_plain(result: object) -> bool:
     if kind is dict:
         return _TELLING.isdisjoint(cast("dict[str, Any]", result))
     if kind not in _plain:
-        fields = getattr(kind, "model_fields", None)
-        extra = fields and kind.model_config.get("extra")  # type: ignore[attr-defined]
-        _plain[kind] = bool(fields) and extra != "allow" and _TELLING.isdisjoint(fields or ())
+        fields = _fields_of(kind)
+        _plain[kind] = bool(fields) and _TELLING.isdisjoint(fields)
     return _plain[kind]
 
 
@@ -5754,7 +5774,7 @@ class Middleware:
         self._inside += 1
         try:
             result = await call_next(context)
-            self._conclude(call, message, result)
+            self._conclude(call, result)
             return result
         except BaseException as error:
             failure = error
@@ -5763,10 +5783,8 @@ class Middleware:
             raise
         finally:
             self._inside -= 1
-            try:
+            with contextlib.suppress(ValueError):  # left in another context than entered
                 _running.reset(before)
-            except ValueError:  # left in another context than entered
-                pass
             if not call.waits:
                 await call.end_async(failure)
 
@@ -5809,27 +5827,16 @@ class Middleware:
                     return cast(Call, earlier)
         return call
 
-    def _conclude(self, call: Call, message: object, result: object) -> None:
+    def _conclude(self, call: Call, result: object) -> None:
         """Tell a call what was answered; whatever goes wrong with that, the answer passes."""
         try:
-            if _is_plain(result):
-                conclude(call, result, uri=call.name)
-                return
-            kind = _either(result, "result_type", "resultType")
-            asked = _get(result, "input_required") or (result if kind == "input_required" else None)
-            task = _task_of(result)
-            if asked is not None:
-                call.waits = True
-                key = _leg_of(call, _either(asked, "request_state", "requestState"))
-                self._logger.unfinished.put(key, call, "not resumed: input required", _RESUME_SECONDS)
-            elif task is not None:
-                call.waits = True
-                self._logger.unfinished.put(task, call, "not finished: the task was still running")
-            else:
-                conclude(call, result, uri=call.name)
+            if not _is_plain(result):
+                call.waits = self._logger.unfinished.put_answered(call, _get(result, "root") or result)
                 info = _get(_either(result, "_meta", "meta"), _META + "serverInfo")
                 if call.server is None and info is not None:
                     call.server = self._server = _text(_get(info, "name"))
+            if not call.waits:
+                conclude(call, result, uri=call.name)
         except Exception as fault:
             self._logger.report_fault("a result could not be summarized", fault)
 
@@ -5839,13 +5846,12 @@ class Middleware:
         transport = getattr(sys.modules.get("fastmcp.server.context"), "_current_transport", None)
         if server is None or not isinstance(transport, contextvars.ContextVar):
             return
+        kind = call.event_type
         before = transport.set("stdio")  # over which FastMCP asks no `auth=`
         try:
-            for find in {"resource": ("get_resource", "get_resource_template")}.get(
-                call.event_type, (f"get_{call.event_type}",)
-            ):
+            for find in (f"get_{kind}", "get_resource_template")[: 1 + (kind == "resource")]:
                 if _get(await getattr(server, find)(call.name), "auth") is not None:
-                    call.policy("deny", f"the {call.event_type}'s auth refuses the caller")
+                    call.policy("deny", f"the {kind}'s auth refuses the caller")
                     break
         except Exception:  # it is as unknown as it was
             pass
@@ -5861,24 +5867,9 @@ class Middleware:
         if info is not None:
             self._server = _text(_get(info, "name"))
         if method.startswith("tasks/"):
-            message = _message_of(context)
-            key = ("task", _text(_either(message, "task_id", "taskId")))
-            result = _get(result, "root") or result
-            status = _text(_get(_get(result, "status"), "value") or _get(result, "status"))
-            over = method == "tasks/result" or status in ("completed", "failed", "cancelled")
-            call = self._logger.unfinished.take(key) if over else None
-            if call is not None:
-                answer = _get(result, "result") or (result if method == "tasks/result" else None)
-                if status in ("failed", "cancelled"):
-                    failure = _get(result, "error")
-                    call.fail(
-                        _text(_get(failure, "message") or _either(result, "status_message", "statusMessage"))
-                        or status,
-                        _text(_get(failure, "code")),
-                    )
-                elif answer is not None:
-                    conclude(call, answer)
-                call.end()
+            task = _text(_either(_message_of(context), "task_id", "taskId"))
+            state = _get(result, "root") or result
+            self._logger.unfinished.end_task(task, state, is_result=method == "tasks/result")
 
     def _watch_tasks(self, server: object) -> None:
         """Hang into the functions that a FastMCP server runs in the background, by docket."""
@@ -5886,10 +5877,10 @@ class Middleware:
         if docket is None:
             return
         functions = _get(docket, "tasks")
-        path = self._logger.config.path
-        if type(functions) is dict and path not in getattr(docket, "__mxcp_audit__", ()):
+        path, watching = self._logger.config.path, getattr(docket, "__mxcp_audit__", ())
+        if type(functions) is dict and path not in watching:
             with contextlib.suppress(AttributeError):
-                docket.__mxcp_audit__ = (*getattr(docket, "__mxcp_audit__", ()), path)
+                docket.__mxcp_audit__ = (*watching, path)
                 for key, function in list(functions.items()):
                     if not str(getattr(function, "__module__", "")).startswith("docket"):
                         functions[key] = self._in_background(str(key), function)
@@ -5982,36 +5973,8 @@ def _leg_of(call: Call, state: object) -> object:
     return (call.event_type, call.name, call.input_json, *who, _text(state))
 
 
-def _task_of(result: object) -> tuple[str, str] | None:
-    """Return the background task that an answer says was begun, or None."""
-    result = _get(result, "root") or result
-    is_task = _either(result, "result_type", "resultType") == "task"
-    task = _either(result if is_task else _get(result, "task"), "task_id", "taskId")
-    return ("task", task) if isinstance(task, str) else None
-
-
-class _Request(NamedTuple):
-    """What a handler of the SDK 1 knows, in the shape of the SDK 2."""
-
-    method: str
-    params: object
-    request: object = None
-    session: object = None
-    meta: object = None
-    request_id: object = ""
-
-
 class _AuditedHandlers(dict[Any, Any]):
     """The handlers of an SDK 1 server by type of request; those that execute are recorded."""
-
-    _METHODS: Final = {
-        "CallToolRequest": "tools/call",
-        "ReadResourceRequest": "resources/read",
-        "GetPromptRequest": "prompts/get",
-        "GetTaskRequest": "tasks/get",
-        "GetTaskPayloadRequest": "tasks/result",
-        "CancelTaskRequest": "tasks/cancel",
-    }
 
     def __init__(self, middleware: Middleware, handlers: Mapping[Any, Any]) -> None:
         super().__init__()
@@ -6020,19 +5983,17 @@ class _AuditedHandlers(dict[Any, Any]):
             self[kind] = handler
 
     def __setitem__(self, kind: Any, handler: Any) -> None:
-        method = self._METHODS.get(kind.__name__)
-        super().__setitem__(kind, handler if method is None else self._audited(method, handler))
+        method = str(kind.model_fields["method"].default)
+        is_ours = method in MCP_METHODS or method.startswith("tasks/")
+        super().__setitem__(kind, self._audited(method, handler) if is_ours else handler)
 
     def _audited(self, method: str, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
         async def _audited_handler(request: Any) -> Any:
-            variable = getattr(sys.modules.get("mcp.server.lowlevel.server"), "request_ctx", None)
-            context = variable.get(None) if variable is not None else None
-            known = {
-                name: value for name in _Request._fields[2:] if (value := _get(context, name)) is not None
-            }
-            return await self._middleware(
-                _Request(method, _get(request, "params"), **known), lambda call_next: handler(request)
-            )
+            context = _context_in("mcp.server.lowlevel.server", "request_ctx")
+            known = {name: _get(context, name) for name in ("request", "session", "meta")}
+            known["request_id"] = "" if context is None else context.request_id
+            message = types.SimpleNamespace(method=method, params=_get(request, "params"), **known)
+            return await self._middleware(message, lambda _: handler(request))
 
         return _audited_handler
 
@@ -11844,12 +11805,12 @@ class StdioAudit:
             for message in self._messages(line) if self._pending or self._asked or self._unfinished else ():
                 result, params = message.get("result"), _in_any_case(message, "params")
                 if _in_any_case(message, "method") is not None:  # the server counts its own ids
-                    self._see_task(_text(_get(params, "taskId")), params)
+                    self._unfinished.end_task(_text(_get(params, "taskId")), params)
                     continue
                 asked = self._asked.pop(_key_of(message.get("id")), None)
                 if asked is not None:
                     self._server = _text(_get(_get(result, "serverInfo"), "name")) or self._server
-                    self._see_task(asked, result, is_result=_get(result, "status") is None)
+                    self._unfinished.end_task(asked, result, is_result=_get(result, "status") is None)
                     continue
                 failure = message.get("error")
                 if failure is None:
@@ -11862,31 +11823,11 @@ class StdioAudit:
     def _answered(self, key: object, result: object) -> None:
         """Finish a call, or keep it where the answer asks for input or says that a task goes on."""
         call = self._pending.get(_key_of(key))
-        if call is None:
-            return
-        task = _task_of(result)
-        if _get(result, "resultType") == "input_required":
-            leg = _leg_of(call, _get(result, "requestState"))
-            self._unfinished.put(leg, call, "not resumed: input required", _RESUME_SECONDS)
-        elif task is not None:
-            self._unfinished.put(task, call, "not finished: the task was still running")
-        else:
+        if call is not None and self._unfinished.put_answered(call, result):
+            self._pending.pop(_key_of(key), None)
+        elif call is not None:
             conclude(call, result)
             self._finish(key, None)
-        self._pending.pop(_key_of(key), None)
-
-    def _see_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
-        """Finish the call that began a task, once an answer or a notification says that the task is over."""
-        status = _text(_get(state, "status"))
-        if not task or not (is_result or status in ("completed", "failed", "cancelled")):
-            return
-        call = self._unfinished.take(("task", task))
-        if call is not None:
-            if status in ("failed", "cancelled"):
-                call.fail(_text(_get(state, "statusMessage")) or status)
-            else:
-                conclude(call, state if is_result else _get(state, "result"))
-            call.end()
 
     def close(self, reason: str) -> None:
         """Record every call that was never answered, with `reason` as its error."""
@@ -11937,7 +11878,7 @@ class StdioAudit:
             client=client_of(_get(meta, _META + "clientInfo")) or self._client,
             server=self._server,
             request_id=_text(key),
-            trace_id=trace_of(meta),
+            trace_id=(parent_of(meta) or (None,))[0],
             context={"mcp.protocol.version": version} if version else None,
         )
         self._unfinished.close(now=time.monotonic())
@@ -11980,7 +11921,7 @@ class _Lines:
 
     def feed(self, data: bytes) -> Iterator[bytes | None]:
         """Yield the lines that `data` completes; None for one that is too long to be kept."""
-        for end in data.splitlines(keepends=True) if b"\r" in data else _split_after_lf(data):
+        for end in data.splitlines(keepends=True):  # of bytes, that is: after CR, LF and CRLF
             self._size += len(end)
             if self._size <= MAX_MESSAGE_BYTES:
                 self._part.append(end)
@@ -12009,15 +11950,6 @@ class _Lines:
             elif b"\r" in whole:
                 yield whole
         self._part = []
-
-
-def _split_after_lf(data: bytes) -> Iterator[bytes]:
-    """Yield the lines of a piece with their ends, and what stands behind the last."""
-    *lines, rest = data.split(b"\n")
-    for line in lines:
-        yield line + b"\n"
-    if rest:
-        yield rest
 
 
 def _in_any_case(message: Mapping[str, Any], name: str) -> Any:
