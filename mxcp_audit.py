@@ -153,6 +153,10 @@ class JournalError(AuditError):
         super().__init__(f"{path}: {problem}")
 
 
+class AuditUnavailableError(AuditError):
+    """With `strict`: a call that could not be put on record was not executed, or its answer is withheld."""
+
+
 class StoreError(AuditError):
     """The database side failed; events stay in the journal until it works again."""
 
@@ -709,6 +713,8 @@ class Config(NamedTuple):
         record_result: "none", "summary" or "body": what is recorded of what came back.
         max_result_bytes: bytes of a body that are kept.
         trusted_proxies: addresses and networks whose word about a client's address is taken.
+        strict: patterns of names of which nothing is executed that can't be put on record; ("*",) is all.
+        strict_timeout: seconds that such a call waits for that.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
     """
@@ -730,6 +736,8 @@ class Config(NamedTuple):
     record_result: str = "summary"
     max_result_bytes: int = 2**14
     trusted_proxies: tuple[str, ...] = ()
+    strict: tuple[str, ...] = ()
+    strict_timeout: float = 5.0
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
@@ -910,6 +918,16 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _strict(value: object) -> tuple[str, ...]:
+    if isinstance(value, bool):
+        return ("*",) if value else ()
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"must be true, false, or a list of names such as [delete_*], not {_described(value)}"
+        )
+    return _names(value)
+
+
 def _networks(value: object) -> tuple[str, ...]:
     import ipaddress  # lazily: few have proxies
 
@@ -951,6 +969,8 @@ _SETTINGS: Final[dict[str, Callable[[object], object]]] = {
     "record_result": _choice("none", "summary", "body"),
     "max_result_bytes": _input_bytes,
     "trusted_proxies": _networks,
+    "strict": _strict,
+    "strict_timeout": _duration,
 }
 _SETTINGS_OF_MXCP: Final = ("max_file_size",)  # of its JSONL log; means nothing here
 
@@ -1206,6 +1226,9 @@ def iso_time(us: int | None) -> str | None:
         return (_EPOCH_START + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
     except OverflowError:
         return f"{us} microseconds"
+
+
+LINE_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
 def is_segment_id(text: str) -> bool:
@@ -3423,6 +3446,10 @@ def line_fault(line: bytes) -> str | None:
 JOURNAL_FORMAT: Final = 1  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX: Final = ".jsonl"
 _LOSS_SUFFIX: Final = ".loss"
+_BEGUN_SUFFIX: Final = ".begun"
+UNFINISHED: Final = "unfinished: the process ended during the call"  # the error of such a row
+_ENDED: Final = b'{"ended":'
+CALL_OF_LINE: Final = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
 _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 # Of files that may be others': without following a link, or waiting for the other end of a FIFO.
@@ -3688,21 +3715,60 @@ class Segment(Descriptor):
             unlock(self.number())
         super().close()
 
+    def discard(self) -> None:
+        """Close the file and delete it."""
+        with contextlib.suppress(OSError):
+            if self.is_in_place():
+                os.unlink(self.path)
+        self.close()
+
     def forget(self) -> None:
         """Close the descriptor that a fork copied; the parent's lock and file are left alone."""
         super().close()
+
+
+def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
+    """Return the begins in a file of them that have no end there: the events, by call."""
+    calls: dict[str, dict[str, Any]] = {}
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
+            said = json.loads(line)
+            if line.startswith(_ENDED):
+                for call in said["ended"]:
+                    calls.pop(call, None)
+            else:
+                calls[said["call"]] = said
+    return calls
+
+
+def unfinished_lines(calls: Mapping[str, dict[str, Any]], last_sign: str) -> bytes:
+    """Return the lines of calls that a process left: over at its last sign of life, ISO 8601 as in lines."""
+    lines = []
+    for seq, (call, event) in enumerate(sorted(calls.items()), 1):
+        moments = [datetime.datetime.strptime(text, LINE_TIME) for text in (event["timestamp"], last_sign)]
+        context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
+        duration = max(0, round((moments[1] - moments[0]).total_seconds() * 1000))
+        event |= {
+            "timestamp": max(moments).strftime(LINE_TIME),
+            "duration_ms": min(duration, MAX_DURATION_MS),
+        }
+        event |= {"context": json.dumps(context), "seq": seq}
+        del event["call"]
+        lines.append(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+    return b"".join(lines)
 
 
 class Claim:
     """A sealed or orphaned segment. Its lock was free, so that nobody writes to it any more; that nobody else
     ingests it is seen to by the ingest lock. So it holds no descriptor, of which a process has few."""
 
-    __slots__ = ("id", "lines", "path", "size", "torn")
+    __slots__ = ("calls", "id", "lines", "path", "size", "torn")
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.id = segment_id_of(path)
         self.lines = self.size = self.torn = 0
+        self.calls: dict[str, int] = {}  # those whose begin was put on record: the line's number
 
     def inspect(self, fd: int) -> None:
         """Count the lines and cut off a torn tail, which is kept beside the segment as `.torn`.
@@ -3723,6 +3789,8 @@ class Claim:
             os.ftruncate(fd, end)
         self.lines = data.count(b"\n")
         self.size = end
+        if b'"call":"' in data:
+            self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
 
     def read(self) -> bytes:
         """Return the whole segment."""
@@ -3992,12 +4060,14 @@ class Journal:
                         found[path] = Loss(0, "an unknown time", "an unknown time", text)
         return found
 
-    def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
-        """Create a new segment and lock it."""
+    def open_segment(
+        self, *, durable: bool = False, named: str | None = None, suffix: str = SEGMENT_SUFFIX
+    ) -> Segment:
+        """Create a new segment, or a file beside the segments, and lock it."""
         self.make_directory(durable=durable)
         while True:
             segment_id = named or new_segment_id(self._clock())
-            path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
+            path = os.path.join(self.directory, segment_id + suffix)
             try:
                 fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
             except FileExistsError:
@@ -4030,6 +4100,60 @@ class Journal:
             for name in self._names(regular=True)
             if name.endswith(SEGMENT_SUFFIX) and is_segment_id(name.removesuffix(SEGMENT_SUFFIX))
         ]
+
+    def open_begun(self) -> Segment:
+        """Create a file for calls that run, which nobody finds until `publish` gives it its name."""
+        return self.open_segment(suffix=_BEGUN_SUFFIX + ".part")
+
+    def publish(self, fresh: Segment, before: Segment | None, *, durable: bool = False) -> None:
+        """Put a file for calls that run in its place, which is that of the one before, in one step."""
+        path = fresh.path.removesuffix(".part")
+        if before is not None and before.is_open() and before.is_in_place():
+            path = before.path
+        os.replace(fresh.path, path)
+        fresh.path = path
+        if durable:
+            sync_directory(self.directory)
+
+    def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
+        """Yield path, last sign of life and calls of each process that lives, or of each that has ended.
+
+        Of one that has ended, the file is locked until the next is asked for.
+        """
+        for name in self._names(regular=True):
+            if not name.endswith(_BEGUN_SUFFIX) or not is_segment_id(name.removesuffix(_BEGUN_SUFFIX)):
+                continue
+            path = os.path.join(self.directory, name)
+            try:
+                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+            except OSError:  # gone, or not ours to read
+                continue
+            try:
+                if try_lock(fd) is not live and Descriptor(fd).leads_to(path):
+                    sign = datetime.datetime.fromtimestamp(os.fstat(fd).st_mtime, datetime.timezone.utc)
+                    with open(path, "rb") as file:
+                        yield path, sign.strftime(LINE_TIME), calls_in(file.read())
+            finally:
+                os.close(fd)
+
+    def take_unfinished(self) -> bool:
+        """Turn the calls that ended processes left into segments; True if there are any.
+
+        Call it under the ingest lock, after `claim`: a process that had ended when its segments were
+        claimed has ended here, too, so that the ends of its calls are in a file of it or in a segment.
+        """
+        made = False
+        for path, last_sign, calls in self.begun(live=False):
+            target = path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX
+            for segment in self.segments() if calls else ():
+                with contextlib.suppress(OSError), open(segment, "rb") as file:
+                    for call, _ in CALL_OF_LINE.findall(file.read()):
+                        calls.pop(call.decode(), None)
+            if calls and not os.path.exists(target):  # else the last attempt ended right here
+                replace_file(target, unfinished_lines(calls, last_sign))
+                made = True
+            os.unlink(path)
+        return made
 
     def claim(
         self, *, limit_bytes: int, skip: Collection[str] = ()
@@ -4237,11 +4361,129 @@ class Diagnostics:
         self.tell()
 
 
+_BEGUN_BYTES: Final = 2**20  # arbitrary: how much a file of begun calls grows until it is written anew
+_SIGN_SECONDS: Final = 10.0  # how often a process with calls on record gives a sign of life
+
+
+class Begun:
+    """The calls that run here, put on record beside the segments; what is there after a crash is unfinished.
+
+    The writer looks for them when it works, so that a call that has ended by then leaves no trace. The end of
+    one on record is noted when its line is in the journal, and before anybody may take that segment.
+    """
+
+    def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
+        self._journal, self._durable, self._encode = journal, durable, encode
+        self._file: Segment | None = None
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Begin without a file: at first, and in a child after a fork."""
+        if self._file is not None:
+            self._file.forget()
+        self._file = None
+        self._numbers = itertools.count(1)
+        self._running: dict[int, Any] = {}  # calls by number
+        self._refs: dict[int, tuple[str, Any]] = {}  # how lines name those on record, or about to be
+        self.on_record: set[int] = set()
+        self._over: list[tuple[int, int]] = []  # ticket of the line, number
+        self._size = 0  # of the file when it was begun
+        self._signed = 0.0
+
+    def begin(self, call: Any) -> int:
+        """Return the number of a call that runs from now on."""
+        number = next(self._numbers)
+        self._running[number] = call
+        return number
+
+    def end(self, number: int) -> str | None:
+        """Return how the line of a call that is over must name it; None if its begin is not on record."""
+        self._running.pop(number, None)
+        ref = self._refs.get(number)  # after that: the writer sets this first, and then looks who still runs
+        return None if ref is None else ref[0]
+
+    def ended(self, number: int, ticket: int) -> None:
+        """Take the ticket of the line of a call that `end` gave a name for."""
+        self._over.append((ticket, number))
+
+    def write(self, done: int) -> None:
+        """Put on record what runs, and what is over of that, with its line among the first `done`.
+
+        Raises OSError or JournalError; then the next attempt does it all.
+        """
+        over = [entry for entry in self._over[:] if entry[0] <= done]
+        gone = {number for _, number in over}
+        fresh = [number for number in self._running.copy() if number not in self.on_record]
+        if not fresh and not over:
+            self._sign()
+            return
+        for number in fresh:
+            call = self._running.get(number)
+            if call is not None and number not in self._refs:
+                self._refs[number] = (new_segment_id(wall_clock_ns()), call)
+                if number not in self._running:  # it ended meanwhile, and its line may not name it
+                    del self._refs[number]
+        file, numbers = self._file, set(fresh)
+        if (
+            file is None
+            or not (file.is_open() and file.is_in_place())
+            or file.size > self._size + _BEGUN_BYTES
+        ):
+            file, numbers = self._journal.open_begun(), {*self.on_record, *fresh} - gone
+        refs = [(number, self._refs[number]) for number in sorted(numbers) if number in self._refs]
+        lines = [self._encode(call, ref) for _, (ref, call) in refs]
+        ended = [self._refs[number][0] for number in gone if number in self.on_record]
+        if ended and file is self._file:
+            lines.append(_ENDED + json.dumps(ended).encode() + b"}\n")
+        try:
+            file.append(b"".join(lines), len(lines), durable=self._durable)
+            if file is not self._file:
+                self._journal.publish(file, self._file, durable=self._durable)
+        except BaseException:
+            if file is not self._file:
+                file.discard()
+            raise
+        if file is not self._file:
+            before, self._file, self._size = self._file, file, file.size
+            if before is not None:
+                before.close()
+        self.on_record.update(number for number, _ in refs)
+        for entry in over:
+            self._over.remove(entry)
+            self._refs.pop(entry[1], None)
+            self.on_record.discard(entry[1])
+        self._signed = time.monotonic()
+
+    def sign_due(self) -> float | None:
+        """Return the seconds until a sign of life is due; None if no call is on record."""
+        return max(0.0, self._signed + _SIGN_SECONDS - time.monotonic()) if self.on_record else None
+
+    def _sign(self) -> None:
+        if self._file is not None and self.sign_due() == 0:
+            self._signed = time.monotonic()
+            with contextlib.suppress(OSError):
+                os.utime(self._file.path)
+
+    def close(self) -> None:
+        """Remove the file if no call is on record; else an ingest takes it when the process has ended."""
+        if self._file is not None and not self._refs:
+            self._file.discard()
+            self._file = None
+
+
 class Appender:
     """Puts lines into segments of a journal, one after the other; for one thread at a time."""
 
-    def __init__(self, journal: Journal, *, durable: bool, diagnostics: Diagnostics) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        durable: bool,
+        diagnostics: Diagnostics,
+        encode_begin: Callable[[Any, str], bytes] = lambda call, ref: b"",
+    ) -> None:
         self.journal = journal
+        self.begun = Begun(journal, durable=durable, encode=encode_begin)
         self._durable = durable
         self._diagnostics = diagnostics
         self._segment: Segment | None = None
@@ -4249,6 +4491,7 @@ class Appender:
 
     def start_afresh(self) -> None:
         """Begin without a segment: at first, and in a child after a fork, where the parent's is closed."""
+        self.begun.start_afresh()
         self.done = 0  # lines that are in the journal, or can be in none
         self._before = 0  # those of them that are in no segment of ours any more
         self.sealed: dict[str, int] = {}  # files that wait for an ingest, and how many events each holds
@@ -4349,6 +4592,7 @@ class Appender:
         """Seal the segment, if any, and put losses on record; False if either must be tried again."""
         try:
             segment = self._present()
+            self.begun.write(self.done)
             if segment is not None:
                 segment.seal()
                 self._let_go(segment)
@@ -4698,10 +4942,10 @@ class Writer:
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._finished = 0  # lines that left the queue
-        self._waiting: list[tuple[int, Callable[[], object]]] = []
+        self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
         self._asleep = True
         self._gathering = False
-        self._awaited = 0  # the ticket that somebody waits for
+        self._hurry = 0  # how many threads wait
         self._closing = self._closed = False
         self._inline = 0  # the thread that writes without being the writer
         self._thread: threading.Thread | None = None
@@ -4725,33 +4969,64 @@ class Writer:
             self._queue.append(line)
             self._queued_bytes += len(line)
             ticket = self._finished + len(self._queue)
+        self._rouse_if_asleep()
+        return ticket
+
+    def begin(self, call: object) -> int:
+        """Have a call put on record, if it still runs when the writer works; return its number."""
+        number = self._appender.begun.begin(call)
+        self._rouse_if_asleep()
+        return number
+
+    def _rouse_if_asleep(self) -> None:
         if self._asleep:
             try:  # noqa: SIM105 - `suppress` would need some stack itself
                 self._rouse()
             except RecursionError:  # the stack ends here; the line is queued, and the next wakes the writer
                 pass
-        return ticket
 
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
         """Return True when the line with this ticket is in the journal; at once inside of the writing thread.
 
         False after `timeout` seconds, and for a line that `close` had to leave behind.
         """
+        return self.wait_for(lambda: self.written >= ticket, timeout)
+
+    def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Return True when the writer has done something; False after `timeout` seconds, or once closed."""
         if self._is_writing_thread():
             return True
         with self._lock:
-            self._awaited = max(self._awaited, ticket)
-        if self._gathering:
-            self._release_wake()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self._wait_until(lambda: self.written >= ticket or self._closed, deadline)
-        return self.written >= ticket
+            self._hurry += 1
+        try:
+            if self._gathering:
+                self._release_wake()
+            deadline = None if timeout is None else time.monotonic() + timeout
+            self._wait_until(lambda: done() or self._closed, deadline)
+            return done()
+        finally:
+            with self._lock:
+                self._hurry -= 1
 
-    def call_when_written(self, ticket: int, callback: Callable[[], object]) -> None:
-        """Call back, from any thread, when the line with this ticket is in the journal."""
+    def end(self, number: int) -> str | None:
+        """Return how the line of a call that is over must name its begin; None if that is not on record."""
+        return self._appender.begun.end(number)
+
+    def ended(self, number: int, ticket: int) -> None:
+        """Take the ticket of that line; 0 if it was dropped."""
+        self._appender.begun.ended(number, ticket)
+
+    def is_begun(self, number: int) -> bool:
+        """Return True if the begin of a call is on record."""
+        return number in self._appender.begun.on_record
+
+    def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
+        """Call back, from any thread, when the writer has done something, or is closed."""
         with self._lock:
-            if not (self.written >= ticket or self._closed):
-                self._waiting.append((ticket, callback))
+            if not (done() or self._closed):
+                self._waiting.append((done, callback))
+                if self._gathering:
+                    self._release_wake()
                 return
         callback()
 
@@ -4934,8 +5209,8 @@ class Writer:
             )
 
     def _is_awaited(self) -> bool:
-        """Return True if somebody waits; who sets this reads `_gathering` afterwards."""
-        return self._awaited > self.written or self._ingester.wanted > self._ingester.tried
+        """Return True if somebody waits; who does reads `_gathering` afterwards."""
+        return bool(self._hurry or self._waiting) or self._ingester.wanted > self._ingester.tried
 
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread. Call it with the lock held."""
@@ -4952,7 +5227,8 @@ class Writer:
                 self._retire()
                 return False
             self._asleep = True
-        due = self._ingester.due_in()
+        dues = (self._ingester.due_in(), self._appender.begun.sign_due())
+        due = min((due for due in dues if due is not None), default=None)
         self._wake.acquire(timeout=-1.0 if due is None else min(due, threading.TIMEOUT_MAX))
         return True
 
@@ -4961,6 +5237,8 @@ class Writer:
         done = self._drain()
         if self._closing:
             sealed = self._closed or self._appender.seal()  # also then: an ingest may free the space
+            if done and sealed:
+                self._appender.begun.close()
             return done and sealed
         self._ingester.step()
         with self._lock:
@@ -4970,10 +5248,13 @@ class Writer:
     def _drain(self) -> bool:
         """Move the queue into the journal; False on a fault, with what is left still queued."""
         self._trim()  # after an interrupt there may be something to do
-        while batch := self._queue[:]:
+        is_first = True
+        while (batch := self._queue[:]) or is_first:
+            is_first = False
             try:
                 for piece in _pieces(batch):
                     self._appender.append(piece)
+                self._appender.begun.write(self.written)
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
                 self._diagnostics.note(
                     "journal",
@@ -5002,7 +5283,7 @@ class Writer:
 
     def _call_back(self) -> None:
         with self._lock:
-            due = [entry for entry in self._waiting if entry[0] <= self.written or self._closed]
+            due = [entry for entry in self._waiting if entry[0]() or self._closed]
             self._waiting = [entry for entry in self._waiting if entry not in due]
         for _, callback in due:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
@@ -5093,6 +5374,8 @@ class Call:
     failure: Call | None = None  # of the outer one: the one within that failed
     ended = False
     waits = False  # it was answered, and goes on
+    number = 0  # while it runs
+    strict = False  # whether it is executed only if that can be put on record
     _before: contextvars.Token[Call | None] | None = None
 
     def __init__(
@@ -5114,12 +5397,12 @@ class Call:
         self.context: dict[str, object] = dict(context) if context else {}
         self._logger = logger
         self.denied_by = denied_by
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
         self.take_input(input_params, endpoint_def)
 
     def take_input(self, input_params: object, endpoint_def: object = None) -> None:
         """Encode the input; what a tool passes on to another one is redacted by that one's rules."""
-        self.input_json, self.echoes = self._logger.begin(input_params, self.name, endpoint_def)
+        self.input_json, self.echoes = self._logger.take_input(input_params, self.name, endpoint_def)
 
     def more(self) -> tuple[object, ...]:
         """Return the values of NEW_COLUMNS."""
@@ -5131,6 +5414,14 @@ class Call:
             *(self.request_id, self.error_type, self.result_bytes, context),
         )
 
+    def event(self) -> tuple[Any, ...]:
+        """Return the arguments of `Encoder.line`."""
+        return (
+            *(self.caller, self.event_type, self.name, self.input_json, self.duration_ms),
+            *(self.policy_decision, self.reason, self.status, self.error),
+            *(self.user_id, self.session_id, self.trace_id, self.echoes, self.more()),
+        )
+
     def policy(self, decision: str, reason: object = None) -> None:
         """Record what a policy decided: allow, deny or warn, and why."""
         self.policy_decision, self.reason = decision, reason
@@ -5139,18 +5430,48 @@ class Call:
         """Record an error although nothing is raised, such as a result that is marked as one."""
         self.status, self.error, self.error_type = "error", error, error_type or self.error_type
 
+    def begin(self) -> None:
+        """Put the call on record as running, before its body runs; `with` does it.
+
+        Raises AuditUnavailableError where the logger is `strict` and that can't be done in time.
+        """
+        if self._begin() and not self._logger.wait_begun(self):
+            raise self._refused()
+
+    async def begin_async(self) -> None:
+        """Do the same without blocking the event loop."""
+        if self._begin() and not await self._logger.wait_begun_async(self):
+            raise self._refused()
+
+    def _begin(self) -> bool:
+        """Return True if the call must wait until it is on record."""
+        if self.number or self.outer is not None or not self._logger.enabled:
+            return False
+        self.number = self._logger.begin(self)
+        self.strict = self._logger.is_strict(self.name)
+        return self.strict
+
+    def _refused(self) -> BaseException:
+        error: BaseException = self._logger.refuse(self)
+        self._end(error)
+        return error
+
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
-        self._logger.wait(self._end(error))
+        if not self._logger.wait(self._end(error), strict=self.strict) and error is None:
+            raise self._logger.refuse(self)
 
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
         try:
-            await self._logger.wait_async(self._end(error))
+            is_recorded = await self._logger.wait_async(self._end(error), strict=self.strict)
         except BaseException:
             # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
             if error is None or isinstance(error, Exception):
                 raise
+            return
+        if not is_recorded and error is None:
+            raise self._logger.refuse(self)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -5165,7 +5486,7 @@ class Call:
         if self.ended:
             return 0
         self.ended = True
-        self.duration_ms = round((time.perf_counter() - self._started) * 1000)
+        self.duration_ms = round((time.perf_counter() - self.started) * 1000)
         # Whoever closes a generator has all that was wanted of it: no error.
         if error is not None and not isinstance(error, GeneratorExit):
             if self.status != "error":  # what is known already was known nearer to the cause
@@ -5194,6 +5515,7 @@ class Call:
             self._before = None
 
     def __enter__(self) -> Call:
+        self.begin()
         self._before = _running.set(self)
         return self
 
@@ -5202,7 +5524,9 @@ class Call:
         self.end(error)
 
     async def __aenter__(self) -> Call:
-        return self.__enter__()
+        await self.begin_async()
+        self._before = _running.set(self)
+        return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
@@ -5701,6 +6025,7 @@ class Middleware:
             finally:
                 outer.is_open = False
         call = self._begin(event_type, context, message)
+        await call.begin_async()
         failure: BaseException | None = None
         before = _running.set(call)
         self._inside += 1
@@ -5855,6 +6180,7 @@ class Middleware:
             name = key.removeprefix(f"{event_type}:").rpartition("@")[0] or key.removeprefix(f"{event_type}:")
             call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
             call.is_open, call.task, call.outer = True, _current_task(), None
+            await call.begin_async()
             failure: BaseException | None = None
             before = _running.set(call)
             try:
@@ -6110,6 +6436,7 @@ def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
     def _generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
+        call.begin()
         failure: BaseException | None = None
         try:
             generator = function(*args, **kwargs)
@@ -6142,6 +6469,7 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
+        await call.begin_async()
         failure: BaseException | None = None
         try:
             generator = function(*args, **kwargs)
@@ -6278,7 +6606,7 @@ def _is_injected(value: object) -> bool:
 
 
 # === Logger ===
-# depends on: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
+# depends on: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Calls
 #
 # What servers hold. It joins the sections above and adds what belongs to the process: exit, fork, children of
 # multiprocessing. It knows no DuckDB: Assembly sets `_ingest`, and without it events stay in the journal.
@@ -6296,6 +6624,7 @@ class Counters(NamedTuple):
     rejected: int  # journal lines that could not be ingested and are kept aside
     errors: int  # faults of any kind
     last_error: str | None
+    refused: int = 0  # strict calls that could not be put on record
 
 
 _UNENCODABLE: Final = "[UNENCODABLE]"
@@ -6324,6 +6653,9 @@ class AuditLogger:
         record_result: what to record of a result: "none", "summary" (bytes, items, kinds), "body" (redacted).
         max_result_bytes: a longer body is cut, visibly.
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
+        strict: True, or names with `*`: such a call is executed only once its begin is in the journal, and
+            answered only once its end is; else AuditUnavailableError is raised.
+        strict_timeout: seconds that such a call waits for that, such as 5 or "5s".
         attach: options of the ATTACH statement for targets other than files.
 
     Raises:
@@ -6350,6 +6682,8 @@ class AuditLogger:
         record_result: str = "summary",
         max_result_bytes: int = 2**14,
         trusted_proxies: Sequence[str] = (),
+        strict: bool | Sequence[str] = False,
+        strict_timeout: float | str = 5.0,
         attach: Mapping[str, object] | None = None,
     ) -> None:
         if path is None:
@@ -6372,6 +6706,8 @@ class AuditLogger:
                 record_result=record_result,
                 max_result_bytes=max_result_bytes,
                 trusted_proxies=trusted_proxies,
+                strict=strict,
+                strict_timeout=strict_timeout,
                 attach=attach,
             )
         )
@@ -6398,7 +6734,12 @@ class AuditLogger:
         self.enabled = config.enabled
         self._diagnostics = told = Diagnostics()
         self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
-        appender = Appender(Journal(config.journal_directory), durable=config.durable, diagnostics=told)
+        appender = Appender(
+            Journal(config.journal_directory),
+            durable=config.durable,
+            diagnostics=told,
+            encode_begin=self._begin_line,
+        )
         self._ingester = Ingester(
             appender,
             None
@@ -6416,6 +6757,8 @@ class AuditLogger:
             on_start=self._activate,
         )
         self._put = self._writer.put
+        self._strict = re.compile("|".join(map(_pattern, config.strict)) or "(?!)", re.DOTALL)
+        self.refused = 0
         self.unfinished = Unfinished()
         _live.known[id(self)] = self
         if self.enabled:
@@ -6500,15 +6843,15 @@ class AuditLogger:
         if self.config.durable:
             self._writer.wait_written(ticket)
 
-    def _record(self, *event: Any) -> int:
+    def _record(self, *event: Any, end: bytes = b"") -> int:
         """Queue an event, without its content if it can't be encoded, and return the ticket of its line."""
         try:
-            return self._put(self._encoder.line(*event))
+            return self._put(self._encoder.line(*event) + end)
         except BaseException as fault:
             self.report_fault("an event could not be encoded; it is recorded without content", fault)
         try:
             nothing = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE)
-            return self._put(self._encoder.line(*nothing, None, None, None, ()))
+            return self._put(self._encoder.line(*nothing, None, None, None, ()) + end)
         except BaseException as fault:
             self.report_fault("an event could not be recorded", fault)
             return 0
@@ -6520,7 +6863,7 @@ class AuditLogger:
 
     # --- what a Call needs
 
-    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+    def take_input(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
         """Encode the input of a call that begins; also return what was redacted in it."""
         echoes: list[str] = []
         if not self.enabled:
@@ -6530,51 +6873,82 @@ class AuditLogger:
         except BaseException as fault:
             return self.report_fault("an input could not be encoded", fault), echoes
 
+    def is_strict(self, name: str) -> bool:
+        """Return True for a name of which nothing is executed that can't be put on record."""
+        return self._strict.fullmatch(name) is not None
+
+    def begin(self, call: Call) -> int:
+        """Have a call put on record while it runs; return its number."""
+        return self._writer.begin(call)
+
+    def _begin_line(self, call: Call, ref: str) -> bytes:
+        """Return the begin of a call as it is put on record: the event that it is, should nothing follow."""
+        event = (*call.event()[:4], 0, "n/a", None, "error", UNFINISHED, *call.event()[9:])
+        line = self._encoder.line(*event)
+        age = datetime.timedelta(seconds=time.perf_counter() - call.started)
+        return b'{"timestamp":"%b"%b,"call":"%b"}\n' % (
+            (utc_now() - age).strftime(LINE_TIME).encode(),
+            line[line.index(b'"', len(b'{"timestamp":"')) + 1 :],
+            ref.encode(),
+        )
+
     def finish(self, call: Call) -> int:
         """Queue the line of a call that ended, and return its ticket."""
         if not self.enabled:
             return 0
-        return self._record(
-            call.caller,
-            call.event_type,
-            call.name,
-            call.input_json,
-            call.duration_ms,
-            call.policy_decision,
-            call.reason,
-            call.status,
-            call.error,
-            call.user_id,
-            call.session_id,
-            call.trace_id,
-            call.echoes,
-            call.more(),
+        ref = self._writer.end(call.number) if call.number else None
+        if ref is None:
+            return self._record(*call.event())
+        ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode())
+        self._writer.ended(call.number, ticket)
+        return ticket
+
+    def refuse(self, call: Call) -> AuditUnavailableError:
+        """Count a call that could not be put on record, and return what is raised instead of executing it."""
+        self.refused += 1
+        text = f"{call.event_type} {call.name} can't be put on record within {self.config.strict_timeout:g} s"
+        self._diagnostics.report(
+            "strict", f"{text}; it was refused (last fault: {self._diagnostics.last_error})"
         )
+        return AuditUnavailableError(f"{text}; it was not executed, or its answer is withheld")
 
-    def wait(self, ticket: int) -> None:
-        """With `durable`, return when the line is on the disk."""
-        if self.config.durable and self.enabled:
-            self._writer.wait_written(ticket)
+    def wait_begun(self, call: Call) -> bool:
+        """Return True once the begin of a call is on record; False after `strict_timeout`."""
+        return self._writer.wait_for(lambda: self._writer.is_begun(call.number), self.config.strict_timeout)
 
-    async def wait_async(self, ticket: int) -> None:
-        """With `durable`, return when the line is on the disk; the event loop goes on meanwhile."""
-        if not (self.config.durable and self.enabled):
-            return
+    async def wait_begun_async(self, call: Call) -> bool:
+        """Do the same while the event loop goes on."""
+        return await self._wait_async(lambda: self._writer.is_begun(call.number), self.config.strict_timeout)
+
+    def wait(self, ticket: int, *, strict: bool = False) -> bool:
+        """With `durable`, or for a strict call, return when the line is written; False if it took too long."""
+        if not self.enabled or not (self.config.durable or strict):
+            return True
+        return self._writer.wait_written(ticket, self.config.strict_timeout if strict else None)
+
+    async def wait_async(self, ticket: int, *, strict: bool = False) -> bool:
+        """Do the same while the event loop goes on."""
+        if not self.enabled or not (self.config.durable or strict):
+            return True
+        timeout = self.config.strict_timeout if strict else None
+        return await self._wait_async(lambda: self._writer.written >= ticket, timeout)
+
+    async def _wait_async(self, done: Callable[[], bool], timeout: float | None) -> bool:
         import asyncio
 
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # another kind of event loop: the promise counts for more than its time
-            self._writer.wait_written(ticket)
-            return
-        written: asyncio.Future[None] = loop.create_future()
+            return self._writer.wait_for(done, timeout)
+        over: asyncio.Future[None] = loop.create_future()
 
         def _resolve() -> None:
-            if not written.done():  # the waiting task may have been cancelled
-                written.set_result(None)
+            if not over.done():  # the waiting task may have been cancelled
+                over.set_result(None)
 
-        self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(_resolve))
-        await written
+        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(_resolve))
+        await asyncio.wait([over], timeout=timeout)
+        return done()
 
     def record(
         self,
@@ -6713,6 +7087,7 @@ class AuditLogger:
             told.rejected,
             told.errors,
             told.last_error,
+            self.refused,
         )
 
     def flush(self, timeout: float = 10.0) -> bool:
@@ -6813,6 +7188,11 @@ def place_problem(path: str) -> str | None:
     if not os.path.isdir(folder or "."):
         return f"{folder} is no directory"
     return None if os.access(folder or ".", os.W_OK | os.X_OK) else f"this user may not write in {folder}"
+
+
+def _pattern(name: str) -> str:
+    """Return a name with `*` as a regular expression."""
+    return ".*".join(map(re.escape, name.split("*")))
 
 
 class _Live:
@@ -7053,6 +7433,13 @@ FROM ({
     )
 }) AS staged
 JOIN audit.ledger AS entered ON entered.segment = staged.segment AND entered.kind = 'segment'"""
+# Which of some calls have a row that says that they were never finished.
+UNFINISHED_CALLS: Final = """\
+SELECT DISTINCT call::VARCHAR FROM (
+    SELECT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
+    WHERE timestamp >= $since::TIMESTAMP - INTERVAL 1 MINUTE AND error = $error)
+WHERE call IN (SELECT unnest($calls))"""
+UNSTAGE_LINES: Final = "DELETE FROM batch WHERE segment = $segment AND seq IN (SELECT unnest($seqs))"
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 STAGE_NOTHING: Final = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
@@ -8685,11 +9072,12 @@ class Ingest:
         seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
+            is_more = self._journal.take_unfinished()
             lost = self._journal.losses()
             if claims or lost:
                 self._take(claims, lost)
             seen.update(claim.id for claim in claims)
-            if not claims:
+            if not claims and not is_more:
                 return problems
 
     def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
@@ -8822,6 +9210,7 @@ class Ingest:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
                 if self._target.is_file:
                     engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
+            losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
                 try:
                     engine.execute(INSERT_ROWS)
@@ -8830,6 +9219,27 @@ class Ingest:
                 self._enter_segments(engine, fresh, losses)
             self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
         return set(fresh)
+
+    def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
+        """Keep out the ends of calls that are on record as unfinished; return how many of each segment.
+
+        A process that lost its locks, or whose journal was copied while it ran, may go on after that.
+        """
+        calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
+        late: dict[str, list[tuple[int, str, bytes]]] = {}
+        if calls:
+            since = datetime.datetime.strptime(min(calls)[:22], "%Y%m%dT%H%M%S%fZ")
+            asked = {"calls": list(calls), "since": str(since), "error": UNFINISHED}
+            for (call,) in engine.execute(UNFINISHED_CALLS, asked):
+                claim, seq = calls[call]
+                line = next((each for each in claim.read().splitlines() if call.encode() in each), b"")
+                reason = "its call is on record already, as unfinished"
+                late.setdefault(claim.id, []).append((seq, reason, line))
+        for claim in claims:
+            if faults := late.get(claim.id):
+                engine.execute(UNSTAGE_LINES, {"segment": claim.id, "seqs": [seq for seq, *_ in faults]})
+                claim.reject(sorted(faults))
+        return {segment: len(faults) for segment, faults in late.items()}
 
     def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> None:
         """Of segments that the ledger has by name: keep what is in none of its rows.
@@ -11922,6 +12332,7 @@ class StdioAudit:
             call.end()
             return
         self._finish(key, "its id was used again before it was answered")
+        call.begin()
         self._pending[key] = call
 
     def _finish(self, key: object, error: str | None, error_type: str | None = None) -> None:
