@@ -1231,6 +1231,11 @@ def iso_time(us: int | None) -> str | None:
 LINE_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
+def line_time(moment: datetime.datetime) -> bytes:
+    """Return an aware moment in UTC as lines have it."""
+    return moment.replace(tzinfo=None).isoformat(timespec="microseconds").encode() + b"Z"
+
+
 def is_segment_id(text: str) -> bool:
     """Say whether `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
@@ -3443,7 +3448,7 @@ def line_fault(line: bytes) -> str | None:
 # A name never changes: a rename under a reader's feet makes its query fail. On a file system without locks
 # nobody can tell a live segment from an orphan: events are recorded and readable, but never ingested.
 
-JOURNAL_FORMAT: Final = 1  # of names and lines; docs/journal-format.md describes it
+JOURNAL_FORMAT: Final = 2  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX: Final = ".jsonl"
 _LOSS_SUFFIX: Final = ".loss"
 _BEGUN_SUFFIX: Final = ".begun"
@@ -3741,20 +3746,20 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
     return calls
 
 
-def unfinished_lines(calls: Mapping[str, dict[str, Any]], last_sign: str) -> bytes:
-    """Return the lines of calls that a process left: over at its last sign of life, ISO 8601 as in lines."""
+def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
+    """Return lines of calls as they were at a moment, text as in lines: over by then, or running (seq 0)."""
     lines = []
     for seq, (call, event) in enumerate(sorted(calls.items()), 1):
-        moments = [datetime.datetime.strptime(text, LINE_TIME) for text in (event["timestamp"], last_sign)]
+        begun, now = (datetime.datetime.strptime(text, LINE_TIME) for text in (event["timestamp"], moment))
         context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
-        duration = max(0, round((moments[1] - moments[0]).total_seconds() * 1000))
-        event |= {
-            "timestamp": max(moments).strftime(LINE_TIME),
-            "duration_ms": min(duration, MAX_DURATION_MS),
-        }
-        event |= {"context": json.dumps(context), "seq": seq}
-        del event["call"]
-        lines.append(json.dumps(event, separators=(",", ":")).encode() + b"\n")
+        passed = min(max(0, round((now - begun).total_seconds() * 1000)), MAX_DURATION_MS)
+        line = {**event, "duration_ms": passed, "context": json.dumps(context)}
+        if over:
+            line |= {"timestamp": max(begun, now).strftime(LINE_TIME), "seq": seq}
+        else:
+            line |= {"status": "running", "error": None, "seq": 0}
+        del line["call"]
+        lines.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
     return b"".join(lines)
 
 
@@ -4136,6 +4141,20 @@ class Journal:
             finally:
                 os.close(fd)
 
+    def running(self) -> bytes:
+        """Return lines of the calls that run on this host: since when, and for how long."""
+        now = utc_now().strftime(LINE_TIME)
+        return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
+
+    def unfinished(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the segment that each ended process will leave of its calls, and its lines, perhaps none."""
+        for path, last_sign, calls in self.begun(live=False):
+            for segment in self.segments() if calls else ():
+                with contextlib.suppress(OSError), open(segment, "rb") as file:
+                    for call, _ in CALL_OF_LINE.findall(file.read()):
+                        calls.pop(call.decode(), None)
+            yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
+
     def take_unfinished(self) -> bool:
         """Turn the calls that ended processes left into segments; True if there are any.
 
@@ -4143,16 +4162,11 @@ class Journal:
         claimed has ended here, too, so that the ends of its calls are in a file of it or in a segment.
         """
         made = False
-        for path, last_sign, calls in self.begun(live=False):
-            target = path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX
-            for segment in self.segments() if calls else ():
-                with contextlib.suppress(OSError), open(segment, "rb") as file:
-                    for call, _ in CALL_OF_LINE.findall(file.read()):
-                        calls.pop(call.decode(), None)
-            if calls and not os.path.exists(target):  # else the last attempt ended right here
-                replace_file(target, unfinished_lines(calls, last_sign))
+        for path, lines in self.unfinished():
+            if lines and not os.path.exists(path):  # else the last attempt ended right here
+                replace_file(path, lines)
                 made = True
-            os.unlink(path)
+            os.unlink(path.removesuffix(SEGMENT_SUFFIX) + _BEGUN_SUFFIX)
         return made
 
     def claim(
@@ -4259,7 +4273,7 @@ QUEUE_BYTES: Final = 64 * 2**20
 SEGMENT_BYTES: Final = 8 * 2**20
 _PIECE_BYTES: Final = 2**20  # arbitrary: what one write holds, so that a segment overshoots by little
 _GATHER_SECONDS: Final = 0.02  # the window in which `kill -9` loses events, plus one write
-_RETRY_SECONDS: Final = (0.05, 5.0)  # first and longest pause after a failed write
+_RETRY_SECONDS: Final = (0.05, 1.0)  # first and longest pause after a failed write
 _REPORT_SECONDS: Final = 60.0  # how often the same fault is logged
 
 _LOG: Final = logging.getLogger("mxcp_audit")
@@ -4362,14 +4376,14 @@ class Diagnostics:
 
 
 _BEGUN_BYTES: Final = 2**20  # arbitrary: how much a file of begun calls grows until it is written anew
-_SIGN_SECONDS: Final = 10.0  # how often a process with calls on record gives a sign of life
+_SIGN_SECONDS: Final = 1.0  # how often a process with calls on record gives a sign of life
 
 
 class Begun:
     """The calls that run here, put on record beside the segments; what is there after a crash is unfinished.
 
     The writer looks for them when it works, so that a call that has ended by then leaves no trace. The end of
-    one on record is noted when its line is in the journal, and before anybody may take that segment.
+    one on record is noted after its line is in the journal, and before anybody may take that segment.
     """
 
     def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
@@ -4406,17 +4420,18 @@ class Begun:
         """Take the ticket of the line of a call that `end` gave a name for."""
         self._over.append((ticket, number))
 
-    def write(self, done: int) -> None:
-        """Put on record what runs, and what is over of that, with its line among the first `done`.
+    def write(self, done: int, *, ends: bool = False) -> None:
+        """Put on record what runs and, at the latest after a second or with `ends`, what is over of that.
 
-        Raises OSError or JournalError; then the next attempt does it all.
+        Over is a call whose line is among the first `done` of the journal. Raises OSError or JournalError;
+        then the next attempt does it all.
         """
+        fresh = [number for number in self._running.copy() if number not in self.on_record]
+        is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
+        if not (fresh or is_due or (ends and self._over)):
+            return
         over = [entry for entry in self._over[:] if entry[0] <= done]
         gone = {number for _, number in over}
-        fresh = [number for number in self._running.copy() if number not in self.on_record]
-        if not fresh and not over:
-            self._sign()
-            return
         for number in fresh:
             call = self._running.get(number)
             if call is not None and number not in self._refs:
@@ -4436,6 +4451,8 @@ class Begun:
         if ended and file is self._file:
             lines.append(_ENDED + json.dumps(ended).encode() + b"}\n")
         try:
+            if not lines and file is self._file:
+                os.utime(file.path)  # a sign of life
             file.append(b"".join(lines), len(lines), durable=self._durable)
             if file is not self._file:
                 self._journal.publish(file, self._file, durable=self._durable)
@@ -4454,15 +4471,9 @@ class Begun:
             self.on_record.discard(entry[1])
         self._signed = time.monotonic()
 
-    def sign_due(self) -> float | None:
-        """Return the seconds until a sign of life is due; None if no call is on record."""
+    def due_in(self) -> float | None:
+        """Return the seconds until the next sign of life; None if no call is on record."""
         return max(0.0, self._signed + _SIGN_SECONDS - time.monotonic()) if self.on_record else None
-
-    def _sign(self) -> None:
-        if self._file is not None and self.sign_due() == 0:
-            self._signed = time.monotonic()
-            with contextlib.suppress(OSError):
-                os.utime(self._file.path)
 
     def close(self) -> None:
         """Remove the file if no call is on record; else an ingest takes it when the process has ended."""
@@ -4592,7 +4603,7 @@ class Appender:
         """Seal the segment, if any, and put losses on record; False if either must be tried again."""
         try:
             segment = self._present()
-            self.begun.write(self.done)
+            self.begun.write(self.done, ends=True)
             if segment is not None:
                 segment.seal()
                 self._let_go(segment)
@@ -5227,7 +5238,7 @@ class Writer:
                 self._retire()
                 return False
             self._asleep = True
-        dues = (self._ingester.due_in(), self._appender.begun.sign_due())
+        dues = (self._ingester.due_in(), self._appender.begun.due_in())
         due = min((due for due in dues if due is not None), default=None)
         self._wake.acquire(timeout=-1.0 if due is None else min(due, threading.TIMEOUT_MAX))
         return True
@@ -5452,14 +5463,14 @@ class Call:
         return self.strict
 
     def _refused(self) -> BaseException:
-        error: BaseException = self._logger.refuse(self)
+        error: BaseException = self._logger.refuse(self, "it was not executed")
         self._end(error)
         return error
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
         if not self._logger.wait(self._end(error), strict=self.strict) and error is None:
-            raise self._logger.refuse(self)
+            raise self._logger.refuse(self, "it was executed, and its answer is withheld")
 
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
@@ -5471,7 +5482,7 @@ class Call:
                 raise
             return
         if not is_recorded and error is None:
-            raise self._logger.refuse(self)
+            raise self._logger.refuse(self, "it was executed, and its answer is withheld")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -6025,7 +6036,10 @@ class Middleware:
             finally:
                 outer.is_open = False
         call = self._begin(event_type, context, message)
-        await call.begin_async()
+        try:
+            await call.begin_async()
+        except AuditUnavailableError as error:
+            raise _protocol_error(error) from error
         failure: BaseException | None = None
         before = _running.set(call)
         self._inside += 1
@@ -6043,7 +6057,10 @@ class Middleware:
             with contextlib.suppress(ValueError):  # left in another context than entered
                 _running.reset(before)
             if not call.waits:
-                await call.end_async(failure)
+                try:
+                    await call.end_async(failure)
+                except AuditUnavailableError as error:
+                    raise _protocol_error(error) from error
 
     async def check_resource_access(self, context: object) -> None:
         """Allow: FastMCP 4 asks each middleware."""
@@ -6230,6 +6247,12 @@ class Middleware:
                 f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
                 "with @audit.tool(), or run the server under `mxcp-audit wrap`"
             )
+
+
+def _protocol_error(error: AuditUnavailableError) -> Exception:
+    """Return what the SDK 2 tells a client; of any other error it hides the text."""
+    kind = getattr(sys.modules.get("mcp.shared.exceptions"), "MCPError", None)
+    return error if kind is None else kind(code=-32000, message=str(error))
 
 
 _MIDDLEWARE_CODE: Final = Middleware.__call__.__code__
@@ -6883,14 +6906,12 @@ class AuditLogger:
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
         """Return the begin of a call as it is put on record: the event that it is, should nothing follow."""
-        event = (*call.event()[:4], 0, "n/a", None, "error", UNFINISHED, *call.event()[9:])
-        line = self._encoder.line(*event)
+        event = call.event()
+        begun = (*event[:4], 0, "n/a", None, "error", UNFINISHED, *event[9:])
+        line = self._encoder.line(*begun)
         age = datetime.timedelta(seconds=time.perf_counter() - call.started)
-        return b'{"timestamp":"%b"%b,"call":"%b"}\n' % (
-            (utc_now() - age).strftime(LINE_TIME).encode(),
-            line[line.index(b'"', len(b'{"timestamp":"')) + 1 :],
-            ref.encode(),
-        )
+        rest = line[line.index(b'"', len(b'{"timestamp":"')) :]
+        return b'{"timestamp":"%b%b,"call":"%b"}\n' % (line_time(utc_now() - age), rest, ref.encode())
 
     def finish(self, call: Call) -> int:
         """Queue the line of a call that ended, and return its ticket."""
@@ -6903,14 +6924,14 @@ class AuditLogger:
         self._writer.ended(call.number, ticket)
         return ticket
 
-    def refuse(self, call: Call) -> AuditUnavailableError:
-        """Count a call that could not be put on record, and return what is raised instead of executing it."""
+    def refuse(self, call: Call, what: str) -> AuditUnavailableError:
+        """Count a call that could not be put on record, and return what is raised; `what` became of it."""
         self.refused += 1
         text = f"{call.event_type} {call.name} can't be put on record within {self.config.strict_timeout:g} s"
         self._diagnostics.report(
             "strict", f"{text}; it was refused (last fault: {self._diagnostics.last_error})"
         )
-        return AuditUnavailableError(f"{text}; it was not executed, or its answer is withheld")
+        return AuditUnavailableError(f"{text}; {what}")
 
     def wait_begun(self, call: Call) -> bool:
         """Return True once the begin of a call is on record; False after `strict_timeout`."""
@@ -6921,7 +6942,7 @@ class AuditLogger:
         return await self._wait_async(lambda: self._writer.is_begun(call.number), self.config.strict_timeout)
 
     def wait(self, ticket: int, *, strict: bool = False) -> bool:
-        """With `durable`, or for a strict call, return when the line is written; False if it took too long."""
+        """With `durable`, or for a strict call, return when the line is written; False if it takes long."""
         if not self.enabled or not (self.config.durable or strict):
             return True
         return self._writer.wait_written(ticket, self.config.strict_timeout if strict else None)
@@ -7808,6 +7829,7 @@ STATS_BY: Final = {
 }
 STATS_COLUMNS: Final = (
     "calls",
+    "running",
     "errors",
     "denied",
     "p50_ms",
@@ -7818,14 +7840,17 @@ STATS_COLUMNS: Final = (
     "last_seen",
 )
 _STATS: Final = """\
-SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
-       q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
+SELECT {shown} AS k, calls::BIGINT AS calls, running::BIGINT AS running, errors::BIGINT AS errors,
+       denied::BIGINT AS denied, q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms,
+       max_ms::BIGINT AS max_ms,
        strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen
-FROM (SELECT {group} AS k, count(*) AS calls, count(*) FILTER (WHERE status = 'error') AS errors,
+FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
+             count(*) FILTER (WHERE status = 'error') AS errors,
              count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
-             quantile_disc(duration_ms, [0.5, 0.95, 0.99]) AS q, max(duration_ms) AS max_ms,
+             quantile_disc(nullif(over_ms, -1), [0.5, 0.95, 0.99]) AS q, max(nullif(over_ms, -1)) AS max_ms,
              min(timestamp) AS first_at, max(timestamp) AS last_at
-      FROM ({source}) GROUP BY ALL)
+      FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
+            FROM ({source})) GROUP BY ALL)
 ORDER BY {order} LIMIT $count"""
 
 
@@ -9304,7 +9329,7 @@ def refuse_fatal_limit() -> None:
 
 
 # == Reading ==
-# depends on: Errors, Journal, Writer, SQL, Engines, Target, Ledger
+# depends on: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger
 #
 # Table and journal as one log. Reading attaches read-only first, then lists the journal, then asks the
 # ledger: while a reader holds its lock nobody can ingest, so the three agree, and every event is seen once.
@@ -9336,7 +9361,7 @@ class Reader:
             reading = Reading(engine, folder)
             while True:
                 try:
-                    self._attempt(reading, stack)
+                    self._attempt(reading, stack, folder)
                     break
                 except (
                     DatabaseCorruptError,
@@ -9354,9 +9379,11 @@ class Reader:
                         continue
                     self._keep_segments(stack)
                     reading.problem = None if is_new else error
-                    reading.open_views(None, self._journal.segments())
+                    reading.open_views(None, self._segments(folder))
                     break
-            if not reading.has_table and not reading.has_journal and reading.problem is None:
+            reading.open_running(self._journal.running())
+            nothing = not (reading.has_table or reading.has_journal or reading.has_running)
+            if nothing and reading.problem is None:
                 raise DatabaseNotFoundError(
                     f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
                     "for the profile, or no events have been logged yet (the database is created on first "
@@ -9366,20 +9393,20 @@ class Reader:
                 self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
             yield reading
 
-    def _attempt(self, reading: Reading, stack: contextlib.ExitStack) -> None:
+    def _attempt(self, reading: Reading, stack: contextlib.ExitStack, folder: str) -> None:
         """Open both sides; what must be let go again goes onto the stack."""
         target, journal = self._target, self._journal
         if target.is_absent():
             if not self._keep_segments(stack) and journal.segments():
                 raise DatabaseLockedError(f"{target.path} is being made by another process")
             if target.is_absent():
-                self._open_journal(reading)
+                self._open_journal(reading, self._segments(folder))
                 return
             stack.close()
         if not target.is_file and not self._keep_segments(stack):
             raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
         stack.enter_context(target.attached(reading.engine, read_only=True))
-        segments = journal.segments()
+        segments = self._segments(folder)
         reading.is_transaction = not target.is_file
         reading.data_path = target.data_path(reading.engine)
         present = target.columns(reading.engine)
@@ -9390,9 +9417,8 @@ class Reader:
         reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
         reading.has_ledger = "ledger" in present
 
-    def _open_journal(self, reading: Reading) -> None:
+    def _open_journal(self, reading: Reading, segments: list[str]) -> None:
         """Open the journal by a copy, because before the first ingest there is no lock that keeps one out."""
-        segments = self._journal.segments()
         cause = None
         try:
             reading.open_views(None, segments)
@@ -9405,6 +9431,17 @@ class Reader:
             ) from cause
         if cause is not None:
             raise cause
+
+    def _segments(self, folder: str) -> list[str]:
+        """Return the segments, and files of what the next ingest will make of unfinished calls."""
+        left = {}
+        for path, lines in self._journal.unfinished():
+            copy = os.path.join(folder, os.path.basename(path))
+            if lines:
+                write_file(copy, lines, replace=True)
+                left[path] = copy
+        segments = self._journal.segments()  # after that: what becomes one in between is seen once
+        return [*segments, *(left[path] for path in left.keys() - set(segments))]
 
     def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
         """Keep ingests out where no lock on the database does, so that no segment vanishes in between."""
@@ -9433,6 +9470,18 @@ class Reading:
         self.has_table = False
         self.has_journal = False
         self.has_ledger = False
+        self.has_running = False
+
+    def open_running(self, lines: bytes) -> None:
+        """Define the view `running_rows` of calls that run: `status` is running, `seq` 0."""
+        self.has_running = bool(lines)
+        rows = NO_ROWS
+        if lines:
+            path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
+            write_file(path, lines)
+            files = {"files": [path], "longest": max(LONGEST_LINE, len(lines)), "lenient": True}
+            rows = bind(JOURNAL_ROWS, files)
+        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW running_rows AS {rows}")
 
     def open_views(self, table: Mapping[str, str] | None, segments: Iterable[str]) -> None:
         """Define the views `table_rows` and `journal_rows`, which together are the log."""
@@ -9455,9 +9504,14 @@ class Reading:
         for statement in FREEZE_JOURNAL:
             self.engine.execute(statement)
 
-    def _source(self, what: Filter, count: int | None, order: str) -> tuple[str, dict[str, object]]:
-        """Return the query of the filtered events. The limit goes into both sides: a limit on the union
-        alone would read the whole table (40 times slower on 10 million rows)."""
+    def _source(
+        self, what: Filter, count: int | None, order: str, *, running: bool | None = False
+    ) -> tuple[str, dict[str, object]]:
+        """Return the query of the filtered events; with `running`, of the calls that run; if None, of both.
+
+        The limit goes into each side: a limit on the union alone would read the whole table (40 times
+        slower on 10 million rows).
+        """
         where, params = what.where()
         tail = ""
         if count is not None:
@@ -9465,9 +9519,13 @@ class Reading:
             tail = f" ORDER BY {order} LIMIT $count"
         sides = [
             f"(SELECT * FROM {view} WHERE {where}{tail})"
-            for view, there in (("table_rows", self.has_table), ("journal_rows", self.has_journal))
-            if there
-        ] or ["(SELECT * FROM journal_rows)"]
+            for view, is_asked in (
+                ("table_rows", self.has_table and not running),
+                ("journal_rows", self.has_journal and not running),
+                ("running_rows", self.has_running and running is not False),
+            )
+            if is_asked
+        ] or [f"({NO_ROWS})"]
         return " UNION ALL BY NAME ".join(sides), params
 
     def _select(
@@ -9483,12 +9541,19 @@ class Reading:
         sql, params = self._select(public_select(), what, count, oldest_first)
         return self.engine.stream(sql, params)
 
+    def running(self, what: Filter, *, count: int = 100) -> list[Row]:
+        """Return the matching calls that run on this host as rows of PUBLIC_COLUMNS, oldest first."""
+        source, params = self._source(what, count, OLDEST_FIRST, running=True)
+        sql = f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}"
+        return self.engine.execute(sql, params)
+
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
         """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
 
-        Percentiles are durations that occurred (no interpolation), in milliseconds.
+        Calls that run are counted in `running` alone. Percentiles are durations that occurred (no
+        interpolation), in milliseconds.
         """
-        source, params = self._source(what, None, NEWEST_FIRST)
+        source, params = self._source(what, None, NEWEST_FIRST, running=None)
         return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
@@ -10930,6 +10995,17 @@ class Follower:
                     raise
         return rows if rows or self.is_behind else self._new_lines()
 
+    def running(self) -> list[Row]:
+        """Return the matching calls that run on this host, for a second or longer."""
+        lines = self._journal.running()
+        if not lines:
+            return []
+        engine = self._engine = self._engine or self._target.open_engine()
+        with scratch_folder() as folder:
+            reading = Reading(engine, folder)
+            reading.open_running(lines)
+            return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
+
     def close(self) -> None:
         """End the session with DuckDB, if there is one."""
         engine, self._engine = self._engine, None
@@ -11031,7 +11107,7 @@ class Follower:
 
 
 # == Health ==
-# depends on: Errors, Config, SQL, Engines, Operations
+# depends on: Errors, Config, Events, SQL, Engines, Reading, Operations
 #
 # What `doctor` looks at; it changes nothing.
 
@@ -11041,6 +11117,13 @@ class Fault(NamedTuple):
 
     problem: str
     remedy: str
+
+
+_HANGS_MS: Final = 3_600_000
+_REFUSED: Final = """\
+SELECT count(*)::BIGINT AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
+       arg_max(error, timestamp)::VARCHAR AS last
+FROM events"""
 
 
 class Checkup:
@@ -11100,6 +11183,7 @@ class Checkup:
                     self._fault(
                         f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
                     )
+                self._examine_calls(reading)
                 for _, text in self._store.losses(reading):
                     self._fault(
                         f"events were lost: {text}",
@@ -11119,6 +11203,25 @@ class Checkup:
             self._fault(str(error), "run with --debug for the whole story")
         except JournalError:
             pass  # a fault already
+
+    def _examine_calls(self, reading: Reading) -> None:
+        """Look at calls that run, and at those that a strict logger refused."""
+        for row in reading.running(Filter(min_ms=_HANGS_MS)):
+            call = dict(zip(PUBLIC_COLUMNS, row))
+            self._fault(
+                f"{call['type']} {call['name']} has run since {call['timestamp']}",
+                "see `log --running`; if it hangs, end it or its server",
+            )
+        since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
+        ((count, first, last),) = reading.ask(
+            Filter(since=since, error_type="AuditUnavailableError"), _REFUSED
+        )
+        self.report["refused"] = count
+        if count:
+            self._fault(
+                f"{counted(count, 'call')} refused since {first} because they could not be recorded: {last}",
+                "make room or mend the journal's disk; 30 days on it counts as healthy",
+            )
 
     def _examine_journal(self) -> None:
         journal = self._store.journal
@@ -11483,26 +11586,16 @@ _WIDEST_BAR: Final = 40
 
 def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
-    heads = [
-        by.upper(),
-        "CALLS",
-        "ERRORS",
-        "DENIED",
-        "P50",
-        "P95",
-        "P99",
-        "MAX MS",
-        "FIRST SEEN",
-        "LAST SEEN",
-    ]
-    table = [[*map(_shown, row[:8]), *(_moment(value) for value in row[8:])] for row in rows]
+    figures = ("CALLS", "RUNNING", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS")
+    heads = [by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]
+    table = [[*map(_shown, row[:9]), *(_moment(value) for value in row[9:])] for row in rows]
     widths = [max(map(display_width, column)) for column in zip(heads, *table)]
-    right = [False, *[True] * 7, False, False]
+    right = [False, *[True] * 8, False, False]
     kept = list(range(len(heads)))
     room = 0
     if width is not None:
-        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1:8]) - 14))
-        for last in (8, 9):
+        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1:9]) - 16))
+        for last in (9, 10):
             if sum(widths[n] + 2 for n in kept) - 2 > width:
                 kept.remove(last)
         room = min(_WIDEST_BAR, width - sum(widths[n] + 2 for n in kept))
@@ -12192,6 +12285,12 @@ class StdioAudit:
         self._unfinished = Unfinished()
         self._client: str | None = None
         self._server: str | None = None
+        self._here = threading.local()
+
+    @property
+    def refused(self) -> dict[object, str]:
+        """What a strict logger refused since this thread emptied it, by id."""
+        return cast("dict[object, str]", self._here.__dict__.setdefault("refused", {}))
 
     def from_client(self, data: bytes) -> None:
         """Take in what the client sends: any piece of it."""
@@ -12332,15 +12431,29 @@ class StdioAudit:
             call.end()
             return
         self._finish(key, "its id was used again before it was answered")
-        call.begin()
-        self._pending[key] = call
+        try:
+            call.begin()
+        except AuditUnavailableError as error:
+            self.refused[key] = str(error)
+        else:
+            self._pending[key] = call
 
     def _finish(self, key: object, error: str | None, error_type: str | None = None) -> None:
         call = self._pending.pop(_key_of(key), None)
         if call is not None:
             if error is not None:
                 call.fail(error, error_type)
-            call.end()
+            try:
+                call.end()
+            except AuditUnavailableError as refusal:
+                self.refused[_key_of(key)] = str(refusal)
+
+    def withdraw(self, line: bytes, reason: str) -> list[object]:
+        """Record that nothing of a client's line was passed on; return the ids that wait for an answer."""
+        keys = [_key_of(message.get("id")) for part in line.splitlines() for message in self._messages(part)]
+        for key in keys:
+            self._finish(key, reason, "AuditUnavailableError")
+        return [key for key in dict.fromkeys([*self.refused, *keys]) if key is not None]
 
 
 def _key_of(value: object) -> object:
@@ -12427,26 +12540,29 @@ class WrappedServer:
     server itself) are a process group of their own: each signal that comes to us goes to all of it, and none
     of it is left behind. When the client is gone, the server's input is closed; if it doesn't end by that,
     the group gets SIGTERM and then SIGKILL. On Linux, whoever kills us with SIGKILL kills the child too.
+
+    If the logger is strict, whole lines are passed on instead: one with a call that can't be put on record,
+    or that can't be understood, is answered with an error, and one with an answer that can't be, replaced.
     """
 
     _PIECE_BYTES: Final = 2**16
     GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
-    _JOURNAL_SECONDS: Final = 5.0  # arbitrary: how long --strict waits for a journal that hangs
     _ANSWER_SECONDS: Final = 1.0  # for answers after SIGTERM: two seconds later MCP's SDKs kill us
     _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
-    def __init__(self, command: Sequence[str], audit: AuditLogger, *, strict: bool) -> None:
+    def __init__(self, command: Sequence[str], audit: AuditLogger) -> None:
         self._command = list(command)
         self._audit = audit
-        self._strict = strict
+        self._strict = bool(audit.config.strict) and audit.enabled
         self._told = Diagnostics()
+        self._problems: dict[int, str] = {}  # of the line that a strict thread looks at, by thread
         self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
         self._client_gone = False
         self._end_at = float("inf")  # when calls that are still pending are recorded without an answer
         self._pieces = 0  # that the server sent
         self._is_reading = False  # as opposed to: recording, or waiting for the client to read
         self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
-        self.failure: str | None = None
+        self._answering = threading.Lock()  # of what goes to the client, if refusals go there as well
 
     def run(self) -> int:
         """Run the server to its end and return its exit code, negative if a signal ended it."""
@@ -12507,14 +12623,15 @@ class WrappedServer:
         assert self._process.stdin is not None
         sink = self._process.stdin.fileno()
         try:
-            while data := _read_piece(0, self._PIECE_BYTES):
-                if not self._audited(self._stdio.from_client, data):
-                    return
-                _write_all(sink, data)
+            for data in self._pieces_of(0):
+                if self._is_admitted(self._stdio.from_client, data):
+                    _write_all(sink, data)
+                else:
+                    self._refuse_line(data)
         except OSError:  # the server reads no more: the client shall see that, as it would without us
             _give_up(0)
             return
-        self._audited(lambda _: self._stdio.client_ended(), b"")
+        self._is_admitted(lambda _: self._stdio.client_ended(), b"")
         self._process.stdin.close()
         if _reader_is_gone(1):
             self._client_gone = True
@@ -12522,59 +12639,84 @@ class WrappedServer:
 
     def _pass_answers(self) -> None:
         assert self._process.stdout is not None
-        while True:
-            self._is_reading = True
-            data = _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES)
+        for data in self._pieces_of(self._process.stdout.fileno()):
             self._is_reading = False
             self._pieces += 1
-            if not data:
-                break
-            if not self._audited(self._stdio.from_server, data):
-                return
+            if self._is_admitted(self._stdio.from_server, data):
+                self._answer(data)
+            else:
+                self._refuse(self._stdio.refused)
+            self._is_reading = True
+        _give_up(1)
+
+    def _pieces_of(self, fd: int) -> Iterator[bytes]:
+        """Yield what comes, as it comes; for a strict logger in whole lines, and an end without one last."""
+        rest: list[bytes] = []
+        while data := _read_piece(fd, self._PIECE_BYTES):
+            if not self._strict:
+                yield data
+                continue
+            *lines, end = data.split(b"\n")
+            for line in lines:
+                yield b"".join([*rest, line, b"\n"])
+                rest = []
+            rest.append(end)
+            if len(rest) * self._PIECE_BYTES > MAX_MESSAGE_BYTES:
+                self._told.report(
+                    "strict", f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB was refused"
+                )
+                rest = [b"too long"]  # what follows of it is no message either
+        if any(rest):
+            yield b"".join([*rest, b"\n"])  # some servers execute a last line that has no end
+
+    def _is_admitted(self, feed: Callable[[bytes], None], data: bytes) -> bool:
+        """Feed the bookkeeping; False if a strict logger can't vouch for what it was given."""
+        if not self._audit.enabled:
+            return True
+        me = threading.get_ident()
+        self._problems.pop(me, None)
+        self._stdio.refused.clear()
+        try:
+            feed(data)
+        except Exception as error:
+            self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
+        return not self._strict or not (self._stdio.refused or me in self._problems)
+
+    def _refuse_line(self, line: bytes) -> None:
+        """Answer each request of a line that is not passed on."""
+        problem = self._problems.get(threading.get_ident(), "").replace(" passed unaudited", " was refused")
+        texts = dict(self._stdio.refused)
+        problem = problem or "a call in the same line was refused"
+        keys = self._stdio.withdraw(line, problem)
+        self._refuse({key: texts.get(key, problem) for key in keys})
+        self._told.report("strict", next(iter(texts.values()), problem))
+
+    def _refuse(self, refused: Mapping[object, str]) -> None:
+        for key, text in refused.items():
+            error = {"code": -32000, "message": text}
+            self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
+
+    def _answer(self, data: bytes) -> None:
+        """Send something to the client, if it is still there."""
+        with self._answering if self._strict else contextlib.nullcontext():
             if not self._client_gone:
                 try:
                     _write_all(1, data)
                 except OSError:  # what comes now is for the record only
                     self._client_gone = True
-        _give_up(1)
-
-    def _audited(self, feed: Callable[[bytes], None], data: bytes) -> bool:
-        """Feed the bookkeeping; False, and the child is ended, if that failed and nothing may pass then."""
-        if not self._audit.enabled:
-            return True
-        try:
-            feed(data)
-            if self._strict and self.failure is None:
-                self._settle()
-        except Exception as error:
-            self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
-        if self.failure is not None:
-            self._end_child()
-            return False
-        return True
-
-    def _settle(self) -> None:
-        """Wait until what was recorded is in the journal: so `--strict` holds an answer back until then."""
-        written = self._audit.wait_written(self._JOURNAL_SECONDS)
-        counters = self._audit.counters
-        if not written:
-            self.failure = f"the journal can't be written: {counters.last_error}"
-        elif counters.dropped:
-            self.failure = f"{counted(counters.dropped, 'event')} dropped"
 
     def _on_fault(self, problem: str) -> None:
         if self._strict:
-            self.failure = problem
+            self._problems[threading.get_ident()] = problem
         else:
             self._told.report("wrap", problem)
 
     def _end_child(self) -> None:
         """Make the server end if it doesn't by itself."""
         for number in (_SIGTERM, _SIGKILL):
-            if self.failure is None or number == _SIGKILL:
-                deadline = time.monotonic() + self.GRACE_SECONDS
-                while self._process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.05)
+            deadline = time.monotonic() + self.GRACE_SECONDS
+            while self._process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
             self._signal(number)
 
     def _signal(self, number: int) -> None:
@@ -12796,6 +12938,7 @@ Show the newest events, from the database and from the journal of running server
 &filters
 [what is shown]
 -n --limit N:positive | at most N events (default: 100)
+--running | the calls that run on this host instead, longest first; MS is for how long
 --oldest-first | the other order, from the other end of the log
 --json | a JSON array of objects; with -f one a line
 --columns A,B,…:columns | these of: {columns}
@@ -12889,7 +13032,7 @@ Run COMMAND, an MCP server over standard input and output in any language, and r
 resource reads and prompts. Every byte passes unchanged.
 > wrap -- npx -y @modelcontextprotocol/server-everything
 > wrap --profile production --strict -- python server.py
---strict | stop the traffic when it can't be recorded (default: go on)
+--strict | refuse each call that can't be recorded (default: as the site file says)
 server COMMAND … | the server, behind --
 
 @verify prove that nothing was changed, removed or inserted
@@ -13214,7 +13357,11 @@ def cmd_log(options: argparse.Namespace) -> int:
         return _export(options, store, what)
     with store.reading(wait=options.wait) as reading:
         count = options.limit or 100
-        rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
+        rows: Iterable[Row] = (
+            reading.running(what, count=count)
+            if options.running
+            else reading.rows(what, count=count, oldest_first=options.oldest_first)
+        )
         if options.json:
             write_json(sys.stdout, *_columns_of(rows, options.columns))
         else:
@@ -13246,6 +13393,8 @@ def _check_log_options(options: argparse.Namespace) -> None:
         raise _UsageError("--header needs --post URL")
     if options.export and (options.columns or options.wide or options.input or options.json):
         raise _UsageError("an export has every column, in the format of its extension or of --format")
+    if options.running and (options.export or options.follow or options.format or options.oldest_first):
+        raise _UsageError("--running shows what has not ended: leave --export, --format and --follow out")
     if options.follow and (options.export or options.until or options.oldest_first):
         raise _UsageError(
             "--follow shows what is yet to come: leave --export, --until and --oldest-first out"
@@ -13298,17 +13447,50 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
         past = []
     show([row for row in reversed(past) if follower.is_seen(row)])
     told = ""
+    running = _RunningLines(options)
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
             try:
-                show(follower.look())
+                running.show_after(follower, show)
             except (JournalError, StoreError) as error:
                 if str(error) != told:
                     told = str(error)
                     _say(f"new events may be missing until this is over: {told}")
             # 1 % of a core, within half a second
             _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
+
+
+class _RunningLines:
+    """The calls that run, below what `log -f` shows: on a terminal until they end, elsewhere once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._is_terminal, self._is_off = sys.stdout.isatty(), options.json
+        self._rows: list[Row] = []
+        self._shown: list[str] = []
+        self._next = 0.0
+
+    def show_after(self, follower: Follower, show: Callable[[Sequence[Row]], None]) -> None:
+        """Show what is new, and then what runs."""
+        fresh = follower.look()
+        if not self._is_off and time.monotonic() >= self._next:
+            self._next, self._rows = time.monotonic() + 1, follower.running()
+        lines = [self._line(row) for row in self._rows]
+        if self._is_terminal:
+            sys.stdout.write("\x1b[1F\x1b[2K" * len(self._shown))
+        show(fresh)
+        for line in lines if self._is_terminal else [line for line in lines if line not in self._shown]:
+            _print(line)
+        self._shown = lines
+        sys.stdout.flush()
+
+    def _line(self, row: Row) -> str:
+        call = dict(zip(PUBLIC_COLUMNS, row))
+        passed = f", {int(call['duration_ms']) // 1000} s" if self._is_terminal else ""
+        width = _terminal(sys.stdout)[0] or 200
+        return fit(
+            f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}", width
+        ).rstrip()
 
 
 def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
@@ -13887,7 +14069,7 @@ def cmd_compact(options: argparse.Namespace) -> int:
 
 
 def cmd_wrap(options: argparse.Namespace) -> int:
-    """Run an MCP server and record what it executes. Ends as the server did; 1 if --strict stopped it."""
+    """Run an MCP server and record what it executes. Ends as the server did."""
     command = options.server[1:] if options.server[:1] == ["--"] else options.server
     if not command:
         raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
@@ -13896,17 +14078,15 @@ def cmd_wrap(options: argparse.Namespace) -> int:
         audit = AuditLogger(config.path, journal=config.journal_directory)
     else:
         audit = AuditLogger.from_config(options.config, profile=options.profile)
+    if options.strict:
+        audit.__setstate__(audit.config._replace(strict=("*",)))
     if not audit.enabled:
         problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
         if options.strict:
             raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
-    wrapped = WrappedServer(command, audit, strict=options.strict)
-    code = wrapped.run()
+    code = WrappedServer(command, audit).run()
     audit.shutdown(WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
-    if wrapped.failure is not None:
-        _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
-        return EXIT_FAILED
     return end_like(code)
 
 
