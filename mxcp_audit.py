@@ -4134,7 +4134,12 @@ class Journal:
             except OSError:  # gone, or not ours to read
                 continue
             try:
-                if try_lock(fd) is not live and Descriptor(fd).leads_to(path):
+                is_live = not try_lock(fd)
+            except OSError:  # without locks nobody can tell
+                os.close(fd)
+                continue
+            try:
+                if is_live is live and Descriptor(fd).leads_to(path):
                     sign = datetime.datetime.fromtimestamp(os.fstat(fd).st_mtime, datetime.timezone.utc)
                     with open(path, "rb") as file:
                         yield path, sign.strftime(LINE_TIME), calls_in(file.read())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -449,6 +450,54 @@ def test_strict_call_runs_only_if_it_is_on_record(db: Path, way: Any, durable: b
     rows = [(row["name"], row["status"], row["error_type"]) for row in rows_of(db)]
     assert ("guarded", "error", "AuditUnavailableError") in rows and ("guarded", "success", None) in rows
     assert len(rows) == 3 - durable
+
+
+@pytest.mark.parametrize("fault", ["full", "read-only", "hangs", "removed", "no locks"])
+def test_strict_faults_of_the_disk(db: Path, monkeypatch: pytest.MonkeyPatch, fault: str) -> None:
+    mended, real = threading.Event(), (os.write, os.open)
+    codes = {"full": errno.ENOSPC, "read-only": errno.EROFS}
+
+    def broken(call: Any) -> Any:
+        def replacement(*arguments: Any, **more: Any) -> Any:
+            if not mended.is_set() and threading.current_thread().name == "mxcp_audit writer":
+                if fault == "hangs":
+                    mended.wait(SAFETY_SECONDS)
+                elif fault in codes:
+                    raise OSError(codes[fault], os.strerror(codes[fault]))
+            return call(*arguments, **more)
+
+        return replacement
+
+    with m.AuditLogger(db, strict=["guarded"], strict_timeout=SAFETY_SECONDS) as audit:
+        as_with(audit, [])
+        monkeypatch.setattr(os, "write", broken(os.write))
+        if fault == "read-only":
+            monkeypatch.setattr(os, "open", broken(os.open))
+        elif fault == "removed":
+            shutil.rmtree(f"{db}.journal")
+        elif fault == "no locks":
+            monkeypatch.setattr(
+                m, "try_lock", lambda *_, **__: (_ for _ in ()).throw(OSError(errno.ENOLCK, ""))
+            )
+        ran: list[str] = []
+        if fault in ("removed", "no locks"):  # a new directory is made; and only an ingest needs locks
+            as_with(audit, ran)
+        else:
+            wait_for(audit, TIMEOUT)
+            with pytest.raises(m.AuditUnavailableError):
+                as_with(audit, ran)
+            assert not ran and audit.counters.refused == 1
+            with audit.record("tool", "another"):
+                ran.append("another")
+        assert len(ran) == 1
+        mended.set()
+        wait_for(audit, SAFETY_SECONDS)
+        as_with(audit, ran)
+        assert audit.wait_written(SAFETY_SECONDS)
+        assert (os.write, os.open) != real and len(ran) == 2
+    names = [(row["name"], row["error_type"]) for row in rows_of(db)]
+    assert names.count(("guarded", None)) == (3 if fault in ("removed", "no locks") else 2)
+    assert names.count(("guarded", "AuditUnavailableError")) == (fault not in ("removed", "no locks"))
 
 
 @pytest.mark.parametrize("way", [as_with, as_async_with])
