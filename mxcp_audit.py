@@ -7834,7 +7834,6 @@ STATS_BY: Final = {
 }
 STATS_COLUMNS: Final = (
     "calls",
-    "running",
     "errors",
     "denied",
     "p50_ms",
@@ -7843,12 +7842,13 @@ STATS_COLUMNS: Final = (
     "max_ms",
     "first_seen",
     "last_seen",
+    "running",
 )
 _STATS: Final = """\
-SELECT {shown} AS k, calls::BIGINT AS calls, running::BIGINT AS running, errors::BIGINT AS errors,
-       denied::BIGINT AS denied, q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms,
-       max_ms::BIGINT AS max_ms,
-       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen
+SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
+       q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
+       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen,
+       running::BIGINT AS running
 FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
              count(*) FILTER (WHERE status = 'error') AS errors,
              count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
@@ -11591,16 +11591,22 @@ _WIDEST_BAR: Final = 40
 
 def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
-    figures = ("CALLS", "RUNNING", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS")
+    figures = ["CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
+    if any(row[10] for row in rows):
+        figures.append("RUNNING")
     heads = [by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]
-    table = [[*map(_shown, row[:9]), *(_moment(value) for value in row[9:])] for row in rows]
+    count = len(figures)
+    table = [
+        [*map(_shown, (row[:8] + row[10:])[: count + 1]), *(_moment(value) for value in row[8:10])]
+        for row in rows
+    ]
     widths = [max(map(display_width, column)) for column in zip(heads, *table)]
-    right = [False, *[True] * 8, False, False]
+    right = [False, *[True] * count, False, False]
     kept = list(range(len(heads)))
     room = 0
     if width is not None:
-        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1:9]) - 16))
-        for last in (9, 10):
+        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1 : count + 1]) - 2 * count))
+        for last in (count + 1, count + 2):
             if sum(widths[n] + 2 for n in kept) - 2 > width:
                 kept.remove(last)
         room = min(_WIDEST_BAR, width - sum(widths[n] + 2 for n in kept))
