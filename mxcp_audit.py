@@ -162,6 +162,10 @@ class JournalError(AuditError):
         super().__init__(f"{path}: {problem}")
 
 
+class AuditUnavailableError(AuditError):
+    """With `strict`: a call that could not be put on record was not executed, or its answer is withheld."""
+
+
 class StoreError(AuditError):
     """The database side failed; events stay in the journal until it works again."""
 
@@ -718,6 +722,8 @@ class Config(NamedTuple):
         record_result: "none", "summary" or "body": what is recorded of what came back.
         max_result_bytes: bytes of a body that are kept.
         trusted_proxies: addresses and networks whose word about a client's address is taken.
+        strict: patterns of names of which nothing is executed that can't be put on record; ("*",) is all.
+        strict_timeout: seconds that such a call waits for that.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
     """
@@ -739,6 +745,8 @@ class Config(NamedTuple):
     record_result: str = "summary"
     max_result_bytes: int = 2**14
     trusted_proxies: tuple[str, ...] = ()
+    strict: tuple[str, ...] = ()
+    strict_timeout: float = 5.0
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
@@ -919,6 +927,16 @@ def _names(value: object) -> tuple[str, ...]:
     return tuple(value)
 
 
+def _strict(value: object) -> tuple[str, ...]:
+    if isinstance(value, bool):
+        return ("*",) if value else ()
+    if not isinstance(value, (list, tuple)):
+        raise ValueError(
+            f"must be true, false, or a list of names such as [delete_*], not {_described(value)}"
+        )
+    return _names(value)
+
+
 def _networks(value: object) -> tuple[str, ...]:
     import ipaddress  # lazily: few have proxies
 
@@ -960,6 +978,8 @@ _SETTINGS: Final[dict[str, Callable[[object], object]]] = {
     "record_result": _choice("none", "summary", "body"),
     "max_result_bytes": _input_bytes,
     "trusted_proxies": _networks,
+    "strict": _strict,
+    "strict_timeout": _duration,
 }
 _SETTINGS_OF_MXCP: Final = ("max_file_size",)  # of its JSONL log; means nothing here
 
@@ -1215,6 +1235,14 @@ def iso_time(us: int | None) -> str | None:
         return (_EPOCH_START + datetime.timedelta(microseconds=us)).isoformat(timespec="microseconds") + "Z"
     except OverflowError:
         return f"{us} microseconds"
+
+
+LINE_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
+
+
+def line_time(moment: datetime.datetime) -> bytes:
+    """Return an aware moment in UTC as lines have it."""
+    return moment.replace(tzinfo=None).isoformat(timespec="microseconds").encode() + b"Z"
 
 
 def is_segment_id(text: str) -> bool:
@@ -3429,9 +3457,13 @@ def line_fault(line: bytes) -> str | None:
 # A name never changes: a rename under a reader's feet makes its query fail. On a file system without locks
 # nobody can tell a live segment from an orphan: events are recorded and readable, but never ingested.
 
-JOURNAL_FORMAT: Final = 1  # of names and lines; docs/journal-format.md describes it
+JOURNAL_FORMAT: Final = 2  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX: Final = ".jsonl"
 _LOSS_SUFFIX: Final = ".loss"
+_BEGUN_SUFFIX: Final = ".begun"
+UNFINISHED: Final = "unfinished: the process ended during the call"  # the error of such a row
+_ENDED: Final = b'{"ended":'
+CALL_OF_LINE: Final = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
 _DIRECTORY_MODE: Final = 0o700
 _FILE_MODE: Final = 0o600
 # Of files that may be others': without following a link, or waiting for the other end of a FIFO.
@@ -3697,21 +3729,60 @@ class Segment(Descriptor):
             unlock(self.number())
         super().close()
 
+    def discard(self) -> None:
+        """Close the file and delete it."""
+        with contextlib.suppress(OSError):
+            if self.is_in_place():
+                os.unlink(self.path)
+        self.close()
+
     def forget(self) -> None:
         """Close the descriptor that a fork copied; the parent's lock and file are left alone."""
         super().close()
+
+
+def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
+    """Return the begins in a file of them that have no end there: the events, by call."""
+    calls: dict[str, dict[str, Any]] = {}
+    for line in data[: data.rfind(b"\n") + 1].splitlines():
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
+            said = json.loads(line)
+            if line.startswith(_ENDED):
+                for call in said["ended"]:
+                    calls.pop(call, None)
+            else:
+                calls[said["call"]] = said
+    return calls
+
+
+def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
+    """Return lines of calls as they were at a moment, text as in lines: over by then, or running (seq 0)."""
+    lines = []
+    for seq, (call, event) in enumerate(sorted(calls.items()), 1):
+        begun, now = (datetime.datetime.strptime(text, LINE_TIME) for text in (event["timestamp"], moment))
+        context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
+        passed = min(max(0, round((now - begun).total_seconds() * 1000)), MAX_DURATION_MS)
+        line = {**event, "duration_ms": passed, "context": json.dumps(context)}
+        if over:
+            line |= {"timestamp": max(begun, now).strftime(LINE_TIME), "seq": seq}
+        else:
+            line |= {"status": "running", "error": None, "seq": 0}
+        del line["call"]
+        lines.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+    return b"".join(lines)
 
 
 class Claim:
     """A sealed or orphaned segment. Its lock was free, so that nobody writes to it any more; that nobody else
     ingests it is seen to by the ingest lock. So it holds no descriptor, of which a process has few."""
 
-    __slots__ = ("id", "lines", "path", "size", "torn")
+    __slots__ = ("calls", "id", "lines", "path", "size", "torn")
 
     def __init__(self, path: str) -> None:
         self.path = path
         self.id = segment_id_of(path)
         self.lines = self.size = self.torn = 0
+        self.calls: dict[str, int] = {}  # those whose begin was put on record: the line's number
 
     def inspect(self, fd: int) -> None:
         """Count the lines and cut off a torn tail, which is kept beside the segment as `.torn`.
@@ -3732,6 +3803,8 @@ class Claim:
             os.ftruncate(fd, end)
         self.lines = data.count(b"\n")
         self.size = end
+        if b'"call":"' in data:
+            self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
 
     def read(self) -> bytes:
         """Return the whole segment."""
@@ -4001,12 +4074,14 @@ class Journal:
                         found[path] = Loss(0, "an unknown time", "an unknown time", text)
         return found
 
-    def open_segment(self, *, durable: bool = False, named: str | None = None) -> Segment:
-        """Create a new segment and lock it."""
+    def open_segment(
+        self, *, durable: bool = False, named: str | None = None, suffix: str = SEGMENT_SUFFIX
+    ) -> Segment:
+        """Create a new segment, or a file beside the segments, and lock it."""
         self.make_directory(durable=durable)
         while True:
             segment_id = named or new_segment_id(self._clock())
-            path = os.path.join(self.directory, segment_id + SEGMENT_SUFFIX)
+            path = os.path.join(self.directory, segment_id + suffix)
             try:
                 fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
             except FileExistsError:
@@ -4039,6 +4114,74 @@ class Journal:
             for name in self._names(regular=True)
             if name.endswith(SEGMENT_SUFFIX) and is_segment_id(name.removesuffix(SEGMENT_SUFFIX))
         ]
+
+    def open_begun(self) -> Segment:
+        """Create a file for calls that run, which nobody finds until `publish` gives it its name."""
+        return self.open_segment(suffix=_BEGUN_SUFFIX + ".part")
+
+    def publish(self, fresh: Segment, before: Segment | None, *, durable: bool = False) -> None:
+        """Put a file for calls that run in its place, which is that of the one before, in one step."""
+        path = fresh.path.removesuffix(".part")
+        if before is not None and before.is_open() and before.is_in_place():
+            path = before.path
+        os.replace(fresh.path, path)
+        fresh.path = path
+        if durable:
+            sync_directory(self.directory)
+
+    def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
+        """Yield path, last sign of life and calls of each process that lives, or of each that has ended.
+
+        Of one that has ended, the file is locked until the next is asked for.
+        """
+        for name in self._names(regular=True):
+            if not name.endswith(_BEGUN_SUFFIX) or not is_segment_id(name.removesuffix(_BEGUN_SUFFIX)):
+                continue
+            path = os.path.join(self.directory, name)
+            try:
+                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
+            except OSError:  # gone, or not ours to read
+                continue
+            try:
+                is_live = not try_lock(fd)
+            except OSError:  # without locks nobody can tell
+                os.close(fd)
+                continue
+            try:
+                if is_live is live and Descriptor(fd).leads_to(path):
+                    sign = datetime.datetime.fromtimestamp(os.fstat(fd).st_mtime, datetime.timezone.utc)
+                    with open(path, "rb") as file:
+                        yield path, sign.strftime(LINE_TIME), calls_in(file.read())
+            finally:
+                os.close(fd)
+
+    def running(self) -> bytes:
+        """Return lines of the calls that run on this host: since when, and for how long."""
+        now = utc_now().strftime(LINE_TIME)
+        return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
+
+    def unfinished(self) -> Iterator[tuple[str, bytes]]:
+        """Yield the segment that each ended process will leave of its calls, and its lines, perhaps none."""
+        for path, last_sign, calls in self.begun(live=False):
+            for segment in self.segments() if calls else ():
+                with contextlib.suppress(OSError), open(segment, "rb") as file:
+                    for call, _ in CALL_OF_LINE.findall(file.read()):
+                        calls.pop(call.decode(), None)
+            yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
+
+    def take_unfinished(self) -> bool:
+        """Turn the calls that ended processes left into segments; True if there are any.
+
+        Call it under the ingest lock, after `claim`: a process that had ended when its segments were
+        claimed has ended here, too, so that the ends of its calls are in a file of it or in a segment.
+        """
+        made = False
+        for path, lines in self.unfinished():
+            if lines and not os.path.exists(path):  # else the last attempt ended right here
+                replace_file(path, lines)
+                made = True
+            os.unlink(path.removesuffix(SEGMENT_SUFFIX) + _BEGUN_SUFFIX)
+        return made
 
     def claim(
         self, *, limit_bytes: int, skip: Collection[str] = ()
@@ -4144,7 +4287,7 @@ QUEUE_BYTES: Final = 64 * 2**20
 SEGMENT_BYTES: Final = 8 * 2**20
 _PIECE_BYTES: Final = 2**20  # arbitrary: what one write holds, so that a segment overshoots by little
 _GATHER_SECONDS: Final = 0.02  # the window in which `kill -9` loses events, plus one write
-_RETRY_SECONDS: Final = (0.05, 5.0)  # first and longest pause after a failed write
+_RETRY_SECONDS: Final = (0.05, 1.0)  # first and longest pause after a failed write
 _REPORT_SECONDS: Final = 60.0  # how often the same fault is logged
 
 _LOG: Final = logging.getLogger("mxcp_audit")
@@ -4246,11 +4389,126 @@ class Diagnostics:
         self.tell()
 
 
+_BEGUN_BYTES: Final = 2**20  # arbitrary: how much a file of begun calls grows until it is written anew
+_SIGN_SECONDS: Final = 1.0  # how often a process with calls on record gives a sign of life
+
+
+class Begun:
+    """The calls that run here, put on record beside the segments; what is there after a crash is unfinished.
+
+    The writer looks for them when it works, so that a call that has ended by then leaves no trace. The end of
+    one on record is noted after its line is in the journal, and before anybody may take that segment.
+    """
+
+    def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
+        self._journal, self._durable, self._encode = journal, durable, encode
+        self._file: Segment | None = None
+        self.start_afresh()
+
+    def start_afresh(self) -> None:
+        """Begin without a file: at first, and in a child after a fork."""
+        if self._file is not None:
+            self._file.forget()
+        self._file = None
+        self._numbers = itertools.count(1)
+        self._running: dict[int, Any] = {}  # calls by number
+        self._refs: dict[int, tuple[str, Any]] = {}  # how lines name those on record, or about to be
+        self.on_record: set[int] = set()
+        self._over: list[tuple[int, int]] = []  # ticket of the line, number
+        self._size = 0  # of the file when it was begun
+        self._signed = 0.0
+
+    def begin(self, call: Any) -> int:
+        """Return the number of a call that runs from now on."""
+        number = next(self._numbers)
+        self._running[number] = call
+        return number
+
+    def end(self, number: int) -> str | None:
+        """Return how the line of a call that is over must name it; None if its begin is not on record."""
+        self._running.pop(number, None)
+        ref = self._refs.get(number)  # after that: the writer sets this first, and then looks who still runs
+        return None if ref is None else ref[0]
+
+    def ended(self, number: int, ticket: int) -> None:
+        """Take the ticket of the line of a call that `end` gave a name for."""
+        self._over.append((ticket, number))
+
+    def write(self, done: int, *, ends: bool = False) -> None:
+        """Put on record what runs and, at the latest after a second or with `ends`, what is over of that.
+
+        Over is a call whose line is among the first `done` of the journal. Raises OSError or JournalError;
+        then the next attempt does it all.
+        """
+        fresh = [number for number in self._running.copy() if number not in self.on_record]
+        is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
+        if not (fresh or is_due or (ends and self._over)):
+            return
+        over = [entry for entry in self._over[:] if entry[0] <= done]
+        gone = {number for _, number in over}
+        for number in fresh:
+            call = self._running.get(number)
+            if call is not None and number not in self._refs:
+                self._refs[number] = (new_segment_id(wall_clock_ns()), call)
+                if number not in self._running:  # it ended meanwhile, and its line may not name it
+                    del self._refs[number]
+        file, numbers = self._file, set(fresh)
+        if (
+            file is None
+            or not (file.is_open() and file.is_in_place())
+            or file.size > self._size + _BEGUN_BYTES
+        ):
+            file, numbers = self._journal.open_begun(), {*self.on_record, *fresh} - gone
+        refs = [(number, self._refs[number]) for number in sorted(numbers) if number in self._refs]
+        lines = [self._encode(call, ref) for _, (ref, call) in refs]
+        ended = [self._refs[number][0] for number in gone if number in self.on_record]
+        if ended and file is self._file:
+            lines.append(_ENDED + json.dumps(ended).encode() + b"}\n")
+        try:
+            if not lines and file is self._file:
+                os.utime(file.path)  # a sign of life
+            file.append(b"".join(lines), len(lines), durable=self._durable)
+            if file is not self._file:
+                self._journal.publish(file, self._file, durable=self._durable)
+        except BaseException:
+            if file is not self._file:
+                file.discard()
+            raise
+        if file is not self._file:
+            before, self._file, self._size = self._file, file, file.size
+            if before is not None:
+                before.close()
+        self.on_record.update(number for number, _ in refs)
+        for entry in over:
+            self._over.remove(entry)
+            self._refs.pop(entry[1], None)
+            self.on_record.discard(entry[1])
+        self._signed = time.monotonic()
+
+    def due_in(self) -> float | None:
+        """Return the seconds until the next sign of life; None if no call is on record."""
+        return max(0.0, self._signed + _SIGN_SECONDS - time.monotonic()) if self.on_record else None
+
+    def close(self) -> None:
+        """Remove the file if no call is on record; else an ingest takes it when the process has ended."""
+        if self._file is not None and not self._refs:
+            self._file.discard()
+            self._file = None
+
+
 class Appender:
     """Puts lines into segments of a journal, one after the other; for one thread at a time."""
 
-    def __init__(self, journal: Journal, *, durable: bool, diagnostics: Diagnostics) -> None:
+    def __init__(
+        self,
+        journal: Journal,
+        *,
+        durable: bool,
+        diagnostics: Diagnostics,
+        encode_begin: Callable[[Any, str], bytes] = lambda call, ref: b"",
+    ) -> None:
         self.journal = journal
+        self.begun = Begun(journal, durable=durable, encode=encode_begin)
         self._durable = durable
         self._diagnostics = diagnostics
         self._segment: Segment | None = None
@@ -4258,6 +4516,7 @@ class Appender:
 
     def start_afresh(self) -> None:
         """Begin without a segment: at first, and in a child after a fork, where the parent's is closed."""
+        self.begun.start_afresh()
         self.done = 0  # lines that are in the journal, or can be in none
         self._before = 0  # those of them that are in no segment of ours any more
         self.sealed: dict[str, int] = {}  # files that wait for an ingest, and how many events each holds
@@ -4358,6 +4617,7 @@ class Appender:
         """Seal the segment, if any, and put losses on record; False if either must be tried again."""
         try:
             segment = self._present()
+            self.begun.write(self.done, ends=True)
             if segment is not None:
                 segment.seal()
                 self._let_go(segment)
@@ -4707,10 +4967,10 @@ class Writer:
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._finished = 0  # lines that left the queue
-        self._waiting: list[tuple[int, Callable[[], object]]] = []
+        self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
         self._asleep = True
         self._gathering = False
-        self._awaited = 0  # the ticket that somebody waits for
+        self._hurry = 0  # how many threads wait
         self._closing = self._closed = False
         self._inline = 0  # the thread that writes without being the writer
         self._thread: threading.Thread | None = None
@@ -4734,33 +4994,64 @@ class Writer:
             self._queue.append(line)
             self._queued_bytes += len(line)
             ticket = self._finished + len(self._queue)
+        self._rouse_if_asleep()
+        return ticket
+
+    def begin(self, call: object) -> int:
+        """Have a call put on record, if it still runs when the writer works; return its number."""
+        number = self._appender.begun.begin(call)
+        self._rouse_if_asleep()
+        return number
+
+    def _rouse_if_asleep(self) -> None:
         if self._asleep:
             try:  # noqa: SIM105 - `suppress` would need some stack itself
                 self._rouse()
             except RecursionError:  # the stack ends here; the line is queued, and the next wakes the writer
                 pass
-        return ticket
 
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
         """Return True when the line with this ticket is in the journal; at once inside of the writing thread.
 
         False after `timeout` seconds, and for a line that `close` had to leave behind.
         """
+        return self.wait_for(lambda: self.written >= ticket, timeout)
+
+    def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
+        """Return True when the writer has done something; False after `timeout` seconds, or once closed."""
         if self._is_writing_thread():
             return True
         with self._lock:
-            self._awaited = max(self._awaited, ticket)
-        if self._gathering:
-            self._release_wake()
-        deadline = None if timeout is None else time.monotonic() + timeout
-        self._wait_until(lambda: self.written >= ticket or self._closed, deadline)
-        return self.written >= ticket
+            self._hurry += 1
+        try:
+            if self._gathering:
+                self._release_wake()
+            deadline = None if timeout is None else time.monotonic() + timeout
+            self._wait_until(lambda: done() or self._closed, deadline)
+            return done()
+        finally:
+            with self._lock:
+                self._hurry -= 1
 
-    def call_when_written(self, ticket: int, callback: Callable[[], object]) -> None:
-        """Call back, from any thread, when the line with this ticket is in the journal."""
+    def end(self, number: int) -> str | None:
+        """Return how the line of a call that is over must name its begin; None if that is not on record."""
+        return self._appender.begun.end(number)
+
+    def ended(self, number: int, ticket: int) -> None:
+        """Take the ticket of that line; 0 if it was dropped."""
+        self._appender.begun.ended(number, ticket)
+
+    def is_begun(self, number: int) -> bool:
+        """Return True if the begin of a call is on record."""
+        return number in self._appender.begun.on_record
+
+    def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
+        """Call back, from any thread, when the writer has done something, or is closed."""
         with self._lock:
-            if not (self.written >= ticket or self._closed):
-                self._waiting.append((ticket, callback))
+            if not (done() or self._closed):
+                self._waiting.append((done, callback))
+                if self._gathering:
+                    self._release_wake()
                 return
         callback()
 
@@ -4943,8 +5234,8 @@ class Writer:
             )
 
     def _is_awaited(self) -> bool:
-        """Return True if somebody waits; who sets this reads `_gathering` afterwards."""
-        return self._awaited > self.written or self._ingester.wanted > self._ingester.tried
+        """Return True if somebody waits; who does reads `_gathering` afterwards."""
+        return bool(self._hurry or self._waiting) or self._ingester.wanted > self._ingester.tried
 
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread. Call it with the lock held."""
@@ -4961,7 +5252,8 @@ class Writer:
                 self._retire()
                 return False
             self._asleep = True
-        due = self._ingester.due_in()
+        dues = (self._ingester.due_in(), self._appender.begun.due_in())
+        due = min((due for due in dues if due is not None), default=None)
         self._wake.acquire(timeout=-1.0 if due is None else min(due, threading.TIMEOUT_MAX))
         return True
 
@@ -4970,6 +5262,8 @@ class Writer:
         done = self._drain()
         if self._closing:
             sealed = self._closed or self._appender.seal()  # also then: an ingest may free the space
+            if done and sealed:
+                self._appender.begun.close()
             return done and sealed
         self._ingester.step()
         with self._lock:
@@ -4979,10 +5273,13 @@ class Writer:
     def _drain(self) -> bool:
         """Move the queue into the journal; False on a fault, with what is left still queued."""
         self._trim()  # after an interrupt there may be something to do
-        while batch := self._queue[:]:
+        is_first = True
+        while (batch := self._queue[:]) or is_first:
+            is_first = False
             try:
                 for piece in _pieces(batch):
                     self._appender.append(piece)
+                self._appender.begun.write(self.written)
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
                 self._diagnostics.note(
                     "journal",
@@ -5011,7 +5308,7 @@ class Writer:
 
     def _call_back(self) -> None:
         with self._lock:
-            due = [entry for entry in self._waiting if entry[0] <= self.written or self._closed]
+            due = [entry for entry in self._waiting if entry[0]() or self._closed]
             self._waiting = [entry for entry in self._waiting if entry not in due]
         for _, callback in due:
             with contextlib.suppress(RuntimeError):  # its event loop is closed
@@ -5102,8 +5399,10 @@ class Call:
     # Of a call within another that is the same execution: the other one, which writes the row.
     outer: Call | None = None
     failure: Call | None = None  # of the outer one: the one within that failed
-    ended = _begun = False
+    ended = False
     waits = False  # it was answered, and goes on
+    number = 0  # while it runs
+    strict = False  # whether it is executed only if that can be put on record
     _before: contextvars.Token[Call | None]
 
     def __init__(
@@ -5125,12 +5424,12 @@ class Call:
         self.context: dict[str, object] = dict(context) if context else {}
         self._logger = logger
         self.denied_by = denied_by
-        self._started = time.perf_counter()
+        self.started = time.perf_counter()
         self.take_input(input_params, endpoint_def)
 
     def take_input(self, input_params: object, endpoint_def: object = None) -> None:
         """Encode the input; what a tool passes on to another one is redacted by that one's rules."""
-        self.input_json, self.echoes = self._logger.begin(input_params, self.name, endpoint_def)
+        self.input_json, self.echoes = self._logger.take_input(input_params, self.name, endpoint_def)
 
     def more(self) -> tuple[object, ...]:
         """Return the values of NEW_COLUMNS."""
@@ -5142,6 +5441,14 @@ class Call:
             *(self.request_id, self.error_type, self.result_bytes, context),
         )
 
+    def event(self) -> tuple[Any, ...]:
+        """Return the arguments of `Encoder.line`."""
+        return (
+            *(self.caller, self.event_type, self.name, self.input_json, self.duration_ms),
+            *(self.policy_decision, self.reason, self.status, self.error),
+            *(self.user_id, self.session_id, self.trace_id, self.echoes, self.more()),
+        )
+
     def policy(self, decision: str, reason: object = None) -> None:
         """Record what a policy decided: allow, deny or warn, and why."""
         self.policy_decision, self.reason = decision, reason
@@ -5151,28 +5458,51 @@ class Call:
         self.status, self.error, self.error_type = "error", error, error_type or self.error_type
 
     def begin(self) -> None:
-        """Begin the call, before its body: for code that can't use `with`."""
-        self._logger.wait(self._begin())
+        """Put the call on record as running, before its body runs; `with` does it.
+
+        Raises AuditUnavailableError where the logger is `strict` and that can't be done in time.
+        """
+        if self._begin() and not self._logger.wait_begun(self):
+            raise self._refused()
 
     async def begin_async(self) -> None:
-        """Begin the call, before its body, without blocking the event loop."""
-        if ticket := self._begin():
-            await self._logger.wait_async(ticket)
+        """Do the same without blocking the event loop."""
+        if self._begin() and not await self._logger.wait_begun_async(self):
+            raise self._refused()
+
+    def _begin(self) -> bool:
+        """Begin, once: whatever records an execution comes through here before its body runs.
+
+        Return True if the body must wait until the call is on record.
+        """
+        if self.number or self.outer is not None or not self._logger.enabled:
+            return False
+        self.number = self._logger.begin(self)
+        self.strict = self._logger.is_strict(self.name)
+        return self.strict
+
+    def _refused(self) -> BaseException:
+        error: BaseException = self._logger.refuse(self, "it was not executed")
+        self._end(error)
+        return error
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
-        self._logger.wait(self._end(error))
+        if not self._logger.wait(self._end(error), strict=self.strict) and error is None:
+            raise self._logger.refuse(self, "it was executed, and its answer is withheld")
 
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
         ticket = self._end(error)
-        if ticket and self._logger.config.durable:
-            try:
-                await self._logger.wait_async(ticket)
-            except BaseException:
-                # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
-                if error is None or isinstance(error, Exception):
-                    raise
+        try:
+            is_recorded = not ticket or await self._logger.wait_async(ticket, strict=self.strict)
+        except BaseException:
+            # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
+            if error is None or isinstance(error, Exception):
+                raise
+            return
+        if not is_recorded and error is None:
+            raise self._logger.refuse(self, "it was executed, and its answer is withheld")
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -5183,18 +5513,12 @@ class Call:
         finally:
             _running.reset(before)
 
-    def _begin(self) -> int:
-        """Begin, once: whatever records an execution comes through here before its body. Return a ticket."""
-        if not self._begun:
-            self._begun, self._started = True, time.perf_counter()
-        return 0
-
     def _end(self, error: BaseException | None) -> int:
         """End, once: whatever records an execution comes through here. Return the ticket of its line."""
         if self.ended:
             return 0
         self.ended = True
-        self.duration_ms = round((time.perf_counter() - self._started) * 1000)
+        self.duration_ms = round((time.perf_counter() - self.started) * 1000)
         # Whoever closes a generator has all that was wanted of it: no error.
         if error is not None and not isinstance(error, GeneratorExit):
             if self.status != "error":  # what is known already was known nearer to the cause
@@ -5622,9 +5946,7 @@ def _watch_spans() -> None:
             provider.__mxcp_audit__ = True
 
 
-_ORIGIN: Final = re.findall(
-    r"\w+", "caller user_id session_id trace_id client agent address server request_id"
-)
+_ORIGIN: Final = _words_in("caller user_id session_id trace_id client agent address server request_id")
 
 
 def _surroundings() -> dict[str, Any]:
@@ -5768,7 +6090,10 @@ class Middleware:
                 call.is_open = False
         call = self._call_of(event_type, context, message)
         call.waits = False
-        await call.begin_async()
+        try:
+            await call.begin_async()
+        except AuditUnavailableError as error:
+            raise _protocol_error(error) from error
         failure: BaseException | None = None
         before = _running.set(call)
         self._inside += 1
@@ -5786,7 +6111,10 @@ class Middleware:
             with contextlib.suppress(ValueError):  # left in another context than entered
                 _running.reset(before)
             if not call.waits:
-                await call.end_async(failure)
+                try:
+                    await call.end_async(failure)
+                except AuditUnavailableError as error:
+                    raise _protocol_error(error) from error
 
     async def check_resource_access(self, context: object) -> None:
         """Allow: FastMCP 4 asks each middleware."""
@@ -5946,6 +6274,12 @@ class Middleware:
                 f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
                 "with @audit.tool(), or run the server under `mxcp-audit wrap`"
             )
+
+
+def _protocol_error(error: AuditUnavailableError) -> Exception:
+    """Return what the SDK 2 tells a client; of any other error it hides the text."""
+    kind = getattr(sys.modules.get("mcp.shared.exceptions"), "MCPError", None)
+    return error if kind is None else kind(code=-32000, message=str(error))
 
 
 _MIDDLEWARE_CODE: Final = Middleware.__call__.__code__
@@ -6266,7 +6600,7 @@ def _is_injected(value: object) -> bool:
 
 
 # === Logger ===
-# depends on: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
+# depends on: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Calls
 #
 # What servers hold. It joins the sections above and adds what belongs to the process: exit, fork, children of
 # multiprocessing. It knows no DuckDB: Assembly sets `_ingest`, and without it events stay in the journal.
@@ -6284,6 +6618,7 @@ class Counters(NamedTuple):
     rejected: int  # journal lines that could not be ingested and are kept aside
     errors: int  # faults of any kind
     last_error: str | None
+    refused: int = 0  # strict calls that could not be put on record
 
 
 _UNENCODABLE: Final = "[UNENCODABLE]"
@@ -6312,6 +6647,9 @@ class AuditLogger:
         record_result: what to record of a result: "none", "summary" (bytes, items, kinds), "body" (redacted).
         max_result_bytes: a longer body is cut, visibly.
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
+        strict: True, or names with `*`: such a call is executed only once its begin is in the journal, and
+            answered only once its end is; else AuditUnavailableError is raised.
+        strict_timeout: seconds that such a call waits for that, such as 5 or "5s".
         attach: options of the ATTACH statement for targets other than files.
 
     Raises:
@@ -6338,6 +6676,8 @@ class AuditLogger:
         record_result: str = "summary",
         max_result_bytes: int = 2**14,
         trusted_proxies: Sequence[str] = (),
+        strict: bool | Sequence[str] = False,
+        strict_timeout: float | str = 5.0,
         attach: Mapping[str, object] | None = None,
     ) -> None:
         if path is None:
@@ -6360,6 +6700,8 @@ class AuditLogger:
                 record_result=record_result,
                 max_result_bytes=max_result_bytes,
                 trusted_proxies=trusted_proxies,
+                strict=strict,
+                strict_timeout=strict_timeout,
                 attach=attach,
             )
         )
@@ -6386,7 +6728,12 @@ class AuditLogger:
         self.enabled = config.enabled
         self._diagnostics = told = Diagnostics()
         self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
-        appender = Appender(Journal(config.journal_directory), durable=config.durable, diagnostics=told)
+        appender = Appender(
+            Journal(config.journal_directory),
+            durable=config.durable,
+            diagnostics=told,
+            encode_begin=self._begin_line,
+        )
         self._ingester = Ingester(
             appender,
             None
@@ -6404,6 +6751,8 @@ class AuditLogger:
             on_start=self._activate,
         )
         self._put = self._writer.put
+        self._strict = re.compile("|".join(map(_pattern, config.strict)) or "(?!)", re.DOTALL)
+        self.refused = 0
         self.unfinished = Unfinished()
         _live.known[id(self)] = self
         if self.enabled:
@@ -6488,15 +6837,15 @@ class AuditLogger:
         if self.config.durable:
             self._writer.wait_written(ticket)
 
-    def _record(self, *event: Any) -> int:
+    def _record(self, *event: Any, end: bytes = b"") -> int:
         """Queue an event, without its content if it can't be encoded, and return the ticket of its line."""
         try:
-            return self._put(self._encoder.line(*event))
+            return self._put(self._encoder.line(*event) + end)
         except BaseException as fault:
             self.report_fault("an event could not be encoded; it is recorded without content", fault)
         try:
             nothing = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE)
-            return self._put(self._encoder.line(*nothing, None, None, None, ()))
+            return self._put(self._encoder.line(*nothing, None, None, None, ()) + end)
         except BaseException as fault:
             self.report_fault("an event could not be recorded", fault)
             return 0
@@ -6508,7 +6857,7 @@ class AuditLogger:
 
     # --- what a Call needs
 
-    def begin(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
+    def take_input(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
         """Encode the input of a call that begins; also return what was redacted in it."""
         echoes: list[str] = []
         if not self.enabled:
@@ -6518,51 +6867,80 @@ class AuditLogger:
         except BaseException as fault:
             return self.report_fault("an input could not be encoded", fault), echoes
 
+    def is_strict(self, name: str) -> bool:
+        """Return True for a name of which nothing is executed that can't be put on record."""
+        return self._strict.fullmatch(name) is not None
+
+    def begin(self, call: Call) -> int:
+        """Have a call put on record while it runs; return its number."""
+        return self._writer.begin(call)
+
+    def _begin_line(self, call: Call, ref: str) -> bytes:
+        """Return the begin of a call as it is put on record: the event that it is, should nothing follow."""
+        event = call.event()
+        begun = (*event[:4], 0, "n/a", None, "error", UNFINISHED, *event[9:])
+        line = self._encoder.line(*begun)
+        age = datetime.timedelta(seconds=time.perf_counter() - call.started)
+        rest = line[line.index(b'"', len(b'{"timestamp":"')) :]
+        return b'{"timestamp":"%b%b,"call":"%b"}\n' % (line_time(utc_now() - age), rest, ref.encode())
+
     def finish(self, call: Call) -> int:
         """Queue the line of a call that ended, and return its ticket."""
         if not self.enabled:
             return 0
-        return self._record(
-            call.caller,
-            call.event_type,
-            call.name,
-            call.input_json,
-            call.duration_ms,
-            call.policy_decision,
-            call.reason,
-            call.status,
-            call.error,
-            call.user_id,
-            call.session_id,
-            call.trace_id,
-            call.echoes,
-            call.more(),
+        ref = self._writer.end(call.number) if call.number else None
+        if ref is None:
+            return self._record(*call.event())
+        ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode())
+        self._writer.ended(call.number, ticket)
+        return ticket
+
+    def refuse(self, call: Call, what: str) -> AuditUnavailableError:
+        """Count a call that could not be put on record, and return what is raised; `what` became of it."""
+        self.refused += 1
+        text = f"{call.event_type} {call.name} can't be put on record within {self.config.strict_timeout:g} s"
+        self._diagnostics.report(
+            "strict", f"{text}; it was refused (last fault: {self._diagnostics.last_error})"
         )
+        return AuditUnavailableError(f"{text}; {what}")
 
-    def wait(self, ticket: int) -> None:
-        """With `durable`, return when the line is on the disk."""
-        if self.config.durable and self.enabled:
-            self._writer.wait_written(ticket)
+    def wait_begun(self, call: Call) -> bool:
+        """Return True once the begin of a call is on record; False after `strict_timeout`."""
+        return self._writer.wait_for(lambda: self._writer.is_begun(call.number), self.config.strict_timeout)
 
-    async def wait_async(self, ticket: int) -> None:
-        """With `durable`, return when the line is on the disk; the event loop goes on meanwhile."""
-        if not (self.config.durable and self.enabled):
-            return
+    async def wait_begun_async(self, call: Call) -> bool:
+        """Do the same while the event loop goes on."""
+        return await self._wait_async(lambda: self._writer.is_begun(call.number), self.config.strict_timeout)
+
+    def wait(self, ticket: int, *, strict: bool = False) -> bool:
+        """With `durable`, or for a strict call, return when the line is written; False if it takes long."""
+        if not self.enabled or not (self.config.durable or strict):
+            return True
+        return self._writer.wait_written(ticket, self.config.strict_timeout if strict else None)
+
+    async def wait_async(self, ticket: int, *, strict: bool = False) -> bool:
+        """Do the same while the event loop goes on."""
+        if not self.enabled or not (self.config.durable or strict):
+            return True
+        timeout = self.config.strict_timeout if strict else None
+        return await self._wait_async(lambda: self._writer.written >= ticket, timeout)
+
+    async def _wait_async(self, done: Callable[[], bool], timeout: float | None) -> bool:
         import asyncio
 
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # another kind of event loop: the promise counts for more than its time
-            self._writer.wait_written(ticket)
-            return
-        written: asyncio.Future[None] = loop.create_future()
+            return self._writer.wait_for(done, timeout)
+        over: asyncio.Future[None] = loop.create_future()
 
         def _resolve() -> None:
-            if not written.done():  # the waiting task may have been cancelled
-                written.set_result(None)
+            if not over.done():  # the waiting task may have been cancelled
+                over.set_result(None)
 
-        self._writer.call_when_written(ticket, lambda: loop.call_soon_threadsafe(_resolve))
-        await written
+        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(_resolve))
+        await asyncio.wait([over], timeout=timeout)
+        return done()
 
     def record(
         self,
@@ -6701,6 +7079,7 @@ class AuditLogger:
             told.rejected,
             told.errors,
             told.last_error,
+            self.refused,
         )
 
     def flush(self, timeout: float = 10.0) -> bool:
@@ -6801,6 +7180,11 @@ def place_problem(path: str) -> str | None:
     if not os.path.isdir(folder or "."):
         return f"{folder} is no directory"
     return None if os.access(folder or ".", os.W_OK | os.X_OK) else f"this user may not write in {folder}"
+
+
+def _pattern(name: str) -> str:
+    """Return a name with `*` as a regular expression."""
+    return ".*".join(map(re.escape, name.split("*")))
 
 
 class _Live:
@@ -7041,6 +7425,13 @@ FROM ({
     )
 }) AS staged
 JOIN audit.ledger AS entered ON entered.segment = staged.segment AND entered.kind = 'segment'"""
+# Which of some calls have a row that says that they were never finished.
+UNFINISHED_CALLS: Final = """\
+SELECT DISTINCT call::VARCHAR FROM (
+    SELECT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
+    WHERE timestamp >= $since::TIMESTAMP - INTERVAL 1 MINUTE AND error = $error)
+WHERE call IN (SELECT unnest($calls))"""
+UNSTAGE_LINES: Final = "DELETE FROM batch WHERE segment = $segment AND seq IN (SELECT unnest($seqs))"
 UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 STAGE_NOTHING: Final = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
@@ -7417,16 +7808,20 @@ STATS_COLUMNS: Final = (
     "max_ms",
     "first_seen",
     "last_seen",
+    "running",
 )
 _STATS: Final = """\
 SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
        q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
-       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen
-FROM (SELECT {group} AS k, count(*) AS calls, count(*) FILTER (WHERE status = 'error') AS errors,
+       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen,
+       running::BIGINT AS running
+FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
+             count(*) FILTER (WHERE status = 'error') AS errors,
              count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
-             quantile_disc(duration_ms, [0.5, 0.95, 0.99]) AS q, max(duration_ms) AS max_ms,
+             quantile_disc(nullif(over_ms, -1), [0.5, 0.95, 0.99]) AS q, max(nullif(over_ms, -1)) AS max_ms,
              min(timestamp) AS first_at, max(timestamp) AS last_at
-      FROM ({source}) GROUP BY ALL)
+      FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
+            FROM ({source})) GROUP BY ALL)
 ORDER BY {order} LIMIT $count"""
 
 
@@ -8673,11 +9068,12 @@ class Ingest:
         seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
+            is_more = self._journal.take_unfinished()
             lost = self._journal.losses()
             if claims or lost:
                 self._take(claims, lost)
             seen.update(claim.id for claim in claims)
-            if not claims:
+            if not claims and not is_more:
                 return problems
 
     def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
@@ -8810,6 +9206,7 @@ class Ingest:
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
                 if self._target.is_file:
                     engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
+            losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
                 try:
                     engine.execute(INSERT_ROWS)
@@ -8818,6 +9215,27 @@ class Ingest:
                 self._enter_segments(engine, fresh, losses)
             self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
         return set(fresh)
+
+    def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
+        """Keep out the ends of calls that are on record as unfinished; return how many of each segment.
+
+        A process that lost its locks, or whose journal was copied while it ran, may go on after that.
+        """
+        calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
+        late: dict[str, list[tuple[int, str, bytes]]] = {}
+        if calls:
+            since = datetime.datetime.strptime(min(calls)[:22], "%Y%m%dT%H%M%S%fZ")
+            asked = {"calls": list(calls), "since": str(since), "error": UNFINISHED}
+            for (call,) in engine.execute(UNFINISHED_CALLS, asked):
+                claim, seq = calls[call]
+                line = next((each for each in claim.read().splitlines() if call.encode() in each), b"")
+                reason = "its call is on record already, as unfinished"
+                late.setdefault(claim.id, []).append((seq, reason, line))
+        for claim in claims:
+            if faults := late.get(claim.id):
+                engine.execute(UNSTAGE_LINES, {"segment": claim.id, "seqs": [seq for seq, *_ in faults]})
+                claim.reject(sorted(faults))
+        return {segment: len(faults) for segment, faults in late.items()}
 
     def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> None:
         """Of segments that the ledger has by name: keep what is in none of its rows.
@@ -8882,7 +9300,7 @@ def refuse_fatal_limit() -> None:
 
 
 # == Reading ==
-# depends on: Errors, Journal, Writer, SQL, Engines, Target, Ledger
+# depends on: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger
 #
 # Table and journal as one log. Reading attaches read-only first, then lists the journal, then asks the
 # ledger: while a reader holds its lock nobody can ingest, so the three agree, and every event is seen once.
@@ -8914,7 +9332,7 @@ class Reader:
             reading = Reading(engine, folder)
             while True:
                 try:
-                    self._attempt(reading, stack)
+                    self._attempt(reading, stack, folder)
                     break
                 except (
                     DatabaseCorruptError,
@@ -8932,9 +9350,11 @@ class Reader:
                         continue
                     self._keep_segments(stack)
                     reading.problem = None if is_new else error
-                    reading.open_views(None, self._journal.segments())
+                    reading.open_views(None, self._segments(folder))
                     break
-            if not reading.has_table and not reading.has_journal and reading.problem is None:
+            reading.open_running(self._journal.running())
+            nothing = not (reading.has_table or reading.has_journal or reading.has_running)
+            if nothing and reading.problem is None:
                 raise DatabaseNotFoundError(
                     f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
                     "for the profile, or no events have been logged yet (the database is created on first "
@@ -8944,20 +9364,20 @@ class Reader:
                 self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
             yield reading
 
-    def _attempt(self, reading: Reading, stack: contextlib.ExitStack) -> None:
+    def _attempt(self, reading: Reading, stack: contextlib.ExitStack, folder: str) -> None:
         """Open both sides; what must be let go again goes onto the stack."""
         target, journal = self._target, self._journal
         if target.is_absent():
             if not self._keep_segments(stack) and journal.segments():
                 raise DatabaseLockedError(f"{target.path} is being made by another process")
             if target.is_absent():
-                self._open_journal(reading)
+                self._open_journal(reading, self._segments(folder))
                 return
             stack.close()
         if not target.is_file and not self._keep_segments(stack):
             raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
         stack.enter_context(target.attached(reading.engine, read_only=True))
-        segments = journal.segments()
+        segments = self._segments(folder)
         reading.is_transaction = not target.is_file
         reading.data_path = target.data_path(reading.engine)
         present = target.columns(reading.engine)
@@ -8968,9 +9388,8 @@ class Reader:
         reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
         reading.has_ledger = "ledger" in present
 
-    def _open_journal(self, reading: Reading) -> None:
+    def _open_journal(self, reading: Reading, segments: list[str]) -> None:
         """Open the journal by a copy, because before the first ingest there is no lock that keeps one out."""
-        segments = self._journal.segments()
         cause = None
         try:
             reading.open_views(None, segments)
@@ -8983,6 +9402,17 @@ class Reader:
             ) from cause
         if cause is not None:
             raise cause
+
+    def _segments(self, folder: str) -> list[str]:
+        """Return the segments, and files of what the next ingest will make of unfinished calls."""
+        left = {}
+        for path, lines in self._journal.unfinished():
+            copy = os.path.join(folder, os.path.basename(path))
+            if lines:
+                write_file(copy, lines, replace=True)
+                left[path] = copy
+        segments = self._journal.segments()  # after that: what becomes one in between is seen once
+        return [*segments, *(left[path] for path in left.keys() - set(segments))]
 
     def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
         """Keep ingests out where no lock on the database does, so that no segment vanishes in between."""
@@ -9011,6 +9441,18 @@ class Reading:
         self.has_table = False
         self.has_journal = False
         self.has_ledger = False
+        self.has_running = False
+
+    def open_running(self, lines: bytes) -> None:
+        """Define the view `running_rows` of calls that run: `status` is running, `seq` 0."""
+        self.has_running = bool(lines)
+        rows = NO_ROWS
+        if lines:
+            path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
+            write_file(path, lines)
+            files = {"files": [path], "longest": max(LONGEST_LINE, len(lines)), "lenient": True}
+            rows = bind(JOURNAL_ROWS, files)
+        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW running_rows AS {rows}")
 
     def open_views(self, table: Mapping[str, str] | None, segments: Iterable[str]) -> None:
         """Define the views `table_rows` and `journal_rows`, which together are the log."""
@@ -9033,9 +9475,14 @@ class Reading:
         for statement in FREEZE_JOURNAL:
             self.engine.execute(statement)
 
-    def _source(self, what: Filter, count: int | None, order: str) -> tuple[str, dict[str, object]]:
-        """Return the query of the filtered events. The limit goes into both sides: a limit on the union
-        alone would read the whole table (40 times slower on 10 million rows)."""
+    def _source(
+        self, what: Filter, count: int | None, order: str, *, running: bool | None = False
+    ) -> tuple[str, dict[str, object]]:
+        """Return the query of the filtered events; with `running`, of the calls that run; if None, of both.
+
+        The limit goes into each side: a limit on the union alone would read the whole table (40 times
+        slower on 10 million rows).
+        """
         where, params = what.where()
         tail = ""
         if count is not None:
@@ -9043,9 +9490,13 @@ class Reading:
             tail = f" ORDER BY {order} LIMIT $count"
         sides = [
             f"(SELECT * FROM {view} WHERE {where}{tail})"
-            for view, there in (("table_rows", self.has_table), ("journal_rows", self.has_journal))
-            if there
-        ] or ["(SELECT * FROM journal_rows)"]
+            for view, is_asked in (
+                ("table_rows", self.has_table and not running),
+                ("journal_rows", self.has_journal and not running),
+                ("running_rows", self.has_running and running is not False),
+            )
+            if is_asked
+        ] or [f"({NO_ROWS})"]
         return " UNION ALL BY NAME ".join(sides), params
 
     def _select(
@@ -9061,12 +9512,19 @@ class Reading:
         sql, params = self._select(public_select(), what, count, oldest_first)
         return self.engine.stream(sql, params)
 
+    def running(self, what: Filter, *, count: int = 100) -> list[Row]:
+        """Return the matching calls that run on this host as rows of PUBLIC_COLUMNS, oldest first."""
+        source, params = self._source(what, count, OLDEST_FIRST, running=True)
+        sql = f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}"
+        return self.engine.execute(sql, params)
+
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
         """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
 
-        Percentiles are durations that occurred (no interpolation), in milliseconds.
+        Calls that run are counted in `running` alone. Percentiles are durations that occurred (no
+        interpolation), in milliseconds.
         """
-        source, params = self._source(what, None, NEWEST_FIRST)
+        source, params = self._source(what, None, NEWEST_FIRST, running=None)
         return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
@@ -10508,6 +10966,17 @@ class Follower:
                     raise
         return rows if rows or self.is_behind else self._new_lines()
 
+    def running(self) -> list[Row]:
+        """Return the matching calls that run on this host, for a second or longer."""
+        lines = self._journal.running()
+        if not lines:
+            return []
+        engine = self._engine = self._engine or self._target.open_engine()
+        with scratch_folder() as folder:
+            reading = Reading(engine, folder)
+            reading.open_running(lines)
+            return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
+
     def close(self) -> None:
         """End the session with DuckDB, if there is one."""
         engine, self._engine = self._engine, None
@@ -10609,7 +11078,7 @@ class Follower:
 
 
 # == Health ==
-# depends on: Errors, Config, SQL, Engines, Operations
+# depends on: Errors, Config, Events, SQL, Engines, Reading, Operations
 #
 # What `doctor` looks at; it changes nothing.
 
@@ -10619,6 +11088,13 @@ class Fault(NamedTuple):
 
     problem: str
     remedy: str
+
+
+_HANGS_MS: Final = 3_600_000
+_REFUSED: Final = """\
+SELECT count(*)::BIGINT AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
+       arg_max(error, timestamp)::VARCHAR AS last
+FROM events"""
 
 
 class Checkup:
@@ -10678,6 +11154,7 @@ class Checkup:
                     self._fault(
                         f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
                     )
+                self._examine_calls(reading)
                 for _, text in self._store.losses(reading):
                     self._fault(
                         f"events were lost: {text}",
@@ -10697,6 +11174,25 @@ class Checkup:
             self._fault(str(error), "run with --debug for the whole story")
         except JournalError:
             pass  # a fault already
+
+    def _examine_calls(self, reading: Reading) -> None:
+        """Look at calls that run, and at those that a strict logger refused."""
+        for row in reading.running(Filter(min_ms=_HANGS_MS)):
+            call = dict(zip(PUBLIC_COLUMNS, row))
+            self._fault(
+                f"{call['type']} {call['name']} has run since {call['timestamp']}",
+                "see `log --running`; if it hangs, end it or its server",
+            )
+        since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
+        ((count, first, last),) = reading.ask(
+            Filter(since=since, error_type="AuditUnavailableError"), _REFUSED
+        )
+        self.report["refused"] = count
+        if count:
+            self._fault(
+                f"{counted(count, 'call')} refused since {first} because they could not be recorded: {last}",
+                "make room or mend the journal's disk; 30 days on it counts as healthy",
+            )
 
     def _examine_journal(self) -> None:
         journal = self._store.journal
@@ -11061,26 +11557,22 @@ _WIDEST_BAR: Final = 40
 
 def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
-    heads = [
-        by.upper(),
-        "CALLS",
-        "ERRORS",
-        "DENIED",
-        "P50",
-        "P95",
-        "P99",
-        "MAX MS",
-        "FIRST SEEN",
-        "LAST SEEN",
+    figures = ["CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
+    if any(row[10] for row in rows):
+        figures.append("RUNNING")
+    heads = [by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]
+    count = len(figures)
+    table = [
+        [*map(_shown, (row[:8] + row[10:])[: count + 1]), *(_moment(value) for value in row[8:10])]
+        for row in rows
     ]
-    table = [[*map(_shown, row[:8]), *(_moment(value) for value in row[8:])] for row in rows]
     widths = [max(map(display_width, column)) for column in zip(heads, *table)]
-    right = [False, *[True] * 7, False, False]
+    right = [False, *[True] * count, False, False]
     kept = list(range(len(heads)))
     room = 0
     if width is not None:
-        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1:8]) - 14))
-        for last in (8, 9):
+        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1 : count + 1]) - 2 * count))
+        for last in (count + 1, count + 2):
             if sum(widths[n] + 2 for n in kept) - 2 > width:
                 kept.remove(last)
         room = min(_WIDEST_BAR, width - sum(widths[n] + 2 for n in kept))
@@ -11770,6 +12262,12 @@ class StdioAudit:
         self._unfinished = Unfinished()
         self._client: str | None = None
         self._server: str | None = None
+        self._here = threading.local()
+
+    @property
+    def refused(self) -> dict[object, str]:
+        """What a strict logger refused since this thread emptied it, by id."""
+        return cast("dict[object, str]", self._here.__dict__.setdefault("refused", {}))
 
     def from_client(self, data: bytes) -> None:
         """Take in what the client sends: any piece of it."""
@@ -11885,20 +12383,34 @@ class StdioAudit:
         state = _get(params, "requestState")
         if state is not None or _get(params, "inputResponses") is not None:
             call = self._unfinished.take(_leg_of(call, state)) or call
-        call.begin()
         if type(key) not in (str, int, float):
             call.fail("sent without an id that could be answered")
             call.end()
             return
         self._finish(key, "its id was used again before it was answered")
-        self._pending[key] = call
+        try:
+            call.begin()
+        except AuditUnavailableError as error:
+            self.refused[key] = str(error)
+        else:
+            self._pending[key] = call
 
     def _finish(self, key: object, error: str | None, error_type: str | None = None) -> None:
         call = self._pending.pop(_key_of(key), None)
         if call is not None:
             if error is not None:
                 call.fail(error, error_type)
-            call.end()
+            try:
+                call.end()
+            except AuditUnavailableError as refusal:
+                self.refused[_key_of(key)] = str(refusal)
+
+    def withdraw(self, line: bytes, reason: str) -> list[object]:
+        """Record that nothing of a client's line was passed on; return the ids that wait for an answer."""
+        keys = [_key_of(message.get("id")) for part in line.splitlines() for message in self._messages(part)]
+        for key in keys:
+            self._finish(key, reason, "AuditUnavailableError")
+        return [key for key in dict.fromkeys([*self.refused, *keys]) if key is not None]
 
 
 def _key_of(value: object) -> object:
@@ -11976,26 +12488,29 @@ class WrappedServer:
     server itself) are a process group of their own: each signal that comes to us goes to all of it, and none
     of it is left behind. When the client is gone, the server's input is closed; if it doesn't end by that,
     the group gets SIGTERM and then SIGKILL. On Linux, whoever kills us with SIGKILL kills the child too.
+
+    If the logger is strict, whole lines are passed on instead: one with a call that can't be put on record,
+    or that can't be understood, is answered with an error, and one with an answer that can't be, replaced.
     """
 
     _PIECE_BYTES: Final = 2**16
     GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
-    _JOURNAL_SECONDS: Final = 5.0  # arbitrary: how long --strict waits for a journal that hangs
     _ANSWER_SECONDS: Final = 1.0  # for answers after SIGTERM: two seconds later MCP's SDKs kill us
     _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
 
-    def __init__(self, command: Sequence[str], audit: AuditLogger, *, strict: bool) -> None:
+    def __init__(self, command: Sequence[str], audit: AuditLogger) -> None:
         self._command = list(command)
         self._audit = audit
-        self._strict = strict
+        self._strict = bool(audit.config.strict) and audit.enabled
         self._told = Diagnostics()
+        self._problems: dict[int, str] = {}  # of the line that a strict thread looks at, by thread
         self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
         self._client_gone = False
         self._end_at = float("inf")  # when calls that are still pending are recorded without an answer
         self._pieces = 0  # that the server sent
         self._is_reading = False  # as opposed to: recording, or waiting for the client to read
         self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
-        self.failure: str | None = None
+        self._answering = threading.Lock()  # of what goes to the client, if refusals go there as well
 
     def run(self) -> int:
         """Run the server to its end and return its exit code, negative if a signal ended it."""
@@ -12056,14 +12571,15 @@ class WrappedServer:
         assert self._process.stdin is not None
         sink = self._process.stdin.fileno()
         try:
-            while data := _read_piece(0, self._PIECE_BYTES):
-                if not self._audited(self._stdio.from_client, data):
-                    return
-                _write_all(sink, data)
+            for data in self._pieces_of(0):
+                if self._is_admitted(self._stdio.from_client, data):
+                    _write_all(sink, data)
+                else:
+                    self._refuse_line(data)
         except OSError:  # the server reads no more: the client shall see that, as it would without us
             _give_up(0)
             return
-        self._audited(lambda _: self._stdio.client_ended(), b"")
+        self._is_admitted(lambda _: self._stdio.client_ended(), b"")
         self._process.stdin.close()
         if _reader_is_gone(1):
             self._client_gone = True
@@ -12071,59 +12587,84 @@ class WrappedServer:
 
     def _pass_answers(self) -> None:
         assert self._process.stdout is not None
-        while True:
-            self._is_reading = True
-            data = _read_piece(self._process.stdout.fileno(), self._PIECE_BYTES)
+        for data in self._pieces_of(self._process.stdout.fileno()):
             self._is_reading = False
             self._pieces += 1
-            if not data:
-                break
-            if not self._audited(self._stdio.from_server, data):
-                return
+            if self._is_admitted(self._stdio.from_server, data):
+                self._answer(data)
+            else:
+                self._refuse(self._stdio.refused)
+            self._is_reading = True
+        _give_up(1)
+
+    def _pieces_of(self, fd: int) -> Iterator[bytes]:
+        """Yield what comes, as it comes; for a strict logger in whole lines, and an end without one last."""
+        rest: list[bytes] = []
+        while data := _read_piece(fd, self._PIECE_BYTES):
+            if not self._strict:
+                yield data
+                continue
+            *lines, end = data.split(b"\n")
+            for line in lines:
+                yield b"".join([*rest, line, b"\n"])
+                rest = []
+            rest.append(end)
+            if len(rest) * self._PIECE_BYTES > MAX_MESSAGE_BYTES:
+                self._told.report(
+                    "strict", f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB was refused"
+                )
+                rest = [b"too long"]  # what follows of it is no message either
+        if any(rest):
+            yield b"".join([*rest, b"\n"])  # some servers execute a last line that has no end
+
+    def _is_admitted(self, feed: Callable[[bytes], None], data: bytes) -> bool:
+        """Feed the bookkeeping; False if a strict logger can't vouch for what it was given."""
+        if not self._audit.enabled:
+            return True
+        me = threading.get_ident()
+        self._problems.pop(me, None)
+        self._stdio.refused.clear()
+        try:
+            feed(data)
+        except Exception as error:
+            self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
+        return not self._strict or not (self._stdio.refused or me in self._problems)
+
+    def _refuse_line(self, line: bytes) -> None:
+        """Answer each request of a line that is not passed on."""
+        problem = self._problems.get(threading.get_ident(), "").replace(" passed unaudited", " was refused")
+        texts = dict(self._stdio.refused)
+        problem = problem or "a call in the same line was refused"
+        keys = self._stdio.withdraw(line, problem)
+        self._refuse({key: texts.get(key, problem) for key in keys})
+        self._told.report("strict", next(iter(texts.values()), problem))
+
+    def _refuse(self, refused: Mapping[object, str]) -> None:
+        for key, text in refused.items():
+            error = {"code": -32000, "message": text}
+            self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
+
+    def _answer(self, data: bytes) -> None:
+        """Send something to the client, if it is still there."""
+        with self._answering if self._strict else contextlib.nullcontext():
             if not self._client_gone:
                 try:
                     _write_all(1, data)
                 except OSError:  # what comes now is for the record only
                     self._client_gone = True
-        _give_up(1)
-
-    def _audited(self, feed: Callable[[bytes], None], data: bytes) -> bool:
-        """Feed the bookkeeping; False, and the child is ended, if that failed and nothing may pass then."""
-        if not self._audit.enabled:
-            return True
-        try:
-            feed(data)
-            if self._strict and self.failure is None:
-                self._settle()
-        except Exception as error:
-            self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
-        if self.failure is not None:
-            self._end_child()
-            return False
-        return True
-
-    def _settle(self) -> None:
-        """Wait until what was recorded is in the journal: so `--strict` holds an answer back until then."""
-        written = self._audit.wait_written(self._JOURNAL_SECONDS)
-        counters = self._audit.counters
-        if not written:
-            self.failure = f"the journal can't be written: {counters.last_error}"
-        elif counters.dropped:
-            self.failure = f"{counted(counters.dropped, 'event')} dropped"
 
     def _on_fault(self, problem: str) -> None:
         if self._strict:
-            self.failure = problem
+            self._problems[threading.get_ident()] = problem
         else:
             self._told.report("wrap", problem)
 
     def _end_child(self) -> None:
         """Make the server end if it doesn't by itself."""
         for number in (_SIGTERM, _SIGKILL):
-            if self.failure is None or number == _SIGKILL:
-                deadline = time.monotonic() + self.GRACE_SECONDS
-                while self._process.poll() is None and time.monotonic() < deadline:
-                    time.sleep(0.05)
+            deadline = time.monotonic() + self.GRACE_SECONDS
+            while self._process.poll() is None and time.monotonic() < deadline:
+                time.sleep(0.05)
             self._signal(number)
 
     def _signal(self, number: int) -> None:
@@ -12345,6 +12886,7 @@ Show the newest events, from the database and from the journal of running server
 &filters
 [what is shown]
 -n --limit N:positive | at most N events (default: 100)
+--running | the calls that run on this host instead, longest first; MS is for how long
 --oldest-first | the other order, from the other end of the log
 --json | a JSON array of objects; with -f one a line
 --columns A,B,…:columns | these of: {columns}
@@ -12438,7 +12980,7 @@ Run COMMAND, an MCP server over standard input and output in any language, and r
 resource reads and prompts. Every byte passes unchanged.
 > wrap -- npx -y @modelcontextprotocol/server-everything
 > wrap --profile production --strict -- python server.py
---strict | stop the traffic when it can't be recorded (default: go on)
+--strict | refuse each call that can't be recorded (default: as the site file says)
 server COMMAND … | the server, behind --
 
 @verify prove that nothing was changed, removed or inserted
@@ -12763,7 +13305,11 @@ def cmd_log(options: argparse.Namespace) -> int:
         return _export(options, store, what)
     with store.reading(wait=options.wait) as reading:
         count = options.limit or 100
-        rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
+        rows: Iterable[Row] = (
+            reading.running(what, count=count)
+            if options.running
+            else reading.rows(what, count=count, oldest_first=options.oldest_first)
+        )
         if options.json:
             write_json(sys.stdout, *_columns_of(rows, options.columns))
         else:
@@ -12795,6 +13341,8 @@ def _check_log_options(options: argparse.Namespace) -> None:
         raise _UsageError("--header needs --post URL")
     if options.export and (options.columns or options.wide or options.input or options.json):
         raise _UsageError("an export has every column, in the format of its extension or of --format")
+    if options.running and (options.export or options.follow or options.format or options.oldest_first):
+        raise _UsageError("--running shows what has not ended: leave --export, --format and --follow out")
     if options.follow and (options.export or options.until or options.oldest_first):
         raise _UsageError(
             "--follow shows what is yet to come: leave --export, --until and --oldest-first out"
@@ -12847,17 +13395,50 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
         past = []
     show([row for row in reversed(past) if follower.is_seen(row)])
     told = ""
+    running = _RunningLines(options)
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
             try:
-                show(follower.look())
+                running.show_after(follower, show)
             except (JournalError, StoreError) as error:
                 if str(error) != told:
                     told = str(error)
                     _say(f"new events may be missing until this is over: {told}")
             # 1 % of a core, within half a second
             _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
+
+
+class _RunningLines:
+    """The calls that run, below what `log -f` shows: on a terminal until they end, elsewhere once."""
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self._is_terminal, self._is_off = sys.stdout.isatty(), options.json
+        self._rows: list[Row] = []
+        self._shown: list[str] = []
+        self._next = 0.0
+
+    def show_after(self, follower: Follower, show: Callable[[Sequence[Row]], None]) -> None:
+        """Show what is new, and then what runs."""
+        fresh = follower.look()
+        if not self._is_off and time.monotonic() >= self._next:
+            self._next, self._rows = time.monotonic() + 1, follower.running()
+        lines = [self._line(row) for row in self._rows]
+        if self._is_terminal:
+            sys.stdout.write("\x1b[1F\x1b[2K" * len(self._shown))
+        show(fresh)
+        for line in lines if self._is_terminal else [line for line in lines if line not in self._shown]:
+            _print(line)
+        self._shown = lines
+        sys.stdout.flush()
+
+    def _line(self, row: Row) -> str:
+        call = dict(zip(PUBLIC_COLUMNS, row))
+        passed = f", {int(call['duration_ms']) // 1000} s" if self._is_terminal else ""
+        width = _terminal(sys.stdout)[0] or 200
+        return fit(
+            f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}", width
+        ).rstrip()
 
 
 def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
@@ -13436,7 +14017,7 @@ def cmd_compact(options: argparse.Namespace) -> int:
 
 
 def cmd_wrap(options: argparse.Namespace) -> int:
-    """Run an MCP server and record what it executes. Ends as the server did; 1 if --strict stopped it."""
+    """Run an MCP server and record what it executes. Ends as the server did."""
     command = options.server[1:] if options.server[:1] == ["--"] else options.server
     if not command:
         raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
@@ -13445,17 +14026,15 @@ def cmd_wrap(options: argparse.Namespace) -> int:
         audit = AuditLogger(config.path, journal=config.journal_directory)
     else:
         audit = AuditLogger.from_config(options.config, profile=options.profile)
+    if options.strict:
+        audit.__setstate__(audit.config._replace(strict=("*",)))
     if not audit.enabled:
         problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
         if options.strict:
             raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
-    wrapped = WrappedServer(command, audit, strict=options.strict)
-    code = wrapped.run()
+    code = WrappedServer(command, audit).run()
     audit.shutdown(WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
-    if wrapped.failure is not None:
-        _say(f"mxcp-audit: stopped (--strict): {wrapped.failure}")
-        return EXIT_FAILED
     return end_like(code)
 
 

@@ -428,7 +428,7 @@ def test_help_examples_are_valid_commands() -> None:
 
 def test_version_shows_an_edited_copy(tmp_path: Path, cli: Cli) -> None:
     digest = hashlib.sha256((ROOT / "mxcp_audit.py").read_bytes()).hexdigest()[:12]
-    expected = f"mxcp_audit {mxcp_audit.__version__}, journal format 1, file {digest}\n"
+    expected = f"mxcp_audit {mxcp_audit.__version__}, journal format 2, file {digest}\n"
     done = cli("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
     (tmp_path / "mxcp_audit.py").write_text((ROOT / "mxcp_audit.py").read_text() + "# edited\n")

@@ -216,9 +216,9 @@ def test_grid_numbers_go_right_and_long_text_is_cut() -> None:
 
 
 STATS = [
-    ("slow", 1000, 10, 1, 5, 500, 900, 12345, "2026-01-02T03:04:05.678901Z", "2026-01-02T03:04:05.678901Z"),
-    ("日本語", 1, 0, 0, 5, 5, 5, 5, "2026-01-02T03:04:05.678901Z", "2026-01-02T03:04:05.678901Z"),
-    (None, 0, 0, 0, None, None, None, None, None, None),
+    ("slow", 1000, 10, 1, 5, 500, 900, 12345, *["2026-01-02T03:04:05.678901Z"] * 2, 0),
+    ("日本語", 1, 0, 0, 5, 5, 5, 5, *["2026-01-02T03:04:05.678901Z"] * 2, 0),
+    (None, 0, 0, 0, None, None, None, None, None, None, 0),
 ]
 
 
@@ -233,6 +233,13 @@ def test_stats_bars_fit_the_terminal(width: int) -> None:
         bars = [line.count("█") for line in lines]
         assert bars[1] > 3 and bars[2] == 1 and bars[3] == bars[0] == 0
     assert ("FIRST SEEN" in lines[0], "LAST SEEN" in lines[0]) == (width >= 100, width >= 80)
+
+
+def test_stats_show_what_runs_only_where_something_does() -> None:
+    for running in (0, 3):
+        file = Text()
+        write_stats(file, "name", [(*STATS[0][:10], running), *STATS[1:]], bar="calls", width=100)
+        assert ("RUNNING" in file.getvalue()) is bool(running)
 
 
 def test_stats_ascii_terminal_and_pipe() -> None:

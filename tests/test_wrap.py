@@ -393,9 +393,15 @@ def test_wrap_journal_that_cannot_be_written_traffic_goes_on_or_stops(tmp_path: 
     done = run(wrap(server=server), tmp_path, call(1, a=1) + call(2, a=2))
     assert (done.returncode, done.stdout.count(b"\n")) == (0, 2)
     assert b"the journal can't be written" in done.stderr
-    done = run(wrap("--strict", server=server), tmp_path, call(1, a=1) + call(2, a=2))
-    assert (done.returncode, done.stdout) == (1, b"")  # the answer that can't be recorded doesn't pass
-    assert b"stopped (--strict): the journal can't be written" in done.stderr
+    (tmp_path / "mxcp-site.yml").write_text(
+        "profiles: {default: {audit: {enabled: yes, path: log.duckdb, strict: [ech*], strict_timeout: 1}}}\n"
+    )
+    other = call(3).replace(b"tools/call", b"tools/list")
+    done = run(wrap(server=server, database=None), tmp_path, call(1, a=1) + other + call(2, a=2))
+    answers = {answer["id"]: answer for answer in map(json.loads, done.stdout.splitlines())}
+    assert done.returncode == 0 and set(answers) == {1, 2, 3} and "error" not in answers[3]
+    for refused in (answers[1], answers[2]):
+        assert "can't be put on record within 1 s; it was not executed" in refused["error"]["message"]
 
 
 def test_wrap_message_that_cannot_be_read_traffic_goes_on_or_stops(tmp_path: Path) -> None:
@@ -404,7 +410,8 @@ def test_wrap_message_that_cannot_be_read_traffic_goes_on_or_stops(tmp_path: Pat
     assert (done.returncode, done.stdout) == (0, deep + call(1))
     assert b"passed unaudited: it is nested too deeply" in done.stderr
     done = run(wrap("--strict", server=[sys.executable, "-c", CAT]), tmp_path, deep + call(1))
-    assert done.returncode == 1 and call(1) not in done.stdout
+    assert (done.returncode, done.stdout) == (0, call(1))  # the other one does not even reach the server
+    assert b"was refused: it is nested too deeply" in done.stderr
 
 
 def test_wrap_bookkeeping_that_fails_traffic_goes_on_or_stops(tmp_path: Path) -> None:
@@ -419,17 +426,7 @@ def test_wrap_bookkeeping_that_fails_traffic_goes_on_or_stops(tmp_path: Path) ->
     done = run(command, tmp_path, call(1))
     assert (done.returncode, done.stdout) == (0, call(1)) and b"passed unaudited: ValueError" in done.stderr
     done = run([*command[:6], "--strict", *command[6:]], tmp_path, call(1))
-    assert (done.returncode, done.stdout) == (1, b"") and b"stopped (--strict)" in done.stderr
-
-
-def test_wrap_strict_event_that_was_dropped_stops(tmp_path: Path) -> None:
-    with mxcp_audit.AuditLogger(tmp_path / "log.duckdb", on_full="drop") as audit:
-        wrapped = mxcp_audit.WrappedServer(["unused"], audit, strict=True)
-        wrapped._settle()
-        assert wrapped.failure is None
-        audit._diagnostics.dropped = 2
-        wrapped._settle()
-    assert wrapped.failure == "2 events dropped"
+    assert "was refused: ValueError" in json.loads(done.stdout)["error"]["message"]
 
 
 def test_wrap_client_that_reads_no_more_is_recorded_to_its_end(tmp_path: Path, cli: Cli) -> None:

@@ -224,21 +224,21 @@ def test_close_in_limited_time_says_what_is_left(bench: Bench) -> None:
     assert bench.writer.close(0.2) == 5
 
 
-def test_call_when_written_is_called_once_from_any_state(bench: Bench) -> None:
+def test_call_when_is_called_once_from_any_state(bench: Bench) -> None:
     called: list[int] = []
     ticket = bench.writer.put(line(1))
-    bench.writer.call_when_written(ticket, lambda: called.append(1))
+    bench.writer.call_when(lambda: bench.writer.written >= ticket, lambda: called.append(1))
     bench.writer.wait_written(ticket)
-    bench.writer.call_when_written(ticket, lambda: called.append(2))
-    bench.writer.call_when_written(10**9, lambda: called.append(3))  # never written
+    bench.writer.call_when(lambda: bench.writer.written >= ticket, lambda: called.append(2))
+    bench.writer.call_when(lambda: False, lambda: called.append(3))  # never written
     bench.writer.close(SAFETY_SECONDS)
     assert called == [1, 2, 3]  # closing leaves nobody waiting
 
 
-def test_call_when_written_of_a_closed_event_loop_stops_nobody(bench: Bench) -> None:
+def test_call_when_of_a_closed_event_loop_stops_nobody(bench: Bench) -> None:
     loop = asyncio.new_event_loop()
     loop.close()
-    bench.writer.call_when_written(1, lambda: loop.call_soon_threadsafe(print))
+    bench.writer.call_when(lambda: bench.writer.written >= 1, lambda: loop.call_soon_threadsafe(print))
     bench.writer.wait_written(bench.writer.put(line(1)))
     assert bench.writer.close(SAFETY_SECONDS) == 0
 

@@ -897,6 +897,52 @@ def s15_overload(t: Torture) -> None:
         t.clean(db)
 
 
+RUNNING = """
+import threading
+audit = AuditLogger(db, flush_interval=1, strict=True, durable="durable" in tag)
+bodies = os.open(db + ".said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+synced = os.open(db + ".synced", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+def fsync(fd, real=os.fsync):
+    real(fd)
+    held = os.fstat(fd)
+    os.write(synced, f"{held.st_ino} {held.st_size}\\n".encode())
+os.fsync = fsync
+def work(thread):
+    for n in range(10**9):
+        name = f"{tag}-{thread}-{n}"
+        with audit.record("tool", name, {"n": n}):
+            os.write(bodies, (json.dumps(name) + "\\n").encode())
+            time.sleep((0, 0.001, 0.05, 0.3)[n % 4])
+for thread in range(8): threading.Thread(target=work, args=(thread,), daemon=True).start()
+time.sleep(100)
+"""
+
+
+def s16_running_calls(t: Torture) -> None:
+    """SIGKILL while strict calls run, in two processes; half of them with a power loss (durable)"""
+    for number in range(8 if t.quick else 300):
+        db = t.database()
+        how = "durable" if number % 2 else "strict"
+        children = [t.start(t.command(RUNNING, db, f"{how}{tag}")) for tag in "ab"]
+        while not (Path(f"{db}.said").exists() and Path(f"{db}.said").stat().st_size > 1000):
+            time.sleep(0.01)
+        time.sleep(t.random.random() * 0.5)
+        for child in children:
+            child.kill()
+            child.communicate()
+        if how == "durable":  # of each file stays what was forced to the disk
+            lines = Path(f"{db}.synced").read_text().splitlines()
+            sizes = {int(inode): int(size) for inode, size in map(str.split, lines)}
+            for path in Path(f"{db}.journal").iterdir():
+                if path.suffix in (".jsonl", ".begun"):
+                    os.truncate(path, min(path.stat().st_size, sizes.get(path.stat().st_ino, 0)))
+        t.figure.faults += 1
+        t.figure.points += 1
+        t.run(t.ingest_command(db))
+        t.check(db, where=f"running calls {how}")
+        t.clean(db)
+
+
 def w_window(t: Torture) -> None:
     """how long after log_event returned kill -9 can still lose an event ("worst ms" is that window)"""
     for _ in range(10 if t.quick else 200):
@@ -946,6 +992,7 @@ SWEEPS: dict[str, Callable[[Torture], None]] = {
         s13_limits,
         s14_clock,
         s15_overload,
+        s16_running_calls,
         w_window,
     )
 }

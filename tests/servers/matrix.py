@@ -27,7 +27,9 @@ except ImportError:
     Context = None
 
 kind, folder = sys.argv[1], Path(sys.argv[2])
-audit = mxcp_audit.AuditLogger(folder / "log.duckdb", flush_interval=3600, redact=["secretive.note"])
+audit = mxcp_audit.AuditLogger(
+    folder / "log.duckdb", flush_interval=3600, redact=["secretive.note"], strict=True, strict_timeout=60
+)
 logging.disable(logging.CRITICAL)  # the frameworks draw coloured tracebacks, a second each
 failures: list[str] = []
 seen = 0
