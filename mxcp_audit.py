@@ -867,8 +867,7 @@ SETTINGS: Final = {
     "flush_interval": Setting(
         _SECONDS,
         _duration,
-        "how long events stay in the journal at least; on a busy server up to a minute,"
-        " see [design](design.md#who-ingests)",
+        "how long events stay in the journal at least; on a busy server up to a minute",
     ),
     "durable": Setting(_SWITCH, _boolean, "whether `log_event` waits until the event is on the disk"),
     "on_full": _one_of(
@@ -879,9 +878,7 @@ SETTINGS: Final = {
     "keep": Setting(_LIST, _names, "fields whose values are kept although the name looks like a secret"),
     "redact_mode": _one_of("constant or hmac", "what stands for a secret"),
     "retention": Setting(
-        'a duration such as "90d"',
-        _duration,
-        "how long events are kept; without it, for ever ([retention](retention.md#automatically))",
+        'a duration such as "90d"', _duration, "how long events are kept; without it, for ever"
     ),
     "record_result": _one_of(
         "none, summary or body",
@@ -896,7 +893,7 @@ SETTINGS: Final = {
     "strict": Setting(
         "true, false, or a list of names such as [delete_*]",
         _strict,
-        "calls that are refused if they can't be put on record first; see [operations](operations.md#strict)",
+        "calls that are refused if they can't be put on record first",
     ),
     "strict_timeout": Setting(_SECONDS, _duration, "how long such a call waits for that"),
 }
