@@ -49,7 +49,6 @@ import threading
 import time
 import types
 import weakref
-<<<<<<< HEAD
 from collections.abc import (
     Awaitable,
     Callable,
@@ -60,11 +59,7 @@ from collections.abc import (
     Mapping,
     Sequence,
 )
-from math import isfinite
-=======
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from math import inf, isfinite, nan
->>>>>>> main
 from typing import (
     IO,
     TYPE_CHECKING,
