@@ -715,6 +715,7 @@ class Config(NamedTuple):
         trusted_proxies: addresses and networks whose word about a client's address is taken.
         strict: patterns of names of which nothing is executed that can't be put on record; ("*",) is all.
         strict_timeout: seconds that such a call waits for that.
+        group: whether all of the directory's group may write and read, for processes of several users.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
     """
@@ -738,6 +739,7 @@ class Config(NamedTuple):
     trusted_proxies: tuple[str, ...] = ()
     strict: tuple[str, ...] = ()
     strict_timeout: float = 5.0
+    group: bool = False
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
@@ -971,6 +973,7 @@ _SETTINGS: Final[dict[str, Callable[[object], object]]] = {
     "trusted_proxies": _networks,
     "strict": _strict,
     "strict_timeout": _duration,
+    "group": _boolean,
 }
 _SETTINGS_OF_MXCP: Final = ("max_file_size",)  # of its JSONL log; means nothing here
 
@@ -3456,7 +3459,8 @@ UNFINISHED: Final = "unfinished: the process ended during the call"  # the error
 _ENDED: Final = b'{"ended":'
 CALL_OF_LINE: Final = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
 _DIRECTORY_MODE: Final = 0o700
-_FILE_MODE: Final = 0o600
+FILE_MODES: Final = {False: 0o600, True: 0o660}  # True: for a group
+_GROUP_MODE: Final = 0o2770  # of a journal for a group, which is that of each file in it
 # Of files that may be others': without following a link, or waiting for the other end of a FIFO.
 _NO_FOLLOW: Final = (
     getattr(os, "O_NOFOLLOW", 0)
@@ -3589,15 +3593,31 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
             os.chown(path if fd is None else fd, owner.st_uid, owner.st_gid)
 
 
-def make_file(path: str, flags: int) -> int:
-    """Open a file, new or not, with mode 0600; links are not followed."""
-    fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+def is_for_group(directory: str) -> bool:
+    """Return True for a directory in which each file is to be the group's: of a journal with `group`."""
+    return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
+
+
+def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
+    """Open a file, new or not, with mode 0600, or 0660 for a group; links are not followed."""
+    group = is_for_group(os.path.dirname(path)) if group is None else group
+    fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, FILE_MODES[group])
     try:
         give_to_owner(path, fd)
+        if group:
+            with contextlib.suppress(PermissionError):  # somebody else made it, and did this
+                os.fchmod(fd, FILE_MODES[True])  # whatever the umask says
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def take_after(path: str, old: os.stat_result) -> None:
+    """Give a file the mode and the owner of the one that it replaces, as far as this user may."""
+    os.chmod(path, stat.S_IMODE(old.st_mode))
+    with contextlib.suppress(AttributeError, PermissionError):
+        os.chown(path, old.st_uid, old.st_gid)
 
 
 def file_digest(path: str) -> str:
@@ -3888,8 +3908,13 @@ class Journal:
     """The directory of segments. Making the object touches nothing; the first segment makes the directory."""
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, clock: Callable[[], int] = wall_clock_ns
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        group: bool = False,
+        clock: Callable[[], int] = wall_clock_ns,
     ) -> None:
+        self._group = group
         self.directory = os.path.abspath(directory)
         self._lock_path = os.path.join(self.directory, "ingest.lock")
         self._clock = clock  # for names only
@@ -3901,6 +3926,8 @@ class Journal:
             os.makedirs(parent, exist_ok=True)
             os.mkdir(self.directory, _DIRECTORY_MODE)
             give_to_owner(self.directory)
+            if self._group:
+                os.chmod(self.directory, _GROUP_MODE)
             os.close(make_file(self._lock_path, os.O_RDWR))
             if durable:
                 sync_directory(parent)
@@ -3918,6 +3945,8 @@ class Journal:
                 path=self.directory,
             )
         if not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0):
+            return
+        if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
         # Root works for the owner of the whole place, not for who put a directory into a shared one.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
@@ -6684,6 +6713,7 @@ class AuditLogger:
         strict: True, or names with `*`: such a call is executed only once its begin is in the journal, and
             answered only once its end is; else AuditUnavailableError is raised.
         strict_timeout: seconds that such a call waits for that, such as 5 or "5s".
+        group: True lets the users of one group share the log; files get mode 0660 then.
         attach: options of the ATTACH statement for targets other than files.
 
     Raises:
@@ -6712,6 +6742,7 @@ class AuditLogger:
         trusted_proxies: Sequence[str] = (),
         strict: bool | Sequence[str] = False,
         strict_timeout: float | str = 5.0,
+        group: bool = False,
         attach: Mapping[str, object] | None = None,
     ) -> None:
         if path is None:
@@ -6736,6 +6767,7 @@ class AuditLogger:
                 trusted_proxies=trusted_proxies,
                 strict=strict,
                 strict_timeout=strict_timeout,
+                group=group,
                 attach=attach,
             )
         )
@@ -6763,7 +6795,7 @@ class AuditLogger:
         self._diagnostics = told = Diagnostics()
         self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
         appender = Appender(
-            Journal(config.journal_directory),
+            Journal(config.journal_directory, group=config.group),
             durable=config.durable,
             diagnostics=told,
             encode_begin=self._begin_line,
@@ -8523,6 +8555,7 @@ def _scratch(directory: str) -> Iterator[None]:
 
     shutil.rmtree(directory, ignore_errors=True)
     os.mkdir(directory, _DIRECTORY_MODE)
+    give_to_owner(directory)
     try:
         yield
     finally:
@@ -8594,6 +8627,7 @@ class Target:
         self.name: str = public_target(config.path)  # for people: without passwords
         self._journal = journal
         self._options = config.attach
+        self._group = config.group
         self._opener = opener if self.is_file else functools.partial(opener, apart=True)
 
     def open_engine(self, *, guest: bool = False) -> Engine:
@@ -8704,7 +8738,7 @@ class Target:
             return
         wal = self.path + ".wal"
         with contextlib.suppress(OSError):
-            os.close(make_file(wal, os.O_WRONLY | os.O_EXCL))
+            os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
         yield
         with contextlib.suppress(OSError):
             if not os.stat(wal).st_size:
@@ -8727,7 +8761,7 @@ class Target:
             for path in leftovers:
                 _remove(path)
             attach_file(engine, scratch, "scratch", {**self._options, **NEW_FILE})
-            os.chmod(scratch, _FILE_MODE)
+            os.chmod(scratch, FILE_MODES[self._group])
             give_to_owner(scratch)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
@@ -9653,7 +9687,8 @@ class Reading:
                     written = self._write(sql, params, target, form)
                 if written not in (expected, None):
                     raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
-                os.chmod(target, _FILE_MODE)
+                os.chmod(target, FILE_MODES[False])
+                give_to_owner(target)
                 os.replace(target, path)
         except OSError as error:
             raise StoreError(f"{path} can't be written: {error.strerror}") from error
@@ -10296,7 +10331,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
     scratch = os.path.join(directory, f".{name}.part")
     try:
-        os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
+        if not os.path.isdir(directory):
+            os.makedirs(directory, mode=_DIRECTORY_MODE)
+            give_to_owner(directory)
         with _scratch(scratch):
             files = _write_archive(engine, scratch, removal)
             manifest = {
@@ -10475,7 +10512,7 @@ def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Res
                             f"{place}: another process wrote to it meanwhile; try again"
                         )
                     _put_in_place(place, str(kept))
-                    os.chmod(copy, stat.S_IMODE(ours.st_mode))
+                    take_after(copy, ours)
                     os.replace(copy, place)
             sync_directory(folder)
     except OSError as error:
@@ -10543,9 +10580,7 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
             with _scratch(scratch):
                 fresh = os.path.join(scratch, "copy")
                 _copy_database(engine, target.columns(engine), fresh)
-                os.chmod(fresh, stat.S_IMODE(old.st_mode))
-                if hasattr(os, "chown"):
-                    os.chown(fresh, old.st_uid, old.st_gid)
+                take_after(fresh, old)
                 os.replace(fresh, path)
                 sync_directory(folder)
         except OSError as error:
@@ -10556,7 +10591,7 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
 def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> int:
     """Copy the attached database into a new file, read that back, and return the number of events."""
     attach_file(engine, path, "fresh", NEW_FILE)
-    os.chmod(path, _FILE_MODE)
+    os.chmod(path, FILE_MODES[False])
     engine.execute("COPY FROM DATABASE audit TO fresh")
     engine.execute("CHECKPOINT fresh")
     engine.execute("DETACH fresh")
@@ -10591,6 +10626,7 @@ def _copy_journal(paths: Iterable[str], directory: str) -> int:
 
 def _put_in_place(path: str, target: str) -> None:
     """Give a file another name, which must be free: unlike a rename, a link never overwrites."""
+    give_to_owner(path)
     try:
         os.link(path, target)
     except FileExistsError:
@@ -10630,7 +10666,7 @@ class Store:
         diagnostics: Diagnostics | None = None,
         opener: Callable[..., Engine] = open_engine,
     ) -> None:
-        self.journal: Journal = Journal(config.journal_directory)
+        self.journal: Journal = Journal(config.journal_directory, group=config.group)
         self.target: Target = Target(config, self.journal, opener)
         self._diagnostics = diagnostics or Diagnostics()
         self._ledger = Ledger(self.target, self.journal)
@@ -11262,7 +11298,7 @@ class Checkup:
         ):
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
-                if mode & 0o077 and os.name == "posix":
+                if mode & (0o007 if self._config.group else 0o077) and os.name == "posix":
                     self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
                 if not os.access(path, os.R_OK | os.W_OK):
                     self._fault(f"{path} can't be read and written by this user", "check owner and mode")

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -356,3 +357,93 @@ def test_ingest_that_waits_is_let_pass_by_readers(log: Path, tmp_path: Path) -> 
     assert child.wait() == 0 and seen == [9]
     assert len(events(log)) == 9
     assert not store.journal.is_ingest_waiting()
+
+
+# --- users and groups
+
+
+def python_for_all() -> tuple[str, str]:
+    """Return a Python that any user may run, and where it finds DuckDB."""
+    import duckdb
+
+    packages = str(Path(duckdb.__file__).parent.parent)
+    python = f"/usr/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    if os.geteuid() or not os.path.exists(python):
+        pytest.skip(f"needs root, and {python}")
+    return python, packages
+
+
+SERVE = """
+import sys, mxcp_audit
+with mxcp_audit.AuditLogger.from_config() as audit:
+    for number in range(5):
+        audit.log_event("cli", "tool", f"{sys.argv[1]}-{number}", {"number": number}, user_id=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_walk_of_service_root_and_group_ends_with_every_event_and_mode(group: bool) -> None:
+    """As in a container: installing, first event, every command, retention, backup, restore, compact."""
+    python, packages = python_for_all()
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
+        home = Path(top, "srv")
+        home.mkdir()
+        shutil.copy(ROOT / "mxcp_audit.py", home)
+        site = f"profiles: {{default: {{audit: {{enabled: true, path: log.duckdb, group: {str(group).lower()}}}}}}}\n"
+        (home / "mxcp-site.yml").write_text(site)
+        for path in (home, *home.iterdir()):
+            os.chown(path, 10001, 5000)
+            os.chmod(path, 0o770 if path == home and group else 0o700 if path == home else 0o640)
+
+        def run(user: int, *arguments: str, gid: int = 5000) -> subprocess.CompletedProcess[str]:
+            who: dict[str, Any] = {"user": user, "group": gid, "extra_groups": []} if user else {}
+            command = [python, *(("-m", "mxcp_audit") if arguments[0] != "-c" else ()), *arguments]
+            environment = {"PYTHONPATH": packages, "PATH": os.environ["PATH"], "HOME": str(home)}
+            done = subprocess.run(
+                command, cwd=home, env=environment, capture_output=True, text=True, timeout=120, **who
+            )
+            assert "Traceback" not in done.stderr, done.stderr
+            return done
+
+        users = [10001, 10002] if group else [10001]
+        assert run(0, "purge", "--older-than", "90d").returncode == 1  # before the first event
+        for user in users:
+            assert run(user, "-c", SERVE, str(user)).returncode == 0
+        old = json.dumps(
+            {"timestamp": "2020-01-01T00:00:00Z", "caller": "cli", "type": "tool", "name": "old"}
+            | {"input_json": "{}", "duration_ms": 1, "policy_decision": "n/a", "status": "success"}
+        )
+        (home / "old.jsonl").write_text(old + "\n")
+        os.chmod(home / "old.jsonl", 0o644)
+        os.chown(home / "old.jsonl", 10001, 5000)
+        for user in (*users, 0):
+            assert run(user, "import", "old.jsonl").returncode == 0
+            assert run(user, "ingest").returncode == 0
+            for command in (["log"], ["stats"], ["doctor"], ["verify"], ["checkpoint"], ["config"]):
+                done = run(user, *command)
+                assert done.returncode == 0, (user, command, done.stderr, done.stdout)
+            assert run(user, "sql", "SELECT count(*) FROM logs").returncode == 0
+            assert run(user, "compact").returncode == 0
+        assert run(0, "backup", "copy.duckdb").returncode == 0
+        assert run(users[-1], "-c", SERVE, "late").returncode == 0
+        assert run(0, "purge", "--older-than", "365d", "--archive", "archive").returncode == 0
+        assert run(0, "log", "--export", "all.csv").returncode == 0
+        assert run(0, "report", "--out", "report.html").returncode == 0
+        assert run(0, "restore", "copy.duckdb").returncode == 0
+        assert run(users[-1], "-c", SERVE, "last").returncode == 0
+        shown = run(users[0], "log", "--json", "-n", "999")
+        assert shown.returncode == 0, shown.stderr
+        names = {row["name"] for row in json.loads(shown.stdout)}
+        assert names == {"old"} | {f"{who}-{n}" for who in (*users, "late", "last") for n in range(5)}
+        assert run(users[0], "verify").returncode == 0
+        for stranger in (run(10003, "log", "--db", str(home / "log.duckdb"), gid=5001),):
+            assert stranger.returncode != 0
+        journal = home / "log.duckdb.journal"
+        mode = {path.relative_to(home).as_posix(): path.stat().st_mode & 0o7777 for path in home.rglob("*")}
+        private = 0o660 if group else 0o600
+        assert mode["log.duckdb"] == private and mode["log.duckdb.journal"] == (0o2770 if group else 0o700)
+        assert {mode[f"log.duckdb.journal/{path.name}"] for path in journal.iterdir()} == {private}
+        owners = {path.name: path.stat().st_uid for path in home.rglob("*") if "pycache" not in str(path)}
+        assert not {name: owner for name, owner in owners.items() if owner not in users}
+        assert {path.stat().st_gid for path in journal.iterdir()} == {5000}
