@@ -4021,6 +4021,10 @@ class Journal:
         """Keep ingests out, but no other reader; yields False if one runs. For targets that don't do so."""
         return self._locked(shared=True)
 
+    def wal_mark(self) -> str:
+        """Return the path of the file that says that the database's WAL holds only what we wrote."""
+        return os.path.join(self.directory, "journal.wal")
+
     def ask_readers(self) -> None:
         """Ask readers that come now to let the ingest have the database first; who has its lock may."""
         with contextlib.suppress(OSError):
@@ -8584,6 +8588,7 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
+DAMAGED_WAL: Final = "replaying WAL"
 NEW_FILE: Final = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
 
 
@@ -8678,7 +8683,11 @@ class Target:
                     raise self._public_error(error) from None
                 if type(error) in (StoreError, QueryError):  # ours, or the statement's
                     raise
-                raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
+                remedy = _REMEDIES[type(error)]
+                if DAMAGED_WAL in str(error):
+                    wal = f"{self.path}.wal"
+                    remedy = f"what we wrote there waits in the journal too: mv '{wal}' '{wal}.damaged'"
+                raise type(error)(f"{self.path}: {error}; {remedy}") from error
             except BaseException:
                 engine.close()
                 raise
@@ -8732,17 +8741,33 @@ class Target:
         """While the database is attached for writing: have its WAL readable by its owner alone.
 
         DuckDB would make it as the umask says. It takes an empty one that it finds later than at ATTACH.
+        A mark in the journal says that it began empty, so that it holds nothing but what we write.
         """
         if read_only or os.path.islink(self.path):
             yield
             return
-        wal = self.path + ".wal"
+        wal, mark = self.path + ".wal", self._journal.wal_mark()
         with contextlib.suppress(OSError):
             os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
+            os.close(make_file(mark, os.O_WRONLY))
         yield
         with contextlib.suppress(OSError):
-            if not os.stat(wal).st_size:
+            if not _size_of(wal):
+                os.unlink(mark)
                 os.unlink(wal)  # nothing was written: leave nothing behind
+
+    def set_wal_aside(self) -> str | None:
+        """Give a damaged WAL another name if it holds only what we wrote, which waits in the journal still.
+
+        A segment is deleted after a checkpoint, and after one there is no WAL. Return the name, or None.
+        """
+        aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
+        try:
+            os.unlink(self._journal.wal_mark())
+            os.rename(self.path + ".wal", aside)
+        except OSError:
+            return None
+        return aside
 
     def _attach_options(self, read_only: bool) -> dict[str, object]:
         return {**self._options, **({"READ_ONLY": True} if read_only else {})}
@@ -10714,6 +10739,14 @@ class Store:
                     with self.target.session(read_only=False, wait=0.0, guest=True):
                         pass
                 return self._ingest.run()
+            except DatabaseCorruptError as error:
+                aside = self.target.set_wal_aside() if DAMAGED_WAL in str(error) else None
+                if aside is None:
+                    raise
+                text = (
+                    f"the database's WAL was damaged and is {aside} now; what it held is taken in once more"
+                )
+                self._diagnostics.report("wal", text)
             except DatabaseLockedError:
                 if time.monotonic() + pause >= end:
                     raise

@@ -390,7 +390,8 @@ def test_walk_of_service_root_and_group_ends_with_every_event_and_mode(group: bo
         home = Path(top, "srv")
         home.mkdir()
         shutil.copy(ROOT / "mxcp_audit.py", home)
-        site = f"profiles: {{default: {{audit: {{enabled: true, path: log.duckdb, group: {str(group).lower()}}}}}}}\n"
+        audit = f"{{enabled: true, path: log.duckdb, group: {str(group).lower()}}}"
+        site = f"profiles: {{default: {{audit: {audit}}}}}\n"
         (home / "mxcp-site.yml").write_text(site)
         for path in (home, *home.iterdir()):
             os.chown(path, 10001, 5000)
