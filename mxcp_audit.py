@@ -7833,7 +7833,8 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # What Excel, LibreOffice and Sheets take for a formula, also behind blanks, and the apostrophe itself,
 # so that removing one leading apostrophe gives every cell back as it was.
-FORMULA: Final = r"^\s*[=+\-@|＝＋－＠]|^[\t\r\n']"
+_INVISIBLE: Final = "\\s\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u2069\u3000\ufeff"
+FORMULA: Final = f"^[{_INVISIBLE}]*[=+\\-@|＝＋－＠]|^[\t\r\n']"
 # What COPY is told for each export format. Its name is the extension of a file. A `.duckdb` file is no COPY.
 _COPY_OPTIONS: Final = {
     "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
@@ -9633,6 +9634,14 @@ class Reading:
         sql, params = self._select(f"{expression} AS line", what, count, oldest_first)
         return (line for (line,) in self.engine.stream(sql, params))
 
+    def around(self, session: str, event_id: str, count: int) -> list[Row]:
+        """Return an event as a row of PUBLIC_COLUMNS with some of its session before and after it."""
+        places = f"row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events"
+        mine = f"max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine"
+        sql = f"SELECT *, {mine} FROM (SELECT *, {places})"
+        sql = f"SELECT {public_select()} FROM ({sql}) WHERE abs(place - mine) <= {count} ORDER BY place"
+        return self.ask(Filter(session=session), sql)
+
     def ids_like(self, part: str) -> list[Row]:
         """Return up to three ids of events that begin with a text, or go on so after the time."""
         params = {"part": part.replace("_", "").replace("%", "") + "%", "end": f"%-{part}"}
@@ -9686,6 +9695,7 @@ class Reading:
         count: int | None = None,
         oldest_first: bool = False,
         raw: bool = False,
+        bom: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write the matching events to a file and return their number.
@@ -9710,6 +9720,8 @@ class Reading:
                 target = os.path.join(scratch, "export")
                 with _watched(target, progress):
                     written = self._write(sql, params, target, form)
+                if bom:
+                    target = _with_bom(target)
                 if written not in (expected, None):
                     raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
                 os.chmod(target, FILE_MODES[False])
@@ -9745,6 +9757,16 @@ class Reading:
             copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
             told = self.engine.execute(copy, params)
         return told[0][0] if told else None
+
+
+def _with_bom(path: str) -> str:
+    """Copy a file behind a byte order mark; return the copy's path."""
+    import shutil
+
+    with open(path, "rb") as file, open(path + ".bom", "xb") as copy:
+        copy.write(codecs.BOM_UTF8)
+        shutil.copyfileobj(file, copy)
+    return path + ".bom"
 
 
 # --- what comes back of a person's own SQL
@@ -11500,9 +11522,8 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
     formula = re.compile(FORMULA)
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
-    count = 0
-    for row in rows:
+    count = -1
+    for row in itertools.chain([tuple(names)], rows):
         count += 1
         cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
         writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
@@ -11534,14 +11555,18 @@ class EventTable:
         with_reasons: bool = True,
         with_input: bool = False,
         grows: bool = False,
+        local: bool = False,
     ) -> None:
         self._file = file
+        self._local = local
         self._columns = columns
         self._width = width
         self._colour = colour
         self._below = ("reason", "error") if with_reasons else ()
         self._with_input = with_input
         self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
+        if local:
+            self._heads = [head.replace("(UTC)", "(local)") for head in self._heads]
         self._widths = [
             max(len(head), _FIRST_WIDTHS.get(column, 0) if grows else 0)
             for head, column in zip(self._heads, columns)
@@ -11551,7 +11576,7 @@ class EventTable:
     def write(self, rows: Sequence[Row]) -> None:
         """Write more rows, oldest or newest first, as they shall appear."""
         events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-        cells = [[_cell(event, column) for column in self._columns] for event in events]
+        cells = [[_cell(event, column, local=self._local) for column in self._columns] for event in events]
         elastic = [column not in _FIXED for column in self._columns]
         self._widths = _widths(
             [self._widths, *(map(display_width, row) for row in cells)], elastic, self._width
@@ -11638,13 +11663,18 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], wi
     return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
 
 
-def _cell(event: Mapping[str, Any], column: str) -> str:
+def _cell(event: Mapping[str, Any], column: str, *, local: bool) -> str:
     value = event[column]
-    return _moment(value) if column == "timestamp" else _shown(value)
+    return _moment(value, local=local) if column == "timestamp" else _shown(value)
 
 
-def _moment(value: object) -> str:
-    return "-" if value is None else printable(str(value)[:19].replace("T", " "))
+def _moment(value: object, *, local: bool) -> str:
+    if value is None:
+        return "-"
+    if local:
+        with contextlib.suppress(ValueError, OverflowError):  # of no year that has one
+            value = datetime.datetime.fromisoformat(str(value).replace("Z", "+00:00")).astimezone()
+    return printable(str(value)[:19].replace("T", " "))
 
 
 def _shown(value: object) -> str:
@@ -11658,7 +11688,9 @@ def _shown(value: object) -> str:
 _WIDEST_BAR: Final = 40
 
 
-def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
+def write_stats(
+    file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
+) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
     figures = ["CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
     if any(row[10] for row in rows):
@@ -11666,7 +11698,10 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
     heads = [by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]
     count = len(figures)
     table = [
-        [*map(_shown, (row[:8] + row[10:])[: count + 1]), *(_moment(value) for value in row[8:10])]
+        [
+            *map(_shown, (row[:8] + row[10:])[: count + 1]),
+            *(_moment(value, local=local) for value in row[8:10]),
+        ]
         for row in rows
     ]
     widths = [max(map(display_width, column)) for column in zip(heads, *table)]
@@ -12895,6 +12930,17 @@ EXIT_USAGE: Final = 2
 EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+class _Moment(str):
+    """A moment as naive UTC text, and what was said: `--local` may come after it."""
+
+    def __new__(cls, said: str) -> _Moment:
+        self = super().__new__(cls, parse_time(said))
+        self.said = said
+        return self
+
+    said: str
+
+
 class _UsageError(AuditError):
     """Options that don't go together."""
 
@@ -12913,16 +12959,17 @@ _CLOCK: Final = re.compile(r"\d{2}:\d{2}")
 _TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
 
 
-def parse_time(text: str, *, now: datetime.datetime | None = None) -> str:
-    """Return a moment as naive UTC text, from a duration before now or an ISO date or time."""
-    now = now or utc_now()
+def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
+    """Return a moment as naive UTC text, from a duration before now or an ISO date or time, UTC or local."""
+    now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
     said = day if text in ("today", "yesterday") else f"{day}T{text}" if _CLOCK.match(text) else text
     try:
         match = _TIME.fullmatch(said)
         if match:
             day, minute, second, fraction, offset = match.groups()
-            zone = "+00:00" if offset in (None, "Z", "z") else f"{offset[:3]}:{offset[-2:]}"
+            zone = f"{offset[:3]}:{offset[-2:]}" if offset else "" if local else "+00:00"
+            zone = "+00:00" if offset in ("Z", "z") else zone
             moment = datetime.datetime.fromisoformat(
                 f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '')[:6].ljust(6, '0')}{zone}"
             )
@@ -12985,6 +13032,10 @@ _OPTIONS: Final = """
 &waiting
 --wait SECONDS:seconds =5.0 | how long to try again while another process holds the database (default: 5)
 
+&times
+--local | times without a zone are this machine's, as they are read and shown (JSON and exports stay UTC)
+--utc | times without a zone are UTC (default)
+
 &filters
 [which events (all must hold; * in a name is any text)]
 --tool NAME * | of this tool; may be repeated, and any of them will do
@@ -13017,6 +13068,7 @@ Show the newest events, from the database and from the journal of running server
 > log --follow --status error
 &filters
 [what is shown]
+&times
 -n --limit N:positive | at most N events (default: 100)
 --running | the calls that run on this host instead, longest first; MS is for how long
 --oldest-first | the other order, from the other end of the log
@@ -13033,13 +13085,16 @@ Show the newest events, from the database and from the journal of running server
 --post URL | send the lines there instead, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
 --raw | leave text in CSV as it is that a spreadsheet takes for a formula
+--bom | begin CSV with a byte order mark, by which Excel knows UTF-8
 
 @show show one event in full
 Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.
 > show 20261125T010203123456Z-1f2e3d4c:17
 > show 1f2e3d4c:17 --json
 event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
---json | print a JSON object
+--around N:positive | N events of the same session before it, and N after it, as a table
+&times
+--json | print a JSON object; with --around, an array of them
 
 @stats count calls, errors and denials; find what is slow
 Show how often, how long and how well: a line for each group of events. P50, P95, P99 and MAX are \
@@ -13050,6 +13105,7 @@ milliseconds.
 > stats --by user --policy denied --json
 &filters
 [what is shown]
+&times
 --by {groups} =name | what makes a group (default: name)
 --sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
 -n --limit N:positive =100 | at most N groups (default: 100)
@@ -13179,7 +13235,7 @@ _WORDS: Final[Mapping[str, Collection[str]]] = {
     "shells": ("bash", "zsh"),
 }
 _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "time": parse_time,
+    "time": _Moment,
     "positive": _positive,
     "seconds": _seconds,
     "columns": _columns,
@@ -13405,6 +13461,10 @@ def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
 
 
 def _filter_of(options: argparse.Namespace) -> Filter:
+    if getattr(options, "local", False):
+        for name in ("since", "until"):
+            if getattr(options, name) is not None:
+                setattr(options, name, parse_time(getattr(options, name).said, local=True))
     if options.since and options.until and options.until <= options.since:
         raise _UsageError("--until is not after --since, so nothing can match")
     if options.event is not None:
@@ -13461,8 +13521,10 @@ def cmd_log(options: argparse.Namespace) -> int:
 
 
 def _check_log_options(options: argparse.Namespace) -> None:
-    if not options.export and (options.raw or (options.format and options.format not in STREAM_FORMS)):
-        raise _UsageError("--raw and this --format are for exports: add --export FILE")
+    if not options.export and (
+        options.raw or options.bom or (options.format and options.format not in STREAM_FORMS)
+    ):
+        raise _UsageError("--raw, --bom and this --format are for exports: add --export FILE")
     if options.export and options.format and options.format not in EXPORT_FORMATS:
         raise _UsageError(f"--format {options.format} is for printing lines: leave --export out")
     if (options.cursor_file or options.post) and (options.export or options.format not in STREAM_FORMS):
@@ -13499,6 +13561,7 @@ def _event_table(options: argparse.Namespace) -> EventTable:
         with_reasons=options.columns is None,
         with_input=options.input,
         grows=options.follow,
+        local=options.local,
     )
 
 
@@ -13694,6 +13757,8 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
         known = ", ".join("." + known for known in EXPORT_FORMATS)
         raise _UsageError(f"{options.export}: the extension must be one of {known}; or say --format")
     is_text = form in ("csv", "json", "jsonl")
+    if options.bom and form != "csv":
+        raise _UsageError("--bom is for CSV")
     if to_stdout and not is_text and sys.stdout.isatty():
         raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
     with contextlib.ExitStack() as stack:
@@ -13719,6 +13784,7 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
                 count=options.limit,
                 oldest_first=options.oldest_first,
                 raw=options.raw,
+                bom=options.bom,
                 progress=progress if on_terminal else None,
             )
         if on_terminal:
@@ -13774,10 +13840,16 @@ def cmd_show(options: argparse.Namespace) -> int:
         rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
         if not rows and reading.problem is not None:
             raise reading.problem
+        session = rows[0][PUBLIC_COLUMNS.index("session_id")] if rows else None
+        if options.around and rows and session is None:
+            raise _UsageError(f"{ids[0]} has no session; leave --around out")
+        around = reading.around(str(session), ids[0], options.around) if options.around and rows else []
     if not rows:
         _say(f"there is no event {options.event}")
         return EXIT_FAILED
     event = dict(zip(PUBLIC_COLUMNS, rows[0]))
+    if options.around:
+        return _show_around(options, around)
     if options.json:
         _print_json(event, indent=2)
         return 0
@@ -13790,6 +13862,16 @@ def cmd_show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _show_around(options: argparse.Namespace, rows: Sequence[Row]) -> int:
+    if options.json:
+        write_json(sys.stdout, rows, PUBLIC_COLUMNS)
+        return 0
+    width, colour = _terminal(sys.stdout)
+    columns = ("event_id", *SHORT_COLUMNS[:-1])
+    EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(rows)
+    return 0
+
+
 def cmd_stats(options: argparse.Namespace) -> int:
     """Show figures of the events, by group."""
     sort = _SORTS[options.sort]
@@ -13798,7 +13880,9 @@ def cmd_stats(options: argparse.Namespace) -> int:
     if options.json:
         write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
     else:
-        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0])
+        write_stats(
+            sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0], local=options.local
+        )
         sys.stdout.flush()
         _say(counted(len(rows), "group") + more_hint(len(rows), options.limit))
     return 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import datetime
 import json
 import os
@@ -357,6 +358,66 @@ def test_ingest_that_waits_is_let_pass_by_readers(log: Path, tmp_path: Path) -> 
     assert child.wait() == 0 and seen == [9]
     assert len(events(log)) == 9
     assert not store.journal.is_ingest_waiting()
+
+
+# --- at the terminal
+
+
+def test_times_are_read_and_shown_as_this_machine_s_if_asked(tmp_path: Path, cli: Cli) -> None:
+    database = tmp_path / "log.duckdb"
+    write_segment(database, START_NS, 3)
+    with m.Store(m.config_from_arguments(str(database))).reading() as reading:
+        (first, *_) = [row[0] for row in reading.rows(m.Filter(), oldest_first=True)]
+    moment = datetime.datetime.fromisoformat(first.replace("Z", "+00:00"))
+    there = moment.astimezone(datetime.timezone(datetime.timedelta(hours=5, minutes=30)))
+    for options, shown, head in (
+        ([], moment, "TIME (UTC)"),
+        (["--utc"], moment, "TIME (UTC)"),
+        (["--local"], there, "TIME (local)"),
+    ):
+        text = f"{shown:%Y-%m-%dT%H:%M:%S}"
+        asked = ["log", "--db", str(database), *options, "--since", text]
+        out = cli(*asked, "--oldest-first", TZ="Asia/Kolkata").stdout.splitlines()
+        assert out[0].startswith(head) and out[1].startswith(text.replace("T", " ")), options
+        done = cli("log", "--db", str(database), "--json", *options, "--until", text, TZ="Asia/Kolkata")
+        assert json.loads(done.stdout) == []
+        stats = cli("stats", "--db", str(database), *options, "--since", text, TZ="Asia/Kolkata").stdout
+        assert text.replace("T", " ") in stats
+
+
+def test_show_around_an_event_is_its_session_and_no_other(tmp_path: Path, cli: Cli) -> None:
+    database = str(tmp_path / "log.duckdb")
+    with m.AuditLogger(database) as audit:
+        for number in range(20):
+            audit.log_event("cli", "tool", str(number), session_id=f"s{number % 2}")
+        audit.log_event("cli", "tool", "alone")
+    (event,) = json.loads(cli("log", "--db", database, "--json", "--tool", "10").stdout)
+    shown = json.loads(cli("show", event["event_id"], "--db", database, "--around", "2", "--json").stdout)
+    assert [row["name"] for row in shown] == ["6", "8", "10", "12", "14"]
+    table = cli("show", event["event_id"], "--db", database, "--around", "1").stdout
+    assert [line.split()[4] for line in table.splitlines()[1:]] == ["8", "10", "12"]
+    (event,) = json.loads(cli("log", "--db", database, "--json", "--tool", "alone").stdout)
+    done = cli("show", event["event_id"], "--db", database, "--around", "1")
+    assert done.returncode == 2 and "has no session" in done.stderr
+
+
+@pytest.mark.parametrize("start", ["", "\u200b", "\ufeff \u2060", "\u00a0"])
+def test_csv_is_harmless_whatever_cannot_be_seen_before_a_formula(
+    start: str, tmp_path: Path, cli: Cli
+) -> None:
+    database = str(tmp_path / "log.duckdb")
+    with m.AuditLogger(database) as audit:
+        audit.log_event("cli", "tool", f"{start}=1+1")
+    export = tmp_path / "t.csv"
+    assert cli("log", "--db", database, "--export", str(export), "--bom").returncode == 0
+    assert export.read_bytes().startswith(codecs.BOM_UTF8) and f"'{start}=1+1" in export.read_text(
+        "utf-8-sig"
+    )
+    assert export.stat().st_mode & 0o777 == 0o600
+    out = cli("sql", f'SELECT name AS "{start}=2" FROM logs', "--db", database, "--csv").stdout
+    assert out.splitlines() == [f"'{start}=2", f"'{start}=1+1"]
+    done = cli("log", "--db", database, "--export", str(tmp_path / "t.json"), "--bom")
+    assert done.returncode == 2 and "--bom is for CSV" in done.stderr
 
 
 # --- users and groups
