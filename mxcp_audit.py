@@ -50,7 +50,7 @@ import time
 import types
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from math import isfinite
+from math import inf, isfinite, nan
 from typing import (
     IO,
     TYPE_CHECKING,
@@ -193,26 +193,16 @@ def counted(count: int, noun: str) -> str:
 # === Config ===
 # depends on: Errors
 #
-# Guarantees: for any text whatsoever, `parse_yaml` returns a value equal, types included, to what
-# PyYAML's `safe_load` (which MXCP uses) returns, or raises ConfigError with line, column, the name
-# of the construct and the remedy. Where PyYAML raises, so does it. Nothing is guessed, no other
-# exception escapes, and the time is linear in the size. `load_config` never takes a wrong setting
-# for a right one: each wrong type, name or value is a ConfigError with line and key trail.
+# `parse_yaml` returns for any text exactly what PyYAML's `safe_load` returns (MXCP uses it), types included,
+# or raises ConfigError with line, column and remedy, in a time linear in the size; where PyYAML raises, so
+# does it. docs/configuration.md lists what is refused. tools/fuzz_yaml.py holds the two against each other.
 #
-# How the reader works: a cursor walks over the text once. A block collection is known by its column:
-# after any node the cursor stands on the first token of a later line, and that token's column says
-# whether the collection goes on (same), has ended (smaller) or is broken (larger). The end of the
-# text, `---` and `...` count as column -1, so that they end everything. Flow collections ignore
-# columns. A scalar is cut out by one search for what may end it. Recursion ends at MAX_DEPTH.
+# A cursor walks over the text once. After a block node it stands on the first token of a later line, whose
+# column says whether the collection goes on (same), has ended (smaller) or is broken (larger). The end of the
+# text, `---` and `...` count as column -1, so they end everything. Flow collections ignore columns.
 #
-# Refused on purpose, because no settings file needs them: anchors, aliases, merge keys, tags,
-# complex keys (?), directives, several documents, dates, duplicate keys, a byte order mark inside
-# the text, and U+0085, U+2028, U+2029: line breaks to PyYAML that no editor shows.
-#
-# Rejected: depending on PyYAML (this file is to be copied alone); YAML 1.2 types (MXCP would see
-# False where we see the text "no"); PyYAML's own method, tokens and a table of possible keys (twice
-# the code for the same answers: without `?`, a key is a scalar on one line before a colon);
-# patterns line by line (silently wrong on wrapped text).
+# `load_config` never takes a wrong setting for a right one: a wrong type, name or value is a ConfigError with
+# line and key trail. SETTINGS is the only list of what may be set.
 
 MAX_SITE_FILE_BYTES: Final = 16 * 2**20  # arbitrary; real ones have a few hundred bytes
 MAX_DEPTH: Final = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
@@ -220,20 +210,27 @@ MAX_KEY_CHARS: Final = 1024  # PyYAML's limit; blanks before the colon count
 MAX_NUMBER_CHARS: Final = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
 MAX_KEY_INTEGER: Final = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
 
-_NULLS: Final = ("~", "null", "Null", "NULL")
-_BOOLEANS: Final = {
-    word: value
-    for value, words in ((True, ("yes", "true", "on")), (False, ("no", "false", "off")))
-    for lower in words
-    for word in (lower, lower.title(), lower.upper())
+_YAML_WORDS: Final[Mapping[str, object]] = {
+    **{
+        spelled: value
+        for words, value in (
+            (("~", "null"), None),
+            (("yes", "true", "on"), True),
+            (("no", "false", "off"), False),
+            ((".inf", "+.inf"), inf),
+            (("-.inf",), -inf),
+        )
+        for word in words
+        for spelled in (word, word.title(), word.upper())
+    },
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), nan),  # one object, as in PyYAML: two such keys are duplicates
 }
-_NAN: Final = float("nan")  # one object, as in PyYAML: two `.nan` keys are duplicates
 _INTEGER: Final = re.compile(
-    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]+|0|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
+    r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
 )
 _FLOAT: Final = re.compile(
     r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
-    r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN)"
+    r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
 )
 _DATE: Final = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt]|[ \t]+)[0-9]{1,2}"
@@ -245,30 +242,37 @@ _REFUSED_CHARACTER: Final = re.compile(
     r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 )
 _BLANKS: Final = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
-_MARKER: Final = re.compile(r"(?:---|\.\.\.)(?=[ \t\n\0])")
+_START_MARKER: Final = re.compile(r"^---(?=[ \t\n\0])", re.MULTILINE)
+_END_MARKER: Final = re.compile(r"^\.\.\.(?=[ \t\n\0])", re.MULTILINE)
+_END: Final = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH: Final = re.compile(r"-(?=[ \t\n\0])")
 _COLON: Final = re.compile(r" *:(?=[ \t\n\0])")
 _LINE_GAP: Final = re.compile(r" *\n[ \n]*")
-_LINE_END: Final = re.compile(r"[\n\0]")
-_LEADING_LINES: Final = re.compile(r"(?:\n *)*")
-_BLOCK_HEADER: Final = re.compile(r"[|>](?:([+-]?)([1-9]?)|([1-9])([+-]))(?: +#[^\n\0]*| *)(?=[\n\0])")
-_PLAIN_START: Final = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])")
-_PLAIN_END: Final = re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")
-_FLOW_PLAIN_START: Final = re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])")
-_FLOW_PLAIN_END: Final = re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #")
+# How plain text begins, and what ends it on its line: in blocks, and between brackets.
+_PLAIN_IN_BLOCK: Final = (
+    re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])"),
+    re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #"),
+)
+_PLAIN_IN_FLOW: Final = (
+    re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])"),
+    re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
+)
+# Quoted text, and what in it doesn't stand for itself.
 _QUOTED: Final = {
-    "'": re.compile(r"'([^']*(?:''[^']*)*)'"),
-    '"': re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL),
+    "'": (re.compile(r"'([^']*(?:''[^']*)*)'"), re.compile(r"''|[ \t\n]+")),
+    '"': (
+        re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL),
+        re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL),
+    ),
 }
 _QUOTED_MARKER: Final = re.compile(r"\n(?:---|\.\.\.)[ \t\n]")
-_SINGLE_PART: Final = re.compile(r"''|[ \t\n]+")
-_DOUBLE_PART: Final = re.compile(r"\\(?:x(.{2})|u(.{4})|U(.{8})|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL)
-_HEXADECIMAL: Final = re.compile(r"[0-9A-Fa-f]+")
-_ESCAPES: Final = {
-    **{"0": "\0", "a": "\a", "b": "\b", "t": "\t", "\t": "\t", "n": "\n", "v": "\v", "f": "\f", "r": "\r"},
-    **{"e": "\x1b", " ": " ", '"': '"', "\\": "\\", "/": "/"},
-    **{"N": "\x85", "_": "\xa0", "L": "\u2028", "P": "\u2029"},
-}
+_ESCAPES: Final = dict(
+    zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029', strict=True)
+)
+_BLOCK_HEADER: Final = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
+_LEADING_LINES: Final = re.compile(r"(?:\n *)*")
+_FOLDED_LINE: Final = re.compile(r"^([^ \t\n].*)\n(\n*)(?=[^ \t\n])", re.MULTILINE)
+_KEY: Final = "a key, a colon and a blank"
 _REFUSALS: Final = {
     "\t": "a tab between tokens; use spaces",
     "&": "an anchor (&name); write the value out, or put text that starts with & in quotes",
@@ -288,276 +292,143 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
     return _YamlReader(text, path).document()
 
 
-class _YamlCursor:
-    """Walks over the text of one document and says where it stands when something is wrong."""
+class _YamlReader:
+    """Reads one YAML document.
 
-    def __init__(self, text: str | bytes, path: str | None) -> None:
-        self.path = path
-        self.pos = self.line_start = 0
-        if isinstance(text, bytes):
-            text = self._decoded(text)
-        self.text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
-        bad = _REFUSED_CHARACTER.search(self.text)
-        if bad:
-            self.fail(
-                f"the character U+{ord(bad[0]):04X}; remove it, or escape it in double quotes", bad.start()
-            )
-        self.text += "\0"
-
-    def _decoded(self, data: bytes) -> str:
-        utf_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-        encoding = utf_16.get(data[:2], "utf-8")
-        try:
-            return data.decode(encoding)
-        except UnicodeDecodeError as error:
-            self.text = data[: error.start].decode(encoding, "replace")
-            line, column = self.line_and_column(len(self.text))
-            problem = f"byte 0x{data[error.start]:02X} is not {encoding.upper()}; save the file as UTF-8"
-            raise ConfigError(problem, path=self.path, line=line, column=column) from error
-
-    def fail(self, problem: str, at: int | None = None) -> NoReturn:
-        """Raise ConfigError for the position `at`, or the cursor's."""
-        line, column = self.line_and_column(self.pos if at is None else at)
-        raise ConfigError(problem, path=self.path, line=line, column=column)
-
-    def fail_here(self, expected: str) -> NoReturn:
-        """Raise ConfigError for the token at the cursor, by the name of what it would begin."""
-        found = self.text[self.pos]
-        self.fail(_REFUSALS.get(found) or f"expected {expected}, found {found!r}; put text in quotes")
-
-    def line_and_column(self, at: int) -> tuple[int, int]:
-        """The line and the column of a position, counted from 1."""
-        return self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
-
-    def skip(self) -> bool:
-        """Pass blanks, line breaks and comments; True if there was a line break."""
-        match = _BLANKS.match(self.text, self.pos)
-        assert match is not None  # it matches the empty text
-        line_break = self.text.rfind("\n", self.pos, match.end())
-        self.pos = match.end()
-        if line_break >= 0:
-            self.line_start = line_break + 1
-        return line_break >= 0
-
-    def skip_line(self) -> None:
-        """Pass the rest of a line that must hold nothing else, and go to the next token."""
-        if not self.skip() and self.text[self.pos] != "\0":
-            self.fail_here("the end of the line")
-
-    def skip_in_flow(self) -> str:
-        """Pass blanks inside brackets and return the next character."""
-        self.skip()
-        if self.column() < 0:
-            self.fail("a bracket is not closed before this place; close it")
-        return self.text[self.pos]
-
-    def column(self) -> int:
-        """The cursor's column, counted from 0; -1 at the end of the text and at a document marker."""
-        column = self.pos - self.line_start
-        if self.text[self.pos] == "\0" or (column == 0 and _MARKER.match(self.text, self.pos)):
-            return -1
-        return column
-
-
-class _YamlScalars(_YamlCursor):
-    """Reads the scalar at the cursor and leaves the cursor right behind it."""
-
-    def scalar(self, indent: int, *, flow: bool) -> object:
-        """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
-        if self.text[self.pos] in _QUOTED:
-            return self.quoted()
-        if not (_FLOW_PLAIN_START if flow else _PLAIN_START).match(self.text, self.pos):
-            self.fail_here("a value")
-        start, position, pieces = self.pos, self.pos, [""]
-        while line := self.plain_line(position, flow=flow):
-            pieces.append(line)
-            self.pos = position + len(line)
-            gap = _LINE_GAP.match(self.text, self.pos)
-            if not gap or self.text[gap.end()] == "#":
-                break
-            position = gap.end()
-            column = position - self.text.rfind("\n", self.pos, position) - 1
-            if column <= indent or (column == 0 and _MARKER.match(self.text, position)):
-                break
-            pieces.append(_folded(gap[0]))
-        else:
-            pieces.pop()  # the line break after which no more text followed
-        try:
-            return _plain_value("".join(pieces))
-        except ValueError as error:
-            line_number, column = self.line_and_column(start)
-            raise ConfigError(str(error), path=self.path, line=line_number, column=column) from error
-
-    def plain_line(self, start: int, *, flow: bool) -> str:
-        """What belongs to a plain scalar from `start` to the end of its line."""
-        end = (_FLOW_PLAIN_END if flow else _PLAIN_END).search(self.text, start)
-        assert end is not None  # the NUL ends everything
-        return self.text[start : end.start()].rstrip(" ")
-
-    def quoted(self) -> str:
-        """The quoted scalar at the cursor."""
-        quote = self.text[self.pos]
-        match = _QUOTED[quote].match(self.text, self.pos)
-        if not match:
-            self.fail(f"the closing {quote} is missing; add it")
-        if _QUOTED_MARKER.search(match[1]):
-            self.fail("a document marker (--- or ...) inside quotes; indent it")
-        self.pos = match.end()
-        if quote == "'":
-            return _SINGLE_PART.sub(lambda part: "'" if part[0] == "''" else _folded(part[0]), match[1])
-        return _DOUBLE_PART.sub(lambda part: self.double_part(part, match.start(1)), match[1])
-
-    def double_part(self, part: re.Match[str], offset: int) -> str:
-        """What an escape, or a run of blanks, in double quotes stands for."""
-        if part[0][0] != "\\":
-            return _folded(part[0])
-        if part[0][1] == "\n":
-            return "\n" * (part[0].count("\n") - 1)
-        code = part[1] or part[2] or part[3]
-        if code and _HEXADECIMAL.fullmatch(code) and int(code, 16) <= sys.maxunicode:
-            return chr(int(code, 16))
-        if code or part[0][1] not in _ESCAPES:
-            problem = f"{part[0]} is no escape; write \\\\ for a backslash, or use single quotes"
-            self.fail(problem, offset + part.start())
-        return _ESCAPES[part[0][1]]
-
-    def block_scalar(self, indent: int) -> str:
-        """The `|` or `>` scalar at the cursor, inside a collection at the column `indent`."""
-        header = _BLOCK_HEADER.match(self.text, self.pos)
-        if not header:
-            self.fail("only +, -, a digit and a comment may follow | or >; put text in quotes")
-        folds, chomping, digit = header[0][0] == ">", header[1] or header[4], header[2] or header[3]
-        self.pos = header.end()
-        # 1. The column of the text: given, or the deepest up to its first character.
-        column = max(indent + 1, 1)
-        if digit:
-            column += int(digit) - 1
-        else:
-            leading = _LEADING_LINES.match(self.text, self.pos)
-            assert leading is not None  # it matches the empty text
-            column = max(column, *map(len, leading[0].split("\n")))
-        # 2. Its lines. The cursor stays on the line break before the first line that isn't taken.
-        pieces, last, breaks, final = [], "", 0, ""
-        while self.text[self.pos] == "\n":
-            end = _LINE_END.search(self.text, self.pos + 1).start()  # type: ignore[union-attr]
-            margin_end = min(self.pos + 1 + column, end)
-            margin, line = self.text[self.pos + 1 : margin_end], self.text[margin_end:end]
-            if margin.strip(" ") or (not line and self.text[end] == "\0"):
-                break
-            self.pos = end
-            if not line:
-                breaks += 1
-                continue
-            if last:
-                fold = folds and last[0] not in " \t" and line[0] not in " \t"
-                pieces.append("\n" if not fold else "" if breaks else " ")
-            pieces += ["\n" * breaks, line]
-            last, breaks, final = line, 0, self.text[end].rstrip("\0")
-        # 3. Its end.
-        if chomping != "-":
-            pieces.append(final)
-        if chomping == "+":
-            pieces.append("\n" * breaks)
-        return "".join(pieces)
-
-
-class _YamlReader(_YamlScalars):
-    """Reads one YAML document; the comment atop this section says how.
-
-    Blocks leave the cursor on the first token of a later line. `places` says where each entry
-    starts, by the id of its mapping or list and its key or index.
+    `places` says where each entry starts, by the id of its mapping or list and its key or index.
     """
 
     def __init__(self, text: str | bytes, path: str | None) -> None:
-        super().__init__(text, path)
-        self.depth = 0
+        self.path, self.pos, self.depth, self.text = path, 0, 0, ""
         self.places: dict[tuple[int, object], int] = {}
+        if isinstance(text, bytes):
+            utf_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
+            encoding = utf_16.get(text[:2], "utf-8")
+            try:
+                text = text.decode(encoding)
+            except UnicodeDecodeError as error:
+                self.text = error.object[: error.start].decode(encoding)
+                byte = error.object[error.start]
+                problem = f"byte 0x{byte:02X} is not {encoding.upper()}; save the file as UTF-8"
+                raise ConfigError(problem, **self.place(len(self.text))) from error
+        self.text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
+        if bad := _REFUSED_CHARACTER.search(self.text):
+            problem = f"the character U+{ord(bad[0]):04X}; remove it, or escape it in double quotes"
+            self.fail(problem, bad.start())
+        self.text += "\0"
 
-    def descend(self) -> None:
-        """Count one more collection around the cursor; who reads it takes it off `depth` at its end."""
+    # --- the cursor
+
+    def place(self, at: int) -> dict[str, Any]:
+        """Where a position is, as arguments of ConfigError."""
+        line, column = self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
+        return {"path": self.path, "line": line, "column": column}
+
+    def fail(self, problem: str, at: int | None = None) -> NoReturn:
+        """Raise ConfigError for the position `at`, or the cursor's."""
+        raise ConfigError(problem, **self.place(self.pos if at is None else at))
+
+    def refuse(self, expected: str) -> NoReturn:
+        """Raise ConfigError for the token at the cursor, by the name of what it would begin."""
+        char = self.text[self.pos]
+        self.fail(_REFUSALS.get(char) or f"expected {expected}, found {char!r}; put text in quotes")
+
+    def take(self, pattern: re.Pattern[str]) -> str:
+        """Pass and return what matches at the cursor, "" if nothing does."""
+        match = pattern.match(self.text, self.pos)
+        if not match:
+            return ""
+        self.pos = match.end()
+        return match[0]
+
+    def end_line(self) -> None:
+        """Pass the rest of a line that must hold nothing else, and go to the next token."""
+        if "\n" not in self.take(_BLANKS) and self.text[self.pos] != "\0":
+            self.refuse("the end of the line")
+
+    def column(self) -> int:
+        """The cursor's column, counted from 0; -1 at the end of the text and at a document marker."""
+        return -1 if _END.match(self.text, self.pos) else self.pos - self.text.rfind("\n", 0, self.pos) - 1
+
+    @contextlib.contextmanager
+    def collection(self) -> Iterator[None]:
+        """Count one more collection around the cursor."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             self.fail(f"more than {MAX_DEPTH} collections inside each other; flatten them")
+        yield
+        self.depth -= 1
+
+    # --- blocks
 
     def document(self) -> object:
         """The value of the only document; None where there are only comments."""
-        self.skip()
-        explicit = self.column() < 0 and self.text[self.pos] == "-"
-        if explicit:
-            self.pos += len("---")
+        self.take(_BLANKS)
+        explicit = bool(self.take(_START_MARKER))
         started = explicit or self.column() >= 0
-        value = self.block_node(-1, inline=explicit)
-        while started and self.column() < 0 and self.text[self.pos] == ".":
-            self.pos += len("...")
-            self.skip_line()
+        value = self.node(-1, after_key=explicit)
+        while started and self.take(_END_MARKER):
+            self.end_line()
         if self.column() >= 0:
             self.fail("text after the end of the value; check the indentation of this line")
         if self.text[self.pos] != "\0":
             self.fail("a second document; keep one to a file")
         return value
 
-    def block_node(self, indent: int, *, inline: bool, of_key: bool = False) -> object:
-        """The next node if it is deeper than the column `indent`, else None."""
-        inline = not self.skip() and inline
-        column = self.column()
-        dash = _DASH.match(self.text, self.pos)
-        if column <= indent and not (dash and of_key and column == indent):
+    def node(self, indent: int, *, after_key: bool) -> object:
+        """The next node if it is deeper than the column `indent`, else None; a key's list may stand at it."""
+        same_line = "\n" not in self.take(_BLANKS) and after_key
+        start, column = self.pos, self.column()
+        dash = _DASH.match(self.text, start)
+        if column <= indent and not (dash and after_key and column == indent):
             return None
-        if dash or self.key_end():
-            if inline:
-                self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
-            return self.block_sequence(column) if dash else self.block_mapping(column)
-        value: object
-        if self.text[self.pos] in "|>":
+        first = self.text[start]
+        value: object = None
+        if first in "|>":
             value = self.block_scalar(indent)
-        elif self.text[self.pos] in "[{":
-            value = self.flow_collection()
-        else:
-            value = self.scalar(indent, flow=False)
-        self.skip_line()
+        elif first in "[{":
+            value = self.flow()
+        elif not dash:
+            value = self.scalar(indent)
+        key = (
+            first not in "|>[{"
+            and _COLON.match(self.text, self.pos)
+            and "\n" not in self.text[start : self.pos]
+        )
+        if dash or key:
+            self.pos = start
+            if same_line:
+                self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
+            return self.sequence(column) if dash else self.mapping(column)
+        self.end_line()
         return value
 
-    def block_mapping(self, column: int) -> dict[object, object]:
+    def mapping(self, column: int) -> dict[object, object]:
         """The mapping whose keys stand at a column."""
         mapping: dict[object, object] = {}
-        self.descend()
-        while self.column() == column:
-            start, end = self.pos, self.key_end()
-            if not end:
-                self.fail_here("a key, a colon and a blank")
-            key = self.scalar(column, flow=False)
-            self.pos = end
-            self.put(mapping, key, self.block_node(column, inline=True, of_key=True), start)
-        self.depth -= 1
+        with self.collection():
+            while self.column() == column:
+                start, key = self.pos, self.scalar(column, expected=_KEY)
+                if not self.take(_COLON):
+                    self.refuse(_KEY)
+                self.check_key(start)
+                self.put(mapping, key, self.node(column, after_key=True), start)
         return mapping
 
-    def block_sequence(self, column: int) -> list[object]:
+    def sequence(self, column: int) -> list[object]:
         """The list whose dashes stand at a column."""
         sequence: list[object] = []
-        self.descend()
-        while self.column() == column and _DASH.match(self.text, self.pos):
-            self.places[id(sequence), len(sequence)] = self.pos
-            self.pos += 1
-            sequence.append(self.block_node(column, inline=False))
-        self.depth -= 1
+        with self.collection():
+            while self.column() == column and _DASH.match(self.text, self.pos):
+                self.places[id(sequence), len(sequence)] = self.pos
+                self.pos += 1
+                sequence.append(self.node(column, after_key=False))
         return sequence
 
-    def key_end(self) -> int:
-        """Where the colon ends if a key starts at the cursor, else 0."""
-        start, quoted = self.pos, _QUOTED.get(self.text[self.pos])
-        if quoted:
-            match = quoted.match(self.text, start)
-            end = match.end() if match else start
-        elif _PLAIN_START.match(self.text, start):
-            end = start + len(self.plain_line(start, flow=False))
-        else:
-            return 0
-        colon = _COLON.match(self.text, end)
-        if not colon or self.text.find("\n", start, end) >= 0:
-            return 0
-        if colon.end() - 1 - start > MAX_KEY_CHARS:
-            self.fail(f"a key of more than {MAX_KEY_CHARS} characters; shorten it")
-        return colon.end()
+    def check_key(self, start: int) -> None:
+        """Refuse a key from `start` to the colon before the cursor that PyYAML refuses."""
+        if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
+            self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
     def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
         """Enter a pair that starts at `at` and return the mapping."""
@@ -571,42 +442,123 @@ class _YamlReader(_YamlScalars):
         self.places[id(mapping), key] = at
         return mapping
 
-    def flow_collection(self) -> object:
+    # --- between brackets
+
+    def flow(self) -> object:
         """The `[…]` or `{…}` at the cursor."""
         mapping: dict[object, object] = {}
         sequence: list[object] = []
-        braces = self.text[self.pos] == "{"
-        closing = "}" if braces else "]"
-        self.descend()
-        self.pos += 1
-        while self.skip_in_flow() != closing:
-            start = self.pos
-            key, value = self.flow_node(), None
-            pair = self.skip_in_flow() == ":"
-            if pair:
-                if self.pos - start > MAX_KEY_CHARS or self.text.find("\n", start, self.pos) >= 0:
-                    self.fail(
-                        f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start
-                    )
-                self.pos += 1
-                if self.skip_in_flow() not in ",]}":
-                    value = self.flow_node()
-            if braces:
-                self.put(mapping, key, value, start)
-            else:
-                self.places[id(sequence), len(sequence)] = start
-                sequence.append(self.put({}, key, value, start) if pair else key)
-            if self.skip_in_flow() == ",":
-                self.pos += 1
-            elif self.text[self.pos] != closing:
-                self.fail_here(f"a comma or {closing}")
-        self.pos += 1
-        self.depth -= 1
-        return mapping if braces else sequence
+        closing = "}" if self.text[self.pos] == "{" else "]"
+        with self.collection():
+            self.pos += 1
+            while self.next_in_flow() != closing:
+                start, key, value = self.pos, self.flow_node(), None
+                pair = self.next_in_flow() == ":"
+                if pair:
+                    self.pos += 1
+                    self.check_key(start)
+                    if self.next_in_flow() not in ",]}":
+                        value = self.flow_node()
+                if closing == "}":
+                    self.put(mapping, key, value, start)
+                else:
+                    self.places[id(sequence), len(sequence)] = start
+                    sequence.append(self.put({}, key, value, start) if pair else key)
+                if self.next_in_flow() == ",":
+                    self.pos += 1
+                elif self.text[self.pos] != closing:
+                    self.refuse(f"a comma or {closing}")
+            self.pos += 1
+        return mapping if closing == "}" else sequence
 
     def flow_node(self) -> object:
-        """The collection or scalar at the cursor, inside brackets."""
-        return self.flow_collection() if self.text[self.pos] in "[{" else self.scalar(-1, flow=True)
+        """The collection or scalar at the cursor."""
+        return self.flow() if self.text[self.pos] in "[{" else self.scalar(-1, flow=True)
+
+    def next_in_flow(self) -> str:
+        """Pass blanks and return the next character."""
+        self.take(_BLANKS)
+        if _END.match(self.text, self.pos):
+            self.fail("a bracket is not closed before this place; close it")
+        return self.text[self.pos]
+
+    # --- scalars
+
+    def scalar(self, indent: int, *, flow: bool = False, expected: str = "a value") -> object:
+        """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
+        if self.text[self.pos] in _QUOTED:
+            return self.quoted()
+        beginning, ending = _PLAIN_IN_FLOW if flow else _PLAIN_IN_BLOCK
+        if not beginning.match(self.text, self.pos):
+            self.refuse(expected)
+        start = here = self.pos
+        pieces, gap = [], ""
+        while end := ending.search(self.text, here):  # always: the NUL ends everything
+            line = self.text[here : end.start()].rstrip(" ")
+            if not line:
+                break
+            pieces += [_folded(gap), line]
+            self.pos = here + len(line)
+            gap_match = _LINE_GAP.match(self.text, self.pos)
+            if not gap_match:
+                break
+            gap, here = gap_match[0], gap_match.end()
+            column = len(gap) - gap.rfind("\n") - 1
+            if column <= indent or self.text[here] == "#" or _END.match(self.text, here):
+                break
+        try:
+            return _plain_value("".join(pieces))
+        except ValueError as error:
+            raise ConfigError(str(error), **self.place(start)) from error
+
+    def quoted(self) -> str:
+        """The quoted scalar at the cursor."""
+        quote = self.text[self.pos]
+        whole, part = _QUOTED[quote]
+        match = whole.match(self.text, self.pos)
+        if not match:
+            self.fail(f"the closing {quote} is missing; add it")
+        if _QUOTED_MARKER.search(match[1]):
+            self.fail("a document marker (--- or ...) inside quotes; indent it")
+        offset, self.pos = self.pos + 1, match.end()
+        return part.sub(lambda part: self.meant(part[0], offset + part.start()), match[1])
+
+    def meant(self, part: str, at: int) -> str:
+        """What an escape, or a run of blanks, in quotes stands for."""
+        if part[0] != "\\":
+            return "'" if part == "''" else _folded(part)
+        if part[1] == "\n":
+            return "\n" * (part.count("\n") - 1)
+        if part[1] in _ESCAPES:
+            return _ESCAPES[part[1]]
+        if len(part) == 2 or int(part[2:], 16) > sys.maxunicode:
+            self.fail(f"{part} is no escape; write \\\\ for a backslash, or use single quotes", at)
+        return chr(int(part[2:], 16))
+
+    def block_scalar(self, indent: int) -> str:
+        """The `|` or `>` scalar at the cursor, inside a collection at the column `indent`."""
+        header = _BLOCK_HEADER.match(self.text, self.pos)
+        if not header:
+            self.fail("only +, -, a digit and a comment may follow | or >; put text in quotes")
+        self.pos = header.end()
+        digit, chomping = header[2].strip("+-"), header[2].strip("123456789")
+        # 1. The column of the text: given, or the deepest up to its first character.
+        column = max(indent + 1, 1)
+        if digit:
+            column += int(digit) - 1
+        elif leading := _LEADING_LINES.match(self.text, self.pos):
+            column = max(column, *map(len, leading[0].split("\n")))
+        # 2. Its lines. The cursor stays on the line break before the first line that isn't taken.
+        lines = self.take(re.compile(rf"(?:\n(?: {{{column}}}[^\n\0]*| *(?=[\n\0])))*")).split("\n")[1:]
+        whole = "\n".join([line[column:] for line in lines])
+        if lines and self.text[self.pos] == "\n":
+            whole += "\n"
+        # 3. Its line breaks: folded inside, cut or kept at the end.
+        text = whole.rstrip("\n")
+        end = {"": whole[len(text) :][:1] if text else "", "-": "", "+": whole[len(text) :]}[chomping]
+        if header[1] == ">":
+            text = _FOLDED_LINE.sub(lambda line: line[1] + (line[2] or " "), text)
+        return text + end
 
 
 def _folded(blanks: str) -> str:
@@ -617,10 +569,8 @@ def _folded(blanks: str) -> str:
 
 def _plain_value(text: str) -> object:
     """The value of a plain scalar by YAML 1.1, as PyYAML understands it; ValueError where it has none."""
-    if text in _NULLS:
-        return None
-    if text in _BOOLEANS:
-        return _BOOLEANS[text]
+    if text in _YAML_WORDS:
+        return _YAML_WORDS[text]
     if text in ("<<", "="):
         raise ValueError(f"a merge key or value sign ({text}); put it in quotes")
     if text[0] not in "+-.0123456789":
@@ -632,32 +582,16 @@ def _plain_value(text: str) -> object:
         return text
     if len(text) > MAX_NUMBER_CHARS:
         raise ValueError(f"a number of more than {MAX_NUMBER_CHARS} characters; put it in quotes")
+    digits = text.replace("_", "").lstrip("+-")
+    base = 0 if not integer else {"0b": 2, "0x": 16}.get(digits[:2], 8 if digits[0] == "0" else 10)
+    value: float = 0 if integer else 0.0
+    weight = 1
     try:
-        return _integer(text) if integer else _float(text)
+        for part in reversed(digits.split(":")):  # in this order PyYAML rounds
+            value, weight = value + (int(part, base) if integer else float(part)) * weight, weight * 60
     except (ValueError, OverflowError) as error:  # 0x_, 1:0:0:….5, more digits than this Python takes
         raise ValueError("a number that has no value; put it in quotes") from error
-
-
-def _integer(text: str) -> int:
-    sign, digits = -1 if text[0] == "-" else 1, text.replace("_", "").lstrip("+-")
-    if digits[:2] in ("0b", "0x"):
-        return sign * int(digits[2:], 2 if digits[1] == "b" else 16)
-    if digits[0] == "0":
-        return sign * int(digits, 8)
-    value = 0
-    for part in digits.split(":"):
-        value = value * 60 + int(part)
-    return sign * value
-
-
-def _float(text: str) -> float:
-    sign, digits = -1 if text[0] == "-" else 1, text.replace("_", "").lstrip("+-").lower()
-    if digits == ".nan":
-        return _NAN
-    value, weight = 0.0, 1
-    for part in reversed(digits.replace(".inf", "inf").split(":")):
-        value, weight = value + float(part) * weight, weight * 60  # the order of PyYAML's roundings
-    return sign * value
+    return -value if text[0] == "-" else value
 
 
 # --- settings
@@ -676,45 +610,20 @@ _OPTION_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _NOT_IN_A_PATH: Final = re.compile(r"[\0\ud800-\udfff]")
 
 
-def parse_duration(text: str) -> float:
-    """Return the seconds that a text such as "10m" or "1h30m" stands for: more than 0, at most 100 years.
-
-    Units are ms, s, m (minutes), h, d and w; whole numbers only, parts are added up.
-    """
-    parts = _DURATION_PART.findall(text) if isinstance(text, str) and _DURATION.fullmatch(text) else ()
-    seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
-    if not 0 < seconds <= MAX_DURATION_S:
-        raise ValueError(
-            f"{text!r:.60} is no duration; write whole numbers with a unit (ms, s, m, h, d, w),"
-            ' such as "10m" or "1h30m", more than 0 and at most 100 years'
-        )
-    return seconds
-
-
 class Config(NamedTuple):
-    """The settings that hold, each with its source; made by `load_config`, already validated.
+    """The settings that hold, already validated, each with its source; made by `load_config`.
+
+    SETTINGS says what each means, and docs/configuration.md. Durations are seconds, lists are tuples.
 
     Args:
         path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given;
             it may hold a password, so `repr` leaves it out, and what is shown is `public_target` of it.
         profile: the profile's name.
         site_file: absolute path of the site file, None without one.
-        enabled: whether to record at all.
         journal: absolute path of the journal directory; None is "<path>.journal" beside a database file.
         attach: options for ATTACH by name; they may hold secrets, so `repr` leaves them out.
-        flush_interval: seconds between two ingests.
-        durable: whether `log_event` waits for the disk.
-        on_full: "block" or "drop": what happens when the queue is full.
-        max_input_bytes: bytes of `input_json` that are kept of an event.
-        redact: more names whose values are secrets.
-        keep: names whose values are no secrets although they look so.
-        redact_mode: "constant" or "hmac": what stands for a secret.
         retention: seconds after which `purge` may delete an event; None keeps all.
-        record_result: "none", "summary" or "body": what is recorded of what came back.
-        max_result_bytes: bytes of a body that are kept.
-        trusted_proxies: addresses and networks whose word about a client's address is taken.
         strict: patterns of names of which nothing is executed that can't be put on record; ("*",) is all.
-        strict_timeout: seconds that such a call waits for that.
         group: whether all of the directory's group may write and read, for processes of several users.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
@@ -754,6 +663,21 @@ class Config(NamedTuple):
         return self.journal or self.path + ".journal"
 
 
+def parse_duration(text: str) -> float:
+    """Return the seconds that a text such as "10m" or "1h30m" stands for: more than 0, at most 100 years.
+
+    Units are ms, s, m (minutes), h, d and w; whole numbers only, parts are added up.
+    """
+    parts = _DURATION_PART.findall(text) if isinstance(text, str) and _DURATION.fullmatch(text) else ()
+    seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
+    if not 0 < seconds <= MAX_DURATION_S:
+        raise ValueError(
+            f"{text!r:.60} is no duration; write whole numbers with a unit (ms, s, m, h, d, w),"
+            ' such as "10m" or "1h30m", more than 0 and at most 100 years'
+        )
+    return seconds
+
+
 def is_attach_target(path: str) -> bool:
     """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
     return _TARGET.match(path) is not None
@@ -776,19 +700,24 @@ _PUBLIC_KEYS: Final = frozenset(
 _PUBLIC_OPTIONS: Final = frozenset(
     ("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET")
 )
-_KEYWORD_PREFIXES: Final = ("postgres:", "mysql:")  # what follows is `key=value …`, or a URL
 _PREFIXES: Final = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
 _PAIR: Final = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
 _PIECE: Final = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
+
+
+def _prefix(target: str) -> str:
+    """What names the extensions in an ATTACH target, such as "ducklake:postgres:"."""
+    return cast("re.Match[str]", _PREFIXES.match(target))[0]
 
 
 def public_target(target: str) -> str:
     """Return the path of a file as it is, and an ATTACH target without what may be secret in it."""
     if not is_attach_target(target):
         return target
-    prefix = cast("re.Match[str]", _PREFIXES.match(target))[0]
+    prefix = _prefix(target)
     rest = target[len(prefix) :]
-    if "://" not in rest and (prefix.lower().endswith(_KEYWORD_PREFIXES) or re.match(r"\w+\s*=", rest)):
+    has_pairs = prefix.lower().endswith(("postgres:", "mysql:")) or re.match(r"\w+\s*=", rest)
+    if has_pairs and "://" not in rest:
         shown = [
             f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)
         ]
@@ -806,50 +735,27 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
     replaced by its public form, and a text that still holds a piece of three characters or more
     of anything else is withheld.
     """
-    public = public_target(target)
-    rest = target[len(cast("re.Match[str]", _PREFIXES.match(target))[0]) :]
-    if rest:
-        text = text.replace(rest, public[len(target) - len(rest) :])
-    values = [str(value) for name, value in options.items() if name.upper() not in _PUBLIC_OPTIONS]
-    shown = {*_PIECE.findall(public)}.union(
-        *(_PIECE.findall(str(value)) for name, value in options.items() if name.upper() in _PUBLIC_OPTIONS)
-    )
-    pieces = {piece for part in (target, *values) for piece in _PIECE.findall(part)} - shown
-    if any(piece in text for piece in pieces):
+    public, start = public_target(target), len(_prefix(target))
+    if target[start:]:
+        text = text.replace(target[start:], public[start:])
+    shown = [public, *(str(value) for name, value in options.items() if name.upper() in _PUBLIC_OPTIONS)]
+    given = [target, *map(str, options.values())]
+    secret = {*_PIECE.findall(" ".join(given))} - {*_PIECE.findall(" ".join(shown))}
+    if any(piece in text for piece in secret):
         return "what the engine says is withheld, because it repeats something that may be secret"
     return text
 
 
-def check_settings(
-    settings: Mapping[str, object], place: Callable[..., Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
-    """Return the settings as `Config` holds them (lists as tuples, durations in seconds), or raise.
+class Setting(NamedTuple):
+    """A setting of a profile: what it must be and means, and a function that returns it as `Config` has it.
 
-    Both the site file and the keyword arguments of `AuditLogger` go through here, so that they take
-    the same values and raise the same texts. Paths stay as they are. A keyword argument that was
-    not given must be left out: None is refused.
+    `check` raises ValueError: without arguments if a value isn't what it must be, else with the problem
+    and, in a list or mapping, the entry.
     """
-    checked = {}
-    for name, value in settings.items():
-        try:
-            if name not in _SETTINGS:
-                import difflib  # here, because it costs 5 ms that only an error needs
 
-                near = difflib.get_close_matches(str(name), _SETTINGS, n=1, cutoff=0.5)
-                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(_SETTINGS)}"
-                raise ValueError(f"there is no such setting; {hint}")
-            if value is None:
-                raise ValueError("it has no value; write one, or remove the setting")
-            checked[name] = _SETTINGS[name](value)
-        except ValueError as error:  # the problem and, for a list or mapping, the entry
-            problem, *entry = error.args
-            where = place(name, *entry) if place else {"trail": (_trail_end(name, *entry),)}
-            raise ConfigError(problem, **where) from error
-    return checked
-
-
-def _trail_end(name: object, entry: object = None) -> str:
-    return str(name) if entry is None else f"{name}[{entry}]" if isinstance(entry, int) else f"{name}.{entry}"
+    must_be: str
+    check: Callable[[Any], object]
+    meaning: str
 
 
 def _described(value: object) -> str:
@@ -860,7 +766,7 @@ def _described(value: object) -> str:
 
 def _boolean(value: object) -> bool:
     if not isinstance(value, bool):
-        raise ValueError(f"must be true or false without quotes, not {_described(value)}")
+        raise ValueError
     return value
 
 
@@ -887,33 +793,32 @@ def _database(value: object) -> str:
     return path
 
 
-def _choice(*choices: str) -> Callable[[object], str]:
-    def _chosen(value: object) -> str:
-        if not isinstance(value, str) or value not in choices:
-            raise ValueError(f"must be {' or '.join(choices)}, not {_described(value)}")
+def _one_of(must_be: str, meaning: str) -> Setting:
+    def _chosen(value: object) -> object:
+        if value not in re.split(", | or ", must_be):
+            raise ValueError
         return value
 
-    return _chosen
+    return Setting(must_be, _chosen, meaning)
 
 
-def _input_bytes(value: object) -> int:
+def _bytes(value: object) -> int:
     if type(value) is not int or not MIN_INPUT_BYTES <= value <= MAX_INPUT_BYTES:
-        limits = f"{MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}"
-        raise ValueError(f"must be a whole number of bytes from {limits}, not {_described(value)}")
+        raise ValueError
     return value
 
 
-def _duration(value: object) -> float:
+def _duration(value: Any) -> float:
     if isinstance(value, str):
         return parse_duration(value)
-    if type(value) not in (int, float) or not 0 < value <= MAX_DURATION_S:  # type: ignore[operator]
-        raise ValueError(f'must be a duration such as "10m", or seconds above 0, not {_described(value)}')
-    return float(value)  # type: ignore[arg-type]
+    if type(value) not in (int, float) or not 0 < value <= MAX_DURATION_S:
+        raise ValueError
+    return float(value)
 
 
 def _names(value: object) -> tuple[str, ...]:
     if not isinstance(value, (list, tuple)):
-        raise ValueError(f"must be a list of names such as [email, phone], not {_described(value)}")
+        raise ValueError
     for index, name in enumerate(value):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"must be a name, not {_described(name)}; put it in quotes", index)
@@ -923,10 +828,6 @@ def _names(value: object) -> tuple[str, ...]:
 def _strict(value: object) -> tuple[str, ...]:
     if isinstance(value, bool):
         return ("*",) if value else ()
-    if not isinstance(value, (list, tuple)):
-        raise ValueError(
-            f"must be true, false, or a list of names such as [delete_*], not {_described(value)}"
-        )
     return _names(value)
 
 
@@ -946,7 +847,7 @@ def _networks(value: object) -> tuple[str, ...]:
 
 def _options(value: object) -> dict[str, str | int | float | bool]:
     if not isinstance(value, Mapping):
-        raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")
+        raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")  # it may hold a secret
     for name, option in value.items():
         if not isinstance(name, str) or not _OPTION_NAME.fullmatch(name):
             raise ValueError("the name of an option has letters, digits and _ only; correct it", name)
@@ -955,27 +856,83 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     return dict(value)
 
 
-_SETTINGS: Final[dict[str, Callable[[object], object]]] = {
-    "enabled": _boolean,
-    "path": _database,
-    "journal": _path,
-    "attach": _options,
-    "flush_interval": _duration,
-    "durable": _boolean,
-    "on_full": _choice("block", "drop"),
-    "max_input_bytes": _input_bytes,
-    "redact": _names,
-    "keep": _names,
-    "redact_mode": _choice("constant", "hmac"),
-    "retention": _duration,
-    "record_result": _choice("none", "summary", "body"),
-    "max_result_bytes": _input_bytes,
-    "trusted_proxies": _networks,
-    "strict": _strict,
-    "strict_timeout": _duration,
-    "group": _boolean,
+_SWITCH: Final = "true or false without quotes"
+_SECONDS: Final = 'a duration such as "10m", or seconds above 0'
+_SIZE: Final = f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}"
+_LIST: Final = "a list of names such as [email, phone]"
+# docs/configuration.md repeats this table, with the defaults of `Config`; a test compares them.
+SETTINGS: Final = {
+    "enabled": Setting(_SWITCH, _boolean, "whether anything is recorded"),
+    "path": Setting("a path, or an ATTACH target", _database, "the database; see below"),
+    "journal": Setting("a path", _path, "the directory of the journal"),
+    "attach": Setting("a mapping of options", _options, "text, numbers or booleans for DuckDB's `ATTACH`"),
+    "flush_interval": Setting(
+        _SECONDS,
+        _duration,
+        "how long events stay in the journal at least; on a busy server up to a minute",
+    ),
+    "durable": Setting(_SWITCH, _boolean, "whether `log_event` waits until the event is on the disk"),
+    "on_full": _one_of(
+        "block or drop", "what `log_event` does while the queue is full; dropped events are counted"
+    ),
+    "max_input_bytes": Setting(_SIZE, _bytes, "how many bytes of an event's input are kept"),
+    "redact": Setting(_LIST, _names, "more fields whose values are secrets"),
+    "keep": Setting(_LIST, _names, "fields whose values are kept although the name looks like a secret"),
+    "redact_mode": _one_of("constant or hmac", "what stands for a secret"),
+    "retention": Setting(
+        'a duration such as "90d"', _duration, "how long events are kept; without it, for ever"
+    ),
+    "record_result": _one_of(
+        "none, summary or body",
+        "what is recorded of a result: nothing; its bytes, items and their kinds; the redacted result too",
+    ),
+    "max_result_bytes": Setting(_SIZE, _bytes, "how many bytes of a result's body are kept"),
+    "trusted_proxies": Setting(
+        "a list of addresses and networks",
+        _networks,
+        "whose `X-Forwarded-For` or `Forwarded` counts for `address`",
+    ),
+    "strict": Setting(
+        "true, false, or a list of names such as [delete_*]",
+        _strict,
+        "calls that are refused if they can't be put on record first",
+    ),
+    "strict_timeout": Setting(_SECONDS, _duration, "how long such a call waits for that"),
+    "group": Setting(_SWITCH, _boolean, "whether users of one group share the log; files get mode 0660"),
 }
-_SETTINGS_OF_MXCP: Final = ("max_file_size",)  # of its JSONL log; means nothing here
+
+
+def check_settings(
+    settings: Mapping[str, object], place: Callable[..., Mapping[str, Any]] | None = None
+) -> dict[str, Any]:
+    """Return the settings as `Config` holds them (lists as tuples, durations in seconds), or raise.
+
+    Both the site file and the keyword arguments of `AuditLogger` go through here, so that they take
+    the same values and raise the same texts. Paths stay as they are. A keyword argument that was
+    not given must be left out: None is refused.
+    """
+    checked = {}
+    for name, value in settings.items():
+        try:
+            if name not in SETTINGS:
+                import difflib  # here, because it costs 5 ms that only an error needs
+
+                near = difflib.get_close_matches(str(name), SETTINGS, n=1, cutoff=0.5)
+                hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SETTINGS)}"
+                raise ValueError(f"there is no such setting; {hint}")
+            if value is None:
+                raise ValueError("it has no value; write one, or remove the setting")
+            checked[name] = SETTINGS[name].check(value)
+        except ValueError as error:
+            must_be = SETTINGS[name].must_be if name in SETTINGS else ""
+            problem, *entry = error.args or (f"must be {must_be}, not {_described(value)}",)
+            where = place(name, *entry) if place else {"trail": (_trail_end(name, *entry),)}
+            raise ConfigError(problem, **where) from error
+    return checked
+
+
+def _trail_end(name: object, entry: object = None) -> str:
+    return str(name) if entry is None else f"{name}[{entry}]" if isinstance(entry, int) else f"{name}.{entry}"
 
 
 # --- the site file
@@ -999,8 +956,7 @@ class _SiteFile:
         position = self.reader.places[id(parent), key]
         if entry is not None:
             position = self.reader.places.get((id(parent[key]), entry), position)
-        line, column = self.reader.line_and_column(position)
-        return {"path": self.path, "line": line, "column": column, "trail": (*trail, _trail_end(key, entry))}
+        return {**self.reader.place(position), "trail": (*trail, _trail_end(key, entry))}
 
     def source(self, parent: dict[object, object], key: object) -> str:
         """File and line of a key, as `Config.sources` has them."""
@@ -1015,35 +971,34 @@ class _SiteFile:
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
         """The name of the profile that holds, and who chose it."""
-        where: dict[str, Any]
+        name: object
+        where: dict[str, Any] = {"path": self.path, "trail": ("profile",)}
         if argument is not None:
-            name, source, where = argument, "argument", {"path": self.path, "trail": ("profile",)}
+            name, source = argument, "argument"
         elif environ.get("MXCP_PROFILE"):
-            name = environ["MXCP_PROFILE"]
-            source, where = "MXCP_PROFILE", {"path": self.path, "trail": ("MXCP_PROFILE",)}
+            name = source = "MXCP_PROFILE"
+            name, where["trail"] = environ[source], (source,)
         elif self.root.get("profile") is not None:
-            name, source = cast(str, self.root["profile"]), self.source(self.root, "profile")
+            name, source = self.root["profile"], self.source(self.root, "profile")
             where = self.at(self.root, "profile")
         else:
-            name, source, where = "default", "default", {}
+            name = source = "default"
         if not isinstance(name, str) or not name:
-            raise ConfigError(
-                f"must be the name of a profile, not {_described(name)}; put text in quotes", **where
-            )
+            problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
+            raise ConfigError(problem, **where)
         profiles = self.section(self.root, "profiles")
         if profiles and name not in profiles:
-            known = ", ".join(
-                key if isinstance(key, str) else f"{_described(key)} (quote it)" for key in profiles
-            )
-            problem = f"there is no profile {name!r:.60} (chosen by {source}); known are {known}"
-            raise ConfigError(problem, **(where or self.at(self.root, "profiles")))
+            known = [key if isinstance(key, str) else f"{_described(key)} (quote it)" for key in profiles]
+            problem = f"there is no profile {name!r:.60} (chosen by {source}); known are {', '.join(known)}"
+            raise ConfigError(problem, **(self.at(self.root, "profiles") if source == "default" else where))
         return name, source
 
     def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
         """What the profile sets, checked, and the source of each."""
         profiles = self.section(self.root, "profiles")
         audit = self.section(self.section(profiles, profile, "profiles"), "audit", "profiles", profile)
-        ours = {cast(str, name): value for name, value in audit.items() if name not in _SETTINGS_OF_MXCP}
+        # MXCP's own `max_file_size` is of its JSONL log.
+        ours = {cast(str, name): value for name, value in audit.items() if name != "max_file_size"}
 
         def _place(name: object, entry: object = None) -> dict[str, Any]:
             return self.at(audit, name, "profiles", profile, "audit", entry=entry)
