@@ -3065,11 +3065,10 @@ class Redactor:
 # === Encoding ===
 # depends on: Events, Redaction
 #
-# Event → line. A line is one JSON object with the names of COLUMNS, in UTF-8, ending with a line
-# feed; `seq` comes last, because only the writer knows it. Redaction comes first, so a line never
+# Event → line, line → event. A line is one JSON object with the names of COLUMNS, in UTF-8, ending with a
+# line feed; `seq` comes last, because only the writer knows it. Redaction comes first, so a line never
 # holds a secret. DuckDB's JSON reader rejects a whole file for one lone surrogate, one invalid
 # UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
-# Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
 
 # --- what is too large
 
@@ -3079,48 +3078,44 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
     size = len(json.dumps(plain))
     if size <= max_bytes:
         return plain
-    if isinstance(plain, str):
-        return _clip_text(plain, max_bytes)
     if not isinstance(plain, (dict, list)):
-        return _clip_text(str(plain), max_bytes)
-    entries = list(plain.items()) if isinstance(plain, dict) else [("", item) for item in plain]
-    note = f"…[CUT: {size} bytes, {len(entries)} items]"
-    # 1. What each entry costs, its key and commas included.
-    keys = [_clip_text(key, 256) if len(key) > 40 else key for key, _ in entries]
-    overheads = [len(json.dumps(key)) + 4 if isinstance(plain, dict) else 2 for key in keys]
-    sizes = [len(json.dumps(item)) for _, item in entries]
-    room = max_bytes - 2 - len(json.dumps(note)) - 12
+        return _clip_text(plain if isinstance(plain, str) else str(plain), max_bytes)
+    note = f"…[CUT: {size} bytes, {len(plain)} items]"
+    room = left = max_bytes - 2 - len(json.dumps(note)) - 12
     if room < 64:
         return _clip_text(note, max_bytes)
-    # 2. Entries go from the last on until each of the rest can have a marker at least.
-    smallest = [overhead + min(size, 64) for overhead, size in zip(overheads, sizes, strict=True)]
-    count, needed = 0, 0
-    while count < len(entries) and needed + smallest[count] <= room:
-        needed += smallest[count]
-        count += 1
-    # 3. The small ones take what they need, the large ones share the rest.
-    left = room - sum(overheads[:count])
-    shares = [0] * count
-    for rank, index in enumerate(sorted(range(count), key=sizes.__getitem__)):
-        shares[index] = min(sizes[index], left // (count - rank))
-        left -= shares[index]
-    kept = [clip_plain(entries[index][1], shares[index]) for index in range(count)]
+    # 1. Entries go from the last on until each of the rest can have a marker at least.
+    keys, items, sizes = [], [], []
+    for key, item in plain.items() if isinstance(plain, dict) else (("", item) for item in plain):
+        key, item_size = _clip_text(key, 256), len(json.dumps(item))
+        overhead = len(json.dumps(key)) + 4 if isinstance(plain, dict) else 2  # the key and commas
+        room -= overhead + min(item_size, 64)
+        if room < 0:
+            break
+        left -= overhead
+        keys.append(key)
+        items.append(item)
+        sizes.append(item_size)
+    # 2. The small ones take what they need, the large ones share the rest.
+    for rank, index in enumerate(sorted(range(len(items)), key=sizes.__getitem__)):
+        share = min(sizes[index], left // (len(items) - rank))
+        left -= share
+        items[index] = clip_plain(items[index], share)
+    is_cut = len(items) < len(plain)
     if isinstance(plain, list):
-        return kept + ([note] if count < len(entries) else [])
+        return items + [note] * is_cut
     out: dict[str, Any] = {}
-    for key, item in zip(keys, kept, strict=False):
+    for key, item in zip(keys, items, strict=True):
         out[key if key not in out else f"{key}#{len(out)}"] = item
-    if count < len(entries):
-        out["…"] = note
-    return out
+    return {**out, "…": note} if is_cut else out
 
 
 def _clip_text(text: str, max_bytes: int) -> str:
     """Cut a text so that its ASCII JSON takes at most `max_bytes`; its size stands at the cut."""
-    marker = f"…[CUT: {len(text.encode('utf-8', 'surrogatepass'))} bytes]"
-    room = max_bytes - len(json.dumps(marker))
     if len(json.dumps(text)) <= max_bytes:
         return text
+    marker = f"…[CUT: {len(text.encode('utf-8', 'surrogatepass'))} bytes]"
+    room = max_bytes - len(json.dumps(marker))
     if room <= 0:
         return "…"
     end = min(len(text), room)
@@ -3131,14 +3126,17 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_FRAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
-_FRAME_CHARS: Final = 512  # arbitrary: of what such a frame is kept for
+_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
+_CACHED_CHARS: Final = 512  # arbitrary: longer ones are made anew each time
 _NAME_BYTES: Final = 1024  # of a name or an id
 _TEXT_BYTES: Final = 2**16  # of an error or a reason
 REPLACEMENT: Final = "\ufffd"
 _NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _NO_MORE: Final = (None,) * len(NEW_COLUMNS)
-_PLAIN_ID: Final = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")
+_PLAIN_ID: Final = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret, nothing to escape
+_FRAME_ARGUMENTS: Final = ("caller", "event_type", "name", "policy_decision", "status")
+_FRAME_VALUES: Final = ((), EVENT_TYPES, (), POLICY_DECISIONS, STATUSES)
+_Made = TypeVar("_Made")
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
@@ -3156,7 +3154,7 @@ class Encoder:
         self._max_input_bytes = max_input_bytes
         self._clock = clock
         self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
-        self._frames: dict[tuple[object, ...], tuple[str, str, str]] = {}
+        self._frames: dict[tuple[object, ...], tuple[str, str, str, str]] = {}
         self._parties: dict[tuple[object, ...], str] = {}
 
     def input_json(
@@ -3176,12 +3174,6 @@ class Encoder:
         if len(text) * 4 > self._max_input_bytes or "\\u0000" in text:
             text = self._clipped(text)
         return encode_text(text)
-
-    def _clipped(self, text: str) -> str:
-        """Return JSON of at most `max_input_bytes` and without NUL."""
-        if len(text.encode("utf-8", "surrogatepass")) > self._max_input_bytes:
-            text = encode_json(clip_plain(json.loads(text), self._max_input_bytes))
-        return _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
 
     def line(
         self,
@@ -3210,138 +3202,118 @@ class Encoder:
         if stamp[0] != second:
             stamp = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
         try:
-            head, middle, tail = self._frames[caller, event_type, name, policy_decision, status]
-            flag = ""
+            head, middle, tail, flag = self._frames[caller, event_type, name, policy_decision, status]
         except Exception:  # a new one, or a part that is no key: whatever its own __hash__ raises
             head, middle, tail, flag = self._frame(caller, event_type, name, policy_decision, status)
         if type(duration_ms) is not int or not 0 <= duration_ms <= MAX_DURATION_MS:
-            duration_ms, flag = _clamped(duration_ms, flag)
-        rest = ""
-        if more != _NO_MORE:
-            rest, flag = self._more_json(more, flag)
-        if flag:
-            reason = flag if reason is None else f"{self._plain_text(reason)}; {flag}"
-        if user_id is None and session_id is None and trace_id is None:
-            ids = _NO_IDS
-        else:
+            duration_ms = _clamped(duration_ms)
+            if duration_ms is None:
+                duration_ms, flag = "null", flag + "; mxcp_audit: duration_ms is no number"
+        ids, rest = _NO_IDS, ""
+        if user_id is not None or session_id is not None or trace_id is not None:
             ids = (
-                f',"user_id":{self._id_json(user_id)},"session_id":{self._id_json(session_id)}'
-                f',"trace_id":{self._id_json(trace_id)}'
+                f',"user_id":{self._json(user_id)},"session_id":{self._json(session_id)}'
+                f',"trace_id":{self._json(trace_id)}'
             )
+        if more != _NO_MORE:
+            rest, more_flag = self._more(more)
+            flag += more_flag
+        reason_json = "null" if reason is None else encode_text(self._clean(reason, echoes, _TEXT_BYTES))
+        if flag:
+            reason_json = f'"{flag[2:]}"' if reason is None else f'{reason_json[:-1]}{flag}"'
+        error_json = "null" if error is None else encode_text(self._clean(error, echoes, _TEXT_BYTES))
         text = (
-            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json}'
-            f',"duration_ms":{duration_ms}{middle}'
-            f"{'null' if reason is None else self._text_json(reason, echoes, _TEXT_BYTES)}{tail}"
-            f"{'null' if error is None else self._text_json(error, echoes, _TEXT_BYTES)}{ids}{rest}"
+            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json},"duration_ms":{duration_ms}'
+            f"{middle}{reason_json}{tail}{error_json}{ids}{rest}"
         )
         try:
             return text.encode()
         except UnicodeEncodeError:  # lone surrogates; a pair of them is one character
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-    def _frame(
-        self, caller: object, event_type: object, name: object, policy_decision: object, status: object
-    ) -> tuple[str, str, str, str]:
+    def _frame(self, *parts: object) -> tuple[str, str, str, str]:
         """Return what surrounds the changing parts of a line, and what is wrong with it, as `reason` says it.
 
-        Events of one tool differ in little else, so the frames of sound ones are kept.
+        Events of one tool differ in little else, so frames are cached.
         """
-        type_json, policy_json, status_json, flag = self._flagged(event_type, policy_decision, status)
+        texts, flag = [], ""
+        for argument, part, allowed in zip(_FRAME_ARGUMENTS, parts, _FRAME_VALUES, strict=True):
+            text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
+            texts.append(encode_text(text))
+            if allowed and text not in allowed:
+                flag += f"; mxcp_audit: {argument} is none of {', '.join(allowed)}"
+        caller, event_type, name, policy_decision, status = texts
         frame = (
-            f'Z","caller":{self._text_json(caller)},"type":{type_json},"name":{self._text_json(name)}'
-            ',"input_json":',
-            f',"policy_decision":{policy_json},"reason":',
-            f',"status":{status_json},"error":',
+            f'Z","caller":{caller},"type":{event_type},"name":{name},"input_json":',
+            f',"policy_decision":{policy_decision},"reason":',
+            f',"status":{status},"error":',
+            flag,
         )
-        key = (caller, event_type, name, policy_decision, status)
-        if not flag and all(type(part) is str for part in key) and sum(map(len, key)) <= _FRAME_CHARS:  # type: ignore[arg-type]
-            if len(self._frames) >= _FRAME_CACHE_SIZE:
-                self._frames.clear()
-            self._frames[key] = frame
-        return (*frame, flag)
+        return _kept(self._frames, parts, frame)
 
-    def _more_json(self, more: Sequence[object], flag: str) -> tuple[str, str]:
+    def _more(self, more: Sequence[object]) -> tuple[str, str]:
         """Return the members of a line for the values of NEW_COLUMNS that are not None, and what is wrong."""
-        *_, request_id, error_type, result_bytes, context = more
-        try:  # who calls which server stays the same for a session
-            text = self._parties[more[:4]]  # type: ignore[index]
-        except Exception:  # a new one, or a part that is no key: whatever its own __hash__ raises
-            text = self._members(NEW_COLUMNS[:4], more)
-            if all(part is None or type(part) is str for part in more[:4]):
-                if len(self._parties) >= _FRAME_CACHE_SIZE:
-                    self._parties.clear()
-                self._parties[tuple(more[:4])] = text
-        text += self._members(NEW_COLUMNS[4:6], (request_id, error_type))
+        parties = tuple(more[:4])  # who calls which server stays the same for a session
+        try:
+            text = self._parties[parties]
+        except Exception:  # as in `line`
+            text = _kept(self._parties, parties, self._members(NEW_COLUMNS[:4], parties))
+        text += self._members(NEW_COLUMNS[4:6], more[4:6])
+        flag, (result_bytes, context) = "", more[6:]
         if type(result_bytes) is int and 0 <= result_bytes <= LARGEST["BIGINT"]:
             text += f',"result_bytes":{result_bytes}'
         elif result_bytes is not None:
-            flag = _flags(flag, "result_bytes is no integer from 0 to 2⁶³−1")
+            flag = "; mxcp_audit: result_bytes is no integer from 0 to 2⁶³−1"
         if context is not None:
-            known = type(context) is Json
-            inner = context if known else self._clipped(self._redactor.redact_json(context))
-            if inner[0] != "{":  # type: ignore[index]
-                flag = _flags(flag, "context is no mapping")
+            inner = context if type(context) is Json else self._clipped(self._redactor.redact_json(context))
+            if inner[0] != "{":
+                flag += "; mxcp_audit: context is no mapping"
                 inner = f'{{"value":{inner}}}'
-            text += f',"context":{encode_text(inner)}'  # type: ignore[arg-type]
+            text += f',"context":{encode_text(inner)}'
         return text, flag
 
-    def _members(self, columns: Sequence[Column], values: Iterable[object]) -> str:
+    def _members(self, columns: Sequence[Column], values: Sequence[object]) -> str:
         return "".join(
-            [f',"{c.name}":{self._id_json(value)}' for c, value in zip(columns, values) if value is not None]
+            [f',"{c.name}":{self._json(value)}' for c, value in zip(columns, values) if value is not None]
         )
 
-    def _text_json(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
-        return encode_text(self._clean(value, echoes, limit))
-
-    def _id_json(self, value: object) -> str:
-        if value is None:
-            return "null"
-        if (
-            type(value) is str and len(value) < _NAME_BYTES and _PLAIN_ID.fullmatch(value)
-        ):  # no secret, and nothing to escape
+    def _json(self, value: object) -> str:
+        """Return a name or an id as JSON."""
+        if type(value) is str and _PLAIN_ID.fullmatch(value):
             return f'"{value}"'
-        return self._text_json(value)
+        return "null" if value is None else encode_text(self._clean(value))
 
     def _clean(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
-        """Return a text without secrets, cut to a limit. What is far beyond the limit is not looked at."""
-        whole = self._plain_text(value)
-        text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
-        if len(whole) > 2 * limit:  # a secret that was cut in half there would be known no more
-            text = text[:-limit]
-        return _cut(text, limit, whole)
-
-    def _plain_text(self, value: object) -> str:
+        """Return a text of at most `limit` bytes without secrets; the size of the whole stands at the cut."""
         if type(value) is str:
-            return value
-        text = self._redactor.redact_json(value)
-        return json.loads(text) if text[0] == '"' else text
+            whole = value
+        else:
+            whole = self._redactor.redact_json(value)
+            whole = json.loads(whole) if whole[0] == '"' else whole
+        # What is far beyond the limit is not looked at, and a secret that is cut there is known no more.
+        text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
+        fits = len(whole) <= 2 * limit
+        data = (text if fits else text[:-limit]).encode("utf-8", "surrogatepass")
+        if fits and len(data) <= limit:
+            return text
+        mark = f"…[CUT: {len(whole.encode('utf-8', 'surrogatepass'))} bytes]"
+        return data[: limit - len(mark.encode())].decode("utf-8", "ignore") + mark
 
-    def _flagged(
-        self, event_type: object, policy_decision: object, status: object
-    ) -> tuple[str, str, str, str]:
-        """Return the three as JSON texts, as they were given, and what is wrong with them."""
-        texts, flags = [], []
-        for argument, value, allowed in (
-            ("event_type", event_type, EVENT_TYPES),
-            ("policy_decision", "n/a" if policy_decision is None else policy_decision, POLICY_DECISIONS),
-            ("status", status, STATUSES),
-        ):
-            text = self._clean(value)
-            texts.append(encode_text(text))
-            if text not in allowed:
-                flags.append(f"mxcp_audit: {argument} is none of {', '.join(allowed)}")
-        return texts[0], texts[1], texts[2], "; ".join(flags)
+    def _clipped(self, text: str) -> str:
+        """Return JSON of at most `max_input_bytes` and without NUL."""
+        if len(text.encode("utf-8", "surrogatepass")) > self._max_input_bytes:
+            text = encode_json(clip_plain(json.loads(text), self._max_input_bytes))
+        return _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
 
 
-def _cut(text: str, limit: int, whole: str) -> str:
-    """Return the beginning of a text of at most `limit` bytes; the size of the whole stands at the cut."""
-    if len(text) * 4 <= limit and len(whole) <= 2 * limit:
-        return text
-    data = text.encode("utf-8", "surrogatepass")
-    if len(data) <= limit and len(whole) <= 2 * limit:
-        return text
-    mark = f"…[CUT: {len(whole.encode('utf-8', 'surrogatepass'))} bytes]"
-    return data[: limit - len(mark.encode())].decode("utf-8", "ignore") + mark
+def _kept(cache: dict[tuple[object, ...], _Made], parts: tuple[object, ...], made: _Made) -> _Made:
+    """Return what was made of some texts, and keep it if they are short."""
+    texts = [part for part in parts if part is not None]
+    if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:  # type: ignore[arg-type]
+        if len(cache) >= _CACHE_SIZE:
+            cache.clear()
+        cache[parts] = made
+    return made
 
 
 def finish_line(line: bytes, seq: int) -> bytes:
@@ -3349,61 +3321,49 @@ def finish_line(line: bytes, seq: int) -> bytes:
     return b'%b,"seq":%d}\n' % (line, seq)
 
 
-def _clamped(duration_ms: object, flag: str) -> tuple[int | str, str]:
-    """Return `duration_ms` as an INTEGER of 0 … 2³¹−1, or "null" with a flag if it is no number."""
+def _clamped(duration_ms: Any) -> int | None:
+    """Return `duration_ms` as an INTEGER of 0 … 2³¹−1, None if it is no number."""
     try:
-        # In this order NaN is 0, too.
-        return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS)), flag  # type: ignore[arg-type]
+        return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS))  # in this order NaN is 0, too
     except OverflowError:  # an integer that is no float
-        return 0 if duration_ms < 0 else MAX_DURATION_MS, flag  # type: ignore[operator]
+        return 0 if duration_ms < 0 else MAX_DURATION_MS
     except Exception:  # whatever an object's own __float__ raises
-        return "null", _flags(flag, "duration_ms is no number")
-
-
-def _flags(flag: str, problem: str) -> str:
-    return f"{flag}; mxcp_audit: {problem}" if flag else f"mxcp_audit: {problem}"
+        return None
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
     """Return the JSON object that a line holds; ValueError says why there is none."""
     try:
-        found = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
+        event = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"invalid JSON: {error}") from error
-    if not isinstance(found, dict):
+        raise ValueError(f"no JSON in UTF-8: {error}") from error
+    if not isinstance(event, dict):
         raise ValueError("no JSON object")
-    return found
+    return event
 
 
-def line_fault(line: bytes) -> str | None:
-    """Say what makes a journal line unusable, or return None for a sound one.
+def event_of_line(line: bytes) -> dict[str, Any]:
+    """Return the event that a journal line holds; ValueError says what makes the line unusable.
 
     DuckDB decides what goes in; this gives the reason that is kept beside a rejected line, and
     refuses what DuckDB would quietly turn into NULL.
     """
-    try:
-        event = _json_object(line)
-    except ValueError as error:
-        return str(error)
+    event = _json_object(line)
     for column in COLUMNS:
-        value = event.get(column.name)
-        if column.name == "segment":
+        value, largest = event.get(column.name), LARGEST.get(column.sql_type)
+        if value is None or column.name == "segment":
             continue
-        largest = LARGEST.get(column.sql_type)
-        if largest is not None:
-            if value is not None and (type(value) is not int or not 0 <= value <= largest):
-                return f"{column.name} is no integer from 0 to {largest}"
-        elif value is not None and not isinstance(value, str):
-            return f"{column.name} is no text"
+        if largest is None and not isinstance(value, str):
+            raise ValueError(f"{column.name} is no text")
+        if largest is not None and (type(value) is not int or not 0 <= value <= largest):
+            raise ValueError(f"{column.name} is no integer from 0 to {largest}")
     if not event.get("seq"):
-        return "seq is missing"
+        raise ValueError("seq is missing")
     try:
         datetime.datetime.strptime(event.get("timestamp") or "", "%Y-%m-%dT%H:%M:%S.%fZ")
-    except ValueError:
-        return f"timestamp {event.get('timestamp')!r} is no time"
-    return None
+    except ValueError as error:
+        raise ValueError(f"timestamp {event.get('timestamp')!r} is no time") from error
+    return event
 
 
 # === Journal ===
@@ -5548,7 +5508,8 @@ class Call:
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
-        await self.end_async(error)
+        if not self.waits:
+            await self.end_async(error)
 
 
 @functools.lru_cache(1024)  # most calls of a session differ in nothing here, but for those in a trace
@@ -6078,31 +6039,25 @@ class Middleware:
                 call.is_open = False
         call = self._call_of(event_type, context, message)
         call.waits = False
-        try:
-            await call.begin_async()
-        except AuditUnavailableError as error:
-            raise _protocol_error(error) from error
         failure: BaseException | None = None
-        before = _running.set(call)
         self._inside += 1
         try:
-            result = await call_next(context)
-            self._conclude(call, result)
-            return result
-        except BaseException as error:
-            failure = error
-            if type(error).__name__ == "NotFoundError":
-                await self._ask_for_refusal(call, context)
-            raise
+            async with call:
+                try:
+                    result = await call_next(context)
+                    self._conclude(call, result)
+                    return result
+                except BaseException as error:
+                    failure = error
+                    if type(error).__name__ == "NotFoundError":
+                        await self._ask_for_refusal(call, context)
+                    raise
+        except AuditUnavailableError as error:
+            if error is failure:  # of another call, which the body made
+                raise
+            raise _protocol_error(error) from error
         finally:
             self._inside -= 1
-            with contextlib.suppress(ValueError):  # left in another context than entered
-                _running.reset(before)
-            if not call.waits:
-                try:
-                    await call.end_async(failure)
-                except AuditUnavailableError as error:
-                    raise _protocol_error(error) from error
 
     async def check_resource_access(self, context: object) -> None:
         """Allow: FastMCP 4 asks each middleware."""
@@ -6211,21 +6166,19 @@ class Middleware:
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
             name = key.removeprefix(f"{event_type}:").rpartition("@")[0] or key.removeprefix(f"{event_type}:")
             call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
-            call.is_open, call.task = True, _current_task()
-            await call.begin_async()
+            call.is_open, call.task, call.waits = True, _current_task(), True
             failure: BaseException | None = None
-            before = _running.set(call)
             try:
-                result = function(*args, **kwargs)
-                result = await result if isinstance(result, Awaitable) else result
-                if (problem := error_of_result(result)) is not None:
-                    call.fail(problem, "tool_error")
-                return result
+                async with call:
+                    result = function(*args, **kwargs)
+                    result = await result if isinstance(result, Awaitable) else result
+                    if (problem := error_of_result(result)) is not None:
+                        call.fail(problem, "tool_error")
+                    return result
             except BaseException as error:
                 failure = error
                 raise
             finally:
-                _running.reset(before)
                 await self._end_task(call, task, failure)
 
         return _task
@@ -6351,10 +6304,8 @@ def audited(
             if caller:
                 origin["caller"] = caller
             return Call(logger, event_type, title, input_of(args, kwargs), **origin)
-        if (
-            event_type == "resource" and outer.arguments is None
-        ):  # it knows the URI, and we what it stands for
-            outer.name = title
+        if event_type == "resource" and outer.arguments is None:
+            outer.name = title  # it knows the URI, and we what that stands for
             outer.take_input(input_of(args, kwargs))
         return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
 
@@ -6401,13 +6352,13 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
     def _plain(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
-        call.__enter__()
+        call.begin()
         try:
-            result = function(*args, **kwargs)
+            with call.running():
+                result = function(*args, **kwargs)
         except BaseException as error:
-            call.__exit__(None, error, None)
+            call.end(error)
             raise
-        call._leave()
         return _followed(call, result)
 
     return _plain
@@ -6434,14 +6385,13 @@ def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
     def _generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
         call.begin()
-        failure: BaseException | None = None
         try:
-            return (yield from _Steps(call, function(*args, **kwargs)))
+            returned = yield from _Steps(call, function(*args, **kwargs))
         except BaseException as error:
-            failure = error
+            call.end(error)
             raise
-        finally:
-            call.end(failure)
+        call.end()
+        return returned
 
     return _generator
 
@@ -6452,7 +6402,6 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
         await call.begin_async()
-        failure: BaseException | None = None
         try:
             generator = function(*args, **kwargs)
             step, value = generator.asend, None
@@ -6461,7 +6410,7 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                     with call.running():
                         item = await step(value)
                 except StopAsyncIteration:
-                    return
+                    break
                 try:
                     step, value = generator.asend, (yield item)
                 except GeneratorExit:  # of aclose; an event loop that ends may have closed `generator` first
@@ -6471,10 +6420,9 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                 except BaseException as error:
                     step, value = generator.athrow, error
         except BaseException as error:
-            failure = error
+            await call.end_async(error)
             raise
-        finally:
-            await call.end_async(failure)
+        await call.end_async()
 
     return _async_generator
 
@@ -6548,12 +6496,11 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
     """
     import inspect
 
-    try:
-        try:
-            signature = inspect.signature(function, eval_str=True)
-        except Exception:  # an annotation that can't be evaluated
-            signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions in C have none
+    signature = None
+    for eval_str in (False, True):  # the latter fails where an annotation can't be evaluated
+        with contextlib.suppress(Exception):
+            signature = inspect.signature(function, eval_str=eval_str)
+    if signature is None:  # some functions in C have none
         return lambda args, kwargs: {"args": args, "kwargs": kwargs}
     parameters = list(signature.parameters.values())
     owner = getattr(function, "__qualname__", "").rpartition(".")[0]
@@ -6670,32 +6617,13 @@ class AuditLogger:
         group: bool = False,
         attach: Mapping[str, object] | None = None,
     ) -> None:
+        settings = {**locals()}  # the arguments by name, which are those of the configuration
+        del settings["self"], settings["log_path"]
         if path is None:
             if log_path is None:
                 raise ConfigError("name the database file, such as logs-default.duckdb", trail=("path",))
-            path = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
-        self._start(
-            config_from_arguments(
-                path,
-                enabled=enabled,
-                journal=journal,
-                flush_interval=flush_interval,
-                durable=durable,
-                on_full=on_full,
-                max_input_bytes=max_input_bytes,
-                redact=redact,
-                keep=keep,
-                redact_mode=redact_mode,
-                retention=retention,
-                record_result=record_result,
-                max_result_bytes=max_result_bytes,
-                trusted_proxies=trusted_proxies,
-                strict=strict,
-                strict_timeout=strict_timeout,
-                group=group,
-                attach=attach,
-            )
-        )
+            settings["path"] = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
+        self._start(config_from_arguments(**settings))
 
     @classmethod
     def from_config(
@@ -6725,11 +6653,10 @@ class AuditLogger:
             diagnostics=told,
             encode_begin=self._begin_line,
         )
+        settings = {**config._asdict(), "attach": dict(config.attach), "sources": {}}
         self._ingester = Ingester(
             appender,
-            None
-            if self._ingest is None
-            else {**config._asdict(), "attach": dict(config.attach), "sources": {}},
+            None if self._ingest is None else settings,
             interval=config.flush_interval,
             diagnostics=told,
         )
@@ -6957,24 +6884,9 @@ class AuditLogger:
         Arguments are those of `log_event`; exceptions of `denied_by` are recorded as the policy
         decision `deny`. Works with `with` and `async with`.
         """
-        return Call(
-            self,
-            event_type,
-            name,
-            input_params,
-            caller=caller,
-            endpoint_def=endpoint_def,
-            user_id=user_id,
-            session_id=session_id,
-            trace_id=trace_id,
-            client=client,
-            agent=agent,
-            address=address,
-            server=server,
-            request_id=request_id,
-            context=context,
-            denied_by=denied_by,
-        )
+        given = {**locals()}  # the arguments by name, which are those of a Call
+        del given["self"]
+        return Call(self, **given)
 
     def policy(self, decision: str, reason: str | None = None) -> None:
         """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
@@ -7063,14 +6975,8 @@ class AuditLogger:
         """How the logger is doing: a snapshot for health checks."""
         writer, told = self._writer, self._diagnostics
         return Counters(
-            writer.accepted,
-            writer.written,
-            told.ingested,
-            told.dropped,
-            told.rejected,
-            told.errors,
-            told.last_error,
-            self.refused,
+            *(writer.accepted, writer.written, told.ingested, told.dropped),
+            *(told.rejected, told.errors, told.last_error, self.refused),
         )
 
     def flush(self, timeout: float = 10.0) -> bool:
@@ -9178,13 +9084,15 @@ class Ingest:
         faults: list[tuple[int, str, bytes]] = []
         seen: set[object] = set()
         for number, line in enumerate(claim.read().split(b"\n")[:-1], 1):
-            fault = line_fault(line)
-            seq = json.loads(line)["seq"] if fault is None else None
-            if fault is None and seq not in seen:
+            try:
+                seq = event_of_line(line)["seq"]
+                if seq in seen:
+                    raise ValueError(f"seq {seq} stands twice")
+            except ValueError as error:
+                faults.append((number, str(error), line))
+            else:
                 seen.add(seq)
                 good.append((number, line))
-            else:
-                faults.append((number, fault or f"seq {seq} stands twice", line))
         scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
 
         def unreadable(lines: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
@@ -12301,7 +12209,6 @@ def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
 # --- the stdio wrapper's bookkeeping
 
 MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
-_MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
 
 
 class StdioAudit:
@@ -12533,7 +12440,7 @@ def _in_any_case(message: Mapping[str, Any], name: str) -> Any:
 
 def _json_int(text: str) -> int | str:
     """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
-    return int(text) if len(text) <= _MAX_DIGITS else text
+    return int(text) if len(text) <= 4000 else text  # below Python's limit for the digits of an integer
 
 
 # --- the server as a child
