@@ -251,8 +251,6 @@ _REFUSED_CHARACTER: Final = re.compile(
     r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 )
 _BLANKS: Final = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
-_START_MARKER: Final = re.compile(r"^---(?=[ \t\n\0])", re.MULTILINE)
-_END_MARKER: Final = re.compile(r"^\.\.\.(?=[ \t\n\0])", re.MULTILINE)
 _END: Final = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH: Final = re.compile(r"-(?=[ \t\n\0])")
 _COLON: Final = re.compile(r" *:(?=[ \t\n\0])")
@@ -373,10 +371,13 @@ class _YamlReader:
     def document(self) -> object:
         """The value of the only document; None where there are only comments."""
         self.take(_BLANKS)
-        explicit = bool(self.take(_START_MARKER))
+        explicit = self.column() < 0 and self.text[self.pos] == "-"
+        if explicit:
+            self.pos += len("---")
         started = explicit or self.column() >= 0
         value = self.node(-1, after_key=explicit)
-        while started and self.take(_END_MARKER):
+        while started and self.column() < 0 and self.text[self.pos] == ".":
+            self.pos += len("...")
             self.end_line()
         if self.column() >= 0:
             self.fail("text after the end of the value; check the indentation of this line")
@@ -691,21 +692,11 @@ def is_attach_target(path: str) -> bool:
 
 
 # What may be shown of a connection string and of the `attach` options; everything else may be secret.
-_PUBLIC_KEYS: Final = frozenset(
-    (
-        "dbname",
-        "host",
-        "hostaddr",
-        "port",
-        "user",
-        "service",
-        "sslmode",
-        "application_name",
-        "connect_timeout",
-    )
+_PUBLIC_KEYS: Final = re.compile(
+    "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
 )
-_PUBLIC_OPTIONS: Final = frozenset(
-    ("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET")
+_PUBLIC_OPTIONS: Final = re.compile(
+    "type|data_path|schema|metadata_schema|metadata_catalog|secret", re.IGNORECASE
 )
 _PREFIXES: Final = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
 _PAIR: Final = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
@@ -726,7 +717,7 @@ def public_target(target: str) -> str:
     has_pairs = prefix.lower().endswith(("postgres:", "mysql:")) or re.match(r"\w+\s*=", rest)
     if has_pairs and "://" not in rest:
         shown = [
-            f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)
+            f"{key}={value if _PUBLIC_KEYS.fullmatch(key) else '…'}" for key, value in _PAIR.findall(rest)
         ]
         return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
     before, mark, after = rest.rpartition("@")
@@ -745,7 +736,7 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
     public, start = public_target(target), len(_prefix(target))
     if target[start:]:
         text = text.replace(target[start:], public[start:])
-    shown = [public, *(str(value) for name, value in options.items() if name.upper() in _PUBLIC_OPTIONS)]
+    shown = [public, *(str(value) for name, value in options.items() if _PUBLIC_OPTIONS.fullmatch(name))]
     given = [target, *map(str, options.values())]
     secret = {*_PIECE.findall(" ".join(given))} - {*_PIECE.findall(" ".join(shown))}
     if any(piece in text for piece in secret):
@@ -944,29 +935,28 @@ def _trail_end(name: object, entry: object = None) -> str:
 # --- the site file
 
 
-class _SiteFile:
+class _SiteFile(_YamlReader):
     """A site file that was read, and where in it everything stands."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.reader = _YamlReader(_site_bytes(path), path)
-        root = self.reader.document()
+        super().__init__(_site_bytes(path), path)
+        root = self.document()
         if root is not None and not isinstance(root, dict):
-            self.reader.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
+            self.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
         self.root: dict[object, object] = root or {}
 
     def at(
         self, parent: dict[object, object], key: object, *trail: str, entry: object = None
     ) -> dict[str, Any]:
         """The arguments of ConfigError that say where a key, or an entry in its value, stands."""
-        position = self.reader.places[id(parent), key]
+        position = self.places[id(parent), key]
         if entry is not None:
-            position = self.reader.places.get((id(parent[key]), entry), position)
-        return {**self.reader.place(position), "trail": (*trail, _trail_end(key, entry))}
+            position = self.places.get((id(parent[key]), entry), position)
+        return {**self.place(position), "trail": (*trail, _trail_end(key, entry))}
 
     def source(self, parent: dict[object, object], key: object) -> str:
         """File and line of a key, as `Config.sources` has them."""
-        return f"{os.path.basename(self.path)}:{self.at(parent, key)['line']}"
+        return f"{os.path.basename(self.path or '')}:{self.at(parent, key)['line']}"
 
     def section(self, parent: dict[object, object], key: str, *trail: str) -> dict[object, object]:
         """The mapping under a key; empty where the key, or what follows it, is missing."""
@@ -1064,17 +1054,15 @@ def load_config(
         if setting not in sources and setting in settings and re.search(r"[/\\\0\ud800-\udfff]", name):
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
             raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
-    if not remote:
-        settings["path"] = os.path.join(folder, settings["path"].removeprefix("./"))
-    if "journal" in settings:
-        settings["journal"] = os.path.join(folder, settings["journal"].removeprefix("./"))
-    defaults = dict.fromkeys((name for name in Config._fields if name != "sources"), "default")
-    all_sources = {**defaults, **sources, "profile": name_source, "site_file": site_source}
-    return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
+        if setting in settings and not (setting == "path" and remote):
+            settings[setting] = os.path.join(folder, settings[setting].removeprefix("./"))
+    sources = {**dict.fromkeys((*SETTINGS, "profile"), "default"), **sources}
+    sources |= {"profile": name_source, "site_file": site_source}
+    return Config(profile=name, site_file=site_file, sources=sources, **settings)
 
 
 def has_site_file() -> bool:
-    """Say whether `load_config` would find a site file by itself."""
+    """Return True if `load_config` finds a site file by itself."""
     try:
         _find_site_file(None, None)
     except ConfigError:
@@ -3357,7 +3345,7 @@ def event_of_line(line: bytes) -> dict[str, Any]:
     if not event.get("seq"):
         raise ValueError("seq is missing")
     try:
-        datetime.datetime.strptime(event.get("timestamp") or "", "%Y-%m-%dT%H:%M:%S.%fZ")
+        datetime.datetime.strptime(event.get("timestamp") or "", LINE_TIME)
     except ValueError as error:
         raise ValueError(f"timestamp {event.get('timestamp')!r} is no time") from error
     return event
