@@ -5463,7 +5463,8 @@ class Call:
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
-        await self.end_async(error)
+        if not self.waits:
+            await self.end_async(error)
 
 
 @functools.lru_cache(1024)  # most calls of a session differ in nothing here, but for those in a trace
@@ -5993,31 +5994,25 @@ class Middleware:
                 call.is_open = False
         call = self._call_of(event_type, context, message)
         call.waits = False
-        try:
-            await call.begin_async()
-        except AuditUnavailableError as error:
-            raise _protocol_error(error) from error
         failure: BaseException | None = None
-        before = _running.set(call)
         self._inside += 1
         try:
-            result = await call_next(context)
-            self._conclude(call, result)
-            return result
-        except BaseException as error:
-            failure = error
-            if type(error).__name__ == "NotFoundError":
-                await self._ask_for_refusal(call, context)
-            raise
+            async with call:
+                try:
+                    result = await call_next(context)
+                    self._conclude(call, result)
+                    return result
+                except BaseException as error:
+                    failure = error
+                    if type(error).__name__ == "NotFoundError":
+                        await self._ask_for_refusal(call, context)
+                    raise
+        except AuditUnavailableError as error:
+            if error is failure:  # of another call, which the body made
+                raise
+            raise _protocol_error(error) from error
         finally:
             self._inside -= 1
-            with contextlib.suppress(ValueError):  # left in another context than entered
-                _running.reset(before)
-            if not call.waits:
-                try:
-                    await call.end_async(failure)
-                except AuditUnavailableError as error:
-                    raise _protocol_error(error) from error
 
     async def check_resource_access(self, context: object) -> None:
         """Allow: FastMCP 4 asks each middleware."""
@@ -6126,21 +6121,19 @@ class Middleware:
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
             name = key.removeprefix(f"{event_type}:").rpartition("@")[0] or key.removeprefix(f"{event_type}:")
             call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
-            call.is_open, call.task = True, _current_task()
-            await call.begin_async()
+            call.is_open, call.task, call.waits = True, _current_task(), True
             failure: BaseException | None = None
-            before = _running.set(call)
             try:
-                result = function(*args, **kwargs)
-                result = await result if isinstance(result, Awaitable) else result
-                if (problem := error_of_result(result)) is not None:
-                    call.fail(problem, "tool_error")
-                return result
+                async with call:
+                    result = function(*args, **kwargs)
+                    result = await result if isinstance(result, Awaitable) else result
+                    if (problem := error_of_result(result)) is not None:
+                        call.fail(problem, "tool_error")
+                    return result
             except BaseException as error:
                 failure = error
                 raise
             finally:
-                _running.reset(before)
                 await self._end_task(call, task, failure)
 
         return _task
@@ -6266,10 +6259,8 @@ def audited(
             if caller:
                 origin["caller"] = caller
             return Call(logger, event_type, title, input_of(args, kwargs), **origin)
-        if (
-            event_type == "resource" and outer.arguments is None
-        ):  # it knows the URI, and we what it stands for
-            outer.name = title
+        if event_type == "resource" and outer.arguments is None:
+            outer.name = title  # it knows the URI, and we what that stands for
             outer.take_input(input_of(args, kwargs))
         return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
 
@@ -6316,13 +6307,13 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
     def _plain(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
-        call.__enter__()
+        call.begin()
         try:
-            result = function(*args, **kwargs)
+            with call.running():
+                result = function(*args, **kwargs)
         except BaseException as error:
-            call.__exit__(None, error, None)
+            call.end(error)
             raise
-        call._leave()
         return _followed(call, result)
 
     return _plain
@@ -6349,14 +6340,13 @@ def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
     def _generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
         call.begin()
-        failure: BaseException | None = None
         try:
-            return (yield from _Steps(call, function(*args, **kwargs)))
+            returned = yield from _Steps(call, function(*args, **kwargs))
         except BaseException as error:
-            failure = error
+            call.end(error)
             raise
-        finally:
-            call.end(failure)
+        call.end()
+        return returned
 
     return _generator
 
@@ -6367,7 +6357,6 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
         await call.begin_async()
-        failure: BaseException | None = None
         try:
             generator = function(*args, **kwargs)
             step, value = generator.asend, None
@@ -6376,7 +6365,7 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                     with call.running():
                         item = await step(value)
                 except StopAsyncIteration:
-                    return
+                    break
                 try:
                     step, value = generator.asend, (yield item)
                 except GeneratorExit:  # of aclose; an event loop that ends may have closed `generator` first
@@ -6386,10 +6375,9 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                 except BaseException as error:
                     step, value = generator.athrow, error
         except BaseException as error:
-            failure = error
+            await call.end_async(error)
             raise
-        finally:
-            await call.end_async(failure)
+        await call.end_async()
 
     return _async_generator
 
@@ -6463,12 +6451,11 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
     """
     import inspect
 
-    try:
-        try:
-            signature = inspect.signature(function, eval_str=True)
-        except Exception:  # an annotation that can't be evaluated
-            signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions in C have none
+    signature = None
+    for eval_str in (False, True):  # the latter fails where an annotation can't be evaluated
+        with contextlib.suppress(Exception):
+            signature = inspect.signature(function, eval_str=eval_str)
+    if signature is None:  # some functions in C have none
         return lambda args, kwargs: {"args": args, "kwargs": kwargs}
     parameters = list(signature.parameters.values())
     owner = getattr(function, "__qualname__", "").rpartition(".")[0]
@@ -6583,31 +6570,13 @@ class AuditLogger:
         strict_timeout: float | str = 5.0,
         attach: Mapping[str, object] | None = None,
     ) -> None:
+        settings = {**locals()}  # the arguments by name, which are those of the configuration
+        del settings["self"], settings["log_path"]
         if path is None:
             if log_path is None:
                 raise ConfigError("name the database file, such as logs-default.duckdb", trail=("path",))
-            path = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
-        self._start(
-            config_from_arguments(
-                path,
-                enabled=enabled,
-                journal=journal,
-                flush_interval=flush_interval,
-                durable=durable,
-                on_full=on_full,
-                max_input_bytes=max_input_bytes,
-                redact=redact,
-                keep=keep,
-                redact_mode=redact_mode,
-                retention=retention,
-                record_result=record_result,
-                max_result_bytes=max_result_bytes,
-                trusted_proxies=trusted_proxies,
-                strict=strict,
-                strict_timeout=strict_timeout,
-                attach=attach,
-            )
-        )
+            settings["path"] = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
+        self._start(config_from_arguments(**settings))
 
     @classmethod
     def from_config(
@@ -6637,11 +6606,10 @@ class AuditLogger:
             diagnostics=told,
             encode_begin=self._begin_line,
         )
+        settings = {**config._asdict(), "attach": dict(config.attach), "sources": {}}
         self._ingester = Ingester(
             appender,
-            None
-            if self._ingest is None
-            else {**config._asdict(), "attach": dict(config.attach), "sources": {}},
+            None if self._ingest is None else settings,
             interval=config.flush_interval,
             diagnostics=told,
         )
@@ -6869,24 +6837,9 @@ class AuditLogger:
         Arguments are those of `log_event`; exceptions of `denied_by` are recorded as the policy
         decision `deny`. Works with `with` and `async with`.
         """
-        return Call(
-            self,
-            event_type,
-            name,
-            input_params,
-            caller=caller,
-            endpoint_def=endpoint_def,
-            user_id=user_id,
-            session_id=session_id,
-            trace_id=trace_id,
-            client=client,
-            agent=agent,
-            address=address,
-            server=server,
-            request_id=request_id,
-            context=context,
-            denied_by=denied_by,
-        )
+        given = {**locals()}  # the arguments by name, which are those of a Call
+        del given["self"]
+        return Call(self, **given)
 
     def policy(self, decision: str, reason: str | None = None) -> None:
         """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
@@ -6975,14 +6928,8 @@ class AuditLogger:
         """How the logger is doing: a snapshot for health checks."""
         writer, told = self._writer, self._diagnostics
         return Counters(
-            writer.accepted,
-            writer.written,
-            told.ingested,
-            told.dropped,
-            told.rejected,
-            told.errors,
-            told.last_error,
-            self.refused,
+            *(writer.accepted, writer.written, told.ingested, told.dropped),
+            *(told.rejected, told.errors, told.last_error, self.refused),
         )
 
     def flush(self, timeout: float = 10.0) -> bool:
@@ -12147,7 +12094,6 @@ def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
 # --- the stdio wrapper's bookkeeping
 
 MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
-_MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
 
 
 class StdioAudit:
@@ -12379,7 +12325,7 @@ def _in_any_case(message: Mapping[str, Any], name: str) -> Any:
 
 def _json_int(text: str) -> int | str:
     """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
-    return int(text) if len(text) <= _MAX_DIGITS else text
+    return int(text) if len(text) <= 4000 else text  # below Python's limit for the digits of an integer
 
 
 # --- the server as a child
