@@ -854,28 +854,27 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     return dict(value)
 
 
-_SWITCH: Final = "true or false without quotes"
-_SECONDS: Final = 'a duration such as "10m", or seconds above 0'
-_SIZE: Final = f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}"
-_LIST: Final = "a list of names such as [email, phone]"
+_SWITCH: Final = ("true or false without quotes", _boolean)
+_SECONDS: Final = ('a duration such as "10m", or seconds above 0', _duration)
+_SIZE: Final = (f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
+_LIST: Final = ("a list of names such as [email, phone]", _names)
 # docs/configuration.md repeats this table, with the defaults of `Config`; a test compares them.
 SETTINGS: Final = {
-    "enabled": Setting(_SWITCH, _boolean, "whether anything is recorded"),
+    "enabled": Setting(*_SWITCH, "whether anything is recorded"),
     "path": Setting("a path, or an ATTACH target", _database, "the database; see below"),
     "journal": Setting("a path", _path, "the directory of the journal"),
     "attach": Setting("a mapping of options", _options, "text, numbers or booleans for DuckDB's `ATTACH`"),
     "flush_interval": Setting(
-        _SECONDS,
-        _duration,
+        *_SECONDS,
         "how long events stay in the journal at least; on a busy server up to a minute",
     ),
-    "durable": Setting(_SWITCH, _boolean, "whether `log_event` waits until the event is on the disk"),
+    "durable": Setting(*_SWITCH, "whether `log_event` waits until the event is on the disk"),
     "on_full": _one_of(
         "block or drop", "what `log_event` does while the queue is full; dropped events are counted"
     ),
-    "max_input_bytes": Setting(_SIZE, _bytes, "how many bytes of an event's input are kept"),
-    "redact": Setting(_LIST, _names, "more fields whose values are secrets"),
-    "keep": Setting(_LIST, _names, "fields whose values are kept although the name looks like a secret"),
+    "max_input_bytes": Setting(*_SIZE, "how many bytes of an event's input are kept"),
+    "redact": Setting(*_LIST, "more fields whose values are secrets"),
+    "keep": Setting(*_LIST, "fields whose values are kept although the name looks like a secret"),
     "redact_mode": _one_of("constant or hmac", "what stands for a secret"),
     "retention": Setting(
         'a duration such as "90d"', _duration, "how long events are kept; without it, for ever"
@@ -884,7 +883,7 @@ SETTINGS: Final = {
         "none, summary or body",
         "what is recorded of a result: nothing; its bytes, items and their kinds; the redacted result too",
     ),
-    "max_result_bytes": Setting(_SIZE, _bytes, "how many bytes of a result's body are kept"),
+    "max_result_bytes": Setting(*_SIZE, "how many bytes of a result's body are kept"),
     "trusted_proxies": Setting(
         "a list of addresses and networks",
         _networks,
@@ -895,7 +894,7 @@ SETTINGS: Final = {
         _strict,
         "calls that are refused if they can't be put on record first",
     ),
-    "strict_timeout": Setting(_SECONDS, _duration, "how long such a call waits for that"),
+    "strict_timeout": Setting(*_SECONDS, "how long such a call waits for that"),
 }
 
 
@@ -1080,18 +1079,16 @@ def _find_site_file(
         raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
     if config is not None:
         return os.path.join(start, config), "argument"
-    while True:
-        if os.path.lexists(os.path.join(folder, SITE_FILE)):
-            return os.path.join(folder, SITE_FILE), "found"
+    while not os.path.lexists(os.path.join(folder, SITE_FILE)):
         folder, below = os.path.dirname(folder), folder
         if folder == below:
-            break
-    raise ConfigError(
-        f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
-        " do without by --db or AuditLogger(path), or create one that says:"
-        " profiles: {default: {audit: {enabled: true}}}",
-        path=start,
-    )
+            raise ConfigError(
+                f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
+                " do without by --db or AuditLogger(path), or create one that says:"
+                " profiles: {default: {audit: {enabled: true}}}",
+                path=start,
+            )
+    return os.path.join(folder, SITE_FILE), "found"
 
 
 def _site_bytes(path: str) -> bytes:
@@ -1189,7 +1186,7 @@ def line_time(moment: datetime.datetime) -> bytes:
 
 
 def is_segment_id(text: str) -> bool:
-    """Say whether `text` has the form of a segment id."""
+    """Return True if `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
 
 
