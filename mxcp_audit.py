@@ -251,8 +251,6 @@ _REFUSED_CHARACTER: Final = re.compile(
     r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 )
 _BLANKS: Final = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
-_START_MARKER: Final = re.compile(r"^---(?=[ \t\n\0])", re.MULTILINE)
-_END_MARKER: Final = re.compile(r"^\.\.\.(?=[ \t\n\0])", re.MULTILINE)
 _END: Final = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH: Final = re.compile(r"-(?=[ \t\n\0])")
 _COLON: Final = re.compile(r" *:(?=[ \t\n\0])")
@@ -373,10 +371,13 @@ class _YamlReader:
     def document(self) -> object:
         """The value of the only document; None where there are only comments."""
         self.take(_BLANKS)
-        explicit = bool(self.take(_START_MARKER))
+        explicit = self.column() < 0 and self.text[self.pos] == "-"
+        if explicit:
+            self.pos += len("---")
         started = explicit or self.column() >= 0
         value = self.node(-1, after_key=explicit)
-        while started and self.take(_END_MARKER):
+        while started and self.column() < 0 and self.text[self.pos] == ".":
+            self.pos += len("...")
             self.end_line()
         if self.column() >= 0:
             self.fail("text after the end of the value; check the indentation of this line")
@@ -693,21 +694,11 @@ def is_attach_target(path: str) -> bool:
 
 
 # What may be shown of a connection string and of the `attach` options; everything else may be secret.
-_PUBLIC_KEYS: Final = frozenset(
-    (
-        "dbname",
-        "host",
-        "hostaddr",
-        "port",
-        "user",
-        "service",
-        "sslmode",
-        "application_name",
-        "connect_timeout",
-    )
+_PUBLIC_KEYS: Final = re.compile(
+    "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
 )
-_PUBLIC_OPTIONS: Final = frozenset(
-    ("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET")
+_PUBLIC_OPTIONS: Final = re.compile(
+    "type|data_path|schema|metadata_schema|metadata_catalog|secret", re.IGNORECASE
 )
 _PREFIXES: Final = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
 _PAIR: Final = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
@@ -728,7 +719,7 @@ def public_target(target: str) -> str:
     has_pairs = prefix.lower().endswith(("postgres:", "mysql:")) or re.match(r"\w+\s*=", rest)
     if has_pairs and "://" not in rest:
         shown = [
-            f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)
+            f"{key}={value if _PUBLIC_KEYS.fullmatch(key) else '…'}" for key, value in _PAIR.findall(rest)
         ]
         return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
     before, mark, after = rest.rpartition("@")
@@ -747,7 +738,7 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
     public, start = public_target(target), len(_prefix(target))
     if target[start:]:
         text = text.replace(target[start:], public[start:])
-    shown = [public, *(str(value) for name, value in options.items() if name.upper() in _PUBLIC_OPTIONS)]
+    shown = [public, *(str(value) for name, value in options.items() if _PUBLIC_OPTIONS.fullmatch(name))]
     given = [target, *map(str, options.values())]
     secret = {*_PIECE.findall(" ".join(given))} - {*_PIECE.findall(" ".join(shown))}
     if any(piece in text for piece in secret):
@@ -865,28 +856,27 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     return dict(value)
 
 
-_SWITCH: Final = "true or false without quotes"
-_SECONDS: Final = 'a duration such as "10m", or seconds above 0'
-_SIZE: Final = f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}"
-_LIST: Final = "a list of names such as [email, phone]"
+_SWITCH: Final = ("true or false without quotes", _boolean)
+_SECONDS: Final = ('a duration such as "10m", or seconds above 0', _duration)
+_SIZE: Final = (f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
+_LIST: Final = ("a list of names such as [email, phone]", _names)
 # docs/configuration.md repeats this table, with the defaults of `Config`; a test compares them.
 SETTINGS: Final = {
-    "enabled": Setting(_SWITCH, _boolean, "whether anything is recorded"),
+    "enabled": Setting(*_SWITCH, "whether anything is recorded"),
     "path": Setting("a path, or an ATTACH target", _database, "the database; see below"),
     "journal": Setting("a path", _path, "the directory of the journal"),
     "attach": Setting("a mapping of options", _options, "text, numbers or booleans for DuckDB's `ATTACH`"),
     "flush_interval": Setting(
-        _SECONDS,
-        _duration,
+        *_SECONDS,
         "how long events stay in the journal at least; on a busy server up to a minute",
     ),
-    "durable": Setting(_SWITCH, _boolean, "whether `log_event` waits until the event is on the disk"),
+    "durable": Setting(*_SWITCH, "whether `log_event` waits until the event is on the disk"),
     "on_full": _one_of(
         "block or drop", "what `log_event` does while the queue is full; dropped events are counted"
     ),
-    "max_input_bytes": Setting(_SIZE, _bytes, "how many bytes of an event's input are kept"),
-    "redact": Setting(_LIST, _names, "more fields whose values are secrets"),
-    "keep": Setting(_LIST, _names, "fields whose values are kept although the name looks like a secret"),
+    "max_input_bytes": Setting(*_SIZE, "how many bytes of an event's input are kept"),
+    "redact": Setting(*_LIST, "more fields whose values are secrets"),
+    "keep": Setting(*_LIST, "fields whose values are kept although the name looks like a secret"),
     "redact_mode": _one_of("constant or hmac", "what stands for a secret"),
     "retention": Setting(
         'a duration such as "90d"', _duration, "how long events are kept; without it, for ever"
@@ -895,7 +885,7 @@ SETTINGS: Final = {
         "none, summary or body",
         "what is recorded of a result: nothing; its bytes, items and their kinds; the redacted result too",
     ),
-    "max_result_bytes": Setting(_SIZE, _bytes, "how many bytes of a result's body are kept"),
+    "max_result_bytes": Setting(*_SIZE, "how many bytes of a result's body are kept"),
     "trusted_proxies": Setting(
         "a list of addresses and networks",
         _networks,
@@ -906,8 +896,8 @@ SETTINGS: Final = {
         _strict,
         "calls that are refused if they can't be put on record first",
     ),
-    "strict_timeout": Setting(_SECONDS, _duration, "how long such a call waits for that"),
-    "group": Setting(_SWITCH, _boolean, "whether users of one group share the log; files get mode 0660"),
+    "strict_timeout": Setting(*_SECONDS, "how long such a call waits for that"),
+    "group": Setting(*_SWITCH, "whether users of one group share the log; files get mode 0660"),
 }
 
 
@@ -947,29 +937,28 @@ def _trail_end(name: object, entry: object = None) -> str:
 # --- the site file
 
 
-class _SiteFile:
+class _SiteFile(_YamlReader):
     """A site file that was read, and where in it everything stands."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.reader = _YamlReader(_site_bytes(path), path)
-        root = self.reader.document()
+        super().__init__(_site_bytes(path), path)
+        root = self.document()
         if root is not None and not isinstance(root, dict):
-            self.reader.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
+            self.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
         self.root: dict[object, object] = root or {}
 
     def at(
         self, parent: dict[object, object], key: object, *trail: str, entry: object = None
     ) -> dict[str, Any]:
         """The arguments of ConfigError that say where a key, or an entry in its value, stands."""
-        position = self.reader.places[id(parent), key]
+        position = self.places[id(parent), key]
         if entry is not None:
-            position = self.reader.places.get((id(parent[key]), entry), position)
-        return {**self.reader.place(position), "trail": (*trail, _trail_end(key, entry))}
+            position = self.places.get((id(parent[key]), entry), position)
+        return {**self.place(position), "trail": (*trail, _trail_end(key, entry))}
 
     def source(self, parent: dict[object, object], key: object) -> str:
         """File and line of a key, as `Config.sources` has them."""
-        return f"{os.path.basename(self.path)}:{self.at(parent, key)['line']}"
+        return f"{os.path.basename(self.path or '')}:{self.at(parent, key)['line']}"
 
     def section(self, parent: dict[object, object], key: str, *trail: str) -> dict[object, object]:
         """The mapping under a key; empty where the key, or what follows it, is missing."""
@@ -1067,17 +1056,15 @@ def load_config(
         if setting not in sources and setting in settings and re.search(r"[/\\\0\ud800-\udfff]", name):
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
             raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
-    if not remote:
-        settings["path"] = os.path.join(folder, settings["path"].removeprefix("./"))
-    if "journal" in settings:
-        settings["journal"] = os.path.join(folder, settings["journal"].removeprefix("./"))
-    defaults = dict.fromkeys((name for name in Config._fields if name != "sources"), "default")
-    all_sources = {**defaults, **sources, "profile": name_source, "site_file": site_source}
-    return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
+        if setting in settings and not (setting == "path" and remote):
+            settings[setting] = os.path.join(folder, settings[setting].removeprefix("./"))
+    sources = {**dict.fromkeys((*SETTINGS, "profile"), "default"), **sources}
+    sources |= {"profile": name_source, "site_file": site_source}
+    return Config(profile=name, site_file=site_file, sources=sources, **settings)
 
 
 def has_site_file() -> bool:
-    """Say whether `load_config` would find a site file by itself."""
+    """Return True if `load_config` finds a site file by itself."""
     try:
         _find_site_file(None, None)
     except ConfigError:
@@ -1095,18 +1082,16 @@ def _find_site_file(
         raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
     if config is not None:
         return os.path.join(start, config), "argument"
-    while True:
-        if os.path.lexists(os.path.join(folder, SITE_FILE)):
-            return os.path.join(folder, SITE_FILE), "found"
+    while not os.path.lexists(os.path.join(folder, SITE_FILE)):
         folder, below = os.path.dirname(folder), folder
         if folder == below:
-            break
-    raise ConfigError(
-        f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
-        " do without by --db or AuditLogger(path), or create one that says:"
-        " profiles: {default: {audit: {enabled: true}}}",
-        path=start,
-    )
+            raise ConfigError(
+                f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
+                " do without by --db or AuditLogger(path), or create one that says:"
+                " profiles: {default: {audit: {enabled: true}}}",
+                path=start,
+            )
+    return os.path.join(folder, SITE_FILE), "found"
 
 
 def _site_bytes(path: str) -> bytes:
@@ -1204,7 +1189,7 @@ def line_time(moment: datetime.datetime) -> bytes:
 
 
 def is_segment_id(text: str) -> bool:
-    """Say whether `text` has the form of a segment id."""
+    """Return True if `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
 
 
@@ -3360,7 +3345,7 @@ def event_of_line(line: bytes) -> dict[str, Any]:
     if not event.get("seq"):
         raise ValueError("seq is missing")
     try:
-        datetime.datetime.strptime(event.get("timestamp") or "", "%Y-%m-%dT%H:%M:%S.%fZ")
+        datetime.datetime.strptime(event.get("timestamp") or "", LINE_TIME)
     except ValueError as error:
         raise ValueError(f"timestamp {event.get('timestamp')!r} is no time") from error
     return event
