@@ -634,6 +634,7 @@ class Config(NamedTuple):
         attach: options for ATTACH by name; they may hold secrets, so `repr` leaves them out.
         retention: seconds after which `purge` may delete an event; None keeps all.
         strict: patterns of names of which nothing is executed that can't be put on record; ("*",) is all.
+        group: whether all of the directory's group may write and read, for processes of several users.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
     """
@@ -657,6 +658,7 @@ class Config(NamedTuple):
     trusted_proxies: tuple[str, ...] = ()
     strict: tuple[str, ...] = ()
     strict_timeout: float = 5.0
+    group: bool = False
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
@@ -895,6 +897,7 @@ SETTINGS: Final = {
         "calls that are refused if they can't be put on record first",
     ),
     "strict_timeout": Setting(*_SECONDS, "how long such a call waits for that"),
+    "group": Setting(*_SWITCH, "whether users of one group share the log; files get mode 0660"),
 }
 
 
@@ -3365,7 +3368,8 @@ UNFINISHED: Final = "unfinished: the process ended during the call"  # the error
 _ENDED: Final = b'{"ended":'
 CALL_OF_LINE: Final = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
 _DIRECTORY_MODE: Final = 0o700
-_FILE_MODE: Final = 0o600
+FILE_MODES: Final = {False: 0o600, True: 0o660}  # True: for a group
+_GROUP_MODE: Final = 0o2770  # of a journal for a group, which is that of each file in it
 # Of files that may be others': without following a link, or waiting for the other end of a FIFO.
 _NO_FOLLOW: Final = (
     getattr(os, "O_NOFOLLOW", 0)
@@ -3498,15 +3502,31 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
             os.chown(path if fd is None else fd, owner.st_uid, owner.st_gid)
 
 
-def make_file(path: str, flags: int) -> int:
-    """Open a file, new or not, with mode 0600; links are not followed."""
-    fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+def is_for_group(directory: str) -> bool:
+    """Return True for a directory in which each file is to be the group's: of a journal with `group`."""
+    return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
+
+
+def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
+    """Open a file, new or not, with mode 0600, or 0660 for a group; links are not followed."""
+    group = is_for_group(os.path.dirname(path)) if group is None else group
+    fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, FILE_MODES[group])
     try:
         give_to_owner(path, fd)
+        if group:
+            with contextlib.suppress(PermissionError):  # somebody else made it, and did this
+                os.fchmod(fd, FILE_MODES[True])  # whatever the umask says
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def take_after(path: str, old: os.stat_result) -> None:
+    """Give a file the mode and the owner of the one that it replaces, as far as this user may."""
+    os.chmod(path, stat.S_IMODE(old.st_mode))
+    with contextlib.suppress(AttributeError, PermissionError):
+        os.chown(path, old.st_uid, old.st_gid)
 
 
 def file_digest(path: str) -> str:
@@ -3797,8 +3817,13 @@ class Journal:
     """The directory of segments. Making the object touches nothing; the first segment makes the directory."""
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, clock: Callable[[], int] = wall_clock_ns
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        group: bool = False,
+        clock: Callable[[], int] = wall_clock_ns,
     ) -> None:
+        self._group = group
         self.directory = os.path.abspath(directory)
         self._lock_path = os.path.join(self.directory, "ingest.lock")
         self._clock = clock  # for names only
@@ -3810,6 +3835,8 @@ class Journal:
             os.makedirs(parent, exist_ok=True)
             os.mkdir(self.directory, _DIRECTORY_MODE)
             give_to_owner(self.directory)
+            if self._group:
+                os.chmod(self.directory, _GROUP_MODE)
             os.close(make_file(self._lock_path, os.O_RDWR))
             if durable:
                 sync_directory(parent)
@@ -3827,6 +3854,8 @@ class Journal:
                 path=self.directory,
             )
         if not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0):
+            return
+        if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
         # Root works for the owner of the whole place, not for who put a directory into a shared one.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
@@ -3900,6 +3929,10 @@ class Journal:
     def reading_lock(self) -> contextlib.AbstractContextManager[bool]:
         """Keep ingests out, but no other reader; yields False if one runs. For targets that don't do so."""
         return self._locked(shared=True)
+
+    def wal_mark(self) -> str:
+        """Return the path of the file that says that the database's WAL holds only what we wrote."""
+        return os.path.join(self.directory, "journal.wal")
 
     def ask_readers(self) -> None:
         """Ask readers that come now to let the ingest have the database first; who has its lock may."""
@@ -6537,6 +6570,7 @@ class AuditLogger:
         strict: True, or names with `*`: such a call is executed only once its begin is in the journal, and
             answered only once its end is; else AuditUnavailableError is raised.
         strict_timeout: seconds that such a call waits for that, such as 5 or "5s".
+        group: True lets the users of one group share the log; files get mode 0660 then.
         attach: options of the ATTACH statement for targets other than files.
 
     Raises:
@@ -6565,6 +6599,7 @@ class AuditLogger:
         trusted_proxies: Sequence[str] = (),
         strict: bool | Sequence[str] = False,
         strict_timeout: float | str = 5.0,
+        group: bool = False,
         attach: Mapping[str, object] | None = None,
     ) -> None:
         settings = {**locals()}  # the arguments by name, which are those of the configuration
@@ -6598,7 +6633,7 @@ class AuditLogger:
         self._diagnostics = told = Diagnostics()
         self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
         appender = Appender(
-            Journal(config.journal_directory),
+            Journal(config.journal_directory, group=config.group),
             durable=config.durable,
             diagnostics=told,
             encode_begin=self._begin_line,
@@ -7610,7 +7645,8 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # What Excel, LibreOffice and Sheets take for a formula, also behind blanks, and the apostrophe itself,
 # so that removing one leading apostrophe gives every cell back as it was.
-FORMULA: Final = r"^\s*[=+\-@|＝＋－＠]|^[\t\r\n']"
+_INVISIBLE: Final = "\\s\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u2069\u3000\ufeff"
+FORMULA: Final = f"^[{_INVISIBLE}]*[=+\\-@|＝＋－＠]|^[\t\r\n']"
 # What COPY is told for each export format. Its name is the extension of a file. A `.duckdb` file is no COPY.
 _COPY_OPTIONS: Final = {
     "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
@@ -8336,6 +8372,7 @@ def _scratch(directory: str) -> Iterator[None]:
 
     shutil.rmtree(directory, ignore_errors=True)
     os.mkdir(directory, _DIRECTORY_MODE)
+    give_to_owner(directory)
     try:
         yield
     finally:
@@ -8364,6 +8401,7 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
+DAMAGED_WAL: Final = "replaying WAL"
 NEW_FILE: Final = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
 
 
@@ -8407,6 +8445,7 @@ class Target:
         self.name: str = public_target(config.path)  # for people: without passwords
         self._journal = journal
         self._options = config.attach
+        self._group = config.group
         self._opener = opener if self.is_file else functools.partial(opener, apart=True)
 
     def open_engine(self, *, guest: bool = False) -> Engine:
@@ -8457,7 +8496,11 @@ class Target:
                     raise self._public_error(error) from None
                 if type(error) in (StoreError, QueryError):  # ours, or the statement's
                     raise
-                raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
+                remedy = _REMEDIES[type(error)]
+                if DAMAGED_WAL in str(error):
+                    wal = f"{self.path}.wal"
+                    remedy = f"what we wrote there waits in the journal too: mv '{wal}' '{wal}.damaged'"
+                raise type(error)(f"{self.path}: {error}; {remedy}") from error
             except BaseException:
                 engine.close()
                 raise
@@ -8511,17 +8554,33 @@ class Target:
         """While the database is attached for writing: have its WAL readable by its owner alone.
 
         DuckDB would make it as the umask says. It takes an empty one that it finds later than at ATTACH.
+        A mark in the journal says that it began empty, so that it holds nothing but what we write.
         """
         if read_only or os.path.islink(self.path):
             yield
             return
-        wal = self.path + ".wal"
+        wal, mark = self.path + ".wal", self._journal.wal_mark()
         with contextlib.suppress(OSError):
-            os.close(make_file(wal, os.O_WRONLY | os.O_EXCL))
+            os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
+            os.close(make_file(mark, os.O_WRONLY))
         yield
         with contextlib.suppress(OSError):
-            if not os.stat(wal).st_size:
+            if not _size_of(wal):
+                os.unlink(mark)
                 os.unlink(wal)  # nothing was written: leave nothing behind
+
+    def set_wal_aside(self) -> str | None:
+        """Give a damaged WAL another name if it holds only what we wrote, which waits in the journal still.
+
+        A segment is deleted after a checkpoint, and after one there is no WAL. Return the name, or None.
+        """
+        aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
+        try:
+            os.unlink(self._journal.wal_mark())
+            os.rename(self.path + ".wal", aside)
+        except OSError:
+            return None
+        return aside
 
     def _attach_options(self, read_only: bool) -> dict[str, object]:
         return {**self._options, **({"READ_ONLY": True} if read_only else {})}
@@ -8540,7 +8599,7 @@ class Target:
             for path in leftovers:
                 _remove(path)
             attach_file(engine, scratch, "scratch", {**self._options, **NEW_FILE})
-            os.chmod(scratch, _FILE_MODE)
+            os.chmod(scratch, FILE_MODES[self._group])
             give_to_owner(scratch)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
@@ -9389,6 +9448,14 @@ class Reading:
         sql, params = self._select(f"{expression} AS line", what, count, oldest_first)
         return (line for (line,) in self.engine.stream(sql, params))
 
+    def around(self, session: str, event_id: str, count: int) -> list[Row]:
+        """Return an event as a row of PUBLIC_COLUMNS with some of its session before and after it."""
+        places = f"row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events"
+        mine = f"max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine"
+        sql = f"SELECT *, {mine} FROM (SELECT *, {places})"
+        sql = f"SELECT {public_select()} FROM ({sql}) WHERE abs(place - mine) <= {count} ORDER BY place"
+        return self.ask(Filter(session=session), sql)
+
     def ids_like(self, part: str) -> list[Row]:
         """Return up to three ids of events that begin with a text, or go on so after the time."""
         params = {"part": part.replace("_", "").replace("%", "") + "%", "end": f"%-{part}"}
@@ -9442,6 +9509,7 @@ class Reading:
         count: int | None = None,
         oldest_first: bool = False,
         raw: bool = False,
+        bom: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write the matching events to a file and return their number.
@@ -9466,9 +9534,12 @@ class Reading:
                 target = os.path.join(scratch, "export")
                 with _watched(target, progress):
                     written = self._write(sql, params, target, form)
+                if bom:
+                    target = _with_bom(target)
                 if written not in (expected, None):
                     raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
-                os.chmod(target, _FILE_MODE)
+                os.chmod(target, FILE_MODES[False])
+                give_to_owner(target)
                 os.replace(target, path)
         except OSError as error:
             raise StoreError(f"{path} can't be written: {error.strerror}") from error
@@ -9500,6 +9571,16 @@ class Reading:
             copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
             told = self.engine.execute(copy, params)
         return told[0][0] if told else None
+
+
+def _with_bom(path: str) -> str:
+    """Copy a file behind a byte order mark; return the copy's path."""
+    import shutil
+
+    with open(path, "rb") as file, open(path + ".bom", "xb") as copy:
+        copy.write(codecs.BOM_UTF8)
+        shutil.copyfileobj(file, copy)
+    return path + ".bom"
 
 
 # --- what comes back of a person's own SQL
@@ -10111,7 +10192,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
     scratch = os.path.join(directory, f".{name}.part")
     try:
-        os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
+        if not os.path.isdir(directory):
+            os.makedirs(directory, mode=_DIRECTORY_MODE)
+            give_to_owner(directory)
         with _scratch(scratch):
             files = _write_archive(engine, scratch, removal)
             manifest = {
@@ -10290,7 +10373,7 @@ def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Res
                             f"{place}: another process wrote to it meanwhile; try again"
                         )
                     _put_in_place(place, str(kept))
-                    os.chmod(copy, stat.S_IMODE(ours.st_mode))
+                    take_after(copy, ours)
                     os.replace(copy, place)
             sync_directory(folder)
     except OSError as error:
@@ -10358,9 +10441,7 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
             with _scratch(scratch):
                 fresh = os.path.join(scratch, "copy")
                 _copy_database(engine, target.columns(engine), fresh)
-                os.chmod(fresh, stat.S_IMODE(old.st_mode))
-                if hasattr(os, "chown"):
-                    os.chown(fresh, old.st_uid, old.st_gid)
+                take_after(fresh, old)
                 os.replace(fresh, path)
                 sync_directory(folder)
         except OSError as error:
@@ -10371,7 +10452,7 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
 def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> int:
     """Copy the attached database into a new file, read that back, and return the number of events."""
     attach_file(engine, path, "fresh", NEW_FILE)
-    os.chmod(path, _FILE_MODE)
+    os.chmod(path, FILE_MODES[False])
     engine.execute("COPY FROM DATABASE audit TO fresh")
     engine.execute("CHECKPOINT fresh")
     engine.execute("DETACH fresh")
@@ -10406,6 +10487,7 @@ def _copy_journal(paths: Iterable[str], directory: str) -> int:
 
 def _put_in_place(path: str, target: str) -> None:
     """Give a file another name, which must be free: unlike a rename, a link never overwrites."""
+    give_to_owner(path)
     try:
         os.link(path, target)
     except FileExistsError:
@@ -10445,7 +10527,7 @@ class Store:
         diagnostics: Diagnostics | None = None,
         opener: Callable[..., Engine] = open_engine,
     ) -> None:
-        self.journal: Journal = Journal(config.journal_directory)
+        self.journal: Journal = Journal(config.journal_directory, group=config.group)
         self.target: Target = Target(config, self.journal, opener)
         self._diagnostics = diagnostics or Diagnostics()
         self._ledger = Ledger(self.target, self.journal)
@@ -10493,6 +10575,14 @@ class Store:
                     with self.target.session(read_only=False, wait=0.0, guest=True):
                         pass
                 return self._ingest.run()
+            except DatabaseCorruptError as error:
+                aside = self.target.set_wal_aside() if DAMAGED_WAL in str(error) else None
+                if aside is None:
+                    raise
+                text = (
+                    f"the database's WAL was damaged and is {aside} now; what it held is taken in once more"
+                )
+                self._diagnostics.report("wal", text)
             except DatabaseLockedError:
                 if time.monotonic() + pause >= end:
                     raise
@@ -11077,7 +11167,7 @@ class Checkup:
         ):
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
-                if mode & 0o077 and os.name == "posix":
+                if mode & (0o007 if self._config.group else 0o077) and os.name == "posix":
                     self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
                 if not os.access(path, os.R_OK | os.W_OK):
                     self._fault(f"{path} can't be read and written by this user", "check owner and mode")
@@ -11246,9 +11336,8 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
     formula = re.compile(FORMULA)
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
-    count = 0
-    for row in rows:
+    count = -1
+    for row in itertools.chain([tuple(names)], rows):
         count += 1
         cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
         writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
@@ -11280,14 +11369,18 @@ class EventTable:
         with_reasons: bool = True,
         with_input: bool = False,
         grows: bool = False,
+        local: bool = False,
     ) -> None:
         self._file = file
+        self._local = local
         self._columns = columns
         self._width = width
         self._colour = colour
         self._below = ("reason", "error") if with_reasons else ()
         self._with_input = with_input
         self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
+        if local:
+            self._heads = [head.replace("(UTC)", "(local)") for head in self._heads]
         self._widths = [
             max(len(head), _FIRST_WIDTHS.get(column, 0) if grows else 0)
             for head, column in zip(self._heads, columns)
@@ -11297,7 +11390,7 @@ class EventTable:
     def write(self, rows: Sequence[Row]) -> None:
         """Write more rows, oldest or newest first, as they shall appear."""
         events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-        cells = [[_cell(event, column) for column in self._columns] for event in events]
+        cells = [[_cell(event, column, local=self._local) for column in self._columns] for event in events]
         elastic = [column not in _FIXED for column in self._columns]
         self._widths = _widths(
             [self._widths, *(map(display_width, row) for row in cells)], elastic, self._width
@@ -11384,13 +11477,18 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], wi
     return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
 
 
-def _cell(event: Mapping[str, Any], column: str) -> str:
+def _cell(event: Mapping[str, Any], column: str, *, local: bool) -> str:
     value = event[column]
-    return _moment(value) if column == "timestamp" else _shown(value)
+    return _moment(value, local=local) if column == "timestamp" else _shown(value)
 
 
-def _moment(value: object) -> str:
-    return "-" if value is None else printable(str(value)[:19].replace("T", " "))
+def _moment(value: object, *, local: bool) -> str:
+    if value is None:
+        return "-"
+    if local:
+        with contextlib.suppress(ValueError, OverflowError):  # of no year that has one
+            value = datetime.datetime.fromisoformat(str(value).replace("Z", "+00:00")).astimezone()
+    return printable(str(value)[:19].replace("T", " "))
 
 
 def _shown(value: object) -> str:
@@ -11404,7 +11502,9 @@ def _shown(value: object) -> str:
 _WIDEST_BAR: Final = 40
 
 
-def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
+def write_stats(
+    file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
+) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
     figures = ["CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
     if any(row[10] for row in rows):
@@ -11412,7 +11512,10 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
     heads = [by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]
     count = len(figures)
     table = [
-        [*map(_shown, (row[:8] + row[10:])[: count + 1]), *(_moment(value) for value in row[8:10])]
+        [
+            *map(_shown, (row[:8] + row[10:])[: count + 1]),
+            *(_moment(value, local=local) for value in row[8:10]),
+        ]
         for row in rows
     ]
     widths = [max(map(display_width, column)) for column in zip(heads, *table)]
@@ -12611,6 +12714,17 @@ EXIT_USAGE: Final = 2
 EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
+class _Moment(str):
+    """A moment as naive UTC text, and what was said: `--local` may come after it."""
+
+    def __new__(cls, said: str) -> _Moment:
+        self = super().__new__(cls, parse_time(said))
+        self.said = said
+        return self
+
+    said: str
+
+
 class _UsageError(AuditError):
     """Options that don't go together."""
 
@@ -12629,16 +12743,17 @@ _CLOCK: Final = re.compile(r"\d{2}:\d{2}")
 _TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
 
 
-def parse_time(text: str, *, now: datetime.datetime | None = None) -> str:
-    """Return a moment as naive UTC text, from a duration before now or an ISO date or time."""
-    now = now or utc_now()
+def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
+    """Return a moment as naive UTC text, from a duration before now or an ISO date or time, UTC or local."""
+    now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
     said = day if text in ("today", "yesterday") else f"{day}T{text}" if _CLOCK.match(text) else text
     try:
         match = _TIME.fullmatch(said)
         if match:
             day, minute, second, fraction, offset = match.groups()
-            zone = "+00:00" if offset in (None, "Z", "z") else f"{offset[:3]}:{offset[-2:]}"
+            zone = f"{offset[:3]}:{offset[-2:]}" if offset else "" if local else "+00:00"
+            zone = "+00:00" if offset in ("Z", "z") else zone
             moment = datetime.datetime.fromisoformat(
                 f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '')[:6].ljust(6, '0')}{zone}"
             )
@@ -12701,6 +12816,10 @@ _OPTIONS: Final = """
 &waiting
 --wait SECONDS:seconds =5.0 | how long to try again while another process holds the database (default: 5)
 
+&times
+--local | times without a zone are this machine's, as they are read and shown (JSON and exports stay UTC)
+--utc | times without a zone are UTC (default)
+
 &filters
 [which events (all must hold; * in a name is any text)]
 --tool NAME * | of this tool; may be repeated, and any of them will do
@@ -12733,6 +12852,7 @@ Show the newest events, from the database and from the journal of running server
 > log --follow --status error
 &filters
 [what is shown]
+&times
 -n --limit N:positive | at most N events (default: 100)
 --running | the calls that run on this host instead, longest first; MS is for how long
 --oldest-first | the other order, from the other end of the log
@@ -12749,13 +12869,16 @@ Show the newest events, from the database and from the journal of running server
 --post URL | send the lines there instead, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
 --raw | leave text in CSV as it is that a spreadsheet takes for a formula
+--bom | begin CSV with a byte order mark, by which Excel knows UTF-8
 
 @show show one event in full
 Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.
 > show 20261125T010203123456Z-1f2e3d4c:17
 > show 1f2e3d4c:17 --json
 event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
---json | print a JSON object
+--around N:positive | N events of the same session before it, and N after it, as a table
+&times
+--json | print a JSON object; with --around, an array of them
 
 @stats count calls, errors and denials; find what is slow
 Show how often, how long and how well: a line for each group of events. P50, P95, P99 and MAX are \
@@ -12766,6 +12889,7 @@ milliseconds.
 > stats --by user --policy denied --json
 &filters
 [what is shown]
+&times
 --by {groups} =name | what makes a group (default: name)
 --sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
 -n --limit N:positive =100 | at most N groups (default: 100)
@@ -12895,7 +13019,7 @@ _WORDS: Final[Mapping[str, Collection[str]]] = {
     "shells": ("bash", "zsh"),
 }
 _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "time": parse_time,
+    "time": _Moment,
     "positive": _positive,
     "seconds": _seconds,
     "columns": _columns,
@@ -13121,6 +13245,10 @@ def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
 
 
 def _filter_of(options: argparse.Namespace) -> Filter:
+    if getattr(options, "local", False):
+        for name in ("since", "until"):
+            if getattr(options, name) is not None:
+                setattr(options, name, parse_time(getattr(options, name).said, local=True))
     if options.since and options.until and options.until <= options.since:
         raise _UsageError("--until is not after --since, so nothing can match")
     if options.event is not None:
@@ -13177,8 +13305,10 @@ def cmd_log(options: argparse.Namespace) -> int:
 
 
 def _check_log_options(options: argparse.Namespace) -> None:
-    if not options.export and (options.raw or (options.format and options.format not in STREAM_FORMS)):
-        raise _UsageError("--raw and this --format are for exports: add --export FILE")
+    if not options.export and (
+        options.raw or options.bom or (options.format and options.format not in STREAM_FORMS)
+    ):
+        raise _UsageError("--raw, --bom and this --format are for exports: add --export FILE")
     if options.export and options.format and options.format not in EXPORT_FORMATS:
         raise _UsageError(f"--format {options.format} is for printing lines: leave --export out")
     if (options.cursor_file or options.post) and (options.export or options.format not in STREAM_FORMS):
@@ -13215,6 +13345,7 @@ def _event_table(options: argparse.Namespace) -> EventTable:
         with_reasons=options.columns is None,
         with_input=options.input,
         grows=options.follow,
+        local=options.local,
     )
 
 
@@ -13410,6 +13541,8 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
         known = ", ".join("." + known for known in EXPORT_FORMATS)
         raise _UsageError(f"{options.export}: the extension must be one of {known}; or say --format")
     is_text = form in ("csv", "json", "jsonl")
+    if options.bom and form != "csv":
+        raise _UsageError("--bom is for CSV")
     if to_stdout and not is_text and sys.stdout.isatty():
         raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
     with contextlib.ExitStack() as stack:
@@ -13435,6 +13568,7 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
                 count=options.limit,
                 oldest_first=options.oldest_first,
                 raw=options.raw,
+                bom=options.bom,
                 progress=progress if on_terminal else None,
             )
         if on_terminal:
@@ -13490,10 +13624,16 @@ def cmd_show(options: argparse.Namespace) -> int:
         rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
         if not rows and reading.problem is not None:
             raise reading.problem
+        session = rows[0][PUBLIC_COLUMNS.index("session_id")] if rows else None
+        if options.around and rows and session is None:
+            raise _UsageError(f"{ids[0]} has no session; leave --around out")
+        around = reading.around(str(session), ids[0], options.around) if options.around and rows else []
     if not rows:
         _say(f"there is no event {options.event}")
         return EXIT_FAILED
     event = dict(zip(PUBLIC_COLUMNS, rows[0]))
+    if options.around:
+        return _show_around(options, around)
     if options.json:
         _print_json(event, indent=2)
         return 0
@@ -13506,6 +13646,16 @@ def cmd_show(options: argparse.Namespace) -> int:
     return 0
 
 
+def _show_around(options: argparse.Namespace, rows: Sequence[Row]) -> int:
+    if options.json:
+        write_json(sys.stdout, rows, PUBLIC_COLUMNS)
+        return 0
+    width, colour = _terminal(sys.stdout)
+    columns = ("event_id", *SHORT_COLUMNS[:-1])
+    EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(rows)
+    return 0
+
+
 def cmd_stats(options: argparse.Namespace) -> int:
     """Show figures of the events, by group."""
     sort = _SORTS[options.sort]
@@ -13514,7 +13664,9 @@ def cmd_stats(options: argparse.Namespace) -> int:
     if options.json:
         write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
     else:
-        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0])
+        write_stats(
+            sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0], local=options.local
+        )
         sys.stdout.flush()
         _say(counted(len(rows), "group") + more_hint(len(rows), options.limit))
     return 0
