@@ -3088,7 +3088,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
         items[index] = clip_plain(items[index], share)
     is_cut = len(items) < len(plain)
     if isinstance(plain, list):
-        return items + [note] * is_cut
+        return [*items, note] if is_cut else items
     out: dict[str, Any] = {}
     for key, item in zip(keys, items, strict=True):
         out[key if key not in out else f"{key}#{len(out)}"] = item
