@@ -943,6 +943,94 @@ def s16_running_calls(t: Torture) -> None:
         t.clean(db)
 
 
+SERVING = """
+signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
+audit = AuditLogger(db, flush_interval=0.2)
+for n in range(10**9):
+    log(n)
+    time.sleep(0.001)
+    if n % 50 == 49: promise()
+"""
+COMMANDS = ("log", "stats", "doctor", "ingest", "verify", "checkpoint", "compact", "purge --older-than 3650d")
+
+
+def s17_neighbours(t: Torture) -> None:
+    """what operators do beside four servers: commands, copies, foreign files, kills, mounts, full disks"""
+    for number in range(2 if t.quick else 200):
+        home = t.database().parent
+        if mount(home, "size=64m"):
+            t.figure.skipped = "can't mount a tmpfs"
+            return
+        db, journal = home / "log.duckdb", home / "log.duckdb.journal"
+        acts: list[str] = []
+        servers = [t.start(t.command(SERVING, db, f"{number}{tag}")) for tag in "abcd"]
+        try:
+            while not Path(f"{db}.said").exists():
+                time.sleep(0.02)
+            for step in range(8):
+                act = t.random.choice(("command", "command", "kill", "foreign", "copy", "mount", "full"))
+                acts.append(act)
+                if act == "command":
+                    words = t.random.choice(COMMANDS).split()
+                    acts[-1] = words[0]
+                    command = [sys.executable, "-m", "mxcp_audit", *words, "--db", str(db)]
+                    t.look_at(run_quietly(t, command))
+                elif act == "kill":
+                    victim = servers.pop(0)
+                    victim.kill()
+                    victim.communicate()
+                    servers.append(t.start(t.command(SERVING, db, f"{number}n{step}")))
+                elif act == "foreign":
+                    name = journal / f"20260101T00000000000{step}Z-0000000{step}.jsonl"
+                    t.random.choice((os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/passwd", path)))(name)
+                elif act == "copy":
+                    copy = home / f"copy{step}"
+                    command = [sys.executable, "-m", "mxcp_audit", "backup", str(copy), "--db", str(db)]
+                    t.look_at(run_quietly(t, command))
+                    copy.unlink(missing_ok=True)
+                elif act == "mount":  # another one over the journal, and away again
+                    if not mount(journal, "size=16m"):
+                        time.sleep(t.random.random() / 4)
+                        subprocess.run(["umount", "-l", journal], check=True)
+                else:
+                    filler = home / "filler"
+                    with contextlib.suppress(OSError), open(filler, "wb") as file:
+                        while True:
+                            file.write(bytes(2**20))
+                    time.sleep(t.random.random() / 4)
+                    filler.unlink(missing_ok=True)
+                t.figure.faults += 1
+            for server in servers:
+                server.terminate()
+            for server in servers:
+                server.communicate(timeout=LIMIT_SECONDS)
+            t.figure.points += 1
+            t.check(db, where=f"after {', '.join(acts)}")
+            done = run_quietly(t, [sys.executable, "-m", "mxcp_audit", "verify", "--db", str(db)])
+            if done.returncode:
+                t.figure.torn += 1
+                t.figure.blame(f"after {', '.join(acts)}: {done.stdout}")
+        finally:
+            for server in servers:
+                server.kill()
+                server.communicate()
+            subprocess.run(["umount", "-l", home], check=True)
+        t.clean(db)
+
+
+def mount(folder: Path, options: str) -> int:
+    """Mount an empty file system over a folder; 0 if that worked."""
+    command = ["mount", "-t", "tmpfs", "-o", options, "none", folder]
+    return subprocess.run(command, capture_output=True).returncode
+
+
+def run_quietly(t: Torture, command: list[str]) -> subprocess.CompletedProcess[str]:
+    """Run a command that may fail while others hold what it needs, but must not crash."""
+    return subprocess.run(
+        command, env=t.environment(), cwd=t.module, capture_output=True, text=True, timeout=LIMIT_SECONDS
+    )
+
+
 def w_window(t: Torture) -> None:
     """how long after log_event returned kill -9 can still lose an event ("worst ms" is that window)"""
     for _ in range(10 if t.quick else 200):
@@ -993,6 +1081,7 @@ SWEEPS: dict[str, Callable[[Torture], None]] = {
         s14_clock,
         s15_overload,
         s16_running_calls,
+        s17_neighbours,
         w_window,
     )
 }
@@ -1007,7 +1096,7 @@ class Mutant:
     patches: tuple[tuple[str, str], ...]
 
 
-DELETE = "[claim.release(delete=True) for claim in claims]\n"
+DELETE = "[claim.delete() for claim in claims]\n"
 KNOWN = "            known = known_segments(engine, segments)\n"
 CHECKPOINT = "        if self._target.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing\n"
 MUTANTS = (
@@ -1071,7 +1160,31 @@ MUTANTS = (
         "S7",
         (("self._queue: list[bytes] = []\n", "self._queue: list[bytes] = getattr(self, '_queue', [])\n"),),
     ),
-    Mutant("one bad line costs the segment", "S12", (('"seqs": good or [0],', '"seqs": [0],'),)),
+    Mutant(
+        "one bad line costs the segment",
+        "S12",
+        (
+            (
+                "                good.append((number, line))\n",
+                "                faults.append((number, '', line))\n",
+            ),
+        ),
+    ),
+    Mutant(
+        "a begin that nobody waits for",
+        "S16",
+        (
+            (
+                "        return self._writer.wait_for(lambda: self._writer.is_begun(call.number), ",
+                "        return self._writer.wait_for(lambda: True, ",
+            ),
+        ),
+    ),
+    Mutant(
+        "ends that name no begin",
+        "S16",
+        (("        return None if ref is None else ref[0]\n", "        return None\n"),),
+    ),
     Mutant(
         "losses off the record",
         "S15",
@@ -1105,10 +1218,11 @@ def sweep(name: str, module: Path, *, quick: bool, seed: int, limit: float = LIM
     return t.figure
 
 
-def run_mutants(seed: int) -> int:
+def run_mutants(seed: int, names: list[str]) -> int:
     """Run each mutant's sweep; return how many went unnoticed."""
     missed = 0
-    for mutant in MUTANTS:
+    chosen = [mutant for mutant in MUTANTS if mutant.sweep in names]
+    for mutant in chosen:
         folder = mutate(mutant)
         try:
             figure = sweep(mutant.sweep, folder, quick=True, seed=seed, limit=60)
@@ -1120,7 +1234,7 @@ def run_mutants(seed: int) -> int:
             f"{key} {getattr(figure, key)}" for key in ("lost", "doubled", "torn", "signals", "exceptions")
         )
         print(f"{verdict}  {mutant.sweep:4} {mutant.name}: {found}", flush=True)
-    print(f"{len(MUTANTS) - missed} of {len(MUTANTS)} mutants caught, seed {seed}")
+    print(f"{len(chosen) - missed} of {len(chosen)} mutants caught, seed {seed}")
     return missed
 
 
@@ -1154,13 +1268,13 @@ def main() -> int:
     )
     parser.add_argument("--quick", action="store_true", help="a sample of each sweep")
     parser.add_argument("--mutants", action="store_true", help="break the module on purpose")
-    parser.add_argument("--only", metavar="S1,S2", help="these sweeps")
+    parser.add_argument("--only", metavar="S1,S2", help="these sweeps, or the mutants for them")
     parser.add_argument("--seed", type=int, default=int.from_bytes(os.urandom(3), "big"))
     options = parser.parse_args()
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    if options.mutants:
-        return int(bool(run_mutants(options.seed)))
     names = options.only.split(",") if options.only else list(SWEEPS)
+    if options.mutants:
+        return int(bool(run_mutants(options.seed, names)))
     return int(bool(run_sweeps(names, quick=options.quick, seed=options.seed)))
 
 
