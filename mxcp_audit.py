@@ -7750,9 +7750,14 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # --- exports, figures, and SQL of a person's own
 
-# What Excel, LibreOffice and Sheets take for a formula, also behind blanks, and the apostrophe itself,
+# What Excel, LibreOffice and Sheets take for a formula, also behind what is invisible, and the apostrophe itself,
 # so that removing one leading apostrophe gives every cell back as it was.
-FORMULA: Final = r"^\s*[=+\-@|＝＋－＠]|^[\t\r\n']"
+_INVISIBLE: Final = (
+    r"\x01-\x20\x7f-\xa0\xad"
+    "\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
+    "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
+)
+FORMULA: Final = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
 # What COPY is told for each export format. Its name is the extension of a file. A `.duckdb` file is no COPY.
 _COPY_OPTIONS: Final = {
     "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
@@ -9537,6 +9542,15 @@ class Reading:
             f"SELECT {_EVENT_ID} AS id FROM ({source}) WHERE id LIKE $part OR id LIKE $end LIMIT 3", params
         )
 
+    def around(self, session: str, event_id: str, count: int) -> list[Row]:
+        """Return an event with up to `count` of its session before and after it, oldest first."""
+        return self.ask(
+            Filter(session=session),
+            f", numbered AS (SELECT *, row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events) "
+            f"SELECT {public_select()} FROM numbered WHERE abs(place - (SELECT any_value(place) "
+            f"FROM numbered WHERE event_id = {sql_literal(event_id)})) <= {count} ORDER BY place",
+        )
+
     def losses(self) -> list[Row]:
         """Return when lost events were entered, how many, and why."""
         return self.engine.execute(LOSSES) if self.has_ledger else []
@@ -9582,6 +9596,7 @@ class Reading:
         count: int | None = None,
         oldest_first: bool = False,
         raw: bool = False,
+        bom: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write the matching events to a file and return their number.
@@ -9597,6 +9612,8 @@ class Reading:
             columns = _NAMES
         else:
             columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
+        if bom:  # a byte order mark is the beginning of the first column's name
+            columns = columns.replace(" AS timestamp,", ' AS "\ufefftimestamp",', 1)
         sql, params = self._select(columns, what, count, oldest_first)
         params["formula"] = FORMULA
         folder, name = os.path.split(os.path.abspath(path))
@@ -11336,21 +11353,17 @@ def json_text(value: object, *, indent: int | None = None, ascii_only: bool = Fa
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def write_json(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS) -> int:
-    """Write rows as one JSON array of objects with these names, and return their number."""
-    count = 0
+def write_json(
+    file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS, *, by_line: bool = False
+) -> None:
+    """Write rows as objects with these names: one JSON array, or one object a line."""
+    begin, between, end = ("", "\n", "\n") if by_line else ("[", ",\n ", "]\n")
+    ascii_only = not takes_unicode(file)
+    mark = begin
     for row in rows:
-        file.write(",\n " if count else "[")
-        file.write(json_text(dict(zip(names, row)), ascii_only=not takes_unicode(file)))
-        count += 1
-    file.write("]\n" if count else "[]\n")
-    return count
-
-
-def write_json_lines(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS) -> None:
-    """Write rows as JSON objects, one a line."""
-    for row in rows:
-        file.write(json_text(dict(zip(names, row)), ascii_only=not takes_unicode(file)) + "\n")
+        file.write(mark + json_text(dict(zip(names, row)), ascii_only=ascii_only))
+        mark = between
+    file.write(end if mark == between else begin and begin + end)
 
 
 _JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
@@ -11386,10 +11399,8 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
     formula = re.compile(FORMULA)
     writer = csv.writer(file, lineterminator="\n")
-    writer.writerow(names)
     count = 0
-    for row in rows:
-        count += 1
+    for count, row in enumerate(itertools.chain([names], rows)):  # noqa: B007
         cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
         writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
     return count
@@ -11420,6 +11431,7 @@ class EventTable:
         with_reasons: bool = True,
         with_input: bool = False,
         grows: bool = False,
+        local: bool = False,
     ) -> None:
         self._file = file
         self._columns = columns
@@ -11427,7 +11439,10 @@ class EventTable:
         self._colour = colour
         self._below = ("reason", "error") if with_reasons else ()
         self._with_input = with_input
+        self._local = local
         self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
+        if local:
+            self._heads = [head.replace("UTC", "local") for head in self._heads]
         self._widths = [
             max(len(head), _FIRST_WIDTHS.get(column, 0) if grows else 0)
             for head, column in zip(self._heads, columns)
@@ -11437,7 +11452,13 @@ class EventTable:
     def write(self, rows: Sequence[Row]) -> None:
         """Write more rows, oldest or newest first, as they shall appear."""
         events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-        cells = [[_cell(event, column) for column in self._columns] for event in events]
+        cells = [
+            [
+                _moment(event[column], self._local) if column == "timestamp" else _shown(event[column])
+                for column in self._columns
+            ]
+            for event in events
+        ]
         elastic = [column not in _FIXED for column in self._columns]
         self._widths = _widths(
             [self._widths, *(map(display_width, row) for row in cells)], elastic, self._width
@@ -11524,13 +11545,18 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], wi
     return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
 
 
-def _cell(event: Mapping[str, Any], column: str) -> str:
-    value = event[column]
-    return _moment(value) if column == "timestamp" else _shown(value)
+def local_time(text: str) -> str:
+    """Return an ISO time in UTC as one of this machine's time zone, with its offset."""
+    with contextlib.suppress(ValueError, OverflowError):  # of a foreign table
+        return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone().isoformat()
+    return text
 
 
-def _moment(value: object) -> str:
-    return "-" if value is None else printable(str(value)[:19].replace("T", " "))
+def _moment(value: object, local: bool = False) -> str:
+    if value is None:
+        return "-"
+    text = local_time(str(value)) if local else str(value)
+    return printable(text[:19].replace("T", " "))
 
 
 def _shown(value: object) -> str:
@@ -11544,7 +11570,9 @@ def _shown(value: object) -> str:
 _WIDEST_BAR: Final = 40
 
 
-def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None) -> None:
+def write_stats(
+    file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
+) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
     figures = ["CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
     if any(row[10] for row in rows):
@@ -11552,7 +11580,7 @@ def write_stats(file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: 
     heads = [by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]
     count = len(figures)
     table = [
-        [*map(_shown, (row[:8] + row[10:])[: count + 1]), *(_moment(value) for value in row[8:10])]
+        [*map(_shown, (row[:8] + row[10:])[: count + 1]), *(_moment(value, local) for value in row[8:10])]
         for row in rows
     ]
     widths = [max(map(display_width, column)) for column in zip(heads, *table)]
@@ -12799,22 +12827,27 @@ _CLOCK: Final = re.compile(r"\d{2}:\d{2}")
 _TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
 
 
-def parse_time(text: str, *, now: datetime.datetime | None = None) -> str:
-    """Return a moment as naive UTC text, from a duration before now or an ISO date or time."""
-    now = now or utc_now()
+def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
+    """Return a moment as naive UTC text, from a duration before now or an ISO date or time.
+
+    A time without an offset is UTC, or of this machine's time zone if `local`.
+    """
+    now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
     said = day if text in ("today", "yesterday") else f"{day}T{text}" if _CLOCK.match(text) else text
     try:
         match = _TIME.fullmatch(said)
         if match:
             day, minute, second, fraction, offset = match.groups()
-            zone = "+00:00" if offset in (None, "Z", "z") else f"{offset[:3]}:{offset[-2:]}"
+            zone = "" if not offset else "+00:00" if offset in "Zz" else f"{offset[:3]}:{offset[-2:]}"
             moment = datetime.datetime.fromisoformat(
                 f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '')[:6].ljust(6, '0')}{zone}"
             )
+            if not zone and not local:
+                moment = moment.replace(tzinfo=datetime.timezone.utc)
         else:
             moment = now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", said)))
-        return sql_time(moment)
+        return sql_time(moment.astimezone(datetime.timezone.utc))
     except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is neither a duration nor a time: {_TIME_EXAMPLES}") from None
 
@@ -12831,6 +12864,11 @@ def _argument(parse: Callable[[str], _Answer]) -> Callable[[str], _Answer]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return checked
+
+
+def _time(text: str) -> str:
+    parse_time(text)  # `main` does it again, once --local is known
+    return text
 
 
 def _positive(text: str) -> int:
@@ -12868,14 +12906,18 @@ _OPTIONS: Final = """
 []
 --debug | show tracebacks and what is going on
 
+&times
+--utc | read and show times in UTC, which is the default; JSON, exports and the groups of `stats` are always UTC
+--local | read and show times in the time zone of this machine
+
 &waiting
 --wait SECONDS:seconds =5.0 | how long to try again while another process holds the database (default: 5)
 
 &filters
 [which events (all must hold; * in a name is any text)]
---tool NAME * | of this tool; may be repeated, and any of them will do
---resource URI * | of this resource; may be repeated, and any of them will do
---prompt NAME * | of this prompt; may be repeated, and any of them will do
+--tool NAME * | of this tool; repeated: of any of these
+--resource URI * | of this resource; repeated: of any of these
+--prompt NAME * | of this prompt; repeated: of any of these
 --type {types} | of this type
 --policy {policies}:policy | with this decision; denied means deny, and so on
 --status {statuses} | that ended so
@@ -12903,6 +12945,7 @@ Show the newest events, from the database and from the journal of running server
 > log --follow --status error
 &filters
 [what is shown]
+&times
 -n --limit N:positive | at most N events (default: 100)
 --running | the calls that run on this host instead, longest first; MS is for how long
 --oldest-first | the other order, from the other end of the log
@@ -12919,12 +12962,15 @@ Show the newest events, from the database and from the journal of running server
 --post URL | send the lines there instead, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
 --raw | leave text in CSV as it is that a spreadsheet takes for a formula
+--bom | begin CSV with a byte order mark, so that Excel reads it as UTF-8
 
 @show show one event in full
 Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.
 > show 20261125T010203123456Z-1f2e3d4c:17
-> show 1f2e3d4c:17 --json
+> show 1f2e3d4c:17 --around 5
 event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
+--around N:positive | and N events of the same session before it and after it
+&times
 --json | print a JSON object
 
 @stats count calls, errors and denials; find what is slow
@@ -12936,6 +12982,7 @@ milliseconds.
 > stats --by user --policy denied --json
 &filters
 [what is shown]
+&times
 --by {groups} =name | what makes a group (default: name)
 --sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
 -n --limit N:positive =100 | at most N groups (default: 100)
@@ -12983,6 +13030,7 @@ Write what happened as one HTML file that loads nothing and has no script.
 > report --out report.html --since 30d
 > report --out denied.html --policy denied --since 7d
 &filters
+&times
 --out FILE ! | the file; it appears whole or not at all
 -n --limit N:positive | the newest N events in full (default: 100)
 
@@ -13006,6 +13054,7 @@ Recompute the ledger from the events. Exit status: 0 intact, 1 not.
 > verify
 > verify --since 7d --json
 > verify --checkpoint heads.json
+&times
 --json | print the whole answer as a JSON object
 --since WHEN:time | recompute segments with events since then only
 --checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
@@ -13029,6 +13078,7 @@ Delete every segment whose last event is older than that, and enter into the led
 > purge --older-than 90d --dry-run
 > purge --older-than 90d --archive archive
 > purge --older-than 2026-01-01
+&times
 --older-than WHEN:time ! | 90d, or before an ISO date or time
 --dry-run | say what would go
 --archive DIR | write what goes as Parquet into DIR first
@@ -13065,7 +13115,7 @@ _WORDS: Final[Mapping[str, Collection[str]]] = {
     "shells": ("bash", "zsh"),
 }
 _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "time": parse_time,
+    "time": _time,
     "positive": _positive,
     "seconds": _seconds,
     "columns": _columns,
@@ -13124,11 +13174,11 @@ def _add_option(place: Any, line: str) -> None:
     place.add_argument(*names, **settings)
 
 
-def _add_block(parser: argparse.ArgumentParser, lines: Iterable[str]) -> None:
-    blocks, place = option_blocks(), cast("Any", parser)
+def _add_block(parser: argparse.ArgumentParser, lines: Iterable[str], place: Any = None) -> None:
+    blocks, place = option_blocks(), place or parser
     for line in lines:
         if line.startswith("&"):
-            _add_block(parser, blocks[line][1:])
+            _add_block(parser, blocks[line][1:], place)
         elif line.startswith("["):
             place = parser.add_argument_group(line[1:-1]) if line != "[]" else parser
         else:
@@ -13349,6 +13399,8 @@ def cmd_log(options: argparse.Namespace) -> int:
 def _check_log_options(options: argparse.Namespace) -> None:
     if not options.export and (options.raw or (options.format and options.format not in STREAM_FORMS)):
         raise _UsageError("--raw and this --format are for exports: add --export FILE")
+    if options.bom and not options.export:
+        raise _UsageError("--bom is for exports: add --export FILE")
     if options.export and options.format and options.format not in EXPORT_FORMATS:
         raise _UsageError(f"--format {options.format} is for printing lines: leave --export out")
     if (options.cursor_file or options.post) and (options.export or options.format not in STREAM_FORMS):
@@ -13385,6 +13437,7 @@ def _event_table(options: argparse.Namespace) -> EventTable:
         with_reasons=options.columns is None,
         with_input=options.input,
         grows=options.follow,
+        local=options.local,
     )
 
 
@@ -13394,7 +13447,7 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
 
     def show(rows: Sequence[Row]) -> None:
         if options.json:
-            write_json_lines(sys.stdout, *_columns_of(rows, options.columns))
+            write_json(sys.stdout, *_columns_of(rows, options.columns), by_line=True)
         elif rows:
             table.write(rows)
         sys.stdout.flush()
@@ -13579,6 +13632,8 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
     if form is None:
         known = ", ".join("." + known for known in EXPORT_FORMATS)
         raise _UsageError(f"{options.export}: the extension must be one of {known}; or say --format")
+    if options.bom and not form.startswith("csv"):
+        raise _UsageError(f"--bom is for CSV, not for {form}")
     is_text = form in ("csv", "json", "jsonl")
     if to_stdout and not is_text and sys.stdout.isatty():
         raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
@@ -13605,6 +13660,7 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
                 count=options.limit,
                 oldest_first=options.oldest_first,
                 raw=options.raw,
+                bom=options.bom,
                 progress=progress if on_terminal else None,
             )
         if on_terminal:
@@ -13660,19 +13716,34 @@ def cmd_show(options: argparse.Namespace) -> int:
         rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
         if not rows and reading.problem is not None:
             raise reading.problem
-    if not rows:
+        event = dict(zip(PUBLIC_COLUMNS, rows[0])) if rows else {}
+        around: list[Row] = []
+        if event and options.around:
+            if event["session_id"] is None:
+                raise _UsageError(f"{options.event} has no session, so nothing is around it")
+            around = reading.around(event["session_id"], event["event_id"], options.around)
+    if not event:
         _say(f"there is no event {options.event}")
         return EXIT_FAILED
-    event = dict(zip(PUBLIC_COLUMNS, rows[0]))
+    if options.json and around:
+        write_json(sys.stdout, around)
+        return 0
     if options.json:
         _print_json(event, indent=2)
         return 0
     fields = {name: None if value is None else str(value) for name, value in event.items()}
+    if options.local:
+        fields["timestamp"] = local_time(event["timestamp"])
     for name in ("input_json", "context"):
         fields[name] = indented_json(event[name] or "null")
     for number, names in enumerate(_SHOWN):
         sys.stdout.write("\n" if number else "")
         write_fields(sys.stdout, [(name, fields[name]) for name in names.split()])
+    if around:
+        _print()
+        width, colour = _terminal(sys.stdout)
+        columns = (*SHORT_COLUMNS, "event_id")
+        EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(around)
     return 0
 
 
@@ -13684,7 +13755,9 @@ def cmd_stats(options: argparse.Namespace) -> int:
     if options.json:
         write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
     else:
-        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0])
+        write_stats(
+            sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0], local=options.local
+        )
         sys.stdout.flush()
         _say(counted(len(rows), "group") + more_hint(len(rows), options.limit))
     return 0
@@ -14143,6 +14216,11 @@ def main(argv: Sequence[str] | None = None) -> int:
                 "[\ud800-\udfff]", value if isinstance(value, str) else ""
             ):
                 raise _UsageError(f"{name}: {value!r} is no UTF-8")
+        if getattr(options, "utc", False) and options.local:
+            raise _UsageError("--utc or --local, not both")
+        for name in ("since", "until", "older_than"):
+            if getattr(options, name, None):
+                setattr(options, name, parse_time(getattr(options, name), local=options.local))
         code = int(options.run(options))
         sys.stdout.flush()
         return code
