@@ -49,7 +49,16 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from math import inf, isfinite, nan
 from typing import (
     IO,
@@ -3053,11 +3062,10 @@ class Redactor:
 # === Encoding ===
 # depends on: Events, Redaction
 #
-# Event → line. A line is one JSON object with the names of COLUMNS, in UTF-8, ending with a line
-# feed; `seq` comes last, because only the writer knows it. Redaction comes first, so a line never
+# Event → line, line → event. A line is one JSON object with the names of COLUMNS, in UTF-8, ending with a
+# line feed; `seq` comes last, because only the writer knows it. Redaction comes first, so a line never
 # holds a secret. DuckDB's JSON reader rejects a whole file for one lone surrogate, one invalid
 # UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
-# Rejected: json.dumps of the whole event (twice the time), a binary format (nobody can `tail -f` it).
 
 # --- what is too large
 
@@ -3067,48 +3075,44 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
     size = len(json.dumps(plain))
     if size <= max_bytes:
         return plain
-    if isinstance(plain, str):
-        return _clip_text(plain, max_bytes)
     if not isinstance(plain, (dict, list)):
-        return _clip_text(str(plain), max_bytes)
-    entries = list(plain.items()) if isinstance(plain, dict) else [("", item) for item in plain]
-    note = f"…[CUT: {size} bytes, {len(entries)} items]"
-    # 1. What each entry costs, its key and commas included.
-    keys = [_clip_text(key, 256) if len(key) > 40 else key for key, _ in entries]
-    overheads = [len(json.dumps(key)) + 4 if isinstance(plain, dict) else 2 for key in keys]
-    sizes = [len(json.dumps(item)) for _, item in entries]
-    room = max_bytes - 2 - len(json.dumps(note)) - 12
+        return _clip_text(plain if isinstance(plain, str) else str(plain), max_bytes)
+    note = f"…[CUT: {size} bytes, {len(plain)} items]"
+    room = left = max_bytes - 2 - len(json.dumps(note)) - 12
     if room < 64:
         return _clip_text(note, max_bytes)
-    # 2. Entries go from the last on until each of the rest can have a marker at least.
-    smallest = [overhead + min(size, 64) for overhead, size in zip(overheads, sizes, strict=True)]
-    count, needed = 0, 0
-    while count < len(entries) and needed + smallest[count] <= room:
-        needed += smallest[count]
-        count += 1
-    # 3. The small ones take what they need, the large ones share the rest.
-    left = room - sum(overheads[:count])
-    shares = [0] * count
-    for rank, index in enumerate(sorted(range(count), key=sizes.__getitem__)):
-        shares[index] = min(sizes[index], left // (count - rank))
-        left -= shares[index]
-    kept = [clip_plain(entries[index][1], shares[index]) for index in range(count)]
+    # 1. Entries go from the last on until each of the rest can have a marker at least.
+    keys, items, sizes = [], [], []
+    for key, item in plain.items() if isinstance(plain, dict) else (("", item) for item in plain):
+        key, item_size = _clip_text(key, 256), len(json.dumps(item))
+        overhead = len(json.dumps(key)) + 4 if isinstance(plain, dict) else 2  # the key and commas
+        room -= overhead + min(item_size, 64)
+        if room < 0:
+            break
+        left -= overhead
+        keys.append(key)
+        items.append(item)
+        sizes.append(item_size)
+    # 2. The small ones take what they need, the large ones share the rest.
+    for rank, index in enumerate(sorted(range(len(items)), key=sizes.__getitem__)):
+        share = min(sizes[index], left // (len(items) - rank))
+        left -= share
+        items[index] = clip_plain(items[index], share)
+    is_cut = len(items) < len(plain)
     if isinstance(plain, list):
-        return kept + ([note] if count < len(entries) else [])
+        return items + [note] * is_cut
     out: dict[str, Any] = {}
-    for key, item in zip(keys, kept, strict=False):
+    for key, item in zip(keys, items, strict=True):
         out[key if key not in out else f"{key}#{len(out)}"] = item
-    if count < len(entries):
-        out["…"] = note
-    return out
+    return {**out, "…": note} if is_cut else out
 
 
 def _clip_text(text: str, max_bytes: int) -> str:
     """Cut a text so that its ASCII JSON takes at most `max_bytes`; its size stands at the cut."""
-    marker = f"…[CUT: {len(text.encode('utf-8', 'surrogatepass'))} bytes]"
-    room = max_bytes - len(json.dumps(marker))
     if len(json.dumps(text)) <= max_bytes:
         return text
+    marker = f"…[CUT: {len(text.encode('utf-8', 'surrogatepass'))} bytes]"
+    room = max_bytes - len(json.dumps(marker))
     if room <= 0:
         return "…"
     end = min(len(text), room)
@@ -3119,14 +3123,17 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_FRAME_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
-_FRAME_CHARS: Final = 512  # arbitrary: of what such a frame is kept for
+_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
+_CACHED_CHARS: Final = 512  # arbitrary: longer ones are made anew each time
 _NAME_BYTES: Final = 1024  # of a name or an id
 _TEXT_BYTES: Final = 2**16  # of an error or a reason
 REPLACEMENT: Final = "\ufffd"
 _NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _NO_MORE: Final = (None,) * len(NEW_COLUMNS)
-_PLAIN_ID: Final = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")
+_PLAIN_ID: Final = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret, nothing to escape
+_FRAME_ARGUMENTS: Final = ("caller", "event_type", "name", "policy_decision", "status")
+_FRAME_VALUES: Final = ((), EVENT_TYPES, (), POLICY_DECISIONS, STATUSES)
+_Made = TypeVar("_Made")
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
@@ -3144,7 +3151,7 @@ class Encoder:
         self._max_input_bytes = max_input_bytes
         self._clock = clock
         self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
-        self._frames: dict[tuple[object, ...], tuple[str, str, str]] = {}
+        self._frames: dict[tuple[object, ...], tuple[str, str, str, str]] = {}
         self._parties: dict[tuple[object, ...], str] = {}
 
     def input_json(
@@ -3164,12 +3171,6 @@ class Encoder:
         if len(text) * 4 > self._max_input_bytes or "\\u0000" in text:
             text = self._clipped(text)
         return encode_text(text)
-
-    def _clipped(self, text: str) -> str:
-        """Return JSON of at most `max_input_bytes` and without NUL."""
-        if len(text.encode("utf-8", "surrogatepass")) > self._max_input_bytes:
-            text = encode_json(clip_plain(json.loads(text), self._max_input_bytes))
-        return _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
 
     def line(
         self,
@@ -3198,138 +3199,118 @@ class Encoder:
         if stamp[0] != second:
             stamp = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
         try:
-            head, middle, tail = self._frames[caller, event_type, name, policy_decision, status]
-            flag = ""
+            head, middle, tail, flag = self._frames[caller, event_type, name, policy_decision, status]
         except Exception:  # a new one, or a part that is no key: whatever its own __hash__ raises
             head, middle, tail, flag = self._frame(caller, event_type, name, policy_decision, status)
         if type(duration_ms) is not int or not 0 <= duration_ms <= MAX_DURATION_MS:
-            duration_ms, flag = _clamped(duration_ms, flag)
-        rest = ""
-        if more != _NO_MORE:
-            rest, flag = self._more_json(more, flag)
-        if flag:
-            reason = flag if reason is None else f"{self._plain_text(reason)}; {flag}"
-        if user_id is None and session_id is None and trace_id is None:
-            ids = _NO_IDS
-        else:
+            duration_ms = _clamped(duration_ms)
+            if duration_ms is None:
+                duration_ms, flag = "null", flag + "; mxcp_audit: duration_ms is no number"
+        ids, rest = _NO_IDS, ""
+        if user_id is not None or session_id is not None or trace_id is not None:
             ids = (
-                f',"user_id":{self._id_json(user_id)},"session_id":{self._id_json(session_id)}'
-                f',"trace_id":{self._id_json(trace_id)}'
+                f',"user_id":{self._json(user_id)},"session_id":{self._json(session_id)}'
+                f',"trace_id":{self._json(trace_id)}'
             )
+        if more != _NO_MORE:
+            rest, more_flag = self._more(more)
+            flag += more_flag
+        reason_json = "null" if reason is None else encode_text(self._clean(reason, echoes, _TEXT_BYTES))
+        if flag:
+            reason_json = f'"{flag[2:]}"' if reason is None else f'{reason_json[:-1]}{flag}"'
+        error_json = "null" if error is None else encode_text(self._clean(error, echoes, _TEXT_BYTES))
         text = (
-            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json}'
-            f',"duration_ms":{duration_ms}{middle}'
-            f"{'null' if reason is None else self._text_json(reason, echoes, _TEXT_BYTES)}{tail}"
-            f"{'null' if error is None else self._text_json(error, echoes, _TEXT_BYTES)}{ids}{rest}"
+            f'{{"timestamp":"{stamp[1]}.{ns // 1000:06d}{head}{input_json},"duration_ms":{duration_ms}'
+            f"{middle}{reason_json}{tail}{error_json}{ids}{rest}"
         )
         try:
             return text.encode()
         except UnicodeEncodeError:  # lone surrogates; a pair of them is one character
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
-    def _frame(
-        self, caller: object, event_type: object, name: object, policy_decision: object, status: object
-    ) -> tuple[str, str, str, str]:
+    def _frame(self, *parts: object) -> tuple[str, str, str, str]:
         """Return what surrounds the changing parts of a line, and what is wrong with it, as `reason` says it.
 
-        Events of one tool differ in little else, so the frames of sound ones are kept.
+        Events of one tool differ in little else, so frames are cached.
         """
-        type_json, policy_json, status_json, flag = self._flagged(event_type, policy_decision, status)
+        texts, flag = [], ""
+        for argument, part, allowed in zip(_FRAME_ARGUMENTS, parts, _FRAME_VALUES, strict=True):
+            text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
+            texts.append(encode_text(text))
+            if allowed and text not in allowed:
+                flag += f"; mxcp_audit: {argument} is none of {', '.join(allowed)}"
+        caller, event_type, name, policy_decision, status = texts
         frame = (
-            f'Z","caller":{self._text_json(caller)},"type":{type_json},"name":{self._text_json(name)}'
-            ',"input_json":',
-            f',"policy_decision":{policy_json},"reason":',
-            f',"status":{status_json},"error":',
+            f'Z","caller":{caller},"type":{event_type},"name":{name},"input_json":',
+            f',"policy_decision":{policy_decision},"reason":',
+            f',"status":{status},"error":',
+            flag,
         )
-        key = (caller, event_type, name, policy_decision, status)
-        if not flag and all(type(part) is str for part in key) and sum(map(len, key)) <= _FRAME_CHARS:  # type: ignore[arg-type]
-            if len(self._frames) >= _FRAME_CACHE_SIZE:
-                self._frames.clear()
-            self._frames[key] = frame
-        return (*frame, flag)
+        return _kept(self._frames, parts, frame)
 
-    def _more_json(self, more: Sequence[object], flag: str) -> tuple[str, str]:
+    def _more(self, more: Sequence[object]) -> tuple[str, str]:
         """Return the members of a line for the values of NEW_COLUMNS that are not None, and what is wrong."""
-        *_, request_id, error_type, result_bytes, context = more
-        try:  # who calls which server stays the same for a session
-            text = self._parties[more[:4]]  # type: ignore[index]
-        except Exception:  # a new one, or a part that is no key: whatever its own __hash__ raises
-            text = self._members(NEW_COLUMNS[:4], more)
-            if all(part is None or type(part) is str for part in more[:4]):
-                if len(self._parties) >= _FRAME_CACHE_SIZE:
-                    self._parties.clear()
-                self._parties[tuple(more[:4])] = text
-        text += self._members(NEW_COLUMNS[4:6], (request_id, error_type))
+        parties = tuple(more[:4])  # who calls which server stays the same for a session
+        try:
+            text = self._parties[parties]
+        except Exception:  # as in `line`
+            text = _kept(self._parties, parties, self._members(NEW_COLUMNS[:4], parties))
+        text += self._members(NEW_COLUMNS[4:6], more[4:6])
+        flag, (result_bytes, context) = "", more[6:]
         if type(result_bytes) is int and 0 <= result_bytes <= LARGEST["BIGINT"]:
             text += f',"result_bytes":{result_bytes}'
         elif result_bytes is not None:
-            flag = _flags(flag, "result_bytes is no integer from 0 to 2⁶³−1")
+            flag = "; mxcp_audit: result_bytes is no integer from 0 to 2⁶³−1"
         if context is not None:
-            known = type(context) is Json
-            inner = context if known else self._clipped(self._redactor.redact_json(context))
-            if inner[0] != "{":  # type: ignore[index]
-                flag = _flags(flag, "context is no mapping")
+            inner = context if type(context) is Json else self._clipped(self._redactor.redact_json(context))
+            if inner[0] != "{":
+                flag += "; mxcp_audit: context is no mapping"
                 inner = f'{{"value":{inner}}}'
-            text += f',"context":{encode_text(inner)}'  # type: ignore[arg-type]
+            text += f',"context":{encode_text(inner)}'
         return text, flag
 
-    def _members(self, columns: Sequence[Column], values: Iterable[object]) -> str:
+    def _members(self, columns: Sequence[Column], values: Sequence[object]) -> str:
         return "".join(
-            [f',"{c.name}":{self._id_json(value)}' for c, value in zip(columns, values) if value is not None]
+            [f',"{c.name}":{self._json(value)}' for c, value in zip(columns, values) if value is not None]
         )
 
-    def _text_json(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
-        return encode_text(self._clean(value, echoes, limit))
-
-    def _id_json(self, value: object) -> str:
-        if value is None:
-            return "null"
-        if (
-            type(value) is str and len(value) < _NAME_BYTES and _PLAIN_ID.fullmatch(value)
-        ):  # no secret, and nothing to escape
+    def _json(self, value: object) -> str:
+        """Return a name or an id as JSON."""
+        if type(value) is str and _PLAIN_ID.fullmatch(value):
             return f'"{value}"'
-        return self._text_json(value)
+        return "null" if value is None else encode_text(self._clean(value))
 
     def _clean(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
-        """Return a text without secrets, cut to a limit. What is far beyond the limit is not looked at."""
-        whole = self._plain_text(value)
-        text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
-        if len(whole) > 2 * limit:  # a secret that was cut in half there would be known no more
-            text = text[:-limit]
-        return _cut(text, limit, whole)
-
-    def _plain_text(self, value: object) -> str:
+        """Return a text of at most `limit` bytes without secrets; the size of the whole stands at the cut."""
         if type(value) is str:
-            return value
-        text = self._redactor.redact_json(value)
-        return json.loads(text) if text[0] == '"' else text
+            whole = value
+        else:
+            whole = self._redactor.redact_json(value)
+            whole = json.loads(whole) if whole[0] == '"' else whole
+        # What is far beyond the limit is not looked at, and a secret that is cut there is known no more.
+        text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
+        fits = len(whole) <= 2 * limit
+        data = (text if fits else text[:-limit]).encode("utf-8", "surrogatepass")
+        if fits and len(data) <= limit:
+            return text
+        mark = f"…[CUT: {len(whole.encode('utf-8', 'surrogatepass'))} bytes]"
+        return data[: limit - len(mark.encode())].decode("utf-8", "ignore") + mark
 
-    def _flagged(
-        self, event_type: object, policy_decision: object, status: object
-    ) -> tuple[str, str, str, str]:
-        """Return the three as JSON texts, as they were given, and what is wrong with them."""
-        texts, flags = [], []
-        for argument, value, allowed in (
-            ("event_type", event_type, EVENT_TYPES),
-            ("policy_decision", "n/a" if policy_decision is None else policy_decision, POLICY_DECISIONS),
-            ("status", status, STATUSES),
-        ):
-            text = self._clean(value)
-            texts.append(encode_text(text))
-            if text not in allowed:
-                flags.append(f"mxcp_audit: {argument} is none of {', '.join(allowed)}")
-        return texts[0], texts[1], texts[2], "; ".join(flags)
+    def _clipped(self, text: str) -> str:
+        """Return JSON of at most `max_input_bytes` and without NUL."""
+        if len(text.encode("utf-8", "surrogatepass")) > self._max_input_bytes:
+            text = encode_json(clip_plain(json.loads(text), self._max_input_bytes))
+        return _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
 
 
-def _cut(text: str, limit: int, whole: str) -> str:
-    """Return the beginning of a text of at most `limit` bytes; the size of the whole stands at the cut."""
-    if len(text) * 4 <= limit and len(whole) <= 2 * limit:
-        return text
-    data = text.encode("utf-8", "surrogatepass")
-    if len(data) <= limit and len(whole) <= 2 * limit:
-        return text
-    mark = f"…[CUT: {len(whole.encode('utf-8', 'surrogatepass'))} bytes]"
-    return data[: limit - len(mark.encode())].decode("utf-8", "ignore") + mark
+def _kept(cache: dict[tuple[object, ...], _Made], parts: tuple[object, ...], made: _Made) -> _Made:
+    """Return what was made of some texts, and keep it if they are short."""
+    texts = [part for part in parts if part is not None]
+    if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:  # type: ignore[arg-type]
+        if len(cache) >= _CACHE_SIZE:
+            cache.clear()
+        cache[parts] = made
+    return made
 
 
 def finish_line(line: bytes, seq: int) -> bytes:
@@ -3337,61 +3318,49 @@ def finish_line(line: bytes, seq: int) -> bytes:
     return b'%b,"seq":%d}\n' % (line, seq)
 
 
-def _clamped(duration_ms: object, flag: str) -> tuple[int | str, str]:
-    """Return `duration_ms` as an INTEGER of 0 … 2³¹−1, or "null" with a flag if it is no number."""
+def _clamped(duration_ms: Any) -> int | None:
+    """Return `duration_ms` as an INTEGER of 0 … 2³¹−1, None if it is no number."""
     try:
-        # In this order NaN is 0, too.
-        return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS)), flag  # type: ignore[arg-type]
+        return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS))  # in this order NaN is 0, too
     except OverflowError:  # an integer that is no float
-        return 0 if duration_ms < 0 else MAX_DURATION_MS, flag  # type: ignore[operator]
+        return 0 if duration_ms < 0 else MAX_DURATION_MS
     except Exception:  # whatever an object's own __float__ raises
-        return "null", _flags(flag, "duration_ms is no number")
-
-
-def _flags(flag: str, problem: str) -> str:
-    return f"{flag}; mxcp_audit: {problem}" if flag else f"mxcp_audit: {problem}"
+        return None
 
 
 def _json_object(line: bytes) -> dict[str, Any]:
     """Return the JSON object that a line holds; ValueError says why there is none."""
     try:
-        found = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        raise ValueError(f"invalid UTF-8 at byte {error.start + 1}") from error
+        event = json.loads(line.decode())
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"invalid JSON: {error}") from error
-    if not isinstance(found, dict):
+        raise ValueError(f"no JSON in UTF-8: {error}") from error
+    if not isinstance(event, dict):
         raise ValueError("no JSON object")
-    return found
+    return event
 
 
-def line_fault(line: bytes) -> str | None:
-    """Say what makes a journal line unusable, or return None for a sound one.
+def event_of_line(line: bytes) -> dict[str, Any]:
+    """Return the event that a journal line holds; ValueError says what makes the line unusable.
 
     DuckDB decides what goes in; this gives the reason that is kept beside a rejected line, and
     refuses what DuckDB would quietly turn into NULL.
     """
-    try:
-        event = _json_object(line)
-    except ValueError as error:
-        return str(error)
+    event = _json_object(line)
     for column in COLUMNS:
-        value = event.get(column.name)
-        if column.name == "segment":
+        value, largest = event.get(column.name), LARGEST.get(column.sql_type)
+        if value is None or column.name == "segment":
             continue
-        largest = LARGEST.get(column.sql_type)
-        if largest is not None:
-            if value is not None and (type(value) is not int or not 0 <= value <= largest):
-                return f"{column.name} is no integer from 0 to {largest}"
-        elif value is not None and not isinstance(value, str):
-            return f"{column.name} is no text"
+        if largest is None and not isinstance(value, str):
+            raise ValueError(f"{column.name} is no text")
+        if largest is not None and (type(value) is not int or not 0 <= value <= largest):
+            raise ValueError(f"{column.name} is no integer from 0 to {largest}")
     if not event.get("seq"):
-        return "seq is missing"
+        raise ValueError("seq is missing")
     try:
         datetime.datetime.strptime(event.get("timestamp") or "", "%Y-%m-%dT%H:%M:%S.%fZ")
-    except ValueError:
-        return f"timestamp {event.get('timestamp')!r} is no time"
-    return None
+    except ValueError as error:
+        raise ValueError(f"timestamp {event.get('timestamp')!r} is no time") from error
+    return event
 
 
 # === Journal ===
@@ -5277,8 +5246,9 @@ def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
 # depends on: Errors, Events, Redaction, Encoding
 #
 # An execution while it runs: one row, written when it ends, by the outermost of what records it here (a
-# middleware, one further in, a decorator); those within tell what they know. Its input is encoded when it
-# begins. What the body raises leaves as the same object, whatever happens while recording.
+# middleware, one further in, a decorator); those within tell what they know. Whatever records (`with`, a
+# middleware, a decorated function of any kind, `wrap`), it begins in `Call._begin`, before the body, and ends
+# in `Call._end`. What the body raises leaves as the same object, whatever happens while recording.
 # Frameworks are never imported: what they hand over is read by attribute or key (docs/design.md says where).
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
@@ -5294,18 +5264,19 @@ _CONNECTION: Final = os.urandom(8).hex()  # stands for the one connection that a
 _TRACEPARENT: Final = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?"
 )
+_REQUEST_HEADERS: Final = {
+    name.encode(): name
+    for name in re.findall(
+        r"\S+", "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
+    )
+}
 _META: Final = "io.modelcontextprotocol/"  # before the names of what newer clients send with each request
 # What runs between a middleware and the tool: none of it is a tool's own code.
-_FRAMEWORKS: Final = frozenset(
-    re.findall(
-        r"\w+",
-        "anyio asyncio concurrent contextlib docket fastmcp functools mcp pydantic threading uncalled_for",
-    )
+_FRAMEWORKS: Final = _words_in(
+    "anyio asyncio concurrent contextlib docket fastmcp functools mcp pydantic threading uncalled_for"
 )
 # Whose objects are handed to a tool without having been sent: contexts, servers, requests, dependencies.
-_INJECTING: Final = frozenset(
-    re.findall(r"\w+", "docket fast_depends fastapi fastmcp mcp starlette uncalled_for")
-)
+_INJECTING: Final = _words_in("docket fast_depends fastapi fastmcp mcp starlette uncalled_for")
 _META_TOOLS: Final = ("fastmcp.server.transforms", "fastmcp.experimental", "fastmcp.contrib")  # but for these
 
 
@@ -5347,7 +5318,7 @@ class Call:
     waits = False  # it was answered, and goes on
     number = 0  # while it runs
     strict = False  # whether it is executed only if that can be put on record
-    _before: contextvars.Token[Call | None] | None = None
+    _before: contextvars.Token[Call | None]
 
     def __init__(
         self,
@@ -5415,7 +5386,10 @@ class Call:
             raise self._refused()
 
     def _begin(self) -> bool:
-        """Return True if the call must wait until it is on record."""
+        """Begin, once: whatever records an execution comes through here before its body runs.
+
+        Return True if the body must wait until the call is on record.
+        """
         if self.number or self.outer is not None or not self._logger.enabled:
             return False
         self.number = self._logger.begin(self)
@@ -5434,8 +5408,9 @@ class Call:
 
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
+        ticket = self._end(error)
         try:
-            is_recorded = await self._logger.wait_async(self._end(error), strict=self.strict)
+            is_recorded = not ticket or await self._logger.wait_async(ticket, strict=self.strict)
         except BaseException:
             # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
             if error is None or isinstance(error, Exception):
@@ -5454,6 +5429,7 @@ class Call:
             _running.reset(before)
 
     def _end(self, error: BaseException | None) -> int:
+        """End, once: whatever records an execution comes through here. Return the ticket of its line."""
         if self.ended:
             return 0
         self.ended = True
@@ -5480,10 +5456,8 @@ class Call:
         return 0
 
     def _leave(self) -> None:
-        if self._before is not None:
-            with contextlib.suppress(ValueError):  # left in another context than entered, as fixtures do
-                _running.reset(self._before)
-            self._before = None
+        with contextlib.suppress(ValueError):  # left in another context than entered, as fixtures do
+            _running.reset(self._before)
 
     def __enter__(self) -> Call:
         self.begin()
@@ -5535,17 +5509,14 @@ def _call_within(
         or _current_task() not in (None, outer.task)
     ):
         return None
-    if name is not None and isinstance(outer.arguments, dict) and name in _texts_in(outer.arguments):
+    given = outer.arguments.values() if isinstance(outer.arguments, dict) else ()
+    if name is not None and any(type(value) is str and value == name for value in given):
         outer.details["mcp.via"], outer.name = outer.name, name
         outer.take_input(arguments)
     elif not _only_frameworks_between():
         return None
     outer.is_open = False  # what the tool calls in turn are executions of their own
     return outer
-
-
-def _texts_in(arguments: dict[str, Any]) -> list[str]:
-    return [value for value in arguments.values() if type(value) is str]
 
 
 def _current_task() -> object:
@@ -5643,13 +5614,43 @@ class Unfinished:
         if len(self._calls) > _MAX_UNFINISHED:
             self.close(next(iter(self._calls)))
 
+    def put_answered(self, call: Call, result: object) -> bool:
+        """Keep a call if what it was answered says that it goes on; return False if it is over."""
+        kind = _either(result, "result_type", "resultType")
+        asked = _get(result, "input_required") or (result if kind == "input_required" else None)
+        task = _either(result if kind == "task" else _get(result, "task"), "task_id", "taskId")
+        if asked is not None:
+            leg = _leg_of(call, _either(asked, "request_state", "requestState"))
+            self.put(leg, call, "not resumed: input required", _RESUME_SECONDS)
+        elif isinstance(task, str):
+            self.put(("task", task), call, "not finished: the task was still running")
+        return asked is not None or isinstance(task, str)
+
     def take(self, key: object) -> Call | None:
         """Return the oldest call that was kept under this key."""
         kept = self._calls.get(key)
-        call = kept.pop(0)[2] if kept else None
-        if kept is not None and not kept:
+        if not kept:
+            return None
+        _, _, call = kept.pop(0)
+        if not kept:
             self._calls.pop(key, None)
         return call
+
+    def end_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
+        """End the call that began a background task, if what is said of its state means that it is over."""
+        status = _text(_get(_get(state, "status"), "value") or _get(state, "status"))
+        if not task or not (is_result or status in ("completed", "failed", "cancelled")):
+            return
+        call = self.take(("task", task))
+        if call is None:
+            return
+        if status in ("failed", "cancelled"):
+            failure = _get(state, "error")
+            told = _get(failure, "message") or _either(state, "status_message", "statusMessage")
+            call.fail(_text(told) or status, _text(_get(failure, "code")))
+        elif (answer := _get(state, "result") or (state if is_result else None)) is not None:
+            conclude(call, answer)
+        call.end()
 
     def expire(self) -> None:
         """Record the calls that nobody took in time; looks at most once a second."""
@@ -5674,30 +5675,30 @@ class Unfinished:
 
 
 _absent: Final[set[tuple[type, str]]] = set()  # what models of pydantic, slow to say so, don't have
-_mappings: Final[dict[type, bool]] = {}
 
 
 def _get(owner: object, name: str) -> Any:
     """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
-    kind = type(owner)
+    kind: Any = type(owner)
+    if kind is dict:
+        return owner.get(name)  # type: ignore[attr-defined]
     if owner is None or (kind, name) in _absent:
         return None
     try:
-        if kind is dict:
-            return owner.get(name)  # type: ignore[attr-defined]
         value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
-        if value is None:
-            if kind not in _mappings:
-                _mappings[kind] = issubclass(kind, Mapping)
-            if _mappings[kind]:
-                return owner.get(name)  # type: ignore[attr-defined]
-            fields = getattr(kind, "model_fields", None)
-            fields = fields if fields and kind.model_config.get("extra") != "allow" else None  # type: ignore[attr-defined]
-            if fields and name not in fields and not hasattr(kind, name):
-                _absent.add((kind, name))
+        if value is None and isinstance(owner, Mapping):
+            return owner.get(name)
+        if value is None and _fields_of(kind) and not hasattr(kind, name) and name not in kind.model_fields:
+            _absent.add((kind, name))
         return value
     except Exception:
         return None
+
+
+def _fields_of(kind: Any) -> Collection[str]:
+    """Return the fields of a model of pydantic that has no others; nothing for another class."""
+    fields = getattr(kind, "model_fields", None)
+    return fields if fields and kind.model_config.get("extra") != "allow" else ()
 
 
 def _either(owner: object, one: str, other: str) -> Any:
@@ -5730,68 +5731,88 @@ def _peer_of(session: object) -> tuple[str | None, str | None]:
 
 def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     """Return where a request came from, as attributes of a Call; `cli` for a call inside of the program."""
-    more: dict[str, object] = {}
-    origin: dict[str, Any] = {"caller": "cli", "details": more}
-    if context is None:
-        origin["trace_id"], _ = _active_trace()
-        return origin
-    request, meta = _get(context, "request"), _get(context, "meta")
+    origin: dict[str, Any] = {"caller": "cli", "details": {}}
+    trace = None
+    if context is not None:
+        with contextlib.suppress(Exception):  # what a framework raises when it is asked; the rest is known
+            trace = _read_request(context, origin, proxies)
+    origin["trace_id"], parent = trace or _active_trace()
+    if parent:
+        origin["details"]["parent_span_id"] = parent
+    return origin
+
+
+def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str]) -> tuple[str, str] | None:
+    """Put what a request says of its origin there; return the trace and span that it names."""
+    request, details = getattr(context, "request", None), origin["details"]
+    meta = getattr(context, "meta", None)
     if meta is None and not hasattr(context, "meta"):
         meta = _get(_get(context, "params"), "_meta")
-    headers = _get(request, "headers")
-    client, version = _peer_of(_get(context, "session"))
-    version = _get(meta, _META + "protocolVersion") or _get(context, "protocol_version") or version
-    version = version or _get(headers, "mcp-protocol-version")
-    origin["client"] = client_of(_get(meta, _META + "clientInfo")) or client if meta else client
-    origin["request_id"] = _text(_get(context, "request_id"))
-    origin["trace_id"], parent = parent_of(meta) or parent_of(headers) or _active_trace()
-    if parent:
-        more["parent_span_id"] = parent
-    if version:
-        more["mcp.protocol.version"] = str(version)
+    client, version = _peer_of(getattr(context, "session", None))
+    version = getattr(context, "protocol_version", None) or version
+    trace = None
+    if meta:
+        client = client_of(_get(meta, _META + "clientInfo")) or client
+        version = _get(meta, _META + "protocolVersion") or version
+        trace = parent_of(meta)
+    origin["client"] = client
+    origin["request_id"] = _text(getattr(context, "request_id", None))
     if request is None:
         origin["caller"], origin["session_id"] = "stdio", _CONNECTION
-        return origin
-    origin["caller"] = "http"
-    origin["session_id"] = _text(
-        _get(headers, "mcp-session-id") or _get(_get(request, "query_params"), "session_id")
-    )
-    agent = _get(headers, "user-agent")
-    if agent:
-        more["user_agent.original"] = agent
-    origin["address"] = address_of(request, headers, proxies)
-    token = _get(_get(_get(request, "scope"), "user"), "access_token")
-    if token is not None:
-        origin["agent"] = _text(_get(token, "client_id"))
-        subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
-        origin["user_id"] = subject or origin["agent"]
-    return origin
+    else:
+        scope = _get(request, "scope")
+        headers = _headers_of(request, scope)
+        version = version or headers.get("mcp-protocol-version")
+        trace = trace or parent_of(headers)
+        origin["caller"] = "http"
+        origin["session_id"] = headers.get("mcp-session-id")
+        if origin["session_id"] is None and _get(scope, "query_string") != b"":  # by SSE
+            origin["session_id"] = _text(_get(_get(request, "query_params"), "session_id"))
+        if agent := headers.get("user-agent"):
+            details["user_agent.original"] = agent
+        origin["address"] = address_of(request, headers, proxies)
+        token = _get(_get(scope, "user"), "access_token")
+        if token is not None:
+            origin["agent"] = _text(_get(token, "client_id"))
+            subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
+            origin["user_id"] = subject or origin["agent"]
+    if version:
+        details["mcp.protocol.version"] = str(version)
+    return trace
+
+
+def _headers_of(request: object, scope: object) -> dict[str, str]:
+    """Return the headers that are read here; Starlette's own look-up decodes all of them each time."""
+    raw = _get(scope, "headers")
+    if raw is None:
+        headers = _get(request, "headers")
+        return {name: value for name in _REQUEST_HEADERS.values() if (value := _get(headers, name))}
+    return {
+        _REQUEST_HEADERS[name]: value.decode("latin-1")
+        for name, value in reversed(raw)
+        if name in _REQUEST_HEADERS
+    }
 
 
 def client_of(client: object) -> str | None:
     """Return a client's name and version, as it calls itself: "claude-ai/1.2"."""
-    parts = (_text(_get(client, "name")), _text(_get(client, "version")))
-    return "/".join(part for part in parts if part)[:_MAX_CLIENT_CHARS] or None
+    name, version = _text(_get(client, "name")), _text(_get(client, "version"))
+    return f"{name}/{version}"[:_MAX_CLIENT_CHARS] if name and version else (name or version)
 
 
-def address_of(request: object, headers: object, proxies: Sequence[str]) -> str | None:
+def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[str]) -> str | None:
     """Return the client's address: the peer's, or whom proxies that are trusted say they forward for."""
-    host = _get(_get(request, "client"), "host")
-    said = _get(headers, "x-forwarded-for") if proxies or _get(_get(request, "client"), "port") == 0 else None
-    if said and _get(_get(request, "client"), "port") == 0:
+    peer = _get(request, "client")
+    host, said = _get(peer, "host"), headers.get("x-forwarded-for")
+    if said and _get(peer, "port") == 0:
         host = "127.0.0.1"  # uvicorn has put the proxy's word there already, as it does for this peer only
-    if not proxies or not host:
-        return _text(host)
-    hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', _get(headers, "forwarded") or ""))
-    for hop in reversed(hops.split(",") if hops else ()):
-        if not _is_in(host, proxies):
-            break
-        hop = (
-            re.sub(r"^\[?([^\]]*?)\]?(?::\d+)?$", r"\1", hop.strip())
-            if hop.count(":") < 2 or "]" in hop
-            else hop.strip()
-        )
-        host = hop or host
+    if proxies and host:
+        hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', headers.get("forwarded", "")))
+        for hop in reversed(hops.split(",") if hops else ()):
+            if not _is_in(host, proxies):
+                break
+            with_port = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::\d+)?\s*", hop)
+            host = (with_port[1] or with_port[2] if with_port else hop.strip()) or host
     return _text(host)
 
 
@@ -5811,17 +5832,11 @@ def parent_of(carrier: object) -> tuple[str, str] | None:
     return (match[1], match[2]) if match else None
 
 
-def trace_of(carrier: object) -> str | None:
-    """Return the trace id of a W3C `traceparent`, or None."""
-    parent = parent_of(carrier)
-    return parent[0] if parent else None
-
-
 def _active_trace() -> tuple[str | None, str | None]:
     """Return trace and span that OpenTelemetry is in; that package is never loaded for it."""
-    current = _get(sys.modules.get("opentelemetry.trace"), "get_current_span")
+    module = sys.modules.get("opentelemetry.trace")
     try:
-        span = current().get_span_context() if current is not None else None
+        span = module.get_current_span().get_span_context() if module is not None else None
         return (f"{span.trace_id:032x}", f"{span.span_id:016x}") if span and span.trace_id else (None, None)
     except Exception:
         return None, None
@@ -5832,10 +5847,6 @@ def _watch_spans() -> None:
     sdk = sys.modules.get("opentelemetry.sdk.trace")
     if sdk is None:
         return
-    provider = _get(sys.modules.get("opentelemetry.trace"), "get_tracer_provider")
-    add = _get(provider and provider(), "add_span_processor")
-    if add is None or hasattr(provider(), "__mxcp_audit__"):
-        return
 
     def on_start(self: object, span: Any, parent_context: object = None) -> None:
         """Give the running call the trace id, if it has none."""
@@ -5843,9 +5854,14 @@ def _watch_spans() -> None:
         if call is not None and call.trace_id is None:
             call.trace_id = f"{span.get_span_context().trace_id:032x}"
 
-    with contextlib.suppress(Exception):
-        add(type("Spans", (sdk.SpanProcessor,), {"on_start": on_start})())
-        provider().__mxcp_audit__ = True
+    with contextlib.suppress(Exception):  # another provider than the SDK's takes none
+        provider = sys.modules["opentelemetry.trace"].get_tracer_provider()
+        if not hasattr(provider, "__mxcp_audit__"):
+            provider.add_span_processor(type("Spans", (sdk.SpanProcessor,), {"on_start": on_start})())
+            provider.__mxcp_audit__ = True
+
+
+_ORIGIN: Final = _words_in("caller user_id session_id trace_id client agent address server request_id")
 
 
 def _surroundings() -> dict[str, Any]:
@@ -5854,27 +5870,15 @@ def _surroundings() -> dict[str, Any]:
     while call is not None and call.outer is not None:
         call = call.outer
     if call is not None:
-        names = (
-            "caller",
-            "user_id",
-            "session_id",
-            "trace_id",
-            "client",
-            "agent",
-            "address",
-            "server",
-            "request_id",
-        )
-        return {name: getattr(call, name) for name in names}
-    for module, variable in (
-        ("fastmcp.server.dependencies", "fastmcp_request_ctx"),
-        ("mcp.server.lowlevel.server", "request_ctx"),
-    ):
-        found = getattr(sys.modules.get(module), variable, None)
-        context = found.get(None) if isinstance(found, contextvars.ContextVar) else None
-        if context is not None:
-            return origin_of(context)
-    return origin_of(None)
+        return {name: getattr(call, name) for name in _ORIGIN}
+    context = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
+    return origin_of(context or _context_in("mcp.server.lowlevel.server", "request_ctx"))
+
+
+def _context_in(module: str, variable: str) -> Any:
+    """Return the value of a framework's context variable, or None."""
+    held = getattr(sys.modules.get(module), variable, None)
+    return held.get(None) if isinstance(held, contextvars.ContextVar) else None
 
 
 # --- what came of it
@@ -5882,8 +5886,6 @@ def _surroundings() -> dict[str, Any]:
 
 def error_of_result(result: object) -> str | None:
     """Return the message of a result that is marked as an error, or None."""
-    if not _is_plain(result):
-        result = _get(result, "root") or result  # the SDK 1 wraps it
     if _either(result, "is_error", "isError") is not True:
         return None
     content = _get(result, "content")
@@ -5891,45 +5893,51 @@ def error_of_result(result: object) -> str | None:
     return "\n".join(text for text in texts if isinstance(text, str)) or "the result is marked as an error"
 
 
-def summarize(call: Call, result: object, *, uri: str | None = None, max_body: int | None = None) -> None:
-    """Tell a call the size of its result as it is sent, how many items of which kinds, perhaps the body."""
+def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
+    """Tell a call what was answered: whether that is an error, and as much of it as `record_result` says."""
     if not _is_plain(result):
-        result = _get(result, "root") or result
-    items = _get(result, "content")
+        result = _get(result, "root") or result  # the SDK 1 wraps it
+    error = error_of_result(result)
+    if error is not None and call.status != "error":
+        call.fail(error, "tool_error")
+    config = call._logger.config
+    if config.record_result == "none":
+        return
+    items = content = _get(result, "content")
     if items is None:
         items = _either(result, "contents", "messages")
     items = result if items is None else items
     if not isinstance(items, (list, tuple)):
         return
-    dump = getattr(result, "model_dump_json", None)
-    if _get(result, "content") is not None and type(result).__module__.startswith("fastmcp"):
-        if dump is not None:  # its own class, which becomes the protocol's later
-            text = dump(exclude={"meta", "is_error"}, exclude_none=True, by_alias=True)
-            text = (
-                text.replace('],"structured_content":', '],"structuredContent":', 1)[:-1]
-                + ',"isError":false}'
-            )
-        else:
-            structured = _get(result, "structured_content")
-            more = {"structuredContent": structured} if structured is not None else {}
-            text = _WIRE.encode({"content": items, **more, "isError": False})
-    else:
-        convert = _either(result, "to_mcp_prompt_result", "to_mcp_result")
-        if convert is not None:
-            result = convert(uri) if hasattr(result, "to_mcp_result") else convert()
-            dump = getattr(result, "model_dump_json", None)
-        if dump is not None:
-            text = dump(by_alias=True, exclude_none=True)
-        else:
-            text = _WIRE.encode({"contents": items} if result is items else result)
-    call.result_bytes = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
+    # Size as it is sent, items, and kinds. FastMCP's own classes become the protocol's later.
+    if content is not None and type(result).__module__.startswith("fastmcp"):
+        structured = _get(result, "structured_content")
+        more = {"structuredContent": structured} if structured is not None else {}
+        result = {"content": content, **more, "isError": error is not None}
+    elif (convert := _get(result, "to_mcp_prompt_result")) is not None:
+        result = convert()
+    elif (convert := _get(result, "to_mcp_result")) is not None:
+        result = convert(uri)
+    sent = _sent({"contents": items} if result is items else result)
+    call.result_bytes = len(sent)
     call.details["mcp.result.items"] = len(items)
-    call.details["mcp.result.kinds"] = tuple(sorted({_kind_of(item) for item in items}))
-    if max_body is not None:
-        plain = json.loads(text)
-        call.context["mcp.result.body"] = (
-            plain if call.result_bytes <= max_body else clip_plain(plain, max_body)
-        )
+    kinds = {_kind_of(item) for item in items}
+    call.details["mcp.result.kinds"] = tuple(kinds if len(kinds) < 2 else sorted(kinds))
+    if config.record_result == "body":
+        body = json.loads(sent)
+        most = config.max_result_bytes
+        call.context["mcp.result.body"] = body if len(sent) <= most else clip_plain(body, most)
+
+
+def _sent(result: object) -> bytes:
+    """Return a result as JSON as a server sends it."""
+    serializer = sys.modules.get("pydantic_core")  # with every framework, but not in `wrap`
+    if serializer is None:
+        return _WIRE.encode(result).encode("utf-8", "surrogatepass")
+    return cast(
+        bytes,
+        serializer.to_json(result, by_alias=True, exclude_none=True, bytes_mode="base64", fallback=vars),
+    )
 
 
 def _kind_of(item: object) -> str:
@@ -5941,17 +5949,20 @@ def _kind_of(item: object) -> str:
     return str(kind)
 
 
-def _wire_of(value: Any) -> Any:
-    if hasattr(value, "model_dump"):
-        return value.model_dump(mode="json", by_alias=True, exclude_none=True)
-    if isinstance(value, bytes):
-        import base64
-
-        return base64.b64encode(value).decode()
-    return getattr(value, "__dict__", None) or str(value)
+_WIRE: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
+_TELLING: Final = frozenset(("result_type", "resultType", "input_required", "task", "root", "_meta"))
+_plain: Final[dict[type, bool]] = {}
 
 
-_WIRE: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=_wire_of)
+def _is_plain(result: object) -> bool:
+    """Return True for a result that can only be that of a call that is over."""
+    kind = type(result)
+    if kind is dict:
+        return _TELLING.isdisjoint(cast("dict[str, Any]", result))
+    if kind not in _plain:
+        fields = _fields_of(kind)
+        _plain[kind] = bool(fields) and _TELLING.isdisjoint(fields)
+    return _plain[kind]
 
 
 # --- middleware
@@ -5973,7 +5984,7 @@ class Middleware:
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
         """Pass a message on; record it if it is an execution."""
-        method = _get(context, "method")
+        method = getattr(context, "method", None)
         event_type = MCP_METHODS.get(method) if type(method) is str else None
         logger = self._logger
         if event_type is None or not logger.enabled or _is_notification(context):
@@ -5981,21 +5992,19 @@ class Middleware:
             if event_type is None and type(method) is str:
                 self._see(method, context, result)
             return result
+        message = _message_of(context)
         call = None
-        message = _get(context, "message")
-        if message is None:
-            message = _get(context, "params")
-        outer = None
         if _running.get() is not None:
-            outer = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
-        if outer is not None:
-            outer.denied_by = (*_kinds(outer.denied_by), *self._denied_by)
-            outer.is_open = True
+            call = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
+        if call is not None:  # it is recorded further out
+            call.denied_by = (*_kinds(call.denied_by), *self._denied_by)
+            call.is_open = True
             try:
                 return await call_next(context)
             finally:
-                outer.is_open = False
-        call = self._begin(event_type, context, message)
+                call.is_open = False
+        call = self._call_of(event_type, context, message)
+        call.waits = False
         try:
             await call.begin_async()
         except AuditUnavailableError as error:
@@ -6005,7 +6014,7 @@ class Middleware:
         self._inside += 1
         try:
             result = await call_next(context)
-            self._conclude(call, message, result)
+            self._conclude(call, result)
             return result
         except BaseException as error:
             failure = error
@@ -6025,17 +6034,18 @@ class Middleware:
     async def check_resource_access(self, context: object) -> None:
         """Allow: FastMCP 4 asks each middleware."""
 
-    def _begin(self, event_type: str, context: object, message: object) -> Call:
-        inside = _get(context, "fastmcp_context")
-        server = _get(inside, "fastmcp")
-        self._watch_tasks(server)
+    def _call_of(self, event_type: str, context: object, message: object) -> Call:
+        """Return the call that a message makes, or resumes."""
+        inside = getattr(context, "fastmcp_context", None)
         request_context = context if inside is None else _get(inside, "request_context")
-        origin = origin_of(request_context, self._logger.config.trusted_proxies)
-        if self._caller:
-            origin["caller"] = self._caller
+        server = None if inside is None else _get(inside, "fastmcp")
+        self._watch_tasks(server)
         if self._refusal is None:
             self._refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
             self._denied_by += (self._refusal,) if self._refusal is not None else ()
+        origin = origin_of(request_context, self._logger.config.trusted_proxies)
+        if self._caller:
+            origin["caller"] = self._caller
         arguments = _get(message, "arguments")
         call = Call(
             self._logger,
@@ -6056,31 +6066,20 @@ class Middleware:
             if state is not None or _either(message, "input_responses", "inputResponses") is not None:
                 earlier = unfinished.take(_leg_of(call, state))
                 if earlier is not None:
-                    earlier.task, earlier.is_open, earlier.waits = call.task, True, False
+                    earlier.task, earlier.is_open = call.task, True
                     return cast(Call, earlier)
         return call
 
-    def _conclude(self, call: Call, message: object, result: object) -> None:
+    def _conclude(self, call: Call, result: object) -> None:
         """Tell a call what was answered; whatever goes wrong with that, the answer passes."""
         try:
-            if _is_plain(result):
-                conclude(call, result, uri=call.name)
-                return
-            kind = _either(result, "result_type", "resultType")
-            asked = _get(result, "input_required") or (result if kind == "input_required" else None)
-            task = _task_of(result)
-            if asked is not None:
-                call.waits = True
-                key = _leg_of(call, _either(asked, "request_state", "requestState"))
-                self._logger.unfinished.put(key, call, "not resumed: input required", _RESUME_SECONDS)
-            elif task is not None:
-                call.waits = True
-                self._logger.unfinished.put(task, call, "not finished: the task was still running")
-            else:
-                conclude(call, result, uri=call.name)
+            if not _is_plain(result):
+                call.waits = self._logger.unfinished.put_answered(call, _get(result, "root") or result)
                 info = _get(_either(result, "_meta", "meta"), _META + "serverInfo")
                 if call.server is None and info is not None:
                     call.server = self._server = _text(_get(info, "name"))
+            if not call.waits:
+                conclude(call, result, uri=call.name)
         except Exception as fault:
             self._logger.report_fault("a result could not be summarized", fault)
 
@@ -6090,13 +6089,12 @@ class Middleware:
         transport = getattr(sys.modules.get("fastmcp.server.context"), "_current_transport", None)
         if server is None or not isinstance(transport, contextvars.ContextVar):
             return
+        kind = call.event_type
         before = transport.set("stdio")  # over which FastMCP asks no `auth=`
         try:
-            for find in {"resource": ("get_resource", "get_resource_template")}.get(
-                call.event_type, (f"get_{call.event_type}",)
-            ):
+            for find in (f"get_{kind}", "get_resource_template")[: 1 + (kind == "resource")]:
                 if _get(await getattr(server, find)(call.name), "auth") is not None:
-                    call.policy("deny", f"the {call.event_type}'s auth refuses the caller")
+                    call.policy("deny", f"the {kind}'s auth refuses the caller")
                     break
         except Exception:  # it is as unknown as it was
             pass
@@ -6112,25 +6110,9 @@ class Middleware:
         if info is not None:
             self._server = _text(_get(info, "name"))
         if method.startswith("tasks/"):
-            message = _get(context, "message")
-            message = _get(context, "params") if message is None else message
-            key = ("task", _text(_either(message, "task_id", "taskId")))
-            result = _get(result, "root") or result
-            status = _text(_get(_get(result, "status"), "value") or _get(result, "status"))
-            over = method == "tasks/result" or status in ("completed", "failed", "cancelled")
-            call = self._logger.unfinished.take(key) if over else None
-            if call is not None:
-                answer = _get(result, "result") or (result if method == "tasks/result" else None)
-                if status in ("failed", "cancelled"):
-                    failure = _get(result, "error")
-                    call.fail(
-                        _text(_get(failure, "message") or _either(result, "status_message", "statusMessage"))
-                        or status,
-                        _text(_get(failure, "code")),
-                    )
-                elif answer is not None:
-                    conclude(call, answer)
-                call.end()
+            task = _text(_either(_message_of(context), "task_id", "taskId"))
+            state = _get(result, "root") or result
+            self._logger.unfinished.end_task(task, state, is_result=method == "tasks/result")
 
     def _watch_tasks(self, server: object) -> None:
         """Hang into the functions that a FastMCP server runs in the background, by docket."""
@@ -6138,10 +6120,10 @@ class Middleware:
         if docket is None:
             return
         functions = _get(docket, "tasks")
-        path = self._logger.config.path
-        if type(functions) is dict and path not in getattr(docket, "__mxcp_audit__", ()):
+        path, watching = self._logger.config.path, getattr(docket, "__mxcp_audit__", ())
+        if type(functions) is dict and path not in watching:
             with contextlib.suppress(AttributeError):
-                docket.__mxcp_audit__ = (*getattr(docket, "__mxcp_audit__", ()), path)
+                docket.__mxcp_audit__ = (*watching, path)
                 for key, function in list(functions.items()):
                     if not str(getattr(function, "__module__", "")).startswith("docket"):
                         functions[key] = self._in_background(str(key), function)
@@ -6156,7 +6138,7 @@ class Middleware:
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
             name = key.removeprefix(f"{event_type}:").rpartition("@")[0] or key.removeprefix(f"{event_type}:")
             call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
-            call.is_open, call.task, call.outer = True, _current_task(), None
+            call.is_open, call.task = True, _current_task()
             await call.begin_async()
             failure: BaseException | None = None
             before = _running.set(call)
@@ -6218,35 +6200,9 @@ def _protocol_error(error: AuditUnavailableError) -> Exception:
 _MIDDLEWARE_CODE: Final = Middleware.__call__.__code__
 
 
-def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
-    """Tell a call what was answered: whether that is an error, and as much of it as `record_result` says."""
-    error = error_of_result(result)
-    if error is not None and call.status != "error":
-        call.fail(error, "tool_error")
-    config = call._logger.config
-    if config.record_result != "none":
-        summarize(
-            call,
-            result,
-            uri=uri,
-            max_body=config.max_result_bytes if config.record_result == "body" else None,
-        )
-
-
-_TELLING: Final = frozenset(("result_type", "resultType", "input_required", "task", "root", "_meta"))
-_plain: Final[dict[type, bool]] = {}
-
-
-def _is_plain(result: object) -> bool:
-    """Return True for a result that can only be that of a call that is over."""
-    kind = type(result)
-    if kind is dict:
-        return _TELLING.isdisjoint(cast("dict[str, Any]", result))
-    if kind not in _plain:
-        fields = getattr(kind, "model_fields", None)
-        extra = fields and kind.model_config.get("extra")  # type: ignore[attr-defined]
-        _plain[kind] = bool(fields) and extra != "allow" and _TELLING.isdisjoint(fields or ())
-    return _plain[kind]
+def _message_of(context: object) -> Any:
+    message = getattr(context, "message", None)
+    return _get(context, "params") if message is None else message
 
 
 def name_of(message: object) -> str:
@@ -6257,7 +6213,7 @@ def name_of(message: object) -> str:
 
 def _is_notification(context: object) -> bool:
     """Return True for a message that wants no answer, so that no server executes it."""
-    return _get(context, "type") == "notification" or getattr(context, "request_id", "") is None
+    return getattr(context, "type", None) == "notification" or getattr(context, "request_id", "") is None
 
 
 def _leg_of(call: Call, state: object) -> object:
@@ -6266,36 +6222,8 @@ def _leg_of(call: Call, state: object) -> object:
     return (call.event_type, call.name, call.input_json, *who, _text(state))
 
 
-def _task_of(result: object) -> tuple[str, str] | None:
-    """Return the background task that an answer says was begun, or None."""
-    result = _get(result, "root") or result
-    is_task = _either(result, "result_type", "resultType") == "task"
-    task = _either(result if is_task else _get(result, "task"), "task_id", "taskId")
-    return ("task", task) if isinstance(task, str) else None
-
-
-class _Request(NamedTuple):
-    """What a handler of the SDK 1 knows, in the shape of the SDK 2."""
-
-    method: str
-    params: object
-    request: object = None
-    session: object = None
-    meta: object = None
-    request_id: object = ""
-
-
 class _AuditedHandlers(dict[Any, Any]):
     """The handlers of an SDK 1 server by type of request; those that execute are recorded."""
-
-    _METHODS: Final = {
-        "CallToolRequest": "tools/call",
-        "ReadResourceRequest": "resources/read",
-        "GetPromptRequest": "prompts/get",
-        "GetTaskRequest": "tasks/get",
-        "GetTaskPayloadRequest": "tasks/result",
-        "CancelTaskRequest": "tasks/cancel",
-    }
 
     def __init__(self, middleware: Middleware, handlers: Mapping[Any, Any]) -> None:
         super().__init__()
@@ -6304,19 +6232,17 @@ class _AuditedHandlers(dict[Any, Any]):
             self[kind] = handler
 
     def __setitem__(self, kind: Any, handler: Any) -> None:
-        method = self._METHODS.get(kind.__name__)
-        super().__setitem__(kind, handler if method is None else self._audited(method, handler))
+        method = str(kind.model_fields["method"].default)
+        is_ours = method in MCP_METHODS or method.startswith("tasks/")
+        super().__setitem__(kind, self._audited(method, handler) if is_ours else handler)
 
     def _audited(self, method: str, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
         async def _audited_handler(request: Any) -> Any:
-            variable = getattr(sys.modules.get("mcp.server.lowlevel.server"), "request_ctx", None)
-            context = variable.get(None) if variable is not None else None
-            known = {
-                name: value for name in _Request._fields[2:] if (value := _get(context, name)) is not None
-            }
-            return await self._middleware(
-                _Request(method, _get(request, "params"), **known), lambda call_next: handler(request)
-            )
+            context = _context_in("mcp.server.lowlevel.server", "request_ctx")
+            known = {name: _get(context, name) for name in ("request", "session", "meta")}
+            known["request_id"] = "" if context is None else context.request_id
+            message = types.SimpleNamespace(method=method, params=_get(request, "params"), **known)
+            return await self._middleware(message, lambda _: handler(request))
 
         return _audited_handler
 
@@ -6414,30 +6340,30 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
     return _plain
 
 
+class _Steps(Generator[Any, Any, Any]):
+    """The steps of a generator, each of them part of the call; between them other code runs."""
+
+    def __init__(self, call: Call, generator: Any) -> None:
+        self._call, self._generator = call, generator
+
+    def send(self, value: Any) -> Any:
+        with self._call.running():
+            return self._generator.send(value)
+
+    def throw(self, *error: Any) -> Any:
+        with self._call.running():
+            return self._generator.throw(*error)
+
+
 def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
-    """Return a generator function of which each step is part of the call; between them other code runs."""
+    """Return a generator function that is recorded."""
 
     def _generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
         call.begin()
         failure: BaseException | None = None
         try:
-            generator = function(*args, **kwargs)
-            step, value = generator.send, None
-            while True:
-                try:
-                    with call.running():
-                        item = step(value)
-                except StopIteration as stop:
-                    return stop.value
-                try:
-                    step, value = generator.send, (yield item)
-                except GeneratorExit:
-                    with call.running():
-                        generator.close()
-                    raise
-                except BaseException as error:
-                    step, value = generator.throw, error
+            return (yield from _Steps(call, function(*args, **kwargs)))
         except BaseException as error:
             failure = error
             raise
@@ -6448,7 +6374,7 @@ def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
 
 def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
-    """Return an async generator function, likewise."""
+    """Return an async generator function that is recorded."""
 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
@@ -9157,13 +9083,15 @@ class Ingest:
         faults: list[tuple[int, str, bytes]] = []
         seen: set[object] = set()
         for number, line in enumerate(claim.read().split(b"\n")[:-1], 1):
-            fault = line_fault(line)
-            seq = json.loads(line)["seq"] if fault is None else None
-            if fault is None and seq not in seen:
+            try:
+                seq = event_of_line(line)["seq"]
+                if seq in seen:
+                    raise ValueError(f"seq {seq} stands twice")
+            except ValueError as error:
+                faults.append((number, str(error), line))
+            else:
                 seen.add(seq)
                 good.append((number, line))
-            else:
-                faults.append((number, fault or f"seq {seq} stands twice", line))
         scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
 
         def unreadable(lines: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
@@ -12320,12 +12248,12 @@ class StdioAudit:
             for message in self._messages(line) if self._pending or self._asked or self._unfinished else ():
                 result, params = message.get("result"), _in_any_case(message, "params")
                 if _in_any_case(message, "method") is not None:  # the server counts its own ids
-                    self._see_task(_text(_get(params, "taskId")), params)
+                    self._unfinished.end_task(_text(_get(params, "taskId")), params)
                     continue
                 asked = self._asked.pop(_key_of(message.get("id")), None)
                 if asked is not None:
                     self._server = _text(_get(_get(result, "serverInfo"), "name")) or self._server
-                    self._see_task(asked, result, is_result=_get(result, "status") is None)
+                    self._unfinished.end_task(asked, result, is_result=_get(result, "status") is None)
                     continue
                 failure = message.get("error")
                 if failure is None:
@@ -12338,31 +12266,11 @@ class StdioAudit:
     def _answered(self, key: object, result: object) -> None:
         """Finish a call, or keep it where the answer asks for input or says that a task goes on."""
         call = self._pending.get(_key_of(key))
-        if call is None:
-            return
-        task = _task_of(result)
-        if _get(result, "resultType") == "input_required":
-            leg = _leg_of(call, _get(result, "requestState"))
-            self._unfinished.put(leg, call, "not resumed: input required", _RESUME_SECONDS)
-        elif task is not None:
-            self._unfinished.put(task, call, "not finished: the task was still running")
-        else:
+        if call is not None and self._unfinished.put_answered(call, result):
+            self._pending.pop(_key_of(key), None)
+        elif call is not None:
             conclude(call, result)
             self._finish(key, None)
-        self._pending.pop(_key_of(key), None)
-
-    def _see_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
-        """Finish the call that began a task, once an answer or a notification says that the task is over."""
-        status = _text(_get(state, "status"))
-        if not task or not (is_result or status in ("completed", "failed", "cancelled")):
-            return
-        call = self._unfinished.take(("task", task))
-        if call is not None:
-            if status in ("failed", "cancelled"):
-                call.fail(_text(_get(state, "statusMessage")) or status)
-            else:
-                conclude(call, state if is_result else _get(state, "result"))
-            call.end()
 
     def close(self, reason: str) -> None:
         """Record every call that was never answered, with `reason` as its error."""
@@ -12413,7 +12321,7 @@ class StdioAudit:
             client=client_of(_get(meta, _META + "clientInfo")) or self._client,
             server=self._server,
             request_id=_text(key),
-            trace_id=trace_of(meta),
+            trace_id=(parent_of(meta) or (None,))[0],
             context={"mcp.protocol.version": version} if version else None,
         )
         self._unfinished.close(now=time.monotonic())
@@ -12470,7 +12378,7 @@ class _Lines:
 
     def feed(self, data: bytes) -> Iterator[bytes | None]:
         """Yield the lines that `data` completes; None for one that is too long to be kept."""
-        for end in data.splitlines(keepends=True) if b"\r" in data else _split_after_lf(data):
+        for end in data.splitlines(keepends=True):  # of bytes, that is: after CR, LF and CRLF
             self._size += len(end)
             if self._size <= MAX_MESSAGE_BYTES:
                 self._part.append(end)
@@ -12499,15 +12407,6 @@ class _Lines:
             elif b"\r" in whole:
                 yield whole
         self._part = []
-
-
-def _split_after_lf(data: bytes) -> Iterator[bytes]:
-    """Yield the lines of a piece with their ends, and what stands behind the last."""
-    *lines, rest = data.split(b"\n")
-    for line in lines:
-        yield line + b"\n"
-    if rest:
-        yield rest
 
 
 def _in_any_case(message: Mapping[str, Any], name: str) -> Any:

@@ -52,6 +52,7 @@ def test_bench_unknown_topic_is_refused() -> None:
     [
         ("latency", ("**mxcp_audit**", "QueueHandler, JSON formatter", "sqlite3")),
         ("pipeline", ("**mxcp_audit**", "mxcp_audit, four threads", "sqlite3")),
+        ("middleware", ("memory, the first time", "http, again")),
         ("ingest", ("the `duckdb` package", "the `duckdb` program")),
         ("footprint", ("`import mxcp_audit`", "the `duckdb` program")),
         ("ending", ("log one event and out", "8 workers, the database held for 1.5 s")),

@@ -18,7 +18,7 @@ import pytest
 from conftest import table_rows
 
 import mxcp_audit
-from mxcp_audit import AuditLogger, EventError, origin_of, trace_of
+from mxcp_audit import AuditLogger, EventError, origin_of, parent_of
 from mxcp_audit import _running as running
 
 COLUMNS = (
@@ -604,7 +604,8 @@ def test_origin_http_user_is_subject_else_client(token: dict[str, object] | None
     ],
 )
 def test_trace_of_traceparent_as_w3c_says(traceparent: object, trace: str | None) -> None:
-    assert trace_of({"traceparent": traceparent}) == trace
+    parent = parent_of({"traceparent": traceparent})
+    assert parent == (trace and (trace, "b7ad6b7169203331"))
 
 
 def test_origin_trace_of_opentelemetry_if_loaded(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -411,6 +411,26 @@ def server(run: Run) -> Iterator[Table]:
     yield table
 
 
+def middleware(run: Run) -> Iterator[Table]:
+    """How long a middleware itself keeps a tool call: all of its own code, before the body and behind it."""
+    words = [str(PEERS_FILE), "middleware", str(run.place("middleware")), str(run.pick(5, 300, 2000))]
+    done = subprocess.run([run.python(), *words], env=environ(), capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    table = Table(
+        "The middleware's own time in a FastMCP server: microseconds a call, less one that does nothing",
+        ("", "p50", "half of the calls", "p99", "`log_event` there, p50"),
+    )
+    for name, took in json.loads(done.stdout.splitlines()[-1]).items():
+        where, how = name.split(", ")
+        title = f"{where}, {'the first time in its request' if how == 'first' else 'again, same request'}"
+        own, logged = zip(*took)
+        figures = (quantile(own, 0.5), quantile(own, 0.99), quantile(logged, 0.5))
+        p50, p99, beside = map(figure, figures)
+        table.rows.append((title, p50, spread(own), p99, beside))
+    yield table
+
+
 def ingest(run: Run) -> Iterator[Table]:
     """How fast the journal goes into the database, with each engine."""
     events = run.pick(2_000, 200_000, 1_000_000)
@@ -904,6 +924,7 @@ def measure(run: Run, topic: str, write: bool) -> bool:
 TOPICS: dict[str, Callable[[Run], Iterator[Table]]] = {
     "latency": latency,
     "server": server,
+    "middleware": middleware,
     "pipeline": pipeline,
     "ingest": ingest,
     "footprint": footprint,

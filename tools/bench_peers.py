@@ -4,6 +4,7 @@
     python tools/bench_peers.py serve PORT WHAT    a FastMCP server: plain, passing (a middleware that does
                                                    nothing), or a database that it is audited into
     python tools/bench_peers.py load JSON          its clients
+    python tools/bench_peers.py middleware FOLDER ROUNDS    what our middleware takes of a request
 
 Every peer gets the same events, records as much of them as it can, and does nothing that it does not
 do for its users: queues are bounded only where they are by default, redaction is on where there is any.
@@ -16,6 +17,7 @@ import contextlib
 import json
 import os
 import resource
+import socket
 import sys
 import threading
 import time
@@ -608,6 +610,79 @@ async def load(command: dict[str, Any]) -> None:
         os._exit(0)  # closing sessions takes seconds, and nobody needs them any more
 
 
+async def middleware(rounds: int, folder: Path) -> None:
+    """Print the microseconds that our middleware itself takes in real requests, as lists a transport.
+
+    A middleware around it lets it pass each answer again, 20 times a request: of these the first has found
+    nothing of this request before. What a middleware that does nothing takes is subtracted. Beside it stands
+    what a plain `log_event` takes there, between other code.
+    """
+    import uvicorn
+    from fastmcp import Client, FastMCP
+
+    from mxcp_audit import AuditLogger
+
+    audit = AuditLogger(folder / "log.duckdb", flush_interval=3600)
+    audited: Any = audit.middleware()
+    took: dict[str, list[tuple[float, float]]] = {}
+
+    async def passing(context: Any, call_next: Callable[[Any], Any]) -> Any:
+        return await call_next(context)
+
+    async def measuring(context: Any, call_next: Callable[[Any], Any]) -> Any:
+        result = await call_next(context)
+        if context.method != "tools/call":
+            return await audited(context, lambda context: _value(result))
+
+        async def answer(context: Any) -> Any:
+            return result
+
+        async def logging(context: Any, call_next: Callable[[Any], Any]) -> None:
+            audit.log_event("http", "tool", "find", context.message.arguments, 1)
+
+        spent: dict[Any, list[float]] = {passing: [], audited: [], logging: []}
+        for _ in range(20):
+            for one in spent:
+                start = time.perf_counter()
+                await one(context, answer)
+                spent[one].append(time.perf_counter() - start)
+        own = [(1e6 * (a - b), 1e6 * (c - b)) for b, a, c in zip(*spent.values())]
+        took.setdefault(f"{transport}, first", []).append(own[0])
+        took.setdefault(f"{transport}, again", []).extend(own[1:])
+        return result
+
+    server: Any = FastMCP("bench")
+    server.add_middleware(measuring)
+
+    @server.tool
+    def find(user_id: int, query: str, options: dict[str, object], tags: list[str], api_key: str) -> str:
+        return f"user {user_id}"
+
+    async def call_from(where: Any) -> None:
+        async with Client(where) as client:
+            for number in range(rounds):
+                await client.call_tool("find", small_input(number))
+
+    transport = "memory"
+    await call_from(server)
+    with socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        transport = "http"
+        running = uvicorn.Server(uvicorn.Config(server.http_app(), log_level="error"))
+        thread = threading.Thread(target=running.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        await call_from(f"http://127.0.0.1:{listening.getsockname()[1]}/mcp")
+        running.should_exit = True
+        thread.join(10)
+    audit.shutdown()
+    print(json.dumps(took))
+
+
+async def _value(value: Any) -> Any:
+    return value
+
+
 async def _await_port(port: int) -> None:
     for _ in range(600):
         with contextlib.suppress(OSError):
@@ -621,6 +696,9 @@ async def _await_port(port: int) -> None:
 def main() -> None:
     if sys.argv[1] == "load":
         asyncio.run(load(json.loads(sys.argv[2])))
+        return
+    if sys.argv[1] == "middleware":
+        asyncio.run(middleware(int(sys.argv[3]), Path(sys.argv[2])))
         return
     if sys.argv[1] == "serve":
         serve(int(sys.argv[2]), sys.argv[3])
