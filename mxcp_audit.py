@@ -7676,8 +7676,8 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # --- exports, figures, and SQL of a person's own
 
-# What Excel, LibreOffice and Sheets take for a formula, also behind what is invisible, and the apostrophe itself,
-# so that removing one leading apostrophe gives every cell back as it was.
+# What Excel, LibreOffice and Sheets take for a formula, also behind what is invisible, and the apostrophe
+# itself, so that removing one leading apostrophe gives every cell back as it was.
 _INVISIBLE: Final = (
     r"\x01-\x20\x7f-\xa0\xad"
     "\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
@@ -11024,6 +11024,12 @@ class Fault(NamedTuple):
     remedy: str
 
 
+_REMEDIES_OF: Final = (
+    (DatabaseLockedError, "close that program; events wait in the journal meanwhile"),
+    (DatabaseUnreachableError, "check address, network and login; events wait in the journal meanwhile"),
+    (DatabaseCorruptError, "move the file aside or restore a backup, then run `ingest`"),
+    (StoreError, "run with --debug for the whole story"),
+)
 _HANGS_MS: Final = 3_600_000
 _REFUSED: Final = """\
 SELECT count(*)::BIGINT AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
@@ -11056,7 +11062,7 @@ class Checkup:
             self._examine_access()
         self.report = {
             "healthy": not self.faults,
-            "faults": [{"problem": fault.problem, "remedy": fault.remedy} for fault in self.faults],
+            "faults": [fault._asdict() for fault in self.faults],
             "profile": config.profile,
             **self.report,
         }
@@ -11096,16 +11102,9 @@ class Checkup:
                     )
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
-        except DatabaseLockedError as error:
-            self._fault(str(error), "close that program; events wait in the journal meanwhile")
-        except DatabaseUnreachableError as error:
-            self._fault(
-                str(error), "check its address, network and login; events wait in the journal meanwhile"
-            )
-        except DatabaseCorruptError as error:
-            self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
         except StoreError as error:
-            self._fault(str(error), "run with --debug for the whole story")
+            remedies = (remedy for kind, remedy in _REMEDIES_OF if isinstance(error, kind))
+            self._fault(str(error), next(remedies))
         except JournalError:
             pass  # a fault already
 
@@ -11629,42 +11628,42 @@ trace.id                trace_id
 user.id                 user_id
 user_agent.original     USER_AGENT
 """,
-    # OTLP logs as JSON, a request a line, with the attributes of OpenTelemetry's conventions for MCP:
+    # OTLP logs as JSON, a request a line, with the attributes (in braces) of OpenTelemetry's conventions:
     # https://opentelemetry.io/docs/specs/otlp/#otlphttp
     "otlp": """\
-resourceLogs[].resource.attributes{service.name}            coalesce(server, 'mxcp_audit')
-resourceLogs[].scopeLogs[].scope.name                       'mxcp_audit'
-resourceLogs[].scopeLogs[].logRecords[].timeUnixNano        (epoch_us(timestamp) * 1000)::VARCHAR
-.observedTimeUnixNano               (epoch_us(timestamp) * 1000)::VARCHAR
-.severityNumber                     CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
-.severityText                       CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
-.eventName                          'mxcp_audit.call'
-.body.stringValue                   concat_ws(' ', METHOD, name)
-.traceId                            TRACE
-.attributes{log.record.uid}         EVENT_ID
-.attributes{mcp.method.name}        METHOD
-.attributes{gen_ai.tool.name}       CASE WHEN type = 'tool' THEN name END
-.attributes{gen_ai.prompt.name}     CASE WHEN type = 'prompt' THEN name END
-.attributes{mcp.resource.uri}       CASE WHEN type = 'resource' THEN name END
-.attributes{mcp.session.id}         session_id
-.attributes{mcp.protocol.version}   PROTOCOL
-.attributes{jsonrpc.request.id}     request_id
-.attributes{client.address}         address
-.attributes{user.id}                user_id
-.attributes{user_agent.original}    USER_AGENT
-.attributes{error.type}             coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
-.attributes{error.message}          error
-.attributes{network.transport}      CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
-.attributes{mxcp_audit.agent}       agent
-.attributes{mxcp_audit.caller}      caller
-.attributes{mxcp_audit.client}      client
-.attributes{mxcp_audit.context}     context
-.attributes{mxcp_audit.duration_ms#}  duration_ms
-.attributes{mxcp_audit.input}       input_json
-.attributes{mxcp_audit.policy}      policy_decision
-.attributes{mxcp_audit.reason}      reason
-.attributes{mxcp_audit.result_bytes#} result_bytes
-.attributes{mxcp_audit.trace_id}    trace_id
+resourceLogs[].resource.attributes{service.name} coalesce(server, 'mxcp_audit')
+resourceLogs[].scopeLogs[].scope.name 'mxcp_audit'
+resourceLogs[].scopeLogs[].logRecords[].timeUnixNano (epoch_us(timestamp) * 1000)::VARCHAR
+.observedTimeUnixNano       (epoch_us(timestamp) * 1000)::VARCHAR
+.severityNumber             CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
+.severityText               CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
+.eventName                  'mxcp_audit.call'
+.body.stringValue           concat_ws(' ', METHOD, name)
+.traceId                    TRACE
+{log.record.uid}            EVENT_ID
+{mcp.method.name}           METHOD
+{gen_ai.tool.name}          CASE WHEN type = 'tool' THEN name END
+{gen_ai.prompt.name}        CASE WHEN type = 'prompt' THEN name END
+{mcp.resource.uri}          CASE WHEN type = 'resource' THEN name END
+{mcp.session.id}            session_id
+{mcp.protocol.version}      PROTOCOL
+{jsonrpc.request.id}        request_id
+{client.address}            address
+{user.id}                   user_id
+{user_agent.original}       USER_AGENT
+{error.type}                coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
+{error.message}             error
+{network.transport}         CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
+{mxcp_audit.agent}          agent
+{mxcp_audit.caller}         caller
+{mxcp_audit.client}         client
+{mxcp_audit.context}        context
+{mxcp_audit.duration_ms#}   duration_ms
+{mxcp_audit.input}          input_json
+{mxcp_audit.policy}         policy_decision
+{mxcp_audit.reason}         reason
+{mxcp_audit.result_bytes#}  result_bytes
+{mxcp_audit.trace_id}       trace_id
 """,
 }
 _PLACE: Final = re.compile(r"\{[^}]+\}|[^.{]+")
@@ -11680,8 +11679,12 @@ def form_sql(form: str) -> str:
     parents: list[str] = []
     for line in FORMS[form].splitlines():
         place, sql = line.split(None, 1)
-        names = [*(parents if place.startswith(".") else ()), *_PLACE.findall(place)]
-        if not place.startswith("."):
+        names = _PLACE.findall(place)
+        if place[0] == "{":
+            names = [*parents, "attributes", *names]
+        elif place[0] == ".":
+            names = [*parents, *names]
+        else:
             parents = names[:-1]
         node = tree
         for name in names[:-1]:
@@ -11735,7 +11738,11 @@ svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
 _DENIED: Final = "policy_decision IS NOT DISTINCT FROM 'deny'"
 _BAD: Final = f"status = 'error' AND NOT {_DENIED}"
 _GOOD: Final = f"status IS DISTINCT FROM 'error' AND NOT {_DENIED}"
-_OUTCOMES: Final = (("success", "ok"), ("error", "bad"), ("denied", "no"))
+_OUTCOMES: Final = (  # and how a bar of each is filled
+    ("success", 'class="ok"'),
+    ("error", 'class="bad"'),
+    ("denied", 'fill="url(#hatch)" stroke="currentColor"'),
+)
 _BUCKETS: Final = (("minute", 2 * 3600), ("hour", 4 * 86400), ("day", 120 * 86400), ("month", float("inf")))
 # Each table of the report: its title, its columns (a leading # marks numbers), and the query of `events`.
 _REPORT_TABLES: Final = (
@@ -11816,23 +11823,21 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
         x, y = left + number * bar, float(base)
         title = f"{label}: " + ", ".join(f"{count:,} {name}" for count, (name, _) in zip(counts, _OUTCOMES))
         parts.append(f"<g><title>{title}</title>")
-        for count, (_, style) in zip(counts, _OUTCOMES):
+        for count, (_, fill) in zip(counts, _OUTCOMES):
             tall = 180 * count / limit
             y -= tall
-            fill = ' fill="url(#hatch)" stroke="currentColor"' if style == "no" else f' class="{style}"'
             if count:
                 parts.append(
-                    f'<rect{fill} x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
+                    f'<rect {fill} x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
                     f'height="{tall:.1f}"/>'
                 )
         parts.append("</g>")
         if number % every == 0:
             parts.append(f'<text x="{x:.1f}" y="{base + 16}">{label}</text>')
-    for number, (name, style) in enumerate(_OUTCOMES):
-        fill = ' fill="url(#hatch)" stroke="currentColor"' if style == "no" else f' class="{style}"'
+    for x, (name, fill) in zip((left, left + 90, left + 180), _OUTCOMES):
         parts.append(
-            f'<rect{fill} x="{left + 90 * number}" y="{height - 14}" width="12" height="12"/>'
-            f'<text x="{left + 90 * number + 17}" y="{height - 4}">{name}</text>'
+            f'<rect {fill} x="{x}" y="{height - 14}" width="12" height="12"/>'
+            f'<text x="{x + 17}" y="{height - 4}">{name}</text>'
         )
     return "".join([*parts, "</svg>"])
 
@@ -11904,24 +11909,15 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
     """Yield the numbers of a report of `doctor` as gauges in the text format of Prometheus."""
     for name, value in report.items():
         metric = f"{prefix}_{name}"
-        if isinstance(value, Mapping) and all(os.path.isabs(key) for key in value):
-            samples = [(f"{{path={json.dumps(printable(path))}}}", number) for path, number in value.items()]
-        elif isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not all(map(os.path.isabs, value)):
             yield from prometheus_text(value, metric)
             continue
-        elif isinstance(value, (bool, int, float)):
-            samples = [("", value)]
-        elif name == "faults":
-            samples = [("", len(value))]
-        else:
-            continue
-        yield f"# TYPE {metric} gauge"
-        for labels, number in samples:
-            yield (
-                f"{metric}{labels} {float(number):g}"
-                if isinstance(number, bool)
-                else f"{metric}{labels} {number}"
-            )
+        samples = value if isinstance(value, Mapping) else {"": len(value) if name == "faults" else value}
+        if all(isinstance(number, (bool, int, float)) for number in samples.values()):
+            yield f"# TYPE {metric} gauge"
+            for path, number in samples.items():
+                labels = f"{{path={json.dumps(printable(path))}}}" if path else ""
+                yield f"{metric}{labels} {int(number) if isinstance(number, bool) else number}"
 
 
 # === Assembly ===
@@ -11973,14 +11969,12 @@ _NAMES_OF_MXCP: Final = {
     "event_type": ("type", "operation_type"),
     "name": ("name", "operation_name"),
     "input_params": ("input_json", "input_data"),
-    "duration_ms": ("duration_ms", "duration_ms"),
-    "policy_decision": ("policy_decision", "policy_decision"),
     "reason": ("reason", "policy_reason"),
     "status": ("status", "operation_status"),
-    "error": ("error", "error"),
-    "user_id": ("user_id", "user_id"),
-    "session_id": ("session_id", "session_id"),
-    "trace_id": ("trace_id", "trace_id"),
+    **{
+        name: (name, name)
+        for name in ("duration_ms", "policy_decision", "error", "user_id", "session_id", "trace_id")
+    },
 }
 
 
@@ -12077,12 +12071,14 @@ class Importer:
         return ImportResult(events, known, self._bad)
 
     def _events(self, path: str) -> Iterator[_Imported]:
-        """Yield each event of a file."""
+        """Yield each event of a file. A damaged gzip file raises OSError or EOFError in between."""
+        import gzip  # lazily: few need it
+
         with open(path, "rb") as raw:
             head = raw.peek(12)
             if head[8:12] == b"DUCK":
                 raise StoreError(f"{path} is a DuckDB database, no JSONL; read it as it is: log --db {path}")
-            file = gzip_reader(raw) if head[:2] == b"\x1f\x8b" else raw
+            file = cast("IO[bytes]", gzip.open(raw)) if head[:2] == b"\x1f\x8b" else raw
             for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
                 line = line.strip()
                 if not line:
@@ -12162,13 +12158,6 @@ class Importer:
                 "edited, or is a copy that went its own way; import the events that are missing as a file"
             )
         return count, event
-
-
-def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
-    """Return the uncompressed side of a gzip file. A damaged one raises OSError or EOFError in between."""
-    import gzip  # lazily: few need it
-
-    return cast("IO[bytes]", gzip.open(raw))
 
 
 # === Command line ===
@@ -12793,7 +12782,7 @@ def _columns(text: str) -> tuple[str, ...]:
 
 # --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
 
-# `@` begins a command, with one line about it; then come its description, examples (`>`), groups of options
+# `@` begins a command, with one line about it; then come more about it, examples (`>`), groups of options
 # (`[…]`, or `&` for those of another block) and options: names, metavar and type or {choices}, `=` a default,
 # `!` required, `*` may be repeated; behind `|` the help. A word in braces stands for what _WORDS says.
 _OPTIONS: Final = """
@@ -12806,7 +12795,7 @@ _OPTIONS: Final = """
 --debug | show tracebacks and what is going on
 
 &times
---utc | read and show times in UTC, which is the default; JSON, exports and the groups of `stats` are always UTC
+--utc | read and show times in UTC (the default); JSON, exports and the groups of `stats` are always UTC
 --local | read and show times in the time zone of this machine
 
 &waiting
@@ -12826,21 +12815,19 @@ _OPTIONS: Final = """
 --user ID | by this user
 --session ID | in this session
 --trace ID | in this trace
---client NAME | by this program, such as claude-ai/1.2; * is any text
---agent ID | by this OAuth client; * is any text
---address ADDRESS | from this address; * is any text
---server NAME | on this server; * is any text
---error-type NAME | that failed with this class of exception or JSON-RPC code; * is any text
+--client NAME | by this program, such as claude-ai/1.2
+--agent ID | by this OAuth client
+--address ADDRESS | from this address
+--server NAME | on this server
+--error-type NAME | that failed with this class of exception or JSON-RPC code
 --event ID | the one with this event_id
 --grep TEXT | with this text in name, input, error or reason, in any case
 --min-ms N:positive | that took N milliseconds or longer
 
-@log show, follow, filter and export events
-Show the newest events, from the database and from the journal of running servers.
+@log show, follow, filter and export events, from the database and from the journal of running servers
 > log --tool my_tool --status error --since 1d
 > log --tool 'user_*' --grep timeout --input
 > log --policy denied --since 7d --export denied.csv
-> log --json --limit 500
 > log --follow --status error
 &filters
 [what is shown]
@@ -12856,7 +12843,7 @@ Show the newest events, from the database and from the journal of running server
 [export]
 --export FILE | write every match (or --limit) with all columns; the extension is one of {exports}; \
 - is standard output
---format FORMAT:format | of an export, instead of its extension; without one, print lines of {streams}
+--format FORMAT {formats} | of an export, instead of its extension; without one, print lines of {streams}
 --cursor-file FILE | print what is new since the last run with this file
 --post URL | send the lines there instead, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
@@ -12864,7 +12851,7 @@ Show the newest events, from the database and from the journal of running server
 --bom | begin CSV with a byte order mark, so that Excel reads it as UTF-8
 
 @show show one event in full
-Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.
+`log --wide` and `log --json` tell its event_id.
 > show 20261125T010203123456Z-1f2e3d4c:17
 > show 1f2e3d4c:17 --around 5
 event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
@@ -12873,11 +12860,9 @@ event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it tha
 --json | print a JSON object
 
 @stats count calls, errors and denials; find what is slow
-Show how often, how long and how well: a line for each group of events. P50, P95, P99 and MAX are \
-milliseconds.
+A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 > stats --since 1d
 > stats --type tool --sort p95
-> stats --by hour --tool my_tool
 > stats --by user --policy denied --json
 &filters
 [what is shown]
@@ -12899,50 +12884,41 @@ statement SELECT | the statement; - reads it from standard input
 --raw | leave text in CSV as it is that a spreadsheet takes for a formula
 
 @config show the settings that hold, and who set them
-Show every setting of the profile: its value and where it comes from. Secrets are left out.
-> config
+Secrets are left out.
 > config --profile production --json
 --json | print a JSON object of value and source
 
 @redact show what would be recorded of an input, and why
-Read JSON on standard input and print what would be recorded of it, then a line for each part that is taken \
-out. Without a site file the default rules hold.
-> redact < input.json
+Read JSON on standard input. Without a site file the default rules hold.
 > redact --tool login --json < input.json
 --tool NAME | as the input of this tool
 --json | print one object: recorded, redacted
 
-@ingest move the events of dead processes from the journal into the database
-Move every segment that no running server is writing into the database.
+@ingest move what no running server writes from the journal into the database
 > ingest
-> ingest --db /var/log/mxcp/audit-prod.duckdb
 
 @doctor say how the log is doing, and what to do about it
-Examine engine, database, journal, permissions and space. Exit status: 0 healthy, 1 not.
-> doctor
+Exit status: 0 healthy, 1 not.
 > doctor --json
 --json | print a JSON object
 --prometheus | print the numbers as gauges of Prometheus
 
 @report write a report as one HTML file
-Write what happened as one HTML file that loads nothing and has no script.
+It loads nothing and has no script.
 > report --out report.html --since 30d
-> report --out denied.html --policy denied --since 7d
 &filters
 &times
 --out FILE ! | the file; it appears whole or not at all
 -n --limit N:positive | the newest N events in full (default: 100)
 
 @import take in MXCP's own JSONL logs
-Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported before is not imported \
-again, so a log that grew can be given again.
-> import audit.jsonl
+Any version, plain or gzip. What was imported before is not imported again, so a log that grew can be \
+given again.
 > import logs-2025.jsonl.gz logs-2026.jsonl
 files FILE + | a JSONL log of MXCP's
 
 @wrap run any stdio MCP server and record what it executes
-Run COMMAND, an MCP server over standard input and output in any language, and record its tool calls, \
-resource reads and prompts. Every byte passes unchanged.
+COMMAND talks over standard input and output, in any language. Every byte passes unchanged.
 > wrap -- npx -y @modelcontextprotocol/server-everything
 > wrap --profile production --strict -- python server.py
 --strict | refuse each call that can't be recorded (default: as the site file says)
@@ -12951,7 +12927,6 @@ server COMMAND … | the server, behind --
 @verify prove that nothing was changed, removed or inserted
 Recompute the ledger from the events. Exit status: 0 intact, 1 not.
 > verify
-> verify --since 7d --json
 > verify --checkpoint heads.json
 &times
 --json | print the whole answer as a JSON object
@@ -12976,24 +12951,22 @@ event EVENT_ID | as `log --json` shows it
 Delete every segment whose last event is older than that, and enter into the ledger what went.
 > purge --older-than 90d --dry-run
 > purge --older-than 90d --archive archive
-> purge --older-than 2026-01-01
 &times
 --older-than WHEN:time ! | 90d, or before an ISO date or time
 --dry-run | say what would go
 --archive DIR | write what goes as Parquet into DIR first
 
 @backup copy the log while the server runs
-Copy the whole log into the new database FILE.
 > backup /backup/audit-2026-11-25.duckdb
 file FILE | a new file; nothing is overwritten
 
 @restore put a backup back, without losing what came after it
-Put the backup FILE in place of the database, and add what only the database holds.
+The backup takes the place of the database; what only the database holds is added.
 > restore /backup/audit-2026-11-25.duckdb
 file FILE | what `backup` made
 
 @compact give the space of purged events back to the file system
-Write the database anew and put it in place of the old one.
+The database is written anew and takes the place of the old one.
 > compact
 
 @completion print what makes a shell complete this program's words
@@ -13009,6 +12982,7 @@ _WORDS: Final[Mapping[str, Collection[str]]] = {
     "columns": PUBLIC_COLUMNS,
     "exports": tuple(EXPORT_FORMATS),
     "streams": tuple(STREAM_FORMS),
+    "formats": sorted({*EXPORT_FORMATS, *STREAM_FORMS}),
     "groups": tuple(STATS_BY),
     "sorts": tuple(_SORTS),
     "shells": ("bash", "zsh"),
@@ -13019,7 +12993,6 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "seconds": _seconds,
     "columns": _columns,
     "policy": lambda text: _POLICY_WORDS.get(text, text),
-    "format": str,
 }
 _UNWAITING: Final = ("config", "redact", "wrap", "completion")  # they open no database
 _HELP_WIDTH: Final = 78  # argparse would fold the examples, too
@@ -13038,37 +13011,35 @@ def _worded(text: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: ", ".join(_WORDS[match[1]]), text)
 
 
+_MARKS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "!": {"required": True},
+    "*": {"action": "append"},
+    "+": {"nargs": "+"},
+    "…": {"nargs": "...", "metavar": "-- COMMAND …"},
+}
+
+
 def _add_option(place: Any, line: str) -> None:
     """Add one line of _OPTIONS to a parser or a group of one."""
-    import argparse
-
     form, _, text = line.partition(" | ")
-    names: list[str] = []
+    first, *words = form.split(" ")
+    names: list[str] = [first]
     settings: dict[str, Any] = {"help": _worded(text)}
-    marks: dict[str, dict[str, Any]] = {
-        "!": {"required": True},
-        "*": {"action": "append"},
-        "+": {"nargs": "+"},
-        "…": {"nargs": argparse.REMAINDER, "metavar": "-- COMMAND …"},
-    }
-    for number, word in enumerate(form.split(" ")):
-        parse = word.rpartition(":")[2] if ":" in word else ""
-        word = word.removesuffix(f":{parse}") if parse else word
+    for word in words:
+        word, _, parse = word.partition(":")
         if parse:
             settings["type"] = _argument(_PARSERS[parse])
-        if parse == "format":
-            settings["choices"] = sorted({*EXPORT_FORMATS, *STREAM_FORMS})
-        if not number or word.startswith("-"):
+        if word.startswith("-"):
             names.append(word)
         elif word.startswith("{"):
             settings["choices"] = _WORDS[word[1:-1]]
         elif word.startswith("="):
-            settings["default"] = {"5.0": 5.0, "100": 100}.get(word[1:], word[1:])
-        elif word in marks:
-            settings |= marks[word]
+            settings["default"] = word[1:]
+        elif word in _MARKS:
+            settings |= _MARKS[word]
         else:
             settings["metavar"] = word
-    if len(settings) == 1 and names[0].startswith("-"):
+    if len(settings) == 1 and first.startswith("-"):
         settings["action"] = "store_true"
     place.add_argument(*names, **settings)
 
@@ -13116,15 +13087,16 @@ examples:
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (one_line, description, *lines) in option_blocks().items():
+    for name, (one_line, *lines) in option_blocks().items():
         if not name.startswith("@"):
             continue
         name = name[1:]
+        more = "" if lines[0].startswith(">") else " " + lines.pop(0)
         examples = "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line.startswith("> "))
         command = commands.add_parser(
             name,
             help=one_line,
-            description=textwrap.fill(_worded(description), _HELP_WIDTH),
+            description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), _HELP_WIDTH),
             epilog=f"examples:\n{examples}",
             usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …"
             if name == "wrap"
@@ -13169,24 +13141,15 @@ def _say(text: str) -> None:
         print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
-def _say_status(text: str) -> None:
-    """Write a line over the last one, on a terminal."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+def _progress(what: str) -> Callable[..., None]:
+    """Return a function that shows how much is done on a terminal, and does nothing elsewhere."""
 
-
-def _progress_bar(what: str) -> Callable[[int, int], None]:
-    """Return what shows progress on a terminal, and does nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return lambda done, total: None
-
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int | None = None) -> None:
+        of = f"{done / 1e6:.1f} MB" if total is None else f"{done} of {counted(total, 'event')}"
         with contextlib.suppress(OSError, ValueError):
-            print(
-                f"\r{what} {done} of {counted(total, 'event')}", end="\n" * (done >= total), file=sys.stderr
-            )
+            print(f"\r{what} {of}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
 
-    return show
+    return show if sys.stderr.isatty() else lambda done, total=None: None
 
 
 def _terminal(file: TextIO) -> tuple[int | None, bool]:
@@ -13239,21 +13202,23 @@ def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
             yield reading
 
 
+_FILTER_OPTIONS: Final = {  # where an option has another name than the filter's field
+    **{f"{event_type}s": event_type for event_type in EVENT_TYPES},
+    **{"event_type": "type", "event_id": "event", "text": "grep"},
+}
+
+
 def _filter_of(options: argparse.Namespace) -> Filter:
     if options.since and options.until and options.until <= options.since:
         raise _UsageError("--until is not after --since, so nothing can match")
     if options.event is not None:
         parse_event_id(options.event)
-    names = {field: getattr(options, field) for field in Filter._fields if hasattr(options, field)}
-    return Filter(
-        **names,
-        tools=tuple(options.tool or ()),
-        resources=tuple(options.resource or ()),
-        prompts=tuple(options.prompt or ()),
-        event_type=options.type,
-        event_id=options.event,
-        text=options.grep,
-    )
+    values: dict[str, Any] = {}
+    for name in Filter._fields:
+        value = getattr(options, _FILTER_OPTIONS.get(name, name))
+        if value:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return Filter(**values)
 
 
 # --- log
@@ -13296,26 +13261,30 @@ def cmd_log(options: argparse.Namespace) -> int:
 
 
 def _check_log_options(options: argparse.Namespace) -> None:
-    if not options.export and (options.raw or (options.format and options.format not in STREAM_FORMS)):
-        raise _UsageError("--raw and this --format are for exports: add --export FILE")
-    if options.bom and not options.export:
-        raise _UsageError("--bom is for exports: add --export FILE")
-    if options.export and options.format and options.format not in EXPORT_FORMATS:
-        raise _UsageError(f"--format {options.format} is for printing lines: leave --export out")
-    if (options.cursor_file or options.post) and (options.export or options.format not in STREAM_FORMS):
-        raise _UsageError(f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}")
-    if options.cursor_file and (options.limit or options.oldest_first):
-        raise _UsageError("--cursor-file prints everything that is new: leave --limit and --oldest-first out")
-    if options.header and not options.post:
-        raise _UsageError("--header needs --post URL")
-    if options.export and (options.columns or options.wide or options.input or options.json):
-        raise _UsageError("an export has every column, in the format of its extension or of --format")
-    if options.running and (options.export or options.follow or options.format or options.oldest_first):
-        raise _UsageError("--running shows what has not ended: leave --export, --format and --follow out")
-    if options.follow and (options.export or options.until or options.oldest_first):
-        raise _UsageError(
-            "--follow shows what is yet to come: leave --export, --until and --oldest-first out"
-        )
+    export, form, has_order = options.export, options.format, options.oldest_first
+    is_stream, has_end = form in STREAM_FORMS, options.cursor_file or options.post
+    faults = {
+        "--raw, --bom and this --format are for exports: add --export FILE": not export
+        and (options.raw or options.bom or (form and not is_stream)),
+        f"--format {form} is for printing lines: leave --export out": export
+        and form
+        and form not in EXPORT_FORMATS,
+        f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}": has_end
+        and (export or not is_stream),
+        "--cursor-file prints everything that is new: leave --limit and --oldest-first out": (
+            options.cursor_file and (options.limit or has_order)
+        ),
+        "--header needs --post URL": options.header and not options.post,
+        "an export has every column, in the format of its extension or of --format": export
+        and (options.columns or options.wide or options.input or options.json),
+        "--running shows what has not ended: leave --export, --follow and --format out": options.running
+        and (export or options.follow or form or has_order),
+        "--follow shows what is yet to come: leave --export, --until and --oldest-first out": options.follow
+        and (export or options.until or has_order),
+    }
+    for fault, holds in faults.items():
+        if holds:
+            raise _UsageError(fault)
 
 
 def _columns_of(rows: Iterable[Row], columns: Sequence[str] | None) -> tuple[Iterable[Row], Sequence[str]]:
@@ -13546,11 +13515,6 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
             )
         else:
             store.refuse_own_files(path)
-        on_terminal = sys.stderr.isatty()
-
-        def progress(size: int) -> None:
-            _say_status(f"{size / 1e6:.1f} MB written")
-
         with _whole_log(store, options) as reading:
             written = reading.export(
                 what,
@@ -13560,10 +13524,10 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
                 oldest_first=options.oldest_first,
                 raw=options.raw,
                 bom=options.bom,
-                progress=progress if on_terminal else None,
+                progress=_progress("written") if sys.stderr.isatty() else None,
             )
-        if on_terminal:
-            _say_status("")
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr)
         if to_stdout:
             _copy_to_stdout(path)
     _say(f"{counted(written, 'event')} written to {'standard output' if to_stdout else path}")
@@ -13595,20 +13559,18 @@ _SHOWN: Final = (
 )
 
 
-def _is_event_id(text: str) -> bool:
-    with contextlib.suppress(EventError):
-        return bool(parse_event_id(text))
-    return False
-
-
 def cmd_show(options: argparse.Namespace) -> int:
     """Show one event. 1 if there is none of that id."""
     ids = [options.event.strip()]
-    is_part = re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", ids[0]) and not _is_event_id(ids[0])
-    if not is_part:
+    is_part = False
+    try:
         parse_event_id(ids[0])
+    except EventError:  # its beginning, or what follows the time
+        is_part = re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", ids[0]) is not None
+        if not is_part:
+            raise
     with _store_of(options).reading(wait=options.wait) as reading:
-        if is_part:  # its beginning, or what follows the time
+        if is_part:
             ids = [str(name) for (name,) in reading.ids_like(ids[0])]
         if len(ids) > 1:
             raise _UsageError(f"{options.event} may be any of {', '.join(ids)} …")
@@ -13640,9 +13602,8 @@ def cmd_show(options: argparse.Namespace) -> int:
         write_fields(sys.stdout, [(name, fields[name]) for name in names.split()])
     if around:
         _print()
-        width, colour = _terminal(sys.stdout)
         columns = (*SHORT_COLUMNS, "event_id")
-        EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(around)
+        EventTable(sys.stdout, columns=columns, width=None, colour=False, local=options.local).write(around)
     return 0
 
 
@@ -13849,7 +13810,7 @@ def cmd_verify(options: argparse.Namespace) -> int:
     checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
     store = Store(_config_of(options))
     verdict = store.verify(
-        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress_bar("verified")
+        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress("verified")
     )
     if options.json:
         _print_json(_verdict_object(verdict))
@@ -13869,26 +13830,22 @@ def cmd_verify(options: argparse.Namespace) -> int:
 
 
 def _verdict_object(verdict: Verdict) -> dict[str, object]:
+    counts = "entries segments events purged lost legacy waiting_bytes"
+    findings = [
+        {
+            "kind": finding.kind,
+            "segment": finding.segment,
+            "journal": finding.journal,
+            "events": [f"{finding.segment}:{seq}" for seq in finding.seqs],
+            "text": finding.text,
+        }
+        for finding in verdict.findings
+    ]
     return {
         "intact": verdict.intact,
-        "entries": verdict.entries,
-        "segments": verdict.segments,
-        "events": verdict.events,
-        "purged": verdict.purged,
-        "lost": verdict.lost,
-        "legacy": verdict.legacy,
-        "waiting_bytes": verdict.waiting_bytes,
+        **{name: getattr(verdict, name) for name in counts.split()},
         "journals": [head._asdict() for head in verdict.heads],
-        "findings": [
-            {
-                "kind": finding.kind,
-                "segment": finding.segment,
-                "journal": finding.journal,
-                "events": [f"{finding.segment}:{seq}" for seq in finding.seqs],
-                "text": finding.text,
-            }
-            for finding in verdict.findings
-        ],
+        "findings": findings,
         "more_findings": verdict.more_findings,
         "purges": verdict.purges,
         "notes": verdict.notes,
@@ -14039,20 +13996,16 @@ def cmd_completion(options: argparse.Namespace) -> int:
 
 def completion_script(shell: str) -> str:
     """Return the completion for bash or zsh, made from the parser itself."""
-    commands: Mapping[str, argparse.ArgumentParser] = {}
-    for action in build_parser()._actions:
-        if action.dest == "command":
-            commands = cast("Mapping[str, argparse.ArgumentParser]", action.choices)
+    actions = {action.dest: action for action in build_parser()._actions}
+    commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
     words, values = [], []
     for name, command in commands.items():
         flags: list[str] = []
         for action in command._actions:
-            flags += action.option_strings
+            flags += action.option_strings or action.choices or ()
             if action.choices and action.option_strings:
                 cases = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
                 values.append(f'        {cases}) words="{" ".join(action.choices)}" ;;')
-            elif action.choices:
-                flags += action.choices
         words.append(f'        {name}) words="{" ".join(flags)}" ;;')
     return _COMPLETION.format(
         zsh=_COMPLETION_ZSH if shell == "zsh" else "",
@@ -14090,6 +14043,7 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 # --- the end of all ways
 
 
+# A path may be what is no UTF-8.
 _FILE_OPTIONS: Final = {
     *("config", "db", "export", "out", "archive", "checkpoint", "signed_by", "sign", "cursor_file", "file")
 }
@@ -14111,9 +14065,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         for name, value in vars(options).items():
-            if name not in _FILE_OPTIONS and re.search(
-                "[\ud800-\udfff]", value if isinstance(value, str) else ""
-            ):
+            is_text = isinstance(value, str) and name not in _FILE_OPTIONS
+            if is_text and re.search("[\ud800-\udfff]", value):
                 raise _UsageError(f"{name}: {value!r} is no UTF-8")
         if getattr(options, "utc", False) and options.local:
             raise _UsageError("--utc or --local, not both")

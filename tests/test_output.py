@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 
-import mxcp_audit
 from mxcp_audit import (
     PUBLIC_COLUMNS,
     EventTable,
