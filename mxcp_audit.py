@@ -251,8 +251,6 @@ _REFUSED_CHARACTER: Final = re.compile(
     r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
 )
 _BLANKS: Final = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
-_START_MARKER: Final = re.compile(r"^---(?=[ \t\n\0])", re.MULTILINE)
-_END_MARKER: Final = re.compile(r"^\.\.\.(?=[ \t\n\0])", re.MULTILINE)
 _END: Final = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH: Final = re.compile(r"-(?=[ \t\n\0])")
 _COLON: Final = re.compile(r" *:(?=[ \t\n\0])")
@@ -373,10 +371,13 @@ class _YamlReader:
     def document(self) -> object:
         """The value of the only document; None where there are only comments."""
         self.take(_BLANKS)
-        explicit = bool(self.take(_START_MARKER))
+        explicit = self.column() < 0 and self.text[self.pos] == "-"
+        if explicit:
+            self.pos += len("---")
         started = explicit or self.column() >= 0
         value = self.node(-1, after_key=explicit)
-        while started and self.take(_END_MARKER):
+        while started and self.column() < 0 and self.text[self.pos] == ".":
+            self.pos += len("...")
             self.end_line()
         if self.column() >= 0:
             self.fail("text after the end of the value; check the indentation of this line")
@@ -691,21 +692,11 @@ def is_attach_target(path: str) -> bool:
 
 
 # What may be shown of a connection string and of the `attach` options; everything else may be secret.
-_PUBLIC_KEYS: Final = frozenset(
-    (
-        "dbname",
-        "host",
-        "hostaddr",
-        "port",
-        "user",
-        "service",
-        "sslmode",
-        "application_name",
-        "connect_timeout",
-    )
+_PUBLIC_KEYS: Final = re.compile(
+    "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
 )
-_PUBLIC_OPTIONS: Final = frozenset(
-    ("TYPE", "DATA_PATH", "SCHEMA", "METADATA_SCHEMA", "METADATA_CATALOG", "SECRET")
+_PUBLIC_OPTIONS: Final = re.compile(
+    "type|data_path|schema|metadata_schema|metadata_catalog|secret", re.IGNORECASE
 )
 _PREFIXES: Final = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
 _PAIR: Final = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
@@ -726,7 +717,7 @@ def public_target(target: str) -> str:
     has_pairs = prefix.lower().endswith(("postgres:", "mysql:")) or re.match(r"\w+\s*=", rest)
     if has_pairs and "://" not in rest:
         shown = [
-            f"{key}={value if key.lower() in _PUBLIC_KEYS else '…'}" for key, value in _PAIR.findall(rest)
+            f"{key}={value if _PUBLIC_KEYS.fullmatch(key) else '…'}" for key, value in _PAIR.findall(rest)
         ]
         return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
     before, mark, after = rest.rpartition("@")
@@ -745,7 +736,7 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
     public, start = public_target(target), len(_prefix(target))
     if target[start:]:
         text = text.replace(target[start:], public[start:])
-    shown = [public, *(str(value) for name, value in options.items() if name.upper() in _PUBLIC_OPTIONS)]
+    shown = [public, *(str(value) for name, value in options.items() if _PUBLIC_OPTIONS.fullmatch(name))]
     given = [target, *map(str, options.values())]
     secret = {*_PIECE.findall(" ".join(given))} - {*_PIECE.findall(" ".join(shown))}
     if any(piece in text for piece in secret):
@@ -944,29 +935,28 @@ def _trail_end(name: object, entry: object = None) -> str:
 # --- the site file
 
 
-class _SiteFile:
+class _SiteFile(_YamlReader):
     """A site file that was read, and where in it everything stands."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.reader = _YamlReader(_site_bytes(path), path)
-        root = self.reader.document()
+        super().__init__(_site_bytes(path), path)
+        root = self.document()
         if root is not None and not isinstance(root, dict):
-            self.reader.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
+            self.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
         self.root: dict[object, object] = root or {}
 
     def at(
         self, parent: dict[object, object], key: object, *trail: str, entry: object = None
     ) -> dict[str, Any]:
         """The arguments of ConfigError that say where a key, or an entry in its value, stands."""
-        position = self.reader.places[id(parent), key]
+        position = self.places[id(parent), key]
         if entry is not None:
-            position = self.reader.places.get((id(parent[key]), entry), position)
-        return {**self.reader.place(position), "trail": (*trail, _trail_end(key, entry))}
+            position = self.places.get((id(parent[key]), entry), position)
+        return {**self.place(position), "trail": (*trail, _trail_end(key, entry))}
 
     def source(self, parent: dict[object, object], key: object) -> str:
         """File and line of a key, as `Config.sources` has them."""
-        return f"{os.path.basename(self.path)}:{self.at(parent, key)['line']}"
+        return f"{os.path.basename(self.path or '')}:{self.at(parent, key)['line']}"
 
     def section(self, parent: dict[object, object], key: str, *trail: str) -> dict[object, object]:
         """The mapping under a key; empty where the key, or what follows it, is missing."""
@@ -1064,17 +1054,15 @@ def load_config(
         if setting not in sources and setting in settings and re.search(r"[/\\\0\ud800-\udfff]", name):
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
             raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
-    if not remote:
-        settings["path"] = os.path.join(folder, settings["path"].removeprefix("./"))
-    if "journal" in settings:
-        settings["journal"] = os.path.join(folder, settings["journal"].removeprefix("./"))
-    defaults = dict.fromkeys((name for name in Config._fields if name != "sources"), "default")
-    all_sources = {**defaults, **sources, "profile": name_source, "site_file": site_source}
-    return Config(profile=name, site_file=site_file, sources=all_sources, **settings)
+        if setting in settings and not (setting == "path" and remote):
+            settings[setting] = os.path.join(folder, settings[setting].removeprefix("./"))
+    sources = {**dict.fromkeys((*SETTINGS, "profile"), "default"), **sources}
+    sources |= {"profile": name_source, "site_file": site_source}
+    return Config(profile=name, site_file=site_file, sources=sources, **settings)
 
 
 def has_site_file() -> bool:
-    """Say whether `load_config` would find a site file by itself."""
+    """Return True if `load_config` finds a site file by itself."""
     try:
         _find_site_file(None, None)
     except ConfigError:
@@ -3357,7 +3345,7 @@ def event_of_line(line: bytes) -> dict[str, Any]:
     if not event.get("seq"):
         raise ValueError("seq is missing")
     try:
-        datetime.datetime.strptime(event.get("timestamp") or "", "%Y-%m-%dT%H:%M:%S.%fZ")
+        datetime.datetime.strptime(event.get("timestamp") or "", LINE_TIME)
     except ValueError as error:
         raise ValueError(f"timestamp {event.get('timestamp')!r} is no time") from error
     return event
@@ -5475,7 +5463,8 @@ class Call:
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
-        await self.end_async(error)
+        if not self.waits:
+            await self.end_async(error)
 
 
 @functools.lru_cache(1024)  # most calls of a session differ in nothing here, but for those in a trace
@@ -6005,31 +5994,25 @@ class Middleware:
                 call.is_open = False
         call = self._call_of(event_type, context, message)
         call.waits = False
-        try:
-            await call.begin_async()
-        except AuditUnavailableError as error:
-            raise _protocol_error(error) from error
         failure: BaseException | None = None
-        before = _running.set(call)
         self._inside += 1
         try:
-            result = await call_next(context)
-            self._conclude(call, result)
-            return result
-        except BaseException as error:
-            failure = error
-            if type(error).__name__ == "NotFoundError":
-                await self._ask_for_refusal(call, context)
-            raise
+            async with call:
+                try:
+                    result = await call_next(context)
+                    self._conclude(call, result)
+                    return result
+                except BaseException as error:
+                    failure = error
+                    if type(error).__name__ == "NotFoundError":
+                        await self._ask_for_refusal(call, context)
+                    raise
+        except AuditUnavailableError as error:
+            if error is failure:  # of another call, which the body made
+                raise
+            raise _protocol_error(error) from error
         finally:
             self._inside -= 1
-            with contextlib.suppress(ValueError):  # left in another context than entered
-                _running.reset(before)
-            if not call.waits:
-                try:
-                    await call.end_async(failure)
-                except AuditUnavailableError as error:
-                    raise _protocol_error(error) from error
 
     async def check_resource_access(self, context: object) -> None:
         """Allow: FastMCP 4 asks each middleware."""
@@ -6138,21 +6121,19 @@ class Middleware:
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
             name = key.removeprefix(f"{event_type}:").rpartition("@")[0] or key.removeprefix(f"{event_type}:")
             call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
-            call.is_open, call.task = True, _current_task()
-            await call.begin_async()
+            call.is_open, call.task, call.waits = True, _current_task(), True
             failure: BaseException | None = None
-            before = _running.set(call)
             try:
-                result = function(*args, **kwargs)
-                result = await result if isinstance(result, Awaitable) else result
-                if (problem := error_of_result(result)) is not None:
-                    call.fail(problem, "tool_error")
-                return result
+                async with call:
+                    result = function(*args, **kwargs)
+                    result = await result if isinstance(result, Awaitable) else result
+                    if (problem := error_of_result(result)) is not None:
+                        call.fail(problem, "tool_error")
+                    return result
             except BaseException as error:
                 failure = error
                 raise
             finally:
-                _running.reset(before)
                 await self._end_task(call, task, failure)
 
         return _task
@@ -6278,10 +6259,8 @@ def audited(
             if caller:
                 origin["caller"] = caller
             return Call(logger, event_type, title, input_of(args, kwargs), **origin)
-        if (
-            event_type == "resource" and outer.arguments is None
-        ):  # it knows the URI, and we what it stands for
-            outer.name = title
+        if event_type == "resource" and outer.arguments is None:
+            outer.name = title  # it knows the URI, and we what that stands for
             outer.take_input(input_of(args, kwargs))
         return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
 
@@ -6328,13 +6307,13 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
     def _plain(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
-        call.__enter__()
+        call.begin()
         try:
-            result = function(*args, **kwargs)
+            with call.running():
+                result = function(*args, **kwargs)
         except BaseException as error:
-            call.__exit__(None, error, None)
+            call.end(error)
             raise
-        call._leave()
         return _followed(call, result)
 
     return _plain
@@ -6361,14 +6340,13 @@ def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
     def _generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
         call.begin()
-        failure: BaseException | None = None
         try:
-            return (yield from _Steps(call, function(*args, **kwargs)))
+            returned = yield from _Steps(call, function(*args, **kwargs))
         except BaseException as error:
-            failure = error
+            call.end(error)
             raise
-        finally:
-            call.end(failure)
+        call.end()
+        return returned
 
     return _generator
 
@@ -6379,7 +6357,6 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
         call = start(args, kwargs)
         await call.begin_async()
-        failure: BaseException | None = None
         try:
             generator = function(*args, **kwargs)
             step, value = generator.asend, None
@@ -6388,7 +6365,7 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                     with call.running():
                         item = await step(value)
                 except StopAsyncIteration:
-                    return
+                    break
                 try:
                     step, value = generator.asend, (yield item)
                 except GeneratorExit:  # of aclose; an event loop that ends may have closed `generator` first
@@ -6398,10 +6375,9 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                 except BaseException as error:
                     step, value = generator.athrow, error
         except BaseException as error:
-            failure = error
+            await call.end_async(error)
             raise
-        finally:
-            await call.end_async(failure)
+        await call.end_async()
 
     return _async_generator
 
@@ -6475,12 +6451,11 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
     """
     import inspect
 
-    try:
-        try:
-            signature = inspect.signature(function, eval_str=True)
-        except Exception:  # an annotation that can't be evaluated
-            signature = inspect.signature(function)
-    except (TypeError, ValueError):  # some functions in C have none
+    signature = None
+    for eval_str in (False, True):  # the latter fails where an annotation can't be evaluated
+        with contextlib.suppress(Exception):
+            signature = inspect.signature(function, eval_str=eval_str)
+    if signature is None:  # some functions in C have none
         return lambda args, kwargs: {"args": args, "kwargs": kwargs}
     parameters = list(signature.parameters.values())
     owner = getattr(function, "__qualname__", "").rpartition(".")[0]
@@ -6595,31 +6570,13 @@ class AuditLogger:
         strict_timeout: float | str = 5.0,
         attach: Mapping[str, object] | None = None,
     ) -> None:
+        settings = {**locals()}  # the arguments by name, which are those of the configuration
+        del settings["self"], settings["log_path"]
         if path is None:
             if log_path is None:
                 raise ConfigError("name the database file, such as logs-default.duckdb", trail=("path",))
-            path = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
-        self._start(
-            config_from_arguments(
-                path,
-                enabled=enabled,
-                journal=journal,
-                flush_interval=flush_interval,
-                durable=durable,
-                on_full=on_full,
-                max_input_bytes=max_input_bytes,
-                redact=redact,
-                keep=keep,
-                redact_mode=redact_mode,
-                retention=retention,
-                record_result=record_result,
-                max_result_bytes=max_result_bytes,
-                trusted_proxies=trusted_proxies,
-                strict=strict,
-                strict_timeout=strict_timeout,
-                attach=attach,
-            )
-        )
+            settings["path"] = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
+        self._start(config_from_arguments(**settings))
 
     @classmethod
     def from_config(
@@ -6649,11 +6606,10 @@ class AuditLogger:
             diagnostics=told,
             encode_begin=self._begin_line,
         )
+        settings = {**config._asdict(), "attach": dict(config.attach), "sources": {}}
         self._ingester = Ingester(
             appender,
-            None
-            if self._ingest is None
-            else {**config._asdict(), "attach": dict(config.attach), "sources": {}},
+            None if self._ingest is None else settings,
             interval=config.flush_interval,
             diagnostics=told,
         )
@@ -6881,24 +6837,9 @@ class AuditLogger:
         Arguments are those of `log_event`; exceptions of `denied_by` are recorded as the policy
         decision `deny`. Works with `with` and `async with`.
         """
-        return Call(
-            self,
-            event_type,
-            name,
-            input_params,
-            caller=caller,
-            endpoint_def=endpoint_def,
-            user_id=user_id,
-            session_id=session_id,
-            trace_id=trace_id,
-            client=client,
-            agent=agent,
-            address=address,
-            server=server,
-            request_id=request_id,
-            context=context,
-            denied_by=denied_by,
-        )
+        given = {**locals()}  # the arguments by name, which are those of a Call
+        del given["self"]
+        return Call(self, **given)
 
     def policy(self, decision: str, reason: str | None = None) -> None:
         """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
@@ -6987,14 +6928,8 @@ class AuditLogger:
         """How the logger is doing: a snapshot for health checks."""
         writer, told = self._writer, self._diagnostics
         return Counters(
-            writer.accepted,
-            writer.written,
-            told.ingested,
-            told.dropped,
-            told.rejected,
-            told.errors,
-            told.last_error,
-            self.refused,
+            *(writer.accepted, writer.written, told.ingested, told.dropped),
+            *(told.rejected, told.errors, told.last_error, self.refused),
         )
 
     def flush(self, timeout: float = 10.0) -> bool:
@@ -12176,7 +12111,6 @@ class Importer:
 # --- the stdio wrapper's bookkeeping
 
 MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
-_MAX_DIGITS: Final = 4000  # below Python's limit for the digits of an integer
 
 
 class StdioAudit:
@@ -12408,7 +12342,7 @@ def _in_any_case(message: Mapping[str, Any], name: str) -> Any:
 
 def _json_int(text: str) -> int | str:
     """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
-    return int(text) if len(text) <= _MAX_DIGITS else text
+    return int(text) if len(text) <= 4000 else text  # below Python's limit for the digits of an integer
 
 
 # --- the server as a child

@@ -118,9 +118,7 @@ class Setting(NamedTuple):
     check: Callable[[Any], object]
     meaning: str
 
-class _SiteFile:
-    path: Incomplete
-    reader: Incomplete
+class _SiteFile(_YamlReader):
     root: dict[object, object]
     def __init__(self, path: str) -> None: ...
     def at(
