@@ -11088,12 +11088,8 @@ class Checkup:
     def _examine_access(self) -> None:
         import shutil
 
-        folder = os.path.dirname(self._store.target.path)
-        for path in (
-            self._store.target.path,
-            self._store.target.path + ".wal",
-            self._store.journal.directory,
-        ):
+        database, journal = self._store.target.path, self._store.journal.directory
+        for path in (database, database + ".wal", journal):
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
                 if mode & 0o077 and os.name == "posix":
@@ -11101,7 +11097,7 @@ class Checkup:
                 if not os.access(path, os.R_OK | os.W_OK):
                     self._fault(f"{path} can't be read and written by this user", "check owner and mode")
         space = {}
-        for path in {folder, os.path.dirname(self._store.journal.directory)}:
+        for path in {os.path.dirname(database), os.path.dirname(journal)}:
             with contextlib.suppress(OSError):
                 free = space[path] = shutil.disk_usage(path).free
                 if free < self._LITTLE_SPACE_BYTES:
@@ -11295,13 +11291,9 @@ class EventTable:
         grows: bool = False,
         local: bool = False,
     ) -> None:
-        self._file = file
-        self._columns = columns
-        self._width = width
-        self._colour = colour
+        self._file, self._columns, self._width, self._colour = file, columns, width, colour
         self._below = ("reason", "error") if with_reasons else ()
-        self._with_input = with_input
-        self._local = local
+        self._with_input, self._local = with_input, local
         self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
         if local:
             self._heads = [head.replace("UTC", "local") for head in self._heads]
@@ -11653,7 +11645,7 @@ def _json_sql(node: Any) -> str:
 
 
 # == Report ==
-# depends on: SQL, Engines, Store, Text
+# depends on: SQL, Store, Text
 #
 # One HTML file for people: no script, nothing loaded, readable without styles; what was recorded is text.
 
@@ -11781,10 +11773,7 @@ def report_html(
     reading: Reading, what: Filter, facts: Sequence[tuple[str, str]], *, newest: int
 ) -> Iterator[str]:
     """Yield the report of the matching events: the same text for the same events and facts."""
-
-    def ask(sql: str) -> list[Row]:
-        return reading.ask(what, sql)
-
+    ask = functools.partial(reading.ask, what)
     ((calls, first, last, span, *filled),) = ask(
         "SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last, "
         "epoch(max(timestamp) - min(timestamp))::BIGINT AS span, "
@@ -11815,13 +11804,13 @@ def report_html(
         )
         yield f"<h2>Calls per {unit} (UTC)</h2>{_chart(unit, buckets)}"
     heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
-    kinds = (
-        ("Tools, resources and prompts", "name"),
-        ("Users", "user"),
-        ("Clients", "client"),
-        ("Servers", "server"),
-    )
-    for (title, by), value in zip(kinds, filled):
+    kinds = {
+        "name": "Tools, resources and prompts",
+        "user": "Users",
+        "client": "Clients",
+        "server": "Servers",
+    }
+    for (by, title), value in zip(kinds.items(), filled):
         if value is not None:
             yield f"<h2>{title}</h2>{_html_table(heads.format(by), reading.stats(what, by=by, count=50))}"
     for title, columns, sql in _REPORT_TABLES:
@@ -12624,7 +12613,7 @@ def end_like(code: int) -> int:
 # == Commands ==
 # depends on: every section above, Wrap
 #
-# One table says what each command takes; its `cmd_…` does it and returns the code.
+# One table says what each command is for and takes; its `cmd_…` does it and returns the exit status.
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
@@ -12661,12 +12650,12 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
         match = _TIME.fullmatch(said)
         if match:
             day, minute, second, fraction, offset = match.groups()
-            zone = "" if not offset else "+00:00" if offset in "Zz" else f"{offset[:3]}:{offset[-2:]}"
+            zone = "" if local else "+00:00"
+            if offset:
+                zone = "+00:00" if offset in "Zz" else f"{offset[:3]}:{offset[-2:]}"
             moment = datetime.datetime.fromisoformat(
                 f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '')[:6].ljust(6, '0')}{zone}"
             )
-            if not zone and not local:
-                moment = moment.replace(tzinfo=datetime.timezone.utc)
         else:
             moment = now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", said)))
         return sql_time(moment.astimezone(datetime.timezone.utc))
@@ -12781,7 +12770,7 @@ _OPTIONS: Final = """
 --cursor-file FILE | print what is new since the last run with this file
 --post URL | send the lines there instead, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
---raw | leave text in CSV as it is that a spreadsheet takes for a formula
+--raw | no apostrophe in CSV before what a spreadsheet takes for a formula
 --bom | begin CSV with a byte order mark, so that Excel reads it as UTF-8
 
 @show show one event in full
@@ -12815,7 +12804,7 @@ It can write nothing and read nothing else. While it runs, servers keep their ev
 statement SELECT | the statement; - reads it from standard input
 --json | print a JSON array of objects
 --csv | print CSV
---raw | leave text in CSV as it is that a spreadsheet takes for a formula
+--raw | no apostrophe in CSV before what a spreadsheet takes for a formula
 
 @config show the settings that hold, and who set them
 Secrets are left out.
@@ -12869,14 +12858,14 @@ Recompute the ledger from the events. Exit status: 0 intact, 1 not.
 --signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
 
 @checkpoint print where the ledger ends, to be kept elsewhere
-Print the head of each journal's chain. Kept where nobody who can write the database can, it lets \
+Kept where nobody who can write the database can, it lets \
 `verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.
 > checkpoint > heads.json
 > checkpoint --sign ~/.ssh/id_ed25519 > heads.json
 --sign KEY | sign it with a private key of OpenSSH
 
 @prove print what shows somebody else that one event is in the log
-Print a proof of one event as JSON: with a checkpoint that was made since, whoever has no access to the log \
+With a checkpoint that was made since, whoever has no access to the log \
 can check it by tools/verify_independently.py.
 > prove 20260101T120000000000Z-1a2b3c4d:17 > proof.json
 event EVENT_ID | as `log --json` shows it
@@ -12904,7 +12893,7 @@ The database is written anew and takes the place of the old one.
 > compact
 
 @completion print what makes a shell complete this program's words
-Print a script for bash or zsh. Load it from your shell's start file.
+Load it from your shell's start file.
 > completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
 > completion zsh >> ~/.zshrc
 shell {shells} | which shell
@@ -12929,7 +12918,6 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "policy": lambda text: _POLICY_WORDS.get(text, text),
 }
 _UNWAITING: Final = ("config", "redact", "wrap", "completion")  # they open no database
-_HELP_WIDTH: Final = 78  # argparse would fold the examples, too
 
 
 def option_blocks() -> dict[str, list[str]]:
@@ -13030,7 +13018,7 @@ examples:
         command = commands.add_parser(
             name,
             help=one_line,
-            description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), _HELP_WIDTH),
+            description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), 78),
             epilog=f"examples:\n{examples}",
             usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …"
             if name == "wrap"
@@ -13542,7 +13530,6 @@ def cmd_show(options: argparse.Namespace) -> int:
 
 
 def cmd_stats(options: argparse.Namespace) -> int:
-    """Show figures of the events, by group."""
     sort = _SORTS[options.sort]
     with _whole_log(_store_of(options), options) as reading:
         rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
@@ -13558,7 +13545,6 @@ def cmd_stats(options: argparse.Namespace) -> int:
 
 
 def cmd_sql(options: argparse.Namespace) -> int:
-    """Run a person's own SELECT over the events."""
     if options.json and options.csv:
         raise _UsageError("--json or --csv, not both")
     statement = sys.stdin.read() if options.statement == "-" else options.statement
@@ -13594,7 +13580,6 @@ def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
 
 
 def cmd_config(options: argparse.Namespace) -> int:
-    """Show the settings that hold, without secrets."""
     config = _config_of(options)
     settings = {name: value for name, value in config._asdict().items() if name != "sources"}
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
@@ -13615,7 +13600,6 @@ def cmd_config(options: argparse.Namespace) -> int:
 
 
 def cmd_redact(options: argparse.Namespace) -> int:
-    """Show what would be recorded of the JSON on standard input."""
     if options.db is None and not options.config and not options.profile and not has_site_file():
         redactor, limit = Redactor(), 1 << 20
     else:
@@ -13706,7 +13690,6 @@ def cmd_doctor(options: argparse.Namespace) -> int:
 
 
 def cmd_report(options: argparse.Namespace) -> int:
-    """Write the report."""
     what = _filter_of(options)
     store = _store_of(options)
     store.refuse_own_files(options.out)
@@ -13825,7 +13808,6 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
 
 
 def cmd_checkpoint(options: argparse.Namespace) -> int:
-    """Print the end of each journal's chain."""
     checkpoint = Store(_config_of(options)).checkpoint(wait=options.wait)
     if options.sign:
         checkpoint["signature"] = sign_checkpoint(options.sign, checkpoint)
@@ -13834,7 +13816,6 @@ def cmd_checkpoint(options: argparse.Namespace) -> int:
 
 
 def cmd_prove(options: argparse.Namespace) -> int:
-    """Print the proof of one event."""
     _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait))
     return 0
 
@@ -13843,7 +13824,6 @@ def cmd_prove(options: argparse.Namespace) -> int:
 
 
 def cmd_purge(options: argparse.Namespace) -> int:
-    """Delete old events, or say which would go."""
     if options.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
     if options.archive and os.path.lexists(options.archive) and not os.path.isdir(options.archive):
@@ -13864,22 +13844,17 @@ def cmd_purge(options: argparse.Namespace) -> int:
     if removal.archive:
         _print(f"archived in {os.path.join(options.archive, removal.archive)}")
     if removal.wrong:
-        _say(
-            f"purged although not as recorded: {counted(len(removal.wrong), 'segment')}; "
-            "verify goes on saying so"
-        )
+        _say(f"{counted(len(removal.wrong), 'segment')} did not match the ledger, as `verify` goes on saying")
     return 0
 
 
 def cmd_backup(options: argparse.Namespace) -> int:
-    """Copy the log while servers run."""
     events = Store(_config_of(options)).backup(options.file, wait=options.wait)
     _print(f"{counted(events, 'event')} copied to {options.file}")
     return 0
 
 
 def cmd_restore(options: argparse.Namespace) -> int:
-    """Put a backup back."""
     restored = Store(_config_of(options)).restore(options.file, wait=options.wait)
     _print(f"{counted(restored.back, 'event')} restored; the database holds {restored.events}")
     if restored.kept:
@@ -13888,7 +13863,6 @@ def cmd_restore(options: argparse.Namespace) -> int:
 
 
 def cmd_compact(options: argparse.Namespace) -> int:
-    """Write the database anew in place of itself."""
     before, after = Store(_config_of(options)).compact(wait=options.wait)
     _print(f"{before} bytes before, {after} bytes after")
     return 0
@@ -13923,7 +13897,6 @@ def cmd_wrap(options: argparse.Namespace) -> int:
 
 
 def cmd_completion(options: argparse.Namespace) -> int:
-    """Print the completion script of a shell."""
     print(completion_script(options.shell))
     return 0
 
