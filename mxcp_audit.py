@@ -634,6 +634,7 @@ class Config(NamedTuple):
         attach: options for ATTACH by name; they may hold secrets, so `repr` leaves them out.
         retention: seconds after which `purge` may delete an event; None keeps all.
         strict: patterns of names of which nothing is executed that can't be put on record; ("*",) is all.
+        group: whether all of the directory's group may write and read, for processes of several users.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
     """
@@ -657,6 +658,7 @@ class Config(NamedTuple):
     trusted_proxies: tuple[str, ...] = ()
     strict: tuple[str, ...] = ()
     strict_timeout: float = 5.0
+    group: bool = False
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
@@ -854,28 +856,27 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     return dict(value)
 
 
-_SWITCH: Final = "true or false without quotes"
-_SECONDS: Final = 'a duration such as "10m", or seconds above 0'
-_SIZE: Final = f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}"
-_LIST: Final = "a list of names such as [email, phone]"
+_SWITCH: Final = ("true or false without quotes", _boolean)
+_SECONDS: Final = ('a duration such as "10m", or seconds above 0', _duration)
+_SIZE: Final = (f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
+_LIST: Final = ("a list of names such as [email, phone]", _names)
 # docs/configuration.md repeats this table, with the defaults of `Config`; a test compares them.
 SETTINGS: Final = {
-    "enabled": Setting(_SWITCH, _boolean, "whether anything is recorded"),
+    "enabled": Setting(*_SWITCH, "whether anything is recorded"),
     "path": Setting("a path, or an ATTACH target", _database, "the database; see below"),
     "journal": Setting("a path", _path, "the directory of the journal"),
     "attach": Setting("a mapping of options", _options, "text, numbers or booleans for DuckDB's `ATTACH`"),
     "flush_interval": Setting(
-        _SECONDS,
-        _duration,
+        *_SECONDS,
         "how long events stay in the journal at least; on a busy server up to a minute",
     ),
-    "durable": Setting(_SWITCH, _boolean, "whether `log_event` waits until the event is on the disk"),
+    "durable": Setting(*_SWITCH, "whether `log_event` waits until the event is on the disk"),
     "on_full": _one_of(
         "block or drop", "what `log_event` does while the queue is full; dropped events are counted"
     ),
-    "max_input_bytes": Setting(_SIZE, _bytes, "how many bytes of an event's input are kept"),
-    "redact": Setting(_LIST, _names, "more fields whose values are secrets"),
-    "keep": Setting(_LIST, _names, "fields whose values are kept although the name looks like a secret"),
+    "max_input_bytes": Setting(*_SIZE, "how many bytes of an event's input are kept"),
+    "redact": Setting(*_LIST, "more fields whose values are secrets"),
+    "keep": Setting(*_LIST, "fields whose values are kept although the name looks like a secret"),
     "redact_mode": _one_of("constant or hmac", "what stands for a secret"),
     "retention": Setting(
         'a duration such as "90d"', _duration, "how long events are kept; without it, for ever"
@@ -884,7 +885,7 @@ SETTINGS: Final = {
         "none, summary or body",
         "what is recorded of a result: nothing; its bytes, items and their kinds; the redacted result too",
     ),
-    "max_result_bytes": Setting(_SIZE, _bytes, "how many bytes of a result's body are kept"),
+    "max_result_bytes": Setting(*_SIZE, "how many bytes of a result's body are kept"),
     "trusted_proxies": Setting(
         "a list of addresses and networks",
         _networks,
@@ -895,7 +896,8 @@ SETTINGS: Final = {
         _strict,
         "calls that are refused if they can't be put on record first",
     ),
-    "strict_timeout": Setting(_SECONDS, _duration, "how long such a call waits for that"),
+    "strict_timeout": Setting(*_SECONDS, "how long such a call waits for that"),
+    "group": Setting(*_SWITCH, "whether users of one group share the log; files get mode 0660"),
 }
 
 
@@ -1080,18 +1082,16 @@ def _find_site_file(
         raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
     if config is not None:
         return os.path.join(start, config), "argument"
-    while True:
-        if os.path.lexists(os.path.join(folder, SITE_FILE)):
-            return os.path.join(folder, SITE_FILE), "found"
+    while not os.path.lexists(os.path.join(folder, SITE_FILE)):
         folder, below = os.path.dirname(folder), folder
         if folder == below:
-            break
-    raise ConfigError(
-        f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
-        " do without by --db or AuditLogger(path), or create one that says:"
-        " profiles: {default: {audit: {enabled: true}}}",
-        path=start,
-    )
+            raise ConfigError(
+                f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
+                " do without by --db or AuditLogger(path), or create one that says:"
+                " profiles: {default: {audit: {enabled: true}}}",
+                path=start,
+            )
+    return os.path.join(folder, SITE_FILE), "found"
 
 
 def _site_bytes(path: str) -> bytes:
@@ -1189,7 +1189,7 @@ def line_time(moment: datetime.datetime) -> bytes:
 
 
 def is_segment_id(text: str) -> bool:
-    """Say whether `text` has the form of a segment id."""
+    """Return True if `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
 
 
@@ -3368,7 +3368,8 @@ UNFINISHED: Final = "unfinished: the process ended during the call"  # the error
 _ENDED: Final = b'{"ended":'
 CALL_OF_LINE: Final = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
 _DIRECTORY_MODE: Final = 0o700
-_FILE_MODE: Final = 0o600
+FILE_MODES: Final = {False: 0o600, True: 0o660}  # True: for a group
+_GROUP_MODE: Final = 0o2770  # of a journal for a group, which is that of each file in it
 # Of files that may be others': without following a link, or waiting for the other end of a FIFO.
 _NO_FOLLOW: Final = (
     getattr(os, "O_NOFOLLOW", 0)
@@ -3501,15 +3502,31 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
             os.chown(path if fd is None else fd, owner.st_uid, owner.st_gid)
 
 
-def make_file(path: str, flags: int) -> int:
-    """Open a file, new or not, with mode 0600; links are not followed."""
-    fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, _FILE_MODE)
+def is_for_group(directory: str) -> bool:
+    """Return True for a directory in which each file is to be the group's: of a journal with `group`."""
+    return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
+
+
+def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
+    """Open a file, new or not, with mode 0600, or 0660 for a group; links are not followed."""
+    group = is_for_group(os.path.dirname(path)) if group is None else group
+    fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, FILE_MODES[group])
     try:
         give_to_owner(path, fd)
+        if group:
+            with contextlib.suppress(PermissionError):  # somebody else made it, and did this
+                os.fchmod(fd, FILE_MODES[True])  # whatever the umask says
     except OSError:
         os.close(fd)
         raise
     return fd
+
+
+def take_after(path: str, old: os.stat_result) -> None:
+    """Give a file the mode and the owner of the one that it replaces, as far as this user may."""
+    os.chmod(path, stat.S_IMODE(old.st_mode))
+    with contextlib.suppress(AttributeError, PermissionError):
+        os.chown(path, old.st_uid, old.st_gid)
 
 
 def file_digest(path: str) -> str:
@@ -3800,8 +3817,13 @@ class Journal:
     """The directory of segments. Making the object touches nothing; the first segment makes the directory."""
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, clock: Callable[[], int] = wall_clock_ns
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        group: bool = False,
+        clock: Callable[[], int] = wall_clock_ns,
     ) -> None:
+        self._group = group
         self.directory = os.path.abspath(directory)
         self._lock_path = os.path.join(self.directory, "ingest.lock")
         self._clock = clock  # for names only
@@ -3813,6 +3835,8 @@ class Journal:
             os.makedirs(parent, exist_ok=True)
             os.mkdir(self.directory, _DIRECTORY_MODE)
             give_to_owner(self.directory)
+            if self._group:
+                os.chmod(self.directory, _GROUP_MODE)
             os.close(make_file(self._lock_path, os.O_RDWR))
             if durable:
                 sync_directory(parent)
@@ -3830,6 +3854,8 @@ class Journal:
                 path=self.directory,
             )
         if not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0):
+            return
+        if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
         # Root works for the owner of the whole place, not for who put a directory into a shared one.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
@@ -3903,6 +3929,10 @@ class Journal:
     def reading_lock(self) -> contextlib.AbstractContextManager[bool]:
         """Keep ingests out, but no other reader; yields False if one runs. For targets that don't do so."""
         return self._locked(shared=True)
+
+    def wal_mark(self) -> str:
+        """Return the path of the file that says that the database's WAL holds only what we wrote."""
+        return os.path.join(self.directory, "journal.wal")
 
     def ask_readers(self) -> None:
         """Ask readers that come now to let the ingest have the database first; who has its lock may."""
@@ -6540,6 +6570,7 @@ class AuditLogger:
         strict: True, or names with `*`: such a call is executed only once its begin is in the journal, and
             answered only once its end is; else AuditUnavailableError is raised.
         strict_timeout: seconds that such a call waits for that, such as 5 or "5s".
+        group: True lets the users of one group share the log; files get mode 0660 then.
         attach: options of the ATTACH statement for targets other than files.
 
     Raises:
@@ -6568,6 +6599,7 @@ class AuditLogger:
         trusted_proxies: Sequence[str] = (),
         strict: bool | Sequence[str] = False,
         strict_timeout: float | str = 5.0,
+        group: bool = False,
         attach: Mapping[str, object] | None = None,
     ) -> None:
         settings = {**locals()}  # the arguments by name, which are those of the configuration
@@ -6601,7 +6633,7 @@ class AuditLogger:
         self._diagnostics = told = Diagnostics()
         self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
         appender = Appender(
-            Journal(config.journal_directory),
+            Journal(config.journal_directory, group=config.group),
             durable=config.durable,
             diagnostics=told,
             encode_begin=self._begin_line,
@@ -8344,6 +8376,7 @@ def _scratch(directory: str) -> Iterator[None]:
 
     shutil.rmtree(directory, ignore_errors=True)
     os.mkdir(directory, _DIRECTORY_MODE)
+    give_to_owner(directory)
     try:
         yield
     finally:
@@ -8372,6 +8405,7 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
+DAMAGED_WAL: Final = "replaying WAL"
 NEW_FILE: Final = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
 
 
@@ -8415,6 +8449,7 @@ class Target:
         self.name: str = public_target(config.path)  # for people: without passwords
         self._journal = journal
         self._options = config.attach
+        self._group = config.group
         self._opener = opener if self.is_file else functools.partial(opener, apart=True)
 
     def open_engine(self, *, guest: bool = False) -> Engine:
@@ -8465,7 +8500,11 @@ class Target:
                     raise self._public_error(error) from None
                 if type(error) in (StoreError, QueryError):  # ours, or the statement's
                     raise
-                raise type(error)(f"{self.path}: {error}; {_REMEDIES[type(error)]}") from error
+                remedy = _REMEDIES[type(error)]
+                if DAMAGED_WAL in str(error):
+                    wal = f"{self.path}.wal"
+                    remedy = f"what we wrote there waits in the journal too: mv '{wal}' '{wal}.damaged'"
+                raise type(error)(f"{self.path}: {error}; {remedy}") from error
             except BaseException:
                 engine.close()
                 raise
@@ -8519,17 +8558,33 @@ class Target:
         """While the database is attached for writing: have its WAL readable by its owner alone.
 
         DuckDB would make it as the umask says. It takes an empty one that it finds later than at ATTACH.
+        A mark in the journal says that it began empty, so that it holds nothing but what we write.
         """
         if read_only or os.path.islink(self.path):
             yield
             return
-        wal = self.path + ".wal"
+        wal, mark = self.path + ".wal", self._journal.wal_mark()
         with contextlib.suppress(OSError):
-            os.close(make_file(wal, os.O_WRONLY | os.O_EXCL))
+            os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
+            os.close(make_file(mark, os.O_WRONLY))
         yield
         with contextlib.suppress(OSError):
-            if not os.stat(wal).st_size:
+            if not _size_of(wal):
+                os.unlink(mark)
                 os.unlink(wal)  # nothing was written: leave nothing behind
+
+    def set_wal_aside(self) -> str | None:
+        """Give a damaged WAL another name if it holds only what we wrote, which waits in the journal still.
+
+        A segment is deleted after a checkpoint, and after one there is no WAL. Return the name, or None.
+        """
+        aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
+        try:
+            os.unlink(self._journal.wal_mark())
+            os.rename(self.path + ".wal", aside)
+        except OSError:
+            return None
+        return aside
 
     def _attach_options(self, read_only: bool) -> dict[str, object]:
         return {**self._options, **({"READ_ONLY": True} if read_only else {})}
@@ -8548,7 +8603,7 @@ class Target:
             for path in leftovers:
                 _remove(path)
             attach_file(engine, scratch, "scratch", {**self._options, **NEW_FILE})
-            os.chmod(scratch, _FILE_MODE)
+            os.chmod(scratch, FILE_MODES[self._group])
             give_to_owner(scratch)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
@@ -9397,21 +9452,20 @@ class Reading:
         sql, params = self._select(f"{expression} AS line", what, count, oldest_first)
         return (line for (line,) in self.engine.stream(sql, params))
 
+    def around(self, session: str, event_id: str, count: int) -> list[Row]:
+        """Return an event as a row of PUBLIC_COLUMNS with some of its session before and after it."""
+        places = f"row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events"
+        mine = f"max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine"
+        sql = f"SELECT *, {mine} FROM (SELECT *, {places})"
+        sql = f"SELECT {public_select()} FROM ({sql}) WHERE abs(place - mine) <= {count} ORDER BY place"
+        return self.ask(Filter(session=session), sql)
+
     def ids_like(self, part: str) -> list[Row]:
         """Return up to three ids of events that begin with a text, or go on so after the time."""
         params = {"part": part.replace("_", "").replace("%", "") + "%", "end": f"%-{part}"}
         source, _ = self._source(Filter(), None, NEWEST_FIRST)
         return self.engine.execute(
             f"SELECT {_EVENT_ID} AS id FROM ({source}) WHERE id LIKE $part OR id LIKE $end LIMIT 3", params
-        )
-
-    def around(self, session: str, event_id: str, count: int) -> list[Row]:
-        """Return an event with up to `count` of its session before and after it, oldest first."""
-        return self.ask(
-            Filter(session=session),
-            f", numbered AS (SELECT *, row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events) "
-            f"SELECT {public_select()} FROM numbered WHERE abs(place - (SELECT any_value(place) "
-            f"FROM numbered WHERE event_id = {sql_literal(event_id)})) <= {count} ORDER BY place",
         )
 
     def losses(self) -> list[Row]:
@@ -9488,7 +9542,8 @@ class Reading:
                     written = self._write(sql, params, target, form)
                 if written not in (expected, None):
                     raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
-                os.chmod(target, _FILE_MODE)
+                os.chmod(target, FILE_MODES[False])
+                give_to_owner(target)
                 os.replace(target, path)
         except OSError as error:
             raise StoreError(f"{path} can't be written: {error.strerror}") from error
@@ -10131,7 +10186,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
     scratch = os.path.join(directory, f".{name}.part")
     try:
-        os.makedirs(directory, mode=_DIRECTORY_MODE, exist_ok=True)
+        if not os.path.isdir(directory):
+            os.makedirs(directory, mode=_DIRECTORY_MODE)
+            give_to_owner(directory)
         with _scratch(scratch):
             files = _write_archive(engine, scratch, removal)
             manifest = {
@@ -10310,7 +10367,7 @@ def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Res
                             f"{place}: another process wrote to it meanwhile; try again"
                         )
                     _put_in_place(place, str(kept))
-                    os.chmod(copy, stat.S_IMODE(ours.st_mode))
+                    take_after(copy, ours)
                     os.replace(copy, place)
             sync_directory(folder)
     except OSError as error:
@@ -10378,9 +10435,7 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
             with _scratch(scratch):
                 fresh = os.path.join(scratch, "copy")
                 _copy_database(engine, target.columns(engine), fresh)
-                os.chmod(fresh, stat.S_IMODE(old.st_mode))
-                if hasattr(os, "chown"):
-                    os.chown(fresh, old.st_uid, old.st_gid)
+                take_after(fresh, old)
                 os.replace(fresh, path)
                 sync_directory(folder)
         except OSError as error:
@@ -10391,7 +10446,7 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
 def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> int:
     """Copy the attached database into a new file, read that back, and return the number of events."""
     attach_file(engine, path, "fresh", NEW_FILE)
-    os.chmod(path, _FILE_MODE)
+    os.chmod(path, FILE_MODES[False])
     engine.execute("COPY FROM DATABASE audit TO fresh")
     engine.execute("CHECKPOINT fresh")
     engine.execute("DETACH fresh")
@@ -10426,6 +10481,7 @@ def _copy_journal(paths: Iterable[str], directory: str) -> int:
 
 def _put_in_place(path: str, target: str) -> None:
     """Give a file another name, which must be free: unlike a rename, a link never overwrites."""
+    give_to_owner(path)
     try:
         os.link(path, target)
     except FileExistsError:
@@ -10465,7 +10521,7 @@ class Store:
         diagnostics: Diagnostics | None = None,
         opener: Callable[..., Engine] = open_engine,
     ) -> None:
-        self.journal: Journal = Journal(config.journal_directory)
+        self.journal: Journal = Journal(config.journal_directory, group=config.group)
         self.target: Target = Target(config, self.journal, opener)
         self._diagnostics = diagnostics or Diagnostics()
         self._ledger = Ledger(self.target, self.journal)
@@ -10513,6 +10569,14 @@ class Store:
                     with self.target.session(read_only=False, wait=0.0, guest=True):
                         pass
                 return self._ingest.run()
+            except DatabaseCorruptError as error:
+                aside = self.target.set_wal_aside() if DAMAGED_WAL in str(error) else None
+                if aside is None:
+                    raise
+                text = (
+                    f"the database's WAL was damaged and is {aside} now; what it held is taken in once more"
+                )
+                self._diagnostics.report("wal", text)
             except DatabaseLockedError:
                 if time.monotonic() + pause >= end:
                     raise
@@ -11092,7 +11156,7 @@ class Checkup:
         for path in (database, database + ".wal", journal):
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
-                if mode & 0o077 and os.name == "posix":
+                if mode & (0o007 if self._config.group else 0o077) and os.name == "posix":
                     self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
                 if not os.access(path, os.R_OK | os.W_OK):
                     self._fault(f"{path} can't be read and written by this user", "check owner and mode")
@@ -12732,7 +12796,7 @@ _OPTIONS: Final = """
 --type {types} | of this type
 --policy {policies}:policy | with this decision; denied means deny, and so on
 --status {statuses} | that ended so
---since WHEN:time | 10s 10m 2h 1d 1w 1h30m ago, today, 15:00, or since an ISO time
+--since WHEN:time | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or since an ISO date or time
 --until WHEN:time | before that long ago, or before an ISO time
 --caller NAME | from this caller: http, stdio, cli …
 --user ID | by this user
@@ -12778,7 +12842,7 @@ _OPTIONS: Final = """
 > show 20261125T010203123456Z-1f2e3d4c:17
 > show 1f2e3d4c:17 --around 5
 event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
---around N:positive | and N events of the same session before it and after it
+--around N:positive | a table of N events of the same session before it, the event, and N after it
 &times
 --json | print a JSON object
 
@@ -13500,17 +13564,13 @@ def cmd_show(options: argparse.Namespace) -> int:
         if not rows and reading.problem is not None:
             raise reading.problem
         event = dict(zip(PUBLIC_COLUMNS, rows[0])) if rows else {}
-        around: list[Row] = []
         if event and options.around:
             if event["session_id"] is None:
-                raise _UsageError(f"{options.event} has no session, so nothing is around it")
-            around = reading.around(event["session_id"], event["event_id"], options.around)
+                raise _UsageError(f"{ids[0]} has no session; leave --around out")
+            return _show_around(options, reading.around(event["session_id"], ids[0], options.around))
     if not event:
         _say(f"there is no event {options.event}")
         return EXIT_FAILED
-    if options.json and around:
-        write_json(sys.stdout, around)
-        return 0
     if options.json:
         _print_json(event, indent=2)
         return 0
@@ -13522,10 +13582,16 @@ def cmd_show(options: argparse.Namespace) -> int:
     for number, names in enumerate(_SHOWN):
         sys.stdout.write("\n" if number else "")
         write_fields(sys.stdout, [(name, fields[name]) for name in names.split()])
-    if around:
-        _print()
-        columns = (*SHORT_COLUMNS, "event_id")
-        EventTable(sys.stdout, columns=columns, width=None, colour=False, local=options.local).write(around)
+    return 0
+
+
+def _show_around(options: argparse.Namespace, rows: Sequence[Row]) -> int:
+    if options.json:
+        write_json(sys.stdout, rows, PUBLIC_COLUMNS)
+        return 0
+    width, colour = _terminal(sys.stdout)
+    columns = ("event_id", *SHORT_COLUMNS[:-1])
+    EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(rows)
     return 0
 
 

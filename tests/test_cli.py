@@ -845,19 +845,6 @@ def test_local_times_are_read_and_shown(filled: Path, run: Cli, tokyo: None) -> 
     assert run("log", *DB, "--local", "--utc").returncode == 2
 
 
-def test_show_around_is_what_the_session_did(engine: str, tmp_path: Path, run: Cli) -> None:
-    with AuditLogger(tmp_path / "log.duckdb") as audit:
-        for number in range(8):
-            session = f"s{number % 2}" if number < 7 else None
-            audit.log_event("cli", "tool", f"t{number}", {}, 1, session_id=session)
-    ids = {event["name"]: event["event_id"] for event in json.loads(run("log", *DB, "--json").stdout)}
-    for count, expected in ((1, ["t0", "t2", "t4"]), (9, ["t0", "t2", "t4", "t6"])):
-        assert names(run("show", *DB, ids["t2"], "--around", str(count), "--json")) == expected
-    text = run("show", *DB, ids["t2"], "--around", "1").stdout
-    assert re.findall(r"^2\S+ \S+ +tool +(t\d)", text, re.MULTILINE) == ["t0", "t2", "t4"]
-    assert run("show", *DB, ids["t7"], "--around", "1").returncode == 2
-
-
 @pytest.mark.parametrize("form", ["csv", "csv.gz"])
 def test_export_begins_with_a_byte_order_mark(filled: Path, run: Cli, form: str) -> None:
     import gzip
@@ -869,12 +856,6 @@ def test_export_begins_with_a_byte_order_mark(filled: Path, run: Cli, form: str)
         assert b.read() == b"\xef\xbb\xbf" + a.read()
     assert run("log", *DB, "--export", "c.json", "--bom").returncode == 2
     assert run("log", *DB, "--bom").returncode == 2
-
-
-def test_sql_csv_guards_the_names_of_columns(filled: Path, run: Cli) -> None:
-    question = ("sql", 'SELECT 1 AS "=a", 2 AS b', *DB, "--csv")
-    assert run(*question).stdout == "'=a,b\n1,2\n"
-    assert run(*question, "--raw").stdout == "=a,b\n1,2\n"
 
 
 # --- the page

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import datetime
 import json
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from pathlib import Path
@@ -356,3 +358,154 @@ def test_ingest_that_waits_is_let_pass_by_readers(log: Path, tmp_path: Path) -> 
     assert child.wait() == 0 and seen == [9]
     assert len(events(log)) == 9
     assert not store.journal.is_ingest_waiting()
+
+
+# --- at the terminal
+
+
+def test_times_are_read_and_shown_as_this_machine_s_if_asked(tmp_path: Path, cli: Cli) -> None:
+    database = tmp_path / "log.duckdb"
+    write_segment(database, START_NS, 3)
+    with m.Store(m.config_from_arguments(str(database))).reading() as reading:
+        (first, *_) = [row[0] for row in reading.rows(m.Filter(), oldest_first=True)]
+    moment = datetime.datetime.fromisoformat(first.replace("Z", "+00:00"))
+    there = moment.astimezone(datetime.timezone(datetime.timedelta(hours=5, minutes=30)))
+    for options, shown, head in (
+        ([], moment, "TIME (UTC)"),
+        (["--utc"], moment, "TIME (UTC)"),
+        (["--local"], there, "TIME (local)"),
+    ):
+        text = f"{shown:%Y-%m-%dT%H:%M:%S}"
+        asked = ["log", "--db", str(database), *options, "--since", text]
+        out = cli(*asked, "--oldest-first", TZ="Asia/Kolkata").stdout.splitlines()
+        assert out[0].startswith(head) and out[1].startswith(text.replace("T", " ")), options
+        done = cli("log", "--db", str(database), "--json", *options, "--until", text, TZ="Asia/Kolkata")
+        assert json.loads(done.stdout) == []
+        stats = cli("stats", "--db", str(database), *options, "--since", text, TZ="Asia/Kolkata").stdout
+        assert text.replace("T", " ") in stats
+
+
+def test_show_around_an_event_is_its_session_and_no_other(tmp_path: Path, cli: Cli) -> None:
+    database = str(tmp_path / "log.duckdb")
+    with m.AuditLogger(database) as audit:
+        for number in range(20):
+            audit.log_event("cli", "tool", str(number), session_id=f"s{number % 2}")
+        audit.log_event("cli", "tool", "alone")
+    (event,) = json.loads(cli("log", "--db", database, "--json", "--tool", "10").stdout)
+    shown = json.loads(cli("show", event["event_id"], "--db", database, "--around", "2", "--json").stdout)
+    assert [row["name"] for row in shown] == ["6", "8", "10", "12", "14"]
+    table = cli("show", event["event_id"], "--db", database, "--around", "1").stdout
+    assert [line.split()[4] for line in table.splitlines()[1:]] == ["8", "10", "12"]
+    (event,) = json.loads(cli("log", "--db", database, "--json", "--tool", "alone").stdout)
+    done = cli("show", event["event_id"], "--db", database, "--around", "1")
+    assert done.returncode == 2 and "has no session" in done.stderr
+
+
+@pytest.mark.parametrize("start", ["", "\u200b", "\ufeff \u2060", "\u00a0"])
+def test_csv_is_harmless_whatever_cannot_be_seen_before_a_formula(
+    start: str, tmp_path: Path, cli: Cli
+) -> None:
+    database = str(tmp_path / "log.duckdb")
+    with m.AuditLogger(database) as audit:
+        audit.log_event("cli", "tool", f"{start}=1+1")
+    export = tmp_path / "t.csv"
+    assert cli("log", "--db", database, "--export", str(export), "--bom").returncode == 0
+    assert export.read_bytes().startswith(codecs.BOM_UTF8) and f"'{start}=1+1" in export.read_text(
+        "utf-8-sig"
+    )
+    assert export.stat().st_mode & 0o777 == 0o600
+    out = cli("sql", f'SELECT name AS "{start}=2" FROM logs', "--db", database, "--csv").stdout
+    assert out.splitlines() == [f"'{start}=2", f"'{start}=1+1"]
+    done = cli("log", "--db", database, "--export", str(tmp_path / "t.json"), "--bom")
+    assert done.returncode == 2 and "--bom is for CSV" in done.stderr
+
+
+# --- users and groups
+
+
+def python_for_all() -> tuple[str, str]:
+    """Return a Python that any user may run, and where it finds DuckDB."""
+    import duckdb
+
+    packages = str(Path(duckdb.__file__).parent.parent)
+    python = f"/usr/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
+    if os.geteuid() or not os.path.exists(python):
+        pytest.skip(f"needs root, and {python}")
+    return python, packages
+
+
+SERVE = """
+import sys, mxcp_audit
+with mxcp_audit.AuditLogger.from_config() as audit:
+    for number in range(5):
+        audit.log_event("cli", "tool", f"{sys.argv[1]}-{number}", {"number": number}, user_id=sys.argv[1])
+"""
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_walk_of_service_root_and_group_ends_with_every_event_and_mode(group: bool) -> None:
+    """As in a container: installing, first event, every command, retention, backup, restore, compact."""
+    python, packages = python_for_all()
+    with tempfile.TemporaryDirectory() as top:
+        os.chmod(top, 0o755)
+        home = Path(top, "srv")
+        home.mkdir()
+        shutil.copy(ROOT / "mxcp_audit.py", home)
+        audit = f"{{enabled: true, path: log.duckdb, group: {str(group).lower()}}}"
+        site = f"profiles: {{default: {{audit: {audit}}}}}\n"
+        (home / "mxcp-site.yml").write_text(site)
+        for path in (home, *home.iterdir()):
+            os.chown(path, 10001, 5000)
+            os.chmod(path, 0o770 if path == home and group else 0o700 if path == home else 0o640)
+
+        def run(user: int, *arguments: str, gid: int = 5000) -> subprocess.CompletedProcess[str]:
+            who: dict[str, Any] = {"user": user, "group": gid, "extra_groups": []} if user else {}
+            command = [python, *(("-m", "mxcp_audit") if arguments[0] != "-c" else ()), *arguments]
+            environment = {"PYTHONPATH": packages, "PATH": os.environ["PATH"], "HOME": str(home)}
+            done = subprocess.run(
+                command, cwd=home, env=environment, capture_output=True, text=True, timeout=120, **who
+            )
+            assert "Traceback" not in done.stderr, done.stderr
+            return done
+
+        users = [10001, 10002] if group else [10001]
+        assert run(0, "purge", "--older-than", "90d").returncode == 1  # before the first event
+        for user in users:
+            assert run(user, "-c", SERVE, str(user)).returncode == 0
+        old = json.dumps(
+            {"timestamp": "2020-01-01T00:00:00Z", "caller": "cli", "type": "tool", "name": "old"}
+            | {"input_json": "{}", "duration_ms": 1, "policy_decision": "n/a", "status": "success"}
+        )
+        (home / "old.jsonl").write_text(old + "\n")
+        os.chmod(home / "old.jsonl", 0o644)
+        os.chown(home / "old.jsonl", 10001, 5000)
+        for user in (*users, 0):
+            assert run(user, "import", "old.jsonl").returncode == 0
+            assert run(user, "ingest").returncode == 0
+            for command in (["log"], ["stats"], ["doctor"], ["verify"], ["checkpoint"], ["config"]):
+                done = run(user, *command)
+                assert done.returncode == 0, (user, command, done.stderr, done.stdout)
+            assert run(user, "sql", "SELECT count(*) FROM logs").returncode == 0
+            assert run(user, "compact").returncode == 0
+        assert run(0, "backup", "copy.duckdb").returncode == 0
+        assert run(users[-1], "-c", SERVE, "late").returncode == 0
+        assert run(0, "purge", "--older-than", "365d", "--archive", "archive").returncode == 0
+        assert run(0, "log", "--export", "all.csv").returncode == 0
+        assert run(0, "report", "--out", "report.html").returncode == 0
+        assert run(0, "restore", "copy.duckdb").returncode == 0
+        assert run(users[-1], "-c", SERVE, "last").returncode == 0
+        shown = run(users[0], "log", "--json", "-n", "999")
+        assert shown.returncode == 0, shown.stderr
+        names = {row["name"] for row in json.loads(shown.stdout)}
+        assert names == {"old"} | {f"{who}-{n}" for who in (*users, "late", "last") for n in range(5)}
+        assert run(users[0], "verify").returncode == 0
+        for stranger in (run(10003, "log", "--db", str(home / "log.duckdb"), gid=5001),):
+            assert stranger.returncode != 0
+        journal = home / "log.duckdb.journal"
+        mode = {path.relative_to(home).as_posix(): path.stat().st_mode & 0o7777 for path in home.rglob("*")}
+        private = 0o660 if group else 0o600
+        assert mode["log.duckdb"] == private and mode["log.duckdb.journal"] == (0o2770 if group else 0o700)
+        assert {mode[f"log.duckdb.journal/{path.name}"] for path in journal.iterdir()} == {private}
+        owners = {path.name: path.stat().st_uid for path in home.rglob("*") if "pycache" not in str(path)}
+        assert not {name: owner for name, owner in owners.items() if owner not in users}
+        assert {path.stat().st_gid for path in journal.iterdir()} == {5000}

@@ -468,7 +468,8 @@ def test_strict_faults_of_the_disk(db: Path, monkeypatch: pytest.MonkeyPatch, fa
 
         return replacement
 
-    with m.AuditLogger(db, strict=["guarded"], strict_timeout=SAFETY_SECONDS) as audit:
+    options = {"strict": ["guarded"], "strict_timeout": SAFETY_SECONDS, "flush_interval": 3600}
+    with m.AuditLogger(db, **options) as audit:  # type: ignore[arg-type]
         as_with(audit, [])
         monkeypatch.setattr(os, "write", broken(os.write))
         if fault == "read-only":
@@ -502,7 +503,8 @@ def test_strict_faults_of_the_disk(db: Path, monkeypatch: pytest.MonkeyPatch, fa
 
 @pytest.mark.parametrize("way", [as_with, as_async_with])
 def test_strict_answer_that_cannot_be_recorded_is_withheld(db: Path, way: Any) -> None:
-    with m.AuditLogger(db, strict=True, strict_timeout=SAFETY_SECONDS) as audit:
+    options = {"strict": True, "strict_timeout": SAFETY_SECONDS, "flush_interval": 3600}
+    with m.AuditLogger(db, **options) as audit:  # type: ignore[arg-type]
         way(audit, [])
 
         class Breaking(list[str]):
