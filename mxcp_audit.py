@@ -3088,7 +3088,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
         items[index] = clip_plain(items[index], share)
     is_cut = len(items) < len(plain)
     if isinstance(plain, list):
-        return items + [note] * is_cut
+        return [*items, note] if is_cut else items
     out: dict[str, Any] = {}
     for key, item in zip(keys, items, strict=True):
         out[key if key not in out else f"{key}#{len(out)}"] = item
@@ -5427,8 +5427,10 @@ class Call:
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
         ticket = self._end(error)
+        if not (self.strict or self._logger.config.durable):
+            return
         try:
-            is_recorded = not ticket or await self._logger.wait_async(ticket, strict=self.strict)
+            is_recorded = await self._logger.wait_async(ticket, strict=self.strict)
         except BaseException:
             # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
             if error is None or isinstance(error, Exception):
@@ -6129,7 +6131,7 @@ class Middleware:
 
     def _watch_tasks(self, server: object) -> None:
         """Hang into the functions that a FastMCP server runs in the background, by docket."""
-        docket = _get(server, "_docket")
+        docket = getattr(server, "_docket", None)
         if docket is None:
             return
         functions = _get(docket, "tasks")
@@ -6772,7 +6774,7 @@ class AuditLogger:
 
     def is_strict(self, name: str) -> bool:
         """Return True for a name of which nothing is executed that can't be put on record."""
-        return self._strict.fullmatch(name) is not None
+        return bool(self.config.strict) and self._strict.fullmatch(name) is not None
 
     def begin(self, call: Call) -> int:
         """Have a call put on record while it runs; return its number."""
