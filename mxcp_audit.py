@@ -7645,10 +7645,14 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # --- exports, figures, and SQL of a person's own
 
-# What Excel, LibreOffice and Sheets take for a formula, also behind blanks, and the apostrophe itself,
-# so that removing one leading apostrophe gives every cell back as it was.
-_INVISIBLE: Final = "\\s\xa0\u1680\u180e\u2000-\u200f\u2028-\u202f\u205f-\u2069\u3000\ufeff"
-FORMULA: Final = f"^[{_INVISIBLE}]*[=+\\-@|＝＋－＠]|^[\t\r\n']"
+# What Excel, LibreOffice and Sheets take for a formula, also behind what is invisible, and the apostrophe
+# itself, so that removing one leading apostrophe gives every cell back as it was.
+_INVISIBLE: Final = (
+    r"\x01-\x20\x7f-\xa0\xad"
+    "\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
+    "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
+)
+FORMULA: Final = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
 # What COPY is told for each export format. Its name is the extension of a file. A `.duckdb` file is no COPY.
 _COPY_OPTIONS: Final = {
     "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
@@ -9527,6 +9531,8 @@ class Reading:
             columns = _NAMES
         else:
             columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
+        if bom:  # a byte order mark is the beginning of the first column's name
+            columns = columns.replace(" AS timestamp,", ' AS "\ufefftimestamp",', 1)
         sql, params = self._select(columns, what, count, oldest_first)
         params["formula"] = FORMULA
         folder, name = os.path.split(os.path.abspath(path))
@@ -9536,8 +9542,6 @@ class Reading:
                 target = os.path.join(scratch, "export")
                 with _watched(target, progress):
                     written = self._write(sql, params, target, form)
-                if bom:
-                    target = _with_bom(target)
                 if written not in (expected, None):
                     raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
                 os.chmod(target, FILE_MODES[False])
@@ -9573,16 +9577,6 @@ class Reading:
             copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
             told = self.engine.execute(copy, params)
         return told[0][0] if told else None
-
-
-def _with_bom(path: str) -> str:
-    """Copy a file behind a byte order mark; return the copy's path."""
-    import shutil
-
-    with open(path, "rb") as file, open(path + ".bom", "xb") as copy:
-        copy.write(codecs.BOM_UTF8)
-        shutil.copyfileobj(file, copy)
-    return path + ".bom"
 
 
 # --- what comes back of a person's own SQL
@@ -11031,6 +11025,12 @@ class Fault(NamedTuple):
     remedy: str
 
 
+_REMEDIES_OF: Final = (
+    (DatabaseLockedError, "close that program; events wait in the journal meanwhile"),
+    (DatabaseUnreachableError, "check address, network and login; events wait in the journal meanwhile"),
+    (DatabaseCorruptError, "move the file aside or restore a backup, then run `ingest`"),
+    (StoreError, "run with --debug for the whole story"),
+)
 _HANGS_MS: Final = 3_600_000
 _REFUSED: Final = """\
 SELECT count(*)::BIGINT AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
@@ -11063,7 +11063,7 @@ class Checkup:
             self._examine_access()
         self.report = {
             "healthy": not self.faults,
-            "faults": [{"problem": fault.problem, "remedy": fault.remedy} for fault in self.faults],
+            "faults": [fault._asdict() for fault in self.faults],
             "profile": config.profile,
             **self.report,
         }
@@ -11103,16 +11103,9 @@ class Checkup:
                     )
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
-        except DatabaseLockedError as error:
-            self._fault(str(error), "close that program; events wait in the journal meanwhile")
-        except DatabaseUnreachableError as error:
-            self._fault(
-                str(error), "check its address, network and login; events wait in the journal meanwhile"
-            )
-        except DatabaseCorruptError as error:
-            self._fault(str(error), "move the file aside or restore a backup, then run `ingest`")
         except StoreError as error:
-            self._fault(str(error), "run with --debug for the whole story")
+            remedies = (remedy for kind, remedy in _REMEDIES_OF if isinstance(error, kind))
+            self._fault(str(error), next(remedies))
         except JournalError:
             pass  # a fault already
 
@@ -11161,12 +11154,8 @@ class Checkup:
     def _examine_access(self) -> None:
         import shutil
 
-        folder = os.path.dirname(self._store.target.path)
-        for path in (
-            self._store.target.path,
-            self._store.target.path + ".wal",
-            self._store.journal.directory,
-        ):
+        database, journal = self._store.target.path, self._store.journal.directory
+        for path in (database, database + ".wal", journal):
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
                 if mode & (0o007 if self._config.group else 0o077) and os.name == "posix":
@@ -11174,7 +11163,7 @@ class Checkup:
                 if not os.access(path, os.R_OK | os.W_OK):
                     self._fault(f"{path} can't be read and written by this user", "check owner and mode")
         space = {}
-        for path in {folder, os.path.dirname(self._store.journal.directory)}:
+        for path in {os.path.dirname(database), os.path.dirname(journal)}:
             with contextlib.suppress(OSError):
                 free = space[path] = shutil.disk_usage(path).free
                 if free < self._LITTLE_SPACE_BYTES:
@@ -11288,21 +11277,17 @@ def json_text(value: object, *, indent: int | None = None, ascii_only: bool = Fa
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
-def write_json(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS) -> int:
-    """Write rows as one JSON array of objects with these names, and return their number."""
-    count = 0
+def write_json(
+    file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS, *, by_line: bool = False
+) -> None:
+    """Write rows as objects with these names: one JSON array, or one object a line."""
+    begin, between, end = ("", "\n", "\n") if by_line else ("[", ",\n ", "]\n")
+    ascii_only = not takes_unicode(file)
+    mark = begin
     for row in rows:
-        file.write(",\n " if count else "[")
-        file.write(json_text(dict(zip(names, row)), ascii_only=not takes_unicode(file)))
-        count += 1
-    file.write("]\n" if count else "[]\n")
-    return count
-
-
-def write_json_lines(file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS) -> None:
-    """Write rows as JSON objects, one a line."""
-    for row in rows:
-        file.write(json_text(dict(zip(names, row)), ascii_only=not takes_unicode(file)) + "\n")
+        file.write(mark + json_text(dict(zip(names, row)), ascii_only=ascii_only))
+        mark = between
+    file.write(end if mark == between else begin and begin + end)
 
 
 _JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
@@ -11338,9 +11323,8 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
     formula = re.compile(FORMULA)
     writer = csv.writer(file, lineterminator="\n")
-    count = -1
-    for row in itertools.chain([tuple(names)], rows):
-        count += 1
+    count = 0
+    for count, row in enumerate(itertools.chain([names], rows)):  # noqa: B007
         cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
         writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
     return count
@@ -11373,16 +11357,12 @@ class EventTable:
         grows: bool = False,
         local: bool = False,
     ) -> None:
-        self._file = file
-        self._local = local
-        self._columns = columns
-        self._width = width
-        self._colour = colour
+        self._file, self._columns, self._width, self._colour = file, columns, width, colour
         self._below = ("reason", "error") if with_reasons else ()
-        self._with_input = with_input
+        self._with_input, self._local = with_input, local
         self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
         if local:
-            self._heads = [head.replace("(UTC)", "(local)") for head in self._heads]
+            self._heads = [head.replace("UTC", "local") for head in self._heads]
         self._widths = [
             max(len(head), _FIRST_WIDTHS.get(column, 0) if grows else 0)
             for head, column in zip(self._heads, columns)
@@ -11392,7 +11372,13 @@ class EventTable:
     def write(self, rows: Sequence[Row]) -> None:
         """Write more rows, oldest or newest first, as they shall appear."""
         events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-        cells = [[_cell(event, column, local=self._local) for column in self._columns] for event in events]
+        cells = [
+            [
+                _moment(event[column], self._local) if column == "timestamp" else _shown(event[column])
+                for column in self._columns
+            ]
+            for event in events
+        ]
         elastic = [column not in _FIXED for column in self._columns]
         self._widths = _widths(
             [self._widths, *(map(display_width, row) for row in cells)], elastic, self._width
@@ -11479,18 +11465,18 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], wi
     return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
 
 
-def _cell(event: Mapping[str, Any], column: str, *, local: bool) -> str:
-    value = event[column]
-    return _moment(value, local=local) if column == "timestamp" else _shown(value)
+def local_time(text: str) -> str:
+    """Return an ISO time in UTC as one of this machine's time zone, with its offset."""
+    with contextlib.suppress(ValueError, OverflowError):  # of a foreign table
+        return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone().isoformat()
+    return text
 
 
-def _moment(value: object, *, local: bool) -> str:
+def _moment(value: object, local: bool = False) -> str:
     if value is None:
         return "-"
-    if local:
-        with contextlib.suppress(ValueError, OverflowError):  # of no year that has one
-            value = datetime.datetime.fromisoformat(str(value).replace("Z", "+00:00")).astimezone()
-    return printable(str(value)[:19].replace("T", " "))
+    text = local_time(str(value)) if local else str(value)
+    return printable(text[:19].replace("T", " "))
 
 
 def _shown(value: object) -> str:
@@ -11514,10 +11500,7 @@ def write_stats(
     heads = [by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]
     count = len(figures)
     table = [
-        [
-            *map(_shown, (row[:8] + row[10:])[: count + 1]),
-            *(_moment(value, local=local) for value in row[8:10]),
-        ]
+        [*map(_shown, (row[:8] + row[10:])[: count + 1]), *(_moment(value, local) for value in row[8:10])]
         for row in rows
     ]
     widths = [max(map(display_width, column)) for column in zip(heads, *table)]
@@ -11638,42 +11621,42 @@ trace.id                trace_id
 user.id                 user_id
 user_agent.original     USER_AGENT
 """,
-    # OTLP logs as JSON, a request a line, with the attributes of OpenTelemetry's conventions for MCP:
+    # OTLP logs as JSON, a request a line, with the attributes (in braces) of OpenTelemetry's conventions:
     # https://opentelemetry.io/docs/specs/otlp/#otlphttp
     "otlp": """\
-resourceLogs[].resource.attributes{service.name}            coalesce(server, 'mxcp_audit')
-resourceLogs[].scopeLogs[].scope.name                       'mxcp_audit'
-resourceLogs[].scopeLogs[].logRecords[].timeUnixNano        (epoch_us(timestamp) * 1000)::VARCHAR
-.observedTimeUnixNano               (epoch_us(timestamp) * 1000)::VARCHAR
-.severityNumber                     CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
-.severityText                       CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
-.eventName                          'mxcp_audit.call'
-.body.stringValue                   concat_ws(' ', METHOD, name)
-.traceId                            TRACE
-.attributes{log.record.uid}         EVENT_ID
-.attributes{mcp.method.name}        METHOD
-.attributes{gen_ai.tool.name}       CASE WHEN type = 'tool' THEN name END
-.attributes{gen_ai.prompt.name}     CASE WHEN type = 'prompt' THEN name END
-.attributes{mcp.resource.uri}       CASE WHEN type = 'resource' THEN name END
-.attributes{mcp.session.id}         session_id
-.attributes{mcp.protocol.version}   PROTOCOL
-.attributes{jsonrpc.request.id}     request_id
-.attributes{client.address}         address
-.attributes{user.id}                user_id
-.attributes{user_agent.original}    USER_AGENT
-.attributes{error.type}             coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
-.attributes{error.message}          error
-.attributes{network.transport}      CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
-.attributes{mxcp_audit.agent}       agent
-.attributes{mxcp_audit.caller}      caller
-.attributes{mxcp_audit.client}      client
-.attributes{mxcp_audit.context}     context
-.attributes{mxcp_audit.duration_ms#}  duration_ms
-.attributes{mxcp_audit.input}       input_json
-.attributes{mxcp_audit.policy}      policy_decision
-.attributes{mxcp_audit.reason}      reason
-.attributes{mxcp_audit.result_bytes#} result_bytes
-.attributes{mxcp_audit.trace_id}    trace_id
+resourceLogs[].resource.attributes{service.name} coalesce(server, 'mxcp_audit')
+resourceLogs[].scopeLogs[].scope.name 'mxcp_audit'
+resourceLogs[].scopeLogs[].logRecords[].timeUnixNano (epoch_us(timestamp) * 1000)::VARCHAR
+.observedTimeUnixNano       (epoch_us(timestamp) * 1000)::VARCHAR
+.severityNumber             CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
+.severityText               CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
+.eventName                  'mxcp_audit.call'
+.body.stringValue           concat_ws(' ', METHOD, name)
+.traceId                    TRACE
+{log.record.uid}            EVENT_ID
+{mcp.method.name}           METHOD
+{gen_ai.tool.name}          CASE WHEN type = 'tool' THEN name END
+{gen_ai.prompt.name}        CASE WHEN type = 'prompt' THEN name END
+{mcp.resource.uri}          CASE WHEN type = 'resource' THEN name END
+{mcp.session.id}            session_id
+{mcp.protocol.version}      PROTOCOL
+{jsonrpc.request.id}        request_id
+{client.address}            address
+{user.id}                   user_id
+{user_agent.original}       USER_AGENT
+{error.type}                coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
+{error.message}             error
+{network.transport}         CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
+{mxcp_audit.agent}          agent
+{mxcp_audit.caller}         caller
+{mxcp_audit.client}         client
+{mxcp_audit.context}        context
+{mxcp_audit.duration_ms#}   duration_ms
+{mxcp_audit.input}          input_json
+{mxcp_audit.policy}         policy_decision
+{mxcp_audit.reason}         reason
+{mxcp_audit.result_bytes#}  result_bytes
+{mxcp_audit.trace_id}       trace_id
 """,
 }
 _PLACE: Final = re.compile(r"\{[^}]+\}|[^.{]+")
@@ -11689,8 +11672,12 @@ def form_sql(form: str) -> str:
     parents: list[str] = []
     for line in FORMS[form].splitlines():
         place, sql = line.split(None, 1)
-        names = [*(parents if place.startswith(".") else ()), *_PLACE.findall(place)]
-        if not place.startswith("."):
+        names = _PLACE.findall(place)
+        if place[0] == "{":
+            names = [*parents, "attributes", *names]
+        elif place[0] == ".":
+            names = [*parents, *names]
+        else:
             parents = names[:-1]
         node = tree
         for name in names[:-1]:
@@ -11724,7 +11711,7 @@ def _json_sql(node: Any) -> str:
 
 
 # == Report ==
-# depends on: SQL, Engines, Store, Text
+# depends on: SQL, Store, Text
 #
 # One HTML file for people: no script, nothing loaded, readable without styles; what was recorded is text.
 
@@ -11744,7 +11731,11 @@ svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
 _DENIED: Final = "policy_decision IS NOT DISTINCT FROM 'deny'"
 _BAD: Final = f"status = 'error' AND NOT {_DENIED}"
 _GOOD: Final = f"status IS DISTINCT FROM 'error' AND NOT {_DENIED}"
-_OUTCOMES: Final = (("success", "ok"), ("error", "bad"), ("denied", "no"))
+_OUTCOMES: Final = (  # and how a bar of each is filled
+    ("success", 'class="ok"'),
+    ("error", 'class="bad"'),
+    ("denied", 'fill="url(#hatch)" stroke="currentColor"'),
+)
 _BUCKETS: Final = (("minute", 2 * 3600), ("hour", 4 * 86400), ("day", 120 * 86400), ("month", float("inf")))
 # Each table of the report: its title, its columns (a leading # marks numbers), and the query of `events`.
 _REPORT_TABLES: Final = (
@@ -11825,23 +11816,21 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
         x, y = left + number * bar, float(base)
         title = f"{label}: " + ", ".join(f"{count:,} {name}" for count, (name, _) in zip(counts, _OUTCOMES))
         parts.append(f"<g><title>{title}</title>")
-        for count, (_, style) in zip(counts, _OUTCOMES):
+        for count, (_, fill) in zip(counts, _OUTCOMES):
             tall = 180 * count / limit
             y -= tall
-            fill = ' fill="url(#hatch)" stroke="currentColor"' if style == "no" else f' class="{style}"'
             if count:
                 parts.append(
-                    f'<rect{fill} x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
+                    f'<rect {fill} x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
                     f'height="{tall:.1f}"/>'
                 )
         parts.append("</g>")
         if number % every == 0:
             parts.append(f'<text x="{x:.1f}" y="{base + 16}">{label}</text>')
-    for number, (name, style) in enumerate(_OUTCOMES):
-        fill = ' fill="url(#hatch)" stroke="currentColor"' if style == "no" else f' class="{style}"'
+    for x, (name, fill) in zip((left, left + 90, left + 180), _OUTCOMES):
         parts.append(
-            f'<rect{fill} x="{left + 90 * number}" y="{height - 14}" width="12" height="12"/>'
-            f'<text x="{left + 90 * number + 17}" y="{height - 4}">{name}</text>'
+            f'<rect {fill} x="{x}" y="{height - 14}" width="12" height="12"/>'
+            f'<text x="{x + 17}" y="{height - 4}">{name}</text>'
         )
     return "".join([*parts, "</svg>"])
 
@@ -11850,10 +11839,7 @@ def report_html(
     reading: Reading, what: Filter, facts: Sequence[tuple[str, str]], *, newest: int
 ) -> Iterator[str]:
     """Yield the report of the matching events: the same text for the same events and facts."""
-
-    def ask(sql: str) -> list[Row]:
-        return reading.ask(what, sql)
-
+    ask = functools.partial(reading.ask, what)
     ((calls, first, last, span, *filled),) = ask(
         "SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last, "
         "epoch(max(timestamp) - min(timestamp))::BIGINT AS span, "
@@ -11884,13 +11870,13 @@ def report_html(
         )
         yield f"<h2>Calls per {unit} (UTC)</h2>{_chart(unit, buckets)}"
     heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
-    kinds = (
-        ("Tools, resources and prompts", "name"),
-        ("Users", "user"),
-        ("Clients", "client"),
-        ("Servers", "server"),
-    )
-    for (title, by), value in zip(kinds, filled):
+    kinds = {
+        "name": "Tools, resources and prompts",
+        "user": "Users",
+        "client": "Clients",
+        "server": "Servers",
+    }
+    for (by, title), value in zip(kinds.items(), filled):
         if value is not None:
             yield f"<h2>{title}</h2>{_html_table(heads.format(by), reading.stats(what, by=by, count=50))}"
     for title, columns, sql in _REPORT_TABLES:
@@ -11913,24 +11899,15 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
     """Yield the numbers of a report of `doctor` as gauges in the text format of Prometheus."""
     for name, value in report.items():
         metric = f"{prefix}_{name}"
-        if isinstance(value, Mapping) and all(os.path.isabs(key) for key in value):
-            samples = [(f"{{path={json.dumps(printable(path))}}}", number) for path, number in value.items()]
-        elif isinstance(value, Mapping):
+        if isinstance(value, Mapping) and not all(map(os.path.isabs, value)):
             yield from prometheus_text(value, metric)
             continue
-        elif isinstance(value, (bool, int, float)):
-            samples = [("", value)]
-        elif name == "faults":
-            samples = [("", len(value))]
-        else:
-            continue
-        yield f"# TYPE {metric} gauge"
-        for labels, number in samples:
-            yield (
-                f"{metric}{labels} {float(number):g}"
-                if isinstance(number, bool)
-                else f"{metric}{labels} {number}"
-            )
+        samples = value if isinstance(value, Mapping) else {"": len(value) if name == "faults" else value}
+        if all(isinstance(number, (bool, int, float)) for number in samples.values()):
+            yield f"# TYPE {metric} gauge"
+            for path, number in samples.items():
+                labels = f"{{path={json.dumps(printable(path))}}}" if path else ""
+                yield f"{metric}{labels} {int(number) if isinstance(number, bool) else number}"
 
 
 # === Assembly ===
@@ -11982,14 +11959,12 @@ _NAMES_OF_MXCP: Final = {
     "event_type": ("type", "operation_type"),
     "name": ("name", "operation_name"),
     "input_params": ("input_json", "input_data"),
-    "duration_ms": ("duration_ms", "duration_ms"),
-    "policy_decision": ("policy_decision", "policy_decision"),
     "reason": ("reason", "policy_reason"),
     "status": ("status", "operation_status"),
-    "error": ("error", "error"),
-    "user_id": ("user_id", "user_id"),
-    "session_id": ("session_id", "session_id"),
-    "trace_id": ("trace_id", "trace_id"),
+    **{
+        name: (name, name)
+        for name in ("duration_ms", "policy_decision", "error", "user_id", "session_id", "trace_id")
+    },
 }
 
 
@@ -12086,12 +12061,14 @@ class Importer:
         return ImportResult(events, known, self._bad)
 
     def _events(self, path: str) -> Iterator[_Imported]:
-        """Yield each event of a file."""
+        """Yield each event of a file. A damaged gzip file raises OSError or EOFError in between."""
+        import gzip  # lazily: few need it
+
         with open(path, "rb") as raw:
             head = raw.peek(12)
             if head[8:12] == b"DUCK":
                 raise StoreError(f"{path} is a DuckDB database, no JSONL; read it as it is: log --db {path}")
-            file = gzip_reader(raw) if head[:2] == b"\x1f\x8b" else raw
+            file = cast("IO[bytes]", gzip.open(raw)) if head[:2] == b"\x1f\x8b" else raw
             for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
                 line = line.strip()
                 if not line:
@@ -12171,13 +12148,6 @@ class Importer:
                 "edited, or is a copy that went its own way; import the events that are missing as a file"
             )
         return count, event
-
-
-def gzip_reader(raw: IO[bytes]) -> IO[bytes]:
-    """Return the uncompressed side of a gzip file. A damaged one raises OSError or EOFError in between."""
-    import gzip  # lazily: few need it
-
-    return cast("IO[bytes]", gzip.open(raw))
 
 
 # === Command line ===
@@ -12709,22 +12679,11 @@ def end_like(code: int) -> int:
 # == Commands ==
 # depends on: every section above, Wrap
 #
-# One table says what each command takes; its `cmd_…` does it and returns the code.
+# One table says what each command is for and takes; its `cmd_…` does it and returns the exit status.
 
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
-
-
-class _Moment(str):
-    """A moment as naive UTC text, and what was said: `--local` may come after it."""
-
-    def __new__(cls, said: str) -> _Moment:
-        self = super().__new__(cls, parse_time(said))
-        self.said = said
-        return self
-
-    said: str
 
 
 class _UsageError(AuditError):
@@ -12746,7 +12705,10 @@ _TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
-    """Return a moment as naive UTC text, from a duration before now or an ISO date or time, UTC or local."""
+    """Return a moment as naive UTC text, from a duration before now or an ISO date or time.
+
+    A time without an offset is UTC, or of this machine's time zone if `local`.
+    """
     now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
     said = day if text in ("today", "yesterday") else f"{day}T{text}" if _CLOCK.match(text) else text
@@ -12754,14 +12716,15 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
         match = _TIME.fullmatch(said)
         if match:
             day, minute, second, fraction, offset = match.groups()
-            zone = f"{offset[:3]}:{offset[-2:]}" if offset else "" if local else "+00:00"
-            zone = "+00:00" if offset in ("Z", "z") else zone
+            zone = "" if local else "+00:00"
+            if offset:
+                zone = "+00:00" if offset in "Zz" else f"{offset[:3]}:{offset[-2:]}"
             moment = datetime.datetime.fromisoformat(
                 f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '')[:6].ljust(6, '0')}{zone}"
             )
         else:
             moment = now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", said)))
-        return sql_time(moment)
+        return sql_time(moment.astimezone(datetime.timezone.utc))
     except (ValueError, OverflowError):
         raise ValueError(f"{text!r} is neither a duration nor a time: {_TIME_EXAMPLES}") from None
 
@@ -12778,6 +12741,11 @@ def _argument(parse: Callable[[str], _Answer]) -> Callable[[str], _Answer]:
             raise argparse.ArgumentTypeError(str(error)) from None
 
     return checked
+
+
+def _time(text: str) -> str:
+    parse_time(text)  # `main` does it again, once --local is known
+    return text
 
 
 def _positive(text: str) -> int:
@@ -12803,7 +12771,7 @@ def _columns(text: str) -> tuple[str, ...]:
 
 # --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
 
-# `@` begins a command, with one line about it; then come its description, examples (`>`), groups of options
+# `@` begins a command, with one line about it; then come more about it, examples (`>`), groups of options
 # (`[…]`, or `&` for those of another block) and options: names, metavar and type or {choices}, `=` a default,
 # `!` required, `*` may be repeated; behind `|` the help. A word in braces stands for what _WORDS says.
 _OPTIONS: Final = """
@@ -12815,42 +12783,40 @@ _OPTIONS: Final = """
 []
 --debug | show tracebacks and what is going on
 
+&times
+--utc | read and show times in UTC (the default); JSON, exports and the groups of `stats` are always UTC
+--local | read and show times in the time zone of this machine
+
 &waiting
 --wait SECONDS:seconds =5.0 | how long to try again while another process holds the database (default: 5)
 
-&times
---local | times without a zone are this machine's, as they are read and shown (JSON and exports stay UTC)
---utc | times without a zone are UTC (default)
-
 &filters
 [which events (all must hold; * in a name is any text)]
---tool NAME * | of this tool; may be repeated, and any of them will do
---resource URI * | of this resource; may be repeated, and any of them will do
---prompt NAME * | of this prompt; may be repeated, and any of them will do
+--tool NAME * | of this tool; repeated: of any of these
+--resource URI * | of this resource; repeated: of any of these
+--prompt NAME * | of this prompt; repeated: of any of these
 --type {types} | of this type
 --policy {policies}:policy | with this decision; denied means deny, and so on
 --status {statuses} | that ended so
---since WHEN:time | 10s 10m 2h 1d 1w 1h30m ago, today, 15:00, or since an ISO time
+--since WHEN:time | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or since an ISO date or time
 --until WHEN:time | before that long ago, or before an ISO time
 --caller NAME | from this caller: http, stdio, cli …
 --user ID | by this user
 --session ID | in this session
 --trace ID | in this trace
---client NAME | by this program, such as claude-ai/1.2; * is any text
---agent ID | by this OAuth client; * is any text
---address ADDRESS | from this address; * is any text
---server NAME | on this server; * is any text
---error-type NAME | that failed with this class of exception or JSON-RPC code; * is any text
+--client NAME | by this program, such as claude-ai/1.2
+--agent ID | by this OAuth client
+--address ADDRESS | from this address
+--server NAME | on this server
+--error-type NAME | that failed with this class of exception or JSON-RPC code
 --event ID | the one with this event_id
 --grep TEXT | with this text in name, input, error or reason, in any case
 --min-ms N:positive | that took N milliseconds or longer
 
-@log show, follow, filter and export events
-Show the newest events, from the database and from the journal of running servers.
+@log show, follow, filter and export events, from the database and from the journal of running servers
 > log --tool my_tool --status error --since 1d
 > log --tool 'user_*' --grep timeout --input
 > log --policy denied --since 7d --export denied.csv
-> log --json --limit 500
 > log --follow --status error
 &filters
 [what is shown]
@@ -12866,28 +12832,26 @@ Show the newest events, from the database and from the journal of running server
 [export]
 --export FILE | write every match (or --limit) with all columns; the extension is one of {exports}; \
 - is standard output
---format FORMAT:format | of an export, instead of its extension; without one, print lines of {streams}
+--format FORMAT {formats} | of an export, instead of its extension; without one, print lines of {streams}
 --cursor-file FILE | print what is new since the last run with this file
 --post URL | send the lines there instead, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
---raw | leave text in CSV as it is that a spreadsheet takes for a formula
---bom | begin CSV with a byte order mark, by which Excel knows UTF-8
+--raw | no apostrophe in CSV before what a spreadsheet takes for a formula
+--bom | begin CSV with a byte order mark, so that Excel reads it as UTF-8
 
 @show show one event in full
-Show everything that was recorded of one event. `log --wide` and `log --json` tell its event_id.
+`log --wide` and `log --json` tell its event_id.
 > show 20261125T010203123456Z-1f2e3d4c:17
-> show 1f2e3d4c:17 --json
+> show 1f2e3d4c:17 --around 5
 event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
---around N:positive | N events of the same session before it, and N after it, as a table
+--around N:positive | a table of N events of the same session before it, the event, and N after it
 &times
---json | print a JSON object; with --around, an array of them
+--json | print a JSON object
 
 @stats count calls, errors and denials; find what is slow
-Show how often, how long and how well: a line for each group of events. P50, P95, P99 and MAX are \
-milliseconds.
+A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 > stats --since 1d
 > stats --type tool --sort p95
-> stats --by hour --tool my_tool
 > stats --by user --policy denied --json
 &filters
 [what is shown]
@@ -12906,52 +12870,44 @@ It can write nothing and read nothing else. While it runs, servers keep their ev
 statement SELECT | the statement; - reads it from standard input
 --json | print a JSON array of objects
 --csv | print CSV
---raw | leave text in CSV as it is that a spreadsheet takes for a formula
+--raw | no apostrophe in CSV before what a spreadsheet takes for a formula
 
 @config show the settings that hold, and who set them
-Show every setting of the profile: its value and where it comes from. Secrets are left out.
-> config
+Secrets are left out.
 > config --profile production --json
 --json | print a JSON object of value and source
 
 @redact show what would be recorded of an input, and why
-Read JSON on standard input and print what would be recorded of it, then a line for each part that is taken \
-out. Without a site file the default rules hold.
-> redact < input.json
+Read JSON on standard input. Without a site file the default rules hold.
 > redact --tool login --json < input.json
 --tool NAME | as the input of this tool
 --json | print one object: recorded, redacted
 
-@ingest move the events of dead processes from the journal into the database
-Move every segment that no running server is writing into the database.
+@ingest move what no running server writes from the journal into the database
 > ingest
-> ingest --db /var/log/mxcp/audit-prod.duckdb
 
 @doctor say how the log is doing, and what to do about it
-Examine engine, database, journal, permissions and space. Exit status: 0 healthy, 1 not.
-> doctor
+Exit status: 0 healthy, 1 not.
 > doctor --json
 --json | print a JSON object
 --prometheus | print the numbers as gauges of Prometheus
 
 @report write a report as one HTML file
-Write what happened as one HTML file that loads nothing and has no script.
+It loads nothing and has no script.
 > report --out report.html --since 30d
-> report --out denied.html --policy denied --since 7d
 &filters
+&times
 --out FILE ! | the file; it appears whole or not at all
 -n --limit N:positive | the newest N events in full (default: 100)
 
 @import take in MXCP's own JSONL logs
-Take in the JSONL logs of MXCP, of any version, plain or gzip. What was imported before is not imported \
-again, so a log that grew can be given again.
-> import audit.jsonl
+Any version, plain or gzip. What was imported before is not imported again, so a log that grew can be \
+given again.
 > import logs-2025.jsonl.gz logs-2026.jsonl
 files FILE + | a JSONL log of MXCP's
 
 @wrap run any stdio MCP server and record what it executes
-Run COMMAND, an MCP server over standard input and output in any language, and record its tool calls, \
-resource reads and prompts. Every byte passes unchanged.
+COMMAND talks over standard input and output, in any language. Every byte passes unchanged.
 > wrap -- npx -y @modelcontextprotocol/server-everything
 > wrap --profile production --strict -- python server.py
 --strict | refuse each call that can't be recorded (default: as the site file says)
@@ -12960,22 +12916,22 @@ server COMMAND … | the server, behind --
 @verify prove that nothing was changed, removed or inserted
 Recompute the ledger from the events. Exit status: 0 intact, 1 not.
 > verify
-> verify --since 7d --json
 > verify --checkpoint heads.json
+&times
 --json | print the whole answer as a JSON object
 --since WHEN:time | recompute segments with events since then only
 --checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
 --signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
 
 @checkpoint print where the ledger ends, to be kept elsewhere
-Print the head of each journal's chain. Kept where nobody who can write the database can, it lets \
+Kept where nobody who can write the database can, it lets \
 `verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.
 > checkpoint > heads.json
 > checkpoint --sign ~/.ssh/id_ed25519 > heads.json
 --sign KEY | sign it with a private key of OpenSSH
 
 @prove print what shows somebody else that one event is in the log
-Print a proof of one event as JSON: with a checkpoint that was made since, whoever has no access to the log \
+With a checkpoint that was made since, whoever has no access to the log \
 can check it by tools/verify_independently.py.
 > prove 20260101T120000000000Z-1a2b3c4d:17 > proof.json
 event EVENT_ID | as `log --json` shows it
@@ -12984,27 +12940,26 @@ event EVENT_ID | as `log --json` shows it
 Delete every segment whose last event is older than that, and enter into the ledger what went.
 > purge --older-than 90d --dry-run
 > purge --older-than 90d --archive archive
-> purge --older-than 2026-01-01
+&times
 --older-than WHEN:time ! | 90d, or before an ISO date or time
 --dry-run | say what would go
 --archive DIR | write what goes as Parquet into DIR first
 
 @backup copy the log while the server runs
-Copy the whole log into the new database FILE.
 > backup /backup/audit-2026-11-25.duckdb
 file FILE | a new file; nothing is overwritten
 
 @restore put a backup back, without losing what came after it
-Put the backup FILE in place of the database, and add what only the database holds.
+The backup takes the place of the database; what only the database holds is added.
 > restore /backup/audit-2026-11-25.duckdb
 file FILE | what `backup` made
 
 @compact give the space of purged events back to the file system
-Write the database anew and put it in place of the old one.
+The database is written anew and takes the place of the old one.
 > compact
 
 @completion print what makes a shell complete this program's words
-Print a script for bash or zsh. Load it from your shell's start file.
+Load it from your shell's start file.
 > completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
 > completion zsh >> ~/.zshrc
 shell {shells} | which shell
@@ -13016,20 +12971,19 @@ _WORDS: Final[Mapping[str, Collection[str]]] = {
     "columns": PUBLIC_COLUMNS,
     "exports": tuple(EXPORT_FORMATS),
     "streams": tuple(STREAM_FORMS),
+    "formats": sorted({*EXPORT_FORMATS, *STREAM_FORMS}),
     "groups": tuple(STATS_BY),
     "sorts": tuple(_SORTS),
     "shells": ("bash", "zsh"),
 }
 _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "time": _Moment,
+    "time": _time,
     "positive": _positive,
     "seconds": _seconds,
     "columns": _columns,
     "policy": lambda text: _POLICY_WORDS.get(text, text),
-    "format": str,
 }
 _UNWAITING: Final = ("config", "redact", "wrap", "completion")  # they open no database
-_HELP_WIDTH: Final = 78  # argparse would fold the examples, too
 
 
 def option_blocks() -> dict[str, list[str]]:
@@ -13045,46 +12999,44 @@ def _worded(text: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: ", ".join(_WORDS[match[1]]), text)
 
 
+_MARKS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "!": {"required": True},
+    "*": {"action": "append"},
+    "+": {"nargs": "+"},
+    "…": {"nargs": "...", "metavar": "-- COMMAND …"},
+}
+
+
 def _add_option(place: Any, line: str) -> None:
     """Add one line of _OPTIONS to a parser or a group of one."""
-    import argparse
-
     form, _, text = line.partition(" | ")
-    names: list[str] = []
+    first, *words = form.split(" ")
+    names: list[str] = [first]
     settings: dict[str, Any] = {"help": _worded(text)}
-    marks: dict[str, dict[str, Any]] = {
-        "!": {"required": True},
-        "*": {"action": "append"},
-        "+": {"nargs": "+"},
-        "…": {"nargs": argparse.REMAINDER, "metavar": "-- COMMAND …"},
-    }
-    for number, word in enumerate(form.split(" ")):
-        parse = word.rpartition(":")[2] if ":" in word else ""
-        word = word.removesuffix(f":{parse}") if parse else word
+    for word in words:
+        word, _, parse = word.partition(":")
         if parse:
             settings["type"] = _argument(_PARSERS[parse])
-        if parse == "format":
-            settings["choices"] = sorted({*EXPORT_FORMATS, *STREAM_FORMS})
-        if not number or word.startswith("-"):
+        if word.startswith("-"):
             names.append(word)
         elif word.startswith("{"):
             settings["choices"] = _WORDS[word[1:-1]]
         elif word.startswith("="):
-            settings["default"] = {"5.0": 5.0, "100": 100}.get(word[1:], word[1:])
-        elif word in marks:
-            settings |= marks[word]
+            settings["default"] = word[1:]
+        elif word in _MARKS:
+            settings |= _MARKS[word]
         else:
             settings["metavar"] = word
-    if len(settings) == 1 and names[0].startswith("-"):
+    if len(settings) == 1 and first.startswith("-"):
         settings["action"] = "store_true"
     place.add_argument(*names, **settings)
 
 
-def _add_block(parser: argparse.ArgumentParser, lines: Iterable[str]) -> None:
-    blocks, place = option_blocks(), cast("Any", parser)
+def _add_block(parser: argparse.ArgumentParser, lines: Iterable[str], place: Any = None) -> None:
+    blocks, place = option_blocks(), place or parser
     for line in lines:
         if line.startswith("&"):
-            _add_block(parser, blocks[line][1:])
+            _add_block(parser, blocks[line][1:], place)
         elif line.startswith("["):
             place = parser.add_argument_group(line[1:-1]) if line != "[]" else parser
         else:
@@ -13123,15 +13075,16 @@ examples:
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (one_line, description, *lines) in option_blocks().items():
+    for name, (one_line, *lines) in option_blocks().items():
         if not name.startswith("@"):
             continue
         name = name[1:]
+        more = "" if lines[0].startswith(">") else " " + lines.pop(0)
         examples = "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line.startswith("> "))
         command = commands.add_parser(
             name,
             help=one_line,
-            description=textwrap.fill(_worded(description), _HELP_WIDTH),
+            description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), 78),
             epilog=f"examples:\n{examples}",
             usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …"
             if name == "wrap"
@@ -13176,24 +13129,15 @@ def _say(text: str) -> None:
         print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
-def _say_status(text: str) -> None:
-    """Write a line over the last one, on a terminal."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"\r{text}\x1b[K", end="", file=sys.stderr, flush=True)
+def _progress(what: str) -> Callable[..., None]:
+    """Return a function that shows how much is done on a terminal, and does nothing elsewhere."""
 
-
-def _progress_bar(what: str) -> Callable[[int, int], None]:
-    """Return what shows progress on a terminal, and does nothing elsewhere."""
-    if not sys.stderr.isatty():
-        return lambda done, total: None
-
-    def show(done: int, total: int) -> None:
+    def show(done: int, total: int | None = None) -> None:
+        of = f"{done / 1e6:.1f} MB" if total is None else f"{done} of {counted(total, 'event')}"
         with contextlib.suppress(OSError, ValueError):
-            print(
-                f"\r{what} {done} of {counted(total, 'event')}", end="\n" * (done >= total), file=sys.stderr
-            )
+            print(f"\r{what} {of}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
 
-    return show
+    return show if sys.stderr.isatty() else lambda done, total=None: None
 
 
 def _terminal(file: TextIO) -> tuple[int | None, bool]:
@@ -13246,25 +13190,23 @@ def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
             yield reading
 
 
+_FILTER_OPTIONS: Final = {  # where an option has another name than the filter's field
+    **{f"{event_type}s": event_type for event_type in EVENT_TYPES},
+    **{"event_type": "type", "event_id": "event", "text": "grep"},
+}
+
+
 def _filter_of(options: argparse.Namespace) -> Filter:
-    if getattr(options, "local", False):
-        for name in ("since", "until"):
-            if getattr(options, name) is not None:
-                setattr(options, name, parse_time(getattr(options, name).said, local=True))
     if options.since and options.until and options.until <= options.since:
         raise _UsageError("--until is not after --since, so nothing can match")
     if options.event is not None:
         parse_event_id(options.event)
-    names = {field: getattr(options, field) for field in Filter._fields if hasattr(options, field)}
-    return Filter(
-        **names,
-        tools=tuple(options.tool or ()),
-        resources=tuple(options.resource or ()),
-        prompts=tuple(options.prompt or ()),
-        event_type=options.type,
-        event_id=options.event,
-        text=options.grep,
-    )
+    values: dict[str, Any] = {}
+    for name in Filter._fields:
+        value = getattr(options, _FILTER_OPTIONS.get(name, name))
+        if value:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return Filter(**values)
 
 
 # --- log
@@ -13307,26 +13249,30 @@ def cmd_log(options: argparse.Namespace) -> int:
 
 
 def _check_log_options(options: argparse.Namespace) -> None:
-    if not options.export and (
-        options.raw or options.bom or (options.format and options.format not in STREAM_FORMS)
-    ):
-        raise _UsageError("--raw, --bom and this --format are for exports: add --export FILE")
-    if options.export and options.format and options.format not in EXPORT_FORMATS:
-        raise _UsageError(f"--format {options.format} is for printing lines: leave --export out")
-    if (options.cursor_file or options.post) and (options.export or options.format not in STREAM_FORMS):
-        raise _UsageError(f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}")
-    if options.cursor_file and (options.limit or options.oldest_first):
-        raise _UsageError("--cursor-file prints everything that is new: leave --limit and --oldest-first out")
-    if options.header and not options.post:
-        raise _UsageError("--header needs --post URL")
-    if options.export and (options.columns or options.wide or options.input or options.json):
-        raise _UsageError("an export has every column, in the format of its extension or of --format")
-    if options.running and (options.export or options.follow or options.format or options.oldest_first):
-        raise _UsageError("--running shows what has not ended: leave --export, --format and --follow out")
-    if options.follow and (options.export or options.until or options.oldest_first):
-        raise _UsageError(
-            "--follow shows what is yet to come: leave --export, --until and --oldest-first out"
-        )
+    export, form, has_order = options.export, options.format, options.oldest_first
+    is_stream, has_end = form in STREAM_FORMS, options.cursor_file or options.post
+    faults = {
+        "--raw, --bom and this --format are for exports: add --export FILE": not export
+        and (options.raw or options.bom or (form and not is_stream)),
+        f"--format {form} is for printing lines: leave --export out": export
+        and form
+        and form not in EXPORT_FORMATS,
+        f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}": has_end
+        and (export or not is_stream),
+        "--cursor-file prints everything that is new: leave --limit and --oldest-first out": (
+            options.cursor_file and (options.limit or has_order)
+        ),
+        "--header needs --post URL": options.header and not options.post,
+        "an export has every column, in the format of its extension or of --format": export
+        and (options.columns or options.wide or options.input or options.json),
+        "--running shows what has not ended: leave --export, --follow and --format out": options.running
+        and (export or options.follow or form or has_order),
+        "--follow shows what is yet to come: leave --export, --until and --oldest-first out": options.follow
+        and (export or options.until or has_order),
+    }
+    for fault, holds in faults.items():
+        if holds:
+            raise _UsageError(fault)
 
 
 def _columns_of(rows: Iterable[Row], columns: Sequence[str] | None) -> tuple[Iterable[Row], Sequence[str]]:
@@ -13357,7 +13303,7 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
 
     def show(rows: Sequence[Row]) -> None:
         if options.json:
-            write_json_lines(sys.stdout, *_columns_of(rows, options.columns))
+            write_json(sys.stdout, *_columns_of(rows, options.columns), by_line=True)
         elif rows:
             table.write(rows)
         sys.stdout.flush()
@@ -13542,9 +13488,9 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
     if form is None:
         known = ", ".join("." + known for known in EXPORT_FORMATS)
         raise _UsageError(f"{options.export}: the extension must be one of {known}; or say --format")
+    if options.bom and not form.startswith("csv"):
+        raise _UsageError(f"--bom is for CSV, not for {form}")
     is_text = form in ("csv", "json", "jsonl")
-    if options.bom and form != "csv":
-        raise _UsageError("--bom is for CSV")
     if to_stdout and not is_text and sys.stdout.isatty():
         raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
     with contextlib.ExitStack() as stack:
@@ -13557,11 +13503,6 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
             )
         else:
             store.refuse_own_files(path)
-        on_terminal = sys.stderr.isatty()
-
-        def progress(size: int) -> None:
-            _say_status(f"{size / 1e6:.1f} MB written")
-
         with _whole_log(store, options) as reading:
             written = reading.export(
                 what,
@@ -13571,10 +13512,10 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
                 oldest_first=options.oldest_first,
                 raw=options.raw,
                 bom=options.bom,
-                progress=progress if on_terminal else None,
+                progress=_progress("written") if sys.stderr.isatty() else None,
             )
-        if on_terminal:
-            _say_status("")
+        if sys.stderr.isatty():
+            print("\r\x1b[K", end="", file=sys.stderr)
         if to_stdout:
             _copy_to_stdout(path)
     _say(f"{counted(written, 'event')} written to {'standard output' if to_stdout else path}")
@@ -13606,40 +13547,38 @@ _SHOWN: Final = (
 )
 
 
-def _is_event_id(text: str) -> bool:
-    with contextlib.suppress(EventError):
-        return bool(parse_event_id(text))
-    return False
-
-
 def cmd_show(options: argparse.Namespace) -> int:
     """Show one event. 1 if there is none of that id."""
     ids = [options.event.strip()]
-    is_part = re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", ids[0]) and not _is_event_id(ids[0])
-    if not is_part:
+    is_part = False
+    try:
         parse_event_id(ids[0])
+    except EventError:  # its beginning, or what follows the time
+        is_part = re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", ids[0]) is not None
+        if not is_part:
+            raise
     with _store_of(options).reading(wait=options.wait) as reading:
-        if is_part:  # its beginning, or what follows the time
+        if is_part:
             ids = [str(name) for (name,) in reading.ids_like(ids[0])]
         if len(ids) > 1:
             raise _UsageError(f"{options.event} may be any of {', '.join(ids)} …")
         rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
         if not rows and reading.problem is not None:
             raise reading.problem
-        session = rows[0][PUBLIC_COLUMNS.index("session_id")] if rows else None
-        if options.around and rows and session is None:
-            raise _UsageError(f"{ids[0]} has no session; leave --around out")
-        around = reading.around(str(session), ids[0], options.around) if options.around and rows else []
-    if not rows:
+        event = dict(zip(PUBLIC_COLUMNS, rows[0])) if rows else {}
+        if event and options.around:
+            if event["session_id"] is None:
+                raise _UsageError(f"{ids[0]} has no session; leave --around out")
+            return _show_around(options, reading.around(event["session_id"], ids[0], options.around))
+    if not event:
         _say(f"there is no event {options.event}")
         return EXIT_FAILED
-    event = dict(zip(PUBLIC_COLUMNS, rows[0]))
-    if options.around:
-        return _show_around(options, around)
     if options.json:
         _print_json(event, indent=2)
         return 0
     fields = {name: None if value is None else str(value) for name, value in event.items()}
+    if options.local:
+        fields["timestamp"] = local_time(event["timestamp"])
     for name in ("input_json", "context"):
         fields[name] = indented_json(event[name] or "null")
     for number, names in enumerate(_SHOWN):
@@ -13659,7 +13598,6 @@ def _show_around(options: argparse.Namespace, rows: Sequence[Row]) -> int:
 
 
 def cmd_stats(options: argparse.Namespace) -> int:
-    """Show figures of the events, by group."""
     sort = _SORTS[options.sort]
     with _whole_log(_store_of(options), options) as reading:
         rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
@@ -13675,7 +13613,6 @@ def cmd_stats(options: argparse.Namespace) -> int:
 
 
 def cmd_sql(options: argparse.Namespace) -> int:
-    """Run a person's own SELECT over the events."""
     if options.json and options.csv:
         raise _UsageError("--json or --csv, not both")
     statement = sys.stdin.read() if options.statement == "-" else options.statement
@@ -13711,7 +13648,6 @@ def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
 
 
 def cmd_config(options: argparse.Namespace) -> int:
-    """Show the settings that hold, without secrets."""
     config = _config_of(options)
     settings = {name: value for name, value in config._asdict().items() if name != "sources"}
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
@@ -13732,7 +13668,6 @@ def cmd_config(options: argparse.Namespace) -> int:
 
 
 def cmd_redact(options: argparse.Namespace) -> int:
-    """Show what would be recorded of the JSON on standard input."""
     if options.db is None and not options.config and not options.profile and not has_site_file():
         redactor, limit = Redactor(), 1 << 20
     else:
@@ -13823,7 +13758,6 @@ def cmd_doctor(options: argparse.Namespace) -> int:
 
 
 def cmd_report(options: argparse.Namespace) -> int:
-    """Write the report."""
     what = _filter_of(options)
     store = _store_of(options)
     store.refuse_own_files(options.out)
@@ -13861,7 +13795,7 @@ def cmd_verify(options: argparse.Namespace) -> int:
     checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
     store = Store(_config_of(options))
     verdict = store.verify(
-        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress_bar("verified")
+        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress("verified")
     )
     if options.json:
         _print_json(_verdict_object(verdict))
@@ -13881,26 +13815,22 @@ def cmd_verify(options: argparse.Namespace) -> int:
 
 
 def _verdict_object(verdict: Verdict) -> dict[str, object]:
+    counts = "entries segments events purged lost legacy waiting_bytes"
+    findings = [
+        {
+            "kind": finding.kind,
+            "segment": finding.segment,
+            "journal": finding.journal,
+            "events": [f"{finding.segment}:{seq}" for seq in finding.seqs],
+            "text": finding.text,
+        }
+        for finding in verdict.findings
+    ]
     return {
         "intact": verdict.intact,
-        "entries": verdict.entries,
-        "segments": verdict.segments,
-        "events": verdict.events,
-        "purged": verdict.purged,
-        "lost": verdict.lost,
-        "legacy": verdict.legacy,
-        "waiting_bytes": verdict.waiting_bytes,
+        **{name: getattr(verdict, name) for name in counts.split()},
         "journals": [head._asdict() for head in verdict.heads],
-        "findings": [
-            {
-                "kind": finding.kind,
-                "segment": finding.segment,
-                "journal": finding.journal,
-                "events": [f"{finding.segment}:{seq}" for seq in finding.seqs],
-                "text": finding.text,
-            }
-            for finding in verdict.findings
-        ],
+        "findings": findings,
         "more_findings": verdict.more_findings,
         "purges": verdict.purges,
         "notes": verdict.notes,
@@ -13946,7 +13876,6 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
 
 
 def cmd_checkpoint(options: argparse.Namespace) -> int:
-    """Print the end of each journal's chain."""
     checkpoint = Store(_config_of(options)).checkpoint(wait=options.wait)
     if options.sign:
         checkpoint["signature"] = sign_checkpoint(options.sign, checkpoint)
@@ -13955,7 +13884,6 @@ def cmd_checkpoint(options: argparse.Namespace) -> int:
 
 
 def cmd_prove(options: argparse.Namespace) -> int:
-    """Print the proof of one event."""
     _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait))
     return 0
 
@@ -13964,7 +13892,6 @@ def cmd_prove(options: argparse.Namespace) -> int:
 
 
 def cmd_purge(options: argparse.Namespace) -> int:
-    """Delete old events, or say which would go."""
     if options.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
     if options.archive and os.path.lexists(options.archive) and not os.path.isdir(options.archive):
@@ -13985,22 +13912,17 @@ def cmd_purge(options: argparse.Namespace) -> int:
     if removal.archive:
         _print(f"archived in {os.path.join(options.archive, removal.archive)}")
     if removal.wrong:
-        _say(
-            f"purged although not as recorded: {counted(len(removal.wrong), 'segment')}; "
-            "verify goes on saying so"
-        )
+        _say(f"{counted(len(removal.wrong), 'segment')} did not match the ledger, as `verify` goes on saying")
     return 0
 
 
 def cmd_backup(options: argparse.Namespace) -> int:
-    """Copy the log while servers run."""
     events = Store(_config_of(options)).backup(options.file, wait=options.wait)
     _print(f"{counted(events, 'event')} copied to {options.file}")
     return 0
 
 
 def cmd_restore(options: argparse.Namespace) -> int:
-    """Put a backup back."""
     restored = Store(_config_of(options)).restore(options.file, wait=options.wait)
     _print(f"{counted(restored.back, 'event')} restored; the database holds {restored.events}")
     if restored.kept:
@@ -14009,7 +13931,6 @@ def cmd_restore(options: argparse.Namespace) -> int:
 
 
 def cmd_compact(options: argparse.Namespace) -> int:
-    """Write the database anew in place of itself."""
     before, after = Store(_config_of(options)).compact(wait=options.wait)
     _print(f"{before} bytes before, {after} bytes after")
     return 0
@@ -14044,27 +13965,22 @@ def cmd_wrap(options: argparse.Namespace) -> int:
 
 
 def cmd_completion(options: argparse.Namespace) -> int:
-    """Print the completion script of a shell."""
     print(completion_script(options.shell))
     return 0
 
 
 def completion_script(shell: str) -> str:
     """Return the completion for bash or zsh, made from the parser itself."""
-    commands: Mapping[str, argparse.ArgumentParser] = {}
-    for action in build_parser()._actions:
-        if action.dest == "command":
-            commands = cast("Mapping[str, argparse.ArgumentParser]", action.choices)
+    actions = {action.dest: action for action in build_parser()._actions}
+    commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
     words, values = [], []
     for name, command in commands.items():
         flags: list[str] = []
         for action in command._actions:
-            flags += action.option_strings
+            flags += action.option_strings or action.choices or ()
             if action.choices and action.option_strings:
                 cases = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
                 values.append(f'        {cases}) words="{" ".join(action.choices)}" ;;')
-            elif action.choices:
-                flags += action.choices
         words.append(f'        {name}) words="{" ".join(flags)}" ;;')
     return _COMPLETION.format(
         zsh=_COMPLETION_ZSH if shell == "zsh" else "",
@@ -14102,6 +14018,7 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 # --- the end of all ways
 
 
+# A path may be what is no UTF-8.
 _FILE_OPTIONS: Final = {
     *("config", "db", "export", "out", "archive", "checkpoint", "signed_by", "sign", "cursor_file", "file")
 }
@@ -14123,10 +14040,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         for name, value in vars(options).items():
-            if name not in _FILE_OPTIONS and re.search(
-                "[\ud800-\udfff]", value if isinstance(value, str) else ""
-            ):
+            is_text = isinstance(value, str) and name not in _FILE_OPTIONS
+            if is_text and re.search("[\ud800-\udfff]", value):
                 raise _UsageError(f"{name}: {value!r} is no UTF-8")
+        if getattr(options, "utc", False) and options.local:
+            raise _UsageError("--utc or --local, not both")
+        for name in ("since", "until", "older_than"):
+            if getattr(options, name, None):
+                setattr(options, name, parse_time(getattr(options, name), local=options.local))
         code = int(options.run(options))
         sys.stdout.flush()
         return code

@@ -183,13 +183,13 @@ def test_log_table_columns_wide_and_input(filled: Path, run: Cli) -> None:
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
-def test_log_export_to_file_and_to_standard_output_are_the_same(filled: Path, cli: Cli, form: str) -> None:
-    done = cli("log", *DB, "--export", f"out.{form}")
+def test_log_export_to_file_and_to_standard_output_are_the_same(filled: Path, run: Cli, form: str) -> None:
+    done = run("log", *DB, "--export", f"out.{form}")
     assert (done.returncode, done.stdout, done.stderr) == (0, "", f"5 events written to out.{form}\n")
-    through = cli("log", *DB, "--export", "-", "--format", form)
+    through = run("log", *DB, "--export", "-", "--format", form)
     assert through.returncode == 0
     assert through.stdout == (filled / f"out.{form}").read_text()
-    assert cli("log", *DB, "--export", f"out2.{form}", "--limit", "2").stderr.startswith("2 events")
+    assert run("log", *DB, "--export", f"out2.{form}", "--limit", "2").stderr.startswith("2 events")
 
 
 def test_log_export_bad_targets_exit_with_the_reason(filled: Path, run: Cli) -> None:
@@ -245,12 +245,12 @@ def held(filled: Path) -> Iterator[int]:
         yield holder.pid
 
 
-def test_commands_while_locked_name_the_holder_and_exit_75(held: int, filled: Path, cli: Cli) -> None:
-    done = cli("log", *DB, "--json", "--wait", "0.1")
+def test_commands_while_locked_name_the_holder_and_exit_75(held: int, filled: Path, run: Cli) -> None:
+    done = run("log", *DB, "--json", "--wait", "0.1")
     assert done.returncode == 75 and f"PID {held}" in done.stderr
     assert [event["name"] for event in json.loads(done.stdout)] == ["get_user", "generate_summary"]
     event_id = json.loads(done.stdout)[0]["event_id"]
-    assert cli("show", event_id, *DB, "--wait", "0.1").returncode == 0
+    assert run("show", event_id, *DB, "--wait", "0.1").returncode == 0
     missing = event_id.rpartition(":")[0] + ":999"
     for command in (
         *(
@@ -261,7 +261,7 @@ def test_commands_while_locked_name_the_holder_and_exit_75(held: int, filled: Pa
             ["log", "--export", "-"],
         ),
     ):
-        done = cli(*command, *DB, "--wait", "0.1")
+        done = run(*command, *DB, "--wait", "0.1")
         assert (done.returncode, done.stdout) == (75, ""), command
         assert f"PID {held}" in done.stderr
     assert not (filled / "x.csv").exists()
@@ -345,12 +345,12 @@ def test_one_of_anything_is_told_in_the_singular(engine: str, tmp_path: Path, ru
     assert plurals == []
 
 
-def test_log_corrupt_database_shows_the_journal_and_exits_1(filled: Path, cli: Cli) -> None:
+def test_log_corrupt_database_shows_the_journal_and_exits_1(filled: Path, run: Cli) -> None:
     (filled / "log.duckdb").write_bytes(b"garbage" * 3000)
-    done = cli("log", *DB, "--json")
+    done = run("log", *DB, "--json")
     assert done.returncode == 1 and "log.duckdb" in done.stderr
     assert [event["name"] for event in json.loads(done.stdout)] == ["get_user", "generate_summary"]
-    assert cli("stats", *DB).returncode == 1
+    assert run("stats", *DB).returncode == 1
     assert (filled / "log.duckdb").read_bytes() == b"garbage" * 3000
 
 
@@ -392,9 +392,9 @@ def test_wrong_usage_exits_2_without_a_traceback(run: Cli) -> None:
         assert done.stdout == "" and "Traceback" not in done.stderr, arguments
 
 
-def test_help_teaches_and_needs_no_duckdb(cli: Cli) -> None:
+def test_help_teaches_and_needs_no_duckdb(run: Cli) -> None:
     for command in ("", *COMMANDS):
-        done = cli(*([command] if command else []), "--help", PATH="", MXCP_AUDIT_ENGINE="none")
+        done = run(*([command] if command else []), "--help", PATH="", MXCP_AUDIT_ENGINE="none")
         assert done.returncode == 0 and done.stderr == ""
         if command not in ("ingest",):
             assert "examples:\n  mxcp-audit " in done.stdout, command
@@ -447,54 +447,48 @@ profiles:
 """
 
 
-def test_config_shows_values_and_sources_but_no_secret(tmp_path: Path, cli: Cli) -> None:
+def test_config_shows_values_and_sources_but_no_secret(tmp_path: Path, run: Cli) -> None:
     (tmp_path / "mxcp-site.yml").write_text(SITE)
-    done = cli("config", "--json")
+    done = run("config", "--json")
     assert done.returncode == 0, done.stderr
     settings = json.loads(done.stdout)
     assert settings["redact"] == {"value": ["nickname"], "source": "mxcp-site.yml:6"}
     assert settings["durable"] == {"value": False, "source": "default"}
     assert settings["attach"]["value"] == {"ENCRYPTION_KEY": "[REDACTED]"}
-    table = cli("config")
+    table = run("config")
     assert "tell-nobody" not in table.stdout + done.stdout
     assert "mxcp-site.yml:5" in table.stdout
-    off = cli("config", "--profile", "silent")
+    off = run("config", "--profile", "silent")
     assert off.returncode == 0 and "false" in off.stdout
-    assert cli("config", "--profile", "none").returncode == 2
+    assert run("config", "--profile", "none").returncode == 2
     (tmp_path / "mxcp-site.yml").write_text(
         SITE.replace("redact:", "path: 'postgres:host=h password=tell-nobody'\n      redact:")
     )
-    assert "tell-nobody" not in cli("config").stdout
+    assert "tell-nobody" not in run("config").stdout
 
 
-def test_log_profile_that_is_not_enabled_says_what_to_add(tmp_path: Path, cli: Cli) -> None:
+def test_log_profile_that_is_not_enabled_says_what_to_add(tmp_path: Path, run: Cli) -> None:
     (tmp_path / "mxcp-site.yml").write_text(SITE)
-    done = cli("log", "--profile", "silent")
+    done = run("log", "--profile", "silent")
     assert done.returncode == 2 and "enabled: true" in done.stderr
 
 
-def redact(folder: Path, text: str, *options: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "mxcp_audit", "redact", *options],
-        input=text,
-        cwd=folder,
-        env=child_environment(),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=60,
-    )
+def test_redact_shows_what_would_be_recorded_and_why(
+    tmp_path: Path, run: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def redact(text: str, *options: str) -> subprocess.CompletedProcess[str]:
+        monkeypatch.setattr(sys, "stdin", io.StringIO(text))
+        return run("redact", *options)
 
-
-def test_redact_shows_what_would_be_recorded_and_why(tmp_path: Path) -> None:
-    done = redact(tmp_path, '{"user": "ann", "password": "hunter2"}')
+    done = redact('{"user": "ann", "password": "hunter2"}')
     assert done.returncode == 0 and "hunter2" not in done.stdout
     assert '"password": "[REDACTED]"' in done.stdout and "$.password" in done.stdout
     (tmp_path / "mxcp-site.yml").write_text(SITE.replace("[nickname]", "[login.nickname]"))
     for options, expected in (((), "al"), (("--tool", "login"), "[REDACTED]")):
-        answer = json.loads(redact(tmp_path, '{"nickname": "al"}', "--json", *options).stdout)
+        answer = json.loads(redact('{"nickname": "al"}', "--json", *options).stdout)
         assert answer["recorded"] == {"nickname": expected}
         assert len(answer["redacted"]) == (expected != "al")
-    wrong = redact(tmp_path, "no JSON")
+    wrong = redact("no JSON")
     assert wrong.returncode == 2 and "no JSON" in wrong.stderr
 
 
@@ -546,7 +540,7 @@ def test_output_into_a_closed_pipe_ends_quietly(filled: Path) -> None:
 
 def test_output_without_standard_streams_is_no_failure(filled: Path) -> None:
     program = f"{sys.executable} -m mxcp_audit log --db log.duckdb"
-    for streams in (">&-", "2>&-", ">&- 2>&-", "<&-"):
+    for streams in (">&-", "2>&- <&-"):
         done = subprocess.run(
             ["bash", "-c", f"{program} {streams}"],
             cwd=filled,
@@ -571,43 +565,34 @@ def test_output_to_a_full_device_fails_with_a_message(filled: Path) -> None:
     assert b"No space left" in done.stderr and b"Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1", "utf-8"])
-def test_output_encoding_of_the_terminal_is_kept(filled: Path, encoding: str) -> None:
-    for command in (
-        ["log"],
-        ["log", "--json"],
-        ["stats"],
-        ["show"],
-        ["sql", "SELECT '日本é' AS \"é\""],
-    ):
-        if command == ["show"]:
-            continue
-        done = subprocess.run(
-            [sys.executable, "-m", "mxcp_audit", *command, *DB],
-            cwd=filled,
-            env=child_environment(PYTHONIOENCODING=encoding),
-            capture_output=True,
-            timeout=60,
-        )
-        assert done.returncode == 0, done.stderr
-        done.stdout.decode(encoding)
+@pytest.fixture
+def run_in(run: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """Return a function that runs a command with a standard output of this encoding, and returns its text."""
+
+    def run_in(encoding: str, *arguments: str) -> str:
+        stdout = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", stdout)
+            assert run(*arguments, *DB).returncode in (0, 1)
+        stdout.flush()
+        return stdout.buffer.getvalue().decode(stdout.encoding)  # type: ignore[attr-defined,no-any-return]
+
+    return run_in
 
 
-def test_answers_in_an_encoding_that_lacks_a_character_are_no_traceback(
-    filled: Path, cli: Cli, tmp_path: Path
-) -> None:
+def test_output_has_the_encoding_of_the_terminal(filled: Path, run_in: Callable[..., str]) -> None:
     head = {"journal": "é", "position": 1, "events": 1, "seal": ""}
     (filled / "heads.json").write_text(json.dumps({"journals": [head]}))
     verify = ["verify", "--checkpoint", "heads.json"]
-    for arguments in (verify, [*verify, "--json"], ["backup", "é.duckdb"]):
-        done = cli(*arguments, *DB, PYTHONIOENCODING="ascii")
-        assert "Traceback" not in done.stderr and re.search(r"\\xe9|\\u00e9", done.stdout), done.stderr
-    assert (tmp_path / "é.duckdb").exists()
-
-
-def test_sql_csv_is_utf_8_whatever_the_locale_says(filled: Path, cli: Cli) -> None:
-    done = cli("sql", "SELECT '日本é' AS \"é\"", "--csv", *DB, PYTHONIOENCODING="ascii")
-    assert done.stdout == "é\n日本é\n"
+    commands = (["log"], ["log", "--json"], ["stats"], ["sql", "SELECT '日本é' AS \"é\""], verify)
+    for encoding in ("ascii", "latin-1", "utf-8"):
+        for command in commands:
+            assert run_in(encoding, *command), (encoding, command)
+    for command in (verify, [*verify, "--json"], ["backup", "é.duckdb"]):
+        assert re.search(r"\\xe9|\\u00e9", run_in("ascii", *command)), command
+    assert (filled / "é.duckdb").exists()
+    # CSV is UTF-8 whatever the locale says
+    assert run_in("ascii", "sql", "SELECT '日本é' AS \"é\"", "--csv") == "é\n日本é\n"
 
 
 # --- a terminal
@@ -731,8 +716,8 @@ def test_interrupt_that_comes_too_early_is_repeated_until_it_is_heard(tmp_path: 
 # --- completion
 
 
-def test_completion_completes_commands_options_and_values(cli: Cli, tmp_path: Path) -> None:
-    done = cli("completion", "bash")
+def test_completion_completes_commands_options_and_values(run: Cli, tmp_path: Path) -> None:
+    done = run("completion", "bash")
     assert done.returncode == 0
     (tmp_path / "script").write_text(done.stdout)
 
@@ -752,7 +737,7 @@ def test_completion_completes_commands_options_and_values(cli: Cli, tmp_path: Pa
     assert complete("mxcp-audit", "stats", "--by", "ho") == ["hour"]
     assert complete("mxcp-audit", "log", "--export", "x") == []
     assert complete("mxcp-audit", "completion", "") == ["-h", "--help", "bash", "zsh"]
-    assert "bashcompinit" in cli("completion", "zsh").stdout
+    assert "bashcompinit" in run("completion", "zsh").stdout
 
 
 ZSH = """
@@ -775,8 +760,8 @@ zpty -d shell
 
 
 @pytest.mark.skipif(not shutil.which("zsh"), reason="no zsh here")
-def test_completion_works_in_a_real_zsh(cli: Cli, tmp_path: Path) -> None:
-    (tmp_path / "script").write_text(cli("completion", "zsh").stdout)
+def test_completion_works_in_a_real_zsh(run: Cli, tmp_path: Path) -> None:
+    (tmp_path / "script").write_text(run("completion", "zsh").stdout)
     words = ["zsh", "-f", "-c", ZSH, "zsh", str(tmp_path / "script")]
     shown = subprocess.run(
         words, cwd=tmp_path, env={**os.environ, "TERM": "dumb"}, capture_output=True, text=True, timeout=120
@@ -815,28 +800,79 @@ def test_parse_time_anything_else_is_refused_with_examples(text: str) -> None:
         parse_time(text)
 
 
+@pytest.fixture
+def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Be nine hours before UTC."""
+    monkeypatch.setenv("TZ", "Asia/Tokyo")
+    time.tzset()
+    yield
+    monkeypatch.undo()
+    time.tzset()
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("2026-01-31T12:00", "2026-01-31 03:00:00.000000"),
+        ("2026-01-31T12:00:00Z", "2026-01-31 12:00:00.000000"),
+        ("today", "2026-01-02 15:00:00.000000"),  # it is the 3rd there
+        ("yesterday", "2026-01-01 15:00:00.000000"),
+        ("15:00", "2026-01-03 06:00:00.000000"),
+        ("1h", "2026-01-02 19:04:05.000000"),
+    ],
+)
+def test_parse_time_local(tokyo: None, text: str, expected: str) -> None:
+    import datetime
+
+    now = datetime.datetime(2026, 1, 2, 20, 4, 5, tzinfo=datetime.timezone.utc)
+    assert parse_time(text, now=now, local=True) == expected
+
+
+def test_local_times_are_read_and_shown(filled: Path, run: Cli, tokyo: None) -> None:
+    event = json.loads(run("log", *DB, "--json", "--limit", "1").stdout)[0]
+    moment = event["timestamp"]
+    local = mxcp_audit.local_time(moment)
+    assert local.endswith("+09:00") and local[:19] != moment[:19]
+    columns = ("--columns", "timestamp", "--limit", "1")
+    shown = f"TIME (local)\n{local[:19].replace('T', ' ')}\n"
+    assert run("log", *DB, *columns, "--local").stdout.replace("TIME (local)       ", "TIME (local)") == shown
+    assert run("log", *DB, *columns, "--utc").stdout.startswith("TIME (UTC)\n" + moment[:10])
+    for options, count in ((("--local",), 1), (("--utc",), 0), ((), 0)):
+        found = run("log", *DB, "--json", "--event", event["event_id"], "--since", local[:26], *options)
+        assert len(json.loads(found.stdout)) == count, options
+    assert local in run("show", *DB, "--local", event["event_id"]).stdout
+    assert local[:16].replace("T", " ") in run("stats", *DB, "--local", COLUMNS="150").stdout
+    assert run("log", *DB, "--local", "--utc").returncode == 2
+
+
+@pytest.mark.parametrize("form", ["csv", "csv.gz"])
+def test_export_begins_with_a_byte_order_mark(filled: Path, run: Cli, form: str) -> None:
+    import gzip
+
+    read = gzip.open if form == "csv.gz" else open
+    assert run("log", *DB, "--export", f"a.{form}").returncode == 0
+    assert run("log", *DB, "--export", f"b.{form}", "--bom").returncode == 0
+    with read(filled / f"a.{form}", "rb") as a, read(filled / f"b.{form}", "rb") as b:
+        assert b.read() == b"\xef\xbb\xbf" + a.read()
+    assert run("log", *DB, "--export", "c.json", "--bom").returncode == 2
+    assert run("log", *DB, "--bom").returncode == 2
+
+
 # --- the page
 
 
-def test_docs_page_covers_every_option_of_every_command() -> None:
+def test_docs_page_has_the_options_of_every_command(tmp_path: Path) -> None:
     page = (ROOT / "docs" / "cli.md").read_text()
-    for action in build_parser()._actions:
-        commands: Any = action.choices if action.dest == "command" else {}
-        for name, parser in commands.items():
-            heading = re.search(rf"^## `{name}`.*?(?=^## |\Z)", page, re.MULTILINE | re.DOTALL)
-            assert heading is not None, name
-            for option in parser._actions:
-                for flag in option.option_strings:
-                    of_log = name == "report" and "the filters of `log`" in heading[0] and f"`{flag}" in page
-                    assert of_log or f"`{flag}" in heading[0] + page.split("\n## ")[1], (name, flag)
-                for choice in option.choices or ():
-                    assert str(choice) in (page if name == "report" else heading[0]), (name, choice)
-    known = {flag for action in build_parser()._actions for flag in action.option_strings}
-    for action in build_parser()._actions:
-        for parser in (action.choices or {}).values() if action.dest == "command" else ():  # type: ignore[attr-defined]
-            known |= {flag for option in parser._actions for flag in option.option_strings}
-    for flag in re.findall(r"`(--?[a-z][a-z-]*)", page):
-        assert flag in known, flag
+    (tmp_path / "cli.md").write_text(re.sub(r"(?m)^\|.*\| .*with this text in name.*\n", "", page))
+    subprocess.run([sys.executable, ROOT / "tools" / "make_cli", tmp_path / "cli.md"], check=True)
+    assert (tmp_path / "cli.md").read_text() == page, "run tools/make_cli"
+    for name, lines in mxcp_audit.option_blocks().items():
+        if name[0] == "@":
+            assert f"\n## `{name[1:]}`\n" in page
+        if any(" | " in line and line[0] != ">" for line in lines[1:]):
+            assert f"<!-- options: {name[1:]} -->" in page
+    flags = set(re.findall(r" (--?[a-z][a-z-]*)", "\n ".join(mxcp_audit._OPTIONS.split("\n"))))
+    assert set(re.findall(r"`(--?[a-z][a-z-]*)", page)) <= flags | {"--help", "--version"}
 
 
 def test_show_unknown_event_is_none(filled: Path, run: Cli) -> None:
@@ -885,7 +921,7 @@ def test_terminal_csv_and_progress_of_verify(filled: Path) -> None:
     shown = Session([*module, "sql", "SELECT name FROM logs", "--csv", *DB], filled)
     assert shown.end() == 0 and "get_user" in shown.text and "\x1b[2J" not in shown.text
     verified = Session([*module, "verify", *DB], filled)
-    assert verified.end() == 0 and re.search(r"\rverified (\d+) of \1 events\r\n", verified.text)
+    assert verified.end() == 0 and re.search(r"\rverified (\d+) of \1 events\S*\r\n", verified.text)
 
 
 def test_version_of_a_module_inside_of_an_archive(tmp_path: Path, cli: Cli) -> None:
