@@ -8062,6 +8062,9 @@ def decode_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=members)
 
 
+_COLOUR: Final = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line that follows it
+
+
 class CliEngine:
     """DuckDB as a child process: the `duckdb` program, fed SQL on standard input.
 
@@ -8132,6 +8135,7 @@ class CliEngine:
         finished = False
         try:
             for line in process.stdout:
+                line = _COLOUR.sub(b"", line)
                 if line == mark:
                     finished = True
                     return
