@@ -485,7 +485,7 @@ def test_walk_of_service_root_and_group_ends_with_every_event_and_mode(group: bo
         (home / "old.jsonl").write_text(old + "\n")
         os.chmod(home / "old.jsonl", 0o644)
         os.chown(home / "old.jsonl", 10001, 5000)
-        for user in (*users, 0):
+        for user in (users[-1], 0):
             assert run(user, "import", "old.jsonl").returncode == 0
             assert run(user, "ingest").returncode == 0
             for command in (["log"], ["stats"], ["doctor"], ["verify"], ["checkpoint"], ["config"]):

@@ -1004,6 +1004,8 @@ def s17_neighbours(t: Torture) -> None:
                 server.terminate()
             for server in servers:
                 server.communicate(timeout=LIMIT_SECONDS)
+            for name in journal.glob("20260101T*"):  # the judge would wait for who writes into a FIFO
+                os.rmdir(name) if name.is_dir() and not name.is_symlink() else name.unlink()
             t.figure.points += 1
             t.check(db, where=f"after {', '.join(acts)}")
             done = run_quietly(t, [sys.executable, "-m", "mxcp_audit", "verify", "--db", str(db)])
