@@ -431,9 +431,7 @@ def test_csv_is_harmless_whatever_cannot_be_seen_before_a_formula(
 
 def python_for_all() -> tuple[str, str]:
     """Return a Python that any user may run, and where it finds DuckDB."""
-    import duckdb
-
-    packages = str(Path(duckdb.__file__).parent.parent)
+    packages = str(Path(pytest.importorskip("duckdb").__file__).parent.parent)
     python = f"/usr/bin/python{sys.version_info[0]}.{sys.version_info[1]}"
     if os.geteuid() or not os.path.exists(python):
         pytest.skip(f"needs root, and {python}")

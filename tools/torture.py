@@ -955,8 +955,8 @@ COMMANDS = ("log", "stats", "doctor", "ingest", "verify", "checkpoint", "compact
 
 
 def s17_neighbours(t: Torture) -> None:
-    """what operators do beside four servers: commands, copies, foreign files, kills, mounts, full disks"""
-    for number in range(2 if t.quick else 200):
+    """what operators do beside four servers: commands, copies, foreign files, kills, full disks"""
+    for number in range(3 if t.quick else 200):
         home = t.database().parent
         if mount(home, "size=64m"):
             t.figure.skipped = "can't mount a tmpfs"
@@ -968,7 +968,7 @@ def s17_neighbours(t: Torture) -> None:
             while not Path(f"{db}.said").exists():
                 time.sleep(0.02)
             for step in range(8):
-                act = t.random.choice(("command", "command", "kill", "foreign", "copy", "mount", "full"))
+                act = t.random.choice(("command", "command", "kill", "foreign", "copy", "full"))
                 acts.append(act)
                 if act == "command":
                     words = t.random.choice(COMMANDS).split()
@@ -988,10 +988,6 @@ def s17_neighbours(t: Torture) -> None:
                     command = [sys.executable, "-m", "mxcp_audit", "backup", str(copy), "--db", str(db)]
                     t.look_at(run_quietly(t, command))
                     copy.unlink(missing_ok=True)
-                elif act == "mount":  # another one over the journal, and away again
-                    if not mount(journal, "size=16m"):
-                        time.sleep(t.random.random() / 4)
-                        subprocess.run(["umount", "-l", journal], check=True)
                 else:
                     filler = home / "filler"
                     with contextlib.suppress(OSError), open(filler, "wb") as file:
