@@ -7374,10 +7374,18 @@ HEADS: Final = """\
 SELECT journal::VARCHAR, max(position)::BIGINT,
        coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, arg_max(seal, position)::VARCHAR
 FROM audit.ledger GROUP BY journal ORDER BY journal"""
-ACTIVE_HOURS: Final = """\
-SELECT DISTINCT epoch(date_trunc('hour', ingested_at))::BIGINT AS hour FROM audit.ledger
-ANTI JOIN (SELECT unnest($journals) AS journal, unnest($positions) AS position) USING (journal, position)
-WHERE ingested_at <= $now::TIMESTAMP ORDER BY hour DESC"""
+# Where the time for which the log was alive, going back, reaches $retention: only what the ledger shows
+# counts, and a silence of more than $silence counts as none, both in microseconds.
+VOUCHED_LIMIT: Final = """\
+SELECT strftime(make_timestamp((later - alive + total - $retention)::BIGINT),
+                '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
+FROM (SELECT later, alive, sum(alive) OVER (ORDER BY later DESC ROWS UNBOUNDED PRECEDING) AS total FROM (
+    SELECT later, CASE WHEN later - hour <= $silence THEN later - hour ELSE 0 END AS alive FROM (
+        SELECT hour, coalesce(lag(hour) OVER (ORDER BY hour DESC), epoch_us($now::TIMESTAMP)) AS later FROM (
+            SELECT DISTINCT epoch_us(date_trunc('hour', ingested_at)) AS hour FROM audit.ledger
+            ANTI JOIN (SELECT unnest($journals) AS journal, unnest($positions) AS position)
+            USING (journal, position) WHERE ingested_at <= $now::TIMESTAMP))))
+WHERE total >= $retention ORDER BY later DESC LIMIT 1"""
 
 
 # --- verifying: the tables are read through views of known columns and types, whatever somebody made of them
@@ -7434,41 +7442,65 @@ def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) 
 
 COUNT_SOUND: Final = "SELECT count(*)::BIGINT FROM sound_logs"
 CHAIN: Final = f"""\
-SELECT journal::VARCHAR, position::BIGINT, kind::VARCHAR, events::BIGINT, seal::VARCHAR,
+SELECT coalesce(journal, '')::VARCHAR AS journal, coalesce(position, 0)::BIGINT AS position,
+       coalesce(kind, '')::VARCHAR, coalesce(events, 0)::BIGINT, coalesce(seal, '')::VARCHAR AS seal,
        {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
 FROM sound_ledger ORDER BY journal, position, seal"""
 PURGES: Final = """\
-SELECT coalesce(strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ'), '')::VARCHAR, coalesce(host, '')::VARCHAR,
-       coalesce(events, 0)::BIGINT, coalesce(journal, '')::VARCHAR, coalesce(position, 0)::BIGINT,
-       detail::VARCHAR
+SELECT coalesce(strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ'), '')::VARCHAR AS moment,
+       coalesce(host, '')::VARCHAR AS host, coalesce(events, 0)::BIGINT AS events,
+       coalesce(journal, '')::VARCHAR AS journal, coalesce(position, 0)::BIGINT AS position, detail::VARCHAR
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
-# The entries that purges name, by the number of the purge, and what is left of each.
+# What purges say, by number. Those of earlier versions removed single events: `heads` are the ends of the
+# chains, and `left` is what they kept of segments, which is believed unless the purge is $newer.
+READ_PURGES: Final = """\
+CREATE OR REPLACE TEMP TABLE purges AS
+SELECT *, CASE WHEN before IS NULL OR wrong IS NULL OR (removed IS NULL AND heads IS NULL) THEN 'unreadable'
+               WHEN removed IS NOT NULL THEN 'whole' WHEN cardinality(kept) = 0 THEN 'old'
+               WHEN newer THEN 'newer' ELSE 'parts' END AS state
+FROM (SELECT number, newer, said.removed AS removed, said.wrong AS wrong,
+             CASE WHEN said.left IS NOT NULL THEN said.heads END AS heads, said.left AS kept,
+             CASE WHEN said.before BETWEEN -4611686018427387904 AND 4611686018427387904
+                  THEN said.before END AS before
+      FROM (SELECT number, newer, from_json(CASE WHEN json_valid(detail) THEN detail END, '{
+              "before": "BIGINT", "removed": "MAP(VARCHAR, BIGINT[][])", "wrong": "MAP(VARCHAR, VARCHAR[])",
+              "heads": "MAP(VARCHAR, BIGINT)", "left": "MAP(VARCHAR, VARCHAR[])"}') AS said
+            FROM (SELECT unnest($numbers) AS number, unnest($newer) AS newer, unnest($details) AS detail)))"""
+# The entries that purges name, and what is left of each.
 CREATE_GONE: Final = """\
-CREATE OR REPLACE TEMP TABLE gone
-(number BIGINT, journal VARCHAR, position BIGINT, events BIGINT, digest VARCHAR)"""
-INSERT_GONE: Final = """\
-INSERT INTO gone BY NAME
-SELECT DISTINCT number, journal, unnest(range(low, least(high, entries) + 1)) AS position, 0 AS events
-FROM (SELECT unnest($numbers) AS number, unnest($journals) AS journal,
-             unnest($lows) AS low, unnest($highs) AS high)
-JOIN (SELECT journal, count(*) AS entries FROM sound_ledger GROUP BY journal) USING (journal)"""
-# Earlier versions removed single events; what a purge kept of a segment, it says itself.
-INSERT_PARTLY: Final = """\
-INSERT INTO gone BY NAME
-SELECT $number AS number, journal, position, digest,
-       CASE WHEN last_event < make_timestamp($before) THEN 0 ELSE kept.events END AS events
-FROM (SELECT journal, position, segment, first_event, last_event FROM sound_ledger
-      WHERE kind IN ('segment', 'legacy')) AS entered
-JOIN (SELECT unnest($journals) AS journal, unnest($heads) AS head) USING (journal)
-LEFT JOIN (SELECT unnest($segments) AS segment, unnest($counts) AS events, unnest($digests) AS digest) AS kept
-USING (segment)
-WHERE position <= head AND first_event < make_timestamp($before)
-  AND (last_event < make_timestamp($before) OR kept.events IS NOT NULL)"""
-NAMED: Final = """\
-SELECT number::BIGINT, greatest(-1, least(sum(entered.events), 4611686018427387904))::BIGINT,
-       max(epoch_us(last_event))::BIGINT
-FROM gone JOIN sound_ledger AS entered USING (journal, position)
-WHERE kind IN ('segment', 'legacy') GROUP BY number"""
+CREATE OR REPLACE TEMP TABLE gone AS
+SELECT DISTINCT number, journal, unnest(range(span[1], least(span[2], entries) + 1)) AS position,
+       0::BIGINT AS events, NULL::VARCHAR AS digest
+FROM (SELECT number, journal, unnest(spans) AS span FROM (
+          SELECT number, unnest(map_keys(removed)) AS journal, unnest(map_values(removed)) AS spans
+          FROM purges WHERE state = 'whole'))
+JOIN (SELECT journal, count(*) AS entries FROM sound_ledger GROUP BY journal) USING (journal)
+WHERE span[1] > 0 AND span[2] >= span[1]
+UNION ALL
+SELECT number, journal, position, CASE WHEN last_event < moment THEN 0 ELSE kept.events END, digest
+FROM (SELECT number, make_timestamp(before) AS moment, unnest(map_keys(heads)) AS journal,
+             unnest(map_values(heads)) AS head FROM purges WHERE state IN ('old', 'parts'))
+JOIN (SELECT journal, position, segment, first_event, last_event FROM sound_ledger
+      WHERE kind IN ('segment', 'legacy')) USING (journal)
+LEFT JOIN (SELECT number, segment, TRY_CAST(said[1] AS BIGINT) AS events, said[2] AS digest FROM (
+               SELECT number, unnest(map_keys(kept)) AS segment, unnest(map_values(kept)) AS said
+               FROM purges WHERE state = 'parts')) AS kept USING (number, segment)
+WHERE position <= head AND first_event < moment AND (last_event < moment OR kept.events IS NOT NULL)"""
+PURGED_WRONG: Final = """\
+SELECT number::BIGINT AS number, segment::VARCHAR AS segment,
+       coalesce(TRY_CAST(said[1] AS BIGINT), 0)::BIGINT AS found,
+       coalesce(TRY_CAST(said[3] AS BIGINT), 0)::BIGINT AS entered
+FROM (SELECT number, unnest(map_keys(wrong)) AS segment, unnest(map_values(wrong)) AS said
+      FROM purges WHERE state NOT IN ('unreadable', 'newer')) ORDER BY number, segment"""
+# Of each purge, how many events it names, and whether all of them are old enough.
+JUDGED_PURGES: Final = f"""\
+SELECT number::BIGINT, state::VARCHAR, least(coalesce(held, 0) + coalesce(more, 0), 2::HUGEINT**62)::BIGINT,
+       coalesce(last_event < make_timestamp(before), true)::BOOLEAN
+FROM purges LEFT JOIN (SELECT number, sum(entered.events) AS held, max(last_event) AS last_event
+                       FROM gone JOIN sound_ledger AS entered USING (journal, position)
+                       WHERE kind IN ('segment', 'legacy') GROUP BY number) USING (number)
+LEFT JOIN (SELECT number, sum(found - entered) AS more FROM ({PURGED_WRONG}) GROUP BY number) USING (number)
+WHERE number >= 0 ORDER BY number"""
 SPLITS: Final = f"""\
 SELECT max(segment)::VARCHAR FROM (
     SELECT segment, floor(sum(events) OVER (ORDER BY segment ROWS UNBOUNDED PRECEDING) / $size) AS part
@@ -9728,56 +9760,11 @@ class Verdict:
             self.more_findings += 1
 
 
-def runs_of(numbers: Iterable[int]) -> list[tuple[int, int]]:
-    """Return numbers as the first and last of each run."""
-    runs: list[tuple[int, int]] = []
-    for number in sorted(numbers):
-        if runs and number <= runs[-1][1] + 1:
-            runs[-1] = (runs[-1][0], number)
-        else:
-            runs.append((number, number))
-    return runs
-
-
-# --- what purges removed
-
-_LATEST: Final = 2**62  # microseconds: later than any event, and still a timestamp of DuckDB's
-
-
-class Purge(NamedTuple):
-    """What a purge entry says."""
-
-    before: int  # microseconds since the epoch: everything that went is older
-    removed: Mapping[str, Sequence[tuple[int, int]]]  # by journal: first and last position of entries
-    wrong: Mapping[str, tuple[int, str | None, int]]  # segments not as entered: found, digest, entered
-    archive: str | None = None  # the directory, if what went was archived
-    # Earlier versions removed parts of segments: the ends of the chains, and what they say stayed.
-    heads: Mapping[str, int] | None = None
-    left: Mapping[str, tuple[int, str]] = types.MappingProxyType({})
-
-    def detail(self) -> str:
-        """Return the entry's `detail`."""
-        return json.dumps(dict(zip(self._fields[:4], self)), separators=(",", ":"))
-
-    @classmethod
-    def parse(cls, detail: str | None) -> Purge:
-        """Return what `detail` says. Raises ValueError if somebody wrote something else into it."""
-        try:
-            said = json.loads(detail or "")
-            before = max(-_LATEST, min(int(said["before"]), _LATEST))
-            wrong = {
-                str(name): (int(n), text, int((*rest, 0)[0]))
-                for name, (n, text, *rest) in said["wrong"].items()
-            }
-            if "removed" in said:
-                removed = said["removed"].items()
-                spans = {str(name): [(int(low), int(high)) for low, high in pairs] for name, pairs in removed}
-                return cls(before, spans, wrong)
-            heads = {str(name): int(position) for name, position in said["heads"].items()}
-            left = {str(name): (int(n), str(text)) for name, (n, text) in said["left"].items()}
-            return cls(before, {}, wrong, heads=heads, left=left)
-        except (AttributeError, LookupError, TypeError, OverflowError, RecursionError) as error:
-            raise ValueError(f"{error!r}") from error
+def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield numbers as the first and last of each run."""
+    for _, run in itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in run]
+        yield members[0], members[-1]
 
 
 class Compared(NamedTuple):
@@ -9797,9 +9784,20 @@ class Compared(NamedTuple):
 
 # --- recomputing
 
-# Arbitrary: events whose hashes are held at once, 100 to 300 bytes each.
-_RANGE_EVENTS: Final = 1_000_000
-_MAX_EXPLAINED: Final = 100  # arbitrary: segments of which single events are named
+_RANGE_EVENTS: Final = 1_000_000  # arbitrary: their hashes, 100 to 300 bytes each, are held at once
+_NOT_BELIEVED: Final = {  # purges, by their state
+    "unreadable": "can't be read",
+    "newer": "kept parts of segments, as earlier versions did, but is newer than the checkpoint",
+}
+_MAX_EXPLAINED: Final = 100  # arbitrary: after so many findings, single events are not named
+
+
+def _without_twins(text: str | None) -> str:
+    """Return JSON in which no name occurs twice, which ends a statement of DuckDB 1.2; "" if it is none."""
+    try:
+        return json.dumps(json.loads(text or ""))
+    except (ValueError, RecursionError):
+        return ""
 
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
@@ -9828,7 +9826,6 @@ class Verifier:
         self._range_events = range_events
         self._keys = keys
         self._progress = progress
-        self._explained = 0
         self._covered: dict[str, int] = {}  # by journal: up to which position a checkpoint vouches
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.verdict = Verdict()
@@ -9875,36 +9872,34 @@ class Verifier:
 
     def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
         """Check every seal, and that the checkpoints are met."""
-        verdict, head, unkeyed = self.verdict, Head("", 0, 0, ""), list[tuple[str, int]]()
-        totals: dict[str, int] = {}
-        for name, position, kind, events, seal, row in self._engine.stream(CHAIN):
-            name, seal, position, events = name or "", seal or "", int(position or 0), int(events or 0)
-            if name != head.journal:
-                self._end_chain(head, unkeyed)
-                head, unkeyed = Head(name, 0, 0, ""), []
-            if position != head.position + 1:
-                text = (
-                    f"entry {position} of journal {name} comes after entry {head.position}: removed or added"
-                )
-                self._doubt(name, position, text)
-            keys: Sequence[bytes | None] = self._keys if seal.startswith(_KEYED) else [None]
-            if not keys:
-                text = f"entry {position} of journal {name} is sealed with a key that is not given"
-                self._doubt(name, position, text)
-            elif all(make_seal(head.seal, row, key) != seal for key in keys):
-                text = f"entry {position} of journal {name}, or the one before, was changed"
-                self._doubt(name, position, text)
-            elif self._keys and keys == [None]:
-                unkeyed.append((name, position))
-            head = Head(name, position, head.events + (events if kind == "segment" else 0), seal)
-            if wanted.get((name, position)) == head:
-                del wanted[name, position]
-                unkeyed = []  # whoever wrote them, they are what the checkpoint saw
-                self._covered[name] = position
-            verdict.entries += 1
-            verdict.segments += kind == "segment"
-            totals[kind or ""] = totals.get(kind or "", 0) + events
-        self._end_chain(head, unkeyed)
+        verdict, totals = self.verdict, dict[str, int]()
+        for name, entries in itertools.groupby(self._engine.stream(CHAIN), key=lambda row: row[0]):
+            head, unkeyed = Head(name, 0, 0, ""), list[tuple[str, int]]()
+            for _, position, kind, events, seal, row in entries:
+                where = f"entry {position} of journal {name}"
+                if position != head.position + 1:
+                    self._doubt(name, position, f"{where} comes after {head.position}: removed or added")
+                keys: Sequence[bytes | None] = self._keys if seal.startswith(_KEYED) else [None]
+                if not keys:
+                    self._doubt(name, position, f"{where} is sealed with a key that is not given")
+                elif all(make_seal(head.seal, row, key) != seal for key in keys):
+                    self._doubt(name, position, f"{where}, or the one before, was changed")
+                elif self._keys and keys == [None]:
+                    unkeyed.append((name, position))
+                head = Head(name, position, head.events + (events if kind == "segment" else 0), seal)
+                if wanted.get((name, position)) == head:
+                    del wanted[name, position]
+                    unkeyed = []  # whoever wrote them, they are what the checkpoint saw
+                    self._covered[name] = position
+                verdict.entries += 1
+                verdict.segments += kind == "segment"
+                totals[kind] = totals.get(kind, 0) + events
+            verdict.heads.append(head)
+            if unkeyed:
+                self.doubted.update(unkeyed)
+                text = f"entries of journal {name} sealed without the key: {len(unkeyed)}; "
+                text += "if they are older than the key, a checkpoint of that time settles it"
+                verdict.add("chain", text, journal=name)
         verdict.events, verdict.lost = totals.get("segment", 0), totals.get("loss", 0)
         verdict.legacy += totals.get("legacy", 0)
         for name, position in wanted:
@@ -9915,80 +9910,41 @@ class Verifier:
         self.doubted.add((journal, position))
         self.verdict.add("chain", text, journal=journal)
 
-    def _end_chain(self, head: Head, unkeyed: Collection[tuple[str, int]]) -> None:
-        if head.position:
-            self.verdict.heads.append(head)
-        if unkeyed:
-            self.doubted.update(unkeyed)
-            text = f"entries of journal {head.journal} sealed without the key: {len(unkeyed)}; "
-            text += "if they are older than the key, a checkpoint of that time settles it"
-            self.verdict.add("chain", text, journal=head.journal)
-
     # --- the purges
 
     def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Take in the purges that are believed, and compare each with the entries that it names."""
-        purges: list[Purge] = []
-        entries: list[dict[str, Any]] = []
-        for row in self._engine.execute(PURGES):
-            entry = dict(zip(("moment", "host", "events", "journal", "position"), row))
-            journal, position = entry["journal"], entry["position"]
-            if (journal, position) in self.doubted:
-                continue
-            try:
-                purge = Purge.parse(row[-1])
-            except ValueError as error:
-                self.verdict.add("chain", f"a purge entry can't be read: {error}", journal=journal)
-                continue
-            is_covered = position <= self._covered.get(journal, 0)
-            if purge.left and has_checkpoint and not is_covered and not self._keys:
-                text = f"purge {position} of journal {journal} kept parts of segments, as earlier versions "
-                self.verdict.add("chain", text + "did, but is newer than the checkpoint", journal=journal)
-                continue
-            if not is_covered:
-                self.verdict.purges.append(entry)
-            purges.append(purge)
-            entries.append(entry)
-            self.verdict.purged += entry["events"]
-            for segment, (count, _, _) in purge.wrong.items():
-                text = f"segment {segment} was not as recorded when it was purged: {counted(count, 'event')}"
-                self.verdict.add("changed", text, segment)
-        if parts := sum(bool(purge.left) for purge in purges):
+        names = ("moment", "host", "events", "journal", "position", "detail")
+        entries = [dict(zip(names, row)) for row in self._engine.execute(PURGES)]
+        entries = [each for each in entries if (each["journal"], each["position"]) not in self.doubted]
+        newer = [each["position"] > self._covered.get(each["journal"], 0) for each in entries]
+        refused = [each and has_checkpoint and not self._keys for each in newer]
+        details = [_without_twins(each.pop("detail")) for each in entries]
+        # Number -1 is none: in an empty table, DuckDB 1.2 takes a map for none.
+        said = {"numbers": [-1, *range(len(entries))], "newer": [False, *refused], "details": ["", *details]}
+        self._engine.execute(READ_PURGES, said)
+        self._engine.execute(CREATE_GONE)
+        parts = 0
+        for number, state, held, is_old in self._engine.execute(JUDGED_PURGES):
+            entry, text = entries[number], _NOT_BELIEVED.get(state)
+            if not text:
+                self.verdict.purged += entry["events"]
+                self.verdict.purges += [entry] if newer[number] else []
+                parts += state == "parts"
+                if state == "whole" and not (is_old and held == entry["events"]):
+                    text = f"says that {entry['events']} events went; "
+                    text += f"the entries that it names held {held}, or younger ones"
+            if text:
+                text = f"purge {entry['position']} of journal {entry['journal']} {text}"
+                self.verdict.add("chain", text, journal=entry["journal"])
+        for _, segment, found, _ in self._engine.execute(PURGED_WRONG):
+            text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
+            self.verdict.add("changed", text, segment)
+        if parts:
             self.verdict.notes.append(
                 f"{counted(parts, 'purge')} by an earlier version kept parts of segments: what those parts "
                 "should hold is known from the purge alone"
             )
-        held = self._name_entries(purges)
-        for number, (purge, entry) in enumerate(zip(purges, entries)):
-            count, last = held.get(number, (0, -_LATEST))
-            count += sum(found - entered for found, _, entered in purge.wrong.values())
-            if purge.heads is None and (count != entry["events"] or last >= purge.before):
-                text = "purge {position} of journal {journal} says that {events} events went; ".format_map(
-                    entry
-                )
-                text += f"the entries that it names held {count}, or younger ones"
-                self.verdict.add("chain", text, journal=entry["journal"])
-
-    def _name_entries(self, purges: Sequence[Purge]) -> dict[int, tuple[int, int]]:
-        """Make the table of entries that purges name; return what they held: events and the last moment."""
-        self._engine.execute(CREATE_GONE)
-        spans = [
-            (number, journal, low, high)
-            for number, purge in enumerate(purges)
-            for journal, pairs in purge.removed.items()
-            for low, high in pairs
-            if 0 < low <= high < _LATEST
-        ]
-        if spans:
-            names = ("numbers", "journals", "lows", "highs")
-            self._engine.execute(INSERT_GONE, dict(zip(names, map(list, zip(*spans)))))
-        for number, purge in enumerate(purges):
-            if purge.heads:
-                kept = [(segment, *rest) for segment, rest in purge.left.items()] or [("", 0, "")]
-                lists = map(list, (*zip(*purge.heads.items()), *zip(*kept)))
-                params = dict(zip(("journals", "heads", "segments", "counts", "digests"), lists))
-                self._engine.execute(INSERT_PARTLY, {"number": number, "before": purge.before, **params})
-        return {number: (events, last) for number, events, last in self._engine.execute(NAMED)}
 
     # --- the segments
 
@@ -10003,28 +9959,21 @@ class Verifier:
             self._progress(done, self.verdict.events)
 
     def _judge(self, row: Compared) -> None:
-        """Report a segment that isn't as the ledger says."""
+        """Report a segment that isn't as the ledger says: its events if the marks tell, else how many."""
         if not self.verdict.entries and row.segment.startswith("legacy-"):
             self.verdict.legacy += row.found  # an older table, of which nothing was entered yet
-        elif not (row.found and row.due and self._explain(row)):
-            kind = "removed" if row.found < row.due else "inserted" if row.found > row.due else "changed"
-            due = f"not {row.due} as recorded" if row.position >= 0 else "which is not in the ledger"
-            text = f"segment {row.segment}: {counted(row.found, 'event')}, {due}"
-            self.verdict.add(kind, text, row.segment)
-
-    def _explain(self, row: Compared) -> bool:
-        """Name the events that are wrong, from the marks; False if they don't tell."""
-        self._explained += 1
-        if self._explained > _MAX_EXPLAINED:
-            return False
-        by_state: dict[str, list[int]] = {}
-        for state, seq in self._engine.execute(MARKED, {"segment": row.segment, "due": row.due}):
-            by_state.setdefault(state, []).append(seq)
-        for state, seqs in by_state.items():
-            names = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs_of(seqs))
-            text = f"segment {row.segment}: {state} {names}"
-            self.verdict.add(state, text, row.segment, seqs=tuple(seqs))
-        return bool(by_state)
+            return
+        kind = "removed" if row.found < row.due else "inserted" if row.found > row.due else "changed"
+        due = f"not {row.due} as recorded" if row.position >= 0 else "which is not in the ledger"
+        said: list[tuple[str, str, list[int]]] = [(kind, f"{counted(row.found, 'event')}, {due}", [])]
+        if row.found and row.due and len(self.verdict.findings) < _MAX_EXPLAINED:
+            marked = self._engine.execute(MARKED, {"segment": row.segment, "due": row.due})
+            for state, rows in itertools.groupby(marked, key=lambda row: row[0]):
+                seqs = [seq for _, seq in rows]
+                names = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs_of(seqs))
+                said = [*said, (state, f"{state} {names}", seqs)]
+        for state, text, seqs in said[1:] or said:
+            self.verdict.add(state, f"segment {row.segment}: {text}", row.segment, seqs=tuple(seqs))
 
 
 # --- one event, for somebody who has no database
@@ -10035,7 +9984,7 @@ def plain_seals(engine: Engine) -> dict[str, str]:
     view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
-        seals[name or ""] = make_seal(seals.get(name or "", ""), row, None)
+        seals[name] = make_seal(seals.get(name, ""), row, None)
     return seals
 
 
@@ -10121,8 +10070,7 @@ class Removal(NamedTuple):
     archive: str | None = None
 
 
-# Fewer than _RANGE_EVENTS, because a server's guest may purge.
-_PURGE_RANGE_EVENTS: Final = 200_000
+_PURGE_RANGE_EVENTS: Final = 200_000  # fewer than _RANGE_EVENTS: a server's guest may purge
 _MANIFEST: Final = "manifest.json"
 _ALIEN: Final = "not-as-entered.parquet"
 
@@ -10157,7 +10105,7 @@ def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
         min((row.first for row in found.values() if row.first is not None), default=None),
         max((row.last for row in found.values() if row.last is not None), default=None),
         digest.hexdigest(),
-        {journal: runs_of(places) for journal, places in sorted(positions.items())},
+        {journal: list(runs_of(places)) for journal, places in sorted(positions.items())},
         wrong,
     )
 
@@ -10180,10 +10128,22 @@ def purge_before(
             ((events,),) = engine.execute(COUNT_SCOPE)
             if events != removal.events:
                 raise StoreError(f"{events} events are older than {before}, not {removal.events}; try again")
-            detail = Purge(microseconds(before), removal.removed, removal.wrong, removal.archive).detail()
+            detail = {"before": microseconds(before), "removed": removal.removed, "wrong": removal.wrong}
+            detail["archive"] = removal.archive
             span = (removal.first_event, removal.last_event)
             engine.execute(DELETE_SCOPE, {"moment": before})
-            ledger.enter(engine, [entry_of("purge", events, detail, span=span, digest=removal.digest)])
+            ledger.enter(
+                engine,
+                [
+                    entry_of(
+                        "purge",
+                        events,
+                        json.dumps(detail, separators=(",", ":")),
+                        span=span,
+                        digest=removal.digest,
+                    )
+                ],
+            )
     return removal
 
 
@@ -10241,46 +10201,29 @@ def _write_archive(engine: Engine, folder: str, removal: Removal) -> list[dict[s
 
 # --- retention: a purge a day
 
-_SILENCE_SECONDS: Final = 25 * 3600.0  # longer ones don't count as time that passed; retention runs daily
+_SILENCE: Final = 25 * 3_600_000_000  # longer ones don't count as time that passed; retention runs daily
 
 
 def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> str:
-    """Purge what is older than the retention, as far as the ledger vouches for its age; say what went."""
+    """Purge what is older than the retention, as far as the ledger vouches for its age; say what went.
+
+    A clock that jumped forward makes everything look old, so time counts only where the ledger shows that
+    this log was alive: a server that was off for a month keeps its events a month longer. `purge` by hand
+    goes by the clock alone.
+    """
     target.create_tables(engine)
-    now = utc_now()
     verifier = Verifier(engine, target, seal_keys())
     verifier.open()
     journals, positions = map(list, zip(*verifier.doubted)) if verifier.doubted else ([], [])
-    params = {"now": sql_time(now), "journals": journals, "positions": positions}
-    hours = [hour for (hour,) in engine.execute(ACTIVE_HOURS, params)]
-    limit = vouched_limit(hours, now.timestamp(), retention)
-    if limit is not None:
-        moment = datetime.datetime.fromtimestamp(limit, datetime.timezone.utc)
-        removal = purge_before(engine, target, ledger, sql_time(moment))
+    asked = {"now": sql_time(utc_now()), "retention": int(retention * 1e6), "silence": _SILENCE}
+    for (limit,) in engine.execute(VOUCHED_LIMIT, {**asked, "journals": journals, "positions": positions}):
+        removal = purge_before(engine, target, ledger, limit)
         if removal.events:
             return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
     # An entry a day, so that a log without events doesn't look like one that was off.
     with ledger.writing(engine):
         ledger.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
     return "retention: nothing is old enough"
-
-
-def vouched_limit(hours: Iterable[int], now: float, retention: float) -> float | None:
-    """Return the moment before which events are older than `retention`, as far as the ledger vouches for it.
-
-    A clock that jumped forward makes everything look old. So time counts only where the ledger shows
-    that this log was alive: a silence of more than 25 hours counts as none. A server that was off for
-    a month keeps its events a month longer; `purge` by hand goes by the clock alone.
-    """
-    left, later = retention, now
-    for hour in hours:
-        silence = later - hour
-        if silence <= _SILENCE_SECONDS:
-            if silence >= left:
-                return later - left
-            left -= max(0.0, silence)
-        later = hour
-    return None
 
 
 # == Copies ==

@@ -840,8 +840,8 @@ def test_verify_without_ledger_is_bad_news(log: Path) -> None:
 @pytest.mark.parametrize(
     ("statement", "text"),
     [
-        ("DELETE FROM ledger WHERE position = 1", "comes after entry 0"),
-        ("INSERT INTO ledger SELECT * FROM ledger WHERE position = 2", "comes after entry 2"),
+        ("DELETE FROM ledger WHERE position = 1", "comes after 0"),
+        ("INSERT INTO ledger SELECT * FROM ledger WHERE position = 2", "comes after 2"),
         ("UPDATE ledger SET first_event = 'infinity' WHERE position = 3", "entry 3 of journal"),
     ],
 )
@@ -873,6 +873,8 @@ def test_verify_damaged_ledger_gives_findings_and_no_traceback(log: Path) -> Non
         f'{{"before": -{huge}, "removed": {{}}, "wrong": {{"x": [{huge}, null, -{huge}]}}}}',
         '{"before": NaN, "removed": {"x": 7}, "wrong": []}',
         '{"before": 1, "removed": {"x": [[1]]}, "wrong": {"x": []}}',
+        '{"before": 1, "removed": {"x": [[1, null]], "x": [], "x": [[1, 2]]}, "wrong": {}}',
+        '{"before": 1, "heads": {"x": 1}, "wrong": {}}',
     ):
         change(log, f"UPDATE ledger SET detail = '{detail}' WHERE kind = 'purge'")
         assert "chain" in {kind for kind, _ in said(log)}
