@@ -117,6 +117,10 @@ __all__ = [
 # what is wrong, where, and what to do; a cause is kept (`raise … from`).
 
 
+# What Ctrl+C and servers' signal handlers raise: passed on, once the event is queued.
+INTERRUPTS: Final = (KeyboardInterrupt, SystemExit)
+
+
 class AuditError(Exception):
     """The root of every error that this module raises on purpose."""
 
@@ -2273,7 +2277,7 @@ def _declare(definition: object) -> _Declared | None:
     """Read an endpoint's definition; one that can't even be read makes everything sensitive."""
     try:
         return _read_declared(definition, 0, [10_000])
-    except (KeyboardInterrupt, SystemExit):
+    except INTERRUPTS:
         raise
     except BaseException:
         return _ALL_DECLARED
@@ -2583,7 +2587,7 @@ class _Walk:
         depth = len(self.open)
         try:
             return self.other(value, kind, declared)
-        except BaseException:  # whatever an object's own methods raise
+        except Exception:
             del self.open[depth:]
             return encode_text(f"<unprintable {_type_name(value)}>")
 
@@ -2781,7 +2785,12 @@ class _Walk:
         if issubclass(kind, (bytes, bytearray)) and self.limit and len(value) > self.limit + _SLACK:
             note = f"…[CUT: {len(value)} bytes]"
             return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
-        content = _content(value, kind)
+        try:
+            content = _content(value, kind)
+        except INTERRUPTS:
+            raise
+        except BaseException:  # whatever an object's own methods raise
+            content = f"<unprintable {_type_name(value)}>"
         if not isinstance(content, (dict, list)):
             return self.value(content, declared)
         if id(value) in self.open or len(self.open) >= _MAX_DEPTH:
@@ -2994,10 +3003,10 @@ class Redactor:
             return walk.value(value, declared)
         except RecursionError:
             return _DEPTH_JSON
-        except (KeyboardInterrupt, SystemExit):
+        except INTERRUPTS:
             raise
         except BaseException as error:
-            # Nothing is known to come here. Rather lose an input than show half of it.
+            # Rather lose an input than show half of it.
             return encode_text(f"<unreadable {_type_name(value)}: {_type_name(error)}>")
 
     def scrub(self, text: str, echoes: Sequence[str] = ()) -> str:
@@ -3013,7 +3022,7 @@ class Redactor:
             shown = text if type(text) is str else walk.plain(text)
             shown = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
             return walk.text(without_echoes(shown, echoes, self._texts.mark) if echoes else shown, None)
-        except (KeyboardInterrupt, SystemExit):
+        except INTERRUPTS:
             raise
         except BaseException as error:
             return f"<unreadable text: {_type_name(error)}>"
@@ -5454,6 +5463,14 @@ class Call:
             return 0
         self.ended = True
         self.duration_ms = round((time.perf_counter() - self.started) * 1000)
+        try:
+            self._judge(error)
+        finally:  # an interrupt loses no call
+            ticket = self._hand_over()
+        return ticket
+
+    def _judge(self, error: BaseException | None) -> None:
+        """Say what an error means."""
         # Whoever closes a generator has all that was wanted of it: no error.
         if error is not None and not isinstance(error, GeneratorExit):
             if self.status != "error":  # what is known already was known nearer to the cause
@@ -5464,6 +5481,9 @@ class Call:
                 denial = None
             if denial is not None and self.policy_decision == "n/a":
                 self.policy("deny", describe_exception(denial, with_type=False))
+
+    def _hand_over(self) -> int:
+        """Have the line of the call queued, unless it is part of an outer one."""
         within, outer = self.failure, self.outer
         if within is not None and self.status == "error":
             self.fail(within.error, within.error_type)
@@ -6700,6 +6720,8 @@ class AuditLogger:
     ) -> None:
         """Record one event. Never raises; the first ten arguments are those of MXCP's own logger.
 
+        Ctrl+C and a signal handler's `sys.exit` pass, after the event is recorded.
+
         Args:
             caller: where the call came from: cli, http, stdio.
             event_type: tool, resource or prompt.
@@ -6719,9 +6741,13 @@ class AuditLogger:
         if not self.enabled:
             return
         echoes: list[str] | None = None if error is None and reason is None else []
+        interrupt: BaseException | None = None
         try:
             input_json = self._encoder.input_json(input_params, name, endpoint_def, echoes)
-        except BaseException as fault:  # whatever an object's own __repr__ raises
+        except INTERRUPTS as fault:
+            interrupt = fault
+            input_json = self._encoder.input_json(input_params, name, endpoint_def, echoes)
+        except BaseException as fault:
             input_json = self.report_fault("an input could not be encoded", fault)
         ticket = self._record(
             caller,
@@ -6739,21 +6765,31 @@ class AuditLogger:
             echoes or (),
             (client, agent, address, server, request_id, error_type, result_bytes, context),
         )
+        if interrupt is not None:
+            raise interrupt
         if self.config.durable:
             self._writer.wait_written(ticket)
 
     def _record(self, *event: Any, end: bytes = b"") -> int:
         """Queue an event, without its content if it can't be encoded, and return the ticket of its line."""
+        interrupt: BaseException | None = None
         try:
-            return self._put(self._encoder.line(*event) + end)
-        except BaseException as fault:
-            self.report_fault("an event could not be encoded; it is recorded without content", fault)
-        try:
-            nothing = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE)
-            return self._put(self._encoder.line(*nothing, None, None, None, ()) + end)
-        except BaseException as fault:
+            try:
+                line = self._encoder.line(*event)
+            except INTERRUPTS as fault:
+                interrupt = fault
+                line = self._encoder.line(*event)
+            except BaseException as fault:
+                self.report_fault("an event could not be encoded; it is recorded without content", fault)
+                nothing = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE)
+                line = self._encoder.line(*nothing, None, None, None, ())
+            ticket = self._put(line + end)
+        except Exception as fault:
             self.report_fault("an event could not be recorded", fault)
-            return 0
+            ticket = 0
+        if interrupt is not None:
+            raise interrupt
+        return ticket
 
     def report_fault(self, message: str, fault: BaseException) -> str:
         """Report a fault by its type, because its text may hold content; return what is recorded instead."""
@@ -6769,6 +6805,8 @@ class AuditLogger:
             return "null", echoes
         try:
             return self._encoder.input_json(input_params, name, endpoint_def, echoes), echoes
+        except INTERRUPTS:
+            raise
         except BaseException as fault:
             return self.report_fault("an input could not be encoded", fault), echoes
 
@@ -6796,8 +6834,11 @@ class AuditLogger:
         ref = self._writer.end(call.number) if call.number else None
         if ref is None:
             return self._record(*call.event())
-        ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode())
-        self._writer.ended(call.number, ticket)
+        ticket = 0
+        try:
+            ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode())
+        finally:  # without a ticket there was an interrupt
+            self._writer.ended(call.number, ticket or self._writer.accepted)
         return ticket
 
     def refuse(self, call: Call, what: str) -> AuditUnavailableError:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import builtins
+import collections
+import contextvars
 import inspect
+import itertools
 import json
 import pickle
 import sys
@@ -690,6 +693,54 @@ def test_input_whose_repr_raises_what_is_no_exception_is_recorded(
     with audit.record("tool", "called", {"x": Hostile_()}):
         pass
     assert len(recorded(audit)) == 2
+
+
+@pytest.mark.parametrize("way", ["log_event", "record"])
+def test_interrupt_reaches_its_owner_and_costs_no_event(audit: AuditLogger, way: str) -> None:
+    """What a signal handler raises may come at each call of ours: each is tried in turn."""
+    audit.log_event("cli", "tool", "first")
+    value = {"x": [1, {"password": "hunter2"}], "y": collections.OrderedDict(z="hunter2 z")}
+    ran: list[str] = []
+    for moment in itertools.count(1):
+        passed, came, arrived = 0, False, False
+
+        def interrupt(frame: Any, event: str, argument: Any, moment: int = moment) -> None:
+            nonlocal passed, came
+            if event in ("call", "c_return") and frame.f_globals is vars(mxcp_audit):
+                passed += 1
+                if passed == moment:
+                    sys.setprofile(None)
+                    came = True
+                    raise SystemExit
+
+        sys.setprofile(interrupt)
+        try:
+            if way == "log_event":
+                ran.append(f"n{moment}")
+                audit.log_event("cli", "tool", f"n{moment}", value, error="no hunter2 here")
+            else:
+                contextvars.copy_context().run(fail, audit, f"n{moment}", value, ran)
+        except SystemExit:
+            arrived = True
+        except ValueError:
+            pass
+        finally:
+            sys.setprofile(None)
+        assert arrived == came, moment
+        if not came:
+            break
+    assert moment > 100  # there were such moments
+    unfinished = {call.name for call in audit._writer._appender.begun._running.values()}
+    rows = [event["name"] for event in recorded(audit)]
+    assert len(rows) == len(set(rows)) and "hunter2" not in str(rows)
+    # What comes at the first step of a method came before the call, or leaves it as one that is unfinished.
+    assert len(set(ran) - unfinished - set(rows)) <= 8, set(ran) - unfinished - set(rows)
+
+
+def fail(audit: AuditLogger, name: str, value: object, ran: list[str]) -> None:
+    with audit.record("tool", name, value):
+        ran.append(name)
+        raise ValueError("no hunter2 here")
 
 
 @pytest.mark.parametrize("made", ["generator", "async generator", "never awaited", "never iterated"])
