@@ -49,16 +49,7 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import (
-    Awaitable,
-    Callable,
-    Collection,
-    Generator,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
 from math import inf, isfinite, nan
 from typing import (
     IO,
@@ -627,7 +618,7 @@ _NOT_IN_A_PATH: Final = re.compile(r"[\0\ud800-\udfff]")
 class Config(NamedTuple):
     """The settings that hold, already validated, each with its source; made by `load_config`.
 
-    SETTINGS says what each means, and docs/configuration.md. Durations are seconds, lists are tuples.
+    `AuditLogger` and docs/configuration.md say what each means. Durations are seconds, lists are tuples.
 
     Args:
         path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given;
@@ -636,9 +627,6 @@ class Config(NamedTuple):
         site_file: absolute path of the site file, None without one.
         journal: absolute path of the journal directory; None is "<path>.journal" beside a database file.
         attach: options for ATTACH by name; they may hold secrets, so `repr` leaves them out.
-        retention: seconds after which `purge` may delete an event; None keeps all.
-        strict: patterns of names of which nothing is executed that can't be put on record; ("*",) is all.
-        group: whether all of the directory's group may write and read, for processes of several users.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
     """
@@ -751,7 +739,7 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
 
 
 class Setting(NamedTuple):
-    """A setting of a profile: what it must be and means, and a function that returns it as `Config` has it.
+    """A setting of a profile: what it must be, and a function that returns it as `Config` has it.
 
     `check` raises ValueError: without arguments if a value isn't what it must be, else with the problem
     and, in a list or mapping, the entry.
@@ -759,7 +747,6 @@ class Setting(NamedTuple):
 
     must_be: str
     check: Callable[[Any], object]
-    meaning: str
 
 
 def _described(value: object) -> str:
@@ -797,13 +784,13 @@ def _database(value: object) -> str:
     return path
 
 
-def _one_of(must_be: str, meaning: str) -> Setting:
+def _one_of(must_be: str) -> Setting:
     def _chosen(value: object) -> object:
         if value not in re.split(", | or ", must_be):
             raise ValueError
         return value
 
-    return Setting(must_be, _chosen, meaning)
+    return Setting(must_be, _chosen)
 
 
 def _bytes(value: object) -> int:
@@ -860,48 +847,30 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     return dict(value)
 
 
-_SWITCH: Final = ("true or false without quotes", _boolean)
-_SECONDS: Final = ('a duration such as "10m", or seconds above 0', _duration)
-_SIZE: Final = (f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
-_LIST: Final = ("a list of names such as [email, phone]", _names)
-# docs/configuration.md repeats this table, with the defaults of `Config`; a test compares them.
+_SWITCH: Final = Setting("true or false without quotes", _boolean)
+_SECONDS: Final = Setting('a duration such as "10m", or seconds above 0', _duration)
+_SIZE: Final = Setting(f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
+_LIST: Final = Setting("a list of names such as [email, phone]", _names)
+# docs/configuration.md has this table with the defaults of `Config`; a test compares them.
 SETTINGS: Final = {
-    "enabled": Setting(*_SWITCH, "whether anything is recorded"),
-    "path": Setting("a path, or an ATTACH target", _database, "the database; see below"),
-    "journal": Setting("a path", _path, "the directory of the journal"),
-    "attach": Setting("a mapping of options", _options, "text, numbers or booleans for DuckDB's `ATTACH`"),
-    "flush_interval": Setting(
-        *_SECONDS,
-        "how long events stay in the journal at least; on a busy server up to a minute",
-    ),
-    "durable": Setting(*_SWITCH, "whether `log_event` waits until the event is on the disk"),
-    "on_full": _one_of(
-        "block or drop", "what `log_event` does while the queue is full; dropped events are counted"
-    ),
-    "max_input_bytes": Setting(*_SIZE, "how many bytes of an event's input are kept"),
-    "redact": Setting(*_LIST, "more fields whose values are secrets"),
-    "keep": Setting(*_LIST, "fields whose values are kept although the name looks like a secret"),
-    "redact_mode": _one_of("constant or hmac", "what stands for a secret"),
-    "retention": Setting(
-        'a duration such as "90d"', _duration, "how long events are kept; without it, for ever"
-    ),
-    "record_result": _one_of(
-        "none, summary or body",
-        "what is recorded of a result: nothing; its bytes, items and their kinds; the redacted result too",
-    ),
-    "max_result_bytes": Setting(*_SIZE, "how many bytes of a result's body are kept"),
-    "trusted_proxies": Setting(
-        "a list of addresses and networks",
-        _networks,
-        "whose `X-Forwarded-For` or `Forwarded` counts for `address`",
-    ),
-    "strict": Setting(
-        "true, false, or a list of names such as [delete_*]",
-        _strict,
-        "calls that are refused if they can't be put on record first",
-    ),
-    "strict_timeout": Setting(*_SECONDS, "how long such a call waits for that"),
-    "group": Setting(*_SWITCH, "whether users of one group share the log; files get mode 0660"),
+    "enabled": _SWITCH,
+    "path": Setting("a path, or an ATTACH target", _database),
+    "journal": Setting("a path", _path),
+    "attach": Setting("a mapping of options", _options),
+    "flush_interval": _SECONDS,
+    "durable": _SWITCH,
+    "on_full": _one_of("block or drop"),
+    "max_input_bytes": _SIZE,
+    "redact": _LIST,
+    "keep": _LIST,
+    "redact_mode": _one_of("constant or hmac"),
+    "retention": Setting('a duration such as "90d"', _duration),
+    "record_result": _one_of("none, summary or body"),
+    "max_result_bytes": _SIZE,
+    "trusted_proxies": Setting("a list of addresses and networks", _networks),
+    "strict": Setting("true, false, or a list of names such as [delete_*]", _strict),
+    "strict_timeout": _SECONDS,
+    "group": _SWITCH,
 }
 
 
@@ -3581,16 +3550,18 @@ class Segment(Descriptor):
     `append` took and none that it refused, whatever interrupted it.
     """
 
-    __slots__ = ("_dirty", "_end", "_limit", "id", "opened", "path")
+    __slots__ = ("_dirty", "_end", "_limit", "_place", "id", "opened", "path", "sealed")
 
     def __init__(self, fd: int, path: str, segment_id: str, opened: float) -> None:
         super().__init__(fd)
         self._dirty = False  # there may be bytes behind the end
         self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
         self._limit = file_size_limit()
+        self._place = _key_at(os.path.dirname(path))
         self.path = path
         self.id = segment_id
         self.opened = opened
+        self.sealed = False
 
     @property
     def size(self) -> int:
@@ -3641,16 +3612,24 @@ class Segment(Descriptor):
         """Return its lines, wherever the file lies."""
         return os.pread(self.number(), self.size, 0)
 
-    def seal(self) -> None:
-        """Close the file and release its lock, so that anybody may ingest it. Twice is harmless."""
-        if self._fd < 0:
-            return
-        self._mend()
+    def is_taken_away(self) -> bool:
+        """Return True for a file whose directory was moved or unmounted."""
+        return _key_at(os.path.dirname(self.path)) != self._place and os.fstat(self.number()).st_nlink > 0
+
+    def seal(self, *, keep: bool = False) -> None:
+        """Release the lock, so that anybody may ingest the file, and close it, unless it is to be kept.
+
+        Twice is harmless.
+        """
+        if self._fd >= 0 and not self.sealed:
+            self._mend()
+            self.sealed = True
         if not self.size:
-            with contextlib.suppress(OSError):
-                if self.is_in_place():
-                    os.unlink(self.path)
-        self.close()
+            self.discard()
+        elif keep and self.is_open():
+            unlock(self.number())
+        else:
+            self.close()
 
     def close(self) -> None:
         """Close the file as it is, and release its lock."""
@@ -3799,15 +3778,6 @@ class Loss(NamedTuple):
 
     def __str__(self) -> str:
         return f"{counted(self.events, 'event')} lost between {self.first} and {self.last} UTC: {self.reason}"
-
-
-def _is_regular(fd: int) -> bool:
-    return stat.S_ISREG(os.fstat(fd).st_mode)
-
-
-def _timestamp_of(line: bytes) -> str | None:
-    match = re.match(rb'\{"timestamp":\s*"([^"]{1,40})"', line)
-    return match[1].decode("ascii", "replace") if match else None
 
 
 class Survey(NamedTuple):
@@ -4161,7 +4131,7 @@ class Journal:
             raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
         claim = Claim(path)
         try:
-            if not _is_regular(fd) or not try_lock(fd) or not Descriptor(fd).leads_to(path):
+            if not (stat.S_ISREG(os.fstat(fd).st_mode) and try_lock(fd)) or not Descriptor(fd).leads_to(path):
                 return None
             claim.inspect(fd)
             if not claim.lines:
@@ -4197,7 +4167,8 @@ class Journal:
                     sealed += bool(found.st_size)
                     orphaned += bool(found.st_size) and now - found.st_mtime > _ORPHAN_SECONDS
                     if oldest is None and found.st_size:
-                        oldest = _timestamp_of(os.read(fd, 100))
+                        said = re.match(rb'\{"timestamp":\s*"([^"]{1,40})"', os.read(fd, 100))
+                        oldest = said[1].decode("ascii", "replace") if said else None
                 finally:
                     os.close(fd)
             except OSError as error:
@@ -4231,6 +4202,7 @@ _PIECE_BYTES: Final = 2**20  # arbitrary: what one write holds, so that a segmen
 _GATHER_SECONDS: Final = 0.02  # the window in which `kill -9` loses events, plus one write
 _RETRY_SECONDS: Final = (0.05, 1.0)  # first and longest pause after a failed write
 _REPORT_SECONDS: Final = 60.0  # how often the same fault is logged
+_MOST_KEPT: Final = 16  # arbitrary: sealed segments that stay open, in case they are taken away
 
 _LOG: Final = logging.getLogger("mxcp_audit")
 _native: Final[dict[str, Any]] = {}  # under gevent: fresh copies of modules that it replaces
@@ -4454,6 +4426,7 @@ class Appender:
         self._durable = durable
         self._diagnostics = diagnostics
         self._segment: Segment | None = None
+        self.sealed: dict[str, Segment | None] = {}  # files that wait for an ingest; None for a loss
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -4461,7 +4434,10 @@ class Appender:
         self.begun.start_afresh()
         self.done = 0  # lines that are in the journal, or can be in none
         self._before = 0  # those of them that are in no segment of ours any more
-        self.sealed: dict[str, int] = {}  # files that wait for an ingest, and how many events each holds
+        for sealed in self.sealed.values():
+            if sealed is not None:
+                sealed.forget()
+        self.sealed.clear()
         self._lost: list[Loss] = []
         self.recorded = 0.0  # when losses were put on record last
         self._losing = native_threads().RLock()  # callers lose events too, in signal handlers as well
@@ -4506,16 +4482,21 @@ class Appender:
         """Return the segment that is open and in place, if there is one."""
         self.settle()
         segment = self._segment
-        if segment is not None and not segment.is_open():
+        if segment is not None and (segment.sealed or not segment.is_open()):
             # An interrupt came within `seal`, or somebody closed our descriptor: the lines lie in the file.
             self._let_go(segment)
         elif segment is not None and not segment.is_in_place():
-            self._replace(segment)
+            self._segment = self._replace(segment)
+            if self._segment is None:
+                self._before = self.done
         return self._segment
 
     def _let_go(self, segment: Segment) -> None:
+        segment.seal(
+            keep=os.name == "posix" and len(self.sealed) < _MOST_KEPT
+        )  # elsewhere it can't be deleted
         if segment.events:
-            self.sealed[segment.path] = segment.events
+            self.sealed[segment.path] = segment
         self._before, self._segment = self.done, None
 
     def _append_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
@@ -4532,8 +4513,11 @@ class Appender:
                 "limit", "an event is larger than a file may be (RLIMIT_FSIZE) and is lost"
             )
 
-    def _replace(self, segment: Segment) -> None:
-        """Write a segment again that was deleted or moved; the old file is emptied, in case it comes back."""
+    def _replace(self, segment: Segment, *, named: str | None = None) -> Segment | None:
+        """Write a segment again that was deleted or moved; the old file is emptied, in case it comes back.
+
+        Not with `named`: what comes back under the same name is known.
+        """
         try:
             held = segment.read()
         except OSError as error:  # a stale network handle
@@ -4541,19 +4525,20 @@ class Appender:
             self._diagnostics.note(
                 "moved", f"{segment.path} was taken away; its events are lost", error=error
             )
-            self._before, self._segment = self.done, None
+            fresh = None
         else:
             self._diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-            fresh = self.journal.open_segment(durable=self._durable)
+            fresh = self.journal.open_segment(durable=self._durable, named=named)
             try:
                 fresh.append(held, segment.events, durable=self._durable)
             except BaseException:
-                fresh.seal()
+                fresh.discard()
                 raise
-            self._segment = fresh
-            with contextlib.suppress(OSError):
-                os.ftruncate(segment.number(), 0)
+            if named is None:
+                with contextlib.suppress(OSError):
+                    os.ftruncate(segment.number(), 0)
         segment.close()
+        return fresh
 
     def seal(self) -> bool:
         """Seal the segment, if any, and put losses on record; False if either must be tried again."""
@@ -4561,7 +4546,6 @@ class Appender:
             segment = self._present()
             self.begun.write(self.done, ends=True)
             if segment is not None:
-                segment.seal()
                 self._let_go(segment)
         except (OSError, JournalError) as error:
             self._diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
@@ -4575,7 +4559,7 @@ class Appender:
             with self._losing:
                 loss = self._lost.pop(0)
             try:
-                self.sealed[self.journal.record_loss(loss)] = 0
+                self.sealed[self.journal.record_loss(loss)] = None
             except (OSError, JournalError) as error:
                 with self._losing:
                     self._lost.insert(0, loss)
@@ -4596,8 +4580,28 @@ class Appender:
 
     def left(self) -> bool:
         """Return True if something that was sealed here still waits for an ingest."""
-        self.sealed = {path: events for path, events in self.sealed.items() if os.path.exists(path)}
+        for path, segment in list(self.sealed.items()):
+            if not os.path.exists(path) and (segment is None or not self._is_restored(segment)):
+                self.forget([path])
         return bool(self.sealed)
+
+    def _is_restored(self, segment: Segment) -> bool:
+        """Write a sealed segment again that was taken away; False if there is none, as after an ingest."""
+        try:
+            fresh = self._replace(segment, named=segment.id) if segment.is_taken_away() else None
+        except (OSError, JournalError) as error:
+            self._diagnostics.note("moved", f"{segment.path} can't be written again yet", error=error)
+            return segment.is_open()
+        if fresh is not None:
+            fresh.seal(keep=True)
+            self.sealed[fresh.path] = fresh
+        return fresh is not None
+
+    def forget(self, paths: Iterable[str]) -> None:
+        """Expect no more of files that were ingested, or can't be deleted."""
+        for path in paths:
+            if segment := self.sealed.pop(path, None):
+                segment.close()
 
 
 _CPU_SHARE: Final = 0.01  # of one core: what ingests may use
@@ -4779,8 +4783,7 @@ class Ingester:
             return
         self.tried = self._covers
         if answer.get("done"):
-            for path in self._taken:  # also what can't be deleted
-                self._appender.sealed.pop(path, None)
+            self._appender.forget(filter(os.path.exists, self._taken))  # what can't be deleted
             self._pause = self._away_until = 0.0
         elif answer.get("locked"):
             self._away_until = now + _LOCKED_PAUSE_SECONDS
@@ -4835,11 +4838,12 @@ class Ingester:
             why = answer.get("fault") or "another process is ingesting"
             self._account({name: value for name, value in answer.items() if name != "fault"})
             if answer.get("done"):
-                self._appender.sealed.clear()
-            if not answer.get("busy") or time.monotonic() >= deadline:
+                self._appender.forget(filter(os.path.exists, list(self._appender.sealed)))
+            if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
                 break
-            time.sleep(0.02 + os.urandom(1)[0] / 5000)
-        events = sum(self._appender.sealed.values())
+            time.sleep(0.02 + os.urandom(1)[0] / 5000 if answer.get("busy") else 0)
+        self._appender.left()
+        events = sum(segment.events for segment in self._appender.sealed.values() if segment)
         if events:
             known = (self._diagnostics.last_error or "").endswith(why)
             reason = "" if known else f": {why}"
@@ -5404,12 +5408,12 @@ class Call:
 
         Raises AuditUnavailableError where the logger is `strict` and that can't be done in time.
         """
-        if self._begin() and not self._logger.wait_begun(self):
+        if self._begin() and not self._logger.wait(self):
             raise self._refused()
 
     async def begin_async(self) -> None:
         """Do the same without blocking the event loop."""
-        if self._begin() and not await self._logger.wait_begun_async(self):
+        if self._begin() and not await self._logger.wait_async(self):
             raise self._refused()
 
     def _begin(self) -> bool:
@@ -5430,7 +5434,7 @@ class Call:
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
-        if not self._logger.wait(self._end(error), strict=self.strict) and error is None:
+        if not self._logger.wait(self, self._end(error)) and error is None:
             raise self._logger.refuse(self, "it was executed, and its answer is withheld")
 
     async def end_async(self, error: BaseException | None = None) -> None:
@@ -5439,7 +5443,7 @@ class Call:
         if not (self.strict or self._logger.config.durable):
             return
         try:
-            is_recorded = await self._logger.wait_async(ticket, strict=self.strict)
+            is_recorded = await self._logger.wait_async(self, ticket)
         except BaseException:
             # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
             if error is None or isinstance(error, Exception):
@@ -6850,28 +6854,24 @@ class AuditLogger:
         )
         return AuditUnavailableError(f"{text}; {what}")
 
-    def wait_begun(self, call: Call) -> bool:
-        """Return True once the begin of a call is on record; False after `strict_timeout`."""
-        return self._writer.wait_for(lambda: self._writer.is_begun(call.number), self.config.strict_timeout)
+    def _promised(self, call: Call, ticket: int | None) -> tuple[Callable[[], bool], float | None]:
+        """Return what is waited for, and how long: the begin of a call or, with a ticket, its line."""
+        if ticket is None:
+            return lambda: self._writer.is_begun(call.number), self.config.strict_timeout
+        if not self.enabled or not (self.config.durable or call.strict):
+            return lambda: True, None
+        return lambda: self._writer.written >= ticket, self.config.strict_timeout if call.strict else None
 
-    async def wait_begun_async(self, call: Call) -> bool:
+    def wait(self, call: Call, ticket: int | None = None) -> bool:
+        """Return True when the begin of a call or its line is on record; False if a strict one takes long."""
+        done, timeout = self._promised(call, ticket)
+        return done() or self._writer.wait_for(done, timeout)
+
+    async def wait_async(self, call: Call, ticket: int | None = None) -> bool:
         """Do the same while the event loop goes on."""
-        return await self._wait_async(lambda: self._writer.is_begun(call.number), self.config.strict_timeout)
-
-    def wait(self, ticket: int, *, strict: bool = False) -> bool:
-        """With `durable`, or for a strict call, return when the line is written; False if it takes long."""
-        if not self.enabled or not (self.config.durable or strict):
+        done, timeout = self._promised(call, ticket)
+        if done():
             return True
-        return self._writer.wait_written(ticket, self.config.strict_timeout if strict else None)
-
-    async def wait_async(self, ticket: int, *, strict: bool = False) -> bool:
-        """Do the same while the event loop goes on."""
-        if not self.enabled or not (self.config.durable or strict):
-            return True
-        timeout = self.config.strict_timeout if strict else None
-        return await self._wait_async(lambda: self._writer.written >= ticket, timeout)
-
-    async def _wait_async(self, done: Callable[[], bool], timeout: float | None) -> bool:
         import asyncio
 
         try:
@@ -9039,14 +9039,7 @@ _CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are 
 class Ingest:
     """Takes the journal's sealed and orphaned segments, and losses, into the database."""
 
-    def __init__(
-        self,
-        target: Target,
-        journal: Journal,
-        ledger: Ledger,
-        *,
-        diagnostics: Diagnostics,
-    ) -> None:
+    def __init__(self, target: Target, journal: Journal, ledger: Ledger, *, diagnostics: Diagnostics) -> None:
         self._target = target
         self._journal = journal
         self._ledger = ledger
@@ -9089,8 +9082,7 @@ class Ingest:
                 self._reject(claim, faults)
             if claim.torn:
                 self._diagnostics.report(
-                    "torn",
-                    f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn",
+                    "torn", f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
                 )
             try:
                 claim.delete()
@@ -14001,9 +13993,6 @@ _COMPLETION: Final = """\
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}
 complete -o default -F _mxcp_audit mxcp-audit"""
-
-
-# --- the end of all ways
 
 
 # A path may be what is no UTF-8.

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, child_environment, table_rows
+from conftest import ROOT, child_environment, held_database, table_rows, wait_until
 from evidence import DAY_NS, START_NS, ingest, store_of, write_segment
 
 import mxcp_audit as m
@@ -513,3 +513,40 @@ def test_walk_of_service_root_and_group_ends_with_every_event_and_mode(group: bo
         owners = {path.name: path.stat().st_uid for path in home.rglob("*") if "pycache" not in str(path)}
         assert not {name: owner for name, owner in owners.items() if owner not in users}
         assert {path.stat().st_gid for path in journal.iterdir()} == {5000}
+
+
+# --- what is taken away
+
+
+@pytest.mark.parametrize("how", ["moved", "mounted over", "unmounted"])
+def test_journal_that_is_taken_away_while_segments_wait_loses_nothing(tmp_path: Path, how: str) -> None:
+    """The database is held, so that a sealed segment waits beside the one that is written."""
+    database, journal = tmp_path / "log.duckdb", tmp_path / "log.duckdb.journal"
+    journal.mkdir(0o700)
+    mount = ["mount", "-t", "tmpfs", "-o", "mode=700", "none", str(journal)]
+    mounted = how == "unmounted" and not subprocess.run(mount, capture_output=True).returncode
+    try:
+        audit = m.AuditLogger(database, flush_interval=0.1)
+        with held_database(database):
+            for number in range(5):
+                audit.log_event("cli", "tool", str(number))
+            wait_until(lambda: audit._writer._appender.sealed)
+            if how == "moved":
+                journal.rename(tmp_path / "elsewhere")
+            elif how == "mounted over":
+                mounted = not subprocess.run(mount, capture_output=True).returncode
+            elif mounted:
+                mounted = bool(subprocess.run(["umount", "-l", journal]).returncode)
+            for number in range(5, 10):
+                audit.log_event("cli", "tool", str(number))
+            wait_until(lambda: audit.counters.written == 10)
+        assert audit.shutdown()
+        if how == "moved":  # what comes back is known
+            for path in (tmp_path / "elsewhere").glob("*.jsonl"):
+                shutil.copy(path, journal)
+            assert store_of(database).ingest()
+        assert sorted(name for name, *_ in events(database)) == [str(number) for number in range(10)]
+        assert store_of(database).verify().intact
+    finally:
+        if mounted:
+            subprocess.run(["umount", "-l", journal], check=True)

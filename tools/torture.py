@@ -1186,7 +1186,7 @@ MUTANTS = (
     Mutant(
         "losses off the record",
         "S15",
-        (("                self.sealed[self.journal.record_loss(loss)] = 0\n", "                pass\n"),),
+        (("                self.sealed[self.journal.record_loss(loss)] = None\n", "                pass\n"),),
     ),
 )
 
