@@ -4242,12 +4242,6 @@ def native_threads() -> Any:
         sys.modules["_thread"] = patched
 
 
-def _native_subprocess() -> Any:
-    subprocess = _native_module("subprocess")
-    subprocess.threading = native_threads()
-    return subprocess
-
-
 class Diagnostics:
     """Counts faults for health checks, and logs each kind at most once a minute. Nothing here raises.
 
@@ -4457,7 +4451,7 @@ class Appender:
         After any fault the segment is sealed and the next attempt begins another: a file that has
         reached a size limit, or that an fsync failed on, never becomes better.
         """
-        segment = self._present()
+        segment = self.present()
         if segment is None:
             segment = self._segment = self.journal.open_segment(durable=self._durable)
         before = segment.events
@@ -4478,7 +4472,7 @@ class Appender:
         if self._segment is not None:
             self.done = self._before + self._segment.events
 
-    def _present(self) -> Segment | None:
+    def present(self) -> Segment | None:
         """Return the segment that is open and in place, if there is one."""
         self.settle()
         segment = self._segment
@@ -4543,7 +4537,7 @@ class Appender:
     def seal(self) -> bool:
         """Seal the segment, if any, and put losses on record; False if either must be tried again."""
         try:
-            segment = self._present()
+            segment = self.present()
             self.begun.write(self.done, ends=True)
             if segment is not None:
                 self._let_go(segment)
@@ -4687,8 +4681,8 @@ class Ingester:
     def step(self) -> None:
         """Look after the child, or start one if it is time."""
         if self._child is not None:
-            answer = self._look()
-            if answer is not None:
+            self._appender.left()  # what is taken away meanwhile is written again
+            if (answer := self._look()) is not None:
                 self._answered(answer)
         if self._child is None and self.due_in() == 0.0:
             self._begin()
@@ -4721,7 +4715,8 @@ class Ingester:
             self._answered({"fault": str(error)})
 
     def _start(self) -> None:
-        subprocess = _native_subprocess()
+        subprocess = _native_module("subprocess")
+        subprocess.threading = native_threads()
         folders = [os.path.abspath(folder) for folder in sys.path if folder and isinstance(folder, str)]
         work = {
             "settings": self._due_settings(),
@@ -5223,6 +5218,8 @@ class Writer:
         while (batch := self._queue[:]) or is_first:
             is_first = False
             try:
+                if not batch:  # who waits writes nothing
+                    self._appender.present()
                 for piece in _pieces(batch):
                     self._appender.append(piece)
                 self._appender.begun.write(self.written)
@@ -6680,7 +6677,8 @@ class AuditLogger:
             on_start=self._activate,
         )
         self._put = self._writer.put
-        self._strict = re.compile("|".join(map(_pattern, config.strict)) or "(?!)", re.DOTALL)
+        strict = "|".join(re.escape(name).replace(r"\*", ".*") for name in config.strict)
+        self._strict = re.compile(strict or "(?!)", re.DOTALL)
         self.refused = 0
         self.unfinished = Unfinished()
         _live.known[id(self)] = self
@@ -7105,11 +7103,6 @@ def place_problem(path: str) -> str | None:
     if not os.path.isdir(folder or "."):
         return f"{folder} is no directory"
     return None if os.access(folder or ".", os.W_OK | os.X_OK) else f"this user may not write in {folder}"
-
-
-def _pattern(name: str) -> str:
-    """Return a name with `*` as a regular expression."""
-    return ".*".join(map(re.escape, name.split("*")))
 
 
 class _Live:

@@ -946,16 +946,19 @@ def s16_running_calls(t: Torture) -> None:
 SERVING = """
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(0))
 audit = AuditLogger(db, flush_interval=0.2)
+offset = int(os.environ.get("CLOCK", "0"))
+if offset: audit._encoder._clock = audit._writer._appender.journal._clock = lambda: time.time_ns() + offset
 for n in range(10**9):
     log(n)
     time.sleep(0.001)
     if n % 50 == 49: promise()
 """
+STRANGER = "/usr/bin/python3"  # which every user may run
 COMMANDS = ("log", "stats", "doctor", "ingest", "verify", "checkpoint", "compact", "purge --older-than 3650d")
 
 
 def s17_neighbours(t: Torture) -> None:
-    """what operators do beside four servers: commands, copies, foreign files, kills, full disks"""
+    """what operators do beside four servers: commands, copies, moves, mounts, kills, clocks, full disks"""
     for number in range(3 if t.quick else 200):
         home = t.database().parent
         if mount(home, "size=64m"):
@@ -968,19 +971,48 @@ def s17_neighbours(t: Torture) -> None:
             while not Path(f"{db}.said").exists():
                 time.sleep(0.02)
             for step in range(8):
-                act = t.random.choice(("command", "command", "kill", "foreign", "copy", "full"))
+                act = t.random.choice(
+                    (
+                        "command",
+                        "command",
+                        "kill",
+                        "foreign",
+                        "copy",
+                        "full",
+                        "move",
+                        "mount",
+                        "clock",
+                        "user",
+                    )
+                )
                 acts.append(act)
                 if act == "command":
                     words = t.random.choice(COMMANDS).split()
                     acts[-1] = words[0]
                     command = [sys.executable, "-m", "mxcp_audit", *words, "--db", str(db)]
                     t.look_at(run_quietly(t, command))
-                elif act == "kill":
+                elif act in ("kill", "clock"):
                     victim = servers.pop(0)
                     victim.kill()
                     victim.communicate()
-                    servers.append(t.start(t.command(SERVING, db, f"{number}n{step}")))
+                    offset = t.random.choice((-(10**9), -86400 * 10**9, 3650 * 86400 * 10**9))
+                    changes = {"CLOCK": str(offset)} if act == "clock" else {}
+                    servers.append(t.start(t.command(SERVING, db, f"{number}n{step}"), **changes))
+                elif (
+                    act == "user" and Path(STRANGER).exists()
+                ):  # who may read nothing, and must break nothing
+                    command = [STRANGER, "-m", "mxcp_audit", "log", "--db", str(db)]
+                    t.look_at(run_quietly(t, ["setpriv", "--reuid=65534", "--clear-groups", *command]))
+                elif act == "move":
+                    journal.rename(home / f"away{step}")
+                    time.sleep(t.random.random() / 2)
+                elif act == "mount":
+                    if journal.is_dir() and not mount(journal, "size=16m,mode=700"):
+                        time.sleep(t.random.random() / 2)
+                        subprocess.run(["umount", "-l", journal], check=True)
+                        time.sleep(0.3)  # who is killed before he notices has his last events there
                 elif act == "foreign":
+                    journal.mkdir(0o700, exist_ok=True)
                     name = journal / f"20260101T00000000000{step}Z-0000000{step}.jsonl"
                     t.random.choice((os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/passwd", path)))(name)
                 elif act == "copy":
@@ -1000,6 +1032,10 @@ def s17_neighbours(t: Torture) -> None:
                 server.terminate()
             for server in servers:
                 server.communicate(timeout=LIMIT_SECONDS)
+            for away in home.glob("away*"):  # what dead servers left there is brought back
+                for path in (*away.glob("*.jsonl"), *away.glob("*.loss")):
+                    if path.is_file() and not path.is_symlink() and not (journal / path.name).exists():
+                        path.rename(journal / path.name)
             for name in journal.glob("20260101T*"):  # the judge would wait for who writes into a FIFO
                 os.rmdir(name) if name.is_dir() and not name.is_symlink() else name.unlink()
             t.figure.points += 1
