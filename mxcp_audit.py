@@ -7978,7 +7978,7 @@ def is_data_fault(error: QueryError) -> bool:
 
 
 def sql_literal(value: object) -> str:
-    """Return a value as SQL text, for what can't be a parameter and for the program."""
+    """Return a value as SQL, for what takes no parameters."""
     if value is None:
         return "NULL"
     if isinstance(value, bool):
@@ -7990,8 +7990,8 @@ def sql_literal(value: object) -> str:
             raise QueryError("a text with a NUL character can't be searched for; the log holds none")
         value = value.encode("utf-8", "replace").decode()
         quoted = "'" + value.replace("'", "''") + "'"
-        if "\r" in value:  # the program drops one before a line feed from what it reads
-            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r")
+        if "\r" in value or "\3" in value:  # the program drops the former, and a line with the latter
+            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r").replace("\3", "\\x03")
         return quoted
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")

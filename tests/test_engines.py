@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import child_environment
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 import mxcp_audit
@@ -84,6 +84,7 @@ def test_sql_literal_plain_value_comes_back_as_it_went(session: Any, value: obje
 
 
 @settings(max_examples=100, deadline=None)
+@example(values=["\n\x03", "a\n\x03'b\\"])  # which the program's shell takes for Ctrl+C
 @given(values=st.lists(texts | hard))
 def test_sql_literal_list_keeps_every_item(session: Any, values: list[str]) -> None:
     rows = session.execute(f"SELECT unnest({sql_literal(values)})::VARCHAR AS x")
