@@ -3552,12 +3552,12 @@ class Segment(Descriptor):
 
     __slots__ = ("_dirty", "_end", "_limit", "_place", "id", "opened", "path", "sealed")
 
-    def __init__(self, fd: int, path: str, segment_id: str, opened: float) -> None:
+    def __init__(self, fd: int, path: str, segment_id: str, opened: float, place: _FileKey | None) -> None:
         super().__init__(fd)
         self._dirty = False  # there may be bytes behind the end
         self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
         self._limit = file_size_limit()
-        self._place = _key_at(os.path.dirname(path))
+        self._place = place  # its directory
         self.path = path
         self.id = segment_id
         self.opened = opened
@@ -3614,7 +3614,11 @@ class Segment(Descriptor):
 
     def is_taken_away(self) -> bool:
         """Return True for a file whose directory was moved or unmounted."""
-        return _key_at(os.path.dirname(self.path)) != self._place and os.fstat(self.number()).st_nlink > 0
+        if _key_at(os.path.dirname(self.path)) != self._place:
+            with contextlib.suppress(OSError):
+                return os.fstat(self.number()).st_nlink > 0
+            return self.is_open()  # a stale network handle
+        return False
 
     def seal(self, *, keep: bool = False) -> None:
         """Release the lock, so that anybody may ingest the file, and close it, unless it is to be kept.
@@ -3993,7 +3997,7 @@ class Journal:
         self.make_directory(durable=durable)
         while True:
             segment_id = named or new_segment_id(self._clock())
-            path = os.path.join(self.directory, segment_id + suffix)
+            path, place = os.path.join(self.directory, segment_id + suffix), _key_at(self.directory)
             try:
                 fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
             except FileExistsError:
@@ -4011,7 +4015,7 @@ class Journal:
             os.close(fd)
         if durable:
             sync_directory(self.directory)
-        return Segment(fd, path, segment_id, time.monotonic())
+        return Segment(fd, path, segment_id, time.monotonic(), place)
 
     def _lock_new(self, fd: int) -> bool:
         try:
@@ -4486,9 +4490,9 @@ class Appender:
         return self._segment
 
     def _let_go(self, segment: Segment) -> None:
-        segment.seal(
-            keep=os.name == "posix" and len(self.sealed) < _MOST_KEPT
-        )  # elsewhere it can't be deleted
+        keep = os.name == "posix" and len(self.sealed) < _MOST_KEPT  # else it can't be deleted
+        if segment.is_open():
+            segment.seal(keep=keep)
         if segment.events:
             self.sealed[segment.path] = segment
         self._before, self._segment = self.done, None
@@ -4681,7 +4685,7 @@ class Ingester:
     def step(self) -> None:
         """Look after the child, or start one if it is time."""
         if self._child is not None:
-            self._appender.left()  # what is taken away meanwhile is written again
+            self._appender.left()
             if (answer := self._look()) is not None:
                 self._answered(answer)
         if self._child is None and self.due_in() == 0.0:
@@ -10158,18 +10162,8 @@ def purge_before(
             detail["archive"] = removal.archive
             span = (removal.first_event, removal.last_event)
             engine.execute(DELETE_SCOPE, {"moment": before})
-            ledger.enter(
-                engine,
-                [
-                    entry_of(
-                        "purge",
-                        events,
-                        json.dumps(detail, separators=(",", ":")),
-                        span=span,
-                        digest=removal.digest,
-                    )
-                ],
-            )
+            text = json.dumps(detail, separators=(",", ":"))
+            ledger.enter(engine, [entry_of("purge", events, text, span=span, digest=removal.digest)])
     return removal
 
 

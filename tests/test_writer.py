@@ -499,6 +499,24 @@ def test_writer_thread_that_dies_is_replaced_by_the_next_event(
     bench.writer.close(SAFETY_SECONDS)
 
 
+def test_segment_that_is_taken_away_while_nobody_writes_is_written_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Beside an ingest that lasts, and while a caller waits for its turn, no line comes to show it."""
+    bench = Bench(tmp_path, {}, interval=0.01)
+    sealed = bench.writer.put(line(1))
+    assert bench.writer.wait_written(sealed, SAFETY_SECONDS)
+    wait_until(lambda: bench.appender.sealed)
+    monkeypatch.setattr(bench.ingester, "_look", lambda: None)
+    bench.ingester._child = object()  # type: ignore[assignment]
+    assert bench.writer.wait_written(bench.writer.put(line(2)), SAFETY_SECONDS)
+    Path(bench.journal.directory).rename(tmp_path / "away")
+    wait_until(lambda: sorted(bench.lines()) == [line(1), line(2)])
+    bench.ingester._child = None
+    assert bench.writer.close(SAFETY_SECONDS) == 0
+    assert sorted(bench.lines()) == [line(1), line(2)]
+
+
 def test_segment_that_cannot_be_sealed_is_sealed_once_it_can(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

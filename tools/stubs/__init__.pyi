@@ -273,7 +273,9 @@ class Segment(Descriptor):
     id: Incomplete
     opened: Incomplete
     sealed: bool
-    def __init__(self, fd: int, path: str, segment_id: str, opened: float) -> None: ...
+    def __init__(
+        self, fd: int, path: str, segment_id: str, opened: float, place: _FileKey | None
+    ) -> None: ...
     @property
     def size(self) -> int: ...
     @property
@@ -987,3 +989,5 @@ class _RunningLines:
     def show_after(self, follower: Follower, show: Callable[[Sequence[Row]], None]) -> None: ...
 
 def main(argv: Sequence[str] | None = None) -> int: ...
+
+_FileKey: TypeAlias = tuple[int, int]
