@@ -7231,6 +7231,7 @@ CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({_LEDGER_DEFIN
 UNIQUE_POSITIONS: Final = (
     "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
 )
+INDEX_TIMES: Final = "CREATE INDEX IF NOT EXISTS logs_timestamp ON audit.logs (timestamp)"  # in PostgreSQL
 
 
 def turn_statements(journal: str) -> tuple[str, str]:
@@ -7242,6 +7243,35 @@ def turn_statements(journal: str) -> tuple[str, str]:
         f"CREATE TABLE IF NOT EXISTS {table} AS SELECT 0::BIGINT AS taken",
         f"UPDATE {table} SET taken = taken + 1",
     )
+
+
+LAKE_INLINED: Final = {"DATA_INLINING_ROW_LIMIT": 1000}  # what fewer rows add stays in the catalogue at first
+LAKE_COMMIT: Final = "SELECT id::BIGINT FROM ducklake_last_committed_snapshot('audit')"
+LAKE_IS_OURS: Final = """\
+SELECT count(*) = 0 FROM duckdb_tables() WHERE database_name = 'audit'
+AND table_name NOT IN ('logs', 'ledger') AND NOT starts_with(table_name, 'turn_')"""
+# What was replaced stays for a while: somebody may still read it. Only of a lake that has no other tables.
+LAKE_CLEANING: Final = (
+    "CALL ducklake_expire_snapshots('audit', older_than => now() - INTERVAL 7 DAYS)",
+    "CALL ducklake_cleanup_old_files('audit', older_than => now() - INTERVAL 2 DAYS)",
+)
+
+
+def lake_chores(commit: int) -> list[str]:
+    """Return what the host that made a commit of a lake is to do for its files, if it is its turn.
+
+    Of 256 commits one writes what lies in the catalogue to a file and merges small files; of 4,096, larger.
+    """
+    size = 0 if commit % 256 else 2**20 if commit % 4096 else 2**26
+    chores = [
+        f"CALL {chore}"
+        for table in ("logs", "ledger")
+        for chore in (
+            f"ducklake_flush_inlined_data('audit', table_name => '{table}')",
+            f"ducklake_merge_adjacent_files('audit', '{table}', max_file_size => {size})",
+        )
+    ]
+    return [] if not size else chores if commit % 4096 else [*chores, *LAKE_CLEANING]
 
 
 SET_SCHEMA: Final = "SET VARIABLE audit_schema = $schema"
@@ -7460,6 +7490,16 @@ AND (relkind NOT IN ('r', 'p') OR relrowsecurity OR relhasrules
   OR EXISTS (SELECT 1 FROM pg_attribute a WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
     AND (atthasdef OR attcollation NOT IN (0, (SELECT oid FROM pg_collation WHERE collname = 'default')))))"""
 
+# Who holds a lock that a statement of ours may have waited for; `{0}` is the attached PostgreSQL.
+LOCK_HOLDER: Final = """\
+SELECT holder::VARCHAR FROM postgres_query('{0}', $$
+SELECT concat('PID ', pid, ', ', usename, ', ', nullif(application_name, '') || ', ', state, ' since ',
+              to_char(state_change AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')) AS holder
+FROM pg_stat_activity JOIN pg_locks USING (pid)
+WHERE granted AND relation >= 16384 AND mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareLock',
+  'ShareRowExclusiveLock') AND pid <> pg_backend_pid() AND datname = current_database()
+ORDER BY xact_start LIMIT 1$$)"""
+
 
 def _in_shape(columns: Sequence[Column], present: Mapping[str, str]) -> str:
     """Return the SELECT list of columns, by name and type; other types are converted, NULL if that fails."""
@@ -7670,9 +7710,9 @@ WHERE kind = 'loss' AND segment NOT IN
 # --- reading: the views `table_rows` and `journal_rows` together are the log
 
 
-def table_rows(present: Mapping[str, str], database: str = "audit") -> str:
+def table_rows(present: Mapping[str, str], source: str = "audit.logs") -> str:
     """Return the SELECT of the table's rows in the shape of COLUMNS: what an older table lacks is NULL."""
-    return f"SELECT {_in_shape(COLUMNS, present)} FROM {database}.logs"
+    return f"SELECT {_in_shape(COLUMNS, present)} FROM {source}"
 
 
 JOURNAL_ROWS: Final = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
@@ -8521,11 +8561,13 @@ class Target:
     def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = open_engine) -> None:
         self.path: str = config.path
         self.is_file: bool = not is_attach_target(config.path)
+        self.is_postgres: bool = _POSTGRES.match(config.path) is not None
         self.is_lake: bool = config.path.lower().startswith("ducklake:")
         self.name: str = public_target(config.path)  # for people: without passwords
         self._journal = journal
         self._options = config.attach
         self._group = config.group
+        self.commits: list[int] = []  # of a lake, by their numbers, since it was tended
         self._opener = opener if self.is_file else functools.partial(opener, apart=True)
 
     def open_engine(self, *, guest: bool = False) -> Engine:
@@ -8573,7 +8615,7 @@ class Target:
             except StoreError as error:
                 engine.close()
                 if not self.is_file:  # causes repeat connection strings, and with them passwords
-                    raise self._public_error(error) from None
+                    raise self._public_error(error, read_only=read_only) from None
                 if type(error) in (StoreError, QueryError):  # ours, or the statement's
                     raise
                 remedy = _REMEDIES[type(error)]
@@ -8608,10 +8650,10 @@ class Target:
             engine.execute(attach_statement(self.path, options))
         except QueryError as error:
             raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
-        schema = "public" if _POSTGRES.match(self.path) else "main"
+        schema = "public" if self.is_postgres else "main"
         named = [str(value) for name, value in options.items() if name.upper() == "SCHEMA"]
-        self._schema = [*named, schema][0]
-        engine.execute(SET_SCHEMA, {"schema": self._schema})
+        self.schema = [*named, schema][0]
+        engine.execute(SET_SCHEMA, {"schema": self.schema})
         if not read_only:
             yield
             engine.execute("DETACH audit")
@@ -8622,12 +8664,25 @@ class Target:
             engine.execute("COMMIT")
             engine.execute("DETACH audit")
 
-    def _public_error(self, error: StoreError) -> StoreError:
+    def _public_error(self, error: StoreError, *, read_only: bool) -> StoreError:
         text = hide_secrets(str(error), self.path, self._options)
+        if "due to lock timeout" in text:
+            text += self._lock_holder(read_only)
         remedy = (
             "" if isinstance(error, QueryError) else f"; {_REMEDIES.get(type(error), _REMEDIES[StoreError])}"
         )
         return type(error)(f"{self.name}: {text}{remedy}")
+
+    def _lock_holder(self, read_only: bool) -> str:
+        """Return who holds a lock in PostgreSQL, as far as that can be told."""
+        catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
+        rows: list[Row] = []
+        with contextlib.suppress(StoreError), contextlib.closing(self.open_engine()) as engine:
+            options = self._attach_options(read_only)
+            load_extensions(engine, self.path, options)
+            engine.execute(attach_statement(self.path, options))
+            rows = engine.execute(LOCK_HOLDER.format(catalogue))
+        return "".join(f" (held by {holder})" for (holder,) in rows)
 
     @contextlib.contextmanager
     def _private_wal(self, read_only: bool) -> Iterator[None]:
@@ -8663,7 +8718,9 @@ class Target:
         return aside
 
     def _attach_options(self, read_only: bool) -> dict[str, object]:
-        return {**self._options, **({"READ_ONLY": True} if read_only else {})}
+        ours = {} if read_only or not self.is_lake else LAKE_INLINED
+        given = {name.upper(): value for name, value in self._options.items()}
+        return {**ours, **given, **({"READ_ONLY": True} if read_only else {})}
 
     def _make_file(self, engine: Engine) -> None:
         """Make an empty database, under another name until it is whole: half of one would stay damaged.
@@ -8716,8 +8773,8 @@ class Target:
         if _QUACK.match(self.path):
             return []
         sql = ODDITIES
-        if _POSTGRES.match(self.path):
-            asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self._schema)))
+        if self.is_postgres:
+            asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self.schema)))
             sql = f"SELECT name, what FROM postgres_query('audit', {asked})"
         return [f"{table} {what}" for table, what in engine.execute(sql)]
 
@@ -8727,6 +8784,16 @@ class Target:
             return None
         rows = engine.execute(LAKE_PATH)
         return str(rows[0][0]) if rows else None
+
+    def tend_lake(self) -> None:
+        """Keep a lake's files few and large, if one of this process's commits says that it is its turn."""
+        chores, self.commits = [chore for commit in self.commits for chore in lake_chores(commit)], []
+        if chores:
+            with self.session(read_only=False, wait=0.0) as engine:
+                ((is_ours,),) = engine.execute(LAKE_IS_OURS)
+                for chore in dict.fromkeys(chores):
+                    if is_ours or chore not in LAKE_CLEANING:
+                        engine.execute(chore)
 
     def refusal(self, error: QueryError) -> StoreError:
         """Return what to say of a table of somebody's own that can't hold our events."""
@@ -8749,8 +8816,9 @@ class Target:
                 raise self.refusal(error) from error
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
-        if "ledger" not in present and _POSTGRES.match(self.path):
+        if "ledger" not in present and self.is_postgres:
             engine.execute(UNIQUE_POSITIONS)
+            engine.execute(INDEX_TIMES)
         if self.is_lake:
             engine.execute(turn_statements(self._journal.identity())[0])
 
@@ -8951,6 +9019,9 @@ class Ledger:
         yield
         engine.execute("COMMIT")
         self._head = self._next_head
+        if self._target.is_lake:
+            ((commit,),) = engine.execute(LAKE_COMMIT)
+            self._target.commits.append(commit or 0)
         if self._target.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
             engine.execute("CHECKPOINT audit")
 
@@ -9359,6 +9430,7 @@ class Reader:
         stack.enter_context(target.attached(reading.engine, read_only=True))
         segments = self._segments(folder)
         reading.is_transaction = not target.is_file
+        reading.schema = target.schema if target.is_postgres else None
         reading.data_path = target.data_path(reading.engine)
         present = target.columns(reading.engine)
         reading.oddities = target.oddities(reading.engine)
@@ -9415,6 +9487,7 @@ class Reading:
         self.engine = engine
         self._folder = folder  # for small segments, put together
         self.problem: StoreError | None = None
+        self.schema: str | None = None  # of tables in PostgreSQL, which itself finds the first events
         self.is_transaction = False  # of a target that is no file: others go on writing to it
         self.data_path: str | None = None  # of a lake: where its files are
         self.oddities: list[str] = []  # what makes our tables other than plain ones
@@ -9447,6 +9520,8 @@ class Reading:
         if self.has_journal:
             journal_rows = bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True})
         rows = NO_ROWS if table is None else table_rows(table)
+        if table is None or {column.name: column.sql_type for column in COLUMNS} != table:
+            self.schema = None  # what is converted, or missing, PostgreSQL can't be asked for
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
 
@@ -9464,14 +9539,16 @@ class Reading:
         slower on 10 million rows).
         """
         where, params = what.where()
-        tail = ""
+        table, tail = "table_rows", ""
         if count is not None:
             params["count"] = count
             tail = f" ORDER BY {order} LIMIT $count"
+            if self.schema is not None and what.text is None:  # ILIKE differs there
+                table = _postgres_rows(self.schema, where, params, oldest_first=order == OLDEST_FIRST)
         sides = [
             f"(SELECT * FROM {view} WHERE {where}{tail})"
             for view, is_asked in (
-                ("table_rows", self.has_table and not running),
+                (table, self.has_table and not running),
                 ("journal_rows", self.has_journal and not running),
                 ("running_rows", self.has_running and running is not False),
             )
@@ -9643,6 +9720,15 @@ class Reading:
             copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
             told = self.engine.execute(copy, params)
         return told[0][0] if told else None
+
+
+def _postgres_rows(schema: str, where: str, params: Params, *, oldest_first: bool) -> str:
+    """Return the first $count rows of a PostgreSQL table: DuckDB hands it no ORDER BY and no LIMIT."""
+    table = f'''SELECT * FROM "{schema.replace('"', '""')}".logs WHERE {where} AND timestamp IS'''
+    way = "" if oldest_first else " DESC"
+    order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
+    query = f"({table} NOT NULL ORDER BY {order} LIMIT $count) UNION ALL ({table} NULL LIMIT $count)"
+    return f"(SELECT * FROM postgres_query('audit', {sql_literal(bind(query, params))}))"
 
 
 # --- what comes back of a person's own SQL
@@ -10353,7 +10439,7 @@ def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
         present: dict[str, dict[str, str]] = {}
         for table, column, sql_type in engine.execute(OUR_COLUMNS):
             present.setdefault(str(table), {})[str(column)] = str(sql_type)
-        rows = table_rows(present["logs"], "ours") if "logs" in present else NO_ROWS
+        rows = table_rows(present["logs"], "ours.logs") if "logs" in present else NO_ROWS
         segments: list[str] = []
         with ledger.writing(engine):
             engine.execute(STAGE_NOTHING)
@@ -10522,6 +10608,7 @@ class Store:
             target = self.target
             self.journal.bind(os.path.realpath(target.path) if target.is_file else target.name)
             problems = self._run_ingest(wait)
+            self._tend()
             if self._retention is not None and not self.target.is_absent():
                 self._retain(self._retention)
         if problems:
@@ -10553,6 +10640,14 @@ class Store:
                     self.journal.ask_readers()
                 time.sleep(pause * (1 + os.urandom(1)[0] / 256))
                 pause = min(1.5 * pause, _PROBE_SECONDS[1])
+
+    def _tend(self) -> None:
+        try:
+            self.target.tend_lake()
+        except DatabaseLockedError:  # somebody else is at it
+            pass
+        except AuditError as error:
+            self._diagnostics.report("lake", "small files could not be merged", error=error)
 
     def _retain(self, retention: float) -> None:
         """Apply the retention, under the ingest lock."""

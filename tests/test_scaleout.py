@@ -1,8 +1,8 @@
-"""Targets that are no file, with the real engines: DuckLake on PostgreSQL, plain PostgreSQL, quack.
+"""All targets, with the real engines: a file, DuckLake in a file and on PostgreSQL, PostgreSQL, quack.
 
 The extensions come as packages for one version of DuckDB, so the hosts are processes of an environment
 of their own. The PostgreSQL server is ours, on a free port. MXCP_AUDIT_SCALE sets the number of events
-of the test with three hosts (default 30,000).
+of the test with three hosts (default 30,000), MXCP_AUDIT_ROUNDS how often a host is cloned (default 2).
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -21,6 +22,8 @@ from typing import Any
 import pytest
 from conftest import ROOT, child_environment, make_environment
 
+import mxcp_audit as m
+
 sys.path.insert(0, str(ROOT / "tools"))
 from postgres_server import PASSWORD, Postgres, find_programs
 
@@ -31,6 +34,8 @@ PACKAGES = (
 )
 EVENTS = int(os.environ.get("MXCP_AUDIT_SCALE", "30000"))
 KINDS = ("postgres", "ducklake")
+TARGETS = ("file", "lake-file", *KINDS)
+ROUNDS = int(os.environ.get("MXCP_AUDIT_ROUNDS", "2"))  # of what is random
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +77,11 @@ class Host:
     def database(self) -> str:
         return self.path.partition("dbname=")[2].split()[0]
 
+    @property
+    def journal(self) -> Path:
+        at_file = self.path.endswith("log.duckdb")
+        return Path(f"{self.path}.journal") if at_file else self.folder / "logs-default.journal"
+
     def start(self, script: str, *arguments: object, **changes: str) -> subprocess.Popen[str]:
         return subprocess.Popen(
             [self.python, "-c", script, *map(str, arguments)],
@@ -102,7 +112,7 @@ class Host:
         )
 
     def segments(self) -> list[Path]:
-        return sorted((self.folder / "logs-default.journal").glob("*.jsonl"))
+        return sorted(self.journal.glob("*.jsonl"))
 
     def ingest(self) -> None:
         """Ingest until nothing is left; another host may be in the way for a while."""
@@ -125,6 +135,8 @@ def make_host(python: str, server: Postgres, tmp_path: Path, request: pytest.Fix
         attach: dict[str, object] = {}
         if kind == "ducklake":
             path, attach = "ducklake:" + path, {"DATA_PATH": str(tmp_path / "lake")}
+        if kind == "file":
+            path = str(tmp_path / "log.duckdb")
         if kind == "lake-file":
             path, attach = f"ducklake:{tmp_path}/meta.ducklake", {"DATA_PATH": str(tmp_path / "lake")}
         return Host(python, tmp_path / name, path, attach, PASSWORD)
@@ -331,26 +343,187 @@ def test_hostile_input_comes_through_as_into_a_file(
     assert there[1] == here[1] == [["TIMESTAMP", "INTEGER", "INTEGER", "VARCHAR"]]
 
 
-@pytest.mark.parametrize("kind", (*KINDS, "lake-file"))
-def test_log_filters_and_exports_every_target(make_host: Make, kind: str, engine: str) -> None:
+FORMS = ("csv", "csv.gz", "csv.zst", "json", "json.gz", "jsonl", "parquet", "duckdb", "sqlite")
+OF_MXCP = {"timestamp": "2026-01-02T03:04:05.000Z", "caller": "cli", "type": "tool", "name": "of_mxcp"}
+
+
+@pytest.mark.parametrize(("kind", "engine"), [*((kind, "package") for kind in TARGETS), ("ducklake", "cli")])
+def test_every_command_works_on_every_target(
+    make_host: Make, kind: str, engine: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MXCP_AUDIT_ENGINE", engine)
     host = make_host(kind)
     empty = host.cli("log")
     assert empty.returncode == 1 and "Audit database not found" in empty.stderr
     host.start(LOG, "a", 100, 0).communicate(timeout=120)
-    found = json.loads(host.cli("log", "--tool", "tool_3", "--since", "1h", "--json").stdout)
+
+    def answer(*words: str, code: int = 0) -> str:
+        done = host.cli(*words)
+        assert done.returncode == code and "Traceback" not in done.stderr, done
+        return done.stdout
+
+    found = json.loads(answer("log", "--tool", "tool_3", "--since", "1h", "--json"))
     assert [json.loads(event["input_json"])["i"] for event in found] == list(range(94, 0, -7))
-    assert json.loads(host.cli("log", "--until", "1h", "--json").stdout) == []
-    assert host.cli("log", "--export", "out.csv").returncode == 0
-    assert len((host.folder / "out.csv").read_text().splitlines()) == 101
-    assert host.cli("log", "--export", "out.duckdb").returncode == 0
-    assert len(json.loads(host.cli("log", "--db", "out.duckdb", "--json").stdout)) == 100
-    counted = host.cli("sql", "SELECT count(*) AS n FROM logs WHERE name = 'tool_3'", "--json")
-    assert json.loads(counted.stdout) == [{"n": 14}], counted.stderr
+    assert json.loads(answer("log", "--until", "1h", "--json")) == []
+    assert len(json.loads(answer("log", "--grep", "TOOL_3", "--json"))) == 14
+    oldest = json.loads(answer("log", "--oldest-first", "-n", "3", "--json"))
+    assert [json.loads(event["input_json"])["i"] for event in oldest] == [0, 1, 2]
+    one = found[0]["event_id"]
+    assert one in answer("show", one) and answer("log", "--event", one, "--json").count(one) == 1
+    (host.folder / "mxcp.jsonl").write_text(
+        json.dumps({**OF_MXCP, "input_json": "{}", "duration_ms": 1}) + "\n"
+    )
+    answer("import", "mxcp.jsonl")
+    assert json.loads(answer("stats", "--json", "--by", "type"))[0]["calls"] == 101
+    for form in FORMS:
+        answer("log", "--export", f"out.{form}")
+    assert len((host.folder / "out.csv").read_text().splitlines()) == 102
+    assert len(json.loads(host.cli("log", "--db", "out.duckdb", "--limit", "200", "--json").stdout)) == 101
+    for form in ("jsonl", "ocsf", "ecs", "otlp"):
+        assert len(answer("log", "--format", form, "--cursor-file", f"cursor.{form}").splitlines()) >= 1
+        assert answer("log", "--format", form, "--cursor-file", f"cursor.{form}") == ""
+    assert json.loads(answer("sql", "SELECT count(*) AS n FROM logs WHERE name = 'tool_3'", "--json")) == [
+        {"n": 14}
+    ]
     (host.folder / "secret.csv").write_text("secret")
-    refused = host.cli("sql", "SELECT * FROM read_csv('secret.csv')")
-    assert refused.returncode == 1 and "secret" not in refused.stdout
-    if kind == "ducklake":
-        assert list((host.folder.parent / "lake").rglob("*.parquet"))
+    assert "secret" not in answer("sql", "SELECT * FROM read_csv('secret.csv')", code=1)
+    answer("report", "--out", "report.html")
+    assert json.loads(answer("doctor", "--json"))["database"]["events"] == 101
+    assert "mxcp_audit" in answer("doctor", "--prometheus")
+    (host.folder / "head.json").write_text(answer("checkpoint"))
+    follow = subprocess.Popen(
+        [host.python, "-m", "mxcp_audit", "log", "-f", "-n", "1", "--json"],
+        cwd=host.folder,
+        env=host.environment(PYTHONUNBUFFERED="1"),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        assert follow.stdout is not None and "tool_" in follow.stdout.readline()
+        host.start(LOG, "later", 20, 0).communicate(timeout=120)
+        seen = [json.loads(follow.stdout.readline()) for _ in range(20)]
+        assert [json.loads(event["input_json"])["i"] for event in seen] == list(range(20))
+    finally:
+        follow.kill()
+        follow.communicate()
+    host.ingest()
+    assert "121" in answer("verify", "--checkpoint", "head.json")
+    time.sleep(1.5)
+    answer("purge", "--older-than", "1s", "--archive", "archive")
+    assert json.loads(answer("log", "--json")) == [] and list((host.folder / "archive").rglob("*.parquet"))
+    answer("verify", "--checkpoint", "head.json")
+    for command in ("backup copy.duckdb", "compact"):
+        done = host.cli(*command.split())
+        assert done.returncode == 0 if kind == "file" else "is for database files" in done.stderr, done
+
+
+CLONED = """
+import os, sys, time
+from mxcp_audit import AuditLogger, load_config
+config = load_config()
+audit = AuditLogger(config.path, journal=config.journal_directory, attach=config.attach, flush_interval=3600)
+for i in range(40):
+    audit.log_event("cli", "tool", "cloned", {"i": i}, 1)
+    if i == 19:
+        while audit.counters.written < 20: time.sleep(0.01)
+        print("20", flush=True)
+        while not os.path.exists("go"): time.sleep(0.01)
+audit.flush(60)
+audit.shutdown()
+"""
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_host_that_is_cloned_records_every_event_once(make_host: Make, kind: str, tmp_path: Path) -> None:
+    """Its journal is copied while it is written; both go on to the same target."""
+    for number in range(ROUNDS):
+        host = make_host(kind, f"a{number}")
+        clone = make_host(kind, f"b{number}")
+        if kind == "file":  # a clone of the machine has the same path, for which a journal elsewhere stands
+            site = json.loads((clone.folder / "mxcp-site.yml").read_text())
+            site["profiles"]["default"]["audit"]["journal"] = str(clone.folder / "copy.journal")
+            (clone.folder / "mxcp-site.yml").write_text(json.dumps(site))
+        child = host.start(CLONED)
+        line_of(child, 20)
+        copied = clone.folder / "copy.journal" if kind == "file" else clone.journal
+        shutil.copytree(host.journal, copied)
+        done = clone.cli("ingest")
+        assert done.returncode == 0, done
+        (host.folder / "go").touch()
+        out, err = child.communicate(timeout=120)
+        assert child.returncode == 0, err
+        host.ingest()
+        rows = json.loads(
+            host.cli("sql", "SELECT input_json, count(*) AS n FROM logs GROUP BY ALL", "--json").stdout
+        )
+        assert sorted(json.loads(row["input_json"])["i"] for row in rows) == list(range(40))
+        assert {row["n"] for row in rows} == {number + 1}
+        assert host.cli("verify").returncode == 0 and not list(tmp_path.rglob("*.rejected"))
+
+
+@pytest.mark.parametrize("kind", TARGETS)
+def test_ingest_that_is_stopped_and_goes_on_takes_nothing_twice(make_host: Make, kind: str) -> None:
+    hosts = [make_host(kind, name) for name in ("a" if kind == "file" else "ab")]
+    hosts[0].run(LEAVE, 1)
+    hosts[0].ingest()
+    for number in range(ROUNDS):
+        for host in hosts:
+            host.run(LEAVE, 20)
+        first = hosts[0].start(INGEST)
+        time.sleep(0.2 + 0.2 * number)
+        first.send_signal(signal.SIGSTOP)
+        try:
+            hosts[-1].cli("ingest", "--wait", "1")
+            hosts[-1].cli("log", "--wait", "1")
+        finally:
+            first.send_signal(signal.SIGCONT)
+            first.communicate(timeout=120)
+        for host in hosts:
+            host.ingest()
+        assert hosts[0].run(COUNTS)[0][:2] == [1 + 20 * len(hosts) * (number + 1)] * 2
+        assert hosts[-1].cli("verify").returncode == 0
+
+
+SMALL = """
+import json, sys
+import mxcp_audit
+from mxcp_audit import AuditLogger, Store, load_config
+chores = mxcp_audit.lake_chores
+mxcp_audit.lake_chores = lambda commit: chores(0 if commit % 16 == 0 else 256 if commit % 4 == 0 else 1)
+AuditLogger._ingest = None
+config = load_config()
+for i in range(int(sys.argv[1])):
+    with AuditLogger(config.path, journal=config.journal_directory, attach=config.attach) as audit:
+        for j in range(20):
+            audit.log_event("cli", "tool", "small", {"i": i, "j": j}, 1)
+    assert Store(config).ingest()
+print("{}")
+"""
+
+
+@pytest.mark.parametrize("kind", ["ducklake", "lake-file"])
+def test_small_ingests_into_a_lake_make_few_files(make_host: Make, tmp_path: Path, kind: str) -> None:
+    hosts = [make_host(kind, name) for name in "ab"]
+    for host in hosts:
+        host.run(SMALL, 12)
+    files = list((tmp_path / "lake").rglob("*.parquet"))
+    assert files, "what lies in the catalogue was never written to a file"
+    live = hosts[0].run(
+        "import json; from mxcp_audit import Store, load_config\n"
+        "with Store(load_config()).reading() as reading: print(json.dumps(reading.engine.execute("
+        "\"SELECT sum(file_count)::BIGINT FROM ducklake_table_info('audit')\")))"
+    )
+    assert live[0][0] <= 4
+    for host in hosts:
+        assert host.run(COUNTS)[0] == [480, 480, 240]
+        assert host.cli("verify").returncode == 0
+
+
+def test_cleaning_of_a_lake_leaves_one_with_other_tables_alone() -> None:
+    assert m.lake_chores(255) == []
+    assert not set(m.LAKE_CLEANING) & set(m.lake_chores(256))
+    assert set(m.LAKE_CLEANING) < set(m.lake_chores(4096))
 
 
 def test_lock_of_somebody_else_holds_nothing_up(make_host: Make, server: Postgres) -> None:
@@ -373,6 +546,7 @@ def test_lock_of_somebody_else_holds_nothing_up(make_host: Make, server: Postgre
         for command in ("ingest --wait 0", "stats --wait 0"):
             done = host.cli(*command.split())
             assert done.returncode == 75 and "lock timeout" in done.stderr, done
+            assert re.search(r"held by PID \d+, audit, psql, idle in transaction since 2", done.stderr), done
     finally:
         holder.kill()
         holder.communicate()
@@ -393,6 +567,35 @@ with Store(load_config()).reading() as reading:
     plan = json.dumps(host.run(script), ensure_ascii=False)
     scan = plan[plan.index("POSTGRES_SCAN") :]
     assert "Filters:" in scan and "timestamp>=" in scan and "type=" in scan
+
+
+def test_first_events_are_found_by_an_index_of_postgresql(make_host: Make, server: Postgres) -> None:
+    """DuckDB's scan gives PostgreSQL no ORDER BY and no LIMIT, and reads the whole table."""
+    host = make_host("postgres")
+    host.start(LOG, "a", 200, 0).communicate(timeout=120)
+    host.ingest()
+    server.sql("UPDATE logs SET timestamp = NULL WHERE name = 'tool_5'; ANALYZE logs", host.database)
+    script = """
+import json, sys
+from mxcp_audit import Filter, Store, load_config
+filters = (Filter(), Filter(tools=("tool_1", "tool_5*")), Filter(user="o'\\\\hara\\r"))
+with Store(load_config()).reading() as reading:
+    answers = []
+    for schema in (reading.schema, None):
+        reading.schema = schema
+        answers.append([
+            list(reading.rows(what, count=count, oldest_first=oldest))
+            for what in filters for oldest in (False, True) for count in (1, 10, 1000)
+        ])
+print(json.dumps([answers[0] == answers[1], list(map(len, answers[0]))]))
+"""
+    same, counts = host.run(script)
+    assert same and counts[:6] == [1, 10, 200] * 2
+    used = "SELECT idx_scan FROM pg_stat_user_indexes WHERE indexrelname = 'logs_timestamp'"
+    deadline = time.monotonic() + 30
+    while server.sql(used, host.database) in ("", "0"):  # counted when the client is gone
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
 
 
 def test_tables_of_other_schemas_do_not_confuse(make_host: Make, server: Postgres) -> None:

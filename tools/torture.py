@@ -967,6 +967,7 @@ def s17_neighbours(t: Torture) -> None:
             return
         db, journal = home / "log.duckdb", home / "log.duckdb.journal"
         acts: list[str] = []
+        Path(f"{db}.said").symlink_to(t.home / f"said{number}")  # which a full disk must not cut
         servers = [t.start(t.command(SERVING, db, f"{number}{tag}")) for tag in "abcd"]
         try:
             while not Path(f"{db}.said").exists():
