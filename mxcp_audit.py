@@ -8521,6 +8521,11 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     EngineNotFoundError: "events wait in the journal",
     StoreError: "events wait in the journal",
 }
+_RIGHTS: Final = {  # what PostgreSQL says, and what helps
+    "authentication failed": "correct the user, or its password in PGPASSWORD or ~/.pgpass; events wait",
+    "no password supplied": "set PGPASSWORD, or write the password into ~/.pgpass; events wait",
+    "permission denied": "give the role this right (docs/scale-out.md lists them); events wait",
+}
 DAMAGED_WAL: Final = "replaying WAL"
 NEW_FILE: Final = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
 
@@ -8666,12 +8671,14 @@ class Target:
 
     def _public_error(self, error: StoreError, *, read_only: bool) -> StoreError:
         text = hide_secrets(str(error), self.path, self._options)
+        if self.name in text:  # it is ours already
+            return type(error)(text)
+        text = text[max(0, text.rfind("ERROR:  ")) :]  # PostgreSQL's word, without our statement
         if "due to lock timeout" in text:
             text += self._lock_holder(read_only)
-        remedy = (
-            "" if isinstance(error, QueryError) else f"; {_REMEDIES.get(type(error), _REMEDIES[StoreError])}"
-        )
-        return type(error)(f"{self.name}: {text}{remedy}")
+        remedy = None if isinstance(error, QueryError) else _REMEDIES.get(type(error), _REMEDIES[StoreError])
+        remedy = next((remedy for sign, remedy in _RIGHTS.items() if sign in text), remedy)
+        return type(error)(f"{self.name}: {text}" + (f"; {remedy}" if remedy else ""))
 
     def _lock_holder(self, read_only: bool) -> str:
         """Return who holds a lock in PostgreSQL, as far as that can be told."""
@@ -8798,6 +8805,8 @@ class Target:
     def refusal(self, error: QueryError) -> StoreError:
         """Return what to say of a table of somebody's own that can't hold our events."""
         reason = str(error).splitlines()[0]
+        if "permission denied" in reason:
+            return error
         return StoreError(
             f"{self.name}: its table `logs` takes no events of ours ({reason}); put that constraint or view "
             "away, or set `path` to a database of our own"

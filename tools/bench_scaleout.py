@@ -154,10 +154,11 @@ def simulate(server: Postgres, folder: Path, count: int, seconds: float) -> None
         with Store(configs[hosts[0]]).reading() as reading:
             ((rows,),) = reading.engine.execute("SELECT count(*)::BIGINT AS n FROM table_rows")
         assert rows == 50 * len(ingests) + 1, (rows, len(ingests))
-        times = sorted(took for _, took, _ in ingests)
+        times = sorted(1000 * took for _, took, _ in ingests)
+        p95 = times[len(times) * 95 // 100]
         print(
-            f"{name:>10}, {count:>3} hosts: {len(times)} ingests, each {statistics.median(times) * 1e3:.0f} ms "
-            f"(p95 {times[len(times) * 95 // 100] * 1e3:.0f}); {again} rolled back and repeated, "
+            f"{name:>10}, {count:>3} hosts: {len(times)} ingests, each {statistics.median(times):.0f} ms "
+            f"(p95 {p95:.0f}); {again} rolled back and repeated, "
             f"{sum(status == 75 for *_, status in ingests)} left for the next minute, "
             f"{sum(late > 1 for late, *_ in ingests)} began late; {rows:,} events in, "
             f"{'intact' if Store(configs[hosts[0]]).verify().intact else 'NOT intact'}",
