@@ -4329,6 +4329,7 @@ class Begun:
         self._over: list[tuple[int, int]] = []  # ticket of the line, number
         self._size = 0  # of the file when it was begun
         self._signed = 0.0
+        self.fresh = False
 
     def begin(self, call: Any) -> int:
         """Return the number of a call that runs from now on."""
@@ -4391,6 +4392,7 @@ class Begun:
             if before is not None:
                 before.close()
         self.on_record.update(number for number, _ in refs)
+        self.fresh = bool(fresh)
         for entry in over:
             self._over.remove(entry)
             self._refs.pop(entry[1], None)
@@ -4912,6 +4914,7 @@ class Writer:
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._finished = 0  # lines that left the queue
+        self._look_at = 0.0
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
         self._asleep = True
         self._gathering = False
@@ -5222,7 +5225,8 @@ class Writer:
         while (batch := self._queue[:]) or is_first:
             is_first = False
             try:
-                if not batch:  # who waits writes nothing
+                if not batch and time.monotonic() >= self._look_at:  # who waits writes nothing
+                    self._look_at = time.monotonic() + _POLL_SECONDS
                     self._appender.present()
                 for piece in _pieces(batch):
                     self._appender.append(piece)
@@ -5249,7 +5253,9 @@ class Writer:
             del self._queue[:count]
             self._finished = written
             self._queued_bytes = left if self._queue else 0
-            self._progress.notify_all()
+            if count or self._appender.begun.fresh:
+                self._appender.begun.fresh = False
+                self._progress.notify_all()
         if self._waiting:
             self._call_back()
 
@@ -8796,7 +8802,7 @@ class Target:
         """Keep a lake's files few and large, if one of this process's commits says that it is its turn."""
         chores, self.commits = [chore for commit in self.commits for chore in lake_chores(commit)], []
         if chores:
-            with self.session(read_only=False, wait=0.0) as engine:
+            with self.session(read_only=False, wait=0.0, guest=True) as engine:
                 ((is_ours,),) = engine.execute(LAKE_IS_OURS)
                 for chore in dict.fromkeys(chores):
                     if is_ours or chore not in LAKE_CLEANING:

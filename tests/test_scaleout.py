@@ -2,7 +2,8 @@
 
 The extensions come as packages for one version of DuckDB, so the hosts are processes of an environment
 of their own. The PostgreSQL server is ours, on a free port. MXCP_AUDIT_SCALE sets the number of events
-of the test with three hosts (default 30,000), MXCP_AUDIT_ROUNDS how often a host is cloned (default 2).
+of the test with three hosts (default 30,000), MXCP_AUDIT_ROUNDS how often a host is cloned
+(default 2; with more, every form of export is tried on each target).
 """
 
 from __future__ import annotations
@@ -343,7 +344,8 @@ def test_hostile_input_comes_through_as_into_a_file(
     assert there[1] == here[1] == [["TIMESTAMP", "INTEGER", "INTEGER", "VARCHAR"]]
 
 
-FORMS = ("csv", "csv.gz", "csv.zst", "json", "json.gz", "jsonl", "parquet", "duckdb", "sqlite")
+IS_WHOLE = ROUNDS > 2  # else what differs between targets
+FORMS = m.EXPORT_FORMATS if IS_WHOLE else ("csv", "duckdb", "sqlite")
 OF_MXCP = {"timestamp": "2026-01-02T03:04:05.000Z", "caller": "cli", "type": "tool", "name": "of_mxcp"}
 
 
@@ -379,7 +381,7 @@ def test_every_command_works_on_every_target(
         answer("log", "--export", f"out.{form}")
     assert len((host.folder / "out.csv").read_text().splitlines()) == 102
     assert len(json.loads(host.cli("log", "--db", "out.duckdb", "--limit", "200", "--json").stdout)) == 101
-    for form in ("jsonl", "ocsf", "ecs", "otlp"):
+    for form in ("jsonl", "ocsf", "ecs", "otlp") if IS_WHOLE else ("ocsf",):
         assert len(answer("log", "--format", form, "--cursor-file", f"cursor.{form}").splitlines()) >= 1
         assert answer("log", "--format", form, "--cursor-file", f"cursor.{form}") == ""
     assert json.loads(answer("sql", "SELECT count(*) AS n FROM logs WHERE name = 'tool_3'", "--json")) == [
@@ -506,7 +508,7 @@ print("{}")
 def test_small_ingests_into_a_lake_make_few_files(make_host: Make, tmp_path: Path, kind: str) -> None:
     hosts = [make_host(kind, name) for name in "ab"]
     for host in hosts:
-        host.run(SMALL, 12)
+        host.run(SMALL, 8)
     files = list((tmp_path / "lake").rglob("*.parquet"))
     assert files, "what lies in the catalogue was never written to a file"
     live = hosts[0].run(
@@ -516,7 +518,7 @@ def test_small_ingests_into_a_lake_make_few_files(make_host: Make, tmp_path: Pat
     )
     assert live[0][0] <= 4
     for host in hosts:
-        assert host.run(COUNTS)[0] == [480, 480, 240]
+        assert host.run(COUNTS)[0] == [320, 320, 160]
         assert host.cli("verify").returncode == 0
 
 

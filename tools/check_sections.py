@@ -221,7 +221,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 651_000
+BUDGET_BYTES = 651_500
 
 
 def sizes(source: str) -> str:
