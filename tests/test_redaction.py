@@ -1021,3 +1021,35 @@ def test_clip_plain_long_number_and_no_room_leave_what_fits() -> None:
         shown = clip_plain(10**200, max_bytes)
         assert isinstance(shown, str) and shown.startswith("1000") and len(json.dumps(shown)) <= max_bytes
     assert mxcp_audit._clip_text("x" * 50, 8) == "…"
+
+
+@pytest.mark.parametrize(
+    ("before", "body"),
+    [
+        *(
+            (prefix, "aB3" * 16)
+            for prefix in ("sgp_", "squ_", "pnu_", "dbtu_", "bb_live_", "y0_A", "CLOJARS_")
+        ),
+        *(
+            (prefix, "aB3" * 16)
+            for prefix in ("duffel_test_", "FLWSECK_TEST-", "dnkey-", "fio-u-", "sha256~")
+        ),
+        *(
+            ("napi_", "a1" * 32),
+            ("csk-", "a1" * 20),
+            ("e2b_", "a1" * 20),
+            ("cio", "aB" * 16),
+            ("AKID", "aB" * 16),
+        ),
+        ("vk1.a.", "aB3" * 30),
+    ],
+)
+def test_prefix_of_an_issuer_gives_a_token_away(before: str, body: str) -> None:
+    assert body not in Redactor().scrub(f"it ran with {before}{body} in the end")
+
+
+@pytest.mark.parametrize(
+    "text", ["napi_get_value_int32_of_array", "tk-us-east-1-production-cluster", "cio2040-workshop"]
+)
+def test_word_that_begins_like_a_token_stays(text: str) -> None:
+    assert Redactor().scrub(text) == text

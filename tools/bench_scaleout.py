@@ -205,40 +205,34 @@ def simulate_small(server: Postgres, folder: Path, ingests: int) -> None:
 
 
 def compare_rows(server: Postgres, folder: Path, rows: int) -> None:
-    """Print what `log --limit 100` takes of a large table in PostgreSQL, beside the same query in psql."""
+    """Print what `log --limit 100` takes of a small and a large table, beside the same query in psql."""
     path = targets(server, folder, "rows")[1][1]
     config = make_host(folder / "rows", path, {})
-    for _ in range(0, rows, 100_000):
-        fill(config, 100_000)
-        assert Store(config).ingest()
-    server.sql("ANALYZE", "plain_rows")
     columns = "timestamp, name, duration_ms, status, policy_decision, user_id"
-    for words, where in (
-        ("", "true"),
-        ("--status error", "status = 'error'"),
-        ("--tool tool_3", "name = 'tool_3'"),
-    ):
-        psql, log = [], []
-        for _ in range(9):
-            start = time.perf_counter()
-            server.sql(
-                f"SELECT {columns} FROM logs WHERE {where} ORDER BY timestamp DESC LIMIT 100", "plain_rows"
-            )
-            psql.append(time.perf_counter() - start)
-            start = time.perf_counter()
+    filters = (("", "true"), ("--status error", "status = 'error'"), ("--tool tool_3", "name = 'tool_3'"))
+    had = 0
+    for size in (2000, rows):
+        while had < size:
+            fill(config, min(100_000, size - had))
+            assert Store(config).ingest()
+            had += min(100_000, size - had)
+        server.sql("ANALYZE", "plain_rows")
+        for words, where in filters:
+            query = f"SELECT {columns} FROM logs WHERE {where} ORDER BY timestamp DESC LIMIT 100"
             command = [sys.executable, str(MODULE), "log", "--limit", "100", *words.split()]
-            subprocess.run(command, cwd=folder / "rows", check=True, capture_output=True)
-            log.append(time.perf_counter() - start)
-        start_alone = []
-        for _ in range(9):
-            start = time.perf_counter()
-            with Store(config).target.session(read_only=True, wait=0):
-                start_alone.append(time.perf_counter() - start)
-        print(
-            f"{rows:,} rows, log --limit 100 {words}: {statistics.median(log) * 1000:.0f} ms, of which "
-            f"attaching is {statistics.median(start_alone) * 1000:.0f}; "
-            f"psql {statistics.median(psql) * 1000:.0f} ms"
-        )
+            psql, log = [], []
+            for _ in range(11):
+                start = time.perf_counter()
+                server.sql(query, "plain_rows")
+                psql.append(time.perf_counter() - start)
+                start = time.perf_counter()
+                subprocess.run(command, cwd=folder / "rows", check=True, capture_output=True)
+                log.append(time.perf_counter() - start)
+            print(
+                f"{size:>9,} rows, log --limit 100 {words}: {statistics.median(log) * 1000:.0f} ms, "
+                f"psql {statistics.median(psql) * 1000:.0f} ms",
+                flush=True,
+            )
 
 
 def main() -> None:
