@@ -1558,8 +1558,9 @@ TOKEN_PREFIXES: Final = r"""
     sntry[su]_ PMAK- pul- dapi(?=[0-9a-f]{32}) sbp_ sb_secret_ pscale_(?:tkn|pw|oauth)_ nfp_ fo1_
     NRAK- NRII- HRKU- CCIPAT_ bkua_ ATATT3 ATCTT3 ATBB AKCp LTAI xkeysib- tfp_ CFPAT- EZAK
     shippo_(?:live|test)_ rdme_ ops_eyJ AGE-SECRET-KEY-1 phx_ re_(?=[A-Za-z0-9]{8}_) rnd_ waka_
-    napi_(?=[a-z0-9]{64}) csk-(?=[a-z0-9]{40}) e2b_(?=[0-9a-f]{40}) bb_live_ sgp_ sq[apu]_ pnu_ dbt[cu]_ duffel_(?:live|test)_ dnkey-
-    fio-u- y0_A FLWSECK(?:_TEST)?- CLOJARS_ cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
+    napi_(?=[a-z0-9]{64}) csk-(?=[a-z0-9]{40}) e2b_(?=[0-9a-f]{40}) bb_live_ sgp_ sq[apu]_ pnu_ dbt[cu]_
+    duffel_(?:live|test)_ dnkey- fio-u- y0_A FLWSECK(?:_TEST)?- CLOJARS_
+    cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
 """
 # Formats with dots, colons and slashes, each behind a substring that must be there.
 DOTTED_TOKENS: Final = (
