@@ -1054,6 +1054,81 @@ def run_quietly(t: Torture, command: list[str]) -> subprocess.CompletedProcess[s
     )
 
 
+def s18_stream(t: Torture) -> None:
+    """a stream with its cursor, killed at random moments while four servers log and purges run"""
+    db = t.database()
+    cursor, out, module = (
+        db.parent / "cursor.json",
+        db.parent / "out.jsonl",
+        [sys.executable, "-m", "mxcp_audit"],
+    )
+    stream = [*module, "log", "--format", "jsonl", "--cursor-file", str(cursor), "--db", str(db)]
+    script = SERVING.replace("time.sleep(0.001)", "time.sleep(0.01)")
+    servers = [t.start(t.command(script, db, tag)) for tag in "abcd"]
+
+    def read(how: list[str], seconds: float | None) -> bool:
+        """Let the stream append to what arrived, killed after a while; return True if anything came."""
+        with open(out, "ab") as file:
+            before = file.tell()
+            if before and out.read_bytes()[-1:] != b"\n":
+                file.write(b"\n")  # where it was killed within a line, which then comes again
+            child = subprocess.Popen(
+                [*stream, *how],
+                stdout=file,
+                stderr=subprocess.PIPE,
+                env=t.environment(),
+                cwd=t.module,
+                text=True,
+            )
+            try:
+                said = child.communicate(timeout=seconds or LIMIT_SECONDS)[1]
+                t.look_at(subprocess.CompletedProcess(child.args, child.returncode, "", said))
+            except subprocess.TimeoutExpired:
+                child.kill()
+                child.communicate()
+        if cursor.exists():
+            json.loads(cursor.read_text())  # else it was half written, which ends the sweep
+        return out.stat().st_size > before + 1
+
+    try:
+        while not Path(f"{db}.said").exists():
+            time.sleep(0.02)
+        for number in range(10 if t.quick else 200):
+            read(["--follow"] if number % 2 else [], 0.1 + t.random.random() * 0.9)
+            if number % 5 == 4:
+                t.look_at(run_quietly(t, [*module, "purge", "--older-than", "3s", "--db", str(db)]))
+            t.figure.faults += 1
+        for server in servers:
+            server.terminate()
+        for server in servers:
+            server.communicate(timeout=LIMIT_SECONDS)
+        t.run(t.ingest_command(db))
+        while read([], None):
+            pass
+    finally:
+        for server in servers:
+            server.kill()
+            server.communicate()
+    t.figure.points = t.figure.faults
+    ids: dict[str, set[str]] = {}
+    gaps: dict[str, int] = {}
+    for line in out.read_text().splitlines():
+        with contextlib.suppress(ValueError):  # torn by a kill
+            event = json.loads(line)
+            if event["type"] == "gap":
+                gaps[event["event_id"]] = json.loads(event["input_json"])["events"]
+            else:
+                ids.setdefault(event["name"], set()).add(event["event_id"])
+    promised = set(map(json.loads, Path(f"{db}.said").read_text().split("\n")[:-1]))
+    t.figure.lost = max(0, len(promised - ids.keys()) - sum(gaps.values()))
+    t.figure.doubled = sum(len(found) > 1 for found in ids.values())
+    if t.figure.bad:
+        t.figure.blame(
+            f"{len(promised)} events, {len(promised - ids.keys())} not seen, gaps {sum(gaps.values())}"
+        )
+    t.clean(db)
+
+
 def w_window(t: Torture) -> None:
     """how long after log_event returned kill -9 can still lose an event ("worst ms" is that window)"""
     for _ in range(10 if t.quick else 200):
@@ -1105,6 +1180,7 @@ SWEEPS: dict[str, Callable[[Torture], None]] = {
         s15_overload,
         s16_running_calls,
         s17_neighbours,
+        s18_stream,
         w_window,
     )
 }
