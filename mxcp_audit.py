@@ -11964,6 +11964,10 @@ def report_html(
     for title, columns, sql in _REPORT_TABLES:
         rows = ask(sql)
         yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
+    places = [PUBLIC_COLUMNS.index(name) for name in ("timestamp", "name", "user_id", "duration_ms")]
+    running = [[row[place] for place in places] for row in reading.running(what)]
+    table = _html_table("since,name,user,#ms", running) if running else "<p>none</p>"
+    yield f"<h2>Running calls</h2>{table}"
     lost = reading.losses()
     yield f"<h2>Lost events</h2>{_html_table('entered at,#events,reason', lost) if lost else '<p>none</p>'}"
     yield "<h2>Newest events</h2>"

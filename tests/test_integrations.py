@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from conftest import ROOT, SITE, Cli, child_environment
 from environments import SERVERS, python_with
+from forms import CHECKS
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
 VALIDATION = "valid integer"
@@ -101,7 +102,7 @@ def test_middleware_stdio_every_call_one_row(made: str, kind: str, tmp_path: Pat
 
 @pytest.mark.parametrize(("made", "kind"), MATRIX)
 def test_matrix_every_kind_of_call_has_one_row_that_says_what_it_was(
-    made: str, kind: str, tmp_path: Path
+    made: str, kind: str, tmp_path: Path, cli: Cli
 ) -> None:
     """Every framework, over memory, HTTP and SSE; what came of each call is a line of the table."""
     done = subprocess.run(
@@ -114,6 +115,12 @@ def test_matrix_every_kind_of_call_has_one_row_that_says_what_it_was(
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.count("\nok ") > 25
+    (log,) = tmp_path.glob("*.duckdb")
+    for form, check in CHECKS.items():
+        told = cli("log", "--db", str(log), "--format", form, "--limit", "1000")
+        events = [json.loads(line) for line in told.stdout.splitlines()]
+        assert len(events) > 25
+        check(events)
 
 
 LOW_LEVEL = """

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import html.parser
 import http.server
@@ -11,6 +10,7 @@ import random
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Cli
+from conftest import ROOT, Cli
+from forms import CHECKS
 
 from mxcp_audit import AuditLogger
 
@@ -184,58 +185,11 @@ def lines_of(cli: Cli, log: Path, form: str) -> list[Any]:
     return [json.loads(line) for line in done.stdout.split("\n") if line]
 
 
-def test_log_ocsf_is_valid_api_activity(cli: Cli, log: Path) -> None:
-    jsonschema, ocsf = pytest.importorskip("jsonschema"), pytest.importorskip("ocsf_json_schema")
-    schemas = ocsf.OcsfJsonSchemaEmbedded(ocsf.get_ocsf_schema(version="1.8.0"))
-    name = schemas.lookup_class_name_from_uid(class_uid=6003)
-    check = jsonschema.Draft202012Validator(schemas.get_class_schema(class_name=name, profiles=[]))
-    events = lines_of(cli, log, "ocsf")
-    assert len(events) == COUNT == len({event["metadata"]["uid"] for event in events})
-    assert [fault.message for event in events[:500] for fault in check.iter_errors(event)] == []
-    assert {event["status_id"] for event in events} == {1, 2}
-
-
-# Of ECS 9 (fields/ecs/ecs_flat.yml): those that we fill, with the kind of value that each takes.
-ECS = dict.fromkeys(
-    ("@timestamp", "client.address", "client.ip", "ecs.version", "error.message", "error.type")
-    + ("event.action", "event.dataset", "event.id", "event.kind", "event.module", "event.outcome")
-    + ("event.provider", "event.reason", "http.request.id", "message", "service.name", "trace.id")
-    + ("user.id", "user_agent.original"),
-    str,
-) | {"event.category": list, "event.type": list, "event.duration": int}
-
-
-def flat(node: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    fields: dict[str, Any] = {}
-    for name, value in node.items():
-        fields.update(flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value})
-    return fields
-
-
-def test_log_ecs_has_fields_of_ecs_and_one_namespace_of_ours(cli: Cli, log: Path) -> None:
-    events = [flat(event) for event in lines_of(cli, log, "ecs")]
+@pytest.mark.parametrize("form", CHECKS)
+def test_log_in_a_form_is_what_its_own_schema_asks_for(cli: Cli, log: Path, form: str) -> None:
+    events = lines_of(cli, log, form)
     assert len(events) == COUNT
-    for event in events:
-        for name, value in event.items():
-            assert name.startswith("mxcp_audit.") or isinstance(value, ECS[name])
-        assert event["event.outcome"] in ("success", "failure")
-        assert event["event.category"] == ["api"] and event["event.type"][0] in ("access", "denied")
-
-
-def test_log_otlp_is_parsed_by_opentelemetry(cli: Cli, log: Path) -> None:
-    service = pytest.importorskip("opentelemetry.proto.collector.logs.v1.logs_service_pb2")
-    json_format = pytest.importorskip("google.protobuf.json_format")
-    events = lines_of(cli, log, "otlp")
-    uids = set()
-    for event in events:
-        (resource,) = event["resourceLogs"]
-        (record,) = resource["scopeLogs"][0]["logRecords"]
-        if "traceId" in record:  # OTLP has it as hex, where protobuf's own JSON has base64
-            record["traceId"] = base64.b64encode(bytes.fromhex(record["traceId"])).decode()
-        parsed = json_format.ParseDict(event, service.ExportLogsServiceRequest())
-        attributes = parsed.resource_logs[0].scope_logs[0].log_records[0].attributes
-        uids |= {each.value.string_value for each in attributes if each.key == "log.record.uid"}
-    assert len(events) == len(uids) == COUNT
+    CHECKS[form](events)
 
 
 # --- the report
@@ -295,6 +249,22 @@ def test_report_counts_what_stats_counts_and_shows_text_as_text(cli: Cli, log: P
     pages = [re.sub("made at.*?</tr>", "", (log.parent / "report.html").read_text()) for _ in range(1)]
     report_of(cli, log)
     assert pages == [re.sub("made at.*?</tr>", "", (log.parent / "report.html").read_text())]
+
+
+def test_report_shows_what_runs_and_what_was_never_finished(cli: Cli, tmp_path: Path) -> None:
+    log = tmp_path / "log.duckdb"
+    script = """
+import os, sys
+from mxcp_audit import AuditLogger
+audit = AuditLogger(sys.argv[1], strict=True)
+with audit.record("tool", "cut off"):
+    os._exit(0)
+"""
+    subprocess.run([sys.executable, "-c", script, str(log)], check=True, cwd=ROOT)
+    with AuditLogger(log, strict=True) as audit, audit.record("tool", "at work", user_id="ann"):
+        report = report_of(cli, log)
+    assert [row[1:3] for row in report.tables["Running calls"][1:]] == [["at work", "ann"]]
+    assert [row[1] for row in report.tables["Unfinished calls"][1:]] == ["cut off"]
 
 
 def test_report_takes_the_filters_of_log(cli: Cli, log: Path) -> None:
