@@ -194,6 +194,15 @@ def counted(count: int, noun: str) -> str:
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
+def no_python() -> str | None:
+    """Return why this process can't start a Python with this file, or None if it can."""
+    if getattr(sys, "frozen", False) or not re.match(
+        r"(?i)(python|pypy)", os.path.basename(sys.executable or "")
+    ):
+        return "sys.executable is no Python"
+    return None if os.path.isfile(__file__) else f"{__file__} is no file"
+
+
 # === Config ===
 # depends on: Errors
 #
@@ -4630,15 +4639,6 @@ module.ingest_child(**work)
 """
 
 
-def _no_child() -> str | None:
-    """Return why this process can't start a child that ingests, or None if it can."""
-    if getattr(sys, "frozen", False) or not re.match(
-        r"(?i)(python|pypy)", os.path.basename(sys.executable or "")
-    ):
-        return "sys.executable is no Python"
-    return None if os.path.isfile(__file__) else f"{__file__} is no file"
-
-
 class Ingester:
     """Says when the journal is to be ingested, and has a short-lived child do it; used by the writer alone.
 
@@ -4700,7 +4700,7 @@ class Ingester:
 
     def _begin(self) -> None:
         """Seal and start a child, unless another process ingests."""
-        appender, reason = self._appender, _no_child()
+        appender, reason = self._appender, no_python()
         if not appender.sealed and appender.waiting_since() is None and not self._is_daily():
             self.tried = self.wanted
             return
@@ -4836,7 +4836,7 @@ class Ingester:
         why = "there was no time left"
         while self._appender.left():
             settings = self._due_settings()
-            if is_attach_target(str(settings["path"])) and not _no_child():
+            if is_attach_target(str(settings["path"])) and not no_python():
                 self._start()  # what waits for a server that does not answer can't be interrupted
                 answer = self._await_child(deadline)
             else:
@@ -8411,10 +8411,13 @@ def open_engine(
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
     if choice in ("auto", "package"):
         try:
-            if apart or os.getpid() != _PROCESS or _in_subinterpreter():
+            if not (apart or os.getpid() != _PROCESS or _in_subinterpreter()):
+                PackageEngine.version()
+                return PackageEngine(guest=guest)
+            if (reason := no_python()) is None:  # of a frozen program, it would be that once more
                 return ApartEngine(guest=guest)
-            PackageEngine.version()
-            return PackageEngine(guest=guest)
+            if choice == "package":
+                raise EngineNotFoundError(f"{reason}, which DuckDB needs here: put its program on PATH")
         except ImportError as error:
             if choice == "package":
                 raise EngineNotFoundError(

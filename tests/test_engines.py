@@ -265,3 +265,16 @@ def test_scratch_directory_of_somebody_else_is_not_used(
     own.symlink_to("/")
     place = os.path.dirname(mxcp_audit._scratch_directory())
     assert place != str(own) and os.stat(place).st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("executable", ["/srv/server.bin", ""])
+def test_engine_apart_never_starts_a_frozen_program_again(
+    executable: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "frozen", True, raising=False)
+    monkeypatch.setattr(sys, "executable", executable)
+    monkeypatch.delenv("MXCP_AUDIT_ENGINE", raising=False)
+    if mxcp_audit.find_program() is not None:
+        assert type(mxcp_audit.open_engine(apart=True)) is mxcp_audit.CliEngine
+    with pytest.raises(mxcp_audit.EngineNotFoundError, match="no Python"):
+        mxcp_audit.open_engine(apart=True, environ={"MXCP_AUDIT_ENGINE": "package"})
