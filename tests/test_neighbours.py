@@ -550,3 +550,16 @@ def test_journal_that_is_taken_away_while_segments_wait_loses_nothing(tmp_path: 
     finally:
         if mounted:
             subprocess.run(["umount", "-l", journal], check=True)
+
+
+def test_relative_path_is_told_as_an_absolute_one_at_the_first_event(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """MCP hosts start servers in folders of their own, where a log would be looked for in vain."""
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO", "mxcp_audit"), m.AuditLogger("logs.duckdb") as audit:
+        monkeypatch.chdir("/")
+        audit.log_event("cli", "tool", "t")
+        audit.flush()
+    assert f"events go to {tmp_path}/logs.duckdb, by way of {tmp_path}/logs.duckdb.journal" in caplog.text
+    assert (tmp_path / "logs.duckdb").exists()
