@@ -80,6 +80,9 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
 def pytest_configure() -> None:
     """Make the suite independent of the shell that starts it: `nohup`, a strict umask, a language."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # `command &` hands SIGINT on as ignored
+    for name in ("SIGHUP", "SIGQUIT"):  # and `nohup` SIGHUP
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_DFL)
     os.umask(0o022)
     for name in ("TZ", "LC_ALL", "LC_CTYPE", "LANGUAGE"):
         os.environ.pop(name, None)

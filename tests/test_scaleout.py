@@ -3,7 +3,7 @@
 The extensions come as packages for one version of DuckDB, so the hosts are processes of an environment
 of their own. The PostgreSQL server is ours, on a free port. MXCP_AUDIT_SCALE sets the number of events
 of the test with three hosts (default 30,000), MXCP_AUDIT_ROUNDS how often a host is cloned
-(default 2; with more, every form of export is tried on each target).
+(default 1; with more, every form of export is tried on each target).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PACKAGES = (
 EVENTS = int(os.environ.get("MXCP_AUDIT_SCALE", "30000"))
 KINDS = ("postgres", "ducklake")
 TARGETS = ("file", "lake-file", *KINDS)
-ROUNDS = int(os.environ.get("MXCP_AUDIT_ROUNDS", "2"))  # of what is random
+ROUNDS = int(os.environ.get("MXCP_AUDIT_ROUNDS", "1"))  # of what is random
 
 
 @pytest.fixture(scope="module")
@@ -344,12 +344,15 @@ def test_hostile_input_comes_through_as_into_a_file(
     assert there[1] == here[1] == [["TIMESTAMP", "INTEGER", "INTEGER", "VARCHAR"]]
 
 
-IS_WHOLE = ROUNDS > 2  # else what differs between targets
+IS_WHOLE = ROUNDS > 1  # else what differs between targets
 FORMS = m.EXPORT_FORMATS if IS_WHOLE else ("csv", "duckdb", "sqlite")
 OF_MXCP = {"timestamp": "2026-01-02T03:04:05.000Z", "caller": "cli", "type": "tool", "name": "of_mxcp"}
 
 
-@pytest.mark.parametrize(("kind", "engine"), [*((kind, "package") for kind in TARGETS), ("ducklake", "cli")])
+@pytest.mark.parametrize(
+    ("kind", "engine"),
+    [("file", "package"), ("lake-file", "cli"), ("ducklake", "package"), ("postgres", "cli")],
+)
 def test_every_command_works_on_every_target(
     make_host: Make, kind: str, engine: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -508,7 +511,7 @@ print("{}")
 def test_small_ingests_into_a_lake_make_few_files(make_host: Make, tmp_path: Path, kind: str) -> None:
     hosts = [make_host(kind, name) for name in "ab"]
     for host in hosts:
-        host.run(SMALL, 8)
+        host.run(SMALL, 6)
     files = list((tmp_path / "lake").rglob("*.parquet"))
     assert files, "what lies in the catalogue was never written to a file"
     live = hosts[0].run(
@@ -518,7 +521,7 @@ def test_small_ingests_into_a_lake_make_few_files(make_host: Make, tmp_path: Pat
     )
     assert live[0][0] <= 4
     for host in hosts:
-        assert host.run(COUNTS)[0] == [320, 320, 160]
+        assert host.run(COUNTS)[0] == [240, 240, 120]
         assert host.cli("verify").returncode == 0
 
 
@@ -563,7 +566,7 @@ def test_filters_are_pushed_down_to_postgresql(make_host: Make) -> None:
 import json
 from mxcp_audit import Store, load_config, Filter
 with Store(load_config()).reading() as reading:
-    sql, params = reading._select("name", Filter(tools=("x",), since="2020-01-01 00:00:00"), 5, False)
+    sql, params = reading._select("name", Filter(tools=("x",), since="2020-01-01 00:00:00"), None, False)
     print(json.dumps(reading.engine.execute("EXPLAIN " + sql, params)))
 """
     plan = json.dumps(host.run(script), ensure_ascii=False)
