@@ -8538,7 +8538,7 @@ _REMEDIES: Final[Mapping[type[StoreError], str]] = {
 _RIGHTS: Final = {  # what PostgreSQL says, and what helps
     "authentication failed": "correct the user, or its password in PGPASSWORD or ~/.pgpass; events wait",
     "no password supplied": "set PGPASSWORD, or write the password into ~/.pgpass; events wait",
-    "permission denied": "give the role this right (hosts need SELECT and INSERT, purges DELETE); events wait",
+    "permission denied": "give the role this right (hosts: SELECT, INSERT; a purge: DELETE too); events wait",
 }
 DAMAGED_WAL: Final = "replaying WAL"
 NEW_FILE: Final = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
