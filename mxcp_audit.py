@@ -8017,7 +8017,8 @@ def store_error(message: str) -> StoreError:
             holder = _HOLDER.search(message)
             if kind is DatabaseLockedError and holder:
                 return kind(f"in use by {holder[1]} (PID {holder[2]})")
-            return kind(message.strip().splitlines()[0])
+            postgres_says = max(0, message.rfind("ERROR:  "))  # behind our statement
+            return kind(message[postgres_says:].strip().splitlines()[0])
     return QueryError(message.strip())
 
 
@@ -9413,9 +9414,12 @@ class Reader:
                     DatabaseLockedError,
                     DatabaseNotFoundError,
                     DatabaseUnreachableError,
-                ) as error:
-                    with contextlib.suppress(StoreError):  # what was attached went with the failed session
-                        stack.close()
+                ) as raised:
+                    error: StoreError = raised
+                    try:  # let go what is attached, which says of the error what may be said
+                        stack.__exit__(type(raised), raised, raised.__traceback__)
+                    except StoreError as told:
+                        error = told
                     is_missing = isinstance(error, DatabaseNotFoundError)
                     is_new = is_missing and not self._target.is_file
                     # Of a file that means: it appeared, or vanished, between our look and DuckDB's.

@@ -531,8 +531,11 @@ def test_cleaning_of_a_lake_leaves_one_with_other_tables_alone() -> None:
     assert set(m.LAKE_CLEANING) < set(m.lake_chores(4096))
 
 
-def test_lock_of_somebody_else_holds_nothing_up(make_host: Make, server: Postgres) -> None:
-    host = make_host("postgres")
+@pytest.mark.parametrize(("kind", "table"), [("postgres", "logs"), ("ducklake", "ducklake_snapshot")])
+def test_lock_of_somebody_else_holds_nothing_up(
+    make_host: Make, server: Postgres, kind: str, table: str
+) -> None:
+    host = make_host(kind)
     host.start(LOG, "a", 20, 0).communicate(timeout=120)
     host.run(LEAVE, 5)
     holder = subprocess.Popen(
@@ -544,7 +547,7 @@ def test_lock_of_somebody_else_holds_nothing_up(make_host: Make, server: Postgre
     )
     try:
         assert holder.stdout is not None and holder.stdin is not None
-        holder.stdin.write("BEGIN; LOCK TABLE logs; SELECT 'held';\n")
+        holder.stdin.write(f"BEGIN; LOCK TABLE {table}; SELECT 'held';\n")
         holder.stdin.flush()
         while "held" not in holder.stdout.readline():
             assert holder.poll() is None
