@@ -4343,7 +4343,7 @@ class Begun:
         self._over: list[tuple[int, int]] = []  # ticket of the line, number
         self._size = 0  # of the file when it was begun
         self._signed = 0.0
-        self.fresh = False
+        self.fresh = False  # calls came on record that nobody was told of
 
     def begin(self, call: Any) -> int:
         """Return the number of a call that runs from now on."""
