@@ -367,9 +367,9 @@ def test_first_event_of_a_logger_when_exit_has_passed_is_in_the_journal(db: Path
 def test_daemon_thread_that_logs_on_does_not_hold_up_the_exit(db: Path) -> None:
     with held_database(db):  # so that shutdown takes the time that it has
         begun = time.monotonic()
-        done = run(
+        done = run(  # with an interval so long that no attempt comes first, which would make one segment more
             """
-            audit = AuditLogger(sys.argv[1])
+            audit = AuditLogger(sys.argv[1], flush_interval=60)
             true_shutdown = audit.shutdown
             audit.shutdown = lambda: true_shutdown(1.5)
             def work():
