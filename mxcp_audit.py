@@ -11883,44 +11883,42 @@ def _html(value: object) -> str:
 def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
     """Return a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
     width, height, left, base = 900, 240, 55, 200
-    top = max((sum(counts) for _, *counts in buckets), default=0) or 1
-    step = 10 ** (len(str(top)) - 1)
-    step = next(step * part // 10 or 1 for part in (2, 5, 10, 20) if top <= 6 * (step * part // 10 or 1))
+    top = max(sum(counts) for _, *counts in buckets)
+    step = next(
+        10**digits * part for digits in range(99) for part in (1, 2, 5) if top <= 6 * 10**digits * part
+    )
     limit = -(-top // step) * step
-    bar = (width - left) / max(len(buckets), 1)
+    bar, every = (width - left) / len(buckets), -(-len(buckets) // 8)
     parts = [
         f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Calls per {unit}, by outcome">'
         '<defs><pattern id="hatch" width="4" height="4" patternUnits="userSpaceOnUse" '
-        'patternTransform="rotate(45)">'
-        '<rect width="2" height="4" class="no"/></pattern></defs>'
+        'patternTransform="rotate(45)"><rect width="2" height="4" class="no"/></pattern></defs>'
     ]
+
+    def draw(x: float, y: float, fill: str, wide: float, tall: float) -> None:
+        parts.append(f'<rect {fill} x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}"/>')
+
     for mark in range(0, limit + 1, step):
         y = base - 180 * mark / limit
         parts.append(
             f'<line class="axis" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>'
             f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:,}</text>'
         )
-    every = -(-len(buckets) // 8)
     for number, (label, *counts) in enumerate(buckets):
         x, y = left + number * bar, float(base)
-        title = f"{label}: " + ", ".join(f"{count:,} {name}" for count, (name, _) in zip(counts, _OUTCOMES))
-        parts.append(f"<g><title>{title}</title>")
+        title = ", ".join(f"{count:,} {name}" for count, (name, _) in zip(counts, _OUTCOMES))
+        parts.append(f"<g><title>{label}: {title}</title>")
         for count, (_, fill) in zip(counts, _OUTCOMES):
-            tall = 180 * count / limit
-            y -= tall
+            y -= 180 * count / limit
             if count:
-                parts.append(
-                    f'<rect {fill} x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
-                    f'height="{tall:.1f}"/>'
-                )
+                draw(x, y, fill, max(bar * 0.85, 0.5), 180 * count / limit)
         parts.append("</g>")
         if number % every == 0:
             parts.append(f'<text x="{x:.1f}" y="{base + 16}">{label}</text>')
-    for x, (name, fill) in zip((left, left + 90, left + 180), _OUTCOMES):
-        parts.append(
-            f'<rect {fill} x="{x}" y="{height - 14}" width="12" height="12"/>'
-            f'<text x="{x + 17}" y="{height - 4}">{name}</text>'
-        )
+    for number, (name, fill) in enumerate(_OUTCOMES):
+        x = left + 90 * number
+        draw(x, height - 14, fill, 12, 12)
+        parts.append(f'<text x="{x + 17}" y="{height - 4}">{name}</text>')
     return "".join([*parts, "</svg>"])
 
 
@@ -13463,7 +13461,7 @@ class _RunningLines:
 
 def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
     """Print or send events in a form; with a cursor what is new, and move the cursor when that is written."""
-    send = functools.partial(_post, options) if options.post else _print_lines
+    send = _sender_of(options) if options.post else _print_lines
     expression = form_sql(options.format)
     if not (options.cursor_file or options.follow):
         with _whole_log(store, options) as reading:
@@ -13525,41 +13523,65 @@ _POST_LINES: Final = 500
 _POST_SECONDS: Final = 60.0  # without --follow: how long a receiver may say no
 
 
-def _post(options: argparse.Namespace, lines: Sequence[str]) -> None:
-    """Send lines by HTTP until a 2xx comes; wait after 429, 5xx and network faults; else raise."""
+def _sender_of(options: argparse.Namespace) -> Callable[[Sequence[str]], None]:
+    """Return what sends lines by HTTP until a 2xx comes: it waits after 429, 5xx and network faults."""
+    import http.client
     import urllib.error
+    import urllib.parse
     import urllib.request
 
+    class NoRedirect(urllib.request.HTTPRedirectHandler):  # it would ask elsewhere, without the events
+        def redirect_request(self, *_: object) -> None: ...
+
+    try:
+        url = urllib.parse.urlsplit(options.post)
+        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.port == 0:
+            raise ValueError
+    except ValueError:
+        text = "--post wants a URL of http or https, and no password in it: --header takes secrets"
+        raise _UsageError(text) from None
+    shown = f"{url.scheme}://{url.netloc}"  # the path may be a secret, as of a webhook
     is_otlp = options.format == "otlp"
-    text = "\n".join(lines) + "\n"
-    if is_otlp:  # one request of all resources: each line holds an array of one
-        text = '{"resourceLogs":[' + ",".join(line[len('{"resourceLogs":[') : -2] for line in lines) + "]}"
     headers = {"Content-Type": "application/json" if is_otlp else "application/x-ndjson"}
     for header in options.header or ():
         name, _, variable = header.partition("=")
-        if variable not in os.environ:
+        headers[name] = value = os.environ.get(variable, "").strip()
+        if not value:
             raise _UsageError(f"--header {header}: the environment has no variable {variable!r}")
-        headers[name] = os.environ[variable]
-    request = urllib.request.Request(options.post, text.encode(), headers, method="POST")
-    pause, end = 1.0, time.monotonic() + _POST_SECONDS
-    while True:
-        try:
-            with urllib.request.urlopen(request, timeout=30):
-                return
-        except urllib.error.HTTPError as error:
-            told = f"{options.post} answered {error.code}: {error.read(500).decode(errors='replace').strip()}"
-            if error.code != 429 and error.code < 500:
-                raise AuditError(f"{told}; nothing more was sent, and the cursor stays") from error
-            pause = max(pause, min(float(error.headers.get("Retry-After", "").strip() or 0), 300.0))
-        except ValueError as error:
-            raise _UsageError(f"--post {options.post}: {error}") from error
-        except OSError as error:
-            told = f"{options.post} can't be reached: {error}"
-        if not options.follow and time.monotonic() + pause > end:
-            raise AuditError(f"{told}; the cursor stays, try again later")
-        _say(f"{told}; trying again in {pause:.0f} s")
-        time.sleep(pause)
-        pause = min(pause * 2, 60.0)
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or not re.fullmatch(
+            r"[ -~\xa0-\xff]+", value
+        ):
+            raise _UsageError(f"--header {header}: the name or the value can't stand in a header")
+    opener = urllib.request.build_opener(NoRedirect)
+
+    def send(lines: Sequence[str]) -> None:
+        text = "\n".join(lines) + "\n"
+        if is_otlp:  # one request of all resources: each line holds an array of one
+            start = '{"resourceLogs":['
+            text = start + ",".join(line[len(start) : -2] for line in lines) + "]}"
+        request = urllib.request.Request(options.post, text.encode(), headers, method="POST")
+        pause, end = 1.0, time.monotonic() + _POST_SECONDS
+        while True:
+            try:
+                with opener.open(request, timeout=30):
+                    return
+            except urllib.error.HTTPError as error:
+                told = f"{shown} answered {error.code}: {error.read(500).decode(errors='replace').strip()}"
+                if error.code != 429 and error.code < 500:
+                    raise AuditError(f"{told}; nothing more was sent, and the cursor stays") from error
+                asked = error.headers.get("Retry-After", "").strip()
+                pause = max(pause, min(float(asked), 300.0)) if asked.isdecimal() else pause
+            except http.client.InvalidURL:
+                raise _UsageError("--post: the URL holds a space or a control character") from None
+            except (OSError, http.client.HTTPException) as error:
+                told = f"{shown} can't be reached: {error}"
+            if not options.follow and time.monotonic() + pause > end:
+                raise AuditError(f"{told}; the cursor stays, try again later")
+            _say(f"{told}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+            pause = min(pause * 2, 60.0)
+
+    return send
 
 
 def _pause(seconds: float) -> None:

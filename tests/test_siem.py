@@ -145,8 +145,14 @@ def receiver(answers: list[int]) -> Iterator[tuple[str, list[tuple[dict[str, str
             if code == 200:
                 accepted.append((dict(self.headers), body))
             self.send_response(code)
+            self.send_header("Location", "/elsewhere")
+            self.send_header("Retry-After", "Wed, 21 Oct 2015 07:28:00 GMT")
             self.end_headers()
             self.wfile.write(b"said so")
+
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
 
         def log_message(self, *_: object) -> None:
             pass
@@ -167,13 +173,40 @@ def test_post_tries_again_after_429_and_5xx_and_moves_the_cursor(cli: Cli, log: 
         assert cli(*send, "--post", url).returncode == 0 and len(accepted) == -(-COUNT // 500)
 
 
+@pytest.mark.parametrize("code", [400, 302, 303, 308])
 def test_post_refused_stops_with_the_answer_and_leaves_the_cursor(
-    cli: Cli, log: Path, tmp_path: Path
+    cli: Cli, log: Path, tmp_path: Path, code: int
 ) -> None:
     cursor = tmp_path / "cursor"
-    with receiver([400]) as (url, accepted):
+    with receiver([code]) as (url, accepted):
         done = cli("log", "--db", str(log), "--format", "ecs", "--cursor-file", str(cursor), "--post", url)
-    assert done.returncode == 1 and "400: said so" in done.stderr and not accepted and not cursor.exists()
+    assert done.returncode == 1 and f"{code}: said so" in done.stderr and not accepted and not cursor.exists()
+    assert "/v1/logs" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["file:///tmp/pa55"],
+        ["ftp://127.0.0.1/pa55"],
+        ["http://me:pa55@127.0.0.1/"],
+        ["http://127.0.0.1:pa55/"],
+        ["http://[pa55/"],
+        ["http://127.0.0.1/pa55 x"],
+        ["pa55"],
+        ["http://127.0.0.1/", "--header", "X=TWO_LINES"],
+        ["http://127.0.0.1/", "--header", "X=ABSENT"],
+        ["http://127.0.0.1/", "--header", "X Y=TOKEN"],
+        ["http://127.0.0.1/", "--header", "TOKEN"],
+    ],
+)
+def test_post_to_what_is_no_receiver_is_refused_and_shows_no_secret(
+    cli: Cli, log: Path, options: list[str]
+) -> None:
+    secrets = {"TOKEN": "pa55", "TWO_LINES": "pa55\nX-More: pa55"}
+    done = cli("log", "--db", str(log), "--format", "ecs", "--post", *options, **secrets)
+    assert (done.returncode, done.stdout) == (2, "") and "Traceback" not in done.stderr
+    assert "pa55" not in done.stderr
 
 
 # --- forms
