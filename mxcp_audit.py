@@ -11628,8 +11628,6 @@ _FORM_WORDS: Final = {
     "FAILED": "(status = 'error')",
     "DENIED": "(policy_decision = 'deny')",
     "IS_IP": r"regexp_full_match(address, '[0-9.]{7,15}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*')",
-    "TRACE": "CASE WHEN regexp_full_match(trace_id, '[0-9A-Fa-f]{32}') THEN lower(trace_id) END",
-    "PROTOCOL": "CONTEXT ->> '$.\"mcp.protocol.version\"'",
     "USER_AGENT": "CONTEXT ->> '$.\"user_agent.original\"'",
 }
 FORMS: Final = {
@@ -11721,14 +11719,14 @@ resourceLogs[].scopeLogs[].logRecords[].timeUnixNano (epoch_us(timestamp) * 1000
 .severityText               CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
 .eventName                  'mxcp_audit.call'
 .body.stringValue           concat_ws(' ', METHOD, name)
-.traceId                    TRACE
+.traceId                    CASE WHEN regexp_full_match(trace_id, '[0-9A-Fa-f]{32}') THEN lower(trace_id) END
 {log.record.uid}            EVENT_ID
 {mcp.method.name}           METHOD
 {gen_ai.tool.name}          CASE WHEN type = 'tool' THEN name END
 {gen_ai.prompt.name}        CASE WHEN type = 'prompt' THEN name END
 {mcp.resource.uri}          CASE WHEN type = 'resource' THEN name END
 {mcp.session.id}            session_id
-{mcp.protocol.version}      PROTOCOL
+{mcp.protocol.version}      CONTEXT ->> '$."mcp.protocol.version"'
 {jsonrpc.request.id}        request_id
 {client.address}            address
 {user.id}                   user_id
@@ -11762,15 +11760,11 @@ def form_sql(form: str) -> str:
     for line in FORMS[form].splitlines():
         place, sql = line.split(None, 1)
         names = _PLACE.findall(place)
-        if place[0] == "{":
-            names = [*parents, "attributes", *names]
-        elif place[0] == ".":
-            names = [*parents, *names]
+        if place[0] in ".{":
+            names = [*parents, *["attributes"] * (place[0] == "{"), *names]
         else:
             parents = names[:-1]
-        node = tree
-        for name in names[:-1]:
-            node = node.setdefault(name, {})
+        node = functools.reduce(lambda node, name: node.setdefault(name, {}), names[:-1], tree)
         while (filled := _FORM_WORD.sub(lambda word: f"({_FORM_WORDS[word[0]]})", sql)) != sql:
             sql = filled
         node[names[-1]] = sql
@@ -11787,10 +11781,8 @@ def _json_sql(node: Any) -> str:
     parts, brackets = [], "{}"
     for name, child in node.items():
         if name.startswith("{"):  # an attribute of OpenTelemetry
-            kind, cast, brackets = (
-                ("intValue", "BIGINT", "[]") if "#" in name else ("stringValue", "VARCHAR", "[]")
-            )
-            value = f"to_json(({child})::{cast})::VARCHAR"
+            kind, cast = ("intValue", "BIGINT") if "#" in name else ("stringValue", "VARCHAR")
+            value, brackets = f"to_json(({child})::{cast})::VARCHAR", "[]"
             parts.append(f"""'{{"key":"{name.strip("{#}")}","value":{{"{kind}":' || {value} || '}}}}'""")
         elif name.endswith("[]"):
             parts.append(f"""'"{name[:-2]}":[' || {_json_sql(child)} || ']'""")
@@ -11826,50 +11818,37 @@ _OUTCOMES: Final = (  # and how a bar of each is filled
     ("denied", 'fill="url(#hatch)" stroke="currentColor"'),
 )
 _BUCKETS: Final = (("minute", 2 * 3600), ("hour", 4 * 86400), ("day", 120 * 86400), ("month", float("inf")))
-# Each table of the report: its title, its columns (a leading # marks numbers), and the query of `events`.
-_REPORT_TABLES: Final = (
-    (
-        "Denials",
-        "last at,name,user,reason,#calls",
-        """SELECT max(timestamp)::VARCHAR AS last, name, user_id, reason, count(*)::BIGINT AS calls
-        FROM events WHERE policy_decision = 'deny' GROUP BY name, user_id, reason ORDER BY calls DESC, 2, 3, 4
-        LIMIT 50""",
-    ),
-    (
-        "Errors by class",
-        "class,#calls,last at,name,example",
-        """SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''),
-                        'unknown') AS class, count(*)::BIGINT AS calls, max(timestamp)::VARCHAR AS last,
-               arg_max(name, timestamp) AS name, left(arg_max(error, timestamp), 500) AS example
-        FROM events WHERE status = 'error' GROUP BY class ORDER BY 2 DESC, 1 LIMIT 50""",
-    ),
-    (
-        "Slowest calls",
-        "#ms,at,name,user,event id",
-        """SELECT duration_ms::BIGINT AS ms, timestamp::VARCHAR AS at_, name, user_id, event_id FROM events
-        WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10""",
-    ),
-    (
-        "Unfinished calls",
-        "at,name,user,error,event id",
-        """SELECT timestamp::VARCHAR AS at_, name, user_id, left(error, 200) AS error, event_id
-        FROM events WHERE status = 'error'
-        AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50""",
-    ),
-)
+# The tables of the report, each with its title, its columns (# marks numbers), and the query of `events`.
+_REPORT_TABLES: Final = """\
+Denials: last at,name,user,reason,#calls
+SELECT max(timestamp)::VARCHAR AS last, name, user_id, reason, count(*)::BIGINT AS calls
+FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY calls DESC, 2, 3, 4 LIMIT 50
+
+Errors by class: class,#calls,last at,name,example
+SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''), 'unknown')
+       AS class, count(*)::BIGINT AS calls, max(timestamp)::VARCHAR AS last,
+       arg_max(name, timestamp) AS name, left(arg_max(error, timestamp), 500) AS example
+FROM events WHERE status = 'error' GROUP BY class ORDER BY 2 DESC, 1 LIMIT 50
+
+Slowest calls: #ms,at,name,user,event id
+SELECT duration_ms::BIGINT AS ms, timestamp::VARCHAR AS at_, name, user_id, event_id
+FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10
+
+Unfinished calls: at,name,user,error,event id
+SELECT timestamp::VARCHAR AS at_, name, user_id, left(error, 200) AS error, event_id FROM events
+WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50"""
 
 
 def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
     """Return rows as a table; what comes from the log is escaped."""
-    names = heads.split(",")
-    kinds = [' class="n"' if name.startswith("#") else "" for name in names]
+    kinds = [' class="n"' if name.startswith("#") else "" for name in heads.split(",")]
 
     def line(tag: str, cells: Iterable[object]) -> str:
-        return "".join(f"<{tag}{kind}>{_html(cell)}</{tag}>" for kind, cell in zip(kinds, cells))
+        texts = (f"<{tag}{kind}>{_html(cell)}</{tag}>" for kind, cell in zip(kinds, cells))
+        return f"<tr>{''.join(texts)}</tr>"
 
-    body = "".join(f"<tr>{line('td', row)}</tr>\n" for row in rows)
-    head = line("th", (name.strip("#") for name in names))
-    return f'<div class="scroll"><table><thead><tr>{head}</tr></thead>\n<tbody>{body}</tbody></table></div>'
+    head, body = line("th", heads.replace("#", "").split(",")), "\n".join(line("td", row) for row in rows)
+    return f'<div class="scroll"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
 
 
 def _html(value: object) -> str:
@@ -11884,9 +11863,8 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
     """Return a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
     width, height, left, base = 900, 240, 55, 200
     top = max(sum(counts) for _, *counts in buckets)
-    step = next(
-        10**digits * part for digits in range(99) for part in (1, 2, 5) if top <= 6 * 10**digits * part
-    )
+    scale = 10 ** max(len(str(top)) - 2, 0)
+    step = next(scale * part for part in (1, 2, 5, 10, 20) if top <= 6 * scale * part)
     limit = -(-top // step) * step
     bar, every = (width - left) / len(buckets), -(-len(buckets) // 8)
     parts = [
@@ -11915,16 +11893,13 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
         parts.append("</g>")
         if number % every == 0:
             parts.append(f'<text x="{x:.1f}" y="{base + 16}">{label}</text>')
-    for number, (name, fill) in enumerate(_OUTCOMES):
-        x = left + 90 * number
+    for x, (name, fill) in zip((left, left + 90, left + 180), _OUTCOMES):
         draw(x, height - 14, fill, 12, 12)
         parts.append(f'<text x="{x + 17}" y="{height - 4}">{name}</text>')
     return "".join([*parts, "</svg>"])
 
 
-def report_html(
-    reading: Reading, what: Filter, facts: Sequence[tuple[str, str]], *, newest: int
-) -> Iterator[str]:
+def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, newest: int) -> Iterator[str]:
     """Yield the report of the matching events: the same text for the same events and facts."""
     ask = functools.partial(reading.ask, what)
     ((calls, first, last, span, *filled),) = ask(
@@ -11941,9 +11916,8 @@ def report_html(
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; style-src 'unsafe-inline'">
 <title>Audit report</title><style>{_REPORT_STYLE}</style></head><body><h1>Audit report</h1>
 """
-    yield _html_table(
-        "what,value", [*facts, ("calls", f"{calls:,}"), ("first event", first), ("last event", last)]
-    )
+    facts = {**facts, "calls": f"{calls:,}", "first event": first, "last event": last}
+    yield _html_table("what,value", list(facts.items()))
     if calls:
         buckets = ask(  # with those of no call, so that the axis is one of time
             f"""SELECT strftime(b, '{form}') AS label, coalesce(good, 0)::BIGINT AS good,
@@ -11957,30 +11931,25 @@ def report_html(
         )
         yield f"<h2>Calls per {unit} (UTC)</h2>{_chart(unit, buckets)}"
     heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
-    kinds = {
-        "name": "Tools, resources and prompts",
-        "user": "Users",
-        "client": "Clients",
-        "server": "Servers",
-    }
-    for (by, title), value in zip(kinds.items(), filled):
+    for by, value in zip(("name", "user", "client", "server"), filled):
         if value is not None:
-            yield f"<h2>{title}</h2>{_html_table(heads.format(by), reading.stats(what, by=by, count=50))}"
-    for title, columns, sql in _REPORT_TABLES:
-        rows = ask(sql)
-        yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
+            title = "Tools, resources and prompts" if by == "name" else f"{by.title()}s"
+            groups = reading.stats(what, by=by, count=50)
+            yield f"<h2>{title}</h2>{_html_table(heads.format(by), groups)}"
     places = [PUBLIC_COLUMNS.index(name) for name in ("timestamp", "name", "user_id", "duration_ms")]
-    running = [[row[place] for place in places] for row in reading.running(what)]
-    table = _html_table("since,name,user,#ms", running) if running else "<p>none</p>"
-    yield f"<h2>Running calls</h2>{table}"
-    lost = reading.losses()
-    yield f"<h2>Lost events</h2>{_html_table('entered at,#events,reason', lost) if lost else '<p>none</p>'}"
+    tables: dict[str, Sequence[Sequence[Any]]] = {
+        **{head: ask(sql) for head, sql in (text.split("\n", 1) for text in _REPORT_TABLES.split("\n\n"))},
+        "Running calls: since,name,user,#ms": [[row[n] for n in places] for row in reading.running(what)],
+        "Lost events: entered at,#events,reason": reading.losses(),
+    }
+    for head, rows in tables.items():
+        title, columns = head.split(": ")
+        yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
     yield "<h2>Newest events</h2>"
     for row in reading.rows(what, count=newest):
         event = dict(zip(PUBLIC_COLUMNS, row))
-        head = " · ".join(
-            _html(event[name]) for name in ("timestamp", "name", "status", "policy_decision") if event[name]
-        )
+        values = map(event.get, ("timestamp", "name", "status", "policy_decision"))
+        head = " · ".join(_html(value) for value in values if value)
         body = "\n".join(f"{name}: {_html(value)}" for name, value in event.items() if value is not None)
         yield f"<details><summary>{head}</summary><pre>{body}</pre></details>\n"
     yield "</body></html>\n"
@@ -13461,20 +13430,18 @@ class _RunningLines:
 
 def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
     """Print or send events in a form; with a cursor what is new, and move the cursor when that is written."""
-    send = _sender_of(options) if options.post else _print_lines
-    expression = form_sql(options.format)
-    if not (options.cursor_file or options.follow):
+    send = _sender_of(options)
+    expression, place = form_sql(options.format), options.cursor_file
+    if not (place or options.follow):
         with _whole_log(store, options) as reading:
-            lines = reading.lines(
-                expression, what, count=options.limit or 100, oldest_first=options.oldest_first
-            )
+            count, order = options.limit or 100, options.oldest_first
+            lines = reading.lines(expression, what, count=count, oldest_first=order)
             while batch := list(itertools.islice(lines, _POST_LINES)):
                 send(batch)
         return 0
-    follower = Follower(
-        store, what, columns=f"{expression} AS line", cursor=_read_cursor(options.cursor_file)
-    )
-    if not options.cursor_file:
+    cursor = _read_cursor(place) if place else None
+    follower = Follower(store, what, columns=f"{expression} AS line", cursor=cursor)
+    if not place:
         with contextlib.suppress(DatabaseNotFoundError), store.reading(wait=options.wait) as reading:
             follower.start(reading)
     saved = None
@@ -13483,29 +13450,22 @@ def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
             rows = follower.look(wait=0 if options.follow else options.wait)
             for first in range(0, len(rows), _POST_LINES):
                 send([line for (line,) in rows[first : first + _POST_LINES]])
-            cursor = json.dumps(follower.cursor())
-            if options.cursor_file and cursor != saved:
-                try:
-                    replace_file(options.cursor_file, cursor.encode() + b"\n")
-                except OSError as error:
-                    raise AuditError(f"{options.cursor_file} can't be written: {error.strerror}") from error
-                saved = cursor
+            reached = json.dumps(follower.cursor())
+            if place and reached != saved:
+                _write_whole(place, reached + "\n")
+                saved = reached
             if not rows and not follower.is_behind:
                 if not options.follow:
                     return 0
                 _pause(0.4)
 
 
-def _read_cursor(path: str | None) -> dict[str, Any] | None:
+def _read_cursor(path: str) -> dict[str, Any]:
     """Return the cursor that a file holds; an empty one where there is no file yet."""
-    if path is None:
-        return None
     try:
         with open(path, encoding="utf-8") as file:
             cursor = json.load(file)
-        if cursor["version"] != 1 or not all(
-            isinstance(cursor[key], dict) for key in ("journals", "segments")
-        ):
+        if [cursor["version"], type(cursor["journals"]), type(cursor["segments"])] != [1, dict, dict]:
             raise ValueError("of another version")
         return dict(cursor)
     except FileNotFoundError:
@@ -13514,9 +13474,11 @@ def _read_cursor(path: str | None) -> dict[str, Any] | None:
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
 
 
-def _print_lines(lines: Sequence[str]) -> None:
-    sys.stdout.write("".join(f"{line}\n" for line in lines))
-    sys.stdout.flush()
+def _write_whole(path: str, text: str) -> None:
+    try:
+        replace_file(path, text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
 _POST_LINES: Final = 500
@@ -13524,7 +13486,9 @@ _POST_SECONDS: Final = 60.0  # without --follow: how long a receiver may say no
 
 
 def _sender_of(options: argparse.Namespace) -> Callable[[Sequence[str]], None]:
-    """Return what sends lines by HTTP until a 2xx comes: it waits after 429, 5xx and network faults."""
+    """Return what prints lines, or sends them until a 2xx comes, with pauses after 429, 5xx and faults."""
+    if not options.post:
+        return lambda lines: print(*lines, sep="\n", flush=True)
     import http.client
     import urllib.error
     import urllib.parse
@@ -13535,7 +13499,8 @@ def _sender_of(options: argparse.Namespace) -> Callable[[Sequence[str]], None]:
 
     try:
         url = urllib.parse.urlsplit(options.post)
-        if url.scheme not in ("http", "https") or not url.hostname or "@" in url.netloc or url.port == 0:
+        is_plain = re.fullmatch(r"https?://[!-?A-~]+([/?#][!-~]*)?", options.post)
+        if not is_plain or not url.hostname or url.port == 0:
             raise ValueError
     except ValueError:
         text = "--post wants a URL of http or https, and no password in it: --header takes secrets"
@@ -13571,8 +13536,6 @@ def _sender_of(options: argparse.Namespace) -> Callable[[Sequence[str]], None]:
                     raise AuditError(f"{told}; nothing more was sent, and the cursor stays") from error
                 asked = error.headers.get("Retry-After", "").strip()
                 pause = max(pause, min(float(asked), 300.0)) if asked.isdecimal() else pause
-            except http.client.InvalidURL:
-                raise _UsageError("--post: the URL holds a space or a control character") from None
             except (OSError, http.client.HTTPException) as error:
                 told = f"{shown} can't be reached: {error}"
             if not options.follow and time.monotonic() + pause > end:
@@ -13876,26 +13839,21 @@ def cmd_report(options: argparse.Namespace) -> int:
     what = _filter_of(options)
     store = _store_of(options)
     store.refuse_own_files(options.out)
+    chosen = {name: value for name, value in what._asdict().items() if value not in (None, ())}
+    facts = {
+        "log": store.target.name,
+        "made at": sql_time(utc_now())[:19] + " UTC",
+        "filter": json.dumps(chosen, ensure_ascii=False) if chosen else "none: all events",
+    }
     try:
         verdict = store.verify(wait=options.wait)
-        said = _verdict_summary(verdict, None)
         ends = "; ".join(f"{head.journal} at {head.position}: {head.seal[:16]}" for head in verdict.heads)
+        facts |= {"verify": _verdict_summary(verdict, None), "chain ends": ends}
     except StoreError as error:
-        said, ends = str(error), ""
-    chosen = {name: value for name, value in what._asdict().items() if value not in (None, ())}
-    facts = [
-        ("log", store.target.name),
-        ("made at", sql_time(utc_now())[:19] + " UTC"),
-        ("filter", json.dumps(chosen, ensure_ascii=False) if chosen else "none: all events"),
-        ("verify", said),
-        ("chain ends", ends),
-    ]
+        facts["verify"] = str(error)
     with _whole_log(store, options) as reading:
         text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
-    try:
-        replace_file(options.out, text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise StoreError(f"{options.out} can't be written: {error.strerror}") from error
+    _write_whole(options.out, text)
     _say(f"report written to {options.out}")
     return 0
 

@@ -193,6 +193,8 @@ def test_post_refused_stops_with_the_answer_and_leaves_the_cursor(
         ["http://127.0.0.1:pa55/"],
         ["http://[pa55/"],
         ["http://127.0.0.1/pa55 x"],
+        ["http://127.0.0.1/pa55ü"],
+        ["http://127.0.0.1:99999/pa55"],
         ["pa55"],
         ["http://127.0.0.1/", "--header", "X=TWO_LINES"],
         ["http://127.0.0.1/", "--header", "X=ABSENT"],
