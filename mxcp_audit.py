@@ -3346,11 +3346,11 @@ def event_of_line(line: bytes) -> dict[str, Any]:
 # === Journal ===
 # depends on: Errors, Events
 #
-# The append-only files between the server and the database; docs/journal-format.md describes each. A process
-# writes its own segments only. Live = its writer holds the lock; sealed or orphaned = the lock can be had. A
-# lock belongs to the open file (flock), not to the process: pids are reused, and differ between containers.
-# A name never changes: a rename under a reader's feet makes its query fail. On a file system without locks
-# nobody can tell a live segment from an orphan: events are recorded and readable, but never ingested.
+# The append-only files between server and database (docs/journal-format.md). A process writes its own
+# segments only. Live = its writer holds the lock; sealed or orphaned = the lock is free. A lock belongs to
+# the open file (flock), not to the process: pids are reused, and differ between containers. A name never
+# changes: a rename makes a reader's query fail. On a file system without locks nobody can tell a live segment
+# from an orphan: events are recorded and readable, but never ingested.
 
 JOURNAL_FORMAT: Final = 2  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX: Final = ".jsonl"
@@ -3363,11 +3363,8 @@ _DIRECTORY_MODE: Final = 0o700
 FILE_MODES: Final = {False: 0o600, True: 0o660}  # True: for a group
 _GROUP_MODE: Final = 0o2770  # of a journal for a group, which is that of each file in it
 # Of files that may be others': without following a link, or waiting for the other end of a FIFO.
-_NO_FOLLOW: Final = (
-    getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_BINARY", 0)
+_NO_FOLLOW: Final = sum(
+    getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
 )
 _MOST_CLAIMS: Final = 4096  # arbitrary: segments in one transaction
 _SMALL_BYTES: Final = 2**18  # arbitrary: segments up to here are put together before DuckDB reads them
@@ -3392,7 +3389,7 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def unlock(fd: int) -> None:
-    """Give the lock up at once, even if a child that was forked behind Python's back has the file open."""
+    """Release the lock at once, even if a child that was forked behind Python's back has the file open."""
     if sys.platform != "win32":
         with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
@@ -3402,7 +3399,7 @@ _FileKey: TypeAlias = tuple[int, int]  # device and inode
 
 
 def _key_at(path: str) -> _FileKey | None:
-    """Return which file `path` leads to, links not followed; None if to none."""
+    """Return which file `path` names, links not followed; None if it names none."""
     try:
         found = os.lstat(path)
     except OSError as error:
@@ -3413,7 +3410,7 @@ def _key_at(path: str) -> _FileKey | None:
 
 
 class Descriptor:
-    """An open file of ours. If somebody closes it and its number becomes another's, that is left alone."""
+    """An open file of ours. If somebody closes it and its number goes to another file, that is left alone."""
 
     __slots__ = ("_fd", "_key")
 
@@ -3422,14 +3419,13 @@ class Descriptor:
         self._fd, self._key = fd, (found.st_dev, found.st_ino)
 
     def number(self) -> int:
-        """Return the descriptor's number. Raises OSError if it is closed, or another's by now."""
-        found = os.fstat(self._fd) if self._fd >= 0 else None
-        if found is None or (found.st_dev, found.st_ino) != self._key:
+        """Return the descriptor's number. Raises OSError if it is closed, or another file's by now."""
+        found = os.fstat(self._fd)
+        if (found.st_dev, found.st_ino) != self._key:
             raise OSError(errno.EBADF, os.strerror(errno.EBADF))
         return self._fd
 
     def is_open(self) -> bool:
-        """Return True if the file is open and still ours."""
         try:
             return self.number() >= 0
         except OSError as error:
@@ -3438,18 +3434,17 @@ class Descriptor:
             return error.errno != errno.EBADF  # a stale network handle is ours
 
     def leads_to(self, path: str) -> bool:
-        """Return True if `path` leads to this file."""
+        """Return True if `path` names this file."""
         return _key_at(path) == self._key
 
     def close(self) -> None:
-        """Close the file. Twice is harmless."""
         with contextlib.suppress(OSError):
             os.close(self.number())
         self._fd = -1
 
 
 def file_size_limit() -> float:
-    """Return how large this process may make a file, in bytes: a write beyond may kill it (SIGXFSZ)."""
+    """Return how many bytes a file of this process may have: a write beyond may kill it (SIGXFSZ)."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -3458,45 +3453,49 @@ def file_size_limit() -> float:
     return float("inf") if limit == resource.RLIM_INFINITY else limit
 
 
-def sync_directory(directory: str) -> None:
-    """Force the names in a directory to the disk, where the system can."""
-    if sys.platform == "win32":  # it has no such call, and needs none
-        return
-    fd = os.open(directory, os.O_RDONLY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
-def sync_file(path: str) -> None:
+def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
     """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
-    fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+    fd = os.open(path, flags)
     try:
         os.fsync(fd)
     finally:
         os.close(fd)
+
+
+def sync_directory(directory: str) -> None:
+    """Force the names in a directory to the disk; Windows neither can nor needs to."""
+    if sys.platform != "win32":
+        sync_file(directory, os.O_RDONLY)
+
+
+def _size_of(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except FileNotFoundError:
+        return 0
 
 
 def segment_id_of(path: str) -> str:
-    """Return the segment id that a journal file's path stands for."""
     return os.path.splitext(os.path.basename(path))[0]
 
 
 def give_to_owner(path: str, fd: int | None = None) -> None:
     """Give what root has just made to the owner of its directory: the service must be able to use it."""
     if getattr(os, "geteuid", lambda: -1)() == 0:
-        owner, made = (
-            os.stat(os.path.dirname(path) or os.curdir),
-            os.lstat(path) if fd is None else os.fstat(fd),
-        )
+        owner = os.stat(os.path.dirname(path) or os.curdir)
+        made = os.lstat(path) if fd is None else os.fstat(fd)
         if made.st_uid != owner.st_uid and (made.st_nlink == 1 or stat.S_ISDIR(made.st_mode)):
             os.chown(path if fd is None else fd, owner.st_uid, owner.st_gid)
 
 
 def is_for_group(directory: str) -> bool:
-    """Return True for a directory in which each file is to be the group's: of a journal with `group`."""
+    """Return True for the directory of a journal with `group`, in which each file is the group's."""
     return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
+
+
+def open_file(path: str) -> IO[bytes]:
+    """Open a file that may be somebody else's, to read it."""
+    return open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW))
 
 
 def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
@@ -3515,7 +3514,7 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
 
 
 def take_after(path: str, old: os.stat_result) -> None:
-    """Give a file the mode and the owner of the one that it replaces, as far as this user may."""
+    """Give a file the mode and, if this user may, the owner of the one that it replaces."""
     os.chmod(path, stat.S_IMODE(old.st_mode))
     with contextlib.suppress(AttributeError, PermissionError):
         os.chown(path, old.st_uid, old.st_gid)
@@ -3533,7 +3532,7 @@ def file_digest(path: str) -> str:
 
 
 def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
-    """Write a file with mode 0600 and force it to the disk; an earlier one is replaced or is an OSError."""
+    """Write a file and force it to the disk; an existing one is an OSError unless `replace`."""
     with open(make_file(path, os.O_WRONLY | (os.O_TRUNC if replace else os.O_EXCL)), "wb") as file:
         file.write(data)
         file.flush()
@@ -3541,7 +3540,7 @@ def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
 
 
 def replace_file(path: str, data: bytes) -> None:
-    """Put a file in place of another, whole or not at all, with mode 0600."""
+    """Put a file in place of another, whole or not at all."""
     scratch = f"{path}.{os.urandom(4).hex()}.part"
     try:
         write_file(scratch, data)
@@ -3552,29 +3551,24 @@ def replace_file(path: str, data: bytes) -> None:
         raise
 
 
-def _write_beside(path: str, suffix: str, data: bytes) -> None:
-    """Write `data` to the segment's file with another suffix, durably, replacing an earlier attempt."""
-    write_file(path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
-
-
 class Segment(Descriptor):
     """One journal file while this process writes it.
 
-    Guarantees that nobody ingests it before `seal`, and that then it holds whole lines, each that
-    `append` took and none that it refused, whatever interrupted it.
+    Nobody ingests it before `seal`. Then it holds whole lines: each that `append` took and none that it
+    refused, whatever interrupted it.
     """
 
     __slots__ = ("_dirty", "_end", "_limit", "_place", "id", "opened", "path", "sealed")
 
-    def __init__(self, fd: int, path: str, segment_id: str, opened: float, place: _FileKey | None) -> None:
+    def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd)
         self._dirty = False  # there may be bytes behind the end
         self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
         self._limit = file_size_limit()
-        self._place = place  # its directory
+        self._place = _key_at(os.path.dirname(path))
         self.path = path
-        self.id = segment_id
-        self.opened = opened
+        self.id = segment_id_of(path)
+        self.opened = time.monotonic()
         self.sealed = False
 
     @property
@@ -3584,14 +3578,13 @@ class Segment(Descriptor):
 
     @property
     def events(self) -> int:
-        """How many lines that is."""
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines at the end, all of them or none.
+        """Write whole lines at the end, all of them or none; with `durable`, force them to the disk.
 
-        With `durable`, they are also forced to the disk. What a failed fsync covered may be lost although
-        a later one succeeds, so it is taken back: write it to another segment.
+        What a failed fsync covered may be lost although a later one succeeds, so it is taken back: write it
+        to another segment.
         """
         self._mend()
         fd, (size, count) = self.number(), self._end
@@ -3619,11 +3612,9 @@ class Segment(Descriptor):
             self._dirty = False
 
     def is_in_place(self) -> bool:
-        """Return True if the file still lies where readers look for it."""
         return self.leads_to(self.path)
 
     def read(self) -> bytes:
-        """Return its lines, wherever the file lies."""
         return os.pread(self.number(), self.size, 0)
 
     def is_taken_away(self) -> bool:
@@ -3635,10 +3626,7 @@ class Segment(Descriptor):
         return False
 
     def seal(self, *, keep: bool = False) -> None:
-        """Release the lock, so that anybody may ingest the file, and close it, unless it is to be kept.
-
-        Twice is harmless.
-        """
+        """Release the lock, so that anybody may ingest the file, and close it unless `keep`."""
         if self._fd >= 0 and not self.sealed:
             self._mend()
             self.sealed = True
@@ -3656,19 +3644,19 @@ class Segment(Descriptor):
         super().close()
 
     def discard(self) -> None:
-        """Close the file and delete it."""
+        """Delete the file."""
         with contextlib.suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
         self.close()
 
     def forget(self) -> None:
-        """Close the descriptor that a fork copied; the parent's lock and file are left alone."""
+        """Close a descriptor that a fork copied; the lock stays the parent's."""
         super().close()
 
 
 def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
-    """Return the begins in a file of them that have no end there: the events, by call."""
+    """Return the events of a `.begun` file that have no end in it, by call."""
     calls: dict[str, dict[str, Any]] = {}
     for line in data[: data.rfind(b"\n") + 1].splitlines():
         with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
@@ -3682,7 +3670,7 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
-    """Return lines of calls as they were at a moment, text as in lines: over by then, or running (seq 0)."""
+    """Return lines of calls as they were at a moment, a text as in lines: over, or running with `seq` 0."""
     lines = []
     for seq, (call, event) in enumerate(sorted(calls.items()), 1):
         begun, now = (datetime.datetime.strptime(text, LINE_TIME) for text in (event["timestamp"], moment))
@@ -3699,8 +3687,8 @@ def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) ->
 
 
 class Claim:
-    """A sealed or orphaned segment. Its lock was free, so that nobody writes to it any more; that nobody else
-    ingests it is seen to by the ingest lock. So it holds no descriptor, of which a process has few."""
+    """A sealed or orphaned segment: its lock was free, so nobody writes to it any more. The ingest lock keeps
+    other ingests away, so it needs no descriptor, of which a process has few."""
 
     __slots__ = ("calls", "id", "lines", "path", "size", "torn")
 
@@ -3708,16 +3696,16 @@ class Claim:
         self.path = path
         self.id = segment_id_of(path)
         self.lines = self.size = self.torn = 0
-        self.calls: dict[str, int] = {}  # those whose begin was put on record: the line's number
+        self.calls: dict[str, int] = {}  # whose begin was put on record: the number of the line
 
     def inspect(self, fd: int) -> None:
-        """Count the lines and cut off a torn tail, which is kept beside the segment as `.torn`.
+        """Count the lines and move a torn tail into a file of its own, `.torn`.
 
         A power loss may leave NULs where blocks never reached the disk. The last one before a line
         becomes a line feed, so that the line stands apart from what is damaged.
         """
         data = self.read()
-        if b"\0" in data:  # replacing costs a tenth of an ingest even where there is none
+        if b"\0" in data:  # the search for `\0{` takes a tenth of an ingest
             for found in re.finditer(rb"\0(?=\{)", data):
                 os.lseek(fd, found.start(), os.SEEK_SET)
                 os.write(fd, b"\n")
@@ -3725,7 +3713,7 @@ class Claim:
         end = data.rfind(b"\n") + 1
         if end < len(data):
             self.torn = len(data) - end
-            _write_beside(self.path, ".torn", data[end:])
+            self._write_beside(".torn", data[end:])
             os.ftruncate(fd, end)
         self.lines = data.count(b"\n")
         self.size = end
@@ -3733,61 +3721,49 @@ class Claim:
             self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
 
     def read(self) -> bytes:
-        """Return the whole segment."""
         with open(self.path, "rb") as file:
             return file.read()
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
-        """Keep lines that can't be ingested beside the segment, in `.rejected`, for whoever repairs them."""
-        _write_beside(
-            self.path,
-            ".rejected",
-            b"".join(
-                json.dumps(
-                    {"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")}
-                ).encode()
-                + b"\n"
-                for number, reason, line in faults
-            ),
-        )
+        """Keep lines that can't be ingested in a file of their own, `.rejected`, for whoever repairs them."""
+        entries = [
+            {"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")}
+            for number, reason, line in faults
+        ]
+        self._write_beside(".rejected", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
 
-    def delete(self) -> None:
-        """Delete the segment, because its events are safely elsewhere."""
-        os.unlink(self.path)
+    def _write_beside(self, suffix: str, data: bytes) -> None:
+        write_file(self.path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
 
 
-def combine(paths: Sequence[str], directory: str) -> list[str]:
+def combine(paths: Iterable[str], directory: str) -> list[str]:
     """Put many small segments together in one file of the directory; return the files to read instead.
 
     DuckDB takes 2 ms for each file, and half a second for a hundred megabytes. Each line gets its segment as
     its first member, which the statement that reads lines takes from a file of this name only. A segment that
-    vanishes meanwhile is left out: callers that no lock keeps from that look afterwards.
+    vanishes meanwhile is left out: callers without a lock look afterwards.
     """
-    sizes: dict[str, int] = {}
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            sizes[path] = os.stat(path, follow_symlinks=False).st_size
+    sizes = {path: size for path in paths if (size := _size_of(path))}
     small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
     if len(small) < 8:
         return list(sizes)
     target = os.path.join(directory, COMBINED + SEGMENT_SUFFIX)
-    with open(make_file(target, os.O_WRONLY | os.O_TRUNC), "wb") as file:
+    with open(make_file(target, os.O_WRONLY | os.O_TRUNC), "wb") as combined:
         for path in small:
-            with contextlib.suppress(FileNotFoundError):
-                with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), "rb") as segment:
-                    data = segment.read()
-                file.write(named_lines(segment_id_of(path), data[: data.rfind(b"\n") + 1]))
+            with contextlib.suppress(FileNotFoundError), open_file(path) as segment:
+                data = segment.read()
+                combined.write(named_lines(segment_id_of(path), data[: data.rfind(b"\n") + 1]))
     return [*(path for path, size in sizes.items() if size > _SMALL_BYTES), target]
 
 
 def named_lines(segment: str, lines: bytes) -> bytes:
-    """Return whole lines of a segment with the segment as the first member of each."""
+    """Return whole lines of a segment, each with the segment as its first member."""
     start = b'{"segment":"%b",' % segment.encode()
     return (b"\n" + lines).replace(b"\n{", b"\n" + start)[1:]
 
 
 class Loss(NamedTuple):
-    """Events that were lost, with everything that is known of them."""
+    """Events that were lost."""
 
     events: int
     first: str  # naive UTC text, as `sql_time` returns it
@@ -3798,20 +3774,8 @@ class Loss(NamedTuple):
         return f"{counted(self.events, 'event')} lost between {self.first} and {self.last} UTC: {self.reason}"
 
 
-class Survey(NamedTuple):
-    """What lies in a journal."""
-
-    live: int  # segments that a writer holds
-    sealed: int  # those that wait for an ingest
-    orphaned: int  # of the sealed ones, those that nobody took in for a minute
-    torn: int  # files of half-written lines that dead writers left
-    rejected: int  # files of lines that could not be ingested
-    bytes: int
-    oldest_pending: str | None  # the time of the oldest event in a sealed segment, ISO 8601
-
-
 class Journal:
-    """The directory of segments. Making the object touches nothing; the first segment makes the directory."""
+    """The directory of segments; the first segment makes it."""
 
     def __init__(
         self,
@@ -3826,7 +3790,7 @@ class Journal:
         self._clock = clock  # for names only
 
     def make_directory(self, *, durable: bool = False) -> None:
-        """Make the journal's directory, or check the one that is there."""
+        """Make the journal's directory, or check the existing one."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3837,7 +3801,6 @@ class Journal:
             os.close(make_file(self._lock_path, os.O_RDWR))
             if durable:
                 sync_directory(parent)
-            return
         except FileExistsError:
             self.check_directory()
 
@@ -3862,30 +3825,36 @@ class Journal:
                 path=self.directory,
             )
 
-    def _names(self, *, regular: bool = False) -> list[str]:
+    def _files(self, suffix: str) -> list[str]:
+        """Return the paths of all files of a kind, oldest first; none if there is no journal yet."""
         try:
-            with os.scandir(self.directory) as entries:  # it knows what is no file without asking for each
-                return sorted(
-                    each.name for each in entries if not regular or each.is_file(follow_symlinks=False)
+            with os.scandir(self.directory) as entries:
+                names = sorted(
+                    entry.name
+                    for entry in entries
+                    if entry.name.endswith(suffix) and entry.is_file(follow_symlinks=False)
                 )
         except FileNotFoundError:
             return []
         except OSError as error:
             raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
+        return [
+            os.path.join(self.directory, name) for name in names if is_segment_id(name.removesuffix(suffix))
+        ]
+
+    def segments(self) -> list[str]:
+        """Return the paths of all segments, oldest first."""
+        return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
-        """Return the random name under which this journal appears in the ledger, made at the first call.
+        """Return the random name of this journal in the ledger, made at the first call.
 
         Call it under the ingest lock only, so that two processes can't make two names.
         """
         path = os.path.join(self.directory, "journal.id")
-        try:
-            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="utf-8") as file:
-                known = file.read().strip()
-            if known:
+        with contextlib.suppress(FileNotFoundError), open_file(path) as file:
+            if known := file.read().decode().strip():
                 return known
-        except FileNotFoundError:
-            pass
         fresh = os.urandom(8).hex()
         replace_file(path, fresh.encode() + b"\n")
         return fresh
@@ -3893,70 +3862,55 @@ class Journal:
     def bind(self, target: str) -> None:
         """Note which database this journal is of; call it under the ingest lock.
 
-        A copy of a journal that still lies where it was gets an identity of its own.
+        A copy of a journal gets an identity of its own if the original is still in place.
         """
         path, mine = os.path.join(self.directory, "journal.place"), [self.directory, target]
         try:
-            with open(os.open(path, os.O_RDONLY | _NO_FOLLOW), encoding="utf-8") as file:
-                known = [str(part) for part in json.load(file)]
-            place, other = known
+            with open_file(path) as file:
+                place, other = map(str, json.load(file))
         except (OSError, ValueError, TypeError):
-            known, place, other = [], "", ""
-        if known == mine:
+            place = other = ""
+        if [place, other] == mine:
             return
         if place == self.directory and os.path.isfile(other) and _key_at(other) != _key_at(target):
             raise JournalError(
                 f"holds the events of {other}; {target} needs one of its own: set `journal`",
                 path=self.directory,
             )
-        if known and place != self.directory:
+        if place not in ("", self.directory):
             with contextlib.suppress(OSError):
-                original = os.path.join(place, "journal.id")
-                with open(original, encoding="utf-8") as file:
-                    is_same = file.read().strip() == self.identity()
+                with open_file(os.path.join(place, "journal.id")) as file:
+                    is_same = file.read().decode().strip() == self.identity()
                 # Not the same directory under another name: by a link, or mounted twice.
                 if is_same and not os.path.samefile(place, self.directory):
                     os.unlink(os.path.join(self.directory, "journal.id"))
         replace_file(path, json.dumps(mine).encode())
-
-    def ingest_lock(self) -> contextlib.AbstractContextManager[bool]:
-        """Hold the lock of the one process that ingests from here; yields False if another has it."""
-        return self._locked(shared=False)
-
-    def reading_lock(self) -> contextlib.AbstractContextManager[bool]:
-        """Keep ingests out, but no other reader; yields False if one runs. For targets that don't do so."""
-        return self._locked(shared=True)
 
     def wal_mark(self) -> str:
         """Return the path of the file that says that the database's WAL holds only what we wrote."""
         return os.path.join(self.directory, "journal.wal")
 
     def ask_readers(self) -> None:
-        """Ask readers that come now to let the ingest have the database first; who has its lock may."""
+        """Have new readers wait until the ingest has had the database; call it under the ingest lock."""
         with contextlib.suppress(OSError):
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
         """Return True if an ingest asked for its turn within the last seconds, and goes on."""
-        try:
-            fd = os.open(self._lock_path, os.O_RDONLY | _NO_FOLLOW)
-        except OSError:
-            return False
-        try:
-            if not 0 <= self._clock() - os.fstat(fd).st_mtime_ns < _TURN_SECONDS * 1e9:
-                return False
-            is_free = try_lock(fd, shared=True)
-            if is_free:
-                unlock(fd)
-            return not is_free
-        except OSError:
-            return False
-        finally:
-            os.close(fd)
+        with contextlib.suppress(OSError), open_file(self._lock_path) as file:
+            if 0 <= self._clock() - os.fstat(file.fileno()).st_mtime_ns < _TURN_SECONDS * 1e9:
+                is_free = try_lock(file.fileno(), shared=True)
+                unlock(file.fileno())
+                return not is_free
+        return False
 
     @contextlib.contextmanager
-    def _locked(self, *, shared: bool) -> Iterator[bool]:
-        """Hold `ingest.lock`. Without it nobody ingests yet: a reader, who makes no file, has all."""
+    def ingest_lock(self, *, shared: bool = False) -> Iterator[bool]:
+        """Hold the lock of the one process that ingests from here; yields False if another has it.
+
+        With `shared`, keep ingests out, but no other reader. Without a lock file, which readers don't make,
+        nobody ingests yet.
+        """
         fd, locked = -1, False
         try:
             try:
@@ -3980,29 +3934,26 @@ class Journal:
                 os.close(fd)
 
     def record_loss(self, loss: Loss) -> str:
-        """Put on record that events were lost, in a file whose path is returned; it survives power cuts."""
+        """Put on record that events were lost, durably; return the path of the record."""
         self.make_directory()
-        path = os.path.join(self.directory, new_segment_id(self._clock()))
-        _write_beside(path, _LOSS_SUFFIX, json.dumps(loss._asdict()).encode() + b"\n")
-        return path + _LOSS_SUFFIX
+        path = os.path.join(self.directory, new_segment_id(self._clock()) + _LOSS_SUFFIX)
+        write_file(path, json.dumps(loss._asdict()).encode() + b"\n")
+        return path
 
     def losses(self) -> dict[str, Loss]:
-        """Return the losses on record that the ledger does not have yet, by the path of their file."""
-        found = {}
-        for name in self._names():
-            if name.endswith(_LOSS_SUFFIX) and is_segment_id(name.removesuffix(_LOSS_SUFFIX)):
-                path = os.path.join(self.directory, name)
-                try:
-                    with open(path, "rb") as file:
-                        found[path] = Loss(**json.load(file))
-                except OSError:  # gone, or not ours to read
-                    pass
-                except (ValueError, TypeError):  # in the midst of being written, or cut short
-                    changed = os.lstat(path).st_mtime_ns
-                    if self._clock() - changed > _ORPHAN_SECONDS * 1e9:
-                        text = "a record of lost events was cut short"
-                        found[path] = Loss(0, "an unknown time", "an unknown time", text)
-        return found
+        """Return the recorded losses that the ledger does not have yet, by the path of their record."""
+        losses = {}
+        for path in self._files(_LOSS_SUFFIX):
+            try:
+                with open_file(path) as file:
+                    losses[path] = Loss(**json.load(file))
+            except OSError:  # gone, or not ours to read
+                pass
+            except (ValueError, TypeError):  # not written yet, or cut short
+                if self._clock() - os.lstat(path).st_mtime_ns > _ORPHAN_SECONDS * 1e9:
+                    text = "a record of lost events was cut short"
+                    losses[path] = Loss(0, "an unknown time", "an unknown time", text)
+        return losses
 
     def open_segment(
         self, *, durable: bool = False, named: str | None = None, suffix: str = SEGMENT_SUFFIX
@@ -4010,8 +3961,7 @@ class Journal:
         """Create a new segment, or a file beside the segments, and lock it."""
         self.make_directory(durable=durable)
         while True:
-            segment_id = named or new_segment_id(self._clock())
-            path, place = os.path.join(self.directory, segment_id + suffix), _key_at(self.directory)
+            path = os.path.join(self.directory, (named or new_segment_id(self._clock())) + suffix)
             try:
                 fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
             except FileExistsError:
@@ -4019,38 +3969,23 @@ class Journal:
                     raise
                 continue
             try:
-                # A claimer may have found the empty file first, and deleted it.
-                mine = self._lock_new(fd) and Descriptor(fd).leads_to(path)
+                segment, is_locked = Segment(fd, path), True
+                with contextlib.suppress(OSError):  # no locks here: claimers notice it, and claim nothing
+                    is_locked = try_lock(fd)
+                # A claimer may have come first, and deleted the empty file.
+                is_ours = is_locked and segment.is_in_place()
             except BaseException:
                 os.close(fd)
                 raise
-            if mine:
+            if is_ours:
                 break
             os.close(fd)
         if durable:
             sync_directory(self.directory)
-        return Segment(fd, path, segment_id, time.monotonic(), place)
-
-    def _lock_new(self, fd: int) -> bool:
-        try:
-            return try_lock(fd)
-        except OSError:  # no locks here: the claimers find out as well, and leave everything alone
-            return True
-
-    def segments(self) -> list[str]:
-        """Return the paths of all segments, oldest first; none if there is no journal yet."""
-        return [
-            os.path.join(self.directory, name)
-            for name in self._names(regular=True)
-            if name.endswith(SEGMENT_SUFFIX) and is_segment_id(name.removesuffix(SEGMENT_SUFFIX))
-        ]
-
-    def open_begun(self) -> Segment:
-        """Create a file for calls that run, which nobody finds until `publish` gives it its name."""
-        return self.open_segment(suffix=_BEGUN_SUFFIX + ".part")
+        return segment
 
     def publish(self, fresh: Segment, before: Segment | None, *, durable: bool = False) -> None:
-        """Put a file for calls that run in its place, which is that of the one before, in one step."""
+        """Give a `.begun.part` file its final name, or in one step that of the file that it replaces."""
         path = fresh.path.removesuffix(".part")
         if before is not None and before.is_open() and before.is_in_place():
             path = before.path
@@ -4062,39 +3997,28 @@ class Journal:
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
         """Yield path, last sign of life and calls of each process that lives, or of each that has ended.
 
-        Of one that has ended, the file is locked until the next is asked for.
+        The file of one that has ended stays locked until the next is asked for.
         """
-        for name in self._names(regular=True):
-            if not name.endswith(_BEGUN_SUFFIX) or not is_segment_id(name.removesuffix(_BEGUN_SUFFIX)):
-                continue
-            path = os.path.join(self.directory, name)
-            try:
-                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
-            except OSError:  # gone, or not ours to read
-                continue
-            try:
-                is_live = not try_lock(fd)
-            except OSError:  # without locks nobody can tell
-                os.close(fd)
-                continue
-            try:
-                if is_live is live and Descriptor(fd).leads_to(path):
-                    sign = datetime.datetime.fromtimestamp(os.fstat(fd).st_mtime, datetime.timezone.utc)
-                    with open(path, "rb") as file:
-                        yield path, sign.strftime(LINE_TIME), calls_in(file.read())
-            finally:
-                os.close(fd)
+        for path in self._files(_BEGUN_SUFFIX):
+            # An OSError: gone, not ours to read, or without locks, where nobody can tell.
+            with contextlib.suppress(OSError), open_file(path) as file:
+                is_live = not try_lock(file.fileno())
+                if is_live is live and Descriptor(file.fileno()).leads_to(path):
+                    sign = datetime.datetime.fromtimestamp(
+                        os.fstat(file.fileno()).st_mtime, datetime.timezone.utc
+                    )
+                    yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
-        """Return lines of the calls that run on this host: since when, and for how long."""
+        """Return lines of the calls that run on this host."""
         now = utc_now().strftime(LINE_TIME)
         return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
-        """Yield the segment that each ended process will leave of its calls, and its lines, perhaps none."""
+        """Yield path and lines, perhaps none, of the segment that each ended process leaves of its calls."""
         for path, last_sign, calls in self.begun(live=False):
             for segment in self.segments() if calls else ():
-                with contextlib.suppress(OSError), open(segment, "rb") as file:
+                with contextlib.suppress(OSError), open_file(segment) as file:
                     for call, _ in CALL_OF_LINE.findall(file.read()):
                         calls.pop(call.decode(), None)
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
@@ -4102,8 +4026,8 @@ class Journal:
     def take_unfinished(self) -> bool:
         """Turn the calls that ended processes left into segments; True if there are any.
 
-        Call it under the ingest lock, after `claim`: a process that had ended when its segments were
-        claimed has ended here, too, so that the ends of its calls are in a file of it or in a segment.
+        Call it under the ingest lock, after `claim`: a process that had ended by then has ended here, too, so
+        that the ends of its calls are in its file or in a segment.
         """
         made = False
         for path, lines in self.unfinished():
@@ -4116,7 +4040,7 @@ class Journal:
     def claim(
         self, *, limit_bytes: int, skip: Collection[str] = ()
     ) -> tuple[list[Claim], list[JournalError]]:
-        """Lock sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
+        """Return sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
 
         Live segments are passed over; empty ones are deleted. Call it under the ingest lock.
         """
@@ -4139,70 +4063,60 @@ class Journal:
         return claims, problems
 
     def _claim_one(self, path: str) -> Claim | None:
+        fd, claim = -1, Claim(path)
         try:
             fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+            if not try_lock(fd) or not Descriptor(fd).leads_to(path):
+                return None
+            claim.inspect(fd)
+            if claim.lines:
+                return claim
+            os.unlink(path)
+            return None
         except FileNotFoundError:
             return None
         except OSError as error:
-            if error.errno in (errno.ELOOP, errno.EISDIR, errno.ENXIO):  # a link, directory or socket
-                return None
-            raise JournalError(f"can't be opened: {error.strerror}", path=path) from error
-        claim = Claim(path)
-        try:
-            if not (stat.S_ISREG(os.fstat(fd).st_mode) and try_lock(fd)) or not Descriptor(fd).leads_to(path):
-                return None
-            claim.inspect(fd)
-            if not claim.lines:
-                claim.delete()
-                return None
-        except OSError as error:
             raise JournalError(
-                f"can't be claimed: {error.strerror}; nothing is ingested until it can "
+                f"can't be claimed: {error.strerror}; it is not ingested until it can "
                 "(a file system without locks can't hold the journal of a shared database: set `journal`)",
                 path=path,
             ) from error
         finally:
-            unlock(fd)
-            os.close(fd)
-        return claim
+            if fd >= 0:
+                unlock(fd)
+                os.close(fd)
 
-    def survey(self) -> Survey:
-        """Look at every file, changing nothing and disturbing nobody for longer than a moment."""
-        live = sealed = orphaned = size = 0
-        oldest: str | None = None
-        now = self._clock() / 1e9
+    def survey(self) -> dict[str, Any]:
+        """Look at every file, changing nothing and disturbing nobody for longer than a moment.
+
+        Segments: `live` (a writer holds it), `sealed` (it waits), `orphaned` (for more than a minute) and
+        their `bytes`; `oldest_pending`: the time of the oldest event that waits. Files: `torn`, `rejected`.
+        """
+        state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned"), 0)
+        state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
+        state |= {"bytes": 0, "oldest_pending": None}
         for path in self.segments():
             try:
-                fd = os.open(path, os.O_RDONLY | _NO_FOLLOW)
-                try:
-                    found = os.fstat(fd)
-                    if not stat.S_ISREG(found.st_mode):
-                        continue
-                    size += found.st_size
-                    if not try_lock(fd):
-                        live += 1
-                        continue
-                    sealed += bool(found.st_size)
-                    orphaned += bool(found.st_size) and now - found.st_mtime > _ORPHAN_SECONDS
-                    if oldest is None and found.st_size:
-                        said = re.match(rb'\{"timestamp":\s*"([^"]{1,40})"', os.read(fd, 100))
-                        oldest = said[1].decode("ascii", "replace") if said else None
-                finally:
-                    os.close(fd)
+                with open_file(path) as file:
+                    found = os.fstat(file.fileno())
+                    state["bytes"] += found.st_size
+                    if not try_lock(file.fileno()):
+                        state["live"] += 1
+                    elif found.st_size:
+                        state["sealed"] += 1
+                        state["orphaned"] += self._clock() - found.st_mtime_ns > _ORPHAN_SECONDS * 1e9
+                        begin = re.match(rb'\{"timestamp":\s*"([^"]{1,40})"', file.read(100))
+                        if begin and state["oldest_pending"] is None:
+                            state["oldest_pending"] = begin[1].decode("ascii", "replace")
+            except FileNotFoundError:
+                pass
             except OSError as error:
-                if error.errno in (errno.ENOENT, errno.ELOOP, errno.ENXIO):  # gone, or a link or socket
-                    continue
                 raise JournalError(f"can't be examined: {error.strerror}", path=path) from error
-        ends = [os.path.splitext(name)[1] for name in self._names()]
-        return Survey(live, sealed, orphaned, ends.count(".torn"), ends.count(".rejected"), size, oldest)
+        return state
 
     def waiting_bytes(self) -> int:
         """Return the size of all segments: what is not in the database yet."""
-        total = 0
-        for path in self.segments():
-            with contextlib.suppress(FileNotFoundError):
-                total += os.stat(path).st_size
-        return total
+        return sum(map(_size_of, self.segments()))
 
 
 # === Writer ===
@@ -4385,7 +4299,8 @@ class Begun:
             or not (file.is_open() and file.is_in_place())
             or file.size > self._size + _BEGUN_BYTES
         ):
-            file, numbers = self._journal.open_begun(), {*self.on_record, *fresh} - gone
+            file = self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")  # `publish` gives it its name
+            numbers = {*self.on_record, *fresh} - gone
         refs = [(number, self._refs[number]) for number in sorted(numbers) if number in self._refs]
         lines = [self._encode(call, ref) for _, (ref, call) in refs]
         ended = [self._refs[number][0] for number in gone if number in self.on_record]
@@ -8492,13 +8407,6 @@ def patiently(action: Callable[[], _Answer], wait: float) -> _Answer:
                 raise
 
 
-def _size_of(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except FileNotFoundError:
-        return 0
-
-
 def _stamp_of(path: str) -> tuple[int, int, int] | None:
     try:
         found = os.stat(path)
@@ -9189,7 +9097,7 @@ class Ingest:
                     "torn", f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
                 )
             try:
-                claim.delete()
+                os.unlink(claim.path)
             except OSError as error:
                 self._diagnostics.report(
                     "delete", "an ingested segment can't be deleted; it is not ingested again", error=error
@@ -9508,7 +9416,7 @@ class Reader:
     def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
         """Keep ingests out where no lock on the database does, so that no segment vanishes in between."""
         try:
-            return stack.enter_context(self._journal.reading_lock())
+            return stack.enter_context(self._journal.ingest_lock(shared=True))
         except JournalError:  # the journal may be read-only for who reads; then that must do
             return True
 
@@ -11238,18 +11146,19 @@ class Checkup:
         except JournalError as error:
             self._fault(str(error), "check its permissions, and whether its file system has locks")
             return
-        state |= survey._asdict()
-        if survey.orphaned:
+        state |= survey
+        if survey["orphaned"]:
+            since = survey["oldest_pending"]
             self._fault(
-                f"{counted(survey.orphaned, 'segment')} since {survey.oldest_pending}, taken in by nobody",
+                f"{counted(survey['orphaned'], 'segment')} since {since}, taken in by nobody",
                 "run `python -m mxcp_audit ingest`; if that fails, it says why",
             )
-        if survey.rejected:
+        if survey["rejected"]:
             self._fault(
-                f"lines could not be ingested: {counted(survey.rejected, 'file')} in {journal.directory}",
+                f"lines could not be ingested: {counted(survey['rejected'], 'file')} in {journal.directory}",
                 "read the .rejected files, keep what matters, and remove them",
             )
-        if survey.torn:
+        if survey["torn"]:
             state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
 
     def _examine_access(self) -> None:

@@ -177,7 +177,7 @@ def test_losses_are_read_back_and_half_written_ones_are_left(journal: Journal) -
 
 
 def test_survey_tells_live_sealed_orphaned_and_leftovers(journal: Journal) -> None:
-    assert journal.survey() == (0, 0, 0, 0, 0, 0, None)
+    assert set(journal.survey().values()) == {0, None}
     sealed = journal.open_segment()
     sealed.append(b'{"timestamp":"2026-01-31T12:00:00.000000Z"}\n', 1)
     sealed.seal()
@@ -186,7 +186,9 @@ def test_survey_tells_live_sealed_orphaned_and_leftovers(journal: Journal) -> No
     for suffix in (".torn", ".rejected"):
         Path(sealed.path).with_suffix(suffix).write_text("x")
     found = journal.survey()
-    assert found[:5] == (1, 1, 1, 1, 1) and found.oldest_pending == "2026-01-31T12:00:00.000000Z"
+    size, oldest = found.pop("bytes"), found.pop("oldest_pending")
+    assert found == dict.fromkeys(("live", "sealed", "orphaned", "torn", "rejected"), 1)
+    assert size == os.stat(sealed.path).st_size and oldest == "2026-01-31T12:00:00.000000Z"
     live.seal()
 
 
@@ -315,7 +317,7 @@ def test_segment_that_vanishes_under_the_look_is_none(
     gone = str(Path(journal.directory, f"{FIRST}.jsonl"))
     monkeypatch.setattr(journal, "segments", lambda: [gone])
     assert journal.claim(limit_bytes=1) == ([], [])
-    assert journal.survey().sealed == journal.waiting_bytes() == 0
+    assert journal.survey()["sealed"] == journal.waiting_bytes() == 0
 
 
 def test_names_in_what_is_no_directory_say_so(journal: Journal) -> None:
@@ -338,7 +340,7 @@ def test_reading_lock_where_the_reader_may_not_write(
         return true(path, flags, *mode)
 
     monkeypatch.setattr(os, "open", refusing)
-    with journal.reading_lock() as mine:
+    with journal.ingest_lock(shared=True) as mine:
         assert mine
         monkeypatch.undo()
         with journal.ingest_lock() as other:

@@ -342,7 +342,7 @@ def test_ingest_leaves_what_is_no_regular_file_alone(
     assert store_of(db).ingest()
     with store_of(db).reading() as reading:
         assert [row[3] for row in reading.rows(mxcp_audit.Filter())] == ["x"]
-    assert store_of(db).journal.survey().bytes == 0 and os.path.lexists(bad) and not path.exists()
+    assert store_of(db).journal.survey()["bytes"] == 0 and os.path.lexists(bad) and not path.exists()
 
 
 def test_ingest_of_a_cloned_segment_takes_the_new_lines_of_both(db: Path, engine: str) -> None:
