@@ -38,20 +38,17 @@ class Attempts(Ingester):
 class Bench:
     """A writer with what it needs, and what is in its journal."""
 
-    def __init__(self, folder: Path, *answers: Any, interval: float = 60.0, **options: Any) -> None:
+    def __init__(
+        self, folder: Path, *answers: Any, interval: float = 60.0, drop_when_full: bool = False
+    ) -> None:
         self.journal = Journal(folder / "journal")
         self.told = Diagnostics()
-        settings: dict[str, Any] = {"durable": False, "drop_when_full": False, "diagnostics": self.told}
-        settings.update(options)
-        self.appender = Appender(self.journal, durable=settings["durable"], diagnostics=self.told)
-        self.ingester = Attempts(
-            self.appender,
-            {"retention": None} if answers else None,
-            interval=interval,
-            diagnostics=self.told,
-        )
+        self.appender = Appender(self.journal, durable=False, diagnostics=self.told)
+        self.ingester = Attempts(self.appender, {"retention": None} if answers else None, interval=interval)
         self.ingester.answers = iter(answers)
-        self.writer = Writer(self.appender, self.ingester, **settings, on_start=lambda: True)
+        self.writer = Writer(
+            self.appender, self.ingester, drop_when_full=drop_when_full, on_start=lambda: True
+        )
 
     def lines(self) -> list[bytes]:
         return [

@@ -1274,7 +1274,7 @@ MUTANTS = (
         "S16",
         (
             (
-                "            return lambda: self._writer.is_begun(call.number), ",
+                "            return lambda: call.number in self._writer.begun.on_record, ",
                 "            return lambda: True, ",
             ),
         ),
