@@ -892,7 +892,7 @@ def test_doctor_says_in_words_what_is_and_what_to_do(
     done = run("doctor", *DB)
     assert done.returncode == 0 and done.stdout.endswith("\nhealthy\n")
     assert re.search(r"^database: path .*log.duckdb, readable True, events 3$", done.stdout, re.MULTILINE)
-    (filled / "log.duckdb.journal" / "x.rejected").write_text("{}")
+    (filled / "log.duckdb.journal" / "20260131T120000000000Z-00000000.rejected").write_text("{}")
     done = run("doctor", *DB)
     assert done.returncode == 1 and done.stdout.endswith("\nnot healthy\n")
     assert re.search(r"^fault: .*: 1 file in .*; remedy: read the \.rejected", done.stdout, re.MULTILINE)
