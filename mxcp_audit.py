@@ -205,16 +205,14 @@ def no_python() -> str | None:
 # === Config ===
 # depends on: Errors
 #
-# `parse_yaml` returns for any text exactly what PyYAML's `safe_load` returns (MXCP uses it), types included,
-# or raises ConfigError with line, column and remedy, in a time linear in the size; where PyYAML raises, so
-# does it. docs/configuration.md lists what is refused. tools/fuzz_yaml.py holds the two against each other.
+# `parse_yaml` returns exactly what PyYAML's `safe_load` returns (MXCP uses it), or raises ConfigError, in a
+# time linear in the size. docs/configuration.md lists what is refused; tools/fuzz_yaml.py compares the two.
 #
 # A cursor walks over the text once. After a block node it stands on the first token of a later line, whose
 # column says whether the collection goes on (same), has ended (smaller) or is broken (larger). The end of the
-# text, `---` and `...` count as column -1, so they end everything. Flow collections ignore columns.
+# text, `---` and `...` count as column -1. Flow collections ignore columns.
 #
-# `load_config` never takes a wrong setting for a right one: a wrong type, name or value is a ConfigError with
-# line and key trail. SETTINGS is the only list of what may be set.
+# `load_config` never takes a wrong setting for a right one. SETTINGS is the only list of what may be set.
 
 MAX_SITE_FILE_BYTES: Final = 16 * 2**20  # arbitrary; real ones have a few hundred bytes
 MAX_DEPTH: Final = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
@@ -295,18 +293,13 @@ _REFUSALS: Final = {
 
 
 def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
-    """Return what PyYAML's `safe_load` returns for the same document, or raise; never anything else.
-
-    Values are dict, list, str, int, float, bool and None, typed by the rules of YAML 1.1.
-    """
+    """Return what PyYAML's `safe_load` returns for the same document, or raise."""
     return _YamlReader(text, path).document()
 
 
 class _YamlReader:
-    """Reads one YAML document.
-
-    `places` says where each entry starts, by the id of its mapping or list and its key or index.
-    """
+    """Reads one YAML document. `places` has where each entry starts, by the id of its mapping or list and its
+    key or index."""
 
     def __init__(self, text: str | bytes, path: str | None) -> None:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
@@ -616,11 +609,6 @@ MAX_INPUT_BYTES: Final = 64 * 2**20  # what the writer's queue holds
 
 _UNITS_S: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 _DURATION: Final = re.compile(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+")
-_DURATION_PART: Final = re.compile(r"([0-9]+)(ms|[smhdw])")
-# DuckDB's own rule for what ATTACH takes as `extension:rest`; one letter is a Windows drive.
-_TARGET: Final = re.compile(r"[A-Za-z0-9_]{2,}:")
-_OPTION_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_NOT_IN_A_PATH: Final = re.compile(r"[\0\ud800-\udfff]")
 
 
 class Config(NamedTuple):
@@ -678,7 +666,9 @@ def parse_duration(text: str) -> float:
 
     Units are ms, s, m (minutes), h, d and w; whole numbers only, parts are added up.
     """
-    parts = _DURATION_PART.findall(text) if isinstance(text, str) and _DURATION.fullmatch(text) else ()
+    parts = (
+        re.findall("([0-9]+)([a-z]+)", text) if isinstance(text, str) and _DURATION.fullmatch(text) else ()
+    )
     seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
     if not 0 < seconds <= MAX_DURATION_S:
         raise ValueError(
@@ -690,7 +680,8 @@ def parse_duration(text: str) -> float:
 
 def is_attach_target(path: str) -> bool:
     """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
-    return _TARGET.match(path) is not None
+    # DuckDB's own rule for what ATTACH takes as `extension:rest`; one letter is a Windows drive.
+    return re.match("[A-Za-z0-9_]{2,}:", path) is not None
 
 
 # What may be shown of a connection string and of the `attach` options; everything else may be secret.
@@ -700,42 +691,34 @@ _PUBLIC_KEYS: Final = re.compile(
 _PUBLIC_OPTIONS: Final = re.compile(
     "type|data_path|schema|metadata_schema|metadata_catalog|secret", re.IGNORECASE
 )
-_PREFIXES: Final = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")
+_PREFIXES: Final = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")  # such as "ducklake:postgres:"
 _PAIR: Final = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
 _PIECE: Final = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
-
-
-def _prefix(target: str) -> str:
-    """What names the extensions in an ATTACH target, such as "ducklake:postgres:"."""
-    return cast("re.Match[str]", _PREFIXES.match(target))[0]
 
 
 def public_target(target: str) -> str:
     """Return the path of a file as it is, and an ATTACH target without what may be secret in it."""
     if not is_attach_target(target):
         return target
-    prefix = _prefix(target)
-    rest = target[len(prefix) :]
+    prefix: str = _PREFIXES.findall(target)[0]
+    rest = target.removeprefix(prefix)
     has_pairs = prefix.lower().endswith(("postgres:", "mysql:")) or re.match(r"\w+\s*=", rest)
     if has_pairs and "://" not in rest:
         shown = [
             f"{key}={value if _PUBLIC_KEYS.fullmatch(key) else '…'}" for key, value in _PAIR.findall(rest)
         ]
         return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
-    before, mark, after = rest.rpartition("@")
-    if mark:
-        rest = before.partition("://")[0] + "://…@" + after if "://" in before else "…@" + after
+    rest = re.sub(r"\A(.*?://)?.*@", r"\1…@", rest, flags=re.DOTALL)
     return prefix + re.sub(r"\?.*", "?…", rest, flags=re.DOTALL)
 
 
 def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
     """Return a text about an ATTACH target without what may be secret in the target and its options.
 
-    Engines repeat connection strings, whole or in pieces that nobody foresees. So the whole is
-    replaced by its public form, and a text that still holds a piece of three characters or more
-    of anything else is withheld.
+    Engines repeat connection strings, whole or in pieces that nobody foresees: a text that still holds
+    a secret piece of three characters or more after the whole is replaced is withheld.
     """
-    public, start = public_target(target), len(_prefix(target))
+    public, start = public_target(target), len(_PREFIXES.findall(target)[0])
     if target[start:]:
         text = text.replace(target[start:], public[start:])
     shown = [public, *(str(value) for name, value in options.items() if _PUBLIC_OPTIONS.fullmatch(name))]
@@ -747,10 +730,9 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
 
 
 class Setting(NamedTuple):
-    """A setting of a profile: what it must be, and a function that returns it as `Config` has it.
+    """What a setting must be, and a function that returns it as `Config` has it, or None if it is not that.
 
-    `check` raises ValueError: without arguments if a value isn't what it must be, else with the problem
-    and, in a list or mapping, the entry.
+    `check` may also raise ValueError with a problem and, in a list or mapping, the entry.
     """
 
     must_be: str
@@ -763,17 +745,11 @@ def _described(value: object) -> str:
     return f"the {kinds.get(type(value), type(value).__name__)} {value!r:.60}"
 
 
-def _boolean(value: object) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError
-    return value
-
-
 def _path(value: object) -> str:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"must be a path, not {_described(value)}; put text in quotes")
-    if _NOT_IN_A_PATH.search(path):
+    if re.search(r"[\0\ud800-\udfff]", path):
         raise ValueError("a path can't hold NUL or what is no UTF-8 (half a character); name another")
     if "?" in path and not is_attach_target(path):
         raise ValueError("DuckDB takes what follows a ? for options, and can't write there; name another")
@@ -793,54 +769,44 @@ def _database(value: object) -> str:
 
 
 def _one_of(must_be: str) -> Setting:
-    def _chosen(value: object) -> object:
-        if value not in re.split(", | or ", must_be):
-            raise ValueError
-        return value
-
-    return Setting(must_be, _chosen)
+    return Setting(must_be, lambda value: value if value in re.split(", | or ", must_be) else None)
 
 
-def _bytes(value: object) -> int:
-    if type(value) is not int or not MIN_INPUT_BYTES <= value <= MAX_INPUT_BYTES:
-        raise ValueError
-    return value
+def _bytes(value: object) -> int | None:
+    return value if type(value) is int and MIN_INPUT_BYTES <= value <= MAX_INPUT_BYTES else None
 
 
-def _duration(value: Any) -> float:
+def _duration(value: Any) -> float | None:
     if isinstance(value, str):
         return parse_duration(value)
-    if type(value) not in (int, float) or not 0 < value <= MAX_DURATION_S:
-        raise ValueError
-    return float(value)
+    return float(value) if type(value) in (int, float) and 0 < value <= MAX_DURATION_S else None
 
 
-def _names(value: object) -> tuple[str, ...]:
+def _names(value: object) -> tuple[str, ...] | None:
     if not isinstance(value, (list, tuple)):
-        raise ValueError
+        return None
     for index, name in enumerate(value):
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"must be a name, not {_described(name)}; put it in quotes", index)
     return tuple(value)
 
 
-def _strict(value: object) -> tuple[str, ...]:
+def _strict(value: object) -> tuple[str, ...] | None:
     if isinstance(value, bool):
         return ("*",) if value else ()
     return _names(value)
 
 
-def _networks(value: object) -> tuple[str, ...]:
+def _networks(value: object) -> tuple[str, ...] | None:
     import ipaddress  # lazily: few have proxies
 
     names = _names(value)
-    for index, name in enumerate(names):
+    for index, name in enumerate(names or ()):
         try:
             ipaddress.ip_network(name, strict=False)
         except ValueError as error:
-            raise ValueError(
-                f"must be an address such as 10.0.0.1 or a network such as 10.0.0.0/8: {error}", index
-            ) from error
+            problem = f"must be an address such as 10.0.0.1 or a network such as 10.0.0.0/8: {error}"
+            raise ValueError(problem, index) from error
     return names
 
 
@@ -848,14 +814,16 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     if not isinstance(value, Mapping):
         raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")  # it may hold a secret
     for name, option in value.items():
-        if not isinstance(name, str) or not _OPTION_NAME.fullmatch(name):
+        if not isinstance(name, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
             raise ValueError("the name of an option has letters, digits and _ only; correct it", name)
         if not isinstance(option, (str, int, float)) or (isinstance(option, float) and not isfinite(option)):
             raise ValueError(f"must be text, a number or a boolean, not {_described(option)}", name)
     return dict(value)
 
 
-_SWITCH: Final = Setting("true or false without quotes", _boolean)
+_SWITCH: Final = Setting(
+    "true or false without quotes", lambda value: value if isinstance(value, bool) else None
+)
 _SECONDS: Final = Setting('a duration such as "10m", or seconds above 0', _duration)
 _SIZE: Final = Setting(f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
 _LIST: Final = Setting("a list of names such as [email, phone]", _names)
@@ -887,9 +855,9 @@ def check_settings(
 ) -> dict[str, Any]:
     """Return the settings as `Config` holds them (lists as tuples, durations in seconds), or raise.
 
-    Both the site file and the keyword arguments of `AuditLogger` go through here, so that they take
-    the same values and raise the same texts. Paths stay as they are. A keyword argument that was
-    not given must be left out: None is refused.
+    Both the site file and keyword arguments go through here, so both take the same values. Paths stay
+    as they are. None is refused: leave out what was not given. `place` returns the arguments of
+    ConfigError for a setting and, maybe, an entry in it.
     """
     checked = {}
     for name, value in settings.items():
@@ -903,9 +871,10 @@ def check_settings(
             if value is None:
                 raise ValueError("it has no value; write one, or remove the setting")
             checked[name] = SETTINGS[name].check(value)
+            if checked[name] is None:
+                raise ValueError(f"must be {SETTINGS[name].must_be}, not {_described(value)}")
         except ValueError as error:
-            must_be = SETTINGS[name].must_be if name in SETTINGS else ""
-            problem, *entry = error.args or (f"must be {must_be}, not {_described(value)}",)
+            problem, *entry = error.args
             where = place(name, *entry) if place else {"trail": (_trail_end(name, *entry),)}
             raise ConfigError(problem, **where) from error
     return checked
@@ -922,82 +891,90 @@ class _SiteFile(_YamlReader):
     """A site file that was read, and where in it everything stands."""
 
     def __init__(self, path: str) -> None:
-        super().__init__(_site_bytes(path), path)
+        try:
+            with open(path, "rb") as file:
+                data = file.read(MAX_SITE_FILE_BYTES + 1)
+            if len(data) > MAX_SITE_FILE_BYTES:
+                raise ValueError(f"it has more than {MAX_SITE_FILE_BYTES} bytes")
+        except (OSError, ValueError) as error:  # ValueError: a NUL in the path, too
+            reason = getattr(error, "strerror", None) or error
+            problem = f"the site file can't be read: {reason}; name another with --config"
+            raise ConfigError(problem, path=path) from error
+        super().__init__(data, path)
         root = self.document()
         if root is not None and not isinstance(root, dict):
             self.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
-        self.root: dict[object, object] = root or {}
+        self.root: dict[object, Any] = root or {}
 
-    def at(
-        self, parent: dict[object, object], key: object, *trail: str, entry: object = None
-    ) -> dict[str, Any]:
-        """The arguments of ConfigError that say where a key, or an entry in its value, stands."""
-        position = self.places[id(parent), key]
-        if entry is not None:
-            position = self.places.get((id(parent[key]), entry), position)
-        return {**self.place(position), "trail": (*trail, _trail_end(key, entry))}
+    def at(self, *keys: object, entry: object = None) -> dict[str, Any]:
+        """The arguments of ConfigError for the value of a key, or an entry in it; they may be missing."""
+        position, value = 0, self.root
+        for key in keys if entry is None else (*keys, entry):
+            is_known = (id(value), key) in self.places
+            position, value = (self.places[id(value), key], value[key]) if is_known else (position, {})
+        return {**self.place(position), "trail": (*keys[:-1], _trail_end(keys[-1], entry))}
 
-    def source(self, parent: dict[object, object], key: object) -> str:
+    def source(self, *keys: object) -> str:
         """File and line of a key, as `Config.sources` has them."""
-        return f"{os.path.basename(self.path or '')}:{self.at(parent, key)['line']}"
+        return f"{os.path.basename(self.path or '')}:{self.at(*keys)['line']}"
 
-    def section(self, parent: dict[object, object], key: str, *trail: str) -> dict[object, object]:
-        """The mapping under a key; empty where the key, or what follows it, is missing."""
-        value = parent.get(key)
-        if value is not None and not isinstance(value, dict):
-            raise ConfigError(f"must be a mapping, not {_described(value)}", **self.at(parent, key, *trail))
-        return value or {}
+    def section(self, *keys: str) -> dict[object, Any]:
+        """The mapping that these keys lead to; empty where a key, or what follows it, is missing."""
+        value = self.root
+        for depth, key in enumerate(keys, 1):
+            value = {} if value.get(key) is None else value[key]
+            if not isinstance(value, dict):
+                raise ConfigError(f"must be a mapping, not {_described(value)}", **self.at(*keys[:depth]))
+        return value
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
         """The name of the profile that holds, and who chose it."""
-        name: object
         where: dict[str, Any] = {"path": self.path, "trail": ("profile",)}
+        name: object = self.root.get("profile")
         if argument is not None:
             name, source = argument, "argument"
         elif environ.get("MXCP_PROFILE"):
-            name = source = "MXCP_PROFILE"
+            source = "MXCP_PROFILE"
             name, where["trail"] = environ[source], (source,)
-        elif self.root.get("profile") is not None:
-            name, source = self.root["profile"], self.source(self.root, "profile")
-            where = self.at(self.root, "profile")
+        elif name is not None:
+            source, where = self.source("profile"), self.at("profile")
         else:
             name = source = "default"
+            where = self.at("profiles")
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
             raise ConfigError(problem, **where)
-        profiles = self.section(self.root, "profiles")
+        profiles = self.section("profiles")
         if profiles and name not in profiles:
             known = [key if isinstance(key, str) else f"{_described(key)} (quote it)" for key in profiles]
             problem = f"there is no profile {name!r:.60} (chosen by {source}); known are {', '.join(known)}"
-            raise ConfigError(problem, **(self.at(self.root, "profiles") if source == "default" else where))
+            raise ConfigError(problem, **where)
         return name, source
 
     def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
         """What the profile sets, checked, and the source of each."""
-        profiles = self.section(self.root, "profiles")
-        audit = self.section(self.section(profiles, profile, "profiles"), "audit", "profiles", profile)
+        keys = ("profiles", profile, "audit")
         # MXCP's own `max_file_size` is of its JSONL log.
-        ours = {cast(str, name): value for name, value in audit.items() if name != "max_file_size"}
-
-        def _place(name: object, entry: object = None) -> dict[str, Any]:
-            return self.at(audit, name, "profiles", profile, "audit", entry=entry)
-
+        ours = {
+            cast(str, name): value for name, value in self.section(*keys).items() if name != "max_file_size"
+        }
         if type(ours.get("retention")) in (int, float):
-            raise ConfigError('needs a unit in this file; write "90d" for 90 days', **_place("retention"))
-        return check_settings(ours, _place), {name: self.source(audit, name) for name in ours}
+            problem = 'needs a unit in this file; write "90d" for 90 days'
+            raise ConfigError(problem, **self.at(*keys, "retention"))
+        checked = check_settings(ours, lambda name, entry=None: self.at(*keys, name, entry=entry))
+        return checked, {name: self.source(*keys, name) for name in ours}
 
 
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
     """Return the settings given as keyword arguments, checked like those of a site file."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
     checked = check_settings(given)
-    if is_attach_target(checked["path"]):
-        if "journal" not in checked:
-            shown = public_target(checked["path"])
-            problem = f"{shown} is no file, so there is no place beside it; name a directory"
-            raise ConfigError(problem, trail=("journal",))
-    else:
+    if not is_attach_target(checked["path"]):
         checked["path"] = os.path.abspath(checked["path"])
+    elif "journal" not in checked:
+        shown = public_target(checked["path"])
+        problem = f"{shown} is no file, so there is no place beside it; name a directory"
+        raise ConfigError(problem, trail=("journal",))
     if "journal" in checked:
         checked["journal"] = os.path.abspath(checked["journal"])
     return Config(**{"enabled": True, **checked}, sources=dict.fromkeys(given, "argument"))
@@ -1024,11 +1001,21 @@ def load_config(
         ConfigError: no site file, one that can't be read, an unknown profile, or a wrong setting;
             with file, line, column and the keys that lead there.
     """
-    site_file, site_source = _find_site_file(config, cwd)
+    try:
+        start = os.path.abspath(cwd if cwd is not None else os.getcwd())
+    except OSError as error:
+        raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
+    site_file = find_site_file(start) if config is None else os.path.join(start, config)
+    if site_file is None:
+        raise ConfigError(
+            f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
+            " do without by --db or AuditLogger(path), or create one that says:"
+            " profiles: {default: {audit: {enabled: true}}}",
+            path=start,
+        )
     site = _SiteFile(site_file)
     name, name_source = site.profile(profile, os.environ if environ is None else environ)
     settings, sources = site.settings(name)
-    folder = os.path.dirname(site_file)
     settings.setdefault("path", f"logs-{name}.duckdb")
     remote = is_attach_target(settings["path"])
     if remote:
@@ -1038,55 +1025,19 @@ def load_config(
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
             raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
         if setting in settings and not (setting == "path" and remote):
-            settings[setting] = os.path.join(folder, settings[setting].removeprefix("./"))
-    sources = {**dict.fromkeys((*SETTINGS, "profile"), "default"), **sources}
-    sources |= {"profile": name_source, "site_file": site_source}
+            settings[setting] = os.path.join(os.path.dirname(site_file), settings[setting].removeprefix("./"))
+    sources = {**dict.fromkeys((*SETTINGS, "profile"), "default"), **sources, "profile": name_source}
+    sources["site_file"] = "found" if config is None else "argument"
     return Config(profile=name, site_file=site_file, sources=sources, **settings)
 
 
-def has_site_file() -> bool:
-    """Return True if `load_config` finds a site file by itself."""
-    try:
-        _find_site_file(None, None)
-    except ConfigError:
-        return False
-    return True
-
-
-def _find_site_file(
-    config: str | os.PathLike[str] | None, cwd: str | os.PathLike[str] | None
-) -> tuple[str, str]:
-    """The absolute path of the site file, and who chose it."""
-    try:
-        start = folder = os.path.abspath(cwd if cwd is not None else os.getcwd())
-    except OSError as error:
-        raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
-    if config is not None:
-        return os.path.join(start, config), "argument"
-    while not os.path.lexists(os.path.join(folder, SITE_FILE)):
+def find_site_file(folder: str) -> str | None:
+    """Return the path of the site file in a folder or the nearest above it, or None."""
+    while not os.path.lexists(path := os.path.join(folder, SITE_FILE)):
         folder, below = os.path.dirname(folder), folder
         if folder == below:
-            raise ConfigError(
-                f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
-                " do without by --db or AuditLogger(path), or create one that says:"
-                " profiles: {default: {audit: {enabled: true}}}",
-                path=start,
-            )
-    return os.path.join(folder, SITE_FILE), "found"
-
-
-def _site_bytes(path: str) -> bytes:
-    try:
-        with open(path, "rb") as file:
-            data = file.read(MAX_SITE_FILE_BYTES + 1)
-    except (OSError, ValueError) as error:  # ValueError: a NUL in the path
-        reason = getattr(error, "strerror", None) or error
-        raise ConfigError(
-            f"the site file can't be read: {reason}; name another with --config", path=path
-        ) from error
-    if len(data) > MAX_SITE_FILE_BYTES:
-        raise ConfigError(f"more than {MAX_SITE_FILE_BYTES} bytes is no site file; name another", path=path)
-    return data
+            return None
+    return path
 
 
 # === Events ===
@@ -13087,7 +13038,7 @@ def _config_of(options: argparse.Namespace) -> Config:
         return load_config(config=options.config, profile=options.profile)
     except ConfigError:
         logs = [name for name in os.listdir() if os.path.isdir(f"{name}.journal")]
-        if options.config or has_site_file() or len(logs) != 1:
+        if options.config or len(logs) != 1 or find_site_file(os.getcwd()):
             raise
         raise _UsageError(f"there is no {SITE_FILE} here or above; say --db {logs[0]}") from None
 
@@ -13608,7 +13559,7 @@ def cmd_config(options: argparse.Namespace) -> int:
 
 
 def cmd_redact(options: argparse.Namespace) -> int:
-    if options.db is None and not options.config and not options.profile and not has_site_file():
+    if options.db is None and not (options.config or options.profile or find_site_file(os.getcwd())):
         redactor, limit = Redactor(), 1 << 20
     else:
         config = _config_of(options)
