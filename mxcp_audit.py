@@ -3396,9 +3396,9 @@ def file_size_limit() -> float:
     try:
         import resource
     except ImportError:  # not on Windows
-        return float("inf")
+        return inf
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
-    return float("inf") if limit == resource.RLIM_INFINITY else limit
+    return inf if limit == resource.RLIM_INFINITY else limit
 
 
 def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
@@ -4379,20 +4379,19 @@ class Appender:
             self.append(piece[len(piece) // 2 :])
         else:
             self._before = self.done = self.done + 1
-            self.lose(1, "the event is larger than a file may be (RLIMIT_FSIZE)")
-            self.diagnostics.note("limit", "an event is larger than a file may be (RLIMIT_FSIZE) and is lost")
+            self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
 
     def _replace(self, segment: Segment, *, named: str | None = None) -> Segment | None:
         """Write a segment again that was deleted or moved; the old file is emptied, in case it comes back.
 
         Not with `named`: an ingest knows it by its name.
         """
+        fresh = None
         try:
             held = segment.read()
         except OSError as error:  # a stale network handle
-            self.lose(segment.events, "their segment was taken away and can't be read any more")
-            self.diagnostics.note("moved", f"{segment.path} was taken away; its events are lost", error=error)
-            fresh = None
+            reason = "their segment was taken away and can't be read any more"
+            self.lose(segment.events, "moved", reason, error=error)
         else:
             self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
             fresh = self.journal.open_segment(durable=self.durable, named=named)
@@ -4434,7 +4433,7 @@ class Appender:
                 return False
         return True
 
-    def lose(self, events: int, reason: str) -> None:
+    def lose(self, events: int, kind: str, reason: str, *, error: BaseException | None = None) -> None:
         """Count lost events, in any thread; the next `seal` puts them on record."""
         now = sql_time(utc_now())
         with self._losing:
@@ -4444,6 +4443,7 @@ class Appender:
                 self._lost[-1] = last._replace(events=last.events + events, last=now)
             else:
                 self._lost.append(Loss(events, now, now, reason))
+        self.diagnostics.note(kind, f"events are lost: {reason}", error=error)
 
     def left(self) -> bool:
         """Return True if something that was sealed here still waits for an ingest."""
@@ -4498,13 +4498,7 @@ class Ingester:
     A segment is sealed for an ingest only, and not while the one that was sealed before still waits.
     """
 
-    def __init__(
-        self,
-        appender: Appender,
-        settings: Mapping[str, object] | None,
-        *,
-        interval: float,
-    ) -> None:
+    def __init__(self, appender: Appender, settings: Mapping[str, object] | None, *, interval: float) -> None:
         self._appender, self.settings, self._interval = appender, settings, interval
         self._retains = bool(settings and settings["retention"])
         self._diagnostics = appender.diagnostics
@@ -4533,13 +4527,13 @@ class Ingester:
         if self.stopped:
             return None
         since, now = self._appender.waiting_since(), time.monotonic()
-        due = self._next_daily if self._next_daily and self._retains else float("inf")
+        due = self._next_daily if self._next_daily and self._retains else inf
         if self._appender.left():  # a full segment, or one of an attempt that failed
             due = self._away_until
         elif since is not None:
             due = min(due, max(since + self._interval, self._not_before))
         due = max(0.0 if self.wanted > self.tried else max(due, self._away_until), self._busy_until)
-        return None if due == float("inf") else max(0.0, due - now)
+        return None if due == inf else max(0.0, due - now)
 
     def step(self) -> None:
         """See what became of the child, or start one if it is time."""
@@ -4552,17 +4546,15 @@ class Ingester:
 
     def _begin(self) -> None:
         """Seal and start a child, unless another process ingests."""
-        appender, reason = self._appender, no_python()
+        appender = self._appender
         if not appender.sealed and appender.waiting_since() is None and not self._is_daily():
             self.tried = self.wanted
             return
         self._covers = self.wanted
         try:
-            if reason is not None:
+            if reason := no_python():
                 self.stopped = True
-                raise JournalError(
-                    f"{reason}, so that only shutdown ingests", path=appender.journal.directory
-                )
+                raise JournalError(f"{reason}: only shutdown ingests", path=appender.journal.directory)
             with appender.journal.ingest_lock() as free:
                 pass
             if not free:
@@ -4905,15 +4897,15 @@ class Writer:
 
     def _has_room(self) -> bool:
         """Wait for room in a full queue; False if the event is to be dropped instead."""
-        full = f"the queue is full ({QUEUE_BYTES // 2**20} MiB)"
         if self._drop_when_full:
-            self._appender.lose(1, "the queue was full (on_full: drop)")
-            self._diagnostics.report("full", f"{full}: events are dropped (on_full: drop)")
+            self._appender.lose(1, "full", "the queue was full (on_full: drop)")
+            self._diagnostics.tell()
             return False
         # The writer itself, or a logging handler in its thread, must not wait for the writer.
         if self._is_writing_thread():
             return True
-        self._diagnostics.report("full", f"{full}: callers wait (on_full: block)")
+        self._diagnostics.report("full", "the queue is full: callers wait (on_full: block)")
+
         return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, None)
 
     def _wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
