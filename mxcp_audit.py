@@ -3068,7 +3068,6 @@ _FRAME_VALUES: Final[dict[str, tuple[str, ...]]] = {
     "policy_decision": POLICY_DECISIONS,
     "status": STATUSES,
 }
-_Made = TypeVar("_Made")
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
@@ -3086,8 +3085,7 @@ class Encoder:
         self._max_input_bytes = max_input_bytes
         self._clock = clock
         self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
-        self._frames: dict[tuple[object, ...], tuple[str, str, str, str]] = {}
-        self._parties: dict[tuple[object, ...], str] = {}
+        self._cache: dict[tuple[object, ...], Any] = {}  # frames and parties
 
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
@@ -3129,7 +3127,7 @@ class Encoder:
         if stamp[0] != second:
             stamp = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
         try:
-            head, middle, tail, flag = self._frames[caller, event_type, name, policy_decision, status]
+            head, middle, tail, flag = self._cache[caller, event_type, name, policy_decision, status]
         except Exception:  # a new one, or whatever the __hash__ of a part raises
             head, middle, tail, flag = self._frame(caller, event_type, name, policy_decision, status)
         if type(duration_ms) is not int or not 0 <= duration_ms <= MAX_DURATION_MS:
@@ -3174,15 +3172,17 @@ class Encoder:
             f',"status":{status},"error":',
             flag,
         )
-        return _kept(self._frames, parts, frame)
+        self._keep(parts, frame)
+        return frame
 
     def _more(self, more: Sequence[object]) -> tuple[str, str]:
         """Return the members of a line for the values of NEW_COLUMNS that are not None, and a flag."""
         parties = tuple(more[:4])  # who calls which server, the same for a session
         try:
-            text = self._parties[parties]
+            text = self._cache[parties]
         except Exception:  # as in `line`
-            text = _kept(self._parties, parties, self._members(NEW_COLUMNS[:4], parties))
+            text = self._members(NEW_COLUMNS[:4], parties)
+            self._keep(parties, text)
         text += self._members(NEW_COLUMNS[4:6], more[4:6])
         flag, (result_bytes, context) = "", more[6:]
         if type(result_bytes) is int and 0 <= result_bytes <= LARGEST["BIGINT"]:
@@ -3196,6 +3196,14 @@ class Encoder:
                 inner = f'{{"value":{inner}}}'
             text += f',"context":{encode_text(inner)}'
         return text, flag
+
+    def _keep(self, parts: tuple[object, ...], made: object) -> None:
+        """Cache what was made of some parts, if they are short texts."""
+        texts = [part for part in parts if part is not None]
+        if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:  # type: ignore[arg-type]
+            if len(self._cache) >= _CACHE_SIZE:
+                self._cache.clear()
+            self._cache[parts] = made
 
     def _members(self, columns: Sequence[Column], values: Sequence[object]) -> str:
         return "".join(
@@ -3229,16 +3237,6 @@ class Encoder:
         if len(text.encode("utf-8", "surrogatepass")) > self._max_input_bytes:
             text = encode_json(clip_plain(json.loads(text), self._max_input_bytes))
         return _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
-
-
-def _kept(cache: dict[tuple[object, ...], _Made], parts: tuple[object, ...], made: _Made) -> _Made:
-    """Return what was made of some parts, and cache it if they are short texts."""
-    texts = [part for part in parts if part is not None]
-    if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:  # type: ignore[arg-type]
-        if len(cache) >= _CACHE_SIZE:
-            cache.clear()
-        cache[parts] = made
-    return made
 
 
 def finish_line(line: bytes, seq: int) -> bytes:
@@ -4271,9 +4269,9 @@ class Begun:
             self.on_record.discard(entry[1])
         self._signed = time.monotonic()
 
-    def due_in(self) -> float | None:
-        """Return the seconds until the next sign of life; None without a call on record."""
-        return max(0.0, self._signed + _SIGN_SECONDS - time.monotonic()) if self.on_record else None
+    def due_in(self) -> float:
+        """Return the seconds until the next sign of life."""
+        return max(0.0, self._signed + _SIGN_SECONDS - time.monotonic()) if self.on_record else inf
 
     def close(self) -> None:
         """Remove the file, unless a call is on record: then an ingest takes it when the process has ended."""
@@ -4520,20 +4518,20 @@ class Ingester:
         self._head: object = None
         self._told_head: object = None
 
-    def due_in(self) -> float | None:
-        """Return the seconds until `step` has something to do; None if there is nothing."""
+    def due_in(self) -> float:
+        """Return the seconds until `step` has something to do."""
         if self._child is not None:
             return _POLL_SECONDS
         if self.stopped:
-            return None
-        since, now = self._appender.waiting_since(), time.monotonic()
+            return inf
+        since = self._appender.waiting_since()
         due = self._next_daily if self._next_daily and self._retains else inf
         if self._appender.left():  # a full segment, or one of an attempt that failed
             due = self._away_until
         elif since is not None:
             due = min(due, max(since + self._interval, self._not_before))
         due = max(0.0 if self.wanted > self.tried else max(due, self._away_until), self._busy_until)
-        return None if due == inf else max(0.0, due - now)
+        return max(0.0, due - time.monotonic())
 
     def step(self) -> None:
         """See what became of the child, or start one if it is time."""
@@ -4818,7 +4816,7 @@ class Writer:
         try:
             if self._gathering:
                 self._release_wake()
-            deadline = None if timeout is None else time.monotonic() + timeout
+            deadline = time.monotonic() + (inf if timeout is None else timeout)
             self._wait_until(lambda: done() or self._closed, deadline)
             return done()
         finally:
@@ -4905,22 +4903,20 @@ class Writer:
         if self._is_writing_thread():
             return True
         self._diagnostics.report("full", "the queue is full: callers wait (on_full: block)")
+        return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, inf)
 
-        return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, None)
-
-    def _wait_until(self, done: Callable[[], bool], deadline: float | None) -> bool:
+    def _wait_until(self, done: Callable[[], bool], deadline: float) -> bool:
         """Wait for the writer, or do its work where there is none; False if the deadline came first."""
         while not done():
             if self._asleep:  # a caller was interrupted before it woke the writer, or there is none
                 self._rouse()
-            left = None if deadline is None else deadline - time.monotonic()
-            if left is not None and left <= 0:
+            left = deadline - time.monotonic()
+            if left <= 0:
                 return False
-            if self._thread is None:
-                left = min(_RETRY_SECONDS[0], left or _RETRY_SECONDS[0])
+            longest = _RETRY_SECONDS[0] if self._thread is None else threading.TIMEOUT_MAX
             with self._lock:
                 if not done():
-                    self._progress.wait(left)
+                    self._progress.wait(min(left, longest))
         return True
 
     def _rouse(self) -> None:
@@ -4986,7 +4982,8 @@ class Writer:
         try:
             while self._thread is me:
                 self._asleep, self._gathering = False, True
-                if not (self._appender.durable or self._closing or self._is_awaited()):
+                is_awaited = self._hurry or self._waiting or self._ingester.wanted > self._ingester.tried
+                if not (self._appender.durable or self._closing or is_awaited):
                     self._wake.acquire(timeout=_GATHER_SECONDS)
                 self._gathering = False
                 with self._writing:
@@ -4994,14 +4991,13 @@ class Writer:
                 self._diagnostics.tell()
                 if done:
                     pause = _RETRY_SECONDS[0]
-                    if not self._sleep():
-                        return
+                    self._sleep()
                     continue
                 with self._lock:
                     if self._closing:  # `close` goes on trying as long as it may
                         self._retire()
-                        return
-                    self._progress.wait(pause)
+                    else:
+                        self._progress.wait(pause)
                 pause = min(pause * 2, _RETRY_SECONDS[1])
         except BaseException as error:
             with self._lock:
@@ -5010,28 +5006,23 @@ class Writer:
                 "writer", "the writer thread ended; the next event starts another", error=error
             )
 
-    def _is_awaited(self) -> bool:
-        return bool(self._hurry or self._waiting) or self._ingester.wanted > self._ingester.tried
-
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread; call it with the lock held."""
         self._thread = None
         self._asleep = True
         self._progress.notify_all()
 
-    def _sleep(self) -> bool:
-        """Wait for a line, or until the ingester is due; False if it is time to end."""
+    def _sleep(self) -> None:
+        """Wait for a line, or until something is due; at the end retire."""
         with self._lock:
             if self._queue:
-                return True
+                return
             if self._closing:
                 self._retire()
-                return False
+                return
             self._asleep = True
-        dues = (self._ingester.due_in(), self.begun.due_in())
-        due = min((due for due in dues if due is not None), default=None)
-        self._wake.acquire(timeout=-1.0 if due is None else min(due, threading.TIMEOUT_MAX))
-        return True
+        due = min(self._ingester.due_in(), self.begun.due_in(), threading.TIMEOUT_MAX)
+        self._wake.acquire(timeout=due)
 
     def _work(self) -> bool:
         """Write what is queued and let the ingester work; False if something is left to be done."""

@@ -240,7 +240,7 @@ def test_names_in_any_number_don_t_fill_the_memory(length: int, count: int, most
         encoder.line(
             "cli", "tool", name, "null", 1, "n/a", None, "success", None, *none[:3], (), (name, *none)
         )
-    assert len(encoder._frames) <= most and len(encoder._parties) <= most
+    assert len(encoder._cache) <= most
 
 
 def test_input_changed_after_the_call_is_recorded_as_it_was(tmp_path: Path) -> None:
