@@ -3061,13 +3061,8 @@ REPLACEMENT: Final = "\ufffd"
 _NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
 _NO_MORE: Final = (None,) * len(NEW_COLUMNS)
 _PLAIN_ID: Final = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret, nothing to escape
-_FRAME_VALUES: Final[dict[str, tuple[str, ...]]] = {
-    "caller": (),
-    "event_type": EVENT_TYPES,
-    "name": (),
-    "policy_decision": POLICY_DECISIONS,
-    "status": STATUSES,
-}
+_FRAME: Final = ("caller", "event_type", "name", "policy_decision", "status")
+_ALLOWED: Final = {"event_type": EVENT_TYPES, "policy_decision": POLICY_DECISIONS, "status": STATUSES}
 _ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
@@ -3160,11 +3155,11 @@ class Encoder:
         """Return what surrounds the changing parts of a line, the same for most events of a tool, and a flag:
         what is wrong, for `reason`."""
         texts, flag = [], ""
-        for (argument, allowed), part in zip(_FRAME_VALUES.items(), parts, strict=True):
+        for argument, part in zip(_FRAME, parts, strict=True):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
             texts.append(encode_text(text))
-            if allowed and text not in allowed:
-                flag += f"; mxcp_audit: {argument} is none of {', '.join(allowed)}"
+            if text not in _ALLOWED.get(argument, (text,)):
+                flag += f"; mxcp_audit: {argument} is none of {', '.join(_ALLOWED[argument])}"
         caller, event_type, name, policy_decision, status = texts
         frame = (
             f'Z","caller":{caller},"type":{event_type},"name":{name},"input_json":',
@@ -4314,11 +4309,11 @@ class Appender:
         if segment is not None:
             segment.forget()
 
-    def waiting_since(self) -> float | None:
-        """Return the monotonic time of the first event that is not sealed; None if there is none."""
+    def waiting_since(self) -> float:
+        """Return the monotonic time of the first event or loss that is not sealed; `inf` without one."""
         if self._segment is not None:
             return self._segment.opened
-        return 0.0 if self._lost else None
+        return 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
         """Write lines; after an error, `done` says which are in the journal.
@@ -4524,12 +4519,11 @@ class Ingester:
             return _POLL_SECONDS
         if self.stopped:
             return inf
-        since = self._appender.waiting_since()
-        due = self._next_daily if self._next_daily and self._retains else inf
+        due = max(self._appender.waiting_since() + self._interval, self._not_before)
+        if self._next_daily and self._retains:
+            due = min(due, self._next_daily)
         if self._appender.left():  # a full segment, or one of an attempt that failed
             due = self._away_until
-        elif since is not None:
-            due = min(due, max(since + self._interval, self._not_before))
         due = max(0.0 if self.wanted > self.tried else max(due, self._away_until), self._busy_until)
         return max(0.0, due - time.monotonic())
 
@@ -4545,7 +4539,7 @@ class Ingester:
     def _begin(self) -> None:
         """Seal and start a child, unless another process ingests."""
         appender = self._appender
-        if not appender.sealed and appender.waiting_since() is None and not self._is_daily():
+        if not appender.sealed and appender.waiting_since() == inf and not self._is_daily():
             self.tried = self.wanted
             return
         self._covers = self.wanted
@@ -4653,9 +4647,8 @@ class Ingester:
             told.note("ingest", f"events stay in the journal: {answer['fault']}")
         self._head = answer.get("head") or self._head
         if answer.get("done") and time.monotonic() >= self._next_daily:
-            self._next_daily = time.monotonic() + (
-                _DAY_SECONDS if answer.get("retained") else _DAY_SECONDS / 24
-            )
+            pause = _DAY_SECONDS if answer.get("retained") else _DAY_SECONDS / 24
+            self._next_daily = time.monotonic() + pause
             self._tell_head()
 
     def _is_daily(self) -> bool:
@@ -4679,7 +4672,7 @@ class Ingester:
         while self._appender.left():
             settings = self._due_settings()
             if is_attach_target(str(settings["path"])) and not no_python():
-                self._start()  # what waits for a server that does not answer can't be interrupted
+                self._start()  # waiting for a server can't be interrupted
                 answer = self._await_child(deadline)
             else:
                 answer = ingest(settings, wait=max(0.0, deadline - time.monotonic()))
@@ -4732,12 +4725,7 @@ class Writer:
     """
 
     def __init__(
-        self,
-        appender: Appender,
-        ingester: Ingester,
-        *,
-        drop_when_full: bool,
-        on_start: Callable[[], bool],
+        self, appender: Appender, ingester: Ingester, *, drop_when_full: bool, on_start: Callable[[], bool]
     ) -> None:
         self._appender, self._ingester, self.begun = appender, ingester, appender.begun
         self._diagnostics = appender.diagnostics
