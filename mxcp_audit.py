@@ -12536,16 +12536,10 @@ class _UsageError(AuditError):
 
 # --- words: what options mean
 
-_POLICY_WORDS: Final = {"denied": "deny", "allowed": "allow", "warned": "warn"}
-_SORTS: Final = {
-    **{name: name for name in ("calls", "errors", "denied")},
-    **{name: f"{name}_ms" for name in ("p50", "p95", "p99", "max")},
-}
+_SORTS: Final = tuple(name.removesuffix("_ms") for name in STATS_COLUMNS[:7])
 _TIME: Final = re.compile(
     r"(\d{4}-\d{2}-\d{2})(?:[Tt ](\d{2}:\d{2})(?::(\d{2})(?:[.,](\d{1,9}))?)?([Zz]|[+-]\d{2}:?\d{2})?)?"
 )
-_CLOCK: Final = re.compile(r"\d{2}:\d{2}")
-_TIME_EXAMPLES: Final = "write 10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
@@ -12555,7 +12549,9 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
     """
     now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
-    said = day if text in ("today", "yesterday") else f"{day}T{text}" if _CLOCK.match(text) else text
+    said = (
+        day if text in ("today", "yesterday") else f"{day}T{text}" if re.match(r"\d\d:\d\d", text) else text
+    )
     try:
         match = _TIME.fullmatch(said)
         if match:
@@ -12570,7 +12566,8 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
             moment = now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", said)))
         return sql_time(moment.astimezone(datetime.timezone.utc))
     except (ValueError, OverflowError):
-        raise ValueError(f"{text!r} is neither a duration nor a time: {_TIME_EXAMPLES}") from None
+        examples = "10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
+        raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
 
 
 def _argument(parse: Callable[[str], _Answer]) -> Callable[[str], _Answer]:
@@ -12578,7 +12575,6 @@ def _argument(parse: Callable[[str], _Answer]) -> Callable[[str], _Answer]:
     import argparse
 
     def checked(text: str) -> _Answer:
-        """Parse, and fail in argparse's own way."""
         try:
             return parse(text)
         except ValueError as error:
@@ -12817,7 +12813,7 @@ _WORDS: Final[Mapping[str, Collection[str]]] = {
     "streams": tuple(STREAM_FORMS),
     "formats": sorted({*EXPORT_FORMATS, *STREAM_FORMS}),
     "groups": tuple(STATS_BY),
-    "sorts": tuple(_SORTS),
+    "sorts": _SORTS,
     "shells": ("bash", "zsh"),
 }
 _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
@@ -12825,7 +12821,7 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "positive": _positive,
     "seconds": _seconds,
     "columns": _columns,
-    "policy": lambda text: _POLICY_WORDS.get(text, text),
+    "policy": lambda text: {"denied": "deny", "allowed": "allow", "warned": "warn"}.get(text, text),
 }
 _UNWAITING: Final = ("config", "redact", "wrap", "completion")  # they open no database
 
@@ -12937,9 +12933,7 @@ examples:
         if name != "completion":
             _add_block(command, ("&common", *(("&waiting",) if name not in _UNWAITING else ())))
         _add_block(command, [line for line in lines if not line.startswith("> ")])
-        command.set_defaults(
-            run=globals()[f"cmd_{name}"], **({"debug": False} if name == "completion" else {})
-        )
+        command.set_defaults(run=globals()[f"cmd_{name}"])
     return parser
 
 
@@ -12973,20 +12967,19 @@ def _say(text: str) -> None:
         print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
-def _progress(what: str) -> Callable[..., None]:
-    """Return a function that shows how much is done on a terminal, and does nothing elsewhere."""
-
-    def show(done: int, total: int | None = None) -> None:
-        of = f"{done / 1e6:.1f} MB" if total is None else f"{done} of {counted(total, 'event')}"
+def _progress(done: int, total: int | None = None) -> None:
+    """Show on a terminal how much is verified, or written."""
+    text = (
+        f"written {done / 1e6:.1f} MB" if total is None else f"verified {done} of {counted(total, 'event')}"
+    )
+    if sys.stderr.isatty():
         with contextlib.suppress(OSError, ValueError):
-            print(f"\r{what} {of}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
-
-    return show if sys.stderr.isatty() else lambda done, total=None: None
+            print(f"\r{text}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
 
 
-def _terminal(file: TextIO) -> tuple[int | None, bool]:
+def _terminal() -> tuple[int | None, bool]:
     """Return the width to fit to, None for a pipe, and whether to use colour (no-color.org)."""
-    is_terminal = file.isatty()
+    is_terminal = sys.stdout.isatty()
     if not is_terminal and not os.environ.get("COLUMNS"):
         return None, False
     import shutil
@@ -13000,8 +12993,6 @@ def _terminal(file: TextIO) -> tuple[int | None, bool]:
 
 def _config_of(options: argparse.Namespace) -> Config:
     if options.db is not None:
-        if options.config or options.profile:
-            raise _UsageError("--db needs no site file: leave --config and --profile out")
         # Beside a target that is no file there is no place: look for the default profile's journal here.
         journal = "logs-default.journal" if is_attach_target(options.db) else None
         return config_from_arguments(path=options.db, journal=journal)
@@ -13093,42 +13084,23 @@ def cmd_log(options: argparse.Namespace) -> int:
 
 
 def _check_log_options(options: argparse.Namespace) -> None:
-    export, form, has_order = options.export, options.format, options.oldest_first
-    is_stream, has_end = form in STREAM_FORMS, options.cursor_file or options.post
-    faults = {
-        "--raw, --bom and this --format are for exports: add --export FILE": not export
-        and (options.raw or options.bom or (form and not is_stream)),
-        f"--format {form} is for printing lines: leave --export out": export
-        and form
-        and form not in EXPORT_FORMATS,
-        f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}": has_end
-        and (export or not is_stream),
-        "--cursor-file prints everything that is new: leave --limit and --oldest-first out": (
-            options.cursor_file and (options.limit or has_order)
-        ),
-        "--header needs --post URL": options.header and not options.post,
-        "an export has every column, in the format of its extension or of --format": export
-        and (options.columns or options.wide or options.input or options.json),
-        "--running shows what has not ended: leave --export, --follow and --format out": options.running
-        and (export or options.follow or form or has_order),
-        "--follow shows what is yet to come: leave --export, --until and --oldest-first out": options.follow
-        and (export or options.until or has_order),
-    }
-    for fault, holds in faults.items():
-        if holds:
-            raise _UsageError(fault)
+    export, form, is_stream = options.export, options.format, options.format in STREAM_FORMS
+    if not export and (options.raw or options.bom or (form and not is_stream)):
+        raise _UsageError("--raw, --bom and this --format are for exports: add --export FILE")
+    if export and form and form not in EXPORT_FORMATS:
+        raise _UsageError(f"--format {form} is for printing lines: leave --export out")
+    if (options.cursor_file or options.post) and (export or not is_stream):
+        raise _UsageError(f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}")
 
 
 def _columns_of(rows: Iterable[Row], columns: Sequence[str] | None) -> tuple[Iterable[Row], Sequence[str]]:
     """Return the rows with these of PUBLIC_COLUMNS only, all if None, and the names of what is left."""
-    if columns is None:
-        return rows, PUBLIC_COLUMNS
-    places = [PUBLIC_COLUMNS.index(column) for column in columns]
-    return (tuple(row[place] for place in places) for row in rows), columns
+    places = [PUBLIC_COLUMNS.index(column) for column in columns or PUBLIC_COLUMNS]
+    return (tuple(row[place] for place in places) for row in rows), columns or PUBLIC_COLUMNS
 
 
 def _event_table(options: argparse.Namespace) -> EventTable:
-    width, colour = _terminal(sys.stdout)
+    width, colour = _terminal()
     return EventTable(
         sys.stdout,
         columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
@@ -13206,7 +13178,7 @@ class _RunningLines:
     def _line(self, row: Row) -> str:
         call = dict(zip(PUBLIC_COLUMNS, row))
         passed = f", {int(call['duration_ms']) // 1000} s" if self._is_terminal else ""
-        width = _terminal(sys.stdout)[0] or 200
+        width = _terminal()[0] or 200
         return fit(
             f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}", width
         ).rstrip()
@@ -13374,7 +13346,7 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
                 oldest_first=options.oldest_first,
                 raw=options.raw,
                 bom=options.bom,
-                progress=_progress("written") if sys.stderr.isatty() else None,
+                progress=_progress if sys.stderr.isatty() else None,
             )
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
@@ -13411,16 +13383,15 @@ _SHOWN: Final = (
 
 def cmd_show(options: argparse.Namespace) -> int:
     """Show one event. 1 if there is none of that id."""
-    ids = [options.event.strip()]
-    is_part = False
+    ids, is_whole = [options.event.strip()], True
     try:
         parse_event_id(ids[0])
-    except EventError:  # its beginning, or what follows the time
-        is_part = re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", ids[0]) is not None
-        if not is_part:
+    except EventError:
+        if not re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", ids[0]):
             raise
+        is_whole = False  # its beginning, or what follows the time
     with _store_of(options).reading(wait=options.wait) as reading:
-        if is_part:
+        if not is_whole:
             ids = [str(name) for (name,) in reading.ids_like(ids[0])]
         if len(ids) > 1:
             raise _UsageError(f"{options.event} may be any of {', '.join(ids)} …")
@@ -13453,30 +13424,26 @@ def _show_around(options: argparse.Namespace, rows: Sequence[Row]) -> int:
     if options.json:
         write_json(sys.stdout, rows, PUBLIC_COLUMNS)
         return 0
-    width, colour = _terminal(sys.stdout)
+    width, colour = _terminal()
     columns = ("event_id", *SHORT_COLUMNS[:-1])
     EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(rows)
     return 0
 
 
 def cmd_stats(options: argparse.Namespace) -> int:
-    sort = _SORTS[options.sort]
+    sort = STATS_COLUMNS[_SORTS.index(options.sort)]
     with _whole_log(_store_of(options), options) as reading:
         rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
     if options.json:
         write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
     else:
-        write_stats(
-            sys.stdout, options.by, rows, bar=sort, width=_terminal(sys.stdout)[0], local=options.local
-        )
+        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal()[0], local=options.local)
         sys.stdout.flush()
         _say(counted(len(rows), "group") + more_hint(len(rows), options.limit))
     return 0
 
 
 def cmd_sql(options: argparse.Namespace) -> int:
-    if options.json and options.csv:
-        raise _UsageError("--json or --csv, not both")
     statement = sys.stdin.read() if options.statement == "-" else options.statement
     try:
         with _whole_log(_store_of(options), options) as reading:
@@ -13486,7 +13453,7 @@ def cmd_sql(options: argparse.Namespace) -> int:
             elif options.csv:
                 _print_csv(names, rows, raw=options.raw)
             else:
-                write_grid(sys.stdout, names, list(rows), width=_terminal(sys.stdout)[0])
+                write_grid(sys.stdout, names, list(rows), width=_terminal()[0])
     except QueryError as error:  # without the place, which is one in our statement around it
         raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
     return 0
@@ -13496,14 +13463,12 @@ def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
     """Print CSV: as UTF-8 whatever the locale says, but to a terminal harmlessly."""
     import io
 
-    if sys.stdout.isatty():
-        text = io.StringIO(newline="")
-        write_csv(text, names, rows, raw=raw)
-        write_text(sys.stdout, text.getvalue().removesuffix("\n"))
-        return
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(encoding="utf-8", newline="")
-    write_csv(sys.stdout, names, rows, raw=raw)
+    file: Any = sys.stdout
+    if file.isatty():
+        file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
+    elif isinstance(file, io.TextIOWrapper):
+        file.reconfigure(encoding="utf-8", newline="")
+    write_csv(file, names, rows, raw=raw)
 
 
 # --- config, redact
@@ -13520,12 +13485,9 @@ def cmd_config(options: argparse.Namespace) -> int:
     if options.json:
         answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}
         _print_json(answer, indent=2)
-        return 0
-    rows = [
-        (name, value if isinstance(value, str) or value is None else json_text(value), sources[name])
-        for name, value in settings.items()
-    ]
-    write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
+    else:
+        rows = [(*setting, sources[setting[0]]) for setting in settings.items()]
+        write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
     return 0
 
 
@@ -13647,13 +13609,9 @@ def cmd_report(options: argparse.Namespace) -> int:
 
 def cmd_verify(options: argparse.Namespace) -> int:
     """Prove the log whole. 1 if it is not."""
-    if options.signed_by and not options.checkpoint:
-        raise _UsageError("--signed-by needs --checkpoint")
     checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
     store = Store(_config_of(options))
-    verdict = store.verify(
-        checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress("verified")
-    )
+    verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress)
     if options.json:
         _print_json(_verdict_object(verdict))
     else:
@@ -13872,10 +13830,37 @@ _COMPLETION: Final = """\
 complete -o default -F _mxcp_audit mxcp-audit"""
 
 
+# --- the whole
+
 # A path may be what is no UTF-8.
 _FILE_OPTIONS: Final = {
-    *("config", "db", "export", "out", "archive", "checkpoint", "signed_by", "sign", "cursor_file", "file")
+    *("config", "db", "export", "out", "archive", "checkpoint", "signed-by", "sign", "cursor-file", "file")
 }
+# What an option does not go with, and why; and what it needs.
+_EXCLUDES: Final = (
+    ("db", ("config", "profile"), "it needs no site file"),
+    ("utc", ("local",), "name one time zone"),
+    ("json", ("csv",), "name one form"),
+    ("export", ("columns", "wide", "input", "json"), "it writes every column, in the format of --format"),
+    ("running", ("export", "follow", "format", "oldest-first"), "it shows what has not ended"),
+    ("follow", ("export", "until", "oldest-first"), "it shows what is yet to come"),
+    ("cursor-file", ("limit", "oldest-first"), "it prints everything that is new"),
+)
+_NEEDS: Final = {"header": "post", "signed-by": "checkpoint"}
+
+
+def _check_options(options: argparse.Namespace) -> None:
+    values = {name.replace("_", "-"): value for name, value in vars(options).items()}
+    given = {name for name, value in values.items() if value not in (None, False)}
+    for name, others, why in _EXCLUDES:
+        if name in given and given.intersection(others):
+            raise _UsageError(f"--{name} does not go with --{given.intersection(others).pop()}: {why}")
+    for name, other in _NEEDS.items():
+        if name in given and other not in given:
+            raise _UsageError(f"--{name} needs --{other}")
+    for name in given - _FILE_OPTIONS:
+        if isinstance(values[name], str) and re.search("[\ud800-\udfff]", values[name]):
+            raise _UsageError(f"{name}: {values[name]!r} is no UTF-8")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13890,15 +13875,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     debug = False
     try:
         options = build_parser().parse_args(argv)
-        debug = options.debug
+        debug = getattr(options, "debug", False)
         if debug:
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
-        for name, value in vars(options).items():
-            is_text = isinstance(value, str) and name not in _FILE_OPTIONS
-            if is_text and re.search("[\ud800-\udfff]", value):
-                raise _UsageError(f"{name}: {value!r} is no UTF-8")
-        if getattr(options, "utc", False) and options.local:
-            raise _UsageError("--utc or --local, not both")
+        _check_options(options)
         for name in ("since", "until", "older_than"):
             if getattr(options, name, None):
                 setattr(options, name, parse_time(getattr(options, name), local=options.local))
