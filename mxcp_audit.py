@@ -11080,10 +11080,7 @@ def printable(text: str) -> str:
     """Return the text as one line that no terminal acts on: what is not printable becomes an escape."""
     if text.isprintable():
         return text
-    return "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode("ascii")
-        for character in text
-    )
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
 def display_width(text: str) -> int:
@@ -11182,7 +11179,7 @@ def write_json(
     file.write(end if mark == between else begin and begin + end)
 
 
-_JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|[\[\]{},:]|[^\s\[\]{},:"]+')
+_JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+')
 
 
 def indented_json(text: str) -> str:
@@ -11194,18 +11191,18 @@ def indented_json(text: str) -> str:
         json.loads(text)
     except (ValueError, RecursionError):
         return text
-    parts = []
-    depth = 0
-    tokens = _JSON_TOKEN.findall(text)
-    for before, token, after in zip(["", *tokens], tokens, [*tokens[1:], ""]):
-        if token in "]}" and before not in ("[", "{"):
-            depth -= 1
-            parts.append("\n" + "  " * depth)
-        parts.append(": " if token == ":" else token)
-        opens = token in "[{" and after not in ("]", "}")
-        depth += opens
-        if opens or token == ",":
-            parts.append("\n" + "  " * depth)
+    parts, depth = [], 0
+    for token in _JSON_TOKEN.findall(text):
+        depth += (token in "[{") - (token in "]}")
+        line_break = "\n" + "  " * depth
+        if token in "]}":
+            parts.append(line_break + token)
+        elif token in "[{,":
+            parts.append(token + line_break)
+        elif token == ":":
+            parts.append(": ")
+        else:
+            parts.append(token if token[0] == '"' else "".join(token.split()))  # [ ] is []
     return "".join(parts)
 
 
@@ -11252,14 +11249,9 @@ class EventTable:
         self._file, self._columns, self._width, self._colour = file, columns, width, colour
         self._below = ("reason", "error") if with_reasons else ()
         self._with_input, self._local = with_input, local
-        self._heads = [_HEADERS.get(column, column.upper()) for column in columns]
-        if local:
-            self._heads = [head.replace("UTC", "local") for head in self._heads]
-        self._widths = [
-            max(len(head), _FIRST_WIDTHS.get(column, 0) if grows else 0)
-            for head, column in zip(self._heads, columns)
-        ]
-        self._begun = False
+        heads = [_HEADERS.get(column, column.upper()) for column in columns]
+        self._heads = [[head.replace("UTC", "local") if local else head for head in heads]]
+        self._widths = [_FIRST_WIDTHS.get(column, 0) if grows else 0 for column in columns]
 
     def write(self, rows: Sequence[Row]) -> None:
         """Write more rows, oldest or newest first, as they shall appear."""
@@ -11272,14 +11264,14 @@ class EventTable:
             for event in events
         ]
         elastic = [column not in _FIXED for column in self._columns]
-        self._widths = _widths(
-            [self._widths, *(map(display_width, row) for row in cells)], elastic, self._width
-        )
-        if not self._begun:
-            self._begun = True
-            self._line(self._heads)
-        for event, row in zip(events, cells):
-            self._line(row, _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"]) or "")
+        right = [column in ("duration_ms", "result_bytes") for column in self._columns]
+        lines = _aligned([*self._heads, *cells], self._widths, elastic, right, self._width)
+        if self._heads:
+            self._heads = []
+            _write(self._file, next(lines))
+        for event, line in zip(events, lines):
+            style = _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"])
+            _write(self._file, f"{style}{line}{_PLAIN_STYLE}" if style and self._colour else line)
             for label in self._below:
                 if event[label]:
                     text = f"    {label}: {printable(event[label])}"
@@ -11288,11 +11280,6 @@ class EventTable:
                 text = printable(event["input_json"] or "-")
                 for piece in [text] if self._width is None else wrap(text, self._width - 4):
                     _write(self._file, "    " + piece)
-
-    def _line(self, cells: Sequence[str], style: str = "") -> None:
-        right = [column in ("duration_ms", "result_bytes") for column in self._columns]
-        line = _line(cells, self._widths, right, self._width)
-        _write(self._file, f"{style}{line}{_PLAIN_STYLE}" if style and self._colour else line)
 
 
 def summary(rows: Sequence[Row], count: int | None) -> str:
@@ -11309,16 +11296,13 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
 
 def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
     """Write rows of any values as a table. Numbers go to the right, long text is cut to what fits."""
-    cells = [[_shown(value) for value in row] for row in rows]
-    right = [
-        bool(rows) and all(isinstance(row[n], (int, float, type(None))) for row in rows)
+    cells = [[*map(printable, heads)], *([_shown(value) for value in row] for row in rows)]
+    elastic = [
+        not rows or not all(isinstance(row[n], (int, float, type(None))) for row in rows)
         for n in range(len(heads))
     ]
-    titles = [printable(head) for head in heads]
-    measured = [[display_width(cell) for cell in row] for row in [titles, *cells]]
-    widths = _widths(measured, [not number for number in right], width)
-    for row in [titles, *cells]:
-        _write(file, _line(row, widths, right, width))
+    for line in _aligned(cells, [0] * len(heads), elastic, [not text for text in elastic], width):
+        _write(file, line)
 
 
 def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None:
@@ -11332,21 +11316,27 @@ def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None
             _write(file, (label + printable(line)).rstrip())
 
 
-_WIDEST: Final = 80
-
-
-def _widths(measured: Iterable[Iterable[int]], elastic: Sequence[bool], width: int | None) -> list[int]:
-    """Return a width for each column: the widest cell's, or less where the column is elastic."""
-    widths = [max(column) for column in zip(*measured)]
+def _aligned(
+    rows: Sequence[Sequence[str]],
+    widths: list[int],
+    elastic: Sequence[bool],
+    right: Sequence[bool],
+    width: int | None,
+) -> Iterator[str]:
+    """Yield rows as lines. `widths` grow to the widest cells; elastic columns shrink to fit `width`."""
+    for index, column in enumerate(zip(*rows)):
+        widths[index] = max(widths[index], *map(display_width, column))
     if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
-        return [min(size, _WIDEST) for size in widths]
-    excess = sum(widths) + 2 * (len(widths) - 1) - width
-    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
-        if elastic[index] and excess > 0:
-            cut = min(excess, max(0, widths[index] - _NARROWEST))
-            widths[index] -= cut
-            excess -= cut
-    return widths
+        widths[:] = [min(size, 80) for size in widths]
+    else:
+        excess = sum(widths) + 2 * (len(widths) - 1) - width
+        for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
+            if elastic[index] and excess > 0:
+                cut = min(excess, max(0, widths[index] - _NARROWEST))
+                widths[index] -= cut
+                excess -= cut
+    for row in rows:
+        yield _line(row, widths, right, width)
 
 
 def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], width: int | None) -> str:
