@@ -248,9 +248,6 @@ _DATE: Final = re.compile(
 )
 
 # The reader appends one NUL, which can't occur elsewhere: no look-ahead runs off the end.
-_REFUSED_CHARACTER: Final = re.compile(
-    r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
-)
 _BLANKS: Final = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
 _END: Final = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH: Final = re.compile(r"-(?=[ \t\n\0])")
@@ -273,14 +270,11 @@ _QUOTED: Final = {
         re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL),
     ),
 }
-_QUOTED_MARKER: Final = re.compile(r"\n(?:---|\.\.\.)[ \t\n]")
 _ESCAPES: Final = dict(
     zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029', strict=True)
 )
 _BLOCK_HEADER: Final = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
 _LEADING_LINES: Final = re.compile(r"(?:\n *)*")
-_FOLDED_LINE: Final = re.compile(r"^([^ \t\n].*)\n(\n*)(?=[^ \t\n])", re.MULTILINE)
-_KEY: Final = "a key, a colon and a blank"
 _REFUSALS: Final = {
     "\t": "a tab between tokens; use spaces",
     "&": "an anchor (&name); write the value out, or put text that starts with & in quotes",
@@ -298,8 +292,7 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
 
 
 class _YamlReader:
-    """Reads one YAML document. `places` has where each entry starts, by the id of its mapping or list and its
-    key or index."""
+    """Reads one YAML document. `places`: where entries start, by id of the collection and key or index."""
 
     def __init__(self, text: str | bytes, path: str | None) -> None:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
@@ -310,12 +303,12 @@ class _YamlReader:
             try:
                 text = text.decode(encoding)
             except UnicodeDecodeError as error:
-                self.text = error.object[: error.start].decode(encoding)
-                byte = error.object[error.start]
+                self.text, byte = error.object[: error.start].decode(encoding), error.object[error.start]
                 problem = f"byte 0x{byte:02X} is not {encoding.upper()}; save the file as UTF-8"
                 raise ConfigError(problem, **self.place(len(self.text))) from error
         self.text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
-        if bad := _REFUSED_CHARACTER.search(self.text):
+        refused = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
+        if bad := re.search(refused, self.text):
             problem = f"the character U+{ord(bad[0]):04X}; remove it, or escape it in double quotes"
             self.fail(problem, bad.start())
         self.text += "\0"
@@ -328,21 +321,17 @@ class _YamlReader:
         return {"path": self.path, "line": line, "column": column}
 
     def fail(self, problem: str, at: int | None = None) -> NoReturn:
-        """Raise ConfigError for the position `at`, or the cursor's."""
         raise ConfigError(problem, **self.place(self.pos if at is None else at))
 
     def refuse(self, expected: str) -> NoReturn:
-        """Raise ConfigError for the token at the cursor, by the name of what it would begin."""
         char = self.text[self.pos]
         self.fail(_REFUSALS.get(char) or f"expected {expected}, found {char!r}; put text in quotes")
 
     def take(self, pattern: re.Pattern[str]) -> str:
         """Pass and return what matches at the cursor, "" if nothing does."""
         match = pattern.match(self.text, self.pos)
-        if not match:
-            return ""
-        self.pos = match.end()
-        return match[0]
+        self.pos = match.end() if match else self.pos
+        return match[0] if match else ""
 
     def end_line(self) -> None:
         """Pass the rest of a line that must hold nothing else, and go to the next token."""
@@ -350,12 +339,10 @@ class _YamlReader:
             self.refuse("the end of the line")
 
     def column(self) -> int:
-        """The cursor's column, counted from 0; -1 at the end of the text and at a document marker."""
         return -1 if _END.match(self.text, self.pos) else self.pos - self.text.rfind("\n", 0, self.pos) - 1
 
     @contextlib.contextmanager
     def collection(self) -> Iterator[None]:
-        """Count one more collection around the cursor."""
         self.depth += 1
         if self.depth > MAX_DEPTH:
             self.fail(f"more than {MAX_DEPTH} collections inside each other; flatten them")
@@ -368,12 +355,11 @@ class _YamlReader:
         """The value of the only document; None where there are only comments."""
         self.take(_BLANKS)
         explicit = self.column() < 0 and self.text[self.pos] == "-"
-        if explicit:
-            self.pos += len("---")
         started = explicit or self.column() >= 0
+        self.pos += 3 * explicit
         value = self.node(-1, after_key=explicit)
         while started and self.column() < 0 and self.text[self.pos] == ".":
-            self.pos += len("...")
+            self.pos += 3
             self.end_line()
         if self.column() >= 0:
             self.fail("text after the end of the value; check the indentation of this line")
@@ -396,43 +382,37 @@ class _YamlReader:
             value = self.flow()
         elif not dash:
             value = self.scalar(indent)
-        key = (
-            first not in "|>[{"
-            and _COLON.match(self.text, self.pos)
-            and "\n" not in self.text[start : self.pos]
-        )
-        if dash or key:
+        key = _COLON.match(self.text, self.pos) and "\n" not in self.text[start : self.pos]
+        if dash or (key and first not in "|>[{"):
             self.pos = start
             if same_line:
                 self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
-            return self.sequence(column) if dash else self.mapping(column)
+            with self.collection():
+                return self.sequence(column) if dash else self.mapping(column)
         self.end_line()
         return value
 
     def mapping(self, column: int) -> dict[object, object]:
-        """The mapping whose keys stand at a column."""
         mapping: dict[object, object] = {}
-        with self.collection():
-            while self.column() == column:
-                start, key = self.pos, self.scalar(column, expected=_KEY)
-                if not self.take(_COLON):
-                    self.refuse(_KEY)
-                self.check_key(start)
-                self.put(mapping, key, self.node(column, after_key=True), start)
+        expected = "a key, a colon and a blank"
+        while self.column() == column:
+            start, key = self.pos, self.scalar(column, expected=expected)
+            if not self.take(_COLON):
+                self.refuse(expected)
+            self.check_key(start)
+            self.put(mapping, key, self.node(column, after_key=True), start)
         return mapping
 
     def sequence(self, column: int) -> list[object]:
-        """The list whose dashes stand at a column."""
         sequence: list[object] = []
-        with self.collection():
-            while self.column() == column and _DASH.match(self.text, self.pos):
-                self.places[id(sequence), len(sequence)] = self.pos
-                self.pos += 1
-                sequence.append(self.node(column, after_key=False))
+        while self.column() == column and _DASH.match(self.text, self.pos):
+            self.places[id(sequence), len(sequence)] = self.pos
+            self.pos += 1
+            sequence.append(self.node(column, after_key=False))
         return sequence
 
     def check_key(self, start: int) -> None:
-        """Refuse a key from `start` to the colon before the cursor that PyYAML refuses."""
+        """Refuse what PyYAML refuses as a key, from `start` to the colon before the cursor."""
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
@@ -451,7 +431,6 @@ class _YamlReader:
     # --- between brackets
 
     def flow(self) -> object:
-        """The `[…]` or `{…}` at the cursor."""
         mapping: dict[object, object] = {}
         sequence: list[object] = []
         closing = "}" if self.text[self.pos] == "{" else "]"
@@ -478,7 +457,6 @@ class _YamlReader:
         return mapping if closing == "}" else sequence
 
     def flow_node(self) -> object:
-        """The collection or scalar at the cursor."""
         return self.flow() if self.text[self.pos] in "[{" else self.scalar(-1, flow=True)
 
     def next_in_flow(self) -> str:
@@ -518,13 +496,12 @@ class _YamlReader:
             raise ConfigError(str(error), **self.place(start)) from error
 
     def quoted(self) -> str:
-        """The quoted scalar at the cursor."""
         quote = self.text[self.pos]
         whole, part = _QUOTED[quote]
         match = whole.match(self.text, self.pos)
         if not match:
             self.fail(f"the closing {quote} is missing; add it")
-        if _QUOTED_MARKER.search(match[1]):
+        if re.search(r"\n(?:---|\.\.\.)[ \t\n]", match[1]):
             self.fail("a document marker (--- or ...) inside quotes; indent it")
         offset, self.pos = self.pos + 1, match.end()
         return part.sub(lambda part: self.meant(part[0], offset + part.start()), match[1])
@@ -563,7 +540,9 @@ class _YamlReader:
         text = whole.rstrip("\n")
         end = {"": whole[len(text) :][:1] if text else "", "-": "", "+": whole[len(text) :]}[chomping]
         if header[1] == ">":
-            text = _FOLDED_LINE.sub(lambda line: line[1] + (line[2] or " "), text)
+            text = re.sub(
+                r"(?m)^([^ \t\n].*)\n(\n*)(?=[^ \t\n])", lambda line: line[1] + (line[2] or " "), text
+            )
         return text + end
 
 
