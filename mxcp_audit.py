@@ -12922,7 +12922,6 @@ def version_text() -> str:
 
 
 def _print(text: str = "") -> None:
-    """Print a line of the answer, safe for a terminal and in whatever encoding it has."""
     write_text(sys.stdout, text)
 
 
@@ -12931,8 +12930,7 @@ def _print_json(value: object, *, indent: int | None = None) -> None:
 
 
 def _say(text: str) -> None:
-    """Print one line to standard error, safe for a terminal. A closed standard error is no failure."""
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # a closed standard error is no failure
         print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr, flush=True)
 
 
@@ -12994,23 +12992,14 @@ def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
             yield reading
 
 
-_FILTER_OPTIONS: Final = {  # where an option has another name than the filter's field
-    **{f"{event_type}s": event_type for event_type in EVENT_TYPES},
-    **{"event_type": "type", "event_id": "event", "text": "grep"},
-}
-
-
 def _filter_of(options: argparse.Namespace) -> Filter:
     if options.since and options.until and options.until <= options.since:
         raise _UsageError("--until is not after --since, so nothing can match")
     if options.event is not None:
         parse_event_id(options.event)
-    values: dict[str, Any] = {}
-    for name in Filter._fields:
-        value = getattr(options, _FILTER_OPTIONS.get(name, name))
-        if value:
-            values[name] = tuple(value) if isinstance(value, list) else value
-    return Filter(**values)
+    fields = {**vars(options), "event_type": options.type, "event_id": options.event, "text": options.grep}
+    fields |= {f"{name}s": tuple(fields[name] or ()) for name in EVENT_TYPES}
+    return Filter(**{name: fields[name] for name in Filter._fields if fields[name]})
 
 
 # --- log
@@ -13098,9 +13087,8 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
             follower.start(reading)
             if reading.problem is not None:
                 _say(f"only events of the journal are shown until this is over: {reading.problem}")
-            past = []
-            if options.limit or options.since:
-                past = list(reading.rows(what, count=options.limit or 100))
+            is_wanted = options.limit or options.since
+            past = list(reading.rows(what, count=options.limit or 100)) if is_wanted else []
     except DatabaseNotFoundError:
         _say(f"there is no log at {store.target.name} yet; waiting for the first event")
         follower.start(None)
@@ -13238,9 +13226,7 @@ def _sender_of(options: argparse.Namespace) -> Callable[[Sequence[str]], None]:
         headers[name] = value = os.environ.get(variable, "").strip()
         if not value:
             raise _UsageError(f"--header {header}: the environment has no variable {variable!r}")
-        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+", name, re.ASCII) or not re.fullmatch(
-            r"[ -~\xa0-\xff]+", value
-        ):
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
             raise _UsageError(f"--header {header}: the name or the value can't stand in a header")
     opener = urllib.request.build_opener(NoRedirect)
 
@@ -13286,24 +13272,22 @@ def _pause(seconds: float) -> None:
 
 
 def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
-    to_stdout = options.export == "-"
-    form = options.format or ("csv" if to_stdout else export_format(options.export))
+    path: str = options.export
+    to_stdout = path == "-"
+    form = options.format or ("csv" if to_stdout else export_format(path))
     if form is None:
         known = ", ".join("." + known for known in EXPORT_FORMATS)
-        raise _UsageError(f"{options.export}: the extension must be one of {known}; or say --format")
+        raise _UsageError(f"{path}: the extension must be one of {known}; or say --format")
     if options.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
-    is_text = form in ("csv", "json", "jsonl")
-    if to_stdout and not is_text and sys.stdout.isatty():
+    if to_stdout and form not in ("csv", "json", "jsonl") and sys.stdout.isatty():
         raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
     with contextlib.ExitStack() as stack:
-        path = options.export
         if to_stdout:
             import tempfile
 
-            path = os.path.join(
-                stack.enter_context(tempfile.TemporaryDirectory(prefix="mxcp_audit-")), f"export.{form}"
-            )
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mxcp_audit-"))
+            path = os.path.join(folder, f"export.{form}")
         else:
             store.refuse_own_files(path)
         with _whole_log(store, options) as reading:
@@ -13379,10 +13363,9 @@ def cmd_show(options: argparse.Namespace) -> int:
         _print_json(event, indent=2)
         return 0
     fields = {name: None if value is None else str(value) for name, value in event.items()}
+    fields |= {name: indented_json(event[name] or "null") for name in ("input_json", "context")}
     if options.local:
         fields["timestamp"] = local_time(event["timestamp"])
-    for name in ("input_json", "context"):
-        fields[name] = indented_json(event[name] or "null")
     for number, names in enumerate(_SHOWN):
         sys.stdout.write("\n" if number else "")
         write_fields(sys.stdout, [(name, fields[name]) for name in names.split()])
@@ -13391,11 +13374,11 @@ def cmd_show(options: argparse.Namespace) -> int:
 
 def _show_around(options: argparse.Namespace, rows: Sequence[Row]) -> int:
     if options.json:
-        write_json(sys.stdout, rows, PUBLIC_COLUMNS)
-        return 0
-    width, colour = _terminal()
-    columns = ("event_id", *SHORT_COLUMNS[:-1])
-    EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(rows)
+        write_json(sys.stdout, rows)
+    else:
+        width, colour = _terminal()
+        columns = ("event_id", *SHORT_COLUMNS[:-1])
+        EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(rows)
     return 0
 
 
@@ -13475,13 +13458,10 @@ def cmd_redact(options: argparse.Namespace) -> int:
     )
     reasons = redactor.explain(value, tool=options.tool)
     if options.json:
-        answer = {
-            "recorded": json.loads(recorded),
-            "redacted": [{"path": path, "reason": reason} for path, reason in reasons],
-        }
-        _print_json(answer, indent=2)
+        redacted = [{"path": path, "reason": reason} for path, reason in reasons]
+        _print_json({"recorded": json.loads(recorded), "redacted": redacted}, indent=2)
         return 0
-    write_text(sys.stdout, indented_json(recorded))
+    _print(indented_json(recorded))
     if reasons:
         _print()
         write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
@@ -13628,13 +13608,12 @@ def _verdict_summary(verdict: Verdict, since: str | None) -> str:
         f"{counted(verdict.events, 'event')} in {counted(verdict.segments, 'segment')} "
         f"of {counted(len(verdict.heads), 'journal')}",
     ]
-    for count, what in (
-        (verdict.purged, "purged since"),
-        (verdict.lost, "lost, as the ledger says"),
-        (verdict.legacy, "older than the ledger: what they were before it began is not proved"),
-    ):
-        if count:
-            parts.append(f"{count} {what}")
+    if verdict.purged:
+        parts.append(f"{verdict.purged} purged since")
+    if verdict.lost:
+        parts.append(f"{verdict.lost} lost, as the ledger says")
+    if verdict.legacy:
+        parts.append(f"{verdict.legacy} older than the ledger: what they were before it began is not proved")
     if verdict.waiting_bytes:
         parts.append(f"{counted(verdict.waiting_bytes, 'byte')} in the journal, not sealed yet")
     if since is not None:
