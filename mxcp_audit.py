@@ -3707,6 +3707,8 @@ class Journal:
         self._group = group
         self.directory = os.path.abspath(directory)
         self._lock_path = os.path.join(self.directory, "ingest.lock")
+        # Exists while the database's WAL holds only what we wrote.
+        self.wal_mark = os.path.join(self.directory, "journal.wal")
         self._clock = clock  # for names only
 
     def make_directory(self, *, durable: bool = False) -> None:
@@ -3805,10 +3807,6 @@ class Journal:
                 if is_same and not os.path.samefile(place, self.directory):
                     os.unlink(os.path.join(self.directory, "journal.id"))
         replace_file(path, json.dumps(mine).encode())
-
-    def wal_mark(self) -> str:
-        """Return the path of the file that says that the database's WAL holds only what we wrote."""
-        return os.path.join(self.directory, "journal.wal")
 
     def ask_readers(self) -> None:
         """Have new readers wait until the ingest has had the database; call it under the ingest lock."""
@@ -4805,19 +4803,21 @@ class Writer:
         deadline = time.monotonic() + timeout
         if not self.wait_written(self.accepted, timeout) or self._is_writing_thread():
             return not self.pending
+        ingester = self._ingester
         with self._lock:
-            self._ingester.wanted += 1
-            wanted = self._ingester.wanted
-        if not (self._ingester.stopped or self._closing):
+            ingester.wanted += 1
+            wanted = ingester.wanted
+
+        def is_over() -> bool:
+            return ingester.tried >= wanted or ingester.stopped or self._closing
+
+        if not is_over():
             self._rouse()
-        while self._ingester.tried < wanted and not (self._ingester.stopped or self._closing):
-            left = deadline - time.monotonic()
-            if left <= 0:
-                break
+        while not is_over() and (left := deadline - time.monotonic()) > 0:
             if self._thread is None:
                 self._work_inline()
             with self._lock:
-                if self._ingester.tried < wanted:
+                if not is_over():
                     self._progress.wait(min(left, _POLL_SECONDS))
         return True
 
@@ -8497,7 +8497,7 @@ class Target:
         if read_only or os.path.islink(self.path):
             yield
             return
-        wal, mark = self.path + ".wal", self._journal.wal_mark()
+        wal, mark = self.path + ".wal", self._journal.wal_mark
         with contextlib.suppress(OSError):
             os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
             os.close(make_file(mark, os.O_WRONLY))
@@ -8514,7 +8514,7 @@ class Target:
         """
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
         try:
-            os.unlink(self._journal.wal_mark())
+            os.unlink(self._journal.wal_mark)
             os.rename(self.path + ".wal", aside)
         except OSError:
             return None
