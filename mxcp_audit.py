@@ -30,6 +30,7 @@ from __future__ import annotations
 
 import atexit
 import binascii
+import bisect
 import codecs
 import collections
 import contextlib
@@ -49,7 +50,17 @@ import threading
 import time
 import types
 import weakref
-from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Awaitable,
+    Callable,
+    Collection,
+    Generator,
+    Iterable,
+    Iterator,
+    Mapping,
+    MappingView,
+    Sequence,
+)
 from math import inf, isfinite, nan
 from typing import (
     IO,
@@ -1133,121 +1144,99 @@ def _words_in(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+def _words_by_head(text: str) -> dict[str, frozenset[str]]:
+    """Return lists of words under their heads, which end in a colon."""
+    rows = (row.split() for row in re.findall(r"\w+:[^:]*(?=\s\w+:|$)", text.strip()))
+    return {head[:-1]: frozenset(words) for head, *words in rows}
+
+
 # The names that the specification lists are redacted in any spelling, whatever the words say.
 SPEC_NAMES: Final = _words_in("""
-    password passwd pwd secret token key apikey auth authorization credential ssn creditcard
-    cardnumber
+    password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 """)
-# A secret wherever it stands: nothing else is called by these words. The last line is
-# "password" in the languages whose word for it is unmistakable.
+# A secret wherever it stands: nothing else is called by these words. The last line is "password" in the
+# languages whose word for it is unmistakable.
 STRONG_WORDS: Final = _words_in("""
-    password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp
-    pat creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig
+    password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
+    creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig
     jsessionid phpsessid sessid privkey requirepass masterauth
     motdepasse passwort kennwort contrasena contraseña senha
 """)
-# Two words that are one secret: what card and identity forms ask for, and words that a
-# spelling tore apart (`passWord`, `OAuth`).
-PHRASES: Final = {
-    phrase: word
-    for word, phrases in {
-        "creditcard": "credit card, debit card, payment card, card number, card num, card no"
-        ", cc number, cc num, cc no, primary account",
-        "cvv": "card verification",
-        "ssn": "social security",
-        "codeverifier": "code verifier, oauth verifier",
-        "securityanswer": "security answer, secret answer, recovery answer, challenge answer",
-        "assertion": "saml response",
-        "sessid": "connect sid",
-        "credential": "service json, account json",
-        "password": "pass word",
-        "passphrase": "pass phrase",
-        "motdepasse": "de passe",
-        "passcode": "pass code",
-        "apikey": "api key",
-        "oauth": "o auth",
-        "imagepull": "image pull",  # Kubernetes' imagePullSecrets are names of secrets
-        "idempotency": "client request",
-    }.items()
-    for phrase in phrases.split(", ")
-}
+# Two words that are one: what card and identity forms ask for, what a spelling tore apart (`passWord`,
+# `OAuth`), and Kubernetes' imagePullSecrets, which are names of secrets.
+_PHRASES: Final = _words_by_head("""
+    creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
+        primary+account
+    cvv: card+verification
+    ssn: social+security
+    codeverifier: code+verifier oauth+verifier
+    securityanswer: security+answer secret+answer recovery+answer challenge+answer
+    assertion: saml+response
+    sessid: connect+sid
+    credential: service+json account+json
+    password: pass+word
+    passphrase: pass+phrase
+    motdepasse: de+passe
+    passcode: pass+code
+    apikey: api+key
+    oauth: o+auth
+    imagepull: image+pull
+    idempotency: client+request
+""")
+PHRASES: Final = {pair.replace("+", " "): word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only, each with the words before it that make it harmless.
-WEAK_WORDS: Final = {
-    # Units of text and places in a listing, optimistic locks, crypto-currencies.
-    "token": _words_in("""
-    next starting page paging pagination continuation continue cursor sync delta resume forward
-    backward scroll position offset checkpoint watermark iterator snapshot lock change version
-    sequence consistency read idempotency idempotent skip first last previous prev start stop end
-    bos eos pad unk sep cls mask special input output prompt completion generated code explained
-    sample predicted text word string lexer parser syntax css color colour design theme environment
-    n max min num per total count budget base quote native governance reward nft erc fungible
-"""),
-    # What finds a record, names a button, or is public by design.
-    "key": _words_in("""
-    public pub publishable anon foreign unique sort partition cache object idempotency ttl kv event
-    group hash range composite map project file config variation hot ctrl alt input output parent
-    label field record body error subject primary issue tag bucket table column row index kms
-    managed
-"""),
-    "auth": frozenset(),
-    "authorization": frozenset(),
-    "jwt": _words_in("verify validate decode parse"),
-    "cookie": _words_in("consent third party"),
-    # Outcomes, tickets and rounds.
-    "pass": _words_in("""
-    first second single multi two one last did tests test checks high low band boarding ski
-"""),
-    # Places on a board or a map.
-    "pin": _words_in("""
-    gpio led gpu map data clock input output board analog digital header reset power
-"""),
-    "code": frozenset(),
-    "signature": frozenset(),
-}
+WEAK_WORDS: Final = _words_by_head("""
+    token: next starting page paging pagination continuation continue cursor sync delta resume forward
+        backward scroll position offset checkpoint watermark iterator snapshot lock change version sequence
+        consistency read idempotency idempotent first last previous prev start stop end bos eos pad unk sep
+        cls special input output prompt completion generated code explained sample predicted text word
+        string lexer parser syntax css color colour design theme environment n per budget base quote native
+        governance reward nft erc fungible
+    key: public pub publishable anon foreign unique sort partition cache object idempotency ttl kv event
+        group hash range composite map project file config variation hot ctrl alt input output parent label
+        field record body error subject primary issue tag bucket table column row index kms managed
+    jwt: verify validate decode parse
+    cookie: consent third party
+    pass: first second single multi two one last did test checks high low band boarding ski
+    pin: gpio led gpu map data clock input output board analog digital header reset power
+    auth: authorization: code: signature:
+""")
 # With one of these somewhere before it: `key` opens something (what it does, what it opens, for whom),
 # `tokens` are no text, `auth` holds credentials, `code` proves who one is, a signature signs a URL, cookies
 # are not baked. `Authorization` is a header alone or beside its words; else it is a decision or a record.
-OPENERS: Final = {
-    "key": _words_in("""
-    access private priv auth authentication authorization encryption encrypt decryption decrypt
-    signing sign hmac mac aes des rsa cipher crypto master root session shared account storage
-    subscription license licence activation product service app application client server wrapping
-    wrap unseal recovery ssh pgp gpg pem tls ssl sas bot webhook admin developer dev merchant payment
-    jwt signature kek dek pass secondary tertiary stream customer function functions workspace
-    registration enrollment ingestion integration extension phase ike wep wpa radius tacacs tsig
-    device agent connection tunnel provisioning
-"""),
-    "token": _words_in("""
-    access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot
-    service deploy user device registration verification recovery invite
-"""),
-    "auth": _words_in("http https basic digest bearer docker registry proxy api x npm redis git repo"),
-    "authorization": _words_in("proxy http x ms amz basic bearer forwarded original header request custom"),
-    "code": _words_in("""
-    authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa
-    sms access device reset login time cvv cvc card
-"""),
-    "cookie": _words_in("session auth http request set login"),
-    "signature": _words_in("amz goog access"),
-}
+OPENERS: Final = _words_by_head("""
+    key: access private priv auth authentication authorization encryption encrypt decryption decrypt signing
+        sign hmac mac aes des rsa cipher crypto master root session shared account storage subscription
+        license licence activation product service app application client server wrapping wrap unseal
+        recovery ssh pgp gpg pem tls ssl sas bot webhook admin developer dev merchant payment jwt signature
+        kek dek pass secondary tertiary stream customer function workspace registration enrollment ingestion
+        integration extension phase ike wep wpa radius tacacs tsig device agent connection tunnel
+        provisioning
+    token: access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot
+        service deploy user device registration verification recovery invite
+    auth: http basic digest bearer docker registry proxy api x npm redis git repo
+    authorization: proxy http x ms amz basic bearer forwarded original header request custom
+    code: authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa
+        sms access device reset login time cvv cvc card
+    cookie: session auth http request set login
+    signature: amz goog access
+""")
 # After a secret word these still mean the secret itself: forms, copies and parts of it.
 # Any other word there says that the name is about the secret: its policy, place, kind, age.
 STILL_SECRET: Final = _words_in("""
-    value string str text plain plaintext cleartext base b bin binary raw hex encoded encrypted
-    hashed hash digest data byte content body material blob override new old current previous confirm
-    confirmation repeat again verification verify primary secondary main backup default dev prod
-    production test testing staging live sandbox local json pem number num no hint auxiliary env
-    x v wo last block part enc
+    value string str text plain plaintext cleartext base b bin binary raw hex encoded encrypted hashed hash
+    digest data byte content body material blob override new old current previous confirm confirmation
+    repeat again verification verify primary secondary main backup default dev prod production test testing
+    staging live sandbox local json pem number num no hint auxiliary env x v wo last block part enc
 """)
 # A `key` with one of these after it is a document.
 KEY_DOCUMENTS: Final = _words_in("pem material blob wo string plaintext cleartext")
 # Before a secret word these turn the name into a switch or a figure …
 FLAG_WORDS: Final = _words_in("""
-    is are has have had use uses using used no not non without with allow allows allowed require
-    requires required enable enables enabled disable disables disabled show hide prevent ignore
-    ignores skip need needs should must can cannot force forgot detect scan support supports include
-    includes accept accepts want generate regenerate manage mask redact max min maximum minimum num
-    count total always automount ask return
+    is are has have had use using used no not non without with allow allowed require required enable enabled
+    disable disabled show hide prevent ignore skip need should must can cannot force forgot detect scan
+    support include accept want generate regenerate manage mask redact max min maximum minimum num count
+    total always automount ask return
 """)
 # … and these, which have other uses before a weak word (`reset_token`, `set_cookie`), before a strong one.
 VERBS: Final = _words_in("""
@@ -1256,8 +1245,8 @@ VERBS: Final = _words_in("""
 """)
 # Glued before a secret word in real names (`dbpass`, `ccnum`); the words above join in.
 GLUE_WORDS: Final = _words_in("""
-    db user my mysql sql pg smtp imap ftp ldap redis mail wifi card credit debit cc csrf xsrf id aws
-    web www github gitlab slack code public next page max min sort
+    db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack
+    public next page sort
 """)
 # A word that ends in one of these ends in a secret, whatever is glued before it
 # (`pgpassword`, `csrfmiddlewaretoken`, `bindpass`); English has few such words.
@@ -1285,7 +1274,7 @@ _BY_SETTING: Final = "listed under `redact`"
 
 def _singular(word: str) -> str:
     """Return the word that the lists know: `keys` is `key`, `access` and `pass` stay."""
-    return word[:-1] if word[-1:] == "s" and word not in _KNOWN_WORDS and word[:-1] in _KNOWN_WORDS else word
+    return word[:-1] if word[-1:] == "s" and word[:-1] in _KNOWN_WORDS else word
 
 
 def _unglue(word: str) -> list[str]:
@@ -1325,16 +1314,13 @@ def _name_words(name: str) -> list[str]:
 def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], loud: bool) -> bool:
     """Return True if a weak word, between these words, is a secret; `loud`: UPPER_CASE or `X-…`."""
     opened = not OPENERS.get(head, NO_SECRETS).isdisjoint(before)
-    if head == "key":
-        # The twins that an account has, a protocol's abbreviation (`ntp_key`), a document, a shouted name.
-        twin = len(before) > 1 and "primary" in before
+    twin = head == "key" and len(before) > 1 and "primary" in before  # an account has two
+    if before and before[-1] in WEAK_WORDS[head] and not twin:
+        return False
+    if head == "key":  # a protocol's abbreviation (`ntp_key`), a document, a shouted name
         short = any(1 < len(word) < 5 and not re.search("[aeiouy]", word) for word in before)
-        if not twin and before and before[-1] in WEAK_WORDS[head]:
-            return False
         document = not KEY_DOCUMENTS.isdisjoint(tail)
         return opened or twin or short or document or (loud and bool(before) and not plural)
-    if before and before[-1] in WEAK_WORDS[head]:
-        return False
     return {
         "token": opened or not plural,
         "cookie": opened or not plural or not before,
@@ -1353,25 +1339,25 @@ def _judge_name(name: str) -> tuple[int, str]:
     if plain in SPEC_NAMES:
         return (1 if plain in WEAK_WORDS else 2), f"the specification names {plain!r}"
     if words[:1] == ["sensitive"] or words[1:][-1:] == ["wo"]:  # Terraform's write-only attributes
-        return 2, f"the word {'sensitive' if words[0] == 'sensitive' else 'wo'!r}"
+        return 2, f"the word {(words[0] if words[0] == 'sensitive' else 'wo')!r}"
     singular = list(map(_singular, words))
     heads = [at for at, word in enumerate(singular) if word in STRONG_WORDS or word in WEAK_WORDS]
     if not heads:
         return 0, ""
     at = heads[-1]
     head, before, tail = singular[at], singular[:at], singular[at + 1 :]
+    strong = head in STRONG_WORDS
     # "auth header" is what the header holds, "api key header" is what it is called.
     held = ("header",) if head in ("auth", "authorization", "cookie") else ()
-    if not FLAG_WORDS.isdisjoint(before) or not STILL_SECRET.union(held).issuperset(tail):
+    flags = FLAG_WORDS | VERBS if strong else FLAG_WORDS
+    if not flags.isdisjoint(before) or not STILL_SECRET.union(held).issuperset(tail):
         return 0, ""
-    if head in STRONG_WORDS and not VERBS.isdisjoint(before):
-        return 0, ""
-    if head in STRONG_WORDS or (head != "auth" and not STRONG_WORDS.isdisjoint(before)):
+    if strong or (head != "auth" and not STRONG_WORDS.isdisjoint(before)):
         return 2, f"the word {words[at]!r}"
     loud = name.isupper() or name[:2] in ("X-", "x-")
-    if _judge_weak(head, words[at] != head, before, tail, loud):
-        return (2 if before else 1), f"the word {words[at]!r} in {' '.join(words)!r}"
-    return 0, ""
+    if not _judge_weak(head, words[at] != head, before, tail, loud):
+        return 0, ""
+    return (2 if before else 1), f"the word {words[at]!r} in {' '.join(words)!r}"
 
 
 def _normal(name: str) -> str:
@@ -1458,11 +1444,6 @@ _SEPARATOR: Final = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
 _QUOTE: Final = (
     r"""(?:(?:new\s)?[A-Za-z_]{1,24}\()?[bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2(?=[\w!@#$%^*+]))?"""
 )
-_QUOTED_BY: Final = {
-    '"': r'(?s)[^"\\]*(?:\\.[^"\\]*)*',
-    "'": r"(?s)[^'\\]*(?:(?:\\.|'')[^'\\]*)*",
-    "`": r"(?s)[^`\\]*(?:\\.[^`\\]*)*",
-}
 # A bare value ends at a space or at what separates it from the next; a separator that
 # nothing follows may be part of it.
 _BARE: Final = r"""(?x)(?:[^\s,;&'"`<>)\]}\\]
@@ -1500,6 +1481,11 @@ TOKEN_PREFIXES: Final = r"""
     duffel_(?:live|test)_ dnkey- fio-u- y0_A FLWSECK(?:_TEST)?- CLOJARS_
     cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
 """
+# In `\nghp_…` and `%3Dghp_…` the run starts with the end of an escape.
+_TOKEN: Final = (
+    r"(?<![A-Za-z0-9_\-])(?=[A-Za-z0-9_\-]{16})(?:(?<=\\)[nrtfb]|(?<=%)..)?"
+    rf"((?:{'|'.join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}})"
+)
 # Formats with dots, colons and slashes, each behind a substring that must be there.
 DOTTED_TOKENS: Final = (
     ("eyJ", r"(?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}"),  # JWT, JWS, JWE
@@ -1524,13 +1510,13 @@ DOTTED_TOKENS: Final = (
 )
 # 4-4-4-4, 4-6-5 and 4-6-4 with one kind of separator, or none.
 _CARD: Final = (
-    r"[2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))"
-    r"(?:[0-9]{13,18}|[0-9]{3}([ -])[0-9]{4}\1[0-9]{4}\1[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\2[0-9]{4,5})"
-    r"(?![\w-]|\.[0-9])"
+    r"([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))"
+    r"(?:[0-9]{13,18}|[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})"
+    r"(?![\w-]|\.[0-9]))"
 )
 _SSN: Final = (
-    r"[0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))[0-9]{2}(?<!000)(?<!666)"
-    r"-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-]|\.[0-9])"
+    r"([0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))[0-9]{2}(?<!000)(?<!666)"
+    r"-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-]|\.[0-9]))"
 )
 
 
@@ -1666,11 +1652,10 @@ _REFERENCES: Final = _words_in("secret secrets credential credentials")
 _ALGORITHMS: Final = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 ed25519")
 # What a remark about a secret begins with, and the types of columns and parameters.
 _REMARKS: Final = _words_in("""
-    a an the this that is are was must should may can cannot will not no yes on off too at in of for
-    from to and or with field required optional missing invalid incorrect wrong expired empty unset
-    unknown expected unexpected got see value string str text int integer bool boolean bytes object
-    array list dict number type any strict bearer basic only same different varchar char secretstr
-    uuid float password raise return
+    a an the this that is are was must should may can cannot will not no yes on off too at in of for from to
+    and or with field required optional missing invalid incorrect wrong expired empty unset unknown expected
+    unexpected got see value string str text int integer bool boolean bytes object array list dict number
+    type any strict bearer basic only same different varchar char secretstr uuid float password raise return
 """)
 _HEADER_NAMES: Final = _words_in("authorization proxy-authorization cookie set-cookie")
 _SCHEMES: Final = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
@@ -1700,8 +1685,8 @@ def _argument_pattern(place: str, needs: list[str]) -> str:
     if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
         flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
         skip, plain = rf"(?:\x1f(?={flag})[^\x1f]*)*", rf"\x1f(?!{flag})[^\x1f]+"
-        before = (needs[0] if needs else r"\A[^\x1f]+") + (skip + plain) * (int(place[1:]) - 1)
-        return rf"{before}{skip}\x1f(?!{flag}|[a-z_]+=|\\)([^\x1f]+)"
+        before = needs[0] if needs else r"\A[^\x1f]+"
+        return rf"{before}{(skip + plain) * (int(place[1:]) - 1)}{skip}\x1f(?!{flag}|[a-z_]+=|\\)([^\x1f]+)"
     how = place[-1] if place[-1] in ":%,=+." else ""
     option = place[: len(place) - len(how)]
     joined = "[=:]?" if len(option) < 4 else "[=:]"
@@ -1718,34 +1703,19 @@ class _Texts:
         self.names, self._key, self.constant = names, key, key is None
         # Short texts without a secret, as JSON: names, cities and states come again and again.
         self.harmless: dict[str, str] = {}
-        self._token = re.compile(
-            rf"(?:{'|'.join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}}"
-        )
         self._placeholder = re.compile(_PLACEHOLDER)
+        self._places = [(rule, gates.split("|"), pattern, accept) for rule, gates, pattern, accept in _PLACES]
         # What a program's words, joined, must hold, where the secret is, and whether its look decides.
         self.programs: dict[str, list[tuple[list[str], str, bool]]] = {}
         for row in _COMMANDS.strip().split("\n"):
             programs, needed, places = (part.split() for part in row.split("|"))
-            needs = [
-                "\x1f" + (f"-[a-zA-Z]*{need[1:]}[a-zA-Z]*" if len(need) == 2 else need + "s?")
-                for need in needed
-            ]
-            for place in places:
-                for program in programs:
-                    self.programs.setdefault(program, []).append(
-                        (
-                            [need + "(?:\x1f|\\Z)" for need in needs],
-                            _argument_pattern(place, needs),
-                            place[1:].isdigit(),
-                        )
-                    )
-        names_of_programs = "|".join(sorted(map(re.escape, self.programs), reverse=True))
-        self._program = re.compile(rf"\b(?<![.-])(?:{names_of_programs})(?:\.exe)?(?=[\s\"'])")
-        self._sieves: list[tuple[str, list[str], Callable[[str], Iterator[_Span]]]] = []
-        for rule, gates, pattern, accept in _PLACES:
-            find = functools.partial(self._placed, pattern=pattern, accept=accept)
-            self._sieves.append((rule, gates.split("|"), find))
-        self._sieves.append(("a column of an INSERT", ["insert", "replace"], self._inserted))
+            needs = [f"-[a-zA-Z]*{need[1:]}[a-zA-Z]*" if len(need) == 2 else need + "s?" for need in needed]
+            needs = [rf"\x1f{need}(?=\x1f|\Z)" for need in needs]
+            rules = [(needs, _argument_pattern(place, needs), place[1:].isdigit()) for place in places]
+            for program in programs:
+                self.programs.setdefault(program, []).extend(rules)
+        any_program = "|".join(sorted(map(re.escape, self.programs), reverse=True))
+        self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"'])")
 
     # 1. The order of the sieves.
 
@@ -1770,31 +1740,30 @@ class _Texts:
         if (led or option) and not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
             text = hide(text, self._arguments(text), "an argument of a command")
         if led:
-            for rule, gates, find in self._sieves:
+            for rule, gates, pattern, accept in self._places:
                 for gate in gates:
                     if gate in low:
-                        text = hide(text, find(text), rule)
+                        text = hide(text, self._placed(text, pattern, accept), rule)
                         break
             # 3. What has a name.
-            if "\n" in text and ("," in text or "|" in text or "\t" in text or ";" in text):
+            if "insert" in low or "replace" in low:
+                text = hide(text, self._inserted(text), "a column of an INSERT")
+            if "\n" in text:
                 text = hide(text, self._cells(text), "the head of a table")
-            text = hide(text, self._named(text, _lower(text)), "a name in the text")
+            text = hide(text, self._named(text), "a name in the text")
         # 4. What has a known format. Its shape is looked for in bytes, which takes a tenth of the time.
         if size >= 11:
             shape = text.encode("utf-8", "surrogatepass")
             if _RUN in shape.translate(_RUNS):
                 for gate, pattern in DOTTED_TOKENS:
                     if gate in text:
-                        text = hide(text, map(re.Match.span, _re(pattern).finditer(text)), "a known form")
-                text = hide(text, self._tokens(text), "a token's prefix")
+                        text = hide(text, self._placed(text, f"({pattern})"), "a known form")
+                text = hide(text, self._placed(text, _TOKEN), "a token's prefix")
             shape = shape.translate(_DIGITS)
             if b"0000" in shape:
-                cards = (card.span() for card in _re(_CARD).finditer(text) if _is_card(card[0]))
-                text = hide(text, cards, "a card number")
+                text = hide(text, self._placed(text, _CARD, _is_card), "a card number")
                 if b"000-00-0000" in shape:
-                    text = hide(
-                        text, map(re.Match.span, _re(_SSN).finditer(text)), "a social security number"
-                    )
+                    text = hide(text, self._placed(text, _SSN), "a social security number")
         # 5. What went at one place and stands at another as well.
         for secret in taken:
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
@@ -1840,7 +1809,9 @@ class _Texts:
 
     # 2. Places and forms: each method yields where, from left to right, and looks at nothing twice.
 
-    def _placed(self, text: str, pattern: str, accept: Callable[[str], bool] | None) -> Iterator[_Span]:
+    def _placed(
+        self, text: str, pattern: str, accept: Callable[[str], bool] | None = None
+    ) -> Iterator[_Span]:
         """Yield what stands where a pattern says: its last group, or what follows it."""
         done = 0
         for match in _re(pattern).finditer(text):
@@ -1853,16 +1824,6 @@ class _Texts:
     def _is_none(self, value: str) -> bool:
         """Return True if a word stands for a secret, or had one."""
         return "[REDACTED" in value or self._placeholder.fullmatch(value) is not None
-
-    def _tokens(self, text: str) -> Iterator[_Span]:
-        """Yield what the issuers' prefixes give away."""
-        for run in _re(r"[A-Za-z0-9_\-]{16,}").finditer(text):
-            start = run.start()
-            before = text[start - 1] if start else ""
-            # In `\nghp_…` and `%3Dghp_…` the run starts with the end of an escape.
-            skip = 1 if before == "\\" and text[start] in "nrtfb" else 2 if before == "%" else 0
-            if token := self._token.match(text, start + skip):
-                yield token.span()
 
     def _arguments(self, text: str) -> list[_Span]:
         """Return the secrets among the arguments of well-known programs."""
@@ -1887,9 +1848,9 @@ class _Texts:
                 continue
             line = "\x1f".join(words[at : at + 64])  # arbitrary
             for needs, place, doubtful in self.programs[base]:
-                for match in (
-                    _re(place).finditer(line) if all(_re(need).search(line) for need in needs) else ()
-                ):
+                if not all(_re(need).search(line) for need in needs):
+                    continue
+                for match in _re(place).finditer(line):
                     start, value = match.start(1), match[1]
                     if len(value) > 2 and value[0] in "\"'" and value[0] == value[-1]:
                         start, value = start + 1, value[1:-1]
@@ -1944,9 +1905,9 @@ class _Texts:
                     first = start + cells[index].start() + cells[index][0].index(shown[index])
                     yield first, first + len(shown[index])
 
-    def _named(self, text: str, low: str) -> Iterator[_Span]:
+    def _named(self, text: str) -> Iterator[_Span]:
         """Yield them: find a stem, widen it to a name with a separator, judge it, find the value's end."""
-        stems, separator = self.names.stems, _re(_SEPARATOR)
+        low, stems, separator = _lower(text), self.names.stems, _re(_SEPARATOR)
         done = at = 0
         while stem := stems.search(low, at):
             at = stem.end() - (text[stem.end() - 1] == "=")  # of `sig=`
@@ -2128,8 +2089,8 @@ class _Texts:
     def _line_end(self, text: str, at: int, end: int | None = None) -> int:
         """Return the end of a line, which in an escaped text ends with `\\n`."""
         end = len(text) if end is None else end
-        line = _re(r"[^\r\n]*?(?=\\[rn]|[\r\n]|\Z)").match(text, at, end)
-        return line.end() if line else end
+        sign = _re(r"\\[rn]|[\r\n]").search(text, at, end)
+        return sign.start() if sign else end
 
     def _bare_end(self, text: str, at: int) -> int:
         """Return the end of an unquoted value; a marker is one, whatever brackets mean elsewhere."""
@@ -2142,7 +2103,8 @@ class _Texts:
             if quote[1]:  # within a quoted text the quotes are escaped
                 end = text.find(quote[1] + quote[2], quote.end())
             else:
-                body = _re(_QUOTED_BY[quote[2]]).match(text, quote.end())
+                own, twice = quote[2], "|''" if quote[2] == "'" else ""
+                body = _re(rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*").match(text, quote.end())
                 end = body.end() if body else -1
             return quote.end(), len(text) if end < 0 else end
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
@@ -2165,8 +2127,7 @@ class _Texts:
 
 # --- what an endpoint declares
 
-# Arbitrary: deeper than any input that people write, and far from the interpreter's own limit.
-_MAX_DEPTH: Final = 64
+_MAX_DEPTH: Final = 64  # arbitrary: deeper than people write, and far from the interpreter's own limit
 
 
 class _Declared(NamedTuple):
@@ -2182,57 +2143,44 @@ class _Declared(NamedTuple):
         return self.fields.get(_normal(name))
 
 
-_ALL_DECLARED: Final = _Declared(True, {}, None, True)
-
-
-def _declare(definition: object) -> _Declared | None:
-    """Read an endpoint's definition; one that can't even be read makes everything sensitive."""
+def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = None) -> _Declared | None:
+    """Read MXCP's definition of a parameter; one that can't be read makes everything sensitive."""
+    budget = budget or iter(range(10_000))
     try:
-        return _read_declared(definition, 0, [10_000])
+        if next(budget, None) is None or depth > _MAX_DEPTH:
+            return _Declared(True, {}, None, True)
+        parts = definition if issubclass(type(definition), dict) else _members(definition)
+        if not isinstance(parts, dict):
+            return None
+        for wrapper in ("tool", "resource", "prompt") if depth == 0 else ():
+            inner = parts.get(wrapper)
+            if inner is not None and not isinstance(inner, str):
+                return _declare(inner, depth + 1, budget)
+        named: list[tuple[object, object]] = []
+        for group in (parts.get("parameters"), parts.get("properties")):
+            if isinstance(group, dict):
+                named += group.items()
+            for part in group if isinstance(group, (list, tuple)) else ():
+                named.append(((part if isinstance(part, dict) else _members(part) or {}).get("name"), part))
+        fields: dict[str, _Declared] = {}
+        for name, part in named:
+            declared = _declare(part, depth + 1, budget) if isinstance(name, str) else None
+            if isinstance(name, str) and declared is not None and declared.hides:
+                fields[_normal(name)] = declared
+        element = parts.get("items") or parts.get("additionalProperties")
+        items = None if element is None else _declare(element, depth + 1, budget)
+        says = parts.get("sensitive", False)
+        off = ("", "false", "no", "off", "0")
+        yes = says.strip().lower() not in off if isinstance(says, str) else bool(says)
+        return _Declared(yes, fields, items, yes or bool(fields) or (items is not None and items.hides))
     except INTERRUPTS:
         raise
     except BaseException:
-        return _ALL_DECLARED
-
-
-def _read_declared(definition: object, depth: int, budget: list[int]) -> _Declared | None:
-    """Read what MXCP's parameter definitions declare; anything else declares nothing."""
-    budget[0] -= 1
-    if budget[0] < 0 or depth > _MAX_DEPTH:
-        return _ALL_DECLARED
-    parts = definition if issubclass(type(definition), dict) else _members(definition)
-    if not isinstance(parts, dict):
-        return None
-    for wrapper in ("tool", "resource", "prompt") if depth == 0 else ():
-        inner = parts.get(wrapper)
-        if inner is not None and not isinstance(inner, str):
-            return _read_declared(inner, depth + 1, budget)
-    fields: dict[str, _Declared] = {}
-    for group in (parts.get("parameters"), parts.get("properties")):
-        for name, part in _named_parts(group):
-            declared = _read_declared(part, depth + 1, budget)
-            if declared is not None and declared.hides:
-                fields[_normal(name)] = declared
-    element = parts.get("items") or parts.get("additionalProperties")
-    items = _read_declared(element, depth + 1, budget) if element is not None else None
-    says = parts.get("sensitive", False)
-    yes = says.strip().lower() not in ("", "false", "no", "off", "0") if isinstance(says, str) else bool(says)
-    return _Declared(yes, fields, items, yes or bool(fields) or (items is not None and items.hides))
-
-
-def _named_parts(group: object) -> Iterable[tuple[str, object]]:
-    """Yield the named parts of a `parameters` list or a `properties` mapping."""
-    if isinstance(group, dict):
-        yield from ((name, part) for name, part in group.items() if isinstance(name, str))
-    for part in group if isinstance(group, (list, tuple)) else ():
-        members = part if isinstance(part, dict) else _members(part)
-        if members is not None and isinstance(members.get("name"), str):
-            yield members["name"], part
+        return _Declared(True, {}, None, True)
 
 
 # --- what an object holds
 
-_VIEWS: Final[tuple[type, ...]] = (type({}.keys()), type({}.values()), type({}.items()))
 # Types whose `str` says all, by name: importing their modules would cost 15 ms.
 _TEXT_TYPES: Final = _words_in("Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path")
 _TEXT_MODULES: Final = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
@@ -2240,44 +2188,36 @@ _TEXT_MODULES: Final = ("decimal", "fractions", "datetime", "uuid", "pathlib", "
 
 def _type_name(value: object) -> str:
     """Name an object's type, whatever its metaclass does."""
-    try:
-        return str(type.__getattribute__(type(value), "__name__"))
-    except Exception:
-        return "object"
+    return str(type.__dict__["__name__"].__get__(type(value)))
 
 
-def _repr(value: object) -> str:
-    """Show any object: its own text without memory addresses, or a placeholder that names its type."""
+def _text_of(value: object, show: Callable[[Any], str] = repr) -> str:
+    """Show any object without memory addresses, or a placeholder that names its type."""
     try:
         # `str.__str__` makes a plain str of a subclass's without running its methods.
-        shown = str.__str__(repr(value))
+        return re.sub(r" at 0x[0-9a-fA-F]{1,16}\b", "", str.__str__(show(value)))
     except BaseException:
         return f"<unprintable {_type_name(value)}>"
-    return re.sub(r" at 0x[0-9a-fA-F]{1,16}\b", "", shown) if " at 0x" in shown else shown
 
 
 def _members(value: object) -> dict[str, Any] | None:
     """Return the fields of an object that keeps its data under names, or None."""
     kind = type(value)
-    names: Iterable[str] | None = None
-    if issubclass(kind, tuple):
-        names = getattr(kind, "_fields", None)
-    elif isinstance(fields := getattr(kind, "__dataclass_fields__", None), dict):
-        names = list(fields)
-    elif isinstance(getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None), dict):
-        data = dict(object.__getattribute__(value, "__dict__"))
-        extra = getattr(value, "__pydantic_extra__", None)
-        return {**data, **extra} if isinstance(extra, dict) else data
-    elif isinstance(attributes := getattr(kind, "__attrs_attrs__", None), tuple):
-        names = [field.name for field in attributes]
-    elif isinstance(fields := getattr(kind, "__struct_fields__", None), tuple):
-        names = fields
-    elif issubclass(kind, types.SimpleNamespace) or kind.__module__ == "argparse":
-        return dict(object.__getattribute__(value, "__dict__"))
-    if names is None:
-        return None
+    keepers = ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
+    for keeper in ("_fields",) if issubclass(kind, tuple) else keepers:
+        fields = getattr(kind, keeper, None)
+        if isinstance(fields, (dict, tuple)):
+            break
+    else:
+        pydantic = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None)
+        plain = issubclass(kind, types.SimpleNamespace) or kind.__module__ == "argparse"
+        if issubclass(kind, tuple) or not (plain or isinstance(pydantic, dict)):
+            return None
+        data, extra = object.__getattribute__(value, "__dict__"), getattr(value, "__pydantic_extra__", None)
+        return {**data, **extra} if isinstance(extra, dict) else dict(data)
     members = {}
-    for name in names:
+    for field in fields:
+        name = field if isinstance(field, str) else field.name  # attrs describes them by objects
         try:
             members[name] = getattr(value, name)
         except BaseException as error:
@@ -2285,59 +2225,52 @@ def _members(value: object) -> dict[str, Any] | None:
     return members
 
 
-class _Unordered(list[Any]):
-    """The elements of a set, whose order says nothing."""
-
-
-def _unlike(items: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+def _unlike(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """Return items as a dict; where a key is there already, the second gets `#2`."""
-    made: dict[Any, Any] = {}
-    numbers: dict[Any, int] = {}
+    made = dict(items)
+    if len(made) == len(items):
+        return made
+    made, numbers = {}, collections.Counter[Any]()
     for key, item in items:
         free = key
         while free in made:
-            numbers[key] = numbers.get(key, 1) + 1
-            free = f"{key}#{numbers[key]}"
+            numbers[key] += 1
+            free = f"{key}#{numbers[key] + 1}"
         made[free] = item
     return made
 
 
+# What a value of a type becomes: one of JSON's own types, or a step nearer to them.
+_CONTENTS: Final[tuple[tuple[type | tuple[type, ...], Callable[[Any], object]], ...]] = (
+    (str, str.__str__),
+    (int, int.__int__),
+    (float, float.__float__),
+    ((bytes, bytearray, memoryview), lambda value: bytes(value).decode("utf-8", "backslashreplace")),
+    (enum.Enum, lambda value: value.value),
+    (dict, lambda value: dict(dict.items(value))),
+    (BaseException, lambda value: f"{_type_name(value)}: {_text_of(value, str)}".removesuffix(": ")),
+    # The elements of a set in an order that is the same in every process.
+    ((set, frozenset), lambda value: sorted(value, key=lambda item: (_type_name(item), _text_of(item)))),
+    ((list, collections.deque, MappingView), list),
+    (tuple, lambda value: list(value) if (members := _members(value)) is None else members),
+)
+
+
 def _content(value: Any, kind: type) -> object:
     """Return what an object holds or says, in JSON's own types or one step nearer to them."""
-    if issubclass(kind, str):
-        return str.__str__(value)
-    if issubclass(kind, int):
-        return int.__int__(value)
-    if issubclass(kind, float):
-        return float.__float__(value)
-    if issubclass(kind, (bytes, bytearray, memoryview)):
-        return bytes(value).decode("utf-8", "backslashreplace")
-    if issubclass(kind, enum.Enum):
-        return value.value
-    if issubclass(kind, dict):
-        return dict(dict.items(value))
-    if issubclass(kind, BaseException):
-        try:
-            said = str.__str__(str(value))
-        except BaseException:
-            said = "<unprintable>"
-        return f"{_type_name(value)}: {said}" if said else _type_name(value)
+    for known, content in _CONTENTS:
+        if issubclass(kind, known):
+            return content(value)
     members = _members(value)
     if members is not None:
         return members
-    if issubclass(kind, (set, frozenset)):
-        return _Unordered(value)
-    if issubclass(kind, (list, tuple, collections.deque, *_VIEWS)):
-        return list(value)
     if issubclass(kind, Mapping):  # such as HTTP headers, which may hold a key twice
-        return _unlike(value.items())
+        return _unlike(list(value.items()))
     for base in kind.__mro__:
         if base.__name__ in _TEXT_TYPES and base.__module__.startswith(_TEXT_MODULES):
             return str.__str__(str(value))
     numpy = any(base.__module__.partition(".")[0] == "numpy" for base in kind.__mro__)
-    if numpy and hasattr(kind, "tolist") and value.size <= 10_000:
-        return value.tolist()
-    return _repr(value)
+    return value.tolist() if numpy and hasattr(kind, "tolist") and value.size <= 10_000 else _text_of(value)
 
 
 # --- the walk
@@ -2345,46 +2278,44 @@ def _content(value: Any, kind: type) -> object:
 _MAX_NODES: Final = 500_000  # more than fit into the default of `max_input_bytes`
 _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
 _CARD_NUMBERS: Final = 10**12  # an integer from here on may be a card's number
-# The fewest digits at which an interpreter may refuse to write an int (CPython's lowest limit).
-_WIDE_INT: Final = 10**640
 _JSON_STARTS: Final = frozenset('{[" \t\r\n')
 _SLACK: Final = 4096  # characters read beyond what is kept, so that no secret is cut in half
 # A sibling with one of these names says what stands under the other.
 _LABELS: Final = _words_in("""
-    name key header field param parameter property variable attribute setting label element selector path
-    id type column
+    name key header field param parameter property variable attribute setting label element selector path id
+    type column
 """)
 _VALUES: Final = _words_in("value values val default content text newvalue new_value")
 _COLUMN_LISTS: Final = _words_in("columns column_names columnnames headers header fields cols schema")
 _ROW_LISTS: Final = _words_in("rows values data records")
 _PROGRAMS: Final = _words_in("command cmd program executable")
 _ARGUMENTS: Final = _words_in("args argv arguments")
-_BESIDE_NAMES: Final = _VALUES | _ROW_LISTS | _ARGUMENTS
 # What a verdict on a key says: its value goes, booleans and null too where a setting says so; its own
 # text holds a secret, or it is no text; its siblings decide.
 _SENSITIVE, _LISTED, _CERTAIN, _ODD, _BESIDE = 1, 2, 3, 4, 8
 
 encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
-_REDACTED_JSON, _CYCLE_JSON, _DEPTH_JSON = encode_text(REDACTED), '"[CYCLE]"', '"[DEPTH]"'
+_REDACTED_JSON: Final = encode_text(REDACTED)
 
 
 class _Verdicts(dict[str, int]):
     """The verdicts on the names of fields, for all tools or for one; bounded."""
 
     def __init__(self, names: _Names, texts: _Texts, tool: str = "") -> None:
-        super().__init__()
         self.names, self.texts, self.tool = names, texts, tool
-        # As JSON: names without anything to look at, and those with a marker for their values.
+        # As JSON: names without anything to look at, names with a marker for their values, and texts of
+        # which none says anything of the next.
         self.harmless: dict[str, str] = {}
         self.hidden: dict[str, str] = {}
-        self.inert: dict[str, str] = {}  # as JSON, texts of which none says anything of the next
+        self.inert: dict[str, str] = {}
         self.is_label = functools.lru_cache(_MAX_VERDICTS)(self._is_label)
 
     def __missing__(self, name: str) -> int:
         strength, reason = self.names.judge(name, self.tool)
         verdict = (_SENSITIVE | (_LISTED if reason == _BY_SETTING else 0)) if strength else 0
-        if name.lower() in _BESIDE_NAMES or (name.lower() == "key" and verdict == _SENSITIVE):
+        low = name.lower()
+        if low in _VALUES | _ROW_LISTS | _ARGUMENTS or (low == "key" and verdict == _SENSITIVE):
             verdict |= _BESIDE
         if self.texts.clean(name) != name:
             return verdict | _ODD
@@ -2419,14 +2350,6 @@ def _label(value: object) -> str:
     if type(value) is bytes:
         return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
     return value if type(value) is str else ""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Refuse a JSON object that names a field twice: one of the two would escape the walk."""
-    made = dict(pairs)
-    if len(made) != len(pairs):
-        raise ValueError("a field occurs twice")
-    return made
 
 
 class _Walk:
@@ -2470,8 +2393,8 @@ class _Walk:
     def refusal(self, ident: int, count: int) -> str:
         """Return what stands for a container that is open already, too deep, or too large."""
         if ident in self.open:
-            return _CYCLE_JSON
-        return _DEPTH_JSON if len(self.open) >= _MAX_DEPTH else encode_text(f"[CUT: {count} items]")
+            return '"[CYCLE]"'
+        return '"[DEPTH]"' if len(self.open) >= _MAX_DEPTH else encode_text(f"[CUT: {count} items]")
 
     def value(self, value: Any, declared: _Declared | None) -> str:
         """Write and redact one value by its exact type; unusual types take the slow way."""
@@ -2489,30 +2412,27 @@ class _Walk:
             return "null"
         if kind is bool:
             return "true" if value else "false"
-        if kind is int:
-            return self.integer(value)
-        if kind is float:
-            if value - value == 0.0:
-                return float.__repr__(value)
-            # As texts, which differ from null and from 0.
-            return '"NaN"' if value != value else '"Infinity"' if value > 0 else '"-Infinity"'
+        if kind is float:  # what is no number as a text, which differs from null and from 0
+            return float.__repr__(value) if value - value == 0.0 else f'"{json.dumps(value)}"'
         depth = len(self.open)
         try:
-            return self.other(value, kind, declared)
-        except Exception:
+            return self.integer(value) if kind is int else self.other(value, kind, declared)
+        except INTERRUPTS:
+            raise
+        except BaseException:  # whatever an object's own methods raise
             del self.open[depth:]
             return encode_text(f"<unprintable {_type_name(value)}>")
 
     def integer(self, value: int) -> str:
         """Write an integer: it may be too long to be written, or a card's number."""
+        if -_CARD_NUMBERS < value < _CARD_NUMBERS:
+            return str(value)
         try:
             text = str(value)
         except ValueError:
             return encode_text(hex(value))  # all digits, in the only base without a limit
-        if _CARD_NUMBERS <= value < _WIDE_INT:
-            shown = self.text(text, None)
-            return text if shown == text else encode_text(shown)
-        return text
+        shown = self.text(text, None)
+        return text if shown == text else encode_text(shown)
 
     def mapping(self, value: dict[Any, Any], declared: _Declared | None) -> str:
         """Write a mapping; one with a key that is no text, or holds a secret, is renamed first."""
@@ -2522,46 +2442,44 @@ class _Walk:
         if ident in opened or depth >= _MAX_DEPTH or nodes > self.max_nodes:
             return self.refusal(ident, len(value))
         opened.append(ident)
-        out: list[str] = []
         verdicts, texts = self.verdicts, self.texts.harmless
         known = verdicts.harmless if declared is None else {}
+        out: list[str] = []
         try:
             for name, item in value.items():
                 kind, key = type(item), known.get(name)
-                if key is None:
-                    if kind is str and self.quiet and known and (key := verdicts.hidden.get(name)):
-                        out.append(key)
-                        continue
+                if key is not None:
+                    if kind is str:
+                        out.append(key + (texts.get(item) or encode_text(self.text(item, None))))
+                    elif kind is int and -_CARD_NUMBERS < item < _CARD_NUMBERS:
+                        out.append(f"{key}{item}")
+                    elif kind is float and item - item == 0.0:
+                        out.append(f"{key}{item!r}")
+                    elif kind is bool:
+                        out.append(key + ("true" if item else "false"))
+                    elif kind is dict:
+                        out.append(key + self.mapping(item, None))
+                    elif kind is list:
+                        out.append(key + self.sequence(item, None))
+                    else:
+                        out.append(key + self.value(item, None))
+                elif kind is str and self.quiet and known and (key := verdicts.hidden.get(name)):
+                    out.append(key)
+                else:
                     verdict = verdicts[name] if type(name) is str else _ODD
                     if verdict & _ODD:
-                        written = self.mapping(
-                            _unlike((self.name(key), value[key]) for key in list(value)), declared
-                        )
-                        del opened[depth:]
-                        return written
+                        renamed = _unlike([(self.name(key), value[key]) for key in list(value)])
+                        whole = self.mapping(renamed, declared)
+                        break
                     if verdict & _BESIDE:
                         verdict = self.field(name.lower(), verdict, value)
                         if type(item) in (list, tuple):
                             item = self.beside(name.lower(), item, value)
-                    key = encode_text(name) + ":"
-                    if verdict and (verdict > _SENSITIVE or not (kind is bool or item is None)):
-                        out.append(key + self.hide(item))
-                    else:
-                        out.append(key + self.value(item, declared.of(name) if declared else None))
-                elif kind is str:
-                    out.append(key + (texts.get(item) or encode_text(self.text(item, None))))
-                elif kind is int and -_CARD_NUMBERS < item < _CARD_NUMBERS:
-                    out.append(f"{key}{item}")
-                elif kind is float and item - item == 0.0:
-                    out.append(f"{key}{item!r}")
-                elif kind is bool:
-                    out.append(key + ("true" if item else "false"))
-                elif kind is dict:
-                    out.append(key + self.mapping(item, None))
-                elif kind is list:
-                    out.append(key + self.sequence(item, None))
-                else:
-                    out.append(key + self.value(item, None))
+                    hides = verdict > _SENSITIVE or (verdict and kind is not bool and item is not None)
+                    inner = declared.of(name) if declared else None
+                    out.append(f"{encode_text(name)}:{self.hide(item) if hides else self.value(item, inner)}")
+            else:
+                whole = "{" + ",".join(out) + "}"
         except RuntimeError as error:
             if isinstance(error, RecursionError):
                 raise
@@ -2569,7 +2487,7 @@ class _Walk:
             del opened[depth:]
             return self.mapping(value.copy(), declared)
         opened.pop()
-        return "{" + ",".join(out) + "}"
+        return whole
 
     def name(self, name: object) -> str:
         """Return any name of a field as a text without a secret."""
@@ -2604,20 +2522,17 @@ class _Walk:
                 return self.arguments([said, *item])[1:]
         return item
 
-    def rows(self, rows: Sequence[Any], heads: Sequence[Any]) -> Sequence[Any]:
+    def rows(self, rows: Sequence[Any], heads: Sequence[Any]) -> list[Any]:
         """Return rows with markers in the columns whose heads are sensitive names."""
-        heads = [head.get("name") if type(head) is dict else head for head in heads[:1000]]
-        hidden = {index for index, head in enumerate(heads) if self.is_label(head)}
-        return [
-            # Booleans and null are no secrets.
-            [
-                self.marker(cell) if at in hidden and cell is not None and type(cell) is not bool else cell
-                for at, cell in enumerate(row)
-            ]
-            if hidden and type(row) in (list, tuple)
-            else row
-            for row in rows
-        ]
+        names = [head.get("name") if type(head) is dict else head for head in heads[:1000]]
+        hidden = [at for at, name in enumerate(names) if self.is_label(name)]
+        rows = [list(row) if hidden and type(row) in (list, tuple) else row for row in rows]
+        for row in rows if hidden else ():
+            for at in hidden if type(row) is list else ():
+                # Booleans and null are no secrets.
+                if at < len(row) and row[at] is not None and type(row[at]) is not bool:
+                    row[at] = self.marker(row[at])
+        return rows
 
     def arguments(self, words: list[Any]) -> list[Any]:
         """Return the words of a command with markers where its program takes a secret."""
@@ -2631,43 +2546,37 @@ class _Walk:
         """Write a sequence; `["Authorization", …]` and `["--password", …]` are judged by the sibling."""
         opened, ident = self.open, id(value)
         value = value[:]  # another thread may change it
-        count = len(value)
-        self.nodes = nodes = self.nodes + count
+        first: Any = value[0] if value else None
+        self.nodes = nodes = self.nodes + len(value)
         if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
-            return self.refusal(ident, count)
-        if declared is None and count and type(value[0]) is str:
+            return self.refusal(ident, len(value))
+        if declared is None and type(first) is str:
             try:
                 return f"[{','.join(map(self.verdicts.inert.__getitem__, value))}]"
             except (LookupError, TypeError):
                 pass  # not all of them are known, or texts
         opened.append(ident)
         items = None if declared is None else declared.items or declared
-        out: list[str] = []
-        put = out.append
         texts, text, is_label = self.texts.harmless, self.text, self.is_label
-        pairs = hide_next = False
-        if count > 1:
-            first = value[0]
-            if type(first) is str:
-                hide_next, pairs = count == 2 and is_label(first), count > 2 and count % 2 == 0
-                if first in self.texts.programs or first[:1] == "/":
-                    value = self.arguments(list(value))
-            elif type(first) is bytes:
-                hide_next = count == 2 and is_label(first)
-            elif type(first) in (list, tuple) and 1 < len(first) < 1000:
-                # The first row may be the head; pairs are no rows.
-                named = all(type(cell) is str and not _looks_secret(cell) for cell in first)
-                if named and not (len(first) == 2 and is_label(first[0])):
-                    value = [first, *self.rows(value[1:], first)]
+        hide_next = len(value) == 2 and is_label(first)
+        pairs = len(value) > 2 and len(value) % 2 == 0 and type(first) is str
+        if type(first) is str and (first in self.texts.programs or first[:1] == "/"):
+            value = self.arguments(list(value))
+        elif type(first) in (list, tuple) and 1 < len(first) < 1000 and len(value) > 1:
+            # The first row may be the head; pairs are no rows.
+            named = all(type(cell) is str and not _looks_secret(cell) for cell in first)
+            if named and not (len(first) == 2 and is_label(first[0])):
+                value = [first, *self.rows(value[1:], first)]
+        out: list[str] = []
         for item in value:
             if hide_next and out:
-                put(self.hide(item))
+                out.append(self.hide(item))
                 hide_next = False
             elif type(item) is dict and items is None:
-                put(self.mapping(item, None))
+                out.append(self.mapping(item, None))
             elif type(item) is str and items is None:
                 known = texts.get(item)
-                put(known or encode_text(text(item, None)))
+                out.append(known or encode_text(text(item, None)))
                 if item[:1] == "-":
                     hide_next = "=" not in item and is_label(item)
                 elif not is_label(item):
@@ -2681,28 +2590,16 @@ class _Walk:
                         _looks_secret(following) and not is_label(following)
                     )
             else:
-                put(self.value(item, items))
+                out.append(self.value(item, items))
         opened.pop()
         return "[" + ",".join(out) + "]"
 
     def other(self, value: Any, kind: type, declared: _Declared | None) -> str:
         """Write what is not of JSON's own types by what it holds, itself guarded against cycles."""
-        if kind is _Unordered:  # in an order that is the same in every process
-            listed = self.sequence(value, declared)
-            if listed[0] != "[":
-                return listed
-            return encode_json(
-                sorted(json.loads(listed), key=lambda item: (_type_name(item), json.dumps(item)))
-            )
         if issubclass(kind, (bytes, bytearray)) and self.limit and len(value) > self.limit + _SLACK:
             note = f"…[CUT: {len(value)} bytes]"
             return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
-        try:
-            content = _content(value, kind)
-        except INTERRUPTS:
-            raise
-        except BaseException:  # whatever an object's own methods raise
-            content = f"<unprintable {_type_name(value)}>"
+        content = _content(value, kind)
         if not isinstance(content, (dict, list)):
             return self.value(content, declared)
         if id(value) in self.open or len(self.open) >= _MAX_DEPTH:
@@ -2717,7 +2614,7 @@ class _Walk:
         if type(self.verdicts) is _Blind:
             return text
         note = ""
-        if self.limit and len(text) > 64:
+        if self.limit and len(text) > _MAX_HARMLESS_CHARS:
             left = 2 * self.limit - self.spent
             allowed = max(min(self.limit, left), 256 if left > -self.limit else 0)
             self.spent += min(allowed, len(text))
@@ -2726,7 +2623,7 @@ class _Walk:
                 text, note = text[: allowed + min(allowed, _SLACK)], f"…[CUT: {size} bytes]"
         if not note and text[:1] in _JSON_STARTS and text.lstrip()[:1] in ("{", "[", '"'):
             try:
-                tree = json.loads(text, object_pairs_hook=_unique)
+                tree = json.loads(text, object_pairs_hook=_unlike)
             except (ValueError, RecursionError):
                 pass  # no JSON after all
             else:
@@ -2765,11 +2662,17 @@ def _spellings(text: str) -> tuple[str, ...]:
 
 def _common(text: str, at: int, form: str) -> int:
     """Return how many characters of `form` stand in `text` from `at` on."""
-    low, high = 0, min(len(form), len(text) - at)
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if text.startswith(form[:middle], at) else (low, middle - 1)
-    return low
+    sizes = range(1, min(len(form), len(text) - at) + 1)
+    return bisect.bisect_left(sizes, True, key=lambda size: not text.startswith(form[:size], at))
+
+
+def _without_starts(text: str, form: str, marker: str) -> str:
+    """Return a text with a marker for each beginning of a value."""
+    out, at = [], 0
+    while (start := text.find(form[:_MIN_ECHO], at)) >= 0:
+        out += [text[at:start], marker]
+        at = start + _common(text, start, form)
+    return "".join([*out, text[at:]])
 
 
 def _without_echo(text: str, form: str, marker: str) -> str:
@@ -2777,17 +2680,8 @@ def _without_echo(text: str, form: str, marker: str) -> str:
     text = text.replace(form, marker)
     if len(form) <= _MIN_ECHO or marker == form:
         return text
-    head, end, out, at = form[:_MIN_ECHO], form[-_MIN_ECHO:], [], 0
-    while (start := text.find(head, at)) >= 0:
-        out += [text[at:start], marker]
-        at = start + _common(text, start, form)
-    text, out, at = "".join([*out, text[at:]]), [], 0
-    while (start := text.find(end, at)) >= 0:
-        stop = start + _MIN_ECHO
-        before = text[max(at, stop - len(form)) : stop][::-1]
-        out += [text[at : stop - _common(before, 0, form[::-1])], marker]
-        at = stop
-    return "".join([*out, text[at:]])
+    text = _without_starts(text, form, marker)
+    return _without_starts(text[::-1], form[::-1], marker[::-1])[::-1]
 
 
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
@@ -2803,11 +2697,9 @@ def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str])
         text = _without_echo(text, echo, marker)
         for part in {echo[:_MAX_FORM], echo[-_MAX_FORM:]}:
             # The first and last characters decide whether the rest is spelt at all.
-            heads, tails = _spellings(part[:18]), _spellings(part[-18:])
-            if len(part) < 64 or any(
-                head[:_MIN_ECHO] in text or tail[-_MIN_ECHO:] in text
-                for head, tail in zip(heads, tails, strict=True)
-            ):
+            ends = [head[:_MIN_ECHO] for head in _spellings(part[:18])]
+            ends += [tail[-_MIN_ECHO:] for tail in _spellings(part[-18:])]
+            if len(part) < 64 or any(end in text for end in ends):
                 for form in {*_spellings(part)} - {part}:
                     text = text if form in REDACTED else _without_echo(text, form, marker)
     return text
@@ -2819,14 +2711,13 @@ def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str])
 class Redactor:
     """Returns plain copies of values and texts in which no secret is left, and never raises.
 
-    One Redactor serves any number of threads: it keeps nothing but its settings and bounded
-    caches, of verdicts on names and of short texts that hold no secret.
+    One Redactor serves any number of threads: it keeps its settings and bounded caches of verdicts
+    on names and of short texts that hold no secret.
 
     Args:
         redact: more sensitive names, in any spelling; `tool_name.param` for one tool.
-        keep: names that are not sensitive here, in the same forms. `redact` wins over `keep`,
-            the entry for one tool over that for all, a declaration and a secret's own form
-            over both.
+        keep: names that are not sensitive here, in the same forms. `redact` wins over `keep`, one
+            tool's entry over that for all, a declaration and a secret's own form over both.
         mode: "constant" writes `[REDACTED]`, "hmac" `[REDACTED:<8 hex>]`, by which an auditor
             sees that two calls used the same secret without learning it.
         key: the key for "hmac".
@@ -2844,9 +2735,8 @@ class Redactor:
         key: bytes | None = None,
     ) -> None:
         for setting, entries in (("redact", redact), ("keep", keep)):
-            if isinstance(entries, str) or not all(
-                isinstance(name, str) and _normal(name) for name in entries
-            ):
+            names = all(isinstance(name, str) and _normal(name) for name in entries)
+            if isinstance(entries, str) or not names:
                 raise ConfigError(
                     "must be a list of names; quote those that YAML reads otherwise", trail=(setting,)
                 )
@@ -2857,9 +2747,7 @@ class Redactor:
         self._names = _Names(redact, keep)
         self._texts = _Texts(self._names, key if mode == "hmac" else None)
         self._verdicts = _Verdicts(self._names, self._texts)
-        self._verdicts_by_tool = {
-            tool: _Verdicts(self._names, self._texts, tool) for tool in self._names.tools
-        }
+        self._of_tool = {tool: _Verdicts(self._names, self._texts, tool) for tool in self._names.tools}
 
     def is_sensitive(self, name: str, tool: str | None = None) -> bool:
         """Return True if what stands under a name is redacted in the input of a tool, or of any."""
@@ -2883,8 +2771,7 @@ class Redactor:
             value: any Python value.
             tool: the tool whose input it is.
             endpoint_def: MXCP's definition of the endpoint, with `sensitive: true` in it.
-            echoes: receives redacted values as texts, for `scrub`; pass it only where there is
-                a text to scrub, for collecting takes time.
+            echoes: receives redacted values as texts, for `scrub`; collecting them takes time.
         """
         try:
             return json.loads(self.redact_json(value, tool=tool, endpoint_def=endpoint_def, echoes=echoes))
@@ -2904,17 +2791,15 @@ class Redactor:
 
         With a `limit` (bytes) what `clip_plain` would cut is not read, and its size stands in its place.
         """
-        verdicts = self._verdicts
-        if tool is not None and self._verdicts_by_tool:
-            verdicts = self._verdicts_by_tool.get(_normal(tool), verdicts)
         try:
+            own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
             declared = None if endpoint_def is None else _declare(endpoint_def)
-            walk = _Walk(verdicts, echoes, limit)
+            walk = _Walk(self._verdicts if own is None else own, echoes, limit)
             if type(value) is dict and declared is None:  # nearly always
                 return walk.mapping(value, None)
             return walk.value(value, declared)
         except RecursionError:
-            return _DEPTH_JSON
+            return '"[DEPTH]"'
         except INTERRUPTS:
             raise
         except BaseException as error:
@@ -2947,7 +2832,7 @@ class Redactor:
 
         def _compare(before: object, after: object, path: str, name: str, declared: _Declared | None) -> None:
             if isinstance(before, dict) and isinstance(after, dict):
-                for (key, old), (_, new) in zip(before.items(), after.items(), strict=False):
+                for (key, old), new in zip(before.items(), after.values(), strict=False):
                     _compare(old, new, f"{path}.{key}", key, declared.of(key) if declared else None)
             elif isinstance(before, list) and isinstance(after, list):
                 for index, (old, new) in enumerate(zip(before, after, strict=False)):

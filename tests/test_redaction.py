@@ -805,7 +805,7 @@ def test_redact_what_an_object_raises_never_escapes(redactor: Redactor, error: A
         __repr__ = Raising.__repr__
 
     shown = redactor.redact([Silent(), Raising(), {Silent(): 1}], echoes=[])
-    assert shown[:2] == ["<unprintable Silent>", "Raising: <unprintable>"]
+    assert shown[:2] == ["<unprintable Silent>", "Raising: <unprintable Raising>"]
     assert redactor.redact({"password": Silent()}, echoes=[]) == {"password": REDACTED}
 
 
