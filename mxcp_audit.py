@@ -471,7 +471,6 @@ class _YamlReader:
         return self.flow() if self.text[self.pos] in "[{" else self.scalar(-1, flow=True)
 
     def next_in_flow(self) -> str:
-        """Pass blanks and return the next character."""
         self.take(_BLANKS)
         if _END.match(self.text, self.pos):
             self.fail("a bracket is not closed before this place; close it")
@@ -518,7 +517,6 @@ class _YamlReader:
         return part.sub(lambda part: self.meant(part[0], offset + part.start()), match[1])
 
     def meant(self, part: str, at: int) -> str:
-        """What an escape, or a run of blanks, in quotes stands for."""
         if part[0] != "\\":
             return "'" if part == "''" else _folded(part)
         if part[1] == "\n":
@@ -598,7 +596,6 @@ MIN_INPUT_BYTES: Final = 256  # arbitrary
 MAX_INPUT_BYTES: Final = 64 * 2**20  # what the writer's queue holds
 
 _UNITS_S: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
-_DURATION: Final = re.compile(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+")
 
 
 class Config(NamedTuple):
@@ -656,9 +653,8 @@ def parse_duration(text: str) -> float:
 
     Units are ms, s, m (minutes), h, d and w; whole numbers only, parts are added up.
     """
-    parts = (
-        re.findall("([0-9]+)([a-z]+)", text) if isinstance(text, str) and _DURATION.fullmatch(text) else ()
-    )
+    is_duration = isinstance(text, str) and re.fullmatch(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
+    parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
     seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
     if not 0 < seconds <= MAX_DURATION_S:
         raise ValueError(
@@ -878,8 +874,6 @@ def _trail_end(name: object, entry: object = None) -> str:
 
 
 class _SiteFile(_YamlReader):
-    """A site file that was read, and where in it everything stands."""
-
     def __init__(self, path: str) -> None:
         try:
             with open(path, "rb") as file:
@@ -942,7 +936,6 @@ class _SiteFile(_YamlReader):
         return name, source
 
     def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
-        """What the profile sets, checked, and the source of each."""
         keys = ("profiles", profile, "audit")
         # MXCP's own `max_file_size` is of its JSONL log.
         ours = {
@@ -10992,7 +10985,6 @@ def _split_at(text: str, width: int) -> tuple[str, str]:
 
 
 def takes_unicode(file: TextIO) -> bool:
-    """Say whether every character can be written as it is."""
     return (file.encoding or "utf-8").lower().replace("-", "").startswith("utf")
 
 
@@ -11014,7 +11006,6 @@ def write_text(file: TextIO, text: str) -> None:
 
 
 def more_hint(shown: int, limit: int | None) -> str:
-    """Return what to say behind a number of rows that may have been cut off by the limit."""
     return " (there may be more: --limit)" if shown == limit else ""
 
 
@@ -11071,7 +11062,6 @@ def indented_json(text: str) -> str:
 
 
 def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> int:
-    """Write rows as CSV, and return their number."""
     import csv
 
     formula = re.compile(FORMULA)
@@ -11147,7 +11137,6 @@ class EventTable:
 
 
 def summary(rows: Sequence[Row], count: int | None) -> str:
-    """Return one line that sums up what is shown."""
     errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
     denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
     parts = [counted(len(rows), "event")]
@@ -11233,8 +11222,6 @@ def _shown(value: object) -> str:
 
 # --- figures with bars
 
-_WIDEST_BAR: Final = 40
-
 
 def write_stats(
     file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
@@ -11243,27 +11230,27 @@ def write_stats(
     figures = ["CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
     if any(row[10] for row in rows):
         figures.append("RUNNING")
-    heads = [by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]
     count = len(figures)
-    table = [
-        [*map(_shown, (row[:8] + row[10:])[: count + 1]), *(_moment(value, local) for value in row[8:10])]
-        for row in rows
-    ]
-    widths = [max(map(display_width, column)) for column in zip(heads, *table)]
+    table = [[by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]]
+    for row in rows:
+        seen = [_moment(value, local) for value in row[8:10]]
+        table.append([*map(_shown, (row[:8] + row[10:])[: count + 1]), *seen])
+    widths = [max(map(display_width, column)) for column in zip(*table)]
     right = [False, *[True] * count, False, False]
-    kept = list(range(len(heads)))
     room = 0
     if width is not None:
         widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1 : count + 1]) - 2 * count))
-        for last in (count + 1, count + 2):
-            if sum(widths[n] + 2 for n in kept) - 2 > width:
-                kept.remove(last)
-        room = min(_WIDEST_BAR, width - sum(widths[n] + 2 for n in kept))
+        for _ in ("FIRST SEEN", "LAST SEEN"):
+            if sum(widths) + 2 * len(widths) - 2 > width:
+                del widths[count + 1]
+                for cells in table:
+                    del cells[count + 1]
+        room = min(40, width - sum(widths) - 2 * len(widths))
     shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
     largest = max([*shown, 1])
     block = "█" if takes_unicode(file) else "#"
-    for row, value in zip([heads, *table], [0, *shown]):
-        line = _line([row[n] for n in kept], [widths[n] for n in kept], [right[n] for n in kept], None)
+    for texts, value in zip(table, [0, *shown]):
+        line = _line(texts, widths, right, None)
         if room > 3:
             line = fit(line, width - room if width else 0) + block * -(-value * room // largest)
         _write(file, line.rstrip())
@@ -12385,7 +12372,7 @@ EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class _UsageError(AuditError):
-    """Options that don't go together."""
+    pass
 
 
 # --- words: what options mean
@@ -12677,7 +12664,6 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
     "columns": _columns,
     "policy": lambda text: {"denied": "deny", "allowed": "allow", "warned": "warn"}.get(text, text),
 }
-_UNWAITING: Final = ("config", "redact", "wrap", "completion")  # they open no database
 
 
 def option_blocks() -> dict[str, list[str]]:
@@ -12738,16 +12724,10 @@ def _add_block(parser: argparse.ArgumentParser, lines: Iterable[str], place: Any
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """Return the parser of the command line."""
     import argparse
     import textwrap
 
     class Parser(argparse.ArgumentParser):
-        def __init__(self, **settings: Any) -> None:
-            super().__init__(
-                **{"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter, **settings}
-            )
-
         def error(self, message: str) -> NoReturn:  # it may quote a name that came out of the log
             super().error("\n".join(map(printable, message.splitlines())))
 
@@ -12756,7 +12736,9 @@ def build_parser() -> argparse.ArgumentParser:
             print(version_text())
             parser.exit()
 
+    form: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = Parser(
+        **form,
         prog="mxcp-audit",
         description="Query the audit log of an MCP server, while the server runs.",
         epilog="""\
@@ -12777,6 +12759,7 @@ examples:
         examples = "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line.startswith("> "))
         command = commands.add_parser(
             name,
+            **form,
             help=one_line,
             description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), 78),
             epilog=f"examples:\n{examples}",
@@ -12785,7 +12768,9 @@ examples:
             else None,
         )
         if name != "completion":
-            _add_block(command, ("&common", *(("&waiting",) if name not in _UNWAITING else ())))
+            _add_block(command, ["&common"])
+        if name not in ("config", "redact", "wrap", "completion"):  # they open no database
+            _add_block(command, ["&waiting"])
         _add_block(command, [line for line in lines if not line.startswith("> ")])
         command.set_defaults(run=globals()[f"cmd_{name}"])
     return parser
@@ -12820,7 +12805,6 @@ def _say(text: str) -> None:
 
 
 def _progress(done: int, total: int | None = None) -> None:
-    """Show on a terminal how much is verified, or written."""
     text = (
         f"written {done / 1e6:.1f} MB" if total is None else f"verified {done} of {counted(total, 'event')}"
     )
@@ -13004,7 +12988,6 @@ class _RunningLines:
         self._next = 0.0
 
     def show_after(self, follower: Follower, show: Callable[[Sequence[Row]], None]) -> None:
-        """Show what is new, and then what runs."""
         fresh = follower.look()
         if not self._is_off and time.monotonic() >= self._next:
             self._next, self._rows = time.monotonic() + 1, follower.running()
@@ -13059,7 +13042,6 @@ def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
 
 
 def _read_cursor(path: str) -> dict[str, Any]:
-    """Return the cursor that a file holds; an empty one where there is no file yet."""
     try:
         with open(path, encoding="utf-8") as file:
             cursor = json.load(file)
@@ -13220,7 +13202,6 @@ _SHOWN: Final = (
 
 
 def cmd_show(options: argparse.Namespace) -> int:
-    """Show one event. 1 if there is none of that id."""
     ids, is_whole = [options.event.strip()], True
     try:
         parse_event_id(ids[0])
@@ -13394,7 +13375,6 @@ def cmd_import(options: argparse.Namespace) -> int:
 
 
 def cmd_doctor(options: argparse.Namespace) -> int:
-    """Show how the log is doing. 1 if anything is wrong."""
     checkup = Checkup(_config_of(options), wait=options.wait)
     if options.json:
         _print_json(checkup.report, indent=2)
@@ -13442,7 +13422,6 @@ def cmd_report(options: argparse.Namespace) -> int:
 
 
 def cmd_verify(options: argparse.Namespace) -> int:
-    """Prove the log whole. 1 if it is not."""
     checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
     store = Store(_config_of(options))
     verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress)
@@ -13621,21 +13600,17 @@ def completion_script(shell: str) -> str:
     """Return the completion for bash or zsh, made from the parser itself."""
     actions = {action.dest: action for action in build_parser()._actions}
     commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
-    words, values = [], []
+    words, values = "", ""
     for name, command in commands.items():
         flags: list[str] = []
         for action in command._actions:
             flags += action.option_strings or action.choices or ()
             if action.choices and action.option_strings:
                 cases = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
-                values.append(f'        {cases}) words="{" ".join(action.choices)}" ;;')
-        words.append(f'        {name}) words="{" ".join(flags)}" ;;')
-    return _COMPLETION.format(
-        zsh=_COMPLETION_ZSH if shell == "zsh" else "",
-        values="\n".join(values),
-        words="\n".join(words),
-        commands=" ".join(commands),
-    )
+                values += f'        {cases}) words="{" ".join(action.choices)}" ;;\n'
+        words += f'        {name}) words="{" ".join(flags)}" ;;\n'
+    zsh = _COMPLETION_ZSH if shell == "zsh" else ""
+    return _COMPLETION.format(zsh=zsh, values=values, words=words, commands=" ".join(commands))
 
 
 _COMPLETION_ZSH: Final = """\
@@ -13648,15 +13623,13 @@ _COMPLETION: Final = """\
 {zsh}_mxcp_audit() {{
     local current=${{COMP_WORDS[COMP_CWORD]}} words=""
     case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
-{values}
-        *" --export"|*" --config"|*" --db") COMPREPLY=(); return ;;
+{values}        *" --export"|*" --config"|*" --db") COMPREPLY=(); return ;;
     esac
     if [ "$COMP_CWORD" -eq 1 ]; then
         words="{commands} --help --version"
     elif [ -z "$words" ]; then
         case "${{COMP_WORDS[1]}}" in
-{words}
-        esac
+{words}        esac
     fi
     COMPREPLY=($(compgen -W "$words" -- "$current"))
 }}
