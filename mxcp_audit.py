@@ -2869,7 +2869,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
     if room < 64:
         return _clip_text(note, max_bytes)
     # 1. The last entries go, until each of the rest has room for a marker at least.
-    keys, items, sizes = [], [], []
+    entries: list[list[Any]] = []  # key, item, size
     for key, item in plain.items() if isinstance(plain, dict) else (("", item) for item in plain):
         key, item_size = _clip_text(key, 256), len(json.dumps(item))
         overhead = len(json.dumps(key)) + 4 if isinstance(plain, dict) else 2  # the key and commas
@@ -2877,19 +2877,17 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
         if room < 0:
             break
         left -= overhead
-        keys.append(key)
-        items.append(item)
-        sizes.append(item_size)
+        entries.append([key, item, item_size])
     # 2. The small ones take what they need, the large ones share the rest.
-    for rank, index in enumerate(sorted(range(len(items)), key=sizes.__getitem__)):
-        share = min(sizes[index], left // (len(items) - rank))
+    for rank, entry in enumerate(sorted(entries, key=lambda entry: entry[2])):
+        share = min(entry[2], left // (len(entries) - rank))
         left -= share
-        items[index] = clip_plain(items[index], share)
-    is_cut = len(items) < len(plain)
+        entry[1] = clip_plain(entry[1], share)
+    is_cut = len(entries) < len(plain)
     if isinstance(plain, list):
-        return [*items, note] if is_cut else items
+        return [item for _, item, _ in entries] + [note] * is_cut
     out: dict[str, Any] = {}
-    for key, item in zip(keys, items, strict=True):
+    for key, item, _ in entries:
         out[key if key not in out else f"{key}#{len(out)}"] = item
     return {**out, "…": note} if is_cut else out
 
@@ -3193,11 +3191,8 @@ def unlock(fd: int) -> None:
             fcntl.flock(fd, fcntl.LOCK_UN)
 
 
-_FileKey: TypeAlias = tuple[int, int]  # device and inode
-
-
-def _key_at(path: str) -> _FileKey | None:
-    """Return which file `path` names, links not followed; None if it names none."""
+def _key_at(path: str) -> tuple[int, int] | None:
+    """Return device and inode of the file that `path` names, links not followed; None if it names none."""
     try:
         found = os.lstat(path)
     except OSError as error:
