@@ -3982,12 +3982,13 @@ class Diagnostics:
 
     def note(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
         """Count a fault, and leave it to `tell`; its text holds no content."""
-        self.errors += 1
-        self.last_error = message if error is None else f"{message}: {error}"
-        self.inform(kind, self.last_error, level=logging.WARNING)
+        self.inform(kind, message if error is None else f"{message}: {error}", level=logging.WARNING)
 
     def inform(self, kind: str, text: str, *, level: int = logging.INFO) -> None:
-        """Leave a text to `tell`, unless one of its kind came within the last minute."""
+        """Leave a text to `tell`, unless one of its kind came within the last minute; count a warning."""
+        if level >= logging.WARNING:
+            self.errors += 1
+            self.last_error = text
         now = time.monotonic()
         if now - self._told.get(kind, -_REPORT_SECONDS) >= _REPORT_SECONDS:
             self._told[kind] = now
@@ -4489,10 +4490,7 @@ class Ingester:
         told.ingested += answer.get("ingested", 0)
         told.rejected += answer.get("rejected", 0)
         for level, kind, text in answer.get("log", ()):
-            if level >= logging.WARNING:
-                told.note(kind, text)
-            else:
-                told.inform(kind, text, level=level)
+            told.inform(kind, text, level=level)
         if "fault" in answer:
             told.note("ingest", f"events stay in the journal: {answer['fault']}")
         self._head = answer.get("head") or self._head
