@@ -11015,14 +11015,21 @@ def json_text(value: object, *, indent: int | None = None, ascii_only: bool = Fa
 
 
 def write_json(
-    file: TextIO, rows: Iterable[Row], names: Sequence[str] = PUBLIC_COLUMNS, *, by_line: bool = False
+    file: TextIO,
+    rows: Iterable[Row],
+    names: Sequence[str] = PUBLIC_COLUMNS,
+    *,
+    columns: Sequence[str] | None = None,
+    by_line: bool = False,
 ) -> None:
-    """Write rows as objects with these names: one JSON array, or one object a line."""
+    """Write rows as objects with these names, or some of them: one JSON array, or one object a line."""
     begin, between, end = ("", "\n", "\n") if by_line else ("[", ",\n ", "]\n")
     ascii_only = not takes_unicode(file)
     mark = begin
     for row in rows:
-        file.write(mark + json_text(dict(zip(names, row)), ascii_only=ascii_only))
+        event = dict(zip(names, row))
+        chosen = {name: event[name] for name in columns} if columns else event
+        file.write(mark + json_text(chosen, ascii_only=ascii_only))
         mark = between
     file.write(end if mark == between else begin and begin + end)
 
@@ -12886,7 +12893,7 @@ def cmd_log(options: argparse.Namespace) -> int:
             else reading.rows(what, count=count, oldest_first=options.oldest_first)
         )
         if options.json:
-            write_json(sys.stdout, *_columns_of(rows, options.columns))
+            write_json(sys.stdout, rows, columns=options.columns)
         else:
             shown = list(rows)
             _event_table(options).write(shown)
@@ -12913,12 +12920,6 @@ def _check_log_options(options: argparse.Namespace) -> None:
         raise _UsageError(f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}")
 
 
-def _columns_of(rows: Iterable[Row], columns: Sequence[str] | None) -> tuple[Iterable[Row], Sequence[str]]:
-    """Return the rows with these of PUBLIC_COLUMNS only, all if None, and the names of what is left."""
-    places = [PUBLIC_COLUMNS.index(column) for column in columns or PUBLIC_COLUMNS]
-    return (tuple(row[place] for place in places) for row in rows), columns or PUBLIC_COLUMNS
-
-
 def _event_table(options: argparse.Namespace) -> EventTable:
     width, colour = _terminal()
     return EventTable(
@@ -12939,7 +12940,7 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
 
     def show(rows: Sequence[Row]) -> None:
         if options.json:
-            write_json(sys.stdout, *_columns_of(rows, options.columns), by_line=True)
+            write_json(sys.stdout, rows, columns=options.columns, by_line=True)
         elif rows:
             table.write(rows)
         sys.stdout.flush()
@@ -12956,13 +12957,25 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
         follower.start(None)
         past = []
     show([row for row in reversed(past) if follower.is_seen(row)])
-    told = ""
-    running = _RunningLines(options)
+    told, due, is_terminal = "", 0.0, sys.stdout.isatty()
+    running: list[Row] = []
+    shown: list[str] = []
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
             try:
-                running.show_after(follower, show)
+                fresh = follower.look()
+                if begun >= due and not options.json:
+                    due, running = begun + 1, follower.running()
+                lines = [_running_line(row, is_terminal) for row in running]
+                if is_terminal:  # what runs stays below what has ended
+                    sys.stdout.write("\x1b[1F\x1b[2K" * len(shown))
+                show(fresh)
+                for line in lines:
+                    if is_terminal or line not in shown:
+                        _print(line)
+                shown = lines
+                sys.stdout.flush()
             except (JournalError, StoreError) as error:
                 if str(error) != told:
                     told = str(error)
@@ -12971,35 +12984,11 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
             _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
 
 
-class _RunningLines:
-    """The calls that run, below what `log -f` shows: on a terminal until they end, elsewhere once."""
-
-    def __init__(self, options: argparse.Namespace) -> None:
-        self._is_terminal, self._is_off = sys.stdout.isatty(), options.json
-        self._rows: list[Row] = []
-        self._shown: list[str] = []
-        self._next = 0.0
-
-    def show_after(self, follower: Follower, show: Callable[[Sequence[Row]], None]) -> None:
-        fresh = follower.look()
-        if not self._is_off and time.monotonic() >= self._next:
-            self._next, self._rows = time.monotonic() + 1, follower.running()
-        lines = [self._line(row) for row in self._rows]
-        if self._is_terminal:
-            sys.stdout.write("\x1b[1F\x1b[2K" * len(self._shown))
-        show(fresh)
-        for line in lines if self._is_terminal else [line for line in lines if line not in self._shown]:
-            _print(line)
-        self._shown = lines
-        sys.stdout.flush()
-
-    def _line(self, row: Row) -> str:
-        call = dict(zip(PUBLIC_COLUMNS, row))
-        passed = f", {int(call['duration_ms']) // 1000} s" if self._is_terminal else ""
-        width = _terminal()[0] or 200
-        return fit(
-            f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}", width
-        ).rstrip()
+def _running_line(row: Row, is_terminal: bool) -> str:
+    call = dict(zip(PUBLIC_COLUMNS, row))
+    passed = f", {int(call['duration_ms']) // 1000} s" if is_terminal else ""
+    text = f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}"
+    return fit(text, _terminal()[0] or 200).rstrip()
 
 
 def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
@@ -13514,10 +13503,10 @@ def cmd_prove(options: argparse.Namespace) -> int:
 def cmd_purge(options: argparse.Namespace) -> int:
     if options.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
-    if options.archive and os.path.lexists(options.archive) and not os.path.isdir(options.archive):
-        raise _UsageError(f"{options.archive} is no directory; name one for --archive")
     store = Store(_config_of(options))
     if options.archive:
+        if os.path.lexists(options.archive) and not os.path.isdir(options.archive):
+            raise _UsageError(f"{options.archive} is no directory; name one for --archive")
         store.refuse_journal(options.archive)
     removal = store.purge(
         options.older_than, archive=options.archive, dry_run=options.dry_run, wait=options.wait
