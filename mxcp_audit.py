@@ -699,10 +699,9 @@ def public_target(target: str) -> str:
 
 
 def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
-    """Return a text about an ATTACH target without what may be secret in the target and its options.
+    """Return what an engine says without what may be secret in the ATTACH target and its options.
 
-    Engines repeat connection strings, whole or in pieces that nobody foresees: a text that still holds
-    a secret piece of three characters or more after the whole is replaced is withheld.
+    Engines repeat connection strings whole, which is replaced, or in pieces: then the text is withheld.
     """
     public, start = public_target(target), len(_PREFIXES.findall(target)[0])
     if target[start:]:
@@ -913,18 +912,17 @@ class _SiteFile(_YamlReader):
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
         """The name of the profile that holds, and who chose it."""
+        name: object
         where: dict[str, Any] = {"path": self.path, "trail": ("profile",)}
-        name: object = self.root.get("profile")
         if argument is not None:
             name, source = argument, "argument"
         elif environ.get("MXCP_PROFILE"):
             source = "MXCP_PROFILE"
             name, where["trail"] = environ[source], (source,)
-        elif name is not None:
-            source, where = self.source("profile"), self.at("profile")
+        elif self.root.get("profile") is not None:
+            name, source, where = self.root["profile"], self.source("profile"), self.at("profile")
         else:
-            name = source = "default"
-            where = self.at("profiles")
+            name, source, where = "default", "default", self.at("profiles")
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
             raise ConfigError(problem, **where)
@@ -12795,7 +12793,7 @@ def _print(text: str = "") -> None:
     write_text(sys.stdout, text)
 
 
-def _print_json(value: object, *, indent: int | None = None) -> None:
+def _print_json(value: object, indent: int | None = 2) -> None:
     _print(json_text(value, indent=indent, ascii_only=not takes_unicode(sys.stdout)))
 
 
@@ -12901,9 +12899,8 @@ def cmd_log(options: argparse.Namespace) -> int:
             _say(summary(shown, count))
         lost = store.losses(reading) if reading.problem is None else []
         if lost:
-            _say(
-                f"{counted(sum(count for count, _ in lost), 'event')} lost in the last 30 days: see `doctor`"
-            )
+            total = sum(count for count, _ in lost)
+            _say(f"{counted(total, 'event')} lost in the last 30 days: see `doctor`")
         if reading.problem is not None:
             _say(f"only events of the journal are shown: {reading.problem}")
             return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
@@ -13208,7 +13205,7 @@ def cmd_show(options: argparse.Namespace) -> int:
         _say(f"there is no event {options.event}")
         return EXIT_FAILED
     if options.json:
-        _print_json(event, indent=2)
+        _print_json(event)
         return 0
     fields = {name: None if value is None else str(value) for name, value in event.items()}
     fields |= {name: indented_json(event[name] or "null") for name in ("input_json", "context")}
@@ -13284,7 +13281,7 @@ def cmd_config(options: argparse.Namespace) -> int:
     sources = {name: config.sources.get(name, "default") for name in settings}
     if options.json:
         answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}
-        _print_json(answer, indent=2)
+        _print_json(answer)
     else:
         rows = [(*setting, sources[setting[0]]) for setting in settings.items()]
         write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
@@ -13307,7 +13304,7 @@ def cmd_redact(options: argparse.Namespace) -> int:
     reasons = redactor.explain(value, tool=options.tool)
     if options.json:
         redacted = [{"path": path, "reason": reason} for path, reason in reasons]
-        _print_json({"recorded": json.loads(recorded), "redacted": redacted}, indent=2)
+        _print_json({"recorded": json.loads(recorded), "redacted": redacted})
         return 0
     _print(indented_json(recorded))
     if reasons:
@@ -13359,7 +13356,7 @@ def cmd_import(options: argparse.Namespace) -> int:
 def cmd_doctor(options: argparse.Namespace) -> int:
     checkup = Checkup(_config_of(options), wait=options.wait)
     if options.json:
-        _print_json(checkup.report, indent=2)
+        _print_json(checkup.report)
     elif options.prometheus:
         for line in prometheus_text(checkup.report):
             _print(line)
@@ -13408,7 +13405,7 @@ def cmd_verify(options: argparse.Namespace) -> int:
     store = Store(_config_of(options))
     verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress)
     if options.json:
-        _print_json(_verdict_object(verdict))
+        _print_json(_verdict_object(verdict), indent=None)
     else:
         for finding in verdict.findings:
             _print(f"{finding.kind:<9} {finding.text}")
@@ -13488,12 +13485,12 @@ def cmd_checkpoint(options: argparse.Namespace) -> int:
     checkpoint = Store(_config_of(options)).checkpoint(wait=options.wait)
     if options.sign:
         checkpoint["signature"] = sign_checkpoint(options.sign, checkpoint)
-    _print_json(checkpoint)
+    _print_json(checkpoint, indent=None)
     return 0
 
 
 def cmd_prove(options: argparse.Namespace) -> int:
-    _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait))
+    _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait), indent=None)
     return 0
 
 
