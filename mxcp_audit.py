@@ -1125,6 +1125,8 @@ def parse_event_id(text: str) -> tuple[str, int]:
 
 REDACTED: Final = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
+_Collected: TypeAlias = "list[str] | None"  # receives texts, where somebody asks for them
+_Check: TypeAlias = "Callable[[str], bool] | None"
 
 
 # --- what a name says
@@ -1358,12 +1360,9 @@ def _normal(name: str) -> str:
 
 def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
     """Read `redact:` and `keep:` entries into (tool or "", name); `a.b` is both a name and one tool's."""
-    pairs = {("", _normal(entry)) for entry in entries}
-    for entry in entries:
-        tool, dot, name = entry.rpartition(".")
-        if dot and _normal(tool) and _normal(name):
-            pairs.add((_normal(tool), _normal(name)))
-    return frozenset(pairs)
+    split = [(tool, _normal(name)) for entry in entries for tool, _, name in [entry.rpartition(".")]]
+    own = {(_normal(tool), name) for tool, name in split if _normal(tool) and name}
+    return frozenset({("", _normal(entry)) for entry in entries} | own)
 
 
 def _lower(text: str) -> str:
@@ -1386,12 +1385,11 @@ class _Names:
         self.redact, self.keep = _read_names(redact), _read_names(keep)
         self.tools = {tool for tool, _ in self.redact | self.keep if tool}
         # The stem of an own name is the start of its longest word, which is in every spelling.
-        words = [max(re.findall(_CAMEL, name) or [name], key=len) for _, name in self.redact]
-        own = {word[:4].lower() for word in words}
+        own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
         # What the first look at a text asks for: a stem, or what has a place of its own.
-        gates = "|".join(row[1] for row in _PLACES).split("|")
-        self.gate = _any_of((*STEMS, *own, *gates, *_OTHER_GATES))
+        gates = "|".join(["insert|replace|net us|rabbitmqctl", *(row[1] for row in _PLACES)])
+        self.gate = _any_of((*STEMS, *own, *gates.split("|")))
         # Of names in texts, remembered like the names of fields.
         self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
 
@@ -1399,10 +1397,8 @@ class _Names:
         """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
         normal = _normal(name)
         for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
-            if entry in self.redact:
-                return 2, _BY_SETTING
-            if entry in self.keep:
-                return 0, ""
+            if entry in self.redact or entry in self.keep:
+                return (2, _BY_SETTING) if entry in self.redact else (0, "")
         # A name without a stem of a secret word needs no splitting into words.
         return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
 
@@ -1456,21 +1452,19 @@ _PLACEHOLDER: Final = (
 # Prefixes that issuers gave their secrets so that scanners may know them; each at the
 # start of a run of word characters and dashes, with at least 16 of those after it.
 TOKEN_PREFIXES: Final = r"""
-    gh[opsur]_ github_pat_ gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)-
-    xox[abceoprs]- xapp- xwfp- [sr]k_(?:live|test)_ whsec_
-    sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or- sk-(?=[a-zA-Z_-]{0,40}[0-9])
-    gsk_ xai- pplx- nvapi- r8_ tvly- lsv2_(?:pt|sk)_ jina_ fc-(?=[0-9a-f]{32}) hf_ api_org_
-    pcsk_ tgp_v1_ sk_(?=[0-9a-f]{48}) AIza GOCSPX- A(?:KIA|SIA|BIA|CCA)(?=[A-Z0-9]{16}(?![A-Za-z0-9]))
-    npm_ pypi- rubygems_ oy2(?=[a-z0-9]{43}) dckr_[po]at_
-    do[opr]_v1_ shp(?:at|ca|pa|ss|tka)_ SK(?=[0-9a-f]{32}) key-(?=[0-9a-f]{32})
+    gh[opsur]_ github_pat_ gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- xox[abceoprs]- xapp-
+    xwfp- [sr]k_(?:live|test)_ whsec_ sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or-
+    sk-(?=[a-zA-Z_-]{0,40}[0-9]) gsk_ xai- pplx- nvapi- r8_ tvly- lsv2_(?:pt|sk)_ jina_ fc-(?=[0-9a-f]{32})
+    hf_ api_org_ pcsk_ tgp_v1_ sk_(?=[0-9a-f]{48}) AIza GOCSPX-
+    A(?:KIA|SIA|BIA|CCA)(?=[A-Z0-9]{16}(?![A-Za-z0-9])) npm_ pypi- rubygems_ oy2(?=[a-z0-9]{43})
+    dckr_[po]at_ do[opr]_v1_ shp(?:at|ca|pa|ss|tka)_ SK(?=[0-9a-f]{32}) key-(?=[0-9a-f]{32})
     sq0(?:atp|csp|idp)- EAAA(?=[\w-]{60}) EAA(?=[A-Za-z0-9]{40}) tskey-(?:auth|api|client)- fm[12]_
-    pat-(?:na|eu)[0-9]- ntn_ secret_(?=[A-Za-z0-9]{43}) lin_(?:api|oauth)_ figd_ figo_ glsa_ glc_
-    sntry[su]_ PMAK- pul- dapi(?=[0-9a-f]{32}) sbp_ sb_secret_ pscale_(?:tkn|pw|oauth)_ nfp_ fo1_
-    NRAK- NRII- HRKU- CCIPAT_ bkua_ ATATT3 ATCTT3 ATBB AKCp LTAI xkeysib- tfp_ CFPAT- EZAK
-    shippo_(?:live|test)_ rdme_ ops_eyJ AGE-SECRET-KEY-1 phx_ re_(?=[A-Za-z0-9]{8}_) rnd_ waka_
-    napi_(?=[a-z0-9]{64}) csk-(?=[a-z0-9]{40}) e2b_(?=[0-9a-f]{40}) bb_live_ sgp_ sq[apu]_ pnu_ dbt[cu]_
-    duffel_(?:live|test)_ dnkey- fio-u- y0_A FLWSECK(?:_TEST)?- CLOJARS_
-    cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
+    pat-(?:na|eu)[0-9]- ntn_ secret_(?=[A-Za-z0-9]{43}) lin_(?:api|oauth)_ figd_ figo_ glsa_ glc_ sntry[su]_
+    PMAK- pul- dapi(?=[0-9a-f]{32}) sbp_ sb_secret_ pscale_(?:tkn|pw|oauth)_ nfp_ fo1_ NRAK- NRII- HRKU-
+    CCIPAT_ bkua_ ATATT3 ATCTT3 ATBB AKCp LTAI xkeysib- tfp_ CFPAT- EZAK shippo_(?:live|test)_ rdme_ ops_eyJ
+    AGE-SECRET-KEY-1 phx_ re_(?=[A-Za-z0-9]{8}_) rnd_ waka_ napi_(?=[a-z0-9]{64}) csk-(?=[a-z0-9]{40})
+    e2b_(?=[0-9a-f]{40}) bb_live_ sgp_ sq[apu]_ pnu_ dbt[cu]_ duffel_(?:live|test)_ dnkey- fio-u- y0_A
+    FLWSECK(?:_TEST)?- CLOJARS_ cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
 """
 # In `\nghp_…` and `%3Dghp_…` the run starts with the end of an escape.
 _TOKEN: Final = (
@@ -1549,13 +1543,11 @@ def _is_card(number: str) -> bool:
     return total % 10 == 0 and len(set(digits)) > 1 and _re(_ISSUED).fullmatch(digits) is not None
 
 
-# What else leads to a secret without naming it.
-_OTHER_GATES: Final = ("insert", "replace", "net us", "rabbitmqctl")
 _USER: Final = r"[^\s/?#\"'<>\\`:@]{0,200}"
 _STRING: Final = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|[\w.]{1,60})"""
 # What has a place of its own: the rule's name, texts one of which must be there in small letters, the
 # pattern, and what its last group must pass. Without a group a quoted value follows what is matched.
-_PLACES: Final[tuple[tuple[str, str, str, Callable[[str], bool] | None], ...]] = (
+_PLACES: Final[tuple[tuple[str, str, str, _Check], ...]] = (
     ("a password in a URL", "://", rf"://{_USER}:([^\s/?#\"'<>\\`]+)(?=@)", None),
     # `user:p#ss@host`: no URL, but what people write; what is no port. The limit is arbitrary.
     ("a password in a URL", "://",
@@ -1629,8 +1621,7 @@ _COMMANDS: Final = """
     aws | SecureString | --value
     gh az flyctl databricks | secret | -b --body --value --string-value
     net | user | #2
-    net | use | #2
-    net | use | #3
+    net | use | #2 #3
     rabbitmqctl | add_user | #2
     htpasswd | -b | #3
     cargo vault | login | #1
@@ -1710,7 +1701,7 @@ class _Texts:
 
     # 1. The order of the sieves.
 
-    def clean(self, text: str, found: list[str] | None = None, why: list[str] | None = None) -> str:
+    def clean(self, text: str, found: _Collected = None, why: _Collected = None) -> str:
         """Return `text` without the secrets that its form or the names in it give away."""
         # 1. Most texts can't hold a secret, or hold nothing that leads to one.
         size = len(text)
@@ -1772,12 +1763,8 @@ class _Texts:
         digest = hmac.new(self._key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
         return f"[REDACTED:{digest[:8]}]"
 
-    def is_marker(self, text: str) -> bool:
-        """Return True if a text is what stands in the place of a secret."""
-        return _re(_MARKED).fullmatch(text) is not None
-
     def _without(
-        self, text: str, spans: Iterable[_Span], rule: str, found: list[str], why: list[str] | None
+        self, text: str, spans: Iterable[_Span], rule: str, found: list[str], why: _Collected
     ) -> str:
         """Return `text` with markers in place of the spans; one that begins within another is its part."""
         out: list[str] = []
@@ -1786,7 +1773,7 @@ class _Texts:
             if done <= start < end:
                 secret = text[start:end]
                 # What is a marker stays, so that a second pass changes nothing.
-                if not self.is_marker(secret):
+                if not _re(_MARKED).fullmatch(secret):
                     if len(found) < _MAX_ECHOES:
                         found.append(secret)
                         if secret[0] in "[{":  # what may be echoed is within
@@ -1800,9 +1787,7 @@ class _Texts:
 
     # 2. Places and forms: each method yields where, from left to right, and looks at nothing twice.
 
-    def _placed(
-        self, text: str, pattern: str, accept: Callable[[str], bool] | None = None
-    ) -> Iterator[_Span]:
+    def _placed(self, text: str, pattern: str, accept: _Check = None) -> Iterator[_Span]:
         """Yield what stands where a pattern says: its last group, or what follows it."""
         done = 0
         for match in _re(pattern).finditer(text):
@@ -2091,12 +2076,10 @@ class _Texts:
     def _extent(self, text: str, at: int) -> _Span:
         """Return where a value starts and ends: quoted, bracketed, a YAML block, or bare."""
         if quote := _re(_QUOTE).match(text, at):
-            if quote[1]:  # within a quoted text the quotes are escaped
-                end = text.find(quote[1] + quote[2], quote.end())
-            else:
-                own, twice = quote[2], "|''" if quote[2] == "'" else ""
-                body = _re(rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*").match(text, quote.end())
-                end = body.end() if body else -1
+            own, twice = quote[2], "|''" if quote[2] == "'" else ""
+            body = _re(rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*").match(text, quote.end())
+            # Within a quoted text the quotes are escaped.
+            end = text.find(quote[1] + own, quote.end()) if quote[1] else body.end() if body else -1
             return quote.end(), len(text) if end < 0 else end
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
             end = self._balanced_end(text, at)  # `{SSHA}X` goes on
@@ -2291,9 +2274,9 @@ _REDACTED_JSON: Final = encode_text(REDACTED)
 
 
 class _Verdicts(dict[str, int]):
-    """The verdicts on the names of fields, for all tools or for one; bounded."""
+    """The verdicts on the names of fields, for all tools or for one; bounded. Without a tool: none."""
 
-    def __init__(self, names: _Names, texts: _Texts, tool: str = "") -> None:
+    def __init__(self, names: _Names, texts: _Texts, tool: str | None = "") -> None:
         self.names, self.texts, self.tool = names, texts, tool
         # As JSON: names without anything to look at, names with a marker for their values, and texts of
         # which none says anything of the next.
@@ -2303,6 +2286,8 @@ class _Verdicts(dict[str, int]):
         self.is_label = functools.lru_cache(_MAX_VERDICTS)(self._is_label)
 
     def __missing__(self, name: str) -> int:
+        if self.tool is None:
+            return 0
         strength, reason = self.names.judge(name, self.tool)
         verdict = (_SENSITIVE | (_LISTED if reason == _BY_SETTING else 0)) if strength else 0
         low = name.lower()
@@ -2323,17 +2308,10 @@ class _Verdicts(dict[str, int]):
 
     def _is_label(self, said: str) -> bool:
         """Return True if a text is a sensitive name, be it of a field on a page (`Password field`)."""
-        if not 2 < len(said) <= _MAX_NAME_CHARS or not self.names.stems.search(_lower(said)):
+        if not self.names.stems.search(_lower(said)):
             return False
         said = re.sub(r"(?i)\s+(?:input|text)?\s*(?:field|input|box|entry|value)$", "", said.strip("-"))
         return self[said] & _SENSITIVE > 0
-
-
-class _Blind(_Verdicts):
-    """The verdicts of a walk that finds no name sensitive."""
-
-    def __missing__(self, name: str) -> int:
-        return 0
 
 
 def _label(value: object) -> str:
@@ -2350,7 +2328,7 @@ class _Walk:
     spent = 0  # characters of long texts read so far
     max_nodes = _MAX_NODES
 
-    def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None:
+    def __init__(self, verdicts: _Verdicts, echoes: _Collected = None, limit: int = 0) -> None:
         self.verdicts, self.texts, self.echoes, self.limit = verdicts, verdicts.texts, echoes, limit
         self.quiet = echoes is None and self.texts.constant
         self.open: list[int] = []  # ids of the containers around the present value
@@ -2359,7 +2337,7 @@ class _Walk:
 
     def plain(self, value: object) -> Any:
         """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
-        return json.loads(_Walk(_Blind(self.verdicts.names, self.texts)).value(value, None))
+        return json.loads(_Walk(_Verdicts(self.verdicts.names, self.texts, None)).value(value, None))
 
     def hide(self, value: object) -> str:
         """Return the marker for a whole value, whatever it is, as JSON."""
@@ -2370,7 +2348,7 @@ class _Walk:
         if self.quiet:
             return REDACTED
         plain = value if type(value) is str else self.plain(value)
-        if isinstance(plain, str) and self.texts.is_marker(plain):
+        if isinstance(plain, str) and _re(_MARKED).fullmatch(plain):
             return plain
         waiting = [] if self.echoes is None else [plain]
         while waiting and self.echoes is not None and len(self.echoes) < _MAX_ECHOES:
@@ -2487,9 +2465,8 @@ class _Walk:
 
     def field(self, name: str, verdict: int, value: dict[Any, Any]) -> int:
         """Return the verdict on a field after a look at its siblings."""
-        if (
-            name in _VALUES
-        ):  # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value
+        # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
+        if name in _VALUES:
             labels = [said for key, said in value.items() if _label(key).lower() in _LABELS]
             verdict |= _SENSITIVE if any(map(self.is_label, labels)) else 0
         # A key beside its value is a label, and stays where it reads like one.
@@ -2602,7 +2579,7 @@ class _Walk:
 
     def text(self, text: str, declared: _Declared | None) -> str:
         """Clean a text; one that holds JSON is walked like the value that it holds."""
-        if type(self.verdicts) is _Blind:
+        if self.verdicts.tool is None:
             return text
         note = ""
         if self.limit and len(text) > _MAX_HARMLESS_CHARS:
@@ -2728,9 +2705,8 @@ class Redactor:
         for setting, entries in (("redact", redact), ("keep", keep)):
             names = all(isinstance(name, str) and _normal(name) for name in entries)
             if isinstance(entries, str) or not names:
-                raise ConfigError(
-                    "must be a list of names; quote those that YAML reads otherwise", trail=(setting,)
-                )
+                reason = "must be a list of names; quote those that YAML reads otherwise"
+                raise ConfigError(reason, trail=(setting,))
         if mode not in ("constant", "hmac"):
             raise ConfigError(f"{mode!r} is neither 'constant' nor 'hmac'", trail=("redact_mode",))
         if mode == "hmac" and not key:
@@ -2750,7 +2726,7 @@ class Redactor:
         *,
         tool: str | None = None,
         endpoint_def: object = None,
-        echoes: list[str] | None = None,
+        echoes: _Collected = None,
     ) -> Any:
         """Return a plain copy of any value in which nothing sensitive is left.
 
@@ -2775,7 +2751,7 @@ class Redactor:
         *,
         tool: str | None = None,
         endpoint_def: object = None,
-        echoes: list[str] | None = None,
+        echoes: _Collected = None,
         limit: int = 0,
     ) -> str:
         """Return what `redact` returns as JSON: compact, with the characters as they are; see there.
@@ -2821,7 +2797,7 @@ class Redactor:
         """Return what `redact` takes out of a value and why, as (path, reason), in the value's order."""
         found: list[tuple[str, str]] = []
 
-        def _compare(before: object, after: object, path: str, name: str, declared: _Declared | None) -> None:
+        def _compare(before: Any, after: Any, path: str, name: str, declared: _Declared | None) -> None:
             if isinstance(before, dict) and isinstance(after, dict):
                 for (key, old), new in zip(before.items(), after.values(), strict=False):
                     _compare(old, new, f"{path}.{key}", key, declared.of(key) if declared else None)
@@ -2829,12 +2805,9 @@ class Redactor:
                 for index, (old, new) in enumerate(zip(before, after, strict=False)):
                     _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
             elif before != after:
-                why: list[str] = []
-                if declared is not None and declared.hides:
-                    why = ["declared sensitive"]
-                elif reason := self._names.judge(name, _normal(tool or ""))[1]:
-                    why = [reason]
-                elif isinstance(before, str):
+                why = ["declared sensitive"] if declared is not None and declared.hides else []
+                why = why or [reason for reason in self._names.judge(name, _normal(tool or ""))[1:] if reason]
+                if not why and isinstance(before, str):
                     self._texts.clean(before, None, why)
                 found.append((path, " and ".join(dict.fromkeys(why)) or "what stands beside it names it"))
 
