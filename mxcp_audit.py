@@ -1120,8 +1120,7 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # Guarantee: what `Redactor.redact` returns holds no value that stands under a sensitive name, at any
 # depth, and no text in a known secret format; it is plain and shares nothing with the caller's objects.
 # Neither it nor `scrub` raises, changes or consumes an input. It fails towards too much: the remedy is
-# `keep:`. An input passes four sieves, cheapest knowledge first: what an endpoint declares, the words of
-# names, structure (siblings name a field), texts. docs/design.md says what was rejected and why.
+# `keep:`. Four sieves, cheapest first: an endpoint's declarations, words of names, siblings, texts.
 
 REDACTED: Final = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
@@ -1914,10 +1913,10 @@ class _Texts:
             name = re.sub(r"(?:.*\.)?(?:[sS]et|[wW]ith|[aA]dd|[uU]se)_?(?=\w)", "", name)
             return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.names.strength(name)
         strength = self.names.strength(name)
-        if strength < 2 and text[start - 1 : start] in (" ", "_"):
-            words = re.findall("[a-zA-Z]+", text[max(0, start - 20) : start])
-            if words and words[-1].lower() in _OPENERS:
-                return max(strength, self.names.strength(f"{words[-1]} {name}"))
+        left = text[max(0, start - 20) : start] if strength < 2 else ""
+        word = re.search(r"([a-zA-Z]+)[^a-zA-Z]*[ _]\Z", left)
+        if word and word[1].lower() in _OPENERS:
+            return max(strength, self.names.strength(f"{word[1]} {name}"))
         return strength
 
     def _value(self, text: str, start: int, lead: re.Match[str], name: str, strength: int) -> _Span | None:
@@ -1933,8 +1932,8 @@ class _Texts:
             end = len(text) if end < 0 else end
             label = re.fullmatch("[A-Za-z ]{1,40}", text[at : min(end, at + 41)])
             return None if label and _normal(label[0]) in _normal(name) else (at, end)
-        if kind == "part":
-            named = text[max(0, start - 12) : start].rstrip('\\"').endswith(" name=")
+        if kind == "part":  # of a form
+            named = re.search(r' name=[\\"]*\Z', text[max(0, start - 12) : start])
             return (at, self._line_end(text, at)) if named else None
         if kind == "percent":
             part = _re(_PERCENT_VALUE).match(text, at)
@@ -2111,10 +2110,6 @@ class _Declared(NamedTuple):
     fields: dict[str, _Declared]
     items: _Declared | None
     hides: bool
-
-    def of(self, name: str) -> _Declared | None:
-        """Return what is declared of a field, in any spelling."""
-        return self.fields.get(_normal(name))
 
 
 def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = None) -> _Declared | None:
@@ -2445,7 +2440,7 @@ class _Walk:
                         if type(item) in (list, tuple):
                             item = self.beside(name.lower(), item, value)
                     hides = verdict > _SENSITIVE or (verdict and kind is not bool and item is not None)
-                    inner = declared.of(name) if declared else None
+                    inner = declared.fields.get(_normal(name)) if declared else None
                     out.append(f"{encode_text(name)}:{self.hide(item) if hides else self.value(item, inner)}")
             else:
                 whole = "{" + ",".join(out) + "}"
@@ -2634,22 +2629,18 @@ def _common(text: str, at: int, form: str) -> int:
     return bisect.bisect_left(sizes, True, key=lambda size: not text.startswith(form[:size], at))
 
 
-def _without_starts(text: str, form: str, marker: str) -> str:
-    """Return a text with a marker for each beginning of a value."""
-    out, at = [], 0
-    while (start := text.find(form[:_MIN_ECHO], at)) >= 0:
-        out += [text[at:start], marker]
-        at = start + _common(text, start, form)
-    return "".join([*out, text[at:]])
-
-
 def _without_echo(text: str, form: str, marker: str) -> str:
     """Return a text with a marker for a value, for its beginnings and for its ends."""
     text = text.replace(form, marker)
     if len(form) <= _MIN_ECHO or marker == form:
         return text
-    text = _without_starts(text, form, marker)
-    return _without_starts(text[::-1], form[::-1], marker[::-1])[::-1]
+    for _ in ("beginnings", "ends, which are beginnings of the reverse"):
+        out, at = [], 0
+        while (start := text.find(form[:_MIN_ECHO], at)) >= 0:
+            out += [text[at:start], marker]
+            at = start + _common(text, start, form)
+        text, form, marker = "".join([*out, text[at:]])[::-1], form[::-1], marker[::-1]
+    return text
 
 
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
@@ -2735,8 +2726,7 @@ class Redactor:
         `<unprintable Type>`; generators and files are shown, not read. The value is not changed.
 
         Args:
-            value: any Python value.
-            tool: the tool whose input it is.
+            tool: the tool whose input the value is.
             endpoint_def: MXCP's definition of the endpoint, with `sensitive: true` in it.
             echoes: receives redacted values as texts, for `scrub`; collecting them takes time.
         """
@@ -2774,12 +2764,10 @@ class Redactor:
             return encode_text(f"<unreadable {_type_name(value)}: {_type_name(error)}>")
 
     def scrub(self, text: str, echoes: Sequence[str] = ()) -> str:
-        """Return a text without secrets, and without this event's own redacted values.
+        """Return a text, or another object's text form, without secrets and without the values in `echoes`.
 
-        Args:
-            text: any text; another object's text form is taken.
-            echoes: what `redact` collected. Values under 4 characters stay: removing them would
-                leave nothing readable and hide nothing.
+        Of `echoes`, which `redact` collected, values under 4 characters stay: without them nothing
+        readable would be left, and nothing hidden.
         """
         try:
             walk = _Walk(self._verdicts)
@@ -2800,7 +2788,8 @@ class Redactor:
         def _compare(before: Any, after: Any, path: str, name: str, declared: _Declared | None) -> None:
             if isinstance(before, dict) and isinstance(after, dict):
                 for (key, old), new in zip(before.items(), after.values(), strict=False):
-                    _compare(old, new, f"{path}.{key}", key, declared.of(key) if declared else None)
+                    inner = declared.fields.get(_normal(key)) if declared else None
+                    _compare(old, new, f"{path}.{key}", key, inner)
             elif isinstance(before, list) and isinstance(after, list):
                 for index, (old, new) in enumerate(zip(before, after, strict=False)):
                     _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))

@@ -160,7 +160,6 @@ class _Declared(NamedTuple):
     fields: dict[str, _Declared]
     items: _Declared | None
     hides: bool
-    def of(self, name: str) -> _Declared | None: ...
 
 class _Verdicts(dict[str, int]):
     harmless: dict[str, str]
