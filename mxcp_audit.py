@@ -1658,7 +1658,6 @@ _MAX_DOUBTED: Final = 1000  # longer values are no names and no remarks; each is
 # Bytes as their kinds: what tokens consist of as `w`; digits as `0`.
 _RUNS: Final = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
 _DIGITS: Final = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
-_RUN: Final = b"w" * 16
 
 
 def _argument_pattern(place: str, needs: list[str]) -> str:
@@ -1735,7 +1734,7 @@ class _Texts:
         # 4. What has a known format. Its shape is looked for in bytes, which takes a tenth of the time.
         if size >= 11:
             shape = text.encode("utf-8", "surrogatepass")
-            if _RUN in shape.translate(_RUNS):
+            if b"w" * 16 in shape.translate(_RUNS):
                 for gate, pattern in DOTTED_TOKENS:
                     if gate in text:
                         text = hide(text, self._placed(text, f"({pattern})"), "a known form")
@@ -2076,9 +2075,10 @@ class _Texts:
         """Return where a value starts and ends: quoted, bracketed, a YAML block, or bare."""
         if quote := _re(_QUOTE).match(text, at):
             own, twice = quote[2], "|''" if quote[2] == "'" else ""
-            body = _re(rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*").match(text, quote.end())
+            inner = rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*"
+            body = None if quote[1] else _re(inner).match(text, quote.end())
             # Within a quoted text the quotes are escaped.
-            end = text.find(quote[1] + own, quote.end()) if quote[1] else body.end() if body else -1
+            end = body.end() if body else text.find(quote[1] + own, quote.end())
             return quote.end(), len(text) if end < 0 else end
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
             end = self._balanced_end(text, at)  # `{SSHA}X` goes on
@@ -2345,8 +2345,8 @@ class _Walk:
         plain = value if type(value) is str else self.plain(value)
         if isinstance(plain, str) and _re(_MARKED).fullmatch(plain):
             return plain
-        waiting = [] if self.echoes is None else [plain]
-        while waiting and self.echoes is not None and len(self.echoes) < _MAX_ECHOES:
+        waiting = [plain]
+        while self.echoes is not None and waiting and len(self.echoes) < _MAX_ECHOES:
             item = waiting.pop()
             if isinstance(item, (dict, list)):
                 waiting += list(item.values() if isinstance(item, dict) else item)[:_MAX_ECHOES]
@@ -2520,7 +2520,7 @@ class _Walk:
                 pass  # not all of them are known, or texts
         opened.append(ident)
         items = None if declared is None else declared.items or declared
-        texts, text, is_label = self.texts.harmless, self.text, self.is_label
+        texts, is_label = self.texts.harmless, self.is_label
         hide_next = len(value) == 2 and is_label(first)
         pairs = len(value) > 2 and len(value) % 2 == 0 and type(first) is str
         if type(first) is str and (first in self.texts.programs or first[:1] == "/"):
@@ -2539,7 +2539,7 @@ class _Walk:
                 out.append(self.mapping(item, None))
             elif type(item) is str and items is None:
                 known = texts.get(item)
-                out.append(known or encode_text(text(item, None)))
+                out.append(known or encode_text(self.text(item, None)))
                 if item[:1] == "-":
                     hide_next = "=" not in item and is_label(item)
                 elif not is_label(item):
@@ -2549,9 +2549,8 @@ class _Walk:
                         self.verdicts.inert[item] = known
                 elif pairs and len(out) % 2:
                     following = _label(value[len(out)])
-                    hide_next = item.lower() in _HEADER_NAMES or (
-                        _looks_secret(following) and not is_label(following)
-                    )
+                    secret = _looks_secret(following) and not is_label(following)
+                    hide_next = secret or item.lower() in _HEADER_NAMES
             else:
                 out.append(self.value(item, items))
         opened.pop()

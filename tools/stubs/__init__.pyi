@@ -1,5 +1,4 @@
 # Made from mxcp_audit.py by tools/make_stubs.
-import argparse
 import contextlib
 import os
 import re
@@ -951,10 +950,6 @@ class WrappedServer:
     def run(self) -> int: ...
 
 class _UsageError(AuditError): ...
-
-class _RunningLines:
-    def __init__(self, options: argparse.Namespace) -> None: ...
-    def show_after(self, follower: Follower, show: Callable[[Sequence[Row]], None]) -> None: ...
 
 def main(argv: Sequence[str] | None = None) -> int: ...
 
