@@ -1521,10 +1521,9 @@ def _is_password(value: str) -> bool:
 
 def _is_basic(credentials: str) -> bool:
     """Return True if a text is what `Basic` carries: `user:password` in Base64."""
-    try:
+    with contextlib.suppress(ValueError):
         return b":" in binascii.a2b_base64(credentials)
-    except ValueError:
-        return False
+    return False
 
 
 # Visa, Mastercard (2), American Express, Discover, JCB, Diners Club, UnionPay: ranges and lengths.
@@ -2265,7 +2264,6 @@ _SENSITIVE, _LISTED, _CERTAIN, _ODD, _BESIDE = 1, 2, 3, 4, 8
 
 encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
-_REDACTED_JSON: Final = encode_text(REDACTED)
 
 
 class _Verdicts(dict[str, int]):
@@ -2298,7 +2296,7 @@ class _Verdicts(dict[str, int]):
             if verdict == 0:
                 self.harmless[name] = encode_text(name) + ":"
             elif verdict == _SENSITIVE:
-                self.hidden[name] = encode_text(name) + ":" + _REDACTED_JSON
+                self.hidden[name] = f'{encode_text(name)}:"{REDACTED}"'
         return verdict
 
     def _is_label(self, said: str) -> bool:
@@ -2336,7 +2334,7 @@ class _Walk:
 
     def hide(self, value: object) -> str:
         """Return the marker for a whole value, whatever it is, as JSON."""
-        return _REDACTED_JSON if self.quiet else encode_text(self.marker(value))
+        return encode_text(self.marker(value))
 
     def marker(self, value: object) -> str:
         """Return what stands in the place of a secret value, and collect what it may echo as."""
