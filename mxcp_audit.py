@@ -114,9 +114,7 @@ __all__ = [
 # === Errors ===
 # depends on: nothing
 #
-# One root, so that a caller can catch all of ours and nothing else. A message says
-# what is wrong, where, and what to do; a cause is kept (`raise … from`).
-
+# A message says what is wrong, where, and what to do; a cause is kept (`raise … from`).
 
 # What Ctrl+C and servers' signal handlers raise: passed on, once the event is queued.
 INTERRUPTS: Final = (KeyboardInterrupt, SystemExit)
@@ -127,13 +125,12 @@ class AuditError(Exception):
 
 
 class ConfigError(AuditError, ValueError):
-    """A configuration that can't be used as it stands; nothing was guessed.
+    """A configuration that can't be used; nothing was guessed.
 
     Args:
         problem: what is wrong and what to do, without the place.
         path: the file, or None for a text or a keyword argument.
-        line: counted from 1, or None.
-        column: counted from 1 in characters, or None.
+        line, column: counted from 1, in characters; or None.
         trail: the keys that lead to the value, such as ("profiles", "default", "audit").
     """
 
@@ -327,7 +324,7 @@ class _YamlReader:
     # --- the cursor
 
     def place(self, at: int) -> dict[str, Any]:
-        """Where a position is, as arguments of ConfigError."""
+        """A position as arguments of ConfigError."""
         line, column = self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
         return {"path": self.path, "line": line, "column": column}
 
@@ -363,7 +360,6 @@ class _YamlReader:
     # --- blocks
 
     def document(self) -> object:
-        """The value of the only document; None where there are only comments."""
         self.take(_BLANKS)
         explicit = self.column() < 0 and self.text[self.pos] == "-"
         started = explicit or self.column() >= 0
@@ -10880,9 +10876,6 @@ class Checkup:
 # depends on: Errors, Events, SQL, Engines
 
 
-# --- text that no terminal acts on
-
-
 def printable(text: str) -> str:
     """Return the text as one line that no terminal acts on: what is not printable becomes an escape."""
     if text.isprintable():
@@ -10891,7 +10884,7 @@ def printable(text: str) -> str:
 
 
 def display_width(text: str) -> int:
-    """Return how many terminal cells a printable text takes: wide characters two, combining ones none."""
+    """Return the terminal cells of a printable text: wide characters have two, combining ones none."""
     if text.isascii():
         return len(text)
     import unicodedata
@@ -10939,13 +10932,12 @@ def takes_unicode(file: TextIO) -> bool:
 
 
 def _write(file: TextIO, line: str) -> None:
-    """Write a line in whatever the file's encoding has; the rest as escapes."""
+    """Write a line; what the file's encoding lacks as escapes."""
     encoding = file.encoding or "utf-8"
-    if not line.isascii():
-        try:
-            line.encode(encoding)
-        except UnicodeEncodeError:
-            line = line.replace("…", "~").encode(encoding, "backslashreplace").decode(encoding)
+    try:
+        line.encode(encoding)
+    except UnicodeEncodeError:
+        line = line.replace("…", "~").encode(encoding, "backslashreplace").decode(encoding)
     file.write(line + "\n")
 
 
@@ -10963,8 +10955,7 @@ def more_hint(shown: int, limit: int | None) -> str:
 
 
 def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
-    """Return JSON that no terminal acts on: control and direction characters are escaped, which JSON
-    allows anywhere in a text, so that it reads back the same."""
+    """Return JSON that no terminal acts on, because what is not printable is escaped."""
     text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
     if text.isprintable():
         return text
@@ -10995,10 +10986,7 @@ _JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[
 
 
 def indented_json(text: str) -> str:
-    """Return JSON text with a line for each value, everything else as it is: no number or name is changed.
-
-    Text that is no JSON comes back unchanged.
-    """
+    """Return JSON text with a line for each value, each as it is spelled; other text unchanged."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
