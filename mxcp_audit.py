@@ -11026,7 +11026,6 @@ _HEADERS: Final = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "dura
 _FIRST_WIDTHS: Final = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
 _FIXED: Final = frozenset(("timestamp", "type", "status", "policy_decision", "duration_ms", "result_bytes"))
 _STYLES: Final = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
-_PLAIN_STYLE: Final = "\x1b[0m"
 _NARROWEST: Final = 12  # arbitrary: cells that an elastic column keeps
 
 
@@ -11070,7 +11069,7 @@ class EventTable:
             _write(self._file, next(lines))
         for event, line in zip(events, lines):
             style = _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"])
-            _write(self._file, f"{style}{line}{_PLAIN_STYLE}" if style and self._colour else line)
+            _write(self._file, f"{style}{line}\x1b[0m" if style and self._colour else line)
             for label in self._below:
                 if event[label]:
                     text = f"    {label}: {printable(event[label])}"
@@ -13220,17 +13219,14 @@ def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
 
 def cmd_config(options: argparse.Namespace) -> int:
     config = _config_of(options)
-    settings = {name: value for name, value in config._asdict().items() if name != "sources"}
+    settings = config._asdict()
+    sources = settings.pop("sources")
+    settings["path"], settings["journal"] = public_target(config.path), config.journal_directory
     settings["attach"] = dict.fromkeys(config.attach, REDACTED)
-    settings["journal"] = config.journal_directory
-    if is_attach_target(config.path):
-        settings["path"] = public_target(config.path)
-    sources = {name: config.sources.get(name, "default") for name in settings}
+    rows = [(name, value, sources.get(name, "default")) for name, value in settings.items()]
     if options.json:
-        answer = {name: {"value": value, "source": sources[name]} for name, value in settings.items()}
-        _print_json(answer)
+        _print_json({name: {"value": value, "source": source} for name, value, source in rows})
     else:
-        rows = [(*setting, sources[setting[0]]) for setting in settings.items()]
         write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
     return 0
 
@@ -13245,9 +13241,8 @@ def cmd_redact(options: argparse.Namespace) -> int:
         value = json.loads(sys.stdin.read())
     except (ValueError, RecursionError) as error:
         raise _UsageError(f"standard input is no JSON: {error}") from error
-    recorded = json.loads(
-        Encoder(redactor, max_input_bytes=limit).input_json(value, options.tool, None, None)
-    )
+    encoder = Encoder(redactor, max_input_bytes=limit)
+    recorded = json.loads(encoder.input_json(value, options.tool, None, None))
     reasons = redactor.explain(value, tool=options.tool)
     if options.json:
         redacted = [{"path": path, "reason": reason} for path, reason in reasons]
@@ -13518,12 +13513,6 @@ def cmd_wrap(options: argparse.Namespace) -> int:
 
 
 def cmd_completion(options: argparse.Namespace) -> int:
-    print(completion_script(options.shell))
-    return 0
-
-
-def completion_script(shell: str) -> str:
-    """Return the completion for bash or zsh, made from the parser itself."""
     actions = {action.dest: action for action in build_parser()._actions}
     commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
     words, values = "", ""
@@ -13535,8 +13524,9 @@ def completion_script(shell: str) -> str:
                 cases = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
                 values += f'        {cases}) words="{" ".join(action.choices)}" ;;\n'
         words += f'        {name}) words="{" ".join(flags)}" ;;\n'
-    zsh = _COMPLETION_ZSH if shell == "zsh" else ""
-    return _COMPLETION.format(zsh=zsh, values=values, words=words, commands=" ".join(commands))
+    zsh = _COMPLETION_ZSH if options.shell == "zsh" else ""
+    print(_COMPLETION.format(zsh=zsh, values=values, words=words, commands=" ".join(commands)))
+    return 0
 
 
 _COMPLETION_ZSH: Final = """\
