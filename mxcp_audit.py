@@ -889,8 +889,9 @@ class _SiteFile(_YamlReader):
         """The arguments of ConfigError for the value of a key, or an entry in it; they may be missing."""
         position, value = 0, self.root
         for key in keys if entry is None else (*keys, entry):
-            is_known = (id(value), key) in self.places
-            position, value = (self.places[id(value), key], value[key]) if is_known else (position, {})
+            if (id(value), key) not in self.places:
+                break
+            position, value = self.places[id(value), key], value[key]
         return {**self.place(position), "trail": (*keys[:-1], _trail_end(keys[-1], entry))}
 
     def source(self, *keys: object) -> str:
