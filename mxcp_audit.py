@@ -2141,6 +2141,8 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
     except INTERRUPTS:
         raise
     except BaseException:
+        if depth:  # a part that can't be read: nobody knows what the others mean
+            raise
         return _Declared(True, {}, None, True)
 
 
@@ -6784,23 +6786,20 @@ if hasattr(os, "register_at_fork"):
 # === SQL ===
 # depends on: Errors, Events, Journal
 #
-# Everything above records, everything below reads. Statements are constants with `$name`
-# parameters; the only texts put together are fixed words of ours (column names, conditions), never
-# values. The target is attached as `audit`; the same statements run on every target.
+# Everything above records, everything below reads. Statements have `$name` parameters; texts that are put
+# together are fixed words of ours, never values. The target, whatever it is, is attached as `audit`.
 
 _NAMES: Final = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
 _ISO_FORMAT: Final = "'%Y-%m-%dT%H:%M:%S.%fZ'"
-_LINE_COLUMNS: Final = tuple(column for column in COLUMNS if column.name != "segment")
 # The lines of segments. `columns` always, because detection types the same file differently in 1.5 and 2.0.
 _LINES: Final = f"""\
-SELECT {", ".join(column.name for column in _LINE_COLUMNS)},
-       CASE WHEN parse_filename(filename, true) = '{COMBINED}' THEN segment
-            ELSE parse_filename(filename, true) END AS segment
+SELECT * EXCLUDE (filename) REPLACE (CASE WHEN parse_filename(filename, true) = '{COMBINED}' THEN segment
+                                          ELSE parse_filename(filename, true) END AS segment)
 FROM read_json($files, format = 'newline_delimited', filename = true,
                columns = {{{", ".join(f"{column.name}: '{column.sql_type}'" for column in COLUMNS)}}},
                maximum_object_size = $longest, ignore_errors = $lenient)"""
-LONGEST_LINE: Final = 2**20  # of a segment; DuckDB sets aside twice this. More where a longer line is found
+LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a segment has a longer line
 
 
 # --- tables: making and finding them, in a file or elsewhere
@@ -6814,40 +6813,28 @@ WIDEN_LOGS: Final = tuple(
     f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
     for column in COLUMNS[10:]
 )
-_OLD_COLUMNS: Final = tuple(column for column in COLUMNS if column not in NEW_COLUMNS)
 # The ledger: an entry for each segment, loss and purge, and one for an older table's rows (`legacy`).
 # `position` counts the entries of one journal's chain from 1. `marks` holds four hex digits of each
 # event's hash in order of seq, so that a changed event can be named; null where seq has gaps.
 # Also update docs/security.md, and tools/verify_independently.py, which knows it from there.
-LEDGER_COLUMNS: Final = (
-    Column("journal", "VARCHAR"),
-    Column("position", "BIGINT"),
-    Column("kind", "VARCHAR"),
-    Column("segment", "VARCHAR"),
-    Column("events", "BIGINT"),
-    Column("first_event", "TIMESTAMP"),
-    Column("last_event", "TIMESTAMP"),
-    Column("digest", "VARCHAR"),
-    Column("marks", "VARCHAR"),
-    Column("detail", "VARCHAR"),
-    Column("host", "VARCHAR"),
-    Column("ingested_at", "TIMESTAMP"),
-    Column("seal", "VARCHAR"),
+_LEDGER_DEFINITIONS: Final = (
+    "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
+    "last_event TIMESTAMP, digest VARCHAR, marks VARCHAR, detail VARCHAR, host VARCHAR, "
+    "ingested_at TIMESTAMP, seal VARCHAR"
 )
-_LEDGER_DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in LEDGER_COLUMNS)
+LEDGER_COLUMNS: Final = tuple(Column(*words.split()) for words in _LEDGER_DEFINITIONS.split(", "))
 CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({_LEDGER_DEFINITIONS})"
-# For targets that are no file. A server, or an engine whose parent was killed, finishes a commit that it was
-# sent, and the next ingest may not see it yet. So two transactions that take in the same segments must
-# collide. In PostgreSQL they do over the position in the ledger; DuckLake has no such index, but only one of
-# two transactions can change the same row of a journal's own little table.
-UNIQUE_POSITIONS: Final = (
-    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
+# Where the target is no file, a commit that was sent may be finished after the next ingest has looked. So two
+# transactions that take in the same segments must collide: in PostgreSQL over the position in the ledger, in
+# DuckLake, which has no such index, over the one row of a journal's own table, which only one can change.
+POSTGRES_INDEXES: Final = (
+    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)",
+    "CREATE INDEX IF NOT EXISTS logs_timestamp ON audit.logs (timestamp)",
 )
-INDEX_TIMES: Final = "CREATE INDEX IF NOT EXISTS logs_timestamp ON audit.logs (timestamp)"  # in PostgreSQL
 
 
 def turn_statements(journal: str) -> tuple[str, str]:
-    """Return two statements: the first makes the table of a journal, the second takes the journal's turn."""
+    """Return two statements: one makes the table of a journal, the other takes the journal's turn."""
     if not re.fullmatch("[0-9a-f]{1,64}", journal):
         raise JournalError("is no identity of a journal; remove the file", path="journal.id")
     table = f"audit.turn_{journal}"
@@ -6857,7 +6844,6 @@ def turn_statements(journal: str) -> tuple[str, str]:
     )
 
 
-LAKE_INLINED: Final = {"DATA_INLINING_ROW_LIMIT": 1000}  # what fewer rows add stays in the catalogue at first
 LAKE_COMMIT: Final = "SELECT id::BIGINT FROM ducklake_last_committed_snapshot('audit')"
 LAKE_IS_OURS: Final = """\
 SELECT count(*) = 0 FROM duckdb_tables() WHERE database_name = 'audit'
@@ -6870,11 +6856,13 @@ LAKE_CLEANING: Final = (
 
 
 def lake_chores(commit: int) -> list[str]:
-    """Return what the host that made a commit of a lake is to do for its files, if it is its turn.
+    """Return what the host that made a commit of a lake does for its files: something every 256 commits.
 
-    Of 256 commits one writes what lies in the catalogue to a file and merges small files; of 4,096, larger.
+    Then rows in the catalogue are written to a file, and small files merged; every 4,096, larger ones too.
     """
-    size = 0 if commit % 256 else 2**20 if commit % 4096 else 2**26
+    if commit % 256:
+        return []
+    size = 2**20 if commit % 4096 else 2**26
     chores = [
         f"CALL {chore}"
         for table in ("logs", "ledger")
@@ -6883,27 +6871,24 @@ def lake_chores(commit: int) -> list[str]:
             f"ducklake_merge_adjacent_files('audit', '{table}', max_file_size => {size})",
         )
     ]
-    return [] if not size else chores if commit % 4096 else [*chores, *LAKE_CLEANING]
+    return chores if commit % 4096 else [*chores, *LAKE_CLEANING]
 
 
-SET_SCHEMA: Final = "SET VARIABLE audit_schema = $schema"
 # duckdb_columns() lists none there.
 QUACK_COLUMNS: Final = """\
 SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name, column_type::VARCHAR AS column_type
 FROM (DESCRIBE audit.logs)
 UNION ALL SELECT 'ledger', column_name::VARCHAR, column_type::VARCHAR FROM (DESCRIBE audit.ledger)"""
-LAKE_PATH: Final = """\
-SELECT value::VARCHAR FROM __ducklake_metadata_audit.ducklake_metadata WHERE key = 'data_path'"""
 EXTENSION_STATES: Final = """\
 SELECT extension_name::VARCHAR AS name, loaded, installed FROM duckdb_extensions()
 WHERE extension_name IN (SELECT unnest($names))"""
-ENGINE_VERSION: Final = "SELECT library_version::VARCHAR AS version FROM pragma_version()"
-
-
 # --- digests: what the ledger knows a row, and a segment, by
 
+# An infinity has no microseconds, and must not look like NULL.
+_TIME_NUMBER: Final = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
 
-def row_hash(columns: Sequence[Column], **instead: str) -> str:
+
+def row_hash(columns: Sequence[Column]) -> str:
     """Return the SQL of a row's hash: SHA-256 of its canonical form, which no two different rows share.
 
     A number for each column, separated by `|`: an integer itself, a timestamp's microseconds since
@@ -6911,29 +6896,17 @@ def row_hash(columns: Sequence[Column], **instead: str) -> str:
     Then each of NEW_COLUMNS that isn't NULL, as `|name:number` or `|name:length:text`.
     Of events, the segment's text is left out, which its entry has: hashing it costs a tenth of an ingest.
     """
-    numbers = {
-        # An infinity has no microseconds, and must not look like NULL.
-        "TIMESTAMP": "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END",
-        "VARCHAR": "strlen({0})",
-    }
-    suffix = ""
-    if columns is COLUMNS:
-        for name, sql_type in NEW_COLUMNS:  # `||` with NULL is NULL, which concat leaves out
-            suffix += (
-                f", '|{name}:' || {name}"
-                if sql_type == "BIGINT"
-                else (f", '|{name}:' || strlen({name}) || ':' || {name}")
-            )
-    left_out = "segment" if columns is COLUMNS else ""
-    columns = _OLD_COLUMNS if columns is COLUMNS else columns
-    head = ", '|', ".join(
-        numbers.get(column.sql_type, "{0}").format(instead.get(column.name, column.name))
-        for column in columns
-    )
-    texts = ", ".join(
-        column.name for column in columns if column.sql_type == "VARCHAR" and column.name != left_out
-    )
-    return f"sha256(concat({head}, '|', {texts}{suffix}))"
+    is_event = columns is COLUMNS
+    numbers = {"TIMESTAMP": _TIME_NUMBER, "VARCHAR": "strlen({0})"}
+    old = [column for column in columns if not (is_event and column in NEW_COLUMNS)]
+    head = ", '|', ".join(numbers.get(sql_type, "{0}").format(name) for name, sql_type in old)
+    texts = [
+        name for name, sql_type in old if sql_type == "VARCHAR" and (name, is_event) != ("segment", True)
+    ]
+    for name, sql_type in NEW_COLUMNS if is_event else ():  # `||` with NULL is NULL, which concat leaves out
+        length = "" if sql_type == "BIGINT" else f"strlen({name}) || ':' || "
+        texts.append(f"'|{name}:' || {length}{name}")
+    return f"sha256(concat({head}, '|', {', '.join(texts)}))"
 
 
 def digests(
@@ -6941,8 +6914,8 @@ def digests(
 ) -> str:
     """Return the SELECT of what the ledger says of each segment: count, range, digest and marks.
 
-    The digest is SHA-256 over the hashes of the segment's rows, in order of seq; where that is missing
-    or not unique, in order of the hashes, which costs a tenth more.
+    The digest is SHA-256 over the hashes of the segment's rows, in order of seq, and of the hashes where that
+    is missing or not unique; without such rows, an order by seq alone takes a tenth less.
     """
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
@@ -6956,7 +6929,6 @@ FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event,
 
 # Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
 SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
-_IN_RANGE: Final = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
 
 
 # --- ingest: segments go into the temporary table `batch`, and from there into `logs`
@@ -6967,16 +6939,12 @@ SELECT segment::VARCHAR, count(seq)::BIGINT, count(DISTINCT seq)::BIGINT, count(
 FROM batch GROUP BY ALL"""
 KNOWN: Final = """\
 SELECT segment::VARCHAR FROM audit.ledger WHERE kind = $kind AND segment IN (SELECT unnest($segments))"""
-# What `import` asks: how much of a part of a file is there already.
-IMPORTED: Final = """\
-SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
-FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
 # Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger may be
 # what the page cache says and not what the disk says.
 TOUCH_KNOWN: Final = """\
 UPDATE audit.ledger SET ingested_at = ingested_at
 WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
-# Of segments that the ledger has: how many of the staged lines it has, if these are the first ones.
+# Of segments that the ledger has: how many events it has of each, and whether these are the first lines.
 KNOWN_LINES: Final = f"""\
 SELECT staged.segment::VARCHAR AS segment, entered.events::BIGINT AS events,
        (staged.events = entered.events AND staged.digest = entered.digest)::BOOLEAN AS same
@@ -6989,7 +6957,7 @@ FROM ({
     )
 }) AS staged
 JOIN audit.ledger AS entered ON entered.segment = staged.segment AND entered.kind = 'segment'"""
-# Which of some calls have a row that says that they were never finished.
+# Which of some calls are on record as unfinished.
 UNFINISHED_CALLS: Final = """\
 SELECT DISTINCT call::VARCHAR FROM (
     SELECT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
@@ -7009,8 +6977,7 @@ SEAL_AT: Final = """\
 SELECT max(seal)::VARCHAR FROM audit.ledger WHERE journal = $journal AND position = $position"""
 EVENTS_OF: Final = """\
 SELECT coalesce(sum(events), 0)::BIGINT FROM audit.ledger WHERE journal = $journal AND kind = 'segment'"""
-LEDGER_IS_EMPTY: Final = "SELECT count(*) = 0 FROM audit.ledger"
-# The first and the last of some days of an older table, as many as have about $size rows.
+# An older table in ranges of days with about $size rows: the first and the last day of each.
 LEGACY_DAYS: Final = """\
 SELECT min(day)::VARCHAR, max(day)::VARCHAR FROM (
     SELECT day, floor(sum(events) OVER (ORDER BY day ROWS UNBOUNDED PRECEDING) / $size) AS part
@@ -7054,8 +7021,8 @@ HEADS: Final = """\
 SELECT journal::VARCHAR, max(position)::BIGINT,
        coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, arg_max(seal, position)::VARCHAR
 FROM audit.ledger GROUP BY journal ORDER BY journal"""
-# Where the time for which the log was alive, going back, reaches $retention: only what the ledger shows
-# counts, and a silence of more than $silence counts as none, both in microseconds.
+# The moment from which on the log was alive for $retention. Only what the ledger shows counts, and a silence
+# of more than $silence not at all; both in microseconds.
 VOUCHED_LIMIT: Final = """\
 SELECT strftime(make_timestamp((later - alive + total - $retention)::BIGINT),
                 '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
@@ -7073,7 +7040,7 @@ WHERE total >= $retention ORDER BY later DESC LIMIT 1"""
 TABLE_TYPES: Final = f"""\
 SELECT lower(table_name)::VARCHAR, lower(column_name)::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
-# Other types that hold the same values: of tables that MXCP made, or a person.
+# Other types that hold the same values, as in tables that MXCP or a person made.
 SAME_VALUES: Final = {
     "TIMESTAMP": {"TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS"},
     "INTEGER": {"INTEGER", "BIGINT", "SMALLINT"},
@@ -7083,7 +7050,7 @@ SAME_VALUES: Final = {
 
 
 VIEW: Final = "is a view"
-# What keeps a table from being a plain one; of a collation only the table's text tells.
+# What keeps a table from being a plain one; a collation shows in the table's text alone.
 ODDITIES: Final = f"""\
 SELECT view_name::VARCHAR AS name, '{VIEW}' AS what FROM duckdb_views()
 WHERE {_OUR_TABLES.replace("table_name", "view_name")}
@@ -7130,7 +7097,6 @@ def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) 
     return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {_in_shape(columns, types)} {source}"
 
 
-COUNT_SOUND: Final = "SELECT count(*)::BIGINT FROM sound_logs"
 CHAIN: Final = f"""\
 SELECT coalesce(journal, '')::VARCHAR AS journal, coalesce(position, 0)::BIGINT AS position,
        coalesce(kind, '')::VARCHAR, coalesce(events, 0)::BIGINT, coalesce(seal, '')::VARCHAR AS seal,
@@ -7141,8 +7107,8 @@ SELECT coalesce(strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ'), '')::VARCHAR AS 
        coalesce(host, '')::VARCHAR AS host, coalesce(events, 0)::BIGINT AS events,
        coalesce(journal, '')::VARCHAR AS journal, coalesce(position, 0)::BIGINT AS position, detail::VARCHAR
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
-# What purges say, by number. Those of earlier versions removed single events: `heads` are the ends of the
-# chains, and `left` is what they kept of segments, which is believed unless the purge is $newer.
+# What purges say, by number. Those of 0.1 removed single events: `heads` are the ends of the chains, and
+# `left` is what they kept of segments, which is believed unless the purge is $newer.
 READ_PURGES: Final = """\
 CREATE OR REPLACE TEMP TABLE purges AS
 SELECT *, CASE WHEN before IS NULL OR wrong IS NULL OR (removed IS NULL AND heads IS NULL) THEN 'unreadable'
@@ -7207,9 +7173,8 @@ def comparison(*, scoped: bool) -> str:
 
     Without `scoped`, only differences are returned.
     """
-    inside = _IN_RANGE
-    if scoped:
-        inside += " AND {0} IN (SELECT segment FROM scope)"
+    inside = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
+    inside += " AND {0} IN (SELECT segment FROM scope)" if scoped else ""
     found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
     return f"""\
 SELECT coalesce(entered.journal, '')::VARCHAR AS journal, coalesce(entered.position, -1)::BIGINT AS position,
@@ -7230,8 +7195,6 @@ FULL JOIN ({found}) AS found ON found.segment = entered.segment
 {"" if scoped else "WHERE NOT as_due"} ORDER BY segment"""
 
 
-COMPARE: Final = comparison(scoped=False)
-COMPARE_SCOPE: Final = comparison(scoped=True)
 # What the marks of a segment tell: which events were changed, removed or inserted; nothing if it has none.
 MARKED: Final = f"""\
 WITH marked AS (SELECT max(marks) AS marks, coalesce(length(max(marks)) // 4, 0) AS total
@@ -7251,22 +7214,14 @@ SELECT state::VARCHAR, seq::BIGINT FROM (
 ORDER BY state, seq"""
 
 
-# One event, for somebody who has no database: timestamps in microseconds.
-
-
-def _plain_columns(columns: Sequence[Column]) -> str:
-    time = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END AS {0}"
-    return ", ".join((time if c.sql_type == "TIMESTAMP" else "{0}").format(c.name) for c in columns)
-
-
-EVENT_TO_PROVE: Final = (
-    f"SELECT {_plain_columns(COLUMNS)} FROM sound_logs WHERE segment = $segment AND seq = $seq"
-)
-ENTRY_TO_PROVE: Final = f"""\
-SELECT {_plain_columns(LEDGER_COLUMNS[:-1])} FROM sound_ledger
-WHERE segment = $segment AND kind = 'segment'"""
 HASHES_TO_PROVE: Final = f"""\
 SELECT {row_hash(COLUMNS)}::VARCHAR AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"""
+
+
+def numeric_times(columns: Sequence[Column]) -> str:
+    """Return the SELECT list of columns, with timestamps in microseconds."""
+    time = _TIME_NUMBER + " AS {0}"
+    return ", ".join((time if sql_type == "TIMESTAMP" else "{0}").format(name) for name, sql_type in columns)
 
 
 # --- removing and copying
@@ -7279,9 +7234,9 @@ HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)
 EXCEPT SELECT segment FROM sound_ledger
 WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
 _IN_SCOPE: Final = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
-DELETE_SCOPE: Final = f"DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP AND {_IN_SCOPE}"
 COUNT_SCOPE: Final = f"SELECT count(*)::BIGINT FROM audit.logs WHERE {_IN_SCOPE}"
 COUNT_OLD: Final = "SELECT count(*)::BIGINT FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+DELETE_SCOPE: Final = f"DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP AND {_IN_SCOPE}"
 # An archive has a file for each day, and one for what is not as it was entered.
 _FILE_OF: Final = (
     f"CASE WHEN {SEGMENT_OR_DAY} IN (SELECT unnest($wrong)) THEN $apart "
@@ -7292,11 +7247,8 @@ SELECT file::VARCHAR, count(*)::BIGINT FROM (SELECT {_FILE_OF} AS file FROM audi
 GROUP BY file ORDER BY file"""
 OLD_OF_FILE: Final = f"""\
 SELECT {_NAMES} FROM audit.logs WHERE {_IN_SCOPE} AND {_FILE_OF} = $name ORDER BY timestamp, segment, seq"""
-ARCHIVED: Final = (
-    "SELECT digest::VARCHAR FROM ("
-    + digests("read_parquet($files)", segment=SEGMENT_OR_DAY)
-    + ") ORDER BY segment"
-)
+ARCHIVED: Final = f"""\
+SELECT digest::VARCHAR FROM ({digests("read_parquet($files)", segment=SEGMENT_OR_DAY)}) ORDER BY segment"""
 SAME_CONTENT: Final = {
     table: f"""\
 SELECT a.rows = b.rows AND a.hash IS NOT DISTINCT FROM b.hash, a.rows::BIGINT
@@ -7304,12 +7256,8 @@ FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} 
      (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM fresh.{table} t) b"""
     for table in ("logs", "ledger")
 }
-
-
 # What a restore asks: `ours` is the database that the restored one, `audit`, is to replace.
-OUR_COLUMNS: Final = """\
-SELECT lower(table_name)::VARCHAR, lower(column_name)::VARCHAR, data_type::VARCHAR
-FROM duckdb_columns() WHERE database_name = 'ours'"""
+OUR_COLUMNS: Final = TABLE_TYPES.replace("'audit'", "'ours'")
 OUR_SEGMENTS: Final = """\
 SELECT DISTINCT segment::VARCHAR FROM ours.logs WHERE segment NOT IN
 (SELECT segment FROM audit.ledger WHERE kind = 'segment' AND segment IS NOT NULL)"""
@@ -7329,7 +7277,6 @@ def table_rows(present: Mapping[str, str], source: str = "audit.logs") -> str:
 
 JOURNAL_ROWS: Final = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
 NO_ROWS: Final = f"SELECT {_in_shape(COLUMNS, {})} WHERE false"
-COUNT_TABLE: Final = "SELECT count(*)::BIGINT FROM table_rows"
 RECENT_LOSSES: Final = """\
 SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
 WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
@@ -7347,13 +7294,13 @@ PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:-2]), "event_id")
 _EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
 
 
-def public_select(*, typed: bool = False, harmless: bool = False) -> str:
-    """Return the SELECT list of every output: the public columns, as types that both engines return alike."""
-    return ", ".join(f"{value} AS {name}" for name, value in public_values(typed=typed, harmless=harmless))
+def public_select(**more: bool) -> str:
+    """Return `public_values` as the SELECT list of every output."""
+    return ", ".join(f"{value} AS {name}" for name, value in public_values(**more))
 
 
 def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the public columns with the SQL of each; the arguments are those of `public_select`."""
+    """Yield the public columns with the SQL of each, as types that both engines return alike."""
     for name in PUBLIC_COLUMNS:
         value = f"({_EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
@@ -7409,18 +7356,6 @@ STATS_BY: Final = {
     "hour": ("date_trunc('hour', timestamp)", "strftime(k, '%Y-%m-%dT%H:00Z')"),
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
 }
-STATS_COLUMNS: Final = (
-    "calls",
-    "errors",
-    "denied",
-    "p50_ms",
-    "p95_ms",
-    "p99_ms",
-    "max_ms",
-    "first_seen",
-    "last_seen",
-    "running",
-)
 _STATS: Final = """\
 SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
        q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
@@ -7434,6 +7369,7 @@ FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS
       FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
             FROM ({source})) GROUP BY ALL)
 ORDER BY {order} LIMIT $count"""
+STATS_COLUMNS: Final = tuple(re.findall(r" AS (\w+)", _STATS.partition("FROM (")[0]))[1:]
 
 
 def stats_query(source: str, by: str, sort: str) -> str:
@@ -7454,7 +7390,7 @@ SQL_COLUMNS: Final = """\
 SELECT column_name::VARCHAR AS n, column_type::VARCHAR AS t FROM (DESCRIBE SELECT * FROM query($statement))"""
 
 
-# --- filters: which events are meant, in SQL and without
+# --- filters: which events are meant
 
 
 class Filter(NamedTuple):
@@ -7484,75 +7420,61 @@ class Filter(NamedTuple):
     text: str | None = None
     min_ms: int | None = None
 
-    def _named(self) -> list[tuple[str, str]]:
-        """Return event types with names, of which any will do."""
-        wanted = (("tool", self.tools), ("resource", self.resources), ("prompt", self.prompts))
-        return [(event_type, name) for event_type, names in wanted for name in names]
-
-    def _equal(self) -> tuple[tuple[str, str | None], ...]:
-        """Return columns with the value that each must have; None for any."""
-        return (
-            ("type", self.event_type),
-            ("policy_decision", self.policy),
-            ("status", self.status),
-            ("caller", self.caller),
-            ("user_id", self.user),
-            ("session_id", self.session),
-            ("trace_id", self.trace),
-        )
-
-    def _alike(self) -> tuple[tuple[str, str | None], ...]:
-        """Return columns with the pattern that each must match; None for any."""
-        names = ("client", "agent", "address", "server", "error_type")
-        return tuple((name, getattr(self, name)) for name in names)
-
     def where(self) -> tuple[str, dict[str, object]]:
         """Return the WHERE condition, `true` if everything is meant, and its parameters."""
-        conditions: list[str] = []
         params: dict[str, object] = {}
-        named = []
-        for number, (event_type, name) in enumerate(self._named()):
-            key = f"name_{number}"
-            test, params[key] = _name_test("name", key, name)
-            named.append(f"(type = '{event_type}' AND {test})")
-        if named:
-            conditions.append("(" + " OR ".join(named) + ")")
-        for key, value, test in (
-            *((f"{column}_is", value, f"{column} = ${column}_is") for column, value in self._equal()),
-            ("since", self.since, "timestamp >= $since::TIMESTAMP"),
-            ("until", self.until, "timestamp < $until::TIMESTAMP"),
-            ("min_ms", self.min_ms, "duration_ms >= $min_ms"),
-        ):
-            if value is not None:
-                conditions.append(test)
-                params[key] = value
-        for column, value in self._alike():
-            if value is not None:
-                test, params[f"{column}_is"] = _name_test(column, f"{column}_is", value)
-                conditions.append(test)
+
+        def test(sql: str, *values: object) -> str:
+            """Return a condition with parameters in place of its `{}`."""
+            names = [f"filter_{len(params) + number}" for number in range(len(values))]
+            params.update(zip(names, values))
+            return sql.format(*(f"${name}" for name in names))
+
+        def test_name(column: str, name: str) -> str:
+            if "*" not in name:
+                return test(f"{column} = {{}}", name)
+            return test(f"{column} LIKE {{}} ESCAPE '\\'", _like(name).replace("*", "%"))
+
+        named = [
+            f"(type = '{kind}' AND {test_name('name', name)})"
+            for kind, names in (("tool", self.tools), ("resource", self.resources), ("prompt", self.prompts))
+            for name in names
+        ]
+        conditions = [f"({' OR '.join(named)})"] if named else []
+        for field, value in self._asdict().items():
+            if value is None:
+                continue
+            if field in _FILTERS:
+                conditions.append(test(_FILTERS[field], value))
+            elif field in ("client", "agent", "address", "server", "error_type"):
+                conditions.append(test_name(field, value))
         if self.event_id is not None:
-            params["segment_is"], params["seq_is"] = parse_event_id(self.event_id)
-            conditions.append("segment = $segment_is AND seq = $seq_is")
+            conditions.append(test("segment = {} AND seq = {}", *parse_event_id(self.event_id)))
         if self.text is not None:
-            params["pattern"] = f"%{_like(self.text)}%"
-            conditions.append(f"({_TEXT_TEST})")
+            conditions.append(test(_TEXT_FILTER, f"%{_like(self.text)}%"))
         return " AND ".join(conditions) or "true", params
 
 
-_TEXT_COLUMNS: Final = ("name", "input_json", "error", "reason")
-_TEXT_TEST: Final = " OR ".join(rf"{name} ILIKE $pattern ESCAPE '\'" for name in _TEXT_COLUMNS)
+_FILTERS: Final = {
+    "event_type": "type = {}",
+    "policy": "policy_decision = {}",
+    "status": "status = {}",
+    "since": "timestamp >= {}::TIMESTAMP",
+    "until": "timestamp < {}::TIMESTAMP",
+    "caller": "caller = {}",
+    "user": "user_id = {}",
+    "session": "session_id = {}",
+    "trace": "trace_id = {}",
+    "min_ms": "duration_ms >= {}",
+}
+_TEXT_FILTER: Final = "({})".format(
+    " OR ".join(f"{name} ILIKE {{0}} ESCAPE '\\'" for name in ("name", "input_json", "error", "reason"))
+)
 
 
 def _like(text: str) -> str:
     r"""Return the LIKE pattern (escape `\`) that stands for the text itself."""
     return text.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
-
-
-def _name_test(column: str, key: str, name: str) -> tuple[str, str]:
-    """Return the condition that a column is a name, in which `*` is any text, and its parameter's value."""
-    if "*" not in name:
-        return f"{column} = ${key}", name
-    return rf"{column} LIKE ${key} ESCAPE '\'", _like(name).replace("*", "%")
 
 
 # === Engines ===
@@ -7562,8 +7484,6 @@ def _name_test(column: str, key: str, name: str) -> tuple[str, str]:
 # on standard input. Both take the same statements and return the same values. A session begins at
 # the first `execute` and ends with `close`, or with the first error: then whatever was attached or
 # begun is gone, and the next `execute` begins a new one.
-#
-# What DuckDB says when something fails is matched in one table, here and nowhere else.
 
 Params: TypeAlias = Mapping[str, object]
 Row: TypeAlias = tuple[Any, ...]
@@ -7572,63 +7492,60 @@ _PARAMETER: Final = re.compile(r"\$([a-z_][a-z_0-9]*)")
 
 # --- what DuckDB says
 
-# The first that is in the message decides.
-_ENGINE_ERRORS: Final = tuple(
-    (kind, sign)
-    for kind, signs in (
-        (
-            DatabaseLockedError,
-            "could not serialize access|duplicate key value violates unique constraint|tuple concurrently "
-            "updated|deadlock detected|due to lock timeout|transaction conflict|write-write conflict|"
-            "maximum retry count",
-        ),
-        (
-            DatabaseUnreachableError,
-            "unable to connect to postgres|connection to server|server closed the connection|terminating "
-            "connection|no connection to the server|could not connect to server|install it first using|"
-            "terminate called after throwing",
-        ),
-        (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled"),
-        (
-            DatabaseLockedError,
-            "could not set lock on file|conflicting lock is held|being used by another process|"
-            "is already attached|already open in another",
-        ),
-        (DatabaseNotFoundError, "database does not exist"),
-        (
-            DatabaseCorruptError,
-            "not a valid duckdb database file|corrupt|computed checksum|could not read enough bytes|"
-            "database file with version number|trying to read a database|failure while replaying wal|"
-            "serialization error|internal error|database has been invalidated",
-        ),
-    )
-    for sign in signs.split("|")
+# The first whose pattern is in the message decides.
+_ENGINE_ERRORS: Final = (
+    (
+        DatabaseLockedError,
+        "could not serialize access|duplicate key value violates unique constraint|tuple concurrently "
+        "updated|deadlock detected|due to lock timeout|transaction conflict|write-write conflict|"
+        "maximum retry count",
+    ),
+    (
+        DatabaseUnreachableError,
+        "unable to connect to postgres|connection to server|server closed the connection|terminating "
+        "connection|no connection to the server|could not connect to server|install it first using|"
+        "terminate called after throwing",
+    ),
+    (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled"),
+    (
+        DatabaseLockedError,
+        "could not set lock on file|conflicting lock is held|being used by another process|"
+        "is already attached|already open in another",
+    ),
+    (DatabaseNotFoundError, "database does not exist"),
+    (
+        DatabaseCorruptError,
+        "not a valid duckdb database file|corrupt|computed checksum|could not read enough bytes|"
+        "database file with version number|trying to read a database|failure while replaying wal|"
+        "serialization error|internal error|database has been invalidated",
+    ),
 )
 _PG_LOCK_MS: Final = 3000
-_SQL_FAULTS: Final = ("parser error", "conversion error", "out of range error")
-_HOLDER: Final = re.compile(r"held in (.+?) \(PID (\d+)\)")
 
 
 def store_error(message: str) -> StoreError:
     """Return the error of ours that a message of DuckDB's stands for; what it quotes doesn't count."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     said = re.sub(r""""[^"]*"|'[^']*'|\nLINE \d+:(?s:.*)""", "", message).lower()
-    for kind, sign in _ENGINE_ERRORS if not said.startswith(_SQL_FAULTS) else ():
-        if sign in said:
-            holder = _HOLDER.search(message)
-            if kind is DatabaseLockedError and holder:
-                return kind(f"in use by {holder[1]} (PID {holder[2]})")
-            postgres_says = max(0, message.rfind("ERROR:  "))  # behind our statement
-            return kind(message[postgres_says:].strip().splitlines()[0])
+    if not said.startswith(("parser error", "conversion error", "out of range error")):
+        for kind, signs in _ENGINE_ERRORS:
+            if re.search(signs, said):
+                holder = re.search(r"held in (.+?) \(PID (\d+)\)", message)
+                if kind is DatabaseLockedError and holder:
+                    return kind(f"in use by {holder[1]} (PID {holder[2]})")
+                return kind(postgres_message(message).strip().splitlines()[0])
     return QueryError(message.strip())
 
 
-_DATA_FAULTS: Final = ("invalid input error", "conversion error", "out of range error")
+def postgres_message(text: str) -> str:
+    """Return what PostgreSQL said, without our statement; all of it where DuckDB spoke."""
+    return text[max(0, text.rfind("ERROR:  ")) :]
 
 
 def is_data_fault(error: QueryError) -> bool:
     """Return True if a statement failed because of what it read: its form, or the memory that it needs."""
-    return str(error).lower().startswith((*_DATA_FAULTS, "out of memory"))
+    kinds = ("invalid input error", "conversion error", "out of range error", "out of memory")
+    return str(error).lower().startswith(kinds)
 
 
 # --- values as SQL text
@@ -7680,9 +7597,10 @@ class Engine(Protocol):
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
         """Run one statement and return its rows."""
+        return list(self.stream(sql, params))
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        """The same, row by row; exhaust or close it before the next statement."""
+        """Run one statement and yield its rows; exhaust or close it before the next statement."""
 
     def interrupt(self) -> None:
         """Make a running statement fail soon, from any thread."""
@@ -7703,7 +7621,7 @@ def _duckdb() -> Any:
     return duckdb
 
 
-class PackageEngine:
+class PackageEngine(Engine):
     """DuckDB in this process, through the `duckdb` package; `guest` gives it one thread and little memory."""
 
     name = "package"
@@ -7713,9 +7631,7 @@ class PackageEngine:
         self._connection: Any = None
         self._process_id = 0
 
-    @staticmethod
-    def version() -> str:
-        """Return DuckDB's version, such as "2.0.1". Raises ImportError if the package can't be loaded."""
+    def version(self) -> str:
         return str(_duckdb().__version__)
 
     def _open(self) -> Any:
@@ -7730,12 +7646,7 @@ class PackageEngine:
             connection.execute("SET TimeZone = 'UTC'")
         return connection
 
-    def execute(self, sql: str, params: Params = {}) -> list[Row]:
-        """Run one statement and return its rows."""
-        return list(self.stream(sql, params))
-
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        """Run one statement and yield its rows."""
         duckdb = _duckdb()
         try:
             if self._connection is None:
@@ -7744,32 +7655,23 @@ class PackageEngine:
             result = self._connection.execute(sql, used)
             while rows := result.fetchmany(1000):
                 yield from rows
-        except duckdb.Error as error:
+        except (duckdb.Error, UnicodeEncodeError, RuntimeError) as error:
             self.close()
-            raise store_error(str(error)) from error
-        except UnicodeEncodeError as error:
-            self.close()
-            raise QueryError(f"the text can't be searched for: {error.reason}") from error
-        except RuntimeError as error:
-            self.close()
-            if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes this
+            if isinstance(error, duckdb.Error):
+                raise store_error(str(error)) from error
+            if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes a RuntimeError
                 raise KeyboardInterrupt from error
-            if "Unable to cast" in str(error):  # what older versions make of half a character
+            # What the package, and its older versions, make of half a character.
+            if isinstance(error, UnicodeEncodeError) or "Unable to cast" in str(error):
                 raise QueryError("the text can't be searched for: surrogates not allowed") from error
             raise
 
     def interrupt(self) -> None:
-        """Make a running statement fail soon."""
-        connection = self._connection
-        if connection is not None:
-            with contextlib.suppress(Exception):  # closed at this moment
-                connection.interrupt()
+        with contextlib.suppress(Exception):  # there is none, or it is closed at this moment
+            self._connection.interrupt()
 
     def close(self) -> None:
-        """Close the in-memory database, and with it whatever is attached.
-
-        In a child that was forked meanwhile the connection is never destroyed: its threads are not there.
-        """
+        """Close the in-memory database; in a forked child, which lacks its threads, never destroy it."""
         connection, self._connection = self._connection, None
         if connection is not None and self._process_id == os.getpid():
             connection.close()
@@ -7796,25 +7698,23 @@ def decode_json(text: str | bytes) -> Any:
 _COLOUR: Final = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line that follows it
 
 
-class CliEngine:
+class CliEngine(Engine):
     """DuckDB as a child process: the `duckdb` program, fed SQL on standard input.
 
-    Each statement is followed by a `.print` of a random word, at which its rows end. The user's
-    `~/.duckdbrc` doesn't matter (`-init` with an empty file: 1.4 knows no `-no-init`), and the first error
-    ends the child (`-bail`).
+    Each statement is followed by a `.print` of a random word, at which its rows end.
     """
 
     name = "cli"
 
     def __init__(self, program: str, *, guest: bool) -> None:
         self.program = program
+        # An empty `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`.
         self._options: Sequence[str] = ("-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
         self._guest = guest
         self._process: subprocess.Popen[bytes] | None = None
         self._mark = os.urandom(8).hex()
 
     def version(self) -> str:
-        """Return DuckDB's version, such as "1.5.6"."""
         return str(self.execute("SELECT version()::VARCHAR AS version")[0][0]).lstrip("v")
 
     def _open(self) -> subprocess.Popen[bytes]:
@@ -7846,12 +7746,7 @@ class CliEngine:
         process.stdin.write(settings.encode() + b"\n")
         return process
 
-    def execute(self, sql: str, params: Params = {}) -> list[Row]:
-        """Run one statement and return its rows."""
-        return list(self.stream(sql, params))
-
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        """Run one statement and yield its rows."""
         text = bind(sql, params) if params else sql
         if self._process is None:
             self._process = self._open()
@@ -7876,18 +7771,10 @@ class CliEngine:
             raise self._failure()
         finally:
             if not finished:
-                self.close()
+                self._end()
 
     def _failure(self) -> StoreError:
-        """Return what the child said before it ended."""
-        process, complaints = self._process, self._complaints
-        self._process = None
-        if process is not None:
-            _end_process(process)
-        complaints.seek(0)
-        text = complaints.read().decode("utf-8", "replace").strip()
-        complaints.close()
-        return store_error(text or "the duckdb program ended without a word (was it killed?)")
+        return store_error(self._end() or "the duckdb program ended without a word (was it killed?)")
 
     def interrupt(self) -> None:
         """Kill the child; the transaction that it was in never happened."""
@@ -7896,34 +7783,34 @@ class CliEngine:
             process.kill()
 
     def close(self) -> None:
-        """End the child."""
+        self._end()
+
+    def _end(self) -> str:
+        """End the child, kill it if it goes on computing, and return what it complained of."""
+        import subprocess
+
         process, self._process = self._process, None
-        if process is not None:
-            _end_process(process)
-            self._complaints.close()
-
-
-def _end_process(process: subprocess.Popen[bytes]) -> None:
-    """Close the child's input and wait for its end; a child that goes on computing is killed."""
-    import subprocess
-
-    for pipe in (process.stdin, process.stdout):
-        if pipe is not None:
+        if process is None:
+            return ""
+        for pipe in filter(None, (process.stdin, process.stdout)):
             with contextlib.suppress(OSError):
                 pipe.close()
-    try:
-        process.wait(1)
-    except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+        try:
+            process.wait(1)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        with self._complaints as complaints:
+            complaints.seek(0)
+            return complaints.read().decode("utf-8", "replace").strip()
 
 
 class ApartEngine(CliEngine):
-    """The `duckdb` package in a child of its own, with the manners of the program.
+    """The `duckdb` package in a child process that behaves like the program.
 
     For targets that are no file: when PostgreSQL goes away at the wrong moment, its extension ends the
-    process that it is in (1.5.5), and while it waits nothing can interrupt it. And where DuckDB may not
-    be: in a forked process, which may have inherited half of one, and in a subinterpreter, where it hangs.
+    process that it is in (1.5.5), and while it waits nothing can interrupt it. And where DuckDB can't
+    run: in a forked process, which may have inherited half of one, and in a subinterpreter, where it hangs.
     """
 
     name = "package"
@@ -7968,15 +7855,15 @@ for line in sys.stdin:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill: never beside the data, which may be read-only. Made only if needed.
+    """Return where DuckDB may spill: not beside the data, which may be read-only, but in a private folder.
 
-    DuckDB makes it as the umask says, so it lies in a directory that is the user's alone.
+    DuckDB makes it, by the umask, if it needs it.
     """
     import tempfile
 
     owner = getattr(os, "getuid", int)()
     private = os.path.join(tempfile.gettempdir(), f"mxcp_audit-{owner}")
-    with contextlib.suppress(OSError):  # there may be no place for it, and none may be needed
+    with contextlib.suppress(OSError):  # where it can't be made, it may not be needed
         with contextlib.suppress(FileExistsError):
             os.mkdir(private, 0o700)
         found = os.lstat(private)
@@ -7990,20 +7877,24 @@ def _scratch_directory() -> str:
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the path of the `duckdb` program: `MXCP_AUDIT_DUCKDB`, the `duckdb_cli` package's, or PATH's."""
-    import importlib.util
     import shutil
 
-    named = environ.get("MXCP_AUDIT_DUCKDB")
-    if named:
-        return named
     # The package's own `duckdb` on PATH is a Python wrapper, which costs an interpreter's start.
-    package = importlib.util.find_spec("duckdb_cli")
-    for folder in (package.submodule_search_locations or ()) if package else ():
-        for name in ("duckdb", "duckdb.exe"):
-            path = os.path.join(folder, name)
-            if os.access(path, os.X_OK):
-                return path
-    return shutil.which("duckdb", path=environ.get("PATH"))
+    paths = (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe"))
+    return (
+        environ.get("MXCP_AUDIT_DUCKDB")
+        or next((path for path in paths if path and os.access(path, os.X_OK)), None)
+        or shutil.which("duckdb", path=environ.get("PATH"))
+    )
+
+
+def file_of_package(name: str, *parts: str) -> str | None:
+    """Return the path of a file in a Python package, which is not imported; None if it isn't there."""
+    import importlib.util
+
+    package = importlib.util.find_spec(name)
+    folders = (package and package.submodule_search_locations) or ()
+    return next(filter(os.path.exists, (os.path.join(folder, *parts) for folder in folders)), None)
 
 
 def _in_subinterpreter() -> bool:
@@ -8023,12 +7914,13 @@ def open_engine(
     choice = environ.get("MXCP_AUDIT_ENGINE") or "auto"
     if choice not in ("auto", "package", "cli"):
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
-    if choice in ("auto", "package"):
+    if choice != "cli":
         try:
             if not (apart or os.getpid() != _PROCESS or _in_subinterpreter()):
-                PackageEngine.version()
-                return PackageEngine(guest=guest)
-            if (reason := no_python()) is None:  # of a frozen program, it would be that once more
+                engine = PackageEngine(guest=guest)
+                engine.version()  # loads the package
+                return engine
+            if (reason := no_python()) is None:  # a frozen program would be started once more
                 return ApartEngine(guest=guest)
             if choice == "package":
                 raise EngineNotFoundError(f"{reason}, which DuckDB needs here: put its program on PATH")
@@ -8056,8 +7948,8 @@ def open_engine(
 # == Target ==
 # depends on: Errors, Config, Events, Journal, SQL, Engines
 #
-# The database itself: making it, attaching it as `audit` and letting it go again, whether it is a file or
-# whatever else DuckDB can attach. Nothing here knows what the tables say.
+# The database itself, a file or what else DuckDB can attach: makes it, attaches and detaches it. Nothing here
+# knows what the tables say.
 #
 # Caveats, each with its remedy:
 # - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here, and
@@ -8093,22 +7985,13 @@ def patiently(action: Callable[[], _Answer], wait: float) -> _Answer:
                 raise
 
 
-def _stamp_of(path: str) -> tuple[int, int, int] | None:
-    try:
-        found = os.stat(path)
-    except OSError:
-        return None
+def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
     return found.st_mtime_ns, found.st_size, found.st_ino
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(FileNotFoundError):
-        os.unlink(path)
 
 
 @contextlib.contextmanager
 def _scratch(directory: str) -> Iterator[None]:
-    """Have a directory that only its owner can read, in place of an older one, and clear it away."""
+    """Make a directory that only its owner can read, in place of an older one; remove it after the block."""
     import shutil
 
     shutil.rmtree(directory, ignore_errors=True)
@@ -8121,7 +8004,7 @@ def _scratch(directory: str) -> Iterator[None]:
 
 
 def scratch_folder() -> contextlib.AbstractContextManager[str]:
-    """Return a private folder for as long as a block lasts."""
+    """Make a private temporary folder for the time of a block."""
     import tempfile
 
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-")
@@ -8131,16 +8014,12 @@ def scratch_folder() -> contextlib.AbstractContextManager[str]:
 
 _FINE_TICK_NS: Final = 50_000_000  # kernels keep file times to 1 … 10 ms
 _COARSE_TICK_NS: Final = 2_100_000_000  # some file systems keep whole seconds, or even ones
-_POSTGRES: Final = re.compile(r"(?i)postgres(ql)?:")
-_QUACK: Final = re.compile(r"(?i)quack:")
+_EVENTS_WAIT: Final = "events wait in the journal"
 _REMEDIES: Final[Mapping[type[StoreError], str]] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
     DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
     "else move it aside or restore a backup",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
-    DatabaseUnreachableError: "events wait in the journal",
-    EngineNotFoundError: "events wait in the journal",
-    StoreError: "events wait in the journal",
 }
 _RIGHTS: Final = {  # what PostgreSQL says, and what helps
     "authentication failed": "correct the user, or its password in PGPASSWORD or ~/.pgpass; events wait",
@@ -8157,7 +8036,7 @@ def _attach_options(options: Mapping[str, object]) -> str:
 
 
 def attach_file(engine: Engine, path: str, name: str, options: Mapping[str, object]) -> None:
-    """Attach a database file under a name; one that is absent is made, for which there is NEW_FILE."""
+    """Attach a database file under a name; with NEW_FILE, make it."""
     # Without the type DuckDB would look for an extension that reads SQLite.
     engine.execute(f"ATTACH {sql_literal(path)} AS {name}{_attach_options({**options, 'TYPE': 'duckdb'})}")
 
@@ -8167,10 +8046,10 @@ _ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fo
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Be the only one in this process who has a database file attached, for reading or writing.
+    """Keep the other threads of this process from attaching a database file.
 
-    DuckDB's lock keeps processes apart, not threads, and goes with the first of several readers that ends:
-    then another process may ingest, and take segments away that are being read.
+    DuckDB's lock is the process's, and ends with the first of several readers: then another process may
+    ingest, and remove segments that are being read.
     """
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
@@ -8182,13 +8061,15 @@ def _alone_in_process(path: str) -> Iterator[None]:
 
 
 class Target:
-    """The database of a configuration: a file, or what else DuckDB can attach; attached, it is `audit`."""
+    """The database of a configuration: a file, or what else DuckDB can attach."""
 
     def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = open_engine) -> None:
         self.path: str = config.path
         self.is_file: bool = not is_attach_target(config.path)
-        self.is_postgres: bool = _POSTGRES.match(config.path) is not None
-        self.is_lake: bool = config.path.lower().startswith("ducklake:")
+        scheme = config.path.partition(":")[0].lower()
+        self.is_postgres: bool = scheme in ("postgres", "postgresql")
+        self.is_lake: bool = scheme == "ducklake"
+        self._is_quack = scheme == "quack"
         self.name: str = public_target(config.path)  # for people: without passwords
         self._journal = journal
         self._options = config.attach
@@ -8197,7 +8078,6 @@ class Target:
         self._opener = opener if self.is_file else functools.partial(opener, apart=True)
 
     def open_engine(self, *, guest: bool = False) -> Engine:
-        """Return a new engine, in a process of its own where the target needs that."""
         return self._opener(guest=guest)
 
     @contextlib.contextmanager
@@ -8205,24 +8085,21 @@ class Target:
         """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds."""
         if read_only:
             self.let_ingest_pass(wait)
-        deadline = Deadline(wait)
         with contextlib.closing(self.open_engine(guest=guest)) as engine, contextlib.ExitStack() as stack:
-            while True:
-                try:
-                    if self.is_absent():
-                        raise DatabaseNotFoundError(
-                            f"Audit database not found at {self.path}: correct the path, or run `ingest` "
-                            "if events wait in its journal"
-                        )
-                    stack.enter_context(self.attached(engine, read_only=read_only))
-                    break
-                except DatabaseLockedError:
-                    if not deadline.pause():
-                        raise
+
+            def attach() -> None:
+                if self.is_absent():
+                    raise DatabaseNotFoundError(
+                        f"Audit database not found at {self.path}: correct the path, or run `ingest` "
+                        "if events wait in its journal"
+                    )
+                stack.enter_context(self.attached(engine, read_only=read_only))
+
+            patiently(attach, wait)
             yield engine
 
     def let_ingest_pass(self, wait: float) -> None:
-        """Before reading a file: wait while an ingest asks for it, or readers without a break starve it."""
+        """Before reading a file, wait while an ingest asks for it; else readers could starve it."""
         deadline = Deadline(wait)
         while self.is_file and self._journal.is_ingest_waiting() and deadline.pause():
             pass
@@ -8238,20 +8115,19 @@ class Target:
             try:
                 with attach(engine, read_only=read_only):
                     yield
-            except StoreError as error:
+            except BaseException as error:
                 engine.close()
+                if not isinstance(error, StoreError):
+                    raise
                 if not self.is_file:  # causes repeat connection strings, and with them passwords
                     raise self._public_error(error, read_only=read_only) from None
                 if type(error) in (StoreError, QueryError):  # ours, or the statement's
                     raise
-                remedy = _REMEDIES[type(error)]
+                remedy = _REMEDIES.get(type(error), _EVENTS_WAIT)
                 if DAMAGED_WAL in str(error):
                     wal = f"{self.path}.wal"
                     remedy = f"what we wrote there waits in the journal too: mv '{wal}' '{wal}.damaged'"
                 raise type(error)(f"{self.path}: {error}; {remedy}") from error
-            except BaseException:
-                engine.close()
-                raise
 
     @contextlib.contextmanager
     def _file_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
@@ -8265,21 +8141,18 @@ class Target:
     @contextlib.contextmanager
     def _remote_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
         """Attach a target that is no file. Reading is one transaction, because others go on writing."""
-        if _QUACK.match(self.path) and not read_only:
+        if self._is_quack and not read_only:
             raise StoreError(
                 "quack: is for reading only: it carries no transactions (DuckDB 1.5.5), so that nobody could "
                 "promise an event to be there exactly once; write to a file, DuckLake or PostgreSQL"
             )
         options = self._attach_options(read_only)
-        load_extensions(engine, self.path, options)
         try:
-            engine.execute(attach_statement(self.path, options))
+            self._attach_remote(engine, options)
         except QueryError as error:
             raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
-        schema = "public" if self.is_postgres else "main"
-        named = [str(value) for name, value in options.items() if name.upper() == "SCHEMA"]
-        self.schema = [*named, schema][0]
-        engine.execute(SET_SCHEMA, {"schema": self.schema})
+        self.schema = str(options.get("SCHEMA", "public" if self.is_postgres else "main"))
+        engine.execute("SET VARIABLE audit_schema = $schema", {"schema": self.schema})
         if not read_only:
             yield
             engine.execute("DETACH audit")
@@ -8290,34 +8163,36 @@ class Target:
             engine.execute("COMMIT")
             engine.execute("DETACH audit")
 
+    def _attach_remote(self, engine: Engine, options: Mapping[str, object]) -> None:
+        load_extensions(engine, self.path, options)
+        engine.execute(attach_statement(self.path, options))
+
     def _public_error(self, error: StoreError, *, read_only: bool) -> StoreError:
         text = hide_secrets(str(error), self.path, self._options)
         if self.name in text:  # it is ours already
             return type(error)(text)
-        text = text[max(0, text.rfind("ERROR:  ")) :]  # PostgreSQL's word, without our statement
+        text = postgres_message(text)
         if "due to lock timeout" in text:
             text += self._lock_holder(read_only)
-        remedy = None if isinstance(error, QueryError) else _REMEDIES.get(type(error), _REMEDIES[StoreError])
-        remedy = next((remedy for sign, remedy in _RIGHTS.items() if sign in text), remedy)
-        return type(error)(f"{self.name}: {text}" + (f"; {remedy}" if remedy else ""))
+        remedy = "" if isinstance(error, QueryError) else "; " + _REMEDIES.get(type(error), _EVENTS_WAIT)
+        remedy = next((f"; {remedy}" for sign, remedy in _RIGHTS.items() if sign in text), remedy)
+        return type(error)(f"{self.name}: {text}{remedy}")
 
     def _lock_holder(self, read_only: bool) -> str:
         """Return who holds a lock in PostgreSQL, as far as that can be told."""
         catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
         rows: list[Row] = []
         with contextlib.suppress(StoreError), contextlib.closing(self.open_engine()) as engine:
-            options = self._attach_options(read_only)
-            load_extensions(engine, self.path, options)
-            engine.execute(attach_statement(self.path, options))
+            self._attach_remote(engine, self._attach_options(read_only))
             rows = engine.execute(LOCK_HOLDER.format(catalogue))
         return "".join(f" (held by {holder})" for (holder,) in rows)
 
     @contextlib.contextmanager
     def _private_wal(self, read_only: bool) -> Iterator[None]:
-        """While the database is attached for writing: have its WAL readable by its owner alone.
+        """Make the WAL of a database attached for writing, so that only its owner can read it.
 
-        DuckDB would make it as the umask says. It takes an empty one that it finds later than at ATTACH.
-        A mark in the journal says that it began empty, so that it holds nothing but what we write.
+        DuckDB would make it by the umask; it uses an empty one that appears after ATTACH. A mark in the
+        journal says that it began empty, so that it holds nothing but what we wrote.
         """
         if read_only or os.path.islink(self.path):
             yield
@@ -8333,9 +8208,9 @@ class Target:
                 os.unlink(wal)  # nothing was written: leave nothing behind
 
     def set_wal_aside(self) -> str | None:
-        """Give a damaged WAL another name if it holds only what we wrote, which waits in the journal still.
+        """Rename a damaged WAL that holds only what we wrote, and return its new name; None if there is none.
 
-        A segment is deleted after a checkpoint, and after one there is no WAL. Return the name, or None.
+        All of it is still in the journal: a segment is deleted after a checkpoint, which leaves no WAL.
         """
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
         try:
@@ -8346,15 +8221,13 @@ class Target:
         return aside
 
     def _attach_options(self, read_only: bool) -> dict[str, object]:
-        ours = {} if read_only or not self.is_lake else LAKE_INLINED
+        # What adds fewer rows stays in the catalogue of a lake at first.
+        ours = {"DATA_INLINING_ROW_LIMIT": 1000} if self.is_lake and not read_only else {}
         given = {name.upper(): value for name, value in self._options.items()}
         return {**ours, **given, **({"READ_ONLY": True} if read_only else {})}
 
     def _make_file(self, engine: Engine) -> None:
-        """Make an empty database, under another name until it is whole: half of one would stay damaged.
-
-        Call it under the ingest lock, which makes the scratch name this process's own.
-        """
+        """Make an empty database; the ingest lock is held, so that no other process uses the scratch name."""
         scratch = f"{self.path}.{self._journal.identity()}.new"
         if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
@@ -8362,7 +8235,8 @@ class Target:
         leftovers = (scratch, scratch + ".wal")
         try:
             for path in leftovers:
-                _remove(path)
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(path)
             attach_file(engine, scratch, "scratch", {**self._options, **NEW_FILE})
             os.chmod(scratch, FILE_MODES[self._group])
             give_to_owner(scratch)
@@ -8375,10 +8249,10 @@ class Target:
         finally:
             for path in leftovers:
                 with contextlib.suppress(OSError):
-                    _remove(path)
+                    os.unlink(path)
 
     def is_absent(self) -> bool:
-        """Say whether there is no database file; an empty one counts as none. Other targets never are."""
+        """Return True if there is no database file, or an empty one; other targets are never absent."""
         if not self.is_file:
             return False
         try:
@@ -8390,15 +8264,11 @@ class Target:
 
     def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
         """Return names and types of the columns of `logs` and `ledger`, as far as these tables are there."""
-        present: dict[str, dict[str, str]] = {}
-        asked = QUACK_COLUMNS if _QUACK.match(self.path) else TABLE_TYPES
-        for table, column, sql_type in engine.execute(asked):
-            present.setdefault(table, {})[column] = sql_type
-        return present
+        return column_types(engine, QUACK_COLUMNS if self._is_quack else TABLE_TYPES)
 
     def oddities(self, engine: Engine) -> list[str]:
-        """Return what makes our tables other than plain ones: what is read may not be what is there."""
-        if _QUACK.match(self.path):
+        """Return what keeps our tables from being plain ones, so that they may show what nobody recorded."""
+        if self._is_quack:
             return []
         sql = ODDITIES
         if self.is_postgres:
@@ -8410,7 +8280,8 @@ class Target:
         """Return where the files of an attached lake are; None if the target is none."""
         if not self.is_lake:
             return None
-        rows = engine.execute(LAKE_PATH)
+        metadata = "__ducklake_metadata_audit.ducklake_metadata"
+        rows = engine.execute(f"SELECT value::VARCHAR FROM {metadata} WHERE key = 'data_path'")
         return str(rows[0][0]) if rows else None
 
     def tend_lake(self) -> None:
@@ -8423,48 +8294,57 @@ class Target:
                     if is_ours or chore not in LAKE_CLEANING:
                         engine.execute(chore)
 
-    def refusal(self, error: QueryError) -> StoreError:
-        """Return what to say of a table of somebody's own that can't hold our events."""
-        reason = str(error).splitlines()[0]
-        if "permission denied" in reason:
-            return error
-        return StoreError(
-            f"{self.name}: its table `logs` takes no events of ours ({reason}); put that constraint or view "
-            "away, or set `path` to a database of our own"
-        )
+    def change_logs(self, engine: Engine, *statements: str) -> None:
+        """Run statements that a table of somebody's own may refuse."""
+        try:
+            for statement in statements:
+                engine.execute(statement)
+        except QueryError as error:
+            reason = str(error).splitlines()[0]
+            if "permission denied" in reason:
+                raise
+            raise StoreError(
+                f"{self.name}: its table `logs` takes no events of ours ({reason}); put that constraint or "
+                "view away, or set `path` to a database of our own"
+            ) from error
 
     def create_tables(self, engine: Engine) -> None:
-        """Make what is missing of the tables and their columns; the target is attached for writing."""
+        """Make the missing tables and columns; the target is attached for writing."""
         present = self.columns(engine)
         if "logs" not in present:
             engine.execute(CREATE_LOGS)
         elif any(column.name not in present["logs"] for column in COLUMNS):
-            try:
-                for statement in WIDEN_LOGS:
-                    engine.execute(statement)
-            except QueryError as error:
-                raise self.refusal(error) from error
+            self.change_logs(engine, *WIDEN_LOGS)
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
-        if "ledger" not in present and self.is_postgres:
-            engine.execute(UNIQUE_POSITIONS)
-            engine.execute(INDEX_TIMES)
+            for statement in POSTGRES_INDEXES if self.is_postgres else ():
+                engine.execute(statement)
         if self.is_lake:
             engine.execute(turn_statements(self._journal.identity())[0])
 
     def signature(self) -> object:
-        """Return what is different after every ingest: cheap, and without opening anything.
+        """Return what differs after every ingest, without opening anything.
 
         None as long as the next ingest might leave it the same, because file times are coarse.
         """
-        paths = [self.path, self.path + ".wal"] if self.is_file else [self._journal.directory]
-        stamps = [_stamp_of(path) for path in paths]
-        now = wall_clock_ns()
-        for changed_ns, _, _ in filter(None, stamps):
-            tick_ns = _COARSE_TICK_NS if changed_ns % 1_000_000_000 == 0 else _FINE_TICK_NS
-            if abs(now - changed_ns) < tick_ns:
-                return None
+        stamps = []
+        for path in [self.path, self.path + ".wal"] if self.is_file else [self._journal.directory]:
+            with contextlib.suppress(OSError):
+                found = os.stat(path)
+                changed_ns = found.st_mtime_ns
+                tick_ns = _COARSE_TICK_NS if changed_ns % 1_000_000_000 == 0 else _FINE_TICK_NS
+                if abs(wall_clock_ns() - changed_ns) < tick_ns:
+                    return None
+                stamps.append(_stamp_of(found))
         return stamps
+
+
+def column_types(engine: Engine, sql: str) -> dict[str, dict[str, str]]:
+    """Return types of columns, by table and name."""
+    types: dict[str, dict[str, str]] = {}
+    for table, column, sql_type in engine.execute(sql):
+        types.setdefault(table, {})[column] = sql_type
+    return types
 
 
 # --- targets that are no file
@@ -8505,10 +8385,7 @@ def attach_statement(target: str, options: Mapping[str, object]) -> str:
 
 
 def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
-    """Load what a target needs; nothing is downloaded.
-
-    Taken is what was installed in DuckDB's own way, else what a `duckdb-extension-*` package holds.
-    """
+    """Load what a target needs: installed in DuckDB's own way, or in a `duckdb-extension-*` package."""
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
     wanted = list(dict.fromkeys(name for word in words for name in _EXTENSIONS.get(word, ())))
@@ -8519,42 +8396,33 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
     }
     for name in wanted:
         loaded, installed = states.get(name, (False, False))
-        if loaded:
-            continue
-        if not installed:
-            ((version,),) = engine.execute(ENGINE_VERSION)
+        source = name
+        if not (loaded or installed):
+            ((version,),) = engine.execute("SELECT library_version::VARCHAR FROM pragma_version()")
             path = _packaged_extension(name, version)
             if path is None:
                 raise DatabaseUnreachableError(
                     f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
                     f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
                 )
-            engine.execute(f"LOAD {sql_literal(path)}")
-        else:
-            engine.execute(f"LOAD {name}")
+            source = sql_literal(path)
+        if not loaded:
+            engine.execute(f"LOAD {source}")
     if "postgres_scanner" in wanted:  # it refuses a whole batch for one NUL, which a foreign journal may hold
         engine.execute("SET pg_null_byte_replacement = chr(65533)")
 
 
 def _packaged_extension(name: str, version: str) -> str | None:
-    """Return the file of an extension that came as a Python package for just this version of DuckDB."""
-    import importlib.util
-
-    package = importlib.util.find_spec(f"duckdb_extension_{name}")
-    for folder in (package.submodule_search_locations or ()) if package else ():
-        path = os.path.join(folder, "extensions", version, f"{name}.duckdb_extension")
-        if os.path.exists(path):
-            return path
-    return None
+    file = f"{name}.duckdb_extension"
+    return file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
 
 
 # == Ledger ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target
 #
-# What is in the database, sealed. Each entry's seal covers the entry and the seal before it, so that
-# whoever knows one seal can tell whether anything up to it was changed. Digests are computed in SQL, where
-# the rows are; seals here, because a chain is no query and HMAC is no function of DuckDB's.
-# docs/security.md says what this proves, to whom, and what it doesn't.
+# What is in the database, sealed: each entry's seal covers the entry and the seal before it, so that one seal
+# shows whether anything up to it was changed. Digests are computed in SQL; seals here, because a chain is no
+# query and DuckDB has no HMAC. docs/security.md says what this proves, to whom, and what it doesn't.
 #
 # Everything that changes `logs` does it in `Ledger.writing`, and enters there what it did.
 
@@ -8569,7 +8437,6 @@ class Head(NamedTuple):
 
 
 Entry: TypeAlias = tuple[str, Mapping[str, object]]  # a PREPARE statement and its own parameters
-Span: TypeAlias = tuple["int | None", "int | None"]  # the first and the last event, in microseconds
 
 
 # --- seals
@@ -8614,10 +8481,10 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
     return _KEYED + hmac.digest(key, text, "sha256").hex()
 
 
-def entry_of(kind: str, events: int, detail: str, *, span: Span = (None, None), **more: str | None) -> Entry:
-    """Return an entry that isn't a segment, with `segment` and `digest` if it has them."""
-    said = {"kind": kind, "events": events, "detail": detail, "segment": None, "digest": None}
-    return PREPARE_ENTRY, {**said, "first": span[0], "last": span[1], **more}
+def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> Entry:
+    """Return an entry that isn't a segment; it may have `segment`, `digest`, and `first` and `last` in us."""
+    empty = dict.fromkeys(("segment", "digest", "first", "last"))
+    return PREPARE_ENTRY, {"kind": kind, "events": events, "detail": detail, **empty, **more}
 
 
 # --- writing and asking
@@ -8636,10 +8503,10 @@ class Ledger:
 
     @contextlib.contextmanager
     def writing(self, engine: Engine) -> Iterator[None]:
-        """Run the block as one transaction of the attached target; after the block it is on the disk.
+        """Make missing tables, then run the block as one transaction; after it, that is on the disk.
 
-        Missing tables are made first. Of two such transactions for the same journal only one can succeed.
-        After an error the transaction ends with the session, which `Target.attached` sees to.
+        Of two such transactions for the same journal only one can succeed. `Target.attached` ends the session
+        after an error, and with it the transaction.
         """
         self._target.create_tables(engine)
         engine.execute("BEGIN")
@@ -8656,10 +8523,7 @@ class Ledger:
             engine.execute("CHECKPOINT audit")
 
     def enter(self, engine: Engine, entries: Iterable[Entry]) -> None:
-        """Add entries at the end of the chain, inside of `writing`.
-
-        Into an empty ledger, the rows of an older table come first.
-        """
+        """Add entries to the chain, inside of `writing`; the rows of an older table come first."""
         keys = seal_keys()
         journal = self._journal.identity()
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
@@ -8675,8 +8539,7 @@ class Ledger:
             text = "the ledger is sealed with a key, and an entry without it would look forged: "
             raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
         engine.execute(CREATE_ENTRIES)
-        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
-        if empty:
+        if is_ledger_empty(engine):
             engine.execute(sound_view("logs", COLUMNS, self._target.columns(engine)["logs"]))
             for first, last in engine.execute(LEGACY_DAYS, {"size": _LEGACY_ROWS}):
                 days = {"first_day": first, "last_day": last, "position": position}
@@ -8693,8 +8556,12 @@ class Ledger:
         self._next_head = head
 
     def head_text(self) -> str | None:
-        """Return where the chain ends, to be kept elsewhere, if anything was entered here."""
+        """Return where the chain ends, to be kept elsewhere; None if nothing was entered here."""
         return None if self._head is None else json.dumps({"journals": [self._head._asdict()]})
+
+
+def is_ledger_empty(engine: Engine) -> bool:
+    return bool(engine.execute("SELECT count(*) = 0 FROM audit.ledger")[0][0])
 
 
 def chain_heads(engine: Engine) -> list[Head]:
@@ -8709,7 +8576,7 @@ def known_segments(engine: Engine, segments: Sequence[str], *, kind: str = "segm
 
 
 def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
-    """Return those segment files that the attached target, which has these tables, has not taken in."""
+    """Return the segment files that aren't in the attached target, which has these tables."""
     if "ledger" not in tables:
         return list(paths)
     known = known_segments(engine, [segment_id_of(path) for path in paths])
@@ -8720,14 +8587,13 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 # depends on: Errors, Encoding, Journal, Writer, SQL, Engines, Target, Ledger
 #
 # Moves segments into `logs` exactly once: the ledger's entry of a segment is committed together with its
-# rows, and a segment is deleted only after a checkpoint, so that a crash at any point repeats a step that
-# the ledger turns into nothing. The caller holds the ingest lock.
+# rows, so that a step repeated after a crash finds that it is done. The caller holds the ingest lock.
 #
 # Caveat: a damaged WAL opens without an error and drops the last transaction. → Segments stay until a
 # checkpoint succeeded.
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
-_LONGEST_READ: Final = 2**28  # DuckDB sets aside twice the longest line: what doesn't fit is put aside
+_LONGEST_READ: Final = 2**28  # a longer line is put aside: DuckDB would need twice its size
 _LEAST_READ: Final = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ: Final = re.compile(rb',"seq":[0-9]+\}$')
 _CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
@@ -8804,7 +8670,7 @@ class Ingest:
         tries = 1 if self._target.is_file else _CONFLICT_TRIES
         while True:
             try:
-                losses = self._stage(engine, claims, folder) if claims else {}
+                losses = self._stage(engine, claims, folder)
                 return losses, self._commit(engine, claims, losses, lost)
             except DatabaseLockedError:
                 tries -= 1
@@ -8815,7 +8681,7 @@ class Ingest:
     def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
         """Read the segments into the temporary table `batch`; return how many lines each lost."""
         wanted = {claim.id: [claim.lines] * 3 for claim in claims}
-        if self._read(engine, combine([claim.path for claim in claims], folder), wanted):
+        if not claims or self._read(engine, combine([claim.path for claim in claims], folder), wanted):
             return {}
         if len(claims) > 1:
             raise QueryError("Invalid Input Error: a segment holds lines that can't be read")
@@ -8826,18 +8692,16 @@ class Ingest:
         size = max(os.stat(path).st_size + 1 for path in files)
         longest = min(max(LONGEST_LINE, size), _LONGEST_READ)
         try:
-            engine.execute(STAGE, {"files": list(files), "longest": longest, "lenient": False})
+            engine.execute(STAGE, {"files": files, "longest": longest, "lenient": False})
         except QueryError as error:
-            is_memory = (
-                "out of memory" in str(error).lower()
-            )  # where little needs too much, lines are not at fault
-            if not is_data_fault(error) or (is_memory and size < _LEAST_READ):
+            # Where a small file needs too much memory, its lines are not at fault.
+            if not is_data_fault(error) or ("out of memory" in str(error).lower() and size < _LEAST_READ):
                 raise
             return False
         return {segment: counts for segment, *counts in engine.execute(STAGED_COUNTS)} == wanted
 
     def _salvage(self, engine: Engine, claim: Claim, folder: str) -> int:
-        """Stage the good lines of a segment only, set the others aside, and return how many those are."""
+        """Stage the good lines of a segment, put the others aside, and return how many those are."""
         good: list[tuple[int, bytes]] = []
         faults: list[tuple[int, str, bytes]] = []
         seen: set[object] = set()
@@ -8854,7 +8718,7 @@ class Ingest:
         scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
 
         def unreadable(lines: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-            """Narrow down which of the lines DuckDB can't read."""
+            """Return the lines that DuckDB can't read."""
             text = b"".join(line + b"\n" for _, line in lines)
             write_file(scratch, named_lines(claim.id, text), replace=True)
             if not lines or self._read(engine, [scratch], {claim.id: [len(lines)] * 3}):
@@ -8882,25 +8746,35 @@ class Ingest:
         with self._target.attached(engine, read_only=False), self._ledger.writing(engine):
             known = known_segments(engine, segments)
             fresh = [segment for segment in segments if segment not in known]
+            entries: list[Entry] = []
             if known:
-                self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
+                entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
                 engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
                 if self._target.is_file:
                     engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
             losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
-                try:
-                    engine.execute(INSERT_ROWS)
-                except QueryError as error:
-                    raise self._target.refusal(error) from error
-                self._enter_segments(engine, fresh, losses)
-            self._enter_losses(engine, {segment_id_of(path): loss for path, loss in lost.items()})
+                self._target.change_logs(engine, INSERT_ROWS)
+                entries.append((PREPARE_SEGMENTS, {"segments": fresh}))
+                text = "lines that could not be ingested, kept in the journal as .rejected"
+                entries += [
+                    entry_of("loss", losses[segment], text, segment=segment)
+                    for segment in fresh
+                    if losses.get(segment)
+                ]
+            of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
+            for segment in sorted(set(of_writers) - known_segments(engine, list(of_writers), kind="loss")):
+                loss = of_writers[segment]
+                text = f"{loss.reason}, between {loss.first} and {loss.last}"
+                entries.append(entry_of("loss", loss.events, text, segment=segment))
+            if entries:
+                self._ledger.enter(engine, entries)
         return set(fresh)
 
     def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Keep out the ends of calls that are on record as unfinished; return how many of each segment.
+        """Put aside the ends of calls that are on record as unfinished; return how many of each segment.
 
-        A process that lost its locks, or whose journal was copied while it ran, may go on after that.
+        A process that lost its locks, or whose journal was copied while it ran, writes such lines.
         """
         calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
         late: dict[str, list[tuple[int, str, bytes]]] = {}
@@ -8918,11 +8792,11 @@ class Ingest:
                 claim.reject(sorted(faults))
         return {segment: len(faults) for segment, faults in late.items()}
 
-    def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> None:
-        """Of segments that the ledger has by name: keep what is in none of its rows.
+    def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[Entry]:
+        """Keep the lines of known segments that the ledger lacks: a cloned host goes on with a copy of one.
 
-        A host that was cloned goes on with a copy of a segment. Where the ledger has its first lines, the
-        others become a segment of their own; anything else is put aside.
+        Where the ledger has its first lines, the others become a segment of their own; anything else is
+        put aside, and entered as lost.
         """
         asked = {"segments": [claim.id for claim in claims]}
         same = {segment: (events, is_same) for segment, events, is_same in engine.execute(KNOWN_LINES, asked)}
@@ -8939,27 +8813,8 @@ class Ingest:
                 reason = "the ledger knows a segment of this name with other lines"
                 claim.reject((number, reason, line) for number, line in enumerate(lines, 1))
                 text = f"{reason}; these are kept in the journal as .rejected"
-                self._ledger.enter(engine, [entry_of("loss", len(lines), text, segment=claim.id)])
                 self._reject(claim, len(lines))
-
-    def _enter_segments(self, engine: Engine, segments: list[str], losses: Mapping[str, int]) -> None:
-        """Enter segments, and what was lost of each."""
-        entries: list[Entry] = [(PREPARE_SEGMENTS, {"segments": segments})]
-        for segment in segments:
-            if losses.get(segment):
-                text = "lines that could not be ingested, kept in the journal as .rejected"
-                entries.append(entry_of("loss", losses[segment], text, segment=segment))
-        self._ledger.enter(engine, entries)
-
-    def _enter_losses(self, engine: Engine, lost: Mapping[str, Loss]) -> None:
-        """Enter what writers lost, each loss once."""
-        entries = []
-        for segment in sorted(set(lost) - known_segments(engine, list(lost), kind="loss")):
-            loss = lost[segment]
-            text = f"{loss.reason}, between {loss.first} and {loss.last}"
-            entries.append(entry_of("loss", loss.events, text, segment=segment))
-        if entries:
-            self._ledger.enter(engine, entries)
+                yield entry_of("loss", len(lines), text, segment=claim.id)
 
 
 def refuse_fatal_limit() -> None:
@@ -8969,12 +8824,8 @@ def refuse_fatal_limit() -> None:
     """
     import signal
 
-    signal_number = getattr(signal, "SIGXFSZ", None)
-    if (
-        signal_number is not None
-        and signal.getsignal(signal_number) is signal.SIG_DFL
-        and file_size_limit() != float("inf")
-    ):
+    fatal = getattr(signal, "SIGXFSZ", None)
+    if fatal and signal.getsignal(fatal) is signal.SIG_DFL and file_size_limit() != float("inf"):
         raise StoreError(
             "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
         )
@@ -8983,10 +8834,10 @@ def refuse_fatal_limit() -> None:
 # == Reading ==
 # depends on: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger
 #
-# Table and journal as one log. Reading attaches read-only first, then lists the journal, then asks the
-# ledger: while a reader holds its lock nobody can ingest, so the three agree, and every event is seen once.
-# A target that is no file has no such lock: there a reader holds this host's ingest lock, shared with other
-# readers, and reads in one transaction. Other hosts' events come out of the table alone.
+# Table and journal as one log. A reader attaches read-only, then lists the journal, then asks the ledger:
+# while it holds DuckDB's lock nobody can ingest, so the three agree, and every event is seen once. A target
+# that is no file has no such lock: there a reader holds this host's ingest lock, shared with other readers,
+# and reads in one transaction; other hosts' events come from the table alone.
 
 
 # --- opening: so that every event is seen once
@@ -9002,7 +8853,7 @@ class Reader:
 
     @contextlib.contextmanager
     def open(self, *, wait: float) -> Iterator[Reading]:
-        """Do what `Store.reading` says; where the table can't be had, open the journal alone."""
+        """Do what `Store.reading` says; without the table, open the journal alone."""
         self._target.let_ingest_pass(wait)
         deadline = Deadline(wait)
         with (
@@ -9013,32 +8864,26 @@ class Reader:
             reading = Reading(engine, folder)
             while True:
                 try:
-                    self._attempt(reading, stack, folder)
+                    stack.enter_context(self._attempt(reading, folder))
                     break
                 except (
                     DatabaseCorruptError,
                     DatabaseLockedError,
                     DatabaseNotFoundError,
                     DatabaseUnreachableError,
-                ) as raised:
-                    error: StoreError = raised
-                    try:  # let go what is attached, which says of the error what may be said
-                        stack.__exit__(type(raised), raised, raised.__traceback__)
-                    except StoreError as told:
-                        error = told
+                ) as error:
                     is_missing = isinstance(error, DatabaseNotFoundError)
                     is_new = is_missing and not self._target.is_file
-                    # Of a file that means: it appeared, or vanished, between our look and DuckDB's.
-                    passes = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
-                    if passes and deadline.pause():
+                    # A file that is missing appeared, or vanished, between our look and DuckDB's.
+                    is_passing = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
+                    if is_passing and deadline.pause():
                         continue
                     self._keep_segments(stack)
                     reading.problem = None if is_new else error
                     reading.open_views(None, self._segments(folder))
                     break
             reading.open_running(self._journal.running())
-            nothing = not (reading.has_table or reading.has_journal or reading.has_running)
-            if nothing and reading.problem is None:
+            if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
                 raise DatabaseNotFoundError(
                     f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
                     "for the profile, or no events have been logged yet (the database is created on first "
@@ -9048,33 +8893,37 @@ class Reader:
                 self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
             yield reading
 
-    def _attempt(self, reading: Reading, stack: contextlib.ExitStack, folder: str) -> None:
-        """Open both sides; what must be let go again goes onto the stack."""
+    def _attempt(self, reading: Reading, folder: str) -> contextlib.ExitStack:
+        """Open both sides; what is returned closes them."""
         target, journal = self._target, self._journal
-        if target.is_absent():
-            if not self._keep_segments(stack) and journal.segments():
-                raise DatabaseLockedError(f"{target.path} is being made by another process")
+        with contextlib.ExitStack() as stack:
             if target.is_absent():
-                self._open_journal(reading, self._segments(folder))
-                return
-            stack.close()
-        if not target.is_file and not self._keep_segments(stack):
-            raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
-        stack.enter_context(target.attached(reading.engine, read_only=True))
-        segments = self._segments(folder)
-        reading.is_transaction = not target.is_file
-        reading.schema = target.schema if target.is_postgres else None
-        reading.data_path = target.data_path(reading.engine)
-        present = target.columns(reading.engine)
-        reading.oddities = target.oddities(reading.engine)
-        if any(text.endswith(VIEW) for text in reading.oddities):  # which may read any file of who asks
-            present = {}
-            reading.problem = StoreError(f"{target.name}: what should be a table is a view, and is not read")
-        reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
-        reading.has_ledger = "ledger" in present
+                if not self._keep_segments(stack) and journal.segments():
+                    raise DatabaseLockedError(f"{target.path} is being made by another process")
+                if target.is_absent():
+                    self._open_journal(reading, self._segments(folder))
+                    return stack.pop_all()
+                stack.close()
+            if not target.is_file and not self._keep_segments(stack):
+                raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
+            stack.enter_context(target.attached(reading.engine, read_only=True))
+            segments = self._segments(folder)
+            reading.is_transaction = not target.is_file
+            reading.schema = target.schema if target.is_postgres else None
+            reading.data_path = target.data_path(reading.engine)
+            present = target.columns(reading.engine)
+            reading.oddities = target.oddities(reading.engine)
+            if any(text.endswith(VIEW) for text in reading.oddities):  # it could read any file of this user
+                present = {}
+                reading.problem = StoreError(
+                    f"{target.name}: what should be a table is a view, and is not read"
+                )
+            reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
+            reading.has_ledger = "ledger" in present
+            return stack.pop_all()
 
     def _open_journal(self, reading: Reading, segments: list[str]) -> None:
-        """Open the journal by a copy, because before the first ingest there is no lock that keeps one out."""
+        """Copy the journal's events: before the first ingest there is no lock that keeps one out."""
         cause = None
         try:
             reading.open_views(None, segments)
@@ -9089,21 +8938,21 @@ class Reader:
             raise cause
 
     def _segments(self, folder: str) -> list[str]:
-        """Return the segments, and files of what the next ingest will make of unfinished calls."""
+        """Return the segments, and files with the rows that the next ingest adds for unfinished calls."""
         left = {}
         for path, lines in self._journal.unfinished():
             copy = os.path.join(folder, os.path.basename(path))
             if lines:
                 write_file(copy, lines, replace=True)
                 left[path] = copy
-        segments = self._journal.segments()  # after that: what becomes one in between is seen once
+        segments = self._journal.segments()  # later, so that a call that ends in between is seen once
         return [*segments, *(left[path] for path in left.keys() - set(segments))]
 
     def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
-        """Keep ingests out where no lock on the database does, so that no segment vanishes in between."""
+        """Keep ingests out where no lock on the database does; False if one runs."""
         try:
             return stack.enter_context(self._journal.ingest_lock(shared=True))
-        except JournalError:  # the journal may be read-only for who reads; then that must do
+        except JournalError:  # this user may only read the journal; go on without a lock
             return True
 
 
@@ -9113,17 +8962,17 @@ class Reader:
 class Reading:
     """Table and journal while they are open for reading.
 
-    `problem` is set if the table could not be had: then only journal events are seen.
+    If `problem` is set, the table can't be read: then only journal events are seen.
     """
 
     def __init__(self, engine: Engine, folder: str) -> None:
         self.engine = engine
         self._folder = folder  # for small segments, put together
         self.problem: StoreError | None = None
-        self.schema: str | None = None  # of tables in PostgreSQL, which itself finds the first events
+        self.schema: str | None = None  # of a PostgreSQL table whose first rows PostgreSQL itself selects
         self.is_transaction = False  # of a target that is no file: others go on writing to it
         self.data_path: str | None = None  # of a lake: where its files are
-        self.oddities: list[str] = []  # what makes our tables other than plain ones
+        self.oddities: list[str] = []  # as `Target.oddities`
         self.has_table = False
         self.has_journal = False
         self.has_ledger = False
@@ -9132,31 +8981,24 @@ class Reading:
     def open_running(self, lines: bytes) -> None:
         """Define the view `running_rows` of calls that run: `status` is running, `seq` 0."""
         self.has_running = bool(lines)
-        rows = NO_ROWS
+        path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
         if lines:
-            path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
             write_file(path, lines)
-            files = {"files": [path], "longest": max(LONGEST_LINE, len(lines)), "lenient": True}
-            rows = bind(JOURNAL_ROWS, files)
-        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW running_rows AS {rows}")
+        self._define("running_rows", journal_rows([path] if lines else [], len(lines)))
 
     def open_views(self, table: Mapping[str, str] | None, segments: Iterable[str]) -> None:
         """Define the views `table_rows` and `journal_rows`, which together are the log."""
         self.has_table = table is not None
+        if table is None or dict(COLUMNS) != table:
+            self.schema = None  # PostgreSQL knows no columns that are converted, or missing
         sizes = {path: size for path in segments if (size := _size_of(path))}
-        self.has_journal = bool(sizes)
-        journal_rows = NO_ROWS
-        if sizes:
-            longest = max(LONGEST_LINE, *(size + 1 for size in sizes.values()))
-            files = combine(list(sizes), self._folder)
-            self.has_journal = bool(files)
-        if self.has_journal:
-            journal_rows = bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True})
-        rows = NO_ROWS if table is None else table_rows(table)
-        if table is None or {column.name: column.sql_type for column in COLUMNS} != table:
-            self.schema = None  # what is converted, or missing, PostgreSQL can't be asked for
-        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW table_rows AS {rows}")
-        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW journal_rows AS {journal_rows}")
+        files = combine(list(sizes), self._folder) if sizes else []
+        self.has_journal = bool(files)
+        self._define("table_rows", NO_ROWS if table is None else table_rows(table))
+        self._define("journal_rows", journal_rows(files, max(sizes.values(), default=0)))
+
+    def _define(self, view: str, rows: str) -> None:
+        self.engine.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {rows}")
 
     def freeze_journal(self) -> None:
         """Copy the journal's events, so that no later query reads files."""
@@ -9168,8 +9010,7 @@ class Reading:
     ) -> tuple[str, dict[str, object]]:
         """Return the query of the filtered events; with `running`, of the calls that run; if None, of both.
 
-        The limit goes into each side: a limit on the union alone would read the whole table (40 times
-        slower on 10 million rows).
+        The limit is in each part: a limit on the union alone is 40 times slower on 10 million rows.
         """
         where, params = what.where()
         table, tail = "table_rows", ""
@@ -9211,14 +9052,13 @@ class Reading:
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
         """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
 
-        Calls that run are counted in `running` alone. Percentiles are durations that occurred (no
-        interpolation), in milliseconds.
+        Calls that run are counted in `running` alone. Percentiles are durations that occurred, in ms.
         """
         source, params = self._source(what, None, NEWEST_FIRST, running=None)
         return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
-        """Return the rows of a query of ours over `events`: all columns of the matching events."""
+        """Return the rows of a query of ours over `events`, the matching events with all their columns."""
         source, params = self._source(what, None, NEWEST_FIRST)
         events = f"WITH events AS (SELECT *, {_EVENT_ID} AS event_id FROM ({source}))"
         return self.engine.execute(f"{events} {sql}", params)
@@ -9226,12 +9066,12 @@ class Reading:
     def lines(
         self, expression: str, what: Filter, *, count: int | None = None, oldest_first: bool = False
     ) -> Iterator[str]:
-        """Yield what an SQL expression of ours makes of each matching event."""
+        """Yield the value of an SQL expression of ours for each matching event."""
         sql, params = self._select(f"{expression} AS line", what, count, oldest_first)
         return (line for (line,) in self.engine.stream(sql, params))
 
     def around(self, session: str, event_id: str, count: int) -> list[Row]:
-        """Return an event as a row of PUBLIC_COLUMNS with some of its session before and after it."""
+        """Return an event with up to `count` events of its session before and after it."""
         places = f"row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events"
         mine = f"max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine"
         sql = f"SELECT *, {mine} FROM (SELECT *, {places})"
@@ -9239,7 +9079,7 @@ class Reading:
         return self.ask(Filter(session=session), sql)
 
     def ids_like(self, part: str) -> list[Row]:
-        """Return up to three ids of events that begin with a text, or go on so after the time."""
+        """Return up to three event ids that begin with a text, or whose part after the time is it."""
         params = {"part": part.replace("_", "").replace("%", "") + "%", "end": f"%-{part}"}
         source, _ = self._source(Filter(), None, NEWEST_FIRST)
         return self.engine.execute(
@@ -9253,9 +9093,8 @@ class Reading:
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
 
-        It can read the log and write nothing: the database is attached read-only, and files,
-        extensions and settings are locked. The session is good for nothing else afterwards. Values
-        are those of JSON; what it lacks (times, intervals, bytes) is text.
+        It can read the log and nothing else: files, extensions and settings are locked, for the rest of the
+        session. Values are those of JSON; what it lacks (times, intervals, bytes) is text.
         """
         self.freeze_journal()
         self.engine.execute(SQL_VIEW)
@@ -9265,20 +9104,22 @@ class Reading:
             self.engine.execute(lock)
         params = {"statement": statement}
         columns = self.engine.execute(SQL_COLUMNS, params)
-        names = ", ".join(f"c{number}" for number in range(len(columns)))
-        parts = [_json_like(sql_type) for _, sql_type in columns]
-        casts = ", ".join(
-            f"{cast.format(f'c{number}')} AS c{number}" for number, (cast, _) in enumerate(parts)
-        )
-        rows = self.engine.stream(
-            f"SELECT {casts} FROM (SELECT * FROM query($statement)) AS result({names})", params
-        )
-        decoders = [decode for _, decode in parts]
-        return [name for name, _ in columns], (
-            tuple(
-                value if decode is None or value is None else decode(value)
-                for decode, value in zip(decoders, row)
+        names, casts, decoders = [], [], list[Callable[[Any], object]]()
+        for number, (_, sql_type) in enumerate(columns):
+            cast_sql, decode = next(
+                (cast_sql, decode)
+                for beginning, cast_sql, decode in _RESULT_TYPES
+                if re.match(beginning, sql_type)
             )
+            names.append(f"c{number}")
+            casts.append(f"{cast_sql.format(names[-1])} AS {names[-1]}")
+            decoders.append(decode)
+        rows = self.engine.stream(
+            f"SELECT {', '.join(casts)} FROM (SELECT * FROM query($statement)) AS result({', '.join(names)})",
+            params,
+        )
+        return [name for name, _ in columns], (
+            tuple(value if value is None else decode(value) for decode, value in zip(decoders, row))
             for row in rows
         )
 
@@ -9294,10 +9135,10 @@ class Reading:
         bom: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Write the matching events to a file and return their number.
+        """Write the matching events to a file, with all columns, and return their number.
 
-        The file appears whole or not at all, with mode 0600; an older one is replaced. Every format has
-        all the columns: `.duckdb` as the table `logs`, so that every command can read it by `--db`.
+        The file appears whole or not at all, with mode 0600; an older one is replaced. A `.duckdb` file has
+        the table `logs`, so that every command can read it by `--db`.
         """
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
         source, params = self._source(what, None, NEWEST_FIRST)
@@ -9323,16 +9164,14 @@ class Reading:
                 os.chmod(target, FILE_MODES[False])
                 give_to_owner(target)
                 os.replace(target, path)
-        except OSError as error:
-            raise StoreError(f"{path} can't be written: {error.strerror}") from error
-        except QueryError as error:
-            raise StoreError(f"{path} can't be written: {error}") from error
+        except (OSError, QueryError) as error:
+            raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
         return int(expected)
 
     def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
-        """Write a query's rows to a new file; return the number that DuckDB tells, None if it tells none."""
+        """Write a query's rows to a new file; return their number, None if DuckDB doesn't say it."""
         if form == "duckdb":
-            if self.is_transaction:  # which may write nothing that outlives it
+            if self.is_transaction:  # in it nothing but a temporary table can be made
                 self.engine.execute(f"CREATE TEMP TABLE exported AS {sql}", params)
                 self.engine.execute("COMMIT")
                 sql, params = "SELECT * FROM exported", {}
@@ -9364,28 +9203,22 @@ def _postgres_rows(schema: str, where: str, params: Params, *, oldest_first: boo
     return f"(SELECT * FROM postgres_query('audit', {sql_literal(bind(query, params))}))"
 
 
-# --- what comes back of a person's own SQL
-
-
-# How a column leaves through `Reading.query`: by its type's beginning, the cast and what Python makes of it.
-_RESULT_TYPES: Final[tuple[tuple[tuple[str, ...], str, Callable[[Any], object] | None], ...]] = (
-    (("BOOLEAN",), "{0}", None),
-    (("UBIGINT", "HUGEINT", "UHUGEINT", "VARINT", "BIGNUM"), "{0}::VARCHAR", int),
-    (("STRUCT", "MAP", "UNION", "JSON"), "to_json({0})::VARCHAR", decode_json),
-    (("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALLINT", "UINTEGER"), "{0}::BIGINT", None),
-    (("DECIMAL",), "{0}::DOUBLE", None),
-    (("FLOAT", "DOUBLE"), "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", None),  # JSON has no NaN
+# How a column leaves through `Reading.query`: by its type's beginning, the cast and the type in Python.
+_RESULT_TYPES: Final[tuple[tuple[str, str, Callable[[Any], object]], ...]] = (
+    (r".*\]$|STRUCT|MAP|UNION|JSON", "to_json({0})::VARCHAR", decode_json),
+    ("BOOLEAN", "{0}", bool),
+    ("UBIGINT|U?HUGEINT|VARINT|BIGNUM", "{0}::VARCHAR", int),
+    ("U?(TINYINT|SMALLINT|INTEGER)|BIGINT", "{0}::BIGINT", int),
+    ("DECIMAL", "{0}::DOUBLE", float),
+    ("FLOAT|DOUBLE", "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", float),  # JSON has no NaN
+    ("", "{0}::VARCHAR", str),
 )
 
 
-def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
-    """Return the cast of a result column, to be formatted with its name, and what decodes its values."""
-    if sql_type.endswith("]"):
-        return "to_json({0})::VARCHAR", decode_json
-    for beginnings, cast_sql, decode in _RESULT_TYPES:
-        if sql_type.startswith(beginnings):
-            return cast_sql, decode
-    return "{0}::VARCHAR", None
+def journal_rows(files: Sequence[str], size: int) -> str:
+    """Return the SELECT of the events in segment files, the largest of which has `size` bytes."""
+    longest = max(LONGEST_LINE, size + 1)
+    return bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else NO_ROWS
 
 
 # --- threads beside a query
@@ -9393,7 +9226,7 @@ def _json_like(sql_type: str) -> tuple[str, Callable[[Any], object] | None]:
 
 @contextlib.contextmanager
 def _companion(work: Callable[[], None], stop: Callable[[], None], name: str) -> Iterator[None]:
-    """Run `work` in a thread of its own while the block runs; `stop` makes it return."""
+    """Run `work` in a thread while the block runs; `stop` makes it return."""
     thread = threading.Thread(target=work, name=f"mxcp_audit {name}", daemon=True)
     thread.start()
     try:
@@ -9405,7 +9238,7 @@ def _companion(work: Callable[[], None], stop: Callable[[], None], name: str) ->
 
 @contextlib.contextmanager
 def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None]:
-    """Tell the size of a growing file every half second while the block runs."""
+    """Call `progress` with a file's size every half second while the block runs."""
     if progress is None:
         yield
         return
@@ -9421,11 +9254,10 @@ def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None
 
 @contextlib.contextmanager
 def interruptible(engine: Engine) -> Iterator[None]:
-    """Let Ctrl+C end a running query, where signals arrive: in the main thread.
+    """Let Ctrl+C end a running query, in the main thread, where signals arrive.
 
-    Python runs its signal handler only between two of its own instructions, and a query is one of
-    them. A thread is told of the signal through a socket, and interrupts the query: again and again
-    until the block ends, because a query that is only about to begin forgets that it was interrupted.
+    Python runs a signal handler only after the call into DuckDB. So a thread learns of the signal through a
+    socket, and interrupts until the block ends, because a query that just begins forgets an interrupt.
     """
     import signal
     import socket
@@ -9438,7 +9270,6 @@ def interruptible(engine: Engine) -> Iterator[None]:
     before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
 
     def watch() -> None:
-        """Interrupt the query from the first signal on, until `stop` closes the other end."""
         heard = here.recv(1)
         here.settimeout(0.05)
         while heard:
@@ -9457,11 +9288,11 @@ def interruptible(engine: Engine) -> Iterator[None]:
 # == Evidence ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Recomputes what the ledger says and names what is otherwise. Nothing is written: whoever purges asks
-# here first, too, so that what somebody had changed stays known as changed when it is gone.
+# Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first, so that
+# what somebody had changed stays known as changed when it is gone.
 #
 # An entry is believed if its seal is right: made with the key where there is one, or met by a checkpoint.
-# Each segment must be absent, if an entry that is believed says that it was purged, or exactly as entered.
+# Each segment must be exactly as entered, or absent if an entry that is believed says that it was purged.
 
 
 # --- what is found
@@ -9470,12 +9301,12 @@ _MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
 
 
 class Finding(NamedTuple):
-    """One thing that isn't as the ledger says."""
+    """One difference from what the ledger says."""
 
     kind: str  # changed, removed, inserted (events); chain, cut (the ledger); table (its form)
-    segment: str | None
-    seqs: tuple[int, ...]  # which events of the segment, as far as that can be known
     text: str
+    segment: str | None = None
+    seqs: tuple[int, ...] = ()  # which events of the segment, as far as that can be known
     journal: str | None = None  # whose chain
 
 
@@ -9501,10 +9332,10 @@ class Verdict:
         """Whether nothing was found."""
         return not self.findings
 
-    def add(self, kind: str, text: str, segment: str | None = None, **more: Any) -> None:
+    def add(self, kind: str, text: str, **more: Any) -> None:
         """Add a finding, or count it if there are very many."""
         if len(self.findings) < _MAX_FINDINGS:
-            self.findings.append(Finding(kind, segment, more.pop("seqs", ()), text, **more))
+            self.findings.append(Finding(kind, text, **more))
         else:
             self.more_findings += 1
 
@@ -9542,7 +9373,7 @@ _MAX_EXPLAINED: Final = 100  # arbitrary: after so many findings, single events 
 
 
 def _without_twins(text: str | None) -> str:
-    """Return JSON in which no name occurs twice, which ends a statement of DuckDB 1.2; "" if it is none."""
+    """Return JSON with unique names, because a statement of DuckDB 1.2 fails else; "" if it is none."""
     try:
         return json.dumps(json.loads(text or ""))
     except (ValueError, RecursionError):
@@ -9551,16 +9382,14 @@ def _without_twins(text: str | None) -> str:
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
     """Define the views that all statements here read; return the types of the tables' columns."""
-    columns: dict[str, dict[str, str]] = {"logs": {}, "ledger": {}}
-    for table, column, sql_type in engine.execute(TABLE_TYPES):
-        columns[table][column] = sql_type
+    columns = {"logs": {}, "ledger": {}, **column_types(engine, TABLE_TYPES)}
     engine.execute(sound_view("logs", COLUMNS, columns["logs"]))
     engine.execute(sound_view("ledger", LEDGER_COLUMNS, columns["ledger"]))
     return columns
 
 
 class Verifier:
-    """Recomputes everything that the ledger says. The target is attached as `audit`; nothing is written."""
+    """Recomputes everything that the ledger says of the attached target."""
 
     def __init__(
         self,
@@ -9575,7 +9404,7 @@ class Verifier:
         self._range_events = range_events
         self._keys = keys
         self._progress = progress
-        self._covered: dict[str, int] = {}  # by journal: up to which position a checkpoint vouches
+        self._covered: dict[str, int] = {}  # by journal: the last position that a checkpoint covers
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.verdict = Verdict()
 
@@ -9596,7 +9425,7 @@ class Verifier:
         return self.verdict
 
     def open(self, checkpoint: Sequence[Head] = ()) -> bool:
-        """Look at the tables' form, the chains and the purges; False if there is no ledger."""
+        """Check the tables' form, the chains and the purges; False if there is no ledger."""
         columns = view_tables(self._engine)
         has_ledger = bool(columns["ledger"] or "segment" in columns["logs"])
         for text in self._target.oddities(self._engine):
@@ -9604,7 +9433,7 @@ class Verifier:
         for table, ours in (("logs", COLUMNS if has_ledger else COLUMNS[:10]), ("ledger", LEDGER_COLUMNS)):
             for column in ours if columns[table] else ():
                 given = columns[table].get(column.name)
-                # What an earlier version's table lacks is as good as NULL, which leaves the hash as it was.
+                # A column that a table of 0.1 lacks is NULL, which leaves the hash as it was.
                 is_same = table == "logs" and (
                     given in SAME_VALUES[column.sql_type] or (given is None and column in NEW_COLUMNS)
                 )
@@ -9612,7 +9441,7 @@ class Verifier:
                     text = f"{table}.{column.name} is {given or 'missing'}, not {column.sql_type}"
                     self.verdict.add("table", text)
         if not has_ledger:
-            ((self.verdict.legacy,),) = self._engine.execute(COUNT_SOUND)
+            ((self.verdict.legacy,),) = self._engine.execute("SELECT count(*)::BIGINT FROM sound_logs")
         self._walk_chains({(head.journal, head.position): head for head in checkpoint})
         self._read_purges(has_checkpoint=bool(checkpoint))
         return has_ledger
@@ -9638,7 +9467,7 @@ class Verifier:
                 head = Head(name, position, head.events + (events if kind == "segment" else 0), seal)
                 if wanted.get((name, position)) == head:
                     del wanted[name, position]
-                    unkeyed = []  # whoever wrote them, they are what the checkpoint saw
+                    unkeyed = []  # the checkpoint saw these
                     self._covered[name] = position
                 verdict.entries += 1
                 verdict.segments += kind == "segment"
@@ -9662,14 +9491,14 @@ class Verifier:
     # --- the purges
 
     def _read_purges(self, *, has_checkpoint: bool) -> None:
-        """Take in the purges that are believed, and compare each with the entries that it names."""
+        """Read the purges that are believed, and compare each with the entries that it names."""
         names = ("moment", "host", "events", "journal", "position", "detail")
         entries = [dict(zip(names, row)) for row in self._engine.execute(PURGES)]
         entries = [each for each in entries if (each["journal"], each["position"]) not in self.doubted]
         newer = [each["position"] > self._covered.get(each["journal"], 0) for each in entries]
         refused = [each and has_checkpoint and not self._keys for each in newer]
         details = [_without_twins(each.pop("detail")) for each in entries]
-        # Number -1 is none: in an empty table, DuckDB 1.2 takes a map for none.
+        # Number -1 is no purge: DuckDB 1.2 needs a row to know the columns that are maps.
         said = {"numbers": [-1, *range(len(entries))], "newer": [False, *refused], "details": ["", *details]}
         self._engine.execute(READ_PURGES, said)
         self._engine.execute(CREATE_GONE)
@@ -9688,7 +9517,7 @@ class Verifier:
                 self.verdict.add("chain", text, journal=entry["journal"])
         for _, segment, found, _ in self._engine.execute(PURGED_WRONG):
             text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
-            self.verdict.add("changed", text, segment)
+            self.verdict.add("changed", text, segment=segment)
         if parts:
             self.verdict.notes.append(
                 f"{counted(parts, 'purge')} by an earlier version kept parts of segments: what those parts "
@@ -9701,35 +9530,37 @@ class Verifier:
         """Yield each segment in scope; without a scope, each that isn't as the ledger says."""
         splits = self._engine.execute(SPLITS, {"size": self._range_events})
         ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
+        sql = comparison(scoped=scoped)
         for number, (low, high) in enumerate(zip([None, *ends], [*ends, None])):
-            sql = COMPARE_SCOPE if scoped else COMPARE
             yield from (Compared(*row) for row in self._engine.execute(sql, {"low": low, "high": high}))
             done = min((number + 1) * self._range_events, self.verdict.events)
             self._progress(done, self.verdict.events)
 
     def _judge(self, row: Compared) -> None:
-        """Report a segment that isn't as the ledger says: its events if the marks tell, else how many."""
+        """Report a segment that isn't as the ledger says: its events if it has marks, else how many."""
         if not self.verdict.entries and row.segment.startswith("legacy-"):
             self.verdict.legacy += row.found  # an older table, of which nothing was entered yet
             return
-        kind = "removed" if row.found < row.due else "inserted" if row.found > row.due else "changed"
-        due = f"not {row.due} as recorded" if row.position >= 0 else "which is not in the ledger"
-        said: list[tuple[str, str, list[int]]] = [(kind, f"{counted(row.found, 'event')}, {due}", [])]
+        marked: list[Row] = []
         if row.found and row.due and len(self.verdict.findings) < _MAX_EXPLAINED:
             marked = self._engine.execute(MARKED, {"segment": row.segment, "due": row.due})
-            for state, rows in itertools.groupby(marked, key=lambda row: row[0]):
-                seqs = [seq for _, seq in rows]
-                names = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs_of(seqs))
-                said = [*said, (state, f"{state} {names}", seqs)]
-        for state, text, seqs in said[1:] or said:
-            self.verdict.add(state, f"segment {row.segment}: {text}", row.segment, seqs=tuple(seqs))
+        for kind, rows in itertools.groupby(marked, key=lambda row: row[0]):
+            seqs = tuple(seq for _, seq in rows)
+            names = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs_of(seqs))
+            text = f"segment {row.segment}: {kind} {names}"
+            self.verdict.add(kind, text, segment=row.segment, seqs=seqs)
+        if not marked:
+            kind = "removed" if row.found < row.due else "inserted" if row.found > row.due else "changed"
+            due = f"not {row.due} as recorded" if row.position >= 0 else "which is not in the ledger"
+            text = f"segment {row.segment}: {counted(row.found, 'event')}, {due}"
+            self.verdict.add(kind, text, segment=row.segment)
 
 
 # --- one event, for somebody who has no database
 
 
 def plain_seals(engine: Engine) -> dict[str, str]:
-    """Return how each journal's chain would end without a key: what a proof leads to, for who has none."""
+    """Return the seal at the end of each journal's chain without a key, for those who have none."""
     view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
@@ -9738,11 +9569,14 @@ def plain_seals(engine: Engine) -> dict[str, str]:
 
 
 def prove(engine: Engine, event_id: str) -> dict[str, Any]:
-    """Return what shows, with a checkpoint, that an event is in the log; docs/security.md has the form."""
+    """Do what `Store.prove` says; docs/security.md describes the form."""
     view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
-    event = engine.execute(EVENT_TO_PROVE, {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1})
-    entry = engine.execute(ENTRY_TO_PROVE, {"segment": segment})
+    asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
+    times, where = numeric_times(COLUMNS), "WHERE segment = $segment AND"
+    event = engine.execute(f"SELECT {times} FROM sound_logs {where} seq = $seq", asked)
+    times = numeric_times(LEDGER_COLUMNS[:-1])
+    entry = engine.execute(f"SELECT {times} FROM sound_ledger {where} kind = 'segment'", asked)
     if not event or not entry:
         raise StoreError(f"{event_id} is in no segment of the ledger; what waits in the journal is no proof")
     journal, position = entry[0][0], int(str(entry[0][1]))
@@ -9765,7 +9599,7 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
 
 
 def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
-    """Run `ssh-keygen -Y` with a checkpoint, without its signature, as the input."""
+    """Run `ssh-keygen -Y` over a checkpoint without its signature."""
     import subprocess
 
     signed = {name: value for name, value in checkpoint.items() if name != "signature"}
@@ -9781,7 +9615,6 @@ def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
 
 
 def sign_checkpoint(key: str, checkpoint: Mapping[str, Any]) -> str:
-    """Return a signature of OpenSSH over a checkpoint."""
     return _ssh_keygen(["sign", "-f", key], checkpoint)
 
 
@@ -9799,13 +9632,12 @@ def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
 # == Removal ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger, Evidence
 #
-# Old events go by whole segments, in one transaction that enters what went; before that they are compared
-# with the ledger, and archived if that is asked for. Retention is a purge a day, and trusts no clock that
-# jumped.
+# Removes old events by whole segments, in one transaction that enters what went. They are compared with the
+# ledger before, and archived on request. Retention is a purge a day, and trusts no clock that jumped.
 
 
 class Removal(NamedTuple):
-    """What a purge took, or would take."""
+    """What a purge removed, or would remove."""
 
     before: str
     events: int
@@ -9825,7 +9657,7 @@ _ALIEN: Final = "not-as-entered.parquet"
 
 
 def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
-    """Compare the segments whose last event is older than a moment with the ledger; nothing is written."""
+    """Compare the segments whose last event is older than a moment with the ledger."""
     import hashlib
 
     verifier = Verifier(engine, target, seal_keys(), range_events=_PURGE_RANGE_EVENTS)
@@ -9862,14 +9694,13 @@ def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
 def purge_before(
     engine: Engine, target: Target, ledger: Ledger, before: str, archive: str | None = None
 ) -> Removal:
-    """Delete every segment older than a moment, in one transaction, and enter that it went.
+    """Delete every segment older than a moment, in one transaction, and enter that.
 
-    A segment that somebody had changed stays known as changed, and lies apart in an archive.
+    A segment that somebody had changed stays known as changed, and has a file of its own in an archive.
     """
     with ledger.writing(engine):
-        ((empty,),) = engine.execute(LEDGER_IS_EMPTY)
-        if empty:
-            ledger.enter(engine, [])  # only the rows of an older table
+        if is_ledger_empty(engine):
+            ledger.enter(engine, [])  # the rows of an older table
         removal = plan_removal(engine, target, before)
         if removal.segments:
             if archive is not None:
@@ -9877,17 +9708,16 @@ def purge_before(
             ((events,),) = engine.execute(COUNT_SCOPE)
             if events != removal.events:
                 raise StoreError(f"{events} events are older than {before}, not {removal.events}; try again")
-            detail = {"before": microseconds(before), "removed": removal.removed, "wrong": removal.wrong}
-            detail["archive"] = removal.archive
-            span = (removal.first_event, removal.last_event)
             engine.execute(DELETE_SCOPE, {"moment": before})
-            text = json.dumps(detail, separators=(",", ":"))
-            ledger.enter(engine, [entry_of("purge", events, text, span=span, digest=removal.digest)])
+            detail = {"before": microseconds(before), "removed": removal.removed, "wrong": removal.wrong}
+            text = json.dumps({**detail, "archive": removal.archive}, separators=(",", ":"))
+            span = {"first": removal.first_event, "last": removal.last_event}
+            ledger.enter(engine, [entry_of("purge", events, text, digest=removal.digest, **span)])
     return removal
 
 
 def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
-    """Write what goes as Parquet, a file a day, with a manifest, and read it back."""
+    """Write the events as Parquet, a file a day, with a manifest, and read them back."""
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
     scratch = os.path.join(directory, f".{name}.part")
     try:
@@ -9944,11 +9774,10 @@ _SILENCE: Final = 25 * 3_600_000_000  # longer ones don't count as time that pas
 
 
 def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> str:
-    """Purge what is older than the retention, as far as the ledger vouches for its age; say what went.
+    """Purge what is older than the retention by the ledger's time, and return a text of what went.
 
-    A clock that jumped forward makes everything look old, so time counts only where the ledger shows that
-    this log was alive: a server that was off for a month keeps its events a month longer. `purge` by hand
-    goes by the clock alone.
+    A clock that jumped forward makes everything look old, so only time counts in which the ledger shows that
+    this log was alive: a server that was off for a month keeps its events a month longer.
     """
     target.create_tables(engine)
     verifier = Verifier(engine, target, seal_keys())
@@ -9959,7 +9788,7 @@ def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> 
         removal = purge_before(engine, target, ledger, limit)
         if removal.events:
             return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
-    # An entry a day, so that a log without events doesn't look like one that was off.
+    # An entry a day, so that a log without events doesn't look as if it had been off.
     with ledger.writing(engine):
         ledger.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
     return "retention: nothing is old enough"
@@ -9968,12 +9797,12 @@ def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> 
 # == Copies ==
 # depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
 #
-# Copies of the whole log: a backup elsewhere, and the database written anew in place of itself. A copy is
-# read back before it gets its name, appears whole or not at all, and overwrites nothing else.
+# Copies of the whole log: a backup elsewhere, and the database written anew in its place. A copy is read back
+# before it gets its name, appears whole or not at all, and overwrites nothing else.
 
 
 def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> int:
-    """Do what `Store.backup` says, but for the ingest before it."""
+    """Do what `Store.backup` says, after its ingest."""
     place = os.path.abspath(path)
     folder = os.path.dirname(place)
     scratch = os.path.join(folder, f".{os.path.basename(place)}.{os.urandom(4).hex()}.part")
@@ -9993,10 +9822,10 @@ def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> int:
 
 
 def _take_in(path: str, directory: str) -> int:
-    """Ingest the segments of a copied journal into a copied database, and return how many events that has.
+    """Ingest a copied journal into a copied database, and return how many events that has.
 
-    So a copy carries no file of the name of a live segment, which is longer by now: copied back over that,
-    it would destroy the rest. Taken in under an identity of its own, it leaves the other chains as they are.
+    Copied segments, put back, would overwrite live ones that are longer by now. The copy has an identity of
+    its own, so that it leaves the other chains as they are.
     """
     journal = Journal(directory)
     target = Target(Config(path), journal)
@@ -10005,7 +9834,8 @@ def _take_in(path: str, directory: str) -> int:
         with journal.ingest_lock():
             Ingest(target, journal, ledger, diagnostics=Diagnostics(silent=True)).run()
     with target.session(read_only=True, wait=0.0) as engine:
-        return int(str(engine.execute("SELECT count(*) FROM audit.logs")[0][0]))
+        ((events,),) = engine.execute("SELECT count(*)::BIGINT FROM audit.logs")
+        return int(events)
 
 
 class Restored(NamedTuple):
@@ -10013,7 +9843,7 @@ class Restored(NamedTuple):
 
     events: int  # that the database holds now
     back: int  # of these, how many it did not hold before
-    kept: str | None  # where the database lies that was there before; None if there was none
+    kept: str | None  # where the replaced database is; None if there was none
 
 
 def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Restored:
@@ -10045,12 +9875,7 @@ def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Res
                 _put_in_place(copy, place)
             else:
                 with target.session(read_only=True, wait=wait):
-                    now = os.stat(place)
-                    if (now.st_ino, now.st_size, now.st_mtime_ns) != (
-                        ours.st_ino,
-                        ours.st_size,
-                        ours.st_mtime_ns,
-                    ):
+                    if _stamp_of(os.stat(place)) != _stamp_of(ours):
                         raise DatabaseLockedError(
                             f"{place}: another process wrote to it meanwhile; try again"
                         )
@@ -10064,20 +9889,18 @@ def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Res
 
 
 def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
-    """Enter into a copy what it lacks of the database at `place`; return how many events each has then."""
+    """Add to a copy what it lacks of the database at `place`; return how many events each has then."""
     target = Target(Config(path), journal)
     ledger = Ledger(target, journal)
     with target.session(read_only=False, wait=0.0) as engine:
         attach_file(engine, place, "ours", {"READ_ONLY": True})
-        present: dict[str, dict[str, str]] = {}
-        for table, column, sql_type in engine.execute(OUR_COLUMNS):
-            present.setdefault(str(table), {})[str(column)] = str(sql_type)
+        present = column_types(engine, OUR_COLUMNS)
         rows = table_rows(present["logs"], "ours.logs") if "logs" in present else NO_ROWS
         segments: list[str] = []
         with ledger.writing(engine):
             engine.execute(STAGE_NOTHING)
             if {"logs", "ledger"} <= present.keys():
-                segments = [str(segment) for (segment,) in engine.execute(OUR_SEGMENTS)]
+                segments = [segment for (segment,) in engine.execute(OUR_SEGMENTS)]
                 engine.execute(
                     f"INSERT INTO batch BY NAME {rows} WHERE segment IN (SELECT unnest($segments))",
                     {"segments": segments},
@@ -10085,24 +9908,24 @@ def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
                 engine.execute(INSERT_ROWS)
                 entries: list[Entry] = [(PREPARE_SEGMENTS, {"segments": segments})] if segments else []
                 entries += [
-                    entry_of("loss", int(str(events)), str(detail), segment=str(segment))
+                    entry_of("loss", events, detail, segment=segment)
                     for events, detail, segment in engine.execute(OUR_LOSSES)
                 ]
                 if entries:
                     ledger.enter(engine, entries)
             ((missing,),) = engine.execute(
-                f"SELECT count(*) FROM ({rows} EXCEPT ALL {table_rows(target.columns(engine)['logs'])})"
+                f"SELECT count(*)::BIGINT FROM ({rows} EXCEPT ALL "
+                f"{table_rows(target.columns(engine)['logs'])})"
             )
             if missing:
                 raise StoreError(
-                    f"{place} holds {counted(int(str(missing)), 'row')} that would be lost; move it "
+                    f"{place} holds {counted(missing, 'row')} that would be lost; move it "
                     "and its .wal aside to restore without them"
                 )
-        ((mine, theirs),) = engine.execute(
-            f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))"
-        )
+        count = "SELECT count(*)::BIGINT FROM"
+        ((mine, theirs),) = engine.execute(f"SELECT ({count} audit.logs), ({count} ({rows}))")
         engine.execute("DETACH ours")
-    return int(str(mine)), int(str(theirs))
+    return mine, theirs
 
 
 def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
@@ -10110,8 +9933,8 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
     path = os.path.realpath(target.path)
     with target.session(read_only=False, wait=wait) as engine:
         engine.execute("CHECKPOINT audit")
-    # Read-only, DuckDB keeps other writers out and never touches the WAL, so that detaching
-    # the old file can't harm the new one, which has the same name by then.
+    # Read-only, DuckDB keeps other writers out and never touches the WAL: detaching the old file can't harm
+    # the new one, which has its name by then.
     with target.session(read_only=True, wait=wait) as engine:
         old = os.stat(path)
         if _size_of(path + ".wal"):
@@ -10131,8 +9954,8 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
         return old.st_size, os.stat(path).st_size
 
 
-def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> int:
-    """Copy the attached database into a new file, read that back, and return the number of events."""
+def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> None:
+    """Copy the attached database into a new file, and read that back."""
     attach_file(engine, path, "fresh", NEW_FILE)
     os.chmod(path, FILE_MODES[False])
     engine.execute("COPY FROM DATABASE audit TO fresh")
@@ -10140,35 +9963,26 @@ def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> int:
     engine.execute("DETACH fresh")
     sync_file(path)
     attach_file(engine, path, "fresh", {"READ_ONLY": True})
-    events = 0
     for table in sorted(tables):
-        ((same, rows),) = engine.execute(SAME_CONTENT[table])
+        ((same, _),) = engine.execute(SAME_CONTENT[table])
         if not same:
             raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
-        events = rows if table == "logs" else events
     engine.execute("DETACH fresh")
-    return events
 
 
-def _copy_journal(paths: Iterable[str], directory: str) -> int:
-    """Copy the whole lines of segments into a new directory; return how many segments had any."""
-    copied = 0
+def _copy_journal(paths: Iterable[str], directory: str) -> None:
+    """Copy the whole lines of segments into a new directory."""
+    os.mkdir(directory, _DIRECTORY_MODE)
     for path in paths:
         with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
             data = file.read()
-            data = data[: data.rfind(b"\n") + 1]
-            if data:
-                if not copied:
-                    os.mkdir(directory, _DIRECTORY_MODE)
-                write_file(os.path.join(directory, os.path.basename(path)), data)
-                copied += 1
-    if copied:
-        sync_directory(directory)
-    return copied
+            if end := data.rfind(b"\n") + 1:
+                write_file(os.path.join(directory, os.path.basename(path)), data[:end])
+    sync_directory(directory)
 
 
 def _put_in_place(path: str, target: str) -> None:
-    """Give a file another name, which must be free: unlike a rename, a link never overwrites."""
+    """Rename a file; unlike a plain rename, a link never overwrites."""
     give_to_owner(path)
     try:
         os.link(path, target)
@@ -10184,22 +9998,24 @@ def _put_in_place(path: str, target: str) -> None:
 # depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest,
 # Evidence, Removal, Copies, Reading
 #
-# The log of a configuration as a whole: what can be done with it. Each operation opens what it needs, in
-# the order that keeps others out, and leaves the work to the parts above.
+# What can be done with the log of a configuration. Each operation opens what it needs, in the order that
+# keeps others out, and leaves the work to the parts above.
 
 _LOSS_DAYS: Final = 30  # arbitrary: how long lost events are pointed out
-
-
 _PROBE_SECONDS: Final = (0.03, 0.6)  # the first and the longest pause between two tries for the database
 
 
 class Store:
     """The log of a configuration: its database (`target`) and its journal (`journal`) as one.
 
+    Methods try for `wait` seconds while another process holds the database. They raise StoreError if the
+    database can't be used, of which DatabaseNotFoundError says that there is none, and ConfigError if the key
+    file can't.
+
     Args:
         config: says where both are.
         diagnostics: counts what was ingested and rejected.
-        opener: makes engines; `open_engine`, unless a test brings its own.
+        opener: makes engines, for tests.
     """
 
     def __init__(
@@ -10221,19 +10037,16 @@ class Store:
     def ingest(self, *, wait: float = 0.0) -> bool:
         """Move every sealed and orphaned segment into the database; True if no retry could move more.
 
-        The first time, the retention is applied besides.
-
-        Args:
-            wait: seconds to try again while another process holds the database.
+        The first time, the retention is applied too.
 
         Raises:
             JournalError: a segment can't be claimed; the others are done.
-            StoreError: the database can't be had. Everything stays in the journal.
+            StoreError: everything stays in the journal.
         """
         return bool(self.ingest_for_logger(wait=wait)["done"])
 
     def ingest_for_logger(self, *, wait: float) -> dict[str, Any]:
-        """Ingest, and the first time apply the retention; the answer is what a logger's ingester knows."""
+        """Do what `ingest` says, and return what a logger's ingester expects."""
         with self.journal.ingest_lock() as mine:
             if not mine:
                 waiting = bool(self.journal.segments())
@@ -10249,7 +10062,7 @@ class Store:
         return {"done": True, "retained": self._retention is None, "head": self._ledger.head_text()}
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
-        """Ingest; who may wait asks for the database first: reading the journal in vain costs more."""
+        """Ingest; if it may wait, try the database first: reading the journal in vain costs more."""
         end, pause = time.monotonic() + wait, _PROBE_SECONDS[0]
         while True:
             try:
@@ -10283,7 +10096,6 @@ class Store:
             self._diagnostics.report("lake", "small files could not be merged", error=error)
 
     def _retain(self, retention: float) -> None:
-        """Apply the retention, under the ingest lock."""
         try:
             with self.target.session(read_only=False, wait=0.0, guest=True) as engine:
                 news = retain(engine, self.target, self._ledger, retention)
@@ -10297,9 +10109,6 @@ class Store:
     def reading(self, *, wait: float = 5.0) -> contextlib.AbstractContextManager[Reading]:
         """Open table and journal as one log; nobody can ingest until the block ends.
 
-        Args:
-            wait: seconds to try again while another process holds the database.
-
         Raises:
             DatabaseNotFoundError: there is neither a database nor a journal.
             JournalError: the journal can't be read.
@@ -10307,7 +10116,7 @@ class Store:
         return Reader(self.target, self.journal, self._diagnostics).open(wait=wait)
 
     def losses(self, reading: Reading) -> list[tuple[int, str]]:
-        """Return what was lost within the last 30 days: how many events each time, and when and why."""
+        """Return the losses of the last 30 days: how many events each time, and when and why."""
         found = [(loss.events, str(loss)) for loss in self.journal.losses().values()]
         if reading.has_ledger:
             since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
@@ -10315,18 +10124,18 @@ class Store:
         return found
 
     def imported(self, segment_id: str) -> tuple[int, str] | None:
-        """Return how many events of a segment are in the database and the time of the last, or None.
-
-        Raises:
-            StoreError: the database can't be had.
-        """
+        """Return how many events of a segment are in the database and the time of the last, or None."""
         if self.target.is_absent():
             return None
-        found = []
         with self.target.session(read_only=True, wait=0.0) as engine:
-            if "ledger" in self.target.columns(engine):
-                found = engine.execute(IMPORTED, {"segment": segment_id})
-        return (int(found[0][0]), str(found[0][1])) if found else None
+            if "ledger" not in self.target.columns(engine):
+                return None
+            found = engine.execute(
+                "SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR "
+                "FROM audit.ledger WHERE kind = 'segment' AND segment = $segment",
+                {"segment": segment_id},
+            )
+        return found[0] if found else None
 
     # --- proving
 
@@ -10343,12 +10152,7 @@ class Store:
         Args:
             checkpoint: heads noted earlier, which the chains must still lead through.
             since: naive UTC text; older segments are not recomputed, their chain is.
-            wait: seconds to try again while another process holds the database.
             progress: called with the events done and their total.
-
-        Raises:
-            DatabaseNotFoundError: there is no database.
-            ConfigError: the key file can't be used.
         """
         keys = seal_keys()
         with self.target.session(read_only=True, wait=wait) as engine:
@@ -10359,19 +10163,12 @@ class Store:
         return verdict
 
     def heads(self, *, wait: float = 5.0) -> list[Head]:
-        """Return the end of each journal's chain, to be kept elsewhere.
-
-        Args:
-            wait: seconds to try again while another process holds the database.
-
-        Raises:
-            DatabaseNotFoundError: there is no database.
-        """
+        """Return the end of each journal's chain, to be kept elsewhere."""
         with self.target.session(read_only=True, wait=wait) as engine:
             return chain_heads(engine) if "ledger" in self.target.columns(engine) else []
 
     def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
-        """Return what `verify` takes as a checkpoint; arguments and errors as those of `heads`."""
+        """Return the heads, and seals for those who have no key, as an object for JSON."""
         with self.target.session(read_only=True, wait=wait) as engine:
             has_ledger = "ledger" in self.target.columns(engine)
             plain = plain_seals(engine) if has_ledger else {}
@@ -10380,11 +10177,7 @@ class Store:
         return {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": journals}
 
     def prove(self, event_id: str, *, wait: float = 5.0) -> dict[str, Any]:
-        """Return what shows, with a checkpoint made since, that an event is in the log.
-
-        Raises:
-            StoreError: it is not in the database.
-        """
+        """Return what proves, with a checkpoint made since, that an event is in the database."""
         with self.target.session(read_only=True, wait=wait) as engine:
             return prove(engine, event_id)
 
@@ -10406,13 +10199,12 @@ class Store:
     def purge(
         self, before: str, *, archive: str | None = None, dry_run: bool = False, wait: float = 5.0
     ) -> Removal:
-        """Delete every event older than a moment, exactly and in one transaction, and enter that it went.
+        """Delete every segment whose events are all older than a moment, in one transaction, and enter that.
 
         Args:
             before: naive UTC text.
-            archive: a directory; what goes is written there first, and read back.
-            dry_run: say what would go, and change nothing.
-            wait: seconds to try again while another process holds the database.
+            archive: a directory; what is deleted is written there first, and read back.
+            dry_run: only return what would be deleted.
 
         Raises:
             StoreError: nothing was deleted.
@@ -10426,11 +10218,8 @@ class Store:
     def backup(self, path: str, *, wait: float = 5.0) -> int:
         """Copy the whole log into one database file, as of one moment, while servers run.
 
-        Returns:
-            how many events the copy holds.
-
-        Raises:
-            StoreError: something is at `path` already, or the copy can't be written or differs.
+        Returns how many events the copy holds. Raises StoreError if `path` exists, or the copy can't be
+        written or differs.
         """
         self._refuse_remote("backup")
         self.refuse_own_files(path)
@@ -10443,11 +10232,10 @@ class Store:
         return back_up(self.target, self.journal, path, wait=wait)
 
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
-        """Put a backup in place of the database, with all that the database holds besides; lose nothing.
+        """Put a backup in place of the database, with all that the database holds besides.
 
-        The replaced database stays beside it under another name, and the journal as it is: what waits there
-        is ingested as ever. Events that were purged since the backup are there again. Where the database
-        holds all of the backup, nothing is changed.
+        The replaced database stays beside it under another name, and the journal as it is. Events that were
+        purged since the backup return. If the database holds all of the backup, nothing is changed.
 
         Raises:
             StoreError: nothing was changed, because something would be lost.
@@ -10457,10 +10245,7 @@ class Store:
             return put_back(self.target, self.journal, path, wait=wait)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
-        """Write the database anew, without the room that purged rows left, in place of the old one.
-
-        Returns:
-            its size in bytes before and after.
+        """Write the database anew, without the room that purged rows left, and return both sizes in bytes.
 
         Raises:
             StoreError: the old database is still in place.
@@ -10481,11 +10266,11 @@ class Store:
             raise StoreError(f"{path} lies in the journal; name a place elsewhere")
 
     def refuse_own_files(self, path: str) -> None:
-        """Raise StoreError if `path` is no place for an export: above all, if that would destroy the log."""
+        """Raise StoreError if an export can't be written to `path`, or would destroy the log."""
         folder, name = os.path.split(os.path.abspath(path))
         try:
             folder = os.path.realpath(folder)
-            found = None if not os.path.lexists(path) else os.lstat(path)
+            found = os.lstat(path) if os.path.lexists(path) else None
             self.refuse_journal(path)
         except (OSError, ValueError) as error:  # ValueError: a NUL
             raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
@@ -10714,18 +10499,15 @@ class Follower:
 
 
 class Fault(NamedTuple):
-    """Something that is wrong, and what to do about it."""
-
     problem: str
     remedy: str
 
 
-_REMEDIES_OF: Final = (
-    (DatabaseLockedError, "close that program; events wait in the journal meanwhile"),
-    (DatabaseUnreachableError, "check address, network and login; events wait in the journal meanwhile"),
-    (DatabaseCorruptError, "move the file aside or restore a backup, then run `ingest`"),
-    (StoreError, "run with --debug for the whole story"),
-)
+_REMEDIES_OF: Final[Mapping[type[StoreError], str]] = {
+    DatabaseLockedError: "close that program; events wait in the journal meanwhile",
+    DatabaseUnreachableError: "check address, network and login; events wait in the journal meanwhile",
+    DatabaseCorruptError: "move the file aside or restore a backup, then run `ingest`",
+}
 _HANGS_MS: Final = 3_600_000
 _REFUSED: Final = """\
 SELECT count(*)::BIGINT AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
@@ -10734,10 +10516,7 @@ FROM events"""
 
 
 class Checkup:
-    """The state of a log, as `doctor` shows it: `report`, ready for JSON, and `faults`.
-
-    Changes nothing. What can't be examined is a fault too.
-    """
+    """The state of a log: `report`, an object for JSON, and `faults`. What can't be examined is one too."""
 
     _LITTLE_SPACE_BYTES: Final = 256 * 2**20  # arbitrary
 
@@ -10785,7 +10564,8 @@ class Checkup:
                 if reading.problem is not None:
                     raise reading.problem
                 state["readable"] = reading.has_table
-                state["events"] = reading.engine.execute(COUNT_TABLE)[0][0]
+                count = "SELECT count(*)::BIGINT FROM table_rows"
+                ((state["events"],),) = reading.engine.execute(count)
                 for text in reading.oddities:
                     self._fault(
                         f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
@@ -10799,13 +10579,12 @@ class Checkup:
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
         except StoreError as error:
-            remedies = (remedy for kind, remedy in _REMEDIES_OF if isinstance(error, kind))
-            self._fault(str(error), next(remedies))
-        except JournalError:
-            pass  # a fault already
+            self._fault(str(error), _REMEDIES_OF.get(type(error), "run with --debug for the whole story"))
+        except JournalError:  # a fault already
+            pass
 
     def _examine_calls(self, reading: Reading) -> None:
-        """Look at calls that run, and at those that a strict logger refused."""
+        """Report calls that hang, and those that a strict logger refused."""
         for row in reading.running(Filter(min_ms=_HANGS_MS)):
             call = dict(zip(PUBLIC_COLUMNS, row))
             self._fault(
