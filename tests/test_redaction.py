@@ -311,6 +311,15 @@ def test_declared_by_what_cannot_be_read_hides_everything(redactor: Redactor) ->
     assert redactor.redact({"a": 1}, endpoint_def=Unreadable()) == REDACTED
 
 
+def test_definition_with_a_part_that_cant_be_read_hides_everything() -> None:
+    class Broken(dict[str, object]):
+        def get(self, *_: object) -> object:
+            raise RuntimeError
+
+    definition = {"parameters": [{"name": "a"}, {"name": "b", "items": Broken()}]}
+    assert Redactor().redact({"a": "x", "b": "y"}, endpoint_def=definition) == REDACTED
+
+
 def test_declared_cycle_ends(redactor: Redactor) -> None:
     definition: dict[str, Any] = {"properties": {}}
     definition["properties"].update(a=definition, b=definition)

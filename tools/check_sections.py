@@ -221,7 +221,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 654_000
+BUDGET_BYTES = 625_500
 
 
 def sizes(source: str) -> str:
