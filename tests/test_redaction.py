@@ -316,7 +316,7 @@ def test_definition_with_a_part_that_cant_be_read_hides_everything() -> None:
         def get(self, *_: object) -> object:
             raise RuntimeError
 
-    definition = {"parameters": [{"name": "a"}, {"name": "b", "items": Broken()}]}
+    definition = {"parameters": [{"name": "a"}, {"name": "b", "items": Broken(type="string")}]}
     assert Redactor().redact({"a": "x", "b": "y"}, endpoint_def=definition) == REDACTED
 
 
