@@ -728,6 +728,8 @@ def _described(value: object) -> str:
 
 def _path(value: object) -> str:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
+    if path == "":
+        raise ValueError("must be a path, and is empty; name a file")
     if not isinstance(path, str) or not path.strip():
         raise ValueError(f"must be a path, not {_described(value)}; put text in quotes")
     if re.search(r"[\0\ud800-\udfff]", path):
@@ -4554,7 +4556,7 @@ class Writer:
         self._asleep = True
         self._gathering = False
         self._hurry = 0  # how many threads wait
-        self._closing = self._closed = False
+        self._closing = self._sealed = self._closed = False
         self._inline = 0  # the other thread that writes, by its number
         self._thread: threading.Thread | None = None
 
@@ -4822,8 +4824,9 @@ class Writer:
         """Write what is queued and let the ingester work; False if something is left to be done."""
         done = self._drain()
         if self._closing:
-            sealed = self._closed or self._appender.seal()  # even if not all is done: an ingest makes room
+            sealed = self._closed or self._sealed or self._appender.seal()  # if not all is done: to make room
             if done and sealed:
+                self._sealed = True
                 self.begun.close()
             return done and sealed
         self._ingester.step()
@@ -10281,7 +10284,7 @@ class Store:
             raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
         if found is not None and not stat.S_ISREG(found.st_mode):
             kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
-            raise StoreError(f"{path} is {kind}; name a file, or write to standard output by --export -")
+            raise StoreError(f"{path} is {kind}; name a file (`log` writes to standard output by --export -)")
         if is_file and found is not None and not self.target.is_absent() and os.path.samefile(path, own):
             raise StoreError(f"{path} is the audit database under another name; name another file")
 
@@ -12820,7 +12823,7 @@ def _sender_of(options: argparse.Namespace) -> Callable[[Sequence[str]], None]:
                 asked = error.headers.get("Retry-After", "").strip()
                 pause = max(pause, min(float(asked), 300.0)) if asked.isdecimal() else pause
             except (OSError, http.client.HTTPException) as error:
-                told = f"{shown} can't be reached: {error}"
+                told = f"{shown} can't be reached: {getattr(error, 'reason', error)}"
             if not options.follow and time.monotonic() + pause > end:
                 raise AuditError(f"{told}; the cursor stays, try again later")
             _say(f"{told}; trying again in {pause:.0f} s")

@@ -364,6 +364,26 @@ def test_first_event_of_a_logger_when_exit_has_passed_is_in_the_journal(db: Path
     assert list(judge(db).names) == ["late"]
 
 
+def test_events_that_come_while_the_logger_is_shut_down_share_a_segment(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    audit = AuditLogger(db, flush_interval=3600)
+    audit.log_event("cli", "tool", "before")
+    true_seal, seals = audit._writer._appender.seal, []
+
+    def seal() -> bool:
+        seals.append(true_seal())
+        if len(seals) < 5:
+            audit.log_event("cli", "tool", "meanwhile")
+        return seals[-1]
+
+    monkeypatch.setattr(audit._writer._appender, "seal", seal)
+    audit.shutdown()
+    audit.log_event("cli", "tool", "after")
+    assert seals == [True] and len(list(Path(f"{db}.journal").glob("*.jsonl"))) == 1
+    assert sorted(judge(db).names) == ["after", "before", "meanwhile"]
+
+
 def test_daemon_thread_that_logs_on_does_not_hold_up_the_exit(db: Path) -> None:
     with held_database(db):  # so that shutdown takes the time that it has
         begun = time.monotonic()
