@@ -3974,13 +3974,14 @@ class Diagnostics:
 
 _BEGUN_BYTES: Final = 2**20  # arbitrary: how much a file of begun calls grows until it is written anew
 _SIGN_SECONDS: Final = 1.0  # how often a process with calls on record gives a sign of life
+_BRIEF_SECONDS: Final = 0.1  # a call that is over by then leaves only its line, unless it is strict
 
 
 class Begun:
     """The calls that run here, put on record in a file, which shows after a crash what was unfinished.
 
-    The writer looks for them when it works, so that a call that has ended by then leaves no trace. The end of
-    one on record is noted after its line is in the journal, and before anybody may take that segment.
+    Most are over before they would be. The end of one on record is noted after its line is in the journal,
+    and before anybody may take that segment.
     """
 
     def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
@@ -4024,7 +4025,8 @@ class Begun:
         A call ended if its line is among the first `done` of the journal. After an OSError or JournalError
         the next attempt does it all.
         """
-        fresh = {n: call for n, call in self._running.copy().items() if n not in self.on_record}
+        brief = time.perf_counter() - _BRIEF_SECONDS
+        fresh = {n: c for n, c in self._waiting() if c.strict or c.started <= brief}
         is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
             return
@@ -4073,9 +4075,16 @@ class Begun:
             self.on_record.discard(entry[1])
         self._signed = time.monotonic()
 
+    def _waiting(self) -> Iterator[tuple[int, Any]]:
+        """Return what runs and is not on record, the oldest first."""
+        return ((n, call) for n, call in self._running.copy().items() if n not in self.on_record)
+
     def due_in(self) -> float:
-        """Return the seconds until the next sign of life."""
-        return max(0.0, self._signed + _SIGN_SECONDS - time.monotonic()) if self.on_record else inf
+        """Return the seconds until `write` has something to do."""
+        due = self._signed + _SIGN_SECONDS - time.monotonic() if self.on_record else inf
+        for _, call in self._waiting():
+            due = min(due, 0.0 if call.strict else call.started + _BRIEF_SECONDS - time.perf_counter())
+        return max(0.0, due)
 
     def close(self) -> None:
         """Remove the file, unless a call is on record: then an ingest takes it when the process has ended."""
@@ -4318,14 +4327,14 @@ class Ingester:
         # The next attempt: by the budget; after a failure; while another process ingests.
         self._not_before = self._away_until = self._busy_until = self._pause = 0.0
         self._taken: list[str] = []
-        self._next_daily = 0.0
+        self._look_at = self._next_daily = 0.0
         self._head: object = None
         self._told_head: object = None
 
     def due_in(self) -> float:
         """Return the seconds until `step` has something to do."""
         if self._child is not None:
-            return _POLL_SECONDS
+            return max(0.0, self._look_at - time.monotonic())
         if self.stopped:
             return inf
         due = max(self._appender.waiting_since() + self._interval, self._not_before)
@@ -4338,12 +4347,15 @@ class Ingester:
 
     def step(self) -> None:
         """See what became of the child, or start one if it is time."""
-        if self._child is not None:
+        if self.due_in() > 0.0:
+            return
+        if self._child is None:
+            self._begin()
+        else:
+            self._look_at = time.monotonic() + _POLL_SECONDS
             self._appender.left()
             if (answer := self._look()) is not None:
                 self._answered(answer)
-        if self._child is None and self.due_in() == 0.0:
-            self._begin()
 
     def _begin(self) -> None:
         """Seal and start a child, unless another process ingests."""
@@ -5046,8 +5058,8 @@ class Call:
         """
         if self.number or self.outer is not None or not self._logger.enabled:
             return False
-        self.number = self._logger.begin(self)
         self.strict = self._logger.is_strict(self.name)
+        self.number = self._logger.begin(self)
         return self.strict
 
     def _refused(self) -> BaseException:
@@ -5273,14 +5285,14 @@ class Unfinished:
     """Calls that were answered and go on: resumed by another request, or in the background. By any key."""
 
     def __init__(self) -> None:
-        self._calls: dict[object, list[tuple[float, str, Call]]] = {}
+        self._calls: list[tuple[object, float, str, Call]] = []  # the oldest first
         self._looked = 0.0
 
-    def put(self, key: object, call: Call, error: str, seconds: float = float("inf")) -> None:
+    def put(self, key: object, call: Call, error: str, seconds: float = inf) -> None:
         """Keep a call, which fails with `error` if nobody takes it within the time."""
-        self._calls.setdefault(key, []).append((time.monotonic() + seconds, error, call))
+        self._calls.append((key, time.monotonic() + seconds, error, call))
         if len(self._calls) > _MAX_UNFINISHED:
-            self.close(next(iter(self._calls)))
+            self._close(self._calls[:1])
 
     def put_answered(self, call: Call, result: object) -> bool:
         """Keep a call if what it was answered says that it goes on; return False if it is over."""
@@ -5296,13 +5308,11 @@ class Unfinished:
 
     def take(self, key: object) -> Call | None:
         """Return the oldest call that was kept under this key."""
-        kept = self._calls.get(key)
-        if not kept:
-            return None
-        _, _, call = kept.pop(0)
-        if not kept:
-            self._calls.pop(key, None)
-        return call
+        for entry in self._calls:
+            if entry[0] == key:
+                self._calls.remove(entry)
+                return entry[3]
+        return None
 
     def end_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
         """End the call that began a background task, if what is said of its state means that it is over."""
@@ -5325,15 +5335,17 @@ class Unfinished:
         now = time.monotonic()
         if now - self._looked >= 1:
             self._looked = now
-            self.close(now=now)
+            self.close(now)
 
-    def close(self, *keys: object, now: float = float("inf")) -> None:
+    def close(self, now: float = inf) -> None:
         """Record the calls that nobody took in time; all of them by default."""
-        for key in keys or list(self._calls):
-            for deadline, error, call in list(self._calls.get(key, ())):
-                if deadline <= now and self.take(key) is not None:
-                    call.fail(error)
-                    call.end()
+        self._close([entry for entry in self._calls if entry[1] <= now])
+
+    def _close(self, entries: list[tuple[object, float, str, Call]]) -> None:
+        for entry in entries:
+            with contextlib.suppress(ValueError):  # another thread was faster
+                self._calls.remove(entry)
+                _forgotten(entry[3], entry[2])
 
     def __bool__(self) -> bool:
         return bool(self._calls)
@@ -6192,6 +6204,7 @@ class Counters(NamedTuple):
 
 _UNENCODABLE: Final = "[UNENCODABLE]"
 _UNENCODABLE_JSON: Final = encode_text(encode_text(_UNENCODABLE))
+_UNFINISHED_ERROR: Final = b',"error":%b' % encode_text(UNFINISHED).encode()
 
 
 class AuditLogger:
@@ -6444,10 +6457,11 @@ class AuditLogger:
     def _begin_line(self, call: Call, ref: str) -> bytes:
         """Return the begin of a call as it is put on record: the event that it is, should nothing follow."""
         event = call.event()
-        begun = (*event[:4], 0, "n/a", None, "error", UNFINISHED, *event[9:])
+        begun = (*event[:4], 0, "n/a", None, "error", None, *event[9:])
         line = self._encoder.line(*begun)
         age = datetime.timedelta(seconds=time.perf_counter() - call.started)
         rest = line[line.index(b'"', len(b'{"timestamp":"')) :]
+        rest = rest.replace(b',"error":null', _UNFINISHED_ERROR, 1)  # within a text, `"` follows a backslash
         return b'{"timestamp":"%b%b,"call":"%b"}\n' % (line_time(utc_now() - age), rest, ref.encode())
 
     def finish(self, call: Call) -> int:
@@ -6500,11 +6514,16 @@ class AuditLogger:
         over: asyncio.Future[None] = loop.create_future()
 
         def _resolve() -> None:
-            if not over.done():  # the waiting task may have been cancelled
+            if not over.done():  # it took too long, or the waiting task was cancelled
                 over.set_result(None)
 
+        timer = None if timeout is None else loop.call_later(timeout, _resolve)
         self._writer.call_when(done, lambda: loop.call_soon_threadsafe(_resolve))
-        await asyncio.wait([over], timeout=timeout)
+        try:
+            await over
+        finally:
+            if timer is not None:
+                timer.cancel()
         return done()
 
     def record(

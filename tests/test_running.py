@@ -326,6 +326,47 @@ def test_fork_leaves_the_calls_to_the_parent(db: Path, slow: Any) -> None:
     ]
 
 
+@pytest.mark.parametrize("strict", [False, True])
+def test_only_a_strict_call_is_on_record_before_it_has_run_for_a_moment(
+    db: Path, strict: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(m, "_BRIEF_SECONDS", SAFETY_SECONDS)
+    with m.AuditLogger(db, strict=strict) as audit, audit.record("tool", "brief"):
+        audit.log_event("cli", "tool", "other")
+        assert audit.wait_written()
+        assert is_on_record(db, *(["brief"] if strict else []))
+        assert bool(begun_files(db)) is strict
+        monkeypatch.setattr(m, "_BRIEF_SECONDS", 0.0)
+        audit._writer._rouse()
+        wait_until(lambda: is_on_record(db, "brief"))
+    assert [row["status"] for row in rows_of(db)] == ["success", "success"]
+
+
+def test_strict_call_that_begins_while_the_writer_is_about_to_sleep_is_put_on_record(
+    db: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun, over = threading.Event(), threading.Event()
+    real = m.Ingester.step
+
+    def step(ingester: m.Ingester) -> None:
+        real(ingester)
+        if not over.is_set():
+            over.set()  # the writer has looked at what runs already
+            assert begun.wait(SAFETY_SECONDS)
+
+    monkeypatch.setattr(m.Ingester, "step", step)
+    with m.AuditLogger(db, strict=True, flush_interval=3600) as audit:
+        audit.log_event("cli", "tool", "first")
+        assert over.wait(SAFETY_SECONDS)
+        call = audit.record("tool", "second")
+        call._begin()
+        told = threading.Event()
+        audit._writer.call_when(lambda: call.number in audit._writer.begun.on_record, told.set)
+        begun.set()
+        assert told.wait(SAFETY_SECONDS / 4)
+        call.end()
+
+
 def test_calls_that_end_soon_leave_no_trace(db: Path) -> None:
     with m.AuditLogger(db) as audit:
         for number in range(1000):

@@ -221,7 +221,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 625_500
+BUDGET_BYTES = 626_400
 
 
 def sizes(source: str) -> str:
