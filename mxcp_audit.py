@@ -4543,9 +4543,16 @@ class Writer:
     """
 
     def __init__(
-        self, appender: Appender, ingester: Ingester, *, drop_when_full: bool, on_start: Callable[[], bool]
+        self,
+        appender: Appender,
+        ingester: Ingester,
+        *,
+        drop_when_full: bool,
+        on_start: Callable[[], bool],
+        at_once: bool = False,
     ) -> None:
         self._appender, self._ingester, self.begun = appender, ingester, appender.begun
+        self._at_once = at_once or appender.durable  # callers will wait, so that nothing is to be gathered
         self._diagnostics = appender.diagnostics
         self._drop_when_full, self._on_start = drop_when_full, on_start
         self.start_afresh()
@@ -4791,7 +4798,7 @@ class Writer:
             while self._thread is me:
                 self._asleep, self._gathering = False, True
                 is_awaited = self._hurry or self._waiting or self._ingester.wanted > self._ingester.tried
-                if not (self._appender.durable or self._closing or is_awaited):
+                if not (self._at_once or self._closing or is_awaited):
                     self._wake.acquire(timeout=_GATHER_SECONDS)
                 self._gathering = False
                 with self._writing:
@@ -6309,6 +6316,7 @@ class AuditLogger:
             self._ingester,
             drop_when_full=config.on_full == "drop",
             on_start=self._activate,
+            at_once=bool(config.strict),
         )
         self._put = self._writer.put
         strict = "|".join(re.escape(name).replace(r"\*", ".*") for name in config.strict)

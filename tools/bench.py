@@ -431,6 +431,78 @@ def middleware(run: Run) -> Iterator[Table]:
     yield table
 
 
+def strict(run: Run) -> Iterator[Table]:
+    """What it costs to have a call on record before its body runs, and its end before it is answered."""
+    events, rounds = run.pick(20, 200, 1000), run.pick(1, 5, 15)
+    took = _script(run, _STRICT, str(run.place("strict")), str(events), str(rounds))
+    table = Table(
+        "A call on record before it runs, and its end before it is answered: microseconds a call, one thread",
+        ("", "median of the rounds", "half of the rounds", "÷ not strict"),
+    )
+    loose = statistics.median(took["not strict"])
+    for title, mine in took.items():
+        middle = statistics.median(mine)
+        table.rows.append((title, figure(middle), spread(mine), figure(middle / loose)))
+    table.notes.append(
+        "None of these forces anything to the disk (`durable`, `synchronous=FULL`, `fsync`). SQLite and the "
+        "file are written by the caller itself, who waits for as long as the disk does; strict calls wait at "
+        "most `strict_timeout`, because a thread of the logger's own writes."
+    )
+    yield table
+
+
+_STRICT = """
+import asyncio, json, logging, sqlite3, statistics, sys, time; from pathlib import Path
+sys.path.insert(0, "tools")
+import mxcp_audit, bench_peers as peers
+folder, events, rounds = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
+loose = mxcp_audit.AuditLogger(folder / "loose.duckdb")
+strict = mxcp_audit.AuditLogger(folder / "strict.duckdb", strict=True)
+database = sqlite3.connect(folder / "calls.sqlite", isolation_level=None)
+database.execute("pragma journal_mode=wal"); database.execute("pragma synchronous=normal")
+database.execute("create table calls (at, what, name, input)")
+file = logging.getLogger("calls"); file.propagate = False; file.setLevel("INFO")
+file.addHandler(logging.FileHandler(folder / "calls.log"))
+def sqlite(given):
+    for what in ("begin", "end"):
+        row = (time.time(), what, "find", json.dumps(given))
+        database.execute("insert into calls values (?, ?, ?, ?)", row)
+def lines(given):
+    for what in ("begin", "end"): file.info("%s %s %s", what, "tool", json.dumps(given))
+def call(audit):
+    def run(given):
+        with audit.record("tool", "find", given): pass
+    return run
+def timed(run):
+    took = []
+    for number in range(events):
+        given = peers.small_input(number); start = time.perf_counter(); run(given)
+        took.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(took)
+async def timed_async(audit):
+    took = []
+    for number in range(events):
+        given = peers.small_input(number); start = time.perf_counter()
+        async with audit.record("tool", "find", given): pass
+        took.append(1e6 * (time.perf_counter() - start))
+    return statistics.median(took)
+contestants = {
+    "not strict": lambda: timed(call(loose)),
+    "**strict**": lambda: timed(call(strict)),
+    "not strict, in an event loop": lambda: asyncio.run(timed_async(loose)),
+    "**strict, in an event loop**": lambda: asyncio.run(timed_async(strict)),
+    "two rows in SQLite (WAL)": lambda: timed(sqlite),
+    "two lines by `logging.FileHandler`": lambda: timed(lines),
+}
+out = {title: [] for title in contestants}
+for number in range(-1, rounds):
+    for title, run in contestants.items():
+        took = run()
+        if number >= 0: out[title].append(took)
+loose.shutdown(); strict.shutdown(); print(json.dumps(out))
+"""
+
+
 def ingest(run: Run) -> Iterator[Table]:
     """How fast the journal goes into the database, with each engine."""
     events = run.pick(2_000, 200_000, 1_000_000)
@@ -442,17 +514,24 @@ def ingest(run: Run) -> Iterator[Table]:
     _script(run, _MAKE_JOURNAL, str(made), str(events))
     results: dict[str, list[dict[str, float]]] = {}
     for _ in range(run.pick(1, 2, 5)):
-        for engine in ("package", "cli"):
+        for engine in ("package", "cli", "bare"):
             folder = run.place("ingest")
             shutil.copytree(made, folder, dirs_exist_ok=True)
-            result = _script(run, _INGEST, str(folder), MXCP_AUDIT_ENGINE=engine)
+            if engine == "bare":
+                result = _script(run, _BARE, str(folder))
+            else:
+                result = _script(run, _INGEST, str(folder), MXCP_AUDIT_ENGINE=engine)
             results.setdefault(engine, []).append(result)
             shutil.rmtree(folder)
     for engine, mine in results.items():
         rates = [events / each["seconds"] for each in mine]
         cpu = statistics.median(each["cpu"] for each in mine) * 1e6 / events
         size = statistics.median(each["bytes"] for each in mine) / events
-        row = {"package": "the `duckdb` package", "cli": "the `duckdb` program"}[engine]
+        row = {
+            "package": "the `duckdb` package",
+            "cli": "the `duckdb` program",
+            "bare": "DuckDB alone: two statements, the lines into a table and the digests into another",
+        }[engine]
         table.rows.append(
             (
                 row,
@@ -466,6 +545,16 @@ def ingest(run: Run) -> Iterator[Table]:
         "The package is loaded before the time begins, as it is in a server after its first ingest."
     )
     yield table
+    megabytes = run.pick(1, 20, 100)
+    forked = _script(run, _FORKS, str(run.place("forks")), str(megabytes))
+    forks = Table(
+        f"100 forks of a server while a child of it ingests {megabytes} MB: milliseconds each",
+        ("", "p50", "the slowest", "events ingested"),
+    )
+    for title, key in (("while it ingests", "ms"), ("the same process before", "before")):
+        count = figure(forked["ingested"]) if key == "ms" else ""
+        forks.rows.append((title, figure(statistics.median(forked[key])), figure(max(forked[key])), count))
+    yield forks
 
 
 _MAKE_JOURNAL = """
@@ -486,6 +575,40 @@ before, _ = peers._usage(); start = time.perf_counter()
 assert store.ingest()
 seconds = time.perf_counter() - start
 print(json.dumps({"seconds": seconds, "cpu": peers._usage()[0] - before, "bytes": path.stat().st_size}))
+"""
+
+_BARE = """
+import json, sys, time; from pathlib import Path; sys.path.insert(0, "tools")
+import duckdb, mxcp_audit, bench_peers as peers
+files = [str(path) for path in Path(sys.argv[1], "log.duckdb.journal").glob("*.jsonl")]
+path = Path(sys.argv[1], "bare.duckdb")
+before, _ = peers._usage(); start = time.perf_counter()
+with duckdb.connect(str(path)) as database:
+    given = {"files": files, "longest": 2**20, "lenient": False}
+    database.execute("CREATE TABLE logs AS " + mxcp_audit._LINES, given)
+    database.execute("CREATE TABLE ledger AS " + mxcp_audit.digests("logs"))
+seconds = time.perf_counter() - start
+print(json.dumps({"seconds": seconds, "cpu": peers._usage()[0] - before, "bytes": path.stat().st_size}))
+"""
+
+_FORKS = """
+import json, os, sys, threading, time; from pathlib import Path; sys.path.insert(0, "tools")
+import mxcp_audit, bench_peers as peers
+def forks():
+    took = []
+    for _ in range(100):
+        start = time.perf_counter(); child = os.fork()
+        if not child: os._exit(0)
+        took.append(1000 * (time.perf_counter() - start)); os.waitpid(child, 0)
+    return took
+audit = mxcp_audit.AuditLogger(Path(sys.argv[1], "log.duckdb"), flush_interval=3600)
+events = int(sys.argv[2]) * 10
+for number in range(events): audit.log_event("cli", "tool", "large", {"text": "word " * 20000})
+audit.wait_written(60); before = forks()
+flush = threading.Thread(target=audit.flush, args=(300,)); flush.start()
+while audit._ingester._child is None and flush.is_alive(): time.sleep(0.001)
+took = forks(); flush.join(); audit.shutdown()
+print(json.dumps({"before": before, "ms": took, "ingested": audit.counters.ingested}))
 """
 
 
@@ -925,6 +1048,7 @@ TOPICS: dict[str, Callable[[Run], Iterator[Table]]] = {
     "latency": latency,
     "server": server,
     "middleware": middleware,
+    "strict": strict,
     "pipeline": pipeline,
     "ingest": ingest,
     "footprint": footprint,
