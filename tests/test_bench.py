@@ -55,7 +55,7 @@ def test_bench_unknown_topic_is_refused() -> None:
         ("middleware", ("memory, the first time", "http, again")),
         ("ingest", ("the `duckdb` package", "the `duckdb` program")),
         ("footprint", ("`import mxcp_audit`", "the `duckdb` program")),
-        ("ending", ("log one event and out", "8 workers, the database held for 1.5 s")),
+        ("ending", ("log one event and out", "2 workers, the database held for 1.5 s")),
     ],
 )
 def test_bench_tiny_run_of_a_topic_prints_its_rows(topic: str, rows: tuple[str, ...]) -> None:

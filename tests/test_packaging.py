@@ -62,7 +62,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def builder() -> str:
     """Return a Python that can build without asking anybody for the tools."""
-    return make_environment("build", "build", "setuptools>=77", "wheel")
+    return make_environment("build", "build", "pip", "setuptools>=77", "wheel")
 
 
 @pytest.fixture(scope="module")
