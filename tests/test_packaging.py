@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import shutil
 import subprocess
@@ -66,13 +67,18 @@ def builder() -> str:
 
 
 @pytest.fixture(scope="module")
-def archives(source: Path, builder: str) -> Path:
-    """Build both archives; return the folder that they are in."""
-    built = subprocess.run(
-        [builder, "-m", "build", "--no-isolation", str(source)], capture_output=True, text=True, cwd=source
-    )
-    assert built.returncode == 0, built.stdout + built.stderr
-    return source / "dist"
+def archives(source: Path, builder: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build both archives, once for all workers; return the folder that they are in."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "archives"
+    with open(f"{folder}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not folder.exists():
+            command = [builder, "-m", "build", "--no-isolation", "--outdir", f"{folder}.part", str(source)]
+            built = subprocess.run(command, capture_output=True, text=True, cwd=source)
+            assert built.returncode == 0, built.stdout + built.stderr
+            os.rename(f"{folder}.part", folder)
+    return folder
 
 
 def test_wheel_holds_the_module_its_types_and_the_licence_only(archives: Path) -> None:
