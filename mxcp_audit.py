@@ -4095,7 +4095,7 @@ class Appender:
         diagnostics: Diagnostics,
         encode_begin: Callable[[Any, str], bytes] = lambda call, ref: b"",
     ) -> None:
-        self.journal = journal
+        self.journal: Journal = journal
         self.begun = Begun(journal, durable=durable, encode=encode_begin)
         self.durable, self.diagnostics = durable, diagnostics
         self._segment: Segment | None = None
@@ -6787,10 +6787,40 @@ if hasattr(os, "register_at_fork"):
 
 
 # === SQL ===
-# depends on: Events, Journal
+# depends on: Errors, Events, Journal
 #
-# Everything above records, everything below reads. Statements have `$name` parameters; texts that are put
-# together are fixed words of ours, never values. The target, whatever it is, is attached as `audit`.
+# Everything above records, everything below reads. Statements have either `$name` parameters or values as
+# literals, never both, because a literal may hold a `$name`. The target is attached as `audit`.
+
+
+def sql_literal(value: object) -> str:
+    """Return a value as SQL. Raises QueryError for a text with NUL."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, int):
+        return str(value).lower()  # of a bool, too
+    if isinstance(value, str):
+        if "\0" in value:
+            raise QueryError("a text with a NUL character can't be searched for; the log holds none")
+        value = value.encode("utf-8", "replace").decode()
+        quoted = "'" + value.replace("'", "''") + "'"
+        if "\r" in value or "\3" in value:  # the program drops the former, and a line with the latter
+            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r").replace("\3", "\\x03")
+        return quoted
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
+    raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
+
+
+def listed(columns: str, rows: Collection[Sequence[object]]) -> str:
+    """Return the SELECT of rows of values; `columns` defines theirs."""
+    definitions = [definition.split() for definition in columns.split(", ")]
+    values = zip(*rows) if rows else [()] * len(definitions)
+    return "SELECT " + ", ".join(
+        f"unnest({sql_literal(value)}::{sql_type}[]) AS {name}"
+        for (name, sql_type), value in zip(definitions, values)
+    )
+
 
 _NAMES: Final = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
@@ -6812,10 +6842,6 @@ _OUR_TABLES: Final = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
 CREATE_LOGS: Final = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
-WIDEN_LOGS: Final = tuple(
-    f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
-    for column in COLUMNS[10:]
-)
 # The ledger: an entry for each segment, loss and purge, and one for an older table's rows (`legacy`).
 # `position` counts the entries of one journal's chain from 1. `marks` holds four hex digits of each
 # event's hash in order of seq, so that a changed event can be named; null where seq has gaps.
@@ -6827,15 +6853,6 @@ LEDGER_DEFINITIONS: Final = (
 )
 LEDGER_COLUMNS: Final = tuple(Column(*words.split()) for words in LEDGER_DEFINITIONS.split(", "))
 CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({LEDGER_DEFINITIONS})"
-# Where the target is no file, a commit that was sent may be finished after the next ingest has looked. So two
-# transactions that take in the same segments must collide: in PostgreSQL over the position in the ledger, in
-# DuckLake, which has no such index, over the one row of a journal's own table, which only one can change.
-POSTGRES_INDEXES: Final = (
-    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)",
-    "CREATE INDEX IF NOT EXISTS logs_timestamp ON audit.logs (timestamp)",
-)
-
-
 # What was replaced stays for a while: somebody may still read it. Only of a lake that has no other tables.
 LAKE_CLEANING: Final = (
     "CALL ducklake_expire_snapshots('audit', older_than => now() - INTERVAL 7 DAYS)",
@@ -7031,22 +7048,15 @@ FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position""
 # The entries that purges name, and what is left of each.
 GONE: Final = """\
 CREATE OR REPLACE TEMP TABLE gone AS
-SELECT DISTINCT number, make_timestamp(before) AS moment, journal,
-       unnest(range(low, least(high, entries) + 1)) AS position, 0::BIGINT AS events, NULL::VARCHAR AS digest
-FROM ({spans}) JOIN (SELECT journal, count(*) AS entries FROM sound_ledger GROUP BY journal) USING (journal)
-UNION ALL
-SELECT number, moment, journal, position, CASE WHEN last_event < moment THEN 0 ELSE kept.events END, digest
-FROM (SELECT number, make_timestamp(before) AS moment, journal, head FROM ({heads}))
-JOIN (SELECT journal, position, segment, first_event, last_event FROM sound_ledger
-      WHERE kind IN ('segment', 'legacy')) USING (journal)
-LEFT JOIN ({kept}) AS kept USING (number, segment)
-WHERE position <= head AND first_event < moment AND (last_event < moment OR kept.events IS NOT NULL)"""
-# How many events the purges name, and whether all of them are old enough.
-NAMED: Final = """\
-SELECT number, least(sum(entered.events), 2::HUGEINT**62)::BIGINT,
-       coalesce(bool_and(last_event < moment), true)
-FROM gone JOIN sound_ledger AS entered USING (journal, position)
-WHERE kind IN ('segment', 'legacy') GROUP BY number"""
+SELECT number, journal, position, entered.events AS held, coalesce(last_event < moment, true) AS is_past,
+       CASE WHEN NOT is_old OR last_event < moment THEN 0 ELSE kept.events END AS events, kept.digest
+FROM (SELECT DISTINCT number, make_timestamp(before) AS moment, is_old, journal,
+                      unnest(range(low, least(high, entries) + 1)) AS position
+      FROM ({spans}) JOIN (SELECT journal, count(*) AS entries FROM sound_ledger GROUP BY journal)
+      USING (journal))
+JOIN sound_ledger AS entered USING (journal, position) LEFT JOIN ({kept}) AS kept USING (number, segment)
+WHERE kind IN ('segment', 'legacy')
+AND (NOT is_old OR (first_event < moment AND (last_event < moment OR kept.events IS NOT NULL)))"""
 
 
 def comparison(*, scoped: bool) -> str:
@@ -7074,24 +7084,6 @@ FROM (SELECT sound_ledger.*, coalesce(remains.events, sound_ledger.events) AS du
       WHERE kind IN ('segment', 'legacy') AND {inside.format("segment")}) AS entered
 FULL JOIN ({found}) AS found ON found.segment = entered.segment
 {"" if scoped else "WHERE NOT as_due"} ORDER BY segment"""
-
-
-# What the marks of a segment tell: which events were changed, removed or inserted; nothing if it has none.
-MARKED: Final = f"""\
-WITH marked AS (SELECT max(marks) AS marks, coalesce(length(max(marks)) // 4, 0) AS total
-                FROM sound_ledger WHERE segment = $segment AND kind = 'segment'),
-  found AS (SELECT seq, {EVENT_HASH}[1:4] AS mark FROM sound_logs WHERE segment = $segment),
-  judged AS (SELECT coalesce(seq, -1) AS seq, coalesce(seq BETWEEN 1 AND total, false) AS belongs,
-                    row_number() OVER (PARTITION BY seq ORDER BY mark = marks[4 * seq - 3:4 * seq] DESC) AS n,
-                    coalesce(mark = marks[4 * seq - 3:4 * seq], false) AS is_right
-             FROM found, marked WHERE total > 0)
-SELECT state, seq FROM (
-    SELECT CASE WHEN NOT belongs OR n > 1 THEN 'inserted' ELSE 'changed' END AS state, seq
-    FROM judged WHERE NOT belongs OR n > 1 OR NOT is_right
-    UNION ALL SELECT 'removed', seq FROM (SELECT unnest(range(1, total + 1)) AS seq FROM marked
-                                          WHERE total = $due)
-    ANTI JOIN judged USING (seq))
-ORDER BY state, seq"""
 
 
 def numeric_times(columns: Sequence[Column]) -> str:
@@ -7149,7 +7141,8 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
         elif name == "duration_ms":
             value = name if typed else "duration_ms::BIGINT"
         elif harmless and name != "result_bytes":
-            value = f"CASE WHEN regexp_matches({value}, $formula) THEN '''' || {value} ELSE {value} END"
+            formula = sql_literal(FORMULA)
+            value = f"CASE WHEN regexp_matches({value}, {formula}) THEN '''' || {value} ELSE {value} END"
         yield name, value
 
 
@@ -7209,15 +7202,15 @@ FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS
              min(timestamp) AS first_at, max(timestamp) AS last_at
       FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
             FROM ({source})) GROUP BY ALL)
-ORDER BY {order} LIMIT $count"""
+ORDER BY {order} LIMIT {count}"""
 STATS_COLUMNS: Final = tuple(re.findall(r" AS (\w+)", _STATS.partition("FROM (")[0]))[1:]
 
 
-def stats_query(source: str, by: str, sort: str) -> str:
+def stats_query(source: str, by: str, sort: str, count: int) -> str:
     """Return the query of one row a group: the group as text, then STATS_COLUMNS."""
     group, shown = STATS_BY[by]
     order = "k DESC" if by in ("hour", "day") else f"{sort} DESC NULLS LAST, k"
-    return _STATS.format(shown=shown, group=group, source=source, order=order, iso=_ISO_FORMAT)
+    return _STATS.format(shown=shown, group=group, source=source, order=order, count=count, iso=_ISO_FORMAT)
 
 
 # What a person's own SQL may see: the events as one view, and no file, setting or other database.
@@ -7258,20 +7251,13 @@ class Filter(NamedTuple):
     text: str | None = None
     min_ms: int | None = None
 
-    def where(self) -> tuple[str, dict[str, object]]:
-        """Return the WHERE condition, `true` if everything is meant, and its parameters."""
-        params: dict[str, object] = {}
-
-        def test(sql: str, *values: object) -> str:
-            """Return a condition with parameters in place of its `{}`."""
-            names = [f"filter_{len(params) + number}" for number in range(len(values))]
-            params.update(zip(names, values))
-            return sql.format(*(f"${name}" for name in names))
+    def where(self) -> str:
+        """Return the WHERE condition, `true` if everything is meant."""
 
         def test_name(column: str, name: str) -> str:
             if "*" not in name:
-                return test(f"{column} = {{}}", name)
-            return test(f"{column} LIKE {{}} ESCAPE '\\'", _like(name).replace("*", "%"))
+                return f"{column} = {sql_literal(name)}"
+            return f"{column} LIKE {sql_literal(_like(name).replace('*', '%'))} ESCAPE '\\'"
 
         named = [
             f"(type = '{kind}' AND {test_name('name', name)})"
@@ -7283,14 +7269,15 @@ class Filter(NamedTuple):
             if value is None:
                 continue
             if field in _FILTERS:
-                conditions.append(test(_FILTERS[field], value))
+                conditions.append(_FILTERS[field].format(sql_literal(value)))
             elif field in ("client", "agent", "address", "server", "error_type"):
                 conditions.append(test_name(field, value))
         if self.event_id is not None:
-            conditions.append(test("segment = {} AND seq = {}", *parse_event_id(self.event_id)))
+            conditions.append("segment = '{}' AND seq = {}".format(*parse_event_id(self.event_id)))
         if self.text is not None:
-            conditions.append(test(_TEXT_FILTER, f"%{_like(self.text)}%"))
-        return " AND ".join(conditions) or "true", params
+            like = f"ILIKE {sql_literal(f'%{_like(self.text)}%')} ESCAPE '\\'"
+            conditions.append(f"(name {like} OR input_json {like} OR error {like} OR reason {like})")
+        return " AND ".join(conditions) or "true"
 
 
 _FILTERS: Final = {
@@ -7305,9 +7292,6 @@ _FILTERS: Final = {
     "trace": "trace_id = {}",
     "min_ms": "duration_ms >= {}",
 }
-_TEXT_FILTER: Final = "({})".format(
-    " OR ".join(f"{name} ILIKE {{0}} ESCAPE '\\'" for name in ("name", "input_json", "error", "reason"))
-)
 
 
 def _like(text: str) -> str:
@@ -7316,7 +7300,7 @@ def _like(text: str) -> str:
 
 
 # === Engines ===
-# depends on: Errors
+# depends on: Errors, SQL
 #
 # The two ways to DuckDB: the package, in this process, and the program, as a child that is fed SQL
 # on standard input. Both take the same statements and return the same values. A session begins at
@@ -7358,7 +7342,6 @@ _ENGINE_ERRORS: Final = (
         "serialization error|internal error|database has been invalidated",
     ),
 )
-_PG_LOCK_MS: Final = 3000
 
 
 def store_error(message: str) -> StoreError:
@@ -7386,46 +7369,13 @@ def is_data_fault(error: QueryError) -> bool:
     return str(error).lower().startswith(kinds)
 
 
-# --- values as SQL text
-
-
-def sql_literal(value: object) -> str:
-    """Return a value as SQL, for what takes no parameters."""
-    if value is None:
-        return "NULL"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, str):
-        if "\0" in value:
-            raise QueryError("a text with a NUL character can't be searched for; the log holds none")
-        value = value.encode("utf-8", "replace").decode()
-        quoted = "'" + value.replace("'", "''") + "'"
-        if "\r" in value or "\3" in value:  # the program drops the former, and a line with the latter
-            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r").replace("\3", "\\x03")
-        return quoted
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
-    raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
+# --- the engines
 
 
 def bind(sql: str, params: Params) -> str:
     """Return a statement of ours with its `$name` parameters replaced by literals."""
     return _PARAMETER.sub(lambda match: sql_literal(params[match[1]]), sql)
 
-
-def listed(columns: str, rows: Collection[Sequence[object]]) -> str:
-    """Return the SELECT of rows of values, for a statement without parameters; `columns` defines theirs."""
-    definitions = [definition.split() for definition in columns.split(", ")]
-    values = zip(*rows) if rows else [()] * len(definitions)
-    return "SELECT " + ", ".join(
-        f"unnest({sql_literal(value)}::{sql_type}[]) AS {name}"
-        for (name, sql_type), value in zip(definitions, values)
-    )
-
-
-# --- the engines
 
 _GUEST_MEMORY: Final = "256MB"  # an ingest is a guest beside its server; a batch of 64 MiB fits
 _SESSION_SETTINGS: Final = (
@@ -7570,15 +7520,12 @@ class CliEngine(Engine):
         import tempfile
 
         self._complaints = tempfile.TemporaryFile()
+        # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
+        environ = {"PGOPTIONS": "-c lock_timeout=3000", **os.environ, "TZ": "UTC"}
         try:
             process = subprocess.Popen(
                 [self.program, *self._options],
-                # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
-                env={
-                    **os.environ,
-                    "TZ": "UTC",
-                    "PGOPTIONS": os.environ.get("PGOPTIONS", f"-c lock_timeout={_PG_LOCK_MS}"),
-                },
+                env=environ,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -7596,9 +7543,7 @@ class CliEngine(Engine):
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
         text = bind(sql, params) if params else sql
-        if self._process is None:
-            self._process = self._open()
-        process = self._process
+        process = self._process = self._process or self._open()
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(f"{text}\n;\n.print {self._mark}\n".encode())
@@ -7626,8 +7571,7 @@ class CliEngine(Engine):
 
     def interrupt(self) -> None:
         """Kill the child; the transaction that it was in never happened."""
-        process = self._process
-        if process is not None:
+        if process := self._process:
             process.kill()
 
     def close(self) -> None:
@@ -7665,13 +7609,11 @@ class ApartEngine(CliEngine):
 
     def __init__(self, *, guest: bool) -> None:
         """Raises ImportError if there is no such package; it is not imported here."""
-        import importlib.util
-
-        package = importlib.util.find_spec("duckdb")
-        if package is None or package.origin is None:
+        package = file_of_package("duckdb", "__init__.py")
+        if package is None:
             raise ImportError("No module named 'duckdb'")
         super().__init__(sys.executable, guest=guest)
-        folder = os.path.dirname(os.path.dirname(package.origin))
+        folder = os.path.dirname(os.path.dirname(package))
         self._options = ("-X", "utf8", "-c", _APART, self._mark, folder)
 
 
@@ -7936,14 +7878,13 @@ class Target:
         self.is_lake: bool = scheme == "ducklake"
         self._is_quack = scheme == "quack"
         self.name: str = public_target(config.path)  # for people: without passwords
-        self._journal = journal
+        self.journal: Journal = journal
         self._options = config.attach
         self._group = config.group
         self.commits: list[int] = []  # of a lake, by their numbers, since it was tended
-        self._opener = opener if self.is_file else functools.partial(opener, apart=True)
-
-    def open_engine(self, *, guest: bool = False) -> Engine:
-        return self._opener(guest=guest)
+        self.open_engine: Callable[..., Engine] = (
+            opener if self.is_file else functools.partial(opener, apart=True)
+        )
 
     @contextlib.contextmanager
     def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
@@ -7966,12 +7907,12 @@ class Target:
     def let_ingest_pass(self, wait: float) -> None:
         """Before reading a file, wait while an ingest asks for it; else readers could starve it."""
         deadline = Deadline(wait)
-        while self.is_file and self._journal.is_ingest_waiting() and deadline.pause():
+        while self.is_file and self.journal.is_ingest_waiting() and deadline.pause():
             pass
 
     @contextlib.contextmanager
     def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        """Attach the target as `audit`; on an error the whole session ends, and with it any transaction.
+        """Attach the target as `audit`; an error ends the session, and with it any transaction.
 
         A file that is absent is made, unless `read_only` is set. What is no file is read in one transaction,
         because others go on writing.
@@ -8039,15 +7980,14 @@ class Target:
 
     @contextlib.contextmanager
     def _private_wal(self, read_only: bool) -> Iterator[None]:
-        """Make the WAL of a database attached for writing, so that only its owner can read it.
+        """Make the WAL of a database attached for writing, which DuckDB would make by the umask.
 
-        DuckDB would make it by the umask; it uses an empty one that appears after ATTACH. A mark in the
-        journal says that it began empty, so that it holds nothing but what we wrote.
+        A mark in the journal says that it began empty, so that it holds nothing but what we wrote.
         """
         if read_only or not self.is_file or os.path.islink(self.path):
             yield
             return
-        wal, mark = self.path + ".wal", self._journal.wal_mark
+        wal, mark = self.path + ".wal", self.journal.wal_mark
         with contextlib.suppress(OSError):
             os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
             os.close(make_file(mark, os.O_WRONLY))
@@ -8063,12 +8003,11 @@ class Target:
         All of it is still in the journal: a segment is deleted after a checkpoint, which leaves no WAL.
         """
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
-        try:
-            os.unlink(self._journal.wal_mark)
+        with contextlib.suppress(OSError):
+            os.unlink(self.journal.wal_mark)
             os.rename(self.path + ".wal", aside)
-        except OSError:
-            return None
-        return aside
+            return aside
+        return None
 
     def _attach_options(self, read_only: bool) -> dict[str, object]:
         # What adds fewer rows stays in the catalogue of a lake at first.
@@ -8082,7 +8021,7 @@ class Target:
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
         folder = os.path.dirname(self.path)
         os.makedirs(folder, exist_ok=True)
-        problem, name = f"events wait, because {self.path} can't be made", f"{self._journal.identity()}.new"
+        problem, name = f"events wait, because {self.path} can't be made", f"{self.journal.identity()}.new"
         with _scratch(self.path, problem, name=name) as scratch:
             path = os.path.join(scratch, "new")
             attach(engine, path, "scratch", {**self._options, **NEW_FILE})
@@ -8111,7 +8050,7 @@ class Target:
             return column_types(
                 engine, f"SELECT 'logs' AS t, {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
             )
-        return column_types(engine, TABLE_TYPES)
+        return column_types(engine)
 
     def oddities(self, engine: Engine) -> list[str]:
         """Return what keeps our tables from being plain ones, so that they may show what nobody recorded."""
@@ -8122,14 +8061,6 @@ class Target:
             asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self.schema)))
             sql = f"SELECT name, what FROM postgres_query('audit', {asked})"
         return [f"{table} {what}" for table, what in engine.execute(sql) if what]
-
-    def data_path(self, engine: Engine) -> str | None:
-        """Return where the files of an attached lake are; None if the target is none."""
-        if not self.is_lake:
-            return None
-        metadata = "__ducklake_metadata_audit.ducklake_metadata"
-        rows = engine.execute(f"SELECT value FROM {metadata} WHERE key = 'data_path'")
-        return str(rows[0][0]) if rows else None
 
     def tend_lake(self) -> None:
         """Keep a lake's files few and large, if one of this process's commits says that it is its turn."""
@@ -8144,11 +8075,10 @@ class Target:
                     if is_ours or chore not in LAKE_CLEANING:
                         engine.execute(chore)
 
-    def change_logs(self, engine: Engine, *statements: str) -> None:
-        """Run statements that a table of somebody's own may refuse."""
+    def change_logs(self, engine: Engine, statement: str) -> None:
+        """Run a statement that a table of somebody's own may refuse."""
         try:
-            for statement in statements:
-                engine.execute(statement)
+            engine.execute(statement)
         except QueryError as error:
             reason = str(error).splitlines()[0]
             if "permission denied" in reason:
@@ -8159,16 +8089,25 @@ class Target:
             ) from error
 
     def create_tables(self, engine: Engine) -> None:
-        """Make the missing tables and columns; the target is attached for writing."""
+        """Make the missing tables and columns; the target is attached for writing.
+
+        Where it is no file, a commit that was sent may be finished after the next ingest has looked. So
+        two transactions that take in the same segments must collide: in PostgreSQL over the position in the
+        ledger, in DuckLake, which has no such index, over the one row of a journal's own table.
+        """
         present = self.columns(engine)
         if "logs" not in present:
             engine.execute(CREATE_LOGS)
-        elif any(column.name not in present["logs"] for column in COLUMNS):
-            self.change_logs(engine, *WIDEN_LOGS)
+        for name, sql_type in COLUMNS[10:] if "logs" in present else ():
+            if name not in present["logs"]:
+                self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
-            for statement in POSTGRES_INDEXES if self.is_postgres else ():
-                engine.execute(statement)
+            if self.is_postgres:
+                engine.execute(
+                    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
+                )
+                engine.execute("CREATE INDEX IF NOT EXISTS logs_timestamp ON audit.logs (timestamp)")
         if self.is_lake:
             engine.execute(f"CREATE TABLE IF NOT EXISTS {self._turn()} AS SELECT 0::BIGINT AS taken")
 
@@ -8178,7 +8117,7 @@ class Target:
             engine.execute(f"UPDATE {self._turn()} SET taken = taken + 1")
 
     def _turn(self) -> str:
-        journal = self._journal.identity()
+        journal = self.journal.identity()
         if not re.fullmatch("[0-9a-f]{1,64}", journal):
             raise JournalError("is no identity of a journal; remove the file", path="journal.id")
         return f"audit.turn_{journal}"
@@ -8189,7 +8128,7 @@ class Target:
         None as long as the next ingest might leave it the same, because file times are coarse.
         """
         stamps = []
-        for path in [self.path, self.path + ".wal"] if self.is_file else [self._journal.directory]:
+        for path in [self.path, self.path + ".wal"] if self.is_file else [self.journal.directory]:
             with contextlib.suppress(OSError):
                 found = os.stat(path)
                 changed_ns = found.st_mtime_ns
@@ -8200,7 +8139,7 @@ class Target:
         return stamps
 
 
-def column_types(engine: Engine, sql: str) -> dict[str, dict[str, str]]:
+def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, str]]:
     """Return types of columns, by table and name."""
     types: dict[str, dict[str, str]] = {}
     for table, column, sql_type in engine.execute(sql):
@@ -8210,23 +8149,15 @@ def column_types(engine: Engine, sql: str) -> dict[str, dict[str, str]]:
 
 # --- targets that are no file
 
-# The extensions that a target needs, by the words before its colons, and those that they need in turn.
-_EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
+_EXTENSIONS: Final = {  # and the words before a target's colons that need them
     "ducklake": ("ducklake",),
-    "postgres": ("postgres_scanner",),
-    "postgresql": ("postgres_scanner",),
-    "mysql": ("mysql_scanner",),
-    "sqlite": ("sqlite_scanner",),
-    "quack": ("httpfs", "quack"),
-    "md": ("motherduck",),
-    "motherduck": ("motherduck",),
-    "s3": ("httpfs",),
-    "gs": ("httpfs",),
-    "gcs": ("httpfs",),
-    "r2": ("httpfs",),
-    "https": ("httpfs",),
-    "az": ("azure",),
-    "abfss": ("azure",),
+    "postgres_scanner": ("postgres", "postgresql"),
+    "mysql_scanner": ("mysql",),
+    "sqlite_scanner": ("sqlite",),
+    "httpfs": ("quack", "s3", "gs", "gcs", "r2", "https"),
+    "quack": ("quack",),
+    "motherduck": ("md", "motherduck"),
+    "azure": ("az", "abfss"),
 }
 
 
@@ -8234,12 +8165,10 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
     """Load what a target needs: installed in DuckDB's own way, or in a `duckdb-extension-*` package."""
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
-    wanted = list(dict.fromkeys(name for word in words for name in _EXTENSIONS.get(word, ())))
+    wanted = [name for name, schemes in _EXTENSIONS.items() if not set(schemes).isdisjoint(words)]
     engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
-    states = {
-        name: rest
-        for name, *rest in engine.execute("SELECT extension_name, loaded, installed FROM duckdb_extensions()")
-    }
+    rows = engine.execute("SELECT extension_name, loaded, installed FROM duckdb_extensions()")
+    states = {name: rest for name, *rest in rows}
     for name in wanted:
         loaded, installed = states.get(name, (False, False))
         source = name
@@ -8341,39 +8270,36 @@ def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> s
 _LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
 
 
-class Ledger:
-    """Writes to the ledger of a target, where it continues the chain of one journal."""
+class Ledger(Target):
+    """A target with its ledger, in which it continues the chain of one journal."""
 
-    def __init__(self, target: Target, journal: Journal) -> None:
-        self._target = target
-        self._journal = journal
-        self._head: Head | None = None  # as this process last committed it
-        self._next_head: Head | None = None  # within a transaction
+    head: Head | None = None  # as this process last committed it
+    _next_head: Head | None = None  # within a transaction
 
     @contextlib.contextmanager
     def writing(self, engine: Engine) -> Iterator[None]:
         """Make missing tables, then run the block as one transaction; after it, that is on the disk.
 
-        Of two such transactions for the same journal only one can succeed. `Target.attached` ends the session
+        Of two such transactions for the same journal only one can succeed. `attached` ends the session
         after an error, and with it the transaction.
         """
-        self._target.create_tables(engine)
+        self.create_tables(engine)
         engine.execute("BEGIN")
-        self._target.take_turn(engine)
-        self._next_head = self._head
+        self.take_turn(engine)
+        self._next_head = self.head
         yield
         engine.execute("COMMIT")
-        self._head = self._next_head
-        if self._target.is_lake:
+        self.head = self._next_head
+        if self.is_lake:
             ((commit,),) = engine.execute("SELECT id::BIGINT FROM ducklake_last_committed_snapshot('audit')")
-            self._target.commits.append(commit or 0)
-        if self._target.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
+            self.commits.append(commit or 0)
+        if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
             engine.execute("CHECKPOINT audit")
 
     def enter(self, engine: Engine, entries: Iterable[str]) -> None:
         """Add entries to the chain, inside of `writing`; the rows of an older table come first."""
         keys = seal_keys()
-        journal = self._journal.identity()
+        journal = self.journal.identity()
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
         common = {"journal": journal, "host": host, "now": sql_time(utc_now())}
         of_journal = "FROM audit.ledger WHERE journal = $journal"
@@ -8390,7 +8316,7 @@ class Ledger:
             raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
         engine.execute(f"CREATE OR REPLACE TEMP TABLE entries ({LEDGER_DEFINITIONS})")
         if is_ledger_empty(engine):
-            engine.execute(SOUND_LOGS + sound_rows(self._target.columns(engine)["logs"]))
+            engine.execute(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
             for first, last in engine.execute(ranges("segment IS NULL"), {"size": _LEGACY_ROWS}):
                 engine.execute(PREPARE_LEGACY, {"first_day": first, "last_day": last})
         for sql in entries:
@@ -8412,10 +8338,6 @@ class Ledger:
             f"JOIN ({listed('place BIGINT, sealed VARCHAR', seals)}) ON position = place"
         )
         self._next_head = head
-
-    def head_text(self) -> str | None:
-        """Return where the chain ends, to be kept elsewhere; None if nothing was entered here."""
-        return None if self._head is None else json.dumps({"journals": [self._head._asdict()]})
 
 
 def is_ledger_empty(engine: Engine) -> bool:
@@ -8459,17 +8381,15 @@ INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a 
 _LONGEST_READ: Final = 2**28  # a longer line is put aside: DuckDB would need twice its size
 _LEAST_READ: Final = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ: Final = re.compile(rb',"seq":[0-9]+\}$')
-_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
-_CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
+_CONFLICT_SECONDS: Final = 2.0  # how long an ingest is tried again, when another host wrote at the same time
 
 
 class Ingest:
     """Takes the journal's sealed and orphaned segments, and losses, into the database."""
 
-    def __init__(self, target: Target, journal: Journal, ledger: Ledger, *, diagnostics: Diagnostics) -> None:
+    def __init__(self, target: Ledger, diagnostics: Diagnostics) -> None:
         self._target = target
-        self._journal = journal
-        self._ledger = ledger
+        self._journal = target.journal
         self._diagnostics = diagnostics
 
     def run(self) -> list[JournalError]:
@@ -8493,7 +8413,13 @@ class Ingest:
                 contextlib.closing(self._target.open_engine(guest=True)) as engine,
                 scratch_folder() as folder,
             ):
-                losses, fresh = self._stage_and_commit(engine, claims, lost, folder)
+
+                def stage_and_commit() -> tuple[dict[str, int], set[str]]:
+                    losses = self._stage(engine, claims, folder)
+                    return losses, self._commit(engine, claims, losses, lost)
+
+                wait = 0.0 if self._target.is_file else _CONFLICT_SECONDS
+                losses, fresh = patiently(stage_and_commit, wait)
         except QueryError as error:
             if not is_data_fault(error) or len(claims) < 2:
                 raise
@@ -8526,20 +8452,6 @@ class Ingest:
         self._diagnostics.report(
             "rejected", f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
         )
-
-    def _stage_and_commit(
-        self, engine: Engine, claims: list[Claim], lost: Mapping[str, Loss], folder: str
-    ) -> tuple[dict[str, int], set[str]]:
-        tries = 1 if self._target.is_file else _CONFLICT_TRIES
-        while True:
-            try:
-                losses = self._stage(engine, claims, folder)
-                return losses, self._commit(engine, claims, losses, lost)
-            except DatabaseLockedError:
-                tries -= 1
-                if not tries:
-                    raise
-                time.sleep(_CONFLICT_PAUSE_SECONDS * (1 + os.urandom(1)[0]) / 256)
 
     def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
         """Read the segments into the temporary table `batch`; return how many lines each lost."""
@@ -8607,7 +8519,7 @@ class Ingest:
     ) -> set[str]:
         """Put `batch` into the database and make it durable; return the segments that were not there yet."""
         segments = [claim.id for claim in claims]
-        with self._target.attached(engine, read_only=False), self._ledger.writing(engine):
+        with self._target.attached(engine, read_only=False), self._target.writing(engine):
             known = known_segments(engine, segments)
             fresh = [segment for segment in segments if segment not in known]
             entries: list[str] = []
@@ -8638,7 +8550,7 @@ class Ingest:
                 text = f"{loss.reason}, between {loss.first} and {loss.last}"
                 entries.append(entry_of("loss", loss.events, text, segment=segment))
             if entries:
-                self._ledger.enter(engine, entries)
+                self._target.enter(engine, entries)
         return set(fresh)
 
     def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
@@ -8707,7 +8619,7 @@ def refuse_fatal_limit() -> None:
 
 
 # == Reading ==
-# depends on: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger
+# depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
 # Table and journal as one log. A reader attaches read-only, then lists the journal, then asks the ledger:
 # while it holds DuckDB's lock nobody can ingest, so the three agree, and every event is seen once. A target
@@ -8715,108 +8627,90 @@ def refuse_fatal_limit() -> None:
 # and reads in one transaction; other hosts' events come from the table alone.
 
 
-# --- opening: so that every event is seen once
+class Reading:
+    """Table and journal while they are open for reading.
 
+    If `problem` is set, the table can't be read: then only journal events are seen.
+    """
 
-class Reader:
-    """Opens a log for reading."""
-
-    def __init__(self, target: Target, journal: Journal, diagnostics: Diagnostics) -> None:
+    def __init__(self, engine: Engine, folder: str, target: Target) -> None:
+        self.engine = engine
+        self._folder = folder  # for small segments, put together
         self._target = target
-        self._journal = journal
-        self._diagnostics = diagnostics
+        self._journal = target.journal
+        self.problem: StoreError | None = None
+        self.schema: str | None = None  # of a PostgreSQL table whose first rows PostgreSQL itself selects
+        self.oddities: list[str] = []  # as `Target.oddities`
+        self.has_table = self.has_journal = self.has_ledger = self.has_running = False
+        self._is_attached = False
 
-    @contextlib.contextmanager
-    def open(self, *, wait: float) -> Iterator[Reading]:
-        """Do what `Store.reading` says; without the table, open the journal alone."""
-        self._target.let_ingest_pass(wait)
+    def open(self, wait: float) -> contextlib.ExitStack:
+        """Open the log, without the table the journal alone; what is returned closes both."""
         deadline = Deadline(wait)
-        with (
-            scratch_folder() as folder,
-            contextlib.closing(self._target.open_engine()) as engine,
-            contextlib.ExitStack() as stack,
-        ):
-            reading = Reading(engine, folder)
-            while True:
-                try:
-                    stack.enter_context(self._attempt(reading, folder))
-                    break
-                except (
-                    DatabaseCorruptError,
-                    DatabaseLockedError,
-                    DatabaseNotFoundError,
-                    DatabaseUnreachableError,
-                ) as error:
-                    is_missing = isinstance(error, DatabaseNotFoundError)
-                    is_new = is_missing and not self._target.is_file
-                    # A file that is missing appeared, or vanished, between our look and DuckDB's.
-                    is_passing = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
-                    if is_passing and deadline.pause():
-                        continue
-                    self._keep_segments(stack)
-                    reading.problem = None if is_new else error
-                    reading.open_views(None, self._segments(folder))
-                    break
-            reading.open_running(self._journal.running())
-            if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
-                raise DatabaseNotFoundError(
-                    f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
-                    "for the profile, or no events have been logged yet (the database is created on first "
-                    "write)."
-                )
-            for text in reading.oddities:
-                self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
-            yield reading
+        while True:
+            try:
+                return self._open_both()
+            except (
+                DatabaseCorruptError,
+                DatabaseLockedError,
+                DatabaseNotFoundError,
+                DatabaseUnreachableError,
+            ) as error:
+                is_missing = isinstance(error, DatabaseNotFoundError)
+                is_new = is_missing and not self._target.is_file
+                # A file that is missing appeared, or vanished, between our look and DuckDB's.
+                is_passing = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
+                if not (is_passing and deadline.pause()):
+                    with contextlib.ExitStack() as stack:
+                        self._keep_segments(stack)
+                        self.problem = None if is_new else error
+                        self.open_views(None, self._segments())
+                        return stack.pop_all()
 
-    def _attempt(self, reading: Reading, folder: str) -> contextlib.ExitStack:
-        """Open both sides; what is returned closes them."""
-        target, journal = self._target, self._journal
+    def _open_both(self) -> contextlib.ExitStack:
+        target = self._target
         with contextlib.ExitStack() as stack:
             if target.is_absent():
-                if not self._keep_segments(stack) and journal.segments():
+                if not self._keep_segments(stack) and self._journal.segments():
                     raise DatabaseLockedError(f"{target.path} is being made by another process")
                 if target.is_absent():
-                    self._open_journal(reading, self._segments(folder))
+                    self._open_journal(self._segments())
                     return stack.pop_all()
                 stack.close()
             if not target.is_file and not self._keep_segments(stack):
                 raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
-            stack.enter_context(target.attached(reading.engine, read_only=True))
-            segments = self._segments(folder)
-            reading.is_transaction = not target.is_file
-            reading.schema = target.schema if target.is_postgres else None
-            reading.data_path = target.data_path(reading.engine)
-            present = target.columns(reading.engine)
-            reading.oddities = target.oddities(reading.engine)
-            if any(text.endswith(VIEW) for text in reading.oddities):  # it could read any file of this user
+            stack.enter_context(target.attached(self.engine, read_only=True))
+            segments = self._segments()
+            self._is_attached = True
+            self.schema = target.schema if target.is_postgres else None
+            present = target.columns(self.engine)
+            self.oddities = target.oddities(self.engine)
+            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file of this user
                 present = {}
-                reading.problem = StoreError(
-                    f"{target.name}: what should be a table is a view, and is not read"
-                )
-            reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
-            reading.has_ledger = "ledger" in present
+                self.problem = StoreError(f"{target.name}: what should be a table is a view, and is not read")
+            self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
+            self.has_ledger = "ledger" in present
             return stack.pop_all()
 
-    def _open_journal(self, reading: Reading, segments: list[str]) -> None:
+    def _open_journal(self, segments: list[str]) -> None:
         """Copy the journal's events: before the first ingest there is no lock that keeps one out."""
         cause = None
         try:
-            reading.open_views(None, segments)
-            reading.freeze_journal()
+            self.open_views(None, segments)
+            self.freeze_journal()
         except QueryError as error:
             cause = error
         if not all(map(os.path.exists, segments)):
-            raise DatabaseNotFoundError(
-                f"{self._target.path} is being made at this moment; try again"
-            ) from cause
+            text = f"{self._target.path} is being made at this moment; try again"
+            raise DatabaseNotFoundError(text) from cause
         if cause is not None:
             raise cause
 
-    def _segments(self, folder: str) -> list[str]:
+    def _segments(self) -> list[str]:
         """Return the segments, and files with the rows that the next ingest adds for unfinished calls."""
         left = {}
         for path, lines in self._journal.unfinished():
-            copy = os.path.join(folder, os.path.basename(path))
+            copy = os.path.join(self._folder, os.path.basename(path))
             if lines:
                 write_file(copy, lines, replace=True)
                 left[path] = copy
@@ -8830,28 +8724,7 @@ class Reader:
         except JournalError:  # this user may only read the journal; go on without a lock
             return True
 
-
-# --- asking and exporting
-
-
-class Reading:
-    """Table and journal while they are open for reading.
-
-    If `problem` is set, the table can't be read: then only journal events are seen.
-    """
-
-    def __init__(self, engine: Engine, folder: str) -> None:
-        self.engine = engine
-        self._folder = folder  # for small segments, put together
-        self.problem: StoreError | None = None
-        self.schema: str | None = None  # of a PostgreSQL table whose first rows PostgreSQL itself selects
-        self.is_transaction = False  # of a target that is no file: others go on writing to it
-        self.data_path: str | None = None  # of a lake: where its files are
-        self.oddities: list[str] = []  # as `Target.oddities`
-        self.has_table = False
-        self.has_journal = False
-        self.has_ledger = False
-        self.has_running = False
+    # --- asking and exporting
 
     def open_running(self, lines: bytes) -> None:
         """Define the view `running_rows` of calls that run: `status` is running, `seq` 0."""
@@ -8881,19 +8754,17 @@ class Reading:
         self._define("journal_rows", "SELECT * FROM journal_copy")
 
     def _source(
-        self, what: Filter, count: int | None, order: str, *, running: bool | None = False
-    ) -> tuple[str, dict[str, object]]:
+        self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
+    ) -> str:
         """Return the query of the filtered events; with `running`, of the calls that run; if None, of both.
 
         The limit is in each part: a limit on the union alone is 40 times slower on 10 million rows.
         """
-        where, params = what.where()
-        table, tail = "table_rows", ""
+        where, table, tail = what.where(), "table_rows", ""
         if count is not None:
-            params["count"] = count
-            tail = f" ORDER BY {order} LIMIT $count"
+            tail = f" ORDER BY {order} LIMIT {count}"
             if self.schema is not None and what.text is None:  # ILIKE differs there
-                table = _postgres_rows(self.schema, where, params, oldest_first=order == OLDEST_FIRST)
+                table = _postgres_rows(self.schema, where, count, oldest_first=order == OLDEST_FIRST)
         sides = [
             f"(SELECT * FROM {view} WHERE {where}{tail})"
             for view, is_asked in (
@@ -8903,47 +8774,41 @@ class Reading:
             )
             if is_asked
         ] or [f"({NO_ROWS})"]
-        return " UNION ALL BY NAME ".join(sides), params
+        return " UNION ALL BY NAME ".join(sides)
 
-    def _select(
-        self, columns: str, what: Filter, count: int | None, oldest_first: bool
-    ) -> tuple[str, dict[str, object]]:
+    def _select(self, columns: str, what: Filter, count: int | None, oldest_first: bool) -> str:
         order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
-        source, params = self._source(what, count, order)
-        tail = "" if count is None else " LIMIT $count"
-        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})", params
+        tail = "" if count is None else f" LIMIT {count}"
+        source = self._source(what, count, order)
+        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})"
 
     def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
         """Yield the matching events as rows of PUBLIC_COLUMNS, newest first."""
-        sql, params = self._select(public_select(), what, count, oldest_first)
-        return self.engine.stream(sql, params)
+        return self.engine.stream(self._select(public_select(), what, count, oldest_first))
 
     def running(self, what: Filter, *, count: int = 100) -> list[Row]:
         """Return the matching calls that run on this host as rows of PUBLIC_COLUMNS, oldest first."""
-        source, params = self._source(what, count, OLDEST_FIRST, running=True)
-        sql = f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}"
-        return self.engine.execute(sql, params)
+        source = self._source(what, count, OLDEST_FIRST, running=True)
+        return self.engine.execute(f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}")
 
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
         """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
 
         Calls that run are counted in `running` alone. Percentiles are durations that occurred, in ms.
         """
-        source, params = self._source(what, None, NEWEST_FIRST, running=None)
-        return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
+        return self.engine.execute(stats_query(self._source(what, running=None), by, sort, count))
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
         """Return the rows of a query of ours over `events`, the matching events with all their columns."""
-        source, params = self._source(what, None, NEWEST_FIRST)
-        events = f"WITH events AS (SELECT *, {_EVENT_ID} AS event_id FROM ({source}))"
-        return self.engine.execute(f"{events} {sql}", params)
+        events = f"WITH events AS (SELECT *, {_EVENT_ID} AS event_id FROM ({self._source(what)}))"
+        return self.engine.execute(f"{events} {sql}")
 
     def lines(
         self, expression: str, what: Filter, *, count: int | None = None, oldest_first: bool = False
     ) -> Iterator[str]:
         """Yield the value of an SQL expression of ours for each matching event."""
-        sql, params = self._select(f"{expression} AS line", what, count, oldest_first)
-        return (line for (line,) in self.engine.stream(sql, params))
+        sql = self._select(f"{expression} AS line", what, count, oldest_first)
+        return (line for (line,) in self.engine.stream(sql))
 
     def around(self, session: str, event_id: str, count: int) -> list[Row]:
         """Return an event with up to `count` events of its session before and after it."""
@@ -8955,11 +8820,9 @@ class Reading:
 
     def ids_like(self, part: str) -> list[Row]:
         """Return up to three event ids that begin with a text, or whose part after the time is it."""
-        params = {"part": part.replace("_", "").replace("%", "") + "%", "end": f"%-{part}"}
-        source, _ = self._source(Filter(), None, NEWEST_FIRST)
-        return self.engine.execute(
-            f"SELECT {_EVENT_ID} AS id FROM ({source}) WHERE id LIKE $part OR id LIKE $end LIMIT 3", params
-        )
+        begin, end = sql_literal(part.replace("_", "").replace("%", "") + "%"), sql_literal(f"%-{part}")
+        ids = f"SELECT {_EVENT_ID} AS id FROM ({self._source(Filter())})"
+        return self.engine.execute(f"{ids} WHERE id LIKE {begin} OR id LIKE {end} LIMIT 3")
 
     def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
@@ -8973,8 +8836,11 @@ class Reading:
         """
         self.freeze_journal()
         self.engine.execute(SQL_VIEW)
-        if self.data_path:
-            self.engine.execute(f"SET allowed_directories = [{sql_literal(self.data_path)}]")
+        if self._is_attached and self._target.is_lake:
+            metadata = "__ducklake_metadata_audit.ducklake_metadata"
+            paths = self.engine.execute(f"SELECT value FROM {metadata} WHERE key = 'data_path'")
+            for (path,) in paths:
+                self.engine.execute(f"SET allowed_directories = [{sql_literal(path)}]")
         self.engine.execute("SET enable_external_access = false")
         self.engine.execute("SET lock_configuration = true")  # last, because nothing can undo it
         params = {"statement": statement}
@@ -9018,8 +8884,7 @@ class Reading:
         the table `logs`, so that every command can read it by `--db`.
         """
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
-        source, params = self._source(what, None, NEWEST_FIRST)
-        ((matching,),) = self.engine.execute(f"SELECT count(*) AS n FROM ({source})", params)
+        ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
         expected = matching if count is None else min(count, matching)
         if form == "duckdb":
             columns = _NAMES
@@ -9027,14 +8892,13 @@ class Reading:
             columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
         if bom:  # a byte order mark is the beginning of the first column's name
             columns = columns.replace(" AS timestamp,", ' AS "\ufefftimestamp",', 1)
-        sql, params = self._select(columns, what, count, oldest_first)
-        params["formula"] = FORMULA
+        sql = self._select(columns, what, count, oldest_first)
         problem = f"{path} can't be written"
         with _scratch(path, problem) as scratch:
             target = os.path.join(scratch, "export")
             try:
                 with _watched(target, progress):
-                    written = self._write(sql, params, target, form)
+                    written = self._write(sql, target, form)
             except QueryError as error:
                 raise StoreError(f"{problem}: {error}") from error
             if written not in (expected, None):
@@ -9044,15 +8908,16 @@ class Reading:
             os.replace(target, path)
         return int(expected)
 
-    def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
+    def _write(self, sql: str, target: str, form: str) -> int | None:
         """Write a query's rows to a new file; return their number, None if DuckDB doesn't say it."""
         if form == "duckdb":
-            if self.is_transaction:  # in it nothing but a temporary table can be made
-                self.engine.execute(f"CREATE TEMP TABLE exported AS {sql}", params)
+            if self._is_attached and not self._target.is_file:
+                # Others go on writing to it: in its transaction nothing but a temporary table can be made.
+                self.engine.execute(f"CREATE TEMP TABLE exported AS {sql}")
                 self.engine.execute("COMMIT")
-                sql, params = "SELECT * FROM exported", {}
+                sql = "SELECT * FROM exported"
             attach(self.engine, target, "copy", NEW_FILE)
-            told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
+            told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}")
             self.engine.execute("CHECKPOINT copy")
             self.engine.execute("DETACH copy")
         elif form == "sqlite":
@@ -9062,21 +8927,20 @@ class Reading:
                 file.execute(f"CREATE TABLE logs ({', '.join(PUBLIC_COLUMNS)})")
                 marks = ", ".join("?" * len(PUBLIC_COLUMNS))
                 return file.executemany(
-                    f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql, params)
+                    f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql)
                 ).rowcount
         else:
-            copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
-            told = self.engine.execute(copy, params)
+            told = self.engine.execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
         return told[0][0] if told else None
 
 
-def _postgres_rows(schema: str, where: str, params: Params, *, oldest_first: bool) -> str:
-    """Return the first $count rows of a PostgreSQL table: DuckDB hands it no ORDER BY and no LIMIT."""
+def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
+    """Return the first rows of a PostgreSQL table: DuckDB hands it no ORDER BY and no LIMIT."""
     table = f'''SELECT * FROM "{schema.replace('"', '""')}".logs WHERE {where} AND timestamp IS'''
     way = "" if oldest_first else " DESC"
     order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
-    query = f"({table} NOT NULL ORDER BY {order} LIMIT $count) UNION ALL ({table} NULL LIMIT $count)"
-    return f"(SELECT * FROM postgres_query('audit', {sql_literal(bind(query, params))}))"
+    query = f"({table} NOT NULL ORDER BY {order} LIMIT {count}) UNION ALL ({table} NULL LIMIT {count})"
+    return f"(SELECT * FROM postgres_query('audit', {sql_literal(query)}))"
 
 
 # How a column leaves through `Reading.query`: by its type's beginning, the cast and the type in Python.
@@ -9216,7 +9080,7 @@ _MAX_EXPLAINED: Final = 100  # arbitrary: after so many findings, single events 
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
     """Define the views `sound_logs` and `sound_ledger`; return the types of the tables' columns."""
-    columns = {"logs": {}, "ledger": {}, **column_types(engine, TABLE_TYPES)}
+    columns = {"logs": {}, "ledger": {}, **column_types(engine)}
     engine.execute(SOUND_LOGS + sound_rows(columns["logs"]))
     rows = sound_rows(columns["ledger"], "audit.ledger", LEDGER_COLUMNS)
     engine.execute(f"CREATE OR REPLACE TEMP VIEW sound_ledger AS {rows}")
@@ -9224,12 +9088,12 @@ def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
 
 
 class Taken(NamedTuple):
-    """What a purge says that it took. One of 0.1, which took single events, has `heads` and `kept`."""
+    """What a purge says that it took: entries; but one of 0.1 only those of their events that were old."""
 
+    is_old: bool = False
     before: int = 0
     spans: Sequence[tuple[str, int, int]] = ()  # of a chain, from and to
-    heads: Sequence[tuple[str, int]] = ()  # the ends of the chains
-    kept: Sequence[tuple[str, int, str]] = ()  # of a segment: how many events, and their digest
+    kept: Sequence[tuple[str, int, str]] = ()  # by one of 0.1, of a segment: how many events, their digest
     wrong: Sequence[tuple[str, int, int]] = ()  # segment, events found, events entered
 
 
@@ -9244,12 +9108,12 @@ def taken_by(detail: str | None) -> Taken | None:
     try:
         said = json.loads(detail or "")
         is_old = said.get("removed") is None
-        spans = {} if is_old else said["removed"]
-        heads, kept = (said["heads"], said["left"]) if is_old else ({}, {})
+        spans = {name: [(1, head)] for name, head in said["heads"].items()} if is_old else said["removed"]
+        kept = said["left"] if is_old else {}
         taken = Taken(
+            is_old,
             number(said["before"]),
             [(name, number(a), number(b)) for name, pairs in spans.items() for a, b in pairs if 0 < a <= b],
-            [(name, number(head)) for name, head in heads.items()],
             [(name, number(left[0]), str(left[1])) for name, left in kept.items()],
             sorted((name, number(it[0]), number([*it, 0][2])) for name, it in said["wrong"].items()),
         )
@@ -9384,7 +9248,10 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
 
     def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Read the purges that are believed, and compare each with the entries that it names."""
-        purges: list[tuple[dict[str, Any], bool, Taken, str]] = []
+        purges: list[tuple[dict[str, Any], Taken, str]] = []
+        spans: list[tuple[object, ...]] = []
+        kept: list[tuple[object, ...]] = []
+        parts = 0
         for *values, detail in self._engine.execute(PURGES):
             entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
             if (entry["journal"], entry["position"]) in self.doubted:
@@ -9392,40 +9259,32 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
             is_newer = entry["position"] > self._covered.get(entry["journal"], 0)
             taken, text = taken_by(detail), ""
             if taken is None:
-                taken, text = Taken(), "can't be read"
+                text = "can't be read"
             elif taken.kept and is_newer and has_checkpoint and not self._keys:
                 text = "kept parts of segments, as earlier versions did, but is newer than the checkpoint"
-                taken = Taken()
-            purges.append((entry, is_newer, taken, text))
-        said = {}
-        for name, columns in (
-            ("spans", "journal VARCHAR, low BIGINT, high BIGINT"),
-            ("heads", "journal VARCHAR, head BIGINT"),
-            ("kept", "segment VARCHAR, events BIGINT, digest VARCHAR"),
-        ):
-            rows = [
-                (number, taken.before, *row)
-                for number, (_, _, taken, _) in enumerate(purges)
-                for row in getattr(taken, name)
-            ]
-            said[name] = listed(f"number BIGINT, before BIGINT, {columns}", rows)
-        self._engine.execute(GONE.format(**said))
-        named = {number: rest for number, *rest in self._engine.execute(NAMED)}
-        parts = 0
-        for number, (entry, is_newer, taken, text) in enumerate(purges):
-            held, is_past = named.get(number, (0, True))
-            held += sum(found - entered for _, found, entered in taken.wrong)
-            if not text:
+            else:
                 self.purged += entry["events"]
                 self.purges += [entry] if is_newer else []
                 parts += bool(taken.kept)
-                if not taken.heads and not (is_past and held == entry["events"]):
-                    text = f"says that {entry['events']} events went; "
-                    text += f"the entries that it names held {held}, or younger ones"
+                spans += [(len(purges), *taken[:2], *span) for span in taken.spans]
+                kept += [(len(purges), *left) for left in taken.kept]
+            purges.append((entry, Taken(is_old=True) if text or taken is None else taken, text))
+        spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
+        kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
+        self._engine.execute(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
+        sums = "least(sum(held), 2::HUGEINT**62)::BIGINT, bool_and(is_past)"
+        rows = self._engine.execute(f"SELECT number, {sums} FROM gone GROUP BY number")
+        named = {number: rest for number, *rest in rows}
+        for number, (entry, taken, text) in enumerate(purges):
+            held, is_past = named.get(number, (0, True))
+            held += sum(found - entered for _, found, entered in taken.wrong)
+            if not taken.is_old and not (is_past and held == entry["events"]):
+                text = f"says that {entry['events']} events went; "
+                text += f"the entries that it names held {held}, or younger ones"
             if text:
                 text = f"purge {entry['position']} of journal {entry['journal']} {text}"
                 self._add("chain", text, journal=entry["journal"])
-        for segment, found, _ in itertools.chain(*(taken.wrong for _, _, taken, _ in purges)):
+        for segment, found, _ in itertools.chain(*(taken.wrong for _, taken, _ in purges)):
             text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
             self._add("changed", text, segment=segment)
         if parts:
@@ -9450,19 +9309,37 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
         if not self.entries and row.segment.startswith("legacy-"):
             self.legacy += row.found  # an older table, of which nothing was entered yet
             return
-        marked: list[Row] = []
+        marked: dict[str, list[int]] = {}
         if row.found and row.due and len(self.findings) < _MAX_EXPLAINED:
-            marked = self._engine.execute(MARKED, {"segment": row.segment, "due": row.due})
-        for kind, rows in itertools.groupby(marked, key=lambda row: row[0]):
-            seqs = tuple(seq for _, seq in rows)
+            marked = self._marked(row)
+        for kind, seqs in marked.items():
             names = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs_of(seqs))
             text = f"segment {row.segment}: {kind} {names}"
-            self._add(kind, text, segment=row.segment, seqs=seqs)
+            self._add(kind, text, segment=row.segment, seqs=tuple(sorted(seqs)))
         if not marked:
             kind = "removed" if row.found < row.due else "inserted" if row.found > row.due else "changed"
             due = f"not {row.due} as recorded" if row.position >= 0 else "which is not in the ledger"
             text = f"segment {row.segment}: {counted(row.found, 'event')}, {due}"
             self._add(kind, text, segment=row.segment)
+
+    def _marked(self, row: Compared) -> dict[str, list[int]]:
+        """Return which events were changed, inserted or removed, as far as the segment has marks."""
+        where = "WHERE segment = $segment"
+        marks = f"SELECT coalesce(max(marks), '') FROM sound_ledger {where} AND kind = 'segment'"
+        found = f"SELECT coalesce(seq, -1), {EVENT_HASH}[1:4] FROM sound_logs {where}"
+        ((text,),) = self._engine.execute(marks, {"segment": row.segment})
+        due = {number // 4 + 1: text[number : number + 4] for number in range(0, len(text) // 4 * 4, 4)}
+        states: dict[str, list[int]] = {"changed": [], "inserted": [], "removed": []}
+        left = dict(due)
+        rows = self._engine.execute(found, {"segment": row.segment}) if due else []
+        for seq, mark in sorted(rows, key=lambda pair: due.get(pair[0]) != pair[1]):
+            if seq not in left:
+                states["inserted"].append(seq)
+            elif left.pop(seq) != mark:
+                states["changed"].append(seq)
+        if len(due) == row.due:
+            states["removed"] = list(left)
+        return {state: seqs for state, seqs in states.items() if seqs}
 
 
 # --- one event, for somebody who has no database
@@ -9608,16 +9485,14 @@ WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
     )
 
 
-def purge_before(
-    engine: Engine, target: Target, ledger: Ledger, before: str, archive: str | None = None
-) -> Removal:
+def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
     """Delete every segment older than a moment, in one transaction, and enter that.
 
     A segment that somebody had changed stays known as changed, and has a file of its own in an archive.
     """
-    with ledger.writing(engine):
+    with target.writing(engine):
         if is_ledger_empty(engine):
-            ledger.enter(engine, [])  # the rows of an older table
+            target.enter(engine, [])  # the rows of an older table
         removal = plan_removal(engine, target, before)
         if removal.segments:
             if archive is not None:
@@ -9629,12 +9504,14 @@ def purge_before(
             detail = {"before": microseconds(before), "removed": removal.removed, "wrong": removal.wrong}
             text = json.dumps({**detail, "archive": removal.archive}, separators=(",", ":"))
             span = {"first_event": removal.first_event, "last_event": removal.last_event}
-            ledger.enter(engine, [entry_of("purge", events, text, digest=removal.digest, **span)])
+            target.enter(engine, [entry_of("purge", events, text, digest=removal.digest, **span)])
     return removal
 
 
 def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     """Write the events as Parquet, a file a day, with a manifest, and read them back."""
+    import hashlib
+
     problem = f"{directory}: no archive can be written"
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
     try:
@@ -9643,8 +9520,26 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             give_to_owner(directory)
     except OSError as error:
         raise StoreError(f"{problem}: {error.strerror}") from error
+    files: list[dict[str, object]] = []
+    params = {"wrong": sorted(removal.wrong), "apart": _ALIEN}
+    digest = hashlib.sha256()
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
-        files = _write_archive(engine, scratch, removal)
+        for file, events in engine.execute(OLD_FILES, params):
+            path = os.path.join(scratch, file)
+            os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
+            rows = bind(OLD_OF_FILE, {**params, "name": file})
+            engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
+            sync_file(path)
+            files.append({"name": file, "events": events, "sha256": file_digest(path)})
+        if files:
+            paths = sql_literal([os.path.join(scratch, str(file["name"])) for file in files])
+            rows = digests(f"read_parquet({paths})", segment=SEGMENT_OR_DAY)
+            for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
+                digest.update(part.encode())
+        if digest.hexdigest() != removal.digest:
+            raise StoreError(
+                f"{scratch}: the archive doesn't read back as it was written; nothing was purged"
+            )
         manifest = {
             "filter": {"before": iso_time(microseconds(removal.before))},
             "events": removal.events,
@@ -9662,36 +9557,12 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     return removal._replace(archive=name)
 
 
-def _write_archive(engine: Engine, folder: str, removal: Removal) -> list[dict[str, object]]:
-    """Write the files of an archive and read them back; return what the manifest says of each."""
-    import hashlib
-
-    files: list[dict[str, object]] = []
-    params = {"wrong": sorted(removal.wrong), "apart": _ALIEN}
-    for name, events in engine.execute(OLD_FILES, params):
-        path = os.path.join(folder, name)
-        os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
-        rows = bind(OLD_OF_FILE, {**params, "name": name})
-        engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
-        sync_file(path)
-        files.append({"name": name, "events": events, "sha256": file_digest(path)})
-    digest = hashlib.sha256()
-    if files:
-        paths = [os.path.join(folder, str(file["name"])) for file in files]
-        rows = digests("read_parquet($files)", segment=SEGMENT_OR_DAY)
-        for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment", {"files": paths}):
-            digest.update(part.encode())
-    if digest.hexdigest() != removal.digest:
-        raise StoreError(f"{folder}: the archive doesn't read back as it was written; nothing was purged")
-    return files
-
-
 # --- retention: a purge a day
 
 _SILENCE: Final = 25 * 3_600_000_000  # longer ones don't count as time that passed; retention runs daily
 
 
-def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> str:
+def retain(engine: Engine, target: Ledger, retention: float) -> str:
     """Purge what is older than the retention by the ledger's time, and return a text of what went.
 
     A clock that jumped forward makes everything look old, so only time counts in which the ledger shows that
@@ -9702,12 +9573,12 @@ def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> 
     verdict.open()
     limit = vouched_limit(engine, sql_time(utc_now()), int(retention * 1e6), verdict.doubted)
     if limit:
-        removal = purge_before(engine, target, ledger, limit)
+        removal = purge_before(engine, target, limit)
         if removal.events:
             return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
     # An entry a day, so that a log without events doesn't look as if it had been off.
-    with ledger.writing(engine):
-        ledger.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
+    with target.writing(engine):
+        target.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
     return "retention: nothing is old enough"
 
 
@@ -9736,7 +9607,7 @@ WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORD
 # before it gets its name, appears whole or not at all, and overwrites nothing else.
 
 
-def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> int:
+def back_up(target: Target, path: str, *, wait: float) -> int:
     """Do what `Store.backup` says, after its ingest."""
     place = os.path.abspath(path)
     with _scratch(place, f"{path} can't be written") as scratch:
@@ -9744,7 +9615,7 @@ def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> int:
         with target.session(read_only=True, wait=wait) as engine:
             tables = target.columns(engine)
             _copy_database(engine, tables, copy)
-            _copy_journal(unknown_segments(engine, journal.segments(), tables), waiting)
+            _copy_journal(unknown_segments(engine, target.journal.segments(), tables), waiting)
         events = _take_in(copy, waiting)
         _put_in_place(copy, place)
         sync_directory(os.path.dirname(place))
@@ -9758,11 +9629,10 @@ def _take_in(path: str, directory: str) -> int:
     its own, so that it leaves the other chains as they are.
     """
     journal = Journal(directory)
-    target = Target(Config(path), journal)
-    ledger = Ledger(target, journal)
+    target = Ledger(Config(path), journal)
     if journal.segments():
         with journal.ingest_lock():
-            Ingest(target, journal, ledger, diagnostics=Diagnostics(silent=True)).run()
+            Ingest(target, Diagnostics(silent=True)).run()
     with target.session(read_only=True, wait=0.0) as engine:
         ((events,),) = engine.execute("SELECT count(*) FROM audit.logs")
         return int(events)
@@ -9776,7 +9646,7 @@ class Restored(NamedTuple):
     kept: str | None  # where the replaced database is; None if there was none
 
 
-def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Restored:
+def put_back(target: Target, path: str, *, wait: float) -> Restored:
     """Do what `Store.restore` says. The caller holds the ingest lock."""
     place = os.path.realpath(target.path)
     old = Journal(path + ".journal")  # of backups by earlier versions
@@ -9796,7 +9666,7 @@ def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Res
             with target.session(read_only=False, wait=wait) as engine:
                 engine.execute("CHECKPOINT audit")
             ours = os.stat(place)
-            events, before = _merge(copy, place, journal)
+            events, before = _merge(copy, place, target.journal)
             if events == before:
                 return Restored(events, 0, None)
             give_to_owner(copy)
@@ -9813,15 +9683,14 @@ def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Res
 
 def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
     """Add to a copy what it lacks of the database at `place`; return how many events each has then."""
-    target = Target(Config(path), journal)
-    ledger = Ledger(target, journal)
+    target = Ledger(Config(path), journal)
     with target.session(read_only=False, wait=0.0) as engine:
         attach(engine, place, "ours", {"READ_ONLY": True})
         present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
         rows = sound_rows(present.get("logs", {}), "ours.logs")
         unknown = "segment NOT IN (SELECT coalesce(segment, '') FROM audit.ledger WHERE kind = '{}')"
         unknown += " AND segment IS NOT NULL"
-        with ledger.writing(engine):
+        with target.writing(engine):
             engine.execute(STAGE_NOTHING)
             if {"logs", "ledger"} <= present.keys():
                 engine.execute(f"INSERT INTO batch BY NAME {rows} WHERE {unknown.format('segment')}")
@@ -9835,7 +9704,7 @@ def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
                     for events, detail, segment in engine.execute(losses + unknown.format("loss"))
                 ]
                 if entries:
-                    ledger.enter(engine, entries)
+                    target.enter(engine, entries)
             ((missing,),) = engine.execute(
                 f"SELECT count(*) FROM ({rows} EXCEPT ALL {sound_rows(target.columns(engine)['logs'])})"
             )
@@ -9942,10 +9811,9 @@ class Store:
         opener: Callable[..., Engine] = open_engine,
     ) -> None:
         self.journal: Journal = Journal(config.journal_directory, group=config.group)
-        self.target: Target = Target(config, self.journal, opener)
+        self.target: Ledger = Ledger(config, self.journal, opener)
         self._diagnostics = diagnostics or Diagnostics()
-        self._ledger = Ledger(self.target, self.journal)
-        self._ingest = Ingest(self.target, self.journal, self._ledger, diagnostics=self._diagnostics)
+        self._ingest = Ingest(self.target, self._diagnostics)
         self._retention = config.retention
 
     # --- ingesting
@@ -9970,12 +9838,24 @@ class Store:
             target = self.target
             self.journal.bind(os.path.realpath(target.path) if target.is_file else target.name)
             problems = self._run_ingest(wait)
-            self._tend()
-            if self._retention is not None and not self.target.is_absent():
-                self._retain(self._retention)
+            try:
+                target.tend_lake()
+            except DatabaseLockedError:  # somebody else is at it
+                pass
+            except AuditError as error:
+                self._diagnostics.report("lake", "small files could not be merged", error=error)
+            try:
+                if self._retention is not None and not target.is_absent():
+                    with target.session(read_only=False, wait=0.0, guest=True) as engine:
+                        news = retain(engine, target, self._retention)
+                    self._diagnostics.inform("retention", news)
+                    self._retention = None
+            except AuditError as error:
+                self._diagnostics.report("retention", "old events could not be purged", error=error)
         if problems:
             raise problems[0]
-        return {"done": True, "retained": self._retention is None, "head": self._ledger.head_text()}
+        head = target.head and json.dumps({"journals": [target.head._asdict()]})
+        return {"done": True, "retained": self._retention is None, "head": head}
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
         """Ingest; if it may wait, try the database first: reading the journal in vain costs more."""
@@ -10003,33 +9883,30 @@ class Store:
                 time.sleep(pause * (1 + os.urandom(1)[0] / 256))
                 pause = min(1.5 * pause, _PROBE_SECONDS[1])
 
-    def _tend(self) -> None:
-        try:
-            self.target.tend_lake()
-        except DatabaseLockedError:  # somebody else is at it
-            pass
-        except AuditError as error:
-            self._diagnostics.report("lake", "small files could not be merged", error=error)
-
-    def _retain(self, retention: float) -> None:
-        try:
-            with self.target.session(read_only=False, wait=0.0, guest=True) as engine:
-                news = retain(engine, self.target, self._ledger, retention)
-            self._diagnostics.inform("retention", news)
-            self._retention = None
-        except AuditError as error:
-            self._diagnostics.report("retention", "old events could not be purged", error=error)
-
     # --- reading
 
-    def reading(self, *, wait: float = 5.0) -> contextlib.AbstractContextManager[Reading]:
+    @contextlib.contextmanager
+    def reading(self, *, wait: float = 5.0) -> Iterator[Reading]:
         """Open table and journal as one log; nobody can ingest until the block ends.
 
         Raises:
             DatabaseNotFoundError: there is neither a database nor a journal.
             JournalError: the journal can't be read.
         """
-        return Reader(self.target, self.journal, self._diagnostics).open(wait=wait)
+        self.target.let_ingest_pass(wait)
+        with scratch_folder() as folder, contextlib.closing(self.target.open_engine()) as engine:
+            reading = Reading(engine, folder, self.target)
+            with reading.open(wait):
+                reading.open_running(self.journal.running())
+                if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
+                    raise DatabaseNotFoundError(
+                        f"Audit database not found at {self.target.name}. Either audit logging is not "
+                        "enabled for the profile, or no events have been logged yet (the database is created "
+                        "on first write)."
+                    )
+                for text in reading.oddities:
+                    self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
+                yield reading
 
     def losses(self, reading: Reading) -> list[tuple[int, str]]:
         """Return the losses of the last 30 days: how many events each time, and when and why."""
@@ -10126,7 +10003,7 @@ class Store:
             with self.target.session(read_only=True, wait=wait) as engine:
                 return plan_removal(engine, self.target, before)
         with self._alone(wait), self.target.session(read_only=False, wait=wait) as engine:
-            return purge_before(engine, self.target, self._ledger, before, archive)
+            return purge_before(engine, self.target, before, archive)
 
     def backup(self, path: str, *, wait: float = 5.0) -> int:
         """Copy the whole log into one database file, as of one moment, while servers run.
@@ -10142,7 +10019,7 @@ class Store:
                 raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
         with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
             self.ingest()
-        return back_up(self.target, self.journal, path, wait=wait)
+        return back_up(self.target, path, wait=wait)
 
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
         """Put a backup in place of the database, with all that the database holds besides.
@@ -10155,7 +10032,7 @@ class Store:
         """
         self._refuse_remote("restore")
         with self._alone(wait):
-            return put_back(self.target, self.journal, path, wait=wait)
+            return put_back(self.target, path, wait=wait)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
         """Write the database anew, without the room that purged rows left, and return both sizes in bytes.
@@ -10296,7 +10173,7 @@ class Follower:
             return []
         engine = self._engine = self._engine or self._target.open_engine()
         with scratch_folder() as folder:
-            reading = Reading(engine, folder)
+            reading = Reading(engine, folder, self._target)
             reading.open_running(lines)
             return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
 
@@ -10314,38 +10191,29 @@ class Follower:
         with self._target.attached(engine, read_only=True):
             signature = self._target.signature()  # nobody can ingest now
             present = self._target.columns(engine)
-            entries: list[Row] = []
-            total, behind = 0, False
-            for entry in engine.execute(asked) if "ledger" in present else ():
-                total += entry[4] or 0
-                if entries and total > _LOOK_EVENTS:
-                    behind = True
-                    break
-                entries.append(entry)
-            rows = (
-                self._rows_of(engine, sound_rows(present["logs"]), entries)
-                if entries and "logs" in present
-                else []
-            )
+            found = engine.execute(asked) if "ledger" in present else []
+            totals = itertools.accumulate(entry[4] or 0 for entry in found)
+            entries = found[:1] + [e for e, total in zip(found, totals) if total <= _LOOK_EVENTS][1:]
+            rows = self._rows_of(engine, present["logs"], entries) if entries and "logs" in present else []
         for journal, position, kind, segment, _, _ in entries:
             self._positions[journal] = max(position, self._positions.get(journal, 0))
             if kind == "segment":
                 self._tails[segment] = _SETTLED
-        self.is_behind = behind or len(entries) == _LOOK_ENTRIES
+        self.is_behind = len(entries) < len(found) or len(found) == _LOOK_ENTRIES
         self._signature = None if self.is_behind else signature
         self._next_look = time.monotonic() + (0 if self.is_behind else _REMOTE_SECONDS)
         if engine.name == "cli" and self._target.is_file:  # a process for nothing, until then
             self.close()
         return rows
 
-    def _rows_of(self, engine: Engine, source: str, entries: Sequence[Row]) -> list[Row]:
+    def _rows_of(self, engine: Engine, types: Mapping[str, str], entries: Sequence[Row]) -> list[Row]:
         """Return the unseen rows of entries, and a notice for each loss and each gap."""
         tails = {
             segment: self._tails.get(segment, 0)
             for _, _, kind, segment, _, _ in entries
             if kind in ("segment", "legacy")
         }
-        engine.execute(_FRESH.format(rows=source, tails=listed(_TAILS, tails.items())))
+        engine.execute(_FRESH.format(rows=sound_rows(types), tails=listed(_TAILS, tails.items())))
         fresh = engine.execute(f"SELECT {SEGMENT_OR_DAY} AS k, count(*) AS n FROM fresh GROUP BY k")
         counts: dict[str, int] = dict(fresh)
         notices = []
@@ -10371,30 +10239,26 @@ class Follower:
         if not grown:
             return []
         engine = self._engine = self._engine or self._target.open_engine()
-        longest = max(LONGEST_LINE, *(sizes[each] + 1 for each in grown))
         found = [paths[each] for each in grown]
         tails = listed(_TAILS, [(each, self._tails.get(each, 0)) for each in grown])
         try:
             with scratch_folder() as folder:
-                files = {"files": combine(found, folder), "longest": longest, "lenient": True}
-                engine.execute(_FRESH.format(rows=bind(JOURNAL_ROWS, files), tails=tails))
+                rows = journal_rows(combine(found, folder), max(sizes[each] for each in grown))
+                engine.execute(_FRESH.format(rows=rows, tails=tails))
         except QueryError:
             self.close()
             if all(map(os.path.exists, found)):
                 raise
             return []  # ingested at this moment: the ledger tells the next look
         last = engine.execute("SELECT segment, max(seq) AS last FROM fresh GROUP BY segment")
-        rows = self._matching(engine)
+        matching = self._matching(engine)
         self._tails.update(last)
         self._sizes = sizes
-        return rows
+        return matching
 
     def _matching(self, engine: Engine) -> list[Row]:
-        where, params = self._what.where()
-        notices = "type IN ('loss', 'gap')" if self._notices else "false"
-        return engine.execute(
-            f"SELECT {self._columns} FROM fresh WHERE ({where}) OR {notices} ORDER BY {OLDEST_FIRST}", params
-        )
+        where = f"({self._what.where()})" + (" OR type IN ('loss', 'gap')" if self._notices else "")
+        return engine.execute(f"SELECT {self._columns} FROM fresh WHERE {where} ORDER BY {OLDEST_FIRST}")
 
 
 # == Health ==
@@ -10408,11 +10272,6 @@ class Fault(NamedTuple):
     remedy: str
 
 
-_REMEDIES_OF: Final[Mapping[type[StoreError], str]] = {
-    DatabaseLockedError: "close that program; events wait in the journal meanwhile",
-    DatabaseUnreachableError: "check address, network and login; events wait in the journal meanwhile",
-    DatabaseCorruptError: "move the file aside or restore a backup, then run `ingest`",
-}
 _HANGS_MS: Final = 3_600_000
 _REFUSED: Final = """\
 SELECT count(*) AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
@@ -10436,8 +10295,13 @@ class Checkup:
                 "set `enabled: true` in its `audit` section",
             )
         self._examine_journal()
-        if self._examine_engine():
+        try:
+            with contextlib.closing(open_engine()) as engine:
+                self.report["engine"] = {"name": engine.name, "version": engine.version()}
             self._examine_database(wait)
+        except StoreError as error:
+            self.report.setdefault("engine", None)
+            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
         if self._store.target.is_file:
             self._examine_access()
         self.report = {
@@ -10450,17 +10314,6 @@ class Checkup:
     def _fault(self, problem: str, remedy: str) -> None:
         self.faults.append(Fault(problem, remedy))
 
-    def _examine_engine(self) -> bool:
-        try:
-            engine = open_engine()
-            with contextlib.closing(engine):
-                self.report["engine"] = {"name": engine.name, "version": engine.version()}
-        except StoreError as error:
-            self.report["engine"] = None
-            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
-            return False
-        return True
-
     def _examine_database(self, wait: float) -> None:
         state: dict[str, Any] = {"path": self._store.target.name, "readable": False, "events": None}
         self.report["database"] = state
@@ -10472,34 +10325,28 @@ class Checkup:
                 count = "SELECT count(*) FROM table_rows"
                 ((state["events"],),) = reading.engine.execute(count)
                 for text in reading.oddities:
-                    self._fault(
-                        f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
-                    )
+                    problem = f"{text}: what is shown may not be what was recorded"
+                    self._fault(problem, "see what `verify` finds")
                 self._examine_calls(reading)
                 for _, text in self._store.losses(reading):
-                    self._fault(
-                        f"events were lost: {text}",
-                        "they are gone; mend the reason. 30 days on it counts as healthy",
-                    )
+                    remedy = "they are gone; mend the reason. 30 days on it counts as healthy"
+                    self._fault(f"events were lost: {text}", remedy)
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
         except StoreError as error:
-            self._fault(str(error), _REMEDIES_OF.get(type(error), "run with --debug for the whole story"))
+            text, _, remedy = str(error).rpartition("; ")  # as `Target.attached` puts it
+            self._fault(text or remedy, remedy if text else "run with --debug for the whole story")
         except JournalError:  # a fault already
             pass
 
     def _examine_calls(self, reading: Reading) -> None:
         """Report calls that hang, and those that a strict logger refused."""
         for row in reading.running(Filter(min_ms=_HANGS_MS)):
-            call = dict(zip(PUBLIC_COLUMNS, row))
-            self._fault(
-                f"{call['type']} {call['name']} has run since {call['timestamp']}",
-                "see `log --running`; if it hangs, end it or its server",
-            )
+            problem = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
+            self._fault(problem, "see `log --running`; if it hangs, end it or its server")
         since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
-        ((count, first, last),) = reading.ask(
-            Filter(since=since, error_type="AuditUnavailableError"), _REFUSED
-        )
+        refused = Filter(since=since, error_type="AuditUnavailableError")
+        ((count, first, last),) = reading.ask(refused, _REFUSED)
         self.report["refused"] = count
         if count:
             self._fault(
@@ -10512,23 +10359,19 @@ class Checkup:
         state: dict[str, Any] = {"path": journal.directory}
         self.report["journal"] = state
         try:
-            survey = journal.survey()
+            state |= journal.survey()
         except JournalError as error:
             self._fault(str(error), "check its permissions, and whether its file system has locks")
             return
-        state |= survey
-        if survey["orphaned"]:
-            since = survey["oldest_pending"]
-            self._fault(
-                f"{counted(survey['orphaned'], 'segment')} since {since}, taken in by nobody",
-                "run `python -m mxcp_audit ingest`; if that fails, it says why",
-            )
-        if survey["rejected"]:
-            self._fault(
-                f"lines could not be ingested: {counted(survey['rejected'], 'file')} in {journal.directory}",
-                "read the .rejected files, keep what matters, and remove them",
-            )
-        if survey["torn"]:
+        if state["orphaned"]:
+            problem = f"{counted(state['orphaned'], 'segment')} since {state['oldest_pending']}"
+            remedy = "run `python -m mxcp_audit ingest`; if that fails, it says why"
+            self._fault(f"{problem}, taken in by nobody", remedy)
+        if state["rejected"]:
+            problem = f"lines could not be ingested: {counted(state['rejected'], 'file')}"
+            remedy = "read the .rejected files, keep what matters, and remove them"
+            self._fault(f"{problem} in {journal.directory}", remedy)
+        if state["torn"]:
             state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
 
     def _examine_access(self) -> None:
@@ -11375,7 +11218,9 @@ class Importer:
         self._digest, self._events = hashlib.sha256(), self._read(path)
         self._next = next(self._events, None)
         while self._next is not None:
-            part = self._part_id(*self._next[:2])
+            digest = self._digest.copy()
+            digest.update(self._next[0])
+            part = f"{new_segment_id(self._next[1]).rpartition('-')[0]}-{digest.hexdigest()[:8]}"
             # Parts are ingested one after the other: after a new one, all are new.
             there = None if events else patiently(functools.partial(self._store.imported, part), self._wait)
             if there is not None:
@@ -11409,11 +11254,6 @@ class Importer:
                     continue
                 if found is not None:
                     yield line, *found
-
-    def _part_id(self, line: bytes, now_ns: int) -> str:
-        here = self._digest.copy()
-        here.update(line)
-        return f"{new_segment_id(now_ns).rpartition('-')[0]}-{here.hexdigest()[:8]}"
 
     def _taken(self, day: int | None = None) -> Iterator[_Imported]:
         """Take the next events, or those of one day."""

@@ -588,8 +588,8 @@ def test_filters_are_pushed_down_to_postgresql(make_host: Make) -> None:
 import json
 from mxcp_audit import Store, load_config, Filter
 with Store(load_config()).reading() as reading:
-    sql, params = reading._select("name", Filter(tools=("x",), since="2020-01-01 00:00:00"), None, False)
-    print(json.dumps(reading.engine.execute("EXPLAIN " + sql, params)))
+    sql = reading._select("name", Filter(tools=("x",), since="2020-01-01 00:00:00"), None, False)
+    print(json.dumps(reading.engine.execute("EXPLAIN " + sql)))
 """
     plan = json.dumps(host.run(script), ensure_ascii=False)
     scan = plan[plan.index("POSTGRES_SCAN") :]

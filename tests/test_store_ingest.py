@@ -158,7 +158,7 @@ def test_ingest_that_is_interrupted_rejects_nothing(db: Path, engine: str) -> No
         opened.execute = execute  # type: ignore[method-assign]
         return opened
 
-    store.target._opener = opener
+    store.target.open_engine = opener
     with pytest.raises(mxcp_audit.StoreError, match="Interrupted"):
         store.ingest()
     assert path.exists() and not path.with_suffix(".rejected").exists() and told(store).rejected == 0
