@@ -6822,6 +6822,10 @@ def listed(columns: str, rows: Collection[Sequence[object]]) -> str:
     )
 
 
+def among(column: str, values: Iterable[object]) -> str:
+    return f"{column} IN (SELECT unnest({sql_literal(list(values))}))"
+
+
 _NAMES: Final = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
 _ISO_FORMAT: Final = "'%Y-%m-%dT%H:%M:%S.%fZ'"
@@ -6842,10 +6846,7 @@ _OUR_TABLES: Final = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
 CREATE_LOGS: Final = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
-# The ledger: an entry for each segment, loss and purge, and one for an older table's rows (`legacy`).
-# `position` counts the entries of one journal's chain from 1. `marks` holds four hex digits of each
-# event's hash in order of seq, so that a changed event can be named; null where seq has gaps.
-# Also update docs/security.md, and tools/verify_independently.py, which knows it from there.
+# docs/security.md tells what these columns mean, and tools/verify_independently.py knows it from there.
 LEDGER_DEFINITIONS: Final = (
     "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
     "last_event TIMESTAMP, digest VARCHAR, marks VARCHAR, detail VARCHAR, host VARCHAR, "
@@ -6883,11 +6884,8 @@ _TIME_NUMBER: Final = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE 
 
 
 def row_hash(columns: Sequence[Column]) -> str:
-    """Return the SQL of a row's hash: SHA-256 of its canonical form, which no two different rows share.
+    """Return the SQL of a row's hash, in the form that docs/security.md tells.
 
-    A number for each column, separated by `|`: an integer itself, a timestamp's microseconds since
-    the epoch, a text's length in bytes; nothing for NULL. Then `|` and all texts, one after the other.
-    Then each of NEW_COLUMNS that isn't NULL, as `|name:number` or `|name:length:text`.
     Of events, the segment's text is left out, which its entry has: hashing it costs a tenth of an ingest.
     """
     new = NEW_COLUMNS if columns is COLUMNS else ()
@@ -7138,9 +7136,7 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
         value = f"({_EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
             value = name if typed else f"strftime(timestamp, {_ISO_FORMAT})"
-        elif name == "duration_ms":
-            value = name if typed else "duration_ms::BIGINT"
-        elif harmless and name != "result_bytes":
+        elif harmless and name not in ("duration_ms", "result_bytes"):
             formula = sql_literal(FORMULA)
             value = f"CASE WHEN regexp_matches({value}, {formula}) THEN '''' || {value} ELSE {value} END"
         yield name, value
@@ -7191,10 +7187,8 @@ STATS_BY: Final = {
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
 }
 _STATS: Final = """\
-SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
-       q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
-       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen,
-       running::BIGINT AS running
+SELECT {shown} AS k, calls, errors, denied, q[1] AS p50_ms, q[2] AS p95_ms, q[3] AS p99_ms, max_ms,
+       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen, running
 FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
              count(*) FILTER (WHERE status = 'error') AS errors,
              count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
@@ -7203,7 +7197,8 @@ FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS
       FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
             FROM ({source})) GROUP BY ALL)
 ORDER BY {order} LIMIT {count}"""
-STATS_COLUMNS: Final = tuple(re.findall(r" AS (\w+)", _STATS.partition("FROM (")[0]))[1:]
+_FIGURES: Final = ("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms")
+STATS_COLUMNS: Final = (*_FIGURES, "first_seen", "last_seen", "running")
 
 
 def stats_query(source: str, by: str, sort: str, count: int) -> str:
@@ -7302,14 +7297,11 @@ def _like(text: str) -> str:
 # === Engines ===
 # depends on: Errors, SQL
 #
-# The two ways to DuckDB: the package, in this process, and the program, as a child that is fed SQL
-# on standard input. Both take the same statements and return the same values. A session begins at
-# the first `execute` and ends with `close`, or with the first error: then whatever was attached or
-# begun is gone, and the next `execute` begins a new one.
+# The ways to DuckDB, which take the same statements and return the same values. A session begins at the
+# first `execute` and ends with `close`, or with the first error: then whatever was attached or begun is gone.
 
 Params: TypeAlias = Mapping[str, object]
 Row: TypeAlias = tuple[Any, ...]
-_PARAMETER: Final = re.compile(r"\$([a-z_][a-z_0-9]*)")
 
 
 # --- what DuckDB says
@@ -7374,7 +7366,7 @@ def is_data_fault(error: QueryError) -> bool:
 
 def bind(sql: str, params: Params) -> str:
     """Return a statement of ours with its `$name` parameters replaced by literals."""
-    return _PARAMETER.sub(lambda match: sql_literal(params[match[1]]), sql)
+    return re.sub(r"\$([a-z_]+)", lambda name: sql_literal(params[name[1]]), sql) if params else sql
 
 
 _GUEST_MEMORY: Final = "256MB"  # an ingest is a guest beside its server; a batch of 64 MiB fits
@@ -7434,34 +7426,27 @@ class PackageEngine(Engine):
 
     def _open(self) -> Any:
         duckdb = _duckdb()
-        config: dict[str, Any] = {"temp_directory": _scratch_directory()}
-        if self._guest:
-            config |= {"threads": 1, "memory_limit": _GUEST_MEMORY}
+        guest = {"threads": 1, "memory_limit": _GUEST_MEMORY} if self._guest else {}
         self._process_id = os.getpid()
-        connection = duckdb.connect(":memory:", config=config)
+        connection = duckdb.connect(":memory:", config={"temp_directory": _scratch_directory(), **guest})
         connection.execute(_SESSION_SETTINGS)
         with contextlib.suppress(duckdb.Error):  # some builds know no time zones
             connection.execute("SET TimeZone = 'UTC'")
         return connection
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        duckdb = _duckdb()
+        duckdb, text = _duckdb(), bind(sql, params)
         try:
-            if self._connection is None:
-                self._connection = self._open()
-            used = {name: params[name] for name in _PARAMETER.findall(sql)} if params else None
-            result = self._connection.execute(sql, used)
+            self._connection = self._connection or self._open()
+            result = self._connection.execute(text)
             while rows := result.fetchmany(1000):
                 yield from rows
-        except (duckdb.Error, UnicodeEncodeError, RuntimeError) as error:
+        except (duckdb.Error, RuntimeError) as error:
             self.close()
             if isinstance(error, duckdb.Error):
                 raise store_error(str(error)) from error
             if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes a RuntimeError
                 raise KeyboardInterrupt from error
-            # What the package, and its older versions, make of half a character.
-            if isinstance(error, UnicodeEncodeError) or "Unable to cast" in str(error):
-                raise QueryError("the text can't be searched for: surrogates not allowed") from error
             raise
 
     def interrupt(self) -> None:
@@ -7520,12 +7505,11 @@ class CliEngine(Engine):
         import tempfile
 
         self._complaints = tempfile.TemporaryFile()
-        # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
-        environ = {"PGOPTIONS": "-c lock_timeout=3000", **os.environ, "TZ": "UTC"}
         try:
             process = subprocess.Popen(
                 [self.program, *self._options],
-                env=environ,
+                # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
+                env={"PGOPTIONS": "-c lock_timeout=3000", **os.environ, "TZ": "UTC"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -7542,17 +7526,15 @@ class CliEngine(Engine):
         return process
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        text = bind(sql, params) if params else sql
+        text = bind(sql, params)
         process = self._process = self._process or self._open()
         assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(f"{text}\n;\n.print {self._mark}\n".encode())
-            process.stdin.flush()
-        except OSError:
-            raise self._failure() from None
         mark = self._mark.encode() + b"\n"
         finished = False
         try:
+            with contextlib.suppress(OSError):  # it has ended, and says why
+                process.stdin.write(f"{text}\n;\n.print {self._mark}\n".encode())
+                process.stdin.flush()
             for line in process.stdout:
                 line = _COLOUR.sub(b"", line)
                 if line == mark:
@@ -7561,13 +7543,11 @@ class CliEngine(Engine):
                 if line.startswith(b"{"):  # else it is a warning
                     row = decode_json(line) if b'"":' in line else json.loads(line)
                     yield tuple(row.values())
-            raise self._failure()
+            self.close()
+            raise store_error(self._complaint or "the duckdb program ended without a word (was it killed?)")
         finally:
             if not finished:
-                self._end()
-
-    def _failure(self) -> StoreError:
-        return store_error(self._end() or "the duckdb program ended without a word (was it killed?)")
+                self.close()
 
     def interrupt(self) -> None:
         """Kill the child; the transaction that it was in never happened."""
@@ -7575,15 +7555,12 @@ class CliEngine(Engine):
             process.kill()
 
     def close(self) -> None:
-        self._end()
-
-    def _end(self) -> str:
-        """End the child, kill it if it goes on computing, and return what it complained of."""
+        """End the child, kill it if it goes on computing, and keep what it complained of."""
         import subprocess
 
         process, self._process = self._process, None
         if process is None:
-            return ""
+            return
         for pipe in filter(None, (process.stdin, process.stdout)):
             with contextlib.suppress(OSError):
                 pipe.close()
@@ -7594,15 +7571,14 @@ class CliEngine(Engine):
             process.wait()
         with self._complaints as complaints:
             complaints.seek(0)
-            return complaints.read().decode("utf-8", "replace").strip()
+            self._complaint = complaints.read().decode("utf-8", "replace").strip()
 
 
 class ApartEngine(CliEngine):
     """The `duckdb` package in a child process that behaves like the program.
 
-    For targets that are no file: when PostgreSQL goes away at the wrong moment, its extension ends the
-    process that it is in (1.5.5), and while it waits nothing can interrupt it. And where DuckDB can't
-    run: in a forked process, which may have inherited half of one, and in a subinterpreter, where it hangs.
+    For targets that are no file, as docs/design.md tells, and where DuckDB can't run: in a forked process,
+    which may have inherited half of one, and in a subinterpreter, where it hangs.
     """
 
     name = "package"
@@ -7731,9 +7707,8 @@ def open_engine(
 # === Store ===
 # depends on: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines
 #
-# The log as a whole: table and journal. Guarantees: every event gets into the table exactly once, is seen
-# exactly once while it does, and leaves only by a purge that is entered. Each part below says what it adds
-# to that, and names only parts above it.
+# The log as a whole: table and journal. Every event gets into the table exactly once, is seen exactly once
+# while it does, and leaves only by a purge that is entered.
 
 # == Target ==
 # depends on: Errors, Config, Events, Journal, SQL, Engines
@@ -8089,12 +8064,7 @@ class Target:
             ) from error
 
     def create_tables(self, engine: Engine) -> None:
-        """Make the missing tables and columns; the target is attached for writing.
-
-        Where it is no file, a commit that was sent may be finished after the next ingest has looked. So
-        two transactions that take in the same segments must collide: in PostgreSQL over the position in the
-        ledger, in DuckLake, which has no such index, over the one row of a journal's own table.
-        """
+        """Make the missing tables and columns, and what lets two ingests of a journal collide."""
         present = self.columns(engine)
         if "logs" not in present:
             engine.execute(CREATE_LOGS)
@@ -8191,10 +8161,7 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
 # == Ledger ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target
 #
-# What is in the database, sealed: each entry's seal covers the entry and the seal before it, so that one seal
-# shows whether anything up to it was changed. Digests are computed in SQL; seals here, because a chain is no
-# query and DuckDB has no HMAC. docs/security.md says what this proves, to whom, and what it doesn't.
-#
+# What is in the database, sealed: docs/security.md says what this proves, to whom, and what it doesn't.
 # Everything that changes `logs` does it in `Ledger.writing`, and enters there what it did.
 
 
@@ -8213,11 +8180,7 @@ _KEYED: Final = "k:"  # marks a seal that was made with a key
 
 
 def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
-    """Return the keys of the chain, the one that seals first; none if the chain has no key.
-
-    `MXCP_AUDIT_KEY_FILE` names a file of one key a line, newest first, so that a key can be replaced;
-    without it `MXCP_AUDIT_KEY` is the only key.
-    """
+    """Return the keys of the chain, the one that seals first; none if the chain has no key."""
     import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
 
     path, key = environ.get("MXCP_AUDIT_KEY_FILE"), environ.get("MXCP_AUDIT_KEY", "")
@@ -8355,9 +8318,8 @@ def chain_heads(engine: Engine) -> list[Head]:
 
 def known_segments(engine: Engine, segments: Sequence[str], *, kind: str = "segment") -> set[str]:
     """Return those of the segments that have an entry of a kind."""
-    sql = "SELECT segment FROM audit.ledger WHERE kind = $kind AND segment IN (SELECT unnest($segments))"
-    asked = {"segments": segments, "kind": kind}
-    return {segment for (segment,) in engine.execute(sql, asked)} if segments else set()
+    sql = f"SELECT segment FROM audit.ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
+    return {segment for (segment,) in engine.execute(sql)} if segments else set()
 
 
 def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
@@ -8371,11 +8333,7 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 # == Ingest ==
 # depends on: Errors, Encoding, Journal, Writer, SQL, Engines, Target, Ledger
 #
-# Moves segments into `logs` exactly once: the ledger's entry of a segment is committed together with its
-# rows, so that a step repeated after a crash finds that it is done. The caller holds the ingest lock.
-#
-# Caveat: a damaged WAL opens without an error and drops the last transaction. → Segments stay until a
-# checkpoint succeeded.
+# Moves segments into `logs` exactly once, as docs/design.md tells. The caller holds the ingest lock.
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_READ: Final = 2**28  # a longer line is put aside: DuckDB would need twice its size
@@ -8525,15 +8483,13 @@ class Ingest:
             entries: list[str] = []
             if known:
                 entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
-                where = "segment IN (SELECT unnest($segments))"
-                engine.execute(f"DELETE FROM batch WHERE {where}", {"segments": sorted(known)})
+                where = among("segment", known)
+                engine.execute(f"DELETE FROM batch WHERE {where}")
                 # Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger
                 # may be what the page cache says and not what the disk says.
-                touch = (
-                    f"UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment' AND {where}"
-                )
+                touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
                 if self._target.is_file:
-                    engine.execute(touch, {"segments": sorted(known)})
+                    engine.execute(f"{touch} AND {where}")
             losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
                 self._target.change_logs(engine, INSERT_ROWS)
@@ -8554,28 +8510,23 @@ class Ingest:
         return set(fresh)
 
     def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Put aside the ends of calls that are on record as unfinished; return how many of each segment.
-
-        A process that lost its locks, or whose journal was copied while it ran, writes such lines.
-        """
+        """Put aside the ends of calls that are on record as unfinished; return how many of each segment."""
         calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
-        late: dict[str, list[tuple[int, str, bytes]]] = {}
+        late = collections.defaultdict[str, list[tuple[int, str, bytes]]](list)
         if calls:
             since = datetime.datetime.strptime(min(calls)[:22], "%Y%m%dT%H%M%S%fZ")
-            asked = {"calls": list(calls), "since": str(since), "error": UNFINISHED}
-            sql = """\
+            sql = f"""\
 SELECT DISTINCT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
-WHERE timestamp >= $since::TIMESTAMP - INTERVAL 1 MINUTE AND error = $error
-AND call IN (SELECT unnest($calls))"""
-            for (call,) in engine.execute(sql, asked):
+WHERE timestamp >= '{since}'::TIMESTAMP - INTERVAL 1 MINUTE AND error = {sql_literal(UNFINISHED)}
+AND {among("call", calls)}"""
+            for (call,) in engine.execute(sql):
                 claim, seq = calls[call]
                 line = next((each for each in claim.read().splitlines() if call.encode() in each), b"")
-                reason = "its call is on record already, as unfinished"
-                late.setdefault(claim.id, []).append((seq, reason, line))
+                late[claim.id].append((seq, "its call is on record already, as unfinished", line))
         for claim in claims:
             if faults := late.get(claim.id):
-                sql = "DELETE FROM batch WHERE segment = $segment AND seq IN (SELECT unnest($seqs))"
-                engine.execute(sql, {"segment": claim.id, "seqs": [seq for seq, *_ in faults]})
+                seqs = among("seq", [seq for seq, *_ in faults])
+                engine.execute(f"DELETE FROM batch WHERE segment = '{claim.id}' AND {seqs}")
                 claim.reject(sorted(faults))
         return {segment: len(faults) for segment, faults in late.items()}
 
@@ -8621,10 +8572,7 @@ def refuse_fatal_limit() -> None:
 # == Reading ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Table and journal as one log. A reader attaches read-only, then lists the journal, then asks the ledger:
-# while it holds DuckDB's lock nobody can ingest, so the three agree, and every event is seen once. A target
-# that is no file has no such lock: there a reader holds this host's ingest lock, shared with other readers,
-# and reads in one transaction; other hosts' events come from the table alone.
+# Table and journal as one log, in which every event is seen once, as docs/design.md tells.
 
 
 class Reading:
@@ -9030,9 +8978,6 @@ def interruptible(engine: Engine) -> Iterator[None]:
 #
 # Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first, so that
 # what somebody had changed stays known as changed when it is gone.
-#
-# An entry is believed if its seal is right: made with the key where there is one, or met by a checkpoint.
-# Each segment must be exactly as entered, or absent if an entry that is believed says that it was purged.
 
 
 # --- what is found
@@ -9419,8 +9364,7 @@ def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
 # == Removal ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger, Evidence
 #
-# Removes old events by whole segments, in one transaction that enters what went. They are compared with the
-# ledger before, and archived on request. Retention is a purge a day, and trusts no clock that jumped.
+# Removes old events by whole segments, compared with the ledger, in one transaction that enters what went.
 
 
 class Removal(NamedTuple):
@@ -9566,7 +9510,7 @@ def retain(engine: Engine, target: Ledger, retention: float) -> str:
     """Purge what is older than the retention by the ledger's time, and return a text of what went.
 
     A clock that jumped forward makes everything look old, so only time counts in which the ledger shows that
-    this log was alive: a server that was off for a month keeps its events a month longer.
+    this log was alive.
     """
     target.create_tables(engine)
     verdict = Verdict(engine, target, seal_keys())
@@ -9603,8 +9547,8 @@ WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORD
 # == Copies ==
 # depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
 #
-# Copies of the whole log: a backup elsewhere, and the database written anew in its place. A copy is read back
-# before it gets its name, appears whole or not at all, and overwrites nothing else.
+# Copies of the whole log, elsewhere or in its place. A copy is read back before it gets its name, appears
+# whole or not at all, and overwrites nothing else.
 
 
 def back_up(target: Target, path: str, *, wait: float) -> int:
@@ -9783,8 +9727,7 @@ def _put_in_place(path: str, target: str) -> None:
 # depends on: Errors, Config, Events, Journal, Writer, Engines, Target, Ledger, Ingest,
 # Evidence, Removal, Copies, Reading
 #
-# What can be done with the log of a configuration. Each operation opens what it needs, in the order that
-# keeps others out, and leaves the work to the parts above.
+# What can be done with the log of a configuration, in the order that keeps others out.
 
 _LOSS_DAYS: Final = 30  # arbitrary: how long lost events are pointed out
 _PROBE_SECONDS: Final = (0.03, 0.6)  # the first and the longest pause between two tries for the database
@@ -10079,9 +10022,8 @@ class Store:
 # == Follow ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
 #
-# New events as they come, without keeping anybody from ingesting, and from where a cursor says. What is new
-# is known by position: of entries in the ledger, and of lines in the segments that the ledger lacks. Time
-# plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
+# New events as they come, known by position: of entries in the ledger, and of lines in the segments that the
+# ledger lacks. Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
 
 _LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory, and how long the database is held
 _LOOK_ENTRIES: Final = 1000  # of the ledger, likewise
