@@ -4104,7 +4104,7 @@ class Appender:
         diagnostics: Diagnostics,
         encode_begin: Callable[[Any, str], bytes] = lambda call, ref: b"",
     ) -> None:
-        self.journal = journal
+        self.journal: Journal = journal
         self.begun = Begun(journal, durable=durable, encode=encode_begin)
         self.durable, self.diagnostics = durable, diagnostics
         self._segment: Segment | None = None
@@ -6816,8 +6816,42 @@ if hasattr(os, "register_at_fork"):
 # === SQL ===
 # depends on: Errors, Events, Journal
 #
-# Everything above records, everything below reads. Statements have `$name` parameters; texts that are put
-# together are fixed words of ours, never values. The target, whatever it is, is attached as `audit`.
+# Everything above records, everything below reads. Statements have either `$name` parameters or values as
+# literals, never both, because a literal may hold a `$name`. The target is attached as `audit`.
+
+
+def sql_literal(value: object) -> str:
+    """Return a value as SQL. Raises QueryError for a text with NUL."""
+    if value is None:
+        return "NULL"
+    if isinstance(value, int):
+        return str(value).lower()  # of a bool, too
+    if isinstance(value, str):
+        if "\0" in value:
+            raise QueryError("a text with a NUL character can't be searched for; the log holds none")
+        value = value.encode("utf-8", "replace").decode()
+        quoted = "'" + value.replace("'", "''") + "'"
+        if "\r" in value or "\3" in value:  # the program drops the former, and a line with the latter
+            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r").replace("\3", "\\x03")
+        return quoted
+    if isinstance(value, (list, tuple)):
+        return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
+    raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
+
+
+def listed(columns: str, rows: Collection[Sequence[object]]) -> str:
+    """Return the SELECT of rows of values; `columns` defines theirs."""
+    definitions = [definition.split() for definition in columns.split(", ")]
+    values = zip(*rows) if rows else [()] * len(definitions)
+    return "SELECT " + ", ".join(
+        f"unnest({sql_literal(value)}::{sql_type}[]) AS {name}"
+        for (name, sql_type), value in zip(definitions, values)
+    )
+
+
+def among(column: str, values: Iterable[object]) -> str:
+    return f"{column} IN (SELECT unnest({sql_literal(list(values))}))"
+
 
 _NAMES: Final = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
@@ -6839,45 +6873,14 @@ _OUR_TABLES: Final = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
 CREATE_LOGS: Final = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
-WIDEN_LOGS: Final = tuple(
-    f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {column.name} {column.sql_type}"
-    for column in COLUMNS[10:]
-)
-# The ledger: an entry for each segment, loss and purge, and one for an older table's rows (`legacy`).
-# `position` counts the entries of one journal's chain from 1. `marks` holds four hex digits of each
-# event's hash in order of seq, so that a changed event can be named; null where seq has gaps.
-# Also update docs/security.md, and tools/verify_independently.py, which knows it from there.
-_LEDGER_DEFINITIONS: Final = (
+# docs/security.md tells what these columns mean, and tools/verify_independently.py knows it from there.
+LEDGER_DEFINITIONS: Final = (
     "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
     "last_event TIMESTAMP, digest VARCHAR, marks VARCHAR, detail VARCHAR, host VARCHAR, "
     "ingested_at TIMESTAMP, seal VARCHAR"
 )
-LEDGER_COLUMNS: Final = tuple(Column(*words.split()) for words in _LEDGER_DEFINITIONS.split(", "))
-CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({_LEDGER_DEFINITIONS})"
-# Where the target is no file, a commit that was sent may be finished after the next ingest has looked. So two
-# transactions that take in the same segments must collide: in PostgreSQL over the position in the ledger, in
-# DuckLake, which has no such index, over the one row of a journal's own table, which only one can change.
-POSTGRES_INDEXES: Final = (
-    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)",
-    "CREATE INDEX IF NOT EXISTS logs_timestamp ON audit.logs (timestamp)",
-)
-
-
-def turn_statements(journal: str) -> tuple[str, str]:
-    """Return two statements: one makes the table of a journal, the other takes the journal's turn."""
-    if not re.fullmatch("[0-9a-f]{1,64}", journal):
-        raise JournalError("is no identity of a journal; remove the file", path="journal.id")
-    table = f"audit.turn_{journal}"
-    return (
-        f"CREATE TABLE IF NOT EXISTS {table} AS SELECT 0::BIGINT AS taken",
-        f"UPDATE {table} SET taken = taken + 1",
-    )
-
-
-LAKE_COMMIT: Final = "SELECT id::BIGINT FROM ducklake_last_committed_snapshot('audit')"
-LAKE_IS_OURS: Final = """\
-SELECT count(*) = 0 FROM duckdb_tables() WHERE database_name = 'audit'
-AND table_name NOT IN ('logs', 'ledger') AND NOT starts_with(table_name, 'turn_')"""
+LEDGER_COLUMNS: Final = tuple(Column(*words.split()) for words in LEDGER_DEFINITIONS.split(", "))
+CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({LEDGER_DEFINITIONS})"
 # What was replaced stays for a while: somebody may still read it. Only of a lake that has no other tables.
 LAKE_CLEANING: Final = (
     "CALL ducklake_expire_snapshots('audit', older_than => now() - INTERVAL 7 DAYS)",
@@ -6892,26 +6895,15 @@ def lake_chores(commit: int) -> list[str]:
     """
     if commit % 256:
         return []
-    size = 2**20 if commit % 4096 else 2**26
-    chores = [
-        f"CALL {chore}"
-        for table in ("logs", "ledger")
-        for chore in (
-            f"ducklake_flush_inlined_data('audit', table_name => '{table}')",
-            f"ducklake_merge_adjacent_files('audit', '{table}', max_file_size => {size})",
-        )
-    ]
-    return chores if commit % 4096 else [*chores, *LAKE_CLEANING]
+    size, more = (2**20, ()) if commit % 4096 else (2**26, LAKE_CLEANING)
+    merge = "CALL ducklake_merge_adjacent_files('audit', '{}', max_file_size => {})"
+    chores = []
+    for table in ("logs", "ledger"):
+        chores += [f"CALL ducklake_flush_inlined_data('audit', table_name => '{table}')"]
+        chores += [merge.format(table, size)]
+    return [*chores, *more]
 
 
-# duckdb_columns() lists none there.
-QUACK_COLUMNS: Final = """\
-SELECT 'logs' AS table_name, column_name::VARCHAR AS column_name, column_type::VARCHAR AS column_type
-FROM (DESCRIBE audit.logs)
-UNION ALL SELECT 'ledger', column_name::VARCHAR, column_type::VARCHAR FROM (DESCRIBE audit.ledger)"""
-EXTENSION_STATES: Final = """\
-SELECT extension_name::VARCHAR AS name, loaded, installed FROM duckdb_extensions()
-WHERE extension_name IN (SELECT unnest($names))"""
 # --- digests: what the ledger knows a row, and a segment, by
 
 # An infinity has no microseconds, and must not look like NULL.
@@ -6919,24 +6911,23 @@ _TIME_NUMBER: Final = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE 
 
 
 def row_hash(columns: Sequence[Column]) -> str:
-    """Return the SQL of a row's hash: SHA-256 of its canonical form, which no two different rows share.
+    """Return the SQL of a row's hash, in the form that docs/security.md tells.
 
-    A number for each column, separated by `|`: an integer itself, a timestamp's microseconds since
-    the epoch, a text's length in bytes; nothing for NULL. Then `|` and all texts, one after the other.
-    Then each of NEW_COLUMNS that isn't NULL, as `|name:number` or `|name:length:text`.
     Of events, the segment's text is left out, which its entry has: hashing it costs a tenth of an ingest.
     """
-    is_event = columns is COLUMNS
+    new = NEW_COLUMNS if columns is COLUMNS else ()
     numbers = {"TIMESTAMP": _TIME_NUMBER, "VARCHAR": "strlen({0})"}
-    old = [column for column in columns if not (is_event and column in NEW_COLUMNS)]
+    old = [column for column in columns if column not in new]
     head = ", '|', ".join(numbers.get(sql_type, "{0}").format(name) for name, sql_type in old)
-    texts = [
-        name for name, sql_type in old if sql_type == "VARCHAR" and (name, is_event) != ("segment", True)
-    ]
-    for name, sql_type in NEW_COLUMNS if is_event else ():  # `||` with NULL is NULL, which concat leaves out
+    texts = [name for name, sql_type in old if sql_type == "VARCHAR" and not (new and name == "segment")]
+    for name, sql_type in new:  # `||` with NULL is NULL, which concat leaves out
         length = "" if sql_type == "BIGINT" else f"strlen({name}) || ':' || "
         texts.append(f"'|{name}:' || {length}{name}")
     return f"sha256(concat({head}, '|', {', '.join(texts)}))"
+
+
+EVENT_HASH: Final = row_hash(COLUMNS)
+ENTRY_HASH: Final = row_hash(LEDGER_COLUMNS[:-1])
 
 
 def digests(
@@ -6952,8 +6943,7 @@ SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, 
        CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
 FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event, max(timestamp) AS last_event,
              min(seq) AS low, max(seq) AS high, list(hash ORDER BY {order}) AS hashes
-      FROM (SELECT {segment} AS part, timestamp, seq, {row_hash(COLUMNS)} AS hash
-            FROM {source} WHERE {condition})
+      FROM (SELECT {segment} AS part, timestamp, seq, {EVENT_HASH} AS hash FROM {source} WHERE {condition})
       GROUP BY part)"""
 
 
@@ -6961,23 +6951,22 @@ FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event,
 SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
 
 
+def ranges(condition: str = "true") -> str:
+    """Return the SELECT of the first and the last segment of ranges with about $size rows."""
+    return f"""\
+SELECT min(key), max(key) FROM (
+    SELECT key, floor(sum(events) OVER (ORDER BY key ROWS UNBOUNDED PRECEDING) / $size) AS part
+    FROM (SELECT {SEGMENT_OR_DAY} AS key, count(*) AS events FROM sound_logs WHERE {condition} GROUP BY ALL))
+GROUP BY part ORDER BY part"""
+
+
 # --- ingest: segments go into the temporary table `batch`, and from there into `logs`
 
 STAGE: Final = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
-STAGED_COUNTS: Final = """\
-SELECT segment::VARCHAR, count(seq)::BIGINT, count(DISTINCT seq)::BIGINT, count(timestamp)::BIGINT
-FROM batch GROUP BY ALL"""
-KNOWN: Final = """\
-SELECT segment::VARCHAR FROM audit.ledger WHERE kind = $kind AND segment IN (SELECT unnest($segments))"""
-# Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger may be
-# what the page cache says and not what the disk says.
-TOUCH_KNOWN: Final = """\
-UPDATE audit.ledger SET ingested_at = ingested_at
-WHERE kind = 'segment' AND segment IN (SELECT unnest($segments))"""
 # Of segments that the ledger has: how many events it has of each, and whether these are the first lines.
 KNOWN_LINES: Final = f"""\
-SELECT staged.segment::VARCHAR AS segment, entered.events::BIGINT AS events,
-       (staged.events = entered.events AND staged.digest = entered.digest)::BOOLEAN AS same
+SELECT staged.segment AS segment, entered.events AS events,
+       (staged.events = entered.events AND staged.digest = entered.digest) AS same
 FROM ({
     digests(
         "batch JOIN (SELECT segment AS known, max(events) AS most FROM audit.ledger WHERE kind = 'segment' "
@@ -6987,88 +6976,34 @@ FROM ({
     )
 }) AS staged
 JOIN audit.ledger AS entered ON entered.segment = staged.segment AND entered.kind = 'segment'"""
-# Which of some calls are on record as unfinished.
-UNFINISHED_CALLS: Final = """\
-SELECT DISTINCT call::VARCHAR FROM (
-    SELECT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
-    WHERE timestamp >= $since::TIMESTAMP - INTERVAL 1 MINUTE AND error = $error)
-WHERE call IN (SELECT unnest($calls))"""
-UNSTAGE_LINES: Final = "DELETE FROM batch WHERE segment = $segment AND seq IN (SELECT unnest($seqs))"
-UNSTAGE_KNOWN: Final = "DELETE FROM batch WHERE segment IN (SELECT unnest($segments))"
 STAGE_NOTHING: Final = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
 INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 
 
-# --- entering: positions and digests go into the temporary table `entries`, then seals are added
+# --- entering: first into the temporary table `entries`, in order
 
-CREATE_ENTRIES: Final = f"CREATE OR REPLACE TEMP TABLE entries ({_LEDGER_DEFINITIONS})"
-LAST_POSITION: Final = "SELECT coalesce(max(position), 0)::BIGINT FROM audit.ledger WHERE journal = $journal"
-SEAL_AT: Final = """\
-SELECT max(seal)::VARCHAR FROM audit.ledger WHERE journal = $journal AND position = $position"""
-EVENTS_OF: Final = """\
-SELECT coalesce(sum(events), 0)::BIGINT FROM audit.ledger WHERE journal = $journal AND kind = 'segment'"""
-# An older table in ranges of days with about $size rows: the first and the last day of each.
-LEGACY_DAYS: Final = """\
-SELECT min(day)::VARCHAR, max(day)::VARCHAR FROM (
-    SELECT day, floor(sum(events) OVER (ORDER BY day ROWS UNBOUNDED PRECEDING) / $size) AS part
-    FROM (SELECT coalesce(strftime(timestamp, '%Y-%m-%d'), '') AS day, count(*) AS events
-          FROM sound_logs WHERE segment IS NULL GROUP BY day))
-GROUP BY part ORDER BY part"""
+SEAL_AT: Final = "SELECT max(seal) FROM audit.ledger WHERE journal = $journal AND position = $position"
 PREPARE_LEGACY: Final = f"""\
 INSERT INTO entries BY NAME
-SELECT $journal AS journal, 'legacy' AS kind, segment, events, first_event, last_event, digest,
-       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY segment) AS position,
-       $host AS host, $now::TIMESTAMP AS ingested_at
-FROM ({
+SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest FROM ({
     digests(
         "sound_logs",
-        "segment IS NULL AND coalesce(strftime(timestamp, '%Y-%m-%d'), '') BETWEEN $first_day AND $last_day",
+        f"segment IS NULL AND {SEGMENT_OR_DAY} BETWEEN $first_day AND $last_day",
         segment=SEGMENT_OR_DAY,
     )
-})"""
+}) ORDER BY segment"""
 PREPARE_SEGMENTS: Final = f"""\
 INSERT INTO entries BY NAME
-SELECT $journal AS journal, 'segment' AS kind, claimed AS segment,
-       $position + (SELECT count(*) FROM entries) + row_number() OVER (ORDER BY claimed) AS position,
-       coalesce(events, 0) AS events, first_event, last_event, digest, marks,
-       $host AS host, $now::TIMESTAMP AS ingested_at
-FROM (SELECT unnest($segments) AS claimed) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed"""
-PREPARE_ENTRY: Final = """\
-INSERT INTO entries BY NAME
-SELECT $journal AS journal, $position + 1 + (SELECT count(*) FROM entries) AS position,
-       $kind AS kind, $segment::VARCHAR AS segment,
-       $events::BIGINT AS events, make_timestamp($first) AS first_event, make_timestamp($last) AS last_event,
-       $digest::VARCHAR AS digest, $detail AS detail, $host AS host, $now::TIMESTAMP AS ingested_at"""
-PREPARED_HASHES: Final = f"""\
-SELECT position::BIGINT, kind::VARCHAR, events::BIGINT, {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
-FROM entries ORDER BY position"""
-INSERT_ENTRIES: Final = """\
-INSERT INTO audit.ledger BY NAME
-SELECT entries.* REPLACE (sealed AS seal)
-FROM entries JOIN (SELECT unnest($positions) AS place, unnest($seals) AS sealed) ON position = place"""
-CHAIN_ENDS: Final = "SELECT journal::VARCHAR, max(position)::BIGINT FROM audit.ledger GROUP BY journal"
-HEADS: Final = """\
-SELECT journal::VARCHAR, max(position)::BIGINT,
-       coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, arg_max(seal, position)::VARCHAR
-FROM audit.ledger GROUP BY journal ORDER BY journal"""
-# The moment from which on the log was alive for $retention. Only what the ledger shows counts, and a silence
-# of more than $silence not at all; both in microseconds.
-VOUCHED_LIMIT: Final = """\
-SELECT strftime(make_timestamp((later - alive + total - $retention)::BIGINT),
-                '%Y-%m-%d %H:%M:%S.%f')::VARCHAR
-FROM (SELECT later, alive, sum(alive) OVER (ORDER BY later DESC ROWS UNBOUNDED PRECEDING) AS total FROM (
-    SELECT later, CASE WHEN later - hour <= $silence THEN later - hour ELSE 0 END AS alive FROM (
-        SELECT hour, coalesce(lag(hour) OVER (ORDER BY hour DESC), epoch_us($now::TIMESTAMP)) AS later FROM (
-            SELECT DISTINCT epoch_us(date_trunc('hour', ingested_at)) AS hour FROM audit.ledger
-            ANTI JOIN (SELECT unnest($journals) AS journal, unnest($positions) AS position)
-            USING (journal, position) WHERE ingested_at <= $now::TIMESTAMP))))
-WHERE total >= $retention ORDER BY later DESC LIMIT 1"""
+SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events, first_event, last_event, digest,
+       marks
+FROM ({{}}) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed ORDER BY claimed"""
+CHAIN_ENDS: Final = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
 
 # --- verifying: the tables are read through views of known columns and types, whatever somebody made of them
 
 TABLE_TYPES: Final = f"""\
-SELECT lower(table_name)::VARCHAR, lower(column_name)::VARCHAR, data_type::VARCHAR FROM duckdb_columns()
+SELECT lower(table_name), lower(column_name), data_type FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
 # Other types that hold the same values, as in tables that MXCP or a person made.
 SAME_VALUES: Final = {
@@ -7082,26 +7017,23 @@ SAME_VALUES: Final = {
 VIEW: Final = "is a view"
 # What keeps a table from being a plain one; a collation shows in the table's text alone.
 ODDITIES: Final = f"""\
-SELECT view_name::VARCHAR AS name, '{VIEW}' AS what FROM duckdb_views()
+SELECT view_name AS name, '{VIEW}' AS what FROM duckdb_views()
 WHERE {_OUR_TABLES.replace("table_name", "view_name")}
-UNION ALL SELECT table_name::VARCHAR, 'has a column with a collation, or one that is computed'
+UNION ALL SELECT table_name, 'has a column with a collation, or one that is computed'
 FROM duckdb_tables() WHERE {_OUR_TABLES} AND regexp_matches(sql, 'COLLATE|GENERATED ALWAYS')
-UNION ALL SELECT table_name::VARCHAR, concat('has a default for ', column_name)
+UNION ALL SELECT table_name, concat('has a default for ', column_name)
 FROM duckdb_columns() WHERE {_OUR_TABLES} AND column_default IS NOT NULL AND column_default <> 'NULL'"""
 POSTGRES_ODDITIES: Final = """\
 SELECT relname AS name, CASE WHEN relkind NOT IN ('r', 'p') THEN 'is no table'
   WHEN relrowsecurity THEN 'has row security' WHEN relhasrules THEN 'has rules'
   WHEN EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal) THEN 'has triggers'
-  ELSE 'has a column that is computed, or has a default or a collation' END AS what
-FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({0})
-AND (relkind NOT IN ('r', 'p') OR relrowsecurity OR relhasrules
-  OR EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal)
-  OR EXISTS (SELECT 1 FROM pg_attribute a WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
-    AND (atthasdef OR attcollation NOT IN (0, (SELECT oid FROM pg_collation WHERE collname = 'default')))))"""
-
+  WHEN EXISTS (SELECT 1 FROM pg_attribute a WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+    AND (atthasdef OR attcollation NOT IN (0, (SELECT oid FROM pg_collation WHERE collname = 'default'))))
+  THEN 'has a column that is computed, or has a default or a collation' END AS what
+FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({0})"""
 # Who holds a lock that a statement of ours may have waited for; `{0}` is the attached PostgreSQL.
 LOCK_HOLDER: Final = """\
-SELECT holder::VARCHAR FROM postgres_query('{0}', $$
+SELECT holder FROM postgres_query('{0}', $$
 SELECT concat('PID ', pid, ', ', usename, ', ', nullif(application_name, '') || ', ', state, ' since ',
               to_char(state_change AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')) AS holder
 FROM pg_stat_activity JOIN pg_locks USING (pid)
@@ -7110,92 +7042,46 @@ WHERE granted AND relation >= 16384 AND mode IN ('AccessExclusiveLock', 'Exclusi
 ORDER BY xact_start LIMIT 1$$)"""
 
 
-def _in_shape(columns: Sequence[Column], present: Mapping[str, str]) -> str:
-    """Return the SELECT list of columns, by name and type; other types are converted, NULL if that fails."""
+def sound_rows(
+    types: Mapping[str, str], table: str = "audit.logs", columns: Sequence[Column] = COLUMNS
+) -> str:
+    """Return the SELECT of a table's rows in our columns and types: NULL where one is missing, or can't be
+    converted; of no rows if the table has no columns.
+    """
     parts = []
     for name, sql_type in columns:
-        given = present.get(name)
+        given = types.get(name)
         zoned = f"timezone('UTC', {name})" if given == "TIMESTAMP WITH TIME ZONE" else name
         part = name if given == sql_type else f"TRY_CAST({zoned} AS {sql_type}) AS {name}"
         parts.append(part if given else f"NULL::{sql_type} AS {name}")
-    return ", ".join(parts)
+    return f"SELECT {', '.join(parts)} {f'FROM {table}' if types else 'WHERE false'}"
 
 
-def sound_view(table: str, columns: Sequence[Column], types: Mapping[str, str]) -> str:
-    """Return the view of a table in which each column of ours has its type, and is NULL if it is missing."""
-    source = f"FROM audit.{table}" if types else "WHERE false"
-    return f"CREATE OR REPLACE TEMP VIEW sound_{table} AS SELECT {_in_shape(columns, types)} {source}"
+NO_ROWS: Final = sound_rows({})
+SOUND_LOGS: Final = "CREATE OR REPLACE TEMP VIEW sound_logs AS "
 
 
 CHAIN: Final = f"""\
-SELECT coalesce(journal, '')::VARCHAR AS journal, coalesce(position, 0)::BIGINT AS position,
-       coalesce(kind, '')::VARCHAR, coalesce(events, 0)::BIGINT, coalesce(seal, '')::VARCHAR AS seal,
-       {row_hash(LEDGER_COLUMNS[:-1])}::VARCHAR
+SELECT coalesce(journal, '') AS journal, coalesce(position, 0) AS position,
+       coalesce(kind, ''), coalesce(events, 0), coalesce(seal, '') AS seal, {ENTRY_HASH}
 FROM sound_ledger ORDER BY journal, position, seal"""
 PURGES: Final = """\
-SELECT coalesce(strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ'), '')::VARCHAR AS moment,
-       coalesce(host, '')::VARCHAR AS host, coalesce(events, 0)::BIGINT AS events,
-       coalesce(journal, '')::VARCHAR AS journal, coalesce(position, 0)::BIGINT AS position, detail::VARCHAR
+SELECT coalesce(strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ'), '') AS moment,
+       coalesce(host, '') AS host, coalesce(events, 0) AS events,
+       coalesce(journal, '') AS journal, coalesce(position, 0) AS position, detail
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
-# What purges say, by number. Those of 0.1 removed single events: `heads` are the ends of the chains, and
-# `left` is what they kept of segments, which is believed unless the purge is $newer.
-READ_PURGES: Final = """\
-CREATE OR REPLACE TEMP TABLE purges AS
-SELECT *, CASE WHEN before IS NULL OR wrong IS NULL OR (removed IS NULL AND heads IS NULL) THEN 'unreadable'
-               WHEN removed IS NOT NULL THEN 'whole' WHEN cardinality(kept) = 0 THEN 'old'
-               WHEN newer THEN 'newer' ELSE 'parts' END AS state
-FROM (SELECT number, newer, said.removed AS removed, said.wrong AS wrong,
-             CASE WHEN said.left IS NOT NULL THEN said.heads END AS heads, said.left AS kept,
-             CASE WHEN said.before BETWEEN -4611686018427387904 AND 4611686018427387904
-                  THEN said.before END AS before
-      FROM (SELECT number, newer, from_json(CASE WHEN json_valid(detail) THEN detail END, '{
-              "before": "BIGINT", "removed": "MAP(VARCHAR, BIGINT[][])", "wrong": "MAP(VARCHAR, VARCHAR[])",
-              "heads": "MAP(VARCHAR, BIGINT)", "left": "MAP(VARCHAR, VARCHAR[])"}') AS said
-            FROM (SELECT unnest($numbers) AS number, unnest($newer) AS newer, unnest($details) AS detail)))"""
 # The entries that purges name, and what is left of each.
-CREATE_GONE: Final = """\
+GONE: Final = """\
 CREATE OR REPLACE TEMP TABLE gone AS
-SELECT DISTINCT number, journal, unnest(range(span[1], least(span[2], entries) + 1)) AS position,
-       0::BIGINT AS events, NULL::VARCHAR AS digest
-FROM (SELECT number, journal, unnest(spans) AS span FROM (
-          SELECT number, unnest(map_keys(removed)) AS journal, unnest(map_values(removed)) AS spans
-          FROM purges WHERE state = 'whole'))
-JOIN (SELECT journal, count(*) AS entries FROM sound_ledger GROUP BY journal) USING (journal)
-WHERE span[1] > 0 AND span[2] >= span[1]
-UNION ALL
-SELECT number, journal, position, CASE WHEN last_event < moment THEN 0 ELSE kept.events END, digest
-FROM (SELECT number, make_timestamp(before) AS moment, unnest(map_keys(heads)) AS journal,
-             unnest(map_values(heads)) AS head FROM purges WHERE state IN ('old', 'parts'))
-JOIN (SELECT journal, position, segment, first_event, last_event FROM sound_ledger
-      WHERE kind IN ('segment', 'legacy')) USING (journal)
-LEFT JOIN (SELECT number, segment, TRY_CAST(said[1] AS BIGINT) AS events, said[2] AS digest FROM (
-               SELECT number, unnest(map_keys(kept)) AS segment, unnest(map_values(kept)) AS said
-               FROM purges WHERE state = 'parts')) AS kept USING (number, segment)
-WHERE position <= head AND first_event < moment AND (last_event < moment OR kept.events IS NOT NULL)"""
-PURGED_WRONG: Final = """\
-SELECT number::BIGINT AS number, segment::VARCHAR AS segment,
-       coalesce(TRY_CAST(said[1] AS BIGINT), 0)::BIGINT AS found,
-       coalesce(TRY_CAST(said[3] AS BIGINT), 0)::BIGINT AS entered
-FROM (SELECT number, unnest(map_keys(wrong)) AS segment, unnest(map_values(wrong)) AS said
-      FROM purges WHERE state NOT IN ('unreadable', 'newer')) ORDER BY number, segment"""
-# Of each purge, how many events it names, and whether all of them are old enough.
-JUDGED_PURGES: Final = f"""\
-SELECT number::BIGINT, state::VARCHAR, least(coalesce(held, 0) + coalesce(more, 0), 2::HUGEINT**62)::BIGINT,
-       coalesce(last_event < make_timestamp(before), true)::BOOLEAN
-FROM purges LEFT JOIN (SELECT number, sum(entered.events) AS held, max(last_event) AS last_event
-                       FROM gone JOIN sound_ledger AS entered USING (journal, position)
-                       WHERE kind IN ('segment', 'legacy') GROUP BY number) USING (number)
-LEFT JOIN (SELECT number, sum(found - entered) AS more FROM ({PURGED_WRONG}) GROUP BY number) USING (number)
-WHERE number >= 0 ORDER BY number"""
-SPLITS: Final = f"""\
-SELECT max(segment)::VARCHAR FROM (
-    SELECT segment, floor(sum(events) OVER (ORDER BY segment ROWS UNBOUNDED PRECEDING) / $size) AS part
-    FROM (SELECT {SEGMENT_OR_DAY} AS segment, count(*) AS events FROM sound_logs GROUP BY ALL))
-GROUP BY part ORDER BY ALL NULLS FIRST"""
-SCOPE_SINCE: Final = f"""\
-CREATE OR REPLACE TEMP TABLE scope AS
-SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
-UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
+SELECT number, journal, position, entered.events AS held, coalesce(last_event < moment, true) AS is_past,
+       CASE WHEN NOT is_old OR last_event < moment THEN 0 ELSE kept.events END AS events, kept.digest
+FROM (SELECT DISTINCT number, make_timestamp(before) AS moment, is_old, journal,
+                      unnest(range(low, least(high, entries) + 1)) AS position
+      FROM ({spans}) JOIN (SELECT journal, count(*) AS entries FROM sound_ledger GROUP BY journal)
+      USING (journal))
+JOIN sound_ledger AS entered USING (journal, position) LEFT JOIN ({kept}) AS kept USING (number, segment)
+WHERE kind IN ('segment', 'legacy')
+AND (NOT is_old OR (first_event < moment AND (last_event < moment OR kept.events IS NOT NULL)))"""
 
 
 def comparison(*, scoped: bool) -> str:
@@ -7207,13 +7093,13 @@ def comparison(*, scoped: bool) -> str:
     inside += " AND {0} IN (SELECT segment FROM scope)" if scoped else ""
     found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
     return f"""\
-SELECT coalesce(entered.journal, '')::VARCHAR AS journal, coalesce(entered.position, -1)::BIGINT AS position,
-       coalesce(entered.segment, found.segment, '')::VARCHAR AS segment,
-       coalesce(entered.events, 0)::BIGINT AS entered, coalesce(due, 0)::BIGINT AS due,
+SELECT coalesce(entered.journal, '') AS journal, coalesce(entered.position, -1) AS position,
+       coalesce(entered.segment, found.segment, '') AS segment,
+       coalesce(entered.events, 0) AS entered, coalesce(due, 0) AS due,
        (entered.position IS NOT NULL AND coalesce(found.events, 0) = coalesce(due, 0)
-        AND found.digest IS NOT DISTINCT FROM due_digest)::BOOLEAN AS as_due,
-       coalesce(found.events, 0)::BIGINT AS found, epoch_us(found.first_event)::BIGINT AS first,
-       epoch_us(found.last_event)::BIGINT AS last, found.digest::VARCHAR AS digest
+        AND found.digest IS NOT DISTINCT FROM due_digest) AS as_due,
+       coalesce(found.events, 0) AS found, epoch_us(found.first_event) AS first,
+       epoch_us(found.last_event) AS last, found.digest AS digest
 FROM (SELECT sound_ledger.*, coalesce(remains.events, sound_ledger.events) AS due,
              CASE WHEN remains.events IS NULL THEN sound_ledger.digest
                   WHEN remains.events > 0 THEN remains.digest END AS due_digest
@@ -7225,29 +7111,6 @@ FULL JOIN ({found}) AS found ON found.segment = entered.segment
 {"" if scoped else "WHERE NOT as_due"} ORDER BY segment"""
 
 
-# What the marks of a segment tell: which events were changed, removed or inserted; nothing if it has none.
-MARKED: Final = f"""\
-WITH marked AS (SELECT max(marks) AS marks, coalesce(length(max(marks)) // 4, 0) AS total
-                FROM sound_ledger WHERE segment = $segment AND kind = 'segment'),
-  found AS (SELECT seq::BIGINT AS seq, {row_hash(COLUMNS)}[1:4] AS mark FROM sound_logs
-            WHERE segment = $segment),
-  judged AS (SELECT coalesce(seq, -1) AS seq, coalesce(seq BETWEEN 1 AND total, false) AS belongs,
-                    row_number() OVER (PARTITION BY seq ORDER BY mark = marks[4 * seq - 3:4 * seq] DESC) AS n,
-                    coalesce(mark = marks[4 * seq - 3:4 * seq], false) AS is_right
-             FROM found, marked WHERE total > 0)
-SELECT state::VARCHAR, seq::BIGINT FROM (
-    SELECT CASE WHEN NOT belongs OR n > 1 THEN 'inserted' ELSE 'changed' END AS state, seq
-    FROM judged WHERE NOT belongs OR n > 1 OR NOT is_right
-    UNION ALL SELECT 'removed', seq FROM (SELECT unnest(range(1, total + 1)) AS seq FROM marked
-                                          WHERE total = $due)
-    ANTI JOIN judged USING (seq))
-ORDER BY state, seq"""
-
-
-HASHES_TO_PROVE: Final = f"""\
-SELECT {row_hash(COLUMNS)}::VARCHAR AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"""
-
-
 def numeric_times(columns: Sequence[Column]) -> str:
     """Return the SELECT list of columns, with timestamps in microseconds."""
     time = _TIME_NUMBER + " AS {0}"
@@ -7256,68 +7119,33 @@ def numeric_times(columns: Sequence[Column]) -> str:
 
 # --- removing and copying
 
-# What a purge takes: segments whose rows are all older, and were so when they were entered.
-SCOPE_BEFORE: Final = f"""\
-CREATE OR REPLACE TEMP TABLE scope AS
-SELECT {SEGMENT_OR_DAY} AS segment FROM sound_logs GROUP BY ALL
-HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)
-EXCEPT SELECT segment FROM sound_ledger
-WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
-_IN_SCOPE: Final = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
-COUNT_SCOPE: Final = f"SELECT count(*)::BIGINT FROM audit.logs WHERE {_IN_SCOPE}"
-COUNT_OLD: Final = "SELECT count(*)::BIGINT FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
-DELETE_SCOPE: Final = f"DELETE FROM audit.logs WHERE timestamp < $moment::TIMESTAMP AND {_IN_SCOPE}"
+# What a purge takes, and what `verify --since` looks at.
+OLD: Final = "FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+IN_SCOPE: Final = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
 # An archive has a file for each day, and one for what is not as it was entered.
 _FILE_OF: Final = (
     f"CASE WHEN {SEGMENT_OR_DAY} IN (SELECT unnest($wrong)) THEN $apart "
     "ELSE strftime(timestamp, '%Y-%m-%d.parquet') END"
 )
 OLD_FILES: Final = f"""\
-SELECT file::VARCHAR, count(*)::BIGINT FROM (SELECT {_FILE_OF} AS file FROM audit.logs WHERE {_IN_SCOPE})
+SELECT file, count(*) FROM (SELECT {_FILE_OF} AS file FROM audit.logs WHERE {IN_SCOPE})
 GROUP BY file ORDER BY file"""
 OLD_OF_FILE: Final = f"""\
-SELECT {_NAMES} FROM audit.logs WHERE {_IN_SCOPE} AND {_FILE_OF} = $name ORDER BY timestamp, segment, seq"""
-ARCHIVED: Final = f"""\
-SELECT digest::VARCHAR FROM ({digests("read_parquet($files)", segment=SEGMENT_OR_DAY)}) ORDER BY segment"""
+SELECT {_NAMES} FROM audit.logs WHERE {IN_SCOPE} AND {_FILE_OF} = $name ORDER BY timestamp, segment, seq"""
+_CONTENT: Final = "SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM"
 SAME_CONTENT: Final = {
-    table: f"""\
-SELECT a.rows = b.rows AND a.hash IS NOT DISTINCT FROM b.hash, a.rows::BIGINT
-FROM (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM audit.{table} t) a,
-     (SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM fresh.{table} t) b"""
+    table: f"SELECT count(*) = 1 FROM (({_CONTENT} audit.{table} t) UNION ({_CONTENT} fresh.{table} t))"
     for table in ("logs", "ledger")
 }
-# What a restore asks: `ours` is the database that the restored one, `audit`, is to replace.
-OUR_COLUMNS: Final = TABLE_TYPES.replace("'audit'", "'ours'")
-OUR_SEGMENTS: Final = """\
-SELECT DISTINCT segment::VARCHAR FROM ours.logs WHERE segment NOT IN
-(SELECT segment FROM audit.ledger WHERE kind = 'segment' AND segment IS NOT NULL)"""
-OUR_LOSSES: Final = """\
-SELECT events::BIGINT, detail::VARCHAR, segment::VARCHAR FROM ours.ledger
-WHERE kind = 'loss' AND segment NOT IN
-(SELECT segment FROM audit.ledger WHERE kind = 'loss' AND segment IS NOT NULL)"""
 
 
 # --- reading: the views `table_rows` and `journal_rows` together are the log
 
-
-def table_rows(present: Mapping[str, str], source: str = "audit.logs") -> str:
-    """Return the SELECT of the table's rows in the shape of COLUMNS: what an older table lacks is NULL."""
-    return f"SELECT {_in_shape(COLUMNS, present)} FROM {source}"
-
-
 JOURNAL_ROWS: Final = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
-NO_ROWS: Final = f"SELECT {_in_shape(COLUMNS, {})} WHERE false"
-RECENT_LOSSES: Final = """\
-SELECT events::BIGINT, coalesce(detail, '')::VARCHAR FROM audit.ledger
-WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
+# When lost events were entered, how many, and why.
 LOSSES: Final = f"""\
-SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events::BIGINT AS events,
-       coalesce(detail, '')::VARCHAR AS detail
-FROM audit.ledger WHERE kind = 'loss' ORDER BY ingested_at, position"""
-FREEZE_JOURNAL: Final = (
-    "CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows",
-    "CREATE OR REPLACE TEMP VIEW journal_rows AS SELECT * FROM journal_copy",
-)
+SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events, coalesce(detail, '') AS detail
+FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
 NEWEST_FIRST: Final = "timestamp DESC, segment DESC, seq DESC"
 OLDEST_FIRST: Final = "timestamp, segment, seq"
 PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:-2]), "event_id")
@@ -7335,10 +7163,9 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
         value = f"({_EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
             value = name if typed else f"strftime(timestamp, {_ISO_FORMAT})"
-        elif name == "duration_ms":
-            value = name if typed else "duration_ms::BIGINT"
-        elif harmless and name != "result_bytes":
-            value = f"CASE WHEN regexp_matches({value}, $formula) THEN '''' || {value} ELSE {value} END"
+        elif harmless and name not in ("duration_ms", "result_bytes"):
+            formula = sql_literal(FORMULA)
+            value = f"CASE WHEN regexp_matches({value}, {formula}) THEN '''' || {value} ELSE {value} END"
         yield name, value
 
 
@@ -7387,10 +7214,8 @@ STATS_BY: Final = {
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
 }
 _STATS: Final = """\
-SELECT {shown} AS k, calls::BIGINT AS calls, errors::BIGINT AS errors, denied::BIGINT AS denied,
-       q[1]::BIGINT AS p50_ms, q[2]::BIGINT AS p95_ms, q[3]::BIGINT AS p99_ms, max_ms::BIGINT AS max_ms,
-       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen,
-       running::BIGINT AS running
+SELECT {shown} AS k, calls, errors, denied, q[1] AS p50_ms, q[2] AS p95_ms, q[3] AS p99_ms, max_ms,
+       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen, running
 FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
              count(*) FILTER (WHERE status = 'error') AS errors,
              count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
@@ -7398,26 +7223,24 @@ FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS
              min(timestamp) AS first_at, max(timestamp) AS last_at
       FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
             FROM ({source})) GROUP BY ALL)
-ORDER BY {order} LIMIT $count"""
-STATS_COLUMNS: Final = tuple(re.findall(r" AS (\w+)", _STATS.partition("FROM (")[0]))[1:]
+ORDER BY {order} LIMIT {count}"""
+_FIGURES: Final = ("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms")
+STATS_COLUMNS: Final = (*_FIGURES, "first_seen", "last_seen", "running")
 
 
-def stats_query(source: str, by: str, sort: str) -> str:
+def stats_query(source: str, by: str, sort: str, count: int) -> str:
     """Return the query of one row a group: the group as text, then STATS_COLUMNS."""
     group, shown = STATS_BY[by]
     order = "k DESC" if by in ("hour", "day") else f"{sort} DESC NULLS LAST, k"
-    return _STATS.format(shown=shown, group=group, source=source, order=order, iso=_ISO_FORMAT)
+    return _STATS.format(shown=shown, group=group, source=source, order=order, count=count, iso=_ISO_FORMAT)
 
 
 # What a person's own SQL may see: the events as one view, and no file, setting or other database.
-# `query` takes one SELECT and nothing else; the lock comes last, because nothing can undo it.
+# `query` takes one SELECT and nothing else.
 SQL_VIEW: Final = f"""\
 CREATE OR REPLACE TEMP VIEW logs AS
 SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {_EVENT_ID} AS event_id
 FROM (SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows)"""
-SQL_LOCK: Final = ("SET enable_external_access = false", "SET lock_configuration = true")
-SQL_COLUMNS: Final = """\
-SELECT column_name::VARCHAR AS n, column_type::VARCHAR AS t FROM (DESCRIBE SELECT * FROM query($statement))"""
 
 
 # --- filters: which events are meant
@@ -7450,20 +7273,13 @@ class Filter(NamedTuple):
     text: str | None = None
     min_ms: int | None = None
 
-    def where(self) -> tuple[str, dict[str, object]]:
-        """Return the WHERE condition, `true` if everything is meant, and its parameters."""
-        params: dict[str, object] = {}
-
-        def test(sql: str, *values: object) -> str:
-            """Return a condition with parameters in place of its `{}`."""
-            names = [f"filter_{len(params) + number}" for number in range(len(values))]
-            params.update(zip(names, values))
-            return sql.format(*(f"${name}" for name in names))
+    def where(self) -> str:
+        """Return the WHERE condition, `true` if everything is meant."""
 
         def test_name(column: str, name: str) -> str:
             if "*" not in name:
-                return test(f"{column} = {{}}", name)
-            return test(f"{column} LIKE {{}} ESCAPE '\\'", _like(name).replace("*", "%"))
+                return f"{column} = {sql_literal(name)}"
+            return f"{column} LIKE {sql_literal(_like(name).replace('*', '%'))} ESCAPE '\\'"
 
         named = [
             f"(type = '{kind}' AND {test_name('name', name)})"
@@ -7475,14 +7291,15 @@ class Filter(NamedTuple):
             if value is None:
                 continue
             if field in _FILTERS:
-                conditions.append(test(_FILTERS[field], value))
+                conditions.append(_FILTERS[field].format(sql_literal(value)))
             elif field in ("client", "agent", "address", "server", "error_type"):
                 conditions.append(test_name(field, value))
         if self.event_id is not None:
-            conditions.append(test("segment = {} AND seq = {}", *parse_event_id(self.event_id)))
+            conditions.append("segment = '{}' AND seq = {}".format(*parse_event_id(self.event_id)))
         if self.text is not None:
-            conditions.append(test(_TEXT_FILTER, f"%{_like(self.text)}%"))
-        return " AND ".join(conditions) or "true", params
+            like = f"ILIKE {sql_literal(f'%{_like(self.text)}%')} ESCAPE '\\'"
+            conditions.append(f"(name {like} OR input_json {like} OR error {like} OR reason {like})")
+        return " AND ".join(conditions) or "true"
 
 
 _FILTERS: Final = {
@@ -7497,9 +7314,6 @@ _FILTERS: Final = {
     "trace": "trace_id = {}",
     "min_ms": "duration_ms >= {}",
 }
-_TEXT_FILTER: Final = "({})".format(
-    " OR ".join(f"{name} ILIKE {{0}} ESCAPE '\\'" for name in ("name", "input_json", "error", "reason"))
-)
 
 
 def _like(text: str) -> str:
@@ -7508,16 +7322,13 @@ def _like(text: str) -> str:
 
 
 # === Engines ===
-# depends on: Errors
+# depends on: Errors, SQL
 #
-# The two ways to DuckDB: the package, in this process, and the program, as a child that is fed SQL
-# on standard input. Both take the same statements and return the same values. A session begins at
-# the first `execute` and ends with `close`, or with the first error: then whatever was attached or
-# begun is gone, and the next `execute` begins a new one.
+# The ways to DuckDB, which take the same statements and return the same values. A session begins at the
+# first `execute` and ends with `close`, or with the first error: then whatever was attached or begun is gone.
 
 Params: TypeAlias = Mapping[str, object]
 Row: TypeAlias = tuple[Any, ...]
-_PARAMETER: Final = re.compile(r"\$([a-z_][a-z_0-9]*)")
 
 
 # --- what DuckDB says
@@ -7550,7 +7361,6 @@ _ENGINE_ERRORS: Final = (
         "serialization error|internal error|database has been invalidated",
     ),
 )
-_PG_LOCK_MS: Final = 3000
 
 
 def store_error(message: str) -> StoreError:
@@ -7578,36 +7388,13 @@ def is_data_fault(error: QueryError) -> bool:
     return str(error).lower().startswith(kinds)
 
 
-# --- values as SQL text
-
-
-def sql_literal(value: object) -> str:
-    """Return a value as SQL, for what takes no parameters."""
-    if value is None:
-        return "NULL"
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, int):
-        return str(value)
-    if isinstance(value, str):
-        if "\0" in value:
-            raise QueryError("a text with a NUL character can't be searched for; the log holds none")
-        value = value.encode("utf-8", "replace").decode()
-        quoted = "'" + value.replace("'", "''") + "'"
-        if "\r" in value or "\3" in value:  # the program drops the former, and a line with the latter
-            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r").replace("\3", "\\x03")
-        return quoted
-    if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
-    raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
+# --- the engines
 
 
 def bind(sql: str, params: Params) -> str:
     """Return a statement of ours with its `$name` parameters replaced by literals."""
-    return _PARAMETER.sub(lambda match: sql_literal(params[match[1]]), sql)
+    return re.sub(r"\$([a-z_]+)", lambda name: sql_literal(params[name[1]]), sql) if params else sql
 
-
-# --- the engines
 
 _GUEST_MEMORY: Final = "256MB"  # an ingest is a guest beside its server; a batch of 64 MiB fits
 _SESSION_SETTINGS: Final = (
@@ -7666,34 +7453,27 @@ class PackageEngine(Engine):
 
     def _open(self) -> Any:
         duckdb = _duckdb()
-        config: dict[str, Any] = {"temp_directory": _scratch_directory()}
-        if self._guest:
-            config |= {"threads": 1, "memory_limit": _GUEST_MEMORY}
+        guest = {"threads": 1, "memory_limit": _GUEST_MEMORY} if self._guest else {}
         self._process_id = os.getpid()
-        connection = duckdb.connect(":memory:", config=config)
+        connection = duckdb.connect(":memory:", config={"temp_directory": _scratch_directory(), **guest})
         connection.execute(_SESSION_SETTINGS)
         with contextlib.suppress(duckdb.Error):  # some builds know no time zones
             connection.execute("SET TimeZone = 'UTC'")
         return connection
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        duckdb = _duckdb()
+        duckdb, text = _duckdb(), bind(sql, params)
         try:
-            if self._connection is None:
-                self._connection = self._open()
-            used = {name: params[name] for name in _PARAMETER.findall(sql)} if params else None
-            result = self._connection.execute(sql, used)
+            self._connection = self._connection or self._open()
+            result = self._connection.execute(text)
             while rows := result.fetchmany(1000):
                 yield from rows
-        except (duckdb.Error, UnicodeEncodeError, RuntimeError) as error:
+        except (duckdb.Error, RuntimeError) as error:
             self.close()
             if isinstance(error, duckdb.Error):
                 raise store_error(str(error)) from error
             if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes a RuntimeError
                 raise KeyboardInterrupt from error
-            # What the package, and its older versions, make of half a character.
-            if isinstance(error, UnicodeEncodeError) or "Unable to cast" in str(error):
-                raise QueryError("the text can't be searched for: surrogates not allowed") from error
             raise
 
     def interrupt(self) -> None:
@@ -7745,7 +7525,7 @@ class CliEngine(Engine):
         self._mark = os.urandom(8).hex()
 
     def version(self) -> str:
-        return str(self.execute("SELECT version()::VARCHAR AS version")[0][0]).lstrip("v")
+        return str(self.execute("SELECT version() AS version")[0][0]).lstrip("v")
 
     def _open(self) -> subprocess.Popen[bytes]:
         import subprocess
@@ -7756,11 +7536,7 @@ class CliEngine(Engine):
             process = subprocess.Popen(
                 [self.program, *self._options],
                 # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
-                env={
-                    **os.environ,
-                    "TZ": "UTC",
-                    "PGOPTIONS": os.environ.get("PGOPTIONS", f"-c lock_timeout={_PG_LOCK_MS}"),
-                },
+                env={"PGOPTIONS": "-c lock_timeout=3000", **os.environ, "TZ": "UTC"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -7777,19 +7553,15 @@ class CliEngine(Engine):
         return process
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        text = bind(sql, params) if params else sql
-        if self._process is None:
-            self._process = self._open()
-        process = self._process
+        text = bind(sql, params)
+        process = self._process = self._process or self._open()
         assert process.stdin is not None and process.stdout is not None
-        try:
-            process.stdin.write(f"{text}\n;\n.print {self._mark}\n".encode())
-            process.stdin.flush()
-        except OSError:
-            raise self._failure() from None
         mark = self._mark.encode() + b"\n"
         finished = False
         try:
+            with contextlib.suppress(OSError):  # it has ended, and says why
+                process.stdin.write(f"{text}\n;\n.print {self._mark}\n".encode())
+                process.stdin.flush()
             for line in process.stdout:
                 line = _COLOUR.sub(b"", line)
                 if line == mark:
@@ -7798,30 +7570,24 @@ class CliEngine(Engine):
                 if line.startswith(b"{"):  # else it is a warning
                     row = decode_json(line) if b'"":' in line else json.loads(line)
                     yield tuple(row.values())
-            raise self._failure()
+            self.close()
+            raise store_error(self._complaint or "the duckdb program ended without a word (was it killed?)")
         finally:
             if not finished:
-                self._end()
-
-    def _failure(self) -> StoreError:
-        return store_error(self._end() or "the duckdb program ended without a word (was it killed?)")
+                self.close()
 
     def interrupt(self) -> None:
         """Kill the child; the transaction that it was in never happened."""
-        process = self._process
-        if process is not None:
+        if process := self._process:
             process.kill()
 
     def close(self) -> None:
-        self._end()
-
-    def _end(self) -> str:
-        """End the child, kill it if it goes on computing, and return what it complained of."""
+        """End the child, kill it if it goes on computing, and keep what it complained of."""
         import subprocess
 
         process, self._process = self._process, None
         if process is None:
-            return ""
+            return
         for pipe in filter(None, (process.stdin, process.stdout)):
             with contextlib.suppress(OSError):
                 pipe.close()
@@ -7832,28 +7598,25 @@ class CliEngine(Engine):
             process.wait()
         with self._complaints as complaints:
             complaints.seek(0)
-            return complaints.read().decode("utf-8", "replace").strip()
+            self._complaint = complaints.read().decode("utf-8", "replace").strip()
 
 
 class ApartEngine(CliEngine):
     """The `duckdb` package in a child process that behaves like the program.
 
-    For targets that are no file: when PostgreSQL goes away at the wrong moment, its extension ends the
-    process that it is in (1.5.5), and while it waits nothing can interrupt it. And where DuckDB can't
-    run: in a forked process, which may have inherited half of one, and in a subinterpreter, where it hangs.
+    For targets that are no file, as docs/design.md tells, and where DuckDB can't run: in a forked process,
+    which may have inherited half of one, and in a subinterpreter, where it hangs.
     """
 
     name = "package"
 
     def __init__(self, *, guest: bool) -> None:
         """Raises ImportError if there is no such package; it is not imported here."""
-        import importlib.util
-
-        package = importlib.util.find_spec("duckdb")
-        if package is None or package.origin is None:
+        package = file_of_package("duckdb", "__init__.py")
+        if package is None:
             raise ImportError("No module named 'duckdb'")
         super().__init__(sys.executable, guest=guest)
-        folder = os.path.dirname(os.path.dirname(package.origin))
+        folder = os.path.dirname(os.path.dirname(package))
         self._options = ("-X", "utf8", "-c", _APART, self._mark, folder)
 
 
@@ -7971,9 +7734,8 @@ def open_engine(
 # === Store ===
 # depends on: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines
 #
-# The log as a whole: table and journal. Guarantees: every event gets into the table exactly once, is seen
-# exactly once while it does, and leaves only by a purge that is entered. Each part below says what it adds
-# to that, and names only parts above it.
+# The log as a whole: table and journal. Every event gets into the table exactly once, is seen exactly once
+# while it does, and leaves only by a purge that is entered.
 
 # == Target ==
 # depends on: Errors, Config, Events, Journal, SQL, Engines
@@ -8020,17 +7782,24 @@ def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
 
 
 @contextlib.contextmanager
-def _scratch(directory: str) -> Iterator[None]:
-    """Make a directory that only its owner can read, in place of an older one; remove it after the block."""
+def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
+    """Make a private directory beside a file that is to be made; remove it after the block.
+
+    With a `name` it takes the place of one that a killed process left. An OSError becomes a StoreError.
+    """
     import shutil
 
-    shutil.rmtree(directory, ignore_errors=True)
-    os.mkdir(directory, _DIRECTORY_MODE)
-    give_to_owner(directory)
+    folder, file = os.path.split(os.path.abspath(path))
+    scratch = os.path.join(folder, f".{file}.{name or os.urandom(4).hex() + '.part'}")
     try:
-        yield
+        shutil.rmtree(scratch, ignore_errors=True)
+        os.mkdir(scratch, _DIRECTORY_MODE)
+        give_to_owner(scratch)
+        yield scratch
+    except OSError as error:
+        raise StoreError(f"{problem}: {error.strerror}") from error
     finally:
-        shutil.rmtree(directory, ignore_errors=True)
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def scratch_folder() -> contextlib.AbstractContextManager[str]:
@@ -8058,17 +7827,27 @@ _RIGHTS: Final = {  # what PostgreSQL says, and what helps
 }
 DAMAGED_WAL: Final = "replaying WAL"
 NEW_FILE: Final = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
+# libpq waits for ever by default, and nothing can interrupt it meanwhile. Arbitrary, but finite.
+_PATIENCE: Final = ("connect_timeout=10", "tcp_user_timeout=30000")
 
 
-def _attach_options(options: Mapping[str, object]) -> str:
-    words = ", ".join(f"{name} {sql_literal(value)}" for name, value in options.items())
-    return f" ({words})" if words else ""
-
-
-def attach_file(engine: Engine, path: str, name: str, options: Mapping[str, object]) -> None:
-    """Attach a database file under a name; with NEW_FILE, make it."""
-    # Without the type DuckDB would look for an extension that reads SQLite.
-    engine.execute(f"ATTACH {sql_literal(path)} AS {name}{_attach_options({**options, 'TYPE': 'duckdb'})}")
+def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]) -> None:
+    """Attach a database under a name: a file, which NEW_FILE makes, or something else."""
+    if is_attach_target(target):
+        load_extensions(engine, target, options)
+        scheme, is_uri = target.lower(), "://" in target
+        if scheme.startswith(("postgresql://", "postgres://")):
+            options = {"TYPE": "postgres", **options}
+        if (
+            re.match("postgres(:|ql://)", scheme.removeprefix("ducklake:"))
+            and "connect_timeout" not in target
+        ):
+            target += ("&" if "?" in target else "?") if is_uri else " "
+            target += ("&" if is_uri else " ").join(_PATIENCE)
+    else:  # without the type DuckDB would look for an extension that reads SQLite
+        options = {**options, "TYPE": "duckdb"}
+    words = ", ".join(f"{option} {sql_literal(value)}" for option, value in options.items())
+    engine.execute(f"ATTACH {sql_literal(target)} AS {name}{f' ({words})' if words else ''}")
 
 
 _ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fork copies it
@@ -8101,14 +7880,13 @@ class Target:
         self.is_lake: bool = scheme == "ducklake"
         self._is_quack = scheme == "quack"
         self.name: str = public_target(config.path)  # for people: without passwords
-        self._journal = journal
+        self.journal: Journal = journal
         self._options = config.attach
         self._group = config.group
         self.commits: list[int] = []  # of a lake, by their numbers, since it was tended
-        self._opener = opener if self.is_file else functools.partial(opener, apart=True)
-
-    def open_engine(self, *, guest: bool = False) -> Engine:
-        return self._opener(guest=guest)
+        self.open_engine: Callable[..., Engine] = (
+            opener if self.is_file else functools.partial(opener, apart=True)
+        )
 
     @contextlib.contextmanager
     def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
@@ -8117,7 +7895,7 @@ class Target:
             self.let_ingest_pass(wait)
         with contextlib.closing(self.open_engine(guest=guest)) as engine, contextlib.ExitStack() as stack:
 
-            def attach() -> None:
+            def enter() -> None:
                 if self.is_absent():
                     raise DatabaseNotFoundError(
                         f"Audit database not found at {self.path}: correct the path, or run `ingest` "
@@ -8125,26 +7903,33 @@ class Target:
                     )
                 stack.enter_context(self.attached(engine, read_only=read_only))
 
-            patiently(attach, wait)
+            patiently(enter, wait)
             yield engine
 
     def let_ingest_pass(self, wait: float) -> None:
         """Before reading a file, wait while an ingest asks for it; else readers could starve it."""
         deadline = Deadline(wait)
-        while self.is_file and self._journal.is_ingest_waiting() and deadline.pause():
+        while self.is_file and self.journal.is_ingest_waiting() and deadline.pause():
             pass
 
     @contextlib.contextmanager
     def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        """Attach the target as `audit`; on an error the whole session ends, and with it any transaction.
+        """Attach the target as `audit`; an error ends the session, and with it any transaction.
 
-        A file that is absent is made, unless `read_only` is set.
+        A file that is absent is made, unless `read_only` is set. What is no file is read in one transaction,
+        because others go on writing.
         """
-        attach = self._file_attached if self.is_file else self._remote_attached
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
-                with attach(engine, read_only=read_only):
+                self._attach(engine, read_only=read_only)
+                with self._private_wal(read_only):
                     yield
+                if self.is_file or not read_only:
+                    engine.execute("DETACH audit")
+                else:
+                    with contextlib.suppress(StoreError):  # a statement that failed has ended the session
+                        engine.execute("COMMIT")
+                        engine.execute("DETACH audit")
             except BaseException as error:
                 engine.close()
                 if not isinstance(error, StoreError):
@@ -8159,43 +7944,26 @@ class Target:
                     remedy = f"what we wrote there waits in the journal too: mv '{wal}' '{wal}.damaged'"
                 raise type(error)(f"{self.path}: {error}; {remedy}") from error
 
-    @contextlib.contextmanager
-    def _file_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        if not read_only and self.is_absent():
-            self._make_file(engine)
-        attach_file(engine, self.path, "audit", self._attach_options(read_only))
-        with self._private_wal(read_only):
-            yield
-        engine.execute("DETACH audit")
-
-    @contextlib.contextmanager
-    def _remote_attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        """Attach a target that is no file. Reading is one transaction, because others go on writing."""
+    def _attach(self, engine: Engine, *, read_only: bool) -> None:
+        options = self._attach_options(read_only)
+        if self.is_file:
+            if not read_only and self.is_absent():
+                self._make_file(engine)
+            attach(engine, self.path, "audit", options)
+            return
         if self._is_quack and not read_only:
             raise StoreError(
                 "quack: is for reading only: it carries no transactions (DuckDB 1.5.5), so that nobody could "
                 "promise an event to be there exactly once; write to a file, DuckLake or PostgreSQL"
             )
-        options = self._attach_options(read_only)
         try:
-            self._attach_remote(engine, options)
+            attach(engine, self.path, "audit", options)
         except QueryError as error:
             raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
         self.schema = str(options.get("SCHEMA", "public" if self.is_postgres else "main"))
         engine.execute("SET VARIABLE audit_schema = $schema", {"schema": self.schema})
-        if not read_only:
-            yield
-            engine.execute("DETACH audit")
-            return
-        engine.execute("BEGIN")
-        yield
-        with contextlib.suppress(StoreError):  # a statement that failed has ended the session
-            engine.execute("COMMIT")
-            engine.execute("DETACH audit")
-
-    def _attach_remote(self, engine: Engine, options: Mapping[str, object]) -> None:
-        load_extensions(engine, self.path, options)
-        engine.execute(attach_statement(self.path, options))
+        if read_only:
+            engine.execute("BEGIN")
 
     def _public_error(self, error: StoreError, *, read_only: bool) -> StoreError:
         text = hide_secrets(str(error), self.path, self._options)
@@ -8203,31 +7971,25 @@ class Target:
             return type(error)(text)
         text = postgres_message(text)
         if "due to lock timeout" in text:
-            text += self._lock_holder(read_only)
+            catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
+            with contextlib.suppress(StoreError), contextlib.closing(self.open_engine()) as engine:
+                attach(engine, self.path, "audit", self._attach_options(read_only))
+                for (holder,) in engine.execute(LOCK_HOLDER.format(catalogue)):
+                    text += f" (held by {holder})"
         remedy = "" if isinstance(error, QueryError) else "; " + _REMEDIES.get(type(error), _EVENTS_WAIT)
         remedy = next((f"; {remedy}" for sign, remedy in _RIGHTS.items() if sign in text), remedy)
         return type(error)(f"{self.name}: {text}{remedy}")
 
-    def _lock_holder(self, read_only: bool) -> str:
-        """Return who holds a lock in PostgreSQL, as far as that can be told."""
-        catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
-        rows: list[Row] = []
-        with contextlib.suppress(StoreError), contextlib.closing(self.open_engine()) as engine:
-            self._attach_remote(engine, self._attach_options(read_only))
-            rows = engine.execute(LOCK_HOLDER.format(catalogue))
-        return "".join(f" (held by {holder})" for (holder,) in rows)
-
     @contextlib.contextmanager
     def _private_wal(self, read_only: bool) -> Iterator[None]:
-        """Make the WAL of a database attached for writing, so that only its owner can read it.
+        """Make the WAL of a database attached for writing, which DuckDB would make by the umask.
 
-        DuckDB would make it by the umask; it uses an empty one that appears after ATTACH. A mark in the
-        journal says that it began empty, so that it holds nothing but what we wrote.
+        A mark in the journal says that it began empty, so that it holds nothing but what we wrote.
         """
-        if read_only or os.path.islink(self.path):
+        if read_only or not self.is_file or os.path.islink(self.path):
             yield
             return
-        wal, mark = self.path + ".wal", self._journal.wal_mark
+        wal, mark = self.path + ".wal", self.journal.wal_mark
         with contextlib.suppress(OSError):
             os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
             os.close(make_file(mark, os.O_WRONLY))
@@ -8243,12 +8005,11 @@ class Target:
         All of it is still in the journal: a segment is deleted after a checkpoint, which leaves no WAL.
         """
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
-        try:
-            os.unlink(self._journal.wal_mark)
+        with contextlib.suppress(OSError):
+            os.unlink(self.journal.wal_mark)
             os.rename(self.path + ".wal", aside)
-        except OSError:
-            return None
-        return aside
+            return aside
+        return None
 
     def _attach_options(self, read_only: bool) -> dict[str, object]:
         # What adds fewer rows stays in the catalogue of a lake at first.
@@ -8258,28 +8019,20 @@ class Target:
 
     def _make_file(self, engine: Engine) -> None:
         """Make an empty database; the ingest lock is held, so that no other process uses the scratch name."""
-        scratch = f"{self.path}.{self._journal.identity()}.new"
         if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
-        os.makedirs(os.path.dirname(self.path), exist_ok=True)
-        leftovers = (scratch, scratch + ".wal")
-        try:
-            for path in leftovers:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(path)
-            attach_file(engine, scratch, "scratch", {**self._options, **NEW_FILE})
-            os.chmod(scratch, FILE_MODES[self._group])
-            give_to_owner(scratch)
+        folder = os.path.dirname(self.path)
+        os.makedirs(folder, exist_ok=True)
+        problem, name = f"events wait, because {self.path} can't be made", f"{self.journal.identity()}.new"
+        with _scratch(self.path, problem, name=name) as scratch:
+            path = os.path.join(scratch, "new")
+            attach(engine, path, "scratch", {**self._options, **NEW_FILE})
+            os.chmod(path, FILE_MODES[self._group])
+            give_to_owner(path)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
-                os.replace(scratch, self.path)
-                sync_directory(os.path.dirname(self.path))
-        except OSError as error:
-            raise StoreError(f"{self.path} can't be made: {error.strerror}; events wait") from error
-        finally:
-            for path in leftovers:
-                with contextlib.suppress(OSError):
-                    os.unlink(path)
+                os.replace(path, self.path)
+                sync_directory(folder)
 
     def is_absent(self) -> bool:
         """Return True if there is no database file, or an empty one; other targets are never absent."""
@@ -8294,7 +8047,12 @@ class Target:
 
     def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
         """Return names and types of the columns of `logs` and `ledger`, as far as these tables are there."""
-        return column_types(engine, QUACK_COLUMNS if self._is_quack else TABLE_TYPES)
+        if self._is_quack:  # duckdb_columns() lists none there
+            columns = "column_name, column_type FROM (DESCRIBE audit."
+            return column_types(
+                engine, f"SELECT 'logs' AS t, {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
+            )
+        return column_types(engine)
 
     def oddities(self, engine: Engine) -> list[str]:
         """Return what keeps our tables from being plain ones, so that they may show what nobody recorded."""
@@ -8304,31 +8062,25 @@ class Target:
         if self.is_postgres:
             asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self.schema)))
             sql = f"SELECT name, what FROM postgres_query('audit', {asked})"
-        return [f"{table} {what}" for table, what in engine.execute(sql)]
-
-    def data_path(self, engine: Engine) -> str | None:
-        """Return where the files of an attached lake are; None if the target is none."""
-        if not self.is_lake:
-            return None
-        metadata = "__ducklake_metadata_audit.ducklake_metadata"
-        rows = engine.execute(f"SELECT value::VARCHAR FROM {metadata} WHERE key = 'data_path'")
-        return str(rows[0][0]) if rows else None
+        return [f"{table} {what}" for table, what in engine.execute(sql) if what]
 
     def tend_lake(self) -> None:
         """Keep a lake's files few and large, if one of this process's commits says that it is its turn."""
         chores, self.commits = [chore for commit in self.commits for chore in lake_chores(commit)], []
         if chores:
             with self.session(read_only=False, wait=0.0, guest=True) as engine:
-                ((is_ours,),) = engine.execute(LAKE_IS_OURS)
+                ((is_ours,),) = engine.execute(
+                    "SELECT count(*) = 0 FROM duckdb_tables() WHERE database_name = 'audit' AND table_name "
+                    "NOT IN ('logs', 'ledger') AND NOT starts_with(table_name, 'turn_')"
+                )
                 for chore in dict.fromkeys(chores):
                     if is_ours or chore not in LAKE_CLEANING:
                         engine.execute(chore)
 
-    def change_logs(self, engine: Engine, *statements: str) -> None:
-        """Run statements that a table of somebody's own may refuse."""
+    def change_logs(self, engine: Engine, statement: str) -> None:
+        """Run a statement that a table of somebody's own may refuse."""
         try:
-            for statement in statements:
-                engine.execute(statement)
+            engine.execute(statement)
         except QueryError as error:
             reason = str(error).splitlines()[0]
             if "permission denied" in reason:
@@ -8339,18 +8091,33 @@ class Target:
             ) from error
 
     def create_tables(self, engine: Engine) -> None:
-        """Make the missing tables and columns; the target is attached for writing."""
+        """Make the missing tables and columns, and what lets two ingests of a journal collide."""
         present = self.columns(engine)
         if "logs" not in present:
             engine.execute(CREATE_LOGS)
-        elif any(column.name not in present["logs"] for column in COLUMNS):
-            self.change_logs(engine, *WIDEN_LOGS)
+        for name, sql_type in COLUMNS[10:] if "logs" in present else ():
+            if name not in present["logs"]:
+                self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
-            for statement in POSTGRES_INDEXES if self.is_postgres else ():
-                engine.execute(statement)
+            if self.is_postgres:
+                engine.execute(
+                    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
+                )
+                engine.execute("CREATE INDEX IF NOT EXISTS logs_timestamp ON audit.logs (timestamp)")
         if self.is_lake:
-            engine.execute(turn_statements(self._journal.identity())[0])
+            engine.execute(f"CREATE TABLE IF NOT EXISTS {self._turn()} AS SELECT 0::BIGINT AS taken")
+
+    def take_turn(self, engine: Engine) -> None:
+        """Let only one transaction of this journal's succeed at a time."""
+        if self.is_lake:
+            engine.execute(f"UPDATE {self._turn()} SET taken = taken + 1")
+
+    def _turn(self) -> str:
+        journal = self.journal.identity()
+        if not re.fullmatch("[0-9a-f]{1,64}", journal):
+            raise JournalError("is no identity of a journal; remove the file", path="journal.id")
+        return f"audit.turn_{journal}"
 
     def signature(self) -> object:
         """Return what differs after every ingest, without opening anything.
@@ -8358,7 +8125,7 @@ class Target:
         None as long as the next ingest might leave it the same, because file times are coarse.
         """
         stamps = []
-        for path in [self.path, self.path + ".wal"] if self.is_file else [self._journal.directory]:
+        for path in [self.path, self.path + ".wal"] if self.is_file else [self.journal.directory]:
             with contextlib.suppress(OSError):
                 found = os.stat(path)
                 changed_ns = found.st_mtime_ns
@@ -8369,7 +8136,7 @@ class Target:
         return stamps
 
 
-def column_types(engine: Engine, sql: str) -> dict[str, dict[str, str]]:
+def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, str]]:
     """Return types of columns, by table and name."""
     types: dict[str, dict[str, str]] = {}
     for table, column, sql_type in engine.execute(sql):
@@ -8379,57 +8146,33 @@ def column_types(engine: Engine, sql: str) -> dict[str, dict[str, str]]:
 
 # --- targets that are no file
 
-# The extensions that a target needs, by the words before its colons, and those that they need in turn.
-_EXTENSIONS: Final[Mapping[str, tuple[str, ...]]] = {
+_EXTENSIONS: Final = {  # and the words before a target's colons that need them
     "ducklake": ("ducklake",),
-    "postgres": ("postgres_scanner",),
-    "postgresql": ("postgres_scanner",),
-    "mysql": ("mysql_scanner",),
-    "sqlite": ("sqlite_scanner",),
-    "quack": ("httpfs", "quack"),
-    "md": ("motherduck",),
-    "motherduck": ("motherduck",),
-    "s3": ("httpfs",),
-    "gs": ("httpfs",),
-    "gcs": ("httpfs",),
-    "r2": ("httpfs",),
-    "https": ("httpfs",),
-    "az": ("azure",),
-    "abfss": ("azure",),
+    "postgres_scanner": ("postgres", "postgresql"),
+    "mysql_scanner": ("mysql",),
+    "sqlite_scanner": ("sqlite",),
+    "httpfs": ("quack", "s3", "gs", "gcs", "r2", "https"),
+    "quack": ("quack",),
+    "motherduck": ("md", "motherduck"),
+    "azure": ("az", "abfss"),
 }
-# libpq waits for ever by default, and nothing can interrupt it meanwhile. Arbitrary, but finite.
-_PATIENCE: Final = ("connect_timeout=10", "tcp_user_timeout=30000")
-
-
-def attach_statement(target: str, options: Mapping[str, object]) -> str:
-    """Return the statement that attaches a target which is no file as `audit`."""
-    scheme = target.lower().removeprefix("ducklake:")
-    if scheme.startswith(("postgresql://", "postgres://")):
-        options = {"TYPE": "postgres", **options} if scheme == target.lower() else options
-        if "connect_timeout" not in target:
-            target += ("&" if "?" in target else "?") + "&".join(_PATIENCE)
-    elif scheme.startswith("postgres:") and "connect_timeout" not in target:
-        separator = "&" if "?" in target else "?"
-        target += separator + "&".join(_PATIENCE) if "://" in target else " " + " ".join(_PATIENCE)
-    return f"ATTACH {sql_literal(target)} AS audit{_attach_options(options)}"
 
 
 def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
     """Load what a target needs: installed in DuckDB's own way, or in a `duckdb-extension-*` package."""
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
-    wanted = list(dict.fromkeys(name for word in words for name in _EXTENSIONS.get(word, ())))
+    wanted = [name for name, schemes in _EXTENSIONS.items() if not set(schemes).isdisjoint(words)]
     engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
-    states = {
-        name: (loaded, installed)
-        for name, loaded, installed in engine.execute(EXTENSION_STATES, {"names": wanted or [""]})
-    }
+    rows = engine.execute("SELECT extension_name, loaded, installed FROM duckdb_extensions()")
+    states = {name: rest for name, *rest in rows}
     for name in wanted:
         loaded, installed = states.get(name, (False, False))
         source = name
         if not (loaded or installed):
-            ((version,),) = engine.execute("SELECT library_version::VARCHAR FROM pragma_version()")
-            path = _packaged_extension(name, version)
+            ((version,),) = engine.execute("SELECT library_version FROM pragma_version()")
+            file = f"{name}.duckdb_extension"
+            path = file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
             if path is None:
                 raise DatabaseUnreachableError(
                     f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
@@ -8442,18 +8185,10 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
         engine.execute("SET pg_null_byte_replacement = chr(65533)")
 
 
-def _packaged_extension(name: str, version: str) -> str | None:
-    file = f"{name}.duckdb_extension"
-    return file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
-
-
 # == Ledger ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target
 #
-# What is in the database, sealed: each entry's seal covers the entry and the seal before it, so that one seal
-# shows whether anything up to it was changed. Digests are computed in SQL; seals here, because a chain is no
-# query and DuckDB has no HMAC. docs/security.md says what this proves, to whom, and what it doesn't.
-#
+# What is in the database, sealed: docs/security.md says what this proves, to whom, and what it doesn't.
 # Everything that changes `logs` does it in `Ledger.writing`, and enters there what it did.
 
 
@@ -8466,20 +8201,13 @@ class Head(NamedTuple):
     seal: str
 
 
-Entry: TypeAlias = tuple[str, Mapping[str, object]]  # a PREPARE statement and its own parameters
-
-
 # --- seals
 
 _KEYED: Final = "k:"  # marks a seal that was made with a key
 
 
 def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
-    """Return the keys of the chain, the one that seals first; none if the chain has no key.
-
-    `MXCP_AUDIT_KEY_FILE` names a file of one key a line, newest first, so that a key can be replaced;
-    without it `MXCP_AUDIT_KEY` is the only key.
-    """
+    """Return the keys of the chain, the one that seals first; none if the chain has no key."""
     import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
 
     path, key = environ.get("MXCP_AUDIT_KEY_FILE"), environ.get("MXCP_AUDIT_KEY", "")
@@ -8511,10 +8239,20 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
     return _KEYED + hmac.digest(key, text, "sha256").hex()
 
 
-def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> Entry:
-    """Return an entry that isn't a segment; it may have `segment`, `digest`, and `first` and `last` in us."""
-    empty = dict.fromkeys(("segment", "digest", "first", "last"))
-    return PREPARE_ENTRY, {"kind": kind, "events": events, "detail": detail, **empty, **more}
+def entries_of(segments: Iterable[str]) -> str:
+    """Return the statement that prepares the entries of staged segments."""
+    return PREPARE_SEGMENTS.format(listed("claimed VARCHAR", [(segment,) for segment in segments]))
+
+
+def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> str:
+    """Return the statement that prepares another entry; times are in microseconds."""
+    values = [
+        ("make_timestamp({}) AS {}" if name.endswith("_event") else "{} AS {}").format(
+            sql_literal(value), name
+        )
+        for name, value in {"kind": kind, "events": events, "detail": detail, **more}.items()
+    ]
+    return f"INSERT INTO entries BY NAME SELECT {', '.join(values)}"
 
 
 # --- writing and asking
@@ -8522,72 +8260,74 @@ def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> E
 _LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
 
 
-class Ledger:
-    """Writes to the ledger of a target, where it continues the chain of one journal."""
+class Ledger(Target):
+    """A target with its ledger, in which it continues the chain of one journal."""
 
-    def __init__(self, target: Target, journal: Journal) -> None:
-        self._target = target
-        self._journal = journal
-        self._head: Head | None = None  # as this process last committed it
-        self._next_head: Head | None = None  # within a transaction
+    head: Head | None = None  # as this process last committed it
+    _next_head: Head | None = None  # within a transaction
 
     @contextlib.contextmanager
     def writing(self, engine: Engine) -> Iterator[None]:
         """Make missing tables, then run the block as one transaction; after it, that is on the disk.
 
-        Of two such transactions for the same journal only one can succeed. `Target.attached` ends the session
+        Of two such transactions for the same journal only one can succeed. `attached` ends the session
         after an error, and with it the transaction.
         """
-        self._target.create_tables(engine)
+        self.create_tables(engine)
         engine.execute("BEGIN")
-        if self._target.is_lake:
-            engine.execute(turn_statements(self._journal.identity())[1])
-        self._next_head = self._head
+        self.take_turn(engine)
+        self._next_head = self.head
         yield
         engine.execute("COMMIT")
-        self._head = self._next_head
-        if self._target.is_lake:
-            ((commit,),) = engine.execute(LAKE_COMMIT)
-            self._target.commits.append(commit or 0)
-        if self._target.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
+        self.head = self._next_head
+        if self.is_lake:
+            ((commit,),) = engine.execute("SELECT id::BIGINT FROM ducklake_last_committed_snapshot('audit')")
+            self.commits.append(commit or 0)
+        if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
             engine.execute("CHECKPOINT audit")
 
-    def enter(self, engine: Engine, entries: Iterable[Entry]) -> None:
+    def enter(self, engine: Engine, entries: Iterable[str]) -> None:
         """Add entries to the chain, inside of `writing`; the rows of an older table come first."""
         keys = seal_keys()
-        journal = self._journal.identity()
+        journal = self.journal.identity()
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
         common = {"journal": journal, "host": host, "now": sql_time(utc_now())}
-        ((position,),) = engine.execute(LAST_POSITION, common)
+        of_journal = "FROM audit.ledger WHERE journal = $journal"
+        ((position,),) = engine.execute(f"SELECT coalesce(max(position), 0) {of_journal}", common)
         ((seal,),) = engine.execute(SEAL_AT, {**common, "position": position})
         if self._next_head is not None and self._next_head[:2] == (journal, position):
             events = self._next_head.events
         else:
-            ((events,),) = engine.execute(EVENTS_OF, common)
+            count = f"SELECT coalesce(sum(events), 0)::BIGINT {of_journal} AND kind = 'segment'"
+            ((events,),) = engine.execute(count, common)
         head = Head(journal, position, events, seal or "")
         if head.seal.startswith(_KEYED) and not keys:
             text = "the ledger is sealed with a key, and an entry without it would look forged: "
             raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
-        engine.execute(CREATE_ENTRIES)
+        engine.execute(f"CREATE OR REPLACE TEMP TABLE entries ({LEDGER_DEFINITIONS})")
         if is_ledger_empty(engine):
-            engine.execute(sound_view("logs", COLUMNS, self._target.columns(engine)["logs"]))
-            for first, last in engine.execute(LEGACY_DAYS, {"size": _LEGACY_ROWS}):
-                days = {"first_day": first, "last_day": last, "position": position}
-                engine.execute(PREPARE_LEGACY, {**common, **days})
-        for sql, params in entries:
-            engine.execute(sql, {**common, "position": position, **params})
-        positions, seals = [], []
-        for place, kind, count, row in engine.execute(PREPARED_HASHES):
+            engine.execute(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
+            for first, last in engine.execute(ranges("segment IS NULL"), {"size": _LEGACY_ROWS}):
+                engine.execute(PREPARE_LEGACY, {"first_day": first, "last_day": last})
+        for sql in entries:
+            engine.execute(sql)
+        engine.execute(
+            "CREATE OR REPLACE TEMP TABLE numbered AS SELECT * REPLACE ($journal AS journal, "
+            "$position + row_number() OVER (ORDER BY rowid) AS position, $host AS host, "
+            "$now::TIMESTAMP AS ingested_at) FROM entries",
+            {**common, "position": position},
+        )
+        seals = []
+        numbered = f"SELECT position, kind, events, {ENTRY_HASH} FROM numbered ORDER BY position"
+        for place, kind, count, row in engine.execute(numbered):
             seal = make_seal(head.seal, row, keys[0] if keys else None)
             head = Head(journal, place, head.events + (count if kind == "segment" else 0), seal)
-            positions.append(place)
-            seals.append(seal)
-        engine.execute(INSERT_ENTRIES, {"positions": positions, "seals": seals})
+            seals.append((place, seal))
+        engine.execute(
+            "INSERT INTO audit.ledger BY NAME SELECT numbered.* REPLACE (sealed AS seal) FROM numbered "
+            f"JOIN ({listed('place BIGINT, sealed VARCHAR', seals)}) ON position = place"
+        )
         self._next_head = head
-
-    def head_text(self) -> str | None:
-        """Return where the chain ends, to be kept elsewhere; None if nothing was entered here."""
-        return None if self._head is None else json.dumps({"journals": [self._head._asdict()]})
 
 
 def is_ledger_empty(engine: Engine) -> bool:
@@ -8596,13 +8336,17 @@ def is_ledger_empty(engine: Engine) -> bool:
 
 def chain_heads(engine: Engine) -> list[Head]:
     """Return the end of each journal's chain; the target is attached and has a ledger."""
-    return [Head(name or "", *rest) for name, *rest in engine.execute(HEADS)]
+    rows = engine.execute(
+        "SELECT journal, max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, "
+        "arg_max(seal, position) FROM audit.ledger GROUP BY journal ORDER BY journal"
+    )
+    return [Head(name or "", *rest) for name, *rest in rows]
 
 
 def known_segments(engine: Engine, segments: Sequence[str], *, kind: str = "segment") -> set[str]:
     """Return those of the segments that have an entry of a kind."""
-    asked = {"segments": segments, "kind": kind}
-    return {segment for (segment,) in engine.execute(KNOWN, asked)} if segments else set()
+    sql = f"SELECT segment FROM audit.ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
+    return {segment for (segment,) in engine.execute(sql)} if segments else set()
 
 
 def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
@@ -8616,27 +8360,21 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 # == Ingest ==
 # depends on: Errors, Encoding, Journal, Writer, SQL, Engines, Target, Ledger
 #
-# Moves segments into `logs` exactly once: the ledger's entry of a segment is committed together with its
-# rows, so that a step repeated after a crash finds that it is done. The caller holds the ingest lock.
-#
-# Caveat: a damaged WAL opens without an error and drops the last transaction. → Segments stay until a
-# checkpoint succeeded.
+# Moves segments into `logs` exactly once, as docs/design.md tells. The caller holds the ingest lock.
 
 INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
 _LONGEST_READ: Final = 2**28  # a longer line is put aside: DuckDB would need twice its size
 _LEAST_READ: Final = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ: Final = re.compile(rb',"seq":[0-9]+\}$')
-_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
-_CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
+_CONFLICT_SECONDS: Final = 2.0  # how long an ingest is tried again, when another host wrote at the same time
 
 
 class Ingest:
     """Takes the journal's sealed and orphaned segments, and losses, into the database."""
 
-    def __init__(self, target: Target, journal: Journal, ledger: Ledger, *, diagnostics: Diagnostics) -> None:
+    def __init__(self, target: Ledger, diagnostics: Diagnostics) -> None:
         self._target = target
-        self._journal = journal
-        self._ledger = ledger
+        self._journal = target.journal
         self._diagnostics = diagnostics
 
     def run(self) -> list[JournalError]:
@@ -8660,7 +8398,13 @@ class Ingest:
                 contextlib.closing(self._target.open_engine(guest=True)) as engine,
                 scratch_folder() as folder,
             ):
-                losses, fresh = self._stage_and_commit(engine, claims, lost, folder)
+
+                def stage_and_commit() -> tuple[dict[str, int], set[str]]:
+                    losses = self._stage(engine, claims, folder)
+                    return losses, self._commit(engine, claims, losses, lost)
+
+                wait = 0.0 if self._target.is_file else _CONFLICT_SECONDS
+                losses, fresh = patiently(stage_and_commit, wait)
         except QueryError as error:
             if not is_data_fault(error) or len(claims) < 2:
                 raise
@@ -8694,20 +8438,6 @@ class Ingest:
             "rejected", f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
         )
 
-    def _stage_and_commit(
-        self, engine: Engine, claims: list[Claim], lost: Mapping[str, Loss], folder: str
-    ) -> tuple[dict[str, int], set[str]]:
-        tries = 1 if self._target.is_file else _CONFLICT_TRIES
-        while True:
-            try:
-                losses = self._stage(engine, claims, folder)
-                return losses, self._commit(engine, claims, losses, lost)
-            except DatabaseLockedError:
-                tries -= 1
-                if not tries:
-                    raise
-                time.sleep(_CONFLICT_PAUSE_SECONDS * (1 + os.urandom(1)[0]) / 256)
-
     def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
         """Read the segments into the temporary table `batch`; return how many lines each lost."""
         wanted = {claim.id: [claim.lines] * 3 for claim in claims}
@@ -8728,7 +8458,8 @@ class Ingest:
             if not is_data_fault(error) or ("out of memory" in str(error).lower() and size < _LEAST_READ):
                 raise
             return False
-        return {segment: counts for segment, *counts in engine.execute(STAGED_COUNTS)} == wanted
+        sql = "SELECT segment, count(seq), count(DISTINCT seq), count(timestamp) FROM batch GROUP BY ALL"
+        return {segment: counts for segment, *counts in engine.execute(sql)} == wanted
 
     def _salvage(self, engine: Engine, claim: Claim, folder: str) -> int:
         """Stage the good lines of a segment, put the others aside, and return how many those are."""
@@ -8773,19 +8504,23 @@ class Ingest:
     ) -> set[str]:
         """Put `batch` into the database and make it durable; return the segments that were not there yet."""
         segments = [claim.id for claim in claims]
-        with self._target.attached(engine, read_only=False), self._ledger.writing(engine):
+        with self._target.attached(engine, read_only=False), self._target.writing(engine):
             known = known_segments(engine, segments)
             fresh = [segment for segment in segments if segment not in known]
-            entries: list[Entry] = []
+            entries: list[str] = []
             if known:
                 entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
-                engine.execute(UNSTAGE_KNOWN, {"segments": sorted(known)})
+                where = among("segment", known)
+                engine.execute(f"DELETE FROM batch WHERE {where}")
+                # Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger
+                # may be what the page cache says and not what the disk says.
+                touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
                 if self._target.is_file:
-                    engine.execute(TOUCH_KNOWN, {"segments": sorted(known)})
+                    engine.execute(f"{touch} AND {where}")
             losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
                 self._target.change_logs(engine, INSERT_ROWS)
-                entries.append((PREPARE_SEGMENTS, {"segments": fresh}))
+                entries.append(entries_of(fresh))
                 text = "lines that could not be ingested, kept in the journal as .rejected"
                 entries += [
                     entry_of("loss", losses[segment], text, segment=segment)
@@ -8798,31 +8533,31 @@ class Ingest:
                 text = f"{loss.reason}, between {loss.first} and {loss.last}"
                 entries.append(entry_of("loss", loss.events, text, segment=segment))
             if entries:
-                self._ledger.enter(engine, entries)
+                self._target.enter(engine, entries)
         return set(fresh)
 
     def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Put aside the ends of calls that are on record as unfinished; return how many of each segment.
-
-        A process that lost its locks, or whose journal was copied while it ran, writes such lines.
-        """
+        """Put aside the ends of calls that are on record as unfinished; return how many of each segment."""
         calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
-        late: dict[str, list[tuple[int, str, bytes]]] = {}
+        late = collections.defaultdict[str, list[tuple[int, str, bytes]]](list)
         if calls:
             since = datetime.datetime.strptime(min(calls)[:22], "%Y%m%dT%H%M%S%fZ")
-            asked = {"calls": list(calls), "since": str(since), "error": UNFINISHED}
-            for (call,) in engine.execute(UNFINISHED_CALLS, asked):
+            sql = f"""\
+SELECT DISTINCT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
+WHERE timestamp >= '{since}'::TIMESTAMP - INTERVAL 1 MINUTE AND error = {sql_literal(UNFINISHED)}
+AND {among("call", calls)}"""
+            for (call,) in engine.execute(sql):
                 claim, seq = calls[call]
                 line = next((each for each in claim.read().splitlines() if call.encode() in each), b"")
-                reason = "its call is on record already, as unfinished"
-                late.setdefault(claim.id, []).append((seq, reason, line))
+                late[claim.id].append((seq, "its call is on record already, as unfinished", line))
         for claim in claims:
             if faults := late.get(claim.id):
-                engine.execute(UNSTAGE_LINES, {"segment": claim.id, "seqs": [seq for seq, *_ in faults]})
+                seqs = among("seq", [seq for seq, *_ in faults])
+                engine.execute(f"DELETE FROM batch WHERE segment = '{claim.id}' AND {seqs}")
                 claim.reject(sorted(faults))
         return {segment: len(faults) for segment, faults in late.items()}
 
-    def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[Entry]:
+    def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[str]:
         """Keep the lines of known segments that the ledger lacks: a cloned host goes on with a copy of one.
 
         Where the ledger has its first lines, the others become a segment of their own; anything else is
@@ -8862,116 +8597,95 @@ def refuse_fatal_limit() -> None:
 
 
 # == Reading ==
-# depends on: Errors, Events, Journal, Writer, SQL, Engines, Target, Ledger
+# depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Table and journal as one log. A reader attaches read-only, then lists the journal, then asks the ledger:
-# while it holds DuckDB's lock nobody can ingest, so the three agree, and every event is seen once. A target
-# that is no file has no such lock: there a reader holds this host's ingest lock, shared with other readers,
-# and reads in one transaction; other hosts' events come from the table alone.
+# Table and journal as one log, in which every event is seen once, as docs/design.md tells.
 
 
-# --- opening: so that every event is seen once
+class Reading:
+    """Table and journal while they are open for reading.
 
+    If `problem` is set, the table can't be read: then only journal events are seen.
+    """
 
-class Reader:
-    """Opens a log for reading."""
-
-    def __init__(self, target: Target, journal: Journal, diagnostics: Diagnostics) -> None:
+    def __init__(self, engine: Engine, folder: str, target: Target) -> None:
+        self.engine = engine
+        self._folder = folder  # for small segments, put together
         self._target = target
-        self._journal = journal
-        self._diagnostics = diagnostics
+        self._journal = target.journal
+        self.problem: StoreError | None = None
+        self.schema: str | None = None  # of a PostgreSQL table whose first rows PostgreSQL itself selects
+        self.oddities: list[str] = []  # as `Target.oddities`
+        self.has_table = self.has_journal = self.has_ledger = self.has_running = False
+        self._is_attached = False
 
-    @contextlib.contextmanager
-    def open(self, *, wait: float) -> Iterator[Reading]:
-        """Do what `Store.reading` says; without the table, open the journal alone."""
-        self._target.let_ingest_pass(wait)
+    def open(self, wait: float) -> contextlib.ExitStack:
+        """Open the log, without the table the journal alone; what is returned closes both."""
         deadline = Deadline(wait)
-        with (
-            scratch_folder() as folder,
-            contextlib.closing(self._target.open_engine()) as engine,
-            contextlib.ExitStack() as stack,
-        ):
-            reading = Reading(engine, folder)
-            while True:
-                try:
-                    stack.enter_context(self._attempt(reading, folder))
-                    break
-                except (
-                    DatabaseCorruptError,
-                    DatabaseLockedError,
-                    DatabaseNotFoundError,
-                    DatabaseUnreachableError,
-                ) as error:
-                    is_missing = isinstance(error, DatabaseNotFoundError)
-                    is_new = is_missing and not self._target.is_file
-                    # A file that is missing appeared, or vanished, between our look and DuckDB's.
-                    is_passing = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
-                    if is_passing and deadline.pause():
-                        continue
-                    self._keep_segments(stack)
-                    reading.problem = None if is_new else error
-                    reading.open_views(None, self._segments(folder))
-                    break
-            reading.open_running(self._journal.running())
-            if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
-                raise DatabaseNotFoundError(
-                    f"Audit database not found at {self._target.name}. Either audit logging is not enabled "
-                    "for the profile, or no events have been logged yet (the database is created on first "
-                    "write)."
-                )
-            for text in reading.oddities:
-                self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
-            yield reading
+        while True:
+            try:
+                return self._open_both()
+            except (
+                DatabaseCorruptError,
+                DatabaseLockedError,
+                DatabaseNotFoundError,
+                DatabaseUnreachableError,
+            ) as error:
+                is_missing = isinstance(error, DatabaseNotFoundError)
+                is_new = is_missing and not self._target.is_file
+                # A file that is missing appeared, or vanished, between our look and DuckDB's.
+                is_passing = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
+                if not (is_passing and deadline.pause()):
+                    with contextlib.ExitStack() as stack:
+                        self._keep_segments(stack)
+                        self.problem = None if is_new else error
+                        self.open_views(None, self._segments())
+                        return stack.pop_all()
 
-    def _attempt(self, reading: Reading, folder: str) -> contextlib.ExitStack:
-        """Open both sides; what is returned closes them."""
-        target, journal = self._target, self._journal
+    def _open_both(self) -> contextlib.ExitStack:
+        target = self._target
         with contextlib.ExitStack() as stack:
             if target.is_absent():
-                if not self._keep_segments(stack) and journal.segments():
+                if not self._keep_segments(stack) and self._journal.segments():
                     raise DatabaseLockedError(f"{target.path} is being made by another process")
                 if target.is_absent():
-                    self._open_journal(reading, self._segments(folder))
+                    self._open_journal(self._segments())
                     return stack.pop_all()
                 stack.close()
             if not target.is_file and not self._keep_segments(stack):
                 raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
-            stack.enter_context(target.attached(reading.engine, read_only=True))
-            segments = self._segments(folder)
-            reading.is_transaction = not target.is_file
-            reading.schema = target.schema if target.is_postgres else None
-            reading.data_path = target.data_path(reading.engine)
-            present = target.columns(reading.engine)
-            reading.oddities = target.oddities(reading.engine)
-            if any(text.endswith(VIEW) for text in reading.oddities):  # it could read any file of this user
+            stack.enter_context(target.attached(self.engine, read_only=True))
+            segments = self._segments()
+            self._is_attached = True
+            self.schema = target.schema if target.is_postgres else None
+            present = target.columns(self.engine)
+            self.oddities = target.oddities(self.engine)
+            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file of this user
                 present = {}
-                reading.problem = StoreError(
-                    f"{target.name}: what should be a table is a view, and is not read"
-                )
-            reading.open_views(present.get("logs"), unknown_segments(reading.engine, segments, present))
-            reading.has_ledger = "ledger" in present
+                self.problem = StoreError(f"{target.name}: what should be a table is a view, and is not read")
+            self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
+            self.has_ledger = "ledger" in present
             return stack.pop_all()
 
-    def _open_journal(self, reading: Reading, segments: list[str]) -> None:
+    def _open_journal(self, segments: list[str]) -> None:
         """Copy the journal's events: before the first ingest there is no lock that keeps one out."""
         cause = None
         try:
-            reading.open_views(None, segments)
-            reading.freeze_journal()
+            self.open_views(None, segments)
+            self.freeze_journal()
         except QueryError as error:
             cause = error
         if not all(map(os.path.exists, segments)):
-            raise DatabaseNotFoundError(
-                f"{self._target.path} is being made at this moment; try again"
-            ) from cause
+            text = f"{self._target.path} is being made at this moment; try again"
+            raise DatabaseNotFoundError(text) from cause
         if cause is not None:
             raise cause
 
-    def _segments(self, folder: str) -> list[str]:
+    def _segments(self) -> list[str]:
         """Return the segments, and files with the rows that the next ingest adds for unfinished calls."""
         left = {}
         for path, lines in self._journal.unfinished():
-            copy = os.path.join(folder, os.path.basename(path))
+            copy = os.path.join(self._folder, os.path.basename(path))
             if lines:
                 write_file(copy, lines, replace=True)
                 left[path] = copy
@@ -8985,28 +8699,7 @@ class Reader:
         except JournalError:  # this user may only read the journal; go on without a lock
             return True
 
-
-# --- asking and exporting
-
-
-class Reading:
-    """Table and journal while they are open for reading.
-
-    If `problem` is set, the table can't be read: then only journal events are seen.
-    """
-
-    def __init__(self, engine: Engine, folder: str) -> None:
-        self.engine = engine
-        self._folder = folder  # for small segments, put together
-        self.problem: StoreError | None = None
-        self.schema: str | None = None  # of a PostgreSQL table whose first rows PostgreSQL itself selects
-        self.is_transaction = False  # of a target that is no file: others go on writing to it
-        self.data_path: str | None = None  # of a lake: where its files are
-        self.oddities: list[str] = []  # as `Target.oddities`
-        self.has_table = False
-        self.has_journal = False
-        self.has_ledger = False
-        self.has_running = False
+    # --- asking and exporting
 
     def open_running(self, lines: bytes) -> None:
         """Define the view `running_rows` of calls that run: `status` is running, `seq` 0."""
@@ -9024,7 +8717,7 @@ class Reading:
         sizes = {path: size for path in segments if (size := _size_of(path))}
         files = combine(list(sizes), self._folder) if sizes else []
         self.has_journal = bool(files)
-        self._define("table_rows", NO_ROWS if table is None else table_rows(table))
+        self._define("table_rows", sound_rows(table or {}))
         self._define("journal_rows", journal_rows(files, max(sizes.values(), default=0)))
 
     def _define(self, view: str, rows: str) -> None:
@@ -9032,23 +8725,21 @@ class Reading:
 
     def freeze_journal(self) -> None:
         """Copy the journal's events, so that no later query reads files."""
-        for statement in FREEZE_JOURNAL:
-            self.engine.execute(statement)
+        self.engine.execute("CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows")
+        self._define("journal_rows", "SELECT * FROM journal_copy")
 
     def _source(
-        self, what: Filter, count: int | None, order: str, *, running: bool | None = False
-    ) -> tuple[str, dict[str, object]]:
+        self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
+    ) -> str:
         """Return the query of the filtered events; with `running`, of the calls that run; if None, of both.
 
         The limit is in each part: a limit on the union alone is 40 times slower on 10 million rows.
         """
-        where, params = what.where()
-        table, tail = "table_rows", ""
+        where, table, tail = what.where(), "table_rows", ""
         if count is not None:
-            params["count"] = count
-            tail = f" ORDER BY {order} LIMIT $count"
+            tail = f" ORDER BY {order} LIMIT {count}"
             if self.schema is not None and what.text is None:  # ILIKE differs there
-                table = _postgres_rows(self.schema, where, params, oldest_first=order == OLDEST_FIRST)
+                table = _postgres_rows(self.schema, where, count, oldest_first=order == OLDEST_FIRST)
         sides = [
             f"(SELECT * FROM {view} WHERE {where}{tail})"
             for view, is_asked in (
@@ -9058,47 +8749,41 @@ class Reading:
             )
             if is_asked
         ] or [f"({NO_ROWS})"]
-        return " UNION ALL BY NAME ".join(sides), params
+        return " UNION ALL BY NAME ".join(sides)
 
-    def _select(
-        self, columns: str, what: Filter, count: int | None, oldest_first: bool
-    ) -> tuple[str, dict[str, object]]:
+    def _select(self, columns: str, what: Filter, count: int | None, oldest_first: bool) -> str:
         order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
-        source, params = self._source(what, count, order)
-        tail = "" if count is None else " LIMIT $count"
-        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})", params
+        tail = "" if count is None else f" LIMIT {count}"
+        source = self._source(what, count, order)
+        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})"
 
     def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
         """Yield the matching events as rows of PUBLIC_COLUMNS, newest first."""
-        sql, params = self._select(public_select(), what, count, oldest_first)
-        return self.engine.stream(sql, params)
+        return self.engine.stream(self._select(public_select(), what, count, oldest_first))
 
     def running(self, what: Filter, *, count: int = 100) -> list[Row]:
         """Return the matching calls that run on this host as rows of PUBLIC_COLUMNS, oldest first."""
-        source, params = self._source(what, count, OLDEST_FIRST, running=True)
-        sql = f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}"
-        return self.engine.execute(sql, params)
+        source = self._source(what, count, OLDEST_FIRST, running=True)
+        return self.engine.execute(f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}")
 
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
         """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
 
         Calls that run are counted in `running` alone. Percentiles are durations that occurred, in ms.
         """
-        source, params = self._source(what, None, NEWEST_FIRST, running=None)
-        return self.engine.execute(stats_query(source, by, sort), {**params, "count": count})
+        return self.engine.execute(stats_query(self._source(what, running=None), by, sort, count))
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
         """Return the rows of a query of ours over `events`, the matching events with all their columns."""
-        source, params = self._source(what, None, NEWEST_FIRST)
-        events = f"WITH events AS (SELECT *, {_EVENT_ID} AS event_id FROM ({source}))"
-        return self.engine.execute(f"{events} {sql}", params)
+        events = f"WITH events AS (SELECT *, {_EVENT_ID} AS event_id FROM ({self._source(what)}))"
+        return self.engine.execute(f"{events} {sql}")
 
     def lines(
         self, expression: str, what: Filter, *, count: int | None = None, oldest_first: bool = False
     ) -> Iterator[str]:
         """Yield the value of an SQL expression of ours for each matching event."""
-        sql, params = self._select(f"{expression} AS line", what, count, oldest_first)
-        return (line for (line,) in self.engine.stream(sql, params))
+        sql = self._select(f"{expression} AS line", what, count, oldest_first)
+        return (line for (line,) in self.engine.stream(sql))
 
     def around(self, session: str, event_id: str, count: int) -> list[Row]:
         """Return an event with up to `count` events of its session before and after it."""
@@ -9110,15 +8795,13 @@ class Reading:
 
     def ids_like(self, part: str) -> list[Row]:
         """Return up to three event ids that begin with a text, or whose part after the time is it."""
-        params = {"part": part.replace("_", "").replace("%", "") + "%", "end": f"%-{part}"}
-        source, _ = self._source(Filter(), None, NEWEST_FIRST)
-        return self.engine.execute(
-            f"SELECT {_EVENT_ID} AS id FROM ({source}) WHERE id LIKE $part OR id LIKE $end LIMIT 3", params
-        )
+        begin, end = sql_literal(part.replace("_", "").replace("%", "") + "%"), sql_literal(f"%-{part}")
+        ids = f"SELECT {_EVENT_ID} AS id FROM ({self._source(Filter())})"
+        return self.engine.execute(f"{ids} WHERE id LIKE {begin} OR id LIKE {end} LIMIT 3")
 
-    def losses(self) -> list[Row]:
+    def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
-        return self.engine.execute(LOSSES) if self.has_ledger else []
+        return self.engine.execute(LOSSES, {"since": since}) if self.has_ledger else []
 
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
@@ -9128,12 +8811,17 @@ class Reading:
         """
         self.freeze_journal()
         self.engine.execute(SQL_VIEW)
-        if self.data_path:
-            self.engine.execute(f"SET allowed_directories = [{sql_literal(self.data_path)}]")
-        for lock in SQL_LOCK:
-            self.engine.execute(lock)
+        if self._is_attached and self._target.is_lake:
+            metadata = "__ducklake_metadata_audit.ducklake_metadata"
+            paths = self.engine.execute(f"SELECT value FROM {metadata} WHERE key = 'data_path'")
+            for (path,) in paths:
+                self.engine.execute(f"SET allowed_directories = [{sql_literal(path)}]")
+        self.engine.execute("SET enable_external_access = false")
+        self.engine.execute("SET lock_configuration = true")  # last, because nothing can undo it
         params = {"statement": statement}
-        columns = self.engine.execute(SQL_COLUMNS, params)
+        columns = self.engine.execute(
+            "SELECT column_name, column_type FROM (DESCRIBE SELECT * FROM query($statement))", params
+        )
         names, casts, decoders = [], [], list[Callable[[Any], object]]()
         for number, (_, sql_type) in enumerate(columns):
             cast_sql, decode = next(
@@ -9171,8 +8859,7 @@ class Reading:
         the table `logs`, so that every command can read it by `--db`.
         """
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
-        source, params = self._source(what, None, NEWEST_FIRST)
-        ((matching,),) = self.engine.execute(f"SELECT count(*)::BIGINT AS n FROM ({source})", params)
+        ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
         expected = matching if count is None else min(count, matching)
         if form == "duckdb":
             columns = _NAMES
@@ -9180,33 +8867,32 @@ class Reading:
             columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
         if bom:  # a byte order mark is the beginning of the first column's name
             columns = columns.replace(" AS timestamp,", ' AS "\ufefftimestamp",', 1)
-        sql, params = self._select(columns, what, count, oldest_first)
-        params["formula"] = FORMULA
-        folder, name = os.path.split(os.path.abspath(path))
-        scratch = os.path.join(folder, f".{name}.{os.urandom(4).hex()}.part")
-        try:
-            with _scratch(scratch):
-                target = os.path.join(scratch, "export")
+        sql = self._select(columns, what, count, oldest_first)
+        problem = f"{path} can't be written"
+        with _scratch(path, problem) as scratch:
+            target = os.path.join(scratch, "export")
+            try:
                 with _watched(target, progress):
-                    written = self._write(sql, params, target, form)
-                if written not in (expected, None):
-                    raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
-                os.chmod(target, FILE_MODES[False])
-                give_to_owner(target)
-                os.replace(target, path)
-        except (OSError, QueryError) as error:
-            raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
+                    written = self._write(sql, target, form)
+            except QueryError as error:
+                raise StoreError(f"{problem}: {error}") from error
+            if written not in (expected, None):
+                raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
+            os.chmod(target, FILE_MODES[False])
+            give_to_owner(target)
+            os.replace(target, path)
         return int(expected)
 
-    def _write(self, sql: str, params: Params, target: str, form: str) -> int | None:
+    def _write(self, sql: str, target: str, form: str) -> int | None:
         """Write a query's rows to a new file; return their number, None if DuckDB doesn't say it."""
         if form == "duckdb":
-            if self.is_transaction:  # in it nothing but a temporary table can be made
-                self.engine.execute(f"CREATE TEMP TABLE exported AS {sql}", params)
+            if self._is_attached and not self._target.is_file:
+                # Others go on writing to it: in its transaction nothing but a temporary table can be made.
+                self.engine.execute(f"CREATE TEMP TABLE exported AS {sql}")
                 self.engine.execute("COMMIT")
-                sql, params = "SELECT * FROM exported", {}
-            attach_file(self.engine, target, "copy", NEW_FILE)
-            told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}", params)
+                sql = "SELECT * FROM exported"
+            attach(self.engine, target, "copy", NEW_FILE)
+            told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}")
             self.engine.execute("CHECKPOINT copy")
             self.engine.execute("DETACH copy")
         elif form == "sqlite":
@@ -9216,21 +8902,20 @@ class Reading:
                 file.execute(f"CREATE TABLE logs ({', '.join(PUBLIC_COLUMNS)})")
                 marks = ", ".join("?" * len(PUBLIC_COLUMNS))
                 return file.executemany(
-                    f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql, params)
+                    f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql)
                 ).rowcount
         else:
-            copy = f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})"
-            told = self.engine.execute(copy, params)
+            told = self.engine.execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
         return told[0][0] if told else None
 
 
-def _postgres_rows(schema: str, where: str, params: Params, *, oldest_first: bool) -> str:
-    """Return the first $count rows of a PostgreSQL table: DuckDB hands it no ORDER BY and no LIMIT."""
+def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
+    """Return the first rows of a PostgreSQL table: DuckDB hands it no ORDER BY and no LIMIT."""
     table = f'''SELECT * FROM "{schema.replace('"', '""')}".logs WHERE {where} AND timestamp IS'''
     way = "" if oldest_first else " DESC"
     order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
-    query = f"({table} NOT NULL ORDER BY {order} LIMIT $count) UNION ALL ({table} NULL LIMIT $count)"
-    return f"(SELECT * FROM postgres_query('audit', {sql_literal(bind(query, params))}))"
+    query = f"({table} NOT NULL ORDER BY {order} LIMIT {count}) UNION ALL ({table} NULL LIMIT {count})"
+    return f"(SELECT * FROM postgres_query('audit', {sql_literal(query)}))"
 
 
 # How a column leaves through `Reading.query`: by its type's beginning, the cast and the type in Python.
@@ -9320,9 +9005,6 @@ def interruptible(engine: Engine) -> Iterator[None]:
 #
 # Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first, so that
 # what somebody had changed stays known as changed when it is gone.
-#
-# An entry is believed if its seal is right: made with the key where there is one, or met by a checkpoint.
-# Each segment must be exactly as entered, or absent if an entry that is believed says that it was purged.
 
 
 # --- what is found
@@ -9338,36 +9020,6 @@ class Finding(NamedTuple):
     segment: str | None = None
     seqs: tuple[int, ...] = ()  # which events of the segment, as far as that can be known
     journal: str | None = None  # whose chain
-
-
-class Verdict:
-    """What `verify` found."""
-
-    def __init__(self) -> None:
-        self.findings: list[Finding] = []
-        self.more_findings = 0  # beyond those that are listed
-        self.notes: list[str] = []  # what could not be known
-        self.heads: list[Head] = []
-        self.purges: list[dict[str, Any]] = []  # the entries of those that no checkpoint covers
-        self.entries = 0
-        self.segments = 0
-        self.events = 0  # in all segments, purged ones included
-        self.purged = 0
-        self.lost = 0
-        self.legacy = 0  # rows that are older than the ledger
-        self.waiting_bytes = 0  # in the journal, not sealed yet
-
-    @property
-    def intact(self) -> bool:
-        """Whether nothing was found."""
-        return not self.findings
-
-    def add(self, kind: str, text: str, **more: Any) -> None:
-        """Add a finding, or count it if there are very many."""
-        if len(self.findings) < _MAX_FINDINGS:
-            self.findings.append(Finding(kind, text, **more))
-        else:
-            self.more_findings += 1
 
 
 def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
@@ -9395,31 +9047,55 @@ class Compared(NamedTuple):
 # --- recomputing
 
 _RANGE_EVENTS: Final = 1_000_000  # arbitrary: their hashes, 100 to 300 bytes each, are held at once
-_NOT_BELIEVED: Final = {  # purges, by their state
-    "unreadable": "can't be read",
-    "newer": "kept parts of segments, as earlier versions did, but is newer than the checkpoint",
-}
 _MAX_EXPLAINED: Final = 100  # arbitrary: after so many findings, single events are not named
 
 
-def _without_twins(text: str | None) -> str:
-    """Return JSON with unique names, because a statement of DuckDB 1.2 fails else; "" if it is none."""
-    try:
-        return json.dumps(json.loads(text or ""))
-    except (ValueError, RecursionError):
-        return ""
-
-
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
-    """Define the views that all statements here read; return the types of the tables' columns."""
-    columns = {"logs": {}, "ledger": {}, **column_types(engine, TABLE_TYPES)}
-    engine.execute(sound_view("logs", COLUMNS, columns["logs"]))
-    engine.execute(sound_view("ledger", LEDGER_COLUMNS, columns["ledger"]))
+    """Define the views `sound_logs` and `sound_ledger`; return the types of the tables' columns."""
+    columns = {"logs": {}, "ledger": {}, **column_types(engine)}
+    engine.execute(SOUND_LOGS + sound_rows(columns["logs"]))
+    rows = sound_rows(columns["ledger"], "audit.ledger", LEDGER_COLUMNS)
+    engine.execute(f"CREATE OR REPLACE TEMP VIEW sound_ledger AS {rows}")
     return columns
 
 
-class Verifier:
-    """Recomputes everything that the ledger says of the attached target."""
+class Taken(NamedTuple):
+    """What a purge says that it took: entries; but one of 0.1 only those of their events that were old."""
+
+    is_old: bool = False
+    before: int = 0
+    spans: Sequence[tuple[str, int, int]] = ()  # of a chain, from and to
+    kept: Sequence[tuple[str, int, str]] = ()  # by one of 0.1, of a segment: how many events, their digest
+    wrong: Sequence[tuple[str, int, int]] = ()  # segment, events found, events entered
+
+
+def taken_by(detail: str | None) -> Taken | None:
+    """Return what the text of a purge says; None if it can't be read."""
+
+    def number(value: object) -> int:
+        if abs(given := int(str(value))) > 2**62:
+            raise ValueError
+        return given
+
+    try:
+        said = json.loads(detail or "")
+        is_old = said.get("removed") is None
+        spans = {name: [(1, head)] for name, head in said["heads"].items()} if is_old else said["removed"]
+        kept = said["left"] if is_old else {}
+        taken = Taken(
+            is_old,
+            number(said["before"]),
+            [(name, number(a), number(b)) for name, pairs in spans.items() for a, b in pairs if 0 < a <= b],
+            [(name, number(left[0]), str(left[1])) for name, left in kept.items()],
+            sorted((name, number(it[0]), number([*it, 0][2])) for name, it in said["wrong"].items()),
+        )
+    except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
+        return None
+    return None if "\\x00" in repr(taken) else taken  # no statement may hold a NUL
+
+
+class Verdict:
+    """What `verify` finds: it recomputes everything that the ledger says of the attached target."""
 
     def __init__(
         self,
@@ -9436,30 +9112,52 @@ class Verifier:
         self._progress = progress
         self._covered: dict[str, int] = {}  # by journal: the last position that a checkpoint covers
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
-        self.verdict = Verdict()
+        self.findings: list[Finding] = []
+        self.more_findings = 0  # beyond those that are listed
+        self.notes: list[str] = []  # what could not be known
+        self.heads: list[Head] = []
+        self.purges: list[dict[str, Any]] = []  # the entries of those that no checkpoint covers
+        self.entries = self.segments = 0
+        self.events = 0  # in all segments, purged ones included
+        self.purged = self.lost = 0
+        self.legacy = 0  # rows that are older than the ledger
+        self.waiting_bytes = 0  # in the journal, not sealed yet
 
-    def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> Verdict:
+    @property
+    def intact(self) -> bool:
+        return not self.findings
+
+    def _add(self, kind: str, text: str, **more: Any) -> None:
+        if len(self.findings) < _MAX_FINDINGS:
+            self.findings.append(Finding(kind, text, **more))
+        else:
+            self.more_findings += 1
+
+    def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> None:
         """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
-                self._engine.execute(SCOPE_SINCE, {"moment": since})
+                sql = f"""\
+CREATE OR REPLACE TEMP TABLE scope AS
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
+UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
+                self._engine.execute(sql, {"moment": since})
             for row in self.compare(scoped=since is not None):
                 if not row.as_due:
                     self._judge(row)
         elif self._keys or checkpoint:
-            self.verdict.add("table", "there is no ledger, so that nothing can be proved")
+            self._add("table", "there is no ledger, so that nothing can be proved")
         if self._keys and not checkpoint:
-            self.verdict.notes.append(
+            self.notes.append(
                 "without a checkpoint it can't be known whether the end of the log was cut off, or all of it"
             )
-        return self.verdict
 
     def open(self, checkpoint: Sequence[Head] = ()) -> bool:
         """Check the tables' form, the chains and the purges; False if there is no ledger."""
         columns = view_tables(self._engine)
         has_ledger = bool(columns["ledger"] or "segment" in columns["logs"])
         for text in self._target.oddities(self._engine):
-            self.verdict.add("table", text)
+            self._add("table", text)
         for table, ours in (("logs", COLUMNS if has_ledger else COLUMNS[:10]), ("ledger", LEDGER_COLUMNS)):
             for column in ours if columns[table] else ():
                 given = columns[table].get(column.name)
@@ -9469,9 +9167,9 @@ class Verifier:
                 )
                 if given != column.sql_type and not is_same:
                     text = f"{table}.{column.name} is {given or 'missing'}, not {column.sql_type}"
-                    self.verdict.add("table", text)
+                    self._add("table", text)
         if not has_ledger:
-            ((self.verdict.legacy,),) = self._engine.execute("SELECT count(*)::BIGINT FROM sound_logs")
+            ((self.legacy,),) = self._engine.execute("SELECT count(*) FROM sound_logs")
         self._walk_chains({(head.journal, head.position): head for head in checkpoint})
         self._read_purges(has_checkpoint=bool(checkpoint))
         return has_ledger
@@ -9480,7 +9178,7 @@ class Verifier:
 
     def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
         """Check every seal, and that the checkpoints are met."""
-        verdict, totals = self.verdict, dict[str, int]()
+        totals = collections.Counter[str]()
         for name, entries in itertools.groupby(self._engine.stream(CHAIN), key=lambda row: row[0]):
             head, unkeyed = Head(name, 0, 0, ""), list[tuple[str, int]]()
             for _, position, kind, events, seal, row in entries:
@@ -9499,57 +9197,70 @@ class Verifier:
                     del wanted[name, position]
                     unkeyed = []  # the checkpoint saw these
                     self._covered[name] = position
-                verdict.entries += 1
-                verdict.segments += kind == "segment"
-                totals[kind] = totals.get(kind, 0) + events
-            verdict.heads.append(head)
+                self.entries += 1
+                self.segments += kind == "segment"
+                totals[kind] += events
+            self.heads.append(head)
             if unkeyed:
                 self.doubted.update(unkeyed)
                 text = f"entries of journal {name} sealed without the key: {len(unkeyed)}; "
                 text += "if they are older than the key, a checkpoint of that time settles it"
-                verdict.add("chain", text, journal=name)
-        verdict.events, verdict.lost = totals.get("segment", 0), totals.get("loss", 0)
-        verdict.legacy += totals.get("legacy", 0)
+                self._add("chain", text, journal=name)
+        self.events, self.lost = totals["segment"], totals["loss"]
+        self.legacy += totals["legacy"]
         for name, position in wanted:
             text = f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
-            verdict.add("cut", text, journal=name)
+            self._add("cut", text, journal=name)
 
     def _doubt(self, journal: str, position: int, text: str) -> None:
         self.doubted.add((journal, position))
-        self.verdict.add("chain", text, journal=journal)
+        self._add("chain", text, journal=journal)
 
     # --- the purges
 
     def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Read the purges that are believed, and compare each with the entries that it names."""
-        names = ("moment", "host", "events", "journal", "position", "detail")
-        entries = [dict(zip(names, row)) for row in self._engine.execute(PURGES)]
-        entries = [each for each in entries if (each["journal"], each["position"]) not in self.doubted]
-        newer = [each["position"] > self._covered.get(each["journal"], 0) for each in entries]
-        refused = [each and has_checkpoint and not self._keys for each in newer]
-        details = [_without_twins(each.pop("detail")) for each in entries]
-        # Number -1 is no purge: DuckDB 1.2 needs a row to know the columns that are maps.
-        said = {"numbers": [-1, *range(len(entries))], "newer": [False, *refused], "details": ["", *details]}
-        self._engine.execute(READ_PURGES, said)
-        self._engine.execute(CREATE_GONE)
+        purges: list[tuple[dict[str, Any], Taken, str]] = []
+        spans: list[tuple[object, ...]] = []
+        kept: list[tuple[object, ...]] = []
         parts = 0
-        for number, state, held, is_old in self._engine.execute(JUDGED_PURGES):
-            entry, text = entries[number], _NOT_BELIEVED.get(state)
-            if not text:
-                self.verdict.purged += entry["events"]
-                self.verdict.purges += [entry] if newer[number] else []
-                parts += state == "parts"
-                if state == "whole" and not (is_old and held == entry["events"]):
-                    text = f"says that {entry['events']} events went; "
-                    text += f"the entries that it names held {held}, or younger ones"
+        for *values, detail in self._engine.execute(PURGES):
+            entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
+            if (entry["journal"], entry["position"]) in self.doubted:
+                continue
+            is_newer = entry["position"] > self._covered.get(entry["journal"], 0)
+            taken, text = taken_by(detail), ""
+            if taken is None:
+                text = "can't be read"
+            elif taken.kept and is_newer and has_checkpoint and not self._keys:
+                text = "kept parts of segments, as earlier versions did, but is newer than the checkpoint"
+            else:
+                self.purged += entry["events"]
+                self.purges += [entry] if is_newer else []
+                parts += bool(taken.kept)
+                spans += [(len(purges), *taken[:2], *span) for span in taken.spans]
+                kept += [(len(purges), *left) for left in taken.kept]
+            purges.append((entry, Taken(is_old=True) if text or taken is None else taken, text))
+        spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
+        kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
+        self._engine.execute(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
+        sums = "least(sum(held), 2::HUGEINT**62)::BIGINT, bool_and(is_past)"
+        rows = self._engine.execute(f"SELECT number, {sums} FROM gone GROUP BY number")
+        named = {number: rest for number, *rest in rows}
+        for number, (entry, taken, text) in enumerate(purges):
+            held, is_past = named.get(number, (0, True))
+            held += sum(found - entered for _, found, entered in taken.wrong)
+            if not taken.is_old and not (is_past and held == entry["events"]):
+                text = f"says that {entry['events']} events went; "
+                text += f"the entries that it names held {held}, or younger ones"
             if text:
                 text = f"purge {entry['position']} of journal {entry['journal']} {text}"
-                self.verdict.add("chain", text, journal=entry["journal"])
-        for _, segment, found, _ in self._engine.execute(PURGED_WRONG):
+                self._add("chain", text, journal=entry["journal"])
+        for segment, found, _ in itertools.chain(*(taken.wrong for _, taken, _ in purges)):
             text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
-            self.verdict.add("changed", text, segment=segment)
+            self._add("changed", text, segment=segment)
         if parts:
-            self.verdict.notes.append(
+            self.notes.append(
                 f"{counted(parts, 'purge')} by an earlier version kept parts of segments: what those parts "
                 "should hold is known from the purge alone"
             )
@@ -9558,32 +9269,49 @@ class Verifier:
 
     def compare(self, *, scoped: bool) -> Iterator[Compared]:
         """Yield each segment in scope; without a scope, each that isn't as the ledger says."""
-        splits = self._engine.execute(SPLITS, {"size": self._range_events})
-        ends = [last for (last,) in splits if last is not None][:-1]  # the last range is open
+        splits = self._engine.execute(ranges(), {"size": self._range_events})
+        ends = [last for _, last in splits][:-1]  # the last range is open
         sql = comparison(scoped=scoped)
         for number, (low, high) in enumerate(zip([None, *ends], [*ends, None])):
             yield from (Compared(*row) for row in self._engine.execute(sql, {"low": low, "high": high}))
-            done = min((number + 1) * self._range_events, self.verdict.events)
-            self._progress(done, self.verdict.events)
+            self._progress(min((number + 1) * self._range_events, self.events), self.events)
 
     def _judge(self, row: Compared) -> None:
         """Report a segment that isn't as the ledger says: its events if it has marks, else how many."""
-        if not self.verdict.entries and row.segment.startswith("legacy-"):
-            self.verdict.legacy += row.found  # an older table, of which nothing was entered yet
+        if not self.entries and row.segment.startswith("legacy-"):
+            self.legacy += row.found  # an older table, of which nothing was entered yet
             return
-        marked: list[Row] = []
-        if row.found and row.due and len(self.verdict.findings) < _MAX_EXPLAINED:
-            marked = self._engine.execute(MARKED, {"segment": row.segment, "due": row.due})
-        for kind, rows in itertools.groupby(marked, key=lambda row: row[0]):
-            seqs = tuple(seq for _, seq in rows)
+        marked: dict[str, list[int]] = {}
+        if row.found and row.due and len(self.findings) < _MAX_EXPLAINED:
+            marked = self._marked(row)
+        for kind, seqs in marked.items():
             names = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs_of(seqs))
             text = f"segment {row.segment}: {kind} {names}"
-            self.verdict.add(kind, text, segment=row.segment, seqs=seqs)
+            self._add(kind, text, segment=row.segment, seqs=tuple(sorted(seqs)))
         if not marked:
             kind = "removed" if row.found < row.due else "inserted" if row.found > row.due else "changed"
             due = f"not {row.due} as recorded" if row.position >= 0 else "which is not in the ledger"
             text = f"segment {row.segment}: {counted(row.found, 'event')}, {due}"
-            self.verdict.add(kind, text, segment=row.segment)
+            self._add(kind, text, segment=row.segment)
+
+    def _marked(self, row: Compared) -> dict[str, list[int]]:
+        """Return which events were changed, inserted or removed, as far as the segment has marks."""
+        where = "WHERE segment = $segment"
+        marks = f"SELECT coalesce(max(marks), '') FROM sound_ledger {where} AND kind = 'segment'"
+        found = f"SELECT coalesce(seq, -1), {EVENT_HASH}[1:4] FROM sound_logs {where}"
+        ((text,),) = self._engine.execute(marks, {"segment": row.segment})
+        due = {number // 4 + 1: text[number : number + 4] for number in range(0, len(text) // 4 * 4, 4)}
+        states: dict[str, list[int]] = {"changed": [], "inserted": [], "removed": []}
+        left = dict(due)
+        rows = self._engine.execute(found, {"segment": row.segment}) if due else []
+        for seq, mark in sorted(rows, key=lambda pair: due.get(pair[0]) != pair[1]):
+            if seq not in left:
+                states["inserted"].append(seq)
+            elif left.pop(seq) != mark:
+                states["changed"].append(seq)
+        if len(due) == row.due:
+            states["removed"] = list(left)
+        return {state: seqs for state, seqs in states.items() if seqs}
 
 
 # --- one event, for somebody who has no database
@@ -9610,6 +9338,7 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     if not event or not entry:
         raise StoreError(f"{event_id} is in no segment of the ledger; what waits in the journal is no proof")
     journal, position = entry[0][0], int(str(entry[0][1]))
+    hashes = f"SELECT {EVENT_HASH} AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"
     before, after = "", []
     for name, place, *_, row in engine.stream(CHAIN):
         if name == journal and place < position:
@@ -9619,7 +9348,7 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     return {
         "event": dict(zip((column.name for column in COLUMNS), event[0])),
         "entry": dict(zip((column.name for column in LEDGER_COLUMNS[:-1]), entry[0])),
-        "hashes": [row for (row,) in engine.execute(HASHES_TO_PROVE, {"segment": segment})],
+        "hashes": [row for (row,) in engine.execute(hashes, asked)],
         "before": before,
         "after": after,
     }
@@ -9662,8 +9391,7 @@ def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
 # == Removal ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger, Evidence
 #
-# Removes old events by whole segments, in one transaction that enters what went. They are compared with the
-# ledger before, and archived on request. Retention is a purge a day, and trusts no clock that jumped.
+# Removes old events by whole segments, compared with the ledger, in one transaction that enters what went.
 
 
 class Removal(NamedTuple):
@@ -9690,24 +9418,31 @@ def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
     """Compare the segments whose last event is older than a moment with the ledger."""
     import hashlib
 
-    verifier = Verifier(engine, target, seal_keys(), range_events=_PURGE_RANGE_EVENTS)
-    has_ledger = verifier.open()
-    engine.execute(SCOPE_BEFORE, {"moment": before})
+    verdict = Verdict(engine, target, seal_keys(), range_events=_PURGE_RANGE_EVENTS)
+    has_ledger = verdict.open()
+    # Segments whose rows are all older, and were so when they were entered.
+    scope = f"""\
+CREATE OR REPLACE TEMP TABLE scope AS
+SELECT {SEGMENT_OR_DAY} AS segment FROM sound_logs GROUP BY ALL
+HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)
+EXCEPT SELECT segment FROM sound_ledger
+WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
+    engine.execute(scope, {"moment": before})
     digest = hashlib.sha256()
     found: dict[str, Compared] = {}
     positions: dict[str, list[int]] = {}
     wrong: dict[str, tuple[int, str | None, int]] = {}
-    for row in verifier.compare(scoped=True):
+    for row in verdict.compare(scoped=True):
         if row.segment not in found:  # else it has a second entry
             digest.update((row.digest or "").encode())
         found[row.segment] = row
         if row.position > 0:
             positions.setdefault(row.journal, []).append(row.position)
-        if has_ledger and not (row.as_due and (row.journal, row.position) not in verifier.doubted):
+        if has_ledger and not (row.as_due and (row.journal, row.position) not in verdict.doubted):
             entered = row.entered + wrong.get(row.segment, (0, "", 0))[2]
             wrong[row.segment] = (row.found, row.digest, entered)
     events = sum(row.found for row in found.values())
-    ((old,),) = engine.execute(COUNT_OLD, {"moment": before})
+    ((old,),) = engine.execute(f"SELECT count(*) {OLD}", {"moment": before})
     return Removal(
         before,
         events,
@@ -9721,81 +9456,76 @@ def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
     )
 
 
-def purge_before(
-    engine: Engine, target: Target, ledger: Ledger, before: str, archive: str | None = None
-) -> Removal:
+def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
     """Delete every segment older than a moment, in one transaction, and enter that.
 
     A segment that somebody had changed stays known as changed, and has a file of its own in an archive.
     """
-    with ledger.writing(engine):
+    with target.writing(engine):
         if is_ledger_empty(engine):
-            ledger.enter(engine, [])  # the rows of an older table
+            target.enter(engine, [])  # the rows of an older table
         removal = plan_removal(engine, target, before)
         if removal.segments:
             if archive is not None:
                 removal = _archive(engine, archive, removal)
-            ((events,),) = engine.execute(COUNT_SCOPE)
+            ((events,),) = engine.execute(f"SELECT count(*) FROM audit.logs WHERE {IN_SCOPE}")
             if events != removal.events:
                 raise StoreError(f"{events} events are older than {before}, not {removal.events}; try again")
-            engine.execute(DELETE_SCOPE, {"moment": before})
+            engine.execute(f"DELETE {OLD} AND {IN_SCOPE}", {"moment": before})
             detail = {"before": microseconds(before), "removed": removal.removed, "wrong": removal.wrong}
             text = json.dumps({**detail, "archive": removal.archive}, separators=(",", ":"))
-            span = {"first": removal.first_event, "last": removal.last_event}
-            ledger.enter(engine, [entry_of("purge", events, text, digest=removal.digest, **span)])
+            span = {"first_event": removal.first_event, "last_event": removal.last_event}
+            target.enter(engine, [entry_of("purge", events, text, digest=removal.digest, **span)])
     return removal
 
 
 def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     """Write the events as Parquet, a file a day, with a manifest, and read them back."""
+    import hashlib
+
+    problem = f"{directory}: no archive can be written"
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
-    scratch = os.path.join(directory, f".{name}.part")
     try:
         if not os.path.isdir(directory):
             os.makedirs(directory, mode=_DIRECTORY_MODE)
             give_to_owner(directory)
-        with _scratch(scratch):
-            files = _write_archive(engine, scratch, removal)
-            manifest = {
-                "filter": {"before": iso_time(microseconds(removal.before))},
-                "events": removal.events,
-                "first_event": iso_time(removal.first_event),
-                "last_event": iso_time(removal.last_event),
-                "digest": removal.digest,
-                "not_as_entered": sorted(removal.wrong),
-                "heads": [head._asdict() for head in chain_heads(engine)],
-                "files": files,
-            }
-            write_file(os.path.join(scratch, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
-            sync_directory(scratch)
-            os.rename(scratch, os.path.join(directory, name))
-            sync_directory(directory)
     except OSError as error:
-        raise StoreError(f"{directory}: no archive can be written: {error.strerror}") from error
-    return removal._replace(archive=name)
-
-
-def _write_archive(engine: Engine, folder: str, removal: Removal) -> list[dict[str, object]]:
-    """Write the files of an archive and read them back; return what the manifest says of each."""
-    import hashlib
-
+        raise StoreError(f"{problem}: {error.strerror}") from error
     files: list[dict[str, object]] = []
     params = {"wrong": sorted(removal.wrong), "apart": _ALIEN}
-    for name, events in engine.execute(OLD_FILES, params):
-        path = os.path.join(folder, name)
-        os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
-        rows = bind(OLD_OF_FILE, {**params, "name": name})
-        engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
-        sync_file(path)
-        files.append({"name": name, "events": events, "sha256": file_digest(path)})
     digest = hashlib.sha256()
-    if files:
-        paths = [os.path.join(folder, str(file["name"])) for file in files]
-        for (part,) in engine.stream(ARCHIVED, {"files": paths}):
-            digest.update(part.encode())
-    if digest.hexdigest() != removal.digest:
-        raise StoreError(f"{folder}: the archive doesn't read back as it was written; nothing was purged")
-    return files
+    with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
+        for file, events in engine.execute(OLD_FILES, params):
+            path = os.path.join(scratch, file)
+            os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
+            rows = bind(OLD_OF_FILE, {**params, "name": file})
+            engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
+            sync_file(path)
+            files.append({"name": file, "events": events, "sha256": file_digest(path)})
+        if files:
+            paths = sql_literal([os.path.join(scratch, str(file["name"])) for file in files])
+            rows = digests(f"read_parquet({paths})", segment=SEGMENT_OR_DAY)
+            for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
+                digest.update(part.encode())
+        if digest.hexdigest() != removal.digest:
+            raise StoreError(
+                f"{scratch}: the archive doesn't read back as it was written; nothing was purged"
+            )
+        manifest = {
+            "filter": {"before": iso_time(microseconds(removal.before))},
+            "events": removal.events,
+            "first_event": iso_time(removal.first_event),
+            "last_event": iso_time(removal.last_event),
+            "digest": removal.digest,
+            "not_as_entered": sorted(removal.wrong),
+            "heads": [head._asdict() for head in chain_heads(engine)],
+            "files": files,
+        }
+        write_file(os.path.join(scratch, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+        sync_directory(scratch)
+        os.rename(scratch, os.path.join(directory, name))
+        sync_directory(directory)
+    return removal._replace(archive=name)
 
 
 # --- retention: a purge a day
@@ -9803,51 +9533,63 @@ def _write_archive(engine: Engine, folder: str, removal: Removal) -> list[dict[s
 _SILENCE: Final = 25 * 3_600_000_000  # longer ones don't count as time that passed; retention runs daily
 
 
-def retain(engine: Engine, target: Target, ledger: Ledger, retention: float) -> str:
+def retain(engine: Engine, target: Ledger, retention: float) -> str:
     """Purge what is older than the retention by the ledger's time, and return a text of what went.
 
     A clock that jumped forward makes everything look old, so only time counts in which the ledger shows that
-    this log was alive: a server that was off for a month keeps its events a month longer.
+    this log was alive.
     """
     target.create_tables(engine)
-    verifier = Verifier(engine, target, seal_keys())
-    verifier.open()
-    journals, positions = map(list, zip(*verifier.doubted)) if verifier.doubted else ([], [])
-    asked = {"now": sql_time(utc_now()), "retention": int(retention * 1e6), "silence": _SILENCE}
-    for (limit,) in engine.execute(VOUCHED_LIMIT, {**asked, "journals": journals, "positions": positions}):
-        removal = purge_before(engine, target, ledger, limit)
+    verdict = Verdict(engine, target, seal_keys())
+    verdict.open()
+    limit = vouched_limit(engine, sql_time(utc_now()), int(retention * 1e6), verdict.doubted)
+    if limit:
+        removal = purge_before(engine, target, limit)
         if removal.events:
             return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
     # An entry a day, so that a log without events doesn't look as if it had been off.
-    with ledger.writing(engine):
-        ledger.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
+    with target.writing(engine):
+        target.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
     return "retention: nothing is old enough"
+
+
+def vouched_limit(engine: Engine, now: str, left: int, doubted: Collection[tuple[str, int]]) -> str | None:
+    """Return the moment after which the ledger shows the log alive for `left` microseconds; None if never."""
+    hours = f"""\
+SELECT DISTINCT epoch_us(date_trunc('hour', ingested_at)) AS hour FROM audit.ledger
+ANTI JOIN ({listed("journal VARCHAR, position BIGINT", doubted)}) USING (journal, position)
+WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORDER BY hour DESC"""
+    later = microseconds(now)
+    for (hour,) in engine.execute(hours):
+        alive = later - hour
+        if alive <= _SILENCE:
+            if alive >= left:
+                moment = _EPOCH_START + datetime.timedelta(microseconds=later - left)
+                return f"{moment:%Y-%m-%d %H:%M:%S.%f}"
+            left -= alive
+        later = hour
+    return None
 
 
 # == Copies ==
 # depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
 #
-# Copies of the whole log: a backup elsewhere, and the database written anew in its place. A copy is read back
-# before it gets its name, appears whole or not at all, and overwrites nothing else.
+# Copies of the whole log, elsewhere or in its place. A copy is read back before it gets its name, appears
+# whole or not at all, and overwrites nothing else.
 
 
-def back_up(target: Target, journal: Journal, path: str, *, wait: float) -> int:
+def back_up(target: Target, path: str, *, wait: float) -> int:
     """Do what `Store.backup` says, after its ingest."""
     place = os.path.abspath(path)
-    folder = os.path.dirname(place)
-    scratch = os.path.join(folder, f".{os.path.basename(place)}.{os.urandom(4).hex()}.part")
-    try:
-        with _scratch(scratch):
-            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
-            with target.session(read_only=True, wait=wait) as engine:
-                tables = target.columns(engine)
-                _copy_database(engine, tables, copy)
-                _copy_journal(unknown_segments(engine, journal.segments(), tables), waiting)
-            events = _take_in(copy, waiting)
-            _put_in_place(copy, place)
-            sync_directory(folder)
-    except OSError as error:
-        raise StoreError(f"{path} can't be written: {error.strerror}") from error
+    with _scratch(place, f"{path} can't be written") as scratch:
+        copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
+        with target.session(read_only=True, wait=wait) as engine:
+            tables = target.columns(engine)
+            _copy_database(engine, tables, copy)
+            _copy_journal(unknown_segments(engine, target.journal.segments(), tables), waiting)
+        events = _take_in(copy, waiting)
+        _put_in_place(copy, place)
+        sync_directory(os.path.dirname(place))
     return events
 
 
@@ -9858,13 +9600,12 @@ def _take_in(path: str, directory: str) -> int:
     its own, so that it leaves the other chains as they are.
     """
     journal = Journal(directory)
-    target = Target(Config(path), journal)
-    ledger = Ledger(target, journal)
+    target = Ledger(Config(path), journal)
     if journal.segments():
         with journal.ingest_lock():
-            Ingest(target, journal, ledger, diagnostics=Diagnostics(silent=True)).run()
+            Ingest(target, Diagnostics(silent=True)).run()
     with target.session(read_only=True, wait=0.0) as engine:
-        ((events,),) = engine.execute("SELECT count(*)::BIGINT FROM audit.logs")
+        ((events,),) = engine.execute("SELECT count(*) FROM audit.logs")
         return int(events)
 
 
@@ -9876,83 +9617,74 @@ class Restored(NamedTuple):
     kept: str | None  # where the replaced database is; None if there was none
 
 
-def put_back(target: Target, journal: Journal, path: str, *, wait: float) -> Restored:
+def put_back(target: Target, path: str, *, wait: float) -> Restored:
     """Do what `Store.restore` says. The caller holds the ingest lock."""
     place = os.path.realpath(target.path)
-    folder, name = os.path.split(place)
-    source = Target(Config(os.path.abspath(path)), Journal(path + ".journal"))
-    scratch, ours = os.path.join(folder, f".{name}.restore"), None
-    try:
-        with _scratch(scratch):
-            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
-            with source.session(read_only=True, wait=wait) as engine:
-                tables = source.columns(engine)
-                if "logs" not in tables:
-                    raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
-                _copy_database(engine, tables, copy)
-            _copy_journal(Journal(path + ".journal").segments(), waiting)  # of backups by earlier versions
-            events, before, kept = _take_in(copy, waiting), 0, None
-            if not target.is_absent():
-                with target.session(read_only=False, wait=wait) as engine:
-                    engine.execute("CHECKPOINT audit")
-                ours = os.stat(place)
-                events, before = _merge(copy, place, journal)
-                kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
+    old = Journal(path + ".journal")  # of backups by earlier versions
+    source = Target(Config(os.path.abspath(path)), old)
+    with _scratch(place, f"{place} can't be restored", name="restore") as scratch:
+        copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
+        with source.session(read_only=True, wait=wait) as engine:
+            tables = source.columns(engine)
+            if "logs" not in tables:
+                raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
+            _copy_database(engine, tables, copy)
+        _copy_journal(old.segments(), waiting)
+        events, before, kept = _take_in(copy, waiting), 0, None
+        if target.is_absent():
+            _put_in_place(copy, place)
+        else:
+            with target.session(read_only=False, wait=wait) as engine:
+                engine.execute("CHECKPOINT audit")
+            ours = os.stat(place)
+            events, before = _merge(copy, place, target.journal)
             if events == before:
                 return Restored(events, 0, None)
             give_to_owner(copy)
-            if ours is None:
-                _put_in_place(copy, place)
-            else:
-                with target.session(read_only=True, wait=wait):
-                    if _stamp_of(os.stat(place)) != _stamp_of(ours):
-                        raise DatabaseLockedError(
-                            f"{place}: another process wrote to it meanwhile; try again"
-                        )
-                    _put_in_place(place, str(kept))
-                    take_after(copy, ours)
-                    os.replace(copy, place)
-            sync_directory(folder)
-    except OSError as error:
-        raise StoreError(f"{place} can't be restored: {error.strerror}") from error
+            kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
+            with target.session(read_only=True, wait=wait):
+                if _stamp_of(os.stat(place)) != _stamp_of(ours):
+                    raise DatabaseLockedError(f"{place}: another process wrote to it meanwhile; try again")
+                _put_in_place(place, kept)
+                take_after(copy, ours)
+                os.replace(copy, place)
+        sync_directory(os.path.dirname(place))
     return Restored(events, events - before, kept)
 
 
 def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
     """Add to a copy what it lacks of the database at `place`; return how many events each has then."""
-    target = Target(Config(path), journal)
-    ledger = Ledger(target, journal)
+    target = Ledger(Config(path), journal)
     with target.session(read_only=False, wait=0.0) as engine:
-        attach_file(engine, place, "ours", {"READ_ONLY": True})
-        present = column_types(engine, OUR_COLUMNS)
-        rows = table_rows(present["logs"], "ours.logs") if "logs" in present else NO_ROWS
-        segments: list[str] = []
-        with ledger.writing(engine):
+        attach(engine, place, "ours", {"READ_ONLY": True})
+        present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
+        rows = sound_rows(present.get("logs", {}), "ours.logs")
+        unknown = "segment NOT IN (SELECT coalesce(segment, '') FROM audit.ledger WHERE kind = '{}')"
+        unknown += " AND segment IS NOT NULL"
+        with target.writing(engine):
             engine.execute(STAGE_NOTHING)
             if {"logs", "ledger"} <= present.keys():
-                segments = [segment for (segment,) in engine.execute(OUR_SEGMENTS)]
-                engine.execute(
-                    f"INSERT INTO batch BY NAME {rows} WHERE segment IN (SELECT unnest($segments))",
-                    {"segments": segments},
-                )
+                engine.execute(f"INSERT INTO batch BY NAME {rows} WHERE {unknown.format('segment')}")
                 engine.execute(INSERT_ROWS)
-                entries: list[Entry] = [(PREPARE_SEGMENTS, {"segments": segments})] if segments else []
+                found = engine.execute("SELECT DISTINCT segment FROM batch")
+                segments = [segment for (segment,) in found]
+                entries = [entries_of(segments)] if segments else []
+                losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
                 entries += [
                     entry_of("loss", events, detail, segment=segment)
-                    for events, detail, segment in engine.execute(OUR_LOSSES)
+                    for events, detail, segment in engine.execute(losses + unknown.format("loss"))
                 ]
                 if entries:
-                    ledger.enter(engine, entries)
+                    target.enter(engine, entries)
             ((missing,),) = engine.execute(
-                f"SELECT count(*)::BIGINT FROM ({rows} EXCEPT ALL "
-                f"{table_rows(target.columns(engine)['logs'])})"
+                f"SELECT count(*) FROM ({rows} EXCEPT ALL {sound_rows(target.columns(engine)['logs'])})"
             )
             if missing:
                 raise StoreError(
                     f"{place} holds {counted(missing, 'row')} that would be lost; move it "
                     "and its .wal aside to restore without them"
                 )
-        count = "SELECT count(*)::BIGINT FROM"
+        count = "SELECT count(*) FROM"
         ((mine, theirs),) = engine.execute(f"SELECT ({count} audit.logs), ({count} ({rows}))")
         engine.execute("DETACH ours")
     return mine, theirs
@@ -9969,32 +9701,26 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
         old = os.stat(path)
         if _size_of(path + ".wal"):
             raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
-        folder, name = os.path.split(path)
-        # One name, so that the next one clears what a killed one left.
-        scratch = os.path.join(folder, f".{name}.compact")
-        try:
-            with _scratch(scratch):
-                fresh = os.path.join(scratch, "copy")
-                _copy_database(engine, target.columns(engine), fresh)
-                take_after(fresh, old)
-                os.replace(fresh, path)
-                sync_directory(folder)
-        except OSError as error:
-            raise StoreError(f"{path} can't be written anew: {error.strerror}") from error
+        with _scratch(path, f"{path} can't be written anew", name="compact") as scratch:
+            fresh = os.path.join(scratch, "copy")
+            _copy_database(engine, target.columns(engine), fresh)
+            take_after(fresh, old)
+            os.replace(fresh, path)
+            sync_directory(os.path.dirname(path))
         return old.st_size, os.stat(path).st_size
 
 
 def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> None:
     """Copy the attached database into a new file, and read that back."""
-    attach_file(engine, path, "fresh", NEW_FILE)
+    attach(engine, path, "fresh", NEW_FILE)
     os.chmod(path, FILE_MODES[False])
     engine.execute("COPY FROM DATABASE audit TO fresh")
     engine.execute("CHECKPOINT fresh")
     engine.execute("DETACH fresh")
     sync_file(path)
-    attach_file(engine, path, "fresh", {"READ_ONLY": True})
+    attach(engine, path, "fresh", {"READ_ONLY": True})
     for table in sorted(tables):
-        ((same, _),) = engine.execute(SAME_CONTENT[table])
+        ((same,),) = engine.execute(SAME_CONTENT[table])
         if not same:
             raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
     engine.execute("DETACH fresh")
@@ -10025,11 +9751,10 @@ def _put_in_place(path: str, target: str) -> None:
 
 
 # == Operations ==
-# depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest,
+# depends on: Errors, Config, Events, Journal, Writer, Engines, Target, Ledger, Ingest,
 # Evidence, Removal, Copies, Reading
 #
-# What can be done with the log of a configuration. Each operation opens what it needs, in the order that
-# keeps others out, and leaves the work to the parts above.
+# What can be done with the log of a configuration, in the order that keeps others out.
 
 _LOSS_DAYS: Final = 30  # arbitrary: how long lost events are pointed out
 _PROBE_SECONDS: Final = (0.03, 0.6)  # the first and the longest pause between two tries for the database
@@ -10056,10 +9781,9 @@ class Store:
         opener: Callable[..., Engine] = open_engine,
     ) -> None:
         self.journal: Journal = Journal(config.journal_directory, group=config.group)
-        self.target: Target = Target(config, self.journal, opener)
+        self.target: Ledger = Ledger(config, self.journal, opener)
         self._diagnostics = diagnostics or Diagnostics()
-        self._ledger = Ledger(self.target, self.journal)
-        self._ingest = Ingest(self.target, self.journal, self._ledger, diagnostics=self._diagnostics)
+        self._ingest = Ingest(self.target, self._diagnostics)
         self._retention = config.retention
 
     # --- ingesting
@@ -10084,12 +9808,24 @@ class Store:
             target = self.target
             self.journal.bind(os.path.realpath(target.path) if target.is_file else target.name)
             problems = self._run_ingest(wait)
-            self._tend()
-            if self._retention is not None and not self.target.is_absent():
-                self._retain(self._retention)
+            try:
+                target.tend_lake()
+            except DatabaseLockedError:  # somebody else is at it
+                pass
+            except AuditError as error:
+                self._diagnostics.report("lake", "small files could not be merged", error=error)
+            try:
+                if self._retention is not None and not target.is_absent():
+                    with target.session(read_only=False, wait=0.0, guest=True) as engine:
+                        news = retain(engine, target, self._retention)
+                    self._diagnostics.inform("retention", news)
+                    self._retention = None
+            except AuditError as error:
+                self._diagnostics.report("retention", "old events could not be purged", error=error)
         if problems:
             raise problems[0]
-        return {"done": True, "retained": self._retention is None, "head": self._ledger.head_text()}
+        head = target.head and json.dumps({"journals": [target.head._asdict()]})
+        return {"done": True, "retained": self._retention is None, "head": head}
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
         """Ingest; if it may wait, try the database first: reading the journal in vain costs more."""
@@ -10117,41 +9853,36 @@ class Store:
                 time.sleep(pause * (1 + os.urandom(1)[0] / 256))
                 pause = min(1.5 * pause, _PROBE_SECONDS[1])
 
-    def _tend(self) -> None:
-        try:
-            self.target.tend_lake()
-        except DatabaseLockedError:  # somebody else is at it
-            pass
-        except AuditError as error:
-            self._diagnostics.report("lake", "small files could not be merged", error=error)
-
-    def _retain(self, retention: float) -> None:
-        try:
-            with self.target.session(read_only=False, wait=0.0, guest=True) as engine:
-                news = retain(engine, self.target, self._ledger, retention)
-            self._diagnostics.inform("retention", news)
-            self._retention = None
-        except AuditError as error:
-            self._diagnostics.report("retention", "old events could not be purged", error=error)
-
     # --- reading
 
-    def reading(self, *, wait: float = 5.0) -> contextlib.AbstractContextManager[Reading]:
+    @contextlib.contextmanager
+    def reading(self, *, wait: float = 5.0) -> Iterator[Reading]:
         """Open table and journal as one log; nobody can ingest until the block ends.
 
         Raises:
             DatabaseNotFoundError: there is neither a database nor a journal.
             JournalError: the journal can't be read.
         """
-        return Reader(self.target, self.journal, self._diagnostics).open(wait=wait)
+        self.target.let_ingest_pass(wait)
+        with scratch_folder() as folder, contextlib.closing(self.target.open_engine()) as engine:
+            reading = Reading(engine, folder, self.target)
+            with reading.open(wait):
+                reading.open_running(self.journal.running())
+                if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
+                    raise DatabaseNotFoundError(
+                        f"Audit database not found at {self.target.name}. Either audit logging is not "
+                        "enabled for the profile, or no events have been logged yet (the database is created "
+                        "on first write)."
+                    )
+                for text in reading.oddities:
+                    self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
+                yield reading
 
     def losses(self, reading: Reading) -> list[tuple[int, str]]:
         """Return the losses of the last 30 days: how many events each time, and when and why."""
-        found = [(loss.events, str(loss)) for loss in self.journal.losses().values()]
-        if reading.has_ledger:
-            since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
-            found[:0] = reading.engine.execute(RECENT_LOSSES, {"since": since})
-        return found
+        since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
+        found = [(events, detail) for _, events, detail in reading.losses(since)]
+        return found + [(loss.events, str(loss)) for loss in self.journal.losses().values()]
 
     def imported(self, segment_id: str) -> tuple[int, str] | None:
         """Return how many events of a segment are in the database and the time of the last, or None."""
@@ -10161,7 +9892,7 @@ class Store:
             if "ledger" not in self.target.columns(engine):
                 return None
             found = engine.execute(
-                "SELECT events::BIGINT, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')::VARCHAR "
+                "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') "
                 "FROM audit.ledger WHERE kind = 'segment' AND segment = $segment",
                 {"segment": segment_id},
             )
@@ -10186,9 +9917,8 @@ class Store:
         """
         keys = seal_keys()
         with self.target.session(read_only=True, wait=wait) as engine:
-            verdict = Verifier(engine, self.target, keys, progress=progress).run(
-                checkpoint=checkpoint, since=since
-            )
+            verdict = Verdict(engine, self.target, keys, progress)
+            verdict.run(checkpoint=checkpoint, since=since)
         verdict.waiting_bytes = self.journal.waiting_bytes()
         return verdict
 
@@ -10243,7 +9973,7 @@ class Store:
             with self.target.session(read_only=True, wait=wait) as engine:
                 return plan_removal(engine, self.target, before)
         with self._alone(wait), self.target.session(read_only=False, wait=wait) as engine:
-            return purge_before(engine, self.target, self._ledger, before, archive)
+            return purge_before(engine, self.target, before, archive)
 
     def backup(self, path: str, *, wait: float = 5.0) -> int:
         """Copy the whole log into one database file, as of one moment, while servers run.
@@ -10259,7 +9989,7 @@ class Store:
                 raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
         with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
             self.ingest()
-        return back_up(self.target, self.journal, path, wait=wait)
+        return back_up(self.target, path, wait=wait)
 
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
         """Put a backup in place of the database, with all that the database holds besides.
@@ -10272,7 +10002,7 @@ class Store:
         """
         self._refuse_remote("restore")
         with self._alone(wait):
-            return put_back(self.target, self.journal, path, wait=wait)
+            return put_back(self.target, path, wait=wait)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
         """Write the database anew, without the room that purged rows left, and return both sizes in bytes.
@@ -10319,34 +10049,28 @@ class Store:
 # == Follow ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
 #
-# New events as they come, without keeping anybody from ingesting, and from where a cursor says. What is new
-# is known by position: of entries in the ledger, and of lines in the segments that the ledger lacks. Time
-# plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
+# New events as they come, known by position: of entries in the ledger, and of lines in the segments that the
+# ledger lacks. Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
 
 _LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory, and how long the database is held
 _LOOK_ENTRIES: Final = 1000  # of the ledger, likewise
 _REMOTE_SECONDS: Final = 2.0  # between looks at a target that doesn't show from outside whether it changed
 _SETTLED: Final = 2**62  # the last line of a segment that the table has
 _NEW_ENTRIES: Final = f"""\
-SELECT journal::VARCHAR AS journal, position::BIGINT AS position, kind::VARCHAR AS kind,
-       segment::VARCHAR AS segment, events::BIGINT AS events, detail::VARCHAR AS detail
-FROM audit.ledger
-LEFT JOIN (SELECT unnest($journals::VARCHAR[]) AS known, unnest($positions::BIGINT[]) AS last)
-       ON known = journal
-WHERE position > coalesce(last, 0) AND ingested_at >= $since::TIMESTAMP
+SELECT journal, position, kind, segment, events, detail FROM audit.ledger
+LEFT JOIN ({{positions}}) ON known = journal
+WHERE position > coalesce(last, 0) AND ingested_at >= {{since}}::TIMESTAMP
 ORDER BY ingested_at, journal, position LIMIT {_LOOK_ENTRIES}"""
 _FRESH: Final = f"""\
 CREATE OR REPLACE TEMP TABLE fresh AS SELECT events.* FROM ({{rows}}) AS events
-JOIN (SELECT unnest($segments::VARCHAR[]) AS wanted, unnest($tails::BIGINT[]) AS tail)
-     ON wanted = {SEGMENT_OR_DAY} WHERE coalesce(seq, 1) > tail"""
+JOIN ({{tails}}) ON wanted = {SEGMENT_OR_DAY} WHERE coalesce(seq, 1) > tail"""
+_TAILS: Final = "wanted VARCHAR, tail BIGINT"
 _NOTICES: Final = """\
 INSERT INTO fresh BY NAME
 SELECT now()::TIMESTAMP AS timestamp, '' AS caller, kind AS type, kind AS name,
        '{"events":' || events || '}' AS input_json, 0 AS duration_ms, 'n/a' AS policy_decision,
        'error' AS status, detail AS error, journal AS segment, position AS seq
-FROM (SELECT unnest($kinds::VARCHAR[]) AS kind, unnest($counts::BIGINT[]) AS events,
-             unnest($details::VARCHAR[]) AS detail, unnest($journals::VARCHAR[]) AS journal,
-             unnest($positions::BIGINT[]) AS position)"""
+FROM ("""
 
 
 class Follower:
@@ -10385,7 +10109,7 @@ class Follower:
             self._positions = dict(reading.engine.execute(CHAIN_ENDS))
         if reading is not None and reading.has_journal:
             self._tails = dict(
-                reading.engine.execute("SELECT segment, max(seq)::BIGINT FROM journal_rows GROUP BY segment")
+                reading.engine.execute("SELECT segment, max(seq) FROM journal_rows GROUP BY segment")
             )
 
     def is_seen(self, row: Row) -> bool:
@@ -10418,7 +10142,7 @@ class Follower:
             return []
         engine = self._engine = self._engine or self._target.open_engine()
         with scratch_folder() as folder:
-            reading = Reading(engine, folder)
+            reading = Reading(engine, folder, self._target)
             reading.open_running(lines)
             return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
 
@@ -10431,47 +10155,35 @@ class Follower:
     def _new_table_rows(self) -> list[Row]:
         """Return what the ledger entered, but for the events that were seen in the journal."""
         engine = self._engine = self._engine or self._target.open_engine()
-        asked = {
-            "journals": list(self._positions),
-            "positions": list(self._positions.values()),
-            "since": self._since,
-        }
+        known = listed("known VARCHAR, last BIGINT", self._positions.items())
+        asked = _NEW_ENTRIES.format(positions=known, since=sql_literal(self._since))
         with self._target.attached(engine, read_only=True):
             signature = self._target.signature()  # nobody can ingest now
             present = self._target.columns(engine)
-            entries: list[Row] = []
-            total, behind = 0, False
-            for entry in engine.execute(_NEW_ENTRIES, asked) if "ledger" in present else ():
-                total += entry[4] or 0
-                if entries and total > _LOOK_EVENTS:
-                    behind = True
-                    break
-                entries.append(entry)
-            rows = (
-                self._rows_of(engine, table_rows(present["logs"]), entries)
-                if entries and "logs" in present
-                else []
-            )
+            found = engine.execute(asked) if "ledger" in present else []
+            totals = itertools.accumulate(entry[4] or 0 for entry in found)
+            entries = found[:1] + [e for e, total in zip(found, totals) if total <= _LOOK_EVENTS][1:]
+            rows = self._rows_of(engine, present["logs"], entries) if entries and "logs" in present else []
         for journal, position, kind, segment, _, _ in entries:
             self._positions[journal] = max(position, self._positions.get(journal, 0))
             if kind == "segment":
                 self._tails[segment] = _SETTLED
-        self.is_behind = behind or len(entries) == _LOOK_ENTRIES
+        self.is_behind = len(entries) < len(found) or len(found) == _LOOK_ENTRIES
         self._signature = None if self.is_behind else signature
         self._next_look = time.monotonic() + (0 if self.is_behind else _REMOTE_SECONDS)
         if engine.name == "cli" and self._target.is_file:  # a process for nothing, until then
             self.close()
         return rows
 
-    def _rows_of(self, engine: Engine, source: str, entries: Sequence[Row]) -> list[Row]:
+    def _rows_of(self, engine: Engine, types: Mapping[str, str], entries: Sequence[Row]) -> list[Row]:
         """Return the unseen rows of entries, and a notice for each loss and each gap."""
         tails = {
             segment: self._tails.get(segment, 0)
             for _, _, kind, segment, _, _ in entries
             if kind in ("segment", "legacy")
         }
-        engine.execute(_FRESH.format(rows=source), {"segments": list(tails), "tails": list(tails.values())})
-        fresh = engine.execute(f"SELECT {SEGMENT_OR_DAY} AS k, count(*)::BIGINT AS n FROM fresh GROUP BY k")
+        engine.execute(_FRESH.format(rows=sound_rows(types), tails=listed(_TAILS, tails.items())))
+        fresh = engine.execute(f"SELECT {SEGMENT_OR_DAY} AS k, count(*) AS n FROM fresh GROUP BY k")
         counts: dict[str, int] = dict(fresh)
         notices = []
         for journal, position, kind, segment, events, detail in entries if self._notices else ():
@@ -10481,9 +10193,9 @@ class Follower:
             elif segment in tails and missing > 0:
                 text = f"{counted(missing, 'event')} left the table before they were read, by a purge perhaps"
                 notices.append(("gap", missing, text, journal, position))
+        columns = "kind VARCHAR, events BIGINT, detail VARCHAR, journal VARCHAR, position BIGINT"
         if notices:
-            names = ("kinds", "counts", "details", "journals", "positions")
-            engine.execute(_NOTICES, {name: list(values) for name, values in zip(names, zip(*notices))})
+            engine.execute(f"{_NOTICES}{listed(columns, notices)})")
         return self._matching(engine)
 
     def _new_lines(self) -> list[Row]:
@@ -10496,30 +10208,26 @@ class Follower:
         if not grown:
             return []
         engine = self._engine = self._engine or self._target.open_engine()
-        longest = max(LONGEST_LINE, *(sizes[each] + 1 for each in grown))
         found = [paths[each] for each in grown]
-        tails = {"segments": grown, "tails": [self._tails.get(each, 0) for each in grown]}
+        tails = listed(_TAILS, [(each, self._tails.get(each, 0)) for each in grown])
         try:
             with scratch_folder() as folder:
-                files = {"files": combine(found, folder), "longest": longest, "lenient": True}
-                engine.execute(_FRESH.format(rows=bind(JOURNAL_ROWS, files)), tails)
+                rows = journal_rows(combine(found, folder), max(sizes[each] for each in grown))
+                engine.execute(_FRESH.format(rows=rows, tails=tails))
         except QueryError:
             self.close()
             if all(map(os.path.exists, found)):
                 raise
             return []  # ingested at this moment: the ledger tells the next look
-        last = engine.execute("SELECT segment, max(seq)::BIGINT AS last FROM fresh GROUP BY segment")
-        rows = self._matching(engine)
+        last = engine.execute("SELECT segment, max(seq) AS last FROM fresh GROUP BY segment")
+        matching = self._matching(engine)
         self._tails.update(last)
         self._sizes = sizes
-        return rows
+        return matching
 
     def _matching(self, engine: Engine) -> list[Row]:
-        where, params = self._what.where()
-        notices = "type IN ('loss', 'gap')" if self._notices else "false"
-        return engine.execute(
-            f"SELECT {self._columns} FROM fresh WHERE ({where}) OR {notices} ORDER BY {OLDEST_FIRST}", params
-        )
+        where = f"({self._what.where()})" + (" OR type IN ('loss', 'gap')" if self._notices else "")
+        return engine.execute(f"SELECT {self._columns} FROM fresh WHERE {where} ORDER BY {OLDEST_FIRST}")
 
 
 # == Health ==
@@ -10533,15 +10241,10 @@ class Fault(NamedTuple):
     remedy: str
 
 
-_REMEDIES_OF: Final[Mapping[type[StoreError], str]] = {
-    DatabaseLockedError: "close that program; events wait in the journal meanwhile",
-    DatabaseUnreachableError: "check address, network and login; events wait in the journal meanwhile",
-    DatabaseCorruptError: "move the file aside or restore a backup, then run `ingest`",
-}
 _HANGS_MS: Final = 3_600_000
 _REFUSED: Final = """\
-SELECT count(*)::BIGINT AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
-       arg_max(error, timestamp)::VARCHAR AS last
+SELECT count(*) AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
+       arg_max(error, timestamp) AS last
 FROM events"""
 
 
@@ -10561,8 +10264,13 @@ class Checkup:
                 "set `enabled: true` in its `audit` section",
             )
         self._examine_journal()
-        if self._examine_engine():
+        try:
+            with contextlib.closing(open_engine()) as engine:
+                self.report["engine"] = {"name": engine.name, "version": engine.version()}
             self._examine_database(wait)
+        except StoreError as error:
+            self.report.setdefault("engine", None)
+            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
         if self._store.target.is_file:
             self._examine_access()
         self.report = {
@@ -10575,17 +10283,6 @@ class Checkup:
     def _fault(self, problem: str, remedy: str) -> None:
         self.faults.append(Fault(problem, remedy))
 
-    def _examine_engine(self) -> bool:
-        try:
-            engine = open_engine()
-            with contextlib.closing(engine):
-                self.report["engine"] = {"name": engine.name, "version": engine.version()}
-        except StoreError as error:
-            self.report["engine"] = None
-            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
-            return False
-        return True
-
     def _examine_database(self, wait: float) -> None:
         state: dict[str, Any] = {"path": self._store.target.name, "readable": False, "events": None}
         self.report["database"] = state
@@ -10594,37 +10291,31 @@ class Checkup:
                 if reading.problem is not None:
                     raise reading.problem
                 state["readable"] = reading.has_table
-                count = "SELECT count(*)::BIGINT FROM table_rows"
+                count = "SELECT count(*) FROM table_rows"
                 ((state["events"],),) = reading.engine.execute(count)
                 for text in reading.oddities:
-                    self._fault(
-                        f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
-                    )
+                    problem = f"{text}: what is shown may not be what was recorded"
+                    self._fault(problem, "see what `verify` finds")
                 self._examine_calls(reading)
                 for _, text in self._store.losses(reading):
-                    self._fault(
-                        f"events were lost: {text}",
-                        "they are gone; mend the reason. 30 days on it counts as healthy",
-                    )
+                    remedy = "they are gone; mend the reason. 30 days on it counts as healthy"
+                    self._fault(f"events were lost: {text}", remedy)
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
         except StoreError as error:
-            self._fault(str(error), _REMEDIES_OF.get(type(error), "run with --debug for the whole story"))
+            text, _, remedy = str(error).rpartition("; ")  # as `Target.attached` puts it
+            self._fault(text or remedy, remedy if text else "run with --debug for the whole story")
         except JournalError:  # a fault already
             pass
 
     def _examine_calls(self, reading: Reading) -> None:
         """Report calls that hang, and those that a strict logger refused."""
         for row in reading.running(Filter(min_ms=_HANGS_MS)):
-            call = dict(zip(PUBLIC_COLUMNS, row))
-            self._fault(
-                f"{call['type']} {call['name']} has run since {call['timestamp']}",
-                "see `log --running`; if it hangs, end it or its server",
-            )
+            problem = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
+            self._fault(problem, "see `log --running`; if it hangs, end it or its server")
         since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
-        ((count, first, last),) = reading.ask(
-            Filter(since=since, error_type="AuditUnavailableError"), _REFUSED
-        )
+        refused = Filter(since=since, error_type="AuditUnavailableError")
+        ((count, first, last),) = reading.ask(refused, _REFUSED)
         self.report["refused"] = count
         if count:
             self._fault(
@@ -10637,23 +10328,19 @@ class Checkup:
         state: dict[str, Any] = {"path": journal.directory}
         self.report["journal"] = state
         try:
-            survey = journal.survey()
+            state |= journal.survey()
         except JournalError as error:
             self._fault(str(error), "check its permissions, and whether its file system has locks")
             return
-        state |= survey
-        if survey["orphaned"]:
-            since = survey["oldest_pending"]
-            self._fault(
-                f"{counted(survey['orphaned'], 'segment')} since {since}, taken in by nobody",
-                "run `python -m mxcp_audit ingest`; if that fails, it says why",
-            )
-        if survey["rejected"]:
-            self._fault(
-                f"lines could not be ingested: {counted(survey['rejected'], 'file')} in {journal.directory}",
-                "read the .rejected files, keep what matters, and remove them",
-            )
-        if survey["torn"]:
+        if state["orphaned"]:
+            problem = f"{counted(state['orphaned'], 'segment')} since {state['oldest_pending']}"
+            remedy = "run `python -m mxcp_audit ingest`; if that fails, it says why"
+            self._fault(f"{problem}, taken in by nobody", remedy)
+        if state["rejected"]:
+            problem = f"lines could not be ingested: {counted(state['rejected'], 'file')}"
+            remedy = "read the .rejected files, keep what matters, and remove them"
+            self._fault(f"{problem} in {journal.directory}", remedy)
+        if state["torn"]:
             state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
 
     def _examine_access(self) -> None:
@@ -11500,7 +11187,9 @@ class Importer:
         self._digest, self._events = hashlib.sha256(), self._read(path)
         self._next = next(self._events, None)
         while self._next is not None:
-            part = self._part_id(*self._next[:2])
+            digest = self._digest.copy()
+            digest.update(self._next[0])
+            part = f"{new_segment_id(self._next[1]).rpartition('-')[0]}-{digest.hexdigest()[:8]}"
             # Parts are ingested one after the other: after a new one, all are new.
             there = None if events else patiently(functools.partial(self._store.imported, part), self._wait)
             if there is not None:
@@ -11534,11 +11223,6 @@ class Importer:
                     continue
                 if found is not None:
                     yield line, *found
-
-    def _part_id(self, line: bytes, now_ns: int) -> str:
-        here = self._digest.copy()
-        here.update(line)
-        return f"{new_segment_id(now_ns).rpartition('-')[0]}-{here.hexdigest()[:8]}"
 
     def _taken(self, day: int | None = None) -> Iterator[_Imported]:
         """Take the next events, or those of one day."""

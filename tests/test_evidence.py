@@ -383,7 +383,9 @@ def test_verify_random_tampering_is_reported_as_promised(
     seed = random.randrange(2**32)
     tamperer = Tamperer(session, seed)
     before = session.execute(STATE)
-    assert m.Verifier(session, target, keys).run(checkpoint=checkpoint).intact
+    verdict = m.Verdict(session, target, keys)
+    verdict.run(checkpoint=checkpoint)
+    assert verdict.intact
     assert not independent.verify(connection, keys=keys, checkpoints=noted)
     cells: dict[str, int] = dict.fromkeys(("rows", "entries", "files"), 0)
     kinds = list(PROMISES)
@@ -393,7 +395,8 @@ def test_verify_random_tampering_is_reported_as_promised(
         statements = tamperer.act(kind)
         changed = kind == "form" or session.execute(STATE) != before
         promise = PROMISES[kind][2 + GIVEN.index(given)]
-        verdict = m.Verifier(session, target, keys).run(checkpoint=checkpoint)
+        verdict = m.Verdict(session, target, keys)
+        verdict.run(checkpoint=checkpoint)
         said = f"seed {seed}, {statements}: {[finding.text for finding in verdict.findings]}"
         assert not verdict.intact or not changed or promise != "yes", said
         assert changed or verdict.intact, said

@@ -588,8 +588,8 @@ def test_filters_are_pushed_down_to_postgresql(make_host: Make) -> None:
 import json
 from mxcp_audit import Store, load_config, Filter
 with Store(load_config()).reading() as reading:
-    sql, params = reading._select("name", Filter(tools=("x",), since="2020-01-01 00:00:00"), None, False)
-    print(json.dumps(reading.engine.execute("EXPLAIN " + sql, params)))
+    sql = reading._select("name", Filter(tools=("x",), since="2020-01-01 00:00:00"), None, False)
+    print(json.dumps(reading.engine.execute("EXPLAIN " + sql)))
 """
     plan = json.dumps(host.run(script), ensure_ascii=False)
     scan = plan[plan.index("POSTGRES_SCAN") :]
@@ -806,10 +806,13 @@ def test_missing_extension_is_named_with_its_install_command(
 
 QUACK = """
 import sys, time, duckdb, glob, os, importlib.util
-from mxcp_audit import _packaged_extension
+from mxcp_audit import file_of_package
+def extension(name):
+    file = name + ".duckdb_extension"
+    return file_of_package("duckdb_extension_" + name, "extensions", "v" + duckdb.__version__, file)
 connection = duckdb.connect("log.duckdb", read_only=True)
 for name in ("httpfs", "quack"):
-    connection.execute(f"LOAD '{_packaged_extension(name, 'v' + duckdb.__version__)}'")
+    connection.execute(f"LOAD '{extension(name)}'")
 port = int(sys.argv[1])
 connection.execute(f"CALL quack_serve('quack:127.0.0.1:{port}', token = 'Zq7-Kennwort')")
 print(0, flush=True)
@@ -878,9 +881,12 @@ def test_secret_of_duckdbs_own_opens_postgresql(make_host: Make, server: Postgre
     name = host.database
     script = f"""
 import duckdb
-from mxcp_audit import _packaged_extension
+from mxcp_audit import file_of_package
+def extension(name):
+    file = name + ".duckdb_extension"
+    return file_of_package("duckdb_extension_" + name, "extensions", "v" + duckdb.__version__, file)
 connection = duckdb.connect()
-connection.execute(f"LOAD '{{_packaged_extension('postgres_scanner', 'v' + duckdb.__version__)}}'")
+connection.execute(f"LOAD '{{extension('postgres_scanner')}}'")
 connection.execute('''CREATE PERSISTENT SECRET audit_database (TYPE postgres, HOST '127.0.0.1',
     PORT {server.port}, DATABASE '{name}', USER 'audit', PASSWORD '{PASSWORD}')''')
 print("{{}}")
@@ -910,10 +916,13 @@ PAGE = (ROOT / "docs" / "scale-out.md").read_text(encoding="utf-8")
 SQL_BLOCKS = re.findall(r"^```sql\n(.*?)^```$", PAGE, re.MULTILINE | re.DOTALL)
 RUN_SQL = """
 import json, sys, duckdb
-from mxcp_audit import _packaged_extension
+from mxcp_audit import file_of_package
+def extension(name):
+    file = name + ".duckdb_extension"
+    return file_of_package("duckdb_extension_" + name, "extensions", "v" + duckdb.__version__, file)
 connection = duckdb.connect()
 for name in ("ducklake", "postgres_scanner"):
-    connection.execute(f"LOAD '{_packaged_extension(name, 'v' + duckdb.__version__)}'")
+    connection.execute(f"LOAD '{extension(name)}'")
 print(json.dumps(connection.execute(sys.argv[1]).fetchall(), default=str))
 """
 

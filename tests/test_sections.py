@@ -65,8 +65,8 @@ def test_check_sections_on_a_part_that_depends_on_what_its_section_may_not_is_re
 
 
 def test_check_sections_on_a_part_that_names_one_below_is_red() -> None:
-    broken = SOURCE.replace("# == Ingest ==", "_ = Verifier\n# == Ingest ==")
-    assert any("Ledger names Verifier of Evidence" in fault for fault in check_sections.check(broken))
+    broken = SOURCE.replace("# == Ingest ==", "_ = Verdict\n# == Ingest ==")
+    assert any("Ledger names Verdict of Evidence" in fault for fault in check_sections.check(broken))
 
 
 def test_check_sections_on_a_missing_section_is_red() -> None:

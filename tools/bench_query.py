@@ -145,7 +145,7 @@ def query(options: argparse.Namespace) -> None:
         )
         newest = "SELECT * FROM audit.logs {where} ORDER BY timestamp DESC, segment DESC, seq DESC LIMIT 100"
         columns = f"SELECT {mxcp_audit.public_select()} FROM ({{source}})"
-        figures = mxcp_audit.stats_query("SELECT * FROM audit.logs", "name", "calls").replace("$count", "100")
+        figures = mxcp_audit.stats_query("SELECT * FROM audit.logs", "name", "calls", 100)
         plain = {
             "log": columns.format(source=newest.format(where="")),
             "log --tool tool_7 --status error": columns.format(

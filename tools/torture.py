@@ -1197,7 +1197,7 @@ class Mutant:
 
 DELETE = "[os.unlink(claim.path) for claim in claims]\n"
 KNOWN = "            known = known_segments(engine, segments)\n"
-CHECKPOINT = "        if self._target.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing\n"
+CHECKPOINT = "        if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing\n"
 MUTANTS = (
     Mutant("no drain at exit", "S3", (("            logger.shutdown()\n", "            pass\n"),)),
     Mutant(
@@ -1214,7 +1214,7 @@ MUTANTS = (
         "delete before checkpoint",
         "S10",
         (
-            (KNOWN, f"            self._ledger.delete = lambda: {DELETE}{KNOWN}"),
+            (KNOWN, f"            self._target.delete = lambda: {DELETE}{KNOWN}"),
             (CHECKPOINT, f"        getattr(self, 'delete', list)()\n{CHECKPOINT}"),
         ),
     ),
