@@ -2342,16 +2342,17 @@ class _Walk:
         if self.quiet:
             return REDACTED
         plain = value if type(value) is str else self.plain(value)
-        if isinstance(plain, str) and _re(_MARKED).fullmatch(plain):
+        if type(plain) is str and _re(_MARKED).fullmatch(plain):
             return plain
-        waiting = [plain]
+        waiting: list[Any] = [plain]
         while self.echoes is not None and waiting and len(self.echoes) < _MAX_ECHOES:
             item = waiting.pop()
-            if isinstance(item, (dict, list)):
-                waiting += list(item.values() if isinstance(item, dict) else item)[:_MAX_ECHOES]
-            elif item is not None and not isinstance(item, bool):
+            kind = type(item)
+            if kind is dict or kind is list:
+                waiting += list(item.values() if kind is dict else item)[:_MAX_ECHOES]
+            elif item is not None and kind is not bool:
                 self.echoes.append(str(item))
-        return self.texts.mark(plain if isinstance(plain, str) else json.dumps(plain, sort_keys=True))
+        return self.texts.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
 
     def refusal(self, ident: int, count: int) -> str:
         """Return what stands for a container that is open already, too deep, or too large."""
@@ -5435,13 +5436,14 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
     meta = getattr(context, "meta", None)
     if meta is None and not hasattr(context, "meta"):
         meta = _get(_get(context, "params"), "_meta")
-    client, version = _peer_of(getattr(context, "session", None))
-    version = getattr(context, "protocol_version", None) or version
-    trace = None
-    if meta:
-        client = client_of(_get(meta, _META + "clientInfo")) or client
+    version, client, trace = getattr(context, "protocol_version", None), None, None
+    if meta:  # newer clients say with each request who they are
+        client = client_of(_get(meta, _META + "clientInfo"))
         version = _get(meta, _META + "protocolVersion") or version
         trace = parent_of(meta)
+    if client is None:
+        client, known = _peer_of(getattr(context, "session", None))
+        version = version or known
     origin["client"] = client
     origin["request_id"] = _text(getattr(context, "request_id", None))
     if request is None:
@@ -6787,12 +6789,10 @@ class _Live:
             self.exiting = True
 
     def before_fork(self) -> None:
-        """Let no child inherit a segment that nobody knows yet."""
         for logger in self.all():
             logger._writer.before_fork()
 
     def after_fork_in_parent(self) -> None:
-        """Go on."""
         for logger in self.all():
             logger._writer.after_fork_in_parent()
 
