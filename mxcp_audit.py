@@ -8366,7 +8366,8 @@ INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a 
 _LONGEST_READ: Final = 2**28  # a longer line is put aside: DuckDB would need twice its size
 _LEAST_READ: Final = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ: Final = re.compile(rb',"seq":[0-9]+\}$')
-_CONFLICT_SECONDS: Final = 2.0  # how long an ingest is tried again, when another host wrote at the same time
+_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time, however long that took
+_CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
 
 
 class Ingest:
@@ -8398,13 +8399,15 @@ class Ingest:
                 contextlib.closing(self._target.open_engine(guest=True)) as engine,
                 scratch_folder() as folder,
             ):
-
-                def stage_and_commit() -> tuple[dict[str, int], set[str]]:
-                    losses = self._stage(engine, claims, folder)
-                    return losses, self._commit(engine, claims, losses, lost)
-
-                wait = 0.0 if self._target.is_file else _CONFLICT_SECONDS
-                losses, fresh = patiently(stage_and_commit, wait)
+                for tries_left in reversed(range(1 if self._target.is_file else _CONFLICT_TRIES)):
+                    try:
+                        losses = self._stage(engine, claims, folder)
+                        fresh = self._commit(engine, claims, losses, lost)
+                        break
+                    except DatabaseLockedError:
+                        if not tries_left:
+                            raise
+                        time.sleep(_CONFLICT_PAUSE_SECONDS * (1 + os.urandom(1)[0]) / 256)
         except QueryError as error:
             if not is_data_fault(error) or len(claims) < 2:
                 raise
