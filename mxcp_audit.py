@@ -4077,7 +4077,7 @@ class Begun:
         self._signed = time.monotonic()
 
     def _waiting(self) -> Iterator[tuple[int, Any]]:
-        """Return what runs and is not on record, the oldest first."""
+        """Return what runs and is not on record."""
         return ((n, call) for n, call in self._running.copy().items() if n not in self.on_record)
 
     def due_in(self) -> float:
@@ -4553,7 +4553,7 @@ class Writer:
         at_once: bool = False,
     ) -> None:
         self._appender, self._ingester, self.begun = appender, ingester, appender.begun
-        self._at_once = at_once or appender.durable  # callers will wait, so that nothing is to be gathered
+        self._at_once = at_once or appender.durable  # callers wait, all or some: nothing is gathered
         self._diagnostics = appender.diagnostics
         self._drop_when_full, self._on_start = drop_when_full, on_start
         self.start_afresh()
@@ -5289,18 +5289,21 @@ def check_denied_by(denied_by: DeniedBy) -> None:
         raise EventError("must be an exception class, or a tuple of them", field="denied_by") from error
 
 
+_Kept: TypeAlias = tuple[object, float, str, Call]  # key, deadline, error, call
+
+
 class Unfinished:
     """Calls that were answered and go on: resumed by another request, or in the background. By any key."""
 
     def __init__(self) -> None:
-        self._calls: list[tuple[object, float, str, Call]] = []  # the oldest first
+        self._calls: list[_Kept] = []
         self._looked = 0.0
 
     def put(self, key: object, call: Call, error: str, seconds: float = inf) -> None:
         """Keep a call, which fails with `error` if nobody takes it within the time."""
         self._calls.append((key, time.monotonic() + seconds, error, call))
-        if len(self._calls) > _MAX_UNFINISHED:
-            self._close(self._calls[:1])
+        for oldest in self._calls[:-_MAX_UNFINISHED]:
+            self._give_up(oldest)
 
     def put_answered(self, call: Call, result: object) -> bool:
         """Keep a call if what it was answered says that it goes on; return False if it is over."""
@@ -5316,11 +5319,8 @@ class Unfinished:
 
     def take(self, key: object) -> Call | None:
         """Return the oldest call that was kept under this key."""
-        for entry in self._calls:
-            if entry[0] == key:
-                self._calls.remove(entry)
-                return entry[3]
-        return None
+        found = (entry for entry in self._calls[:] if entry[0] == key and self._remove(entry))
+        return next((entry[3] for entry in found), None)
 
     def end_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
         """End the call that began a background task, if what is said of its state means that it is over."""
@@ -5347,13 +5347,20 @@ class Unfinished:
 
     def close(self, now: float = inf) -> None:
         """Record the calls that nobody took in time; all of them by default."""
-        self._close([entry for entry in self._calls if entry[1] <= now])
+        for entry in self._calls[:]:
+            if entry[1] <= now:
+                self._give_up(entry)
 
-    def _close(self, entries: list[tuple[object, float, str, Call]]) -> None:
-        for entry in entries:
-            with contextlib.suppress(ValueError):  # another thread was faster
-                self._calls.remove(entry)
-                _forgotten(entry[3], entry[2])
+    def _give_up(self, entry: _Kept) -> None:
+        if self._remove(entry):
+            _forgotten(entry[3], entry[2])
+
+    def _remove(self, entry: _Kept) -> bool:
+        """Return False if another thread was faster."""
+        with contextlib.suppress(ValueError):
+            self._calls.remove(entry)
+            return True
+        return False
 
     def __bool__(self) -> bool:
         return bool(self._calls)
@@ -6524,7 +6531,7 @@ class AuditLogger:
         over: asyncio.Future[None] = loop.create_future()
 
         def _resolve() -> None:
-            if not over.done():  # it took too long, or the waiting task was cancelled
+            if not over.done():  # too late, or cancelled
                 over.set_result(None)
 
         timer = None if timeout is None else loop.call_later(timeout, _resolve)

@@ -737,6 +737,24 @@ def test_interrupt_reaches_its_owner_and_costs_no_event(audit: AuditLogger, way:
     assert len(set(ran) - unfinished - set(rows)) <= 12, set(ran) - unfinished - set(rows)
 
 
+def test_unfinished_calls_are_taken_oldest_first_and_given_up_when_they_are_too_many(
+    audit: AuditLogger, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(mxcp_audit, "_MAX_UNFINISHED", 3)
+    unfinished = audit.unfinished
+    calls = [audit.record("tool", str(number)) for number in range(5)]
+    for number, call in enumerate(calls):
+        unfinished.put(("key", number % 2), call, f"not resumed {number}", 0.0 if number == 4 else 60.0)
+    assert unfinished.take(("key", 0)) is calls[2] and unfinished.take(("key", 3)) is None
+    unfinished.expire()
+    assert unfinished and unfinished.take(("key", 0)) is None
+    assert unfinished.take(("key", 1)) is calls[3] and not unfinished
+    for number in (2, 3):
+        calls[number].end()
+    told = {event["name"]: event["error"] for event in recorded(audit)}
+    assert told == {"0": "not resumed 0", "1": "not resumed 1", "2": None, "3": None, "4": "not resumed 4"}
+
+
 def fail(audit: AuditLogger, name: str, value: object, ran: list[str]) -> None:
     with audit.record("tool", name, value):
         ran.append(name)

@@ -347,6 +347,10 @@ def test_strict_call_that_begins_while_the_writer_is_about_to_sleep_is_put_on_re
 ) -> None:
     begun, over = threading.Event(), threading.Event()
     real = m.Ingester.step
+    audit = m.AuditLogger(db, strict=True, flush_interval=3600)
+    writer = audit._writer
+    audit.log_event("cli", "tool", "first")
+    wait_until(lambda: writer.written == 1 and writer._asleep and writer._wake.locked())
 
     def step(ingester: m.Ingester) -> None:
         real(ingester)
@@ -355,13 +359,13 @@ def test_strict_call_that_begins_while_the_writer_is_about_to_sleep_is_put_on_re
             assert begun.wait(SAFETY_SECONDS)
 
     monkeypatch.setattr(m.Ingester, "step", step)
-    with m.AuditLogger(db, strict=True, flush_interval=3600) as audit:
-        audit.log_event("cli", "tool", "first")
+    with audit:
+        audit.log_event("cli", "tool", "second")
         assert over.wait(SAFETY_SECONDS)
-        call = audit.record("tool", "second")
+        call = audit.record("tool", "third")
         call._begin()
         told = threading.Event()
-        audit._writer.call_when(lambda: call.number in audit._writer.begun.on_record, told.set)
+        writer.call_when(lambda: call.number in writer.begun.on_record, told.set)
         begun.set()
         assert told.wait(SAFETY_SECONDS / 4)
         call.end()
