@@ -21,7 +21,6 @@ import time
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from conftest import ROOT, Cli, child_environment, held_database
@@ -66,26 +65,6 @@ def filled(engine: str, tmp_path: Path) -> Path:
 
 
 DB = ("--db", "log.duckdb")
-
-
-@pytest.fixture
-def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Return what `cli` returns, but from this process: for commands that need none of their own."""
-    monkeypatch.chdir(tmp_path)
-
-    def run(*arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
-        for name, value in changes.items():
-            monkeypatch.setenv(name, value)
-        try:
-            code: Any = mxcp_audit.main(arguments)
-        except SystemExit as error:
-            code = error.code
-        for name in changes:
-            monkeypatch.delenv(name)
-        out, err = capsys.readouterr()
-        return subprocess.CompletedProcess(list(arguments), code, out, err)
-
-    return run
 
 
 def names(done: subprocess.CompletedProcess[str]) -> list[str]:

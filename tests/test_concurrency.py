@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import child_environment, table_rows
 
-PROCESSES, THREADS, EVENTS = 2, 4, 2500  # 20,000 events in all
+PROCESSES, THREADS, EVENTS = 2, 4, 1000  # 8,000 events in all
 
 WRITER = f"""
 import sys, threading
@@ -23,7 +23,7 @@ def work(thread):
     for number in range({EVENTS}):
         audit.log_event("cli", "tool", f"{{me}}-{{thread}}-{{number}}", {{"n": number}}, 1)
         done[thread] = number + 1
-        if number % 250 == 249 and thread == 0:
+        if number % 100 == 99 and thread == 0:
             before = list(done)
             assert audit.flush(60)
             progress.write(" ".join(map(str, before)) + "\\n")

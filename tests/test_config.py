@@ -155,7 +155,7 @@ def test_parse_yaml_dump_of_any_value_loads_to_the_same_value():
         }
     )
 
-    @hypothesis.settings(max_examples=150, deadline=None, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=150, derandomize=True, database=None)
     @hypothesis.given(values, styles)
     def holds(value, style):
         text = yaml.dump(value, Dumper=Dumper, sort_keys=False, **style)

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 from conftest import table_rows
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import mxcp_audit
@@ -265,7 +265,7 @@ PLAIN = st.recursive(
 @given(
     events=st.lists(st.tuples(TEXT, TEXT, st.dictionaries(TEXT, PLAIN, max_size=4)), min_size=20, max_size=60)
 )
-@settings(max_examples=4, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=4)
 def test_line_of_any_event_reaches_the_table_as_it_was_encoded(
     tmp_path_factory: pytest.TempPathFactory, engine: str, events: list[tuple[str, str, dict[str, Any]]]
 ) -> None:

@@ -70,20 +70,18 @@ hard = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(value=st.lists(texts | hard).map("".join))
 def test_sql_literal_text_comes_back_as_it_went(session: Any, value: str) -> None:
     assert session.execute(f"SELECT {sql_literal(value)}::VARCHAR AS x") == [(value,)]
     assert session.execute("SELECT $x::VARCHAR AS x", {"x": value}) == [(value,)]
 
 
-@settings(max_examples=100, deadline=None)
 @given(value=st.none() | st.booleans() | st.integers(-(2**63), 2**63 - 1))
 def test_sql_literal_plain_value_comes_back_as_it_went(session: Any, value: object) -> None:
     assert session.execute(f"SELECT {sql_literal(value)} AS x") == [(value,)]
 
 
-@settings(max_examples=100, deadline=None)
 @example(values=["\n\x03", "a\n\x03'b\\"])  # which the program's shell takes for Ctrl+C
 @given(values=st.lists(texts | hard))
 def test_sql_literal_list_keeps_every_item(session: Any, values: list[str]) -> None:

@@ -27,7 +27,7 @@ assert spec is not None and spec.loader is not None
 independent = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(independent)
 
-TAMPERINGS = int(os.environ.get("MXCP_TEST_TAMPERINGS", "360"))  # in all; 2,000 take some minutes
+TAMPERINGS = int(os.environ.get("MXCP_TEST_TAMPERINGS", "180"))  # in all; 2,000 take some minutes
 # What `verify` promises to report, of whoever may write the database, where nothing, a checkpoint or the key
 # (which the attacker has not) is given; docs/security.md has the same table. "shown" is no finding.
 PROMISES: dict[str, tuple[str, str, str, str, str]] = {
@@ -47,6 +47,12 @@ CREATE TABLE logs (timestamp TIMESTAMP, caller VARCHAR, type VARCHAR, name VARCH
     duration_ms INTEGER, policy_decision VARCHAR, reason VARCHAR, status VARCHAR, error VARCHAR);
 INSERT INTO logs SELECT TIMESTAMP '2026-05-01' + INTERVAL (i * 7) HOUR, 'cli', 'tool', 'old' || i, '{}', i,
     'n/a', NULL, 'success', NULL FROM range(6) t(i)"""
+
+
+@pytest.fixture
+def cli(run: Any) -> Any:
+    """Nothing here needs a process of its own."""
+    return run
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ import uuid
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 import mxcp_audit
@@ -438,7 +438,6 @@ containers = st.sampled_from(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     spec_names,
     st.sampled_from(
@@ -463,7 +462,6 @@ def test_redact_marker_under_a_spec_name_never_appears(
     assert MARKER not in redactor.scrub(f"rejected: {value!r}, that is {MARKER}", echoes)
 
 
-@settings(max_examples=300, deadline=None)
 @given(
     st.recursive(leaves, lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner))
 )
@@ -476,7 +474,6 @@ def test_redact_any_value_is_plain_and_stable(value: Any) -> None:
     assert redactor.redact(shown) == shown
 
 
-@settings(max_examples=300, deadline=None)
 @given(st.text(alphabet="\"'\\=:@/.<>[]{}()& ,;-_\n\tpaswordkeytoknbr0123456789İ", max_size=80))
 def test_scrub_any_text_twice_is_like_once(text: str) -> None:
     redactor = Redactor()
@@ -992,7 +989,6 @@ plain_values = st.recursive(
 )
 
 
-@settings(max_examples=300, deadline=None)
 @given(plain_values, st.integers(64, 600))
 def test_clip_plain_any_value_fits_and_is_valid(value: Any, max_bytes: int) -> None:
     shown = clip_plain(value, max_bytes)

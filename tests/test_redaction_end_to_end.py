@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from conftest import child_environment
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from mxcp_audit import AuditLogger
@@ -64,7 +64,7 @@ CASE = st.tuples(
 
 
 @given(cases=st.lists(CASE, min_size=10, max_size=40))
-@settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=8)
 def test_secret_under_a_specified_name_appears_nowhere(
     tmp_path_factory: pytest.TempPathFactory, engine: str, cases: list[tuple[str, Any, str]]
 ) -> None:

@@ -54,6 +54,12 @@ TEXTS = (
 COUNT = 2000
 
 
+@pytest.fixture
+def cli(run: Any) -> Any:
+    """Nothing here needs a process of its own."""
+    return run
+
+
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log of events that hold whatever may stand in them."""

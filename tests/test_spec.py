@@ -28,6 +28,12 @@ OLD = ("data_processor", "tool", "error", "deny")  # ten days ago
 
 
 @pytest.fixture
+def cli(run: Cli) -> Cli:
+    """Nothing here needs a process of its own."""
+    return run
+
+
+@pytest.fixture
 def site(engine: str, tmp_path: Path) -> Path:
     """A folder with the specification's site file and a log: 120 old events, then EVENTS now."""
     (tmp_path / "mxcp-site.yml").write_text(SITE)

@@ -8,6 +8,7 @@ DuckDB stay where they belong.
 from __future__ import annotations
 
 import ast
+import bisect
 import re
 import sys
 from pathlib import Path
@@ -178,8 +179,10 @@ def check(source: str) -> list[str]:
         return [fault]
     faults = order_faults(places)
 
+    starts = [place.line for place in places]
+
     def place_at(line: int) -> int:
-        return max((index for index, place in enumerate(places) if place.line <= line), default=-1)
+        return bisect.bisect_right(starts, line) - 1
 
     tree = ast.parse(source)
     home: dict[str, int] = {}
