@@ -3075,11 +3075,8 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 
 def event_of_line(line: bytes) -> dict[str, Any]:
-    """Return the event of a journal line; ValueError says what makes the line unusable.
-
-    DuckDB decides what goes in; this gives the reason that is kept with a rejected line, and refuses
-    what DuckDB would quietly turn into NULL.
-    """
+    """Return the event of a journal line; ValueError says what makes it unusable, for DuckDB or quietly
+    NULL."""
     event = _json_object(line)
     for name, sql_type in COLUMNS:
         value, largest = event.get(name), LARGEST.get(sql_type)
@@ -3163,8 +3160,6 @@ def _key_at(path: str) -> tuple[int, int] | None:
 
 class Descriptor:
     """An open file of ours. If somebody closes it and its number goes to another file, that is left alone."""
-
-    __slots__ = ("_fd", "_key")
 
     def __init__(self, fd: int) -> None:
         found = os.fstat(fd)
@@ -3250,6 +3245,11 @@ def open_file(path: str) -> IO[bytes]:
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW))
 
 
+def read_file(path: str) -> bytes:
+    with open_file(path) as file:
+        return file.read()
+
+
 def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
     """Open a file, new or not, with mode 0600, or 0660 for a group; links are not followed."""
     group = is_for_group(os.path.dirname(path)) if group is None else group
@@ -3283,9 +3283,9 @@ def file_digest(path: str) -> str:
     return digest.hexdigest()
 
 
-def write_file(path: str, data: bytes, *, replace: bool = False) -> None:
-    """Write a file and force it to the disk; an existing one is an OSError unless `replace`."""
-    with open(make_file(path, os.O_WRONLY | (os.O_TRUNC if replace else os.O_EXCL)), "wb") as file:
+def write_file(path: str, data: bytes) -> None:
+    """Write a new file and force it to the disk; an existing one is an OSError."""
+    with open(make_file(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -3304,13 +3304,8 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 class Segment(Descriptor):
-    """One journal file while this process writes it.
-
-    Nobody ingests it before `seal`. Then it holds whole lines: each that `append` took and none that it
-    refused, whatever interrupted it.
-    """
-
-    __slots__ = ("_dirty", "_end", "_limit", "_place", "id", "opened", "path", "sealed")
+    """One journal file while this process writes it. Nobody ingests it before `seal`; then it holds each line
+    that `append` took and none that it refused, whatever interrupted it."""
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd)
@@ -3333,11 +3328,8 @@ class Segment(Descriptor):
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines at the end, all of them or none; with `durable`, force them to the disk.
-
-        What a failed fsync covered may be lost although a later one succeeds, so it is taken back: write it
-        to another segment.
-        """
+        """Write whole lines at the end, all of them or none; with `durable`, force them to the disk. What a
+        failed fsync covered may be lost although a later one succeeds: write it to another segment."""
         self._mend()
         fd, (size, count) = self.number(), self._end
         if size + len(data) > self._limit:
@@ -3366,8 +3358,8 @@ class Segment(Descriptor):
     def is_in_place(self) -> bool:
         return self.leads_to(self.path)
 
-    def read(self) -> bytes:
-        return os.pread(self.number(), self.size, 0)
+    def is_usable(self) -> bool:
+        return self.is_open() and self.is_in_place()
 
     def is_taken_away(self) -> bool:
         """Return True for a file whose directory was moved or unmounted."""
@@ -3439,10 +3431,7 @@ def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) ->
 
 
 class Claim:
-    """A sealed or orphaned segment: its lock was free, so nobody writes to it any more. The ingest lock keeps
-    other ingests away, so it needs no descriptor, of which a process has few."""
-
-    __slots__ = ("calls", "id", "lines", "path", "size", "torn")
+    """A sealed or orphaned segment: its lock was free, and the ingest lock keeps other ingests away."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -3451,30 +3440,17 @@ class Claim:
         self.calls: dict[str, int] = {}  # whose begin was put on record: the number of the line
 
     def inspect(self, fd: int) -> None:
-        """Count the lines and move a torn tail into a file of its own, `.torn`.
-
-        A power loss may leave NULs where blocks never reached the disk. The last one before a line
-        becomes a line feed, so that the line stands apart from what is damaged.
-        """
-        data = self.read()
-        if b"\0" in data:  # the search for `\0{` takes a tenth of an ingest
-            for found in re.finditer(rb"\0(?=\{)", data):
-                os.lseek(fd, found.start(), os.SEEK_SET)
-                os.write(fd, b"\n")
-            data = data.replace(b"\0{", b"\n{")
+        """Count the lines and move a torn tail into a file of its own, `.torn`."""
+        data = read_file(self.path)
         end = data.rfind(b"\n") + 1
         if end < len(data):
             self.torn = len(data) - end
-            self._write_beside(".torn", data[end:])
+            replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".torn", data[end:])
             os.ftruncate(fd, end)
         self.lines = data.count(b"\n")
         self.size = end
         if b'"call":"' in data:
             self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
-
-    def read(self) -> bytes:
-        with open(self.path, "rb") as file:
-            return file.read()
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
         """Keep lines that can't be ingested in a file of their own, `.rejected`, for whoever repairs them."""
@@ -3482,18 +3458,15 @@ class Claim:
             {"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")}
             for number, reason, line in faults
         ]
-        self._write_beside(".rejected", "".join(json.dumps(entry) + "\n" for entry in entries).encode())
-
-    def _write_beside(self, suffix: str, data: bytes) -> None:
-        write_file(self.path.removesuffix(SEGMENT_SUFFIX) + suffix, data, replace=True)
+        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
+        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".rejected", lines.encode())
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
     """Put many small segments together in one file of the directory; return the files to read instead.
 
-    DuckDB takes 2 ms for each file, and half a second for a hundred megabytes. Each line gets its segment as
-    its first member, which the statement that reads lines takes from a file of this name only. A segment that
-    vanishes meanwhile is left out: callers without a lock look afterwards.
+    DuckDB takes 2 ms for each file. Each line gets its segment as its first member. A segment that vanishes
+    meanwhile is left out: callers without a lock look afterwards.
     """
     sizes = {path: size for path in paths if (size := _size_of(path))}
     small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
@@ -3502,8 +3475,8 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
     target = os.path.join(directory, COMBINED + SEGMENT_SUFFIX)
     with open(make_file(target, os.O_WRONLY | os.O_TRUNC), "wb") as combined:
         for path in small:
-            with contextlib.suppress(FileNotFoundError), open_file(path) as segment:
-                data = segment.read()
+            with contextlib.suppress(FileNotFoundError):
+                data = read_file(path)
                 combined.write(named_lines(segment_id_of(path), data[: data.rfind(b"\n") + 1]))
     return [*(path for path, size in sizes.items() if size > _SMALL_BYTES), target]
 
@@ -3583,60 +3556,50 @@ class Journal:
         """Return the paths of all files of a kind, oldest first; none if there is no journal yet."""
         try:
             with os.scandir(self.directory) as entries:
-                names = sorted(
-                    entry.name
+                return sorted(
+                    entry.path
                     for entry in entries
-                    if entry.name.endswith(suffix) and entry.is_file(follow_symlinks=False)
+                    if entry.name.endswith(suffix) and is_segment_id(entry.name.removesuffix(suffix))
+                    if entry.is_file(follow_symlinks=False)
                 )
         except FileNotFoundError:
             return []
         except OSError as error:
             raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
-        return [
-            os.path.join(self.directory, name) for name in names if is_segment_id(name.removesuffix(suffix))
-        ]
 
     def segments(self) -> list[str]:
         """Return the paths of all segments, oldest first."""
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
-        """Return the random name of this journal in the ledger, made at the first call.
-
-        Call it under the ingest lock only, so that two processes can't make two names.
-        """
+        """Return the random name of this journal in the ledger; the first call, under the ingest lock, makes
+        it."""
         path = os.path.join(self.directory, "journal.id")
-        with contextlib.suppress(FileNotFoundError), open_file(path) as file:
-            if known := file.read().decode().strip():
+        with contextlib.suppress(FileNotFoundError):
+            known = read_file(path).decode("utf-8", "replace").strip()
+            if re.fullmatch("[0-9a-f]{1,64}", known):
                 return known
         fresh = os.urandom(8).hex()
         replace_file(path, fresh.encode() + b"\n")
         return fresh
 
     def bind(self, target: str) -> None:
-        """Note which database this journal is of; call it under the ingest lock.
-
-        A copy of a journal gets an identity of its own if the original is still in place.
-        """
+        """Note which database this journal is of, under the ingest lock. A copy of a journal gets an identity
+        of its own if the original is still in place."""
         path, mine = os.path.join(self.directory, "journal.place"), [self.directory, target]
-        try:
-            with open_file(path) as file:
-                place, other = map(str, json.load(file))
-        except (OSError, ValueError, TypeError):
-            place = other = ""
+        place = other = ""
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            place, other = map(str, json.loads(read_file(path)))
         if [place, other] == mine:
             return
         if place == self.directory and os.path.isfile(other) and _key_at(other) != _key_at(target):
-            raise JournalError(
-                f"holds the events of {other}; {target} needs one of its own: set `journal`",
-                path=self.directory,
-            )
-        if place not in ("", self.directory):
-            with contextlib.suppress(OSError):
-                with open_file(os.path.join(place, "journal.id")) as file:
-                    is_same = file.read().decode().strip() == self.identity()
-                # Not the same directory under another name: by a link, or mounted twice.
-                if is_same and not os.path.samefile(place, self.directory):
+            text = f"holds the events of {other}; {target} needs one of its own: set `journal`"
+            raise JournalError(text, path=self.directory)
+        with contextlib.suppress(OSError):
+            # Not the same directory under another name: by a link, or mounted twice.
+            if place and not os.path.samefile(place, self.directory):
+                is_copy = read_file(os.path.join(place, "journal.id")).decode().strip() == self.identity()
+                if is_copy:
                     os.unlink(os.path.join(self.directory, "journal.id"))
         replace_file(path, json.dumps(mine).encode())
 
@@ -3656,32 +3619,25 @@ class Journal:
 
     @contextlib.contextmanager
     def ingest_lock(self, *, shared: bool = False) -> Iterator[bool]:
-        """Hold the lock of the one process that ingests from here; yields False if another has it.
-
-        With `shared`, keep ingests out, but no other reader. Without a lock file, which readers don't make,
-        nobody ingests yet.
-        """
-        fd, locked = -1, False
-        try:
+        """Hold the lock of the one process that ingests from here, or with `shared` keep ingests out; yields
+        False if another has it."""
+        with contextlib.ExitStack() as stack:
             try:
                 if shared:
                     fd = os.open(self._lock_path, os.O_RDONLY | _NO_FOLLOW)
                 else:
                     self.check_directory()
                     fd = make_file(self._lock_path, os.O_RDWR)
+                stack.callback(os.close, fd)
                 locked = try_lock(fd, shared=shared)
+                stack.callback(unlock, fd)
             except FileNotFoundError:
-                pass
+                locked = shared  # readers don't make it, and without it nobody ingests yet
             except OSError as error:
                 raise JournalError(
                     f"can't be locked: {error.strerror}; nothing is ingested", path=self._lock_path
                 ) from error
-            yield locked or (shared and fd < 0)
-        finally:
-            if locked:
-                unlock(fd)
-            if fd >= 0:
-                os.close(fd)
+            yield locked
 
     def record_loss(self, loss: Loss) -> str:
         """Put on record that events were lost, durably; return the path of the record."""
@@ -3695,8 +3651,7 @@ class Journal:
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
             try:
-                with open_file(path) as file:
-                    losses[path] = Loss(**json.load(file))
+                losses[path] = Loss(**json.loads(read_file(path)))
             except OSError:  # gone, or not ours to read
                 pass
             except (ValueError, TypeError):  # not written yet, or cut short
@@ -3737,7 +3692,7 @@ class Journal:
     def publish(self, fresh: Segment, before: Segment | None, *, durable: bool = False) -> None:
         """Give a `.begun.part` file its final name, or in one step that of the file that it replaces."""
         path = fresh.path.removesuffix(".part")
-        if before is not None and before.is_open() and before.is_in_place():
+        if before is not None and before.is_usable():
             path = before.path
         os.replace(fresh.path, path)
         fresh.path = path
@@ -3745,10 +3700,8 @@ class Journal:
             sync_directory(self.directory)
 
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
-        """Yield path, last sign of life and calls of each process that lives, or of each that has ended.
-
-        The file of one that has ended stays locked until the next is asked for.
-        """
+        """Yield path, last sign of life and calls of each process that lives, or of each that has ended; the
+        file of such a one stays locked until the next is asked for."""
         for path in self._files(_BEGUN_SUFFIX):
             # An OSError: gone, not ours to read, or without locks, where nobody can tell.
             with contextlib.suppress(OSError), open_file(path) as file:
@@ -3768,17 +3721,14 @@ class Journal:
         """Yield path and lines, perhaps none, of the segment that each ended process leaves of its calls."""
         for path, last_sign, calls in self.begun(live=False):
             for segment in self.segments() if calls else ():
-                with contextlib.suppress(OSError), open_file(segment) as file:
-                    for call, _ in CALL_OF_LINE.findall(file.read()):
+                with contextlib.suppress(OSError):
+                    for call, _ in CALL_OF_LINE.findall(read_file(segment)):
                         calls.pop(call.decode(), None)
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
 
     def take_unfinished(self) -> bool:
-        """Turn the calls that ended processes left into segments; True if there are any.
-
-        Call it under the ingest lock, after `claim`: a process that had ended by then has ended here, too, so
-        that the ends of its calls are in its file or in a segment.
-        """
+        """Turn the calls that ended processes left into segments; True if there are any. Call it under the
+        ingest lock, after `claim`, so that the ends of their calls are in their files or in a segment."""
         made = False
         for path, lines in self.unfinished():
             if lines and not os.path.exists(path):  # else the last attempt ended right here
@@ -3790,10 +3740,8 @@ class Journal:
     def claim(
         self, *, limit_bytes: int, skip: Collection[str] = ()
     ) -> tuple[list[Claim], list[JournalError]]:
-        """Return sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`.
-
-        Live segments are passed over; empty ones are deleted. Call it under the ingest lock.
-        """
+        """Return sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`;
+        delete empty ones. Call it under the ingest lock."""
         total = 0
         claims: list[Claim] = []
         problems: list[JournalError] = []
@@ -3882,7 +3830,7 @@ QUEUE_BYTES: Final = 64 * 2**20
 SEGMENT_BYTES: Final = 8 * 2**20
 _PIECE_BYTES: Final = 2**20  # arbitrary: what one write holds, so that a segment overshoots by little
 _GATHER_SECONDS: Final = 0.02  # the window in which `kill -9` loses events, plus one write
-_RETRY_SECONDS: Final = (0.05, 1.0)  # first and longest pause after a failed write
+_RETRY_SECONDS: Final = 0.1  # arbitrary: the pause after a failed write
 _REPORT_SECONDS: Final = 60.0  # how often the same fault is logged
 _MOST_KEPT: Final = 16  # arbitrary: sealed segments that stay open, in case they are taken away
 
@@ -3910,11 +3858,8 @@ def native_threads() -> Any:
     if monkey is None or not monkey.is_module_patched("threading"):
         return threading
     patched = sys.modules["_thread"]
-    original = types.ModuleType("_thread")
-    vars(original).update(vars(patched))
-    for name in monkey.saved.get("_thread", ()):
-        setattr(original, name, monkey.get_original("_thread", name))
-    sys.modules["_thread"] = original
+    sys.modules["_thread"] = original = types.ModuleType("_thread")
+    vars(original).update({**vars(patched), **monkey.saved.get("_thread", {})})
     try:
         return _native_module("threading")
     finally:
@@ -3922,10 +3867,8 @@ def native_threads() -> Any:
 
 
 class Diagnostics:
-    """Counts faults for health checks, and logs each kind at most once a minute. Nothing here raises.
-
-    With `silent`, `untold` keeps the texts for the process that started this one.
-    """
+    """Counts faults for health checks, and logs each kind at most once a minute, unless `silent`. Nothing
+    here raises."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self._silent = silent
@@ -3939,12 +3882,11 @@ class Diagnostics:
         self._told: dict[str, float] = {}
         self._telling = threading.local()
 
-    def note(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
-        """Count a fault, and leave it to `tell`; its text holds no content."""
-        self.inform(kind, message if error is None else f"{message}: {error}", level=logging.WARNING)
-
-    def inform(self, kind: str, text: str, *, level: int = logging.INFO) -> None:
-        """Leave a text to `tell`, unless one of its kind came within the last minute; count a warning."""
+    def note(
+        self, kind: str, text: str, *, error: BaseException | None = None, level: int = logging.WARNING
+    ) -> None:
+        """Count a warning; leave its text to `tell`, unless one of its kind came within the last minute."""
+        text = text if error is None else f"{text}: {error}"
         if level >= logging.WARNING:
             self.errors += 1
             self.last_error = text
@@ -3979,11 +3921,9 @@ _BRIEF_SECONDS: Final = 0.1  # a call that is over by then leaves only its line,
 
 
 class Begun:
-    """The calls that run here, put on record in a file, which shows after a crash what was unfinished.
-
-    Most are over before they would be. The end of one on record is noted after its line is in the journal,
-    and before anybody may take that segment.
-    """
+    """The calls that run here, put on record in a file, which shows after a crash what was unfinished. Most
+    are over before. An end is noted after its line is in the journal, and before anybody may take that
+    segment."""
 
     def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
         self._journal, self._durable, self._encode = journal, durable, encode
@@ -4021,37 +3961,26 @@ class Begun:
         self._over.append((ticket, number))
 
     def write(self, done: int, *, ends: bool = False) -> None:
-        """Put on record what runs and, each second or with `ends`, what ended of that.
-
-        A call ended if its line is among the first `done` of the journal. After an OSError or JournalError
-        the next attempt does it all.
-        """
-        brief = time.perf_counter() - _BRIEF_SECONDS
-        fresh = {n: c for n, c in self._waiting() if c.strict or c.started <= brief}
+        """Put on record what runs and, each second or with `ends`, what ended of that: if its line is among
+        the first `done` of the journal. After an OSError or JournalError the next attempt does it all."""
+        fresh = {number: call for due, number, call in self._waiting() if due <= 0.0}
         is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
             return
         over = [entry for entry in self._over[:] if entry[0] <= done]
         gone = {number for _, number in over}
-        for number, call in fresh.items():
-            if number not in self._refs:
-                self._refs[number] = (new_segment_id(wall_clock_ns()), call)
-                if (
-                    number not in self._running
-                ):  # it ended meanwhile, perhaps with a line that doesn't name it
-                    del self._refs[number]
+        for number in sorted(fresh.keys() - self._refs.keys()):
+            self._refs[number] = (new_segment_id(wall_clock_ns()), fresh[number])
+            if number not in self._running:  # it ended meanwhile, perhaps with a line that doesn't name it
+                del self._refs[number]
         before = file = self._file
-        if (
-            file is None
-            or not (file.is_open() and file.is_in_place())
-            or file.size > self._size + _BEGUN_BYTES
-        ):
+        if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
             file = self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")  # `publish` gives it its name
         is_new = file is not before
         numbers = {*self.on_record, *fresh} - gone if is_new else set(fresh)
-        refs = [(number, self._refs[number]) for number in sorted(numbers) if number in self._refs]
-        lines = [self._encode(call, ref) for _, (ref, call) in refs]
-        ended = [self._refs[number][0] for number in gone if number in self.on_record]
+        refs = {number: self._refs[number] for number in sorted(numbers) if number in self._refs}
+        lines = [self._encode(call, ref) for ref, call in refs.values()]
+        ended = [self._refs[number][0] for number in gone & self.on_record]
         if ended and not is_new:
             lines.append(_ENDED + json.dumps(ended).encode() + b"}\n")
         try:
@@ -4068,7 +3997,7 @@ class Begun:
             self._file, self._size = file, file.size
             if before is not None:
                 before.close()
-        self.on_record.update(number for number, _ in refs)
+        self.on_record.update(refs)
         self.fresh = bool(fresh)
         for entry in over:
             self._over.remove(entry)
@@ -4076,16 +4005,17 @@ class Begun:
             self.on_record.discard(entry[1])
         self._signed = time.monotonic()
 
-    def _waiting(self) -> Iterator[tuple[int, Any]]:
-        """Return what runs and is not on record."""
-        return ((n, call) for n, call in self._running.copy().items() if n not in self.on_record)
+    def _waiting(self) -> Iterator[tuple[float, int, Any]]:
+        """Yield the calls that run and are not on record: when each should be, in seconds, its number, it."""
+        brief = time.perf_counter() - _BRIEF_SECONDS
+        for number, call in self._running.copy().items():
+            if number not in self.on_record:
+                yield 0.0 if call.strict else call.started - brief, number, call
 
     def due_in(self) -> float:
         """Return the seconds until `write` has something to do."""
-        due = self._signed + _SIGN_SECONDS - time.monotonic() if self.on_record else inf
-        for _, call in self._waiting():
-            due = min(due, 0.0 if call.strict else call.started + _BRIEF_SECONDS - time.perf_counter())
-        return max(0.0, due)
+        sign = self._signed + _SIGN_SECONDS - time.monotonic() if self.on_record else inf
+        return max(0.0, min([sign, *(due for due, _, _ in self._waiting())]))
 
     def close(self) -> None:
         """Remove the file, unless a call is on record: then an ingest takes it when the process has ended."""
@@ -4135,11 +4065,8 @@ class Appender:
         return 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
-        """Write lines; after an error, `done` says which are in the journal.
-
-        After any fault the segment is sealed and the next attempt begins another: a file that has
-        reached a size limit, or that an fsync failed on, never becomes better.
-        """
+        """Write lines; after an error, `done` says which are in the journal. After any fault the next attempt
+        begins another segment: a file that an fsync failed on never becomes better."""
         segment = self.present()
         if segment is None:
             segment = self._segment = self.journal.open_segment(durable=self.durable)
@@ -4151,7 +4078,15 @@ class Appender:
             self.seal()
             if error.errno != errno.EFBIG:
                 raise
-            self._append_in_parts(piece, fits=before > 0)
+            # Beyond the limit of file sizes: to a new segment if it fits, or in halves.
+            if before:
+                self.append(piece)
+            elif half := len(piece) // 2:
+                self.append(piece[:half])
+                self.append(piece[half:])
+            else:
+                self._before = self.done = self.done + 1
+                self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
         self.settle()
         if segment.size >= SEGMENT_BYTES:
             self.seal()
@@ -4182,25 +4117,12 @@ class Appender:
             self.sealed[segment.path] = segment
         self._before, self._segment = self.done, None
 
-    def _append_in_parts(self, piece: list[bytes], *, fits: bool) -> None:
-        """Write what exceeded the limit of file sizes: to a new segment if it fits, or in halves."""
-        if fits:
-            self.append(piece)
-        elif len(piece) > 1:
-            self.append(piece[: len(piece) // 2])
-            self.append(piece[len(piece) // 2 :])
-        else:
-            self._before = self.done = self.done + 1
-            self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
-
     def _replace(self, segment: Segment, *, named: str | None = None) -> Segment | None:
-        """Write a segment again that was deleted or moved; the old file is emptied, in case it comes back.
-
-        Not with `named`: an ingest knows it by its name.
-        """
+        """Write a segment again that was deleted or moved. The old file is emptied, in case it comes back;
+        not with `named`, because an ingest knows it by its name."""
         fresh = None
         try:
-            held = segment.read()
+            held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
             reason = "their segment was taken away and can't be read any more"
             self.lose(segment.events, "moved", reason, error=error)
@@ -4305,10 +4227,8 @@ module.ingest_child(**work)
 
 
 class Ingester:
-    """Has short-lived children ingest the journal; used by the writer alone.
-
-    A segment is sealed for an ingest only, and not while the one that was sealed before still waits.
-    """
+    """Has short-lived children ingest the journal; used by the writer alone. A segment is sealed for an
+    ingest only, and not while the one before still waits."""
 
     def __init__(self, appender: Appender, settings: Mapping[str, object] | None, *, interval: float) -> None:
         self._appender, self.settings, self._interval = appender, settings, interval
@@ -4326,16 +4246,14 @@ class Ingester:
         self.stopped = self.settings is None  # no further child
         self.wanted = self.tried = self._covers = 0  # attempts that `flush` asked for
         # The next attempt: by the budget; after a failure; while another process ingests.
-        self._not_before = self._away_until = self._busy_until = self._pause = 0.0
+        self._not_before = self._away_until = self._busy_until = self._next_daily = 0.0
         self._taken: list[str] = []
-        self._look_at = self._next_daily = 0.0
-        self._head: object = None
-        self._told_head: object = None
+        self._head = self._told_head = None  # of the chain, as JSON
 
     def due_in(self) -> float:
         """Return the seconds until `step` has something to do."""
         if self._child is not None:
-            return max(0.0, self._look_at - time.monotonic())
+            return _POLL_SECONDS
         if self.stopped:
             return inf
         due = max(self._appender.waiting_since() + self._interval, self._not_before)
@@ -4348,12 +4266,10 @@ class Ingester:
 
     def step(self) -> None:
         """See what became of the child, or start one if it is time."""
-        if self.due_in() > 0.0:
-            return
         if self._child is None:
-            self._begin()
+            if self.due_in() <= 0.0:
+                self._begin()
         else:
-            self._look_at = time.monotonic() + _POLL_SECONDS
             self._appender.left()
             if (answer := self._look()) is not None:
                 self._answered(answer)
@@ -4440,30 +4356,28 @@ class Ingester:
     def _answered(self, answer: Mapping[str, Any]) -> None:
         """Account for an attempt, and set when the next may come."""
         self._account(answer)
-        now, pause = time.monotonic(), answer.get("cpu", 0.0) / _CPU_SHARE
+        if "fault" in answer:
+            self._diagnostics.note("ingest", f"events stay in the journal: {answer['fault']}")
+        now = time.monotonic()
         if answer.get("busy"):
             asked = self.wanted > self.tried
             self._busy_until = now + (_POLL_SECONDS if asked else _BUSY_PAUSE_SECONDS)
             return
         self.tried = self._covers
+        pause = min(max(answer.get("cpu", 0.0) / _CPU_SHARE, self._interval), _LONGEST_PAUSE_SECONDS)
+        self._not_before = self._away_until = now + pause
         if answer.get("done"):
             self._appender.forget(filter(os.path.exists, self._taken))  # what can't be deleted
-            self._pause = self._away_until = 0.0
+            self._away_until = 0.0
         elif answer.get("locked"):
             self._away_until = now + _LOCKED_PAUSE_SECONDS
-        else:
-            self._pause = min(max(2 * self._pause, pause, self._interval), _LONGEST_PAUSE_SECONDS)
-            self._away_until = now + self._pause
-        self._not_before = now + min(max(pause, self._interval), _LONGEST_PAUSE_SECONDS)
 
     def _account(self, answer: Mapping[str, Any]) -> None:
         told = self._diagnostics
         told.ingested += answer.get("ingested", 0)
         told.rejected += answer.get("rejected", 0)
         for level, kind, text in answer.get("log", ()):
-            told.inform(kind, text, level=level)
-        if "fault" in answer:
-            told.note("ingest", f"events stay in the journal: {answer['fault']}")
+            told.note(kind, text, level=level)
         self._head = answer.get("head") or self._head
         if answer.get("done") and time.monotonic() >= self._next_daily:
             pause = _DAY_SECONDS if answer.get("retained") else _DAY_SECONDS / 24
@@ -4473,9 +4387,10 @@ class Ingester:
     def _is_daily(self) -> bool:
         return self._retains and time.monotonic() >= self._next_daily
 
-    def _due_settings(self) -> Mapping[str, object]:
+    def _due_settings(self) -> dict[str, object]:
         """Return the settings for an ingest, with `retention` only once a day."""
-        return {**(self.settings or {}), **({} if self._is_daily() else {"retention": None})}
+        settings = dict(self.settings or {})
+        return settings if self._is_daily() else {**settings, "retention": None}
 
     def _tell_head(self) -> None:
         if self._head != self._told_head:
@@ -4496,7 +4411,7 @@ class Ingester:
             else:
                 answer = ingest(settings, wait=max(0.0, deadline - time.monotonic()))
             why = answer.get("fault") or "another process is ingesting"
-            self._account({name: value for name, value in answer.items() if name != "fault"})
+            self._account(answer)
             if answer.get("done"):
                 self._appender.forget(filter(os.path.exists, list(self._appender.sealed)))
             if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
@@ -4505,9 +4420,7 @@ class Ingester:
         self._appender.left()
         events = sum(segment.events for segment in self._appender.sealed.values() if segment)
         if events:
-            known = (self._diagnostics.last_error or "").endswith(why)
-            reason = "" if known else f": {why}"
-            self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
+            self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}: {why}")
         self._tell_head()
 
     def _await_child(self, deadline: float) -> Mapping[str, Any]:
@@ -4571,7 +4484,6 @@ class Writer:
         self._queue: list[bytes] = []
         self._queued_bytes = 0
         self._finished = 0  # lines that left the queue
-        self._look_at = 0.0
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
         self._asleep = True
         self._gathering = False
@@ -4619,10 +4531,8 @@ class Writer:
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Return True when the writer has done something, and at once in the writing thread.
-
-        False after `timeout` seconds, and for what `close` had to leave undone.
-        """
+        """Return True when the writer has done something, and at once in the writing thread; False after
+        `timeout` seconds, and for what `close` had to leave undone."""
         if self._is_writing_thread():
             return True
         with self._lock:
@@ -4671,10 +4581,8 @@ class Writer:
         return True
 
     def close(self, timeout: float) -> int:
-        """Write and seal everything, end the thread, and return how many lines could not be written.
-
-        Who puts a line later writes it at once; these stay in one open segment.
-        """
+        """Write and seal everything, end the thread, and return how many lines could not be written. Who puts
+        a line later writes it at once, into one open segment."""
         deadline = time.monotonic() + timeout
         with self._lock:
             self._closing = True
@@ -4686,7 +4594,7 @@ class Writer:
                 thread.join(max(0.0, deadline - time.monotonic()))
         while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
             with self._lock:
-                self._progress.wait(_RETRY_SECONDS[0])
+                self._progress.wait(_RETRY_SECONDS)
         with self._lock:
             self._closed = True
             self._progress.notify_all()
@@ -4729,7 +4637,7 @@ class Writer:
             left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            longest = _RETRY_SECONDS[0] if self._thread is None else threading.TIMEOUT_MAX
+            longest = _RETRY_SECONDS if self._thread is None else threading.TIMEOUT_MAX
             with self._lock:
                 if not done():
                     self._progress.wait(min(left, longest))
@@ -4753,22 +4661,20 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = None
+            thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
             try:
-                thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
                 self._thread = thread
                 thread.start()
                 return True
-            except RuntimeError as error:  # a process limit, a subinterpreter, or the program ends
-                self._thread = None
-                if threading.main_thread().is_alive():
-                    self._diagnostics.note(
-                        "thread", "no writer thread, callers write themselves", error=error
-                    )
-            except BaseException:
-                if thread is None or thread.ident is None:
+            except BaseException as error:
+                if thread.ident is None:
                     self._thread = None
-                raise
+                if not isinstance(error, RuntimeError):
+                    raise
+                # A process limit, a subinterpreter, or the program ends.
+                if threading.main_thread().is_alive():
+                    text = "no writer thread, callers write themselves"
+                    self._diagnostics.note("thread", text, error=error)
         return False
 
     def _work_inline(self) -> bool:
@@ -4793,7 +4699,6 @@ class Writer:
     # --- the writer's side
 
     def _run(self) -> None:
-        pause = _RETRY_SECONDS[0]
         me = self._threads.current_thread()
         try:
             while self._thread is me:
@@ -4805,40 +4710,27 @@ class Writer:
                 with self._writing:
                     done = self._work()
                 self._diagnostics.tell()
-                if done:
-                    pause = _RETRY_SECONDS[0]
-                    self._sleep()
-                    continue
                 with self._lock:
-                    if self._closing:  # `close` goes on trying as long as it may
+                    if self._closing and not (done and self._queue):  # `close` tries again what is not done
                         self._retire()
-                    else:
-                        self._progress.wait(pause)
-                pause = min(pause * 2, _RETRY_SECONDS[1])
+                    elif not done:
+                        self._progress.wait(_RETRY_SECONDS)
+                    elif not self._queue:
+                        self._asleep = True
+                if self._asleep and self._thread is me:  # until there is a line, or something is due
+                    due = min(self._ingester.due_in(), self.begun.due_in(), threading.TIMEOUT_MAX)
+                    self._wake.acquire(timeout=due)
         except BaseException as error:
             with self._lock:
                 self._retire()
-            self._diagnostics.report(
-                "writer", "the writer thread ended; the next event starts another", error=error
-            )
+            text = "the writer thread ended; the next event starts another"
+            self._diagnostics.report("writer", text, error=error)
 
     def _retire(self) -> None:
         """Leave the next line to its caller, or to a new thread; call it with the lock held."""
         self._thread = None
         self._asleep = True
         self._progress.notify_all()
-
-    def _sleep(self) -> None:
-        """Wait for a line, or until something is due; at the end retire."""
-        with self._lock:
-            if self._queue:
-                return
-            if self._closing:
-                self._retire()
-                return
-            self._asleep = True
-        due = min(self._ingester.due_in(), self.begun.due_in(), threading.TIMEOUT_MAX)
-        self._wake.acquire(timeout=due)
 
     def _work(self) -> bool:
         """Write what is queued and let the ingester work; False if something is left to be done."""
@@ -4857,26 +4749,22 @@ class Writer:
     def _drain(self) -> bool:
         """Move the queue into the journal; False on a fault, with what is left still queued."""
         self._trim()  # what an interrupt left
-        is_first = True
-        while (batch := self._queue[:]) or is_first:
-            is_first = False
+        while True:
+            batch = self._queue[:]
             try:
-                if not batch and time.monotonic() >= self._look_at:  # nothing is written that would look
-                    self._look_at = time.monotonic() + _POLL_SECONDS
+                if not batch:  # nothing is written that would look
                     self._appender.present()
                 for piece in _pieces(batch):
                     self._appender.append(piece)
                 self.begun.write(self.written)
             except (OSError, JournalError, MemoryError, RuntimeError) as error:
-                self._diagnostics.note(
-                    "journal",
-                    "the journal can't be written; events wait in memory and it is tried again",
-                    error=error,
-                )
+                text = "the journal can't be written; events wait in memory and it is tried again"
+                self._diagnostics.note("journal", text, error=error)
                 return False
             finally:
                 self._trim()
-        return True
+            if not self._queue:
+                return True
 
     def _trim(self) -> None:
         """Take out of the queue what is in the journal, and wake those who wait for it."""
@@ -6728,7 +6616,8 @@ class AuditLogger:
             return True
         _live.loggers.add(self)
         name = public_target(self.config.path)
-        self._diagnostics.inform("start", f"events go to {name}, by way of {self.config.journal_directory}")
+        text = f"events go to {name}, by way of {self.config.journal_directory}"
+        self._diagnostics.note("start", text, level=logging.INFO)
         children = sys.modules.get("multiprocessing.util")
         process = sys.modules.get("multiprocessing.process")
         if children is not None and process is not None and process.parent_process() is not None:
@@ -7346,7 +7235,8 @@ _ENGINE_ERRORS: Final = (
         DatabaseLockedError,
         "could not serialize access|duplicate key value violates unique constraint|tuple concurrently "
         "updated|deadlock detected|due to lock timeout|transaction conflict|write-write conflict|"
-        "maximum retry count",
+        "maximum retry count|could not set lock on file|conflicting lock is held|being used by another "
+        "process|is already attached|already open in another",
     ),
     (
         DatabaseUnreachableError,
@@ -7354,13 +7244,7 @@ _ENGINE_ERRORS: Final = (
         "connection|no connection to the server|could not connect to server|install it first using|"
         "terminate called after throwing",
     ),
-    (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled"),
-    (
-        DatabaseLockedError,
-        "could not set lock on file|conflicting lock is held|being used by another process|"
-        "is already attached|already open in another",
-    ),
-    (DatabaseNotFoundError, "database does not exist"),
+    (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled|database does not exist"),
     (
         DatabaseCorruptError,
         "not a valid duckdb database file|corrupt|computed checksum|could not read enough bytes|"
@@ -7403,12 +7287,17 @@ def bind(sql: str, params: Params) -> str:
     return re.sub(r"\$([a-z_]+)", lambda name: sql_literal(params[name[1]]), sql) if params else sql
 
 
-_GUEST_MEMORY: Final = "256MB"  # an ingest is a guest beside its server; a batch of 64 MiB fits
-_SESSION_SETTINGS: Final = (
-    "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
-    "SET enable_progress_bar = false;"  # the package writes one to standard output, which may be a protocol
-)
+_GUEST: Final = "SET threads = 1; SET memory_limit = '256MB';"  # beside a server; a batch of 64 MiB fits
 _PROCESS: Final = os.getpid()
+
+
+def _session_settings(*, guest: bool) -> str:
+    # The package writes a progress bar to standard output, which may be a protocol.
+    return (
+        "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
+        "SET enable_progress_bar = false; "
+        f"SET temp_directory = {sql_literal(_scratch_directory())}; {_GUEST if guest else ''}"
+    )
 
 
 class Engine(Protocol):
@@ -7418,6 +7307,7 @@ class Engine(Protocol):
 
     def version(self) -> str:
         """Return DuckDB's version, such as "2.0.1"."""
+        return str(self.execute("SELECT version() AS version")[0][0]).lstrip("v")
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
         """Run one statement and return its rows."""
@@ -7455,15 +7345,11 @@ class PackageEngine(Engine):
         self._connection: Any = None
         self._process_id = 0
 
-    def version(self) -> str:
-        return str(_duckdb().__version__)
-
     def _open(self) -> Any:
         duckdb = _duckdb()
-        guest = {"threads": 1, "memory_limit": _GUEST_MEMORY} if self._guest else {}
         self._process_id = os.getpid()
-        connection = duckdb.connect(":memory:", config={"temp_directory": _scratch_directory(), **guest})
-        connection.execute(_SESSION_SETTINGS)
+        connection = duckdb.connect(":memory:")
+        connection.execute(_session_settings(guest=self._guest))
         with contextlib.suppress(duckdb.Error):  # some builds know no time zones
             connection.execute("SET TimeZone = 'UTC'")
         return connection
@@ -7503,23 +7389,21 @@ class PackageEngine(Engine):
 
 
 def decode_json(text: str | bytes) -> Any:
-    """Return what JSON text means; an object whose names are all empty is a row, and becomes a list."""
+    """Return what DuckDB's JSON means: an object whose names are all empty is a row, NaN is None."""
 
     def members(pairs: list[tuple[str, object]]) -> object:
         is_row = len(pairs) > 1 and not any(name for name, _ in pairs)
         return [value for _, value in pairs] if is_row else dict(pairs)
 
-    return json.loads(text, object_pairs_hook=members)
+    return json.loads(text, object_pairs_hook=members, parse_constant=lambda name: None)
 
 
 _COLOUR: Final = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line that follows it
 
 
 class CliEngine(Engine):
-    """DuckDB as a child process: the `duckdb` program, fed SQL on standard input.
-
-    Each statement is followed by a `.print` of a random word, at which its rows end.
-    """
+    """DuckDB's program as a child process. Each statement on its standard input is followed by a `.print` of
+    a random word, at which its rows end."""
 
     name = "cli"
 
@@ -7530,9 +7414,6 @@ class CliEngine(Engine):
         self._guest = guest
         self._process: subprocess.Popen[bytes] | None = None
         self._mark = os.urandom(8).hex()
-
-    def version(self) -> str:
-        return str(self.execute("SELECT version() AS version")[0][0]).lstrip("v")
 
     def _open(self) -> subprocess.Popen[bytes]:
         import subprocess
@@ -7552,11 +7433,8 @@ class CliEngine(Engine):
             )
         except OSError as error:
             raise EngineNotFoundError(f"{self.program} can't be run: {error.strerror}") from error
-        settings = _SESSION_SETTINGS + f"SET temp_directory = {sql_literal(_scratch_directory())};"
-        if self._guest:
-            settings += f"SET threads = 1; SET memory_limit = {sql_literal(_GUEST_MEMORY)};"
         assert process.stdin is not None
-        process.stdin.write(settings.encode() + b"\n")
+        process.stdin.write(_session_settings(guest=self._guest).encode() + b"\n")
         return process
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
@@ -7609,11 +7487,8 @@ class CliEngine(Engine):
 
 
 class ApartEngine(CliEngine):
-    """The `duckdb` package in a child process that behaves like the program.
-
-    For targets that are no file, as docs/design.md tells, and where DuckDB can't run: in a forked process,
-    which may have inherited half of one, and in a subinterpreter, where it hangs.
-    """
+    """The `duckdb` package in a child process that behaves like the program: for targets that are no file, in
+    a forked process, which may have inherited half of a DuckDB, and in a subinterpreter, where it hangs."""
 
     name = "package"
 
@@ -7655,10 +7530,7 @@ for line in sys.stdin:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill: not beside the data, which may be read-only, but in a private folder.
-
-    DuckDB makes it, by the umask, if it needs it.
-    """
+    """Return where DuckDB may spill, which it makes if it needs it: in a private folder of this user's."""
     import tempfile
 
     owner = getattr(os, "getuid", int)()
@@ -7717,9 +7589,8 @@ def open_engine(
     if choice != "cli":
         try:
             if not (apart or os.getpid() != _PROCESS or _in_subinterpreter()):
-                engine = PackageEngine(guest=guest)
-                engine.version()  # loads the package
-                return engine
+                _duckdb()  # raises ImportError
+                return PackageEngine(guest=guest)
             if (reason := no_python()) is None:  # a frozen program would be started once more
                 return ApartEngine(guest=guest)
             if choice == "package":
@@ -7756,18 +7627,13 @@ def open_engine(
 # - A half-made file stays damaged. → It is made under another name, and renamed when it is whole.
 
 
-class Deadline:
-    """A time until which something is tried again."""
-
-    def __init__(self, seconds: float) -> None:
-        self._end = time.monotonic() + seconds
-
-    def pause(self) -> bool:
-        """Wait for 10 to 110 ms, at random so that rivals part; False, and at once, if it is over."""
-        if time.monotonic() >= self._end:
-            return False
+def tries(wait: float) -> Iterator[bool]:
+    """Yield for each attempt within `wait` seconds whether it is the last; rivals part by random pauses."""
+    end = time.monotonic() + wait
+    while time.monotonic() < end:
+        yield False
         time.sleep(0.01 + os.urandom(1)[0] / 2560)
-        return True
+    yield True
 
 
 _Answer = TypeVar("_Answer")
@@ -7775,13 +7641,13 @@ _Answer = TypeVar("_Answer")
 
 def patiently(action: Callable[[], _Answer], wait: float) -> _Answer:
     """Return what `action` returns; while it raises DatabaseLockedError, try again for `wait` seconds."""
-    deadline = Deadline(wait)
-    while True:
+    for is_last in tries(wait):
         try:
             return action()
         except DatabaseLockedError:
-            if not deadline.pause():
+            if is_last:
                 raise
+    raise AssertionError
 
 
 def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
@@ -7862,11 +7728,8 @@ _ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fo
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Keep the other threads of this process from attaching a database file.
-
-    DuckDB's lock is the process's, and ends with the first of several readers: then another process may
-    ingest, and remove segments that are being read.
-    """
+    """Keep the other threads of this process from attaching a database file: DuckDB's lock is the process's,
+    and ends with the first of several readers. Then segments that are being read might be ingested."""
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
         raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
@@ -7915,17 +7778,14 @@ class Target:
 
     def let_ingest_pass(self, wait: float) -> None:
         """Before reading a file, wait while an ingest asks for it; else readers could starve it."""
-        deadline = Deadline(wait)
-        while self.is_file and self.journal.is_ingest_waiting() and deadline.pause():
-            pass
+        for _ in tries(wait):
+            if not (self.is_file and self.journal.is_ingest_waiting()):
+                return
 
     @contextlib.contextmanager
     def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        """Attach the target as `audit`; an error ends the session, and with it any transaction.
-
-        A file that is absent is made, unless `read_only` is set. What is no file is read in one transaction,
-        because others go on writing.
-        """
+        """Attach the target as `audit`, an absent file is made unless `read_only`; an error ends the session.
+        What is no file is read in one transaction, because others go on writing."""
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
                 self._attach(engine, read_only=read_only)
@@ -7989,11 +7849,9 @@ class Target:
 
     @contextlib.contextmanager
     def _private_wal(self, read_only: bool) -> Iterator[None]:
-        """Make the WAL of a database attached for writing, which DuckDB would make by the umask.
-
-        A mark in the journal says that it began empty, so that it holds nothing but what we wrote.
-        """
-        if read_only or not self.is_file or os.path.islink(self.path):
+        """Make the WAL of a database attached for writing, which DuckDB would make by the umask. A mark in
+        the journal says that it began empty, so that it holds nothing but what we wrote."""
+        if read_only or os.path.islink(self.path) or not self.is_file:
             yield
             return
         wal, mark = self.path + ".wal", self.journal.wal_mark
@@ -8008,9 +7866,7 @@ class Target:
 
     def set_wal_aside(self) -> str | None:
         """Rename a damaged WAL that holds only what we wrote, and return its new name; None if there is none.
-
-        All of it is still in the journal: a segment is deleted after a checkpoint, which leaves no WAL.
-        """
+        All of it is still in the journal: a segment is deleted after a checkpoint, which leaves no WAL."""
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
         with contextlib.suppress(OSError):
             os.unlink(self.journal.wal_mark)
@@ -8113,18 +7969,13 @@ class Target:
                 )
                 engine.execute("CREATE INDEX IF NOT EXISTS logs_timestamp ON audit.logs (timestamp)")
         if self.is_lake:
-            engine.execute(f"CREATE TABLE IF NOT EXISTS {self._turn()} AS SELECT 0::BIGINT AS taken")
+            turn = f"audit.turn_{self.journal.identity()}"
+            engine.execute(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
 
     def take_turn(self, engine: Engine) -> None:
         """Let only one transaction of this journal's succeed at a time."""
         if self.is_lake:
-            engine.execute(f"UPDATE {self._turn()} SET taken = taken + 1")
-
-    def _turn(self) -> str:
-        journal = self.journal.identity()
-        if not re.fullmatch("[0-9a-f]{1,64}", journal):
-            raise JournalError("is no identity of a journal; remove the file", path="journal.id")
-        return f"audit.turn_{journal}"
+            engine.execute(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
 
     def signature(self) -> object:
         """Return what differs after every ingest, without opening anything.
@@ -8476,7 +8327,10 @@ class Ingest:
         good: list[tuple[int, bytes]] = []
         faults: list[tuple[int, str, bytes]] = []
         seen: set[object] = set()
-        for number, line in enumerate(claim.read().split(b"\n")[:-1], 1):
+        # A power loss may leave NULs where blocks never reached the disk; the line after them stands apart.
+        lines = re.split(rb"\n|\0(?=\{)", read_file(claim.path))[:-1]
+        claim.lines = len(lines)
+        for number, line in enumerate(lines, 1):
             try:
                 seq = event_of_line(line)["seq"]
                 if seq in seen:
@@ -8491,7 +8345,7 @@ class Ingest:
         def unreadable(lines: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
             """Return the lines that DuckDB can't read."""
             text = b"".join(line + b"\n" for _, line in lines)
-            write_file(scratch, named_lines(claim.id, text), replace=True)
+            replace_file(scratch, named_lines(claim.id, text))
             if not lines or self._read(engine, [scratch], {claim.id: [len(lines)] * 3}):
                 return []
             half = len(lines) // 2
@@ -8558,7 +8412,9 @@ WHERE timestamp >= '{since}'::TIMESTAMP - INTERVAL 1 MINUTE AND error = {sql_lit
 AND {among("call", calls)}"""
             for (call,) in engine.execute(sql):
                 claim, seq = calls[call]
-                line = next((each for each in claim.read().splitlines() if call.encode() in each), b"")
+                line = next(
+                    (each for each in read_file(claim.path).splitlines() if call.encode() in each), b""
+                )
                 late[claim.id].append((seq, "its call is on record already, as unfinished", line))
         for claim in claims:
             if faults := late.get(claim.id):
@@ -8569,14 +8425,11 @@ AND {among("call", calls)}"""
 
     def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[str]:
         """Keep the lines of known segments that the ledger lacks: a cloned host goes on with a copy of one.
-
-        Where the ledger has its first lines, the others become a segment of their own; anything else is
-        put aside, and entered as lost.
-        """
+        After lines that it has, they become a segment of their own; else they are put aside as lost."""
         asked = {"segments": [claim.id for claim in claims]}
         same = {segment: (events, is_same) for segment, events, is_same in engine.execute(KNOWN_LINES, asked)}
         for claim in claims:
-            lines = claim.read().split(b"\n")[:-1]
+            lines = read_file(claim.path).split(b"\n")[:-1]
             events, is_same = same.get(claim.id, (0, False))
             if is_same and len(lines) > events:
                 more = self._journal.open_segment()
@@ -8593,10 +8446,8 @@ AND {among("call", calls)}"""
 
 
 def refuse_fatal_limit() -> None:
-    """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process.
-
-    Python ignores that signal unless somebody restored its default.
-    """
+    """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process: where somebody
+    restored the default of a signal that Python ignores."""
     import signal
 
     fatal = getattr(signal, "SIGXFSZ", None)
@@ -8613,10 +8464,7 @@ def refuse_fatal_limit() -> None:
 
 
 class Reading:
-    """Table and journal while they are open for reading.
-
-    If `problem` is set, the table can't be read: then only journal events are seen.
-    """
+    """Table and journal while they are open for reading; the journal alone if there is a `problem`."""
 
     def __init__(self, engine: Engine, folder: str, target: Target) -> None:
         self.engine = engine
@@ -8631,9 +8479,9 @@ class Reading:
 
     def open(self, wait: float) -> contextlib.ExitStack:
         """Open the log, without the table the journal alone; what is returned closes both."""
-        deadline = Deadline(wait)
-        while True:
+        for _ in tries(wait):
             try:
+                self.problem = None
                 return self._open_both()
             except (
                 DatabaseCorruptError,
@@ -8643,23 +8491,26 @@ class Reading:
             ) as error:
                 is_missing = isinstance(error, DatabaseNotFoundError)
                 is_new = is_missing and not self._target.is_file
+                self.problem = None if is_new else error
                 # A file that is missing appeared, or vanished, between our look and DuckDB's.
-                is_passing = isinstance(error, DatabaseLockedError) or (is_missing and not is_new)
-                if not (is_passing and deadline.pause()):
-                    with contextlib.ExitStack() as stack:
-                        self._keep_segments(stack)
-                        self.problem = None if is_new else error
-                        self.open_views(None, self._segments())
-                        return stack.pop_all()
+                if is_new or not (is_missing or isinstance(error, DatabaseLockedError)):
+                    break
+        with contextlib.ExitStack() as stack:
+            self._keep_segments(stack)
+            self.open_views(None, self._segments())
+            return stack.pop_all()
 
     def _open_both(self) -> contextlib.ExitStack:
         target = self._target
         with contextlib.ExitStack() as stack:
             if target.is_absent():
-                if not self._keep_segments(stack) and self._journal.segments():
+                segments = self._segments()  # first, so that there is something to lock if there are any
+                if not self._keep_segments(stack) and segments:
                     raise DatabaseLockedError(f"{target.path} is being made by another process")
                 if target.is_absent():
-                    self._open_journal(self._segments())
+                    if not all(map(os.path.exists, segments)):
+                        raise DatabaseNotFoundError(f"{target.path} is being made at this moment; try again")
+                    self.open_views(None, segments)
                     return stack.pop_all()
                 stack.close()
             if not target.is_file and not self._keep_segments(stack):
@@ -8677,27 +8528,13 @@ class Reading:
             self.has_ledger = "ledger" in present
             return stack.pop_all()
 
-    def _open_journal(self, segments: list[str]) -> None:
-        """Copy the journal's events: before the first ingest there is no lock that keeps one out."""
-        cause = None
-        try:
-            self.open_views(None, segments)
-            self.freeze_journal()
-        except QueryError as error:
-            cause = error
-        if not all(map(os.path.exists, segments)):
-            text = f"{self._target.path} is being made at this moment; try again"
-            raise DatabaseNotFoundError(text) from cause
-        if cause is not None:
-            raise cause
-
     def _segments(self) -> list[str]:
         """Return the segments, and files with the rows that the next ingest adds for unfinished calls."""
         left = {}
         for path, lines in self._journal.unfinished():
             copy = os.path.join(self._folder, os.path.basename(path))
             if lines:
-                write_file(copy, lines, replace=True)
+                replace_file(copy, lines)
                 left[path] = copy
         segments = self._journal.segments()  # later, so that a call that ends in between is seen once
         return [*segments, *(left[path] for path in left.keys() - set(segments))]
@@ -8719,16 +8556,15 @@ class Reading:
             write_file(path, lines)
         self._define("running_rows", journal_rows([path] if lines else [], len(lines)))
 
-    def open_views(self, table: Mapping[str, str] | None, segments: Iterable[str]) -> None:
+    def open_views(self, table: Mapping[str, str] | None, segments: Sequence[str]) -> None:
         """Define the views `table_rows` and `journal_rows`, which together are the log."""
         self.has_table = table is not None
         if table is None or dict(COLUMNS) != table:
             self.schema = None  # PostgreSQL knows no columns that are converted, or missing
-        sizes = {path: size for path in segments if (size := _size_of(path))}
-        files = combine(list(sizes), self._folder) if sizes else []
+        files = combine(segments, self._folder)
         self.has_journal = bool(files)
         self._define("table_rows", sound_rows(table or {}))
-        self._define("journal_rows", journal_rows(files, max(sizes.values(), default=0)))
+        self._define("journal_rows", journal_rows(files, max(map(_size_of, segments), default=0)))
 
     def _define(self, view: str, rows: str) -> None:
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {rows}")
@@ -8742,24 +8578,16 @@ class Reading:
         self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
     ) -> str:
         """Return the query of the filtered events; with `running`, of the calls that run; if None, of both.
-
-        The limit is in each part: a limit on the union alone is 40 times slower on 10 million rows.
-        """
+        The limit is in each part: on the union alone it is 40 times slower on 10 million rows."""
         where, table, tail = what.where(), "table_rows", ""
         if count is not None:
             tail = f" ORDER BY {order} LIMIT {count}"
             if self.schema is not None and what.text is None:  # ILIKE differs there
                 table = _postgres_rows(self.schema, where, count, oldest_first=order == OLDEST_FIRST)
-        sides = [
-            f"(SELECT * FROM {view} WHERE {where}{tail})"
-            for view, is_asked in (
-                (table, self.has_table and not running),
-                ("journal_rows", self.has_journal and not running),
-                ("running_rows", self.has_running and running is not False),
-            )
-            if is_asked
-        ] or [f"({NO_ROWS})"]
-        return " UNION ALL BY NAME ".join(sides)
+        views = [] if running else [table, "journal_rows"]
+        if running is not False:
+            views.append("running_rows")
+        return " UNION ALL BY NAME ".join(f"(SELECT * FROM {view} WHERE {where}{tail})" for view in views)
 
     def _select(self, columns: str, what: Filter, count: int | None, oldest_first: bool) -> str:
         order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
@@ -8777,10 +8605,8 @@ class Reading:
         return self.engine.execute(f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}")
 
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
-        """Return figures of the matching events: a row a group, its name first, then STATS_COLUMNS.
-
-        Calls that run are counted in `running` alone. Percentiles are durations that occurred, in ms.
-        """
+        """Return a row of figures for each group of matching events: its name, then STATS_COLUMNS. Calls that
+        run are counted in `running` alone. Percentiles are durations that occurred, in ms."""
         return self.engine.execute(stats_query(self._source(what, running=None), by, sort, count))
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
@@ -8829,27 +8655,13 @@ class Reading:
         self.engine.execute("SET enable_external_access = false")
         self.engine.execute("SET lock_configuration = true")  # last, because nothing can undo it
         params = {"statement": statement}
-        columns = self.engine.execute(
-            "SELECT column_name, column_type FROM (DESCRIBE SELECT * FROM query($statement))", params
-        )
-        names, casts, decoders = [], [], list[Callable[[Any], object]]()
-        for number, (_, sql_type) in enumerate(columns):
-            cast_sql, decode = next(
-                (cast_sql, decode)
-                for beginning, cast_sql, decode in _RESULT_TYPES
-                if re.match(beginning, sql_type)
-            )
-            names.append(f"c{number}")
-            casts.append(f"{cast_sql.format(names[-1])} AS {names[-1]}")
-            decoders.append(decode)
-        rows = self.engine.stream(
-            f"SELECT {', '.join(casts)} FROM (SELECT * FROM query($statement)) AS result({', '.join(names)})",
-            params,
-        )
-        return [name for name, _ in columns], (
-            tuple(value if value is None else decode(value) for decode, value in zip(decoders, row))
-            for row in rows
-        )
+        described = "SELECT column_name FROM (DESCRIBE SELECT * FROM query($statement))"
+        names = [name for (name,) in self.engine.execute(described, params)]
+        columns = [f"c{number}" for number in range(len(names))]
+        values = ", ".join(f"to_json({column})::VARCHAR AS {column}" for column in columns)
+        result = f"(SELECT * FROM query($statement)) AS result({', '.join(columns)})"
+        rows = self.engine.stream(f"SELECT {values} FROM {result}", params)
+        return names, (tuple(text if text is None else decode_json(text) for text in row) for row in rows)
 
     def export(
         self,
@@ -8926,18 +8738,6 @@ def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -
     order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
     query = f"({table} NOT NULL ORDER BY {order} LIMIT {count}) UNION ALL ({table} NULL LIMIT {count})"
     return f"(SELECT * FROM postgres_query('audit', {sql_literal(query)}))"
-
-
-# How a column leaves through `Reading.query`: by its type's beginning, the cast and the type in Python.
-_RESULT_TYPES: Final[tuple[tuple[str, str, Callable[[Any], object]], ...]] = (
-    (r".*\]$|STRUCT|MAP|UNION|JSON", "to_json({0})::VARCHAR", decode_json),
-    ("BOOLEAN", "{0}", bool),
-    ("UBIGINT|U?HUGEINT|VARINT|BIGNUM", "{0}::VARCHAR", int),
-    ("U?(TINYINT|SMALLINT|INTEGER)|BIGINT", "{0}::BIGINT", int),
-    ("DECIMAL", "{0}::DOUBLE", float),
-    ("FLOAT|DOUBLE", "CASE WHEN isfinite({0}) THEN {0}::DOUBLE END", float),  # JSON has no NaN
-    ("", "{0}::VARCHAR", str),
-)
 
 
 def journal_rows(files: Sequence[str], size: int) -> str:
@@ -9828,7 +9628,7 @@ class Store:
                 if self._retention is not None and not target.is_absent():
                     with target.session(read_only=False, wait=0.0, guest=True) as engine:
                         news = retain(engine, target, self._retention)
-                    self._diagnostics.inform("retention", news)
+                    self._diagnostics.note("retention", news, level=logging.INFO)
                     self._retention = None
             except AuditError as error:
                 self._diagnostics.report("retention", "old events could not be purged", error=error)
@@ -9956,15 +9756,13 @@ class Store:
     @contextlib.contextmanager
     def _alone(self, wait: float) -> Iterator[None]:
         """Hold the ingest lock, trying for `wait` seconds."""
-        deadline = Deadline(wait)
         self.journal.make_directory()
-        while True:
+        for _ in tries(wait):
             with self.journal.ingest_lock() as mine:
                 if mine:
                     yield
                     return
-            if not deadline.pause():
-                raise DatabaseLockedError(f"{self.target.name}: another process is ingesting; try again")
+        raise DatabaseLockedError(f"{self.target.name}: another process is ingesting; try again")
 
     def purge(
         self, before: str, *, archive: str | None = None, dry_run: bool = False, wait: float = 5.0
@@ -10084,11 +9882,9 @@ FROM ("""
 
 
 class Follower:
-    """Returns events as they are recorded, by whatever process or host: each once, none left out.
-
-    A look asks the ledger for new entries if the database changed, and reads the segments that grew. No lock
-    is held between looks. A segment that vanishes in between is in the table: the next look finds the rest.
-    """
+    """Returns events as they are recorded, by whatever process or host: each once, none left out. A look asks
+    the ledger for new entries if the database changed, and reads the segments that grew; one that vanishes in
+    between is in the table, where the next look finds the rest. No lock is held between looks."""
 
     def __init__(
         self,

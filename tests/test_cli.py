@@ -253,12 +253,13 @@ def test_ingest_wait_tries_again_until_the_database_is_free(
         done = run("ingest", *DB, "--wait", "0")
         assert done.returncode == 75 and f"PID {holder.pid}" in done.stderr
 
-        def pause(deadline: object) -> bool:
+        def tries(wait: float) -> Iterator[bool]:
+            yield False
             holder.kill()
             holder.wait()
-            return True
+            yield True
 
-        monkeypatch.setattr(mxcp_audit.Deadline, "pause", pause)
+        monkeypatch.setattr(mxcp_audit, "tries", tries)
         done = run("ingest", *DB)
         assert (done.returncode, done.stderr) == (0, "2 events ingested\n")
 
@@ -272,11 +273,12 @@ def test_ingest_wait_tries_again_while_another_process_ingests(
         done = run("ingest", *DB, "--wait", "0")
         assert done.returncode == 75 and "another process is ingesting" in done.stderr
 
-        def pause(deadline: object) -> bool:
+        def tries(wait: float) -> Iterator[bool]:
+            yield False
             fcntl.flock(lock, fcntl.LOCK_UN)
-            return True
+            yield True
 
-        monkeypatch.setattr(mxcp_audit.Deadline, "pause", pause)
+        monkeypatch.setattr(mxcp_audit, "tries", tries)
         done = run("ingest", *DB)
         assert (done.returncode, done.stderr) == (0, "2 events ingested\n")
 

@@ -210,16 +210,16 @@ def test_claim_that_runs_out_of_memory_holds_nothing(
         segment = journal.open_segment()
         segment.append(b"{}\n", 1)
         segment.seal()
-    true_read, left = mxcp_audit.Claim.read, [1]
+    true_read, left = mxcp_audit.read_file, [1]
 
-    def read(self: Any) -> bytes:
+    def read_file(path: str) -> bytes:
         if not left:
             raise MemoryError
         left.pop()
-        return true_read(self)
+        return true_read(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(mxcp_audit.Claim, "read", read)
+        patched.setattr(mxcp_audit, "read_file", read_file)
         with pytest.raises(MemoryError):
             journal.claim(limit_bytes=2**20)
     claims, problems = journal.claim(limit_bytes=2**20)
