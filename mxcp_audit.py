@@ -5049,12 +5049,12 @@ class Call:
         Raises AuditUnavailableError where the logger is `strict` and that can't be done in time.
         """
         if self._begin() and not self._logger.wait(self):
-            raise self._refused()
+            raise self._logger.refuse(self)
 
     async def begin_async(self) -> None:
         """Do the same without blocking the event loop."""
         if self._begin() and not await self._logger.wait_async(self):
-            raise self._refused()
+            raise self._logger.refuse(self)
 
     def _begin(self) -> bool:
         """Begin, once; return True if the body must wait until the call is on record."""
@@ -5064,15 +5064,10 @@ class Call:
         self.number = self._logger._writer.begin(self)
         return self.strict
 
-    def _refused(self) -> BaseException:
-        error: BaseException = self._logger.refuse(self, "it was not executed")
-        self._end(error)
-        return error
-
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
         if not self._logger.wait(self, self._end(error)) and error is None:
-            raise self._logger.refuse(self, "it was executed, and its answer is withheld")
+            raise self._logger.refuse(self)
 
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
@@ -5087,7 +5082,7 @@ class Call:
                 raise
             return
         if not is_recorded and error is None:
-            raise self._logger.refuse(self, "it was executed, and its answer is withheld")
+            raise self._logger.refuse(self)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -5429,8 +5424,6 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
     """Put what a request says of its origin there; return the trace and span that it names."""
     request, details = getattr(context, "request", None), origin["details"]
     meta = getattr(context, "meta", None)
-    if meta is None and not hasattr(context, "meta"):
-        meta = _get(_get(context, "params"), "_meta")
     version, client, trace = getattr(context, "protocol_version", None), None, None
     if meta:  # newer clients say with each request who they are
         client = client_of(_get(meta, _META + "clientInfo"))
@@ -5445,7 +5438,7 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
         origin["caller"], origin["session_id"] = "stdio", _CONNECTION
     else:
         scope = _get(request, "scope")
-        headers = _headers_of(request, scope)
+        headers = _headers_of(scope)
         version = version or headers.get("mcp-protocol-version")
         trace = trace or parent_of(headers)
         origin["caller"] = "http"
@@ -5465,15 +5458,11 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
     return trace
 
 
-def _headers_of(request: object, scope: object) -> dict[str, str]:
+def _headers_of(scope: object) -> dict[str, str]:
     """Return the headers that are read here; Starlette's own look-up decodes all of them each time."""
-    raw = _get(scope, "headers")
-    if raw is None:
-        headers = _get(request, "headers")
-        return {name: value for name in _REQUEST_HEADERS.values() if (value := _get(headers, name))}
     return {
         _REQUEST_HEADERS[name]: value.decode("latin-1")
-        for name, value in reversed(raw)
+        for name, value in reversed(_get(scope, "headers") or ())
         if name in _REQUEST_HEADERS
     }
 
@@ -5492,7 +5481,7 @@ def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[st
         host = "127.0.0.1"  # uvicorn has put the proxy's word there already, as it does for this peer only
     if proxies and host:
         hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', headers.get("forwarded", "")))
-        for hop in reversed(hops.split(",") if hops else ()):
+        for hop in reversed(hops.split(",")):
             if not _is_in(host, proxies):
                 break
             with_port = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::\d+)?\s*", hop)
@@ -5714,24 +5703,19 @@ class Middleware:
     def _call_of(self, event_type: str, context: object, message: object) -> Call:
         """Return the call that a message makes, or resumes."""
         inside = getattr(context, "fastmcp_context", None)
-        request_context = context if inside is None else _get(inside, "request_context")
-        server = None if inside is None else _get(inside, "fastmcp")
+        server = _get(inside, "fastmcp")
         self._watch_tasks(server)
         if self._refusal is None:
             self._refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
             self._denied_by += (self._refusal,) if self._refusal is not None else ()
+        request_context = context if inside is None else _get(inside, "request_context")
         origin = origin_of(request_context, self._logger.config.trusted_proxies)
+        origin["server"] = _text(_get(server, "name")) or self._server
         if self._caller:
             origin["caller"] = self._caller
         arguments = _get(message, "arguments")
         call = Call(
-            self._logger,
-            event_type,
-            name_of(message),
-            arguments,
-            denied_by=self._denied_by,
-            server=_text(_get(server, "name")) or self._server,
-            **origin,
+            self._logger, event_type, name_of(message), arguments, denied_by=self._denied_by, **origin
         )
         if call.trace_id is None:
             _watch_spans()
@@ -5807,7 +5791,8 @@ class Middleware:
             execution = _get(sys.modules.get("docket.dependencies"), "current_execution")
             task = str(_get(execution.get(None), "key")) if execution is not None else key
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
-            name = key.removeprefix(f"{event_type}:").rpartition("@")[0] or key.removeprefix(f"{event_type}:")
+            name = key.removeprefix(f"{event_type}:")
+            name = name.rpartition("@")[0] or name
             call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
             call.is_open, call.task = True, _current_task()
             failure: BaseException | None = None
@@ -6178,7 +6163,7 @@ class Counters(NamedTuple):
 
 _UNENCODABLE: Final = "[UNENCODABLE]"
 _UNENCODABLE_JSON: Final = encode_text(encode_text(_UNENCODABLE))
-_UNFINISHED_ERROR: Final = b',"error":%b' % encode_text(UNFINISHED).encode()
+_NOTHING: Final = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ())
 
 
 class AuditLogger:
@@ -6381,24 +6366,20 @@ class AuditLogger:
 
     def _record(self, *event: Any, end: bytes = b"") -> int:
         """Queue an event, without its content if it can't be encoded, and return the ticket of its line."""
-        interrupt: BaseException | None = None
         try:
-            try:
-                line = self._encoder.line(*event)
-            except INTERRUPTS as fault:
-                interrupt = fault
-                line = self._encoder.line(*event)
-            except BaseException as fault:
-                self.report_fault("an event could not be encoded; it is recorded without content", fault)
-                nothing = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE)
-                line = self._encoder.line(*nothing, None, None, None, ())
-            ticket = self._put(line + end)
+            line = self._encoder.line(*event)
+        except INTERRUPTS:  # they pass, after the event is recorded
+            with contextlib.suppress(Exception):
+                self._put(self._encoder.line(*event) + end)
+            raise
+        except BaseException as fault:
+            self.report_fault("an event could not be encoded; it is recorded without content", fault)
+            line = b""
+        try:
+            return self._put((line or self._encoder.line(*_NOTHING)) + end)
         except Exception as fault:
             self.report_fault("an event could not be recorded", fault)
-            ticket = 0
-        if interrupt is not None:
-            raise interrupt
-        return ticket
+            return 0
 
     def report_fault(self, message: str, fault: BaseException) -> str:
         """Report a fault by its type, because its text may hold content; return what is recorded instead."""
@@ -6426,11 +6407,10 @@ class AuditLogger:
     def _begin_line(self, call: Call, ref: str) -> bytes:
         """Return the begin of a call as it is put on record: the event that it is, should nothing follow."""
         event = call.event()
-        begun = (*event[:4], 0, "n/a", None, "error", None, *event[9:])
+        begun = (*event[:4], 0, "n/a", None, "error", UNFINISHED, *event[9:12], (), event[13])
         line = self._encoder.line(*begun)
         age = datetime.timedelta(seconds=time.perf_counter() - call.started)
         rest = line[line.index(b'"', len(b'{"timestamp":"')) :]
-        rest = rest.replace(b',"error":null', _UNFINISHED_ERROR, 1)  # within a text, `"` follows a backslash
         return b'{"timestamp":"%b%b,"call":"%b"}\n' % (line_time(utc_now() - age), rest, ref.encode())
 
     def finish(self, call: Call) -> int:
@@ -6446,14 +6426,16 @@ class AuditLogger:
                 begun.ended(call.number, ticket or self._writer.accepted)
         return ticket
 
-    def refuse(self, call: Call, what: str) -> AuditUnavailableError:
-        """Count a call that could not be put on record, and return what is raised; `what` became of it."""
+    def refuse(self, call: Call) -> AuditUnavailableError:
+        """Count and end a call that could not be put on record, and return what is raised."""
         self.refused += 1
         text = f"{call.event_type} {call.name} can't be put on record within {self.config.strict_timeout:g} s"
-        self._diagnostics.report(
-            "strict", f"{text}; it was refused (last fault: {self._diagnostics.last_error})"
-        )
-        return AuditUnavailableError(f"{text}; {what}")
+        fault = self._diagnostics.last_error
+        self._diagnostics.report("strict", f"{text}; it was refused (last fault: {fault})")
+        fate = "it was executed, and its answer is withheld" if call.ended else "it was not executed"
+        error = AuditUnavailableError(f"{text}; {fate}")
+        call._end(error)
+        return error
 
     def _promised(self, call: Call, ticket: int | None) -> tuple[Callable[[], bool], float | None]:
         """Return what is waited for, and how long: the begin of a call or, with a ticket, its line."""
@@ -6611,11 +6593,7 @@ class AuditLogger:
         return not self.enabled or self._writer.flush(timeout)
 
     def wait_written(self, timeout: float = 10.0) -> bool:
-        """Return True once every event logged before is in the journal; unlike `flush`, ingest nothing.
-
-        Args:
-            timeout: seconds. After that the answer is False, and nothing is lost.
-        """
+        """Return True once every event logged before is in the journal; `flush` without an ingest."""
         return not self.enabled or self._writer.wait_written(self._writer.accepted, timeout)
 
     def shutdown(self, timeout: float = 10.0) -> bool:
@@ -11333,7 +11311,7 @@ class StdioAudit:
         return [each for each in (value if isinstance(value, list) else [value]) if type(each) is dict]
 
     def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
-        key = message.get("id")
+        key = _key_of(message.get("id"))
         origin = origin_of(types.SimpleNamespace(meta=_get(params, "_meta"), request_id=key))
         origin["client"] = origin.get("client") or self._client
         details, event_type = origin.pop("details"), MCP_METHODS[method]
@@ -11342,7 +11320,7 @@ class StdioAudit:
         )
         call.details = details
         call = self._unfinished.resumed(call, params)
-        if type(key) not in (str, int, float):
+        if key is None:
             call.fail("sent without an id that could be answered")
             call.end()
             return
@@ -11451,9 +11429,9 @@ class WrappedServer:
     """A stdio server as our child. A thread for each direction, and one that waits for the server's end.
 
     Pieces are passed on as they come: nothing buffers, and a side that doesn't read makes the other wait. A
-    strict logger passes whole lines on, each once it is understood and on record. The child and what it starts
-    (`npx` starts the server itself) are a process group: it gets each signal that comes to us, and nothing of
-    it is left behind.
+    strict logger passes whole lines on, each once it is understood and on record. The child and what it
+    starts (`npx` starts the server itself) are a process group: it gets each signal that comes to us, and
+    nothing of it is left behind.
     """
 
     _PIECE_BYTES: Final = 2**16
@@ -11562,23 +11540,21 @@ class WrappedServer:
 
     def _pieces_of(self, fd: int) -> Iterator[bytes]:
         """Yield what comes, as it comes; for a strict logger in whole lines, and an end without one last."""
-        rest: list[bytes] = []
+        rest = bytearray()
         while data := _read_piece(fd, self._PIECE_BYTES):
             if not self._strict:
                 yield data
                 continue
-            *lines, end = data.split(b"\n")
-            for line in lines:
-                yield b"".join([*rest, line, b"\n"])
-                rest = []
-            rest.append(end)
-            if len(rest) * self._PIECE_BYTES > MAX_MESSAGE_BYTES:
-                self._told.report(
-                    "strict", f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB was refused"
-                )
-                rest = [b"too long"]  # what follows of it is no message either
-        if any(rest):
-            yield b"".join([*rest, b"\n"])  # some servers execute a last line that has no end
+            rest += data
+            if b"\n" in data:
+                *lines, rest = rest.split(b"\n")
+                yield from (bytes(line + b"\n") for line in lines)
+            if len(rest) > MAX_MESSAGE_BYTES:
+                size = MAX_MESSAGE_BYTES >> 20
+                self._told.report("strict", f"a message longer than {size} MiB was refused")
+                rest = bytearray(b"too long")  # what follows of it is no message either
+        if rest:
+            yield bytes(rest + b"\n")  # some servers execute a last line that has no end
 
     def _is_admitted(self, feed: Callable[[bytes], None], data: bytes) -> bool:
         """Feed the bookkeeping; False if a strict logger can't vouch for what it was given."""
