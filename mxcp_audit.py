@@ -4908,22 +4908,19 @@ class Call:
         """Encode the input; what a tool passes on to another one is redacted by that one's rules."""
         self.input_json, self.echoes = self._logger.take_input(input_params, self.name, endpoint_def)
 
-    def more(self) -> tuple[object, ...]:
-        """Return the values of NEW_COLUMNS."""
-        context: object = {**self.details, **self.context} if self.context else None
-        if context is None and self.details:
-            context = _json_of(tuple(self.details.items()))
-        return (
-            *(self.client, self.agent, self.address, self.server),
-            *(self.request_id, self.error_type, self.result_bytes, context),
-        )
-
     def event(self) -> tuple[Any, ...]:
         """Return the arguments of `Encoder.line`."""
+        context: object = None
+        if self.context:
+            context = {**self.details, **self.context}
+        elif self.details:
+            context = _json_of(tuple(self.details.items()))
+        parties = (self.client, self.agent, self.address, self.server)
         return (
             *(self.caller, self.event_type, self.name, self.input_json, self.duration_ms),
             *(self.policy_decision, self.reason, self.status, self.error),
-            *(self.user_id, self.session_id, self.trace_id, self.echoes, self.more()),
+            *(self.user_id, self.session_id, self.trace_id, self.echoes),
+            (*parties, self.request_id, self.error_type, self.result_bytes, context),
         )
 
     def policy(self, decision: str, reason: object = None) -> None:
@@ -4940,33 +4937,25 @@ class Call:
         Raises AuditUnavailableError where the logger is `strict` and that can't be done in time.
         """
         if self._begin() and not self._logger.wait(self):
-            raise self._refused()
+            raise self._logger.refuse(self)
 
     async def begin_async(self) -> None:
         """Do the same without blocking the event loop."""
         if self._begin() and not await self._logger.wait_async(self):
-            raise self._refused()
+            raise self._logger.refuse(self)
 
     def _begin(self) -> bool:
-        """Begin, once: whatever records an execution comes through here before its body runs.
-
-        Return True if the body must wait until the call is on record.
-        """
+        """Begin, once; return True if the body must wait until the call is on record."""
         if self.number or self.outer is not None or not self._logger.enabled:
             return False
         self.strict = self._logger.is_strict(self.name)
-        self.number = self._logger.begin(self)
+        self.number = self._logger._writer.begin(self)
         return self.strict
-
-    def _refused(self) -> BaseException:
-        error: BaseException = self._logger.refuse(self, "it was not executed")
-        self._end(error)
-        return error
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
         if not self._logger.wait(self, self._end(error)) and error is None:
-            raise self._logger.refuse(self, "it was executed, and its answer is withheld")
+            raise self._logger.refuse(self)
 
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
@@ -4981,7 +4970,7 @@ class Call:
                 raise
             return
         if not is_recorded and error is None:
-            raise self._logger.refuse(self, "it was executed, and its answer is withheld")
+            raise self._logger.refuse(self)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -4993,7 +4982,7 @@ class Call:
             _running.reset(before)
 
     def _end(self, error: BaseException | None) -> int:
-        """End, once: whatever records an execution comes through here. Return the ticket of its line."""
+        """End, once; return the ticket of the line."""
         if self.ended:
             return 0
         self.ended = True
@@ -5005,7 +4994,6 @@ class Call:
         return ticket
 
     def _judge(self, error: BaseException | None) -> None:
-        """Say what an error means."""
         # Whoever closes a generator has all that was wanted of it: no error.
         if error is not None and not isinstance(error, GeneratorExit):
             if self.status != "error":  # what is known already was known nearer to the cause
@@ -5030,26 +5018,31 @@ class Call:
             outer.failure = self
         return 0
 
-    def _leave(self) -> None:
-        with contextlib.suppress(ValueError):  # left in another context than entered, as fixtures do
+    def _enter(self) -> Call:
+        self.waits = False
+        self._before = _running.set(self)
+        return self
+
+    def leave(self) -> None:
+        """Run no more, until the block is left or anew within `running`; twice is harmless."""
+        with contextlib.suppress(ValueError, RuntimeError):  # in another context, as fixtures do, or again
             _running.reset(self._before)
 
     def __enter__(self) -> Call:
         self.begin()
-        self._before = _running.set(self)
-        return self
+        return self._enter()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._leave()
-        self.end(error)
+        self.leave()
+        if not self.waits:
+            self.end(error)
 
     async def __aenter__(self) -> Call:
         await self.begin_async()
-        self._before = _running.set(self)
-        return self
+        return self._enter()
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self._leave()
+        self.leave()
         if not self.waits:
             await self.end_async(error)
 
@@ -5070,11 +5063,9 @@ def running_call() -> Call | None:
 def _call_within(
     logger: Any, event_type: str, arguments: object = None, name: str | None = None
 ) -> Call | None:
-    """Return the middleware's call that the code which asks belongs to; None if it begins an execution.
-
-    It belongs to it if both run in one task and nothing but frameworks lies between: no tool's own code.
-    A tool that is named in the call's arguments belongs to it as well: that call only passes it on.
-    """
+    """Return the middleware's call that the code which asks belongs to; None if it begins an execution."""
+    # It belongs if both run in one task, and no tool's own code lies between; or if the call only passes on
+    # the tool that its arguments name.
     outer = _running.get()
     if (
         outer is None
@@ -5103,10 +5094,8 @@ def _current_task() -> object:
 
 
 def _only_frameworks_between() -> bool:
-    """Return True if no tool's own code lies between the middleware and what begins now, in this thread.
-
-    What takes whatever comes (`*args, **kwargs`) is a decorator's, and what takes `call_next` a middleware.
-    """
+    """Return True if no tool's own code lies between the middleware and what begins now, in this thread."""
+    # What takes whatever comes (`*args, **kwargs`) is a decorator's, and what takes `call_next` a middleware.
     frame = sys._getframe(1)
     while (frame := cast(Any, frame.f_back)) is not None:
         code, module = frame.f_code, str(frame.f_globals.get("__name__"))
@@ -5148,20 +5137,14 @@ def type_of_error(error: BaseException) -> str:
 
 def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
     """Return the error, or a cause or member of it, of the given kinds: frameworks wrap what tools raise."""
-    waiting: list[object] = [error]
-    for _ in range(_MAX_CAUSES):
-        if not waiting:
-            break
-        seen = waiting.pop(0)
-        if not isinstance(seen, BaseException):  # an exception may call what it likes `exceptions`
-            continue
-        if isinstance(seen, kinds):
-            return seen
-        members = _get(seen, "exceptions")
-        waiting += [
-            seen.__cause__ or seen.__context__,
-            *(members if isinstance(members, (tuple, list)) else ()),
-        ]
+    errors: list[object] = [error]
+    for each in itertools.islice(errors, _MAX_CAUSES):  # more are appended meanwhile
+        if isinstance(each, kinds):
+            return each
+        if isinstance(each, BaseException):  # an exception may call what it likes `exceptions`
+            members = _get(each, "exceptions")
+            errors += [each.__cause__ or each.__context__]
+            errors += members if isinstance(members, (tuple, list)) else ()
     return None
 
 
@@ -5177,24 +5160,22 @@ def check_denied_by(denied_by: DeniedBy) -> None:
         raise EventError("must be an exception class, or a tuple of them", field="denied_by") from error
 
 
-_Kept: TypeAlias = tuple[object, float, str, Call]  # key, deadline, error, call
-
-
 class Unfinished:
     """Calls that were answered and go on: resumed by another request, or in the background. By any key."""
 
     def __init__(self) -> None:
-        self._calls: list[_Kept] = []
+        self._calls: dict[Call, tuple[object, float, str]] = {}  # key, deadline, error; oldest first
         self._looked = 0.0
 
     def put(self, key: object, call: Call, error: str, seconds: float = inf) -> None:
         """Keep a call, which fails with `error` if nobody takes it within the time."""
-        self._calls.append((key, time.monotonic() + seconds, error, call))
-        for oldest in self._calls[:-_MAX_UNFINISHED]:
-            self._give_up(oldest)
+        self._calls[call] = key, time.monotonic() + seconds, error
+        if len(self._calls) > _MAX_UNFINISHED:
+            self._give_up(next(iter(self._calls)))
 
     def put_answered(self, call: Call, result: object) -> bool:
         """Keep a call if what it was answered says that it goes on; return False if it is over."""
+        result = _get(result, "root") or result  # the SDK 1 wraps it
         kind = _either(result, "result_type", "resultType")
         asked = _get(result, "input_required") or (result if kind == "input_required" else None)
         task = _either(result if kind == "task" else _get(result, "task"), "task_id", "taskId")
@@ -5207,8 +5188,16 @@ class Unfinished:
 
     def take(self, key: object) -> Call | None:
         """Return the oldest call that was kept under this key."""
-        found = (entry for entry in self._calls[:] if entry[0] == key and self._remove(entry))
-        return next((entry[3] for entry in found), None)
+        found = (call for call, kept in self._calls.copy().items() if kept[0] == key)
+        return next((call for call in found if self._calls.pop(call, None)), None)
+
+    def resumed(self, call: Call, message: object) -> Call:
+        """Return the call that a message goes on with, else the one that it begins."""
+        self.expire()
+        state = _either(message, "request_state", "requestState")
+        if state is None and _either(message, "input_responses", "inputResponses") is None:
+            return call
+        return self.take(_leg_of(call, state)) or call
 
     def end_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
         """End the call that began a background task, if what is said of its state means that it is over."""
@@ -5235,20 +5224,14 @@ class Unfinished:
 
     def close(self, now: float = inf) -> None:
         """Record the calls that nobody took in time; all of them by default."""
-        for entry in self._calls[:]:
-            if entry[1] <= now:
-                self._give_up(entry)
+        for call, (_, deadline, _) in self._calls.copy().items():
+            if deadline <= now:
+                self._give_up(call)
 
-    def _give_up(self, entry: _Kept) -> None:
-        if self._remove(entry):
-            _forgotten(entry[3], entry[2])
-
-    def _remove(self, entry: _Kept) -> bool:
-        """Return False if another thread was faster."""
-        with contextlib.suppress(ValueError):
-            self._calls.remove(entry)
-            return True
-        return False
+    def _give_up(self, call: Call) -> None:
+        kept = self._calls.pop(call, None)
+        if kept is not None:  # else another thread was faster
+            _forgotten(call, kept[2])
 
     def __bool__(self) -> bool:
         return bool(self._calls)
@@ -5329,8 +5312,6 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
     """Put what a request says of its origin there; return the trace and span that it names."""
     request, details = getattr(context, "request", None), origin["details"]
     meta = getattr(context, "meta", None)
-    if meta is None and not hasattr(context, "meta"):
-        meta = _get(_get(context, "params"), "_meta")
     version, client, trace = getattr(context, "protocol_version", None), None, None
     if meta:  # newer clients say with each request who they are
         client = client_of(_get(meta, _META + "clientInfo"))
@@ -5345,7 +5326,7 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
         origin["caller"], origin["session_id"] = "stdio", _CONNECTION
     else:
         scope = _get(request, "scope")
-        headers = _headers_of(request, scope)
+        headers = _headers_of(scope)
         version = version or headers.get("mcp-protocol-version")
         trace = trace or parent_of(headers)
         origin["caller"] = "http"
@@ -5365,15 +5346,11 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
     return trace
 
 
-def _headers_of(request: object, scope: object) -> dict[str, str]:
+def _headers_of(scope: object) -> dict[str, str]:
     """Return the headers that are read here; Starlette's own look-up decodes all of them each time."""
-    raw = _get(scope, "headers")
-    if raw is None:
-        headers = _get(request, "headers")
-        return {name: value for name in _REQUEST_HEADERS.values() if (value := _get(headers, name))}
     return {
         _REQUEST_HEADERS[name]: value.decode("latin-1")
-        for name, value in reversed(raw)
+        for name, value in reversed(_get(scope, "headers") or ())
         if name in _REQUEST_HEADERS
     }
 
@@ -5392,7 +5369,7 @@ def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[st
         host = "127.0.0.1"  # uvicorn has put the proxy's word there already, as it does for this peer only
     if proxies and host:
         hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', headers.get("forwarded", "")))
-        for hop in reversed(hops.split(",") if hops else ()):
+        for hop in reversed(hops.split(",")):
             if not _is_in(host, proxies):
                 break
             with_port = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::\d+)?\s*", hop)
@@ -5588,7 +5565,6 @@ class Middleware:
             finally:
                 call.is_open = False
         call = self._call_of(event_type, context, message)
-        call.waits = False
         failure: BaseException | None = None
         self._inside += 1
         try:
@@ -5615,44 +5591,33 @@ class Middleware:
     def _call_of(self, event_type: str, context: object, message: object) -> Call:
         """Return the call that a message makes, or resumes."""
         inside = getattr(context, "fastmcp_context", None)
-        request_context = context if inside is None else _get(inside, "request_context")
-        server = None if inside is None else _get(inside, "fastmcp")
+        server = _get(inside, "fastmcp")
         self._watch_tasks(server)
         if self._refusal is None:
             self._refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
             self._denied_by += (self._refusal,) if self._refusal is not None else ()
+        request_context = context if inside is None else _get(inside, "request_context")
         origin = origin_of(request_context, self._logger.config.trusted_proxies)
+        origin["server"] = _text(_get(server, "name")) or self._server
         if self._caller:
             origin["caller"] = self._caller
         arguments = _get(message, "arguments")
         call = Call(
-            self._logger,
-            event_type,
-            name_of(message),
-            arguments,
-            denied_by=self._denied_by,
-            server=_text(_get(server, "name")) or self._server,
-            **origin,
+            self._logger, event_type, name_of(message), arguments, denied_by=self._denied_by, **origin
         )
         if call.trace_id is None:
             _watch_spans()
-        call.arguments, call.task, call.is_open = arguments, _current_task(), True
-        unfinished = self._logger.unfinished
-        if unfinished:
-            unfinished.expire()
-            state = _either(message, "request_state", "requestState")
-            if state is not None or _either(message, "input_responses", "inputResponses") is not None:
-                earlier = unfinished.take(_leg_of(call, state))
-                if earlier is not None:
-                    earlier.task, earlier.is_open = call.task, True
-                    return cast(Call, earlier)
+        call.arguments = arguments
+        if self._logger.unfinished:
+            call = self._logger.unfinished.resumed(call, message)
+        call.task, call.is_open = _current_task(), True
         return call
 
     def _conclude(self, call: Call, result: object) -> None:
         """Tell a call what was answered; whatever goes wrong with that, the answer passes."""
         try:
             if not _is_plain(result):
-                call.waits = self._logger.unfinished.put_answered(call, _get(result, "root") or result)
+                call.waits = self._logger.unfinished.put_answered(call, result)
                 info = _get(_either(result, "_meta", "meta"), _META + "serverInfo")
                 if call.server is None and info is not None:
                     call.server = self._server = _text(_get(info, "name"))
@@ -5714,12 +5679,14 @@ class Middleware:
             execution = _get(sys.modules.get("docket.dependencies"), "current_execution")
             task = str(_get(execution.get(None), "key")) if execution is not None else key
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
-            name = key.removeprefix(f"{event_type}:").rpartition("@")[0] or key.removeprefix(f"{event_type}:")
+            name = key.removeprefix(f"{event_type}:")
+            name = name.rpartition("@")[0] or name
             call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
-            call.is_open, call.task, call.waits = True, _current_task(), True
+            call.is_open, call.task = True, _current_task()
             failure: BaseException | None = None
             try:
                 async with call:
+                    call.waits = True
                     result = function(*args, **kwargs)
                     result = await result if isinstance(result, Awaitable) else result
                     if (problem := error_of_result(result)) is not None:
@@ -5901,15 +5868,8 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
         return _coroutine
 
     def _plain(*args: Any, **kwargs: Any) -> Any:
-        call = start(args, kwargs)
-        call.begin()
-        try:
-            with call.running():
-                result = function(*args, **kwargs)
-        except BaseException as error:
-            call.end(error)
-            raise
-        return _followed(call, result)
+        with start(args, kwargs) as call:
+            return _followed(call, function(*args, **kwargs))
 
     return _plain
 
@@ -5933,15 +5893,9 @@ def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
     """Return a generator function that is recorded."""
 
     def _generator(*args: Any, **kwargs: Any) -> Any:
-        call = start(args, kwargs)
-        call.begin()
-        try:
-            returned = yield from _Steps(call, function(*args, **kwargs))
-        except BaseException as error:
-            call.end(error)
-            raise
-        call.end()
-        return returned
+        with start(args, kwargs) as call:
+            call.leave()
+            return (yield from _Steps(call, function(*args, **kwargs)))
 
     return _generator
 
@@ -5950,9 +5904,8 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
     """Return an async generator function that is recorded."""
 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
-        call = start(args, kwargs)
-        await call.begin_async()
-        try:
+        async with start(args, kwargs) as call:
+            call.leave()
             generator = function(*args, **kwargs)
             step, value = generator.asend, None
             while True:
@@ -5960,7 +5913,7 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                     with call.running():
                         item = await step(value)
                 except StopAsyncIteration:
-                    break
+                    return
                 try:
                     step, value = generator.asend, (yield item)
                 except GeneratorExit:  # of aclose; an event loop that ends may have closed `generator` first
@@ -5969,31 +5922,27 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                     raise
                 except BaseException as error:
                     step, value = generator.athrow, error
-        except BaseException as error:
-            await call.end_async(error)
-            raise
-        await call.end_async()
 
     return _async_generator
 
 
 def _followed(call: Call, result: Any) -> Any:
-    """End a call with what its function returned, or when that is over: a generator, future or awaitable."""
+    """Return what a function returned; a generator, future or awaitable ends the call when it is over."""
     if callable(getattr(type(result), "add_done_callback", None)):
+        call.waits = True
         result.add_done_callback(lambda future: call.end(_failure_of(future)))
         return result
     if isinstance(result, (types.GeneratorType, types.AsyncGeneratorType)):
         stepper = _stepper if isinstance(result, types.GeneratorType) else _async_stepper
-        steps = stepper(lambda: result, lambda *_: call)()
-        weakref.finalize(steps, _forgotten, call, "never iterated")
-        return steps
-    if not isinstance(result, Awaitable):
-        call.end()
+        followed, fate = stepper(lambda: result, lambda *_: call)(), "never iterated"
+    elif isinstance(result, Awaitable):
+        is_coroutine, fate = isinstance(result, types.CoroutineType), "never awaited"
+        followed = _awaited(call, result) if is_coroutine else _Awaited(call, result)
+    else:
         return result
-    is_coroutine = isinstance(result, types.CoroutineType)
-    awaited = _awaited(call, result) if is_coroutine else _Awaited(call, result)
-    weakref.finalize(awaited, _forgotten, call, "never awaited")
-    return awaited
+    call.waits = True
+    weakref.finalize(followed, _forgotten, call, fate)
+    return followed
 
 
 def _failure_of(future: Any) -> BaseException | None:
@@ -6009,8 +5958,8 @@ def _forgotten(call: Call, error: str) -> None:
         call.end()
 
 
-async def _awaited(call: Call, awaitable: Awaitable[Any]) -> Any:
-    async with call:
+async def _awaited(call: Call, awaitable: Awaitable[Any], *_held: object) -> Any:
+    async with call:  # what is held can't be forgotten meanwhile
         return await awaitable
 
 
@@ -6021,10 +5970,7 @@ class _Awaited:
         self._call, self._awaitable = call, awaitable
 
     def __await__(self) -> Any:
-        return self._awaited().__await__()
-
-    async def _awaited(self) -> Any:  # holds `self`, which must not be forgotten meanwhile
-        return await _awaited(self._call, self._awaitable)
+        return _awaited(self._call, self._awaitable, self).__await__()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._awaitable, name)
@@ -6040,10 +5986,7 @@ class _Awaited:
 
 
 def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
-    """Return what turns arguments into the input that is recorded: by name, as the function gets them.
-
-    The instance of a method and what a framework injects (contexts, servers, dependencies) are no input.
-    """
+    """Return what turns arguments into the input that is recorded: by name, without instance and context."""
     import inspect
 
     signature = None
@@ -6108,7 +6051,7 @@ class Counters(NamedTuple):
 
 _UNENCODABLE: Final = "[UNENCODABLE]"
 _UNENCODABLE_JSON: Final = encode_text(encode_text(_UNENCODABLE))
-_UNFINISHED_ERROR: Final = b',"error":%b' % encode_text(UNFINISHED).encode()
+_NOTHING: Final = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ())
 
 
 class AuditLogger:
@@ -6222,8 +6165,8 @@ class AuditLogger:
         self.unfinished = Unfinished()
         _live.known[id(self)] = self
         if self.enabled:
-            for place in (config.journal_directory, "" if is_attach_target(config.path) else config.path):
-                problem = place_problem(place)
+            for place in (config.journal_directory, config.path):
+                problem = None if is_attach_target(place) else place_problem(os.path.abspath(place))
                 if problem is not None:
                     told.report("place", f"{place} can't be written: {problem}; it is tried again")
 
@@ -6285,11 +6228,9 @@ class AuditLogger:
         interrupt: BaseException | None = None
         try:
             input_json = self._encoder.input_json(input_params, name, endpoint_def, echoes)
-        except INTERRUPTS as fault:
-            interrupt = fault
-            input_json = self._encoder.input_json(input_params, name, endpoint_def, echoes)
         except BaseException as fault:
-            input_json = self.report_fault("an input could not be encoded", fault)
+            interrupt = fault if isinstance(fault, INTERRUPTS) else None
+            input_json, echoes = self.take_input(input_params, name, endpoint_def)
         ticket = self._record(
             caller,
             event_type,
@@ -6313,24 +6254,20 @@ class AuditLogger:
 
     def _record(self, *event: Any, end: bytes = b"") -> int:
         """Queue an event, without its content if it can't be encoded, and return the ticket of its line."""
-        interrupt: BaseException | None = None
         try:
-            try:
-                line = self._encoder.line(*event)
-            except INTERRUPTS as fault:
-                interrupt = fault
-                line = self._encoder.line(*event)
-            except BaseException as fault:
-                self.report_fault("an event could not be encoded; it is recorded without content", fault)
-                nothing = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE)
-                line = self._encoder.line(*nothing, None, None, None, ())
-            ticket = self._put(line + end)
+            line = self._encoder.line(*event)
+        except INTERRUPTS:  # they pass, after the event is recorded
+            with contextlib.suppress(Exception):
+                self._put(self._encoder.line(*event) + end)
+            raise
+        except BaseException as fault:
+            self.report_fault("an event could not be encoded; it is recorded without content", fault)
+            line = b""
+        try:
+            return self._put((line or self._encoder.line(*_NOTHING)) + end)
         except Exception as fault:
             self.report_fault("an event could not be recorded", fault)
-            ticket = 0
-        if interrupt is not None:
-            raise interrupt
-        return ticket
+            return 0
 
     def report_fault(self, message: str, fault: BaseException) -> str:
         """Report a fault by its type, because its text may hold content; return what is recorded instead."""
@@ -6355,42 +6292,38 @@ class AuditLogger:
         """Return True for a name of which nothing is executed that can't be put on record."""
         return bool(self.config.strict) and self._strict.fullmatch(name) is not None
 
-    def begin(self, call: Call) -> int:
-        """Have a call put on record while it runs; return its number."""
-        return self._writer.begin(call)
-
     def _begin_line(self, call: Call, ref: str) -> bytes:
         """Return the begin of a call as it is put on record: the event that it is, should nothing follow."""
         event = call.event()
-        begun = (*event[:4], 0, "n/a", None, "error", None, *event[9:])
+        begun = (*event[:4], 0, "n/a", None, "error", UNFINISHED, *event[9:12], (), event[13])
         line = self._encoder.line(*begun)
         age = datetime.timedelta(seconds=time.perf_counter() - call.started)
         rest = line[line.index(b'"', len(b'{"timestamp":"')) :]
-        rest = rest.replace(b',"error":null', _UNFINISHED_ERROR, 1)  # within a text, `"` follows a backslash
         return b'{"timestamp":"%b%b,"call":"%b"}\n' % (line_time(utc_now() - age), rest, ref.encode())
 
     def finish(self, call: Call) -> int:
         """Queue the line of a call that ended, and return its ticket."""
         if not self.enabled:
             return 0
-        ref = self._writer.begun.end(call.number) if call.number else None
-        if ref is None:
-            return self._record(*call.event())
-        ticket = 0
+        begun, ticket = self._writer.begun, 0
+        ref = begun.end(call.number) if call.number else None
         try:
-            ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode())
-        finally:  # without a ticket there was an interrupt
-            self._writer.begun.ended(call.number, ticket or self._writer.accepted)
+            ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode() if ref else b"")
+        finally:
+            if ref:  # without a ticket there was an interrupt
+                begun.ended(call.number, ticket or self._writer.accepted)
         return ticket
 
-    def refuse(self, call: Call, what: str) -> AuditUnavailableError:
-        """Count a call that could not be put on record, and return what is raised; `what` became of it."""
+    def refuse(self, call: Call) -> AuditUnavailableError:
+        """Count and end a call that could not be put on record, and return what is raised."""
         self.refused += 1
         text = f"{call.event_type} {call.name} can't be put on record within {self.config.strict_timeout:g} s"
-        self._diagnostics.report(
-            "strict", f"{text}; it was refused (last fault: {self._diagnostics.last_error})"
-        )
-        return AuditUnavailableError(f"{text}; {what}")
+        fault = self._diagnostics.last_error
+        self._diagnostics.report("strict", f"{text}; it was refused (last fault: {fault})")
+        fate = "it was executed, and its answer is withheld" if call.ended else "it was not executed"
+        error = AuditUnavailableError(f"{text}; {fate}")
+        call._end(error)
+        return error
 
     def _promised(self, call: Call, ticket: int | None) -> tuple[Callable[[], bool], float | None]:
         """Return what is waited for, and how long: the begin of a call or, with a ticket, its line."""
@@ -6416,19 +6349,9 @@ class AuditLogger:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # another kind of event loop: the promise counts for more than its time
             return self._writer.wait_for(done, timeout)
-        over: asyncio.Future[None] = loop.create_future()
-
-        def _resolve() -> None:
-            if not over.done():  # too late, or cancelled
-                over.set_result(None)
-
-        timer = None if timeout is None else loop.call_later(timeout, _resolve)
-        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(_resolve))
-        try:
-            await over
-        finally:
-            if timer is not None:
-                timer.cancel()
+        over = loop.create_future()
+        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.cancel))
+        await asyncio.wait([over], timeout=timeout)
         return done()
 
     def record(
@@ -6535,11 +6458,7 @@ class AuditLogger:
         if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
             example = '("reports/{id}")' if event_type == "resource" else "()"
             raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
-
-        def _decorate(function: Function) -> Function:
-            return audited(function, self, event_type, name, caller, denied_by)
-
-        return _decorate
+        return lambda function: audited(function, self, event_type, name, caller, denied_by)
 
     @property
     def counters(self) -> Counters:
@@ -6562,11 +6481,7 @@ class AuditLogger:
         return not self.enabled or self._writer.flush(timeout)
 
     def wait_written(self, timeout: float = 10.0) -> bool:
-        """Return True once every event logged before is in the journal; unlike `flush`, ingest nothing.
-
-        Args:
-            timeout: seconds. After that the answer is False, and nothing is lost.
-        """
+        """Return True once every event logged before is in the journal; `flush` without an ingest."""
         return not self.enabled or self._writer.wait_written(self._writer.accepted, timeout)
 
     def shutdown(self, timeout: float = 10.0) -> bool:
@@ -6625,11 +6540,6 @@ class AuditLogger:
             children.Finalize(None, self.shutdown, exitpriority=-100)
         return True
 
-    def _after_fork_in_child(self) -> None:
-        self.unfinished = Unfinished()  # they are the parent's
-        self._diagnostics.start_afresh()
-        self._writer.start_afresh()
-
 
 def redactor_of(config: Config) -> Redactor:
     """Return the redactor that a configuration describes."""
@@ -6644,24 +6554,20 @@ def place_problem(path: str) -> str | None:
     if os.path.exists(path) and not os.access(path, os.W_OK):
         return "this user may not write it"
     folder = os.path.dirname(path)
-    while folder and not os.path.exists(folder):
+    while not os.path.exists(folder) and folder != os.path.dirname(folder):
         folder = os.path.dirname(folder)
-    if not os.path.isdir(folder or "."):
+    if not os.path.isdir(folder):
         return f"{folder} is no directory"
-    return None if os.access(folder or ".", os.W_OK | os.X_OK) else f"this user may not write in {folder}"
+    return None if os.access(folder, os.W_OK | os.X_OK) else f"this user may not write in {folder}"
 
 
 class _Live:
-    """The loggers of this process, and whether it is ending.
-
-    Every logger is known to the fork hooks, started or not: another thread may be inside of one. Those
-    with threads are held until they are shut down, so that the exit hook finds what nobody else holds.
-    The hooks are methods, so that a reload of the module leaves the older loggers theirs.
-    """
+    """The loggers of this process. Hooks are methods: a reload leaves the older loggers theirs."""
 
     def __init__(self) -> None:
+        # All of them, for the fork hooks: another thread may be inside of one that never started.
         self.known: weakref.WeakValueDictionary[int, AuditLogger] = weakref.WeakValueDictionary()
-        self.loggers: set[AuditLogger] = set()
+        self.loggers: set[AuditLogger] = set()  # with threads; held until shut down, for the exit hook
         self.exiting = False
 
     def all(self) -> list[AuditLogger]:
@@ -6695,7 +6601,9 @@ class _Live:
     def after_fork_in_child(self) -> None:
         """Begin anew: what the parent had queued is the parent's."""
         for logger in self.all():
-            logger._after_fork_in_child()
+            logger.unfinished = Unfinished()
+            logger._diagnostics.start_afresh()
+            logger._writer.start_afresh()
         self.loggers.clear()
 
 
@@ -11114,70 +11022,55 @@ class StdioAudit:
         self._unfinished = Unfinished()
         self._client: str | None = None
         self._server: str | None = None
-        self._here = threading.local()
-
-    @property
-    def refused(self) -> dict[object, str]:
-        """What a strict logger refused since this thread emptied it, by id."""
-        return cast("dict[object, str]", self._here.__dict__.setdefault("refused", {}))
+        self.here = _Found()
 
     def from_client(self, data: bytes) -> None:
         """Take in what the client sends: any piece of it."""
         self._from_client(self._client_lines.feed(data))
 
-    def _from_client(self, lines: Iterable[bytes | None]) -> None:
-        for line in lines:
-            for message in self._messages(line, from_client=True):
-                method = _in_any_case(message, "method")
-                params = _in_any_case(message, "params")
-                key = message.get("id")
-                if method == "initialize":
-                    self._client = client_of(_get(params, "clientInfo"))
-                    self._asked[_key_of(key)] = ""
-                elif isinstance(method, str) and method.startswith("tasks/"):
-                    self._asked[_key_of(key)] = _text(_get(params, "taskId")) or ""
-                elif method == "notifications/cancelled":
-                    reason = _text(_get(params, "reason"))
-                    self._finish(
-                        _get(params, "requestId"),
-                        "cancelled by the client" + (f": {reason}" if reason else ""),
-                    )
-                elif isinstance(method, str) and method in MCP_METHODS:
-                    self._begin(method, params, message)
-
     def client_ended(self) -> None:
         """Take in a last line that has no end: some servers execute it."""
         self._from_client(self._client_lines.end())
+
+    def _from_client(self, lines: Iterable[bytes | None]) -> None:
+        for message in itertools.chain.from_iterable(
+            self._messages(line, from_client=True) for line in lines
+        ):
+            key, method, params = _parts_of(message)
+            if method == "initialize":
+                self._client = client_of(_get(params, "clientInfo"))
+                self._asked[key] = ""
+            elif method.startswith("tasks/"):
+                self._asked[key] = _text(_get(params, "taskId")) or ""
+            elif method == "notifications/cancelled":
+                reason = _text(_get(params, "reason"))
+                text = f"cancelled by the client: {reason}" if reason else "cancelled by the client"
+                self._finish(_key_of(_get(params, "requestId")), text)
+            elif method in MCP_METHODS:
+                self._begin(method, params, message)
 
     def from_server(self, data: bytes) -> None:
         """Take in what the server sends: any piece of it."""
         for line in self._server_lines.feed(data):
             for message in self._messages(line) if self._pending or self._asked or self._unfinished else ():
-                result, params = message.get("result"), _in_any_case(message, "params")
-                if _in_any_case(message, "method") is not None:  # the server counts its own ids
+                key, method, params = _parts_of(message)
+                result, failure = message.get("result"), message.get("error")
+                if method:  # the server counts its own ids
                     self._unfinished.end_task(_text(_get(params, "taskId")), params)
-                    continue
-                asked = self._asked.pop(_key_of(message.get("id")), None)
-                if asked is not None:
+                elif key in self._asked:
                     self._server = _text(_get(_get(result, "serverInfo"), "name")) or self._server
-                    self._unfinished.end_task(asked, result, is_result=_get(result, "status") is None)
-                    continue
-                failure = message.get("error")
-                if failure is None:
-                    self._answered(message.get("id"), result)
-                else:
+                    is_result = _get(result, "status") is None
+                    self._unfinished.end_task(self._asked.pop(key), result, is_result=is_result)
+                elif failure is not None:
                     code = _text(_get(failure, "code"))
                     text = _text(_get(failure, "message")) or "the server answered with an error"
-                    self._finish(message.get("id"), f"{text} ({code})" if code else text, code)
-
-    def _answered(self, key: object, result: object) -> None:
-        """Finish a call, or keep it where the answer asks for input or says that a task goes on."""
-        call = self._pending.get(_key_of(key))
-        if call is not None and self._unfinished.put_answered(call, result):
-            self._pending.pop(_key_of(key), None)
-        elif call is not None:
-            conclude(call, result)
-            self._finish(key, None)
+                    self._finish(key, f"{text} ({code})" if code else text, code)
+                elif (call := self._pending.get(key)) is not None:
+                    if self._unfinished.put_answered(call, result):
+                        self._pending.pop(key, None)
+                    else:
+                        conclude(call, result)
+                        self._finish(key)
 
     def close(self, reason: str) -> None:
         """Record every call that was never answered, with `reason` as its error."""
@@ -11187,10 +11080,6 @@ class StdioAudit:
 
     def _messages(self, line: bytes | None, *, from_client: bool = False) -> list[dict[str, Any]]:
         """Return the messages of a line as any reader may understand it; report what only some can read."""
-        if line is None:
-            self._on_fault(f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited")
-            return []
-        text = line.decode("utf-8", "replace").lstrip("\ufeff")
         twice: list[dict[str, Any]] = []  # of an object with a name twice, what readers of the first one see
 
         def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -11199,43 +11088,35 @@ class StdioAudit:
                 twice.append(dict(reversed(pairs)))
             return last
 
+        value, fault = None, ""
         try:
-            value = json.loads(text, parse_int=_json_int, object_pairs_hook=_object)
+            if line is None:
+                fault = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited"
+            else:
+                text = line.decode("utf-8", "replace").lstrip("\ufeff")
+                value = json.loads(text, parse_int=_json_int, object_pairs_hook=_object)
         except RecursionError:
-            self._on_fault("a message passed unaudited: it is nested too deeply to be read")
-            return []
+            fault = "a message passed unaudited: it is nested too deeply to be read"
         except ValueError:
             if from_client and text.strip() and not self._client_lines.is_part:
-                self._on_fault(
-                    "a line passed unaudited: it is no JSON, though a lenient server may execute it"
-                )
-            return []
+                fault = "a line passed unaudited: it is no JSON, though a lenient server may execute it"
         if from_client and any("method" in each for each in twice):
-            self._on_fault("a message names its method twice: servers may differ in what they execute")
-        return [
-            message for message in (value if isinstance(value, list) else [value]) if type(message) is dict
-        ]
+            fault = "a message names its method twice: servers may differ in what they execute"
+        if fault:
+            self._on_fault(fault)
+        return [each for each in (value if isinstance(value, list) else [value]) if type(each) is dict]
 
     def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
-        meta, key = _get(params, "_meta"), message.get("id")
-        version = _text(_get(meta, _META + "protocolVersion"))
+        key = _key_of(message.get("id"))
+        origin = origin_of(types.SimpleNamespace(meta=_get(params, "_meta"), request_id=key))
+        origin["client"] = origin.get("client") or self._client
+        details, event_type = origin.pop("details"), MCP_METHODS[method]
         call = self._record(
-            MCP_METHODS[method],
-            name_of(params),
-            _get(params, "arguments"),
-            caller="stdio",
-            session_id=_CONNECTION,
-            client=client_of(_get(meta, _META + "clientInfo")) or self._client,
-            server=self._server,
-            request_id=_text(key),
-            trace_id=(parent_of(meta) or (None,))[0],
-            context={"mcp.protocol.version": version} if version else None,
+            event_type, name_of(params), _get(params, "arguments"), server=self._server, **origin
         )
-        self._unfinished.close(now=time.monotonic())
-        state = _get(params, "requestState")
-        if state is not None or _get(params, "inputResponses") is not None:
-            call = self._unfinished.take(_leg_of(call, state)) or call
-        if type(key) not in (str, int, float):
+        call.details = details
+        call = self._unfinished.resumed(call, params)
+        if key is None:
             call.fail("sent without an id that could be answered")
             call.end()
             return
@@ -11243,26 +11124,45 @@ class StdioAudit:
         try:
             call.begin()
         except AuditUnavailableError as error:
-            self.refused[key] = str(error)
+            self.here.refused[key] = str(error)
         else:
             self._pending[key] = call
 
-    def _finish(self, key: object, error: str | None, error_type: str | None = None) -> None:
-        call = self._pending.pop(_key_of(key), None)
-        if call is not None:
-            if error is not None:
-                call.fail(error, error_type)
-            try:
-                call.end()
-            except AuditUnavailableError as refusal:
-                self.refused[_key_of(key)] = str(refusal)
+    def _finish(self, key: object, error: str | None = None, error_type: str | None = None) -> None:
+        call = self._pending.pop(key, None)
+        if call is None:
+            return
+        if error is not None:
+            call.fail(error, error_type)
+        try:
+            call.end()
+        except AuditUnavailableError as refusal:
+            self.here.refused[key] = str(refusal)
 
     def withdraw(self, line: bytes, reason: str) -> list[object]:
         """Record that nothing of a client's line was passed on; return the ids that wait for an answer."""
-        keys = [_key_of(message.get("id")) for part in line.splitlines() for message in self._messages(part)]
+        messages = itertools.chain.from_iterable(map(self._messages, line.splitlines()))
+        keys = [_parts_of(message)[0] for message in messages]
         for key in keys:
             self._finish(key, reason, "AuditUnavailableError")
-        return [key for key in dict.fromkeys([*self.refused, *keys]) if key is not None]
+        return [key for key in dict.fromkeys([*self.here.refused, *keys]) if key is not None]
+
+
+class _Found(threading.local):
+    """What a thread found in the piece that it looks at: what a strict logger refused, by id, and a fault."""
+
+    fault = ""
+
+    def __init__(self) -> None:
+        self.refused: dict[object, str] = {}
+
+
+def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
+    """Return id, method ("" without one) and parameters; servers in Go take names in any case."""
+    exact = [(name, message.get(name)) for name in ("method", "params")]
+    members = {name.lower(): value for name, value in [*message.items(), *exact] if value is not None}
+    method, params = members.get("method"), members.get("params")
+    return _key_of(message.get("id")), method if isinstance(method, str) else "", params
 
 
 def _key_of(value: object) -> object:
@@ -11271,16 +11171,15 @@ def _key_of(value: object) -> object:
 
 
 class _Lines:
-    """Puts pieces of bytes together into lines, as any reader may understand them.
+    """Puts pieces of bytes together into lines, which end at LF (Node's SDK) or at CR as well (Python's).
 
-    A line ends at LF (Node's SDK), or at CR as well (Python's universal newlines), or at the input's end. So
-    what stands between two CRs is yielded, and then a whole line with CRs inside, where CR may be a blank.
+    So what stands between two CRs is yielded, and then a whole line with CRs inside, where CR may be a blank.
     """
 
     def __init__(self) -> None:
-        self._line: list[bytes] = []  # up to LF; kept only while it may hold more than one part
-        self._part: list[bytes] = []  # up to CR or LF
-        self._size = 0
+        self._line = bytearray()
+        self._size = 0  # of the line; one that is too long is not kept
+        self._start = 0  # of the last part
         self.is_part = False  # what was yielded last may be a piece of a line
 
     def feed(self, data: bytes) -> Iterator[bytes | None]:
@@ -11288,9 +11187,9 @@ class _Lines:
         for end in data.splitlines(keepends=True):  # of bytes, that is: after CR, LF and CRLF
             self._size += len(end)
             if self._size <= MAX_MESSAGE_BYTES:
-                self._part.append(end)
+                self._line += end
             else:
-                self._line, self._part = [], []
+                self._line.clear()
             if end[-1:] in b"\r\n":
                 yield from self._ended(is_line=end[-1:] == b"\n")
 
@@ -11300,28 +11199,18 @@ class _Lines:
             yield from self._ended(is_line=True)
 
     def _ended(self, *, is_line: bool) -> Iterator[bytes | None]:
-        part = b"".join(self._part)
-        self.is_part = not is_line or bool(self._line)
-        if self.is_part:
-            self._line.append(part)
-        if part.strip():
-            yield part.strip()
+        self.is_part = not is_line or self._start > 0
+        part = bytes(self._line[self._start :]).strip()
+        self._start = len(self._line)
+        if part:
+            yield part
         if is_line:
-            whole, size = b"".join(self._line).strip(), self._size
-            self._line, self._size = [], 0
+            whole, size = bytes(self._line).strip(), self._size
+            self._line, self._size, self._start = bytearray(), 0, 0
             if size > MAX_MESSAGE_BYTES:
                 yield None
             elif b"\r" in whole:
                 yield whole
-        self._part = []
-
-
-def _in_any_case(message: Mapping[str, Any], name: str) -> Any:
-    """Return a member by its name; servers in Go take it in any case."""
-    value = message.get(name)
-    return (
-        value if value is not None else next((message[key] for key in message if key.lower() == name), None)
-    )
 
 
 def _json_int(text: str) -> int | str:
@@ -11335,14 +11224,10 @@ def _json_int(text: str) -> int | str:
 class WrappedServer:
     """A stdio server as our child. A thread for each direction, and one that waits for the server's end.
 
-    Pieces are passed on as they come, by plain reads and writes: nothing here buffers, and a side that
-    doesn't read makes the other wait, as one pipe would. The child and what it starts (`npx` starts the
-    server itself) are a process group of their own: each signal that comes to us goes to all of it, and none
-    of it is left behind. When the client is gone, the server's input is closed; if it doesn't end by that,
-    the group gets SIGTERM and then SIGKILL. On Linux, whoever kills us with SIGKILL kills the child too.
-
-    If the logger is strict, whole lines are passed on instead: one with a call that can't be put on record,
-    or that can't be understood, is answered with an error, and one with an answer that can't be, replaced.
+    Pieces are passed on as they come: nothing buffers, and a side that doesn't read makes the other wait. A
+    strict logger passes whole lines on, each once it is understood and on record. The child and what it
+    starts (`npx` starts the server itself) are a process group: it gets each signal that comes to us, and
+    nothing of it is left behind.
     """
 
     _PIECE_BYTES: Final = 2**16
@@ -11355,7 +11240,6 @@ class WrappedServer:
         self._audit = audit
         self._strict = bool(audit.config.strict) and audit.enabled
         self._told = Diagnostics()
-        self._problems: dict[int, str] = {}  # of the line that a strict thread looks at, by thread
         self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
         self._client_gone = False
         self._end_at = float("inf")  # when calls that are still pending are recorded without an answer
@@ -11381,14 +11265,16 @@ class WrappedServer:
         except OSError as error:
             raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
         self._forward_signals()
-        threads = [
-            threading.Thread(target=side, name=f"mxcp_audit {side.__name__}", daemon=True)
-            for side in (self._pass_requests, self._pass_answers)
+        tasks: tuple[Callable[[], object], ...] = (
+            self._pass_requests,
+            self._pass_answers,
+            self._process.wait,
+        )
+        _, answers, waiter = threads = [
+            threading.Thread(target=task, name=f"mxcp_audit {task.__name__}", daemon=True) for task in tasks
         ]
         for thread in threads:
             thread.start()
-        waiter = threading.Thread(target=self._process.wait, name="mxcp_audit wait", daemon=True)
-        waiter.start()
         while waiter.is_alive():  # a signal that comes just before it falls asleep is seen at the next turn
             waiter.join(0.2)
             if time.monotonic() >= self._end_at:
@@ -11408,7 +11294,6 @@ class WrappedServer:
         import signal
 
         def forward(number: int, frame: object) -> None:
-            """Send the server, and what it started, what came to us."""
             if number not in (getattr(signal, "SIGUSR1", None), getattr(signal, "SIGUSR2", None)):
                 self._end_at = min(self._end_at, time.monotonic() + self._ANSWER_SECONDS)
             self._signal(number)
@@ -11445,51 +11330,47 @@ class WrappedServer:
             if self._is_admitted(self._stdio.from_server, data):
                 self._answer(data)
             else:
-                self._refuse(self._stdio.refused)
+                self._refuse(self._stdio.here.refused)
             self._is_reading = True
         _give_up(1)
 
     def _pieces_of(self, fd: int) -> Iterator[bytes]:
         """Yield what comes, as it comes; for a strict logger in whole lines, and an end without one last."""
-        rest: list[bytes] = []
+        rest = bytearray()
         while data := _read_piece(fd, self._PIECE_BYTES):
             if not self._strict:
                 yield data
                 continue
-            *lines, end = data.split(b"\n")
-            for line in lines:
-                yield b"".join([*rest, line, b"\n"])
-                rest = []
-            rest.append(end)
-            if len(rest) * self._PIECE_BYTES > MAX_MESSAGE_BYTES:
-                self._told.report(
-                    "strict", f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB was refused"
-                )
-                rest = [b"too long"]  # what follows of it is no message either
-        if any(rest):
-            yield b"".join([*rest, b"\n"])  # some servers execute a last line that has no end
+            rest += data
+            if b"\n" in data:
+                *lines, rest = rest.split(b"\n")
+                yield from (bytes(line + b"\n") for line in lines)
+            if len(rest) > MAX_MESSAGE_BYTES:
+                size = MAX_MESSAGE_BYTES >> 20
+                self._told.report("strict", f"a message longer than {size} MiB was refused")
+                rest = bytearray(b"too long")  # what follows of it is no message either
+        if rest:
+            yield bytes(rest + b"\n")  # some servers execute a last line that has no end
 
     def _is_admitted(self, feed: Callable[[bytes], None], data: bytes) -> bool:
         """Feed the bookkeeping; False if a strict logger can't vouch for what it was given."""
         if not self._audit.enabled:
             return True
-        me = threading.get_ident()
-        self._problems.pop(me, None)
-        self._stdio.refused.clear()
+        here = self._stdio.here
+        here.fault, here.refused = "", {}
         try:
             feed(data)
         except Exception as error:
             self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
-        return not self._strict or not (self._stdio.refused or me in self._problems)
+        return not (self._strict and (here.refused or here.fault))
 
     def _refuse_line(self, line: bytes) -> None:
         """Answer each request of a line that is not passed on."""
-        problem = self._problems.get(threading.get_ident(), "").replace(" passed unaudited", " was refused")
-        texts = dict(self._stdio.refused)
-        problem = problem or "a call in the same line was refused"
-        keys = self._stdio.withdraw(line, problem)
-        self._refuse({key: texts.get(key, problem) for key in keys})
-        self._told.report("strict", next(iter(texts.values()), problem))
+        here = self._stdio.here
+        texts, fault = dict(here.refused), here.fault.replace(" passed unaudited", " was refused")
+        reason = fault or "a call in the same line was refused"
+        self._refuse({key: texts.get(key, reason) for key in self._stdio.withdraw(line, reason)})
+        self._told.report("strict", next(iter(texts.values()), reason))
 
     def _refuse(self, refused: Mapping[object, str]) -> None:
         for key, text in refused.items():
@@ -11507,7 +11388,7 @@ class WrappedServer:
 
     def _on_fault(self, problem: str) -> None:
         if self._strict:
-            self._problems[threading.get_ident()] = problem
+            self._stdio.here.fault = problem
         else:
             self._told.report("wrap", problem)
 

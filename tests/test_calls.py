@@ -586,8 +586,10 @@ def test_middleware_hostile_context_recorded_anyway(audit: AuditLogger) -> None:
 )
 def test_origin_http_user_is_subject_else_client(token: dict[str, object] | None, user: str | None) -> None:
     request = types.SimpleNamespace(
-        scope={"user": types.SimpleNamespace(access_token=token and types.SimpleNamespace(**token))},
-        headers={"mcp-session-id": "s1"},
+        scope={
+            "user": types.SimpleNamespace(access_token=token and types.SimpleNamespace(**token)),
+            "headers": [(b"mcp-session-id", b"s1")],
+        },
     )
     origin = origin_of(types.SimpleNamespace(request=request, session=None, meta=None))
     assert (origin["caller"], origin.get("user_id"), origin["session_id"]) == ("http", user, "s1")
