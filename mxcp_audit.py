@@ -11859,24 +11859,6 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
         raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
 
 
-def _argument(parse: Callable[[str], _Answer]) -> Callable[[str], _Answer]:
-    """Return what argparse calls instead of `parse`, so that the text of a ValueError is shown as it is."""
-    import argparse
-
-    def checked(text: str) -> _Answer:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return checked
-
-
-def _time(text: str) -> str:
-    parse_time(text)  # `main` does it again, once --local is known
-    return text
-
-
 def _positive(text: str) -> int:
     if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
         raise ValueError(f"{text!r} is no whole number above 0")
@@ -11901,8 +11883,8 @@ def _columns(text: str) -> tuple[str, ...]:
 # --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
 
 # `@` begins a command, with one line about it; then come more about it, examples (`>`), groups of options
-# (`[…]`, or `&` for those of another block) and options: names, metavar and type or {choices}, `=` a default,
-# `!` required, `*` may be repeated; behind `|` the help. A word in braces stands for what _WORDS says.
+# (`[…]`, or `&` for those of another block) and options: names, metavar or {choices}, `=` a default, and what
+# _MARKS lists; behind `|` the help. A word in braces stands for what _WORDS says.
 _OPTIONS: Final = """
 &common
 [which log]
@@ -11917,7 +11899,7 @@ _OPTIONS: Final = """
 --local | read and show times in the time zone of this machine
 
 &waiting
---wait SECONDS:seconds =5.0 | how long to try again while another process holds the database (default: 5)
+--wait SECONDS =5.0 | how long to try again while another process holds the database (default: 5)
 
 &filters
 [which events (all must hold; * in a name is any text)]
@@ -11925,10 +11907,10 @@ _OPTIONS: Final = """
 --resource URI * | of this resource; repeated: of any of these
 --prompt NAME * | of this prompt; repeated: of any of these
 --type {types} | of this type
---policy {policies}:policy | with this decision; denied means deny, and so on
+--policy {policies} | with this decision; denied means deny, and so on
 --status {statuses} | that ended so
---since WHEN:time | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or since an ISO date or time
---until WHEN:time | before that long ago, or before an ISO time
+--since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or since an ISO date or time
+--until WHEN | before that long ago, or before an ISO time
 --caller NAME | from this caller: http, stdio, cli …
 --user ID | by this user
 --session ID | in this session
@@ -11940,7 +11922,7 @@ _OPTIONS: Final = """
 --error-type NAME | that failed with this class of exception or JSON-RPC code
 --event ID | the one with this event_id
 --grep TEXT | with this text in name, input, error or reason, in any case
---min-ms N:positive | that took N milliseconds or longer
+--min-ms N | that took N milliseconds or longer
 
 @log show, follow, filter and export events, from the database and from the journal of running servers
 > log --tool my_tool --status error --since 1d
@@ -11950,11 +11932,11 @@ _OPTIONS: Final = """
 &filters
 [what is shown]
 &times
--n --limit N:positive | at most N events (default: 100)
+-n --limit N | at most N events (default: 100)
 --running | the calls that run on this host instead, longest first; MS is for how long
 --oldest-first | the other order, from the other end of the log
 --json | a JSON array of objects; with -f one a line
---columns A,B,…:columns | these of: {columns}
+--columns A,B,… | these of: {columns}
 --wide | more columns, nothing cut to the terminal
 --input | the redacted input under each event
 -f --follow | go on with new events as they happen; past ones come first with --limit or --since
@@ -11973,7 +11955,7 @@ _OPTIONS: Final = """
 > show 20261125T010203123456Z-1f2e3d4c:17
 > show 1f2e3d4c:17 --around 5
 event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
---around N:positive | a table of N events of the same session before it, the event, and N after it
+--around N | a table of N events of the same session before it, the event, and N after it
 &times
 --json | print a JSON object
 
@@ -11987,7 +11969,7 @@ A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 &times
 --by {groups} =name | what makes a group (default: name)
 --sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
--n --limit N:positive =100 | at most N groups (default: 100)
+-n --limit N =100 | at most N groups (default: 100)
 --json | print a JSON array of objects
 
 @sql ask in SQL, read-only
@@ -12027,7 +12009,7 @@ It loads nothing and has no script.
 &filters
 &times
 --out FILE ! | the file; it appears whole or not at all
--n --limit N:positive | the newest N events in full (default: 100)
+-n --limit N | the newest N events in full (default: 100)
 
 @import take in MXCP's own JSONL logs
 Any version, plain or gzip. What was imported before is not imported again, so a log that grew can be \
@@ -12040,7 +12022,7 @@ COMMAND talks over standard input and output, in any language. Every byte passes
 > wrap -- npx -y @modelcontextprotocol/server-everything
 > wrap --profile production --strict -- python server.py
 --strict | refuse each call that can't be recorded (default: as the site file says)
-server COMMAND … | the server, behind --
+server COMMAND … | the server's command with its arguments, behind --
 
 @verify prove that nothing was changed, removed or inserted
 Recompute the ledger from the events. Exit status: 0 intact, 1 not.
@@ -12048,7 +12030,7 @@ Recompute the ledger from the events. Exit status: 0 intact, 1 not.
 > verify --checkpoint heads.json
 &times
 --json | print the whole answer as a JSON object
---since WHEN:time | recompute segments with events since then only
+--since WHEN | recompute segments with events since then only
 --checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
 --signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
 
@@ -12070,7 +12052,7 @@ Delete every segment whose last event is older than that, and enter into the led
 > purge --older-than 90d --dry-run
 > purge --older-than 90d --archive archive
 &times
---older-than WHEN:time ! | 90d, or before an ISO date or time
+--older-than WHEN ! | 90d, or before an ISO date or time
 --dry-run | say what would go
 --archive DIR | write what goes as Parquet into DIR first
 
@@ -12105,12 +12087,12 @@ _WORDS: Final[Mapping[str, Collection[str]]] = {
     "sorts": _SORTS,
     "shells": ("bash", "zsh"),
 }
-_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "time": _time,
-    "positive": _positive,
-    "seconds": _seconds,
-    "columns": _columns,
-    "policy": lambda text: {"denied": "deny", "allowed": "allow", "warned": "warn"}.get(text, text),
+_SAME_WORDS: Final = {"denied": "deny", "allowed": "allow", "warned": "warn"}
+_MARKS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "!": {"required": True},
+    "*": {"action": "append"},
+    "+": {"nargs": "+"},
+    "…": {"nargs": "A..."},  # all that follows
 }
 
 
@@ -12127,48 +12109,23 @@ def _worded(text: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: ", ".join(_WORDS[match[1]]), text)
 
 
-_MARKS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "!": {"required": True},
-    "*": {"action": "append"},
-    "+": {"nargs": "+"},
-    "…": {"nargs": "...", "metavar": "-- COMMAND …"},
-}
-
-
 def _add_option(place: Any, line: str) -> None:
     """Add one line of _OPTIONS to a parser or a group of one."""
     form, _, text = line.partition(" | ")
-    first, *words = form.split(" ")
-    names: list[str] = [first]
-    settings: dict[str, Any] = {"help": _worded(text)}
-    for word in words:
-        word, _, parse = word.partition(":")
-        if parse:
-            settings["type"] = _argument(_PARSERS[parse])
-        if word.startswith("-"):
+    names: list[str] = []
+    settings: dict[str, Any] = {}
+    for word in form.split(" "):
+        if word.startswith("-") or not names:
             names.append(word)
         elif word.startswith("{"):
-            settings["choices"] = _WORDS[word[1:-1]]
+            settings |= {"choices": _WORDS[word[1:-1]], "type": lambda word: _SAME_WORDS.get(word, word)}
         elif word.startswith("="):
             settings["default"] = word[1:]
-        elif word in _MARKS:
-            settings |= _MARKS[word]
         else:
-            settings["metavar"] = word
-    if len(settings) == 1 and first.startswith("-"):
+            settings |= _MARKS.get(word) or {"metavar": word}
+    if not settings and form.startswith("-"):
         settings["action"] = "store_true"
-    place.add_argument(*names, **settings)
-
-
-def _add_block(parser: argparse.ArgumentParser, lines: Iterable[str], place: Any = None) -> None:
-    blocks, place = option_blocks(), place or parser
-    for line in lines:
-        if line.startswith("&"):
-            _add_block(parser, blocks[line][1:], place)
-        elif line.startswith("["):
-            place = parser.add_argument_group(line[1:-1]) if line != "[]" else parser
-        else:
-            _add_option(place, line)
+    place.add_argument(*names, **settings, help=_worded(text))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -12176,8 +12133,8 @@ def build_parser() -> argparse.ArgumentParser:
     import textwrap
 
     class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:  # it may quote a name that came out of the log
-            super().error("\n".join(map(printable, message.splitlines())))
+        def error(self, message: str) -> NoReturn:
+            raise _UsageError(f"{message}; see {self.prog} --help")
 
     class Version(argparse.Action):
         def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
@@ -12199,10 +12156,11 @@ examples:
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (one_line, *lines) in option_blocks().items():
-        if not name.startswith("@"):
+    blocks = option_blocks()
+    for kind_and_name, (one_line, *lines) in blocks.items():
+        name = kind_and_name[1:]
+        if kind_and_name[0] == "&":
             continue
-        name = name[1:]
         more = "" if lines[0].startswith(">") else " " + lines.pop(0)
         examples = "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line.startswith("> "))
         command = commands.add_parser(
@@ -12211,15 +12169,17 @@ examples:
             help=one_line,
             description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), 78),
             epilog=f"examples:\n{examples}",
-            usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …"
-            if name == "wrap"
-            else None,
         )
-        if name != "completion":
-            _add_block(command, ["&common"])
         if name not in ("config", "redact", "wrap", "completion"):  # they open no database
-            _add_block(command, ["&waiting"])
-        _add_block(command, [line for line in lines if not line.startswith("> ")])
+            lines.insert(0, "&waiting")
+        if name != "completion":
+            lines.insert(0, "&common")
+        place: Any = command
+        for line in itertools.chain.from_iterable(blocks.get(line, ["", line])[1:] for line in lines):
+            if line.startswith("["):
+                place = command.add_argument_group(line[1:-1]) if line != "[]" else command
+            elif not line.startswith(">"):
+                _add_option(place, line)
         command.set_defaults(run=globals()[f"cmd_{name}"])
     return parser
 
@@ -12325,9 +12285,12 @@ def _filter_of(options: argparse.Namespace) -> Filter:
 def cmd_log(options: argparse.Namespace) -> int:
     """Show, follow or export events. 75 or 1 if only those of the journal could be shown."""
     what = _filter_of(options)
-    _check_log_options(options)
     store = _store_of(options)
-    if options.format in STREAM_FORMS and not options.export:
+    if options.format and not options.export:
+        if options.format not in STREAM_FORMS:
+            raise _UsageError(
+                f"--format {options.format} needs --export; lines have {', '.join(STREAM_FORMS)}"
+            )
         return _stream(options, store, what)
     if options.follow:
         return _follow(options, store, what)
@@ -12355,16 +12318,6 @@ def cmd_log(options: argparse.Namespace) -> int:
             _say(f"only events of the journal are shown: {reading.problem}")
             return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
     return 0
-
-
-def _check_log_options(options: argparse.Namespace) -> None:
-    export, form, is_stream = options.export, options.format, options.format in STREAM_FORMS
-    if not export and (options.raw or options.bom or (form and not is_stream)):
-        raise _UsageError("--raw, --bom and this --format are for exports: add --export FILE")
-    if export and form and form not in EXPORT_FORMATS:
-        raise _UsageError(f"--format {form} is for printing lines: leave --export out")
-    if (options.cursor_file or options.post) and (export or not is_stream):
-        raise _UsageError(f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}")
 
 
 def _event_table(options: argparse.Namespace) -> EventTable:
@@ -12571,9 +12524,9 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
     path: str = options.export
     to_stdout = path == "-"
     form = options.format or ("csv" if to_stdout else export_format(path))
-    if form is None:
-        known = ", ".join("." + known for known in EXPORT_FORMATS)
-        raise _UsageError(f"{path}: the extension must be one of {known}; or say --format")
+    if form not in EXPORT_FORMATS:
+        known = ", ".join(EXPORT_FORMATS)
+        raise _UsageError(f"{path}: the extension, or --format, must be one of {known}")
     if options.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
     if to_stdout and form not in ("csv", "json", "jsonl") and sys.stdout.isatty():
@@ -12993,9 +12946,7 @@ def cmd_compact(options: argparse.Namespace) -> int:
 
 def cmd_wrap(options: argparse.Namespace) -> int:
     """Run an MCP server and record what it executes. Ends as the server did."""
-    command = options.server[1:] if options.server[:1] == ["--"] else options.server
-    if not command:
-        raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
+    command = options.server[1:] if options.server[0] == "--" else options.server
     if options.db is not None:
         config = _config_of(options)
         audit = AuditLogger(config.path, journal=config.journal_directory)
@@ -13058,35 +13009,45 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 
 # --- the whole
 
-# A path may be what is no UTF-8.
-_FILE_OPTIONS: Final = {
-    *("config", "db", "export", "out", "archive", "checkpoint", "signed-by", "sign", "cursor-file", "file")
-}
-# What an option does not go with, and why; and what it needs.
+# What an option does not go with, and why; what it needs; and what its text becomes.
 _EXCLUDES: Final = (
     ("db", ("config", "profile"), "it needs no site file"),
     ("utc", ("local",), "name one time zone"),
     ("json", ("csv",), "name one form"),
     ("export", ("columns", "wide", "input", "json"), "it writes every column, in the format of --format"),
+    ("export", ("cursor-file", "post"), "they are for lines that are printed or sent"),
     ("running", ("export", "follow", "format", "oldest-first"), "it shows what has not ended"),
     ("follow", ("export", "until", "oldest-first"), "it shows what is yet to come"),
     ("cursor-file", ("limit", "oldest-first"), "it prints everything that is new"),
 )
-_NEEDS: Final = {"header": "post", "signed-by": "checkpoint"}
+_NEEDS: Final = {
+    **{"header": "post", "post": "format", "cursor-file": "format", "bom": "export", "raw": "export"},
+    "signed-by": "checkpoint",
+}
+_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    **{"limit": _positive, "around": _positive, "min-ms": _positive, "wait": _seconds, "columns": _columns},
+    **dict.fromkeys(("since", "until", "older-than"), parse_time),
+}
 
 
 def _check_options(options: argparse.Namespace) -> None:
+    """Check the options together, and put values in place of their texts."""
     values = {name.replace("_", "-"): value for name, value in vars(options).items()}
     given = {name for name, value in values.items() if value not in (None, False)}
     for name, others, why in _EXCLUDES:
         if name in given and given.intersection(others):
             raise _UsageError(f"--{name} does not go with --{given.intersection(others).pop()}: {why}")
     for name, other in _NEEDS.items():
-        if name in given and other not in given:
+        if name in given and other in values and other not in given:
             raise _UsageError(f"--{name} needs --{other}")
-    for name in given - _FILE_OPTIONS:
-        if isinstance(values[name], str) and re.search("[\ud800-\udfff]", values[name]):
-            raise _UsageError(f"{name}: {values[name]!r} is no UTF-8")
+    for name in given.intersection(_PARSERS):
+        parse = _PARSERS[name]
+        if parse is parse_time:
+            parse = functools.partial(parse_time, local=options.local)
+        try:
+            setattr(options, name.replace("-", "_"), parse(values[name]))
+        except ValueError as error:
+            raise _UsageError(f"--{name}: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -13105,9 +13066,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         _check_options(options)
-        for name in ("since", "until", "older_than"):
-            if getattr(options, name, None):
-                setattr(options, name, parse_time(getattr(options, name), local=options.local))
         code = int(options.run(options))
         sys.stdout.flush()
         return code
