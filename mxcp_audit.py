@@ -1092,6 +1092,24 @@ def iso_time(us: int | None) -> str | None:
         return f"{us} microseconds"
 
 
+_ISO_8601: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d{1,6})\d*)?)?([Zz]|[+-]\d\d:?\d\d)?)?"
+)
+
+
+def parse_iso(text: object, *, local: bool = False) -> datetime.datetime:
+    """Return the moment of an ISO 8601 date or time; one that names no zone is UTC, or local time."""
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError("is no time")
+    day, minute, second, fraction, offset = match.groups()
+    zone = "" if local else "+00:00"
+    if offset:
+        zone = "+00:00" if offset in "Zz" else f"{offset[:3]}:{offset[-2:]}"
+    text = f"{day}T{minute or '00:00'}:{second or '00'}.{fraction or '0':0<6}{zone}"
+    return datetime.datetime.fromisoformat(text).astimezone(datetime.timezone.utc)
+
+
 LINE_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
@@ -10654,7 +10672,7 @@ def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], wi
 def local_time(text: str) -> str:
     """Return an ISO time in UTC as one of this machine's time zone, with its offset."""
     with contextlib.suppress(ValueError, OverflowError):  # of a foreign table
-        return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone().isoformat()
+        return parse_iso(text).astimezone().isoformat()
     return text
 
 
@@ -11104,10 +11122,6 @@ AuditLogger._ingest = staticmethod(ingest_once)
 
 # --- MXCP's own logs
 
-_ISO_8601: Final = re.compile(
-    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
-)
-_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 # Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
 _NAMES_OF_MXCP: Final = {
     "caller": ("caller", "caller_type"),
@@ -11135,19 +11149,13 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
     if not newer and isinstance(event["input_params"], str):
         with contextlib.suppress(ValueError, RecursionError):  # else it is a text
             event["input_params"] = json.loads(event["input_params"])
-    return _time_of_mxcp(record.get("timestamp")), event
-
-
-def _time_of_mxcp(text: object) -> int:
-    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"timestamp {text!r:.60} is no time")
-    day, second, fraction, hours, minutes = match.groups()
-    offset = f"{hours}:{minutes}" if hours else "+00:00"
-    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
-    if moment < _EPOCH:
-        raise ValueError(f"timestamp {text!r:.60} is before 1970")
-    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
+    try:
+        us = microseconds(sql_time(parse_iso(record.get("timestamp"))))
+        if us < 0:
+            raise ValueError("is before 1970")
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"timestamp {record.get('timestamp')!r:.60} {error}") from None
+    return us * 1000, event
 
 
 # --- import: it redacts and encodes like a logger, and asks the ledger what the table has already
@@ -11274,8 +11282,7 @@ class Importer:
     def _skip(self, path: str, events: int, last: str) -> int:
         """Pass over a part that is in the database; return how many events of it the file has."""
         times = [now_ns for _, now_ns, _ in itertools.islice(self._taken(), events)]
-        latest = _EPOCH + datetime.timedelta(microseconds=max(times, default=0) // 1000)
-        if len(times) == events and sql_time(latest) != last:
+        if len(times) == events and max(times, default=0) // 1000 != microseconds(last):
             raise StoreError(
                 f"{path} begins like a file that was imported before, but goes on differently: it was "
                 "edited, or is a copy that went its own way; import the events that are missing as a file"
@@ -11826,9 +11833,6 @@ class _UsageError(AuditError):
 # --- words: what options mean
 
 _SORTS: Final = tuple(name.removesuffix("_ms") for name in STATS_COLUMNS[:7])
-_TIME: Final = re.compile(
-    r"(\d{4}-\d{2}-\d{2})(?:[Tt ](\d{2}:\d{2})(?::(\d{2})(?:[.,](\d{1,9}))?)?([Zz]|[+-]\d{2}:?\d{2})?)?"
-)
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
@@ -11838,22 +11842,14 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
     """
     now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
-    said = (
-        day if text in ("today", "yesterday") else f"{day}T{text}" if re.match(r"\d\d:\d\d", text) else text
-    )
+    if text in ("today", "yesterday"):
+        text = day
+    elif re.match(r"\d\d:\d\d", text):
+        text = f"{day}T{text}"
     try:
-        match = _TIME.fullmatch(said)
-        if match:
-            day, minute, second, fraction, offset = match.groups()
-            zone = "" if local else "+00:00"
-            if offset:
-                zone = "+00:00" if offset in "Zz" else f"{offset[:3]}:{offset[-2:]}"
-            moment = datetime.datetime.fromisoformat(
-                f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '')[:6].ljust(6, '0')}{zone}"
-            )
-        else:
-            moment = now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", said)))
-        return sql_time(moment.astimezone(datetime.timezone.utc))
+        if re.match(r"\d{4}-", text):
+            return sql_time(parse_iso(text, local=local))
+        return sql_time(now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", text))))
     except (ValueError, OverflowError):
         examples = "10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
         raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
