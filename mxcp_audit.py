@@ -10426,30 +10426,26 @@ def display_width(text: str) -> int:
 
 def fit(text: str, width: int, *, right: bool = False) -> str:
     """Return the text in exactly `width` cells: padded, or cut with an ellipsis."""
-    missing = width - display_width(text)
-    if missing >= 0:
-        return " " * missing + text if right else text + " " * missing
-    head, _ = _split_at(text, width - 1)
-    return fit(head + "…", width) if width > 0 else ""
+    if display_width(text) > width:
+        text = _head(text, width - 1) + "…" if width > 0 else ""
+    blanks = " " * (width - display_width(text))
+    return blanks + text if right else text + blanks
 
 
 def wrap(text: str, width: int) -> Iterator[str]:
     """Yield the text in pieces of at most `width` cells; nothing is left out."""
     while text:
-        piece, text = _split_at(text, max(2, width))
+        piece = _head(text, max(2, width))
         yield piece
+        text = text[len(piece) :]
 
 
-def _split_at(text: str, width: int) -> tuple[str, str]:
-    """Return what fits into `width` cells, and the rest. Combining characters stay where they belong."""
+def _head(text: str, width: int) -> str:
+    """Return what fits into `width` cells. Combining characters stay where they belong."""
     if text[: width + 1].isascii():
-        return text[: max(0, width)], text[max(0, width) :]
-    used = 0
-    for index, character in enumerate(text):
-        used += display_width(character)
-        if used > width:
-            return text[:index], text[index:]
-    return text, ""
+        return text[:width]
+    ends = itertools.accumulate(map(display_width, text))
+    return "".join(char for char, _ in itertools.takewhile(lambda pair: pair[1] <= width, zip(text, ends)))
 
 
 def takes_unicode(file: TextIO) -> bool:
@@ -10588,32 +10584,30 @@ class EventTable:
         ]
         elastic = [column not in _FIXED for column in self._columns]
         right = [column in ("duration_ms", "result_bytes") for column in self._columns]
-        lines = _aligned([*self._heads, *cells], self._widths, elastic, right, self._width)
-        if self._heads:
-            self._heads = []
+        width, lines = (
+            self._width,
+            _aligned([*self._heads, *cells], self._widths, elastic, right, self._width),
+        )
+        for _ in self._heads:
             _write(self._file, next(lines))
+        self._heads = []
         for event, line in zip(events, lines):
             style = _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"])
             _write(self._file, f"{style}{line}\x1b[0m" if style and self._colour else line)
-            for label in self._below:
-                if event[label]:
-                    text = f"    {label}: {printable(event[label])}"
-                    _write(self._file, (text if self._width is None else fit(text, self._width)).rstrip())
+            below = [f"{label}: {printable(event[label])}" for label in self._below if event[label]]
+            below = [(text if width is None else fit(text, width - 4)).rstrip() for text in below]
             if self._with_input:
                 text = printable(event["input_json"] or "-")
-                for piece in [text] if self._width is None else wrap(text, self._width - 4):
-                    _write(self._file, "    " + piece)
+                below += [text] if width is None else wrap(text, width - 4)
+            for text in below:
+                _write(self._file, "    " + text)
 
 
 def summary(rows: Sequence[Row], count: int | None) -> str:
     errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
     denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
-    parts = [counted(len(rows), "event")]
-    if errors:
-        parts.append(counted(errors, "error"))
-    if denied:
-        parts.append(f"{denied} denied")
-    return ", ".join(parts) + more_hint(len(rows), count)
+    parts = [counted(len(rows), "event"), errors and counted(errors, "error"), denied and f"{denied} denied"]
+    return ", ".join(part for part in parts if part) + more_hint(len(rows), count)
 
 
 def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
@@ -10658,15 +10652,12 @@ def _aligned(
                 widths[index] -= cut
                 excess -= cut
     for row in rows:
-        yield _line(row, widths, right, width)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], width: int | None) -> str:
-    line = "  ".join(
-        fit(cell, size if width is not None else max(size, display_width(cell)), right=number)
-        for cell, size, number in zip(cells, widths, right)
-    ).rstrip()
-    return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
+        cells = (
+            fit(cell, size if width is not None else max(size, display_width(cell)), right=number)
+            for cell, size, number in zip(row, widths, right)
+        )
+        line = "  ".join(cells).rstrip()
+        yield line if width is None else fit(line, width).rstrip()
 
 
 def local_time(text: str) -> str:
@@ -10697,31 +10688,28 @@ def write_stats(
 ) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
     figures = ["CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
-    if any(row[10] for row in rows):
-        figures.append("RUNNING")
-    count = len(figures)
+    figures += ["RUNNING"] * any(row[10] for row in rows)
+    count = len(figures) + 1
     table = [[by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]]
     for row in rows:
         seen = [_moment(value, local) for value in row[8:10]]
-        table.append([*map(_shown, (row[:8] + row[10:])[: count + 1]), *seen])
-    widths = [max(map(display_width, column)) for column in zip(*table)]
-    right = [False, *[True] * count, False, False]
-    room = 0
-    if width is not None:
-        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1 : count + 1]) - 2 * count))
-        for _ in ("FIRST SEEN", "LAST SEEN"):
-            if sum(widths) + 2 * len(widths) - 2 > width:
-                del widths[count + 1]
-                for cells in table:
-                    del cells[count + 1]
-        room = min(40, width - sum(widths) - 2 * len(widths))
+        table.append([*map(_shown, (row[:8] + row[10:])[:count]), *seen])
+    sizes = [max(map(display_width, column)) + 2 for column in zip(*table)]
+    room = width or sum(sizes)
+    sizes[0] = min(sizes[0], max(_NARROWEST + 2, room - sum(sizes[1:count]) + 2))
+    least = sum(sizes[:count]) - 2
+    # "first seen", then "last seen" gives way to the figures; a bar takes what is left.
+    seen_from = next(
+        n for n in range(count, len(sizes) + 1) if n == len(sizes) or least + sum(sizes[n:]) <= room
+    )
+    table = [cells[:count] + cells[seen_from:] for cells in table]
+    bars = min(40, room - sum(sizes[:count]) - sum(sizes[seen_from:]))
+    right, elastic = [0 < n < count for n in range(len(sizes))], [n == 0 for n in range(len(sizes))]
     shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
-    largest = max([*shown, 1])
     block = "█" if takes_unicode(file) else "#"
-    for texts, value in zip(table, [0, *shown]):
-        line = _line(texts, widths, right, None)
-        if room > 3:
-            line = fit(line, width - room if width else 0) + block * -(-value * room // largest)
+    for line, value in zip(_aligned(table, [0] * len(table[0]), elastic, right, width), [0, *shown]):
+        if bars > 3:
+            line = fit(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
         _write(file, line.rstrip())
 
 
@@ -12548,22 +12536,15 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
             )
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
-        if to_stdout:
-            _copy_to_stdout(path)
+        if to_stdout and sys.stdout.isatty():  # here it is text
+            with open(path, encoding="utf-8", newline="\n") as text:
+                for line in text:
+                    _print(line.removesuffix("\n"))
+        elif to_stdout:
+            with open(path, "rb") as file:
+                sys.stdout.buffer.writelines(iter(functools.partial(file.read, 1 << 20), b""))
     _say(f"{counted(written, 'event')} written to {'standard output' if to_stdout else path}")
     return 0
-
-
-def _copy_to_stdout(path: str) -> None:
-    if sys.stdout.isatty():  # here it is text
-        with open(path, encoding="utf-8", newline="\n") as text:
-            for line in text:
-                write_text(sys.stdout, line.removesuffix("\n"))
-        return
-    import shutil
-
-    with open(path, "rb") as file:
-        shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
 
 
 # --- show, stats, sql
@@ -12647,24 +12628,17 @@ def cmd_sql(options: argparse.Namespace) -> int:
             if options.json:
                 write_json(sys.stdout, rows, names)
             elif options.csv:
-                _print_csv(names, rows, raw=options.raw)
+                file: Any = sys.stdout
+                if file.isatty():
+                    file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
+                elif hasattr(file, "reconfigure"):  # UTF-8 whatever the locale says
+                    file.reconfigure(encoding="utf-8", newline="")
+                write_csv(file, names, rows, raw=options.raw)
             else:
                 write_grid(sys.stdout, names, list(rows), width=_terminal()[0])
     except QueryError as error:  # without the place, which is one in our statement around it
         raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
     return 0
-
-
-def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
-    """Print CSV: as UTF-8 whatever the locale says, but to a terminal harmlessly."""
-    import io
-
-    file: Any = sys.stdout
-    if file.isatty():
-        file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
-    elif isinstance(file, io.TextIOWrapper):
-        file.reconfigure(encoding="utf-8", newline="")
-    write_csv(file, names, rows, raw=raw)
 
 
 # --- config, redact
@@ -12818,16 +12792,9 @@ def cmd_verify(options: argparse.Namespace) -> int:
 
 def _verdict_object(verdict: Verdict) -> dict[str, object]:
     counts = "entries segments events purged lost legacy waiting_bytes"
-    findings = [
-        {
-            "kind": finding.kind,
-            "segment": finding.segment,
-            "journal": finding.journal,
-            "events": [f"{finding.segment}:{seq}" for seq in finding.seqs],
-            "text": finding.text,
-        }
-        for finding in verdict.findings
-    ]
+    findings = [finding._asdict() for finding in verdict.findings]
+    for finding in findings:
+        finding["events"] = [f"{finding['segment']}:{seq}" for seq in finding.pop("seqs")]
     return {
         "intact": verdict.intact,
         **{name: getattr(verdict, name) for name in counts.split()},
