@@ -1092,6 +1092,24 @@ def iso_time(us: int | None) -> str | None:
         return f"{us} microseconds"
 
 
+_ISO_8601: Final = re.compile(
+    r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d{1,6})\d*)?)?([Zz]|[+-]\d\d:?\d\d)?)?"
+)
+
+
+def parse_iso(text: object, *, local: bool = False) -> datetime.datetime:
+    """Return the moment of an ISO 8601 date or time; one that names no zone is UTC, or local time."""
+    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
+    if match is None:
+        raise ValueError("is no time")
+    day, minute, second, fraction, offset = match.groups()
+    zone = "" if local else "+00:00"
+    if offset:
+        zone = "+00:00" if offset in "Zz" else f"{offset[:3]}:{offset[-2:]}"
+    text = f"{day}T{minute or '00:00'}:{second or '00'}.{fraction or '0':0<6}{zone}"
+    return datetime.datetime.fromisoformat(text).astimezone(datetime.timezone.utc)
+
+
 LINE_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
@@ -10112,30 +10130,26 @@ def display_width(text: str) -> int:
 
 def fit(text: str, width: int, *, right: bool = False) -> str:
     """Return the text in exactly `width` cells: padded, or cut with an ellipsis."""
-    missing = width - display_width(text)
-    if missing >= 0:
-        return " " * missing + text if right else text + " " * missing
-    head, _ = _split_at(text, width - 1)
-    return fit(head + "…", width) if width > 0 else ""
+    if display_width(text) > width:
+        text = _head(text, width - 1) + "…" if width > 0 else ""
+    blanks = " " * (width - display_width(text))
+    return blanks + text if right else text + blanks
 
 
 def wrap(text: str, width: int) -> Iterator[str]:
     """Yield the text in pieces of at most `width` cells; nothing is left out."""
     while text:
-        piece, text = _split_at(text, max(2, width))
+        piece = _head(text, max(2, width))
         yield piece
+        text = text[len(piece) :]
 
 
-def _split_at(text: str, width: int) -> tuple[str, str]:
-    """Return what fits into `width` cells, and the rest. Combining characters stay where they belong."""
+def _head(text: str, width: int) -> str:
+    """Return what fits into `width` cells. Combining characters stay where they belong."""
     if text[: width + 1].isascii():
-        return text[: max(0, width)], text[max(0, width) :]
-    used = 0
-    for index, character in enumerate(text):
-        used += display_width(character)
-        if used > width:
-            return text[:index], text[index:]
-    return text, ""
+        return text[:width]
+    ends = itertools.accumulate(map(display_width, text))
+    return "".join(char for char, _ in itertools.takewhile(lambda pair: pair[1] <= width, zip(text, ends)))
 
 
 def takes_unicode(file: TextIO) -> bool:
@@ -10274,32 +10288,30 @@ class EventTable:
         ]
         elastic = [column not in _FIXED for column in self._columns]
         right = [column in ("duration_ms", "result_bytes") for column in self._columns]
-        lines = _aligned([*self._heads, *cells], self._widths, elastic, right, self._width)
-        if self._heads:
-            self._heads = []
+        width, lines = (
+            self._width,
+            _aligned([*self._heads, *cells], self._widths, elastic, right, self._width),
+        )
+        for _ in self._heads:
             _write(self._file, next(lines))
+        self._heads = []
         for event, line in zip(events, lines):
             style = _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"])
             _write(self._file, f"{style}{line}\x1b[0m" if style and self._colour else line)
-            for label in self._below:
-                if event[label]:
-                    text = f"    {label}: {printable(event[label])}"
-                    _write(self._file, (text if self._width is None else fit(text, self._width)).rstrip())
+            below = [f"{label}: {printable(event[label])}" for label in self._below if event[label]]
+            below = [(text if width is None else fit(text, width - 4)).rstrip() for text in below]
             if self._with_input:
                 text = printable(event["input_json"] or "-")
-                for piece in [text] if self._width is None else wrap(text, self._width - 4):
-                    _write(self._file, "    " + piece)
+                below += [text] if width is None else wrap(text, width - 4)
+            for text in below:
+                _write(self._file, "    " + text)
 
 
 def summary(rows: Sequence[Row], count: int | None) -> str:
     errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
     denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
-    parts = [counted(len(rows), "event")]
-    if errors:
-        parts.append(counted(errors, "error"))
-    if denied:
-        parts.append(f"{denied} denied")
-    return ", ".join(parts) + more_hint(len(rows), count)
+    parts = [counted(len(rows), "event"), errors and counted(errors, "error"), denied and f"{denied} denied"]
+    return ", ".join(part for part in parts if part) + more_hint(len(rows), count)
 
 
 def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
@@ -10344,21 +10356,18 @@ def _aligned(
                 widths[index] -= cut
                 excess -= cut
     for row in rows:
-        yield _line(row, widths, right, width)
-
-
-def _line(cells: Sequence[str], widths: Sequence[int], right: Sequence[bool], width: int | None) -> str:
-    line = "  ".join(
-        fit(cell, size if width is not None else max(size, display_width(cell)), right=number)
-        for cell, size, number in zip(cells, widths, right)
-    ).rstrip()
-    return line if width is None or display_width(line) <= width else fit(line, width).rstrip()
+        cells = (
+            fit(cell, size if width is not None else max(size, display_width(cell)), right=number)
+            for cell, size, number in zip(row, widths, right)
+        )
+        line = "  ".join(cells).rstrip()
+        yield line if width is None else fit(line, width).rstrip()
 
 
 def local_time(text: str) -> str:
     """Return an ISO time in UTC as one of this machine's time zone, with its offset."""
     with contextlib.suppress(ValueError, OverflowError):  # of a foreign table
-        return datetime.datetime.fromisoformat(text.replace("Z", "+00:00")).astimezone().isoformat()
+        return parse_iso(text).astimezone().isoformat()
     return text
 
 
@@ -10383,31 +10392,28 @@ def write_stats(
 ) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
     figures = ["CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
-    if any(row[10] for row in rows):
-        figures.append("RUNNING")
-    count = len(figures)
+    figures += ["RUNNING"] * any(row[10] for row in rows)
+    count = len(figures) + 1
     table = [[by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]]
     for row in rows:
         seen = [_moment(value, local) for value in row[8:10]]
-        table.append([*map(_shown, (row[:8] + row[10:])[: count + 1]), *seen])
-    widths = [max(map(display_width, column)) for column in zip(*table)]
-    right = [False, *[True] * count, False, False]
-    room = 0
-    if width is not None:
-        widths[0] = min(widths[0], max(_NARROWEST, width - sum(widths[1 : count + 1]) - 2 * count))
-        for _ in ("FIRST SEEN", "LAST SEEN"):
-            if sum(widths) + 2 * len(widths) - 2 > width:
-                del widths[count + 1]
-                for cells in table:
-                    del cells[count + 1]
-        room = min(40, width - sum(widths) - 2 * len(widths))
+        table.append([*map(_shown, (row[:8] + row[10:])[:count]), *seen])
+    sizes = [max(map(display_width, column)) + 2 for column in zip(*table)]
+    room = width or sum(sizes)
+    sizes[0] = min(sizes[0], max(_NARROWEST + 2, room - sum(sizes[1:count]) + 2))
+    least = sum(sizes[:count]) - 2
+    # "first seen", then "last seen" gives way to the figures; a bar takes what is left.
+    seen_from = next(
+        n for n in range(count, len(sizes) + 1) if n == len(sizes) or least + sum(sizes[n:]) <= room
+    )
+    table = [cells[:count] + cells[seen_from:] for cells in table]
+    bars = min(40, room - sum(sizes[:count]) - sum(sizes[seen_from:]))
+    right, elastic = [0 < n < count for n in range(len(sizes))], [n == 0 for n in range(len(sizes))]
     shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
-    largest = max([*shown, 1])
     block = "█" if takes_unicode(file) else "#"
-    for texts, value in zip(table, [0, *shown]):
-        line = _line(texts, widths, right, None)
-        if room > 3:
-            line = fit(line, width - room if width else 0) + block * -(-value * room // largest)
+    for line, value in zip(_aligned(table, [0] * len(table[0]), elastic, right, width), [0, *shown]):
+        if bars > 3:
+            line = fit(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
         _write(file, line.rstrip())
 
 
@@ -10808,10 +10814,6 @@ AuditLogger._ingest = staticmethod(ingest_once)
 
 # --- MXCP's own logs
 
-_ISO_8601: Final = re.compile(
-    r"(\d{4}-\d\d-\d\d)[T ](\d\d:\d\d:\d\d)(?:\.(\d{1,6})\d*)?(?:Z|([+-]\d\d):?(\d\d))?"
-)
-_EPOCH: Final = datetime.datetime(1970, 1, 1, tzinfo=datetime.timezone.utc)
 # Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
 _NAMES_OF_MXCP: Final = {
     "caller": ("caller", "caller_type"),
@@ -10839,19 +10841,13 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
     if not newer and isinstance(event["input_params"], str):
         with contextlib.suppress(ValueError, RecursionError):  # else it is a text
             event["input_params"] = json.loads(event["input_params"])
-    return _time_of_mxcp(record.get("timestamp")), event
-
-
-def _time_of_mxcp(text: object) -> int:
-    match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
-    if match is None:
-        raise ValueError(f"timestamp {text!r:.60} is no time")
-    day, second, fraction, hours, minutes = match.groups()
-    offset = f"{hours}:{minutes}" if hours else "+00:00"
-    moment = datetime.datetime.fromisoformat(f"{day}T{second}.{(fraction or '').ljust(6, '0')}{offset}")
-    if moment < _EPOCH:
-        raise ValueError(f"timestamp {text!r:.60} is before 1970")
-    return (moment - _EPOCH) // datetime.timedelta(microseconds=1) * 1000
+    try:
+        us = microseconds(sql_time(parse_iso(record.get("timestamp"))))
+        if us < 0:
+            raise ValueError("is before 1970")
+    except (ValueError, OverflowError) as error:
+        raise ValueError(f"timestamp {record.get('timestamp')!r:.60} {error}") from None
+    return us * 1000, event
 
 
 # --- import: it redacts and encodes like a logger, and asks the ledger what the table has already
@@ -10978,8 +10974,7 @@ class Importer:
     def _skip(self, path: str, events: int, last: str) -> int:
         """Pass over a part that is in the database; return how many events of it the file has."""
         times = [now_ns for _, now_ns, _ in itertools.islice(self._taken(), events)]
-        latest = _EPOCH + datetime.timedelta(microseconds=max(times, default=0) // 1000)
-        if len(times) == events and sql_time(latest) != last:
+        if len(times) == events and max(times, default=0) // 1000 != microseconds(last):
             raise StoreError(
                 f"{path} begins like a file that was imported before, but goes on differently: it was "
                 "edited, or is a copy that went its own way; import the events that are missing as a file"
@@ -11503,9 +11498,6 @@ class _UsageError(AuditError):
 # --- words: what options mean
 
 _SORTS: Final = tuple(name.removesuffix("_ms") for name in STATS_COLUMNS[:7])
-_TIME: Final = re.compile(
-    r"(\d{4}-\d{2}-\d{2})(?:[Tt ](\d{2}:\d{2})(?::(\d{2})(?:[.,](\d{1,9}))?)?([Zz]|[+-]\d{2}:?\d{2})?)?"
-)
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
@@ -11515,43 +11507,17 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
     """
     now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
-    said = (
-        day if text in ("today", "yesterday") else f"{day}T{text}" if re.match(r"\d\d:\d\d", text) else text
-    )
+    if text in ("today", "yesterday"):
+        text = day
+    elif re.match(r"\d\d:\d\d", text):
+        text = f"{day}T{text}"
     try:
-        match = _TIME.fullmatch(said)
-        if match:
-            day, minute, second, fraction, offset = match.groups()
-            zone = "" if local else "+00:00"
-            if offset:
-                zone = "+00:00" if offset in "Zz" else f"{offset[:3]}:{offset[-2:]}"
-            moment = datetime.datetime.fromisoformat(
-                f"{day}T{minute or '00:00'}:{second or '00'}.{(fraction or '')[:6].ljust(6, '0')}{zone}"
-            )
-        else:
-            moment = now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", said)))
-        return sql_time(moment.astimezone(datetime.timezone.utc))
+        if re.match(r"\d{4}-", text):
+            return sql_time(parse_iso(text, local=local))
+        return sql_time(now - datetime.timedelta(seconds=parse_duration(re.sub(r"(?<=\d)min\b", "m", text))))
     except (ValueError, OverflowError):
         examples = "10m, 2h, 1d, 1h30m, today, 15:00, 2026-01-31 or 2026-01-31T12:00:00Z"
         raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
-
-
-def _argument(parse: Callable[[str], _Answer]) -> Callable[[str], _Answer]:
-    """Return what argparse calls instead of `parse`, so that the text of a ValueError is shown as it is."""
-    import argparse
-
-    def checked(text: str) -> _Answer:
-        try:
-            return parse(text)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error)) from None
-
-    return checked
-
-
-def _time(text: str) -> str:
-    parse_time(text)  # `main` does it again, once --local is known
-    return text
 
 
 def _positive(text: str) -> int:
@@ -11578,8 +11544,8 @@ def _columns(text: str) -> tuple[str, ...]:
 # --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
 
 # `@` begins a command, with one line about it; then come more about it, examples (`>`), groups of options
-# (`[…]`, or `&` for those of another block) and options: names, metavar and type or {choices}, `=` a default,
-# `!` required, `*` may be repeated; behind `|` the help. A word in braces stands for what _WORDS says.
+# (`[…]`, or `&` for those of another block) and options: names, metavar or {choices}, `=` a default, and what
+# _MARKS lists; behind `|` the help. A word in braces stands for what _WORDS says.
 _OPTIONS: Final = """
 &common
 [which log]
@@ -11594,7 +11560,7 @@ _OPTIONS: Final = """
 --local | read and show times in the time zone of this machine
 
 &waiting
---wait SECONDS:seconds =5.0 | how long to try again while another process holds the database (default: 5)
+--wait SECONDS =5.0 | how long to try again while another process holds the database (default: 5)
 
 &filters
 [which events (all must hold; * in a name is any text)]
@@ -11602,10 +11568,10 @@ _OPTIONS: Final = """
 --resource URI * | of this resource; repeated: of any of these
 --prompt NAME * | of this prompt; repeated: of any of these
 --type {types} | of this type
---policy {policies}:policy | with this decision; denied means deny, and so on
+--policy {policies} | with this decision; denied means deny, and so on
 --status {statuses} | that ended so
---since WHEN:time | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or since an ISO date or time
---until WHEN:time | before that long ago, or before an ISO time
+--since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or since an ISO date or time
+--until WHEN | before that long ago, or before an ISO time
 --caller NAME | from this caller: http, stdio, cli …
 --user ID | by this user
 --session ID | in this session
@@ -11617,7 +11583,7 @@ _OPTIONS: Final = """
 --error-type NAME | that failed with this class of exception or JSON-RPC code
 --event ID | the one with this event_id
 --grep TEXT | with this text in name, input, error or reason, in any case
---min-ms N:positive | that took N milliseconds or longer
+--min-ms N | that took N milliseconds or longer
 
 @log show, follow, filter and export events, from the database and from the journal of running servers
 > log --tool my_tool --status error --since 1d
@@ -11627,11 +11593,11 @@ _OPTIONS: Final = """
 &filters
 [what is shown]
 &times
--n --limit N:positive | at most N events (default: 100)
+-n --limit N | at most N events (default: 100)
 --running | the calls that run on this host instead, longest first; MS is for how long
 --oldest-first | the other order, from the other end of the log
 --json | a JSON array of objects; with -f one a line
---columns A,B,…:columns | these of: {columns}
+--columns A,B,… | these of: {columns}
 --wide | more columns, nothing cut to the terminal
 --input | the redacted input under each event
 -f --follow | go on with new events as they happen; past ones come first with --limit or --since
@@ -11650,7 +11616,7 @@ _OPTIONS: Final = """
 > show 20261125T010203123456Z-1f2e3d4c:17
 > show 1f2e3d4c:17 --around 5
 event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
---around N:positive | a table of N events of the same session before it, the event, and N after it
+--around N | a table of N events of the same session before it, the event, and N after it
 &times
 --json | print a JSON object
 
@@ -11664,7 +11630,7 @@ A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 &times
 --by {groups} =name | what makes a group (default: name)
 --sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
--n --limit N:positive =100 | at most N groups (default: 100)
+-n --limit N =100 | at most N groups (default: 100)
 --json | print a JSON array of objects
 
 @sql ask in SQL, read-only
@@ -11704,7 +11670,7 @@ It loads nothing and has no script.
 &filters
 &times
 --out FILE ! | the file; it appears whole or not at all
--n --limit N:positive | the newest N events in full (default: 100)
+-n --limit N | the newest N events in full (default: 100)
 
 @import take in MXCP's own JSONL logs
 Any version, plain or gzip. What was imported before is not imported again, so a log that grew can be \
@@ -11717,7 +11683,7 @@ COMMAND talks over standard input and output, in any language. Every byte passes
 > wrap -- npx -y @modelcontextprotocol/server-everything
 > wrap --profile production --strict -- python server.py
 --strict | refuse each call that can't be recorded (default: as the site file says)
-server COMMAND … | the server, behind --
+server COMMAND … | the server's command with its arguments, behind --
 
 @verify prove that nothing was changed, removed or inserted
 Recompute the ledger from the events. Exit status: 0 intact, 1 not.
@@ -11725,7 +11691,7 @@ Recompute the ledger from the events. Exit status: 0 intact, 1 not.
 > verify --checkpoint heads.json
 &times
 --json | print the whole answer as a JSON object
---since WHEN:time | recompute segments with events since then only
+--since WHEN | recompute segments with events since then only
 --checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
 --signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
 
@@ -11747,7 +11713,7 @@ Delete every segment whose last event is older than that, and enter into the led
 > purge --older-than 90d --dry-run
 > purge --older-than 90d --archive archive
 &times
---older-than WHEN:time ! | 90d, or before an ISO date or time
+--older-than WHEN ! | 90d, or before an ISO date or time
 --dry-run | say what would go
 --archive DIR | write what goes as Parquet into DIR first
 
@@ -11782,12 +11748,12 @@ _WORDS: Final[Mapping[str, Collection[str]]] = {
     "sorts": _SORTS,
     "shells": ("bash", "zsh"),
 }
-_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
-    "time": _time,
-    "positive": _positive,
-    "seconds": _seconds,
-    "columns": _columns,
-    "policy": lambda text: {"denied": "deny", "allowed": "allow", "warned": "warn"}.get(text, text),
+_SAME_WORDS: Final = {"denied": "deny", "allowed": "allow", "warned": "warn"}
+_MARKS: Final[Mapping[str, Mapping[str, Any]]] = {
+    "!": {"required": True},
+    "*": {"action": "append"},
+    "+": {"nargs": "+"},
+    "…": {"nargs": "A..."},  # all that follows
 }
 
 
@@ -11804,48 +11770,23 @@ def _worded(text: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: ", ".join(_WORDS[match[1]]), text)
 
 
-_MARKS: Final[Mapping[str, Mapping[str, Any]]] = {
-    "!": {"required": True},
-    "*": {"action": "append"},
-    "+": {"nargs": "+"},
-    "…": {"nargs": "...", "metavar": "-- COMMAND …"},
-}
-
-
 def _add_option(place: Any, line: str) -> None:
     """Add one line of _OPTIONS to a parser or a group of one."""
     form, _, text = line.partition(" | ")
-    first, *words = form.split(" ")
-    names: list[str] = [first]
-    settings: dict[str, Any] = {"help": _worded(text)}
-    for word in words:
-        word, _, parse = word.partition(":")
-        if parse:
-            settings["type"] = _argument(_PARSERS[parse])
-        if word.startswith("-"):
+    names: list[str] = []
+    settings: dict[str, Any] = {}
+    for word in form.split(" "):
+        if word.startswith("-") or not names:
             names.append(word)
         elif word.startswith("{"):
-            settings["choices"] = _WORDS[word[1:-1]]
+            settings |= {"choices": _WORDS[word[1:-1]], "type": lambda word: _SAME_WORDS.get(word, word)}
         elif word.startswith("="):
             settings["default"] = word[1:]
-        elif word in _MARKS:
-            settings |= _MARKS[word]
         else:
-            settings["metavar"] = word
-    if len(settings) == 1 and first.startswith("-"):
+            settings |= _MARKS.get(word) or {"metavar": word}
+    if not settings and form.startswith("-"):
         settings["action"] = "store_true"
-    place.add_argument(*names, **settings)
-
-
-def _add_block(parser: argparse.ArgumentParser, lines: Iterable[str], place: Any = None) -> None:
-    blocks, place = option_blocks(), place or parser
-    for line in lines:
-        if line.startswith("&"):
-            _add_block(parser, blocks[line][1:], place)
-        elif line.startswith("["):
-            place = parser.add_argument_group(line[1:-1]) if line != "[]" else parser
-        else:
-            _add_option(place, line)
+    place.add_argument(*names, **settings, help=_worded(text))
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -11853,8 +11794,8 @@ def build_parser() -> argparse.ArgumentParser:
     import textwrap
 
     class Parser(argparse.ArgumentParser):
-        def error(self, message: str) -> NoReturn:  # it may quote a name that came out of the log
-            super().error("\n".join(map(printable, message.splitlines())))
+        def error(self, message: str) -> NoReturn:
+            raise _UsageError(f"{message}; see {self.prog} --help")
 
     class Version(argparse.Action):
         def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
@@ -11876,10 +11817,11 @@ examples:
     )
     parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, (one_line, *lines) in option_blocks().items():
-        if not name.startswith("@"):
+    blocks = option_blocks()
+    for kind_and_name, (one_line, *lines) in blocks.items():
+        name = kind_and_name[1:]
+        if kind_and_name[0] == "&":
             continue
-        name = name[1:]
         more = "" if lines[0].startswith(">") else " " + lines.pop(0)
         examples = "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line.startswith("> "))
         command = commands.add_parser(
@@ -11888,15 +11830,17 @@ examples:
             help=one_line,
             description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), 78),
             epilog=f"examples:\n{examples}",
-            usage="mxcp-audit wrap [--config FILE] [--profile NAME] [--db TARGET] [--strict] -- COMMAND …"
-            if name == "wrap"
-            else None,
         )
-        if name != "completion":
-            _add_block(command, ["&common"])
         if name not in ("config", "redact", "wrap", "completion"):  # they open no database
-            _add_block(command, ["&waiting"])
-        _add_block(command, [line for line in lines if not line.startswith("> ")])
+            lines.insert(0, "&waiting")
+        if name != "completion":
+            lines.insert(0, "&common")
+        place: Any = command
+        for line in itertools.chain.from_iterable(blocks.get(line, ["", line])[1:] for line in lines):
+            if line.startswith("["):
+                place = command.add_argument_group(line[1:-1]) if line != "[]" else command
+            elif not line.startswith(">"):
+                _add_option(place, line)
         command.set_defaults(run=globals()[f"cmd_{name}"])
     return parser
 
@@ -12002,9 +11946,12 @@ def _filter_of(options: argparse.Namespace) -> Filter:
 def cmd_log(options: argparse.Namespace) -> int:
     """Show, follow or export events. 75 or 1 if only those of the journal could be shown."""
     what = _filter_of(options)
-    _check_log_options(options)
     store = _store_of(options)
-    if options.format in STREAM_FORMS and not options.export:
+    if options.format and not options.export:
+        if options.format not in STREAM_FORMS:
+            raise _UsageError(
+                f"--format {options.format} needs --export; lines have {', '.join(STREAM_FORMS)}"
+            )
         return _stream(options, store, what)
     if options.follow:
         return _follow(options, store, what)
@@ -12032,16 +11979,6 @@ def cmd_log(options: argparse.Namespace) -> int:
             _say(f"only events of the journal are shown: {reading.problem}")
             return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
     return 0
-
-
-def _check_log_options(options: argparse.Namespace) -> None:
-    export, form, is_stream = options.export, options.format, options.format in STREAM_FORMS
-    if not export and (options.raw or options.bom or (form and not is_stream)):
-        raise _UsageError("--raw, --bom and this --format are for exports: add --export FILE")
-    if export and form and form not in EXPORT_FORMATS:
-        raise _UsageError(f"--format {form} is for printing lines: leave --export out")
-    if (options.cursor_file or options.post) and (export or not is_stream):
-        raise _UsageError(f"--cursor-file and --post need --format, one of {', '.join(STREAM_FORMS)}")
 
 
 def _event_table(options: argparse.Namespace) -> EventTable:
@@ -12248,9 +12185,9 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
     path: str = options.export
     to_stdout = path == "-"
     form = options.format or ("csv" if to_stdout else export_format(path))
-    if form is None:
-        known = ", ".join("." + known for known in EXPORT_FORMATS)
-        raise _UsageError(f"{path}: the extension must be one of {known}; or say --format")
+    if form not in EXPORT_FORMATS:
+        known = ", ".join(EXPORT_FORMATS)
+        raise _UsageError(f"{path}: the extension, or --format, must be one of {known}")
     if options.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
     if to_stdout and form not in ("csv", "json", "jsonl") and sys.stdout.isatty():
@@ -12276,22 +12213,15 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
             )
         if sys.stderr.isatty():
             print("\r\x1b[K", end="", file=sys.stderr)
-        if to_stdout:
-            _copy_to_stdout(path)
+        if to_stdout and sys.stdout.isatty():  # here it is text
+            with open(path, encoding="utf-8", newline="\n") as text:
+                for line in text:
+                    _print(line.removesuffix("\n"))
+        elif to_stdout:
+            with open(path, "rb") as file:
+                sys.stdout.buffer.writelines(iter(functools.partial(file.read, 1 << 20), b""))
     _say(f"{counted(written, 'event')} written to {'standard output' if to_stdout else path}")
     return 0
-
-
-def _copy_to_stdout(path: str) -> None:
-    if sys.stdout.isatty():  # here it is text
-        with open(path, encoding="utf-8", newline="\n") as text:
-            for line in text:
-                write_text(sys.stdout, line.removesuffix("\n"))
-        return
-    import shutil
-
-    with open(path, "rb") as file:
-        shutil.copyfileobj(file, sys.stdout.buffer, 1 << 20)
 
 
 # --- show, stats, sql
@@ -12375,24 +12305,17 @@ def cmd_sql(options: argparse.Namespace) -> int:
             if options.json:
                 write_json(sys.stdout, rows, names)
             elif options.csv:
-                _print_csv(names, rows, raw=options.raw)
+                file: Any = sys.stdout
+                if file.isatty():
+                    file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
+                elif hasattr(file, "reconfigure"):  # UTF-8 whatever the locale says
+                    file.reconfigure(encoding="utf-8", newline="")
+                write_csv(file, names, rows, raw=options.raw)
             else:
                 write_grid(sys.stdout, names, list(rows), width=_terminal()[0])
     except QueryError as error:  # without the place, which is one in our statement around it
         raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
     return 0
-
-
-def _print_csv(names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
-    """Print CSV: as UTF-8 whatever the locale says, but to a terminal harmlessly."""
-    import io
-
-    file: Any = sys.stdout
-    if file.isatty():
-        file = types.SimpleNamespace(write=lambda line: _print(line.removesuffix("\n")))
-    elif isinstance(file, io.TextIOWrapper):
-        file.reconfigure(encoding="utf-8", newline="")
-    write_csv(file, names, rows, raw=raw)
 
 
 # --- config, redact
@@ -12546,16 +12469,9 @@ def cmd_verify(options: argparse.Namespace) -> int:
 
 def _verdict_object(verdict: Verdict) -> dict[str, object]:
     counts = "entries segments events purged lost legacy waiting_bytes"
-    findings = [
-        {
-            "kind": finding.kind,
-            "segment": finding.segment,
-            "journal": finding.journal,
-            "events": [f"{finding.segment}:{seq}" for seq in finding.seqs],
-            "text": finding.text,
-        }
-        for finding in verdict.findings
-    ]
+    findings = [finding._asdict() for finding in verdict.findings]
+    for finding in findings:
+        finding["events"] = [f"{finding['segment']}:{seq}" for seq in finding.pop("seqs")]
     return {
         "intact": verdict.intact,
         **{name: getattr(verdict, name) for name in counts.split()},
@@ -12670,9 +12586,7 @@ def cmd_compact(options: argparse.Namespace) -> int:
 
 def cmd_wrap(options: argparse.Namespace) -> int:
     """Run an MCP server and record what it executes. Ends as the server did."""
-    command = options.server[1:] if options.server[:1] == ["--"] else options.server
-    if not command:
-        raise _UsageError("no command to run; write it after --, such as: wrap -- npx my-server")
+    command = options.server[1:] if options.server[0] == "--" else options.server
     if options.db is not None:
         config = _config_of(options)
         audit = AuditLogger(config.path, journal=config.journal_directory)
@@ -12735,35 +12649,45 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 
 # --- the whole
 
-# A path may be what is no UTF-8.
-_FILE_OPTIONS: Final = {
-    *("config", "db", "export", "out", "archive", "checkpoint", "signed-by", "sign", "cursor-file", "file")
-}
-# What an option does not go with, and why; and what it needs.
+# What an option does not go with, and why; what it needs; and what its text becomes.
 _EXCLUDES: Final = (
     ("db", ("config", "profile"), "it needs no site file"),
     ("utc", ("local",), "name one time zone"),
     ("json", ("csv",), "name one form"),
     ("export", ("columns", "wide", "input", "json"), "it writes every column, in the format of --format"),
+    ("export", ("cursor-file", "post"), "they are for lines that are printed or sent"),
     ("running", ("export", "follow", "format", "oldest-first"), "it shows what has not ended"),
     ("follow", ("export", "until", "oldest-first"), "it shows what is yet to come"),
     ("cursor-file", ("limit", "oldest-first"), "it prints everything that is new"),
 )
-_NEEDS: Final = {"header": "post", "signed-by": "checkpoint"}
+_NEEDS: Final = {
+    **{"header": "post", "post": "format", "cursor-file": "format", "bom": "export", "raw": "export"},
+    "signed-by": "checkpoint",
+}
+_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+    **{"limit": _positive, "around": _positive, "min-ms": _positive, "wait": _seconds, "columns": _columns},
+    **dict.fromkeys(("since", "until", "older-than"), parse_time),
+}
 
 
 def _check_options(options: argparse.Namespace) -> None:
+    """Check the options together, and put values in place of their texts."""
     values = {name.replace("_", "-"): value for name, value in vars(options).items()}
     given = {name for name, value in values.items() if value not in (None, False)}
     for name, others, why in _EXCLUDES:
         if name in given and given.intersection(others):
             raise _UsageError(f"--{name} does not go with --{given.intersection(others).pop()}: {why}")
     for name, other in _NEEDS.items():
-        if name in given and other not in given:
+        if name in given and other in values and other not in given:
             raise _UsageError(f"--{name} needs --{other}")
-    for name in given - _FILE_OPTIONS:
-        if isinstance(values[name], str) and re.search("[\ud800-\udfff]", values[name]):
-            raise _UsageError(f"{name}: {values[name]!r} is no UTF-8")
+    for name in given.intersection(_PARSERS):
+        parse = _PARSERS[name]
+        if parse is parse_time:
+            parse = functools.partial(parse_time, local=options.local)
+        try:
+            setattr(options, name.replace("-", "_"), parse(values[name]))
+        except ValueError as error:
+            raise _UsageError(f"--{name}: {error}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12782,9 +12706,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         _check_options(options)
-        for name in ("since", "until", "older_than"):
-            if getattr(options, name, None):
-                setattr(options, name, parse_time(getattr(options, name), local=options.local))
         code = int(options.run(options))
         sys.stdout.flush()
         return code

@@ -173,7 +173,7 @@ def test_log_export_to_file_and_to_standard_output_are_the_same(filled: Path, ru
 
 def test_log_export_bad_targets_exit_with_the_reason(filled: Path, run: Cli) -> None:
     unknown = run("log", *DB, "--export", "out.txt")
-    assert unknown.returncode == 2 and ".csv, .csv.gz" in unknown.stderr and "--format" in unknown.stderr
+    assert unknown.returncode == 2 and "csv, csv.gz" in unknown.stderr and "--format" in unknown.stderr
     assert run("log", *DB, "--export", "out.txt", "--format", "csv").returncode == 0
     before = (filled / "log.duckdb").stat()
     for target in ("log.duckdb", "missing/out.csv", "log.duckdb.journal/x.csv", "/dev/full"):

@@ -293,7 +293,7 @@ def test_wrap_command_that_is_none(tmp_path: Path) -> None:
     done = run(wrap(server=["no-such-program"]), tmp_path)
     assert done.returncode == 1 and b"no-such-program can't be started" in done.stderr
     done = run(wrap(server=[]), tmp_path)
-    assert done.returncode == 2 and b"no command to run" in done.stderr
+    assert done.returncode == 2 and b"required: COMMAND; see mxcp-audit wrap --help" in done.stderr
     assert done.stdout == b""
 
 
