@@ -1376,31 +1376,6 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(rests)})" for first, rests in groups.items()))
 
 
-class _Names:
-    """The verdicts on names under one Redactor's settings."""
-
-    def __init__(self, redact: Iterable[str], keep: Iterable[str]) -> None:
-        self.redact, self.keep = _read_names(redact), _read_names(keep)
-        self.tools = {tool for tool, _ in self.redact | self.keep if tool}
-        # The stem of an own name is the start of its longest word, which is in every spelling.
-        own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
-        self.stems = _any_of((*STEMS, *own))
-        # What the first look at a text asks for: a stem, or what has a place of its own.
-        gates = "|".join(["insert|replace|net us|rabbitmqctl", *(row[1] for row in _PLACES)])
-        self.gate = _any_of((*STEMS, *own, *gates.split("|")))
-        # Of names in texts, remembered like the names of fields.
-        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
-
-    def judge(self, name: str, tool: str = "") -> tuple[int, str]:
-        """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
-        normal = _normal(name)
-        for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
-            if entry in self.redact or entry in self.keep:
-                return (2, _BY_SETTING) if entry in self.redact else (0, "")
-        # A name without a stem of a secret word needs no splitting into words.
-        return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
-
-
 # --- where a text holds a secret
 
 
@@ -1644,6 +1619,7 @@ _NAME_CHARS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ012345
 # What other writing systems and printers put where ASCII has a sign; each as long as what it replaces.
 _PLAIN_SIGNS: Final = str.maketrans("\u00a0\u3000\u202f：＝→“”‘’", "   :==\"\"''")
 _ANSI: Final = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m"
+_ECHOED: Final = r"""["']([^"'\\]{4,})\\{0,8}["']"""  # what may be echoed of a list or an object
 _MARKED: Final = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 _INSERT: Final = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT: Final = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
@@ -1674,15 +1650,22 @@ def _argument_pattern(place: str, needs: list[str]) -> str:
     return rf"\x1f{option}(?:\x1f|{joined})(?!(?:env|file|fd|https?):)[^\x1f{how}]*{how}[\"']?([^\x1f\"']+)"
 
 
-class _Texts:
-    """Removes secrets from texts; half of a Redactor, which knows nothing of containers."""
+class _Rules:
+    """What is a secret in names and texts under one Redactor's settings; it knows nothing of containers."""
 
-    def __init__(self, names: _Names, key: bytes | None) -> None:
-        self.names, self._key, self.constant = names, key, key is None
+    def __init__(self, redact: Iterable[str], keep: Iterable[str], key: bytes | None) -> None:
+        self.redact, self.keep, self.key = _read_names(redact), _read_names(keep), key
+        # The stem of an own name is the start of its longest word, which is in every spelling.
+        own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
+        self.stems = _any_of((*STEMS, *own))
+        # What the first look at a text asks for: a stem, or what has a place of its own.
+        gates = "|".join(["insert|replace|net us|rabbitmqctl", *(row[1] for row in _PLACES)])
+        self._gate = _any_of((*STEMS, *own, *gates.split("|")))
+        # Of names in texts, remembered like the names of fields.
+        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
         # Short texts without a secret, as JSON: names, cities and states come again and again.
         self.harmless: dict[str, str] = {}
         self._placeholder = re.compile(_PLACEHOLDER)
-        self._places = [(rule, gates.split("|"), pattern, accept) for rule, gates, pattern, accept in _PLACES]
         # What a program's words, joined, must hold, where the secret is, and whether its look decides.
         self.programs: dict[str, list[tuple[list[str], str, bool]]] = {}
         for row in _COMMANDS.strip().split("\n"):
@@ -1695,91 +1678,91 @@ class _Texts:
         any_program = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"'])")
 
+    def judge(self, name: str, tool: str = "") -> tuple[int, str]:
+        """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
+        normal = _normal(name)
+        for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
+            if entry in self.redact or entry in self.keep:
+                return (2, _BY_SETTING) if entry in self.redact else (0, "")
+        # A name without a stem of a secret word needs no splitting into words.
+        return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
+
     # 1. The order of the sieves.
 
-    def clean(self, text: str, found: _Collected = None, why: _Collected = None) -> str:
-        """Return `text` without the secrets that its form or the names in it give away."""
+    def clean(self, text: str) -> tuple[str, list[tuple[str, str]]]:
+        """Return a text without its secrets, and these with the rules that found them."""
         # 1. Most texts can't hold a secret, or hold nothing that leads to one.
-        size = len(text)
+        size, taken = len(text), list[tuple[str, str]]()
         if size < 5 or (size < 11 and text.isalnum()):  # the shortest is `pwd=x`
-            return text
+            return text, taken
         low = _lower(text)
         # A long text says most of its words again and again: each is looked at once.
-        led = self.names.gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
+        led = self._gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
         option = " -" in text or " /" in text or '"-' in text or "'-" in text
         if "[" in text or not text.isascii():
             plain = (_re(_ANSI).sub("", text) if "[" in text else text).translate(_PLAIN_SIGNS)
             if plain != text:
-                cleaned = self.clean(plain, found, why)
-                return text if cleaned == plain else cleaned
-        taken: list[str] = []
-        hide = functools.partial(self._without, found=taken, why=why)
+                cleaned, taken = self.clean(plain)
+                return (text if cleaned == plain else cleaned), taken
+
+        def hide(rule: str, find: Callable[..., Iterable[_Span]], *how: Any) -> None:
+            """Put markers in place of what is found; what begins within another is its part."""
+            nonlocal text
+            out: list[str] = []
+            done = 0
+            for start, end in find(text, *how):
+                if done <= start < end:
+                    secret = text[start:end]
+                    # What is a marker stays, so that a second pass changes nothing.
+                    if not _re(_MARKED).fullmatch(secret):
+                        if len(taken) < _MAX_ECHOES:
+                            inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
+                            taken.extend((rule, part) for part in [secret, *inner[:_MAX_ECHOES]])
+                        secret = self.mark(secret)
+                    out += [text[done:start], secret]
+                    done = end
+            text = "".join([*out, text[done:]]) if out else text
+
         # 2. What has a place of its own.
         if (led or option) and not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
-            text = hide(text, self._arguments(text), "an argument of a command")
+            hide("an argument of a command", self._arguments)
         if led:
-            for rule, gates, pattern, accept in self._places:
-                for gate in gates:
-                    if gate in low:
-                        text = hide(text, self._placed(text, pattern, accept), rule)
-                        break
+            for rule, gates, pattern, accept in _PLACES:
+                if any(map(low.__contains__, gates.split("|"))):
+                    hide(rule, self._placed, pattern, accept)
             # 3. What has a name.
             if "insert" in low or "replace" in low:
-                text = hide(text, self._inserted(text), "a column of an INSERT")
+                hide("a column of an INSERT", self._inserted)
             if "\n" in text:
-                text = hide(text, self._cells(text), "the head of a table")
-            text = hide(text, self._named(text), "a name in the text")
+                hide("the head of a table", self._cells)
+            hide("a name in the text", self._named)
         # 4. What has a known format. Its shape is looked for in bytes, which takes a tenth of the time.
         if size >= 11:
             shape = text.encode("utf-8", "surrogatepass")
             if b"w" * 16 in shape.translate(_RUNS):
                 for gate, pattern in DOTTED_TOKENS:
                     if gate in text:
-                        text = hide(text, self._placed(text, f"({pattern})"), "a known form")
-                text = hide(text, self._placed(text, _TOKEN), "a token's prefix")
+                        hide("a known form", self._placed, f"({pattern})")
+                hide("a token's prefix", self._placed, _TOKEN)
             shape = shape.translate(_DIGITS)
             if b"0000" in shape:
-                text = hide(text, self._placed(text, _CARD, _is_card), "a card number")
+                hide("a card number", self._placed, _CARD, _is_card)
                 if b"000-00-0000" in shape:
-                    text = hide(text, self._placed(text, _SSN), "a social security number")
+                    hide("a social security number", self._placed, _SSN)
         # 5. What went at one place and stands at another as well.
-        for secret in taken:
+        for _, secret in taken:
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
                 text = text.replace(secret, self.mark(secret))
-        if found is not None:
-            found += taken[: max(0, _MAX_ECHOES - len(found))]
-        return text
+        return text, taken
 
     def mark(self, secret: str) -> str:
         """Return what stands in the place of a secret."""
-        if self._key is None:
+        if self.key is None:
             return REDACTED
         import hmac  # takes 7 ms, which only this mode should cost
 
-        digest = hmac.new(self._key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
+        digest = hmac.new(self.key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
         return f"[REDACTED:{digest[:8]}]"
-
-    def _without(
-        self, text: str, spans: Iterable[_Span], rule: str, found: list[str], why: _Collected
-    ) -> str:
-        """Return `text` with markers in place of the spans; one that begins within another is its part."""
-        out: list[str] = []
-        done = 0
-        for start, end in spans:
-            if done <= start < end:
-                secret = text[start:end]
-                # What is a marker stays, so that a second pass changes nothing.
-                if not _re(_MARKED).fullmatch(secret):
-                    if len(found) < _MAX_ECHOES:
-                        found.append(secret)
-                        if secret[0] in "[{":  # what may be echoed is within
-                            found += re.findall(r"""["']([^"'\\]{4,})\\{0,8}["']""", secret)[:_MAX_ECHOES]
-                    secret = self.mark(secret)
-                out += [text[done:start], secret]
-                done = end
-        if out and why is not None:
-            why.append(rule)
-        return "".join([*out, text[done:]]) if out else text
 
     # 2. Places and forms: each method yields where, from left to right, and looks at nothing twice.
 
@@ -1836,7 +1819,7 @@ class _Texts:
         """Yield the values of sensitive columns in `INSERT INTO t (columns) VALUES (…), (…)`."""
         at = 0
         for insert in _re(_INSERT).finditer(text):
-            columns = [self.names.strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
+            columns = [self.strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
             at = max(at, insert.end()) if any(columns) else len(text)
             while row := _re(_SQL_ROW).match(text, at):
                 items = _re(_SQL_ITEM).finditer(text, row.start(1), row.end(1))
@@ -1864,7 +1847,7 @@ class _Texts:
             shown = [cell[0].strip(" \t\"'`*\r\n") for cell in cells]
             columns, before, inner = columns if columns == len(cells) else 0, len(cells), before == len(cells)
             if not columns:
-                hidden = [i for i, cell in enumerate(shown) if len(cell) <= 40 and self.names.strength(cell)]
+                hidden = [i for i, cell in enumerate(shown) if len(cell) <= 40 and self.strength(cell)]
                 heads = sum(map(bool, shown)) > 1 and re.fullmatch(r"[\w .()#/\n-]*", "\n".join(shown))
                 columns = len(cells) if heads and hidden and not inner else 0
                 value = max(hidden, default=0) + 1  # `| API key | X |`
@@ -1879,7 +1862,7 @@ class _Texts:
 
     def _named(self, text: str) -> Iterator[_Span]:
         """Yield them: find a stem, widen it to a name with a separator, judge it, find the value's end."""
-        low, stems, separator = _lower(text), self.names.stems, _re(_SEPARATOR)
+        low, stems, separator = _lower(text), self.stems, _re(_SEPARATOR)
         done = at = 0
         while stem := stems.search(low, at):
             at = stem.end() - (text[stem.end() - 1] == "=")  # of `sig=`
@@ -1908,12 +1891,12 @@ class _Texts:
         name = name.strip("-.")
         if lead.lastgroup == "call":  # `setPassword("X")`
             name = re.sub(r"(?:.*\.)?(?:[sS]et|[wW]ith|[aA]dd|[uU]se)_?(?=\w)", "", name)
-            return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.names.strength(name)
-        strength = self.names.strength(name)
+            return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.strength(name)
+        strength = self.strength(name)
         left = text[max(0, start - 20) : start] if strength < 2 else ""
         word = re.search(r"([a-zA-Z]+)[^a-zA-Z]*[ _]\Z", left)
         if word and word[1].lower() in _OPENERS:
-            return max(strength, self.names.strength(f"{word[1]} {name}"))
+            return max(strength, self.strength(f"{word[1]} {name}"))
         return strength
 
     def _value(self, text: str, start: int, lead: re.Match[str], name: str, strength: int) -> _Span | None:
@@ -1943,7 +1926,7 @@ class _Texts:
                 return value
             if self._placeholder.fullmatch(shown):
                 return None
-            if kind in ("pair", "call") and (self.names.strength(shown) or shown[-1:] in (":", " ")):
+            if kind in ("pair", "call") and (self.strength(shown) or shown[-1:] in (":", " ")):
                 return None  # a list of names, a prompt
             if kind == "pair":
                 opened = text[max(0, start - 12) : start].rstrip("\\\"'bu")[-1:]
@@ -1989,11 +1972,11 @@ class _Texts:
         shown, passed = text[slice(*value)], (value[1], value[1])
         if len(shown) > _MAX_DOUBTED:
             return value
-        if self._placeholder.fullmatch(shown) or (shown.isupper() and self.names.strength(shown)):
+        if self._placeholder.fullmatch(shown) or (shown.isupper() and self.strength(shown)):
             return passed
         bare_key = name in ("key", "keys") and strength < 2
         if value[0] > at or text[at : at + 1] in ("[", "{"):
-            if bare_key and re.fullmatch(r"[A-Za-z_.-]*", shown) and self.names.strength(shown):
+            if bare_key and re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown):
                 return None  # `key="DbPassword" value="…"`
             return None if _re(_ASKING).search(text[at : value[0]]) else value
         if ":" in lead and "\n" in lead:  # lines of YAML
@@ -2008,10 +1991,10 @@ class _Texts:
                 return None  # the next entry
         # What is no value: a marker's rest, source text such as `= f(x)` or `= config.password`, a remark.
         after = re.match(r"\s+([^\s-]\S*)", text[value[1] : value[1] + 80]) if lead.isspace() else None
-        if after and self.names.strength(shown) and ("[REDACTED" in after[1] or _looks_secret(after[1])):
+        if after and self.strength(shown) and ("[REDACTED" in after[1] or _looks_secret(after[1])):
             return None  # `--secret dbPassword X`
         last = shown.rpartition(".")[2] if re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", shown) else ""
-        if "[REDACTED" in shown or re.match(r"[A-Za-z_][\w.]*[(\[]|\(", shown) or self.names.strength(last):
+        if "[REDACTED" in shown or re.match(r"[A-Za-z_][\w.]*[(\[]|\(", shown) or self.strength(last):
             return passed if "[REDACTED" in shown else None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return None if ":" in lead else passed
@@ -2270,8 +2253,8 @@ encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
 class _Verdicts(dict[str, int]):
     """The verdicts on the names of fields, for all tools or for one; bounded. Without a tool: none."""
 
-    def __init__(self, names: _Names, texts: _Texts, tool: str | None = "") -> None:
-        self.names, self.texts, self.tool = names, texts, tool
+    def __init__(self, rules: _Rules, tool: str | None = "") -> None:
+        self.rules, self.tool = rules, tool
         # As JSON: names without anything to look at, names with a marker for their values, and texts of
         # which none says anything of the next.
         self.harmless: dict[str, str] = {}
@@ -2282,12 +2265,12 @@ class _Verdicts(dict[str, int]):
     def __missing__(self, name: str) -> int:
         if self.tool is None:
             return 0
-        strength, reason = self.names.judge(name, self.tool)
+        strength, reason = self.rules.judge(name, self.tool)
         verdict = (_SENSITIVE | (_LISTED if reason == _BY_SETTING else 0)) if strength else 0
         low = name.lower()
         if low in _VALUES | _ROW_LISTS | _ARGUMENTS or (low == "key" and verdict == _SENSITIVE):
             verdict |= _BESIDE
-        if self.texts.clean(name) != name:
+        if self.rules.clean(name)[0] != name:
             return verdict | _ODD
         if len(name) <= _MAX_NAME_CHARS:
             if len(self) >= _MAX_VERDICTS:
@@ -2302,7 +2285,7 @@ class _Verdicts(dict[str, int]):
 
     def _is_label(self, said: str) -> bool:
         """Return True if a text is a sensitive name, be it of a field on a page (`Password field`)."""
-        if not self.names.stems.search(_lower(said)):
+        if not self.rules.stems.search(_lower(said)):
             return False
         said = re.sub(r"(?i)\s+(?:input|text)?\s*(?:field|input|box|entry|value)$", "", said.strip("-"))
         return self[said] & _SENSITIVE > 0
@@ -2323,15 +2306,15 @@ class _Walk:
     max_nodes = _MAX_NODES
 
     def __init__(self, verdicts: _Verdicts, echoes: _Collected = None, limit: int = 0) -> None:
-        self.verdicts, self.texts, self.echoes, self.limit = verdicts, verdicts.texts, echoes, limit
-        self.quiet = echoes is None and self.texts.constant
+        self.verdicts, self.rules, self.echoes, self.limit = verdicts, verdicts.rules, echoes, limit
+        self.quiet = echoes is None and self.rules.key is None
         self.open: list[int] = []  # ids of the containers around the present value
         if limit:  # an element takes two bytes at least
             self.max_nodes = min(_MAX_NODES, limit // 2)
 
     def plain(self, value: object) -> Any:
         """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
-        return json.loads(_Walk(_Verdicts(self.verdicts.names, self.texts, None)).value(value, None))
+        return json.loads(_Walk(_Verdicts(self.rules, None)).value(value, None))
 
     def hide(self, value: object) -> str:
         """Return the marker for a whole value, whatever it is, as JSON."""
@@ -2352,7 +2335,7 @@ class _Walk:
                 waiting += list(item.values() if kind is dict else item)[:_MAX_ECHOES]
             elif item is not None and kind is not bool:
                 self.echoes.append(str(item))
-        return self.texts.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
+        return self.rules.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
 
     def refusal(self, ident: int, count: int) -> str:
         """Return what stands for a container that is open already, too deep, or too large."""
@@ -2406,7 +2389,7 @@ class _Walk:
         if ident in opened or depth >= _MAX_DEPTH or nodes > self.max_nodes:
             return self.refusal(ident, len(value))
         opened.append(ident)
-        verdicts, texts = self.verdicts, self.texts.harmless
+        verdicts, texts = self.verdicts, self.rules.harmless
         known = verdicts.harmless if declared is None else {}
         out: list[str] = []
         try:
@@ -2500,7 +2483,7 @@ class _Walk:
     def arguments(self, words: list[Any]) -> list[Any]:
         """Return the words of a command with markers where its program takes a secret."""
         if len(words) <= 1000 and all(type(word) is str for word in words):
-            for index, start, end in list(self.texts.command_secrets(words)):
+            for index, start, end in list(self.rules.command_secrets(words)):
                 word = words[index]
                 words[index] = word[:start] + self.marker(word[start:end]) + word[end:]
         return words
@@ -2520,10 +2503,10 @@ class _Walk:
                 pass  # not all of them are known, or texts
         opened.append(ident)
         items = None if declared is None else declared.items or declared
-        texts, is_label = self.texts.harmless, self.is_label
+        texts, is_label = self.rules.harmless, self.is_label
         hide_next = len(value) == 2 and is_label(first)
         pairs = len(value) > 2 and len(value) % 2 == 0 and type(first) is str
-        if type(first) is str and (first in self.texts.programs or first[:1] == "/"):
+        if type(first) is str and (first in self.rules.programs or first[:1] == "/"):
             value = self.arguments(list(value))
         elif type(first) in (list, tuple) and 1 < len(first) < 1000 and len(value) > 1:
             # The first row may be the head; pairs are no rows.
@@ -2543,7 +2526,7 @@ class _Walk:
                 if item[:1] == "-":
                     hide_next = "=" not in item and is_label(item)
                 elif not is_label(item):
-                    if known and item[:1] != "/" and item not in self.texts.programs:
+                    if known and item[:1] != "/" and item not in self.rules.programs:
                         if len(self.verdicts.inert) >= _MAX_HARMLESS:
                             self.verdicts.inert.clear()
                         self.verdicts.inert[item] = known
@@ -2593,12 +2576,14 @@ class _Walk:
                 return text if walked == tree else json.dumps(walked, ensure_ascii=False)
         if declared is not None and declared.hides:
             return self.marker(text)  # the part that is secret can't be found: all of it
-        shown = self.texts.clean(text, self.echoes)
+        shown, taken = self.rules.clean(text)
+        if self.echoes is not None:
+            self.echoes += [secret for _, secret in taken[: max(0, _MAX_ECHOES - len(self.echoes))]]
         if note:
             # What was read beyond the limit only says how a secret that lies across it goes on.
             return shown[: max(0, len(shown) - min(allowed, _SLACK))] + note
         if shown is text and len(text) <= _MAX_HARMLESS_CHARS:
-            harmless = self.texts.harmless
+            harmless = self.rules.harmless
             if len(harmless) >= _MAX_HARMLESS:
                 harmless.clear()
             harmless[text] = encode_text(text)
@@ -2701,14 +2686,14 @@ class Redactor:
             raise ConfigError(f"{mode!r} is neither 'constant' nor 'hmac'", trail=("redact_mode",))
         if mode == "hmac" and not key:
             raise ConfigError("'hmac' needs a key: set MXCP_AUDIT_KEY", trail=("redact_mode",))
-        self._names = _Names(redact, keep)
-        self._texts = _Texts(self._names, key if mode == "hmac" else None)
-        self._verdicts = _Verdicts(self._names, self._texts)
-        self._of_tool = {tool: _Verdicts(self._names, self._texts, tool) for tool in self._names.tools}
+        self._rules = _Rules(redact, keep, key if mode == "hmac" else None)
+        self._verdicts = _Verdicts(self._rules)
+        tools = {tool for tool, _ in self._rules.redact | self._rules.keep if tool}
+        self._of_tool = {tool: _Verdicts(self._rules, tool) for tool in tools}
 
     def is_sensitive(self, name: str, tool: str | None = None) -> bool:
         """Return True if what stands under a name is redacted in the input of a tool, or of any."""
-        return self._names.judge(name, _normal(tool or ""))[0] > 0
+        return self._rules.judge(name, _normal(tool or ""))[0] > 0
 
     def redact(
         self,
@@ -2772,7 +2757,7 @@ class Redactor:
             walk = _Walk(self._verdicts)
             shown = text if type(text) is str else walk.plain(text)
             shown = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
-            return walk.text(without_echoes(shown, echoes, self._texts.mark) if echoes else shown, None)
+            return walk.text(without_echoes(shown, echoes, self._rules.mark) if echoes else shown, None)
         except INTERRUPTS:
             raise
         except BaseException as error:
@@ -2794,9 +2779,9 @@ class Redactor:
                     _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
             elif before != after:
                 why = ["declared sensitive"] if declared is not None and declared.hides else []
-                why = why or [reason for reason in self._names.judge(name, _normal(tool or ""))[1:] if reason]
+                why = why or [reason for reason in self._rules.judge(name, _normal(tool or ""))[1:] if reason]
                 if not why and isinstance(before, str):
-                    self._texts.clean(before, None, why)
+                    why = [rule for rule, _ in self._rules.clean(before)[1]]
                 found.append((path, " and ".join(dict.fromkeys(why)) or "what stands beside it names it"))
 
         plain = _Walk(self._verdicts).plain(value)
