@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import atexit
 import binascii
-import bisect
 import codecs
 import collections
 import contextlib
@@ -1255,8 +1254,8 @@ _MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 128, 24, 16
 # A secret name holds one of these stems: where none is found, no name needs judging.
 _STEMS: Final = STRONG_WORDS.union(
     WEAK_WORDS,
-    _words_in("card ccn cc_n cc-n social verifier answer saml sensitive connect.sid json"),
-    _words_in("account.num account_num _wo sig="),
+    _words_in("card ccn cc_n cc-n account.num account_num social verifier answer saml sensitive connect.sid"),
+    ("json", "_wo", "sig="),
 )
 STEMS: Final = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
 _MAX_VERDICTS: Final = 4096
@@ -1404,16 +1403,18 @@ _SEPARATOR: Final = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
 _QUOTE: Final = (
     r"""(?:(?:new\s)?[A-Za-z_]{1,24}\()?[bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2(?=[\w!@#$%^*+]))?"""
 )
+_MARKED: Final = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 # A bare value ends at a space or at what separates it from the next; a separator that
 # nothing follows may be part of it.
-_BARE: Final = r"""(?x)(?:[^\s,;&'"`<>)\]}\\]
+_BARE: Final = (
+    rf"(?x)(?:{_MARKED}|"
+    + r"""(?:[^\s,;&'"`<>)\]}\\]
   |,(?!\s|[A-Za-z_][A-Za-z_.\-]{1,40}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{1,40}[0-9]?=|\Z)
   |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{1,64}[0-9]{0,2})?=|amp;)
-  |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+"""
+  |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+)?"""
+)
 _PERCENT_VALUE: Final = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
-_YAML_BLOCK: Final = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
 _BRACKETS: Final = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
-_ODBC: Final = r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)"  # `Pwd={a}}b;c}`: `}}` is one brace
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER: Final = (
     r"\?|\[\s*\]|\{\s*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*)?\}"
@@ -1618,9 +1619,7 @@ _OPENERS: Final = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["
 _NAME_CHARS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 # What other writing systems and printers put where ASCII has a sign; each as long as what it replaces.
 _PLAIN_SIGNS: Final = str.maketrans("\u00a0\u3000\u202f：＝→“”‘’", "   :==\"\"''")
-_ANSI: Final = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m"
 _ECHOED: Final = r"""["']([^"'\\]{4,})\\{0,8}["']"""  # what may be echoed of a list or an object
-_MARKED: Final = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 _INSERT: Final = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT: Final = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW: Final = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
@@ -1659,8 +1658,9 @@ class _Rules:
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
         # What the first look at a text asks for: a stem, or what has a place of its own.
-        gates = "|".join(["insert|replace|net us|rabbitmqctl", *(row[1] for row in _PLACES)])
-        self._gate = _any_of((*STEMS, *own, *gates.split("|")))
+        self._places = [(rule, gates.split("|"), pattern, accept) for rule, gates, pattern, accept in _PLACES]
+        gates = [gate for row in self._places for gate in row[1]]
+        self._gate = _any_of((*STEMS, *own, *gates, "insert", "replace", "net us", "rabbitmqctl"))
         # Of names in texts, remembered like the names of fields.
         self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
         # Short texts without a secret, as JSON: names, cities and states come again and again.
@@ -1700,7 +1700,8 @@ class _Rules:
         led = self._gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
         option = " -" in text or " /" in text or '"-' in text or "'-" in text
         if "[" in text or not text.isascii():
-            plain = (_re(_ANSI).sub("", text) if "[" in text else text).translate(_PLAIN_SIGNS)
+            colours = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m"
+            plain = (_re(colours).sub("", text) if "[" in text else text).translate(_PLAIN_SIGNS)
             if plain != text:
                 cleaned, taken = self.clean(plain)
                 return (text if cleaned == plain else cleaned), taken
@@ -1727,9 +1728,11 @@ class _Rules:
         if (led or option) and not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
             hide("an argument of a command", self._arguments)
         if led:
-            for rule, gates, pattern, accept in _PLACES:
-                if any(map(low.__contains__, gates.split("|"))):
-                    hide(rule, self._placed, pattern, accept)
+            for rule, gates, pattern, accept in self._places:
+                for gate in gates:
+                    if gate in low:
+                        hide(rule, self._placed, pattern, accept)
+                        break
             # 3. What has a name.
             if "insert" in low or "replace" in low:
                 hide("a column of an INSERT", self._inserted)
@@ -1768,12 +1771,10 @@ class _Rules:
 
     def _placed(self, text: str, pattern: str, accept: _Check = None) -> Iterator[_Span]:
         """Yield what stands where a pattern says: its last group, or what follows it."""
-        done = 0
         for match in _re(pattern).finditer(text):
             span = match.span(match.lastindex) if match.lastindex else self._extent(text, match.end())
             value = text[slice(*span)]
-            if span[0] >= done and not self._is_none(value) and (not accept or accept(value)):
-                done = span[1]
+            if not self._is_none(value) and (not accept or accept(value)):
                 yield span
 
     def _is_none(self, value: str) -> bool:
@@ -2041,16 +2042,13 @@ class _Rules:
             at = text.find("=", at, end) + 1 or at
         return at, self._line_end(text, at, end)
 
-    def _line_end(self, text: str, at: int, end: int | None = None) -> int:
+    def _line_end(self, text: str, at: int, end: int = sys.maxsize) -> int:
         """Return the end of a line, which in an escaped text ends with `\\n`."""
-        end = len(text) if end is None else end
-        sign = _re(r"\\[rn]|[\r\n]").search(text, at, end)
-        return sign.start() if sign else end
+        return next(_re(r"\\[rn]|[\r\n]|\Z").finditer(text, at, end)).start()
 
     def _bare_end(self, text: str, at: int) -> int:
         """Return the end of an unquoted value; a marker is one, whatever brackets mean elsewhere."""
-        bare = _re(_MARKED).match(text, at) or _re(_BARE).match(text, at)
-        return bare.end() if bare else at
+        return next(_re(_BARE).finditer(text, at)).end()
 
     def _extent(self, text: str, at: int) -> _Span:
         """Return where a value starts and ends: quoted, bracketed, a YAML block, or bare."""
@@ -2064,12 +2062,13 @@ class _Rules:
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
             end = self._balanced_end(text, at)  # `{SSHA}X` goes on
             return at, self._bare_end(text, end) if re.match(r"\w", text[end : end + 1]) else end
-        block = _re(_YAML_BLOCK).match(text, at)
+        block = _re(r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*").match(text, at)
         return at, block.end() if block else self._bare_end(text, at)
 
     def _balanced_end(self, text: str, start: int) -> int:
         """Return the end of the bracket that opens at `start`; an unclosed one ends with the text."""
-        if text[start] == "{" and (odbc := _re(_ODBC).match(text, start)):
+        # In `Pwd={a}}b;c}` two braces are one.
+        if odbc := _re(r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)").match(text, start):
             return odbc.end()
         depth = 0
         for sign in _re(_BRACKETS).finditer(text, start):
@@ -2471,14 +2470,14 @@ class _Walk:
     def rows(self, rows: Sequence[Any], heads: Sequence[Any]) -> list[Any]:
         """Return rows with markers in the columns whose heads are sensitive names."""
         names = [head.get("name") if type(head) is dict else head for head in heads[:1000]]
-        hidden = [at for at, name in enumerate(names) if self.is_label(name)]
-        rows = [list(row) if hidden and type(row) in (list, tuple) else row for row in rows]
-        for row in rows if hidden else ():
-            for at in hidden if type(row) is list else ():
-                # Booleans and null are no secrets.
-                if at < len(row) and row[at] is not None and type(row[at]) is not bool:
-                    row[at] = self.marker(row[at])
-        return rows
+        hidden = {at for at, name in enumerate(names) if self.is_label(name)}
+
+        def hide(at: int, cell: Any) -> Any:
+            # Booleans and null are no secrets.
+            return self.marker(cell) if at in hidden and cell is not None and type(cell) is not bool else cell
+
+        kinds = (list, tuple) if hidden else ()
+        return [list(map(hide, range(len(row)), row)) if type(row) in kinds else row for row in rows]
 
     def arguments(self, words: list[Any]) -> list[Any]:
         """Return the words of a command with markers where its program takes a secret."""
@@ -2593,7 +2592,6 @@ class _Walk:
 # --- what comes back
 
 _MIN_ECHO: Final = 12  # so many characters of a value's beginning or end are taken for it
-_MAX_FORM: Final = 1 << 16  # characters at either end of a value of which other spellings are looked for
 
 
 def _spellings(text: str) -> tuple[str, ...]:
@@ -2607,12 +2605,6 @@ def _spellings(text: str) -> tuple[str, ...]:
     return (*quoted, quote(raw), quote(raw, safe=""), quote_plus(raw))
 
 
-def _common(text: str, at: int, form: str) -> int:
-    """Return how many characters of `form` stand in `text` from `at` on."""
-    sizes = range(1, min(len(form), len(text) - at) + 1)
-    return bisect.bisect_left(sizes, True, key=lambda size: not text.startswith(form[:size], at))
-
-
 def _without_echo(text: str, form: str, marker: str) -> str:
     """Return a text with a marker for a value, for its beginnings and for its ends."""
     text = text.replace(form, marker)
@@ -2622,7 +2614,7 @@ def _without_echo(text: str, form: str, marker: str) -> str:
         out, at = [], 0
         while (start := text.find(form[:_MIN_ECHO], at)) >= 0:
             out += [text[at:start], marker]
-            at = start + _common(text, start, form)
+            at = start + len(os.path.commonprefix([form, text[start : start + len(form)]]))
         text, form, marker = "".join([*out, text[at:]])[::-1], form[::-1], marker[::-1]
     return text
 
@@ -2638,7 +2630,7 @@ def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str])
             continue
         marker = mark(echo)
         text = _without_echo(text, echo, marker)
-        for part in {echo[:_MAX_FORM], echo[-_MAX_FORM:]}:
+        for part in {echo[: 1 << 16], echo[-1 << 16 :]}:  # of so much other spellings are looked for
             # The first and last characters decide whether the rest is spelt at all.
             ends = [head[:_MIN_ECHO] for head in _spellings(part[:18])]
             ends += [tail[-_MIN_ECHO:] for tail in _spellings(part[-18:])]
