@@ -1157,21 +1157,12 @@ STRONG_WORDS: Final = _words_in("""
 _PHRASES: Final = _words_by_head("""
     creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
         primary+account
-    cvv: card+verification
-    ssn: social+security
-    codeverifier: code+verifier oauth+verifier
+    cvv: card+verification  ssn: social+security
     securityanswer: security+answer secret+answer recovery+answer challenge+answer
-    assertion: saml+response
-    sessid: connect+sid
-    credential: service+json account+json
-    password: pass+word
-    passphrase: pass+phrase
-    motdepasse: de+passe
-    passcode: pass+code
-    apikey: api+key
-    oauth: o+auth
-    imagepull: image+pull
-    idempotency: client+request
+    codeverifier: code+verifier oauth+verifier  credential: service+json account+json
+    password: pass+word  passphrase: pass+phrase  passcode: pass+code  motdepasse: de+passe
+    apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid
+    imagepull: image+pull  idempotency: client+request
 """)
 PHRASES: Final = {pair.replace("+", " "): word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only, each with the words before it that make it harmless.
@@ -1904,8 +1895,8 @@ class _Rules:
         """Return the value that a name leads to, or None where this is no value of it."""
         kind, at, low = lead.lastgroup or "", lead.end(), name.lower()
         before, flag, bare_key = text[start - 1 : start], name[:1] == "-", low in ("key", "keys")
-        if kind == "option" and not flag:  # `login u password x`, `set NAME x`
-            return None if before == "/" else self._spoken(text, start, at, low, strength)
+        if kind == "option" and not flag and before == "/":
+            return None
         if kind == "element":
             if bare_key or before not in ("<", ":", '"', "'", "/", " "):
                 return None
@@ -1938,11 +1929,8 @@ class _Rules:
             weak = strength < 2 and (len(shown) < 8 or not _looks_secret(shown))
             reference = bare_key or weak or (low in _REFERENCES and not name.isupper())
             return None if kind == "quoted" and reference and not flag else value
-        if kind == "prose":
-            end = self._bare_end(text, at)
-            shown = text[at:end].rstrip(".,:;)!")
-            secret = (strength == 2 or len(shown) >= 8 or low == "pin") and _looks_secret(shown)
-            return (at, at + len(shown)) if secret and not re.match(r"\w+[(=]", shown) else None
+        if kind == "prose" or (kind == "option" and not flag):
+            return self._spoken(text, start, at, kind, low, strength)
         if kind == "assign":
             # The name ends a quoted prompt: `input("Password: ")`.
             if quote and before in ("'", '"') and quote[2] == before and lead["assign"][0] not in "\\\"'`":
@@ -1954,18 +1942,22 @@ class _Rules:
                 return self._header(text, at, low.replace("_", "-"), before)
         return self._assigned(text, start, at, low, strength, text[lead.end("rest") : at])
 
-    def _spoken(self, text: str, start: int, at: int, name: str, strength: int) -> _Span | None:
-        """Return the word behind a name and a space, where it is a secret and no language."""
+    def _spoken(self, text: str, start: int, at: int, kind: str, name: str, strength: int) -> _Span | None:
+        """Return the word behind a name and `is` or a space, where it is a secret and no language."""
         end = self._bare_end(text, at)
         shown = text[at:end].rstrip(".,:;)!")
-        if not _looks_secret(shown) or shown.lower() in _ALGORITHMS or re.match(r"\w+[(=]", shown):
+        size = len(shown)
+        if not _looks_secret(shown) or re.match(r"\w+[(=]", shown):
             return None
-        line = text[max(0, start - 80) : start].rpartition("\n")[2]
-        given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
-        alone = strength == 2 and not line.strip() and text[end : end + 1] in ("", "\n", "\r")
-        mixed = len(shown) >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
-        known = given or name in _PASSWORDS or alone or (mixed and name not in _REFERENCES)
-        return (at, at + len(shown)) if known and len(shown) >= 6 else None
+        known = strength == 2 or size >= 8 or name == "pin"  # `the password is x`
+        if kind == "option":  # `login u password x`, `set NAME x`
+            line = text[max(0, start - 80) : start].rpartition("\n")[2]
+            given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
+            alone = strength == 2 and not line.strip() and text[end : end + 1] in ("", "\n", "\r")
+            mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
+            known = bool(given) or name in _PASSWORDS or alone or (mixed and name not in _REFERENCES)
+            known = known and size >= 6 and shown.lower() not in _ALGORITHMS
+        return (at, at + size) if known else None
 
     def _assigned(self, text: str, start: int, at: int, name: str, strength: int, lead: str) -> _Span | None:
         """Return an assigned value, or None for what only looks like one."""
@@ -1999,12 +1991,13 @@ class _Rules:
             return passed if "[REDACTED" in shown else None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return None if ":" in lead else passed
-        if ":" in lead and name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown):
-            return None  # `credentials: username=u`
-        if name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown):  # the shell's directory
-            return None
         queried = text[start - 1 : start] in ("?", "&") and lead == "="
-        if bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown)):
+        if (
+            # `credentials: username=u`, the shell's directory, a name
+            (":" in lead and name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown))
+            or (name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown))
+            or (bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown)))
+        ):
             return None
         asked = (lead[-1:] != "=" or name in ("key", "pass", "pin", "auth")) and not queried
         if strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown))):
@@ -2418,9 +2411,7 @@ class _Walk:
                         whole = self.mapping(renamed, declared)
                         break
                     if verdict & _BESIDE:
-                        verdict = self.field(name.lower(), verdict, value)
-                        if type(item) in (list, tuple):
-                            item = self.beside(name.lower(), item, value)
+                        verdict, item = self.beside(name.lower(), verdict, item, value)
                     hides = verdict > _SENSITIVE or (verdict and kind is not bool and item is not None)
                     inner = declared.fields.get(_normal(name)) if declared else None
                     out.append(f"{encode_text(name)}:{self.hide(item) if hides else self.value(item, inner)}")
@@ -2440,32 +2431,27 @@ class _Walk:
         plain = name if type(name) is str else self.plain(name)
         return self.text(plain if isinstance(plain, str) else json.dumps(plain), None)
 
-    def field(self, name: str, verdict: int, value: dict[Any, Any]) -> int:
-        """Return the verdict on a field after a look at its siblings."""
-        # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-        if name in _VALUES:
-            labels = [said for key, said in value.items() if _label(key).lower() in _LABELS]
-            verdict |= _SENSITIVE if any(map(self.is_label, labels)) else 0
-        # A key beside its value is a label, and stays where it reads like one.
-        elif name == "key" and any(_label(key).lower() in _VALUES for key in value):
-            said = next(_label(value[key]) for key in value if _label(key).lower() == "key")
-            verdict &= ~_SENSITIVE if re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", said) else -1
-        return verdict & _CERTAIN
-
     def is_label(self, item: object) -> bool:
         """Return True if a text or bytes are a sensitive name."""
         said = _label(item)
         return 2 < len(said) <= _MAX_NAME_CHARS and self.verdicts.is_label(said)
 
-    def beside(self, name: str, item: Sequence[Any], value: dict[Any, Any]) -> Sequence[Any]:
-        """Return a list with markers where siblings say so: rows under `columns`, arguments of `command`."""
-        for key, said in value.items():
-            key = _label(key).lower()
+    def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
+        """Return a field's verdict and value after a look at its siblings, which may hide parts of it."""
+        siblings = [(_label(key).lower(), said) for key, said in value.items()]
+        # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
+        if name in _VALUES and any(key in _LABELS and self.is_label(said) for key, said in siblings):
+            verdict |= _SENSITIVE
+        # A key beside its value is a label, and stays where it reads like one.
+        elif name == "key" and any(key in _VALUES for key, _ in siblings):
+            said = next(_label(said) for key, said in siblings if key == "key")
+            verdict &= ~_SENSITIVE if re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", said) else -1
+        for key, said in siblings if type(item) in (list, tuple) else ():
             if name in _ROW_LISTS and key in _COLUMN_LISTS and type(said) in (list, tuple):
-                return self.rows(item, said)
+                return verdict & _CERTAIN, self.rows(item, said)
             if name in _ARGUMENTS and key in _PROGRAMS and type(said) is str:
-                return self.arguments([said, *item])[1:]
-        return item
+                return verdict & _CERTAIN, self.arguments([said, *item])[1:]
+        return verdict & _CERTAIN, item
 
     def rows(self, rows: Sequence[Any], heads: Sequence[Any]) -> list[Any]:
         """Return rows with markers in the columns whose heads are sensitive names."""
