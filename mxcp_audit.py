@@ -1492,19 +1492,17 @@ def _is_basic(credentials: str) -> bool:
     return False
 
 
-# Visa, Mastercard (2), American Express, Discover, JCB, Diners Club, UnionPay: ranges and lengths.
-_ISSUED: Final = (
-    r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
-    r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
-)
-
-
 def _is_card(number: str) -> bool:
     """Return True if digits are a payment card's: an issuer's range, its length, and Luhn's check."""
     digits = number.replace(" ", "").replace("-", "")
     doubled = "0246813579"  # the digit sum of twice the digit
     total = sum(map(int, digits[-1::-2])) + sum(int(doubled[int(digit)]) for digit in digits[-2::-2])
-    return total % 10 == 0 and len(set(digits)) > 1 and _re(_ISSUED).fullmatch(digits) is not None
+    # Visa, Mastercard (2), American Express, Discover, JCB, Diners Club, UnionPay.
+    issued = (
+        r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
+        r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
+    )
+    return total % 10 == 0 and len(set(digits)) > 1 and _re(issued).fullmatch(digits) is not None
 
 
 _USER: Final = r"[^\s/?#\"'<>\\`:@]{0,200}"
@@ -1895,6 +1893,7 @@ class _Rules:
         """Return the value that a name leads to, or None where this is no value of it."""
         kind, at, low = lead.lastgroup or "", lead.end(), name.lower()
         before, flag, bare_key = text[start - 1 : start], name[:1] == "-", low in ("key", "keys")
+        line = text[max(0, start - 80) : start].rpartition("\n")[2]
         if kind == "option" and not flag and before == "/":
             return None
         if kind == "element":
@@ -1930,7 +1929,7 @@ class _Rules:
             reference = bare_key or weak or (low in _REFERENCES and not name.isupper())
             return None if kind == "quoted" and reference and not flag else value
         if kind == "prose" or (kind == "option" and not flag):
-            return self._spoken(text, start, at, kind, low, strength)
+            return self._spoken(text, line, at, kind, low, strength)
         if kind == "assign":
             # The name ends a quoted prompt: `input("Password: ")`.
             if quote and before in ("'", '"') and quote[2] == before and lead["assign"][0] not in "\\\"'`":
@@ -1940,9 +1939,9 @@ class _Rules:
                 return None
             if not quote and text[at : at + 1] not in ("[", "{") and low.replace("_", "-") in _HEADER_NAMES:
                 return self._header(text, at, low.replace("_", "-"), before)
-        return self._assigned(text, start, at, low, strength, text[lead.end("rest") : at])
+        return self._assigned(text, line, at, low, strength, text[lead.end("rest") : at])
 
-    def _spoken(self, text: str, start: int, at: int, kind: str, name: str, strength: int) -> _Span | None:
+    def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
         """Return the word behind a name and `is` or a space, where it is a secret and no language."""
         end = self._bare_end(text, at)
         shown = text[at:end].rstrip(".,:;)!")
@@ -1951,7 +1950,6 @@ class _Rules:
             return None
         known = strength == 2 or size >= 8 or name == "pin"  # `the password is x`
         if kind == "option":  # `login u password x`, `set NAME x`
-            line = text[max(0, start - 80) : start].rpartition("\n")[2]
             given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
             alone = strength == 2 and not line.strip() and text[end : end + 1] in ("", "\n", "\r")
             mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
@@ -1959,7 +1957,7 @@ class _Rules:
             known = known and size >= 6 and shown.lower() not in _ALGORITHMS
         return (at, at + size) if known else None
 
-    def _assigned(self, text: str, start: int, at: int, name: str, strength: int, lead: str) -> _Span | None:
+    def _assigned(self, text: str, line: str, at: int, name: str, strength: int, lead: str) -> _Span | None:
         """Return an assigned value, or None for what only looks like one."""
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
@@ -1974,9 +1972,8 @@ class _Rules:
             return None if _re(_ASKING).search(text[at : value[0]]) else value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
-            own = len(text[max(0, start - 80) : start].rpartition("\n")[2])
-            if len(indent) > own or text[at : at + 2] == "- ":
-                more = re.escape(indent) + ("" if len(indent) > own else "[ \t-]")
+            if len(indent) > len(line) or text[at : at + 2] == "- ":
+                more = re.escape(indent) + ("" if len(indent) > len(line) else "[ \t-]")
                 block = re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").match(text, at)
                 if block and any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", block[0]))):
                     return block.span()
@@ -1991,7 +1988,7 @@ class _Rules:
             return passed if "[REDACTED" in shown else None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return None if ":" in lead else passed
-        queried = text[start - 1 : start] in ("?", "&") and lead == "="
+        queried = line[-1:] in ("?", "&") and lead == "="
         if (
             # `credentials: username=u`, the shell's directory, a name
             (":" in lead and name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown))
@@ -2003,9 +2000,7 @@ class _Rules:
         if strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown))):
             return None if ":" in shown or "=" in shown else passed
         # A value of several words ends with its line, where the line holds nothing else.
-        alone = not text[max(0, start - 80) : start].rpartition("\n")[2].strip(" \t-") and (
-            "=" in lead or "\n" in text
-        )
+        alone = not line.strip(" \t-") and ("=" in lead or "\n" in text)
         if alone and lead.strip() and lead[-1:] == " " == text[value[1] : value[1] + 1]:
             end = self._line_end(text, at)
             return value if re.search(r"[\w.]=|[#(]", text[value[1] : end]) else (at, end)
@@ -2077,20 +2072,19 @@ _MAX_DEPTH: Final = 64  # arbitrary: deeper than people write, and far from the 
 
 
 class _Declared(NamedTuple):
-    """What an endpoint's definition says of one parameter and of its parts."""
+    """What an endpoint's definition hides of one parameter: all of it, or some of its parts."""
 
     sensitive: bool
     fields: dict[str, _Declared]
     items: _Declared | None
-    hides: bool
 
 
 def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = None) -> _Declared | None:
-    """Read MXCP's definition of a parameter; one that can't be read makes everything sensitive."""
+    """Read what MXCP's definition of a parameter hides, None if nothing; one that can't be read hides all."""
     budget = budget or iter(range(10_000))
     try:
         if next(budget, None) is None or depth > _MAX_DEPTH:
-            return _Declared(True, {}, None, True)
+            return _Declared(True, {}, None)
         parts = definition if issubclass(type(definition), dict) else _members(definition)
         if not isinstance(parts, dict):
             return None
@@ -2106,21 +2100,20 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
                 named.append(((part if isinstance(part, dict) else _members(part) or {}).get("name"), part))
         fields: dict[str, _Declared] = {}
         for name, part in named:
-            declared = _declare(part, depth + 1, budget) if isinstance(name, str) else None
-            if isinstance(name, str) and declared is not None and declared.hides:
+            if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
                 fields[_normal(name)] = declared
         element = parts.get("items") or parts.get("additionalProperties")
         items = None if element is None else _declare(element, depth + 1, budget)
         says = parts.get("sensitive", False)
         off = ("", "false", "no", "off", "0")
         yes = says.strip().lower() not in off if isinstance(says, str) else bool(says)
-        return _Declared(yes, fields, items, yes or bool(fields) or (items is not None and items.hides))
+        return _Declared(yes, fields, items) if yes or fields or items else None
     except INTERRUPTS:
         raise
     except BaseException:
         if depth:  # a part that can't be read: nobody knows what the others mean
             raise
-        return _Declared(True, {}, None, True)
+        return _Declared(True, {}, None)
 
 
 # --- what an object holds
@@ -2242,6 +2235,13 @@ encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
 
 
+def _label(value: object) -> str:
+    """Return a text or bytes as text; anything else labels nothing."""
+    if type(value) is bytes:
+        return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
+    return value if type(value) is str else ""
+
+
 class _Verdicts(dict[str, int]):
     """The verdicts on the names of fields, for all tools or for one; bounded. Without a tool: none."""
 
@@ -2252,7 +2252,7 @@ class _Verdicts(dict[str, int]):
         self.harmless: dict[str, str] = {}
         self.hidden: dict[str, str] = {}
         self.inert: dict[str, str] = {}
-        self.is_label = functools.lru_cache(_MAX_VERDICTS)(self._is_label)
+        self._says = functools.lru_cache(_MAX_VERDICTS)(self._says_secret)
 
     def __missing__(self, name: str) -> int:
         if self.tool is None:
@@ -2275,19 +2275,16 @@ class _Verdicts(dict[str, int]):
                 self.hidden[name] = f'{encode_text(name)}:"{REDACTED}"'
         return verdict
 
-    def _is_label(self, said: str) -> bool:
-        """Return True if a text is a sensitive name, be it of a field on a page (`Password field`)."""
+    def is_label(self, item: object) -> bool:
+        """Return True if a text or bytes are a sensitive name, be it of a `Password field` on a page."""
+        said = _label(item)
+        return 2 < len(said) <= _MAX_NAME_CHARS and self._says(said)
+
+    def _says_secret(self, said: str) -> bool:
         if not self.rules.stems.search(_lower(said)):
             return False
         said = re.sub(r"(?i)\s+(?:input|text)?\s*(?:field|input|box|entry|value)$", "", said.strip("-"))
         return self[said] & _SENSITIVE > 0
-
-
-def _label(value: object) -> str:
-    """Return a text or bytes as text; anything else labels nothing."""
-    if type(value) is bytes:
-        return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
-    return value if type(value) is str else ""
 
 
 class _Walk:
@@ -2339,7 +2336,7 @@ class _Walk:
         """Write and redact one value by its exact type; unusual types take the slow way."""
         kind = type(value)
         # A number in the place of an object with a secret part: nobody knows what it means.
-        if declared is not None and (declared.sensitive or (declared.hides and kind in (int, float))):
+        if declared is not None and (declared.sensitive or kind in (int, float)):
             return self.hide(value)
         if kind is str:
             return encode_text(self.text(value, declared))
@@ -2431,16 +2428,11 @@ class _Walk:
         plain = name if type(name) is str else self.plain(name)
         return self.text(plain if isinstance(plain, str) else json.dumps(plain), None)
 
-    def is_label(self, item: object) -> bool:
-        """Return True if a text or bytes are a sensitive name."""
-        said = _label(item)
-        return 2 < len(said) <= _MAX_NAME_CHARS and self.verdicts.is_label(said)
-
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
         """Return a field's verdict and value after a look at its siblings, which may hide parts of it."""
         siblings = [(_label(key).lower(), said) for key, said in value.items()]
         # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-        if name in _VALUES and any(key in _LABELS and self.is_label(said) for key, said in siblings):
+        if name in _VALUES and any(key in _LABELS and self.verdicts.is_label(said) for key, said in siblings):
             verdict |= _SENSITIVE
         # A key beside its value is a label, and stays where it reads like one.
         elif name == "key" and any(key in _VALUES for key, _ in siblings):
@@ -2456,7 +2448,7 @@ class _Walk:
     def rows(self, rows: Sequence[Any], heads: Sequence[Any]) -> list[Any]:
         """Return rows with markers in the columns whose heads are sensitive names."""
         names = [head.get("name") if type(head) is dict else head for head in heads[:1000]]
-        hidden = {at for at, name in enumerate(names) if self.is_label(name)}
+        hidden = {at for at, name in enumerate(names) if self.verdicts.is_label(name)}
 
         def hide(at: int, cell: Any) -> Any:
             # Booleans and null are no secrets.
@@ -2488,7 +2480,7 @@ class _Walk:
                 pass  # not all of them are known, or texts
         opened.append(ident)
         items = None if declared is None else declared.items or declared
-        texts, is_label = self.rules.harmless, self.is_label
+        texts, is_label = self.rules.harmless, self.verdicts.is_label
         hide_next = len(value) == 2 and is_label(first)
         pairs = len(value) > 2 and len(value) % 2 == 0 and type(first) is str
         if type(first) is str and (first in self.rules.programs or first[:1] == "/"):
@@ -2559,7 +2551,7 @@ class _Walk:
             else:
                 walked = json.loads(self.value(tree, declared))
                 return text if walked == tree else json.dumps(walked, ensure_ascii=False)
-        if declared is not None and declared.hides:
+        if declared is not None:
             return self.marker(text)  # the part that is secret can't be found: all of it
         shown, taken = self.rules.clean(text)
         if self.echoes is not None:
@@ -2748,16 +2740,16 @@ class Redactor:
         found: list[tuple[str, str]] = []
 
         def _compare(before: Any, after: Any, path: str, name: str, declared: _Declared | None) -> None:
-            if isinstance(before, dict) and isinstance(after, dict):
+            if type(before) is type(after) is dict:
                 for (key, old), new in zip(before.items(), after.values(), strict=False):
                     inner = declared.fields.get(_normal(key)) if declared else None
                     _compare(old, new, f"{path}.{key}", key, inner)
-            elif isinstance(before, list) and isinstance(after, list):
+            elif type(before) is type(after) is list:
                 for index, (old, new) in enumerate(zip(before, after, strict=False)):
                     _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
             elif before != after:
-                why = ["declared sensitive"] if declared is not None and declared.hides else []
-                why = why or [reason for reason in self._rules.judge(name, _normal(tool or ""))[1:] if reason]
+                why = ["declared sensitive"] if declared else []
+                why = why or list(filter(None, self._rules.judge(name, _normal(tool or ""))[1:]))
                 if not why and isinstance(before, str):
                     why = [rule for rule, _ in self._rules.clean(before)[1]]
                 found.append((path, " and ".join(dict.fromkeys(why)) or "what stands beside it names it"))

@@ -303,6 +303,14 @@ def test_declared_garbage_declares_nothing(redactor: Redactor, garbage: Any) -> 
     assert redactor.redact({"a": 1}, endpoint_def=garbage) == {"a": 1}
 
 
+def test_redact_list_under_a_definition_that_hides_nothing_is_judged_as_without_one():
+    """A definition without `sensitive` once kept siblings in a list from being looked at."""
+    assert Redactor().redact(["--password", "hunter2"], endpoint_def={"parameters": []}) == [
+        "--password",
+        REDACTED,
+    ]
+
+
 def test_declared_by_what_cannot_be_read_hides_everything(redactor: Redactor) -> None:
     class Unreadable(dict[str, Any]):
         def get(self, *args: Any) -> Any:
