@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import atexit
 import binascii
-import bisect
 import codecs
 import collections
 import contextlib
@@ -1176,21 +1175,12 @@ STRONG_WORDS: Final = _words_in("""
 _PHRASES: Final = _words_by_head("""
     creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
         primary+account
-    cvv: card+verification
-    ssn: social+security
-    codeverifier: code+verifier oauth+verifier
+    cvv: card+verification  ssn: social+security
     securityanswer: security+answer secret+answer recovery+answer challenge+answer
-    assertion: saml+response
-    sessid: connect+sid
-    credential: service+json account+json
-    password: pass+word
-    passphrase: pass+phrase
-    motdepasse: de+passe
-    passcode: pass+code
-    apikey: api+key
-    oauth: o+auth
-    imagepull: image+pull
-    idempotency: client+request
+    codeverifier: code+verifier oauth+verifier  credential: service+json account+json
+    password: pass+word  passphrase: pass+phrase  passcode: pass+code  motdepasse: de+passe
+    apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid
+    imagepull: image+pull  idempotency: client+request
 """)
 PHRASES: Final = {pair.replace("+", " "): word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only, each with the words before it that make it harmless.
@@ -1273,8 +1263,8 @@ _MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 128, 24, 16
 # A secret name holds one of these stems: where none is found, no name needs judging.
 _STEMS: Final = STRONG_WORDS.union(
     WEAK_WORDS,
-    _words_in("card ccn cc_n cc-n social verifier answer saml sensitive connect.sid json"),
-    _words_in("account.num account_num _wo sig="),
+    _words_in("card ccn cc_n cc-n account.num account_num social verifier answer saml sensitive connect.sid"),
+    ("json", "_wo", "sig="),
 )
 STEMS: Final = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
 _MAX_VERDICTS: Final = 4096
@@ -1394,31 +1384,6 @@ def _any_of(words: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(rests)})" for first, rests in groups.items()))
 
 
-class _Names:
-    """The verdicts on names under one Redactor's settings."""
-
-    def __init__(self, redact: Iterable[str], keep: Iterable[str]) -> None:
-        self.redact, self.keep = _read_names(redact), _read_names(keep)
-        self.tools = {tool for tool, _ in self.redact | self.keep if tool}
-        # The stem of an own name is the start of its longest word, which is in every spelling.
-        own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
-        self.stems = _any_of((*STEMS, *own))
-        # What the first look at a text asks for: a stem, or what has a place of its own.
-        gates = "|".join(["insert|replace|net us|rabbitmqctl", *(row[1] for row in _PLACES)])
-        self.gate = _any_of((*STEMS, *own, *gates.split("|")))
-        # Of names in texts, remembered like the names of fields.
-        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
-
-    def judge(self, name: str, tool: str = "") -> tuple[int, str]:
-        """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
-        normal = _normal(name)
-        for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
-            if entry in self.redact or entry in self.keep:
-                return (2, _BY_SETTING) if entry in self.redact else (0, "")
-        # A name without a stem of a secret word needs no splitting into words.
-        return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
-
-
 # --- where a text holds a secret
 
 
@@ -1447,16 +1412,18 @@ _SEPARATOR: Final = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
 _QUOTE: Final = (
     r"""(?:(?:new\s)?[A-Za-z_]{1,24}\()?[bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2(?=[\w!@#$%^*+]))?"""
 )
+_MARKED: Final = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 # A bare value ends at a space or at what separates it from the next; a separator that
 # nothing follows may be part of it.
-_BARE: Final = r"""(?x)(?:[^\s,;&'"`<>)\]}\\]
+_BARE: Final = (
+    rf"(?x)(?:{_MARKED}|"
+    + r"""(?:[^\s,;&'"`<>)\]}\\]
   |,(?!\s|[A-Za-z_][A-Za-z_.\-]{1,40}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{1,40}[0-9]?=|\Z)
   |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{1,64}[0-9]{0,2})?=|amp;)
-  |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+"""
+  |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+)?"""
+)
 _PERCENT_VALUE: Final = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
-_YAML_BLOCK: Final = r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*"
 _BRACKETS: Final = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
-_ODBC: Final = r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)"  # `Pwd={a}}b;c}`: `}}` is one brace
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER: Final = (
     r"\?|\[\s*\]|\{\s*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*)?\}"
@@ -1543,19 +1510,17 @@ def _is_basic(credentials: str) -> bool:
     return False
 
 
-# Visa, Mastercard (2), American Express, Discover, JCB, Diners Club, UnionPay: ranges and lengths.
-_ISSUED: Final = (
-    r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
-    r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
-)
-
-
 def _is_card(number: str) -> bool:
     """Return True if digits are a payment card's: an issuer's range, its length, and Luhn's check."""
     digits = number.replace(" ", "").replace("-", "")
     doubled = "0246813579"  # the digit sum of twice the digit
     total = sum(map(int, digits[-1::-2])) + sum(int(doubled[int(digit)]) for digit in digits[-2::-2])
-    return total % 10 == 0 and len(set(digits)) > 1 and _re(_ISSUED).fullmatch(digits) is not None
+    # Visa, Mastercard (2), American Express, Discover, JCB, Diners Club, UnionPay.
+    issued = (
+        r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
+        r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
+    )
+    return total % 10 == 0 and len(set(digits)) > 1 and _re(issued).fullmatch(digits) is not None
 
 
 _USER: Final = r"[^\s/?#\"'<>\\`:@]{0,200}"
@@ -1661,8 +1626,7 @@ _OPENERS: Final = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["
 _NAME_CHARS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 # What other writing systems and printers put where ASCII has a sign; each as long as what it replaces.
 _PLAIN_SIGNS: Final = str.maketrans("\u00a0\u3000\u202f：＝→“”‘’", "   :==\"\"''")
-_ANSI: Final = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m"
-_MARKED: Final = r"\[REDACTED(?::[0-9a-f]{8})?\]"
+_ECHOED: Final = r"""["']([^"'\\]{4,})\\{0,8}["']"""  # what may be echoed of a list or an object
 _INSERT: Final = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT: Final = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW: Final = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
@@ -1692,15 +1656,23 @@ def _argument_pattern(place: str, needs: list[str]) -> str:
     return rf"\x1f{option}(?:\x1f|{joined})(?!(?:env|file|fd|https?):)[^\x1f{how}]*{how}[\"']?([^\x1f\"']+)"
 
 
-class _Texts:
-    """Removes secrets from texts; half of a Redactor, which knows nothing of containers."""
+class _Rules:
+    """What is a secret in names and texts under one Redactor's settings; it knows nothing of containers."""
 
-    def __init__(self, names: _Names, key: bytes | None) -> None:
-        self.names, self._key, self.constant = names, key, key is None
+    def __init__(self, redact: Iterable[str], keep: Iterable[str], key: bytes | None) -> None:
+        self.redact, self.keep, self.key = _read_names(redact), _read_names(keep), key
+        # The stem of an own name is the start of its longest word, which is in every spelling.
+        own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
+        self.stems = _any_of((*STEMS, *own))
+        # What the first look at a text asks for: a stem, or what has a place of its own.
+        self._places = [(rule, gates.split("|"), pattern, accept) for rule, gates, pattern, accept in _PLACES]
+        gates = [gate for row in self._places for gate in row[1]]
+        self._gate = _any_of((*STEMS, *own, *gates, "insert", "replace", "net us", "rabbitmqctl"))
+        # Of names in texts, remembered like the names of fields.
+        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
         # Short texts without a secret, as JSON: names, cities and states come again and again.
         self.harmless: dict[str, str] = {}
         self._placeholder = re.compile(_PLACEHOLDER)
-        self._places = [(rule, gates.split("|"), pattern, accept) for rule, gates, pattern, accept in _PLACES]
         # What a program's words, joined, must hold, where the secret is, and whether its look decides.
         self.programs: dict[str, list[tuple[list[str], str, bool]]] = {}
         for row in _COMMANDS.strip().split("\n"):
@@ -1713,102 +1685,103 @@ class _Texts:
         any_program = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"'])")
 
+    def judge(self, name: str, tool: str = "") -> tuple[int, str]:
+        """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
+        normal = _normal(name)
+        for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
+            if entry in self.redact or entry in self.keep:
+                return (2, _BY_SETTING) if entry in self.redact else (0, "")
+        # A name without a stem of a secret word needs no splitting into words.
+        return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
+
     # 1. The order of the sieves.
 
-    def clean(self, text: str, found: _Collected = None, why: _Collected = None) -> str:
-        """Return `text` without the secrets that its form or the names in it give away."""
+    def clean(self, text: str) -> tuple[str, list[tuple[str, str]]]:
+        """Return a text without its secrets, and these with the rules that found them."""
         # 1. Most texts can't hold a secret, or hold nothing that leads to one.
-        size = len(text)
+        size, taken = len(text), list[tuple[str, str]]()
         if size < 5 or (size < 11 and text.isalnum()):  # the shortest is `pwd=x`
-            return text
+            return text, taken
         low = _lower(text)
         # A long text says most of its words again and again: each is looked at once.
-        led = self.names.gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
+        led = self._gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
         option = " -" in text or " /" in text or '"-' in text or "'-" in text
         if "[" in text or not text.isascii():
-            plain = (_re(_ANSI).sub("", text) if "[" in text else text).translate(_PLAIN_SIGNS)
+            colours = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m"
+            plain = (_re(colours).sub("", text) if "[" in text else text).translate(_PLAIN_SIGNS)
             if plain != text:
-                cleaned = self.clean(plain, found, why)
-                return text if cleaned == plain else cleaned
-        taken: list[str] = []
-        hide = functools.partial(self._without, found=taken, why=why)
+                cleaned, taken = self.clean(plain)
+                return (text if cleaned == plain else cleaned), taken
+
+        def hide(rule: str, find: Callable[..., Iterable[_Span]], *how: Any) -> None:
+            """Put markers in place of what is found; what begins within another is its part."""
+            nonlocal text
+            out: list[str] = []
+            done = 0
+            for start, end in find(text, *how):
+                if done <= start < end:
+                    secret = text[start:end]
+                    # What is a marker stays, so that a second pass changes nothing.
+                    if not _re(_MARKED).fullmatch(secret):
+                        if len(taken) < _MAX_ECHOES:
+                            inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
+                            taken.extend((rule, part) for part in [secret, *inner[:_MAX_ECHOES]])
+                        secret = self.mark(secret)
+                    out += [text[done:start], secret]
+                    done = end
+            text = "".join([*out, text[done:]]) if out else text
+
         # 2. What has a place of its own.
         if (led or option) and not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
-            text = hide(text, self._arguments(text), "an argument of a command")
+            hide("an argument of a command", self._arguments)
         if led:
             for rule, gates, pattern, accept in self._places:
                 for gate in gates:
                     if gate in low:
-                        text = hide(text, self._placed(text, pattern, accept), rule)
+                        hide(rule, self._placed, pattern, accept)
                         break
             # 3. What has a name.
             if "insert" in low or "replace" in low:
-                text = hide(text, self._inserted(text), "a column of an INSERT")
+                hide("a column of an INSERT", self._inserted)
             if "\n" in text:
-                text = hide(text, self._cells(text), "the head of a table")
-            text = hide(text, self._named(text), "a name in the text")
+                hide("the head of a table", self._cells)
+            hide("a name in the text", self._named)
         # 4. What has a known format. Its shape is looked for in bytes, which takes a tenth of the time.
         if size >= 11:
             shape = text.encode("utf-8", "surrogatepass")
             if b"w" * 16 in shape.translate(_RUNS):
                 for gate, pattern in DOTTED_TOKENS:
                     if gate in text:
-                        text = hide(text, self._placed(text, f"({pattern})"), "a known form")
-                text = hide(text, self._placed(text, _TOKEN), "a token's prefix")
+                        hide("a known form", self._placed, f"({pattern})")
+                hide("a token's prefix", self._placed, _TOKEN)
             shape = shape.translate(_DIGITS)
             if b"0000" in shape:
-                text = hide(text, self._placed(text, _CARD, _is_card), "a card number")
+                hide("a card number", self._placed, _CARD, _is_card)
                 if b"000-00-0000" in shape:
-                    text = hide(text, self._placed(text, _SSN), "a social security number")
+                    hide("a social security number", self._placed, _SSN)
         # 5. What went at one place and stands at another as well.
-        for secret in taken:
+        for _, secret in taken:
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
                 text = text.replace(secret, self.mark(secret))
-        if found is not None:
-            found += taken[: max(0, _MAX_ECHOES - len(found))]
-        return text
+        return text, taken
 
     def mark(self, secret: str) -> str:
         """Return what stands in the place of a secret."""
-        if self._key is None:
+        if self.key is None:
             return REDACTED
         import hmac  # takes 7 ms, which only this mode should cost
 
-        digest = hmac.new(self._key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
+        digest = hmac.new(self.key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
         return f"[REDACTED:{digest[:8]}]"
-
-    def _without(
-        self, text: str, spans: Iterable[_Span], rule: str, found: list[str], why: _Collected
-    ) -> str:
-        """Return `text` with markers in place of the spans; one that begins within another is its part."""
-        out: list[str] = []
-        done = 0
-        for start, end in spans:
-            if done <= start < end:
-                secret = text[start:end]
-                # What is a marker stays, so that a second pass changes nothing.
-                if not _re(_MARKED).fullmatch(secret):
-                    if len(found) < _MAX_ECHOES:
-                        found.append(secret)
-                        if secret[0] in "[{":  # what may be echoed is within
-                            found += re.findall(r"""["']([^"'\\]{4,})\\{0,8}["']""", secret)[:_MAX_ECHOES]
-                    secret = self.mark(secret)
-                out += [text[done:start], secret]
-                done = end
-        if out and why is not None:
-            why.append(rule)
-        return "".join([*out, text[done:]]) if out else text
 
     # 2. Places and forms: each method yields where, from left to right, and looks at nothing twice.
 
     def _placed(self, text: str, pattern: str, accept: _Check = None) -> Iterator[_Span]:
         """Yield what stands where a pattern says: its last group, or what follows it."""
-        done = 0
         for match in _re(pattern).finditer(text):
             span = match.span(match.lastindex) if match.lastindex else self._extent(text, match.end())
             value = text[slice(*span)]
-            if span[0] >= done and not self._is_none(value) and (not accept or accept(value)):
-                done = span[1]
+            if not self._is_none(value) and (not accept or accept(value)):
                 yield span
 
     def _is_none(self, value: str) -> bool:
@@ -1854,7 +1827,7 @@ class _Texts:
         """Yield the values of sensitive columns in `INSERT INTO t (columns) VALUES (…), (…)`."""
         at = 0
         for insert in _re(_INSERT).finditer(text):
-            columns = [self.names.strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
+            columns = [self.strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
             at = max(at, insert.end()) if any(columns) else len(text)
             while row := _re(_SQL_ROW).match(text, at):
                 items = _re(_SQL_ITEM).finditer(text, row.start(1), row.end(1))
@@ -1882,7 +1855,7 @@ class _Texts:
             shown = [cell[0].strip(" \t\"'`*\r\n") for cell in cells]
             columns, before, inner = columns if columns == len(cells) else 0, len(cells), before == len(cells)
             if not columns:
-                hidden = [i for i, cell in enumerate(shown) if len(cell) <= 40 and self.names.strength(cell)]
+                hidden = [i for i, cell in enumerate(shown) if len(cell) <= 40 and self.strength(cell)]
                 heads = sum(map(bool, shown)) > 1 and re.fullmatch(r"[\w .()#/\n-]*", "\n".join(shown))
                 columns = len(cells) if heads and hidden and not inner else 0
                 value = max(hidden, default=0) + 1  # `| API key | X |`
@@ -1897,7 +1870,7 @@ class _Texts:
 
     def _named(self, text: str) -> Iterator[_Span]:
         """Yield them: find a stem, widen it to a name with a separator, judge it, find the value's end."""
-        low, stems, separator = _lower(text), self.names.stems, _re(_SEPARATOR)
+        low, stems, separator = _lower(text), self.stems, _re(_SEPARATOR)
         done = at = 0
         while stem := stems.search(low, at):
             at = stem.end() - (text[stem.end() - 1] == "=")  # of `sig=`
@@ -1926,20 +1899,21 @@ class _Texts:
         name = name.strip("-.")
         if lead.lastgroup == "call":  # `setPassword("X")`
             name = re.sub(r"(?:.*\.)?(?:[sS]et|[wW]ith|[aA]dd|[uU]se)_?(?=\w)", "", name)
-            return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.names.strength(name)
-        strength = self.names.strength(name)
+            return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.strength(name)
+        strength = self.strength(name)
         left = text[max(0, start - 20) : start] if strength < 2 else ""
         word = re.search(r"([a-zA-Z]+)[^a-zA-Z]*[ _]\Z", left)
         if word and word[1].lower() in _OPENERS:
-            return max(strength, self.names.strength(f"{word[1]} {name}"))
+            return max(strength, self.strength(f"{word[1]} {name}"))
         return strength
 
     def _value(self, text: str, start: int, lead: re.Match[str], name: str, strength: int) -> _Span | None:
         """Return the value that a name leads to, or None where this is no value of it."""
         kind, at, low = lead.lastgroup or "", lead.end(), name.lower()
         before, flag, bare_key = text[start - 1 : start], name[:1] == "-", low in ("key", "keys")
-        if kind == "option" and not flag:  # `login u password x`, `set NAME x`
-            return None if before == "/" else self._spoken(text, start, at, low, strength)
+        line = text[max(0, start - 80) : start].rpartition("\n")[2]
+        if kind == "option" and not flag and before == "/":
+            return None
         if kind == "element":
             if bare_key or before not in ("<", ":", '"', "'", "/", " "):
                 return None
@@ -1961,7 +1935,7 @@ class _Texts:
                 return value
             if self._placeholder.fullmatch(shown):
                 return None
-            if kind in ("pair", "call") and (self.names.strength(shown) or shown[-1:] in (":", " ")):
+            if kind in ("pair", "call") and (self.strength(shown) or shown[-1:] in (":", " ")):
                 return None  # a list of names, a prompt
             if kind == "pair":
                 opened = text[max(0, start - 12) : start].rstrip("\\\"'bu")[-1:]
@@ -1972,11 +1946,8 @@ class _Texts:
             weak = strength < 2 and (len(shown) < 8 or not _looks_secret(shown))
             reference = bare_key or weak or (low in _REFERENCES and not name.isupper())
             return None if kind == "quoted" and reference and not flag else value
-        if kind == "prose":
-            end = self._bare_end(text, at)
-            shown = text[at:end].rstrip(".,:;)!")
-            secret = (strength == 2 or len(shown) >= 8 or low == "pin") and _looks_secret(shown)
-            return (at, at + len(shown)) if secret and not re.match(r"\w+[(=]", shown) else None
+        if kind == "prose" or (kind == "option" and not flag):
+            return self._spoken(text, line, at, kind, low, strength)
         if kind == "assign":
             # The name ends a quoted prompt: `input("Password: ")`.
             if quote and before in ("'", '"') and quote[2] == before and lead["assign"][0] not in "\\\"'`":
@@ -1986,39 +1957,41 @@ class _Texts:
                 return None
             if not quote and text[at : at + 1] not in ("[", "{") and low.replace("_", "-") in _HEADER_NAMES:
                 return self._header(text, at, low.replace("_", "-"), before)
-        return self._assigned(text, start, at, low, strength, text[lead.end("rest") : at])
+        return self._assigned(text, line, at, low, strength, text[lead.end("rest") : at])
 
-    def _spoken(self, text: str, start: int, at: int, name: str, strength: int) -> _Span | None:
-        """Return the word behind a name and a space, where it is a secret and no language."""
+    def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
+        """Return the word behind a name and `is` or a space, where it is a secret and no language."""
         end = self._bare_end(text, at)
         shown = text[at:end].rstrip(".,:;)!")
-        if not _looks_secret(shown) or shown.lower() in _ALGORITHMS or re.match(r"\w+[(=]", shown):
+        size = len(shown)
+        if not _looks_secret(shown) or re.match(r"\w+[(=]", shown):
             return None
-        line = text[max(0, start - 80) : start].rpartition("\n")[2]
-        given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
-        alone = strength == 2 and not line.strip() and text[end : end + 1] in ("", "\n", "\r")
-        mixed = len(shown) >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
-        known = given or name in _PASSWORDS or alone or (mixed and name not in _REFERENCES)
-        return (at, at + len(shown)) if known and len(shown) >= 6 else None
+        known = strength == 2 or size >= 8 or name == "pin"  # `the password is x`
+        if kind == "option":  # `login u password x`, `set NAME x`
+            given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
+            alone = strength == 2 and not line.strip() and text[end : end + 1] in ("", "\n", "\r")
+            mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
+            known = bool(given) or name in _PASSWORDS or alone or (mixed and name not in _REFERENCES)
+            known = known and size >= 6 and shown.lower() not in _ALGORITHMS
+        return (at, at + size) if known else None
 
-    def _assigned(self, text: str, start: int, at: int, name: str, strength: int, lead: str) -> _Span | None:
+    def _assigned(self, text: str, line: str, at: int, name: str, strength: int, lead: str) -> _Span | None:
         """Return an assigned value, or None for what only looks like one."""
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
         if len(shown) > _MAX_DOUBTED:
             return value
-        if self._placeholder.fullmatch(shown) or (shown.isupper() and self.names.strength(shown)):
+        if self._placeholder.fullmatch(shown) or (shown.isupper() and self.strength(shown)):
             return passed
         bare_key = name in ("key", "keys") and strength < 2
         if value[0] > at or text[at : at + 1] in ("[", "{"):
-            if bare_key and re.fullmatch(r"[A-Za-z_.-]*", shown) and self.names.strength(shown):
+            if bare_key and re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown):
                 return None  # `key="DbPassword" value="…"`
             return None if _re(_ASKING).search(text[at : value[0]]) else value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
-            own = len(text[max(0, start - 80) : start].rpartition("\n")[2])
-            if len(indent) > own or text[at : at + 2] == "- ":
-                more = re.escape(indent) + ("" if len(indent) > own else "[ \t-]")
+            if len(indent) > len(line) or text[at : at + 2] == "- ":
+                more = re.escape(indent) + ("" if len(indent) > len(line) else "[ \t-]")
                 block = re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").match(text, at)
                 if block and any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", block[0]))):
                     return block.span()
@@ -2026,27 +1999,26 @@ class _Texts:
                 return None  # the next entry
         # What is no value: a marker's rest, source text such as `= f(x)` or `= config.password`, a remark.
         after = re.match(r"\s+([^\s-]\S*)", text[value[1] : value[1] + 80]) if lead.isspace() else None
-        if after and self.names.strength(shown) and ("[REDACTED" in after[1] or _looks_secret(after[1])):
+        if after and self.strength(shown) and ("[REDACTED" in after[1] or _looks_secret(after[1])):
             return None  # `--secret dbPassword X`
         last = shown.rpartition(".")[2] if re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", shown) else ""
-        if "[REDACTED" in shown or re.match(r"[A-Za-z_][\w.]*[(\[]|\(", shown) or self.names.strength(last):
+        if "[REDACTED" in shown or re.match(r"[A-Za-z_][\w.]*[(\[]|\(", shown) or self.strength(last):
             return passed if "[REDACTED" in shown else None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return None if ":" in lead else passed
-        if ":" in lead and name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown):
-            return None  # `credentials: username=u`
-        if name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown):  # the shell's directory
-            return None
-        queried = text[start - 1 : start] in ("?", "&") and lead == "="
-        if bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown)):
+        queried = line[-1:] in ("?", "&") and lead == "="
+        if (
+            # `credentials: username=u`, the shell's directory, a name
+            (":" in lead and name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown))
+            or (name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown))
+            or (bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown)))
+        ):
             return None
         asked = (lead[-1:] != "=" or name in ("key", "pass", "pin", "auth")) and not queried
         if strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown))):
             return None if ":" in shown or "=" in shown else passed
         # A value of several words ends with its line, where the line holds nothing else.
-        alone = not text[max(0, start - 80) : start].rpartition("\n")[2].strip(" \t-") and (
-            "=" in lead or "\n" in text
-        )
+        alone = not line.strip(" \t-") and ("=" in lead or "\n" in text)
         if alone and lead.strip() and lead[-1:] == " " == text[value[1] : value[1] + 1]:
             end = self._line_end(text, at)
             return value if re.search(r"[\w.]=|[#(]", text[value[1] : end]) else (at, end)
@@ -2076,16 +2048,13 @@ class _Texts:
             at = text.find("=", at, end) + 1 or at
         return at, self._line_end(text, at, end)
 
-    def _line_end(self, text: str, at: int, end: int | None = None) -> int:
+    def _line_end(self, text: str, at: int, end: int = sys.maxsize) -> int:
         """Return the end of a line, which in an escaped text ends with `\\n`."""
-        end = len(text) if end is None else end
-        sign = _re(r"\\[rn]|[\r\n]").search(text, at, end)
-        return sign.start() if sign else end
+        return next(_re(r"\\[rn]|[\r\n]|\Z").finditer(text, at, end)).start()
 
     def _bare_end(self, text: str, at: int) -> int:
         """Return the end of an unquoted value; a marker is one, whatever brackets mean elsewhere."""
-        bare = _re(_MARKED).match(text, at) or _re(_BARE).match(text, at)
-        return bare.end() if bare else at
+        return next(_re(_BARE).finditer(text, at)).end()
 
     def _extent(self, text: str, at: int) -> _Span:
         """Return where a value starts and ends: quoted, bracketed, a YAML block, or bare."""
@@ -2099,12 +2068,13 @@ class _Texts:
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
             end = self._balanced_end(text, at)  # `{SSHA}X` goes on
             return at, self._bare_end(text, end) if re.match(r"\w", text[end : end + 1]) else end
-        block = _re(_YAML_BLOCK).match(text, at)
+        block = _re(r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*").match(text, at)
         return at, block.end() if block else self._bare_end(text, at)
 
     def _balanced_end(self, text: str, start: int) -> int:
         """Return the end of the bracket that opens at `start`; an unclosed one ends with the text."""
-        if text[start] == "{" and (odbc := _re(_ODBC).match(text, start)):
+        # In `Pwd={a}}b;c}` two braces are one.
+        if odbc := _re(r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)").match(text, start):
             return odbc.end()
         depth = 0
         for sign in _re(_BRACKETS).finditer(text, start):
@@ -2120,20 +2090,19 @@ _MAX_DEPTH: Final = 64  # arbitrary: deeper than people write, and far from the 
 
 
 class _Declared(NamedTuple):
-    """What an endpoint's definition says of one parameter and of its parts."""
+    """What an endpoint's definition hides of one parameter: all of it, or some of its parts."""
 
     sensitive: bool
     fields: dict[str, _Declared]
     items: _Declared | None
-    hides: bool
 
 
 def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = None) -> _Declared | None:
-    """Read MXCP's definition of a parameter; one that can't be read makes everything sensitive."""
+    """Read what MXCP's definition of a parameter hides, None if nothing; one that can't be read hides all."""
     budget = budget or iter(range(10_000))
     try:
         if next(budget, None) is None or depth > _MAX_DEPTH:
-            return _Declared(True, {}, None, True)
+            return _Declared(True, {}, None)
         parts = definition if issubclass(type(definition), dict) else _members(definition)
         if not isinstance(parts, dict):
             return None
@@ -2149,21 +2118,20 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
                 named.append(((part if isinstance(part, dict) else _members(part) or {}).get("name"), part))
         fields: dict[str, _Declared] = {}
         for name, part in named:
-            declared = _declare(part, depth + 1, budget) if isinstance(name, str) else None
-            if isinstance(name, str) and declared is not None and declared.hides:
+            if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
                 fields[_normal(name)] = declared
         element = parts.get("items") or parts.get("additionalProperties")
         items = None if element is None else _declare(element, depth + 1, budget)
         says = parts.get("sensitive", False)
         off = ("", "false", "no", "off", "0")
         yes = says.strip().lower() not in off if isinstance(says, str) else bool(says)
-        return _Declared(yes, fields, items, yes or bool(fields) or (items is not None and items.hides))
+        return _Declared(yes, fields, items) if yes or fields or items else None
     except INTERRUPTS:
         raise
     except BaseException:
         if depth:  # a part that can't be read: nobody knows what the others mean
             raise
-        return _Declared(True, {}, None, True)
+        return _Declared(True, {}, None)
 
 
 # --- what an object holds
@@ -2285,27 +2253,34 @@ encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
 
 
+def _label(value: object) -> str:
+    """Return a text or bytes as text; anything else labels nothing."""
+    if type(value) is bytes:
+        return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
+    return value if type(value) is str else ""
+
+
 class _Verdicts(dict[str, int]):
     """The verdicts on the names of fields, for all tools or for one; bounded. Without a tool: none."""
 
-    def __init__(self, names: _Names, texts: _Texts, tool: str | None = "") -> None:
-        self.names, self.texts, self.tool = names, texts, tool
+    def __init__(self, rules: _Rules, tool: str | None = "") -> None:
+        self.rules, self.tool = rules, tool
         # As JSON: names without anything to look at, names with a marker for their values, and texts of
         # which none says anything of the next.
         self.harmless: dict[str, str] = {}
         self.hidden: dict[str, str] = {}
         self.inert: dict[str, str] = {}
-        self.is_label = functools.lru_cache(_MAX_VERDICTS)(self._is_label)
+        self._says = functools.lru_cache(_MAX_VERDICTS)(self._says_secret)
 
     def __missing__(self, name: str) -> int:
         if self.tool is None:
             return 0
-        strength, reason = self.names.judge(name, self.tool)
+        strength, reason = self.rules.judge(name, self.tool)
         verdict = (_SENSITIVE | (_LISTED if reason == _BY_SETTING else 0)) if strength else 0
         low = name.lower()
         if low in _VALUES | _ROW_LISTS | _ARGUMENTS or (low == "key" and verdict == _SENSITIVE):
             verdict |= _BESIDE
-        if self.texts.clean(name) != name:
+        if self.rules.clean(name)[0] != name:
             return verdict | _ODD
         if len(name) <= _MAX_NAME_CHARS:
             if len(self) >= _MAX_VERDICTS:
@@ -2318,19 +2293,16 @@ class _Verdicts(dict[str, int]):
                 self.hidden[name] = f'{encode_text(name)}:"{REDACTED}"'
         return verdict
 
-    def _is_label(self, said: str) -> bool:
-        """Return True if a text is a sensitive name, be it of a field on a page (`Password field`)."""
-        if not self.names.stems.search(_lower(said)):
+    def is_label(self, item: object) -> bool:
+        """Return True if a text or bytes are a sensitive name, be it of a `Password field` on a page."""
+        said = _label(item)
+        return 2 < len(said) <= _MAX_NAME_CHARS and self._says(said)
+
+    def _says_secret(self, said: str) -> bool:
+        if not self.rules.stems.search(_lower(said)):
             return False
         said = re.sub(r"(?i)\s+(?:input|text)?\s*(?:field|input|box|entry|value)$", "", said.strip("-"))
         return self[said] & _SENSITIVE > 0
-
-
-def _label(value: object) -> str:
-    """Return a text or bytes as text; anything else labels nothing."""
-    if type(value) is bytes:
-        return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
-    return value if type(value) is str else ""
 
 
 class _Walk:
@@ -2341,15 +2313,15 @@ class _Walk:
     max_nodes = _MAX_NODES
 
     def __init__(self, verdicts: _Verdicts, echoes: _Collected = None, limit: int = 0) -> None:
-        self.verdicts, self.texts, self.echoes, self.limit = verdicts, verdicts.texts, echoes, limit
-        self.quiet = echoes is None and self.texts.constant
+        self.verdicts, self.rules, self.echoes, self.limit = verdicts, verdicts.rules, echoes, limit
+        self.quiet = echoes is None and self.rules.key is None
         self.open: list[int] = []  # ids of the containers around the present value
         if limit:  # an element takes two bytes at least
             self.max_nodes = min(_MAX_NODES, limit // 2)
 
     def plain(self, value: object) -> Any:
         """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
-        return json.loads(_Walk(_Verdicts(self.verdicts.names, self.texts, None)).value(value, None))
+        return json.loads(_Walk(_Verdicts(self.rules, None)).value(value, None))
 
     def hide(self, value: object) -> str:
         """Return the marker for a whole value, whatever it is, as JSON."""
@@ -2370,7 +2342,7 @@ class _Walk:
                 waiting += list(item.values() if kind is dict else item)[:_MAX_ECHOES]
             elif item is not None and kind is not bool:
                 self.echoes.append(str(item))
-        return self.texts.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
+        return self.rules.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
 
     def refusal(self, ident: int, count: int) -> str:
         """Return what stands for a container that is open already, too deep, or too large."""
@@ -2382,7 +2354,7 @@ class _Walk:
         """Write and redact one value by its exact type; unusual types take the slow way."""
         kind = type(value)
         # A number in the place of an object with a secret part: nobody knows what it means.
-        if declared is not None and (declared.sensitive or (declared.hides and kind in (int, float))):
+        if declared is not None and (declared.sensitive or kind in (int, float)):
             return self.hide(value)
         if kind is str:
             return encode_text(self.text(value, declared))
@@ -2424,7 +2396,7 @@ class _Walk:
         if ident in opened or depth >= _MAX_DEPTH or nodes > self.max_nodes:
             return self.refusal(ident, len(value))
         opened.append(ident)
-        verdicts, texts = self.verdicts, self.texts.harmless
+        verdicts, texts = self.verdicts, self.rules.harmless
         known = verdicts.harmless if declared is None else {}
         out: list[str] = []
         try:
@@ -2454,9 +2426,7 @@ class _Walk:
                         whole = self.mapping(renamed, declared)
                         break
                     if verdict & _BESIDE:
-                        verdict = self.field(name.lower(), verdict, value)
-                        if type(item) in (list, tuple):
-                            item = self.beside(name.lower(), item, value)
+                        verdict, item = self.beside(name.lower(), verdict, item, value)
                     hides = verdict > _SENSITIVE or (verdict and kind is not bool and item is not None)
                     inner = declared.fields.get(_normal(name)) if declared else None
                     out.append(f"{encode_text(name)}:{self.hide(item) if hides else self.value(item, inner)}")
@@ -2476,49 +2446,39 @@ class _Walk:
         plain = name if type(name) is str else self.plain(name)
         return self.text(plain if isinstance(plain, str) else json.dumps(plain), None)
 
-    def field(self, name: str, verdict: int, value: dict[Any, Any]) -> int:
-        """Return the verdict on a field after a look at its siblings."""
+    def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
+        """Return a field's verdict and value after a look at its siblings, which may hide parts of it."""
+        siblings = [(_label(key).lower(), said) for key, said in value.items()]
         # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-        if name in _VALUES:
-            labels = [said for key, said in value.items() if _label(key).lower() in _LABELS]
-            verdict |= _SENSITIVE if any(map(self.is_label, labels)) else 0
+        if name in _VALUES and any(key in _LABELS and self.verdicts.is_label(said) for key, said in siblings):
+            verdict |= _SENSITIVE
         # A key beside its value is a label, and stays where it reads like one.
-        elif name == "key" and any(_label(key).lower() in _VALUES for key in value):
-            said = next(_label(value[key]) for key in value if _label(key).lower() == "key")
+        elif name == "key" and any(key in _VALUES for key, _ in siblings):
+            said = next(_label(said) for key, said in siblings if key == "key")
             verdict &= ~_SENSITIVE if re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", said) else -1
-        return verdict & _CERTAIN
-
-    def is_label(self, item: object) -> bool:
-        """Return True if a text or bytes are a sensitive name."""
-        said = _label(item)
-        return 2 < len(said) <= _MAX_NAME_CHARS and self.verdicts.is_label(said)
-
-    def beside(self, name: str, item: Sequence[Any], value: dict[Any, Any]) -> Sequence[Any]:
-        """Return a list with markers where siblings say so: rows under `columns`, arguments of `command`."""
-        for key, said in value.items():
-            key = _label(key).lower()
+        for key, said in siblings if type(item) in (list, tuple) else ():
             if name in _ROW_LISTS and key in _COLUMN_LISTS and type(said) in (list, tuple):
-                return self.rows(item, said)
+                return verdict & _CERTAIN, self.rows(item, said)
             if name in _ARGUMENTS and key in _PROGRAMS and type(said) is str:
-                return self.arguments([said, *item])[1:]
-        return item
+                return verdict & _CERTAIN, self.arguments([said, *item])[1:]
+        return verdict & _CERTAIN, item
 
     def rows(self, rows: Sequence[Any], heads: Sequence[Any]) -> list[Any]:
         """Return rows with markers in the columns whose heads are sensitive names."""
         names = [head.get("name") if type(head) is dict else head for head in heads[:1000]]
-        hidden = [at for at, name in enumerate(names) if self.is_label(name)]
-        rows = [list(row) if hidden and type(row) in (list, tuple) else row for row in rows]
-        for row in rows if hidden else ():
-            for at in hidden if type(row) is list else ():
-                # Booleans and null are no secrets.
-                if at < len(row) and row[at] is not None and type(row[at]) is not bool:
-                    row[at] = self.marker(row[at])
-        return rows
+        hidden = {at for at, name in enumerate(names) if self.verdicts.is_label(name)}
+
+        def hide(at: int, cell: Any) -> Any:
+            # Booleans and null are no secrets.
+            return self.marker(cell) if at in hidden and cell is not None and type(cell) is not bool else cell
+
+        kinds = (list, tuple) if hidden else ()
+        return [list(map(hide, range(len(row)), row)) if type(row) in kinds else row for row in rows]
 
     def arguments(self, words: list[Any]) -> list[Any]:
         """Return the words of a command with markers where its program takes a secret."""
         if len(words) <= 1000 and all(type(word) is str for word in words):
-            for index, start, end in list(self.texts.command_secrets(words)):
+            for index, start, end in list(self.rules.command_secrets(words)):
                 word = words[index]
                 words[index] = word[:start] + self.marker(word[start:end]) + word[end:]
         return words
@@ -2538,10 +2498,10 @@ class _Walk:
                 pass  # not all of them are known, or texts
         opened.append(ident)
         items = None if declared is None else declared.items or declared
-        texts, is_label = self.texts.harmless, self.is_label
+        texts, is_label = self.rules.harmless, self.verdicts.is_label
         hide_next = len(value) == 2 and is_label(first)
         pairs = len(value) > 2 and len(value) % 2 == 0 and type(first) is str
-        if type(first) is str and (first in self.texts.programs or first[:1] == "/"):
+        if type(first) is str and (first in self.rules.programs or first[:1] == "/"):
             value = self.arguments(list(value))
         elif type(first) in (list, tuple) and 1 < len(first) < 1000 and len(value) > 1:
             # The first row may be the head; pairs are no rows.
@@ -2561,7 +2521,7 @@ class _Walk:
                 if item[:1] == "-":
                     hide_next = "=" not in item and is_label(item)
                 elif not is_label(item):
-                    if known and item[:1] != "/" and item not in self.texts.programs:
+                    if known and item[:1] != "/" and item not in self.rules.programs:
                         if len(self.verdicts.inert) >= _MAX_HARMLESS:
                             self.verdicts.inert.clear()
                         self.verdicts.inert[item] = known
@@ -2609,14 +2569,16 @@ class _Walk:
             else:
                 walked = json.loads(self.value(tree, declared))
                 return text if walked == tree else json.dumps(walked, ensure_ascii=False)
-        if declared is not None and declared.hides:
+        if declared is not None:
             return self.marker(text)  # the part that is secret can't be found: all of it
-        shown = self.texts.clean(text, self.echoes)
+        shown, taken = self.rules.clean(text)
+        if self.echoes is not None:
+            self.echoes += [secret for _, secret in taken[: max(0, _MAX_ECHOES - len(self.echoes))]]
         if note:
             # What was read beyond the limit only says how a secret that lies across it goes on.
             return shown[: max(0, len(shown) - min(allowed, _SLACK))] + note
         if shown is text and len(text) <= _MAX_HARMLESS_CHARS:
-            harmless = self.texts.harmless
+            harmless = self.rules.harmless
             if len(harmless) >= _MAX_HARMLESS:
                 harmless.clear()
             harmless[text] = encode_text(text)
@@ -2626,7 +2588,6 @@ class _Walk:
 # --- what comes back
 
 _MIN_ECHO: Final = 12  # so many characters of a value's beginning or end are taken for it
-_MAX_FORM: Final = 1 << 16  # characters at either end of a value of which other spellings are looked for
 
 
 def _spellings(text: str) -> tuple[str, ...]:
@@ -2640,12 +2601,6 @@ def _spellings(text: str) -> tuple[str, ...]:
     return (*quoted, quote(raw), quote(raw, safe=""), quote_plus(raw))
 
 
-def _common(text: str, at: int, form: str) -> int:
-    """Return how many characters of `form` stand in `text` from `at` on."""
-    sizes = range(1, min(len(form), len(text) - at) + 1)
-    return bisect.bisect_left(sizes, True, key=lambda size: not text.startswith(form[:size], at))
-
-
 def _without_echo(text: str, form: str, marker: str) -> str:
     """Return a text with a marker for a value, for its beginnings and for its ends."""
     text = text.replace(form, marker)
@@ -2655,7 +2610,7 @@ def _without_echo(text: str, form: str, marker: str) -> str:
         out, at = [], 0
         while (start := text.find(form[:_MIN_ECHO], at)) >= 0:
             out += [text[at:start], marker]
-            at = start + _common(text, start, form)
+            at = start + len(os.path.commonprefix([form, text[start : start + len(form)]]))
         text, form, marker = "".join([*out, text[at:]])[::-1], form[::-1], marker[::-1]
     return text
 
@@ -2671,7 +2626,7 @@ def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str])
             continue
         marker = mark(echo)
         text = _without_echo(text, echo, marker)
-        for part in {echo[:_MAX_FORM], echo[-_MAX_FORM:]}:
+        for part in {echo[: 1 << 16], echo[-1 << 16 :]}:  # of so much other spellings are looked for
             # The first and last characters decide whether the rest is spelt at all.
             ends = [head[:_MIN_ECHO] for head in _spellings(part[:18])]
             ends += [tail[-_MIN_ECHO:] for tail in _spellings(part[-18:])]
@@ -2719,14 +2674,14 @@ class Redactor:
             raise ConfigError(f"{mode!r} is neither 'constant' nor 'hmac'", trail=("redact_mode",))
         if mode == "hmac" and not key:
             raise ConfigError("'hmac' needs a key: set MXCP_AUDIT_KEY", trail=("redact_mode",))
-        self._names = _Names(redact, keep)
-        self._texts = _Texts(self._names, key if mode == "hmac" else None)
-        self._verdicts = _Verdicts(self._names, self._texts)
-        self._of_tool = {tool: _Verdicts(self._names, self._texts, tool) for tool in self._names.tools}
+        self._rules = _Rules(redact, keep, key if mode == "hmac" else None)
+        self._verdicts = _Verdicts(self._rules)
+        tools = {tool for tool, _ in self._rules.redact | self._rules.keep if tool}
+        self._of_tool = {tool: _Verdicts(self._rules, tool) for tool in tools}
 
     def is_sensitive(self, name: str, tool: str | None = None) -> bool:
         """Return True if what stands under a name is redacted in the input of a tool, or of any."""
-        return self._names.judge(name, _normal(tool or ""))[0] > 0
+        return self._rules.judge(name, _normal(tool or ""))[0] > 0
 
     def redact(
         self,
@@ -2790,7 +2745,7 @@ class Redactor:
             walk = _Walk(self._verdicts)
             shown = text if type(text) is str else walk.plain(text)
             shown = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
-            return walk.text(without_echoes(shown, echoes, self._texts.mark) if echoes else shown, None)
+            return walk.text(without_echoes(shown, echoes, self._rules.mark) if echoes else shown, None)
         except INTERRUPTS:
             raise
         except BaseException as error:
@@ -2803,18 +2758,18 @@ class Redactor:
         found: list[tuple[str, str]] = []
 
         def _compare(before: Any, after: Any, path: str, name: str, declared: _Declared | None) -> None:
-            if isinstance(before, dict) and isinstance(after, dict):
+            if type(before) is type(after) is dict:
                 for (key, old), new in zip(before.items(), after.values(), strict=False):
                     inner = declared.fields.get(_normal(key)) if declared else None
                     _compare(old, new, f"{path}.{key}", key, inner)
-            elif isinstance(before, list) and isinstance(after, list):
+            elif type(before) is type(after) is list:
                 for index, (old, new) in enumerate(zip(before, after, strict=False)):
                     _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
             elif before != after:
-                why = ["declared sensitive"] if declared is not None and declared.hides else []
-                why = why or [reason for reason in self._names.judge(name, _normal(tool or ""))[1:] if reason]
+                why = ["declared sensitive"] if declared else []
+                why = why or list(filter(None, self._rules.judge(name, _normal(tool or ""))[1:]))
                 if not why and isinstance(before, str):
-                    self._texts.clean(before, None, why)
+                    why = [rule for rule, _ in self._rules.clean(before)[1]]
                 found.append((path, " and ".join(dict.fromkeys(why)) or "what stands beside it names it"))
 
         plain = _Walk(self._verdicts).plain(value)

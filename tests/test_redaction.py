@@ -155,7 +155,7 @@ def test_is_sensitive_many_names_keeps_the_cache_bounded() -> None:
     for number in range(3 * mxcp_audit._MAX_VERDICTS):
         redactor.redact({f"name{number}": 1, "note": f"token{number}=x"})
     assert len(redactor._verdicts) <= mxcp_audit._MAX_VERDICTS
-    assert redactor._names.strength.cache_info().currsize <= mxcp_audit._MAX_VERDICTS
+    assert redactor._rules.strength.cache_info().currsize <= mxcp_audit._MAX_VERDICTS
 
 
 def test_redact_many_texts_only_harmless_short_ones_are_remembered_and_few() -> None:
@@ -163,7 +163,7 @@ def test_redact_many_texts_only_harmless_short_ones_are_remembered_and_few() -> 
     for number in range(10_000):
         redactor.redact({"note": f"call {number}", "dsn": f"db://u:hunter{number}@h", "long": "x y" * 50})
         redactor.redact({"tags": [f"call {number}", "x"]})
-    remembered = redactor._texts.harmless
+    remembered = redactor._rules.harmless
     assert 0 < len(remembered) <= 4096 and 0 < len(redactor._verdicts.inert) <= 4096
     assert not [text for text in remembered if "hunter" in text or len(text) > 64]
 
@@ -301,6 +301,14 @@ def test_declared_part_in_an_opaque_value_redacts_all_of_it(redactor: Redactor) 
 )
 def test_declared_garbage_declares_nothing(redactor: Redactor, garbage: Any) -> None:
     assert redactor.redact({"a": 1}, endpoint_def=garbage) == {"a": 1}
+
+
+def test_redact_list_under_a_definition_that_hides_nothing_is_judged_as_without_one():
+    """A definition without `sensitive` once kept siblings in a list from being looked at."""
+    assert Redactor().redact(["--password", "hunter2"], endpoint_def={"parameters": []}) == [
+        "--password",
+        REDACTED,
+    ]
 
 
 def test_declared_by_what_cannot_be_read_hides_everything(redactor: Redactor) -> None:
@@ -568,8 +576,8 @@ def test_scrub_echo_cut_short_or_encoded_goes(redactor: Redactor, spell: Any, si
 
 def test_redact_json_with_a_limit_reads_no_more_than_it_keeps(monkeypatch: pytest.MonkeyPatch) -> None:
     read: list[int] = []
-    clean = mxcp_audit._Texts.clean
-    monkeypatch.setattr(mxcp_audit._Texts, "clean", lambda *a: read.append(len(a[1])) or clean(*a))
+    clean = mxcp_audit._Rules.clean
+    monkeypatch.setattr(mxcp_audit._Rules, "clean", lambda *a: read.append(len(a[1])) or clean(*a))
     limit = 10_000
     for value in (
         "x y" * 10**6,
