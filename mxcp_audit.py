@@ -1112,11 +1112,6 @@ def parse_iso(text: object, *, local: bool = False) -> datetime.datetime:
 LINE_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
-def line_time(moment: datetime.datetime) -> bytes:
-    """Return an aware moment in UTC as lines have it."""
-    return moment.replace(tzinfo=None).isoformat(timespec="microseconds").encode() + b"Z"
-
-
 def is_segment_id(text: str) -> bool:
     """Return True if `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
@@ -2899,12 +2894,15 @@ class Encoder:
         trace_id: object,
         echoes: Sequence[str],
         more: Sequence[object] = _NO_MORE,
+        *,
+        ago: int = 0,
     ) -> bytes:
-        """Return the line of an event, for `finish_line` to complete; `more` holds the values of NEW_COLUMNS.
+        """Return the line of an event `ago` nanoseconds before now, for `finish_line` to complete; `more` holds
+        the values of NEW_COLUMNS.
 
         Values outside the allowed ones are recorded as they were given, and `reason` says so.
         """
-        second, ns = divmod(self._clock(), 1_000_000_000)
+        second, ns = divmod(self._clock() - ago, 1_000_000_000)
         stamp = self._second
         if stamp[0] != second:
             stamp = self._second = (second, time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(second)))
@@ -6001,7 +5999,7 @@ def _is_injected(value: object) -> bool:
 
 
 # === Logger ===
-# depends on: Errors, Config, Events, Redaction, Encoding, Journal, Writer, Calls
+# depends on: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
 #
 # What servers hold. It joins the sections above and adds what belongs to the process: exit, fork, children of
 # multiprocessing. It knows no DuckDB: Assembly sets `_ingest`, and without it events stay in the journal.
@@ -6269,10 +6267,8 @@ class AuditLogger:
         """Return the begin of a call as it is put on record: the event that it is, should nothing follow."""
         event = call.event()
         begun = (*event[:4], 0, "n/a", None, "error", UNFINISHED, *event[9:12], (), event[13])
-        line = self._encoder.line(*begun)
-        age = datetime.timedelta(seconds=time.perf_counter() - call.started)
-        rest = line[line.index(b'"', len(b'{"timestamp":"')) :]
-        return b'{"timestamp":"%b%b,"call":"%b"}\n' % (line_time(utc_now() - age), rest, ref.encode())
+        ago = int((time.perf_counter() - call.started) * 1e9)
+        return b'%b,"call":"%b"}\n' % (self._encoder.line(*begun, ago=ago), ref.encode())
 
     def finish(self, call: Call) -> int:
         """Queue the line of a call that ended, and return its ticket."""

@@ -242,6 +242,8 @@ class Encoder:
         trace_id: object,
         echoes: Sequence[str],
         more: Sequence[object] = ...,
+        *,
+        ago: int = 0,
     ) -> bytes: ...
 
 class Descriptor:
