@@ -2899,7 +2899,8 @@ class Encoder:
     ) -> bytes:
         """Return the line of an event `ago` nanoseconds before now, for `finish_line` to complete.
 
-        `more` holds the values of NEW_COLUMNS. Values outside the allowed ones are recorded as they were given, and `reason` says so.
+        `more` holds the values of NEW_COLUMNS. Values outside the allowed ones are recorded as they were given,
+        and `reason` says so.
         """
         second, ns = divmod(self._clock() - ago, 1_000_000_000)
         stamp = self._second
