@@ -2937,8 +2937,7 @@ class Encoder:
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
-        """Return what surrounds the changing parts of a line, the same for most events of a tool, and a flag:
-        what is wrong, for `reason`."""
+        """Return what surrounds the changing parts of a line, and a flag: what is wrong, for `reason`."""
         texts, flag = [], ""
         for argument, part in zip(_FRAME, parts, strict=True):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
@@ -3046,8 +3045,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 
 def event_of_line(line: bytes) -> dict[str, Any]:
-    """Return the event of a journal line; ValueError says what makes it unusable, for DuckDB or quietly
-    NULL."""
+    """Return the event of a journal line; ValueError says why DuckDB can't use it, or would make it NULL."""
     event = _json_object(line)
     for name, sql_type in COLUMNS:
         value, largest = event.get(name), LARGEST.get(sql_type)
@@ -3275,8 +3273,7 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 class Segment(Descriptor):
-    """One journal file while this process writes it. Nobody ingests it before `seal`; then it holds each line
-    that `append` took and none that it refused, whatever interrupted it."""
+    """A journal file of this process: nobody ingests it before `seal`; then it holds what `append` took."""
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd)
@@ -3299,8 +3296,7 @@ class Segment(Descriptor):
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines at the end, all of them or none; with `durable`, force them to the disk. What a
-        failed fsync covered may be lost although a later one succeeds: write it to another segment."""
+        """Write whole lines at the end, all of them or none; with `durable`, force them to the disk."""
         self._mend()
         fd, (size, count) = self.number(), self._end
         if size + len(data) > self._limit:
@@ -3434,11 +3430,7 @@ class Claim:
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
-    """Put many small segments together in one file of the directory; return the files to read instead.
-
-    DuckDB takes 2 ms for each file. Each line gets its segment as its first member. A segment that vanishes
-    meanwhile is left out: callers without a lock look afterwards.
-    """
+    """Put small segments, with their names, in one file: DuckDB takes 2 ms a file; return what to read."""
     sizes = {path: size for path in paths if (size := _size_of(path))}
     small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
     if len(small) < 8:
@@ -3543,8 +3535,7 @@ class Journal:
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
-        """Return the random name of this journal in the ledger; the first call, under the ingest lock, makes
-        it."""
+        """Return this journal's random name in the ledger; the first call makes it, under the ingest lock."""
         path = os.path.join(self.directory, "journal.id")
         with contextlib.suppress(FileNotFoundError):
             known = read_file(path).decode("utf-8", "replace").strip()
@@ -3555,8 +3546,7 @@ class Journal:
         return fresh
 
     def bind(self, target: str) -> None:
-        """Note which database this journal is of, under the ingest lock. A copy of a journal gets an identity
-        of its own if the original is still in place."""
+        """Note, under the ingest lock, which database this journal is of; a copy gets its own identity."""
         path, mine = os.path.join(self.directory, "journal.place"), [self.directory, target]
         place = other = ""
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -3590,8 +3580,7 @@ class Journal:
 
     @contextlib.contextmanager
     def ingest_lock(self, *, shared: bool = False) -> Iterator[bool]:
-        """Hold the lock of the one process that ingests from here, or with `shared` keep ingests out; yields
-        False if another has it."""
+        """Hold the lock of an ingest, or with `shared` keep ingests out; yields False if another has it."""
         with contextlib.ExitStack() as stack:
             try:
                 if shared:
@@ -3660,19 +3649,8 @@ class Journal:
             sync_directory(self.directory)
         return segment
 
-    def publish(self, fresh: Segment, before: Segment | None, *, durable: bool = False) -> None:
-        """Give a `.begun.part` file its final name, or in one step that of the file that it replaces."""
-        path = fresh.path.removesuffix(".part")
-        if before is not None and before.is_usable():
-            path = before.path
-        os.replace(fresh.path, path)
-        fresh.path = path
-        if durable:
-            sync_directory(self.directory)
-
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
-        """Yield path, last sign of life and calls of each process that lives, or of each that has ended; the
-        file of such a one stays locked until the next is asked for."""
+        """Yield path, last sign of life and calls of processes that live, or have ended: then locked."""
         for path in self._files(_BEGUN_SUFFIX):
             # An OSError: gone, not ours to read, or without locks, where nobody can tell.
             with contextlib.suppress(OSError), open_file(path) as file:
@@ -3698,8 +3676,7 @@ class Journal:
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
 
     def take_unfinished(self) -> bool:
-        """Turn the calls that ended processes left into segments; True if there are any. Call it under the
-        ingest lock, after `claim`, so that the ends of their calls are in their files or in a segment."""
+        """Turn calls of ended processes into segments, after `claim`; return True if there are any."""
         made = False
         for path, lines in self.unfinished():
             if lines and not os.path.exists(path):  # else the last attempt ended right here
@@ -3711,8 +3688,7 @@ class Journal:
     def claim(
         self, *, limit_bytes: int, skip: Collection[str] = ()
     ) -> tuple[list[Claim], list[JournalError]]:
-        """Return sealed and orphaned segments, oldest first, until their sizes add up to `limit_bytes`;
-        delete empty ones. Call it under the ingest lock."""
+        """Return sealed and orphaned segments, oldest first, of about `limit_bytes`; hold the ingest lock."""
         total = 0
         claims: list[Claim] = []
         problems: list[JournalError] = []
@@ -3838,8 +3814,7 @@ def native_threads() -> Any:
 
 
 class Diagnostics:
-    """Counts faults for health checks, and logs each kind at most once a minute, unless `silent`. Nothing
-    here raises."""
+    """Counts faults for health checks, and logs each kind once a minute, unless `silent`. Never raises."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self._silent = silent
@@ -3892,9 +3867,7 @@ _BRIEF_SECONDS: Final = 0.1  # a call that is over by then leaves only its line,
 
 
 class Begun:
-    """The calls that run here, put on record in a file, which shows after a crash what was unfinished. Most
-    are over before. An end is noted after its line is in the journal, and before anybody may take that
-    segment."""
+    """The calls that run here, but brief ones, in a file that shows after a crash what was unfinished."""
 
     def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
         self._journal, self._durable, self._encode = journal, durable, encode
@@ -3932,8 +3905,7 @@ class Begun:
         self._over.append((ticket, number))
 
     def write(self, done: int, *, ends: bool = False) -> None:
-        """Put on record what runs and, each second or with `ends`, what ended of that: if its line is among
-        the first `done` of the journal. After an OSError or JournalError the next attempt does it all."""
+        """Put on record what runs and, each second or with `ends`, what the first `done` lines ended."""
         fresh = {number: call for due, number, call in self._waiting() if due <= 0.0}
         is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
@@ -3946,7 +3918,7 @@ class Begun:
                 del self._refs[number]
         before = file = self._file
         if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
-            file = self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")  # `publish` gives it its name
+            file = self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
         is_new = file is not before
         numbers = {*self.on_record, *fresh} - gone if is_new else set(fresh)
         refs = {number: self._refs[number] for number in sorted(numbers) if number in self._refs}
@@ -3958,8 +3930,14 @@ class Begun:
             if not lines and not is_new:
                 os.utime(file.path)  # a sign of life
             file.append(b"".join(lines), len(lines), durable=self._durable)
-            if is_new:
-                self._journal.publish(file, before, durable=self._durable)
+            if is_new:  # it gets its name, or in one step that of the file that it replaces
+                path = file.path.removesuffix(".part")
+                if before is not None and before.is_usable():
+                    path = before.path
+                os.replace(file.path, path)
+                file.path = path
+                if self._durable:
+                    sync_directory(self._journal.directory)
         except BaseException:
             if is_new:
                 file.discard()
@@ -4036,8 +4014,7 @@ class Appender:
         return 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
-        """Write lines; after an error, `done` says which are in the journal. After any fault the next attempt
-        begins another segment: a file that an fsync failed on never becomes better."""
+        """Write lines; after an error, `done` says which are in the journal, and another segment is begun."""
         segment = self.present()
         if segment is None:
             segment = self._segment = self.journal.open_segment(durable=self.durable)
@@ -4089,8 +4066,7 @@ class Appender:
         self._before, self._segment = self.done, None
 
     def _replace(self, segment: Segment, *, named: str | None = None) -> Segment | None:
-        """Write a segment again that was deleted or moved. The old file is emptied, in case it comes back;
-        not with `named`, because an ingest knows it by its name."""
+        """Write a segment again that was moved; empty the old one, in case it comes back, unless `named`."""
         fresh = None
         try:
             held = os.pread(segment.number(), segment.size, 0)
@@ -4198,8 +4174,7 @@ module.ingest_child(**work)
 
 
 class Ingester:
-    """Has short-lived children ingest the journal; used by the writer alone. A segment is sealed for an
-    ingest only, and not while the one before still waits."""
+    """Has children ingest, for the writer alone. A segment is sealed only once the one before is gone."""
 
     def __init__(self, appender: Appender, settings: Mapping[str, object] | None, *, interval: float) -> None:
         self._appender, self.settings, self._interval = appender, settings, interval
@@ -4423,8 +4398,8 @@ class Ingester:
 class Writer:
     """The queue and the thread that empties it.
 
-    A caller first changes the queue or what is wanted and then reads `_asleep` and `_gathering`; the thread
-    first sets these and then reads the queue. So neither misses the other.
+    A caller first changes the queue or what is wanted and then reads `_asleep`; the thread first sets that
+    and then reads the queue. So neither misses the other.
     """
 
     def __init__(
@@ -4457,8 +4432,7 @@ class Writer:
         self._finished = 0  # lines that left the queue
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
         self._asleep = True
-        self._gathering = False
-        self._hurry = 0  # how many threads wait
+        self._hurried = False  # somebody waits for the next round
         self._closing = self._sealed = self._closed = False
         self._inline = 0  # the other thread that writes, by its number
         self._thread: threading.Thread | None = None
@@ -4502,29 +4476,20 @@ class Writer:
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Return True when the writer has done something, and at once in the writing thread; False after
-        `timeout` seconds, and for what `close` had to leave undone."""
+        """Return True when the writer has done something, or is this thread; False if that takes too long."""
         if self._is_writing_thread():
             return True
-        with self._lock:
-            self._hurry += 1
-        try:
-            if self._gathering:
-                self._release_wake()
-            deadline = time.monotonic() + (inf if timeout is None else timeout)
-            self._wait_until(lambda: done() or self._closed, deadline)
-            return done()
-        finally:
-            with self._lock:
-                self._hurry -= 1
+        self._hurry()
+        deadline = time.monotonic() + (inf if timeout is None else timeout)
+        self._wait_until(lambda: done() or self._closed, deadline)
+        return done()
 
     def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
         """Call back, in any thread, when the writer has done something, or is closed."""
         with self._lock:
             if not (done() or self._closed):
                 self._waiting.append((done, callback))
-                if self._gathering:
-                    self._release_wake()
+                self._hurry()
                 return
         callback()
 
@@ -4552,8 +4517,7 @@ class Writer:
         return True
 
     def close(self, timeout: float) -> int:
-        """Write and seal everything, end the thread, and return how many lines could not be written. Who puts
-        a line later writes it at once, into one open segment."""
+        """Write and seal everything, end the thread, and return how many lines could not be written."""
         deadline = time.monotonic() + timeout
         with self._lock:
             self._closing = True
@@ -4621,6 +4585,12 @@ class Writer:
         else:
             self._work_inline()
 
+    def _hurry(self) -> None:
+        """Have the thread gather no longer, now or the next time."""
+        if not self._at_once:
+            self._hurried = True  # before that: it clears this, and then waits
+            self._release_wake()
+
     def _release_wake(self) -> None:
         if self._wake.locked():
             with contextlib.suppress(RuntimeError):  # another thread was faster
@@ -4673,11 +4643,11 @@ class Writer:
         me = self._threads.current_thread()
         try:
             while self._thread is me:
-                self._asleep, self._gathering = False, True
-                is_awaited = self._hurry or self._waiting or self._ingester.wanted > self._ingester.tried
+                self._asleep = False
+                is_awaited = self._hurried or self._ingester.wanted > self._ingester.tried
+                self._hurried = False
                 if not (self._at_once or self._closing or is_awaited):
                     self._wake.acquire(timeout=_GATHER_SECONDS)
-                self._gathering = False
                 with self._writing:
                     done = self._work()
                 self._diagnostics.tell()
@@ -7279,8 +7249,7 @@ _COLOUR: Final = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the 
 
 
 class CliEngine(Engine):
-    """DuckDB's program as a child process. Each statement on its standard input is followed by a `.print` of
-    a random word, at which its rows end."""
+    """DuckDB's program as a child; a `.print` of a random word after each statement ends its rows."""
 
     name = "cli"
 
@@ -7364,8 +7333,7 @@ class CliEngine(Engine):
 
 
 class ApartEngine(CliEngine):
-    """The `duckdb` package in a child process that behaves like the program: for targets that are no file, in
-    a forked process, which may have inherited half of a DuckDB, and in a subinterpreter, where it hangs."""
+    """The package in a child: for targets that are no file, forked processes and subinterpreters."""
 
     name = "package"
 
@@ -7561,6 +7529,7 @@ def scratch_folder() -> contextlib.AbstractContextManager[str]:
 
 # --- the database
 
+_REMOTE_SECONDS: Final = 2.0  # between a follower's looks at a target that is no file
 _FINE_TICK_NS: Final = 50_000_000  # kernels keep file times to 1 … 10 ms
 _COARSE_TICK_NS: Final = 2_100_000_000  # some file systems keep whole seconds, or even ones
 _EVENTS_WAIT: Final = "events wait in the journal"
@@ -7605,8 +7574,7 @@ _ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fo
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Keep the other threads of this process from attaching a database file: DuckDB's lock is the process's,
-    and ends with the first of several readers. Then segments that are being read might be ingested."""
+    """Let one thread attach a file: DuckDB's lock is the process's, and ends with its first reader."""
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
         raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
@@ -7661,8 +7629,7 @@ class Target:
 
     @contextlib.contextmanager
     def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        """Attach the target as `audit`, an absent file is made unless `read_only`; an error ends the session.
-        What is no file is read in one transaction, because others go on writing."""
+        """Attach the target as `audit`, for writing an absent file too; an error ends the session."""
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
                 self._attach(engine, read_only=read_only)
@@ -7726,8 +7693,7 @@ class Target:
 
     @contextlib.contextmanager
     def _private_wal(self, read_only: bool) -> Iterator[None]:
-        """Make the WAL of a database attached for writing, which DuckDB would make by the umask. A mark in
-        the journal says that it began empty, so that it holds nothing but what we wrote."""
+        """Make the WAL privately, and a mark: it began empty, so that it holds nothing but what we wrote."""
         if read_only or os.path.islink(self.path) or not self.is_file:
             yield
             return
@@ -7742,8 +7708,7 @@ class Target:
                 os.unlink(wal)  # nothing was written: leave nothing behind
 
     def set_wal_aside(self) -> str | None:
-        """Rename a damaged WAL that holds only what we wrote, and return its new name; None if there is none.
-        All of it is still in the journal: a segment is deleted after a checkpoint, which leaves no WAL."""
+        """Rename a damaged WAL that holds only what is still in the journal; return its new name, if any."""
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
         with contextlib.suppress(OSError):
             os.unlink(self.journal.wal_mark)
@@ -7855,12 +7820,11 @@ class Target:
             engine.execute(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
 
     def signature(self) -> object:
-        """Return what differs after every ingest, without opening anything.
-
-        None as long as the next ingest might leave it the same, because file times are coarse.
-        """
+        """Return what differs after every ingest; None while file times are too coarse to show the next."""
+        if not self.is_file:  # it doesn't show from outside whether it changed
+            return time.monotonic() // _REMOTE_SECONDS
         stamps = []
-        for path in [self.path, self.path + ".wal"] if self.is_file else [self.journal.directory]:
+        for path in (self.path, self.path + ".wal"):
             with contextlib.suppress(OSError):
                 found = os.stat(path)
                 changed_ns = found.st_mtime_ns
@@ -8301,8 +8265,7 @@ AND {among("call", calls)}"""
         return {segment: len(faults) for segment, faults in late.items()}
 
     def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[str]:
-        """Keep the lines of known segments that the ledger lacks: a cloned host goes on with a copy of one.
-        After lines that it has, they become a segment of their own; else they are put aside as lost."""
+        """Keep lines of known segments that the ledger lacks: a cloned host goes on with a copy of one."""
         asked = {"segments": [claim.id for claim in claims]}
         same = {segment: (events, is_same) for segment, events, is_same in engine.execute(KNOWN_LINES, asked)}
         for claim in claims:
@@ -8323,8 +8286,7 @@ AND {among("call", calls)}"""
 
 
 def refuse_fatal_limit() -> None:
-    """Raise StoreError where a database that outgrows RLIMIT_FSIZE would kill the process: where somebody
-    restored the default of a signal that Python ignores."""
+    """Raise StoreError where a file beyond RLIMIT_FSIZE kills, by a signal that Python ignores by default."""
     import signal
 
     fatal = getattr(signal, "SIGXFSZ", None)
@@ -8454,8 +8416,8 @@ class Reading:
     def _source(
         self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
     ) -> str:
-        """Return the query of the filtered events; with `running`, of the calls that run; if None, of both.
-        The limit is in each part: on the union alone it is 40 times slower on 10 million rows."""
+        """Return the query of the filtered events; with `running`, of calls that run; if None, of both."""
+        # The limit is in each part: on the union alone it is 40 times slower on 10 million rows.
         where, table, tail = what.where(), "table_rows", ""
         if count is not None:
             tail = f" ORDER BY {order} LIMIT {count}"
@@ -8482,8 +8444,7 @@ class Reading:
         return self.engine.execute(f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}")
 
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
-        """Return a row of figures for each group of matching events: its name, then STATS_COLUMNS. Calls that
-        run are counted in `running` alone. Percentiles are durations that occurred, in ms."""
+        """Return a row for each group of matching events: its name, then STATS_COLUMNS."""
         return self.engine.execute(stats_query(self._source(what, running=None), by, sort, count))
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
@@ -8509,8 +8470,8 @@ class Reading:
     def ids_like(self, part: str) -> list[Row]:
         """Return up to three event ids that begin with a text, or whose part after the time is it."""
         begin, end = sql_literal(part.replace("_", "").replace("%", "") + "%"), sql_literal(f"%-{part}")
-        ids = f"SELECT {_EVENT_ID} AS id FROM ({self._source(Filter())})"
-        return self.engine.execute(f"{ids} WHERE id LIKE {begin} OR id LIKE {end} LIMIT 3")
+        condition = f"event_id LIKE {begin} OR event_id LIKE {end}"
+        return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
 
     def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
@@ -8656,11 +8617,9 @@ def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None
 
 @contextlib.contextmanager
 def interruptible(engine: Engine) -> Iterator[None]:
-    """Let Ctrl+C end a running query, in the main thread, where signals arrive.
-
-    Python runs a signal handler only after the call into DuckDB. So a thread learns of the signal through a
-    socket, and interrupts until the block ends, because a query that just begins forgets an interrupt.
-    """
+    """Let Ctrl+C end a running query, in the main thread, where signals arrive."""
+    # Python runs a signal handler only after the call into DuckDB. So a thread learns of the signal through a
+    # socket, and interrupts until the block ends, because a query that just begins forgets an interrupt.
     import signal
     import socket
 
@@ -9739,7 +9698,6 @@ class Store:
 
 _LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory, and how long the database is held
 _LOOK_ENTRIES: Final = 1000  # of the ledger, likewise
-_REMOTE_SECONDS: Final = 2.0  # between looks at a target that doesn't show from outside whether it changed
 _SETTLED: Final = 2**62  # the last line of a segment that the table has
 _NEW_ENTRIES: Final = f"""\
 SELECT journal, position, kind, segment, events, detail FROM audit.ledger
@@ -9759,9 +9717,7 @@ FROM ("""
 
 
 class Follower:
-    """Returns events as they are recorded, by whatever process or host: each once, none left out. A look asks
-    the ledger for new entries if the database changed, and reads the segments that grew; one that vanishes in
-    between is in the table, where the next look finds the rest. No lock is held between looks."""
+    """Returns events as they are recorded, by whatever process or host: each once, none left out."""
 
     def __init__(
         self,
@@ -9779,7 +9735,6 @@ class Follower:
         self._sizes: dict[str, int] = {}
         self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
         self._signature: object = None
-        self._next_look = 0.0
         self.is_behind = False  # the last look left entries of the ledger to the next
         self._engine: Engine | None = None
 
@@ -9807,8 +9762,7 @@ class Follower:
     def look(self, *, wait: float = 0.0) -> list[Row]:
         """Return the matching events that are new since the last look, oldest first, not too many at once."""
         signature, rows = self._target.signature(), []
-        has_changed = signature is None or signature != self._signature
-        if has_changed if self._target.is_file else time.monotonic() >= self._next_look:
+        if signature is None or signature != self._signature:
             try:
                 rows = patiently(self._new_table_rows, wait)
             except DatabaseNotFoundError:
@@ -9853,7 +9807,6 @@ class Follower:
                 self._tails[segment] = _SETTLED
         self.is_behind = len(entries) < len(found) or len(found) == _LOOK_ENTRIES
         self._signature = None if self.is_behind else signature
-        self._next_look = time.monotonic() + (0 if self.is_behind else _REMOTE_SECONDS)
         if engine.name == "cli" and self._target.is_file:  # a process for nothing, until then
             self.close()
         return rows
