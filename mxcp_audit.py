@@ -5130,19 +5130,17 @@ class Call:
             outer.failure = self
         return 0
 
-    def _enter(self) -> Call:
-        self.waits = False
-        self._before = _running.set(self)
-        return self
-
     def leave(self) -> None:
-        """Run no more, until the block is left or anew within `running`; twice is harmless."""
-        with contextlib.suppress(ValueError, RuntimeError):  # in another context, as fixtures do, or again
+        """Be no longer the call that runs; twice is harmless."""
+        try:  # noqa: SIM105 - faster
             _running.reset(self._before)
+        except (ValueError, RuntimeError):  # in another context, as fixtures do, or again
+            pass
 
     def __enter__(self) -> Call:
         self.begin()
-        return self._enter()
+        self.waits, self._before = False, _running.set(self)
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.leave()
@@ -5151,7 +5149,8 @@ class Call:
 
     async def __aenter__(self) -> Call:
         await self.begin_async()
-        return self._enter()
+        self.waits, self._before = False, _running.set(self)
+        return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.leave()
@@ -5305,6 +5304,8 @@ class Unfinished:
 
     def resumed(self, call: Call, message: object) -> Call:
         """Return the call that a message goes on with, else the one that it begins."""
+        if not self._calls:
+            return call
         self.expire()
         state = _either(message, "request_state", "requestState")
         if state is None and _either(message, "input_responses", "inputResponses") is None:
@@ -5720,8 +5721,7 @@ class Middleware:
         if call.trace_id is None:
             _watch_spans()
         call.arguments = arguments
-        if self._logger.unfinished:
-            call = self._logger.unfinished.resumed(call, message)
+        call = cast(Call, self._logger.unfinished.resumed(call, message))
         call.task, call.is_open = _current_task(), True
         return call
 
@@ -6461,9 +6461,19 @@ class AuditLogger:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # another kind of event loop: the promise counts for more than its time
             return self._writer.wait_for(done, timeout)
-        over = loop.create_future()
-        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.cancel))
-        await asyncio.wait([over], timeout=timeout)
+        over: asyncio.Future[None] = loop.create_future()
+
+        def _resolve() -> None:
+            if not over.done():  # too late, or cancelled
+                over.set_result(None)
+
+        timer = None if timeout is None else loop.call_later(timeout, _resolve)
+        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(_resolve))
+        try:
+            await over
+        finally:
+            if timer is not None:
+                timer.cancel()
         return done()
 
     def record(
@@ -11224,7 +11234,7 @@ class StdioAudit:
         self._pending: dict[object, Call] = {}
         self._asked: dict[object, str] = {}  # requests that name the server, or a task, by id
         self._unfinished = Unfinished()
-        self._client: str | None = None
+        self.client_params: object = None  # so that this is a session to `origin_of`
         self._server: str | None = None
         self.here = _Found()
 
@@ -11242,8 +11252,7 @@ class StdioAudit:
         ):
             key, method, params = _parts_of(message)
             if method == "initialize":
-                self._client = client_of(_get(params, "clientInfo"))
-                self._asked[key] = ""
+                self.client_params, self._asked[key] = params, ""
             elif method.startswith("tasks/"):
                 self._asked[key] = _text(_get(params, "taskId")) or ""
             elif method == "notifications/cancelled":
@@ -11312,12 +11321,9 @@ class StdioAudit:
 
     def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
         key = _key_of(message.get("id"))
-        origin = origin_of(types.SimpleNamespace(meta=_get(params, "_meta"), request_id=key))
-        origin["client"] = origin.get("client") or self._client
-        details, event_type = origin.pop("details"), MCP_METHODS[method]
-        call = self._record(
-            event_type, name_of(params), _get(params, "arguments"), server=self._server, **origin
-        )
+        origin = origin_of(types.SimpleNamespace(meta=_get(params, "_meta"), session=self, request_id=key))
+        origin["server"], details = self._server, origin.pop("details")
+        call = self._record(MCP_METHODS[method], name_of(params), _get(params, "arguments"), **origin)
         call.details = details
         call = self._unfinished.resumed(call, params)
         if key is None:
@@ -11363,9 +11369,11 @@ class _Found(threading.local):
 
 def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
     """Return id, method ("" without one) and parameters; servers in Go take names in any case."""
-    exact = [(name, message.get(name)) for name in ("method", "params")]
-    members = {name.lower(): value for name, value in [*message.items(), *exact] if value is not None}
-    method, params = members.get("method"), members.get("params")
+    method, params = message.get("method"), message.get("params")
+    if method is None or params is None:
+        members = {name.lower(): value for name, value in message.items() if value is not None}
+        method = members.get("method") if method is None else method
+        params = members.get("params") if params is None else params
     return _key_of(message.get("id")), method if isinstance(method, str) else "", params
 
 
