@@ -5541,10 +5541,8 @@ _ORIGIN: Final = _words_in("caller user_id session_id trace_id client agent addr
 def _surroundings() -> dict[str, Any]:
     """Return the origin of the call, or of the framework's request, around the code that asks."""
     call = running_call()
-    while call is not None and call.outer is not None:
-        call = call.outer
     if call is not None:
-        return {name: getattr(call, name) for name in _ORIGIN}
+        return {name: getattr(call.outer or call, name) for name in _ORIGIN}
     context = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
     return origin_of(context or _context_in("mcp.server.lowlevel.server", "request_ctx"))
 
@@ -5652,8 +5650,7 @@ class Middleware:
         self._logger = logger
         self._caller = caller
         self._denied_by = _kinds(denied_by)
-        self._server: str | None = None
-        self._refusal: type[BaseException] | None = None
+        self.server: str | None = None
         self._inside = 0  # calls
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -5688,6 +5685,7 @@ class Middleware:
                     return result
                 except BaseException as error:
                     failure = error
+                    call.denied_by = (*_kinds(call.denied_by), *_refusals())
                     if type(error).__name__ == "NotFoundError":
                         await self._ask_for_refusal(call, context)
                     raise
@@ -5706,12 +5704,9 @@ class Middleware:
         inside = getattr(context, "fastmcp_context", None)
         server = _get(inside, "fastmcp")
         self._watch_tasks(server)
-        if self._refusal is None:
-            self._refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
-            self._denied_by += (self._refusal,) if self._refusal is not None else ()
         request_context = context if inside is None else _get(inside, "request_context")
         origin = origin_of(request_context, self._logger.config.trusted_proxies)
-        origin["server"] = _text(_get(server, "name")) or self._server
+        origin["server"] = _text(_get(server, "name")) or self.server
         if self._caller:
             origin["caller"] = self._caller
         arguments = _get(message, "arguments")
@@ -5732,7 +5727,7 @@ class Middleware:
                 call.waits = self._logger.unfinished.put_answered(call, result)
                 info = _get(_either(result, "_meta", "meta"), _META + "serverInfo")
                 if call.server is None and info is not None:
-                    call.server = self._server = _text(_get(info, "name"))
+                    call.server = self.server = _text(_get(info, "name"))
             if not call.waits:
                 conclude(call, result, uri=call.name)
         except Exception as fault:
@@ -5763,7 +5758,7 @@ class Middleware:
         self._watch_tasks(_get(_get(context, "fastmcp_context"), "fastmcp"))
         info = _either(result, "server_info", "serverInfo")
         if info is not None:
-            self._server = _text(_get(info, "name"))
+            self.server = _text(_get(info, "name"))
         if method.startswith("tasks/"):
             task = _text(_either(_message_of(context), "task_id", "taskId"))
             state = _get(result, "root") or result
@@ -5793,7 +5788,8 @@ class Middleware:
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
             name = key.removeprefix(f"{event_type}:")
             name = name.rpartition("@")[0] or name
-            call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
+            denied_by = (*self._denied_by, *_refusals())
+            call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=denied_by)
             call.is_open, call.task = True, _current_task()
             failure: BaseException | None = None
             try:
@@ -5828,22 +5824,10 @@ class Middleware:
                 began.fail(call.error, call.error_type)
             await began.end_async(failure)
 
-    def instrument(self, server: Any) -> None:
-        """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included."""
-        chain = getattr(server, "middleware", None)
-        inner = getattr(server, "_mcp_server", server)
-        self._server = _text(_get(server, "name"))
-        if callable(getattr(server, "add_middleware", None)):
-            server.add_middleware(self)
-        elif isinstance(chain, list):
-            chain.append(self)
-        elif isinstance(getattr(inner, "request_handlers", None), dict):
-            inner.request_handlers = _AuditedHandlers(self, inner.request_handlers)
-        else:
-            raise AuditError(
-                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
-                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
-            )
+
+def _refusals() -> tuple[type[BaseException], ...]:
+    """Return FastMCP's own error for what a caller may not do, if it is loaded."""
+    return _kinds(getattr(sys.modules.get("fastmcp.exceptions"), "AuthorizationError", ()))
 
 
 def _protocol_error(error: AuditUnavailableError) -> Exception:
@@ -6067,7 +6051,7 @@ def _failure_of(future: Any) -> BaseException | None:
 def _forgotten(call: Call, error: str) -> None:
     if not call.ended:
         call.fail(error)
-        call.end()
+        call._end(None)
 
 
 async def _awaited(call: Call, awaitable: Awaitable[Any], *_held: object) -> Any:
@@ -6541,7 +6525,21 @@ class AuditLogger:
         Raises:
             AuditError: the object is no server that we know.
         """
-        self.middleware(caller=caller, denied_by=denied_by).instrument(server)
+        middleware = self.middleware(caller=caller, denied_by=denied_by)
+        middleware.server = _text(_get(server, "name"))
+        chain = getattr(server, "middleware", None)
+        inner: Any = getattr(server, "_mcp_server", server)
+        if callable(add := getattr(server, "add_middleware", None)):
+            add(middleware)
+        elif isinstance(chain, list):
+            chain.append(middleware)
+        elif isinstance(getattr(inner, "request_handlers", None), dict):
+            inner.request_handlers = _AuditedHandlers(middleware, inner.request_handlers)
+        else:
+            raise AuditError(
+                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
+                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
+            )
 
     def tool(
         self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
