@@ -2899,8 +2899,8 @@ class Encoder:
     ) -> bytes:
         """Return the line of an event `ago` nanoseconds before now, for `finish_line` to complete.
 
-        `more` holds the values of NEW_COLUMNS. Values outside the allowed ones are recorded as they were given,
-        and `reason` says so.
+        `more` holds the values of NEW_COLUMNS. Values outside the allowed ones are recorded as given, and
+        `reason` says so.
         """
         second, ns = divmod(self._clock() - ago, 1_000_000_000)
         stamp = self._second
@@ -4959,19 +4959,17 @@ class Call:
             outer.failure = self
         return 0
 
-    def _enter(self) -> Call:
-        self.waits = False
-        self._before = _running.set(self)
-        return self
-
     def leave(self) -> None:
-        """Run no more, until the block is left or anew within `running`; twice is harmless."""
-        with contextlib.suppress(ValueError, RuntimeError):  # in another context, as fixtures do, or again
+        """Be no longer the call that runs; twice is harmless."""
+        try:  # noqa: SIM105 - faster
             _running.reset(self._before)
+        except (ValueError, RuntimeError):  # in another context, as fixtures do, or again
+            pass
 
     def __enter__(self) -> Call:
         self.begin()
-        return self._enter()
+        self.waits, self._before = False, _running.set(self)
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.leave()
@@ -4980,7 +4978,8 @@ class Call:
 
     async def __aenter__(self) -> Call:
         await self.begin_async()
-        return self._enter()
+        self.waits, self._before = False, _running.set(self)
+        return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self.leave()
@@ -5134,6 +5133,8 @@ class Unfinished:
 
     def resumed(self, call: Call, message: object) -> Call:
         """Return the call that a message goes on with, else the one that it begins."""
+        if not self._calls:
+            return call
         self.expire()
         state = _either(message, "request_state", "requestState")
         if state is None and _either(message, "input_responses", "inputResponses") is None:
@@ -5369,10 +5370,8 @@ _ORIGIN: Final = _words_in("caller user_id session_id trace_id client agent addr
 def _surroundings() -> dict[str, Any]:
     """Return the origin of the call, or of the framework's request, around the code that asks."""
     call = running_call()
-    while call is not None and call.outer is not None:
-        call = call.outer
     if call is not None:
-        return {name: getattr(call, name) for name in _ORIGIN}
+        return {name: getattr(call.outer or call, name) for name in _ORIGIN}
     context = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
     return origin_of(context or _context_in("mcp.server.lowlevel.server", "request_ctx"))
 
@@ -5480,8 +5479,7 @@ class Middleware:
         self._logger = logger
         self._caller = caller
         self._denied_by = _kinds(denied_by)
-        self._server: str | None = None
-        self._refusal: type[BaseException] | None = None
+        self.server: str | None = None
         self._inside = 0  # calls
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
@@ -5516,6 +5514,7 @@ class Middleware:
                     return result
                 except BaseException as error:
                     failure = error
+                    call.denied_by = (*_kinds(call.denied_by), *_refusals())
                     if type(error).__name__ == "NotFoundError":
                         await self._ask_for_refusal(call, context)
                     raise
@@ -5534,12 +5533,9 @@ class Middleware:
         inside = getattr(context, "fastmcp_context", None)
         server = _get(inside, "fastmcp")
         self._watch_tasks(server)
-        if self._refusal is None:
-            self._refusal = _get(sys.modules.get("fastmcp.exceptions"), "AuthorizationError")
-            self._denied_by += (self._refusal,) if self._refusal is not None else ()
         request_context = context if inside is None else _get(inside, "request_context")
         origin = origin_of(request_context, self._logger.config.trusted_proxies)
-        origin["server"] = _text(_get(server, "name")) or self._server
+        origin["server"] = _text(_get(server, "name")) or self.server
         if self._caller:
             origin["caller"] = self._caller
         arguments = _get(message, "arguments")
@@ -5549,8 +5545,7 @@ class Middleware:
         if call.trace_id is None:
             _watch_spans()
         call.arguments = arguments
-        if self._logger.unfinished:
-            call = self._logger.unfinished.resumed(call, message)
+        call = cast(Call, self._logger.unfinished.resumed(call, message))
         call.task, call.is_open = _current_task(), True
         return call
 
@@ -5561,7 +5556,7 @@ class Middleware:
                 call.waits = self._logger.unfinished.put_answered(call, result)
                 info = _get(_either(result, "_meta", "meta"), _META + "serverInfo")
                 if call.server is None and info is not None:
-                    call.server = self._server = _text(_get(info, "name"))
+                    call.server = self.server = _text(_get(info, "name"))
             if not call.waits:
                 conclude(call, result, uri=call.name)
         except Exception as fault:
@@ -5592,7 +5587,7 @@ class Middleware:
         self._watch_tasks(_get(_get(context, "fastmcp_context"), "fastmcp"))
         info = _either(result, "server_info", "serverInfo")
         if info is not None:
-            self._server = _text(_get(info, "name"))
+            self.server = _text(_get(info, "name"))
         if method.startswith("tasks/"):
             task = _text(_either(_message_of(context), "task_id", "taskId"))
             state = _get(result, "root") or result
@@ -5622,7 +5617,8 @@ class Middleware:
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
             name = key.removeprefix(f"{event_type}:")
             name = name.rpartition("@")[0] or name
-            call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=self._denied_by)
+            denied_by = (*self._denied_by, *_refusals())
+            call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=denied_by)
             call.is_open, call.task = True, _current_task()
             failure: BaseException | None = None
             try:
@@ -5657,22 +5653,10 @@ class Middleware:
                 began.fail(call.error, call.error_type)
             await began.end_async(failure)
 
-    def instrument(self, server: Any) -> None:
-        """Hang this middleware into a server of FastMCP or of the `mcp` SDK, versions 1 included."""
-        chain = getattr(server, "middleware", None)
-        inner = getattr(server, "_mcp_server", server)
-        self._server = _text(_get(server, "name"))
-        if callable(getattr(server, "add_middleware", None)):
-            server.add_middleware(self)
-        elif isinstance(chain, list):
-            chain.append(self)
-        elif isinstance(getattr(inner, "request_handlers", None), dict):
-            inner.request_handlers = _AuditedHandlers(self, inner.request_handlers)
-        else:
-            raise AuditError(
-                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
-                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
-            )
+
+def _refusals() -> tuple[type[BaseException], ...]:
+    """Return FastMCP's own error for what a caller may not do, if it is loaded."""
+    return _kinds(getattr(sys.modules.get("fastmcp.exceptions"), "AuthorizationError", ()))
 
 
 def _protocol_error(error: AuditUnavailableError) -> Exception:
@@ -5896,7 +5880,7 @@ def _failure_of(future: Any) -> BaseException | None:
 def _forgotten(call: Call, error: str) -> None:
     if not call.ended:
         call.fail(error)
-        call.end()
+        call._end(None)
 
 
 async def _awaited(call: Call, awaitable: Awaitable[Any], *_held: object) -> Any:
@@ -6288,9 +6272,19 @@ class AuditLogger:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # another kind of event loop: the promise counts for more than its time
             return self._writer.wait_for(done, timeout)
-        over = loop.create_future()
-        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.cancel))
-        await asyncio.wait([over], timeout=timeout)
+        over: asyncio.Future[None] = loop.create_future()
+
+        def _resolve() -> None:
+            if not over.done():  # too late, or cancelled
+                over.set_result(None)
+
+        timer = None if timeout is None else loop.call_later(timeout, _resolve)
+        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(_resolve))
+        try:
+            await over
+        finally:
+            if timer is not None:
+                timer.cancel()
         return done()
 
     def record(
@@ -6358,7 +6352,21 @@ class AuditLogger:
         Raises:
             AuditError: the object is no server that we know.
         """
-        self.middleware(caller=caller, denied_by=denied_by).instrument(server)
+        middleware = self.middleware(caller=caller, denied_by=denied_by)
+        middleware.server = _text(_get(server, "name"))
+        chain = getattr(server, "middleware", None)
+        inner: Any = getattr(server, "_mcp_server", server)
+        if callable(add := getattr(server, "add_middleware", None)):
+            add(middleware)
+        elif isinstance(chain, list):
+            chain.append(middleware)
+        elif isinstance(getattr(inner, "request_handlers", None), dict):
+            inner.request_handlers = _AuditedHandlers(middleware, inner.request_handlers)
+        else:
+            raise AuditError(
+                f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
+                "with @audit.tool(), or run the server under `mxcp-audit wrap`"
+            )
 
     def tool(
         self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
@@ -10919,7 +10927,7 @@ class StdioAudit:
         self._pending: dict[object, Call] = {}
         self._asked: dict[object, str] = {}  # requests that name the server, or a task, by id
         self._unfinished = Unfinished()
-        self._client: str | None = None
+        self.client_params: object = None  # so that this is a session to `origin_of`
         self._server: str | None = None
         self.here = _Found()
 
@@ -10937,8 +10945,7 @@ class StdioAudit:
         ):
             key, method, params = _parts_of(message)
             if method == "initialize":
-                self._client = client_of(_get(params, "clientInfo"))
-                self._asked[key] = ""
+                self.client_params, self._asked[key] = params, ""
             elif method.startswith("tasks/"):
                 self._asked[key] = _text(_get(params, "taskId")) or ""
             elif method == "notifications/cancelled":
@@ -11007,12 +11014,9 @@ class StdioAudit:
 
     def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
         key = _key_of(message.get("id"))
-        origin = origin_of(types.SimpleNamespace(meta=_get(params, "_meta"), request_id=key))
-        origin["client"] = origin.get("client") or self._client
-        details, event_type = origin.pop("details"), MCP_METHODS[method]
-        call = self._record(
-            event_type, name_of(params), _get(params, "arguments"), server=self._server, **origin
-        )
+        origin = origin_of(types.SimpleNamespace(meta=_get(params, "_meta"), session=self, request_id=key))
+        origin["server"], details = self._server, origin.pop("details")
+        call = self._record(MCP_METHODS[method], name_of(params), _get(params, "arguments"), **origin)
         call.details = details
         call = self._unfinished.resumed(call, params)
         if key is None:
@@ -11058,9 +11062,11 @@ class _Found(threading.local):
 
 def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
     """Return id, method ("" without one) and parameters; servers in Go take names in any case."""
-    exact = [(name, message.get(name)) for name in ("method", "params")]
-    members = {name.lower(): value for name, value in [*message.items(), *exact] if value is not None}
-    method, params = members.get("method"), members.get("params")
+    method, params = message.get("method"), message.get("params")
+    if method is None or params is None:
+        members = {name.lower(): value for name, value in message.items() if value is not None}
+        method = members.get("method") if method is None else method
+        params = members.get("params") if params is None else params
     return _key_of(message.get("id")), method if isinstance(method, str) else "", params
 
 
