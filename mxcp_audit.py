@@ -686,10 +686,9 @@ def public_target(target: str) -> str:
     rest = target.removeprefix(prefix)
     has_pairs = prefix.lower().endswith(("postgres:", "mysql:")) or re.match(r"\w+\s*=", rest)
     if has_pairs and "://" not in rest:
-        shown = [
-            f"{key}={value if _PUBLIC_KEYS.fullmatch(key) else '…'}" for key, value in _PAIR.findall(rest)
-        ]
-        return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
+        pairs = _PAIR.findall(rest)
+        shown = [f"{key}={value if _PUBLIC_KEYS.fullmatch(key) else '…'}" for key, value in pairs]
+        return prefix + " ".join(shown + ["…"] * bool(_PAIR.sub("", rest).strip()))
     rest = re.sub(r"\A(.*?://)?.*@", r"\1…@", rest, flags=re.DOTALL)
     return prefix + re.sub(r"\?.*", "?…", rest, flags=re.DOTALL)
 
@@ -728,10 +727,8 @@ def _described(value: object) -> str:
 
 def _path(value: object) -> str:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if path == "":
-        raise ValueError("must be a path, and is empty; name a file")
     if not isinstance(path, str) or not path.strip():
-        raise ValueError(f"must be a path, not {_described(value)}; put text in quotes")
+        raise ValueError(f"must be a path, not {_described(value)}; name a file, and put text in quotes")
     if re.search(r"[\0\ud800-\udfff]", path):
         raise ValueError("a path can't hold NUL or what is no UTF-8 (half a character); name another")
     if "?" in path and not is_attach_target(path):
@@ -911,17 +908,16 @@ class _SiteFile(_YamlReader):
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
         """The name of the profile that holds, and who chose it."""
-        name: object
-        where: dict[str, Any] = {"path": self.path, "trail": ("profile",)}
-        if argument is not None:
-            name, source = argument, "argument"
-        elif environ.get("MXCP_PROFILE"):
-            source = "MXCP_PROFILE"
-            name, where["trail"] = environ[source], (source,)
-        elif self.root.get("profile") is not None:
-            name, source, where = self.root["profile"], self.source("profile"), self.at("profile")
-        else:
-            name, source, where = "default", "default", self.at("profiles")
+        name, source, where = next(
+            choice
+            for choice in (
+                (argument, "argument", {"path": self.path, "trail": ("profile",)}),
+                (environ.get("MXCP_PROFILE") or None, "MXCP_PROFILE", {"path": self.path}),
+                (self.root.get("profile"), self.source("profile"), self.at("profile")),
+                ("default", "default", self.at("profiles")),
+            )
+            if choice[0] is not None
+        )
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
             raise ConfigError(problem, **where)
@@ -934,10 +930,8 @@ class _SiteFile(_YamlReader):
 
     def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
         keys = ("profiles", profile, "audit")
-        # MXCP's own `max_file_size` is of its JSONL log.
-        ours = {
-            cast(str, name): value for name, value in self.section(*keys).items() if name != "max_file_size"
-        }
+        ours: dict[Any, Any] = {**self.section(*keys)}
+        ours.pop("max_file_size", None)  # MXCP's own, of its JSONL log
         if type(ours.get("retention")) in (int, float):
             problem = 'needs a unit in this file; write "90d" for 90 days'
             raise ConfigError(problem, **self.at(*keys, "retention"))
@@ -1000,11 +994,11 @@ def load_config(
     remote = is_attach_target(settings["path"])
     if remote:
         settings.setdefault("journal", f"logs-{name}.journal")
-    for setting in ("path", "journal"):
-        if setting not in sources and setting in settings and re.search(r"[/\\\0\ud800-\udfff]", name):
+    for setting in filter(settings.__contains__, ("path", "journal")):
+        if setting not in sources and re.search(r"[/\\\0\ud800-\udfff]", name):
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
             raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
-        if setting in settings and not (setting == "path" and remote):
+        if setting == "journal" or not remote:
             settings[setting] = os.path.join(os.path.dirname(site_file), settings[setting].removeprefix("./"))
     sources = {**dict.fromkeys((*SETTINGS, "profile"), "default"), **sources, "profile": name_source}
     sources["site_file"] = "found" if config is None else "argument"
@@ -11190,26 +11184,29 @@ class Importer:
 
         patiently(self._store.ingest, self._wait)  # the ledger does not know a part that waits in the journal
         self._bad = events = known = waiting = 0
-        self._digest, self._events = hashlib.sha256(), self._read(path)
-        self._next = next(self._events, None)
-        while self._next is not None:
-            digest = self._digest.copy()
-            digest.update(self._next[0])
-            part = f"{new_segment_id(self._next[1]).rpartition('-')[0]}-{digest.hexdigest()[:8]}"
-            # Parts are ingested one after the other: after a new one, all are new.
-            there = None if events else patiently(functools.partial(self._store.imported, part), self._wait)
-            if there is not None:
-                known += self._skip(path, *there)
-                continue
-            count = self._write(part, self._next[1] // _DAY_NS)
-            events, waiting = events + count, waiting + count
-            if self._next is None or waiting >= PART_EVENTS:
-                patiently(self._store.ingest, self._wait)
-                waiting = 0
+        self._digest = hashlib.sha256()
+        file = self._read(path)
+        for _, day in itertools.groupby(file, lambda event: event[1] // _DAY_NS):
+            for first in day:
+                part = f"{new_segment_id(first[1]).rpartition('-')[0]}-{self._digest.hexdigest()[:8]}"
+                # Parts are ingested one after the other: after a new one, all are new.
+                there = (
+                    None if events else patiently(functools.partial(self._store.imported, part), self._wait)
+                )
+                if there is not None:
+                    known += self._skip(path, itertools.chain([first], file), *there)
+                    continue
+                count = self._write(part, itertools.chain([first], day))  # noqa: B031
+                events, waiting = events + count, waiting + count
+                if waiting >= PART_EVENTS:
+                    patiently(self._store.ingest, self._wait)
+                    waiting = 0
+        if waiting:
+            patiently(self._store.ingest, self._wait)
         return ImportResult(events, known, self._bad)
 
     def _read(self, path: str) -> Iterator[_Imported]:
-        """Yield each event of a file. A damaged gzip file raises OSError or EOFError in between."""
+        """Yield each event, entered into the digest. A damaged gzip file raises OSError or EOFError."""
         import gzip  # lazily: few need it
 
         with open(path, "rb") as raw:
@@ -11228,16 +11225,10 @@ class Importer:
                     self._on_bad_line(path, number, str(error))
                     continue
                 if found is not None:
+                    self._digest.update(line)
                     yield line, *found
 
-    def _taken(self, day: int | None = None) -> Iterator[_Imported]:
-        """Take the next events, or those of one day."""
-        while (event := self._next) is not None and day in (None, event[1] // _DAY_NS):
-            self._digest.update(event[0])
-            self._next = next(self._events, None)
-            yield event
-
-    def _write(self, part: str, day: int) -> int:
+    def _write(self, part: str, events: Iterator[_Imported]) -> int:
         """Write a part into the journal; return how many events it has."""
         try:
             segment = self._store.journal.open_segment(named=part)
@@ -11246,10 +11237,9 @@ class Importer:
         try:
             while segment.events < PART_EVENTS and segment.size < PART_BYTES:
                 room = min(_BATCH_EVENTS, PART_EVENTS - segment.events)
-                events = itertools.islice(self._taken(day), room)
                 batch = [
                     finish_line(self._line(event), seq)
-                    for seq, event in enumerate(events, segment.events + 1)
+                    for seq, event in enumerate(itertools.islice(events, room), segment.events + 1)
                 ]
                 if not batch:
                     break
@@ -11267,10 +11257,10 @@ class Importer:
         input_json = self._encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
         return self._encoder.line(**values, input_json=input_json, echoes=echoes)
 
-    def _skip(self, path: str, events: int, last: str) -> int:
+    def _skip(self, path: str, file: Iterator[_Imported], events: int, last: str) -> int:
         """Pass over a part that is in the database; return how many events of it the file has."""
-        times = [now_ns for _, now_ns, _ in itertools.islice(self._taken(), events)]
-        if len(times) == events and max(times, default=0) // 1000 != microseconds(last):
+        times = [now_ns for _, now_ns, _ in itertools.islice(file, events)]
+        if len(times) == events and max(times) // 1000 != microseconds(last):
             raise StoreError(
                 f"{path} begins like a file that was imported before, but goes on differently: it was "
                 "edited, or is a copy that went its own way; import the events that are missing as a file"
