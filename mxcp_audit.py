@@ -10578,10 +10578,8 @@ class EventTable:
         ]
         elastic = [column not in _FIXED for column in self._columns]
         right = [column in ("duration_ms", "result_bytes") for column in self._columns]
-        width, lines = (
-            self._width,
-            _aligned([*self._heads, *cells], self._widths, elastic, right, self._width),
-        )
+        width = self._width
+        lines = _aligned([*self._heads, *cells], self._widths, elastic, right, width)
         for _ in self._heads:
             _write(self._file, next(lines))
         self._heads = []
@@ -12798,22 +12796,18 @@ def _verdict_object(verdict: Verdict) -> dict[str, object]:
 
 def _verdict_summary(verdict: Verdict, since: str | None) -> str:
     found = len(verdict.findings) + verdict.more_findings
-    parts = [
+    legacy, waiting = verdict.legacy, verdict.waiting_bytes
+    parts = (
         "intact" if verdict.intact else f"NOT intact, {counted(found, 'finding')}",
         f"{counted(verdict.events, 'event')} in {counted(verdict.segments, 'segment')} "
         f"of {counted(len(verdict.heads), 'journal')}",
-    ]
-    if verdict.purged:
-        parts.append(f"{verdict.purged} purged since")
-    if verdict.lost:
-        parts.append(f"{verdict.lost} lost, as the ledger says")
-    if verdict.legacy:
-        parts.append(f"{verdict.legacy} older than the ledger: what they were before it began is not proved")
-    if verdict.waiting_bytes:
-        parts.append(f"{counted(verdict.waiting_bytes, 'byte')} in the journal, not sealed yet")
-    if since is not None:
-        parts.append(f"segments before {since} UTC were not recomputed")
-    return "; ".join(parts)
+        verdict.purged and f"{verdict.purged} purged since",
+        verdict.lost and f"{verdict.lost} lost, as the ledger says",
+        legacy and f"{legacy} older than the ledger: what they were before it began is not proved",
+        waiting and f"{counted(waiting, 'byte')} in the journal, not sealed yet",
+        since and f"segments before {since} UTC were not recomputed",
+    )
+    return "; ".join(part for part in parts if part)
 
 
 def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
@@ -12900,18 +12894,14 @@ def cmd_compact(options: argparse.Namespace) -> int:
 def cmd_wrap(options: argparse.Namespace) -> int:
     """Run an MCP server and record what it executes. Ends as the server did."""
     command = options.server[1:] if options.server[0] == "--" else options.server
-    if options.db is not None:
-        config = _config_of(options)
-        audit = AuditLogger(config.path, journal=config.journal_directory)
-    else:
-        audit = AuditLogger.from_config(options.config, profile=options.profile)
-    if options.strict:
-        audit.__setstate__(audit.config._replace(strict=("*",)))
-    if not audit.enabled:
-        problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
+    config = _config_of(options)
+    if not config.enabled:
+        problem = f"audit logging is not enabled for profile {config.profile!r}"
         if options.strict:
-            raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
+            raise _UsageError(f"{problem}; enable it in {config.site_file}, or leave --strict out")
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
+    audit = AuditLogger.__new__(AuditLogger)
+    audit.__setstate__(config._replace(strict=("*",)) if options.strict else config)
     code = WrappedServer(command, audit).run()
     audit.shutdown(WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
     return end_like(code)
