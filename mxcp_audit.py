@@ -685,10 +685,9 @@ def public_target(target: str) -> str:
     rest = target.removeprefix(prefix)
     has_pairs = prefix.lower().endswith(("postgres:", "mysql:")) or re.match(r"\w+\s*=", rest)
     if has_pairs and "://" not in rest:
-        shown = [
-            f"{key}={value if _PUBLIC_KEYS.fullmatch(key) else '…'}" for key, value in _PAIR.findall(rest)
-        ]
-        return prefix + " ".join([*shown, *(["…"] if _PAIR.sub("", rest).strip() else [])])
+        pairs = _PAIR.findall(rest)
+        shown = [f"{key}={value if _PUBLIC_KEYS.fullmatch(key) else '…'}" for key, value in pairs]
+        return prefix + " ".join(shown + ["…"] * bool(_PAIR.sub("", rest).strip()))
     rest = re.sub(r"\A(.*?://)?.*@", r"\1…@", rest, flags=re.DOTALL)
     return prefix + re.sub(r"\?.*", "?…", rest, flags=re.DOTALL)
 
@@ -727,10 +726,8 @@ def _described(value: object) -> str:
 
 def _path(value: object) -> str:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
-    if path == "":
-        raise ValueError("must be a path, and is empty; name a file")
     if not isinstance(path, str) or not path.strip():
-        raise ValueError(f"must be a path, not {_described(value)}; put text in quotes")
+        raise ValueError(f"must be a path, not {_described(value)}; name a file, and put text in quotes")
     if re.search(r"[\0\ud800-\udfff]", path):
         raise ValueError("a path can't hold NUL or what is no UTF-8 (half a character); name another")
     if "?" in path and not is_attach_target(path):
@@ -910,17 +907,16 @@ class _SiteFile(_YamlReader):
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
         """The name of the profile that holds, and who chose it."""
-        name: object
-        where: dict[str, Any] = {"path": self.path, "trail": ("profile",)}
-        if argument is not None:
-            name, source = argument, "argument"
-        elif environ.get("MXCP_PROFILE"):
-            source = "MXCP_PROFILE"
-            name, where["trail"] = environ[source], (source,)
-        elif self.root.get("profile") is not None:
-            name, source, where = self.root["profile"], self.source("profile"), self.at("profile")
-        else:
-            name, source, where = "default", "default", self.at("profiles")
+        name, source, where = next(
+            choice
+            for choice in (
+                (argument, "argument", {"path": self.path, "trail": ("profile",)}),
+                (environ.get("MXCP_PROFILE") or None, "MXCP_PROFILE", {"path": self.path}),
+                (self.root.get("profile"), self.source("profile"), self.at("profile")),
+                ("default", "default", self.at("profiles")),
+            )
+            if choice[0] is not None
+        )
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
             raise ConfigError(problem, **where)
@@ -933,10 +929,8 @@ class _SiteFile(_YamlReader):
 
     def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
         keys = ("profiles", profile, "audit")
-        # MXCP's own `max_file_size` is of its JSONL log.
-        ours = {
-            cast(str, name): value for name, value in self.section(*keys).items() if name != "max_file_size"
-        }
+        ours: dict[Any, Any] = {**self.section(*keys)}
+        ours.pop("max_file_size", None)  # MXCP's own, of its JSONL log
         if type(ours.get("retention")) in (int, float):
             problem = 'needs a unit in this file; write "90d" for 90 days'
             raise ConfigError(problem, **self.at(*keys, "retention"))
@@ -999,11 +993,11 @@ def load_config(
     remote = is_attach_target(settings["path"])
     if remote:
         settings.setdefault("journal", f"logs-{name}.journal")
-    for setting in ("path", "journal"):
-        if setting not in sources and setting in settings and re.search(r"[/\\\0\ud800-\udfff]", name):
+    for setting in filter(settings.__contains__, ("path", "journal")):
+        if setting not in sources and re.search(r"[/\\\0\ud800-\udfff]", name):
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
             raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
-        if setting in settings and not (setting == "path" and remote):
+        if setting == "journal" or not remote:
             settings[setting] = os.path.join(os.path.dirname(site_file), settings[setting].removeprefix("./"))
     sources = {**dict.fromkeys((*SETTINGS, "profile"), "default"), **sources, "profile": name_source}
     sources["site_file"] = "found" if config is None else "argument"
@@ -10200,10 +10194,8 @@ class EventTable:
         ]
         elastic = [column not in _FIXED for column in self._columns]
         right = [column in ("duration_ms", "result_bytes") for column in self._columns]
-        width, lines = (
-            self._width,
-            _aligned([*self._heads, *cells], self._widths, elastic, right, self._width),
-        )
+        width = self._width
+        lines = _aligned([*self._heads, *cells], self._widths, elastic, right, width)
         for _ in self._heads:
             _write(self._file, next(lines))
         self._heads = []
@@ -10806,26 +10798,29 @@ class Importer:
 
         patiently(self._store.ingest, self._wait)  # the ledger does not know a part that waits in the journal
         self._bad = events = known = waiting = 0
-        self._digest, self._events = hashlib.sha256(), self._read(path)
-        self._next = next(self._events, None)
-        while self._next is not None:
-            digest = self._digest.copy()
-            digest.update(self._next[0])
-            part = f"{new_segment_id(self._next[1]).rpartition('-')[0]}-{digest.hexdigest()[:8]}"
-            # Parts are ingested one after the other: after a new one, all are new.
-            there = None if events else patiently(functools.partial(self._store.imported, part), self._wait)
-            if there is not None:
-                known += self._skip(path, *there)
-                continue
-            count = self._write(part, self._next[1] // _DAY_NS)
-            events, waiting = events + count, waiting + count
-            if self._next is None or waiting >= PART_EVENTS:
-                patiently(self._store.ingest, self._wait)
-                waiting = 0
+        self._digest = hashlib.sha256()
+        file = self._read(path)
+        for _, day in itertools.groupby(file, lambda event: event[1] // _DAY_NS):
+            for first in day:
+                part = f"{new_segment_id(first[1]).rpartition('-')[0]}-{self._digest.hexdigest()[:8]}"
+                # Parts are ingested one after the other: after a new one, all are new.
+                there = (
+                    None if events else patiently(functools.partial(self._store.imported, part), self._wait)
+                )
+                if there is not None:
+                    known += self._skip(path, itertools.chain([first], file), *there)
+                    continue
+                count = self._write(part, itertools.chain([first], day))  # noqa: B031
+                events, waiting = events + count, waiting + count
+                if waiting >= PART_EVENTS:
+                    patiently(self._store.ingest, self._wait)
+                    waiting = 0
+        if waiting:
+            patiently(self._store.ingest, self._wait)
         return ImportResult(events, known, self._bad)
 
     def _read(self, path: str) -> Iterator[_Imported]:
-        """Yield each event of a file. A damaged gzip file raises OSError or EOFError in between."""
+        """Yield each event, entered into the digest. A damaged gzip file raises OSError or EOFError."""
         import gzip  # lazily: few need it
 
         with open(path, "rb") as raw:
@@ -10844,16 +10839,10 @@ class Importer:
                     self._on_bad_line(path, number, str(error))
                     continue
                 if found is not None:
+                    self._digest.update(line)
                     yield line, *found
 
-    def _taken(self, day: int | None = None) -> Iterator[_Imported]:
-        """Take the next events, or those of one day."""
-        while (event := self._next) is not None and day in (None, event[1] // _DAY_NS):
-            self._digest.update(event[0])
-            self._next = next(self._events, None)
-            yield event
-
-    def _write(self, part: str, day: int) -> int:
+    def _write(self, part: str, events: Iterator[_Imported]) -> int:
         """Write a part into the journal; return how many events it has."""
         try:
             segment = self._store.journal.open_segment(named=part)
@@ -10862,10 +10851,9 @@ class Importer:
         try:
             while segment.events < PART_EVENTS and segment.size < PART_BYTES:
                 room = min(_BATCH_EVENTS, PART_EVENTS - segment.events)
-                events = itertools.islice(self._taken(day), room)
                 batch = [
                     finish_line(self._line(event), seq)
-                    for seq, event in enumerate(events, segment.events + 1)
+                    for seq, event in enumerate(itertools.islice(events, room), segment.events + 1)
                 ]
                 if not batch:
                     break
@@ -10883,10 +10871,10 @@ class Importer:
         input_json = self._encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
         return self._encoder.line(**values, input_json=input_json, echoes=echoes)
 
-    def _skip(self, path: str, events: int, last: str) -> int:
+    def _skip(self, path: str, file: Iterator[_Imported], events: int, last: str) -> int:
         """Pass over a part that is in the database; return how many events of it the file has."""
-        times = [now_ns for _, now_ns, _ in itertools.islice(self._taken(), events)]
-        if len(times) == events and max(times, default=0) // 1000 != microseconds(last):
+        times = [now_ns for _, now_ns, _ in itertools.islice(file, events)]
+        if len(times) == events and max(times) // 1000 != microseconds(last):
             raise StoreError(
                 f"{path} begins like a file that was imported before, but goes on differently: it was "
                 "edited, or is a copy that went its own way; import the events that are missing as a file"
@@ -12395,22 +12383,18 @@ def _verdict_object(verdict: Verdict) -> dict[str, object]:
 
 def _verdict_summary(verdict: Verdict, since: str | None) -> str:
     found = len(verdict.findings) + verdict.more_findings
-    parts = [
+    legacy, waiting = verdict.legacy, verdict.waiting_bytes
+    parts = (
         "intact" if verdict.intact else f"NOT intact, {counted(found, 'finding')}",
         f"{counted(verdict.events, 'event')} in {counted(verdict.segments, 'segment')} "
         f"of {counted(len(verdict.heads), 'journal')}",
-    ]
-    if verdict.purged:
-        parts.append(f"{verdict.purged} purged since")
-    if verdict.lost:
-        parts.append(f"{verdict.lost} lost, as the ledger says")
-    if verdict.legacy:
-        parts.append(f"{verdict.legacy} older than the ledger: what they were before it began is not proved")
-    if verdict.waiting_bytes:
-        parts.append(f"{counted(verdict.waiting_bytes, 'byte')} in the journal, not sealed yet")
-    if since is not None:
-        parts.append(f"segments before {since} UTC were not recomputed")
-    return "; ".join(parts)
+        verdict.purged and f"{verdict.purged} purged since",
+        verdict.lost and f"{verdict.lost} lost, as the ledger says",
+        legacy and f"{legacy} older than the ledger: what they were before it began is not proved",
+        waiting and f"{counted(waiting, 'byte')} in the journal, not sealed yet",
+        since and f"segments before {since} UTC were not recomputed",
+    )
+    return "; ".join(part for part in parts if part)
 
 
 def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
@@ -12497,18 +12481,14 @@ def cmd_compact(options: argparse.Namespace) -> int:
 def cmd_wrap(options: argparse.Namespace) -> int:
     """Run an MCP server and record what it executes. Ends as the server did."""
     command = options.server[1:] if options.server[0] == "--" else options.server
-    if options.db is not None:
-        config = _config_of(options)
-        audit = AuditLogger(config.path, journal=config.journal_directory)
-    else:
-        audit = AuditLogger.from_config(options.config, profile=options.profile)
-    if options.strict:
-        audit.__setstate__(audit.config._replace(strict=("*",)))
-    if not audit.enabled:
-        problem = f"audit logging is not enabled for profile {audit.config.profile!r}"
+    config = _config_of(options)
+    if not config.enabled:
+        problem = f"audit logging is not enabled for profile {config.profile!r}"
         if options.strict:
-            raise _UsageError(f"{problem}; enable it in {audit.config.site_file}, or leave --strict out")
+            raise _UsageError(f"{problem}; enable it in {config.site_file}, or leave --strict out")
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
+    audit = AuditLogger.__new__(AuditLogger)
+    audit.__setstate__(config._replace(strict=("*",)) if options.strict else config)
     code = WrappedServer(command, audit).run()
     audit.shutdown(WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
     return end_like(code)
