@@ -1409,7 +1409,7 @@ _BARE: Final = (
     + r"""(?:[^\s,;&'"`<>)\]}\\]
   |,(?!\s|[A-Za-z_][A-Za-z_.\-]{1,40}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{1,40}[0-9]?=|\Z)
   |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{1,64}[0-9]{0,2})?=|amp;)
-  |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+)?"""
+  |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+)"""
 )
 _PERCENT_VALUE: Final = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
 _BRACKETS: Final = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
@@ -1646,7 +1646,10 @@ def _argument_pattern(place: str, needs: list[str]) -> str:
 
 
 class _Rules:
-    """What is a secret in names and texts under one Redactor's settings; it knows nothing of containers."""
+    """What is a secret in names and texts under one Redactor's settings; it knows nothing of containers.
+
+    What finds secrets in a text yields where, from left to right, and looks at nothing twice.
+    """
 
     def __init__(self, redact: Iterable[str], keep: Iterable[str], key: bytes | None) -> None:
         self.redact, self.keep, self.key = _read_names(redact), _read_names(keep), key
@@ -1683,12 +1686,11 @@ class _Rules:
         # A name without a stem of a secret word needs no splitting into words.
         return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
 
-    # 1. The order of the sieves.
-
     def clean(self, text: str) -> tuple[str, list[tuple[str, str]]]:
         """Return a text without its secrets, and these with the rules that found them."""
         # 1. Most texts can't hold a secret, or hold nothing that leads to one.
-        size, taken = len(text), list[tuple[str, str]]()
+        size = len(text)
+        taken: list[tuple[str, str]] = []
         if size < 5 or (size < 11 and text.isalnum()):  # the shortest is `pwd=x`
             return text, taken
         low = _lower(text)
@@ -1763,8 +1765,6 @@ class _Rules:
         digest = hmac.new(self.key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
         return f"[REDACTED:{digest[:8]}]"
 
-    # 2. Places and forms: each method yields where, from left to right, and looks at nothing twice.
-
     def _placed(self, text: str, pattern: str, accept: _Check = None) -> Iterator[_Span]:
         """Yield what stands where a pattern says: its last group, or what follows it."""
         for match in _re(pattern).finditer(text):
@@ -1779,7 +1779,8 @@ class _Rules:
 
     def _arguments(self, text: str) -> list[_Span]:
         """Return the secrets among the arguments of well-known programs."""
-        found, done = set[_Span](), 0
+        found: set[_Span] = set()
+        done = 0
         for program in self._program.finditer(text):
             if program.start() < done:
                 continue
@@ -1809,8 +1810,6 @@ class _Rules:
                     if not self._is_none(value) and (not doubtful or _looks_secret(value)):
                         first = start - line.rfind("\x1f", 0, start) - 1
                         yield at + line.count("\x1f", 0, start), first, first + len(value)
-
-    # 3. Values that follow a sensitive name: in columns, and `name=value`, `"name": "value"` and their kin.
 
     def _inserted(self, text: str) -> Iterator[_Span]:
         """Yield the values of sensitive columns in `INSERT INTO t (columns) VALUES (…), (…)`."""
@@ -2043,7 +2042,8 @@ class _Rules:
 
     def _bare_end(self, text: str, at: int) -> int:
         """Return the end of an unquoted value; a marker is one, whatever brackets mean elsewhere."""
-        return next(_re(_BARE).finditer(text, at)).end()
+        bare = _re(_BARE).match(text, at)
+        return bare.end() if bare else at
 
     def _extent(self, text: str, at: int) -> _Span:
         """Return where a value starts and ends: quoted, bracketed, a YAML block, or bare."""
@@ -2305,8 +2305,8 @@ class _Walk:
         self.verdicts, self.rules, self.echoes, self.limit = verdicts, verdicts.rules, echoes, limit
         self.quiet = echoes is None and self.rules.key is None
         self.open: list[int] = []  # ids of the containers around the present value
-        if limit:  # an element takes two bytes at least
-            self.max_nodes = min(_MAX_NODES, limit // 2)
+        if 0 < limit < 2 * _MAX_NODES:  # an element takes two bytes at least
+            self.max_nodes = limit // 2
 
     def plain(self, value: object) -> Any:
         """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
@@ -2371,64 +2371,55 @@ class _Walk:
         if -_CARD_NUMBERS < value < _CARD_NUMBERS:
             return str(value)
         try:
-            text = str(value)
+            shown = self.text(str(value), None)
         except ValueError:
-            return encode_text(hex(value))  # all digits, in the only base without a limit
-        shown = self.text(text, None)
-        return text if shown == text else encode_text(shown)
+            shown = hex(value)  # all digits, in the only base without a limit
+        return shown if shown.lstrip("-").isdigit() else encode_text(shown)
 
     def mapping(self, value: dict[Any, Any], declared: _Declared | None) -> str:
         """Write a mapping; one with a key that is no text, or holds a secret, is renamed first."""
         opened, ident = self.open, id(value)
-        depth = len(opened)
+        value = value.copy()  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
-        if ident in opened or depth >= _MAX_DEPTH or nodes > self.max_nodes:
+        if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
             return self.refusal(ident, len(value))
         opened.append(ident)
         verdicts, texts = self.verdicts, self.rules.harmless
         known = verdicts.harmless if declared is None else {}
         out: list[str] = []
-        try:
-            for name, item in value.items():
-                kind, key = type(item), known.get(name)
-                if key is not None:
-                    if kind is str:
-                        out.append(key + (texts.get(item) or encode_text(self.text(item, None))))
-                    elif kind is int and -_CARD_NUMBERS < item < _CARD_NUMBERS:
-                        out.append(f"{key}{item}")
-                    elif kind is float and item - item == 0.0:
-                        out.append(f"{key}{item!r}")
-                    elif kind is bool:
-                        out.append(key + ("true" if item else "false"))
-                    elif kind is dict:
-                        out.append(key + self.mapping(item, None))
-                    elif kind is list:
-                        out.append(key + self.sequence(item, None))
-                    else:
-                        out.append(key + self.value(item, None))
-                elif kind is str and self.quiet and known and (key := verdicts.hidden.get(name)):
-                    out.append(key)
+        for name, item in value.items():
+            kind, key = type(item), known.get(name)
+            if key is not None:
+                if kind is str:
+                    out.append(key + (texts.get(item) or encode_text(self.text(item, None))))
+                elif kind is int and -_CARD_NUMBERS < item < _CARD_NUMBERS:
+                    out.append(f"{key}{item}")
+                elif kind is float and item - item == 0.0:
+                    out.append(f"{key}{item!r}")
+                elif kind is bool:
+                    out.append(key + ("true" if item else "false"))
+                elif kind is dict:
+                    out.append(key + self.mapping(item, None))
+                elif kind is list:
+                    out.append(key + self.sequence(item, None))
                 else:
-                    verdict = verdicts[name] if type(name) is str else _ODD
-                    if verdict & _ODD:
-                        renamed = _unlike([(self.name(key), value[key]) for key in list(value)])
-                        whole = self.mapping(renamed, declared)
-                        break
-                    if verdict & _BESIDE:
-                        verdict, item = self.beside(name.lower(), verdict, item, value)
-                    hides = verdict > _SENSITIVE or (verdict and kind is not bool and item is not None)
-                    inner = declared.fields.get(_normal(name)) if declared else None
-                    out.append(f"{encode_text(name)}:{self.hide(item) if hides else self.value(item, inner)}")
+                    out.append(key + self.value(item, None))
+            elif kind is str and self.quiet and known and (key := verdicts.hidden.get(name)):
+                out.append(key)
             else:
-                whole = "{" + ",".join(out) + "}"
-        except RuntimeError as error:
-            if isinstance(error, RecursionError):
-                raise
-            # Another thread changed the mapping; a copy is made in one step.
-            del opened[depth:]
-            return self.mapping(value.copy(), declared)
+                verdict = verdicts[name] if type(name) is str else _ODD
+                if verdict & _ODD:
+                    renamed = _unlike([(self.name(key), item) for key, item in value.items()])
+                    whole = self.mapping(renamed, declared)
+                    opened.pop()
+                    return whole
+                if verdict & _BESIDE:
+                    verdict, item = self.beside(name.lower(), verdict, item, value)
+                hides = verdict > _SENSITIVE or (verdict and kind is not bool and item is not None)
+                inner = declared.fields.get(_normal(name)) if declared else None
+                out.append(f"{encode_text(name)}:{self.hide(item) if hides else self.value(item, inner)}")
         opened.pop()
-        return whole
+        return "{" + ",".join(out) + "}"
 
     def name(self, name: object) -> str:
         """Return any name of a field as a text without a secret."""
@@ -2476,10 +2467,10 @@ class _Walk:
         """Write a sequence; `["Authorization", …]` and `["--password", …]` are judged by the sibling."""
         opened, ident = self.open, id(value)
         value = value[:]  # another thread may change it
-        first: Any = value[0] if value else None
         self.nodes = nodes = self.nodes + len(value)
         if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
             return self.refusal(ident, len(value))
+        first: Any = value[0] if value else None
         if declared is None and type(first) is str:
             try:
                 return f"[{','.join(map(self.verdicts.inert.__getitem__, value))}]"

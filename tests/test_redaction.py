@@ -899,14 +899,14 @@ def test_redact_mapping_changed_by_another_thread_never_raises(redactor: Redacto
         thread.join()
 
 
-def test_redact_mapping_changed_by_its_own_value_is_shown_as_it_is_then(redactor: Redactor) -> None:
+def test_redact_mapping_changed_by_its_own_value_is_shown_as_it_was_before(redactor: Redactor) -> None:
     class Growing:
         def __repr__(self) -> str:
             value.setdefault("new", 1)
             return "grown"
 
     value: dict[str, Any] = {"a": Growing(), "password": "x"}
-    assert redactor.redact({"in": value}) == {"in": {"a": "grown", "password": REDACTED, "new": 1}}
+    assert redactor.redact({"in": value}) == {"in": {"a": "grown", "password": REDACTED}}
 
 
 @pytest.mark.parametrize("wrap", [lambda value: [value], lambda value: {"in": value}, Around])
