@@ -5096,7 +5096,7 @@ class Unfinished:
         """Keep a call, which fails with `error` if nobody takes it within the time."""
         self._calls[call] = key, time.monotonic() + seconds, error
         if len(self._calls) > _MAX_UNFINISHED:
-            self._give_up(next(iter(self._calls)))
+            self._give_up(next(iter(self._calls.copy())))  # other threads put, too
 
     def put_answered(self, call: Call, result: object) -> bool:
         """Keep a call if what it was answered says that it goes on; return False if it is over."""
