@@ -4940,8 +4940,8 @@ _TRACEPARENT: Final = re.compile(
 )
 _REQUEST_HEADERS: Final = {
     name.encode(): name
-    for name in re.findall(
-        r"\S+", "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
+    for name in _words_in(
+        "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
     )
 }
 _META: Final = "io.modelcontextprotocol/"  # before the names of what newer clients send with each request
@@ -5110,12 +5110,10 @@ class Call:
         if error is not None and not isinstance(error, GeneratorExit):
             if self.status != "error":  # what is known already was known nearer to the cause
                 self.fail(describe_exception(error), type_of_error(error))
-            try:
+            with contextlib.suppress(TypeError):  # of a `denied_by` that holds no exceptions
                 denial = find_cause(error, self.denied_by)
-            except TypeError:  # `denied_by` holds no exceptions; what the body raised counts for more
-                denial = None
-            if denial is not None and self.policy_decision == "n/a":
-                self.policy("deny", describe_exception(denial, with_type=False))
+                if denial is not None and self.policy_decision == "n/a":
+                    self.policy("deny", describe_exception(denial, with_type=False))
 
     def _hand_over(self) -> int:
         """Have the line of the call queued, unless it is part of an outer one."""
@@ -11491,7 +11489,7 @@ class WrappedServer:
         import signal
 
         def forward(number: int, frame: object) -> None:
-            if number not in (getattr(signal, "SIGUSR1", None), getattr(signal, "SIGUSR2", None)):
+            if not signal.Signals(number).name.startswith("SIGUSR"):
                 self._end_at = min(self._end_at, time.monotonic() + self._ANSWER_SECONDS)
             self._signal(number)
 
