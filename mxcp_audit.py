@@ -5128,7 +5128,7 @@ class Call:
             outer.failure = self
         return 0
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Be no longer the call that runs; twice is harmless."""
         try:  # noqa: SIM105 - faster
             _running.reset(self._before)
@@ -5141,7 +5141,7 @@ class Call:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.leave()
+        self._leave()
         if not self.waits:
             self.end(error)
 
@@ -5151,7 +5151,7 @@ class Call:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.leave()
+        self._leave()
         if not self.waits:
             await self.end_async(error)
 
@@ -5984,7 +5984,7 @@ def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
     def _generator(*args: Any, **kwargs: Any) -> Any:
         with start(args, kwargs) as call:
-            call.leave()
+            call._leave()
             return (yield from _Steps(call, function(*args, **kwargs)))
 
     return _generator
@@ -5995,7 +5995,7 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
         async with start(args, kwargs) as call:
-            call.leave()
+            call._leave()
             generator = function(*args, **kwargs)
             step, value = generator.asend, None
             while True:
