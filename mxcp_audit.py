@@ -4754,8 +4754,8 @@ _TRACEPARENT: Final = re.compile(
 )
 _REQUEST_HEADERS: Final = {
     name.encode(): name
-    for name in re.findall(
-        r"\S+", "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
+    for name in _words_in(
+        "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
     )
 }
 _META: Final = "io.modelcontextprotocol/"  # before the names of what newer clients send with each request
@@ -4924,12 +4924,10 @@ class Call:
         if error is not None and not isinstance(error, GeneratorExit):
             if self.status != "error":  # what is known already was known nearer to the cause
                 self.fail(describe_exception(error), type_of_error(error))
-            try:
+            with contextlib.suppress(TypeError):  # of a `denied_by` that holds no exceptions
                 denial = find_cause(error, self.denied_by)
-            except TypeError:  # `denied_by` holds no exceptions; what the body raised counts for more
-                denial = None
-            if denial is not None and self.policy_decision == "n/a":
-                self.policy("deny", describe_exception(denial, with_type=False))
+                if denial is not None and self.policy_decision == "n/a":
+                    self.policy("deny", describe_exception(denial, with_type=False))
 
     def _hand_over(self) -> int:
         """Have the line of the call queued, unless it is part of an outer one."""
@@ -4944,7 +4942,7 @@ class Call:
             outer.failure = self
         return 0
 
-    def leave(self) -> None:
+    def _leave(self) -> None:
         """Be no longer the call that runs; twice is harmless."""
         try:  # noqa: SIM105 - faster
             _running.reset(self._before)
@@ -4957,7 +4955,7 @@ class Call:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.leave()
+        self._leave()
         if not self.waits:
             self.end(error)
 
@@ -4967,7 +4965,7 @@ class Call:
         return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        self.leave()
+        self._leave()
         if not self.waits:
             await self.end_async(error)
 
@@ -5504,9 +5502,11 @@ class Middleware:
                         await self._ask_for_refusal(call, context)
                     raise
         except AuditUnavailableError as error:
-            if error is failure:  # of another call, which the body made
+            kind = getattr(sys.modules.get("mcp.shared.exceptions"), "MCPError", None)
+            if kind is None or error is failure:  # of another call, which the body made
                 raise
-            raise _protocol_error(error) from error
+            # The SDK 2 tells a client this; of any other error it hides the text.
+            raise kind(code=-32000, message=str(error)) from error
         finally:
             self._inside -= 1
 
@@ -5644,12 +5644,6 @@ def _refusals() -> tuple[type[BaseException], ...]:
     return _kinds(getattr(sys.modules.get("fastmcp.exceptions"), "AuthorizationError", ()))
 
 
-def _protocol_error(error: AuditUnavailableError) -> Exception:
-    """Return what the SDK 2 tells a client; of any other error it hides the text."""
-    kind = getattr(sys.modules.get("mcp.shared.exceptions"), "MCPError", None)
-    return error if kind is None else kind(code=-32000, message=str(error))
-
-
 _MIDDLEWARE_CODE: Final = Middleware.__call__.__code__
 
 
@@ -5686,57 +5680,57 @@ class _AuditedHandlers(dict[Any, Any]):
 
     def __setitem__(self, kind: Any, handler: Any) -> None:
         method = str(kind.model_fields["method"].default)
-        is_ours = method in MCP_METHODS or method.startswith("tasks/")
-        super().__setitem__(kind, self._audited(method, handler) if is_ours else handler)
 
-    def _audited(self, method: str, handler: Callable[[Any], Awaitable[Any]]) -> Callable[[Any], Any]:
-        async def _audited_handler(request: Any) -> Any:
+        async def _audited(request: Any) -> Any:
             context = _context_in("mcp.server.lowlevel.server", "request_ctx")
             known = {name: _get(context, name) for name in ("request", "session", "meta")}
             known["request_id"] = "" if context is None else context.request_id
             message = types.SimpleNamespace(method=method, params=_get(request, "params"), **known)
             return await self._middleware(message, lambda _: handler(request))
 
-        return _audited_handler
+        is_ours = method in MCP_METHODS or method.startswith("tasks/")
+        super().__setitem__(kind, _audited if is_ours else handler)
 
 
 # --- decorators
 
 
-def audited(
-    function: Function,
-    logger: Any,
-    event_type: str,
-    name: str | None,
-    caller: str | None,
-    denied_by: DeniedBy,
-) -> Function:
-    """Return a function that does the same and is recorded; signature, name and kind stay."""
-    if isinstance(function, (classmethod, staticmethod)):
-        inner = audited(function.__func__, logger, event_type, name, caller, denied_by)
-        return cast(Function, type(function)(inner))
-    if not callable(function) or _is_registered(function):
-        raise EventError(
-            f"the server has {_get(function, '__name__') or _get(function, 'name')!r} already, without "
-            f"auditing; write @audit.{event_type}(…) below the server's decorator, next to the function",
-            field="function",
-        )
-    title = name or getattr(function, "__name__", None) or type(function).__name__
-    input_of = _binder(function)
+def auditing(
+    logger: Any, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
+) -> Callable[[Function], Function]:
+    """Return a decorator; what it makes does the same and is recorded, and keeps signature, name and kind."""
+    check_denied_by(denied_by)
+    if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
+        example = '("reports/{id}")' if event_type == "resource" else "()"
+        raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
 
-    def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        outer = _call_within(logger, event_type)
-        if outer is None:
-            origin = {"denied_by": denied_by, **_surroundings()}
-            if caller:
-                origin["caller"] = caller
-            return Call(logger, event_type, title, input_of(args, kwargs), **origin)
-        if event_type == "resource" and outer.arguments is None:
-            outer.name = title  # it knows the URI, and we what that stands for
-            outer.take_input(input_of(args, kwargs))
-        return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
+    def _audited(function: Function) -> Function:
+        if isinstance(function, (classmethod, staticmethod)):
+            return cast(Function, type(function)(_audited(function.__func__)))
+        if not callable(function) or _is_registered(function):
+            raise EventError(
+                f"the server has {_get(function, '__name__') or _get(function, 'name')!r} already, without "
+                f"auditing; write @audit.{event_type}(…) below the server's decorator, next to the function",
+                field="function",
+            )
+        title = name or getattr(function, "__name__", None) or type(function).__name__
+        input_of = _binder(function)
 
-    return cast(Function, functools.wraps(function)(_wrapper(function, _start)))
+        def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+            outer = _call_within(logger, event_type)
+            if outer is None:
+                origin = {"denied_by": denied_by, **_surroundings()}
+                if caller:
+                    origin["caller"] = caller
+                return Call(logger, event_type, title, input_of(args, kwargs), **origin)
+            if event_type == "resource" and outer.arguments is None:
+                outer.name = title  # it knows the URI, and we what that stands for
+                outer.take_input(input_of(args, kwargs))
+            return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
+
+        return cast(Function, functools.wraps(function)(_wrapper(function, _start)))
+
+    return _audited
 
 
 def _is_registered(function: object, depth: int = 2) -> bool:
@@ -5804,7 +5798,7 @@ def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
     def _generator(*args: Any, **kwargs: Any) -> Any:
         with start(args, kwargs) as call:
-            call.leave()
+            call._leave()
             return (yield from _Steps(call, function(*args, **kwargs)))
 
     return _generator
@@ -5815,7 +5809,7 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
         async with start(args, kwargs) as call:
-            call.leave()
+            call._leave()
             generator = function(*args, **kwargs)
             step, value = generator.asend, None
             while True:
@@ -5839,8 +5833,16 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
 def _followed(call: Call, result: Any) -> Any:
     """Return what a function returned; a generator, future or awaitable ends the call when it is over."""
     if callable(getattr(type(result), "add_done_callback", None)):
+
+        def _done(future: Any) -> None:
+            try:
+                error = future.exception()
+            except BaseException as cancelled:
+                error = cancelled
+            call.end(error)
+
         call.waits = True
-        result.add_done_callback(lambda future: call.end(_failure_of(future)))
+        result.add_done_callback(_done)
         return result
     if isinstance(result, (types.GeneratorType, types.AsyncGeneratorType)):
         stepper = _stepper if isinstance(result, types.GeneratorType) else _async_stepper
@@ -5853,13 +5855,6 @@ def _followed(call: Call, result: Any) -> Any:
     call.waits = True
     weakref.finalize(followed, _forgotten, call, fate)
     return followed
-
-
-def _failure_of(future: Any) -> BaseException | None:
-    try:
-        return cast("BaseException | None", future.exception())
-    except BaseException as error:  # of a future that was cancelled
-        return error
 
 
 def _forgotten(call: Call, error: str) -> None:
@@ -6369,28 +6364,19 @@ class AuditLogger:
         Raises:
             EventError: the parentheses are missing, or `denied_by` holds something else than exceptions.
         """
-        return self._decorator("tool", name, caller, denied_by)
+        return auditing(self, "tool", name, caller, denied_by)
 
     def resource(
         self, uri: str, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> Callable[[Function], Function]:
         """Record each execution of a function as a resource: `@audit.resource("reports/{report_id}")`."""
-        return self._decorator("resource", uri, caller, denied_by)
+        return auditing(self, "resource", uri, caller, denied_by)
 
     def prompt(
         self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> Callable[[Function], Function]:
         """Record each execution of a function as a prompt: `@audit.prompt()`."""
-        return self._decorator("prompt", name, caller, denied_by)
-
-    def _decorator(
-        self, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
-    ) -> Callable[[Function], Function]:
-        check_denied_by(denied_by)
-        if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
-            example = '("reports/{id}")' if event_type == "resource" else "()"
-            raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
-        return lambda function: audited(function, self, event_type, name, caller, denied_by)
+        return auditing(self, "prompt", name, caller, denied_by)
 
     @property
     def counters(self) -> Counters:
@@ -11023,8 +11009,7 @@ class StdioAudit:
 
     def withdraw(self, line: bytes, reason: str) -> list[object]:
         """Record that nothing of a client's line was passed on; return the ids that wait for an answer."""
-        messages = itertools.chain.from_iterable(map(self._messages, line.splitlines()))
-        keys = [_parts_of(message)[0] for message in messages]
+        keys = [_parts_of(message)[0] for part in line.splitlines() for message in self._messages(part)]
         for key in keys:
             self._finish(key, reason, "AuditUnavailableError")
         return [key for key in dict.fromkeys([*self.here.refused, *keys]) if key is not None]
@@ -11118,6 +11103,7 @@ class WrappedServer:
     GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
     _ANSWER_SECONDS: Final = 1.0  # for answers after SIGTERM: two seconds later MCP's SDKs kill us
     _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    _process: subprocess.Popen[bytes]
 
     def __init__(self, command: Sequence[str], audit: AuditLogger) -> None:
         self._command = list(command)
@@ -11126,11 +11112,10 @@ class WrappedServer:
         self._told = Diagnostics()
         self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
         self._client_gone = False
-        self._end_at = float("inf")  # when calls that are still pending are recorded without an answer
+        self._end_at = inf  # when calls that are still pending are recorded without an answer
         self._pieces = 0  # that the server sent
         self._is_reading = False  # as opposed to: recording, or waiting for the client to read
-        self._process: subprocess.Popen[bytes] = cast("subprocess.Popen[bytes]", None)
-        self._answering = threading.Lock()  # of what goes to the client, if refusals go there as well
+        self._answering = threading.Lock()  # refusals go to the client as well
 
     def run(self) -> int:
         """Run the server to its end and return its exit code, negative if a signal ended it."""
@@ -11178,7 +11163,7 @@ class WrappedServer:
         import signal
 
         def forward(number: int, frame: object) -> None:
-            if number not in (getattr(signal, "SIGUSR1", None), getattr(signal, "SIGUSR2", None)):
+            if not signal.Signals(number).name.startswith("SIGUSR"):
                 self._end_at = min(self._end_at, time.monotonic() + self._ANSWER_SECONDS)
             self._signal(number)
 
@@ -11263,7 +11248,7 @@ class WrappedServer:
 
     def _answer(self, data: bytes) -> None:
         """Send something to the client, if it is still there."""
-        with self._answering if self._strict else contextlib.nullcontext():
+        with self._answering:
             if not self._client_gone:
                 try:
                     _write_all(1, data)
