@@ -12387,7 +12387,7 @@ def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
                 send([line for (line,) in rows[first : first + _POST_LINES]])
             reached = json.dumps(follower.cursor())
             if place and reached != saved:
-                _write_whole(place, reached + "\n")
+                replace_file(place, reached.encode() + b"\n")
                 saved = reached
             if not rows and not follower.is_behind:
                 if not options.follow:
@@ -12406,13 +12406,6 @@ def _read_cursor(path: str) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
-
-
-def _write_whole(path: str, text: str) -> None:
-    try:
-        replace_file(path, text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
 _POST_LINES: Final = 500
@@ -12749,7 +12742,7 @@ def cmd_report(options: argparse.Namespace) -> int:
         facts["verify"] = str(error)
     with _whole_log(store, options) as reading:
         text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
-    _write_whole(options.out, text)
+    replace_file(options.out, text.encode("utf-8", "backslashreplace"))
     _say(f"report written to {options.out}")
     return 0
 
