@@ -232,13 +232,13 @@ _YAML_WORDS: Final[Mapping[str, object]] = {
     **{
         spelled: value
         for words, value in (
-            (("~", "null"), None),
-            (("yes", "true", "on"), True),
-            (("no", "false", "off"), False),
-            ((".inf", "+.inf"), inf),
-            (("-.inf",), -inf),
+            ("~ null", None),
+            ("yes true on", True),
+            ("no false off", False),
+            (".inf +.inf", inf),
+            ("-.inf", -inf),
         )
-        for word in words
+        for word in words.split()
         for spelled in (word, word.title(), word.upper())
     },
     **dict.fromkeys((".nan", ".NaN", ".NAN"), nan),  # one object, as in PyYAML: two such keys are duplicates
@@ -10449,11 +10449,8 @@ def takes_unicode(file: TextIO) -> bool:
 def _write(file: TextIO, line: str) -> None:
     """Write a line; what the file's encoding lacks as escapes."""
     encoding = file.encoding or "utf-8"
-    try:
-        line.encode(encoding)
-    except UnicodeEncodeError:
-        line = line.replace("…", "~").encode(encoding, "backslashreplace").decode(encoding)
-    file.write(line + "\n")
+    line = line if takes_unicode(file) else line.replace("…", "~")
+    file.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def write_text(file: TextIO, text: str) -> None:
@@ -10486,15 +10483,14 @@ def write_json(
     by_line: bool = False,
 ) -> None:
     """Write rows as objects with these names, or some of them: one JSON array, or one object a line."""
-    begin, between, end = ("", "\n", "\n") if by_line else ("[", ",\n ", "]\n")
-    ascii_only = not takes_unicode(file)
-    mark = begin
+    ascii_only, mark = not takes_unicode(file), "["
     for row in rows:
         event = dict(zip(names, row))
-        chosen = {name: event[name] for name in columns} if columns else event
-        file.write(mark + json_text(chosen, ascii_only=ascii_only))
-        mark = between
-    file.write(end if mark == between else begin and begin + end)
+        text = json_text({name: event[name] for name in columns or names}, ascii_only=ascii_only)
+        file.write(text + "\n" if by_line else mark + text)
+        mark = ",\n "
+    if not by_line:
+        file.write("]\n" if mark != "[" else "[]\n")
 
 
 _JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+')
