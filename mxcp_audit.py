@@ -231,13 +231,13 @@ _YAML_WORDS: Final[Mapping[str, object]] = {
     **{
         spelled: value
         for words, value in (
-            (("~", "null"), None),
-            (("yes", "true", "on"), True),
-            (("no", "false", "off"), False),
-            ((".inf", "+.inf"), inf),
-            (("-.inf",), -inf),
+            ("~ null", None),
+            ("yes true on", True),
+            ("no false off", False),
+            (".inf +.inf", inf),
+            ("-.inf", -inf),
         )
-        for word in words
+        for word in words.split()
         for spelled in (word, word.title(), word.upper())
     },
     **dict.fromkeys((".nan", ".NaN", ".NAN"), nan),  # one object, as in PyYAML: two such keys are duplicates
@@ -10042,11 +10042,8 @@ def takes_unicode(file: TextIO) -> bool:
 def _write(file: TextIO, line: str) -> None:
     """Write a line; what the file's encoding lacks as escapes."""
     encoding = file.encoding or "utf-8"
-    try:
-        line.encode(encoding)
-    except UnicodeEncodeError:
-        line = line.replace("…", "~").encode(encoding, "backslashreplace").decode(encoding)
-    file.write(line + "\n")
+    line = line if takes_unicode(file) else line.replace("…", "~")
+    file.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def write_text(file: TextIO, text: str) -> None:
@@ -10079,15 +10076,14 @@ def write_json(
     by_line: bool = False,
 ) -> None:
     """Write rows as objects with these names, or some of them: one JSON array, or one object a line."""
-    begin, between, end = ("", "\n", "\n") if by_line else ("[", ",\n ", "]\n")
-    ascii_only = not takes_unicode(file)
-    mark = begin
+    ascii_only, mark = not takes_unicode(file), "["
     for row in rows:
         event = dict(zip(names, row))
-        chosen = {name: event[name] for name in columns} if columns else event
-        file.write(mark + json_text(chosen, ascii_only=ascii_only))
-        mark = between
-    file.write(end if mark == between else begin and begin + end)
+        text = json_text({name: event[name] for name in columns or names}, ascii_only=ascii_only)
+        file.write(text + "\n" if by_line else mark + text)
+        mark = ",\n "
+    if not by_line:
+        file.write("]\n" if mark != "[" else "[]\n")
 
 
 _JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+')
@@ -11950,7 +11946,7 @@ def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
                 send([line for (line,) in rows[first : first + _POST_LINES]])
             reached = json.dumps(follower.cursor())
             if place and reached != saved:
-                _write_whole(place, reached + "\n")
+                replace_file(place, reached.encode() + b"\n")
                 saved = reached
             if not rows and not follower.is_behind:
                 if not options.follow:
@@ -11969,13 +11965,6 @@ def _read_cursor(path: str) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
-
-
-def _write_whole(path: str, text: str) -> None:
-    try:
-        replace_file(path, text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
 _POST_LINES: Final = 500
@@ -12312,7 +12301,7 @@ def cmd_report(options: argparse.Namespace) -> int:
         facts["verify"] = str(error)
     with _whole_log(store, options) as reading:
         text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
-    _write_whole(options.out, text)
+    replace_file(options.out, text.encode("utf-8", "backslashreplace"))
     _say(f"report written to {options.out}")
     return 0
 
