@@ -1129,7 +1129,6 @@ def parse_event_id(text: str) -> tuple[str, int]:
 
 REDACTED: Final = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
-_Collected: TypeAlias = "list[str] | None"  # receives texts, where somebody asks for them
 _Check: TypeAlias = "Callable[[str], bool] | None"
 
 
@@ -2301,7 +2300,7 @@ class _Walk:
     spent = 0  # characters of long texts read so far
     max_nodes = _MAX_NODES
 
-    def __init__(self, verdicts: _Verdicts, echoes: _Collected = None, limit: int = 0) -> None:
+    def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None:
         self.verdicts, self.rules, self.echoes, self.limit = verdicts, verdicts.rules, echoes, limit
         self.quiet = echoes is None and self.rules.key is None
         self.open: list[int] = []  # ids of the containers around the present value
@@ -2669,7 +2668,7 @@ class Redactor:
         *,
         tool: str | None = None,
         endpoint_def: object = None,
-        echoes: _Collected = None,
+        echoes: list[str] | None = None,
     ) -> Any:
         """Return a plain copy of any value in which nothing sensitive is left.
 
@@ -2693,7 +2692,7 @@ class Redactor:
         *,
         tool: str | None = None,
         endpoint_def: object = None,
-        echoes: _Collected = None,
+        echoes: list[str] | None = None,
         limit: int = 0,
     ) -> str:
         """Return what `redact` returns as JSON: compact, with the characters as they are; see there.
@@ -2746,11 +2745,10 @@ class Redactor:
                 for index, (old, new) in enumerate(zip(before, after, strict=False)):
                     _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
             elif before != after:
-                why = ["declared sensitive"] if declared else []
-                why = why or list(filter(None, self._rules.judge(name, _normal(tool or ""))[1:]))
-                if not why and isinstance(before, str):
-                    why = [rule for rule, _ in self._rules.clean(before)[1]]
-                found.append((path, " and ".join(dict.fromkeys(why)) or "what stands beside it names it"))
+                why = "declared sensitive" if declared else self._rules.judge(name, _normal(tool or ""))[1]
+                taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
+                why = why or " and ".join(dict.fromkeys(rule for rule, _ in taken))
+                found.append((path, why or "what stands beside it names it"))
 
         plain = _Walk(self._verdicts).plain(value)
         declared = None if endpoint_def is None else _declare(endpoint_def)
