@@ -4193,15 +4193,18 @@ class Ingester:
         due = max(0.0 if self.wanted > self.tried else max(due, self._away_until), self._busy_until)
         return max(0.0, due - time.monotonic())
 
-    def step(self) -> None:
-        """See what became of the child, or start one if it is time."""
-        if self._child is None:
-            if self.due_in() <= 0.0:
-                self._begin()
-        else:
+    def step(self) -> float:
+        """See what became of the child, or start one if it is time; return the seconds until the next step."""
+        due = self.due_in()
+        if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
                 self._answered(answer)
+        elif due > 0.0:
+            return due
+        else:
+            self._begin()
+        return self.due_in()
 
     def _begin(self) -> None:
         """Seal and start a child, unless another process ingests."""
@@ -4412,6 +4415,7 @@ class Writer:
         self._wake.acquire()
         self._queue: list[bytes] = []
         self._queued_bytes = 0
+        self._due = 0.0  # seconds until the ingester has something to do
         self._finished = 0  # lines that left the queue
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
         self._asleep = True
@@ -4642,7 +4646,7 @@ class Writer:
                     elif not self._queue:
                         self._asleep = True
                 if self._asleep and self._thread is me:  # until there is a line, or something is due
-                    due = min(self._ingester.due_in(), self.begun.due_in(), threading.TIMEOUT_MAX)
+                    due = min(self._due, self.begun.due_in(), threading.TIMEOUT_MAX)
                     self._wake.acquire(timeout=due)
         except BaseException as error:
             with self._lock:
@@ -4665,7 +4669,7 @@ class Writer:
                 self._sealed = True
                 self.begun.close()
             return done and sealed
-        self._ingester.step()
+        self._due = self._ingester.step()
         with self._lock:
             self._progress.notify_all()
         return done
@@ -4693,6 +4697,8 @@ class Writer:
     def _trim(self) -> None:
         """Take out of the queue what is in the journal, and wake those who wait for it."""
         self._appender.settle()
+        if self.written == self._finished and not self.begun.fresh:
+            return
         with self._lock:
             written = self.written
             gone = self._queue[: written - self._finished]
@@ -4701,9 +4707,8 @@ class Writer:
             del self._queue[:count]
             self._finished = written
             self._queued_bytes = left if self._queue else 0
-            if count or self.begun.fresh:
-                self.begun.fresh = False
-                self._progress.notify_all()
+            self.begun.fresh = False
+            self._progress.notify_all()
         if self._waiting:
             self._call_back()
 
