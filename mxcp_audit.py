@@ -7212,9 +7212,7 @@ class PackageEngine(Engine):
 
             ctypes.pythonapi.Py_IncRef(ctypes.py_object(connection))
 
-    def __del__(self) -> None:
-        if self._connection is not None and self._process_id != os.getpid():
-            self.close()
+    __del__ = close
 
 
 def decode_json(text: str | bytes) -> Any:
@@ -8475,13 +8473,15 @@ class Reading:
         self.engine.execute("SET enable_external_access = false")
         self.engine.execute("SET lock_configuration = true")  # last, because nothing can undo it
         params = {"statement": statement}
-        described = "SELECT column_name FROM (DESCRIBE SELECT * FROM query($statement))"
-        names = [name for (name,) in self.engine.execute(described, params)]
+        described = "SELECT column_name, column_type FROM (DESCRIBE SELECT * FROM query($statement))"
+        names, types = zip(*self.engine.execute(described, params))
         columns = [f"c{number}" for number in range(len(names))]
-        values = ", ".join(f"to_json({column})::VARCHAR AS {column}" for column in columns)
+        texts = ["::VARCHAR" if sql_type in ("BLOB", "BIT") else "" for sql_type in types]  # for DuckDB 1.2
+        values = ", ".join(f"to_json({name}{text})::VARCHAR AS {name}" for name, text in zip(columns, texts))
         result = f"(SELECT * FROM query($statement)) AS result({', '.join(columns)})"
         rows = self.engine.stream(f"SELECT {values} FROM {result}", params)
-        return names, (tuple(text if text is None else decode_json(text) for text in row) for row in rows)
+        decoded = (tuple(text if text is None else decode_json(text) for text in row) for row in rows)
+        return list(names), decoded
 
     def export(
         self,
