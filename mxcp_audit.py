@@ -11237,6 +11237,7 @@ class StdioAudit:
             key, method, params = _parts_of(message)
             if method == "initialize":
                 self.client_params, self._asked[key] = params, ""
+                _peers.pop(self, None)  # what an earlier one said
             elif method.startswith("tasks/"):
                 self._asked[key] = _text(_get(params, "taskId")) or ""
             elif method == "notifications/cancelled":
