@@ -5075,15 +5075,12 @@ def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
 
 
 def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
-    return denied_by if isinstance(denied_by, tuple) else (denied_by,)
-
-
-def check_denied_by(denied_by: DeniedBy) -> None:
-    """Raise EventError for what no exception could ever be an instance of, such as a list of classes."""
+    """Return a tuple of classes; raise EventError for what no exception could ever be an instance of."""
     try:
         isinstance(None, denied_by)
     except TypeError as error:
         raise EventError("must be an exception class, or a tuple of them", field="denied_by") from error
+    return denied_by if isinstance(denied_by, tuple) else (denied_by,)
 
 
 class Unfinished:
@@ -5461,7 +5458,6 @@ class Middleware:
     def __init__(
         self, logger: Any, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> None:
-        check_denied_by(denied_by)
         self._logger = logger
         self._caller = caller
         self._denied_by = _kinds(denied_by)
@@ -5702,7 +5698,7 @@ def auditing(
     logger: Any, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
 ) -> Callable[[Function], Function]:
     """Return a decorator; what it makes does the same and is recorded, and keeps signature, name and kind."""
-    check_denied_by(denied_by)
+    denied_by = _kinds(denied_by)
     if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
         example = '("reports/{id}")' if event_type == "resource" else "()"
         raise EventError(f"write @audit.{event_type}{example}, with the parentheses", field="name")
@@ -10910,6 +10906,7 @@ class StdioAudit:
             key, method, params = _parts_of(message)
             if method == "initialize":
                 self.client_params, self._asked[key] = params, ""
+                _peers.pop(self, None)  # what an earlier one said
             elif method.startswith("tasks/"):
                 self._asked[key] = _text(_get(params, "taskId")) or ""
             elif method == "notifications/cancelled":

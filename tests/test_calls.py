@@ -907,13 +907,18 @@ def test_stdio_any_splitting_of_bytes(feeder: Feeder) -> None:
 
 
 def test_stdio_who_and_trace_known(feeder: Feeder) -> None:
-    hello = {"clientInfo": {"name": "claude-ai", "version": "1.2"}, "protocolVersion": "2025-06-18"}
+    hello: dict[str, object] = {"protocolVersion": "2025-06-18"}
+    hello["clientInfo"] = {"name": "claude-ai", "version": "1.2"}
     feeder.client(
         {"id": 0, "method": "initialize", "params": hello},
         request(1, _meta={"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"}),
     )
     feeder.server(answer(1))
-    (event,) = recorded(feeder.audit)
+    hello["clientInfo"] = {"name": "another"}
+    feeder.client({"id": 2, "method": "initialize", "params": hello}, request(3))
+    feeder.server(answer(3))
+    event, later = recorded(feeder.audit)
+    assert later["client"] == "another"
     assert event["client"] == "claude-ai/1.2" and len(event["session_id"]) == 16
     assert (event["caller"], event["trace_id"]) == ("stdio", "0af7651916cd43dd8448eb211c80319c")
     known = {"mcp.protocol.version": "2025-06-18", "parent_span_id": "b7ad6b7169203331"}
