@@ -2303,6 +2303,7 @@ class _Walk:
     def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None:
         self.verdicts, self.rules, self.echoes, self.limit = verdicts, verdicts.rules, echoes, limit
         self.quiet = echoes is None and self.rules.key is None
+        self.inert = verdicts.inert.__getitem__
         self.open: list[int] = []  # ids of the containers around the present value
         if 0 < limit < 2 * _MAX_NODES:  # an element takes two bytes at least
             self.max_nodes = limit // 2
@@ -2391,7 +2392,7 @@ class _Walk:
             if key is not None:
                 if kind is str:
                     out.append(key + (texts.get(item) or encode_text(self.text(item, None))))
-                elif kind is int and -_CARD_NUMBERS < item < _CARD_NUMBERS:
+                elif kind is int and -1 < item < _CARD_NUMBERS:
                     out.append(f"{key}{item}")
                 elif kind is float and item - item == 0.0:
                     out.append(f"{key}{item!r}")
@@ -2472,7 +2473,7 @@ class _Walk:
         first: Any = value[0] if value else None
         if declared is None and type(first) is str:
             try:
-                return f"[{','.join(map(self.verdicts.inert.__getitem__, value))}]"
+                return f"[{','.join(map(self.inert, value))}]"
             except (LookupError, TypeError):
                 pass  # not all of them are known, or texts
         opened.append(ident)

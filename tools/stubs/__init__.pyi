@@ -168,6 +168,7 @@ class _Walk:
     spent: int
     max_nodes: Incomplete
     quiet: Incomplete
+    inert: Incomplete
     open: list[int]
     def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None: ...
     def plain(self, value: object) -> Any: ...
