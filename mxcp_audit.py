@@ -4195,7 +4195,7 @@ class Ingester:
         return max(0.0, due - time.monotonic())
 
     def step(self) -> float:
-        """See what became of the child, or start one if it is time; return the seconds until the next step."""
+        """See what became of the child, or start one if it is time; return the seconds until the next."""
         due = self.due_in()
         if self._child is not None:
             self._appender.left()
