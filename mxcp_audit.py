@@ -4418,6 +4418,7 @@ class Writer:
         self._queued_bytes = 0
         self._due = 0.0  # seconds until the ingester has something to do
         self._finished = 0  # lines that left the queue
+        self._look_at = 0.0
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
         self._asleep = True
         self._hurried = False  # somebody waits for the next round
@@ -4681,7 +4682,8 @@ class Writer:
         while True:
             batch = self._queue[:]
             try:
-                if not batch:  # nothing is written that would look
+                if not batch and time.monotonic() >= self._look_at:  # nothing is written that would look
+                    self._look_at = time.monotonic() + _POLL_SECONDS
                     self._appender.present()
                 for piece in _pieces(batch):
                     self._appender.append(piece)

@@ -224,7 +224,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 601_900
+BUDGET_BYTES = 602_000
 
 
 def sizes(source: str) -> str:
