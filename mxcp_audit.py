@@ -4353,7 +4353,9 @@ class Ingester:
         self._appender.left()
         events = sum(segment.events for segment in self._appender.sealed.values() if segment)
         if events:
-            self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}: {why}")
+            known = (self._diagnostics.last_error or "").endswith(why)
+            reason = "" if known else f": {why}"
+            self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
         self._tell_head()
 
     def _await_child(self, deadline: float) -> Mapping[str, Any]:
@@ -12507,6 +12509,10 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 
 # --- the whole
 
+# A path may be what is no UTF-8.
+_FILE_OPTIONS: Final = {
+    *("config", "db", "export", "out", "archive", "checkpoint", "signed-by", "sign", "cursor-file", "file")
+}
 # What an option does not go with, and why; what it needs; and what its text becomes.
 _EXCLUDES: Final = (
     ("db", ("config", "profile"), "it needs no site file"),
@@ -12538,6 +12544,9 @@ def _check_options(options: argparse.Namespace) -> None:
     for name, other in _NEEDS.items():
         if name in given and other in values and other not in given:
             raise _UsageError(f"--{name} needs --{other}")
+    for name in given - _FILE_OPTIONS:
+        if isinstance(values[name], str) and re.search("[\ud800-\udfff]", values[name]):
+            raise _UsageError(f"{name}: {values[name]!r} is no UTF-8")
     for name in given.intersection(_PARSERS):
         parse = _PARSERS[name]
         if parse is parse_time:
