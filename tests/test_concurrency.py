@@ -10,7 +10,7 @@ from pathlib import Path
 
 from conftest import child_environment, table_rows
 
-PROCESSES, THREADS, EVENTS = 2, 4, 1000  # 8,000 events in all
+PROCESSES, THREADS, EVENTS = 2, 4, 600  # 4,800 events in all
 
 WRITER = f"""
 import sys, threading

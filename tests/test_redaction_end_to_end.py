@@ -64,7 +64,7 @@ CASE = st.tuples(
 
 
 @given(cases=st.lists(CASE, min_size=10, max_size=40))
-@settings(max_examples=8)
+@settings(max_examples=5)
 def test_secret_under_a_specified_name_appears_nowhere(
     tmp_path_factory: pytest.TempPathFactory, engine: str, cases: list[tuple[str, Any, str]]
 ) -> None:

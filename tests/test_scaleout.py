@@ -510,7 +510,7 @@ print("{}")
 """
 
 
-@pytest.mark.parametrize("kind", ["ducklake", "lake-file"])
+@pytest.mark.parametrize("kind", ["ducklake", "lake-file"] if IS_WHOLE else ["lake-file"])
 def test_small_ingests_into_a_lake_make_few_files(make_host: Make, tmp_path: Path, kind: str) -> None:
     hosts = [make_host(kind, name) for name in "ab"]
     for host in hosts:

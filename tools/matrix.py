@@ -68,7 +68,7 @@ class Cell:
 CELLS = (
     Cell("3.10", "1.2.2", "1.4.4.post2"),
     Cell("3.12", "1.4.4", "1.4.4.post2", STORE, "package cli"),
-    Cell("3.13", "1.5.5", "1.5.5", (*STORE, "calls", "logger", "writer")),
+    Cell("3.13", "1.5.5", "1.5.5", (*STORE, "logger")),
     Cell("3.12", None, "1.5.6", (*STORE, "purge", "cli", "follow"), "cli"),
 )
 VERSIONS = """

@@ -442,7 +442,7 @@ def s4_disk_errors(t: Torture) -> None:
         for lasting in (False, True)
         for durable in (False, True)
     ]
-    chosen = t.random.sample(trials, 24) if t.quick else trials
+    chosen = t.random.sample(trials, 12) if t.quick else trials
     chosen += [("write", "short", number, False, False) for number in (1, 3)] if t.quick else []
     for call, code, number, lasting, durable in chosen:
         db = t.database()
@@ -512,7 +512,7 @@ def s6_full_disk(t: Torture) -> None:
 
 def s7_forks(t: Torture) -> None:
     """forks while threads log and the database is used"""
-    forks = 30 if t.quick else 100
+    forks = 15 if t.quick else 100
     for _ in range(1 if t.quick else 10):
         db = t.database()
         t.run(
@@ -663,7 +663,7 @@ def damage(t: Torture, data: bytes, how: str) -> tuple[bytes, int, int]:
 
 def s10_damage(t: Torture) -> None:
     """segments, WAL and database cut, flipped and zeroed"""
-    for number in range(24 if t.quick else 240):
+    for number in range(12 if t.quick else 240):
         how = ("cut", "flip", "zero")[number % 3]
         what = ("segment", "wal", "database")[number // 3 % 3]
         db, expected = prepared(t)
