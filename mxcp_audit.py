@@ -4593,13 +4593,14 @@ class Writer:
                 return True
             if self._closing or not self._on_start():
                 return False
-            thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
+            thread = None
             try:
+                thread = self._threads.Thread(target=self._run, name="mxcp_audit writer", daemon=True)
                 self._thread = thread
                 thread.start()
                 return True
             except BaseException as error:
-                if thread.ident is None:
+                if thread is None or thread.ident is None:
                     self._thread = None
                 if not isinstance(error, RuntimeError):
                     raise
@@ -7217,7 +7218,7 @@ class PackageEngine(Engine):
 
 
 def decode_json(text: str | bytes) -> Any:
-    """Return what DuckDB's JSON means: an object whose names are all empty is a row, NaN is None."""
+    """Return what DuckDB's JSON means: a row is a list, and NaN or infinity None."""
 
     def members(pairs: list[tuple[str, object]]) -> object:
         is_row = len(pairs) > 1 and not any(name for name, _ in pairs)
@@ -10115,6 +10116,7 @@ def indented_json(text: str) -> str:
 
 
 def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> int:
+    """Write CSV in which, unless `raw`, no cell is a formula; return the number of rows."""
     import csv
 
     formula = re.compile(FORMULA)
@@ -10189,6 +10191,7 @@ class EventTable:
 
 
 def summary(rows: Sequence[Row], count: int | None) -> str:
+    """Return one line on what was shown, and what `count` left out."""
     errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
     denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
     parts = [counted(len(rows), "event"), errors and counted(errors, "error"), denied and f"{denied} denied"]
@@ -11665,6 +11668,7 @@ def _add_option(place: Any, line: str) -> None:
 
 
 def build_parser() -> argparse.ArgumentParser:
+    """Return the parser that _OPTIONS describes; wrong usage raises _UsageError."""
     import argparse
     import textwrap
 
@@ -11951,7 +11955,7 @@ def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
                 send([line for (line,) in rows[first : first + _POST_LINES]])
             reached = json.dumps(follower.cursor())
             if place and reached != saved:
-                replace_file(place, reached.encode() + b"\n")
+                _write_whole(place, reached + "\n")
                 saved = reached
             if not rows and not follower.is_behind:
                 if not options.follow:
@@ -11970,6 +11974,13 @@ def _read_cursor(path: str) -> dict[str, Any]:
         return {}
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
+
+
+def _write_whole(path: str, text: str) -> None:
+    try:
+        replace_file(path, text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise AuditError(f"{path} can't be written: {error.strerror}; name another place") from error
 
 
 _POST_LINES: Final = 500
@@ -12306,7 +12317,7 @@ def cmd_report(options: argparse.Namespace) -> int:
         facts["verify"] = str(error)
     with _whole_log(store, options) as reading:
         text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
-    replace_file(options.out, text.encode("utf-8", "backslashreplace"))
+    _write_whole(options.out, text)
     _say(f"report written to {options.out}")
     return 0
 

@@ -213,7 +213,8 @@ def test_logger_that_nobody_holds_is_still_drained_at_exit(db: Path) -> None:
 def test_subinterpreter_events_are_recorded(db: Path) -> None:
     inner = (
         f"from mxcp_audit import AuditLogger; a = AuditLogger({str(db)!r});"
-        "a.log_event('cli', 'tool', 'x'); a.close()"
+        "a.log_event('cli', 'tool', 'x'); assert a.wait_written(); told = a.counters; a.close();"
+        "assert told.written == 1 and 'could not' not in str(told), told"
     )
     done = run(
         f"""

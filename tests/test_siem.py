@@ -139,6 +139,13 @@ def test_cursor_that_is_none_of_ours_is_refused(cli: Cli, log: Path, tmp_path: P
     assert cursor.read_text() == text
 
 
+def test_cursor_that_cannot_be_written_is_named_with_a_remedy(cli: Cli, log: Path, tmp_path: Path) -> None:
+    cursor = tmp_path / "missing" / "cursor"
+    done = cli("log", "--db", str(log), "--format", "ecs", "--cursor-file", str(cursor))
+    assert done.returncode == 1 and f"{cursor} can't be written: No such file" in done.stderr
+    assert "name another place" in done.stderr
+
+
 @contextlib.contextmanager
 def receiver(answers: list[int]) -> Iterator[tuple[str, list[tuple[dict[str, str], bytes]]]]:
     """A web server that gives these answers, then 200; yields its address and what it accepted."""

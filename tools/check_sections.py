@@ -224,7 +224,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 592_000
+BUDGET_BYTES = 592_300
 
 
 def sizes(source: str) -> str:
