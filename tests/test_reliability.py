@@ -346,7 +346,8 @@ def test_bc_015_workers_killed_at_reload_lose_only_their_last_moments(db: Path) 
     """,
         db,
     )
-    clean(done)
+    told = [line for line in done.stderr.splitlines() if not line.endswith("kept in .torn")]
+    assert (done.returncode, told) == (0, [])  # a killed worker may leave half a line, and that is said
     ingest(db)
     assert not list(Path(f"{db}.journal").glob("*.jsonl"))  # the dead workers' too
     verdict = judge(db)
