@@ -1523,9 +1523,9 @@ _PLACES: Final[tuple[tuple[str, str, str, _Check], ...]] = (
     ("a token in a URL", "://", r"://([^\s/?#\"'<>\\`:@]{16,200})(?=@)", _looks_secret),
     ("a private key", "-----begin",
      r"(-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?(?:-----END[^\n-]{0,60}--|\Z)-*)", None),
-    ("credentials after Bearer", "earer", r"\b[Bb](?:earer|EARER)[ \t]+"
+    ("credentials after Bearer", "bearer", r"\b[Bb](?:earer|EARER)[ \t]+"
      r"((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])", None),
-    ("credentials after Basic", "asic", r"\b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})", _is_basic),
+    ("credentials after Basic", "basic", r"\b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})", _is_basic),
     ("a password in a connection string", ":thin:", r":thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)", None),
     ("a password in a connection string", "@tcp(|@unix(",
      r"(?<![\w.-])[\w.-]{1,64}:([^\s\"'`]{1,128})(?=@(?:tcp|unix)\()", None),
@@ -1535,7 +1535,7 @@ _PLACES: Final[tuple[tuple[str, str, str, _Check], ...]] = (
     ("a password beside its user", " -p",
      r"\s(?:-u|-U|-l|-n|--user|--username|--login)[ =]?[\"']?[\w.@\\-]{1,64}[\"']?"
      r"(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]([^\s'\"|:/]{6,64})(?!\S)", _is_password),
-    ("a password beside its user", "sqlplus|expdp|impdp|sqlldr",
+    ("a password beside its user", "sqlplus|pdp|sqlldr",
      r"\b(?:sqlplus|expdp|impdp|sqlldr)\s(?:-\S+\s){0,4}[\w.\"]{1,64}/([^\s@/]{1,128})", None),
     ("a community of SNMP", "community", r"\bcommunity[ ]+(\S{4,64})[ ]+R[OW]\b", None),
     ("a numbered kind of password", "secret |password |key ",
@@ -1543,20 +1543,20 @@ _PLACES: Final[tuple[tuple[str, str, str, _Check], ...]] = (
     ("a code in a redirect", "code=",
      r"[?&](?:code=([\w.~/%+-]{8,})&(?=(?:state|scope|iss|session_state)=)"
      r"|state=[\w.%~+-]{1,200}&code=([\w.~/%+-]{8,}))", _looks_secret),
-    ("what is piped to a question for a password", "echo|printf",
+    ("what is piped to a question for a password", "cho|printf",
      r"\b(?:echo|printf)[ ]+(?:-n[ ]+|['\"]?%s(?:\\n)?['\"]?[ ]+)?['\"]?"
      r"(?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'\"|$][^'\"|\n]{0,200}?)['\"]?[ ]*\|(?=[^|;\n]{0,200}"
      r"(?:sudo\s+-\w*S|stdin|chpasswd|kinit|secrets?[ ](?:put|set)|cryptsetup|phrase-fd))", None),
     ("what is handed to a question for a password", "<<<", r"<<<[ ]?(?=[\"'])", None),
-    ("IDENTIFIED BY", "identified|password for",
+    ("IDENTIFIED BY", "dentified|password for",
      r"(?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?"
      r"|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=[\"'])|\bIDENTIFIED\s+BY\s+([^\s\"';(]+)", None),
-    ("an argument of a function for secrets", "crypt(|connect|mysqli|pdo(|jwt.|sp_addlogin|securestring",
+    ("an argument of a function for secrets", "crypt(|connect|sqli|pdo(|jwt.|sp_addlogin|securestring",
      rf"(?i:pgp_sym_(?:en|de)crypt\([^,()]{{1,200}},\s*|\bcrypt\(\s*"
      rf"|(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*{_STRING}\s*,\s*{_STRING}\s*,\s*"
      rf"|\bjwt\.\w{{4,6}}\(\s*[^,()]{{1,100}},\s*|sp_addlogin\s+{_STRING}\s*,\s*"
      r"|securestring\s+(?:-string\s+)?)(?=[\"'])", None),
-    ("credentials of a user", "auth|login|credential",
+    ("credentials of a user", "auth|ogin|cred",
      rf"(?i:\b(?:\w{{0,24}}basic_?auth|\w{{0,24}}login|auth|authenticate|\w{{0,24}}credentials?)"
      rf"\s?[=(][\s(]{{0,3}}{_STRING}\s*,\s*)(?=b?[\"'])", None),
     ("a social security number behind its name", "ssn|social sec",
@@ -1655,10 +1655,12 @@ class _Rules:
         # The stem of an own name is the start of its longest word, which is in every spelling.
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
-        # What the first look at a text asks for: a stem, or what has a place of its own.
+        # What the first look at a text asks for: a stem, or what has a place of its own. Anchors at letters
+        # that are rare, or begin others anyway, make it twice as fast.
         self._places = [(rule, gates.split("|"), pattern, accept) for rule, gates, pattern, accept in _PLACES]
-        gates = [gate for row in self._places for gate in row[1]]
-        self._gate = _any_of((*STEMS, *own, *gates, "insert", "replace", "net us", "rabbitmqctl"))
+        gates = {gate for row in self._places for gate in row[1] if gate[0] != " "}
+        gates = {"oken", *gates, *STEMS, *own} - {"token"}
+        self._gate = _any_of((*gates, "sert", "place", "abbitmqctl"))
         # Of names in texts, remembered like the names of fields.
         self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
         # Short texts without a secret, as JSON: names, cities and states come again and again.
@@ -1695,7 +1697,7 @@ class _Rules:
         low = _lower(text)
         # A long text says most of its words again and again: each is looked at once.
         led = self._gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
-        option = " -" in text or " /" in text or '"-' in text or "'-" in text
+        option = " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low
         if "[" in text or not text.isascii():
             colours = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m"
             plain = (_re(colours).sub("", text) if "[" in text else text).translate(_PLAIN_SIGNS)
@@ -1724,7 +1726,7 @@ class _Rules:
         # 2. What has a place of its own.
         if (led or option) and not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
             hide("an argument of a command", self._arguments)
-        if led:
+        if led or option:
             for rule, gates, pattern, accept in self._places:
                 for gate in gates:
                     if gate in low:
@@ -2394,14 +2396,8 @@ class _Walk:
                     out.append(key + (texts.get(item) or encode_text(self.text(item, None))))
                 elif kind is int and -1 < item < _CARD_NUMBERS:
                     out.append(f"{key}{item}")
-                elif kind is float and item - item == 0.0:
-                    out.append(f"{key}{item!r}")
-                elif kind is bool:
-                    out.append(key + ("true" if item else "false"))
                 elif kind is dict:
                     out.append(key + self.mapping(item, None))
-                elif kind is list:
-                    out.append(key + self.sequence(item, None))
                 else:
                     out.append(key + self.value(item, None))
             elif kind is str and self.quiet and known and (key := verdicts.hidden.get(name)):
@@ -2428,15 +2424,17 @@ class _Walk:
 
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
         """Return a field's verdict and value after a look at its siblings, which may hide parts of it."""
-        siblings = [(_label(key).lower(), said) for key, said in value.items()]
         # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-        if name in _VALUES and any(key in _LABELS and self.verdicts.is_label(said) for key, said in siblings):
-            verdict |= _SENSITIVE
+        if name in _VALUES:
+            for key, said in value.items():
+                if type(said) in (str, bytes) and _label(key).lower() in _LABELS:
+                    verdict |= self.verdicts.is_label(said)
         # A key beside its value is a label, and stays where it reads like one.
-        elif name == "key" and any(key in _VALUES for key, _ in siblings):
-            said = next(_label(said) for key, said in siblings if key == "key")
+        elif name == "key" and any(_label(key).lower() in _VALUES for key in value):
+            said = next(_label(said) for key, said in value.items() if _label(key).lower() == "key")
             verdict &= ~_SENSITIVE if re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", said) else -1
-        for key, said in siblings if type(item) in (list, tuple) else ():
+        for key, said in value.items() if type(item) in (list, tuple) else ():
+            key = _label(key).lower()
             if name in _ROW_LISTS and key in _COLUMN_LISTS and type(said) in (list, tuple):
                 return verdict & _CERTAIN, self.rows(item, said)
             if name in _ARGUMENTS and key in _PROGRAMS and type(said) is str:
@@ -2477,6 +2475,9 @@ class _Walk:
             except (LookupError, TypeError):
                 pass  # not all of them are known, or texts
         opened.append(ident)
+        if declared is None and type(first) is dict and (table := self.table(value)):
+            opened.pop()
+            return table
         items = None if declared is None else declared.items or declared
         texts, is_label = self.rules.harmless, self.verdicts.is_label
         hide_next = len(value) == 2 and is_label(first)
@@ -2493,8 +2494,6 @@ class _Walk:
             if hide_next and out:
                 out.append(self.hide(item))
                 hide_next = False
-            elif type(item) is dict and items is None:
-                out.append(self.mapping(item, None))
             elif type(item) is str and items is None:
                 known = texts.get(item)
                 out.append(known or encode_text(self.text(item, None)))
@@ -2513,6 +2512,39 @@ class _Walk:
                 out.append(self.value(item, items))
         opened.pop()
         return "[" + ",".join(out) + "]"
+
+    def table(self, value: list[Any]) -> str:
+        """Write mappings with equal and harmless names by columns, which is much faster; "" for others."""
+        names, opened = list(value[0]), self.open
+        keys = [self.verdicts.harmless.get(name) for name in names]
+        if None in keys or set(map(type, value)) != {dict} or len(opened) >= _MAX_DEPTH:
+            return ""
+        rows = list(map(dict.copy, value))  # another thread may change them
+        nodes, idents = self.nodes + len(rows) * len(names), list(map(id, value))
+        if list(map(list, rows)).count(names) < len(rows) or nodes > self.max_nodes or {*idents} & {*opened}:
+            return ""
+        self.nodes = nodes
+        columns: list[Iterable[str]] = []
+        for column in zip(*map(dict.values, rows)):
+            kinds = set(map(type, column))
+            if kinds == {int} and min(column) >= 0 and max(column) < _CARD_NUMBERS:
+                columns.append(map(str, column))
+            elif kinds == {float} and all(map(isfinite, column)):
+                columns.append(map(repr, column))
+            elif kinds == {bool}:
+                columns.append(["true" if item else "false" for item in column])
+            elif kinds == {str}:
+                texts = self.rules.harmless
+                columns.append([texts.get(item) or encode_text(self.text(item, None)) for item in column])
+            else:
+                written: list[str] = []
+                for ident, item in zip(idents, column):
+                    opened.append(ident)
+                    written.append(self.value(item, None))
+                    opened.pop()
+                columns.append(written)
+        row = "{" + ",".join(str(key).replace("%", "%%") + "%s" for key in keys) + "}"
+        return "[" + ",".join(map(row.__mod__, zip(*columns))) + "]"
 
     def other(self, value: Any, kind: type, declared: _Declared | None) -> str:
         """Write what is not of JSON's own types by what it holds, itself guarded against cycles."""
