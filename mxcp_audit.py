@@ -1053,8 +1053,12 @@ _SEGMENT_ID: Final = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 def new_segment_id(now_ns: int) -> str:
     """Return a segment id, `<UTC to the microsecond>-<8 hex>`: sortable by age and unguessable."""
     second, ns = divmod(now_ns, 1_000_000_000)
-    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
-    return f"{stamp}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
+    return f"{_stamp(second)}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
+
+
+@functools.lru_cache(maxsize=1)
+def _stamp(second: int) -> str:
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
 
 
 def utc_now() -> datetime.datetime:
@@ -2754,6 +2758,8 @@ class Redactor:
         readable would be left, and nothing hidden.
         """
         try:
+            if not echoes and type(text) is str and text in self._rules.harmless:
+                return text
             walk = _Walk(self._verdicts)
             shown = text if type(text) is str else walk.plain(text)
             shown = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
@@ -3312,9 +3318,12 @@ class Segment(Descriptor):
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines at the end, all of them or none; with `durable`, force them to the disk."""
+        """Write whole lines at the end, all of them or none; with `durable`, force them to the disk.
+
+        Look whether it `is_open` right before.
+        """
         self._mend()
-        fd, (size, count) = self.number(), self._end
+        fd, (size, count) = self._fd, self._end
         if size + len(data) > self._limit:
             raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
         self._dirty = True
@@ -3899,7 +3908,7 @@ class Begun:
         self._running: dict[int, Any] = {}  # calls by number
         self._refs: dict[int, tuple[str, Any]] = {}  # how lines name those on record, or about to be
         self.on_record: set[int] = set()
-        self._over: list[tuple[int, int]] = []  # ticket of the line, number
+        self._over: dict[int, int] = {}  # by number, the ticket of its line
         self._size = 0  # of the file when it was begun
         self._signed = 0.0
         self.fresh = False  # calls came on record that nobody was told of
@@ -3918,7 +3927,7 @@ class Begun:
 
     def ended(self, number: int, ticket: int) -> None:
         """Take the ticket of the line of a call that `end` gave a name for; 0 if it was dropped."""
-        self._over.append((ticket, number))
+        self._over[number] = ticket
 
     def write(self, done: int, *, ends: bool = False) -> None:
         """Put on record what runs and, each second or with `ends`, what the first `done` lines ended."""
@@ -3926,20 +3935,24 @@ class Begun:
         is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
             return
-        over = [entry for entry in self._over[:] if entry[0] <= done]
-        gone = {number for _, number in over}
-        for number in sorted(fresh.keys() - self._refs.keys()):
-            self._refs[number] = (new_segment_id(wall_clock_ns()), fresh[number])
-            if number not in self._running:  # it ended meanwhile, perhaps with a line that doesn't name it
-                del self._refs[number]
         before = file = self._file
         if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
             file = self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
         is_new = file is not before
-        numbers = {*self.on_record, *fresh} - gone if is_new else set(fresh)
-        refs = {number: self._refs[number] for number in sorted(numbers) if number in self._refs}
+        # Not with each call: what has a line is no unfinished call.
+        ends_of = self._over.copy() if is_due or ends or is_new else {}
+        over = [number for number, ticket in ends_of.items() if ticket <= done]
+        for number, call in fresh.items():
+            if number not in self._refs:
+                self._refs[number] = (new_segment_id(wall_clock_ns()), call)
+                if (
+                    number not in self._running
+                ):  # it ended meanwhile, perhaps with a line that doesn't name it
+                    del self._refs[number]
+        numbers = sorted({*self.on_record, *fresh}.difference(over)) if is_new else fresh
+        refs = {number: self._refs[number] for number in numbers if number in self._refs}
         lines = [self._encode(call, ref) for ref, call in refs.values()]
-        ended = [self._refs[number][0] for number in gone & self.on_record]
+        ended = [self._refs[number][0] for number in over if number in self.on_record]
         if ended and not is_new:
             lines.append(_ENDED + json.dumps(ended).encode() + b"}\n")
         try:
@@ -3964,11 +3977,12 @@ class Begun:
                 before.close()
         self.on_record.update(refs)
         self.fresh = bool(fresh)
-        for entry in over:
-            self._over.remove(entry)
-            self._refs.pop(entry[1], None)
-            self.on_record.discard(entry[1])
-        self._signed = time.monotonic()
+        for number in over:
+            del self._over[number]
+            self._refs.pop(number, None)
+            self.on_record.discard(number)
+        if is_due or is_new or not fresh:
+            self._signed = time.monotonic()
 
     def _waiting(self) -> Iterator[tuple[float, int, Any]]:
         """Yield the calls that run and are not on record: when each should be, in seconds, its number, it."""
@@ -4452,7 +4466,7 @@ class Writer:
         self._queued_bytes = 0
         self._due = 0.0  # seconds until the ingester has something to do
         self._finished = 0  # lines that left the queue
-        self._look_at = 0.0
+        self._look_at = self._step_at = 0.0
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
         self._asleep = True
         self._hurried = False  # somebody waits for the next round
@@ -4706,9 +4720,13 @@ class Writer:
                 self._sealed = True
                 self.begun.close()
             return done and sealed
-        self._due = self._ingester.step()
-        with self._lock:
-            self._progress.notify_all()
+        now, ingester = time.monotonic(), self._ingester
+        self._due = _GATHER_SECONDS
+        if now >= self._step_at or ingester.wanted > ingester.tried:  # not with each strict call
+            self._step_at = now + _GATHER_SECONDS
+            self._due = ingester.step()
+            with self._lock:
+                self._progress.notify_all()
         return done
 
     def _drain(self) -> bool:
