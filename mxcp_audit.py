@@ -3939,9 +3939,7 @@ class Begun:
         if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
             file = self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
         is_new = file is not before
-        # Not with each call: what has a line is no unfinished call.
-        ends_of = self._over.copy() if is_due or ends or is_new else {}
-        over = [number for number, ticket in ends_of.items() if ticket <= done]
+        over = [number for number, ticket in self._over.copy().items() if ticket <= done]
         for number, call in fresh.items():
             if number not in self._refs:
                 self._refs[number] = (new_segment_id(wall_clock_ns()), call)
@@ -3954,7 +3952,7 @@ class Begun:
         lines = [self._encode(call, ref) for ref, call in refs.values()]
         ended = [self._refs[number][0] for number in over if number in self.on_record]
         if ended and not is_new:
-            lines.append(_ENDED + json.dumps(ended).encode() + b"}\n")
+            lines.append(b'%b["%b"]}\n' % (_ENDED, '","'.join(ended).encode()))
         try:
             if not lines and not is_new:
                 os.utime(file.path)  # a sign of life
@@ -3981,8 +3979,7 @@ class Begun:
             del self._over[number]
             self._refs.pop(number, None)
             self.on_record.discard(number)
-        if is_due or is_new or not fresh:
-            self._signed = time.monotonic()
+        self._signed = time.monotonic()
 
     def _waiting(self) -> Iterator[tuple[float, int, Any]]:
         """Yield the calls that run and are not on record: when each should be, in seconds, its number, it."""
