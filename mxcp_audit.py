@@ -2479,7 +2479,7 @@ class _Walk:
             except (LookupError, TypeError):
                 pass  # not all of them are known, or texts
         opened.append(ident)
-        if declared is None and type(first) is dict and (table := self.table(value)):
+        if len(value) > 9 and declared is None and type(first) is dict and (table := self.table(value)):
             opened.pop()
             return table
         items = None if declared is None else declared.items or declared
