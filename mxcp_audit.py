@@ -8127,6 +8127,10 @@ class Ingest:
                 contextlib.closing(self._target.open_engine(guest=True)) as engine,
                 scratch_folder() as folder,
             ):
+                is_large = sum(claim.size for claim in claims) > _LEAST_READ
+                if is_large and self._target.is_file and not self._target.is_absent():
+                    with self._target.attached(engine, read_only=False):
+                        pass  # it is free: to read so much in vain costs more
                 for tries_left in reversed(range(1 if self._target.is_file else _CONFLICT_TRIES)):
                     try:
                         losses = self._stage(engine, claims, folder)
@@ -9505,12 +9509,11 @@ class Store:
         return {"done": True, "retained": self._retention is None, "head": head}
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
-        """Ingest; if it may wait, try the database first: reading the journal in vain costs more."""
-        end, pause = time.monotonic() + wait, _PROBE_SECONDS[0]
+        """Ingest, and wait for a database that others hold."""
+        end, pause, is_held = time.monotonic() + wait, _PROBE_SECONDS[0], False
         while True:
             try:
-                if wait and self.target.is_file and not self.target.is_absent():
-                    refuse_fatal_limit()
+                if is_held:  # reading the journal in vain costs more
                     with self.target.session(read_only=False, wait=0.0, guest=True):
                         pass
                 return self._ingest.run()
@@ -9525,8 +9528,9 @@ class Store:
             except DatabaseLockedError:
                 if time.monotonic() + pause >= end:
                     raise
-                if pause == _PROBE_SECONDS[0]:
+                if not is_held:
                     self.journal.ask_readers()
+                is_held = self.target.is_file
                 time.sleep(pause * (1 + os.urandom(1)[0] / 256))
                 pause = min(1.5 * pause, _PROBE_SECONDS[1])
 

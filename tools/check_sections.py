@@ -224,7 +224,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 594_800
+BUDGET_BYTES = 594_900
 
 
 def sizes(source: str) -> str:
