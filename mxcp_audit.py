@@ -40,7 +40,6 @@ import errno
 import functools
 import itertools
 import json
-import logging
 import os
 import re
 import stat
@@ -3806,7 +3805,7 @@ _RETRY_SECONDS: Final = 0.1  # arbitrary: the pause after a failed write
 _REPORT_SECONDS: Final = 60.0  # how often the same fault is logged
 _MOST_KEPT: Final = 16  # arbitrary: sealed segments that stay open, in case they are taken away
 
-_LOG: Final = logging.getLogger("mxcp_audit")
+INFO, WARNING = 20, 30  # the levels of `logging`, which takes 10 ms to load: only where it is needed
 _native: Final[dict[str, Any]] = {}  # under gevent: fresh copies of modules that it replaces
 
 
@@ -3853,12 +3852,10 @@ class Diagnostics:
         self._told: dict[str, float] = {}
         self._telling = threading.local()
 
-    def note(
-        self, kind: str, text: str, *, error: BaseException | None = None, level: int = logging.WARNING
-    ) -> None:
+    def note(self, kind: str, text: str, *, error: BaseException | None = None, level: int = WARNING) -> None:
         """Count a warning; leave its text to `tell`, unless one of its kind came within the last minute."""
         text = text if error is None else f"{text}: {error}"
-        if level >= logging.WARNING:
+        if level >= WARNING:
             self.errors += 1
             self.last_error = text
         now = time.monotonic()
@@ -3872,10 +3869,13 @@ class Diagnostics:
             return
         self._telling.on = True
         try:
-            _LOG.disabled = False  # dictConfig disables each logger that it does not name; levels still count
+            import logging
+
+            log = logging.getLogger("mxcp_audit")
+            log.disabled = False  # dictConfig disables each logger that it does not name; levels still count
             while self.untold:
                 level, _, text = self.untold.pop(0)
-                _LOG.log(level, "mxcp_audit: %s", text)
+                log.log(level, "mxcp_audit: %s", text)
         except Exception:  # noqa: S110 - there is nobody to tell of a broken handler
             pass
         finally:
@@ -4371,7 +4371,7 @@ class Ingester:
     def _tell_head(self) -> None:
         if self._head != self._told_head:
             self._told_head = self._head
-            self._diagnostics.untold.append((logging.INFO, "checkpoint", f"checkpoint {self._head}"))
+            self._diagnostics.untold.append((INFO, "checkpoint", f"checkpoint {self._head}"))
 
     def finish(self, ingest: Callable[..., Mapping[str, Any]], deadline: float) -> None:
         """After the last line: wait for the child, then ingest while there is time."""
@@ -6502,7 +6502,7 @@ class AuditLogger:
         _live.loggers.add(self)
         name = public_target(self.config.path)
         text = f"events go to {name}, by way of {self.config.journal_directory}"
-        self._diagnostics.note("start", text, level=logging.INFO)
+        self._diagnostics.note("start", text, level=INFO)
         children = sys.modules.get("multiprocessing.util")
         process = sys.modules.get("multiprocessing.process")
         if children is not None and process is not None and process.parent_process() is not None:
@@ -6553,9 +6553,10 @@ class _Live:
                 except Exception as error:  # the others have events, too
                     logger._diagnostics.report("exit", "a logger could not be shut down", error=error)
         except KeyboardInterrupt:  # a second Ctrl+C: leave at once, and say what is left
-            left = sum(logger._writer.pending for logger in list(self.loggers))
-            _LOG.warning("mxcp_audit: interrupted at exit; %d events were not written", left)
             for logger in list(self.loggers):
+                if left := logger._writer.pending:
+                    text = f"interrupted at exit; {counted(left, 'event')} were not written"
+                    logger._diagnostics.report("exit", text)
                 logger._ingester.end_child()
         finally:
             self.exiting = True
@@ -9499,7 +9500,7 @@ class Store:
                 if self._retention is not None and not target.is_absent():
                     with target.session(read_only=False, wait=0.0, guest=True) as engine:
                         news = retain(engine, target, self._retention)
-                    self._diagnostics.note("retention", news, level=logging.INFO)
+                    self._diagnostics.note("retention", news, level=INFO)
                     self._retention = None
             except AuditError as error:
                 self._diagnostics.report("retention", "old events could not be purged", error=error)
@@ -12633,6 +12634,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = build_parser().parse_args(argv)
         debug = getattr(options, "debug", False)
         if debug:
+            import logging
+
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         _check_options(options)
         code = int(options.run(options))
