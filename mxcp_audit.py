@@ -730,8 +730,8 @@ def _path(value: object) -> str:
         raise ValueError(f"must be a path, not {_described(value)}; name a file, and put text in quotes")
     if re.search(r"[\0\ud800-\udfff]", path):
         raise ValueError("a path can't hold NUL or what is no UTF-8 (half a character); name another")
-    if "?" in path and not is_attach_target(path):
-        raise ValueError("DuckDB takes what follows a ? for options, and can't write there; name another")
+    if re.search(r"[?\\]" if os.sep == "/" else r"\?", path) and not is_attach_target(path):
+        raise ValueError("DuckDB can't write where a path holds ? or \\; name another")
     return path
 
 
@@ -3112,7 +3112,7 @@ def _key_at(path: str) -> tuple[int, int] | None:
 
 
 class Descriptor:
-    """An open file of ours. If somebody closes it and its number goes to another file, that is left alone."""
+    """An open file of ours. If somebody closes it and another file gets its number, that is left alone."""
 
     def __init__(self, fd: int) -> None:
         found = os.fstat(fd)
@@ -3201,6 +3201,12 @@ def open_file(path: str) -> IO[bytes]:
 def read_file(path: str) -> bytes:
     with open_file(path) as file:
         return file.read()
+
+
+def read_lines(path: str) -> bytes:
+    """Return the whole lines of a file that may be written to at this moment."""
+    data = read_file(path)
+    return data[: data.rfind(b"\n") + 1]
 
 
 def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
@@ -3360,20 +3366,24 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
                 for call in said["ended"]:
                     calls.pop(call, None)
             else:
-                calls[said["call"]] = said
+                calls[str(said["call"])] = said
     return calls
 
 
 def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
     """Return lines of calls as they were at a moment, a text as in lines: over, or running with `seq` 0."""
-    lines = []
-    for seq, (call, event) in enumerate(sorted(calls.items()), 1):
-        begun, now = (datetime.datetime.strptime(text, LINE_TIME) for text in (event["timestamp"], moment))
-        context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
+    lines: list[bytes] = []
+    now = datetime.datetime.strptime(moment, LINE_TIME)
+    for call, event in sorted(calls.items()):
+        try:
+            begun = datetime.datetime.strptime(event["timestamp"], LINE_TIME)
+            context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
+        except (ValueError, LookupError, TypeError):  # damaged, or not ours
+            continue
         passed = min(max(0, round((now - begun).total_seconds() * 1000)), MAX_DURATION_MS)
         line = {**event, "duration_ms": passed, "context": json.dumps(context)}
         if over:
-            line |= {"timestamp": max(begun, now).strftime(LINE_TIME), "seq": seq}
+            line |= {"timestamp": max(begun, now).strftime(LINE_TIME), "seq": len(lines) + 1}
         else:
             line |= {"status": "running", "error": None, "seq": 0}
         del line["call"]
@@ -3423,8 +3433,7 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
     with open(make_file(target, os.O_WRONLY | os.O_TRUNC), "wb") as combined:
         for path in small:
             with contextlib.suppress(FileNotFoundError):
-                data = read_file(path)
-                combined.write(named_lines(segment_id_of(path), data[: data.rfind(b"\n") + 1]))
+                combined.write(named_lines(segment_id_of(path), read_lines(path)))
     return [*(path for path, size in sizes.items() if size > _SMALL_BYTES), target]
 
 
@@ -3491,7 +3500,7 @@ class Journal:
             return
         if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
-        # Root works for the owner of the whole place, not for who put a directory into a shared one.
+        # Root works for the owner of the whole place, not for who put a directory there.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
             raise JournalError(
                 f"belongs to user {found.st_uid}, who could read and change what is recorded; "
@@ -3595,12 +3604,15 @@ class Journal:
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
             try:
-                losses[path] = Loss(**json.loads(read_file(path)))
+                losses[path] = loss = Loss(**json.loads(read_file(path)))
+                if loss.events >> 62 or "\0" in "".join(loss[1:]):
+                    raise ValueError
             except OSError:  # gone, or not ours to read
                 pass
-            except (ValueError, TypeError):  # not written yet, or cut short
+            except (ValueError, TypeError):  # not written yet, or damaged
+                losses.pop(path, None)
                 if self._clock() - os.lstat(path).st_mtime_ns > _ORPHAN_SECONDS * 1e9:
-                    text = "a record of lost events was cut short"
+                    text = "a record of lost events was damaged"
                     losses[path] = Loss(0, "an unknown time", "an unknown time", text)
         return losses
 
@@ -3611,12 +3623,7 @@ class Journal:
         self.make_directory(durable=durable)
         while True:
             path = os.path.join(self.directory, (named or new_segment_id(self._clock())) + suffix)
-            try:
-                fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
-            except FileExistsError:
-                if named:
-                    raise
-                continue
+            fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
             try:
                 segment, is_locked = Segment(fd, path), True
                 with contextlib.suppress(OSError):  # no locks here: claimers notice it, and claim nothing
@@ -3636,7 +3643,7 @@ class Journal:
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
         """Yield path, last sign of life and calls of processes that live, or have ended: then locked."""
         for path in self._files(_BEGUN_SUFFIX):
-            # An OSError: gone, not ours to read, or without locks, where nobody can tell.
+            # An OSError: gone, not ours to read, or no locks, so that nobody can tell.
             with contextlib.suppress(OSError), open_file(path) as file:
                 is_live = not try_lock(file.fileno())
                 if is_live is live and Descriptor(file.fileno()).leads_to(path):
@@ -3706,8 +3713,8 @@ class Journal:
             return None
         except OSError as error:
             raise JournalError(
-                f"can't be claimed: {error.strerror}; it is not ingested until it can "
-                "(a file system without locks can't hold the journal of a shared database: set `journal`)",
+                f"can't be claimed: {error.strerror}; it waits until it can (on a file system without locks "
+                "for ever: set `journal`)",
                 path=path,
             ) from error
         finally:
@@ -3851,7 +3858,7 @@ _BRIEF_SECONDS: Final = 0.1  # a call that is over by then leaves only its line,
 
 
 class Begun:
-    """The calls that run here, but brief ones, in a file that shows after a crash what was unfinished."""
+    """The calls that run here, but brief ones, in a file that shows what a crash left unfinished."""
 
     def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
         self._journal, self._durable, self._encode = journal, durable, encode
@@ -4010,7 +4017,7 @@ class Appender:
             self.seal()
             if error.errno != errno.EFBIG:
                 raise
-            # Beyond the limit of file sizes: to a new segment if it fits, or in halves.
+            # Beyond the limit of file sizes: to a new segment, or in halves.
             if before:
                 self.append(piece)
             elif half := len(piece) // 2:
@@ -6180,7 +6187,7 @@ class AuditLogger:
             return 0
 
     def report_fault(self, message: str, fault: BaseException) -> str:
-        """Report a fault by its type, because its text may hold content; return what is recorded instead."""
+        """Report a fault by its type, as its text may hold content; return what is recorded instead."""
         self._diagnostics.report("encode", f"{message} ({type(fault).__name__})")
         return _UNENCODABLE_JSON
 
@@ -6583,11 +6590,11 @@ def among(column: str, values: Iterable[object]) -> str:
 _NAMES: Final = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
 _ISO_FORMAT: Final = "'%Y-%m-%dT%H:%M:%S.%fZ'"
-# The lines of segments. `columns` always, because detection types the same file differently in 1.5 and 2.0.
+# The lines of segments. Nothing is detected: versions differ in types, and `name=x` in a path is no value.
 _LINES: Final = f"""\
 SELECT * EXCLUDE (filename) REPLACE (CASE WHEN parse_filename(filename, true) = '{COMBINED}' THEN segment
                                           ELSE parse_filename(filename, true) END AS segment)
-FROM read_json($files, format = 'newline_delimited', filename = true,
+FROM read_json($files, format = 'newline_delimited', filename = true, hive_partitioning = false,
                columns = {{{", ".join(f"{column.name}: '{column.sql_type}'" for column in COLUMNS)}}},
                maximum_object_size = $longest, ignore_errors = $lenient)"""
 LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a segment has a longer line
@@ -6616,9 +6623,8 @@ LAKE_CLEANING: Final = (
 
 
 def lake_chores(commit: int) -> list[str]:
-    """Return what the host that made a commit of a lake does for its files: something every 256 commits.
-
-    Then rows in the catalogue are written to a file, and small files merged; every 4,096, larger ones too.
+    """Return what a host does after a commit of a lake: of 256, it writes rows in the catalogue to a file and
+    merges small files; of 4,096, larger ones too.
     """
     if commit % 256:
         return []
@@ -6662,8 +6668,7 @@ def digests(
 ) -> str:
     """Return the SELECT of what the ledger says of each segment: count, range, digest and marks.
 
-    The digest is SHA-256 over the hashes of the segment's rows, in order of seq, and of the hashes where that
-    is missing or not unique; without such rows, an order by seq alone takes a tenth less.
+    Hashes are in order of seq, then of themselves; where each row has its own seq, that alone takes a tenth less.
     """
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
@@ -6690,7 +6695,7 @@ GROUP BY part ORDER BY part"""
 # --- ingest: segments go into the temporary table `batch`, and from there into `logs`
 
 STAGE: Final = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
-# Of segments that the ledger has: how many events it has of each, and whether these are the first lines.
+# Of known segments: how many events the ledger has, and whether these are the first lines.
 KNOWN_LINES: Final = f"""\
 SELECT staged.segment AS segment, entered.events AS events,
        (staged.events = entered.events AND staged.digest = entered.digest) AS same
@@ -7247,7 +7252,7 @@ class CliEngine(Engine):
         import subprocess
         import tempfile
 
-        self._complaints = tempfile.TemporaryFile()
+        self._complaints = tempfile.TemporaryFile(dir=temporary_place() or "/dev/shm")
         try:
             process = subprocess.Popen(
                 [self.program, *self._options],
@@ -7356,12 +7361,23 @@ for line in sys.stdin:
 """
 
 
+def temporary_place() -> str:
+    """Return where temporary files go; "" without a place, as in a container with a read-only root."""
+    import tempfile
+
+    with contextlib.suppress(FileNotFoundError):
+        return tempfile.gettempdir()
+    return ""
+
+
 def _scratch_directory() -> str:
     """Return where DuckDB may spill, which it makes if it needs it: in a private folder of this user's."""
     import tempfile
 
-    owner = getattr(os, "getuid", int)()
-    private = os.path.join(tempfile.gettempdir(), f"mxcp_audit-{owner}")
+    owner, place = getattr(os, "getuid", int)(), temporary_place()
+    if not place:
+        return ""  # it keeps to its memory
+    private = os.path.join(place, f"mxcp_audit-{owner}")
     with contextlib.suppress(OSError):  # where it can't be made, it may not be needed
         with contextlib.suppress(FileExistsError):
             os.mkdir(private, 0o700)
@@ -7445,13 +7461,10 @@ def open_engine(
 # == Target ==
 # depends on: Errors, Config, Events, Journal, SQL, Engines
 #
-# The database itself, a file or what else DuckDB can attach: makes it, attaches and detaches it. Nothing here
-# knows what the tables say.
+# The database itself, a file or what else DuckDB can attach: makes it, attaches and detaches it.
 #
-# Caveats, each with its remedy:
-# - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here, and
-#   attached only once at a time in a process; the ingest lock guards besides.
-# - A half-made file stays damaged. → It is made under another name, and renamed when it is whole.
+# Closing any descriptor of the file drops DuckDB's POSIX lock: it is never opened here, and attached once at
+# a time in a process. A half-made file stays damaged: it is made under another name, and renamed when whole.
 
 
 def tries(wait: float) -> Iterator[bool]:
@@ -7502,11 +7515,11 @@ def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def scratch_folder() -> contextlib.AbstractContextManager[str]:
-    """Make a private temporary folder for the time of a block."""
+def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManager[str]:
+    """Make a private temporary folder for the time of a block, in `beside` if there is no place for it."""
     import tempfile
 
-    return tempfile.TemporaryDirectory(prefix="mxcp_audit-")
+    return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
 
 
 # --- the database
@@ -7646,8 +7659,7 @@ class Target:
             return
         if self._is_quack and not read_only:
             raise StoreError(
-                "quack: is for reading only: it carries no transactions (DuckDB 1.5.5), so that nobody could "
-                "promise an event to be there exactly once; write to a file, DuckLake or PostgreSQL"
+                "quack: is for reading only: it has no transactions; write to a file, DuckLake or PostgreSQL"
             )
         try:
             attach(engine, self.path, "audit", options)
@@ -8078,7 +8090,7 @@ class Ingest:
         try:
             with (
                 contextlib.closing(self._target.open_engine(guest=True)) as engine,
-                scratch_folder() as folder,
+                scratch_folder(self._journal.directory) as folder,
             ):
                 for tries_left in reversed(range(1 if self._target.is_file else _CONFLICT_TRIES)):
                     try:
@@ -8199,8 +8211,7 @@ class Ingest:
                 entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
                 where = among("segment", known)
                 engine.execute(f"DELETE FROM batch WHERE {where}")
-                # Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger
-                # may be what the page cache says and not what the disk says.
+                # So the next checkpoint writes: after an fsync that failed, the disk may lack what we read.
                 touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
                 if self._target.is_file:
                     engine.execute(f"{touch} AND {where}")
@@ -8228,11 +8239,12 @@ class Ingest:
         calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
         late = collections.defaultdict[str, list[tuple[int, str, bytes]]](list)
         if calls:
-            since = datetime.datetime.strptime(min(calls)[:22], "%Y%m%dT%H%M%S%fZ")
+            since = f"try_strptime({sql_literal(min(calls)[:22])}, '%Y%m%dT%H%M%S%fZ') - INTERVAL 1 MINUTE"
             sql = f"""\
-SELECT DISTINCT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
-WHERE timestamp >= '{since}'::TIMESTAMP - INTERVAL 1 MINUTE AND error = {sql_literal(UNFINISHED)}
-AND {among("call", calls)}"""
+SELECT DISTINCT call FROM (
+    SELECT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
+    WHERE timestamp >= coalesce({since}, '-infinity') AND error = {sql_literal(UNFINISHED)})
+WHERE {among("call", calls)}"""
             for (call,) in engine.execute(sql):
                 claim, seq = calls[call]
                 line = next(
@@ -8289,7 +8301,7 @@ class Reading:
 
     def __init__(self, engine: Engine, folder: str, target: Target) -> None:
         self.engine = engine
-        self._folder = folder  # for small segments, put together
+        self._folder = folder  # for small segments together
         self._target = target
         self._journal = target.journal
         self.problem: StoreError | None = None
@@ -8602,8 +8614,8 @@ def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None
 @contextlib.contextmanager
 def interruptible(engine: Engine) -> Iterator[None]:
     """Let Ctrl+C end a running query, in the main thread, where signals arrive."""
-    # Python runs a signal handler only after the call into DuckDB. So a thread learns of the signal through a
-    # socket, and interrupts until the block ends, because a query that just begins forgets an interrupt.
+    # Python runs a signal handler only after the call into DuckDB. So a thread hears of it by a socket, and
+    # interrupts until the block ends, because a query that just begins forgets an interrupt.
     import signal
     import socket
 
@@ -8633,8 +8645,8 @@ def interruptible(engine: Engine) -> Iterator[None]:
 # == Evidence ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first, so that
-# what somebody had changed stays known as changed when it is gone.
+# Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first: what
+# was changed stays known as changed when it is gone.
 
 
 # --- what is found
@@ -8961,23 +8973,25 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
-    times, where = numeric_times(COLUMNS), "WHERE segment = $segment AND"
-    event = engine.execute(f"SELECT {times} FROM sound_logs {where} seq = $seq", asked)
-    times = numeric_times(LEDGER_COLUMNS[:-1])
-    entry = engine.execute(f"SELECT {times} FROM sound_ledger {where} kind = 'segment'", asked)
-    if not event or not entry:
-        raise StoreError(f"{event_id} is in no segment of the ledger; what waits in the journal is no proof")
-    journal, position = entry[0][0], int(str(entry[0][1]))
+
+    def first(columns: Sequence[Column], rest: str) -> dict[str, Any]:
+        rows = engine.execute(f"SELECT {numeric_times(columns)} FROM {rest} AND segment = $segment", asked)
+        if not rows:
+            raise StoreError(f"{event_id} is in no segment of the ledger; the journal proves nothing")
+        return dict(zip((column.name for column in columns), rows[0]))
+
+    event = first(COLUMNS, "sound_logs WHERE seq = $seq")
+    entry = first(LEDGER_COLUMNS[:-1], "sound_ledger WHERE kind = 'segment'")
     hashes = f"SELECT {EVENT_HASH} AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"
     before, after = "", []
     for name, place, *_, row in engine.stream(CHAIN):
-        if name == journal and place < position:
+        if name == entry["journal"] and place < entry["position"]:
             before = make_seal(before, row, None)
-        elif name == journal and place > position:
+        elif name == entry["journal"] and place > entry["position"]:
             after.append(row)
     return {
-        "event": dict(zip((column.name for column in COLUMNS), event[0])),
-        "entry": dict(zip((column.name for column in LEDGER_COLUMNS[:-1]), entry[0])),
+        "event": event,
+        "entry": entry,
         "hashes": [row for (row,) in engine.execute(hashes, asked)],
         "before": before,
         "after": after,
@@ -9089,7 +9103,7 @@ WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
     """Delete every segment older than a moment, in one transaction, and enter that.
 
-    A segment that somebody had changed stays known as changed, and has a file of its own in an archive.
+    A segment that was changed before stays known as changed, and lies apart in an archive.
     """
     with target.writing(engine):
         if is_ledger_empty(engine):
@@ -9134,13 +9148,11 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             files.append({"name": file, "events": events, "sha256": file_digest(path)})
         if files:
             paths = sql_literal([os.path.join(scratch, str(file["name"])) for file in files])
-            rows = digests(f"read_parquet({paths})", segment=SEGMENT_OR_DAY)
+            rows = digests(f"read_parquet({paths}, hive_partitioning = false)", segment=SEGMENT_OR_DAY)
             for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
                 digest.update(part.encode())
         if digest.hexdigest() != removal.digest:
-            raise StoreError(
-                f"{scratch}: the archive doesn't read back as it was written; nothing was purged"
-            )
+            raise StoreError(f"{scratch}: the archive doesn't read back as written; nothing was purged")
         manifest = {
             "filter": {"before": iso_time(microseconds(removal.before))},
             "events": removal.events,
@@ -9166,9 +9178,9 @@ _SILENCE: Final = 25 * 3_600_000_000  # longer ones don't count as time that pas
 def retain(engine: Engine, target: Ledger, retention: float) -> str:
     """Purge what is older than the retention by the ledger's time, and return a text of what went.
 
-    A clock that jumped forward makes everything look old, so only time counts in which the ledger shows that
-    this log was alive.
+    A clock that jumped forward makes everything look old: only time counts in which the ledger grew.
     """
+    none = "retention: nothing is old enough"
     target.create_tables(engine)
     verdict = Verdict(engine, target, seal_keys())
     verdict.open()
@@ -9179,8 +9191,8 @@ def retain(engine: Engine, target: Ledger, retention: float) -> str:
             return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
     # An entry a day, so that a log without events doesn't look as if it had been off.
     with target.writing(engine):
-        target.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
-    return "retention: nothing is old enough"
+        target.enter(engine, [entry_of("check", 0, none)])
+    return none
 
 
 def vouched_limit(engine: Engine, now: str, left: int, doubted: Collection[tuple[str, int]]) -> str | None:
@@ -9226,8 +9238,7 @@ def back_up(target: Target, path: str, *, wait: float) -> int:
 def _take_in(path: str, directory: str) -> int:
     """Ingest a copied journal into a copied database, and return how many events that has.
 
-    Copied segments, put back, would overwrite live ones that are longer by now. The copy has an identity of
-    its own, so that it leaves the other chains as they are.
+    Copied segments, put back, would overwrite live ones, which grow. The copy has a chain of its own.
     """
     journal = Journal(directory)
     target = Ledger(Config(path), journal)
@@ -9325,8 +9336,8 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
     path = os.path.realpath(target.path)
     with target.session(read_only=False, wait=wait) as engine:
         engine.execute("CHECKPOINT audit")
-    # Read-only, DuckDB keeps other writers out and never touches the WAL: detaching the old file can't harm
-    # the new one, which has its name by then.
+    # Read-only, DuckDB keeps other writers out and leaves the WAL alone: detaching the old file can't harm
+    # the new one.
     with target.session(read_only=True, wait=wait) as engine:
         old = os.stat(path)
         if _size_of(path + ".wal"):
@@ -9360,10 +9371,9 @@ def _copy_journal(paths: Iterable[str], directory: str) -> None:
     """Copy the whole lines of segments into a new directory."""
     os.mkdir(directory, _DIRECTORY_MODE)
     for path in paths:
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            data = file.read()
-            if end := data.rfind(b"\n") + 1:
-                write_file(os.path.join(directory, os.path.basename(path)), data[:end])
+        with contextlib.suppress(FileNotFoundError):
+            if lines := read_lines(path):
+                write_file(os.path.join(directory, os.path.basename(path)), lines)
     sync_directory(directory)
 
 
@@ -9372,8 +9382,6 @@ def _put_in_place(path: str, target: str) -> None:
     give_to_owner(path)
     try:
         os.link(path, target)
-    except FileExistsError:
-        raise
     except OSError:  # some file systems have no links
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
@@ -9494,7 +9502,8 @@ class Store:
             JournalError: the journal can't be read.
         """
         self.target.let_ingest_pass(wait)
-        with scratch_folder() as folder, contextlib.closing(self.target.open_engine()) as engine:
+        place, engine = self.journal.directory, self.target.open_engine()
+        with scratch_folder(place) as folder, contextlib.closing(engine):
             reading = Reading(engine, folder, self.target)
             with reading.open(wait):
                 reading.open_running(self.journal.running())
@@ -9677,8 +9686,8 @@ class Store:
 # == Follow ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
 #
-# New events as they come, known by position: of entries in the ledger, and of lines in the segments that the
-# ledger lacks. Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
+# New events as they come, known by position: of entries in the ledger, and of lines in segments it lacks.
+# Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
 
 _LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory, and how long the database is held
 _LOOK_ENTRIES: Final = 1000  # of the ledger, likewise
@@ -9761,11 +9770,15 @@ class Follower:
         lines = self._journal.running()
         if not lines:
             return []
-        engine = self._engine = self._engine or self._target.open_engine()
-        with scratch_folder() as folder:
+        engine = self._session()
+        with scratch_folder(self._journal.directory) as folder:
             reading = Reading(engine, folder, self._target)
             reading.open_running(lines)
             return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
+
+    def _session(self) -> Engine:
+        self._engine = self._engine or self._target.open_engine()
+        return self._engine
 
     def close(self) -> None:
         """End the session with DuckDB, if there is one."""
@@ -9775,7 +9788,7 @@ class Follower:
 
     def _new_table_rows(self) -> list[Row]:
         """Return what the ledger entered, but for the events that were seen in the journal."""
-        engine = self._engine = self._engine or self._target.open_engine()
+        engine = self._session()
         known = listed("known VARCHAR, last BIGINT", self._positions.items())
         asked = _NEW_ENTRIES.format(positions=known, since=sql_literal(self._since))
         with self._target.attached(engine, read_only=True):
@@ -9827,11 +9840,11 @@ class Follower:
         grown = [each for each, size in sizes.items() if size > self._sizes.get(each, 0)]
         if not grown:
             return []
-        engine = self._engine = self._engine or self._target.open_engine()
+        engine = self._session()
         found = [paths[each] for each in grown]
         tails = listed(_TAILS, [(each, self._tails.get(each, 0)) for each in grown])
         try:
-            with scratch_folder() as folder:
+            with scratch_folder(self._journal.directory) as folder:
                 rows = journal_rows(combine(found, folder), max(sizes[each] for each in grown))
                 engine.execute(_FRESH.format(rows=rows, tails=tails))
         except QueryError:
@@ -12073,9 +12086,7 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
         raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
     with contextlib.ExitStack() as stack:
         if to_stdout:
-            import tempfile
-
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mxcp_audit-"))
+            folder = stack.enter_context(scratch_folder(store.journal.directory))
             path = os.path.join(folder, f"export.{form}")
         else:
             store.refuse_own_files(path)
