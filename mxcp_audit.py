@@ -3852,7 +3852,7 @@ class Diagnostics:
         self.tell()
 
 
-_BEGUN_BYTES: Final = 2**20  # arbitrary: how much a file of begun calls grows until it is written anew
+_BEGUN_BYTES: Final = 2**20  # arbitrary: by how much a file of begun calls grows
 _SIGN_SECONDS: Final = 1.0  # how often a process with calls on record gives a sign of life
 _BRIEF_SECONDS: Final = 0.1  # a call that is over by then leaves only its line, unless it is strict
 
@@ -6668,7 +6668,7 @@ def digests(
 ) -> str:
     """Return the SELECT of what the ledger says of each segment: count, range, digest and marks.
 
-    Hashes are in order of seq, then of themselves; where each row has its own seq, that alone takes a tenth less.
+    Hashes are in order of seq, then of themselves; where seqs are unique, seq alone takes a tenth less.
     """
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
@@ -6747,6 +6747,7 @@ SAME_VALUES: Final = {
 
 
 VIEW: Final = "is a view"
+_OUR_COLUMNS: Final = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))  # others may be there
 # What keeps a table from being a plain one; a collation shows in the table's text alone.
 ODDITIES: Final = f"""\
 SELECT view_name AS name, '{VIEW}' AS what FROM duckdb_views()
@@ -6754,15 +6755,16 @@ WHERE {_OUR_TABLES.replace("table_name", "view_name")}
 UNION ALL SELECT table_name, 'has a column with a collation, or one that is computed'
 FROM duckdb_tables() WHERE {_OUR_TABLES} AND regexp_matches(sql, 'COLLATE|GENERATED ALWAYS')
 UNION ALL SELECT table_name, concat('has a default for ', column_name)
-FROM duckdb_columns() WHERE {_OUR_TABLES} AND column_default IS NOT NULL AND column_default <> 'NULL'"""
-POSTGRES_ODDITIES: Final = """\
+FROM duckdb_columns() WHERE {_OUR_TABLES} AND lower(column_name) IN {_OUR_COLUMNS}
+AND column_default IS NOT NULL AND column_default <> 'NULL'"""
+POSTGRES_ODDITIES: Final = f"""\
 SELECT relname AS name, CASE WHEN relkind NOT IN ('r', 'p') THEN 'is no table'
   WHEN relrowsecurity THEN 'has row security' WHEN relhasrules THEN 'has rules'
   WHEN EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal) THEN 'has triggers'
-  WHEN EXISTS (SELECT 1 FROM pg_attribute a WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+  WHEN EXISTS (SELECT 1 FROM pg_attribute a WHERE attrelid = c.oid AND attname IN {_OUR_COLUMNS}
     AND (atthasdef OR attcollation NOT IN (0, (SELECT oid FROM pg_collation WHERE collname = 'default'))))
   THEN 'has a column that is computed, or has a default or a collation' END AS what
-FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({0})"""
+FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({{0}})"""
 # Who holds a lock that a statement of ours may have waited for; `{0}` is the attached PostgreSQL.
 LOCK_HOLDER: Final = """\
 SELECT holder FROM postgres_query('{0}', $$
@@ -8059,7 +8061,7 @@ INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a 
 _LONGEST_READ: Final = 2**28  # a longer line is put aside: DuckDB would need twice its size
 _LEAST_READ: Final = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ: Final = re.compile(rb',"seq":[0-9]+\}$')
-_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time, however long that took
+_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
 _CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
 
 
@@ -8689,7 +8691,7 @@ class Compared(NamedTuple):
 # --- recomputing
 
 _RANGE_EVENTS: Final = 1_000_000  # arbitrary: their hashes, 100 to 300 bytes each, are held at once
-_MAX_EXPLAINED: Final = 100  # arbitrary: after so many findings, single events are not named
+_MAX_EXPLAINED: Final = 100  # arbitrary: after so many findings no events are named
 
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
@@ -8702,7 +8704,7 @@ def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
 
 
 class Taken(NamedTuple):
-    """What a purge says that it took: entries; but one of 0.1 only those of their events that were old."""
+    """What a purge says that it took: entries; one of 0.1 only the old ones of their events."""
 
     is_old: bool = False
     before: int = 0
@@ -9216,8 +9218,8 @@ WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORD
 # == Copies ==
 # depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
 #
-# Copies of the whole log, elsewhere or in its place. A copy is read back before it gets its name, appears
-# whole or not at all, and overwrites nothing else.
+# Copies of the whole log. A copy is read back before it gets its name, appears whole or not at all, and
+# overwrites nothing else.
 
 
 def back_up(target: Target, path: str, *, wait: float) -> int:
@@ -9689,7 +9691,7 @@ class Store:
 # New events as they come, known by position: of entries in the ledger, and of lines in segments it lacks.
 # Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
 
-_LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory, and how long the database is held
+_LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory and time
 _LOOK_ENTRIES: Final = 1000  # of the ledger, likewise
 _SETTLED: Final = 2**62  # the last line of a segment that the table has
 _NEW_ENTRIES: Final = f"""\

@@ -637,7 +637,10 @@ def test_tables_of_other_schemas_do_not_confuse(make_host: Make, server: Postgre
     host.start(LOG, "a", 20, 0).communicate(timeout=120)
     assert server.sql("SELECT count(*) FROM public.logs", name) == "20"
     assert server.sql("SELECT count(*) FROM other.logs", name) == "0"
+    server.sql("ALTER TABLE public.logs ADD COLUMN tenant text DEFAULT 'x'", name)  # somebody's own
     assert host.cli("verify").returncode == 0
+    server.sql("ALTER TABLE public.logs ALTER COLUMN caller SET DEFAULT 'x'", name)
+    assert "has a default" in host.cli("verify").stdout
 
 
 def test_schema_of_ones_own_is_used(make_host: Make, server: Postgres) -> None:
