@@ -3415,12 +3415,12 @@ class Claim:
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
         """Keep lines that can't be ingested in a file of their own, `.rejected`, for whoever repairs them."""
-        entries = [
-            {"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")}
+        lines = [
+            json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
             for number, reason, line in faults
         ]
-        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".rejected", lines.encode())
+        text = "".join(f"{line}\n" for line in lines).encode()
+        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".rejected", text)
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
@@ -3762,7 +3762,7 @@ class Journal:
 # after `close`, callers write. A line stays in the queue until it is in the journal, and `Appender.done` says
 # which are: an interrupt, a fork or a failed write neither loses a line nor repeats one. `_writing` is held
 # while the disk works, `_lock` for moments within; both are re-entrant, because `put` runs in signal handlers
-# and destructors. docs/design.md says why.
+# and destructors.
 
 QUEUE_BYTES: Final = 64 * 2**20
 SEGMENT_BYTES: Final = 8 * 2**20
@@ -5997,7 +5997,7 @@ class AuditLogger:
             answered only once its end is; else AuditUnavailableError is raised.
         strict_timeout: seconds that such a call waits for that, such as 5 or "5s".
         group: True lets the users of one group share the log; files get mode 0660 then.
-        attach: options of the ATTACH statement for targets other than files.
+        attach: options of the ATTACH statement.
 
     Raises:
         ConfigError: an argument has the wrong type or value.
@@ -6779,9 +6779,7 @@ ORDER BY xact_start LIMIT 1$$)"""
 def sound_rows(
     types: Mapping[str, str], table: str = "audit.logs", columns: Sequence[Column] = COLUMNS
 ) -> str:
-    """Return the SELECT of a table's rows in our columns and types: NULL where one is missing, or can't be
-    converted; of no rows if the table has no columns.
-    """
+    """Return the SELECT of a table's rows in our columns and types, NULL where that fails."""
     parts = []
     for name, sql_type in columns:
         given = types.get(name)
@@ -6970,7 +6968,6 @@ def stats_query(source: str, by: str, sort: str, count: int) -> str:
 
 
 # What a person's own SQL may see: the events as one view, and no file, setting or other database.
-# `query` takes one SELECT and nothing else.
 SQL_VIEW: Final = f"""\
 CREATE OR REPLACE TEMP VIEW logs AS
 SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {_EVENT_ID} AS event_id
@@ -7562,6 +7559,8 @@ def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]
             target += ("&" if is_uri else " ").join(_PATIENCE)
     else:  # without the type DuckDB would look for an extension that reads SQLite
         options = {**options, "TYPE": "duckdb"}
+        if "ENCRYPTION_KEY" in options and "READ_ONLY" not in options:
+            load_extensions(engine, "https:", {})  # DuckDB itself only reads what is encrypted
     words = ", ".join(f"{option} {sql_literal(value)}" for option, value in options.items())
     engine.execute(f"ATTACH {sql_literal(target)} AS {name}{f' ({words})' if words else ''}")
 
@@ -7571,7 +7570,7 @@ _ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fo
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Let one thread attach a file: DuckDB's lock is the process's, and ends with its first reader."""
+    """Let one thread attach a file: DuckDB's lock is the process's, and its first reader ends it."""
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
         raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
@@ -7593,7 +7592,8 @@ class Target:
         self._is_quack = scheme == "quack"
         self.name: str = public_target(config.path)  # for people: without passwords
         self.journal: Journal = journal
-        self._options = config.attach
+        self.options = {name.upper(): value for name, value in config.attach.items()}
+        self.new_file = {**({} if "ENCRYPTION_KEY" in self.options else NEW_FILE), **self.options}
         self._group = config.group
         self.commits: list[int] = []  # of a lake, by their numbers, since it was tended
         self.open_engine: Callable[..., Engine] = (
@@ -7673,7 +7673,7 @@ class Target:
             engine.execute("BEGIN")
 
     def _public_error(self, error: StoreError, *, read_only: bool) -> StoreError:
-        text = hide_secrets(str(error), self.path, self._options)
+        text = hide_secrets(str(error), self.path, self.options)
         if self.name in text:  # it is ours already
             return type(error)(text)
         text = postgres_message(text)
@@ -7715,8 +7715,7 @@ class Target:
     def _attach_options(self, read_only: bool) -> dict[str, object]:
         # What adds fewer rows stays in the catalogue of a lake at first.
         ours = {"DATA_INLINING_ROW_LIMIT": 1000} if self.is_lake and not read_only else {}
-        given = {name.upper(): value for name, value in self._options.items()}
-        return {**ours, **given, **({"READ_ONLY": True} if read_only else {})}
+        return {**ours, **self.options, **({"READ_ONLY": True} if read_only else {})}
 
     def _make_file(self, engine: Engine) -> None:
         """Make an empty database; the ingest lock is held, so that no other process uses the scratch name."""
@@ -7727,7 +7726,7 @@ class Target:
         problem, name = f"events wait, because {self.path} can't be made", f"{self.journal.identity()}.new"
         with _scratch(self.path, problem, name=name) as scratch:
             path = os.path.join(scratch, "new")
-            attach(engine, path, "scratch", {**self._options, **NEW_FILE})
+            attach(engine, path, "scratch", self.new_file)
             os.chmod(path, FILE_MODES[self._group])
             give_to_owner(path)
             engine.execute("DETACH scratch")
@@ -7965,8 +7964,8 @@ class Ledger(Target):
     def writing(self, engine: Engine) -> Iterator[None]:
         """Make missing tables, then run the block as one transaction; after it, that is on the disk.
 
-        Of two such transactions for the same journal only one can succeed. `attached` ends the session
-        after an error, and with it the transaction.
+        Of two such transactions of a journal only one can succeed. An error ends the session, and with it
+        the transaction.
         """
         self.create_tables(engine)
         engine.execute("BEGIN")
@@ -8762,7 +8761,7 @@ class Verdict:
         self.heads: list[Head] = []
         self.purges: list[dict[str, Any]] = []  # the entries of those that no checkpoint covers
         self.entries = self.segments = 0
-        self.events = 0  # in all segments, purged ones included
+        self.events = 0  # purged ones included
         self.purged = self.lost = 0
         self.legacy = 0  # rows that are older than the ledger
         self.waiting_bytes = 0  # in the journal, not sealed yet
@@ -9103,10 +9102,7 @@ WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
-    """Delete every segment older than a moment, in one transaction, and enter that.
-
-    A segment that was changed before stays known as changed, and lies apart in an archive.
-    """
+    """Do what `Store.purge` says. What was changed stays known as changed, and lies apart in an archive."""
     with target.writing(engine):
         if is_ledger_empty(engine):
             target.enter(engine, [])  # the rows of an older table
@@ -9191,7 +9187,7 @@ def retain(engine: Engine, target: Ledger, retention: float) -> str:
         removal = purge_before(engine, target, limit)
         if removal.events:
             return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
-    # An entry a day, so that a log without events doesn't look as if it had been off.
+    # So that a log without events doesn't look as if it had been off.
     with target.writing(engine):
         target.enter(engine, [entry_of("check", 0, none)])
     return none
@@ -9229,21 +9225,21 @@ def back_up(target: Target, path: str, *, wait: float) -> int:
         copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
         with target.session(read_only=True, wait=wait) as engine:
             tables = target.columns(engine)
-            _copy_database(engine, tables, copy)
+            _copy_database(engine, target, copy)
             _copy_journal(unknown_segments(engine, target.journal.segments(), tables), waiting)
-        events = _take_in(copy, waiting)
+        events = _take_in(copy, waiting, target)
         _put_in_place(copy, place)
         sync_directory(os.path.dirname(place))
     return events
 
 
-def _take_in(path: str, directory: str) -> int:
+def _take_in(path: str, directory: str, like: Target) -> int:
     """Ingest a copied journal into a copied database, and return how many events that has.
 
     Copied segments, put back, would overwrite live ones, which grow. The copy has a chain of its own.
     """
     journal = Journal(directory)
-    target = Ledger(Config(path), journal)
+    target = Ledger(Config(path, attach=like.options), journal)
     if journal.segments():
         with journal.ingest_lock():
             Ingest(target, Diagnostics(silent=True)).run()
@@ -9264,23 +9260,22 @@ def put_back(target: Target, path: str, *, wait: float) -> Restored:
     """Do what `Store.restore` says. The caller holds the ingest lock."""
     place = os.path.realpath(target.path)
     old = Journal(path + ".journal")  # of backups by earlier versions
-    source = Target(Config(os.path.abspath(path)), old)
+    source = Target(Config(os.path.abspath(path), attach=target.options), old)
     with _scratch(place, f"{place} can't be restored", name="restore") as scratch:
         copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
         with source.session(read_only=True, wait=wait) as engine:
-            tables = source.columns(engine)
-            if "logs" not in tables:
+            if "logs" not in source.columns(engine):
                 raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
-            _copy_database(engine, tables, copy)
+            _copy_database(engine, source, copy)
         _copy_journal(old.segments(), waiting)
-        events, before, kept = _take_in(copy, waiting), 0, None
+        events, before, kept = _take_in(copy, waiting, target), 0, None
         if target.is_absent():
             _put_in_place(copy, place)
         else:
             with target.session(read_only=False, wait=wait) as engine:
                 engine.execute("CHECKPOINT audit")
             ours = os.stat(place)
-            events, before = _merge(copy, place, target.journal)
+            events, before = _merge(copy, place, target)
             if events == before:
                 return Restored(events, 0, None)
             give_to_owner(copy)
@@ -9295,11 +9290,11 @@ def put_back(target: Target, path: str, *, wait: float) -> Restored:
     return Restored(events, events - before, kept)
 
 
-def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
+def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
     """Add to a copy what it lacks of the database at `place`; return how many events each has then."""
-    target = Ledger(Config(path), journal)
+    target = Ledger(Config(path, attach=mine.options), mine.journal)
     with target.session(read_only=False, wait=0.0) as engine:
-        attach(engine, place, "ours", {"READ_ONLY": True})
+        attach(engine, place, "ours", {**mine.options, "READ_ONLY": True})
         present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
         rows = sound_rows(present.get("logs", {}), "ours.logs")
         unknown = "segment NOT IN (SELECT coalesce(segment, '') FROM audit.ledger WHERE kind = '{}')"
@@ -9328,9 +9323,9 @@ def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
                     "and its .wal aside to restore without them"
                 )
         count = "SELECT count(*) FROM"
-        ((mine, theirs),) = engine.execute(f"SELECT ({count} audit.logs), ({count} ({rows}))")
+        ((fresh, old),) = engine.execute(f"SELECT ({count} audit.logs), ({count} ({rows}))")
         engine.execute("DETACH ours")
-    return mine, theirs
+    return fresh, old
 
 
 def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
@@ -9346,23 +9341,23 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
             raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
         with _scratch(path, f"{path} can't be written anew", name="compact") as scratch:
             fresh = os.path.join(scratch, "copy")
-            _copy_database(engine, target.columns(engine), fresh)
+            _copy_database(engine, target, fresh)
             take_after(fresh, old)
             os.replace(fresh, path)
             sync_directory(os.path.dirname(path))
         return old.st_size, os.stat(path).st_size
 
 
-def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> None:
-    """Copy the attached database into a new file, and read that back."""
-    attach(engine, path, "fresh", NEW_FILE)
+def _copy_database(engine: Engine, target: Target, path: str) -> None:
+    """Copy the attached target into a new file, and read that back."""
+    attach(engine, path, "fresh", target.new_file)
     os.chmod(path, FILE_MODES[False])
     engine.execute("COPY FROM DATABASE audit TO fresh")
     engine.execute("CHECKPOINT fresh")
     engine.execute("DETACH fresh")
     sync_file(path)
-    attach(engine, path, "fresh", {"READ_ONLY": True})
-    for table in sorted(tables):
+    attach(engine, path, "fresh", {**target.options, "READ_ONLY": True})
+    for table in sorted(target.columns(engine)):
         ((same,),) = engine.execute(SAME_CONTENT[table])
         if not same:
             raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
