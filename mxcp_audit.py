@@ -3558,7 +3558,7 @@ class Journal:
         replace_file(path, json.dumps(mine).encode())
 
     def ask_readers(self) -> None:
-        """Have new readers wait until the ingest has had the database; call it under the ingest lock."""
+        """Have new readers wait until the ingest has had the database; hold the ingest lock."""
         with contextlib.suppress(OSError):
             os.utime(self._lock_path)
 
@@ -4360,8 +4360,7 @@ class Ingester:
         self._appender.left()
         events = sum(segment.events for segment in self._appender.sealed.values() if segment)
         if events:
-            known = (self._diagnostics.last_error or "").endswith(why)
-            reason = "" if known else f": {why}"
+            reason = "" if (self._diagnostics.last_error or "").endswith(why) else f": {why}"
             self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
         self._tell_head()
 
@@ -7644,8 +7643,8 @@ class Target:
                     raise
                 if not self.is_file:  # causes repeat connection strings, and with them passwords
                     raise self._public_error(error, read_only=read_only) from None
-                if type(error) in (StoreError, QueryError):  # ours, or the statement's
-                    raise
+                if type(error) in (StoreError, QueryError) or self.path in str(error).partition(":")[0]:
+                    raise  # the statement's, or ours
                 remedy = _REMEDIES.get(type(error), _EVENTS_WAIT)
                 if DAMAGED_WAL in str(error):
                     wal = f"{self.path}.wal"

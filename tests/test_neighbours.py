@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, child_environment, held_database, table_rows, wait_until
+from conftest import ROOT, SAFETY_SECONDS, child_environment, held_database, table_rows, wait_until
 from evidence import DAY_NS, START_NS, ingest, store_of, write_segment
 
 import mxcp_audit as m
@@ -171,6 +171,14 @@ def test_show_takes_the_part_of_an_id_that_tells(log: Path, cli: Cli) -> None:
     done = cli("show", chosen[:8], "--db", str(log))
     assert done.returncode == 2 and "may be any of" in done.stderr
     assert cli("show", "0:9", "--db", str(log)).returncode == 1
+
+
+def test_log_of_a_database_without_our_table_says_so(log: Path, cli: Cli) -> None:
+    with store_of(log).target.session(read_only=False, wait=SAFETY_SECONDS) as engine:
+        engine.execute("DROP TABLE audit.logs")
+    done = cli("log", "--db", str(log))
+    assert done.returncode == 1 and done.stderr.startswith("mxcp-audit: Audit database not found")
+    assert "vanished" not in done.stderr
 
 
 def test_log_beside_a_database_without_a_site_file_names_it(log: Path, cli: Cli) -> None:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import duckdb
 import pytest
 from conftest import SAFETY_SECONDS, wait_until
 
@@ -180,8 +179,8 @@ def test_unfinished_of_an_attempt_that_was_killed_is_taken_once(
 def test_late_end_of_a_call_that_is_on_record_as_unfinished_is_put_aside(db: Path) -> None:
     write_begun(db, late=MIDNIGHT, other=MIDNIGHT)
     store_of(db).ingest()
-    with duckdb.connect(str(db)) as connection:  # a column of somebody's own
-        connection.execute("ALTER TABLE logs ADD COLUMN call VARCHAR")
+    with store_of(db).target.session(read_only=False, wait=SAFETY_SECONDS) as engine:  # somebody's own column
+        engine.execute("ALTER TABLE audit.logs ADD COLUMN call VARCHAR")
     path = write_end(db, "late")
     end = write_end(db, "elsewhere")
     end.write_bytes(end.read_bytes().replace(ref_of("elsewhere").encode(), b"a call of another kind"))
