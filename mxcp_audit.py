@@ -3770,7 +3770,7 @@ _PIECE_BYTES: Final = 2**20  # arbitrary: what one write holds, so that a segmen
 _GATHER_SECONDS: Final = 0.02  # the window in which `kill -9` loses events, plus one write
 _RETRY_SECONDS: Final = 0.1  # arbitrary: the pause after a failed write
 _REPORT_SECONDS: Final = 60.0  # how often the same fault is logged
-_MOST_KEPT: Final = 16  # arbitrary: sealed segments that stay open, in case they are taken away
+_MOST_KEPT: Final = 16  # arbitrary: sealed segments that stay open
 
 _LOG: Final = logging.getLogger("mxcp_audit")
 _native: Final[dict[str, Any]] = {}  # under gevent: fresh copies of modules that it replaces
@@ -7514,7 +7514,7 @@ def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
 
 
 def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManager[str]:
-    """Make a private temporary folder for the time of a block, in `beside` if there is no place for it."""
+    """Make a private temporary folder for a block, in `beside` if there is no place for such."""
     import tempfile
 
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
@@ -7720,17 +7720,18 @@ class Target:
         """Make an empty database; the ingest lock is held, so that no other process uses the scratch name."""
         if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
-        folder = os.path.dirname(self.path)
+        place = os.path.realpath(self.path)  # a link stays one
+        folder = os.path.dirname(place)
         os.makedirs(folder, exist_ok=True)
         problem, name = f"events wait, because {self.path} can't be made", f"{self.journal.identity()}.new"
-        with _scratch(self.path, problem, name=name) as scratch:
+        with _scratch(place, problem, name=name) as scratch:
             path = os.path.join(scratch, "new")
             attach(engine, path, "scratch", self.new_file)
             os.chmod(path, FILE_MODES[self._group])
             give_to_owner(path)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
-                os.replace(path, self.path)
+                os.replace(path, place)
                 sync_directory(folder)
 
     def is_absent(self) -> bool:
@@ -8280,7 +8281,7 @@ WHERE {among("call", calls)}"""
 
 
 def refuse_fatal_limit() -> None:
-    """Raise StoreError where a file beyond RLIMIT_FSIZE kills, by a signal that Python ignores by default."""
+    """Raise StoreError where a file beyond RLIMIT_FSIZE kills, by a signal that Python ignores."""
     import signal
 
     fatal = getattr(signal, "SIGXFSZ", None)

@@ -348,6 +348,17 @@ def test_journal_by_another_name_of_its_folder_stays_the_same(log: Path, tmp_pat
     assert len(store_of(log).heads()) == 1 and len(events(log)) == 11
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+def test_link_to_where_no_database_is_yet_stays_one(engine: str, tmp_path: Path) -> None:
+    link, there = tmp_path / "log.duckdb", tmp_path / "volume" / "real.duckdb"
+    link.symlink_to(there)
+    for number in range(2):
+        write_segment(link, START_NS + number * DAY_NS, 2)
+        ingest(link)
+    assert link.is_symlink() and not there.is_symlink() and len(events(there)) == 4
+    assert store_of(link).verify().intact and os.listdir(there.parent) == [there.name]
+
+
 def test_copied_journal_goes_on_under_a_name_of_its_own(log: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
