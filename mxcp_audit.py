@@ -729,8 +729,8 @@ def _path(value: object) -> str:
         raise ValueError(f"must be a path, not {_described(value)}; name a file, and put text in quotes")
     if re.search(r"[\0\ud800-\udfff]", path):
         raise ValueError("a path can't hold NUL or what is no UTF-8 (half a character); name another")
-    if "?" in path and not is_attach_target(path):
-        raise ValueError("DuckDB takes what follows a ? for options, and can't write there; name another")
+    if re.search(r"[?\\]" if os.sep == "/" else r"\?", path) and not is_attach_target(path):
+        raise ValueError("DuckDB can't write where a path holds ? or \\; name another")
     return path
 
 
@@ -3149,7 +3149,7 @@ def _key_at(path: str) -> tuple[int, int] | None:
 
 
 class Descriptor:
-    """An open file of ours. If somebody closes it and its number goes to another file, that is left alone."""
+    """An open file of ours. If somebody closes it and another file gets its number, that is left alone."""
 
     def __init__(self, fd: int) -> None:
         found = os.fstat(fd)
@@ -3238,6 +3238,12 @@ def open_file(path: str) -> IO[bytes]:
 def read_file(path: str) -> bytes:
     with open_file(path) as file:
         return file.read()
+
+
+def read_lines(path: str) -> bytes:
+    """Return the whole lines of a file that may be written to at this moment."""
+    data = read_file(path)
+    return data[: data.rfind(b"\n") + 1]
 
 
 def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
@@ -3400,20 +3406,24 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
                 for call in said["ended"]:
                     calls.pop(call, None)
             else:
-                calls[said["call"]] = said
+                calls[str(said["call"])] = said
     return calls
 
 
 def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
     """Return lines of calls as they were at a moment, a text as in lines: over, or running with `seq` 0."""
-    lines = []
-    for seq, (call, event) in enumerate(sorted(calls.items()), 1):
-        begun, now = (datetime.datetime.strptime(text, LINE_TIME) for text in (event["timestamp"], moment))
-        context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
+    lines: list[bytes] = []
+    now = datetime.datetime.strptime(moment, LINE_TIME)
+    for call, event in sorted(calls.items()):
+        try:
+            begun = datetime.datetime.strptime(event["timestamp"], LINE_TIME)
+            context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
+        except (ValueError, LookupError, TypeError):  # damaged, or not ours
+            continue
         passed = min(max(0, round((now - begun).total_seconds() * 1000)), MAX_DURATION_MS)
         line = {**event, "duration_ms": passed, "context": json.dumps(context)}
         if over:
-            line |= {"timestamp": max(begun, now).strftime(LINE_TIME), "seq": seq}
+            line |= {"timestamp": max(begun, now).strftime(LINE_TIME), "seq": len(lines) + 1}
         else:
             line |= {"status": "running", "error": None, "seq": 0}
         del line["call"]
@@ -3445,12 +3455,12 @@ class Claim:
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
         """Keep lines that can't be ingested in a file of their own, `.rejected`, for whoever repairs them."""
-        entries = [
-            {"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")}
+        lines = [
+            json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
             for number, reason, line in faults
         ]
-        lines = "".join(json.dumps(entry) + "\n" for entry in entries)
-        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".rejected", lines.encode())
+        text = "".join(f"{line}\n" for line in lines).encode()
+        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".rejected", text)
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
@@ -3463,8 +3473,7 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
     with open(make_file(target, os.O_WRONLY | os.O_TRUNC), "wb") as combined:
         for path in small:
             with contextlib.suppress(FileNotFoundError):
-                data = read_file(path)
-                combined.write(named_lines(segment_id_of(path), data[: data.rfind(b"\n") + 1]))
+                combined.write(named_lines(segment_id_of(path), read_lines(path)))
     return [*(path for path, size in sizes.items() if size > _SMALL_BYTES), target]
 
 
@@ -3531,7 +3540,7 @@ class Journal:
             return
         if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
-        # Root works for the owner of the whole place, not for who put a directory into a shared one.
+        # Root works for the owner of the whole place, not for who put a directory there.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
             raise JournalError(
                 f"belongs to user {found.st_uid}, who could read and change what is recorded; "
@@ -3589,7 +3598,7 @@ class Journal:
         replace_file(path, json.dumps(mine).encode())
 
     def ask_readers(self) -> None:
-        """Have new readers wait until the ingest has had the database; call it under the ingest lock."""
+        """Have new readers wait until the ingest has had the database; hold the ingest lock."""
         with contextlib.suppress(OSError):
             os.utime(self._lock_path)
 
@@ -3635,12 +3644,15 @@ class Journal:
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
             try:
-                losses[path] = Loss(**json.loads(read_file(path)))
+                losses[path] = loss = Loss(**json.loads(read_file(path)))
+                if loss.events >> 62 or "\0" in "".join(loss[1:]):
+                    raise ValueError
             except OSError:  # gone, or not ours to read
                 pass
-            except (ValueError, TypeError):  # not written yet, or cut short
+            except (ValueError, TypeError):  # not written yet, or damaged
+                losses.pop(path, None)
                 if self._clock() - os.lstat(path).st_mtime_ns > _ORPHAN_SECONDS * 1e9:
-                    text = "a record of lost events was cut short"
+                    text = "a record of lost events was damaged"
                     losses[path] = Loss(0, "an unknown time", "an unknown time", text)
         return losses
 
@@ -3651,12 +3663,7 @@ class Journal:
         self.make_directory(durable=durable)
         while True:
             path = os.path.join(self.directory, (named or new_segment_id(self._clock())) + suffix)
-            try:
-                fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
-            except FileExistsError:
-                if named:
-                    raise
-                continue
+            fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
             try:
                 segment, is_locked = Segment(fd, path), True
                 with contextlib.suppress(OSError):  # no locks here: claimers notice it, and claim nothing
@@ -3676,7 +3683,7 @@ class Journal:
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
         """Yield path, last sign of life and calls of processes that live, or have ended: then locked."""
         for path in self._files(_BEGUN_SUFFIX):
-            # An OSError: gone, not ours to read, or without locks, where nobody can tell.
+            # An OSError: gone, not ours to read, or no locks, so that nobody can tell.
             with contextlib.suppress(OSError), open_file(path) as file:
                 is_live = not try_lock(file.fileno())
                 if is_live is live and Descriptor(file.fileno()).leads_to(path):
@@ -3746,8 +3753,8 @@ class Journal:
             return None
         except OSError as error:
             raise JournalError(
-                f"can't be claimed: {error.strerror}; it is not ingested until it can "
-                "(a file system without locks can't hold the journal of a shared database: set `journal`)",
+                f"can't be claimed: {error.strerror}; it waits until it can (on a file system without locks "
+                "for ever: set `journal`)",
                 path=path,
             ) from error
         finally:
@@ -3795,7 +3802,7 @@ class Journal:
 # after `close`, callers write. A line stays in the queue until it is in the journal, and `Appender.done` says
 # which are: an interrupt, a fork or a failed write neither loses a line nor repeats one. `_writing` is held
 # while the disk works, `_lock` for moments within; both are re-entrant, because `put` runs in signal handlers
-# and destructors. docs/design.md says why.
+# and destructors.
 
 QUEUE_BYTES: Final = 64 * 2**20
 SEGMENT_BYTES: Final = 8 * 2**20
@@ -3803,7 +3810,7 @@ _PIECE_BYTES: Final = 2**20  # arbitrary: what one write holds, so that a segmen
 _GATHER_SECONDS: Final = 0.02  # the window in which `kill -9` loses events, plus one write
 _RETRY_SECONDS: Final = 0.1  # arbitrary: the pause after a failed write
 _REPORT_SECONDS: Final = 60.0  # how often the same fault is logged
-_MOST_KEPT: Final = 16  # arbitrary: sealed segments that stay open, in case they are taken away
+_MOST_KEPT: Final = 16  # arbitrary: sealed segments that stay open
 
 INFO, WARNING = 20, 30  # the levels of `logging`, which takes 10 ms to load: only where it is needed
 _native: Final[dict[str, Any]] = {}  # under gevent: fresh copies of modules that it replaces
@@ -3886,13 +3893,13 @@ class Diagnostics:
         self.tell()
 
 
-_BEGUN_BYTES: Final = 2**20  # arbitrary: how much a file of begun calls grows until it is written anew
+_BEGUN_BYTES: Final = 2**20  # arbitrary: by how much a file of begun calls grows
 _SIGN_SECONDS: Final = 1.0  # how often a process with calls on record gives a sign of life
 _BRIEF_SECONDS: Final = 0.1  # a call that is over by then leaves only its line, unless it is strict
 
 
 class Begun:
-    """The calls that run here, but brief ones, in a file that shows after a crash what was unfinished."""
+    """The calls that run here, but brief ones, in a file that shows what a crash left unfinished."""
 
     def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
         self._journal, self._durable, self._encode = journal, durable, encode
@@ -4053,7 +4060,7 @@ class Appender:
             self.seal()
             if error.errno != errno.EFBIG:
                 raise
-            # Beyond the limit of file sizes: to a new segment if it fits, or in halves.
+            # Beyond the limit of file sizes: to a new segment, or in halves.
             if before:
                 self.append(piece)
             elif half := len(piece) // 2:
@@ -4396,8 +4403,7 @@ class Ingester:
         self._appender.left()
         events = sum(segment.events for segment in self._appender.sealed.values() if segment)
         if events:
-            known = (self._diagnostics.last_error or "").endswith(why)
-            reason = "" if known else f": {why}"
+            reason = "" if (self._diagnostics.last_error or "").endswith(why) else f": {why}"
             self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
         self._tell_head()
 
@@ -6037,7 +6043,7 @@ class AuditLogger:
             answered only once its end is; else AuditUnavailableError is raised.
         strict_timeout: seconds that such a call waits for that, such as 5 or "5s".
         group: True lets the users of one group share the log; files get mode 0660 then.
-        attach: options of the ATTACH statement for targets other than files.
+        attach: options of the ATTACH statement.
 
     Raises:
         ConfigError: an argument has the wrong type or value.
@@ -6227,7 +6233,7 @@ class AuditLogger:
             return 0
 
     def report_fault(self, message: str, fault: BaseException) -> str:
-        """Report a fault by its type, because its text may hold content; return what is recorded instead."""
+        """Report a fault by its type, as its text may hold content; return what is recorded instead."""
         self._diagnostics.report("encode", f"{message} ({type(fault).__name__})")
         return _UNENCODABLE_JSON
 
@@ -6631,11 +6637,11 @@ def among(column: str, values: Iterable[object]) -> str:
 _NAMES: Final = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
 _ISO_FORMAT: Final = "'%Y-%m-%dT%H:%M:%S.%fZ'"
-# The lines of segments. `columns` always, because detection types the same file differently in 1.5 and 2.0.
+# The lines of segments. Nothing is detected: versions differ in types, and `name=x` in a path is no value.
 _LINES: Final = f"""\
 SELECT * EXCLUDE (filename) REPLACE (CASE WHEN parse_filename(filename, true) = '{COMBINED}' THEN segment
                                           ELSE parse_filename(filename, true) END AS segment)
-FROM read_json($files, format = 'newline_delimited', filename = true,
+FROM read_json($files, format = 'newline_delimited', filename = true, hive_partitioning = false,
                columns = {{{", ".join(f"{column.name}: '{column.sql_type}'" for column in COLUMNS)}}},
                maximum_object_size = $longest, ignore_errors = $lenient)"""
 LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a segment has a longer line
@@ -6664,9 +6670,8 @@ LAKE_CLEANING: Final = (
 
 
 def lake_chores(commit: int) -> list[str]:
-    """Return what the host that made a commit of a lake does for its files: something every 256 commits.
-
-    Then rows in the catalogue are written to a file, and small files merged; every 4,096, larger ones too.
+    """Return what a host does after a commit of a lake: of 256, it writes rows in the catalogue to a file and
+    merges small files; of 4,096, larger ones too.
     """
     if commit % 256:
         return []
@@ -6710,8 +6715,7 @@ def digests(
 ) -> str:
     """Return the SELECT of what the ledger says of each segment: count, range, digest and marks.
 
-    The digest is SHA-256 over the hashes of the segment's rows, in order of seq, and of the hashes where that
-    is missing or not unique; without such rows, an order by seq alone takes a tenth less.
+    Hashes are in order of seq, then of themselves; where seqs are unique, seq alone takes a tenth less.
     """
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
@@ -6738,7 +6742,7 @@ GROUP BY part ORDER BY part"""
 # --- ingest: segments go into the temporary table `batch`, and from there into `logs`
 
 STAGE: Final = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
-# Of segments that the ledger has: how many events it has of each, and whether these are the first lines.
+# Of known segments: how many events the ledger has, and whether these are the first lines.
 KNOWN_LINES: Final = f"""\
 SELECT staged.segment AS segment, entered.events AS events,
        (staged.events = entered.events AND staged.digest = entered.digest) AS same
@@ -6790,6 +6794,7 @@ SAME_VALUES: Final = {
 
 
 VIEW: Final = "is a view"
+_OUR_COLUMNS: Final = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))  # others may be there
 # What keeps a table from being a plain one; a collation shows in the table's text alone.
 ODDITIES: Final = f"""\
 SELECT view_name AS name, '{VIEW}' AS what FROM duckdb_views()
@@ -6797,15 +6802,16 @@ WHERE {_OUR_TABLES.replace("table_name", "view_name")}
 UNION ALL SELECT table_name, 'has a column with a collation, or one that is computed'
 FROM duckdb_tables() WHERE {_OUR_TABLES} AND regexp_matches(sql, 'COLLATE|GENERATED ALWAYS')
 UNION ALL SELECT table_name, concat('has a default for ', column_name)
-FROM duckdb_columns() WHERE {_OUR_TABLES} AND column_default IS NOT NULL AND column_default <> 'NULL'"""
-POSTGRES_ODDITIES: Final = """\
+FROM duckdb_columns() WHERE {_OUR_TABLES} AND lower(column_name) IN {_OUR_COLUMNS}
+AND column_default IS NOT NULL AND column_default <> 'NULL'"""
+POSTGRES_ODDITIES: Final = f"""\
 SELECT relname AS name, CASE WHEN relkind NOT IN ('r', 'p') THEN 'is no table'
   WHEN relrowsecurity THEN 'has row security' WHEN relhasrules THEN 'has rules'
   WHEN EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal) THEN 'has triggers'
-  WHEN EXISTS (SELECT 1 FROM pg_attribute a WHERE attrelid = c.oid AND attnum > 0 AND NOT attisdropped
+  WHEN EXISTS (SELECT 1 FROM pg_attribute a WHERE attrelid = c.oid AND attname IN {_OUR_COLUMNS}
     AND (atthasdef OR attcollation NOT IN (0, (SELECT oid FROM pg_collation WHERE collname = 'default'))))
   THEN 'has a column that is computed, or has a default or a collation' END AS what
-FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({0})"""
+FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({{0}})"""
 # Who holds a lock that a statement of ours may have waited for; `{0}` is the attached PostgreSQL.
 LOCK_HOLDER: Final = """\
 SELECT holder FROM postgres_query('{0}', $$
@@ -6820,9 +6826,7 @@ ORDER BY xact_start LIMIT 1$$)"""
 def sound_rows(
     types: Mapping[str, str], table: str = "audit.logs", columns: Sequence[Column] = COLUMNS
 ) -> str:
-    """Return the SELECT of a table's rows in our columns and types: NULL where one is missing, or can't be
-    converted; of no rows if the table has no columns.
-    """
+    """Return the SELECT of a table's rows in our columns and types, NULL where that fails."""
     parts = []
     for name, sql_type in columns:
         given = types.get(name)
@@ -7011,7 +7015,6 @@ def stats_query(source: str, by: str, sort: str, count: int) -> str:
 
 
 # What a person's own SQL may see: the events as one view, and no file, setting or other database.
-# `query` takes one SELECT and nothing else.
 SQL_VIEW: Final = f"""\
 CREATE OR REPLACE TEMP VIEW logs AS
 SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {_EVENT_ID} AS event_id
@@ -7295,7 +7298,7 @@ class CliEngine(Engine):
         import subprocess
         import tempfile
 
-        self._complaints = tempfile.TemporaryFile()
+        self._complaints = tempfile.TemporaryFile(dir=temporary_place() or "/dev/shm")
         try:
             process = subprocess.Popen(
                 [self.program, *self._options],
@@ -7404,12 +7407,23 @@ for line in sys.stdin:
 """
 
 
+def temporary_place() -> str:
+    """Return where temporary files go; "" without a place, as in a container with a read-only root."""
+    import tempfile
+
+    with contextlib.suppress(FileNotFoundError):
+        return tempfile.gettempdir()
+    return ""
+
+
 def _scratch_directory() -> str:
     """Return where DuckDB may spill, which it makes if it needs it: in a private folder of this user's."""
     import tempfile
 
-    owner = getattr(os, "getuid", int)()
-    private = os.path.join(tempfile.gettempdir(), f"mxcp_audit-{owner}")
+    owner, place = getattr(os, "getuid", int)(), temporary_place()
+    if not place:
+        return ""  # it keeps to its memory
+    private = os.path.join(place, f"mxcp_audit-{owner}")
     with contextlib.suppress(OSError):  # where it can't be made, it may not be needed
         with contextlib.suppress(FileExistsError):
             os.mkdir(private, 0o700)
@@ -7493,13 +7507,10 @@ def open_engine(
 # == Target ==
 # depends on: Errors, Config, Events, Journal, SQL, Engines
 #
-# The database itself, a file or what else DuckDB can attach: makes it, attaches and detaches it. Nothing here
-# knows what the tables say.
+# The database itself, a file or what else DuckDB can attach: makes it, attaches and detaches it.
 #
-# Caveats, each with its remedy:
-# - Closing any descriptor of the database file drops DuckDB's POSIX lock. → It is never opened here, and
-#   attached only once at a time in a process; the ingest lock guards besides.
-# - A half-made file stays damaged. → It is made under another name, and renamed when it is whole.
+# Closing any descriptor of the file drops DuckDB's POSIX lock: it is never opened here, and attached once at
+# a time in a process. A half-made file stays damaged: it is made under another name, and renamed when whole.
 
 
 def tries(wait: float) -> Iterator[bool]:
@@ -7550,11 +7561,11 @@ def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
         shutil.rmtree(scratch, ignore_errors=True)
 
 
-def scratch_folder() -> contextlib.AbstractContextManager[str]:
-    """Make a private temporary folder for the time of a block."""
+def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManager[str]:
+    """Make a private temporary folder for a block, in `beside` if there is no place for such."""
     import tempfile
 
-    return tempfile.TemporaryDirectory(prefix="mxcp_audit-")
+    return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
 
 
 # --- the database
@@ -7595,6 +7606,8 @@ def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]
             target += ("&" if is_uri else " ").join(_PATIENCE)
     else:  # without the type DuckDB would look for an extension that reads SQLite
         options = {**options, "TYPE": "duckdb"}
+        if "ENCRYPTION_KEY" in options and "READ_ONLY" not in options:
+            load_extensions(engine, "https:", {})  # DuckDB itself only reads what is encrypted
     words = ", ".join(f"{option} {sql_literal(value)}" for option, value in options.items())
     engine.execute(f"ATTACH {sql_literal(target)} AS {name}{f' ({words})' if words else ''}")
 
@@ -7604,7 +7617,7 @@ _ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fo
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Let one thread attach a file: DuckDB's lock is the process's, and ends with its first reader."""
+    """Let one thread attach a file: DuckDB's lock is the process's, and its first reader ends it."""
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
         raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
@@ -7626,7 +7639,8 @@ class Target:
         self._is_quack = scheme == "quack"
         self.name: str = public_target(config.path)  # for people: without passwords
         self.journal: Journal = journal
-        self._options = config.attach
+        self.options = {name.upper(): value for name, value in config.attach.items()}
+        self.new_file = {**({} if "ENCRYPTION_KEY" in self.options else NEW_FILE), **self.options}
         self._group = config.group
         self.commits: list[int] = []  # of a lake, by their numbers, since it was tended
         self.open_engine: Callable[..., Engine] = (
@@ -7677,8 +7691,8 @@ class Target:
                     raise
                 if not self.is_file:  # causes repeat connection strings, and with them passwords
                     raise self._public_error(error, read_only=read_only) from None
-                if type(error) in (StoreError, QueryError):  # ours, or the statement's
-                    raise
+                if type(error) in (StoreError, QueryError) or self.path in str(error).partition(":")[0]:
+                    raise  # the statement's, or ours
                 remedy = _REMEDIES.get(type(error), _EVENTS_WAIT)
                 if DAMAGED_WAL in str(error):
                     wal = f"{self.path}.wal"
@@ -7694,8 +7708,7 @@ class Target:
             return
         if self._is_quack and not read_only:
             raise StoreError(
-                "quack: is for reading only: it carries no transactions (DuckDB 1.5.5), so that nobody could "
-                "promise an event to be there exactly once; write to a file, DuckLake or PostgreSQL"
+                "quack: is for reading only: it has no transactions; write to a file, DuckLake or PostgreSQL"
             )
         try:
             attach(engine, self.path, "audit", options)
@@ -7707,7 +7720,7 @@ class Target:
             engine.execute("BEGIN")
 
     def _public_error(self, error: StoreError, *, read_only: bool) -> StoreError:
-        text = hide_secrets(str(error), self.path, self._options)
+        text = hide_secrets(str(error), self.path, self.options)
         if self.name in text:  # it is ours already
             return type(error)(text)
         text = postgres_message(text)
@@ -7749,24 +7762,24 @@ class Target:
     def _attach_options(self, read_only: bool) -> dict[str, object]:
         # What adds fewer rows stays in the catalogue of a lake at first.
         ours = {"DATA_INLINING_ROW_LIMIT": 1000} if self.is_lake and not read_only else {}
-        given = {name.upper(): value for name, value in self._options.items()}
-        return {**ours, **given, **({"READ_ONLY": True} if read_only else {})}
+        return {**ours, **self.options, **({"READ_ONLY": True} if read_only else {})}
 
     def _make_file(self, engine: Engine) -> None:
         """Make an empty database; the ingest lock is held, so that no other process uses the scratch name."""
         if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
-        folder = os.path.dirname(self.path)
+        place = os.path.realpath(self.path)  # a link stays one
+        folder = os.path.dirname(place)
         os.makedirs(folder, exist_ok=True)
         problem, name = f"events wait, because {self.path} can't be made", f"{self.journal.identity()}.new"
-        with _scratch(self.path, problem, name=name) as scratch:
+        with _scratch(place, problem, name=name) as scratch:
             path = os.path.join(scratch, "new")
-            attach(engine, path, "scratch", {**self._options, **NEW_FILE})
+            attach(engine, path, "scratch", self.new_file)
             os.chmod(path, FILE_MODES[self._group])
             give_to_owner(path)
             engine.execute("DETACH scratch")
             if self.is_absent():  # also an empty file: somebody ran `touch`
-                os.replace(path, self.path)
+                os.replace(path, place)
                 sync_directory(folder)
 
     def is_absent(self) -> bool:
@@ -7999,8 +8012,8 @@ class Ledger(Target):
     def writing(self, engine: Engine) -> Iterator[None]:
         """Make missing tables, then run the block as one transaction; after it, that is on the disk.
 
-        Of two such transactions for the same journal only one can succeed. `attached` ends the session
-        after an error, and with it the transaction.
+        Of two such transactions of a journal only one can succeed. An error ends the session, and with it
+        the transaction.
         """
         self.create_tables(engine)
         engine.execute("BEGIN")
@@ -8095,7 +8108,7 @@ INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a 
 _LONGEST_READ: Final = 2**28  # a longer line is put aside: DuckDB would need twice its size
 _LEAST_READ: Final = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ: Final = re.compile(rb',"seq":[0-9]+\}$')
-_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time, however long that took
+_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
 _CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
 
 
@@ -8126,7 +8139,7 @@ class Ingest:
         try:
             with (
                 contextlib.closing(self._target.open_engine(guest=True)) as engine,
-                scratch_folder() as folder,
+                scratch_folder(self._journal.directory) as folder,
             ):
                 is_large = sum(claim.size for claim in claims) > _LEAST_READ
                 if is_large and self._target.is_file and not self._target.is_absent():
@@ -8251,8 +8264,7 @@ class Ingest:
                 entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
                 where = among("segment", known)
                 engine.execute(f"DELETE FROM batch WHERE {where}")
-                # Changes nothing, but makes the next checkpoint write: after an fsync that failed, the ledger
-                # may be what the page cache says and not what the disk says.
+                # So the next checkpoint writes: after an fsync that failed, the disk may lack what we read.
                 touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
                 if self._target.is_file:
                     engine.execute(f"{touch} AND {where}")
@@ -8280,11 +8292,12 @@ class Ingest:
         calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
         late = collections.defaultdict[str, list[tuple[int, str, bytes]]](list)
         if calls:
-            since = datetime.datetime.strptime(min(calls)[:22], "%Y%m%dT%H%M%S%fZ")
+            since = f"try_strptime({sql_literal(min(calls)[:22])}, '%Y%m%dT%H%M%S%fZ') - INTERVAL 1 MINUTE"
             sql = f"""\
-SELECT DISTINCT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
-WHERE timestamp >= '{since}'::TIMESTAMP - INTERVAL 1 MINUTE AND error = {sql_literal(UNFINISHED)}
-AND {among("call", calls)}"""
+SELECT DISTINCT call FROM (
+    SELECT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
+    WHERE timestamp >= coalesce({since}, '-infinity') AND error = {sql_literal(UNFINISHED)})
+WHERE {among("call", calls)}"""
             for (call,) in engine.execute(sql):
                 claim, seq = calls[call]
                 line = next(
@@ -8320,7 +8333,7 @@ AND {among("call", calls)}"""
 
 
 def refuse_fatal_limit() -> None:
-    """Raise StoreError where a file beyond RLIMIT_FSIZE kills, by a signal that Python ignores by default."""
+    """Raise StoreError where a file beyond RLIMIT_FSIZE kills, by a signal that Python ignores."""
     import signal
 
     fatal = getattr(signal, "SIGXFSZ", None)
@@ -8341,7 +8354,7 @@ class Reading:
 
     def __init__(self, engine: Engine, folder: str, target: Target) -> None:
         self.engine = engine
-        self._folder = folder  # for small segments, put together
+        self._folder = folder  # for small segments together
         self._target = target
         self._journal = target.journal
         self.problem: StoreError | None = None
@@ -8654,8 +8667,8 @@ def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None
 @contextlib.contextmanager
 def interruptible(engine: Engine) -> Iterator[None]:
     """Let Ctrl+C end a running query, in the main thread, where signals arrive."""
-    # Python runs a signal handler only after the call into DuckDB. So a thread learns of the signal through a
-    # socket, and interrupts until the block ends, because a query that just begins forgets an interrupt.
+    # Python runs a signal handler only after the call into DuckDB. So a thread hears of it by a socket, and
+    # interrupts until the block ends, because a query that just begins forgets an interrupt.
     import signal
     import socket
 
@@ -8685,8 +8698,8 @@ def interruptible(engine: Engine) -> Iterator[None]:
 # == Evidence ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first, so that
-# what somebody had changed stays known as changed when it is gone.
+# Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first: what
+# was changed stays known as changed when it is gone.
 
 
 # --- what is found
@@ -8729,7 +8742,7 @@ class Compared(NamedTuple):
 # --- recomputing
 
 _RANGE_EVENTS: Final = 1_000_000  # arbitrary: their hashes, 100 to 300 bytes each, are held at once
-_MAX_EXPLAINED: Final = 100  # arbitrary: after so many findings, single events are not named
+_MAX_EXPLAINED: Final = 100  # arbitrary: after so many findings no events are named
 
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
@@ -8742,7 +8755,7 @@ def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
 
 
 class Taken(NamedTuple):
-    """What a purge says that it took: entries; but one of 0.1 only those of their events that were old."""
+    """What a purge says that it took: entries; one of 0.1 only the old ones of their events."""
 
     is_old: bool = False
     before: int = 0
@@ -8800,7 +8813,7 @@ class Verdict:
         self.heads: list[Head] = []
         self.purges: list[dict[str, Any]] = []  # the entries of those that no checkpoint covers
         self.entries = self.segments = 0
-        self.events = 0  # in all segments, purged ones included
+        self.events = 0  # purged ones included
         self.purged = self.lost = 0
         self.legacy = 0  # rows that are older than the ledger
         self.waiting_bytes = 0  # in the journal, not sealed yet
@@ -9013,23 +9026,25 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
-    times, where = numeric_times(COLUMNS), "WHERE segment = $segment AND"
-    event = engine.execute(f"SELECT {times} FROM sound_logs {where} seq = $seq", asked)
-    times = numeric_times(LEDGER_COLUMNS[:-1])
-    entry = engine.execute(f"SELECT {times} FROM sound_ledger {where} kind = 'segment'", asked)
-    if not event or not entry:
-        raise StoreError(f"{event_id} is in no segment of the ledger; what waits in the journal is no proof")
-    journal, position = entry[0][0], int(str(entry[0][1]))
+
+    def first(columns: Sequence[Column], rest: str) -> dict[str, Any]:
+        rows = engine.execute(f"SELECT {numeric_times(columns)} FROM {rest} AND segment = $segment", asked)
+        if not rows:
+            raise StoreError(f"{event_id} is in no segment of the ledger; the journal proves nothing")
+        return dict(zip((column.name for column in columns), rows[0]))
+
+    event = first(COLUMNS, "sound_logs WHERE seq = $seq")
+    entry = first(LEDGER_COLUMNS[:-1], "sound_ledger WHERE kind = 'segment'")
     hashes = f"SELECT {EVENT_HASH} AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"
     before, after = "", []
     for name, place, *_, row in engine.stream(CHAIN):
-        if name == journal and place < position:
+        if name == entry["journal"] and place < entry["position"]:
             before = make_seal(before, row, None)
-        elif name == journal and place > position:
+        elif name == entry["journal"] and place > entry["position"]:
             after.append(row)
     return {
-        "event": dict(zip((column.name for column in COLUMNS), event[0])),
-        "entry": dict(zip((column.name for column in LEDGER_COLUMNS[:-1]), entry[0])),
+        "event": event,
+        "entry": entry,
         "hashes": [row for (row,) in engine.execute(hashes, asked)],
         "before": before,
         "after": after,
@@ -9139,10 +9154,7 @@ WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
-    """Delete every segment older than a moment, in one transaction, and enter that.
-
-    A segment that somebody had changed stays known as changed, and has a file of its own in an archive.
-    """
+    """Do what `Store.purge` says. What was changed stays known as changed, and lies apart in an archive."""
     with target.writing(engine):
         if is_ledger_empty(engine):
             target.enter(engine, [])  # the rows of an older table
@@ -9186,13 +9198,11 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             files.append({"name": file, "events": events, "sha256": file_digest(path)})
         if files:
             paths = sql_literal([os.path.join(scratch, str(file["name"])) for file in files])
-            rows = digests(f"read_parquet({paths})", segment=SEGMENT_OR_DAY)
+            rows = digests(f"read_parquet({paths}, hive_partitioning = false)", segment=SEGMENT_OR_DAY)
             for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
                 digest.update(part.encode())
         if digest.hexdigest() != removal.digest:
-            raise StoreError(
-                f"{scratch}: the archive doesn't read back as it was written; nothing was purged"
-            )
+            raise StoreError(f"{scratch}: the archive doesn't read back as written; nothing was purged")
         manifest = {
             "filter": {"before": iso_time(microseconds(removal.before))},
             "events": removal.events,
@@ -9218,9 +9228,9 @@ _SILENCE: Final = 25 * 3_600_000_000  # longer ones don't count as time that pas
 def retain(engine: Engine, target: Ledger, retention: float) -> str:
     """Purge what is older than the retention by the ledger's time, and return a text of what went.
 
-    A clock that jumped forward makes everything look old, so only time counts in which the ledger shows that
-    this log was alive.
+    A clock that jumped forward makes everything look old: only time counts in which the ledger grew.
     """
+    none = "retention: nothing is old enough"
     target.create_tables(engine)
     verdict = Verdict(engine, target, seal_keys())
     verdict.open()
@@ -9229,10 +9239,10 @@ def retain(engine: Engine, target: Ledger, retention: float) -> str:
         removal = purge_before(engine, target, limit)
         if removal.events:
             return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
-    # An entry a day, so that a log without events doesn't look as if it had been off.
+    # So that a log without events doesn't look as if it had been off.
     with target.writing(engine):
-        target.enter(engine, [entry_of("check", 0, "retention: nothing is old enough")])
-    return "retention: nothing is old enough"
+        target.enter(engine, [entry_of("check", 0, none)])
+    return none
 
 
 def vouched_limit(engine: Engine, now: str, left: int, doubted: Collection[tuple[str, int]]) -> str | None:
@@ -9256,8 +9266,8 @@ WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORD
 # == Copies ==
 # depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
 #
-# Copies of the whole log, elsewhere or in its place. A copy is read back before it gets its name, appears
-# whole or not at all, and overwrites nothing else.
+# Copies of the whole log. A copy is read back before it gets its name, appears whole or not at all, and
+# overwrites nothing else.
 
 
 def back_up(target: Target, path: str, *, wait: float) -> int:
@@ -9267,22 +9277,21 @@ def back_up(target: Target, path: str, *, wait: float) -> int:
         copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
         with target.session(read_only=True, wait=wait) as engine:
             tables = target.columns(engine)
-            _copy_database(engine, tables, copy)
+            _copy_database(engine, target, copy)
             _copy_journal(unknown_segments(engine, target.journal.segments(), tables), waiting)
-        events = _take_in(copy, waiting)
+        events = _take_in(copy, waiting, target)
         _put_in_place(copy, place)
         sync_directory(os.path.dirname(place))
     return events
 
 
-def _take_in(path: str, directory: str) -> int:
+def _take_in(path: str, directory: str, like: Target) -> int:
     """Ingest a copied journal into a copied database, and return how many events that has.
 
-    Copied segments, put back, would overwrite live ones that are longer by now. The copy has an identity of
-    its own, so that it leaves the other chains as they are.
+    Copied segments, put back, would overwrite live ones, which grow. The copy has a chain of its own.
     """
     journal = Journal(directory)
-    target = Ledger(Config(path), journal)
+    target = Ledger(Config(path, attach=like.options), journal)
     if journal.segments():
         with journal.ingest_lock():
             Ingest(target, Diagnostics(silent=True)).run()
@@ -9303,23 +9312,22 @@ def put_back(target: Target, path: str, *, wait: float) -> Restored:
     """Do what `Store.restore` says. The caller holds the ingest lock."""
     place = os.path.realpath(target.path)
     old = Journal(path + ".journal")  # of backups by earlier versions
-    source = Target(Config(os.path.abspath(path)), old)
+    source = Target(Config(os.path.abspath(path), attach=target.options), old)
     with _scratch(place, f"{place} can't be restored", name="restore") as scratch:
         copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
         with source.session(read_only=True, wait=wait) as engine:
-            tables = source.columns(engine)
-            if "logs" not in tables:
+            if "logs" not in source.columns(engine):
                 raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
-            _copy_database(engine, tables, copy)
+            _copy_database(engine, source, copy)
         _copy_journal(old.segments(), waiting)
-        events, before, kept = _take_in(copy, waiting), 0, None
+        events, before, kept = _take_in(copy, waiting, target), 0, None
         if target.is_absent():
             _put_in_place(copy, place)
         else:
             with target.session(read_only=False, wait=wait) as engine:
                 engine.execute("CHECKPOINT audit")
             ours = os.stat(place)
-            events, before = _merge(copy, place, target.journal)
+            events, before = _merge(copy, place, target)
             if events == before:
                 return Restored(events, 0, None)
             give_to_owner(copy)
@@ -9334,11 +9342,11 @@ def put_back(target: Target, path: str, *, wait: float) -> Restored:
     return Restored(events, events - before, kept)
 
 
-def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
+def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
     """Add to a copy what it lacks of the database at `place`; return how many events each has then."""
-    target = Ledger(Config(path), journal)
+    target = Ledger(Config(path, attach=mine.options), mine.journal)
     with target.session(read_only=False, wait=0.0) as engine:
-        attach(engine, place, "ours", {"READ_ONLY": True})
+        attach(engine, place, "ours", {**mine.options, "READ_ONLY": True})
         present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
         rows = sound_rows(present.get("logs", {}), "ours.logs")
         unknown = "segment NOT IN (SELECT coalesce(segment, '') FROM audit.ledger WHERE kind = '{}')"
@@ -9367,9 +9375,9 @@ def _merge(path: str, place: str, journal: Journal) -> tuple[int, int]:
                     "and its .wal aside to restore without them"
                 )
         count = "SELECT count(*) FROM"
-        ((mine, theirs),) = engine.execute(f"SELECT ({count} audit.logs), ({count} ({rows}))")
+        ((fresh, old),) = engine.execute(f"SELECT ({count} audit.logs), ({count} ({rows}))")
         engine.execute("DETACH ours")
-    return mine, theirs
+    return fresh, old
 
 
 def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
@@ -9377,31 +9385,31 @@ def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
     path = os.path.realpath(target.path)
     with target.session(read_only=False, wait=wait) as engine:
         engine.execute("CHECKPOINT audit")
-    # Read-only, DuckDB keeps other writers out and never touches the WAL: detaching the old file can't harm
-    # the new one, which has its name by then.
+    # Read-only, DuckDB keeps other writers out and leaves the WAL alone: detaching the old file can't harm
+    # the new one.
     with target.session(read_only=True, wait=wait) as engine:
         old = os.stat(path)
         if _size_of(path + ".wal"):
             raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
         with _scratch(path, f"{path} can't be written anew", name="compact") as scratch:
             fresh = os.path.join(scratch, "copy")
-            _copy_database(engine, target.columns(engine), fresh)
+            _copy_database(engine, target, fresh)
             take_after(fresh, old)
             os.replace(fresh, path)
             sync_directory(os.path.dirname(path))
         return old.st_size, os.stat(path).st_size
 
 
-def _copy_database(engine: Engine, tables: Iterable[str], path: str) -> None:
-    """Copy the attached database into a new file, and read that back."""
-    attach(engine, path, "fresh", NEW_FILE)
+def _copy_database(engine: Engine, target: Target, path: str) -> None:
+    """Copy the attached target into a new file, and read that back."""
+    attach(engine, path, "fresh", target.new_file)
     os.chmod(path, FILE_MODES[False])
     engine.execute("COPY FROM DATABASE audit TO fresh")
     engine.execute("CHECKPOINT fresh")
     engine.execute("DETACH fresh")
     sync_file(path)
-    attach(engine, path, "fresh", {"READ_ONLY": True})
-    for table in sorted(tables):
+    attach(engine, path, "fresh", {**target.options, "READ_ONLY": True})
+    for table in sorted(target.columns(engine)):
         ((same,),) = engine.execute(SAME_CONTENT[table])
         if not same:
             raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
@@ -9412,10 +9420,9 @@ def _copy_journal(paths: Iterable[str], directory: str) -> None:
     """Copy the whole lines of segments into a new directory."""
     os.mkdir(directory, _DIRECTORY_MODE)
     for path in paths:
-        with contextlib.suppress(FileNotFoundError), open(path, "rb") as file:
-            data = file.read()
-            if end := data.rfind(b"\n") + 1:
-                write_file(os.path.join(directory, os.path.basename(path)), data[:end])
+        with contextlib.suppress(FileNotFoundError):
+            if lines := read_lines(path):
+                write_file(os.path.join(directory, os.path.basename(path)), lines)
     sync_directory(directory)
 
 
@@ -9424,8 +9431,6 @@ def _put_in_place(path: str, target: str) -> None:
     give_to_owner(path)
     try:
         os.link(path, target)
-    except FileExistsError:
-        raise
     except OSError:  # some file systems have no links
         if os.path.lexists(target):
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
@@ -9546,7 +9551,8 @@ class Store:
             JournalError: the journal can't be read.
         """
         self.target.let_ingest_pass(wait)
-        with scratch_folder() as folder, contextlib.closing(self.target.open_engine()) as engine:
+        place, engine = self.journal.directory, self.target.open_engine()
+        with scratch_folder(place) as folder, contextlib.closing(engine):
             reading = Reading(engine, folder, self.target)
             with reading.open(wait):
                 reading.open_running(self.journal.running())
@@ -9729,10 +9735,10 @@ class Store:
 # == Follow ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
 #
-# New events as they come, known by position: of entries in the ledger, and of lines in the segments that the
-# ledger lacks. Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
+# New events as they come, known by position: of entries in the ledger, and of lines in segments it lacks.
+# Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
 
-_LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory, and how long the database is held
+_LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory and time
 _LOOK_ENTRIES: Final = 1000  # of the ledger, likewise
 _SETTLED: Final = 2**62  # the last line of a segment that the table has
 _NEW_ENTRIES: Final = f"""\
@@ -9813,11 +9819,15 @@ class Follower:
         lines = self._journal.running()
         if not lines:
             return []
-        engine = self._engine = self._engine or self._target.open_engine()
-        with scratch_folder() as folder:
+        engine = self._session()
+        with scratch_folder(self._journal.directory) as folder:
             reading = Reading(engine, folder, self._target)
             reading.open_running(lines)
             return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
+
+    def _session(self) -> Engine:
+        self._engine = self._engine or self._target.open_engine()
+        return self._engine
 
     def close(self) -> None:
         """End the session with DuckDB, if there is one."""
@@ -9827,7 +9837,7 @@ class Follower:
 
     def _new_table_rows(self) -> list[Row]:
         """Return what the ledger entered, but for the events that were seen in the journal."""
-        engine = self._engine = self._engine or self._target.open_engine()
+        engine = self._session()
         known = listed("known VARCHAR, last BIGINT", self._positions.items())
         asked = _NEW_ENTRIES.format(positions=known, since=sql_literal(self._since))
         with self._target.attached(engine, read_only=True):
@@ -9879,11 +9889,11 @@ class Follower:
         grown = [each for each, size in sizes.items() if size > self._sizes.get(each, 0)]
         if not grown:
             return []
-        engine = self._engine = self._engine or self._target.open_engine()
+        engine = self._session()
         found = [paths[each] for each in grown]
         tails = listed(_TAILS, [(each, self._tails.get(each, 0)) for each in grown])
         try:
-            with scratch_folder() as folder:
+            with scratch_folder(self._journal.directory) as folder:
                 rows = journal_rows(combine(found, folder), max(sizes[each] for each in grown))
                 engine.execute(_FRESH.format(rows=rows, tails=tails))
         except QueryError:
@@ -12125,9 +12135,7 @@ def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
         raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
     with contextlib.ExitStack() as stack:
         if to_stdout:
-            import tempfile
-
-            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mxcp_audit-"))
+            folder = stack.enter_context(scratch_folder(store.journal.directory))
             path = os.path.join(folder, f"export.{form}")
         else:
             store.refuse_own_files(path)

@@ -229,19 +229,6 @@ def test_claim_that_runs_out_of_memory_holds_nothing(
 FIRST, SECOND = "20260131T120000000000Z-00000000", "20260131T120000000000Z-00000001"
 
 
-def test_open_segment_whose_name_is_taken_gets_another(
-    journal: Journal, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    names = iter([FIRST, FIRST, SECOND])
-    monkeypatch.setattr(mxcp_audit, "new_segment_id", lambda now: next(names))
-    segments = [journal.open_segment(), journal.open_segment()]
-    assert [segment.id for segment in segments] == [FIRST, SECOND]
-    with pytest.raises(FileExistsError):
-        journal.open_segment(named=FIRST)
-    for segment in segments:
-        segment.seal()
-
-
 def test_open_segment_that_a_claimer_deleted_at_once_is_another(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, child_environment, held_database, table_rows, wait_until
+from conftest import ROOT, SAFETY_SECONDS, child_environment, held_database, table_rows, wait_until
 from evidence import DAY_NS, START_NS, ingest, store_of, write_segment
 
 import mxcp_audit as m
@@ -114,6 +114,35 @@ def test_restore_that_would_lose_a_row_changes_nothing(log: Path, tmp_path: Path
     assert events(log) == before and not list(tmp_path.glob("*.restore*"))
 
 
+def test_a_path_of_pairs_is_no_partition_whose_values_are_taken_for_columns(
+    engine: str, tmp_path: Path, cli: Cli
+) -> None:
+    path = tmp_path / "name=other" / "filename=x" / "logs.duckdb"
+    with m.AuditLogger(path) as audit:
+        audit.log_event("cli", "tool", "mine", {})
+    store_of(path).ingest()
+    segment = write_segment(path, START_NS, 2)
+    with store_of(path).reading() as reading:  # what waits in the journal, too
+        names = [dict(zip(m.PUBLIC_COLUMNS, row))["name"] for row in reading.rows(m.Filter())]
+    assert names[0] == "mine" and "other" not in names and len(names) == 3, (names, segment)
+    store_of(path).ingest()
+    assert store_of(path).purge("2100-01-01 00:00:00", archive=str(path.parent / "archive")).events == 3
+
+
+def test_without_a_temporary_directory_the_journal_s_is_used(
+    engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)  # as in a container with a read-only root
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: [str(tmp_path / "none")])
+    path = tmp_path / "logs.duckdb"
+    for number in range(10):
+        write_segment(path, START_NS + number * DAY_NS, 1)
+    with store_of(path).reading() as reading:  # small segments are put together
+        assert len(list(reading.rows(m.Filter()))) == 10
+    assert store_of(path).ingest() and store_of(path).verify().intact and len(events(path)) == 10
+    assert not list(tmp_path.glob("*.journal/mxcp_audit-*"))
+
+
 # --- words and names
 
 
@@ -144,14 +173,23 @@ def test_show_takes_the_part_of_an_id_that_tells(log: Path, cli: Cli) -> None:
     assert cli("show", "0:9", "--db", str(log)).returncode == 1
 
 
+def test_log_of_a_database_without_our_table_says_so(log: Path, cli: Cli) -> None:
+    with store_of(log).target.session(read_only=False, wait=SAFETY_SECONDS) as engine:
+        engine.execute("DROP TABLE audit.logs")
+    done = cli("log", "--db", str(log))
+    assert done.returncode == 1 and done.stderr.startswith("mxcp-audit: Audit database not found")
+    assert "vanished" not in done.stderr
+
+
 def test_log_beside_a_database_without_a_site_file_names_it(log: Path, cli: Cli) -> None:
     done = cli("log")
     assert done.returncode == 2 and "say --db log.duckdb" in done.stderr
 
 
 def test_paths_and_keys_that_cannot_be_are_refused_with_the_reason(tmp_path: Path, cli: Cli) -> None:
-    with pytest.raises(m.ConfigError, match="takes what follows a"):
-        m.AuditLogger(tmp_path / "a?b.duckdb")
+    for name in ("a?b.duckdb", *(["a\\b.duckdb"] if os.name == "posix" else [])):
+        with pytest.raises(m.ConfigError, match="can't write where a path holds"):
+            m.AuditLogger(tmp_path / name)
     code = (
         "import sys, mxcp_audit as m\n"
         "with m.AuditLogger(sys.argv[1], redact_mode='hmac') as a: a.log_event('cli', 'tool', 't', {})"
@@ -310,6 +348,17 @@ def test_journal_by_another_name_of_its_folder_stays_the_same(log: Path, tmp_pat
     assert len(store_of(log).heads()) == 1 and len(events(log)) == 11
 
 
+@pytest.mark.skipif(os.name != "posix", reason="links need rights on Windows")
+def test_link_to_where_no_database_is_yet_stays_one(engine: str, tmp_path: Path) -> None:
+    link, there = tmp_path / "log.duckdb", tmp_path / "volume" / "real.duckdb"
+    link.symlink_to(there)
+    for number in range(2):
+        write_segment(link, START_NS + number * DAY_NS, 2)
+        ingest(link)
+    assert link.is_symlink() and not there.is_symlink() and len(events(there)) == 4
+    assert store_of(link).verify().intact and os.listdir(there.parent) == [there.name]
+
+
 def test_copied_journal_goes_on_under_a_name_of_its_own(log: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     copy.mkdir()
@@ -322,15 +371,18 @@ def test_copied_journal_goes_on_under_a_name_of_its_own(log: Path, tmp_path: Pat
     assert len(store_of(copy / "log.duckdb").heads()) == 2 and len(store_of(log).heads()) == 1
 
 
-def test_record_of_a_loss_that_was_cut_short_is_entered(log: Path) -> None:
+@pytest.mark.parametrize(
+    "change", [lambda b: b[:20], lambda b: b.replace(b"5", b'"5"'), lambda b: b.replace(b"no", b"\\u0000")]
+)
+def test_record_of_a_loss_that_was_damaged_is_entered(log: Path, change: Any) -> None:
     journal = store_of(log).journal
     path = Path(journal.record_loss(m.Loss(5, "2026-01-01", "2026-01-02", "no space")))
-    path.write_bytes(path.read_bytes()[:20])
+    path.write_bytes(change(path.read_bytes()))
     ingest(log)
     assert path.exists()  # it may be in the midst of being written
     os.utime(path, (time.time() - 120, time.time() - 120))
     ingest(log)
-    assert not path.exists() and "cut short" in str(store_of(log).verify().notes) + str(
+    assert not path.exists() and "damaged" in str(store_of(log).verify().notes) + str(
         table_rows(log, "SELECT detail FROM ledger WHERE kind = 'loss'")
     )
 

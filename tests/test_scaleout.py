@@ -637,7 +637,10 @@ def test_tables_of_other_schemas_do_not_confuse(make_host: Make, server: Postgre
     host.start(LOG, "a", 20, 0).communicate(timeout=120)
     assert server.sql("SELECT count(*) FROM public.logs", name) == "20"
     assert server.sql("SELECT count(*) FROM other.logs", name) == "0"
+    server.sql("ALTER TABLE public.logs ADD COLUMN tenant text DEFAULT 'x'", name)  # somebody's own
     assert host.cli("verify").returncode == 0
+    server.sql("ALTER TABLE public.logs ALTER COLUMN caller SET DEFAULT 'x'", name)
+    assert "has a default" in host.cli("verify").stdout
 
 
 def test_schema_of_ones_own_is_used(make_host: Make, server: Postgres) -> None:
@@ -896,6 +899,23 @@ print("{{}}")
     plain.start(LOG, "a", 20, 0).communicate(timeout=120)
     assert plain.run(COUNTS)[0] == [20, 20, 20]
     assert server.sql("SELECT count(*) FROM logs", name) == "20"
+
+
+def test_a_file_can_be_encrypted_and_so_are_its_copies(python: str, tmp_path: Path, engine: str) -> None:
+    path = tmp_path / "log.duckdb"
+    host = Host(python, tmp_path, str(path), {"encryption_key": "sesame"}, "")
+    host.start(LOG, "needle", 20, 0).communicate(timeout=120)
+    assert host.cli("backup", "copy.duckdb").returncode == 0
+    host.start(LOG, "needle", 20, 0).communicate(timeout=120)
+    for command in (["compact"], ["restore", "copy.duckdb"], ["verify"], ["doctor"]):
+        done = host.cli(*command)
+        assert done.returncode == 0, (command, done)
+    path.unlink()
+    done = host.cli("restore", "copy.duckdb")
+    assert done.returncode == 0 and "holds 20" in done.stdout, done
+    assert not [
+        file for file in tmp_path.glob("*.duckdb*") if file.is_file() and b"needle" in file.read_bytes()
+    ]
 
 
 def test_engines_print_nothing_of_their_own(python: str, tmp_path: Path, engine: str) -> None:

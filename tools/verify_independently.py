@@ -234,13 +234,14 @@ def purges_of(
     return purges
 
 
-FORMS = """\
+OURS = tuple(column.partition(":")[0] for column in LOGS + MORE + LEDGER)  # others may be there
+FORMS = f"""\
 SELECT view_name, 'view' FROM duckdb_views() WHERE database_name = $name AND view_name IN ('logs', 'ledger')
 UNION ALL SELECT table_name, 'form' FROM duckdb_tables()
 WHERE database_name = $name AND table_name IN ('logs', 'ledger')
 AND regexp_matches(sql, 'COLLATE|GENERATED ALWAYS')
 UNION ALL SELECT table_name, 'default' FROM duckdb_columns()
-WHERE database_name = $name AND table_name IN ('logs', 'ledger')
+WHERE database_name = $name AND table_name IN ('logs', 'ledger') AND lower(column_name) IN {OURS}
 AND column_default IS NOT NULL AND column_default <> 'NULL'"""
 
 

@@ -684,6 +684,8 @@ class Target:
     is_lake: bool
     name: str
     journal: Journal
+    options: Incomplete
+    new_file: Incomplete
     commits: list[int]
     open_engine: Callable[..., Engine]
     def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = ...) -> None: ...
