@@ -153,6 +153,10 @@ def add_functions(server: Any) -> None:
         return helper(user_id)
 
     @server.tool()
+    async def threaded(user_id: int) -> str:
+        return await asyncio.to_thread(helper, user_id)
+
+    @server.tool()
     @audit.tool()
     async def asynchronous(a: int) -> str:
         await asyncio.sleep(0.03)
@@ -207,6 +211,7 @@ async def common_calls(client: Any, way: str, sdk: bool, origin: dict[str, Any])
         ("denial", "refuse", {}, denied("refuse", "not an admin")),
         ("other name, helper", "fetch-user", {"user_id": 7}, row("fetch-user"), row("helper")),
         ("undecorated, helper", "undecorated", {"user_id": 7}, row("undecorated"), row("helper")),
+        ("helper in a thread", "threaded", {"user_id": 7}, row("threaded"), row("helper")),
         ("asynchronous", "asynchronous", {"a": 3}, row("asynchronous", duration_ms=lambda ms: ms >= 25)),
         ("policy", "decide", {}, row("decide", policy_decision="warn", reason="late")),
         (
@@ -386,6 +391,7 @@ async def fastmcp_cases() -> None:
     async with Client(server, **as_client) as client:
         await client.call_tool("add", {"a": 1, "b": 1})
         await compare("memory: instrumented twice", [row("add", **who)])
+    await tried_again(as_client)
     await proxied(major, as_client)
     await traced(as_client)
     if major > 2:
@@ -453,6 +459,37 @@ class Quiet:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
+
+
+async def tried_again(as_client: dict[str, Any]) -> None:
+    """A middleware that retries, ours and a decorator inside of it; the server masks errors."""
+    from fastmcp import Client, FastMCP
+    from fastmcp.server.middleware.error_handling import RetryMiddleware
+
+    server: Any = FastMCP("shop", mask_error_details=True)
+    server.add_middleware(audit.middleware())
+    server.add_middleware(RetryMiddleware(max_retries=2, base_delay=0.001, retry_exceptions=(Exception,)))
+    server.add_middleware(audit.middleware())
+    attempts = 0
+
+    @server.tool()
+    @audit.tool()
+    def flaky(a: int) -> str:
+        nonlocal attempts
+        attempts += 1
+        if attempts < a:
+            raise ConnectionError(f"refused {attempts}")
+        return "at last"
+
+    @server.tool()
+    def masked() -> str:
+        raise ValueError("out of order")
+
+    async with Client(server, **as_client) as client:
+        await client.call_tool("flaky", {"a": 3})
+        await compare("tried again: success", [row("flaky")])
+        await client.call_tool("masked", {}, raise_on_error=False)
+        await compare("tried again: failure", [failed("masked", "ValueError: out of order")])
 
 
 async def proxied(major: int, as_client: dict[str, Any]) -> None:
