@@ -4986,7 +4986,7 @@ def running_call() -> Call | None:
 
 
 def _call_within(logger: Any, event_type: str, arguments: object = None, name: str = "") -> Call | None:
-    """Return the middleware's call that the code which asks belongs to; None if it begins an execution."""
+    """Return the middleware's call that the code which asks belongs to, if any."""
     # So it is if both run in one task with no tool's own code between, or for the tool that a meta tool names
     outer = _running.get()
     if (
@@ -5078,7 +5078,7 @@ def type_of_error(error: BaseException) -> str:
 
 def _wrapped_by(error: BaseException) -> list[BaseException]:
     """Return what a group holds, or what an error of a framework stands for."""
-    members = _get(error, "exceptions")  # an exception may call what it likes so
+    members = _get(error, "exceptions")
     if not isinstance(members, (tuple, list)):
         members = [error.__cause__] if _package_of(type(error)) in ("fastmcp", "mcp") else []
     return [each for each in members if isinstance(each, BaseException)]
@@ -5126,7 +5126,11 @@ class Unfinished:
         result = _get(result, "root") or result  # the SDK 1 wraps it
         kind = _either(result, "result_type", "resultType")
         asked = _get(result, "input_required") or (result if kind == "input_required" else None)
-        task = _either(result if kind == "task" else _get(result, "task"), "task_id", "taskId")
+        meta = _either(result, "_meta", "meta")  # FastMCP 2.14 says it there
+        task = (
+            result if kind == "task" else _get(result, "task") or _get(meta, "modelcontextprotocol.io/task")
+        )
+        task = _either(task, "task_id", "taskId")
         if asked is not None:
             leg = _leg_of(call, _either(asked, "request_state", "requestState"))
             self.put(leg, call, "not resumed: input required", _RESUME_SECONDS)
@@ -5385,7 +5389,7 @@ _ORIGIN: Final = _words_in("caller user_id session_id trace_id client agent addr
 
 
 def _surroundings() -> dict[str, Any]:
-    """Return the origin of the call, or of the framework's request, around the code that asks."""
+    """Return the origin of the call, or of the request, around the code that asks."""
     if (call := running_call()) is not None:
         return {name: getattr(call.outer or call, name) for name in _ORIGIN}
     context = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
@@ -5482,7 +5486,7 @@ _plain: Final[dict[type, bool]] = {}
 
 
 def _is_plain(result: object) -> bool:
-    """Return True for a result that can only be that of a call that is over."""
+    """Return True for a result that can only end its call."""
     kind = type(result)
     if kind is dict:
         return _TELLING.isdisjoint(cast("dict[str, Any]", result))
@@ -5505,7 +5509,7 @@ class Middleware:
         self._caller = caller
         self._denied_by = _kinds(denied_by)
         self.server: str | None = None
-        self._inside = 0  # calls
+        self._inside = 0
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
         """Pass a message on; record it if it is an execution."""
@@ -5523,7 +5527,13 @@ class Middleware:
         )
         if call is not None:  # it is recorded further out
             call.denied_by = (*_kinds(call.denied_by), *self._denied_by)
-            return await call_next(context)
+            try:
+                return await call_next(context)
+            except BaseException as error:  # the SDK 1 makes a result of it
+                inner = Call(logger, event_type, call.name, denied_by=call.denied_by, outer=call)
+                await self._ask_for_refusal(inner, context, error)
+                inner._end(error)
+                raise
         call = self._call_of(event_type, context, message)
         failure: BaseException | None = None
         self._inside += 1
@@ -5535,9 +5545,7 @@ class Middleware:
                     return result
                 except BaseException as error:
                     failure = error
-                    call.denied_by = (*_kinds(call.denied_by), *_refusals())
-                    if type(error).__name__ == "NotFoundError":
-                        await self._ask_for_refusal(call, context)
+                    await self._ask_for_refusal(call, context, error)
                     raise
         except AuditUnavailableError as error:
             kind = _loaded("mcp.shared.exceptions", "MCPError")
@@ -5582,11 +5590,12 @@ class Middleware:
         except Exception as fault:
             self._logger.report_fault("a result could not be summarized", fault)
 
-    async def _ask_for_refusal(self, call: Call, context: object) -> None:
-        """Record a denial where FastMCP hides what the `auth=` of a component refuses as unknown."""
+    async def _ask_for_refusal(self, call: Call, context: object, error: BaseException) -> None:
+        """Record a denial, also where FastMCP hides what `auth=` refuses as unknown."""
+        call.denied_by = (*_kinds(call.denied_by), *_refusals())
         server = _get(_get(context, "fastmcp_context"), "fastmcp")
         transport = _loaded("fastmcp.server.context", "_current_transport")
-        if server is None or not isinstance(transport, contextvars.ContextVar):
+        if server is None or type(error).__name__ != "NotFoundError" or transport is None:
             return
         kind = call.event_type
         before = transport.set("stdio")  # over which FastMCP asks no `auth=`
@@ -5600,8 +5609,6 @@ class Middleware:
         finally:
             transport.reset(before)
 
-    # --- what goes on after it was answered
-
     def _see(self, method: str, context: object, result: object) -> None:
         """Take note of the server's name, its background tasks, and what became of them."""
         self._watch_tasks(_get(_get(context, "fastmcp_context"), "fastmcp"))
@@ -5612,7 +5619,7 @@ class Middleware:
             self._logger.unfinished.end_task(task, state, is_result=method == "tasks/result")
 
     def _watch_tasks(self, server: object) -> None:
-        """Hang into the functions that a FastMCP server runs in the background, by docket."""
+        """Hang into what a FastMCP server runs in the background, by docket."""
         docket: Any = getattr(server, "_docket", None)
         functions = _get(docket, "tasks")
         path, watching = self._logger.config.path, getattr(docket, "__mxcp_audit__", ())
@@ -5670,7 +5677,7 @@ class Middleware:
 
 
 def _refusals() -> tuple[type[BaseException], ...]:
-    """Return FastMCP's own error for what a caller may not do, if it is loaded."""
+    """Return FastMCP's error for what a caller may not do, if loaded."""
     return _kinds(_loaded("fastmcp.exceptions", "AuthorizationError") or ())
 
 
@@ -5689,7 +5696,7 @@ def name_of(message: object) -> str:
 
 
 def _is_notification(context: object) -> bool:
-    """Return True for a message that wants no answer: no server executes it."""
+    """Return True for a message that wants no answer."""
     return getattr(context, "type", None) == "notification" or getattr(context, "request_id", "") is None
 
 
@@ -5759,7 +5766,7 @@ def auditing(
             return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
 
         wrapper: Any = functools.wraps(function)(_wrapper(function, _start))
-        if not hasattr(function, "__name__"):  # a partial or an object; our own name and types would show
+        if not hasattr(function, "__name__"):  # a partial or an object
             import inspect
 
             wrapper.__name__ = wrapper.__qualname__ = own
@@ -5775,7 +5782,7 @@ def auditing(
 def _is_registered(function: object, depth: int = 2) -> bool:
     """Return True for a function that a server holds already, wrapped or not."""
     if not {"mcp", "fastmcp"}.intersection(sys.modules) or sys.getrefcount(function) <= _UNHELD:
-        return False  # nobody holds what is new; to ask the collector takes 10 ms and more
+        return False  # nobody holds what is new; the collector takes 10 ms
     import gc
 
     for owner in gc.get_referrers(function):
@@ -6269,7 +6276,7 @@ class AuditLogger:
         return lambda: self._writer.written >= ticket, self.config.strict_timeout if call.strict else None
 
     def wait(self, call: Call, ticket: int | None = None) -> bool:
-        """Return True when a call's begin or its line is on record; False if a strict one takes long."""
+        """Return True when a call's begin or its line is on record; False if that takes long."""
         done, timeout = self._promised(call, ticket)
         return done() or self._writer.wait_for(done, timeout)
 
@@ -6352,9 +6359,9 @@ class AuditLogger:
     def instrument(
         self, server: object, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> None:
-        """Record what a server executes: FastMCP, or the `mcp` SDK 2 or 1, which has no middleware.
+        """Record what a server executes: FastMCP, or the `mcp` SDK 2 or 1.
 
-        There, the handlers that are registered now and later are wrapped.
+        Of the SDK 1, below FastMCP 2 and 3 as well, the handlers are wrapped, now and later.
 
         Raises:
             AuditError: the object is no server that we know.
@@ -6363,13 +6370,12 @@ class AuditLogger:
         middleware.server = _text(_get(server, "name"))
         chain = getattr(server, "middleware", None)
         inner: Any = getattr(server, "_mcp_server", server)
-        if callable(add := getattr(server, "add_middleware", None)):
+        add = getattr(server, "add_middleware", chain.append if isinstance(chain, list) else None)
+        if add is not None:
             add(middleware)
-        elif isinstance(chain, list):
-            chain.append(middleware)
-        elif isinstance(getattr(inner, "request_handlers", None), dict):
+        if isinstance(getattr(inner, "request_handlers", None), dict):
             inner.request_handlers = _AuditedHandlers(middleware, inner.request_handlers)
-        else:
+        elif add is None:
             raise AuditError(
                 f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
                 "with @audit.tool(), or run the server under `mxcp-audit wrap`"
@@ -6380,8 +6386,8 @@ class AuditLogger:
     ) -> Callable[[Function], Function]:
         """Record each execution of a function as a tool: `@audit.tool()`.
 
-        The function may be a coroutine, a generator, an async generator or a method. Its signature, name
-        and docstring stay, and what it raises is raised. Its arguments are recorded by name.
+        The function may be of any kind. Its signature, name and docstring stay, and what it raises is raised.
+        Its arguments are recorded by name.
 
         Args:
             name: recorded as name; by default the function's own.
@@ -6479,7 +6485,7 @@ class AuditLogger:
         parent = _loaded("multiprocessing.process", "parent_process")
         finalize = _loaded("multiprocessing.util", "Finalize")
         if finalize and parent and parent() is not None:
-            # Children of multiprocessing leave through os._exit: atexit never runs there.
+            # They leave through os._exit: atexit never runs there.
             finalize(None, self.shutdown, exitpriority=-100)
         return True
 
@@ -6508,7 +6514,7 @@ class _Live:
     """The loggers of this process. Hooks are methods: a reload leaves the older loggers theirs."""
 
     def __init__(self) -> None:
-        # All of them, for the fork hooks: another thread may be inside of one that never started.
+        # All, for the fork hooks: a thread may be inside of one that never started.
         self.known: weakref.WeakValueDictionary[int, AuditLogger] = weakref.WeakValueDictionary()
         self.loggers: set[AuditLogger] = set()  # with threads; held until shut down, for the exit hook
         self.exiting = False
@@ -10887,8 +10893,8 @@ class Importer:
 # == Wrap ==
 # depends on: Errors, Writer, Calls, Logger
 #
-# A stdio server as a child of ours, between it and its client. The bytes pass unchanged whatever the
-# recording does, unless `strict` says otherwise; signals and ends pass too.
+# A stdio server as our child, between it and its client. Bytes pass unchanged whatever the recording does,
+# unless `strict` says otherwise; signals and ends pass too.
 
 
 # --- the stdio wrapper's bookkeeping
@@ -10968,7 +10974,7 @@ class StdioAudit:
                         self._finish(key)
 
     def close(self, reason: str) -> None:
-        """Record every call that was never answered, with `reason` as its error."""
+        """Record every unanswered call, with `reason` as its error."""
         for key in list(self._pending):
             self._finish(key, reason)
         self._unfinished.close()
@@ -11079,7 +11085,7 @@ class _Lines:
         """Yield the lines that `data`, or the end, completes; None for one that is too long to be kept."""
         if data is None and self._size:  # some take a last line that has no end
             yield from self._ended(is_line=True)
-        for end in (data or b"").splitlines(keepends=True):  # of bytes, that is: after CR, LF and CRLF
+        for end in (data or b"").splitlines(keepends=True):  # after CR, LF and CRLF
             self._size += len(end)
             if self._size <= MAX_MESSAGE_BYTES:
                 self._line += end
@@ -11122,7 +11128,7 @@ class WrappedServer:
 
     _PIECE_BYTES: Final = 2**16
     GRACE_SECONDS: Final = 2.0  # as MCP's own SDK ends a stdio server
-    _ANSWER_SECONDS: Final = 1.0  # for answers after SIGTERM: two seconds later MCP's SDKs kill us
+    _ANSWER_SECONDS: Final = 1.0  # after SIGTERM: MCP's SDKs kill us two seconds later
     _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
     _process: subprocess.Popen[bytes]
 
@@ -11163,7 +11169,7 @@ class WrappedServer:
 
         _started(self._pass_requests)
         answers, waiter = _started(self._pass_answers), _started(self._process.wait)
-        while waiter.is_alive():  # a signal just before it falls asleep is seen at the next turn
+        while waiter.is_alive():  # a signal before it sleeps is seen at the next turn
             waiter.join(0.2)
             if time.monotonic() >= self._end_at:
                 self._stdio.close("the client ended the server before it was answered")
@@ -11172,7 +11178,7 @@ class WrappedServer:
             before = self._pieces
             answers.join(self.GRACE_SECONDS)
             if self._is_reading and self._pieces == before:
-                break  # all has passed; a grandchild holds the pipe open, perhaps for ever
+                break  # all has passed; a grandchild holds the pipe open
         self._end_group(_SIGTERM, _SIGKILL)
         who = "client" if self._client_gone else "server"
         self._stdio.close(f"the {who} went away before it was answered")
@@ -11348,7 +11354,7 @@ def _give_up(fd: int) -> None:
 
 
 def _reader_is_gone(fd: int) -> bool:
-    """Wait until nobody can read what is written to `fd` and return True; False if that can't be told."""
+    """Return True once nobody can read what is written to `fd`; False if that can't be told."""
     import select
 
     if not hasattr(select, "poll"):
@@ -11359,7 +11365,7 @@ def _reader_is_gone(fd: int) -> bool:
 
 
 def end_like(code: int) -> int:
-    """Return a child's exit code, or die of the signal that it died of, as our parent would see it."""
+    """Return a child's exit code, or die of the signal that it died of."""
     if code < 0:
         import signal
 
