@@ -4795,11 +4795,10 @@ def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
 # === Calls ===
 # depends on: Errors, Events, Redaction, Encoding
 #
-# An execution while it runs: one row, written when it ends, by the outermost of what records it here (a
-# middleware, one further in, a decorator); those within tell what they know. Whatever records (`with`, a
-# middleware, a decorated function of any kind, `wrap`), it begins in `Call._begin`, before the body, and ends
-# in `Call._end`. What the body raises leaves as the same object, whatever happens while recording.
-# Frameworks are never imported: what they hand over is read by attribute or key (docs/design.md says where).
+# An execution while it runs: one row, written at its end by the outermost of what records it (middlewares,
+# decorators); those within tell what they know. Each begins in `Call._begin`, before the body, and ends in
+# `Call._end`. What the body raises leaves as the same object, whatever happens while recording.
+# Frameworks are never imported: what they hand over is read by attribute or key.
 
 MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
@@ -4807,10 +4806,10 @@ DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
-_MAX_CLIENT_CHARS: Final = 128  # arbitrary: of a client's name and version, which it makes up itself
-_MAX_UNFINISHED: Final = 10_000  # arbitrary: a client that never resumes must not fill the memory
-_RESUME_SECONDS: Final = 600.0  # how long the SDK takes back the state of a call that waits for input
-_CONNECTION: Final = os.urandom(8).hex()  # stands for the one connection that a stdio server has
+_MAX_CLIENT_CHARS: Final = 128  # arbitrary: a client makes up its name and version
+_MAX_UNFINISHED: Final = 10_000  # arbitrary: some are never resumed
+_RESUME_SECONDS: Final = 600.0  # for which the SDK takes back the state of a call
+_CONNECTION: Final = os.urandom(8).hex()  # the one connection of a stdio server
 _TRACEPARENT: Final = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?"
 )
@@ -4820,12 +4819,12 @@ _REQUEST_HEADERS: Final = {
         "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
     )
 }
-_META: Final = "io.modelcontextprotocol/"  # before the names of what newer clients send with each request
-# What runs between a middleware and the tool: none of it is a tool's own code.
+_META: Final = "io.modelcontextprotocol/"  # before the protocol's own names in `_meta`
+# What runs between a middleware and the tool.
 _FRAMEWORKS: Final = _words_in(
-    "anyio asyncio concurrent contextlib docket fastmcp functools mcp pydantic threading uncalled_for"
+    "anyio asyncio contextlib docket fastmcp functools mcp pydantic threading uncalled_for"
 )
-# Whose objects are handed to a tool without having been sent: contexts, servers, requests, dependencies.
+# Whose objects a tool gets without their having been sent: contexts, servers, dependencies.
 _INJECTING: Final = _words_in("docket fast_depends fastapi fastmcp mcp starlette uncalled_for")
 _META_TOOLS: Final = ("fastmcp.server.transforms", "fastmcp.experimental", "fastmcp.contrib")  # but for these
 
@@ -4834,10 +4833,6 @@ class Call:
     """One execution: times it, records how it ended, and re-raises what it raised.
 
     Use it as `with` or `async with`. What goes wrong while recording never reaches the body.
-
-        with audit.record("tool", "get_user", {"id": 7}, caller="http") as call:
-            call.policy("warn", "outside of office hours")
-
     Attributes may be changed until the end: `caller`, `user_id`, `session_id`, `trace_id`, `client`, `agent`,
     `address`, `server`, `request_id`, `error_type`, `result_bytes`, and `context`, a dict of anything else.
     """
@@ -4857,17 +4852,16 @@ class Call:
     status = "success"
     error: object = None
     duration_ms = 0
-    # Of a call by a middleware: may what runs within it be the same execution? Its arguments, and its task.
-    is_open = False
+    # Of a call by a middleware, within which more may be the same execution: its arguments, and its task.
     arguments: object = None
     task: object = None
-    # Of a call within another that is the same execution: the other one, which writes the row.
+    # Of a call within another, as one execution: the other one, which writes the row.
     outer: Call | None = None
     failure: Call | None = None  # of the outer one: the one within that failed
     ended = False
     waits = False  # it was answered, and goes on
     number = 0  # while it runs
-    strict = False  # whether it is executed only if that can be put on record
+    strict = False  # executed only on record
     _before: contextvars.Token[Call | None]
 
     def __init__(
@@ -4893,7 +4887,7 @@ class Call:
         self.take_input(input_params, endpoint_def)
 
     def take_input(self, input_params: object, endpoint_def: object = None) -> None:
-        """Encode the input; what a tool passes on to another one is redacted by that one's rules."""
+        """Encode the input, redacted by the rules of the tool that the call has become."""
         self.input_json, self.echoes = self._logger.take_input(input_params, self.name, endpoint_def)
 
     def event(self) -> tuple[Any, ...]:
@@ -4903,12 +4897,12 @@ class Call:
             context = {**self.details, **self.context}
         elif self.details:
             context = _json_of(tuple(self.details.items()))
-        parties = (self.client, self.agent, self.address, self.server)
         return (
             *(self.caller, self.event_type, self.name, self.input_json, self.duration_ms),
             *(self.policy_decision, self.reason, self.status, self.error),
             *(self.user_id, self.session_id, self.trace_id, self.echoes),
-            (*parties, self.request_id, self.error_type, self.result_bytes, context),
+            (self.client, self.agent, self.address, self.server)
+            + (self.request_id, self.error_type, self.result_bytes, context),
         )
 
     def policy(self, decision: str, reason: object = None) -> None:
@@ -4928,7 +4922,7 @@ class Call:
             raise self._logger.refuse(self)
 
     async def begin_async(self) -> None:
-        """Do the same without blocking the event loop."""
+        """Do so without blocking the event loop."""
         if self._begin() and not await self._logger.wait_async(self):
             raise self._logger.refuse(self)
 
@@ -4953,7 +4947,7 @@ class Call:
         try:
             is_recorded = await self._logger.wait_async(self, ticket)
         except BaseException:
-            # Where a scope is cancelled, each `await` in it is cancelled again. The first one leaves.
+            # In a scope that is cancelled, each `await` is cancelled again. The first one leaves.
             if error is None or isinstance(error, Exception):
                 raise
             return
@@ -4992,7 +4986,7 @@ class Call:
                     self.policy("deny", describe_exception(denial, with_type=False))
 
     def _hand_over(self) -> int:
-        """Have the line of the call queued, unless it is part of an outer one."""
+        """Have the call's line queued, unless it is part of an outer one."""
         within, outer = self.failure, self.outer
         if within is not None and self.status == "error":
             self.fail(within.error, within.error_type)
@@ -5000,21 +4994,23 @@ class Call:
             return cast(int, self._logger.finish(self))
         if self.policy_decision != "n/a":
             outer.policy(self.policy_decision, self.reason)
-        if self.status == "error":
-            outer.failure = self
+        outer.failure = self if self.status == "error" else None  # it may be tried again
         return 0
 
     def _leave(self) -> None:
         """Be no longer the call that runs; twice is harmless."""
         try:  # noqa: SIM105 - faster
             _running.reset(self._before)
-        except (ValueError, RuntimeError):  # in another context, as fixtures do, or again
+        except (ValueError, RuntimeError):  # in another context, or again
             pass
+
+    def _enter(self) -> Call:
+        self.waits, self._before = False, _running.set(self)
+        return self
 
     def __enter__(self) -> Call:
         self.begin()
-        self.waits, self._before = False, _running.set(self)
-        return self
+        return self._enter()
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
@@ -5023,8 +5019,7 @@ class Call:
 
     async def __aenter__(self) -> Call:
         await self.begin_async()
-        self.waits, self._before = False, _running.set(self)
-        return self
+        return self._enter()
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
@@ -5041,20 +5036,17 @@ _running: Final[contextvars.ContextVar[Call | None]] = contextvars.ContextVar("m
 
 
 def running_call() -> Call | None:
-    """Return the innermost call that is recorded around the code that asks, or None."""
+    """Return the innermost call around the code that asks, or None."""
     return _running.get()
 
 
-def _call_within(
-    logger: Any, event_type: str, arguments: object = None, name: str | None = None
-) -> Call | None:
-    """Return the middleware's call that the code which asks belongs to; None if it begins an execution."""
-    # It belongs if both run in one task, and no tool's own code lies between; or if the call only passes on
-    # the tool that its arguments name.
+def _call_within(logger: Any, event_type: str, arguments: object = None, name: str = "") -> Call | None:
+    """Return the middleware's call that the code which asks belongs to, if any."""
+    # So it is if both run in one task with no tool's own code between, or for the tool that a meta tool names
     outer = _running.get()
     if (
         outer is None
-        or not outer.is_open
+        or outer.task is None
         or outer.ended
         or outer.event_type != event_type
         or outer._logger.config.path != logger.config.path
@@ -5062,12 +5054,12 @@ def _call_within(
     ):
         return None
     given = outer.arguments.values() if isinstance(outer.arguments, dict) else ()
-    if name is not None and any(type(value) is str and value == name for value in given):
+    is_new = name and "mcp.via" not in outer.details
+    if is_new and any(type(value) is str and value == name for value in given):
         outer.details["mcp.via"], outer.name = outer.name, name
         outer.take_input(arguments)
-    elif not _only_frameworks_between():
+    elif not _only_frameworks_between(outer.task):
         return None
-    outer.is_open = False  # what the tool calls in turn are executions of their own
     return outer
 
 
@@ -5078,11 +5070,10 @@ def _current_task() -> object:
         return None
 
 
-def _only_frameworks_between() -> bool:
-    """Return True if no tool's own code lies between the middleware and what begins now, in this thread."""
+def _only_frameworks_between(task: object) -> bool:
+    """Return True if no tool's own code lies between the middleware and what begins now."""
     # What takes whatever comes (`*args, **kwargs`) is a decorator's, and what takes `call_next` a middleware.
-    frame = sys._getframe(1)
-    while (frame := cast(Any, frame.f_back)) is not None:
+    for frame in _frames(task):
         code, module = frame.f_code, str(frame.f_globals.get("__name__"))
         if module == __name__:
             if code is _MIDDLEWARE_CODE and frame.f_locals.get("call") is not None:
@@ -5096,45 +5087,75 @@ def _only_frameworks_between() -> bool:
     return True
 
 
+def _frames(task: object) -> Iterator[Any]:
+    """Yield the frames of this thread from the inside, then those of a task that waits for it."""
+    frame: Any = sys._getframe(1)
+    while (frame := frame.f_back) is not None:
+        yield frame
+    waiting: list[Any] = []
+    get_coro = _get(task, "get_coro")
+    step = get_coro and get_coro()
+    while step:
+        waiting.append(_get(step, "cr_frame") or _get(step, "gi_frame"))
+        step = _get(step, "cr_await") or _get(step, "gi_yieldfrom")
+    yield from filter(None, reversed(waiting))
+
+
 def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
-    """Return `Type: message`, whatever the exception's own `__str__` does; of a cancellation `cancelled`."""
-    name = type(error).__name__
-    if name in ("CancelledError", "Cancelled"):  # asyncio's and trio's; the message is about scopes and tasks
-        return "cancelled"
-    try:
-        text = str(error)
-    except BaseException:
-        text = "(its message can't be shown)"
-    if not text:
-        return name
-    return f"{name}: {text}" if with_type else text
+    """Return `Type: message`, and what a group holds or a framework masks, whatever `__str__` does."""
+    told, errors = "", [error]
+    for each in itertools.islice(errors, _MAX_CAUSES):  # more are appended meanwhile
+        name = type(each).__name__
+        try:
+            text = str(each)
+        except BaseException:
+            text = "(its message can't be shown)"
+        if name in ("CancelledError", "Cancelled"):  # asyncio's and trio's
+            told = told or "cancelled"
+        elif not told:
+            told = f"{name}: {text}" if text and with_type else text or name
+        elif not text or text not in told:
+            told += f"; {name}: {text}" if text else f"; {name}"
+        errors += _wrapped_by(each)
+    return told
 
 
 def type_of_error(error: BaseException) -> str:
-    """Return the JSON-RPC code of a protocol's error, else the class of what a framework's error wraps."""
+    """Return the JSON-RPC code of an error, else the class of what a framework's error wraps."""
     code = _get(_get(error, "error"), "code")
     if type(code) is int:
         return str(code)
-    cause = error.__cause__
-    wraps = cause is not None and type(error).__module__.partition(".")[0] in ("fastmcp", "mcp")
-    return type(cause if wraps else error).__name__
+    for _ in range(_MAX_CAUSES):
+        if len(wrapped := _wrapped_by(error)) == 1:
+            error = wrapped[0]
+    return type(error).__name__
+
+
+def _wrapped_by(error: BaseException) -> list[BaseException]:
+    """Return what a group holds, or what an error of a framework stands for."""
+    members = _get(error, "exceptions")
+    if not isinstance(members, (tuple, list)):
+        members = [error.__cause__] if _package_of(type(error)) in ("fastmcp", "mcp") else []
+    return [each for each in members if isinstance(each, BaseException)]
+
+
+def _package_of(kind: type) -> str:
+    return str(kind.__module__).partition(".")[0]
 
 
 def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
-    """Return the error, or a cause or member of it, of the given kinds: frameworks wrap what tools raise."""
+    """Return the error, or a cause or member of it, of these kinds: frameworks wrap what tools raise."""
     errors: list[object] = [error]
-    for each in itertools.islice(errors, _MAX_CAUSES):  # more are appended meanwhile
+    for each in itertools.islice(errors, _MAX_CAUSES):
         if isinstance(each, kinds):
             return each
-        if isinstance(each, BaseException):  # an exception may call what it likes `exceptions`
-            members = _get(each, "exceptions")
-            errors += [each.__cause__ or each.__context__]
-            errors += members if isinstance(members, (tuple, list)) else ()
+        if isinstance(each, BaseException):
+            errors += [each.__cause__ or each.__context__, *_wrapped_by(each)]
     return None
 
 
 def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
-    """Return a tuple of classes; raise EventError for what no exception could ever be an instance of."""
+    """Return a tuple of classes; raise EventError for what no exception is an instance of."""
     try:
         isinstance(None, denied_by)
     except TypeError as error:
@@ -5143,7 +5164,7 @@ def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
 
 
 class Unfinished:
-    """Calls that were answered and go on: resumed by another request, or in the background. By any key."""
+    """Calls that were answered and go on, resumed by a request or in the background, by any key."""
 
     def __init__(self) -> None:
         self._calls: dict[Call, tuple[object, float, str]] = {}  # key, deadline, error; oldest first
@@ -5156,11 +5177,15 @@ class Unfinished:
             self._give_up(next(iter(self._calls.copy())))  # other threads put, too
 
     def put_answered(self, call: Call, result: object) -> bool:
-        """Keep a call if what it was answered says that it goes on; return False if it is over."""
+        """Keep a call whose answer says that it goes on; return False if it is over."""
         result = _get(result, "root") or result  # the SDK 1 wraps it
         kind = _either(result, "result_type", "resultType")
         asked = _get(result, "input_required") or (result if kind == "input_required" else None)
-        task = _either(result if kind == "task" else _get(result, "task"), "task_id", "taskId")
+        meta = _either(result, "_meta", "meta")  # FastMCP 2.14 says it there
+        task = (
+            result if kind == "task" else _get(result, "task") or _get(meta, "modelcontextprotocol.io/task")
+        )
+        task = _either(task, "task_id", "taskId")
         if asked is not None:
             leg = _leg_of(call, _either(asked, "request_state", "requestState"))
             self.put(leg, call, "not resumed: input required", _RESUME_SECONDS)
@@ -5184,12 +5209,10 @@ class Unfinished:
         return self.take(_leg_of(call, state)) or call
 
     def end_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
-        """End the call that began a background task, if what is said of its state means that it is over."""
+        """End the call that began a background task, if this state means that the task is over."""
         status = _text(_get(_get(state, "status"), "value") or _get(state, "status"))
-        if not task or not (is_result or status in ("completed", "failed", "cancelled")):
-            return
-        call = self.take(("task", task))
-        if call is None:
+        is_over = task and (is_result or status in ("completed", "failed", "cancelled"))
+        if (call := self.take(("task", task)) if is_over else None) is None:
             return
         if status in ("failed", "cancelled"):
             failure = _get(state, "error")
@@ -5228,7 +5251,7 @@ _absent: Final[set[tuple[type, str]]] = set()  # what models of pydantic, slow t
 
 
 def _get(owner: object, name: str) -> Any:
-    """Return a key of a mapping, or an attribute, or None: frameworks raise what they like when asked."""
+    """Return a key of a mapping, or an attribute, or None, whatever is raised."""
     kind: Any = type(owner)
     if kind is dict:
         return owner.get(name)  # type: ignore[attr-defined]
@@ -5246,7 +5269,7 @@ def _get(owner: object, name: str) -> Any:
 
 
 def _fields_of(kind: Any) -> Collection[str]:
-    """Return the fields of a model of pydantic that has no others; nothing for another class."""
+    """Return the fields of a model of pydantic that has no others."""
     fields = getattr(kind, "model_fields", None)
     return fields if fields and kind.model_config.get("extra") != "allow" else ()
 
@@ -5258,14 +5281,14 @@ def _either(owner: object, one: str, other: str) -> Any:
 
 def _text(value: object) -> str | None:
     """Return a text that isn't empty, of a text or a number, else None."""
-    return str(value) if isinstance(value, (str, int)) and value != "" else None
+    return str(value) if isinstance(value, (str, int, float)) and value != "" else None
 
 
 _peers: Final[weakref.WeakKeyDictionary[Any, tuple[str | None, str | None]]] = weakref.WeakKeyDictionary()
 
 
 def _peer_of(session: object) -> tuple[str | None, str | None]:
-    """Return client and protocol version as a session knows them, remembered for as long as it lasts."""
+    """Return client and protocol version as a session knows them."""
     connection = getattr(session, "_connection", session)  # the SDK 2 makes a session for each request
     try:
         return _peers[connection]
@@ -5280,11 +5303,11 @@ def _peer_of(session: object) -> tuple[str | None, str | None]:
 
 
 def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
-    """Return where a request came from, as attributes of a Call; `cli` for a call inside of the program."""
+    """Return where a request came from, as attributes of a Call; `cli` for a call within the program."""
     origin: dict[str, Any] = {"caller": "cli", "details": {}}
     trace = None
     if context is not None:
-        with contextlib.suppress(Exception):  # what a framework raises when it is asked; the rest is known
+        with contextlib.suppress(Exception):  # of a framework that is asked; the rest is known
             trace = _read_request(context, origin, proxies)
     origin["trace_id"], parent = trace or _active_trace()
     if parent:
@@ -5293,7 +5316,7 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
 
 
 def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str]) -> tuple[str, str] | None:
-    """Put what a request says of its origin there; return the trace and span that it names."""
+    """Put what a request says of its origin there; return trace and span that it names."""
     request, details = getattr(context, "request", None), origin["details"]
     meta = getattr(context, "meta", None)
     version, client, trace = getattr(context, "protocol_version", None), None, None
@@ -5332,11 +5355,15 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
 
 def _headers_of(scope: object) -> dict[str, str]:
     """Return the headers that are read here; Starlette's own look-up decodes all of them each time."""
-    return {
-        _REQUEST_HEADERS[name]: value.decode("latin-1")
-        for name, value in reversed(_get(scope, "headers") or ())
-        if name in _REQUEST_HEADERS
-    }
+    headers: dict[str, str] = {}
+    for name, value in _get(scope, "headers") or ():
+        if (known := _REQUEST_HEADERS.get(name)) is not None:
+            text = value.decode("latin-1")
+            if known not in headers:
+                headers[known] = text
+            elif known in ("x-forwarded-for", "forwarded"):  # a proxy may add a line behind the client's
+                headers[known] += f",{text}"
+    return headers
 
 
 def client_of(client: object) -> str | None:
@@ -5345,12 +5372,20 @@ def client_of(client: object) -> str | None:
     return f"{name}/{version}"[:_MAX_CLIENT_CHARS] if name and version else (name or version)
 
 
+def server_of(result: object) -> str | None:
+    """Return a server's name, as `initialize` tells it, or with newer ones each result."""
+    info = _either(result, "server_info", "serverInfo")
+    if info is None:
+        info = _get(_either(result, "_meta", "meta"), _META + "serverInfo")
+    return _text(_get(info, "name"))
+
+
 def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[str]) -> str | None:
     """Return the client's address: the peer's, or whom proxies that are trusted say they forward for."""
     peer = _get(request, "client")
     host, said = _get(peer, "host"), headers.get("x-forwarded-for")
     if said and _get(peer, "port") == 0:
-        host = "127.0.0.1"  # uvicorn has put the proxy's word there already, as it does for this peer only
+        host = "127.0.0.1"  # uvicorn has put the proxy's word there, as for this peer only
     if proxies and host:
         hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', headers.get("forwarded", "")))
         for hop in reversed(hops.split(",")):
@@ -5378,23 +5413,22 @@ def parent_of(carrier: object) -> tuple[str, str] | None:
 
 
 def _active_trace() -> tuple[str | None, str | None]:
-    """Return trace and span that OpenTelemetry is in; that package is never loaded for it."""
-    module = sys.modules.get("opentelemetry.trace")
+    """Return trace and span that OpenTelemetry is in, if it is loaded."""
+    current_span = _loaded("opentelemetry.trace", "get_current_span")
     try:
-        span = module.get_current_span().get_span_context() if module is not None else None
+        span = current_span().get_span_context() if current_span else None
         return (f"{span.trace_id:032x}", f"{span.span_id:016x}") if span and span.trace_id else (None, None)
     except Exception:
         return None, None
 
 
 def _watch_spans() -> None:
-    """Have OpenTelemetry tell the running call of a trace that begins within it, in the server alone."""
-    sdk = sys.modules.get("opentelemetry.sdk.trace")
-    if sdk is None:
+    """Have OpenTelemetry tell the running call of a trace that begins within it."""
+    kind = _loaded("opentelemetry.sdk.trace", "SpanProcessor")
+    if kind is None:
         return
 
     def on_start(self: object, span: Any, parent_context: object = None) -> None:
-        """Give the running call the trace id, if it has none."""
         call = _running.get()
         if call is not None and call.trace_id is None:
             call.trace_id = f"{span.get_span_context().trace_id:032x}"
@@ -5402,7 +5436,7 @@ def _watch_spans() -> None:
     with contextlib.suppress(Exception):  # another provider than the SDK's takes none
         provider = sys.modules["opentelemetry.trace"].get_tracer_provider()
         if not hasattr(provider, "__mxcp_audit__"):
-            provider.add_span_processor(type("Spans", (sdk.SpanProcessor,), {"on_start": on_start})())
+            provider.add_span_processor(type("Spans", (kind,), {"on_start": on_start})())
             provider.__mxcp_audit__ = True
 
 
@@ -5410,17 +5444,21 @@ _ORIGIN: Final = _words_in("caller user_id session_id trace_id client agent addr
 
 
 def _surroundings() -> dict[str, Any]:
-    """Return the origin of the call, or of the framework's request, around the code that asks."""
-    call = running_call()
-    if call is not None:
+    """Return the origin of the call, or of the request, around the code that asks."""
+    if (call := running_call()) is not None:
         return {name: getattr(call.outer or call, name) for name in _ORIGIN}
     context = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
     return origin_of(context or _context_in("mcp.server.lowlevel.server", "request_ctx"))
 
 
+def _loaded(module: str, name: str) -> Any:
+    """Return what a module has, or None if it isn't loaded."""
+    return getattr(sys.modules.get(module), name, None)
+
+
 def _context_in(module: str, variable: str) -> Any:
     """Return the value of a framework's context variable, or None."""
-    held = getattr(sys.modules.get(module), variable, None)
+    held = _loaded(module, variable)
     return held.get(None) if isinstance(held, contextvars.ContextVar) else None
 
 
@@ -5432,12 +5470,17 @@ def error_of_result(result: object) -> str | None:
     if _either(result, "is_error", "isError") is not True:
         return None
     content = _get(result, "content")
-    texts = [_get(part, "text") for part in content] if isinstance(content, (list, tuple)) else []
-    return "\n".join(text for text in texts if isinstance(text, str)) or "the result is marked as an error"
+    parts = content if isinstance(content, (list, tuple)) else ()
+    texts = [_get(part, "text") or _get(_get(part, "resource"), "text") for part in parts]
+    text = "\n".join(text for text in texts if isinstance(text, str))
+    structured = _either(result, "structured_content", "structuredContent")
+    if not text and structured:
+        text = _sent(structured).decode("utf-8", "replace")
+    return text or "the result is marked as an error"
 
 
 def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
-    """Tell a call what was answered: whether that is an error, and as much of it as `record_result` says."""
+    """Tell a call whether the answer is an error, and as much of it as `record_result` says."""
     if not _is_plain(result):
         result = _get(result, "root") or result  # the SDK 1 wraps it
     error = error_of_result(result)
@@ -5452,7 +5495,7 @@ def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
     items = result if items is None else items
     if not isinstance(items, (list, tuple)):
         return
-    # Size as it is sent, items, and kinds. FastMCP's own classes become the protocol's later.
+    # Size as it is sent, items, and kinds. FastMCP's classes become the protocol's later.
     if content is not None and type(result).__module__.startswith("fastmcp"):
         structured = _get(result, "structured_content")
         more = {"structuredContent": structured} if structured is not None else {}
@@ -5465,7 +5508,7 @@ def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
     call.result_bytes = len(sent)
     call.details["mcp.result.items"] = len(items)
     kinds = {_kind_of(item) for item in items}
-    call.details["mcp.result.kinds"] = tuple(kinds if len(kinds) < 2 else sorted(kinds))
+    call.details["mcp.result.kinds"] = tuple(sorted(kinds))
     if config.record_result == "body":
         body = json.loads(sent)
         most = config.max_result_bytes
@@ -5498,7 +5541,7 @@ _plain: Final[dict[type, bool]] = {}
 
 
 def _is_plain(result: object) -> bool:
-    """Return True for a result that can only be that of a call that is over."""
+    """Return True for a result that can only end its call."""
     kind = type(result)
     if kind is dict:
         return _TELLING.isdisjoint(cast("dict[str, Any]", result))
@@ -5521,29 +5564,31 @@ class Middleware:
         self._caller = caller
         self._denied_by = _kinds(denied_by)
         self.server: str | None = None
-        self._inside = 0  # calls
+        self._inside = 0
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
         """Pass a message on; record it if it is an execution."""
-        method = getattr(context, "method", None)
-        event_type = MCP_METHODS.get(method) if type(method) is str else None
+        method = _text(getattr(context, "method", None)) or ""
+        event_type = MCP_METHODS.get(method)
         logger = self._logger
         if event_type is None or not logger.enabled or _is_notification(context):
             result = await call_next(context)
-            if event_type is None and type(method) is str:
+            if event_type is None:
                 self._see(method, context, result)
             return result
         message = _message_of(context)
-        call = None
-        if _running.get() is not None:
-            call = _call_within(logger, event_type, _get(message, "arguments"), name_of(message))
+        call = _running.get() and _call_within(
+            logger, event_type, _get(message, "arguments"), name_of(message)
+        )
         if call is not None:  # it is recorded further out
             call.denied_by = (*_kinds(call.denied_by), *self._denied_by)
-            call.is_open = True
             try:
                 return await call_next(context)
-            finally:
-                call.is_open = False
+            except BaseException as error:
+                inner = Call(logger, event_type, call.name, denied_by=call.denied_by, outer=call)
+                await self._ask_for_refusal(inner, context, error)
+                inner._end(error)
+                raise
         call = self._call_of(event_type, context, message)
         failure: BaseException | None = None
         self._inside += 1
@@ -5555,12 +5600,10 @@ class Middleware:
                     return result
                 except BaseException as error:
                     failure = error
-                    call.denied_by = (*_kinds(call.denied_by), *_refusals())
-                    if type(error).__name__ == "NotFoundError":
-                        await self._ask_for_refusal(call, context)
+                    await self._ask_for_refusal(call, context, error)
                     raise
         except AuditUnavailableError as error:
-            kind = getattr(sys.modules.get("mcp.shared.exceptions"), "MCPError", None)
+            kind = _loaded("mcp.shared.exceptions", "MCPError")
             if kind is None or error is failure:  # of another call, which the body made
                 raise
             # The SDK 2 tells a client this; of any other error it hides the text.
@@ -5582,34 +5625,32 @@ class Middleware:
         if self._caller:
             origin["caller"] = self._caller
         arguments = _get(message, "arguments")
-        call = Call(
-            self._logger, event_type, name_of(message), arguments, denied_by=self._denied_by, **origin
-        )
+        origin.update(arguments=arguments, denied_by=self._denied_by)
+        call = Call(self._logger, event_type, name_of(message), arguments, **origin)
         if call.trace_id is None:
             _watch_spans()
-        call.arguments = arguments
         call = cast(Call, self._logger.unfinished.resumed(call, message))
-        call.task, call.is_open = _current_task(), True
+        call.task = _current_task() or call
         return call
 
     def _conclude(self, call: Call, result: object) -> None:
-        """Tell a call what was answered; whatever goes wrong with that, the answer passes."""
+        """Tell a call what was answered; whatever goes wrong, the answer passes."""
         try:
             if not _is_plain(result):
                 call.waits = self._logger.unfinished.put_answered(call, result)
-                info = _get(_either(result, "_meta", "meta"), _META + "serverInfo")
-                if call.server is None and info is not None:
-                    call.server = self.server = _text(_get(info, "name"))
+                if call.server is None:
+                    call.server = self.server = server_of(result)
             if not call.waits:
                 conclude(call, result, uri=call.name)
         except Exception as fault:
             self._logger.report_fault("a result could not be summarized", fault)
 
-    async def _ask_for_refusal(self, call: Call, context: object) -> None:
-        """Record a denial where FastMCP hides what the `auth=` of a component refuses as unknown."""
+    async def _ask_for_refusal(self, call: Call, context: object, error: BaseException) -> None:
+        """Record a denial, also where FastMCP hides what `auth=` refuses as unknown."""
+        call.denied_by = (*_kinds(call.denied_by), *_refusals())
         server = _get(_get(context, "fastmcp_context"), "fastmcp")
-        transport = getattr(sys.modules.get("fastmcp.server.context"), "_current_transport", None)
-        if server is None or not isinstance(transport, contextvars.ContextVar):
+        transport = _loaded("fastmcp.server.context", "_current_transport")
+        if server is None or type(error).__name__ != "NotFoundError" or transport is None:
             return
         kind = call.event_type
         before = transport.set("stdio")  # over which FastMCP asks no `auth=`
@@ -5623,24 +5664,18 @@ class Middleware:
         finally:
             transport.reset(before)
 
-    # --- what goes on after it was answered
-
     def _see(self, method: str, context: object, result: object) -> None:
-        """Take note of the server's name, of its background tasks, and of what became of them."""
+        """Take note of the server's name, its background tasks, and what became of them."""
         self._watch_tasks(_get(_get(context, "fastmcp_context"), "fastmcp"))
-        info = _either(result, "server_info", "serverInfo")
-        if info is not None:
-            self.server = _text(_get(info, "name"))
+        self.server = server_of(result) or self.server
         if method.startswith("tasks/"):
             task = _text(_either(_message_of(context), "task_id", "taskId"))
             state = _get(result, "root") or result
             self._logger.unfinished.end_task(task, state, is_result=method == "tasks/result")
 
     def _watch_tasks(self, server: object) -> None:
-        """Hang into the functions that a FastMCP server runs in the background, by docket."""
-        docket = getattr(server, "_docket", None)
-        if docket is None:
-            return
+        """Hang into what a FastMCP server runs in the background, by docket."""
+        docket: Any = getattr(server, "_docket", None)
         functions = _get(docket, "tasks")
         path, watching = self._logger.config.path, getattr(docket, "__mxcp_audit__", ())
         if type(functions) is dict and path not in watching:
@@ -5655,14 +5690,14 @@ class Middleware:
 
         @functools.wraps(function)
         async def _task(*args: Any, **kwargs: Any) -> Any:
-            execution = _get(sys.modules.get("docket.dependencies"), "current_execution")
-            task = str(_get(execution.get(None), "key")) if execution is not None else key
+            execution = _context_in("docket.dependencies", "current_execution")
+            task = str(_get(execution, "key") or key)
             event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
             name = key.removeprefix(f"{event_type}:")
             name = name.rpartition("@")[0] or name
-            denied_by = (*self._denied_by, *_refusals())
-            call = Call(self._logger, event_type, name, input_of(args, kwargs), denied_by=denied_by)
-            call.is_open, call.task = True, _current_task()
+            call = Call(self._logger, event_type, name, input_of(args, kwargs))
+            call.denied_by = (*self._denied_by, *_refusals())
+            call.task = _current_task()
             failure: BaseException | None = None
             try:
                 async with call:
@@ -5681,9 +5716,8 @@ class Middleware:
         return _task
 
     async def _end_task(self, call: Call, task: str, failure: BaseException | None) -> None:
-        """Record a background task: in the row of the call that began it, if that one came through here."""
+        """Record a background task, in the row of the call that began it if that one came through here."""
         unfinished = self._logger.unfinished
-        began = None
         for _ in range(100):  # the task may be over before the answer is that it began
             began = next(filter(None, (unfinished.take(("task", part)) for part in task.split(":"))), None)
             if began is not None or not self._inside:
@@ -5698,8 +5732,8 @@ class Middleware:
 
 
 def _refusals() -> tuple[type[BaseException], ...]:
-    """Return FastMCP's own error for what a caller may not do, if it is loaded."""
-    return _kinds(getattr(sys.modules.get("fastmcp.exceptions"), "AuthorizationError", ()))
+    """Return FastMCP's error for what a caller may not do, if loaded."""
+    return _kinds(_loaded("fastmcp.exceptions", "AuthorizationError") or ())
 
 
 _MIDDLEWARE_CODE: Final = Middleware.__call__.__code__
@@ -5717,7 +5751,7 @@ def name_of(message: object) -> str:
 
 
 def _is_notification(context: object) -> bool:
-    """Return True for a message that wants no answer, so that no server executes it."""
+    """Return True for a message that wants no answer."""
     return getattr(context, "type", None) == "notification" or getattr(context, "request_id", "") is None
 
 
@@ -5728,7 +5762,7 @@ def _leg_of(call: Call, state: object) -> object:
 
 
 class _AuditedHandlers(dict[Any, Any]):
-    """The handlers of an SDK 1 server by type of request; those that execute are recorded."""
+    """The handlers of an SDK 1 server by type of request, audited."""
 
     def __init__(self, middleware: Middleware, handlers: Mapping[Any, Any]) -> None:
         super().__init__()
@@ -5741,10 +5775,8 @@ class _AuditedHandlers(dict[Any, Any]):
 
         async def _audited(request: Any) -> Any:
             context = _context_in("mcp.server.lowlevel.server", "request_ctx")
-            known = {name: _get(context, name) for name in ("request", "session", "meta")}
-            known["request_id"] = "" if context is None else context.request_id
-            message = types.SimpleNamespace(method=method, params=_get(request, "params"), **known)
-            return await self._middleware(message, lambda _: handler(request))
+            known = {**getattr(context, "__dict__", {}), "method": method, "params": _get(request, "params")}
+            return await self._middleware(types.SimpleNamespace(**known), lambda _: handler(request))
 
         is_ours = method in MCP_METHODS or method.startswith("tasks/")
         super().__setitem__(kind, _audited if is_ours else handler)
@@ -5756,7 +5788,7 @@ class _AuditedHandlers(dict[Any, Any]):
 def auditing(
     logger: Any, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
 ) -> Callable[[Function], Function]:
-    """Return a decorator; what it makes does the same and is recorded, and keeps signature, name and kind."""
+    """Return a decorator: what it makes is recorded, and keeps signature, name and kind."""
     denied_by = _kinds(denied_by)
     if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
         example = '("reports/{id}")' if event_type == "resource" else "()"
@@ -5771,7 +5803,9 @@ def auditing(
                 f"auditing; write @audit.{event_type}(…) below the server's decorator, next to the function",
                 field="function",
             )
-        title = name or getattr(function, "__name__", None) or type(function).__name__
+        bare = function.func if isinstance(function, functools.partial) else function
+        own = getattr(bare, "__name__", None) or type(bare).__name__
+        title = name or own
         input_of = _binder(function)
 
         def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -5786,20 +5820,29 @@ def auditing(
                 outer.take_input(input_of(args, kwargs))
             return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
 
-        return cast(Function, functools.wraps(function)(_wrapper(function, _start)))
+        wrapper: Any = functools.wraps(function)(_wrapper(function, _start))
+        if not hasattr(function, "__name__"):  # a partial or an object
+            import inspect
+
+            wrapper.__name__ = wrapper.__qualname__ = own
+            wrapper.__annotations__ = {}
+            with contextlib.suppress(Exception):
+                body = type(function).__call__ if bare is function else bare
+                wrapper.__annotations__ = inspect.get_annotations(body, eval_str=True)
+        return cast(Function, wrapper)
 
     return _audited
 
 
 def _is_registered(function: object, depth: int = 2) -> bool:
-    """Return True for a function that a server's tool, resource or prompt holds already, wrapped or not."""
-    if not {"mcp", "fastmcp"}.intersection(sys.modules):
-        return False
+    """Return True for a function that a server holds already, wrapped or not."""
+    if not {"mcp", "fastmcp"}.intersection(sys.modules) or sys.getrefcount(function) <= _UNHELD:
+        return False  # nobody holds what is new; the collector takes 10 ms
     import gc
 
     for owner in gc.get_referrers(function):
         held = owner if type(owner) is dict else getattr(owner, "__dict__", {})
-        if held.get("fn") is function and ("name" in held or "uri" in held or "uri_template" in held):
+        if held.get("fn") is function and held.keys() & {"name", "uri", "uri_template"}:
             return True
         if held.get("__wrapped__") is function and depth:
             wrappers = [each for each in gc.get_referrers(held) if getattr(each, "__dict__", None) is held]
@@ -5808,9 +5851,12 @@ def _is_registered(function: object, depth: int = 2) -> bool:
     return False
 
 
+_UNHELD: Final = (lambda function: (lambda each: sys.getrefcount(each))(function))(lambda: None)
+
+
 def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
     """Return a function of the same kind, which `inspect` and so the frameworks tell apart."""
-    import inspect  # lazily: it costs 5 ms, and who decorates functions has loaded it
+    import inspect  # lazily: it costs 5 ms
 
     body: Any = function if inspect.isroutine(function) else type(function).__call__
 
@@ -5837,7 +5883,7 @@ def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callab
 
 
 class _Steps(Generator[Any, Any, Any]):
-    """The steps of a generator, each of them part of the call; between them other code runs."""
+    """The steps of a generator, each part of the call; between them other code runs."""
 
     def __init__(self, call: Call, generator: Any) -> None:
         self._call, self._generator = call, generator
@@ -5878,7 +5924,7 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                     return
                 try:
                     step, value = generator.asend, (yield item)
-                except GeneratorExit:  # of aclose; an event loop that ends may have closed `generator` first
+                except GeneratorExit:  # of aclose; a loop that ends may have closed `generator` first
                     with call.running():
                         await generator.aclose()
                     raise
@@ -5889,7 +5935,7 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
 
 
 def _followed(call: Call, result: Any) -> Any:
-    """Return what a function returned; a generator, future or awaitable ends the call when it is over."""
+    """Return a function's result; a generator, future or awaitable ends the call when it is over."""
     if callable(getattr(type(result), "add_done_callback", None)):
 
         def _done(future: Any) -> None:
@@ -5927,7 +5973,7 @@ async def _awaited(call: Call, awaitable: Awaitable[Any], *_held: object) -> Any
 
 
 class _Awaited:
-    """Something to await that is no coroutine: it ends its call when it was awaited, else is what it was."""
+    """Something to await that is no coroutine: it ends its call when it was awaited."""
 
     def __init__(self, call: Call, awaitable: Any) -> None:
         self._call, self._awaitable = call, awaitable
@@ -5949,7 +5995,7 @@ class _Awaited:
 
 
 def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
-    """Return what turns arguments into the input that is recorded: by name, without instance and context."""
+    """Return what makes the input of arguments: by name, without instance and context."""
     import inspect
 
     signature = None
@@ -5960,8 +6006,9 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
         return lambda args, kwargs: {"args": args, "kwargs": kwargs}
     parameters = list(signature.parameters.values())
     owner = getattr(function, "__qualname__", "").rpartition(".")[0]
+    first = next(iter(signature.parameters), None)
     in_class = owner != "" and not owner.endswith("<locals>")
-    bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
+    bound = first if in_class and first in ("self", "cls") else None
     rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
     left_out = {bound, rest}
     for each in parameters:
@@ -5983,9 +6030,9 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
 
 
 def _is_injected(value: object) -> bool:
-    """Return True for an object of a framework that is none of the protocol's data, or a subclass of one."""
+    """Return True for an object of a framework (or of a subclass) that is none of the protocol's data."""
     return any(
-        kind.__module__.partition(".")[0] in _INJECTING and not kind.__module__.startswith("mcp.types")
+        _package_of(kind) in _INJECTING and not kind.__module__.startswith("mcp.types")
         for kind in type(value).__mro__
     )
 
@@ -6195,19 +6242,8 @@ class AuditLogger:
             interrupt = fault if isinstance(fault, INTERRUPTS) else None
             input_json, echoes = self.take_input(input_params, name, endpoint_def)
         ticket = self._record(
-            caller,
-            event_type,
-            name,
-            input_json,
-            duration_ms,
-            policy_decision,
-            reason,
-            status,
-            error,
-            user_id,
-            session_id,
-            trace_id,
-            echoes or (),
+            *(caller, event_type, name, input_json, duration_ms, policy_decision, reason, status, error),
+            *(user_id, session_id, trace_id, echoes or ()),
             (client, agent, address, server, request_id, error_type, result_bytes, context),
         )
         if interrupt is not None:
@@ -6252,11 +6288,11 @@ class AuditLogger:
             return self.report_fault("an input could not be encoded", fault), echoes
 
     def is_strict(self, name: str) -> bool:
-        """Return True for a name of which nothing is executed that can't be put on record."""
+        """Return True for a name that is executed only on record."""
         return bool(self.config.strict) and self._strict.fullmatch(name) is not None
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
-        """Return the begin of a call as it is put on record: the event that it is, should nothing follow."""
+        """Return the begin of a call for the record: the event that it is, should nothing follow."""
         event = call.event()
         begun = (*event[:4], 0, "n/a", None, "error", UNFINISHED, *event[9:12], (), event[13])
         ago = int((time.perf_counter() - call.started) * 1e9)
@@ -6279,15 +6315,15 @@ class AuditLogger:
         """Count and end a call that could not be put on record, and return what is raised."""
         self.refused += 1
         text = f"{call.event_type} {call.name} can't be put on record within {self.config.strict_timeout:g} s"
-        fault = self._diagnostics.last_error
-        self._diagnostics.report("strict", f"{text}; it was refused (last fault: {fault})")
+        told = self._diagnostics
+        told.report("strict", f"{text}; it was refused (last fault: {told.last_error})")
         fate = "it was executed, and its answer is withheld" if call.ended else "it was not executed"
         error = AuditUnavailableError(f"{text}; {fate}")
         call._end(error)
         return error
 
     def _promised(self, call: Call, ticket: int | None) -> tuple[Callable[[], bool], float | None]:
-        """Return what is waited for, and how long: the begin of a call or, with a ticket, its line."""
+        """Return what is waited for, and how long: a call's begin or, with a ticket, its line."""
         if ticket is None:
             return lambda: call.number in self._writer.begun.on_record, self.config.strict_timeout
         if not self.enabled or not (self.config.durable or call.strict):
@@ -6295,7 +6331,7 @@ class AuditLogger:
         return lambda: self._writer.written >= ticket, self.config.strict_timeout if call.strict else None
 
     def wait(self, call: Call, ticket: int | None = None) -> bool:
-        """Return True when the begin of a call or its line is on record; False if a strict one takes long."""
+        """Return True when a call's begin or its line is on record; False if that takes long."""
         done, timeout = self._promised(call, ticket)
         return done() or self._writer.wait_for(done, timeout)
 
@@ -6308,18 +6344,13 @@ class AuditLogger:
 
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # another kind of event loop: the promise counts for more than its time
+        except RuntimeError:  # another kind of event loop; the promise counts more than its time
             return self._writer.wait_for(done, timeout)
-        over: asyncio.Future[None] = loop.create_future()
-
-        def _resolve() -> None:
-            if not over.done():  # too late, or cancelled
-                over.set_result(None)
-
-        timer = None if timeout is None else loop.call_later(timeout, _resolve)
-        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(_resolve))
+        over = asyncio.Event()
+        timer = None if timeout is None else loop.call_later(timeout, over.set)
+        self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
         try:
-            await over
+            await over.wait()
         finally:
             if timer is not None:
                 timer.cancel()
@@ -6356,8 +6387,8 @@ class AuditLogger:
     def policy(self, decision: str, reason: str | None = None) -> None:
         """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
 
-        It runs here within `record`, in a decorated function, and in a tool under `middleware`. Elsewhere
-        there is nothing to decide about; `logging` is told.
+        It runs within `record`, in a decorated function, and in a tool under `middleware`; elsewhere
+        `logging` is told.
         """
         call = running_call()
         if call is None:
@@ -6369,7 +6400,7 @@ class AuditLogger:
         """Return a middleware: `server.add_middleware(audit.middleware())`, or `server.middleware.append(…)`.
 
         The first is FastMCP 2 to 4, the second the `mcp` SDK 2. Every tool call, resource read and prompt
-        is recorded, failures and refusals included, with user, session, trace and caller.
+        is recorded, failures and refusals included.
 
         Args:
             caller: recorded as caller; by default `http` or `stdio`, as the request came.
@@ -6383,9 +6414,9 @@ class AuditLogger:
     def instrument(
         self, server: object, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> None:
-        """Record what a server executes, whichever way it has for that: FastMCP, the `mcp` SDK 1 or 2.
+        """Record what a server executes: FastMCP, or the `mcp` SDK 2 or 1.
 
-        The SDK 1 has no middleware; there, the handlers that are registered now and later are wrapped.
+        Of the SDK 1, below FastMCP 2 and 3 as well, the handlers are wrapped, now and later.
 
         Raises:
             AuditError: the object is no server that we know.
@@ -6394,13 +6425,12 @@ class AuditLogger:
         middleware.server = _text(_get(server, "name"))
         chain = getattr(server, "middleware", None)
         inner: Any = getattr(server, "_mcp_server", server)
-        if callable(add := getattr(server, "add_middleware", None)):
+        add = getattr(server, "add_middleware", chain.append if isinstance(chain, list) else None)
+        if add is not None:
             add(middleware)
-        elif isinstance(chain, list):
-            chain.append(middleware)
-        elif isinstance(getattr(inner, "request_handlers", None), dict):
+        if isinstance(getattr(inner, "request_handlers", None), dict):
             inner.request_handlers = _AuditedHandlers(middleware, inner.request_handlers)
-        else:
+        elif add is None:
             raise AuditError(
                 f"{type(server).__name__} has neither middleware nor request_handlers; decorate the tools "
                 "with @audit.tool(), or run the server under `mxcp-audit wrap`"
@@ -6411,8 +6441,8 @@ class AuditLogger:
     ) -> Callable[[Function], Function]:
         """Record each execution of a function as a tool: `@audit.tool()`.
 
-        The function may be a coroutine, a generator, an async generator or a method. Its signature, name
-        and docstring stay, and what it raises is raised. Its arguments are recorded by name.
+        The function may be of any kind. Its signature, name and docstring stay, and what it raises is raised.
+        Its arguments are recorded by name.
 
         Args:
             name: recorded as name; by default the function's own.
@@ -6457,7 +6487,7 @@ class AuditLogger:
         return not self.enabled or self._writer.flush(timeout)
 
     def wait_written(self, timeout: float = 10.0) -> bool:
-        """Return True once every event logged before is in the journal; `flush` without an ingest."""
+        """Return True once every event logged before is in the journal, without an ingest."""
         return not self.enabled or self._writer.wait_written(self._writer.accepted, timeout)
 
     def shutdown(self, timeout: float = 10.0) -> bool:
@@ -6476,8 +6506,7 @@ class AuditLogger:
         self.unfinished.close()
         left = self._writer.close(timeout)
         try:
-            ingest = self._ingest
-            if ingest is not None:
+            if (ingest := self._ingest) is not None:
                 self._ingester.finish(ingest, deadline)
         finally:
             self._ingester.end_child()
@@ -6506,14 +6535,13 @@ class AuditLogger:
         if self in _live.loggers:  # an earlier thread ended, or could not be started
             return True
         _live.loggers.add(self)
-        name = public_target(self.config.path)
-        text = f"events go to {name}, by way of {self.config.journal_directory}"
-        self._diagnostics.note("start", text, level=INFO)
-        children = sys.modules.get("multiprocessing.util")
-        process = sys.modules.get("multiprocessing.process")
-        if children is not None and process is not None and process.parent_process() is not None:
-            # Children of multiprocessing leave through os._exit: atexit never runs there.
-            children.Finalize(None, self.shutdown, exitpriority=-100)
+        place = f"{public_target(self.config.path)}, by way of {self.config.journal_directory}"
+        self._diagnostics.note("start", f"events go to {place}", level=INFO)
+        parent = _loaded("multiprocessing.process", "parent_process")
+        finalize = _loaded("multiprocessing.util", "Finalize")
+        if finalize and parent and parent() is not None:
+            # They leave through os._exit: atexit never runs there.
+            finalize(None, self.shutdown, exitpriority=-100)
         return True
 
 
@@ -6541,7 +6569,7 @@ class _Live:
     """The loggers of this process. Hooks are methods: a reload leaves the older loggers theirs."""
 
     def __init__(self) -> None:
-        # All of them, for the fork hooks: another thread may be inside of one that never started.
+        # All, for the fork hooks: a thread may be inside of one that never started.
         self.known: weakref.WeakValueDictionary[int, AuditLogger] = weakref.WeakValueDictionary()
         self.loggers: set[AuditLogger] = set()  # with threads; held until shut down, for the exit hook
         self.exiting = False
@@ -6567,13 +6595,9 @@ class _Live:
         finally:
             self.exiting = True
 
-    def before_fork(self) -> None:
+    def at_fork(self, step: str) -> None:
         for logger in self.all():
-            logger._writer.before_fork()
-
-    def after_fork_in_parent(self) -> None:
-        for logger in self.all():
-            logger._writer.after_fork_in_parent()
+            getattr(logger._writer, step)()
 
     def after_fork_in_child(self) -> None:
         """Begin anew: what the parent had queued is the parent's."""
@@ -6588,8 +6612,8 @@ _live: Final = _Live()
 atexit.register(_live.at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
-        before=_live.before_fork,
-        after_in_parent=_live.after_fork_in_parent,
+        before=functools.partial(_live.at_fork, "before_fork"),
+        after_in_parent=functools.partial(_live.at_fork, "after_fork_in_parent"),
         after_in_child=_live.after_fork_in_child,
     )
 
@@ -10933,8 +10957,8 @@ class Importer:
 # == Wrap ==
 # depends on: Errors, Writer, Calls, Logger
 #
-# A stdio server as a child of ours, between it and its client. The bytes pass unchanged whatever the
-# recording does, unless `strict` says otherwise; signals and ends pass too.
+# A stdio server as our child, between it and its client. Bytes pass unchanged whatever the recording does,
+# unless `strict` says otherwise; signals and ends pass too.
 
 
 # --- the stdio wrapper's bookkeeping
@@ -10961,17 +10985,11 @@ class StdioAudit:
         self._server: str | None = None
         self.here = _Found()
 
-    def from_client(self, data: bytes) -> None:
-        """Take in what the client sends: any piece of it."""
-        self._from_client(self._client_lines.feed(data))
-
-    def client_ended(self) -> None:
-        """Take in a last line that has no end: some servers execute it."""
-        self._from_client(self._client_lines.end())
-
-    def _from_client(self, lines: Iterable[bytes | None]) -> None:
+    def from_client(self, data: bytes | None) -> None:
+        """Take in what the client sends: any piece of it, and None at its end."""
+        lines = self._client_lines.feed(data)
         for message in itertools.chain.from_iterable(
-            self._messages(line, from_client=True) for line in lines
+            self._messages(each, from_client=True) for each in lines
         ):
             key, method, params = _parts_of(message)
             if method == "initialize":
@@ -10980,44 +10998,54 @@ class StdioAudit:
             elif method.startswith("tasks/"):
                 self._asked[key] = _text(_get(params, "taskId")) or ""
             elif method == "notifications/cancelled":
-                reason = _text(_get(params, "reason"))
-                text = f"cancelled by the client: {reason}" if reason else "cancelled by the client"
-                self._finish(_key_of(_get(params, "requestId")), text)
+                texts = "cancelled by the client", _text(_get(params, "reason"))
+                self._finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
             elif method in MCP_METHODS:
                 self._begin(method, params, message)
 
-    def from_server(self, data: bytes) -> None:
-        """Take in what the server sends: any piece of it."""
+    def from_server(self, data: bytes | None) -> None:
+        """Take in what the server sends: any piece of it, and None at its end."""
         for line in self._server_lines.feed(data):
             for message in self._messages(line) if self._pending or self._asked or self._unfinished else ():
                 key, method, params = _parts_of(message)
+                if (
+                    isinstance(key, str)
+                    and key.isdecimal()
+                    and not (key in self._pending or key in self._asked)
+                ):
+                    key = _json_int(key)  # clients of the SDKs take "7" for 7
                 result, failure = message.get("result"), message.get("error")
                 if method:  # the server counts its own ids
                     self._unfinished.end_task(_text(_get(params, "taskId")), params)
                 elif key in self._asked:
-                    self._server = _text(_get(_get(result, "serverInfo"), "name")) or self._server
+                    self._server = server_of(result) or self._server
                     is_result = _get(result, "status") is None
                     self._unfinished.end_task(self._asked.pop(key), result, is_result=is_result)
                 elif failure is not None:
                     code = _text(_get(failure, "code"))
-                    text = _text(_get(failure, "message")) or "the server answered with an error"
+                    text = (
+                        _text(_get(failure, "message"))
+                        or _text(failure)
+                        or "the server answered with an error"
+                    )
                     self._finish(key, f"{text} ({code})" if code else text, code)
                 elif (call := self._pending.get(key)) is not None:
                     if self._unfinished.put_answered(call, result):
                         self._pending.pop(key, None)
                     else:
+                        self._server = call.server = server_of(result) or self._server
                         conclude(call, result)
                         self._finish(key)
 
     def close(self, reason: str) -> None:
-        """Record every call that was never answered, with `reason` as its error."""
+        """Record every unanswered call, with `reason` as its error."""
         for key in list(self._pending):
             self._finish(key, reason)
         self._unfinished.close()
 
     def _messages(self, line: bytes | None, *, from_client: bool = False) -> list[dict[str, Any]]:
         """Return the messages of a line as any reader may understand it; report what only some can read."""
-        twice: list[dict[str, Any]] = []  # of an object with a name twice, what readers of the first one see
+        twice: list[dict[str, Any]] = []  # objects with a name twice, as readers of the first one see them
 
         def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             last = dict(pairs)
@@ -11074,7 +11102,7 @@ class StdioAudit:
             self.here.refused[key] = str(refusal)
 
     def withdraw(self, line: bytes, reason: str) -> list[object]:
-        """Record that nothing of a client's line was passed on; return the ids that wait for an answer."""
+        """Record that a client's line was not passed on; return the ids that wait for an answer."""
         keys = [_parts_of(message)[0] for part in line.splitlines() for message in self._messages(part)]
         for key in keys:
             self._finish(key, reason, "AuditUnavailableError")
@@ -11082,7 +11110,7 @@ class StdioAudit:
 
 
 class _Found(threading.local):
-    """What a thread found in the piece that it looks at: what a strict logger refused, by id, and a fault."""
+    """What a thread found in its piece: what a strict logger refused, by id, and a fault."""
 
     fault = ""
 
@@ -11101,7 +11129,7 @@ def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
 
 
 def _key_of(value: object) -> object:
-    """Return an id as a key; None for what is no id, so that nothing is kept under it."""
+    """Return an id as a key; None for what is no id."""
     return value if type(value) in (str, int, float) else None
 
 
@@ -11117,9 +11145,11 @@ class _Lines:
         self._start = 0  # of the last part
         self.is_part = False  # what was yielded last may be a piece of a line
 
-    def feed(self, data: bytes) -> Iterator[bytes | None]:
-        """Yield the lines that `data` completes; None for one that is too long to be kept."""
-        for end in data.splitlines(keepends=True):  # of bytes, that is: after CR, LF and CRLF
+    def feed(self, data: bytes | None) -> Iterator[bytes | None]:
+        """Yield the lines that `data`, or the end, completes; None for one that is too long to be kept."""
+        if data is None and self._size:  # some take a last line that has no end
+            yield from self._ended(is_line=True)
+        for end in (data or b"").splitlines(keepends=True):  # after CR, LF and CRLF
             self._size += len(end)
             if self._size <= MAX_MESSAGE_BYTES:
                 self._line += end
@@ -11127,11 +11157,6 @@ class _Lines:
                 self._line.clear()
             if end[-1:] in b"\r\n":
                 yield from self._ended(is_line=end[-1:] == b"\n")
-
-    def end(self) -> Iterator[bytes | None]:
-        """Yield what stands behind the last line end, once the input has ended."""
-        if self._size:
-            yield from self._ended(is_line=True)
 
     def _ended(self, *, is_line: bool) -> Iterator[bytes | None]:
         self.is_part = not is_line or self._start > 0
@@ -11149,8 +11174,8 @@ class _Lines:
 
 
 def _json_int(text: str) -> int | str:
-    """Take a number of any length: JavaScript does, and a call must not pass unseen because of one."""
-    return int(text) if len(text) <= 4000 else text  # below Python's limit for the digits of an integer
+    """Take a number of any length, as JavaScript does: no call may pass unseen because of one."""
+    return int(text) if len(text) <= 4000 else text  # below Python's limit of digits
 
 
 # --- the server as a child
@@ -11166,8 +11191,8 @@ class WrappedServer:
     """
 
     _PIECE_BYTES: Final = 2**16
-    GRACE_SECONDS: Final = 2.0  # that, and the order, are how MCP's own SDK ends a stdio server
-    _ANSWER_SECONDS: Final = 1.0  # for answers after SIGTERM: two seconds later MCP's SDKs kill us
+    GRACE_SECONDS: Final = 2.0  # as MCP's own SDK ends a stdio server
+    _ANSWER_SECONDS: Final = 1.0  # after SIGTERM: MCP's SDKs kill us two seconds later
     _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
     _process: subprocess.Popen[bytes]
 
@@ -11178,9 +11203,9 @@ class WrappedServer:
         self._told = Diagnostics()
         self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
         self._client_gone = False
-        self._end_at = inf  # when calls that are still pending are recorded without an answer
+        self._end_at = inf  # when pending calls are recorded as unanswered
         self._pieces = 0  # that the server sent
-        self._is_reading = False  # as opposed to: recording, or waiting for the client to read
+        self._is_reading = False  # not recording, nor waiting for the client
         self._answering = threading.Lock()  # refusals go to the client as well
 
     def run(self) -> int:
@@ -11200,27 +11225,25 @@ class WrappedServer:
         except OSError as error:
             raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
         self._forward_signals()
-        tasks: tuple[Callable[[], object], ...] = (
-            self._pass_requests,
-            self._pass_answers,
-            self._process.wait,
-        )
-        _, answers, waiter = threads = [
-            threading.Thread(target=task, name=f"mxcp_audit {task.__name__}", daemon=True) for task in tasks
-        ]
-        for thread in threads:
+
+        def _started(task: Callable[[], object]) -> threading.Thread:
+            thread = threading.Thread(target=task, name=f"mxcp_audit {task.__name__}", daemon=True)
             thread.start()
-        while waiter.is_alive():  # a signal that comes just before it falls asleep is seen at the next turn
+            return thread
+
+        _started(self._pass_requests)
+        answers, waiter = _started(self._pass_answers), _started(self._process.wait)
+        while waiter.is_alive():  # a signal before it sleeps is seen at the next turn
             waiter.join(0.2)
             if time.monotonic() >= self._end_at:
                 self._stdio.close("the client ended the server before it was answered")
         code = self._process.returncode
-        while threads[1].is_alive():
+        while answers.is_alive():
             before = self._pieces
-            threads[1].join(self.GRACE_SECONDS)
+            answers.join(self.GRACE_SECONDS)
             if self._is_reading and self._pieces == before:
-                break  # all has passed; a grandchild holds the pipe open, perhaps for ever
-        self._end_group()
+                break  # all has passed; a grandchild holds the pipe open
+        self._end_group(_SIGTERM, _SIGKILL)
         who = "client" if self._client_gone else "server"
         self._stdio.close(f"the {who} went away before it was answered")
         return code
@@ -11231,7 +11254,8 @@ class WrappedServer:
         def forward(number: int, frame: object) -> None:
             if not signal.Signals(number).name.startswith("SIGUSR"):
                 self._end_at = min(self._end_at, time.monotonic() + self._ANSWER_SECONDS)
-            self._signal(number)
+            with contextlib.suppress(OSError):
+                self._signal(number)
 
         for name in self._SIGNALS:
             number = getattr(signal, name, None)
@@ -11248,14 +11272,14 @@ class WrappedServer:
                     _write_all(sink, data)
                 else:
                     self._refuse_line(data)
-        except OSError:  # the server reads no more: the client shall see that, as it would without us
+        except OSError:  # the server reads no more: the client sees that, as it would without us
             _give_up(0)
             return
-        self._is_admitted(lambda _: self._stdio.client_ended(), b"")
+        self._is_admitted(self._stdio.from_client, None)
         self._process.stdin.close()
         if _reader_is_gone(1):
             self._client_gone = True
-            self._end_child()
+            self._end_group(0, _SIGTERM, _SIGKILL)
 
     def _pass_answers(self) -> None:
         assert self._process.stdout is not None
@@ -11267,10 +11291,11 @@ class WrappedServer:
             else:
                 self._refuse(self._stdio.here.refused)
             self._is_reading = True
+        self._is_admitted(self._stdio.from_server, None)
         _give_up(1)
 
     def _pieces_of(self, fd: int) -> Iterator[bytes]:
-        """Yield what comes, as it comes; for a strict logger in whole lines, and an end without one last."""
+        """Yield what comes, as it comes; for a strict logger in whole lines."""
         rest = bytearray()
         while data := _read_piece(fd, self._PIECE_BYTES):
             if not self._strict:
@@ -11287,7 +11312,7 @@ class WrappedServer:
         if rest:
             yield bytes(rest + b"\n")  # some servers execute a last line that has no end
 
-    def _is_admitted(self, feed: Callable[[bytes], None], data: bytes) -> bool:
+    def _is_admitted(self, feed: Callable[[bytes | None], None], data: bytes | None) -> bool:
         """Feed the bookkeeping; False if a strict logger can't vouch for what it was given."""
         if not self._audit.enabled:
             return True
@@ -11327,37 +11352,30 @@ class WrappedServer:
         else:
             self._told.report("wrap", problem)
 
-    def _end_child(self) -> None:
-        """Make the server end if it doesn't by itself."""
-        for number in (_SIGTERM, _SIGKILL):
-            deadline = time.monotonic() + self.GRACE_SECONDS
-            while self._process.poll() is None and time.monotonic() < deadline:
-                time.sleep(0.05)
-            self._signal(number)
-
     def _signal(self, number: int) -> None:
-        """Send a signal to the server's process group, or where there are none to the server."""
-        with contextlib.suppress(ProcessLookupError, PermissionError):
-            if hasattr(os, "killpg"):
-                os.killpg(self._process.pid, number)
-            else:
-                self._process.send_signal(number)
+        """Send a signal to the server's process group, or where there are none to the server; 0 only asks."""
+        if hasattr(os, "killpg"):
+            os.killpg(self._process.pid, number)
+        elif self._process.poll() is not None:
+            raise ProcessLookupError
+        elif number:
+            self._process.send_signal(number)
 
-    def _end_group(self) -> None:
-        """End what the server left behind: a launcher may be gone while its server runs on."""
-        deadline = time.monotonic() + self.GRACE_SECONDS
-        for number in (_SIGTERM, _SIGKILL) if hasattr(os, "killpg") else ():
+    def _end_group(self, *numbers: int) -> None:
+        """Send signals, each if the one before didn't end all: a launcher may be gone before its server."""
+        for number in numbers:
+            deadline = time.monotonic() + self.GRACE_SECONDS * (number != _SIGKILL)
             try:
-                os.killpg(self._process.pid, number)
+                self._signal(number)
                 while time.monotonic() < deadline:
-                    os.killpg(self._process.pid, 0)
+                    self._signal(0)
                     time.sleep(0.02)
             except OSError:  # nobody is left
                 return
 
 
 _SIGTERM: Final = 15
-_SIGKILL: Final = 9  # the same on each system that has process groups
+_SIGKILL: Final = 9  # on each system with process groups
 
 
 def _child_setup() -> Callable[[], object] | None:
@@ -11379,7 +11397,7 @@ def _child_setup() -> Callable[[], object] | None:
 
 
 def _read_piece(fd: int, size: int) -> bytes:
-    """Return what can be read now, waiting for it; nothing at the end, or if there is no such file."""
+    """Return what can be read, waiting for it; nothing at the end, or without such a file."""
     try:
         return os.read(fd, size)
     except OSError:
@@ -11393,14 +11411,14 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 def _give_up(fd: int) -> None:
-    """Close our end of a pipe, but keep its number: a journal segment must not become standard output."""
+    """Close our end of a pipe but keep its number, lest a segment become standard output."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, fd)
     os.close(null)
 
 
 def _reader_is_gone(fd: int) -> bool:
-    """Wait until nobody can read what is written to `fd` and return True; False if that can't be told."""
+    """Return True once nobody can read what is written to `fd`; False if that can't be told."""
     import select
 
     if not hasattr(select, "poll"):
@@ -11411,7 +11429,7 @@ def _reader_is_gone(fd: int) -> bool:
 
 
 def end_like(code: int) -> int:
-    """Return a child's exit code, or die of the signal that it died of, so that our parent sees the same."""
+    """Return a child's exit code, or die of the signal that it died of."""
     if code < 0:
         import signal
 

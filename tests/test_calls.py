@@ -6,6 +6,8 @@ import asyncio
 import builtins
 import collections
 import contextvars
+import functools
+import gc
 import inspect
 import itertools
 import json
@@ -13,6 +15,7 @@ import pickle
 import sys
 import threading
 import types
+import typing
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +29,7 @@ from mxcp_audit import _running as running
 
 COLUMNS = (
     "caller, type, name, input_json, policy_decision, reason, status, error, user_id, session_id, trace_id, "
-    "client, error_type, duration_ms, context"
+    "client, server, error_type, duration_ms, context"
 )
 
 
@@ -132,6 +135,22 @@ def test_describe_exception_that_cannot_be_shown_names_its_type() -> None:
             raise RuntimeError("hunter2")
 
     assert mxcp_audit.describe_exception(Hostile()) == "Hostile: (its message can't be shown)"
+
+
+def test_describe_exception_tells_what_groups_hide_and_frameworks_mask() -> None:
+    group = type("Group", (Exception,), {})("2 errors")  # as the one of 3.11
+    group.exceptions = [ValueError("port 80"), asyncio.CancelledError(), "no exception"]
+    masked = type("ToolError", (Exception,), {"__module__": "fastmcp.exceptions"})("Error calling tool 't'")
+    masked.__cause__ = group
+    group.__cause__ = masked  # chains may be circular
+    text = "ToolError: Error calling tool 't'; Group: 2 errors; ValueError: port 80"
+    assert mxcp_audit.describe_exception(masked) == text
+    assert mxcp_audit.type_of_error(masked) == "Group"
+    group.exceptions = [ValueError("port 80")]
+    assert mxcp_audit.type_of_error(masked) == "ValueError"
+    masked.args = ("Error calling tool 't': port 80",)
+    masked.__cause__ = ValueError("port 80")
+    assert mxcp_audit.describe_exception(masked) == "ToolError: Error calling tool 't': port 80"
 
 
 def test_record_failure_that_is_known_already_stays_when_another_is_raised(audit: AuditLogger) -> None:
@@ -288,6 +307,18 @@ def test_tool_wrong_arguments_function_says_so(audit: AuditLogger) -> None:
     assert (name, json.loads(input_json), status) == ("named", {"args": [1], "kwargs": {"b": 2}}, "error")
 
 
+def test_tool_that_is_new_is_looked_for_nowhere(audit: AuditLogger, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The collector, asked whether a server has the function already, takes long in a large process."""
+    monkeypatch.setitem(sys.modules, "mcp", types.ModuleType("mcp"))
+    monkeypatch.setattr(gc, "get_referrers", pytest.fail)
+
+    @audit.tool()
+    def fresh() -> None: ...
+
+    fresh()
+    assert len(recorded(audit)) == 1
+
+
 def test_tool_function_without_a_signature_is_recorded_as_it_is_called(audit: AuditLogger) -> None:
     with pytest.raises(ValueError, match="signature"):
         inspect.signature(min)
@@ -296,6 +327,27 @@ def test_tool_function_without_a_signature_is_recorded_as_it_is_called(audit: Au
     ((name, input_json, status, _),) = outcome(audit)
     shown = json.loads(input_json)
     assert (name, shown["args"], list(shown["kwargs"]), status) == ("smallest", [3, 1], ["key"], "success")
+
+
+def test_tool_what_has_no_name_of_its_own_is_told_apart_and_typed(audit: AuditLogger) -> None:
+    def greet(who: Any, token: str) -> str:
+        return token
+
+    class Greeter:
+        async def __call__(self, who: Any) -> str:
+            return "x"
+
+    class Odd:
+        __module__ = None  # type: ignore[assignment]
+
+    tool: Any = audit.tool()(functools.partial(greet, token="x"))
+    other: Any = audit.tool()(Greeter())
+    assert tool(Odd()) == asyncio.run(other(7)) == "x"
+    assert typing.get_type_hints(tool) == {"who": Any, "token": str, "return": str}
+    assert typing.get_type_hints(other) == {"who": Any, "return": str}
+    assert [(tool.__name__, "greet"), (other.__name__, "Greeter")] == [
+        (row[0],) * 2 for row in outcome(audit)
+    ]
 
 
 _pickled_audit = AuditLogger("unused.duckdb", enabled=False)
@@ -544,6 +596,19 @@ def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger) ->
     assert found == [helped, helped, denied, denied]
 
 
+def test_middleware_without_asyncio_takes_a_tool_in_a_thread(audit: AuditLogger) -> None:
+    tool = audit.tool()(lambda a: a)
+
+    async def call_next(context: object) -> None:
+        thread = threading.Thread(target=contextvars.copy_context().run, args=(tool, 1))
+        thread.start()
+        thread.join()
+
+    with pytest.raises(StopIteration):
+        audit.middleware()(context_of("tools/call", name="t", arguments={"a": 1}), call_next).send(None)
+    assert outcome(audit) == [("t", '{"a":1}', "success", None)]
+
+
 def test_middleware_refusal_of_fastmcp_is_a_denial(
     audit: AuditLogger, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -634,6 +699,8 @@ def test_origin_trace_of_opentelemetry_if_loaded(monkeypatch: pytest.MonkeyPatch
         (("10.0.0.1", 5), {"forwarded": 'for="[2001:db8::1]:80";proto=https'}, ("10.0.0.1",), "2001:db8::1"),
         (("10.0.0.1", 5), {"x-forwarded-for": "203.0.113.9:4711"}, ("10.0.0.1",), "203.0.113.9"),
         (("192.0.2.1", 5), {"x-forwarded-for": "203.0.113.9"}, ("10.0.0.0/8",), "192.0.2.1"),
+        (("10.0.0.1", 5), {"x-forwarded-for": "1.1.1.1\n203.0.113.9"}, ("10.0.0.1",), "203.0.113.9"),
+        (("10.0.0.1", 5), {"forwarded": "for=1.1.1.1\nfor=203.0.113.9"}, ("10.0.0.1",), "203.0.113.9"),
         (("203.0.113.9", 0), {"x-forwarded-for": "203.0.113.9"}, (), "127.0.0.1"),  # uvicorn believed it
         (None, {}, ("10.0.0.1",), None),
     ],
@@ -642,8 +709,11 @@ def test_address_a_proxy_s_word_counts_only_if_it_is_trusted(
     peer: tuple[str, int] | None, headers: dict[str, str], proxies: tuple[str, ...], address: str | None
 ) -> None:
     client = peer and types.SimpleNamespace(host=peer[0], port=peer[1])
-    request = types.SimpleNamespace(client=client, headers=headers)
-    assert mxcp_audit.address_of(request, headers, proxies) == address
+    lines = [(name, line) for name, text in headers.items() for line in text.split("\n")]
+    scope = {"headers": [(name.encode(), line.encode()) for name, line in lines], "query_string": b""}
+    request = types.SimpleNamespace(client=client, scope=scope)
+    context = types.SimpleNamespace(request=request)
+    assert origin_of(context, proxies)["address"] == address
 
 
 def test_trusted_proxies_that_are_no_addresses_refused(tmp_path: Path) -> None:
@@ -832,9 +902,12 @@ def answer(key: object, **result: object) -> dict[str, object]:
 
 
 def test_stdio_ids_of_either_type_told_apart(feeder: Feeder) -> None:
-    feeder.client(request(1, "number"), request("1", "text"))
+    """Though "7" answers 7, if nothing else is asked so: the clients of the SDKs take it, too."""
+    feeder.client(request(1, "number"), request("1", "text"), request(7, "loose"))
     feeder.server(answer("1", isError=True, content=[{"type": "text", "text": "bad"}]), answer(1.0))
-    assert outcome(feeder.audit) == [("text", "{}", "error", "bad"), ("number", "{}", "success", None)]
+    feeder.server(answer("7"), answer("7"))
+    assert [row[0] for row in outcome(feeder.audit)] == ["text", "number", "loose"]
+    feeder.audit.shutdown()
 
 
 def test_stdio_batches_in_any_order(feeder: Feeder) -> None:
@@ -849,18 +922,27 @@ def test_stdio_every_method_and_protocol_error(feeder: Feeder) -> None:
         {"id": 2, "method": "prompts/get", "params": {"name": "p", "arguments": {"password": "x"}}},
         {"id": 3, "method": "tools/list"},
         {"id": 4, "method": "tools/call"},
+        {"id": 5, "method": "tools/call", "params": {"name": "structured"}},
+        {"id": 6, "method": "tools/call", "params": {"name": "embedded"}},
+        {"id": 7, "method": "tools/call", "params": {"name": "odd"}},
     )
     feeder.server(
         {"id": 1, "error": {"code": -32002, "message": "not found"}},
         {"id": 2, "result": {}},
         {"id": 3, "result": {}},
         {"id": 4, "error": None, "result": {"isError": True}},
+        {"id": 5, "result": {"isError": True, "content": [], "structuredContent": {"error": "full"}}},
+        {"id": 6, "result": {"isError": True, "content": [{"resource": {"uri": "a:b", "text": "full"}}]}},
+        {"id": 7, "error": "full"},
     )
     found = [(e["type"], e["name"], e["input_json"], e["error"]) for e in recorded(feeder.audit)]
     assert found == [
         ("resource", "file:///x", None, "not found (-32002)"),
         ("prompt", "p", '{"password":"[REDACTED]"}', None),
         ("tool", "", None, "the result is marked as an error"),
+        ("tool", "structured", None, '{"error":"full"}'),
+        ("tool", "embedded", None, "full"),
+        ("tool", "odd", None, "full"),
     ]
 
 
@@ -901,8 +983,8 @@ def test_stdio_any_splitting_of_bytes(feeder: Feeder) -> None:
     sent = b"".join(json.dumps(request(n, f"t{n}", note="ä")).encode() + b"\r\n" for n in range(3))
     for index in range(len(sent)):
         feeder.stdio.from_client(sent[index : index + 1])
-    got = b"".join(json.dumps(answer(n)).encode() + b"\n" for n in range(3))
-    feeder.stdio.from_server(got)
+    feeder.stdio.from_server(b"\n".join(json.dumps(answer(n)).encode() for n in range(3)))
+    feeder.stdio.from_server(None)
     assert [row[0] for row in outcome(feeder.audit)] == ["t0", "t1", "t2"]
 
 
@@ -916,9 +998,9 @@ def test_stdio_who_and_trace_known(feeder: Feeder) -> None:
     feeder.server(answer(1))
     hello["clientInfo"] = {"name": "another"}
     feeder.client({"id": 2, "method": "initialize", "params": hello}, request(3))
-    feeder.server(answer(3))
+    feeder.server(answer(3, _meta={"io.modelcontextprotocol/serverInfo": {"name": "newer"}}))
     event, later = recorded(feeder.audit)
-    assert later["client"] == "another"
+    assert (later["client"], later["server"]) == ("another", "newer")
     assert event["client"] == "claude-ai/1.2" and len(event["session_id"]) == 16
     assert (event["caller"], event["trace_id"]) == ("stdio", "0af7651916cd43dd8448eb211c80319c")
     known = {"mcp.protocol.version": "2025-06-18", "parent_span_id": "b7ad6b7169203331"}

@@ -153,6 +153,10 @@ def add_functions(server: Any) -> None:
         return helper(user_id)
 
     @server.tool()
+    async def threaded(user_id: int) -> str:
+        return await asyncio.to_thread(helper, user_id)
+
+    @server.tool()
     @audit.tool()
     async def asynchronous(a: int) -> str:
         await asyncio.sleep(0.03)
@@ -207,6 +211,7 @@ async def common_calls(client: Any, way: str, sdk: bool, origin: dict[str, Any])
         ("denial", "refuse", {}, denied("refuse", "not an admin")),
         ("other name, helper", "fetch-user", {"user_id": 7}, row("fetch-user"), row("helper")),
         ("undecorated, helper", "undecorated", {"user_id": 7}, row("undecorated"), row("helper")),
+        ("helper in a thread", "threaded", {"user_id": 7}, row("threaded"), row("helper")),
         ("asynchronous", "asynchronous", {"a": 3}, row("asynchronous", duration_ms=lambda ms: ms >= 25)),
         ("policy", "decide", {}, row("decide", policy_decision="warn", reason="late")),
         (
@@ -386,6 +391,8 @@ async def fastmcp_cases() -> None:
     async with Client(server, **as_client) as client:
         await client.call_tool("add", {"a": 1, "b": 1})
         await compare("memory: instrumented twice", [row("add", **who)])
+    await tried_again(as_client)
+    await validated(as_client, major)
     await proxied(major, as_client)
     await traced(as_client)
     if major > 2:
@@ -393,7 +400,8 @@ async def fastmcp_cases() -> None:
         await refusals(as_client)
     if major > 3:
         await resumed(as_client)
-    await tasks(as_client, major)
+    for instrumented in (False, True) if major == 2 else (False,):
+        await tasks(as_client, major, instrumented)
     auth = StaticTokenVerifier({"letmein": {"client_id": "the-app", "scopes": [], "sub": "alice"}})
     for way, options in (
         ("http", {}),
@@ -453,6 +461,68 @@ class Quiet:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._client, name)
+
+
+async def tried_again(as_client: dict[str, Any]) -> None:
+    """A middleware that retries, ours and a decorator inside of it; the server masks errors."""
+    from fastmcp import Client, FastMCP
+    from fastmcp.server.middleware.error_handling import RetryMiddleware
+
+    server: Any = FastMCP("shop", mask_error_details=True)
+    server.add_middleware(audit.middleware())
+    server.add_middleware(RetryMiddleware(max_retries=2, base_delay=0.001, retry_exceptions=(Exception,)))
+    server.add_middleware(audit.middleware())
+    attempts = 0
+
+    @server.tool()
+    @audit.tool()
+    def flaky(a: int) -> str:
+        nonlocal attempts
+        attempts += 1
+        if attempts < a:
+            raise ConnectionError(f"refused {attempts}")
+        return "at last"
+
+    @server.tool()
+    def masked() -> str:
+        raise ValueError("out of order")
+
+    async with Client(server, **as_client) as client:
+        await client.call_tool("flaky", {"a": 3})
+        await compare("tried again: success", [row("flaky")])
+        await client.call_tool("masked", {}, raise_on_error=False)
+        await compare("tried again: failure", [failed("masked", "ValueError: out of order")])
+
+
+async def validated(as_client: dict[str, Any], major: int) -> None:
+    """Below FastMCP 2 and 3 the SDK refuses arguments and results; `instrument` sees that, too."""
+    from fastmcp import Client, FastMCP
+
+    server: Any = FastMCP("shop", strict_input_validation=True)
+    audit.instrument(server)
+
+    @server.tool()
+    def add(a: int) -> int:
+        return a
+
+    @server.tool(output_schema={"type": "object", "properties": {"n": {"type": "integer"}}})
+    def misfit() -> dict[str, str]:
+        return {"n": "none"}
+
+    @server.tool()
+    def refuse() -> str:
+        raise PermissionError("not an admin")
+
+    async with Client(server, **as_client) as client:
+        await client.call_tool("add", {"a": "one"}, raise_on_error=False)
+        await compare("validated: arguments", [failed("add", "valid", lambda got: got is not None)])
+        await quietly(client.call_tool("misfit", {}, raise_on_error=False))
+        wrong = failed("misfit", "Output validation", "tool_error")
+        await compare("validated: result", [wrong if major < 4 else row("misfit")])
+        await client.call_tool("refuse", {}, raise_on_error=False)
+        await compare(
+            "validated: denial", [{**denied("refuse", "not an admin"), "error_type": "PermissionError"}]
+        )
 
 
 async def proxied(major: int, as_client: dict[str, Any]) -> None:
@@ -570,13 +640,14 @@ async def refusals(as_client: dict[str, Any]) -> None:
             await compare("refusal: unknown", [failed("nosuch", "", lambda got: got is not None)])
 
 
-async def tasks(as_client: dict[str, Any], major: int) -> None:
+async def tasks(as_client: dict[str, Any], major: int, instrumented: bool) -> None:
     from fastmcp import Client, FastMCP
 
     if not __import__("importlib.util").util.find_spec("docket"):
         return
     server: Any = FastMCP("shop")
-    server.add_middleware(audit.middleware())
+    audit.instrument(server) if instrumented else server.add_middleware(audit.middleware())
+    unknown = major == 2 and not instrumented
     if major > 3:
         from fastmcp_tasks import TasksExtension
 
@@ -610,8 +681,8 @@ async def tasks(as_client: dict[str, Any], major: int) -> None:
             else:
                 task = await client.call_tool("slow", {"a": a}, task=True)
             await quietly(asyncio.wait_for(task.result(), 20))
-            who = {} if major == 2 else {"server": "shop", "client": "matrix/1.0"}
-            if major == 2:
+            who = {} if unknown else {"server": "shop", "client": "matrix/1.0"}
+            if unknown:
                 expected = {**expected, "caller": "cli"}
             await compare(f"task: {'success' if a > 0 else 'failure'}", [{**expected, **who}])
         await client.call_tool("slow", {"a": 2})
