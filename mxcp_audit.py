@@ -11902,7 +11902,6 @@ def _follow(options: Options, store: Store, what: Filter) -> int:
             write_json(sys.stdout, rows, columns=options.columns, by_line=True)
         elif rows:
             table.write(rows)
-        sys.stdout.flush()
 
     show(past)
     told, due, is_terminal = "", 0.0, sys.stdout.isatty()
@@ -11922,11 +11921,11 @@ def _follow(options: Options, store: Store, what: Filter) -> int:
                     if is_terminal or line not in shown:
                         _print(line)
                 shown = lines
-                sys.stdout.flush()
             except (JournalError, StoreError) as error:
                 if str(error) != told:
                     told = str(error)
                     _say(f"new events may be missing until this is over: {told}")
+            sys.stdout.flush()
             # 1 % of a core, within half a second
             _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
 
@@ -11972,12 +11971,13 @@ def _read_cursor(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             cursor = json.load(file)
-        if [cursor["version"], type(cursor["journals"]), type(cursor["segments"])] != [1, dict, dict]:
+        places = [*cursor["journals"].values(), *cursor["segments"].values()]
+        if cursor["version"] != 1 or not all(type(each) is int for each in places):
             raise ValueError("of another version")
         return dict(cursor)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever somebody edited
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
 
 
@@ -12401,16 +12401,17 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         said = json.loads(text[text.index("{") :])
-        if signers:
-            _say(f"the checkpoint is signed by {check_signature(signers, said)}")
-        return [
+        heads = [
             Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
             for head in said["journals"]
         ]
     except OSError as error:
         raise _UsageError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except Exception as error:
         raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
+    if signers:
+        _say(f"the checkpoint is signed by {check_signature(signers, said)}")
+    return heads
 
 
 def cmd_checkpoint(options: Options) -> int:

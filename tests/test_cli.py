@@ -371,10 +371,13 @@ WRONG: list[list[str]] = [
     ["sql"],
     ["sql", "SELECT 1", "--json", "--csv"],
     ["completion", "fish"],
+    ["verify", "--db", "log.duckdb", "--checkpoint", "heads.json"],
 ]
 
 
-def test_wrong_usage_exits_2_without_a_traceback(run: Cli) -> None:
+def test_wrong_usage_exits_2_without_a_traceback(run: Cli, tmp_path: Path) -> None:
+    head = '{"journal": "x", "position": 1e400, "events": 1, "seal": ""}'
+    (tmp_path / "heads.json").write_text(f'{{"journals": [{head}]}}')
     for arguments in WRONG:
         done = run(*arguments, *(DB if arguments[:1] in (["log"], ["show"], ["stats"], ["sql"]) else ()))
         assert done.returncode == 2, (arguments, done.stderr)

@@ -130,7 +130,12 @@ def test_cursor_that_a_purge_overtook_tells_of_the_gap(cli: Cli, tmp_path: Path)
     assert names_of(cli(*new)) == []
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 2, "journals": {}, "segments": {}}', "\\x00"])
+CURSOR = '{"version": %d, "journals": {"x": %s}, "segments": {}}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", CURSOR % (2, 1), CURSOR % (1, "null"), CURSOR % (1, "[" * 99_999), "\\x00"]
+)
 def test_cursor_that_is_none_of_ours_is_refused(cli: Cli, log: Path, tmp_path: Path, text: str) -> None:
     cursor = tmp_path / "cursor"
     cursor.write_text(text)
