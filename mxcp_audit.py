@@ -11766,7 +11766,7 @@ def _terminal() -> tuple[int | None, bool]:
     import shutil
 
     colour = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return max(40, shutil.get_terminal_size().columns), colour
+    return max(40, min(shutil.get_terminal_size().columns, 999)), colour
 
 
 # --- what several commands ask for

@@ -161,6 +161,7 @@ def test_log_table_columns_wide_and_input(filled: Path, run: Cli) -> None:
     assert '    {"id":7,"password":"[REDACTED]"}' in run("log", *DB, "--input").stdout
     narrow = run("log", *DB, COLUMNS="50").stdout
     assert all(mxcp_audit.display_width(line) <= 50 for line in narrow.splitlines())
+    assert run("log", *DB, COLUMNS="9" * 15).returncode == 0
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
