@@ -12577,10 +12577,12 @@ def _check_options(options: Options) -> None:
             raise _UsageError(f"--{name} needs --{other}")
     for name in given:
         if name in _FILE_OPTIONS:
-            if not values[name]:  # "$ARCHIVE" of a variable that is not set
-                raise _UsageError(f"{name}: the name of a file is empty")
-        elif isinstance(values[name], str) and re.search("[\ud800-\udfff]", values[name]):
-            raise _UsageError(f"{name}: {values[name]!r} is no UTF-8")
+            if not values[name]:
+                raise _UsageError(f"{name}: the file name is empty")
+        elif (isinstance(text := values[name], str) or name in EVENT_TYPES) and re.search(
+            "[\ud800-\udfff]", "".join(text)
+        ):
+            raise _UsageError(f"{name}: {text!r} is no UTF-8")
     for name in given.intersection(_PARSERS):
         parse = _PARSERS[name]
         if parse is parse_time:

@@ -365,6 +365,8 @@ WRONG: list[list[str]] = [
     ["log", "--follow", "--until", "1h"],
     ["log", "--follow", "--export", "x.csv"],
     ["log", "--profile", "p"],
+    ["log", "--user", "\udcff"],
+    ["log", "--tool", "x", "--tool", "\udcff"],
     ["show"],
     ["show", "no id"],
     ["stats", "--by", "week"],
