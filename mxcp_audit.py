@@ -276,18 +276,16 @@ _QUOTED: Final = {
         re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL),
     ),
 }
-_ESCAPES: Final = dict(
-    zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029', strict=True)
-)
+_ESCAPES: Final = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 _BLOCK_HEADER: Final = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
 _LEADING_LINES: Final = re.compile(r"(?:\n *)*")
 _REFUSALS: Final = {
     "\t": "a tab between tokens; use spaces",
-    "&": "an anchor (&name); write the value out, or put text that starts with & in quotes",
-    "*": "an alias (*name); write the value out, or put text that starts with * in quotes",
-    "!": "a tag (!name); remove it, or put text that starts with ! in quotes",
-    "%": "a directive (%NAME); remove it, or put text that starts with % in quotes",
-    "?": "a complex key (?), or a question mark in [] or {}; put the text in quotes",
+    "&": "an anchor (&name); write the value out, or quote the text",
+    "*": "an alias (*name); write the value out, or quote the text",
+    "!": "a tag (!name); remove it, or quote the text",
+    "%": "a directive (%NAME); remove it, or quote the text",
+    "?": "a complex key (?), or a question mark in [] or {}; quote the text",
     "\0": "the text ends too early",
 }
 
@@ -719,7 +717,7 @@ class Setting(NamedTuple):
 
 def _described(value: object) -> str:
     """A value with its kind, because YAML's is often a surprise: no is False, 1.10 is 1.1."""
-    kinds = {str: "text", bool: "boolean", int: "number", float: "number", list: "list", dict: "mapping"}
+    kinds = {str: "text", bool: "boolean", int: "number", float: "number", dict: "mapping"}
     return f"the {kinds.get(type(value), type(value).__name__)} {value!r:.60}"
 
 
@@ -833,9 +831,8 @@ def check_settings(
 ) -> dict[str, Any]:
     """Return the settings as `Config` holds them (lists as tuples, durations in seconds), or raise.
 
-    Both the site file and keyword arguments go through here, so both take the same values. Paths stay
-    as they are. None is refused: leave out what was not given. `place` returns the arguments of
-    ConfigError for a setting and, maybe, an entry in it.
+    Both the site file and keyword arguments go through here. Paths stay as they are; None is refused.
+    `place` returns the arguments of ConfigError for a setting and, maybe, an entry in it.
     """
     checked = {}
     for name, value in settings.items():
@@ -1067,7 +1064,7 @@ def utc_now() -> datetime.datetime:
 
 def sql_time(moment: datetime.datetime) -> str:
     """Return an aware moment as DuckDB reads it: naive UTC text."""
-    return moment.astimezone(datetime.timezone.utc).strftime("%Y-%m-%d %H:%M:%S.%f")
+    return moment.astimezone(datetime.timezone.utc).replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
 _EPOCH_START: Final = datetime.datetime(1970, 1, 1)
@@ -6952,7 +6949,7 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
 NEWEST_FIRST: Final = "timestamp DESC, segment DESC, seq DESC"
 OLDEST_FIRST: Final = "timestamp, segment, seq"
 PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:-2]), "event_id")
-_EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
+EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
 
 
 def public_select(**more: bool) -> str:
@@ -6963,7 +6960,7 @@ def public_select(**more: bool) -> str:
 def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
     """Yield the public columns with the SQL of each, as types that both engines return alike."""
     for name in PUBLIC_COLUMNS:
-        value = f"({_EVENT_ID})" if name == "event_id" else name
+        value = f"({EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
             value = name if typed else f"strftime(timestamp, {_ISO_FORMAT})"
         elif harmless and name not in ("duration_ms", "result_bytes"):
@@ -7041,7 +7038,7 @@ def stats_query(source: str, by: str, sort: str, count: int) -> str:
 # What a person's own SQL may see: the events as one view, and no file, setting or other database.
 SQL_VIEW: Final = f"""\
 CREATE OR REPLACE TEMP VIEW logs AS
-SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {_EVENT_ID} AS event_id
+SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {EVENT_ID} AS event_id
 FROM (SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows)"""
 
 
@@ -8505,9 +8502,11 @@ class Reading:
         source = self._source(what, count, order)
         return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})"
 
-    def rows(self, what: Filter, *, count: int | None = 100, oldest_first: bool = False) -> Iterator[Row]:
-        """Yield the matching events as rows of PUBLIC_COLUMNS, newest first."""
-        return self.engine.stream(self._select(public_select(), what, count, oldest_first))
+    def rows(
+        self, what: Filter, *, count: int | None = 100, oldest_first: bool = False, columns: str = ""
+    ) -> Iterator[Row]:
+        """Yield the matching events, newest first, as rows of PUBLIC_COLUMNS or of these SQL expressions."""
+        return self.engine.stream(self._select(columns or public_select(), what, count, oldest_first))
 
     def running(self, what: Filter, *, count: int = 100) -> list[Row]:
         """Return the matching calls that run on this host as rows of PUBLIC_COLUMNS, oldest first."""
@@ -8520,15 +8519,8 @@ class Reading:
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
         """Return the rows of a query of ours over `events`, the matching events with all their columns."""
-        events = f"WITH events AS (SELECT *, {_EVENT_ID} AS event_id FROM ({self._source(what)}))"
+        events = f"WITH events AS (SELECT *, {EVENT_ID} AS event_id FROM ({self._source(what)}))"
         return self.engine.execute(f"{events} {sql}")
-
-    def lines(
-        self, expression: str, what: Filter, *, count: int | None = None, oldest_first: bool = False
-    ) -> Iterator[str]:
-        """Yield the value of an SQL expression of ours for each matching event."""
-        sql = self._select(f"{expression} AS line", what, count, oldest_first)
-        return (line for (line,) in self.engine.stream(sql))
 
     def around(self, session: str, event_id: str, count: int) -> list[Row]:
         """Return an event with up to `count` events of its session before and after it."""
@@ -8540,7 +8532,7 @@ class Reading:
 
     def ids_like(self, part: str) -> list[Row]:
         """Return up to three event ids that begin with a text, or whose part after the time is it."""
-        begin, end = sql_literal(part.replace("_", "").replace("%", "") + "%"), sql_literal(f"%-{part}")
+        begin, end = sql_literal(f"{part}%"), sql_literal(f"%-{part}")
         condition = f"event_id LIKE {begin} OR event_id LIKE {end}"
         return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
 
@@ -9786,12 +9778,7 @@ class Follower:
     """Returns events as they are recorded, by whatever process or host: each once, none left out."""
 
     def __init__(
-        self,
-        store: Store,
-        what: Filter,
-        *,
-        columns: str | None = None,
-        cursor: Mapping[str, Any] | None = None,
+        self, store: Store, what: Filter, columns: str = "", cursor: Mapping[str, Any] | None = None
     ) -> None:
         self._target, self._journal, self._what = store.target, store.journal, what
         self._columns = columns or public_select()
@@ -9804,14 +9791,14 @@ class Follower:
         self.is_behind = False  # the last look left entries of the ledger to the next
         self._engine: Engine | None = None
 
-    def start(self, reading: Reading | None) -> None:
-        """Count all that is recorded now as seen; `reading` is an open log, None if there is none yet."""
-        if reading is None or reading.problem is not None:  # of the ledger, only what is entered later is new
-            self._since = sql_time(utc_now()) if reading is not None else self._since
+    def start(self, reading: Reading) -> None:
+        """Count all that is recorded now, in an open log, as seen."""
+        if reading.problem is not None:  # of the ledger, only what is entered later is new
+            self._since = sql_time(utc_now())
         elif reading.has_ledger:
             self._signature = self._target.signature()
             self._positions = dict(reading.engine.execute(CHAIN_ENDS))
-        if reading is not None and reading.has_journal:
+        if reading.has_journal:
             self._tails = dict(
                 reading.engine.execute("SELECT segment, max(seq) FROM journal_rows GROUP BY segment")
             )
@@ -10152,10 +10139,17 @@ def more_hint(shown: int, limit: int | None) -> str:
 
 def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
     """Return JSON that no terminal acts on, because what is not printable is escaped."""
-    text = json.dumps(value, ensure_ascii=ascii_only, indent=indent)
-    if text.isprintable():
+    return harmless_json(json.dumps(value, ensure_ascii=ascii_only, indent=indent), ascii_only=ascii_only)
+
+
+def harmless_json(text: str, *, ascii_only: bool = False) -> str:
+    """Return JSON text with escapes for what is not printable, or no ASCII."""
+    if text.isprintable() and (text.isascii() or not ascii_only):
         return text
-    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
+    return "".join(
+        c if c == "\n" or (c.isprintable() and (c.isascii() or not ascii_only)) else json.dumps(c)[1:-1]
+        for c in text
+    )
 
 
 def write_json(
@@ -10201,17 +10195,15 @@ def indented_json(text: str) -> str:
     return "".join(parts)
 
 
-def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> int:
-    """Write CSV in which, unless `raw`, no cell is a formula; return the number of rows."""
+def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
+    """Write CSV in which, unless `raw`, no cell is a formula."""
     import csv
 
     formula = re.compile(FORMULA)
     writer = csv.writer(file, lineterminator="\n")
-    count = 0
-    for count, row in enumerate(itertools.chain([names], rows)):  # noqa: B007
+    for row in itertools.chain([names], rows):
         cells = (json_text(value) if isinstance(value, (dict, list, bool)) else value for value in row)
         writer.writerow("'" + c if not raw and isinstance(c, str) and formula.search(c) else c for c in cells)
-    return count
 
 
 # --- tables, and names with values
@@ -10390,135 +10382,138 @@ def write_stats(
 # == Forms ==
 # depends on: SQL
 #
-# Events as other systems want them: OCSF, ECS and OTLP. Each form is a table: a place in the JSON object, and
-# the SQL expression that fills it. A place whose value is NULL is left out. docs/siem.md describes them.
+# Events as other systems want them. Each line of a form is a place in the JSON object, and the SQL that
+# fills it, if it is not the column of that name; NULL is left out. docs/siem.md describes them.
 
 # Expressions that several places share.
 _FORM_WORDS: Final = {
-    "EVENT_ID": "segment || ':' || seq::VARCHAR",
+    "EVENT_ID": EVENT_ID,
     "METHOD": "CASE type WHEN 'tool' THEN 'tools/call' WHEN 'resource' THEN 'resources/read' "
     "WHEN 'prompt' THEN 'prompts/get' ELSE coalesce(type, '') END",
-    "INPUT": "CASE WHEN json_valid(input_json) THEN input_json::JSON ELSE to_json(input_json) END",
+    # DuckDB takes NaN and Infinity, which MXCP wrote, for JSON; others don't.
+    "INPUT": r"""CASE WHEN json_valid(input_json) AND NOT regexp_matches(input_json,
+    '^([^"]|"([^"\\]|\\.)*")*(nan|inf)', 'i') THEN input_json::JSON ELSE to_json(input_json) END""",
     "CONTEXT": "CASE WHEN json_valid(context) THEN context::JSON ELSE to_json(context) END",
     "FAILED": "(status = 'error')",
     "DENIED": "(policy_decision = 'deny')",
+    "NANOS": "TRY_CAST(epoch_us(timestamp)::HUGEINT * 1000 AS UBIGINT)::VARCHAR",  # as OTLP's fixed64
     "IS_IP": r"regexp_full_match(address, '[0-9.]{7,15}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*')",
     "USER_AGENT": "CONTEXT ->> '$.\"user_agent.original\"'",
 }
 FORMS: Final = {
     # OCSF 1.8, API Activity: https://schema.ocsf.io/1.8.0/classes/api_activity
     "ocsf": """\
-activity_id             99
-activity_name           'Invoke'
-actor.app_name          client
-actor.app_uid           agent
-actor.invoked_by        coalesce(caller, '')
-actor.session.uid       session_id
-actor.user.uid          user_id
-api.operation           METHOD
-api.request.data        INPUT
-api.request.uid         coalesce(request_id, EVENT_ID)
-api.response.error      error_type
-api.response.error_message  error
-api.service.name        server
-category_uid            6
-class_uid               6003
-duration                duration_ms
+activity_id        99
+activity_name      'Invoke'
+actor.app_name     client
+actor.app_uid      agent
+actor.invoked_by   coalesce(caller, '')
+actor.session.uid  session_id
+actor.user.uid     user_id
+api.operation      METHOD
+api.request.data   INPUT
+api.request.uid    coalesce(request_id, EVENT_ID)
+api.response.error error_type
+api.response.error_message error
+api.service.name   server
+category_uid       6
+class_uid          6003
+duration           duration_ms
 http_request.user_agent USER_AGENT
-message                 concat_ws(' ', METHOD, name)
+message            concat_ws(' ', METHOD, name)
 metadata.correlation_uid trace_id
-metadata.log_name       'mxcp_audit'
-metadata.product.name   'mxcp_audit'
+metadata.log_name  'mxcp_audit'
+metadata.product.name 'mxcp_audit'
 metadata.product.vendor_name 'mxcp_audit'
-metadata.uid            EVENT_ID
-metadata.version        '1.8.0'
-resources[].name        name
-resources[].type        type
-severity_id             CASE WHEN DENIED THEN 3 WHEN FAILED THEN 2 ELSE 1 END
-src_endpoint.hostname   CASE WHEN NOT IS_IP THEN address END
-src_endpoint.ip         CASE WHEN IS_IP THEN address END
-src_endpoint.name       coalesce(client, caller, '')
-status                  CASE WHEN FAILED THEN 'Failure' ELSE 'Success' END
-status_detail           coalesce(reason, error)
-status_id               CASE WHEN FAILED THEN 2 ELSE 1 END
-time                    epoch_ms(timestamp)
-type_uid                600399
-unmapped.context        CONTEXT
-unmapped.policy_decision policy_decision
-unmapped.result_bytes   result_bytes
+metadata.uid       EVENT_ID
+metadata.version   '1.8.0'
+resources[].name
+resources[].type
+severity_id        CASE WHEN DENIED THEN 3 WHEN FAILED THEN 2 ELSE 1 END
+src_endpoint.hostname CASE WHEN NOT IS_IP THEN address END
+src_endpoint.ip    CASE WHEN IS_IP THEN address END
+src_endpoint.name  coalesce(client, caller, '')
+status             CASE WHEN FAILED THEN 'Failure' ELSE 'Success' END
+status_detail      coalesce(reason, error)
+status_id          CASE WHEN FAILED THEN 2 ELSE 1 END
+time               epoch_ms(timestamp)
+type_uid           600399
+unmapped.context   CONTEXT
+unmapped.policy_decision
+unmapped.result_bytes
 """,
     # Elastic Common Schema 9: https://www.elastic.co/docs/reference/ecs
     "ecs": """\
-@timestamp              strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')
-client.address          address
-client.ip               CASE WHEN IS_IP THEN address END
-ecs.version             '9.0.0'
-error.message           error
-error.type              error_type
-event.action            METHOD
-event.category[]        'api'
-event.dataset           'mxcp_audit.logs'
-event.duration          duration_ms::BIGINT * 1000000
-event.id                EVENT_ID
-event.kind              'event'
-event.module            'mxcp_audit'
-event.outcome           CASE WHEN FAILED THEN 'failure' ELSE 'success' END
-event.provider          'mxcp_audit'
-event.reason            reason
-event.type[]            CASE WHEN DENIED THEN 'denied' ELSE 'access' END
-http.request.id         request_id
-message                 concat_ws(' ', METHOD, name)
-mxcp_audit.agent        agent
-mxcp_audit.caller       caller
-mxcp_audit.client       client
-mxcp_audit.context      CONTEXT
-mxcp_audit.input        input_json
-mxcp_audit.name         name
-mxcp_audit.policy       policy_decision
-mxcp_audit.result_bytes result_bytes
-mxcp_audit.session      session_id
-mxcp_audit.type         type
-service.name            server
-trace.id                trace_id
-user.id                 user_id
-user_agent.original     USER_AGENT
+@timestamp         strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')
+client.address
+client.ip          CASE WHEN IS_IP THEN address END
+ecs.version        '9.0.0'
+error.message      error
+error.type         error_type
+event.action       METHOD
+event.category[]   'api'
+event.dataset      'mxcp_audit.logs'
+event.duration     duration_ms::BIGINT * 1000000
+event.id           EVENT_ID
+event.kind         'event'
+event.module       'mxcp_audit'
+event.outcome      CASE WHEN FAILED THEN 'failure' ELSE 'success' END
+event.provider     'mxcp_audit'
+event.reason
+event.type[]       CASE WHEN DENIED THEN 'denied' ELSE 'access' END
+http.request.id    request_id
+message            concat_ws(' ', METHOD, name)
+mxcp_audit.agent
+mxcp_audit.caller
+mxcp_audit.client
+mxcp_audit.context CONTEXT
+mxcp_audit.input   input_json
+mxcp_audit.name
+mxcp_audit.policy  policy_decision
+mxcp_audit.result_bytes
+mxcp_audit.session session_id
+mxcp_audit.type
+service.name       server
+trace.id           trace_id
+user.id            user_id
+user_agent.original USER_AGENT
 """,
     # OTLP logs as JSON, a request a line, with the attributes (in braces) of OpenTelemetry's conventions:
     # https://opentelemetry.io/docs/specs/otlp/#otlphttp
     "otlp": """\
 resourceLogs[].resource.attributes{service.name} coalesce(server, 'mxcp_audit')
 resourceLogs[].scopeLogs[].scope.name 'mxcp_audit'
-resourceLogs[].scopeLogs[].logRecords[].timeUnixNano (epoch_us(timestamp) * 1000)::VARCHAR
-.observedTimeUnixNano       (epoch_us(timestamp) * 1000)::VARCHAR
-.severityNumber             CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
-.severityText               CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
-.eventName                  'mxcp_audit.call'
-.body.stringValue           concat_ws(' ', METHOD, name)
-.traceId                    CASE WHEN regexp_full_match(trace_id, '[0-9A-Fa-f]{32}') THEN lower(trace_id) END
-{log.record.uid}            EVENT_ID
-{mcp.method.name}           METHOD
-{gen_ai.tool.name}          CASE WHEN type = 'tool' THEN name END
-{gen_ai.prompt.name}        CASE WHEN type = 'prompt' THEN name END
-{mcp.resource.uri}          CASE WHEN type = 'resource' THEN name END
-{mcp.session.id}            session_id
-{mcp.protocol.version}      CONTEXT ->> '$."mcp.protocol.version"'
-{jsonrpc.request.id}        request_id
-{client.address}            address
-{user.id}                   user_id
-{user_agent.original}       USER_AGENT
-{error.type}                coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
-{error.message}             error
-{network.transport}         CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
-{mxcp_audit.agent}          agent
-{mxcp_audit.caller}         caller
-{mxcp_audit.client}         client
-{mxcp_audit.context}        context
-{mxcp_audit.duration_ms#}   duration_ms
-{mxcp_audit.input}          input_json
-{mxcp_audit.policy}         policy_decision
-{mxcp_audit.reason}         reason
-{mxcp_audit.result_bytes#}  result_bytes
-{mxcp_audit.trace_id}       trace_id
+resourceLogs[].scopeLogs[].logRecords[].timeUnixNano NANOS
+.observedTimeUnixNano   NANOS
+.severityNumber         CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
+.severityText           CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
+.eventName              'mxcp_audit.call'
+.body.stringValue       concat_ws(' ', METHOD, name)
+.traceId                CASE WHEN regexp_full_match(trace_id, '[0-9A-Fa-f]{32}') THEN lower(trace_id) END
+{log.record.uid}        EVENT_ID
+{mcp.method.name}       METHOD
+{gen_ai.tool.name}      CASE WHEN type = 'tool' THEN name END
+{gen_ai.prompt.name}    CASE WHEN type = 'prompt' THEN name END
+{mcp.resource.uri}      CASE WHEN type = 'resource' THEN name END
+{mcp.session.id}        session_id
+{mcp.protocol.version}  CONTEXT ->> '$."mcp.protocol.version"'
+{jsonrpc.request.id}    request_id
+{client.address}
+{user.id}               user_id
+{user_agent.original}   USER_AGENT
+{error.type}            coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
+{error.message}         error
+{network.transport}     CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
+{mxcp_audit.agent}
+{mxcp_audit.caller}
+{mxcp_audit.client}
+{mxcp_audit.context}
+{mxcp_audit.duration_ms#}
+{mxcp_audit.input}      input_json
+{mxcp_audit.policy}     policy_decision
+{mxcp_audit.reason}
+{mxcp_audit.result_bytes#}
+{mxcp_audit.trace_id}
 """,
 }
 _PLACE: Final = re.compile(r"\{[^}]+\}|[^.{]+")
@@ -10533,7 +10528,8 @@ def form_sql(form: str) -> str:
     tree: dict[str, Any] = {}
     parents: list[str] = []
     for line in FORMS[form].splitlines():
-        place, sql = line.split(None, 1)
+        place, _, sql = line.partition(" ")
+        sql = sql or re.findall(r"\w+", place)[-1]
         names = _PLACE.findall(place)
         if place[0] in ".{":
             names = [*parents, *["attributes"] * (place[0] == "{"), *names]
@@ -10592,7 +10588,12 @@ _OUTCOMES: Final = (  # and how a bar of each is filled
     ("error", 'class="bad"'),
     ("denied", 'fill="url(#hatch)" stroke="currentColor"'),
 )
-_BUCKETS: Final = (("minute", 2 * 3600), ("hour", 4 * 86400), ("day", 120 * 86400), ("month", float("inf")))
+_BUCKETS: Final = (  # of time: up to how many seconds, and the label
+    ("minute", 2 * 3600, "%H:%M"),
+    ("hour", 4 * 86400, "%m-%d %H:00"),
+    ("day", 120 * 86400, "%Y-%m-%d"),
+    ("month", inf, "%Y-%m"),
+)
 # The tables of the report, each with its title, its columns (# marks numbers), and the query of `events`.
 _REPORT_TABLES: Final = """\
 Denials: last at,name,user,reason,#calls
@@ -10683,8 +10684,7 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
         "any_value(name) AS a, any_value(user_id) AS b, any_value(client) AS c, any_value(server) AS d "
         "FROM events"
     )
-    unit = next(name for name, seconds in _BUCKETS if (span or 0) <= seconds)
-    form = {"minute": "%H:%M", "hour": "%m-%d %H:00", "day": "%Y-%m-%d", "month": "%Y-%m"}[unit]
+    unit, form = next((name, form) for name, seconds, form in _BUCKETS if (span or 0) <= seconds)
     yield f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -10741,7 +10741,7 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
         if all(isinstance(number, (bool, int, float)) for number in samples.values()):
             yield f"# TYPE {metric} gauge"
             for path, number in samples.items():
-                labels = f"{{path={json.dumps(printable(path))}}}" if path else ""
+                labels = f"{{path={json.dumps(printable(path), ensure_ascii=False)}}}" if path else ""
                 yield f"{metric}{labels} {int(number) if isinstance(number, bool) else number}"
 
 
@@ -10886,7 +10886,7 @@ class Importer:
         return ImportResult(events, known, self._bad)
 
     def _read(self, path: str) -> Iterator[_Imported]:
-        """Yield each event, entered into the digest. A damaged gzip file raises OSError or EOFError."""
+        """Yield each event, entered into the digest. Damage raises OSError, EOFError or zlib.error."""
         import gzip  # lazily: few need it
 
         with open(path, "rb") as raw:
@@ -10895,7 +10895,7 @@ class Importer:
                 raise StoreError(f"{path} is a DuckDB database, no JSONL; read it as it is: log --db {path}")
             file = cast("IO[bytes]", gzip.open(raw)) if head[:2] == b"\x1f\x8b" else raw
             for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
-                line = line.strip()
+                line = line.removeprefix(codecs.BOM_UTF8).strip()
                 if not line:
                     continue
                 try:
@@ -11444,6 +11444,7 @@ def end_like(code: int) -> int:
 #
 # One table says what each command is for and takes; its `cmd_…` does it and returns the exit status.
 
+Options: TypeAlias = "argparse.Namespace"
 EXIT_FAILED: Final = 1
 EXIT_USAGE: Final = 2
 EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
@@ -11530,7 +11531,7 @@ _OPTIONS: Final = """
 --status {statuses} | that ended so
 --since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or since an ISO date or time
 --until WHEN | before that long ago, or before an ISO time
---caller NAME | from this caller: http, stdio, cli …
+--caller NAME | from this caller: http, stdio, cli ...
 --user ID | by this user
 --session ID | in this session
 --trace ID | in this trace
@@ -11544,7 +11545,6 @@ _OPTIONS: Final = """
 --min-ms N | that took N milliseconds or longer
 
 @log show, follow, filter and export events, from the database and from the journal of running servers
-> log --tool my_tool --status error --since 1d
 > log --tool 'user_*' --grep timeout --input
 > log --policy denied --since 7d --export denied.csv
 > log --follow --status error
@@ -11555,7 +11555,7 @@ _OPTIONS: Final = """
 --running | the calls that run on this host instead, longest first; MS is for how long
 --oldest-first | the other order, from the other end of the log
 --json | a JSON array of objects; with -f one a line
---columns A,B,… | these of: {columns}
+--columns A,B,... | these of: {columns}
 --wide | more columns, nothing cut to the terminal
 --input | the redacted input under each event
 -f --follow | go on with new events as they happen; past ones come first with --limit or --since
@@ -11580,7 +11580,6 @@ event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it tha
 
 @stats count calls, errors and denials; find what is slow
 A line for each group of events; P50, P95, P99 and MAX are milliseconds.
-> stats --since 1d
 > stats --type tool --sort p95
 > stats --by user --policy denied --json
 &filters
@@ -11753,28 +11752,25 @@ def build_parser() -> argparse.ArgumentParser:
     import textwrap
 
     class Parser(argparse.ArgumentParser):
+        version = property(lambda self: version_text())  # made only when asked for
+
+        def parse_known_args(self, *args: Any, **named: Any) -> Any:
+            options, unknown = super().parse_known_args(*args, **named)
+            if unknown:  # here, so that the command's own help is named
+                self.error(f"unrecognized arguments: {' '.join(unknown)}")
+            return options, unknown
+
         def error(self, message: str) -> NoReturn:
             raise _UsageError(f"{message}; see {self.prog} --help")
-
-    class Version(argparse.Action):
-        def __call__(self, parser: argparse.ArgumentParser, *_: object) -> None:
-            print(version_text())
-            parser.exit()
 
     form: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
     parser = Parser(
         **form,
         prog="mxcp-audit",
         description="Query the audit log of an MCP server, while the server runs.",
-        epilog="""\
-examples:
-  mxcp-audit log --status error --since 1h     what failed
-  mxcp-audit log -f                            what happens now
-  mxcp-audit stats --type tool --sort p95      which tools are slow
-  mxcp-audit COMMAND --help                    more of each
-""",
+        epilog="examples:\n  mxcp-audit log --follow\n  mxcp-audit COMMAND --help\n",
     )
-    parser.add_argument("--version", action=Version, nargs=0, help="print version, journal format and file")
+    parser.add_argument("--version", action="version", help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     blocks = option_blocks()
     for kind_and_name, (one_line, *lines) in blocks.items():
@@ -11800,6 +11796,7 @@ examples:
                 place = command.add_argument_group(line[1:-1]) if line != "[]" else command
             elif not line.startswith(">"):
                 _add_option(place, line)
+        command.set_defaults(columns=None, wide=False, input=False, follow=False)  # as `_event_table` asks
         command.set_defaults(run=globals()[f"cmd_{name}"])
     return parser
 
@@ -11849,13 +11846,20 @@ def _terminal() -> tuple[int | None, bool]:
     import shutil
 
     colour = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
-    return max(40, shutil.get_terminal_size().columns), colour
+    return max(40, min(shutil.get_terminal_size().columns, 999)), colour
 
 
 # --- what several commands ask for
 
 
-def _config_of(options: argparse.Namespace) -> Config:
+def _standard_input() -> str:
+    try:
+        return sys.stdin.read().removeprefix("\ufeff")
+    except (AttributeError, ValueError) as error:  # None after `<&-`; no text
+        raise _UsageError(f"standard input can't be read as text: {error}") from error
+
+
+def _config_of(options: Options) -> Config:
     if options.db is not None:
         # Beside a target that is no file there is no place: look for the default profile's journal here.
         journal = "logs-default.journal" if is_attach_target(options.db) else None
@@ -11869,7 +11873,7 @@ def _config_of(options: argparse.Namespace) -> Config:
         raise _UsageError(f"there is no {SITE_FILE} here or above; say --db {logs[0]}") from None
 
 
-def _store_of(options: argparse.Namespace) -> Store:
+def _store_of(options: Options) -> Store:
     config = _config_of(options)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         raise _UsageError(
@@ -11880,7 +11884,7 @@ def _store_of(options: argparse.Namespace) -> Store:
 
 
 @contextlib.contextmanager
-def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
+def _whole_log(store: Store, options: Options) -> Iterator[Reading]:
     """Open table and journal; raise where only half of the log can be had, which must not look like all."""
     with store.reading(wait=options.wait) as reading:
         if reading.problem is not None:
@@ -11889,20 +11893,20 @@ def _whole_log(store: Store, options: argparse.Namespace) -> Iterator[Reading]:
             yield reading
 
 
-def _filter_of(options: argparse.Namespace) -> Filter:
+def _filter_of(options: Options) -> Filter:
     if options.since and options.until and options.until <= options.since:
         raise _UsageError("--until is not after --since, so nothing can match")
     if options.event is not None:
         parse_event_id(options.event)
     fields = {**vars(options), "event_type": options.type, "event_id": options.event, "text": options.grep}
     fields |= {f"{name}s": tuple(fields[name] or ()) for name in EVENT_TYPES}
-    return Filter(**{name: fields[name] for name in Filter._fields if fields[name]})
+    return Filter(**{name: fields[name] for name in Filter._fields if fields[name] is not None})
 
 
 # --- log
 
 
-def cmd_log(options: argparse.Namespace) -> int:
+def cmd_log(options: Options) -> int:
     """Show, follow or export events. 75 or 1 if only those of the journal could be shown."""
     what = _filter_of(options)
     store = _store_of(options)
@@ -11930,21 +11934,19 @@ def cmd_log(options: argparse.Namespace) -> int:
             _event_table(options).write(shown)
             sys.stdout.flush()
             _say(summary(shown, count))
-        lost = store.losses(reading) if reading.problem is None else []
-        if lost:
-            total = sum(count for count, _ in lost)
-            _say(f"{counted(total, 'event')} lost in the last 30 days: see `doctor`")
-        if reading.problem is not None:
-            _say(f"only events of the journal are shown: {reading.problem}")
-            return EXIT_LOCKED if isinstance(reading.problem, DatabaseLockedError) else EXIT_FAILED
+        if problem := reading.problem:
+            _say(f"only events of the journal are shown: {problem}")
+            return EXIT_LOCKED if isinstance(problem, DatabaseLockedError) else EXIT_FAILED
+        if lost := sum(count for count, _ in store.losses(reading)):
+            _say(f"{counted(lost, 'event')} lost in the last 30 days: see `doctor`")
     return 0
 
 
-def _event_table(options: argparse.Namespace) -> EventTable:
+def _event_table(options: Options, columns: Sequence[str] = SHORT_COLUMNS) -> EventTable:
     width, colour = _terminal()
     return EventTable(
         sys.stdout,
-        columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
+        columns=options.columns or (WIDE_COLUMNS if options.wide else columns),
         width=None if options.wide else width,
         colour=colour,
         with_reasons=options.columns is None,
@@ -11954,32 +11956,36 @@ def _event_table(options: argparse.Namespace) -> EventTable:
     )
 
 
-def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
+def _follower_of(
+    options: Options, store: Store, what: Filter, columns: str = ""
+) -> tuple[Follower, list[Row]]:
+    """Return a follower of what is recorded from now on, and what is wanted of the past, oldest first."""
+    follower, past = Follower(store, what, columns), []
+    try:
+        with store.reading(wait=options.wait) as reading:
+            follower.start(reading)
+            if reading.problem is not None:
+                _say(f"only events of the journal are shown until this is over: {reading.problem}")
+            if options.limit or options.since:
+                past = [*reading.rows(what, count=options.limit or 100, columns=columns)]
+    except DatabaseNotFoundError:
+        _say(f"there is no log at {store.target.name} yet; waiting for the first event")
+    return follower, [row for row in reversed(past) if follower.is_seen(row)]
+
+
+def _follow(options: Options, store: Store, what: Filter) -> int:
     table = _event_table(options)
-    follower = Follower(store, what)
+    follower, past = _follower_of(options, store, what)
 
     def show(rows: Sequence[Row]) -> None:
         if options.json:
             write_json(sys.stdout, rows, columns=options.columns, by_line=True)
         elif rows:
             table.write(rows)
-        sys.stdout.flush()
 
-    try:
-        with store.reading(wait=options.wait) as reading:
-            follower.start(reading)
-            if reading.problem is not None:
-                _say(f"only events of the journal are shown until this is over: {reading.problem}")
-            is_wanted = options.limit or options.since
-            past = list(reading.rows(what, count=options.limit or 100)) if is_wanted else []
-    except DatabaseNotFoundError:
-        _say(f"there is no log at {store.target.name} yet; waiting for the first event")
-        follower.start(None)
-        past = []
-    show([row for row in reversed(past) if follower.is_seen(row)])
+    show(past)
     told, due, is_terminal = "", 0.0, sys.stdout.isatty()
-    running: list[Row] = []
-    shown: list[str] = []
+    running, shown = list[Row](), list[str]()
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
@@ -11995,11 +12001,11 @@ def _follow(options: argparse.Namespace, store: Store, what: Filter) -> int:
                     if is_terminal or line not in shown:
                         _print(line)
                 shown = lines
-                sys.stdout.flush()
             except (JournalError, StoreError) as error:
                 if str(error) != told:
                     told = str(error)
                     _say(f"new events may be missing until this is over: {told}")
+            sys.stdout.flush()
             # 1 % of a core, within half a second
             _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
 
@@ -12011,33 +12017,31 @@ def _running_line(row: Row, is_terminal: bool) -> str:
     return fit(text, _terminal()[0] or 200).rstrip()
 
 
-def _stream(options: argparse.Namespace, store: Store, what: Filter) -> int:
+def _stream(options: Options, store: Store, what: Filter) -> int:
     """Print or send events in a form; with a cursor what is new, and move the cursor when that is written."""
     send = _sender_of(options)
-    expression, place = form_sql(options.format), options.cursor_file
+    place, columns = options.cursor_file, f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id"
     if not (place or options.follow):
         with _whole_log(store, options) as reading:
             count, order = options.limit or 100, options.oldest_first
-            lines = reading.lines(expression, what, count=count, oldest_first=order)
-            while batch := list(itertools.islice(lines, _POST_LINES)):
-                send(batch)
+            rows = reading.rows(what, count=count, oldest_first=order, columns=columns)
+            send(line for line, _ in rows)
         return 0
-    cursor = _read_cursor(place) if place else None
-    follower = Follower(store, what, columns=f"{expression} AS line", cursor=cursor)
-    if not place:
-        with contextlib.suppress(DatabaseNotFoundError), store.reading(wait=options.wait) as reading:
-            follower.start(reading)
+    if place:
+        follower = Follower(store, what, columns, _read_cursor(place))
+    else:
+        follower, past = _follower_of(options, store, what, columns)
+        send(line for line, _ in past)
     saved = None
     with contextlib.closing(follower):
         while True:
-            rows = follower.look(wait=0 if options.follow else options.wait)
-            for first in range(0, len(rows), _POST_LINES):
-                send([line for (line,) in rows[first : first + _POST_LINES]])
+            fresh = follower.look(wait=0 if options.follow else options.wait)
+            send(line for line, _ in fresh)
             reached = json.dumps(follower.cursor())
             if place and reached != saved:
                 _write_whole(place, reached + "\n")
                 saved = reached
-            if not rows and not follower.is_behind:
+            if not fresh and not follower.is_behind:
                 if not options.follow:
                     return 0
                 _pause(0.4)
@@ -12047,12 +12051,13 @@ def _read_cursor(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
             cursor = json.load(file)
-        if [cursor["version"], type(cursor["journals"]), type(cursor["segments"])] != [1, dict, dict]:
+        places = [*cursor["journals"].values(), *cursor["segments"].values()]
+        if cursor["version"] != 1 or not all(type(each) is int for each in places):
             raise ValueError("of another version")
         return dict(cursor)
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # whatever somebody edited
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
 
 
@@ -12064,30 +12069,46 @@ def _write_whole(path: str, text: str) -> None:
 
 
 _POST_LINES: Final = 500
+_POST_BYTES: Final = 2**20  # of several lines: receivers have limits
 _POST_SECONDS: Final = 60.0  # without --follow: how long a receiver may say no
 
 
-def _sender_of(options: argparse.Namespace) -> Callable[[Sequence[str]], None]:
+def _batches(lines: Iterable[str]) -> Iterator[list[bytes]]:
+    """Yield lines in batches that a receiver takes."""
+    batch: list[bytes] = []
+    size = 0
+    for data in (line.encode() for line in lines):
+        size += len(data) + 1
+        if batch and (len(batch) == _POST_LINES or size > _POST_BYTES):
+            yield batch
+            batch, size = [], len(data) + 1
+        batch.append(data)
+    if batch:
+        yield batch
+
+
+def _sender_of(options: Options) -> Callable[[Iterable[str]], object]:
     """Return what prints lines, or sends them until a 2xx comes, with pauses after 429, 5xx and faults."""
-    if not options.post:
-        return lambda lines: print(*lines, sep="\n", flush=True)
+    if options.post is None:
+        ascii_only = not takes_unicode(sys.stdout)
+
+        def show(lines: Iterable[str]) -> None:
+            sys.stdout.writelines(harmless_json(line, ascii_only=ascii_only) + "\n" for line in lines)
+            sys.stdout.flush()
+
+        return show
     import http.client
     import urllib.error
-    import urllib.parse
     import urllib.request
 
     class NoRedirect(urllib.request.HTTPRedirectHandler):  # it would ask elsewhere, without the events
         def redirect_request(self, *_: object) -> None: ...
 
-    try:
-        url = urllib.parse.urlsplit(options.post)
-        is_plain = re.fullmatch(r"https?://[!-?A-~]+([/?#][!-~]*)?", options.post)
-        if not is_plain or not url.hostname or url.port == 0:
-            raise ValueError
-    except ValueError:
-        text = "--post wants a URL of http or https, and no password in it: --header takes secrets"
-        raise _UsageError(text) from None
-    shown = f"{url.scheme}://{url.netloc}"  # the path may be a secret, as of a webhook
+    url = r"(https?://(?:[\w.-]+|\[[\w:.%]+])(?::([0-9]{1,5}))?)([/?#][!-~]*)?"
+    match = re.fullmatch(url, options.post, re.ASCII)
+    if not match or not 0 < int(match[2] or 80) < 65536:
+        raise _UsageError("--post wants a URL of http or https without a password: --header takes secrets")
+    shown = match[1]  # the path may be a secret, as of a webhook
     is_otlp = options.format == "otlp"
     headers = {"Content-Type": "application/json" if is_otlp else "application/x-ndjson"}
     for header in options.header or ():
@@ -12099,19 +12120,21 @@ def _sender_of(options: argparse.Namespace) -> Callable[[Sequence[str]], None]:
             raise _UsageError(f"--header {header}: the name or the value can't stand in a header")
     opener = urllib.request.build_opener(NoRedirect)
 
-    def send(lines: Sequence[str]) -> None:
-        text = "\n".join(lines) + "\n"
+    def send(lines: Sequence[bytes]) -> None:
+        data = b"\n".join(lines) + b"\n"
         if is_otlp:  # one request of all resources: each line holds an array of one
-            start = '{"resourceLogs":['
-            text = start + ",".join(line[len(start) : -2] for line in lines) + "]}"
-        request = urllib.request.Request(options.post, text.encode(), headers, method="POST")
+            start = b'{"resourceLogs":['
+            data = start + b",".join(line[len(start) : -2] for line in lines) + b"]}"
+        request = urllib.request.Request(options.post, data, headers, method="POST")
         pause, end = 1.0, time.monotonic() + _POST_SECONDS
         while True:
             try:
                 with opener.open(request, timeout=30):
                     return
             except urllib.error.HTTPError as error:
-                told = f"{shown} answered {error.code}: {error.read(500).decode(errors='replace').strip()}"
+                told = f"{shown} answered {error.code}"
+                with contextlib.suppress(OSError, http.client.HTTPException):  # while it says why
+                    told += f": {error.read(500).decode(errors='replace').strip()}"
                 if error.code != 429 and error.code < 500:
                     raise AuditError(f"{told}; nothing more was sent, and the cursor stays") from error
                 asked = error.headers.get("Retry-After", "").strip()
@@ -12124,7 +12147,7 @@ def _sender_of(options: argparse.Namespace) -> Callable[[Sequence[str]], None]:
             time.sleep(pause)
             pause = min(pause * 2, 60.0)
 
-    return send
+    return lambda lines: collections.deque(map(send, _batches(lines)), 0)
 
 
 def _pause(seconds: float) -> None:
@@ -12140,7 +12163,7 @@ def _pause(seconds: float) -> None:
         raise BrokenPipeError
 
 
-def _export(options: argparse.Namespace, store: Store, what: Filter) -> int:
+def _export(options: Options, store: Store, what: Filter) -> int:
     path: str = options.export
     to_stdout = path == "-"
     form = options.format or ("csv" if to_stdout else export_format(path))
@@ -12194,7 +12217,7 @@ _SHOWN: Final = (
 )
 
 
-def cmd_show(options: argparse.Namespace) -> int:
+def cmd_show(options: Options) -> int:
     ids, is_whole = [options.event.strip()], True
     try:
         parse_event_id(ids[0])
@@ -12214,7 +12237,12 @@ def cmd_show(options: argparse.Namespace) -> int:
         if event and options.around:
             if event["session_id"] is None:
                 raise _UsageError(f"{ids[0]} has no session; leave --around out")
-            return _show_around(options, reading.around(event["session_id"], ids[0], options.around))
+            near = reading.around(event["session_id"], ids[0], options.around)
+            if options.json:
+                write_json(sys.stdout, near)
+            else:
+                _event_table(options, ("event_id", *SHORT_COLUMNS[:-1])).write(near)
+            return 0
     if not event:
         _say(f"there is no event {options.event}")
         return EXIT_FAILED
@@ -12231,17 +12259,7 @@ def cmd_show(options: argparse.Namespace) -> int:
     return 0
 
 
-def _show_around(options: argparse.Namespace, rows: Sequence[Row]) -> int:
-    if options.json:
-        write_json(sys.stdout, rows)
-    else:
-        width, colour = _terminal()
-        columns = ("event_id", *SHORT_COLUMNS[:-1])
-        EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(rows)
-    return 0
-
-
-def cmd_stats(options: argparse.Namespace) -> int:
+def cmd_stats(options: Options) -> int:
     sort = STATS_COLUMNS[_SORTS.index(options.sort)]
     with _whole_log(_store_of(options), options) as reading:
         rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
@@ -12254,8 +12272,8 @@ def cmd_stats(options: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_sql(options: argparse.Namespace) -> int:
-    statement = sys.stdin.read() if options.statement == "-" else options.statement
+def cmd_sql(options: Options) -> int:
+    statement = _standard_input() if options.statement == "-" else options.statement
     try:
         with _whole_log(_store_of(options), options) as reading:
             names, rows = reading.query(statement)
@@ -12278,7 +12296,7 @@ def cmd_sql(options: argparse.Namespace) -> int:
 # --- config, redact
 
 
-def cmd_config(options: argparse.Namespace) -> int:
+def cmd_config(options: Options) -> int:
     config = _config_of(options)
     settings = config._asdict()
     sources = settings.pop("sources")
@@ -12292,14 +12310,14 @@ def cmd_config(options: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_redact(options: argparse.Namespace) -> int:
+def cmd_redact(options: Options) -> int:
     if options.db is None and not (options.config or options.profile or find_site_file(os.getcwd())):
         redactor, limit = Redactor(), 1 << 20
     else:
         config = _config_of(options)
         redactor, limit = redactor_of(config), config.max_input_bytes
     try:
-        value = json.loads(sys.stdin.read())
+        value = json.loads(_standard_input())
     except (ValueError, RecursionError) as error:
         raise _UsageError(f"standard input is no JSON: {error}") from error
     encoder = Encoder(redactor, max_input_bytes=limit)
@@ -12319,7 +12337,7 @@ def cmd_redact(options: argparse.Namespace) -> int:
 # --- ingest, import, doctor
 
 
-def cmd_ingest(options: argparse.Namespace) -> int:
+def cmd_ingest(options: Options) -> int:
     """Take in what dead processes left. 1 if lines had to be rejected."""
     told = Diagnostics()
     store = Store(_config_of(options), diagnostics=told)
@@ -12334,18 +12352,20 @@ def cmd_ingest(options: argparse.Namespace) -> int:
     return EXIT_FAILED if told.rejected else 0
 
 
-def cmd_import(options: argparse.Namespace) -> int:
+def cmd_import(options: Options) -> int:
     """Take in MXCP's JSONL logs. 1 if a line was no event, or a file ended early."""
     importer = Importer(
         _config_of(options),
         on_bad_line=lambda path, number, reason: _say(f"{path}:{number}: {reason}"),
         wait=options.wait,
     )
+    import zlib
+
     failed = False
     for path in options.files:
         try:
             result = importer.take(path)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
             failed = True
             continue
@@ -12356,7 +12376,7 @@ def cmd_import(options: argparse.Namespace) -> int:
     return EXIT_FAILED if failed else 0
 
 
-def cmd_doctor(options: argparse.Namespace) -> int:
+def cmd_doctor(options: Options) -> int:
     checkup = Checkup(_config_of(options), wait=options.wait)
     if options.json:
         _print_json(checkup.report)
@@ -12377,7 +12397,7 @@ def cmd_doctor(options: argparse.Namespace) -> int:
 # --- report
 
 
-def cmd_report(options: argparse.Namespace) -> int:
+def cmd_report(options: Options) -> int:
     what = _filter_of(options)
     store = _store_of(options)
     store.refuse_own_files(options.out)
@@ -12403,7 +12423,7 @@ def cmd_report(options: argparse.Namespace) -> int:
 # --- verify, checkpoint
 
 
-def cmd_verify(options: argparse.Namespace) -> int:
+def cmd_verify(options: Options) -> int:
     checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
     store = Store(_config_of(options))
     verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress)
@@ -12461,19 +12481,20 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
         with open(path, encoding="utf-8") as file:
             text = file.read()
         said = json.loads(text[text.index("{") :])
-        if signers:
-            _say(f"the checkpoint is signed by {check_signature(signers, said)}")
-        return [
+        heads = [
             Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
             for head in said["journals"]
         ]
     except OSError as error:
         raise _UsageError(f"{path} can't be read: {error.strerror}") from error
-    except (ValueError, LookupError, TypeError, RecursionError) as error:
+    except Exception as error:
         raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
+    if signers:
+        _say(f"the checkpoint is signed by {check_signature(signers, said)}")
+    return heads
 
 
-def cmd_checkpoint(options: argparse.Namespace) -> int:
+def cmd_checkpoint(options: Options) -> int:
     checkpoint = Store(_config_of(options)).checkpoint(wait=options.wait)
     if options.sign:
         checkpoint["signature"] = sign_checkpoint(options.sign, checkpoint)
@@ -12481,7 +12502,7 @@ def cmd_checkpoint(options: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_prove(options: argparse.Namespace) -> int:
+def cmd_prove(options: Options) -> int:
     _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait), indent=None)
     return 0
 
@@ -12489,7 +12510,7 @@ def cmd_prove(options: argparse.Namespace) -> int:
 # --- purge, backup, compact
 
 
-def cmd_purge(options: argparse.Namespace) -> int:
+def cmd_purge(options: Options) -> int:
     if options.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
     store = Store(_config_of(options))
@@ -12514,13 +12535,13 @@ def cmd_purge(options: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_backup(options: argparse.Namespace) -> int:
+def cmd_backup(options: Options) -> int:
     events = Store(_config_of(options)).backup(options.file, wait=options.wait)
     _print(f"{counted(events, 'event')} copied to {options.file}")
     return 0
 
 
-def cmd_restore(options: argparse.Namespace) -> int:
+def cmd_restore(options: Options) -> int:
     restored = Store(_config_of(options)).restore(options.file, wait=options.wait)
     _print(f"{counted(restored.back, 'event')} restored; the database holds {restored.events}")
     if restored.kept:
@@ -12528,7 +12549,7 @@ def cmd_restore(options: argparse.Namespace) -> int:
     return 0
 
 
-def cmd_compact(options: argparse.Namespace) -> int:
+def cmd_compact(options: Options) -> int:
     before, after = Store(_config_of(options)).compact(wait=options.wait)
     _print(f"{before} bytes before, {after} bytes after")
     return 0
@@ -12537,7 +12558,7 @@ def cmd_compact(options: argparse.Namespace) -> int:
 # --- wrap
 
 
-def cmd_wrap(options: argparse.Namespace) -> int:
+def cmd_wrap(options: Options) -> int:
     """Run an MCP server and record what it executes. Ends as the server did."""
     command = options.server[1:] if options.server[0] == "--" else options.server
     config = _config_of(options)
@@ -12556,7 +12577,7 @@ def cmd_wrap(options: argparse.Namespace) -> int:
 # --- completion
 
 
-def cmd_completion(options: argparse.Namespace) -> int:
+def cmd_completion(options: Options) -> int:
     actions = {action.dest: action for action in build_parser()._actions}
     commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
     words, values = "", ""
@@ -12602,12 +12623,13 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 _FILE_OPTIONS: Final = {
     *("config", "db", "export", "out", "archive", "checkpoint", "signed-by", "sign", "cursor-file", "file")
 }
-# What an option does not go with, and why; what it needs; and what its text becomes.
+# What an option does not go with; what it needs; and what its text becomes.
 _EXCLUDES: Final = (
     ("db", ("config", "profile"), "it needs no site file"),
     ("utc", ("local",), "name one time zone"),
     ("json", ("csv",), "name one form"),
-    ("export", ("columns", "wide", "input", "json"), "it writes every column, in the format of --format"),
+    *((name, ("columns", "wide", "input", "json"), "it has every column") for name in ("export", "format")),
+    ("format", ("columns", "wide", "input", "json"), "it says what is written"),
     ("export", ("cursor-file", "post"), "they are for lines that are printed or sent"),
     ("running", ("export", "follow", "format", "oldest-first"), "it shows what has not ended"),
     ("follow", ("export", "until", "oldest-first"), "it shows what is yet to come"),
@@ -12623,19 +12645,24 @@ _PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
 }
 
 
-def _check_options(options: argparse.Namespace) -> None:
+def _check_options(options: Options) -> None:
     """Check the options together, and put values in place of their texts."""
     values = {name.replace("_", "-"): value for name, value in vars(options).items()}
     given = {name for name, value in values.items() if value not in (None, False)}
     for name, others, why in _EXCLUDES:
-        if name in given and given.intersection(others):
-            raise _UsageError(f"--{name} does not go with --{given.intersection(others).pop()}: {why}")
+        if name in given and (clash := given.intersection(others)):
+            raise _UsageError(f"--{name} does not go with --{clash.pop()}: {why}")
     for name, other in _NEEDS.items():
         if name in given and other in values and other not in given:
             raise _UsageError(f"--{name} needs --{other}")
-    for name in given - _FILE_OPTIONS:
-        if isinstance(values[name], str) and re.search("[\ud800-\udfff]", values[name]):
-            raise _UsageError(f"{name}: {values[name]!r} is no UTF-8")
+    for name in given:
+        if name in _FILE_OPTIONS:
+            if not values[name]:
+                raise _UsageError(f"{name}: the file name is empty")
+        elif (isinstance(text := values[name], str) or name in EVENT_TYPES) and re.search(
+            "[\ud800-\udfff]", "".join(text)
+        ):
+            raise _UsageError(f"{name}: {text!r} is no UTF-8")
     for name in given.intersection(_PARSERS):
         parse = _PARSERS[name]
         if parse is parse_time:

@@ -26,7 +26,7 @@ import pytest
 from conftest import ROOT, Cli, child_environment, held_database
 
 import mxcp_audit
-from mxcp_audit import AuditLogger, build_parser, parse_time
+from mxcp_audit import STREAM_FORMS, AuditLogger, build_parser, parse_time
 
 COMMANDS = (
     *("log", "show", "stats", "sql", "config", "redact", "completion", "ingest", "doctor", "import"),
@@ -99,6 +99,8 @@ FILTERS = {
     ("--since", "2999-01-01"): [],
     ("--until", "1h"): [],
     ("--oldest-first", "--limit", "2"): ["get_user", "delete_user"],
+    ("--user", ""): [],
+    ("--address", "", "--grep", ""): [],
 }
 
 
@@ -159,6 +161,7 @@ def test_log_table_columns_wide_and_input(filled: Path, run: Cli) -> None:
     assert '    {"id":7,"password":"[REDACTED]"}' in run("log", *DB, "--input").stdout
     narrow = run("log", *DB, COLUMNS="50").stdout
     assert all(mxcp_audit.display_width(line) <= 50 for line in narrow.splitlines())
+    assert run("log", *DB, COLUMNS="9" * 15).returncode == 0
 
 
 @pytest.mark.parametrize("form", ["csv", "json", "jsonl"])
@@ -287,6 +290,12 @@ def test_options_that_would_do_nothing_are_refused(run: Cli) -> None:
     for command in (["config"], ["redact"], ["wrap"]):
         done = run(*command, *DB, "--wait", "1")
         assert done.returncode == 2 and "--wait" in done.stderr, command
+    for option in ("--columns=name", "--wide", "--input", "--json"):
+        assert run("log", *DB, "--format", "ecs", option).returncode == 2, option
+    commands = ["purge --older-than 1d --archive", "verify --checkpoint", "checkpoint --sign", "log --export"]
+    for command in map(str.split, (*commands, "report --out", "log --format ecs --cursor-file", "backup")):
+        done = run(*command, "", *DB)  # "$ARCHIVE", of a variable that is not set
+        assert (done.returncode, done.stdout) == (2, "") and "empty" in done.stderr, command
 
 
 def test_one_of_anything_is_told_in_the_singular(engine: str, tmp_path: Path, run: Cli) -> None:
@@ -356,6 +365,8 @@ WRONG: list[list[str]] = [
     ["log", "--follow", "--until", "1h"],
     ["log", "--follow", "--export", "x.csv"],
     ["log", "--profile", "p"],
+    ["log", "--user", "\udcff"],
+    ["log", "--tool", "x", "--tool", "\udcff"],
     ["show"],
     ["show", "no id"],
     ["stats", "--by", "week"],
@@ -363,20 +374,24 @@ WRONG: list[list[str]] = [
     ["sql"],
     ["sql", "SELECT 1", "--json", "--csv"],
     ["completion", "fish"],
+    ["verify", "--db", "log.duckdb", "--checkpoint", "heads.json"],
 ]
 
 
-def test_wrong_usage_exits_2_without_a_traceback(run: Cli) -> None:
+def test_wrong_usage_exits_2_without_a_traceback(run: Cli, tmp_path: Path) -> None:
+    head = '{"journal": "x", "position": 1e400, "events": 1, "seal": ""}'
+    (tmp_path / "heads.json").write_text(f'{{"journals": [{head}]}}')
     for arguments in WRONG:
         done = run(*arguments, *(DB if arguments[:1] in (["log"], ["show"], ["stats"], ["sql"]) else ()))
         assert done.returncode == 2, (arguments, done.stderr)
         assert done.stdout == "" and "Traceback" not in done.stderr, arguments
+    assert "see mxcp-audit log --help" in run("log", "--nothing").stderr
 
 
 def test_help_teaches_and_needs_no_duckdb(run: Cli) -> None:
     for command in ("", *COMMANDS):
         done = run(*([command] if command else []), "--help", PATH="", MXCP_AUDIT_ENGINE="none")
-        assert done.returncode == 0 and done.stderr == ""
+        assert done.returncode == 0 and done.stderr == "" and done.stdout.isascii()
         if command not in ("ingest",):
             assert "examples:\n  mxcp-audit " in done.stdout, command
     code = (
@@ -481,6 +496,7 @@ def test_nothing_in_the_log_reaches_the_terminal_as_a_command(engine: str, tmp_p
         ["log", *DB],
         ["log", *DB, "--wide", "--input"],
         ["log", *DB, "--json"],
+        ["log", *DB, "--format", "jsonl"],
         ["show", event_id, *DB],
         ["show", event_id, *DB, "--json"],
         ["stats", *DB],
@@ -520,16 +536,21 @@ def test_output_into_a_closed_pipe_ends_quietly(filled: Path) -> None:
 
 
 def test_output_without_standard_streams_is_no_failure(filled: Path) -> None:
-    program = f"{sys.executable} -m mxcp_audit log --db log.duckdb"
-    for streams in (">&-", "2>&- <&-"):
+    for command, streams, code in (
+        ("log", ">&-", 0),
+        ("log", "2>&- <&-", 0),
+        ("sql -", "<&-", 2),
+        ("sql -", r"<<<$'SELECT \xff'", 2),
+        ("sql -", r"<<<$'\ufeffSELECT 1'", 0),
+    ):
         done = subprocess.run(
-            ["bash", "-c", f"{program} {streams}"],
+            ["bash", "-c", f"{sys.executable} -m mxcp_audit {command} --db log.duckdb {streams}"],
             cwd=filled,
-            env=child_environment(),
+            env=child_environment(PYTHONIOENCODING="utf-8"),
             capture_output=True,
             timeout=60,
         )
-        assert done.returncode == 0, (streams, done.stderr)
+        assert done.returncode == code and b"Traceback" not in done.stderr, (streams, done.stderr)
 
 
 def test_output_to_a_full_device_fails_with_a_message(filled: Path) -> None:
@@ -572,6 +593,11 @@ def test_output_has_the_encoding_of_the_terminal(filled: Path, run_in: Callable[
     for command in (verify, [*verify, "--json"], ["backup", "é.duckdb"]):
         assert re.search(r"\\xe9|\\u00e9", run_in("ascii", *command)), command
     assert (filled / "é.duckdb").exists()
+    for form in STREAM_FORMS:
+        plain, whole = (run_in(encoding, "log", "--format", form) for encoding in ("ascii", "utf-8"))
+        assert plain != whole and list(map(json.loads, plain.split("\n")[:-1])) == list(
+            map(json.loads, whole.split("\n")[:-1])
+        )
     # CSV is UTF-8 whatever the locale says
     assert run_in("ascii", "sql", "SELECT '日本é' AS \"é\"", "--csv") == "é\n日本é\n"
 
@@ -760,6 +786,7 @@ def test_completion_works_in_a_real_zsh(run: Cli, tmp_path: Path) -> None:
         ("1h30m", "2026-01-02 01:34:05.000000"),
         ("1w", "2025-12-26 03:04:05.000000"),
         ("2026-01-31", "2026-01-31 00:00:00.000000"),
+        ("0999-01-31", "0999-01-31 00:00:00.000000"),
         ("2026-01-31T12:00", "2026-01-31 12:00:00.000000"),
         ("2026-01-31 12:00:01.5Z", "2026-01-31 12:00:01.500000"),
         ("2026-01-31T12:00:00+02:00", "2026-01-31 10:00:00.000000"),

@@ -159,14 +159,15 @@ def test_follow_without_a_log_waits_for_the_first_event(
     assert one.out.read_text().splitlines()[0].startswith("TIME (UTC)")
 
 
+@pytest.mark.parametrize("form", [("--json",), ("--format", "jsonl")])
 def test_follow_with_limit_shows_the_past_first_and_nothing_twice(
-    tmp_path: Path, logger: AuditLogger, follow: Callable[..., Follow]
+    tmp_path: Path, logger: AuditLogger, follow: Callable[..., Follow], form: tuple[str, ...]
 ) -> None:
     for number in range(5):
         logger.log_event("cli", "tool", f"past{number}")
     logger.flush()
     logger.log_event("cli", "tool", "past5")
-    one = follow("--limit", "3", "--json", "--tool", "*", "--grep", "p", "--type", "tool")
+    one = follow("--limit", "3", *form, "--tool", "*", "--grep", "p", "--type", "tool")
     wait_until(lambda: len(one.events()) == 3)
     logger.log_event("cli", "tool", "past_is_over")
     logger.flush()

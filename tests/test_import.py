@@ -188,7 +188,9 @@ def test_import_bad_lines_named_good_ones_taken(tmp_path: Path, cli: Cli) -> Non
         "[" * 100_000,
     ]
     write(tmp_path / "a.jsonl", older(1), "", *bad, older(2))
-    with open(tmp_path / "a.jsonl", "ab") as file:
+    marked = b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes()  # as PowerShell does
+    with open(tmp_path / "a.jsonl", "wb") as file:
+        file.write(marked)
         file.write(b'{"type": "\xff"}\n')
     done = cli("import", "--db", "log.duckdb", "a.jsonl")
     assert done.returncode == 1
@@ -235,9 +237,11 @@ def test_import_files_that_are_none(tmp_path: Path, cli: Cli) -> None:
     assert database.returncode == 1 and "read it as it is: log --db log.duckdb" in database.stderr
     packed = gzip.compress("".join(json.dumps(older(n)) + "\n" for n in range(2000)).encode())
     (tmp_path / "cut.gz").write_bytes(packed[: len(packed) // 2])
-    mixed = cli("import", "--db", "other.duckdb", "absent.jsonl", "cut.gz", "a.jsonl")
+    (tmp_path / "damaged.gz").write_bytes(packed[:10] + b"\xff" * 99)
+    mixed = cli("import", "--db", "other.duckdb", "absent.jsonl", "cut.gz", "damaged.gz", "a.jsonl")
     assert mixed.returncode == 1
-    absent, cut, good = mixed.stderr.splitlines()
+    absent, cut, damaged, good = mixed.stderr.splitlines()
+    assert damaged.startswith("damaged.gz: can't be read")
     assert absent.startswith("absent.jsonl: can't be read") and cut.startswith("cut.gz: can't be read")
     assert good == "a.jsonl: 1 event imported"
     assert "Traceback" not in mixed.stderr

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Cli
+from conftest import ROOT, Cli, write_table_of_mxcp
 from forms import CHECKS
 
 from mxcp_audit import AuditLogger
@@ -63,7 +63,7 @@ def cli(run: Any) -> Any:
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log of events that hold whatever may stand in them."""
-    path = tmp_path_factory.mktemp("siem") / "log.duckdb"
+    path = tmp_path_factory.mktemp("siem é") / "log.duckdb"
     dice = random.Random(7)
 
     def text() -> str | None:
@@ -130,7 +130,12 @@ def test_cursor_that_a_purge_overtook_tells_of_the_gap(cli: Cli, tmp_path: Path)
     assert names_of(cli(*new)) == []
 
 
-@pytest.mark.parametrize("text", ["", "{}", "[]", '{"version": 2, "journals": {}, "segments": {}}', "\\x00"])
+CURSOR = '{"version": %d, "journals": {"x": %s}, "segments": {}}'
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[]", CURSOR % (2, 1), CURSOR % (1, "null"), CURSOR % (1, "[" * 99_999), "\\x00"]
+)
 def test_cursor_that_is_none_of_ours_is_refused(cli: Cli, log: Path, tmp_path: Path, text: str) -> None:
     cursor = tmp_path / "cursor"
     cursor.write_text(text)
@@ -155,6 +160,9 @@ def receiver(answers: list[int]) -> Iterator[tuple[str, list[tuple[dict[str, str
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
             code = answers.pop(0) if answers else 200
+            if code == 502:  # a proxy that dies while it says so
+                self.wfile.write(b"HTTP/1.1 502 X\r\nTransfer-Encoding: chunked\r\n\r\n9\r\nx")
+                return
             if code == 200:
                 accepted.append((dict(self.headers), body))
             self.send_response(code)
@@ -178,12 +186,14 @@ def receiver(answers: list[int]) -> Iterator[tuple[str, list[tuple[dict[str, str
 
 def test_post_tries_again_after_429_and_5xx_and_moves_the_cursor(cli: Cli, log: Path, tmp_path: Path) -> None:
     send = ("log", "--db", str(log), "--format", "otlp", "--cursor-file", str(tmp_path / "cursor"))
-    with receiver([429, 503]) as (url, accepted):
+    with receiver([429, 502]) as (url, accepted):
         done = cli(*send, "--post", url, "--header", "Authorization=TOKEN", TOKEN="Bearer x")
         assert (done.returncode, done.stdout) == (0, ""), done.stderr
         assert sum(len(json.loads(body)["resourceLogs"]) for _, body in accepted) == COUNT
         assert {headers["Authorization"] for headers, _ in accepted} == {"Bearer x"}
-        assert cli(*send, "--post", url).returncode == 0 and len(accepted) == -(-COUNT // 500)
+        assert all(len(body) <= 2**20 for _, body in accepted)
+        before = len(accepted)
+        assert cli(*send, "--post", url).returncode == 0 and len(accepted) == before
 
 
 @pytest.mark.parametrize("code", [400, 302, 303, 308])
@@ -238,6 +248,24 @@ def test_log_in_a_form_is_what_its_own_schema_asks_for(cli: Cli, log: Path, form
     events = lines_of(cli, log, form)
     assert len(events) == COUNT
     CHECKS[form](events)
+
+
+@pytest.mark.parametrize("form", CHECKS)
+def test_log_in_a_form_takes_rows_of_any_time_and_what_is_nearly_json(
+    cli: Cli, tmp_path: Path, form: str
+) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    write_table_of_mxcp(tmp_path / "log.duckdb")
+    for column, value in (
+        *(("timestamp", f"{day} 23:59") for day in ("2300-01-01", "9999-12-31", "0001-01-01", "1969-12-31")),
+        *(("input_json", text) for text in ('{"a": NaN}', "[-inf]", '{"inf": "NaN"}', '{"a":\n1}')),
+    ):
+        with duckdb.connect(str(tmp_path / "log.duckdb")) as connection:
+            connection.execute(f"UPDATE logs SET {column} = '{value}'")
+        (line,) = cli("log", "--db", str(tmp_path / "log.duckdb"), "--format", form).stdout.splitlines()
+        event = json.loads(line, parse_constant=pytest.fail)
+        for record in event["resourceLogs"][0]["scopeLogs"][0]["logRecords"] if form == "otlp" else ():
+            assert 0 <= int(record.get("timeUnixNano", 0)) < 2**64
 
 
 # --- the report
@@ -343,6 +371,8 @@ def test_doctor_prometheus_is_parsed_by_its_client(cli: Cli, log: Path) -> None:
     done = cli("doctor", "--db", str(log), "--prometheus")
     assert done.returncode == 0, done.stderr
     families = parser.text_string_to_metric_families(done.stdout)
-    samples = {sample.name: sample.value for family in families for sample in family.samples}
+    found = [sample for family in families for sample in family.samples]
+    samples = {sample.name: sample.value for sample in found}
+    assert str(log.parent) in {sample.labels.get("path") for sample in found}
     assert samples["mxcp_audit_database_events"] == COUNT
     assert samples["mxcp_audit_healthy"] == 1
