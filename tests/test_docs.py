@@ -124,9 +124,11 @@ CHECKS = {"yaml": check_yaml, "ini": check_unit, "cron": check_crontab}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_docs_every_command_and_example_runs(page: Path, folder: Path) -> None:
-    ran = 0
-    for language, code in BLOCK.findall(page.read_text(encoding="utf-8")):
+def test_docs_every_command_and_example_runs(page: Path, request: pytest.FixtureRequest) -> None:
+    ran, blocks = 0, BLOCK.findall(page.read_text(encoding="utf-8"))
+    if not {"bash", "python", *CHECKS}.isdisjoint(language for language, _ in blocks):
+        folder = request.getfixturevalue("folder")
+    for language, code in blocks:
         if language == "bash":
             run(["bash", "-euo", "pipefail", "-c", code], folder)
         elif language == "python":

@@ -21,7 +21,7 @@ import uuid
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 import mxcp_audit
@@ -715,6 +715,34 @@ def test_redact_object_of_named_fields_has_each_that_can_be_read(redactor: Redac
         {"user": "ana", "password": REDACTED, "unset": "<unreadable: AttributeError>"},
         0.5,
     ]
+
+
+cells = st.one_of(
+    st.sampled_from(
+        [0, -1, 4111111111111111, 1.5, float("nan"), True, None, b"x", "ok", "say: pwd=hunter22"]
+    ),
+    st.lists(st.sampled_from(["--password", "north", 7]), max_size=2),
+    st.dictionaries(st.sampled_from(["id", "key"]), st.sampled_from(["4111 1111 1111 1111", 7]), max_size=2),
+)
+
+
+@given(
+    st.lists(
+        st.fixed_dictionaries({"id": cells, "100%s": cells, "a{}": cells}, optional={"pin": cells}),
+        min_size=1,
+        max_size=5,
+    )
+)
+@example(
+    [{"id": 4111111111111111, "100%s": 0.5, "a{}": True}, {"id": 7, "100%s": float("inf"), "a{}": False}]
+)
+def test_redact_table_is_written_like_its_rows(redactor: Redactor, rows: list[dict[str, Any]]) -> None:
+    rows = [dict(row) for row in rows for _ in range(10)]
+    each = ",".join(map(redactor.redact_json, rows))
+    assert redactor.redact_json(rows) == f"[{each}]"
+    for inner in (rows, rows[-1], [rows[-1]] * 10):  # no row is written twice, or within itself
+        rows[-1]["id"] = inner
+        assert redactor.redact(rows)[-1]["id"] in ("[CYCLE]", ["[CYCLE]"] * 10)
 
 
 def test_redact_cycle_is_marked_and_a_repeat_is_not(redactor: Redactor) -> None:

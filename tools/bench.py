@@ -530,7 +530,7 @@ def ingest(run: Run) -> Iterator[Table]:
         row = {
             "package": "the `duckdb` package",
             "cli": "the `duckdb` program",
-            "bare": "DuckDB alone: two statements, the lines into a table and the digests into another",
+            "bare": "DuckDB alone, set alike: the lines into a table, the digests into another",
         }[engine]
         table.rows.append(
             (
@@ -584,6 +584,7 @@ files = [str(path) for path in Path(sys.argv[1], "log.duckdb.journal").glob("*.j
 path = Path(sys.argv[1], "bare.duckdb")
 before, _ = peers._usage(); start = time.perf_counter()
 with duckdb.connect(str(path)) as database:
+    database.execute(mxcp_audit._session_settings(guest=True))  # one thread and little memory, as ours
     given = {"files": files, "longest": 2**20, "lenient": False}
     database.execute("CREATE TABLE logs AS " + mxcp_audit._LINES, given)
     database.execute("CREATE TABLE ledger AS " + mxcp_audit.digests("logs"))
