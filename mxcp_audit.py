@@ -276,7 +276,7 @@ _QUOTED: Final = {
         re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL),
     ),
 }
-_ESCAPES: Final = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
+_PLAIN_OF: Final = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 _BLOCK_HEADER: Final = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
 _LEADING_LINES: Final = re.compile(r"(?:\n *)*")
 _REFUSALS: Final = {
@@ -513,8 +513,8 @@ class _YamlReader:
             return "'" if part == "''" else _folded(part)
         if part[1] == "\n":
             return "\n" * (part.count("\n") - 1)
-        if part[1] in _ESCAPES:
-            return _ESCAPES[part[1]]
+        if part[1] in _PLAIN_OF:
+            return _PLAIN_OF[part[1]]
         if len(part) == 2 or int(part[2:], 16) > sys.maxunicode:
             self.fail(f"{part} is no escape; write \\\\ for a backslash, or use single quotes", at)
         return chr(int(part[2:], 16))
@@ -1122,10 +1122,10 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # === Redaction ===
 # depends on: Errors
 #
-# Guarantee: what `Redactor.redact` returns holds no value that stands under a sensitive name, at any
-# depth, and no text in a known secret format; it is plain and shares nothing with the caller's objects.
-# Neither it nor `scrub` raises, changes or consumes an input. It fails towards too much: the remedy is
-# `keep:`. Four sieves, cheapest first: an endpoint's declarations, words of names, siblings, texts.
+# Guarantee: what `Redactor.redact` returns holds no value under a sensitive name, at any depth, and no text
+# in a known secret format; it shares nothing with the caller's objects. Nothing here raises or consumes an
+# input. It fails towards too much: the remedy is `keep:`. Four sieves, cheapest first: an endpoint's
+# declarations, words of names, siblings, texts.
 
 REDACTED: Final = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
@@ -1136,109 +1136,104 @@ _Check: TypeAlias = "Callable[[str], bool] | None"
 
 
 def _words_in(text: str) -> frozenset[str]:
-    """Return the words of a list that is written as a text."""
+    """Return the words of a text."""
     return frozenset(text.split())
 
 
 def _words_by_head(text: str) -> dict[str, frozenset[str]]:
-    """Return lists of words under their heads, which end in a colon."""
+    """Return words by their heads, which end in a colon."""
     rows = (row.split() for row in re.findall(r"\w+:[^:]*(?=\s\w+:|$)", text.strip()))
     return {head[:-1]: frozenset(words) for head, *words in rows}
 
 
-# The names that the specification lists are redacted in any spelling, whatever the words say.
+# The specification's
 SPEC_NAMES: Final = _words_in("""
-    password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
+password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 """)
-# A secret wherever it stands: nothing else is called by these words. The last line is "password" in the
-# languages whose word for it is unmistakable.
+# A secret wherever it stands. The last lines are "password" in other languages.
 STRONG_WORDS: Final = _words_in("""
-    password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
-    creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig
-    jsessionid phpsessid sessid privkey requirepass masterauth
-    motdepasse passwort kennwort contrasena contraseña senha
+password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
+creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig jsessionid
+phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena contraseña
+senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码 密碼 口令
+パスワード 暗証番号 비밀번호 암호 סיסמה
 """)
-# Two words that are one: what card and identity forms ask for, what a spelling tore apart (`passWord`,
-# `OAuth`), and Kubernetes' imagePullSecrets, which are names of secrets.
+# Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names of secrets.
 _PHRASES: Final = _words_by_head("""
-    creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
-        primary+account
-    cvv: card+verification  ssn: social+security
-    securityanswer: security+answer secret+answer recovery+answer challenge+answer
-    codeverifier: code+verifier oauth+verifier  credential: service+json account+json
-    password: pass+word  passphrase: pass+phrase  passcode: pass+code  motdepasse: de+passe
-    apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid
-    imagepull: image+pull  idempotency: client+request
+creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
+  primary+account
+cvv: card+verification  ssn: social+security
+securityanswer: security+answer secret+answer recovery+answer challenge+answer
+codeverifier: code+verifier oauth+verifier  credential: service+json account+json  password: pass+word
+passphrase: pass+phrase snmp+community community+string  passcode: pass+code  motdepasse: de+passe
+apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid  imagepull: image+pull
+idempotency: client+request
 """)
 PHRASES: Final = {pair.replace("+", " "): word for word, pairs in _PHRASES.items() for pair in pairs}
-# A secret in some company only, each with the words before it that make it harmless.
+# A secret in some company only; harmless behind these words.
 WEAK_WORDS: Final = _words_by_head("""
-    token: next starting page paging pagination continuation continue cursor sync delta resume forward
-        backward scroll position offset checkpoint watermark iterator snapshot lock change version sequence
-        consistency read idempotency idempotent first last previous prev start stop end bos eos pad unk sep
-        cls special input output prompt completion generated code explained sample predicted text word
-        string lexer parser syntax css color colour design theme environment n per budget base quote native
-        governance reward nft erc fungible
-    key: public pub publishable anon foreign unique sort partition cache object idempotency ttl kv event
-        group hash range composite map project file config variation hot ctrl alt input output parent label
-        field record body error subject primary issue tag bucket table column row index kms managed
-    jwt: verify validate decode parse
-    cookie: consent third party
-    pass: first second single multi two one last did test checks high low band boarding ski
-    pin: gpio led gpu map data clock input output board analog digital header reset power
-    auth: authorization: code: signature:
+token: next starting page paging pagination continuation continue cursor sync delta resume forward position
+  offset checkpoint iterator snapshot lock change version sequence read idempotency first last previous prev
+  start stop end bos eos pad special input output prompt completion generated code text word string lexer
+  parser syntax environment n budget base reward nft explained fee staked pool lp key
+key: public pub publishable anon foreign sort partition cache object idempotency ttl kv event group hash map
+  project file config ctrl input output parent label field error primary issue tag bucket table column index
+  kms managed
+jwt: verify validate decode parse  cookie: consent third party
+pass: first second single multi two one last did test checks high low band boarding ski bus season day poe
+  render
+pin: gpio led gpu map data clock input output board analog digital header reset power clk cs tx rx dout din
+  sda scl mosi miso sck irq rst push
+auth:  authorization:  code: result response error status reason  signature:
 """)
-# With one of these somewhere before it: `key` opens something (what it does, what it opens, for whom),
-# `tokens` are no text, `auth` holds credentials, `code` proves who one is, a signature signs a URL, cookies
-# are not baked. `Authorization` is a header alone or beside its words; else it is a decision or a record.
+# With one of these before it `key` opens something, `tokens` are no text, `auth` holds credentials, `code`
+# proves who one is. `Authorization` is a header alone or beside its words, else a decision.
 OPENERS: Final = _words_by_head("""
-    key: access private priv auth authentication authorization encryption encrypt decryption decrypt signing
-        sign hmac mac aes des rsa cipher crypto master root session shared account storage subscription
-        license licence activation product service app application client server wrapping wrap unseal
-        recovery ssh pgp gpg pem tls ssl sas bot webhook admin developer dev merchant payment jwt signature
-        kek dek pass secondary tertiary stream customer function workspace registration enrollment ingestion
-        integration extension phase ike wep wpa radius tacacs tsig device agent connection tunnel
-        provisioning
-    token: access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot
-        service deploy user device registration verification recovery invite
-    auth: http basic digest bearer docker registry proxy api x npm redis git repo
-    authorization: proxy http x ms amz basic bearer forwarded original header request custom
-    code: authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa
-        sms access device reset login time cvv cvc card
-    cookie: session auth http request set login
-    signature: amz goog access
+key: access private priv auth authentication authorization encryption encrypt decryption decrypt signing sign
+  hmac mac aes rsa cipher crypto master root session shared preshared account storage subscription license
+  licence activation product service app application client server wrapping unseal recovery pem sas bot
+  webhook admin developer dev merchant payment signature kek dek pass secondary tertiary stream customer
+  function workspace registration enrollment ingestion integration extension phase ike wep wpa radius tacacs
+  tsig device agent connection tunnel provisioning gossip isakmp ipsec symmetric fernet sealing network
+  transaction terminal openai anthropic gemini mailgun sendgrid
+token: access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot service
+  deploy user device registration verification recovery invite
+auth: http basic digest bearer docker registry proxy api x npm redis git repo
+authorization: proxy http x ms amz basic bearer forwarded original header request custom
+code: authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa sms
+  access device reset login time cvv cvc card token
+cookie: session auth http request set login  signature: amz goog access
 """)
-# After a secret word these still mean the secret itself: forms, copies and parts of it.
-# Any other word there says that the name is about the secret: its policy, place, kind, age.
+# After a secret word these still mean the secret itself; any other word says that the name is about it: its
+# policy, place, kind, age.
 STILL_SECRET: Final = _words_in("""
-    value string str text plain plaintext cleartext base b bin binary raw hex encoded encrypted hashed hash
-    digest data byte content body material blob override new old current previous confirm confirmation
-    repeat again verification verify primary secondary main backup default dev prod production test testing
-    staging live sandbox local json pem number num no hint auxiliary env x v wo last block part enc
+value string str text plain plaintext cleartext base b binary raw hex encoded encrypted hash digest data
+content body material blob override new old current previous confirm confirmation repeat again verification
+verify primary secondary main backup default dev prod production test testing staging live sandbox local json
+pem number num no hint auxiliary env x v wo last block part enc pepper openssh pkcs
 """)
-# A `key` with one of these after it is a document.
-KEY_DOCUMENTS: Final = _words_in("pem material blob wo string plaintext cleartext")
-# Before a secret word these turn the name into a switch or a figure …
+# A `key` before these is a document.
+KEY_DOCUMENTS: Final = _words_in("pem material blob wo string plaintext")
+# Before a secret word these make a switch or a figure of the name …
 FLAG_WORDS: Final = _words_in("""
-    is are has have had use using used no not non without with allow allowed require required enable enabled
-    disable disabled show hide prevent ignore skip need should must can cannot force forgot detect scan
-    support include accept want generate regenerate manage mask redact max min maximum minimum num count
-    total always automount ask return
+is has use using no without with allow allowed require required enable enabled disable disabled show hide
+prevent ignore skip force forgot detect scan support include want generate regenerate manage mask redact max
+min always automount ask return reuse persist inject block
 """)
-# … and these, which have other uses before a weak word (`reset_token`, `set_cookie`), before a strong one.
+# … and these before a strong one only (`reset_token` is a token).
 VERBS: Final = _words_in("""
-    add change check clear copy create delete deny edit enforce exclude export fetch get import issue list
-    mount prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
+add change check clear copy create delete deny edit enforce exclude export fetch get import issue list mount
+prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
 """)
-# Glued before a secret word in real names (`dbpass`, `ccnum`); the words above join in.
+# Glued before a secret word, as all words above (`dbpass`, `ccnum`).
 GLUE_WORDS: Final = _words_in("""
-    db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack
-    public next page sort
+db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack public next
+page sort
 """)
-# A word that ends in one of these ends in a secret, whatever is glued before it
-# (`pgpassword`, `csrfmiddlewaretoken`, `bindpass`); English has few such words.
+# A secret whatever is glued before it (`csrfmiddlewaretoken`), but for a few words.
 GLUED_SUFFIXES: Final = (
-    r"(?:pass(?:phrase|word|code|wd)?|credential|(?:access|secret|private|api)key|secret|token|pwd?|psk)s?$"
+    r"(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret|token|pwd?|psk"
+    r"|(?:access|secret|private|api)key)s?$"
 )
 NO_SECRETS: Final = _words_in("compass bypass trespass surpass overpass underpass encompass")
 
@@ -1246,13 +1241,12 @@ _KNOWN_WORDS: Final = STRONG_WORDS.union(
     WEAK_WORDS, *OPENERS.values(), STILL_SECRET, FLAG_WORDS, VERBS, GLUE_WORDS
 )
 _CAMEL: Final = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
-# The end of a long name decides; the limits are arbitrary, and keep judging cheap.
 _MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 128, 24, 16
-# A secret name holds one of these stems: where none is found, no name needs judging.
+# A secret name holds one of these stems.
 _STEMS: Final = STRONG_WORDS.union(
     WEAK_WORDS,
-    _words_in("card ccn cc_n cc-n account.num account_num social verifier answer saml sensitive connect.sid"),
-    ("json", "_wo", "sig="),
+    _words_in("community card ccn cc_n cc-n account.num account_num social verifier answer saml sensitive"),
+    ("connect.sid", "json", "_wo", "sig="),
 )
 STEMS: Final = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
 _MAX_VERDICTS: Final = 4096
@@ -1260,12 +1254,12 @@ _BY_SETTING: Final = "listed under `redact`"
 
 
 def _singular(word: str) -> str:
-    """Return the word that the lists know: `keys` is `key`, `access` and `pass` stay."""
+    """Return the word that the lists know: `keys` is `key`, `pass` stays."""
     return word[:-1] if word[-1:] == "s" and word[:-1] in _KNOWN_WORDS else word
 
 
 def _unglue(word: str) -> list[str]:
-    """Split a word such as `accesstoken` into known words; one that can't be split stays whole."""
+    """Split a word such as `accesstoken` into known words."""
     if _singular(word) in _KNOWN_WORDS or len(word) < 5 or word in NO_SECRETS:
         return [word]
     splits: dict[int, list[str]] = {len(word): []}
@@ -1283,9 +1277,9 @@ def _unglue(word: str) -> list[str]:
 
 
 def _name_words(name: str) -> list[str]:
-    """Split a name into lower-case words: `X-API-Key`, `JWTSecret`, `authtoken`, `password2`."""
+    """Split a name into lower-case words: `X-API-Key`, `JWTSecret`, `password2`."""
     if not name.isascii():
-        import unicodedata  # takes 1 ms that hardly anybody needs
+        import unicodedata  # takes 1 ms
 
         name = unicodedata.normalize("NFKC", name)
     words: list[str] = []
@@ -1299,10 +1293,12 @@ def _name_words(name: str) -> list[str]:
 
 
 def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], loud: bool) -> bool:
-    """Return True if a weak word, between these words, is a secret; `loud`: UPPER_CASE or `X-…`."""
+    """Return True if a weak word between these is a secret; `loud`: UPPER_CASE or `X-…`."""
     opened = not OPENERS.get(head, NO_SECRETS).isdisjoint(before)
     twin = head == "key" and len(before) > 1 and "primary" in before  # an account has two
     if before and before[-1] in WEAK_WORDS[head] and not twin:
+        return False
+    if not {"no", "num", "number"}.isdisjoint(tail):
         return False
     if head == "key":  # a protocol's abbreviation (`ntp_key`), a document, a shouted name
         short = any(1 < len(word) < 5 and not re.search("[aeiouy]", word) for word in before)
@@ -1320,13 +1316,15 @@ def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], lou
 
 
 def _judge_name(name: str) -> tuple[int, str]:
-    """Judge a field's name: (0, "") harmless, else a strength and the reason in words."""
+    """Return a name's strength (0: harmless) and the reason."""
     words = _name_words(name)
+    # `token_for_x` is a token, `number_of_tokens` is none
+    words = words[: next((at for at, word in enumerate(words) if at and word in ("for", "of")), None)]
     plain = "".join(words)
     if plain in SPEC_NAMES:
         return (1 if plain in WEAK_WORDS else 2), f"the specification names {plain!r}"
     if words[:1] == ["sensitive"] or words[1:][-1:] == ["wo"]:  # Terraform's write-only attributes
-        return 2, f"the word {(words[0] if words[0] == 'sensitive' else 'wo')!r}"
+        return 2, f"the words {' '.join(words)!r}"
     singular = list(map(_singular, words))
     heads = [at for at, word in enumerate(singular) if word in STRONG_WORDS or word in WEAK_WORDS]
     if not heads:
@@ -1334,7 +1332,7 @@ def _judge_name(name: str) -> tuple[int, str]:
     at = heads[-1]
     head, before, tail = singular[at], singular[:at], singular[at + 1 :]
     strong = head in STRONG_WORDS
-    # "auth header" is what the header holds, "api key header" is what it is called.
+    # "auth header" is what it holds, "api key header" what it is called.
     held = ("header",) if head in ("auth", "authorization", "cookie") else ()
     flags = FLAG_WORDS | VERBS if strong else FLAG_WORDS
     if not flags.isdisjoint(before) or not STILL_SECRET.union(held).issuperset(tail):
@@ -1348,24 +1346,24 @@ def _judge_name(name: str) -> tuple[int, str]:
 
 
 def _normal(name: str) -> str:
-    """Return a name without case and separators: `X-API-Key` and `xApiKey` are one."""
+    """Return a name without case and separators."""
     return re.sub(r"[\s_.\-]+|#[0-9]+$", "", name).casefold()
 
 
 def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """Read `redact:` and `keep:` entries into (tool or "", name); `a.b` is both a name and one tool's."""
+    """Read entries into (tool or "", name); `a.b` is both a name and one tool's."""
     split = [(tool, _normal(name)) for entry in entries for tool, _, name in [entry.rpartition(".")]]
     own = {(_normal(tool), name) for tool, name in split if _normal(tool) and name}
     return frozenset({("", _normal(entry)) for entry in entries} | own)
 
 
 def _lower(text: str) -> str:
-    """Return `text` in small letters and of the same length: U+0130 alone would grow."""
+    """Return a text in small letters and of the same length."""
     return text.lower() if text.isascii() else text.replace("\u0130", "i").lower()
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Compile a search for one of many words, grouped by their first letter: twice as fast as ungrouped."""
+    """Compile a search for many words, grouped by first letters: twice as fast."""
     groups: dict[str, list[str]] = {}
     for word in sorted(set(words)):
         groups.setdefault(word[0], []).append(re.escape(word[1:]))
@@ -1381,28 +1379,30 @@ def _re(pattern: str) -> re.Pattern[str]:
     return re.compile(pattern)
 
 
-# How a name in a text leads to its value; the group says in which way. Every repeat is bounded.
+# How a name in a text leads to its value, by the group's name. Every repeat is bounded.
 _SEPARATOR: Final = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
-    (?P<typed>:[ ]?&?[A-Za-z_][\w.,\[\]]{0,40}(?:[ ]\|[ ]\w{1,20}){0,2}[ ]?=[ ]?(?=[bBrRuUfF]{0,2}["'`]))
-  | (?P<assign>\\{0,32}["'`]?\]?[ \t]{0,8}(?:=>|:=|[!<>=]?=|<>|:(?![:/]))\s{0,8})
+    (?P<typed>(?::[ ]?&?|[ ]As[ ])[A-Za-z_][\w.,\[\]]{0,40}(?:[ ]\|[ ]\w{1,20}){0,2}
+      [ ]?=[ ]?(?=[bBrRuUfF]{0,2}["'`]))
+  | (?P<assign>\\{0,32}(?:["'`]|\*\*)?\[?\]?[ \t]{0,8}(?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))
+      (?:\*\*)?\s{0,8}(?:!!\w{1,16}\s{1,4})?)
   | (?P<percent>%(?:25)?3[dD])
   | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?[vV]alue\\{0,32}["']?\s{0,8}[=:]\s{0,8}
-      | </(?:key|name)>\s{0,64}(?:<(?:string|value)>){1,2})
+      | </(?:key|name)>\s{0,64}(?:<(?:string|value)>){1,2}
+      | ["']\s{0,4}\{(?:\s{0,16}[a-z]{4,12}\s{0,16}=[^\n]{0,200}\n){0,4}?\s{0,16}default\s{0,16}=\s{0,8})
   | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
   | (?P<part>\\{0,8}"(?:\r\n[^\r\n]{1,80}){0,3}(?:\r\n\r\n|\\r\\n\\r\\n|\n\n))
-  | (?P<pair>\]?\\{0,8}["'](?:\s{0,2},\s{0,8}|\)\.\w{3,16}\(\s{0,4})(?=b?\\{0,8}["']))
+  | (?P<pair>(?:\]?\\{0,8}["']|(?<=[A-Z]))(?:\s{0,2},\s{0,8}|\)\.\w{3,16}\(\s{0,4})(?=b?\\{0,8}["']))
   | (?P<call>\(\s{0,4}(?=[bBrRuUfF]{0,2}\\{0,8}["'`]))
-  | (?P<prose>[ \t](?:for[ ]\S{1,40}[ ])?(?:(?:is|was|are|(?:(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}|\())
+  | (?P<prose>[ \t](?:for[ ]\S{1,40}(?<!:)[ ])?(?:for[ ]\S{1,40}:[ ]|\(
+      |(?:is|was|are|ist|lautet|es|est|è|é|provided|given|(?:(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}))
   | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["']))
   | (?P<element>(?:["']?|["']?\s[^<>]{0,200})>\s{0,8}(?:<!\[CDATA\[|<[vV]alue>)?(?=[^<\s]))
   | (?P<option>[ \t]{1,4}(?=[^\s-]))
 )"""
-_QUOTE: Final = (
-    r"""(?:(?:new\s)?[A-Za-z_]{1,24}\()?[bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2(?=[\w!@#$%^*+]))?"""
-)
+_QUOTE: Final = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]{1,24}\()?
+    [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2{1,2}(?=[\w!@#$%^*+]))?"""
 _MARKED: Final = r"\[REDACTED(?::[0-9a-f]{8})?\]"
-# A bare value ends at a space or at what separates it from the next; a separator that
-# nothing follows may be part of it.
+# A bare value ends at a space or at what separates it from the next.
 _BARE: Final = (
     rf"(?x)(?:{_MARKED}|"
     + r"""(?:[^\s,;&'"`<>)\]}\\]
@@ -1413,58 +1413,60 @@ _BARE: Final = (
 _PERCENT_VALUE: Final = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
 _BRACKETS: Final = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
 # What stands for a secret, or says something about it, is none.
-_PLACEHOLDER: Final = (
-    r"\?|\[\s*\]|\{\s*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*)?\}"
-    r"|\$(?:env:)?\w+|[$#%]\{[^\n]{0,200}|\{\{[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?"
-    r"|\*{2,}|\.{3}|x{3,}|!\w+|@[\w.]+@|(?:env|file):\S+"
-    r"|(?i:null|none|nil|undefined|true|false|(?:your|insert|enter|replace)[_ -][\w -]*)"
-    r"|(?:process|var|self|this|env|os|vars|local)\.[\w.]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*"
-)
-# Prefixes that issuers gave their secrets so that scanners may know them; each at the
-# start of a run of word characters and dashes, with at least 16 of those after it.
+_PLACEHOLDER: Final = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
+    \?|\[\s*\]|\{\s*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*|[\[(][^{}\n]{0,80})?\}|\$(?:env:)?\w+
+  | [$#%]\{[^\n]{0,200}|\{\{(?!\s*['"])[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?|\*{2,}|\.{3}
+  | \.\*\S*|[xX]{3,}|\[[A-Z]{4,16}\]|!\w+|@[\w.]+@)
+  | \{\s*\\{0,8}["']?type\\{0,8}["']?:\s*\\{0,8}["']?(?i:string|integer|number|boolean|array|object)\b
+    (?![\s\S]*(?:value|default|example))[\s\S]*  # a schema; a file; an entry of a secret manager
+  | [\w.~/-]*\.(?:txt|pem|key|json|ya?ml|conf|cfg|ini|crt|env)|[.~]{0,2}/(?:[a-z._-]+/)+[a-z._-]+
+  | (?:env|file|op|vault|ssm|arn|secretref):\S+|projects/[\w-]+/secrets/\S+
+  | (?i:null|none|nil|undefined|true|false|string|(?:your|insert|enter|replace)[_ -][\w -]*)
+  | (?:process|var|self|this|env|os|vars|local)\.[\w.]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*"""
+# Prefixes of issuers, each before a run of at least 16 word characters and dashes.
 TOKEN_PREFIXES: Final = r"""
-    gh[opsur]_ github_pat_ gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- xox[abceoprs]- xapp-
-    xwfp- [sr]k_(?:live|test)_ whsec_ sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or-
-    sk-(?=[a-zA-Z_-]{0,40}[0-9]) gsk_ xai- pplx- nvapi- r8_ tvly- lsv2_(?:pt|sk)_ jina_ fc-(?=[0-9a-f]{32})
-    hf_ api_org_ pcsk_ tgp_v1_ sk_(?=[0-9a-f]{48}) AIza GOCSPX-
-    A(?:KIA|SIA|BIA|CCA)(?=[A-Z0-9]{16}(?![A-Za-z0-9])) npm_ pypi- rubygems_ oy2(?=[a-z0-9]{43})
-    dckr_[po]at_ do[opr]_v1_ shp(?:at|ca|pa|ss|tka)_ SK(?=[0-9a-f]{32}) key-(?=[0-9a-f]{32})
-    sq0(?:atp|csp|idp)- EAAA(?=[\w-]{60}) EAA(?=[A-Za-z0-9]{40}) tskey-(?:auth|api|client)- fm[12]_
-    pat-(?:na|eu)[0-9]- ntn_ secret_(?=[A-Za-z0-9]{43}) lin_(?:api|oauth)_ figd_ figo_ glsa_ glc_ sntry[su]_
-    PMAK- pul- dapi(?=[0-9a-f]{32}) sbp_ sb_secret_ pscale_(?:tkn|pw|oauth)_ nfp_ fo1_ NRAK- NRII- HRKU-
-    CCIPAT_ bkua_ ATATT3 ATCTT3 ATBB AKCp LTAI xkeysib- tfp_ CFPAT- EZAK shippo_(?:live|test)_ rdme_ ops_eyJ
-    AGE-SECRET-KEY-1 phx_ re_(?=[A-Za-z0-9]{8}_) rnd_ waka_ napi_(?=[a-z0-9]{64}) csk-(?=[a-z0-9]{40})
-    e2b_(?=[0-9a-f]{40}) bb_live_ sgp_ sq[apu]_ pnu_ dbt[cu]_ duffel_(?:live|test)_ dnkey- fio-u- y0_A
-    FLWSECK(?:_TEST)?- CLOJARS_ cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
+gh[opsur]_ github_pat_ gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- xox[abceoprs]- xapp- xwfp-
+[sr]k_(?:live|test)_ whsec_ sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or- sk-(?=[a-zA-Z_-]{0,40}[0-9]) gsk_
+xai- pplx- nvapi- r8_ tvly- lsv2_(?:pt|sk)_ jina_ fc-(?=[0-9a-f]{32}) hf_ api_org_ pcsk_ tgp_v1_
+sk_(?=[0-9a-f]{48}) AIza GOCSPX- A(?:KIA|SIA|BIA|CCA)(?=[A-Z0-9]{16}(?![A-Za-z0-9])) npm_ pypi- rubygems_
+oy2(?=[a-z0-9]{43}) dckr_[po]at_ do[opr]_v1_ shp(?:at|ca|pa|ss|tka)_ SK(?=[0-9a-f]{32}) key-(?=[0-9a-f]{32})
+sq0(?:atp|csp|idp)- EAAA(?=[\w-]{60}) EAA(?=[A-Za-z0-9]{40}) tskey-(?:auth|api|client)- fm[12]_
+pat-(?:na|eu)[0-9]- ntn_ secret_(?=[A-Za-z0-9]{43}) lin_(?:api|oauth)_ figd_ figo_ glsa_ glc_ sntry[su]_ PMAK-
+pul- dapi(?=[0-9a-f]{32}) sbp_ sb_secret_ pscale_(?:tkn|pw|oauth)_ nfp_ fo1_ NRAK- NRII- HRKU- CCIPAT_ bkua_
+ATATT3 ATCTT3 ATBB AKCp LTAI xkeysib- tfp_ CFPAT- EZAK shippo_(?:live|test)_ rdme_ ops_eyJ AGE-SECRET-KEY-1
+phx_ re_(?=[A-Za-z0-9]{8}_) rnd_ waka_ napi_(?=[a-z0-9]{64}) csk-(?=[a-z0-9]{40}) e2b_(?=[0-9a-f]{40})
+bb_live_ sgp_ sq[apu]_ pnu_ dbt[cu]_ duffel_(?:live|test)_ dnkey- fio-u- y0_A FLWSECK(?:_TEST)?- CLOJARS_
+cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
 """
-# In `\nghp_…` and `%3Dghp_…` the run starts with the end of an escape.
+# In `\nghp_…` and `%3Dghp_…` an escape's end comes first.
 _TOKEN: Final = (
     r"(?<![A-Za-z0-9_\-])(?=[A-Za-z0-9_\-]{16})(?:(?<=\\)[nrtfb]|(?<=%)..)?"
     rf"((?:{'|'.join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}})"
 )
-# Formats with dots, colons and slashes, each behind a substring that must be there.
-DOTTED_TOKENS: Final = (
-    ("eyJ", r"(?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}"),  # JWT, JWS, JWE
-    ("SG.", r"\bSG\.[\w-]{16,}(?:\.[\w-]+)?"),  # SendGrid
-    (".", r"\b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}"),  # Google, Gemini, Vault
-    ("1//", r"\b1//0[\w-]{20,}"),  # Google
-    ("dp.", r"\bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}"),  # Doppler
-    ("sl.", r"\bsl\.(?:u\.)?[\w-]{60,}"),  # Dropbox
-    (".atlasv1.", r"\w{14}\.atlasv1\.[\w-]{20,}"),  # Terraform
-    ("pat", r"\bpat\w{14}\.[0-9a-f]{64}\b"),  # Airtable
-    ("8Q~", r"(?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}"),  # Azure AD
-    ("dt0", r"\bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b"),  # Dynatrace
-    ("xoxe.", r"\bxoxe\.xox[bp]-[\w-]{16,}"),  # Slack
-    (":", r"[0-9]{8,10}:[\w-]{34,40}(?![\w-])"),  # Telegram
-    ("/", r"\b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b"),  # Asana
-    (".", r"[MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])"),  # Discord
-    ("hooks.slack.com/", r"(?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+"),
-    ("webhook", r"(?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+"),  # Discord, Teams
-    ("sha256~", r"\bsha256~[\w-]{43}"),  # OpenShift
-    ("vk1.a.", r"\bvk1\.a\.[\w-]{60,}"),
-    ("-us", r"[0-9a-f]{32}-us[0-9]{1,2}\b"),  # Mailchimp
-)
-# 4-4-4-4, 4-6-5 and 4-6-4 with one kind of separator, or none.
+# Formats with other signs, each behind a text that must be there.
+DOTTED_TOKENS: Final = r"""
+eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}
+SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?
+. \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}
+1// \b1//0[\w-]{20,}
+dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}
+sl. \bsl\.(?:u\.)?[\w-]{60,}
+.atlasv1. \w{14}\.atlasv1\.[\w-]{20,}
+pat \bpat\w{14}\.[0-9a-f]{64}\b
+8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}
+dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
+xoxe. \bxoxe\.xox[bp]-[\w-]{16,}
+: [0-9]{8,10}:[\w-]{34,40}(?![\w-])
+/ \b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b
+. [MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])
+hooks.slack.com/ (?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+
+webhook (?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+
+$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}
+sha256~ \bsha256~[\w-]{43}
+vk1.a. \bvk1\.a\.[\w-]{60,}
+-us [0-9a-f]{32}-us[0-9]{1,2}\b
+"""
+# 4-4-4-4, 4-6-5 and 4-6-4
 _CARD: Final = (
     r"([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))"
     r"(?:[0-9]{13,18}|[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})"
@@ -1477,33 +1479,37 @@ _SSN: Final = (
 
 
 def _looks_secret(value: str) -> bool:
-    """Return True if a bare word after a weak name, or in prose, can't be ordinary language."""
-    if any(char.isdigit() for char in value):
-        return len(value) >= 4
-    mixed = value != value.lower() and value[1:] != value[1:].lower() and value != value.upper()
-    return (
-        (mixed and len(value) >= 6) or any(char in "!@#$%^&*+=?~" for char in value[:-1]) or len(value) >= 24
-    )
+    """Return True if a bare word can't be ordinary language."""
+    size = len(value)
+    if any(map(str.isdigit, value)):
+        return size >= 4
+    mixed = value[1:] != value[1:].lower() and value != value.upper()
+    return (mixed and size >= 6) or size >= 24 or re.search(r"[!@#$%^&*+=?~].", value) is not None
+
+
+def _is_mixed(value: str) -> bool:
+    """Return True if a literal can't be a word, an algorithm or an address."""
+    return _re(r"(?=.*[a-z])(?=.*[A-Z!#$%^&*+=?~])(?=.*[0-9]).{8,}").match(value) is not None
 
 
 def _is_password(value: str) -> bool:
-    """Return True if a word beside a user can't be a port, a group or a branch."""
+    """Return True if a word beside a user is no port, group or branch."""
     return _looks_secret(value) and re.search("[A-Za-z]", value) is not None
 
 
 def _is_basic(credentials: str) -> bool:
-    """Return True if a text is what `Basic` carries: `user:password` in Base64."""
+    """Return True if a text is `user:password` in Base64."""
     with contextlib.suppress(ValueError):
         return b":" in binascii.a2b_base64(credentials)
     return False
 
 
 def _is_card(number: str) -> bool:
-    """Return True if digits are a payment card's: an issuer's range, its length, and Luhn's check."""
+    """Return True if digits pass for a payment card's: issuer, length, check digit."""
     digits = number.replace(" ", "").replace("-", "")
     doubled = "0246813579"  # the digit sum of twice the digit
     total = sum(map(int, digits[-1::-2])) + sum(int(doubled[int(digit)]) for digit in digits[-2::-2])
-    # Visa, Mastercard (2), American Express, Discover, JCB, Diners Club, UnionPay.
+    # Visa, Mastercard, American Express, Discover, JCB, Diners Club, UnionPay
     issued = (
         r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
         r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
@@ -1513,127 +1519,168 @@ def _is_card(number: str) -> bool:
 
 _USER: Final = r"[^\s/?#\"'<>\\`:@]{0,200}"
 _STRING: Final = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|[\w.]{1,60})"""
-# What has a place of its own: the rule's name, texts one of which must be there in small letters, the
-# pattern, and what its last group must pass. Without a group a quoted value follows what is matched.
-_PLACES: Final[tuple[tuple[str, str, str, _Check], ...]] = (
-    ("a password in a URL", "://", rf"://{_USER}:([^\s/?#\"'<>\\`]+)(?=@)", None),
-    # `user:p#ss@host`: no URL, but what people write; what is no port. The limit is arbitrary.
-    ("a password in a URL", "://",
-     rf"://(?!\[){_USER}:(?![0-9]+(?:[/?#\s]|\Z))([^\s\"'<>\\`]{{1,300}})(?=@)", None),
-    ("a token in a URL", "://", r"://([^\s/?#\"'<>\\`:@]{16,200})(?=@)", _looks_secret),
-    ("a private key", "-----begin",
-     r"(-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?(?:-----END[^\n-]{0,60}--|\Z)-*)", None),
-    ("credentials after Bearer", "bearer", r"\b[Bb](?:earer|EARER)[ \t]+"
-     r"((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])", None),
-    ("credentials after Basic", "basic", r"\b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})", _is_basic),
-    ("a password in a connection string", ":thin:", r":thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)", None),
-    ("a password in a connection string", "@tcp(|@unix(",
-     r"(?<![\w.-])[\w.-]{1,64}:([^\s\"'`]{1,128})(?=@(?:tcp|unix)\()", None),
-    ("a password beside its user", " -u| --user|creds| --proxy-u",
-     r"\s(?:-u|-U|--user|--proxy-user|--(?:src-|dest-)?creds)[ =][\"']?[^\s:'\"=/]{1,64}:(?!//)([^\s'\"]+)",
-     _is_password),
-    ("a password beside its user", " -p",
-     r"\s(?:-u|-U|-l|-n|--user|--username|--login)[ =]?[\"']?[\w.@\\-]{1,64}[\"']?"
-     r"(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]([^\s'\"|:/]{6,64})(?!\S)", _is_password),
-    ("a password beside its user", "sqlplus|pdp|sqlldr",
-     r"\b(?:sqlplus|expdp|impdp|sqlldr)\s(?:-\S+\s){0,4}[\w.\"]{1,64}/([^\s@/]{1,128})", None),
-    ("a community of SNMP", "community", r"\bcommunity[ ]+(\S{4,64})[ ]+R[OW]\b", None),
-    ("a numbered kind of password", "secret |password |key ",
-     r"\b(?:secret|password|key)[ ][05789][ ](\S{4,128})", None),
-    ("a code in a redirect", "code=",
-     r"[?&](?:code=([\w.~/%+-]{8,})&(?=(?:state|scope|iss|session_state)=)"
-     r"|state=[\w.%~+-]{1,200}&code=([\w.~/%+-]{8,}))", _looks_secret),
-    ("what is piped to a question for a password", "cho|printf",
-     r"\b(?:echo|printf)[ ]+(?:-n[ ]+|['\"]?%s(?:\\n)?['\"]?[ ]+)?['\"]?"
-     r"(?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'\"|$][^'\"|\n]{0,200}?)['\"]?[ ]*\|(?=[^|;\n]{0,200}"
-     r"(?:sudo\s+-\w*S|stdin|chpasswd|kinit|secrets?[ ](?:put|set)|cryptsetup|phrase-fd))", None),
-    ("what is handed to a question for a password", "<<<", r"<<<[ ]?(?=[\"'])", None),
-    ("IDENTIFIED BY", "dentified|password for",
-     r"(?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?"
-     r"|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=[\"'])|\bIDENTIFIED\s+BY\s+([^\s\"';(]+)", None),
-    ("an argument of a function for secrets", "crypt(|connect|sqli|pdo(|jwt.|sp_addlogin|securestring",
-     rf"(?i:pgp_sym_(?:en|de)crypt\([^,()]{{1,200}},\s*|\bcrypt\(\s*"
-     rf"|(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*{_STRING}\s*,\s*{_STRING}\s*,\s*"
-     rf"|\bjwt\.\w{{4,6}}\(\s*[^,()]{{1,100}},\s*|sp_addlogin\s+{_STRING}\s*,\s*"
-     r"|securestring\s+(?:-string\s+)?)(?=[\"'])", None),
-    ("credentials of a user", "auth|ogin|cred",
-     rf"(?i:\b(?:\w{{0,24}}basic_?auth|\w{{0,24}}login|auth|authenticate|\w{{0,24}}credentials?)"
-     rf"\s?[=(][\s(]{{0,3}}{_STRING}\s*,\s*)(?=b?[\"'])", None),
-    ("a social security number behind its name", "ssn|social sec",
-     r"(?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)(?:\s{1,4}(?:is|was))?[\s:#=]{0,4})"
-     r"([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])", None),
-)  # fmt: skip
-# Where programs take a secret that no name leads to: programs | words that must be among the arguments |
-# places. `-p` is the option's own word or the next one, `-p+` its own word only, `-p.` the next one only;
-# a sign behind it (`-u:`) says that the secret stands behind that sign; `#2` is the second word after the
-# required one that is no option.
-_COMMANDS: Final = """
-    mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
-    7z 7za 7zr 7zz rar unrar || -p+ -hp+
-    docker podman buildah nerdctl helm oras crane oc az cf | login | -p
-    redis-cli valkey-cli || -a
-    ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn || -w
-    ldappasswd || -w -s -a
-    sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport cqlsh || -p
-    rabbitmqadmin psexec winrs ncftpput ncftpget twine useradd usermod || -p
-    sqlcmd bcp osql tsql isql ipmitool zip unzip || -P
-    smbclient rpcclient smbget smbcacls net || -U%
-    snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X
-    curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
-    openssl || -k. -K. -pass: -passin: -passout:
-    influx || -t.
-    lftp || -u,
-    xfreerdp signtool schtasks || /p /rp
-    wpa_passphrase || #2
-    vault | unseal | #1
-    aws | SecureString | --value
-    gh az flyctl databricks | secret | -b --body --value --string-value
-    net | user | #2
-    net | use | #2 #3
-    rabbitmqctl | add_user | #2
-    htpasswd | -b | #3
-    cargo vault | login | #1
+# Functions whose arguments are secrets if they can't be words.
+_CALL_WORDS: Final = _words_in("""
+auth credential passw crypt cipher hmac jwt keyspec pbkdf2 hs256( bind( login( connect( signer( signwith( pdo(
+aes.new( fernet( hashpw( cookieparser(
+""")
+_CALLS: Final = "(?i)" + "|".join(
+    word.replace("(", r"\(") if "(" in word else rf"{word}\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
+    for word in _CALL_WORDS
+)
+_LITERAL: Final = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
+# What has a place of its own: the rule ~ texts one of which must be there in small letters ~ what its last
+# group must pass, then the pattern. Without a group a quoted value follows.
+_PLACES: Final = r"""
+a password in a URL ~ :// ~
+ ://<USER>:([^\s/?#"'<>\\`]+)(?=@)
+a password in a URL ~ :// ~
+ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s"'<>\\`]{1,300})(?=@)
+a token in a URL ~ :// ~ secret
+ ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
+a private key ~ -----begin ~
+ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?(?:-----END[^\n-]{0,60}--|\Z)-*)
+credentials after Bearer ~ bearer ~
+ \b[Bb](?:earer|EARER)[ \t]+((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])
+credentials after Basic ~ basic ~ basic
+ \b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
+a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~
+ :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
+ (?=@(?:(?:tcp|unix)\(|localhost\b|1(?:0|27|72|92\.168)\.))
+a password beside its user ~  -u| --user|creds| --proxy-u ~ password
+ \s(?:-u|-U|--(?:proxy-)?user|--(?:src-|dest-)?creds)[ =]["']?[^\s:'"=/]{1,64}:(?!\S*//)([^\s'"]+)
+a password beside its user ~  -p ~ password
+ \s(?:-u|-U|-l|-n|--user|--username|--login)[ =]?["']?[\w.@\\-]{1,64}["']?(?:\s-\S+
+ (?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]([^\s'"|:/]{6,64})(?!\S)
+a password beside its user ~ sqlplus|expdp|impdp|sqlldr ~
+ \b(?:sqlplus|expdp|impdp|sqlldr)\s(?:-\S+\s){0,4}[\w."]{1,64}/([^\s@/]{1,128})
+a secret of a device ~ community|setuser|on >|secret |password |key  ~
+ \bcommunity[ ]+(\S{4,64})[ ]+(?:R[OW]|authorization)\b|\br[ow]community6?[ ]+(\S{4,64})
+ |\b(?:secret|password|key)[ ][05789][ ](\S{4,128})
+ |(?i:\b(?:set)?user\s+\S{1,64}(?:\s+(?:on|off|reset\w*|[~&%+-]\S{1,64})){1,8}\s+>)(\S{1,128})
+a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret
+ (?i)(?:host[ ]\S{1,64}[ ](?:version[ ]\w{1,2}[ ])?|-digest-key[ ]\d{1,3}[ ]md5[ ](?:\d[ ])?
+ |ascii-text[ ]|[ ](?:md5|sha|3?des|aes)(?:[ -]?\d\d\d)?[ ]+)["']?([^\s"']{4,128})
+a protocol's line ~ pass |ogin |auth |dentify |:5432:|:*:|:587|:465 ~ password
+ (?m)^(?:(?:[<>*CS]:?\s)?(?:PASS|AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]
+ |[\w.*-]{1,100}:(?:[0-9]{2,5}|\*):[\w*-]{1,64}:[\w*.-]{1,64}:
+ |\[[\w.-]{1,100}\]:[0-9]{2,3}[ \t]+[\w.@-]{1,64}:)(\S{4,200})\s*$
+what is sent to a prompt ~ send "|send -- " ~
+ (?i)ass(?:word|phrase|code)[^"\n]{0,10}"[;\s{}]{1,8}send\s+(?:--\s+)?"([^"\n\\]{1,128})
+a code for one use ~ code=|otp|code is|se code|passcode ~ secret
+ [?&](?:code=([\w.~/%+-]{8,})&(?=(?:state|scope|iss|session_state)=)|state=[\w.%~+-]{1,200}
+ &code=([\w.~/%+-]{8,}))|(?i:\b(?:otp|passcode|(?:verification|one-time|security|login|access|2fa|mfa|your|use)
+ [ ]code)(?:[ ]is)?[ :]{1,3})((?:[A-Z]-)?[0-9]{3}[ -]?[0-9]{1,5})\b
+what is piped to a prompt ~ cho|printf ~
+ \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?(?:[\w.@-]{1,64}:
+ (?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}(?:sudo\s+-\w*S|stdin
+ |chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
+what is handed to a prompt ~ <<< ~
+ <<<[ ]?(?=["'])
+IDENTIFIED BY ~ dentified|password for ~
+ (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?|password\s+for\s[^=\n]{1,100}=\s*
+ (?:password\()?)(?=["'])|\bIDENTIFIED\s+BY\s+([^\s"';(]+)
+an array of characters ~ chararray() ~ secret
+ "([^"\n]{4,200})(?="\.toCharArray\(\))
+a function's argument ~ crypt(|connect|sqli|pdo(|jwt.|sp_addl|securestring ~
+ (?i:pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
+ |(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*<STRING>\s*,\s*<STRING>\s*,\s*
+ |\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|sp_addlogin\s+<STRING>\s*,\s*|securestring\s+(?:-\w+\s+){0,2})
+ (?=["'])
+credentials of a user ~ auth|ogin|cred ~
+ (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}login|auth|authenticate
+ |\w{0,24}credentials?)\s?[=(][\s(]{0,3}<STRING>\s*,\s*)(?=b?["'])
+a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~
+ (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5|[a-z0-9-]{0,12}CRYPT)\}([^\s:"',<>]{4,})
+a named social security number ~ ssn|social sec ~
+ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)(?:\s{1,4}(?:is|was))?[\s:#=]{0,4})
+ ([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
-_LISTED_WORD: Final = r"""["']\s{0,4},\s{0,4}["']((?:[^"'\\]|\\.)*)(?=["'])"""
+_CHECKS: Final = {"secret": _looks_secret, "password": _is_password, "basic": _is_basic}
+# Where programs take a secret: programs | a word that must be among the arguments | places. `-p` is the
+# option's own word or the next, `-p+` its own only, `-p.` the next only; in `-u:` it stands behind that sign;
+# `#2` is the second word after the required one that is no option, `#0` the last of all.
+_COMMANDS: Final = r"""
+mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
+7z 7za 7zr 7zz rar unrar || -p+ -hp+
+docker podman buildah nerdctl helm oras crane oc az cf | login | -p
+redis-cli valkey-cli || -a
+ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w
+ldappasswd || -w -s -a
+sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p
+cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget || -p
+sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P
+ssh-keygen || -N -P
+security certutil || -p -w
+openssl | passwd | #0
+ansible-vault | encrypt_string | #1
+smbclient rpcclient smbget smbcacls net || -U%
+snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X
+curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
+curl http https xh || -E: --cert: --bearer. --oauth2-bearer.
+openssl || -k. -K. -hmac. -pass: -passin: -passout:
+influx || -t.
+lftp || -u,
+xfreerdp signtool schtasks || /p /rp
+wpa_passphrase || #2
+vault | unseal | #1
+aws | SecureString | --value
+gh az flyctl databricks | secret | -b --body --value --string-value
+net | user | #2
+net | use | #2 #3
+rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
+htpasswd mosquitto_passwd | -b | #0
+isql iusql | -v | #3
+db2 | using | #1
+mc mcli | set | #4
+ngrok | add-authtoken | #1
+poetry composer | http-basic\.[^\x1f]+ | #2
+poetry composer | pypi-token\.[^\x1f]+ | #1
+cargo vault | login | #1
+"""
+_LISTED_WORD: Final = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
+_SHOWN_WORD: Final = r",[ ]([^,\]\n]+)"
 _SHELL_WORD: Final = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
     ((?:[^\s"'`|;&<>()\\]|\\[^\n]|[&;|](?=[^\s&;|])|"(?:[^"\\]|\\.){0,500}"|'[^']{0,500}')+)"""
 _PASSWORDS: Final = _words_in("password passwd pwd passphrase passcode pass pw")
 _REFERENCES: Final = _words_in("secret secrets credential credentials")
 _ALGORITHMS: Final = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 ed25519")
-# What a remark about a secret begins with, and the types of columns and parameters.
 _REMARKS: Final = _words_in("""
-    a an the this that is are was must should may can cannot will not no yes on off too at in of for from to
-    and or with field required optional missing invalid incorrect wrong expired empty unset unknown expected
-    unexpected got see value string str text int integer bool boolean bytes object array list dict number
-    type any strict bearer basic only same different varchar char secretstr uuid float password raise return
+a an the this that is are was must should may can cannot will not no yes on off too at in of for from to and
+or with field required optional missing invalid incorrect wrong expired empty unset unknown expected
+unexpected got see value string str text int integer bool boolean bytes object array list dict number type any
+strict bearer basic only same different varchar char secretstr uuid float password raise return stored
+accepted rejected generated created valid using see
 """)
 _HEADER_NAMES: Final = _words_in("authorization proxy-authorization cookie set-cookie")
 _SCHEMES: Final = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
 # In "API key: …" and "verification code is …" the word before belongs to the name.
 _OPENERS: Final = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"], {"api", "de"})
 _NAME_CHARS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
-# What other writing systems and printers put where ASCII has a sign; each as long as what it replaces.
-_PLAIN_SIGNS: Final = str.maketrans("\u00a0\u3000\u202f：＝→“”‘’", "   :==\"\"''")
+_PLAIN_SIGNS: Final = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”‘’", "   ,:===\"\"''")
+# Colours, and escaped quotes.
+_DISGUISES: Final = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)"
 _ECHOED: Final = r"""["']([^"'\\]{4,})\\{0,8}["']"""  # what may be echoed of a list or an object
 _INSERT: Final = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT: Final = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW: Final = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM: Final = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
 _MAX_ECHOES: Final = 64
-# A call that has its value from elsewhere.
 _ASKING: Final = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential)\w*\("
-_MAX_DOUBTED: Final = 1000  # longer values are no names and no remarks; each is looked at once
-# Bytes as their kinds: what tokens consist of as `w`; digits as `0`.
+_MAX_DOUBTED: Final = 1000  # longer values are no names and no remarks
+# Bytes as their kinds: of tokens as `w`, digits as `0`.
 _RUNS: Final = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
 _DIGITS: Final = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
 
 
 def _argument_pattern(place: str, needs: list[str]) -> str:
-    """Return the pattern of a place among words that are joined by U+001F."""
+    """Return the pattern of a place among words joined by U+001F."""
     if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
         flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
         skip, plain = rf"(?:\x1f(?={flag})[^\x1f]*)*", rf"\x1f(?!{flag})[^\x1f]+"
         before = needs[0] if needs else r"\A[^\x1f]+"
+        if place == "#0":
+            return rf"\x1f(?!{flag})([^\x1f]+){skip}\Z"
         return rf"{before}{(skip + plain) * (int(place[1:]) - 1)}{skip}\x1f(?!{flag}|[a-z_]+=|\\)([^\x1f]+)"
     how = place[-1] if place[-1] in ":%,=+." else ""
     option = place[: len(place) - len(how)]
@@ -1645,28 +1692,28 @@ def _argument_pattern(place: str, needs: list[str]) -> str:
 
 
 class _Rules:
-    """What is a secret in names and texts under one Redactor's settings; it knows nothing of containers.
-
-    What finds secrets in a text yields where, from left to right, and looks at nothing twice.
-    """
+    """What is a secret in names and texts under one Redactor's settings."""
 
     def __init__(self, redact: Iterable[str], keep: Iterable[str], key: bytes | None) -> None:
         self.redact, self.keep, self.key = _read_names(redact), _read_names(keep), key
-        # The stem of an own name is the start of its longest word, which is in every spelling.
+        # the start of an own name's longest word, which is in every spelling
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
-        # What the first look at a text asks for: a stem, or what has a place of its own. Anchors at letters
-        # that are rare, or begin others anyway, make it twice as fast.
-        self._places = [(rule, gates.split("|"), pattern, accept) for rule, gates, pattern, accept in _PLACES]
+        self._places: list[tuple[str, list[str], str, _Check]] = []
+        for rule, gate, check, pattern in re.findall(r"(.+) ~ (.+) ~ ?(.*)\n((?: .+\n)+)", _PLACES):
+            pattern = re.sub(r"(?:^|\n) |\n", "", pattern)
+            pattern = pattern.replace("<USER>", _USER).replace("<STRING>", _STRING)
+            self._places.append((rule, gate.split("|"), pattern, _CHECKS.get(check)))
+        self._formats = [row.split() for row in DOTTED_TOKENS.strip().split("\n")]
+        # Anchors at letters that are rare, or begin others anyway, make the first look at a text faster.
         gates = {gate for row in self._places for gate in row[1] if gate[0] != " "}
-        gates = {"oken", *gates, *STEMS, *own} - {"token"}
+        gates |= {word.lstrip("hblf") for word in _CALL_WORDS} | {"oken", "db2 ", "c alias", *STEMS, *own}
+        gates = {gate for gate in gates - {"token"} if gate.isascii()}
         self._gate = _any_of((*gates, "sert", "place", "abbitmqctl"))
-        # Of names in texts, remembered like the names of fields.
         self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
-        # Short texts without a secret, as JSON: names, cities and states come again and again.
+        # Short texts without a secret, as JSON.
         self.harmless: dict[str, str] = {}
-        self._placeholder = re.compile(_PLACEHOLDER)
-        # What a program's words, joined, must hold, where the secret is, and whether its look decides.
+        # What a program's joined words must hold, where the secret is, whether its look decides.
         self.programs: dict[str, list[tuple[list[str], str, bool]]] = {}
         for row in _COMMANDS.strip().split("\n"):
             programs, needed, places = (part.split() for part in row.split("|"))
@@ -1676,44 +1723,42 @@ class _Rules:
             for program in programs:
                 self.programs.setdefault(program, []).extend(rules)
         any_program = "|".join(sorted(map(re.escape, self.programs), reverse=True))
-        self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"'])")
+        self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"',])")
 
     def judge(self, name: str, tool: str = "") -> tuple[int, str]:
-        """Return strength and reason as `_judge_name` does, after the settings for a (normal) tool or all."""
+        """Return what `_judge_name` does, after the settings for a (normal) tool or all."""
         normal = _normal(name)
         for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
             if entry in self.redact or entry in self.keep:
                 return (2, _BY_SETTING) if entry in self.redact else (0, "")
-        # A name without a stem of a secret word needs no splitting into words.
         return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
 
     def clean(self, text: str) -> tuple[str, list[tuple[str, str]]]:
-        """Return a text without its secrets, and these with the rules that found them."""
-        # 1. Most texts can't hold a secret, or hold nothing that leads to one.
+        """Return a text without its secrets, and these with their rules."""
+        # 1. Most texts hold nothing that leads to a secret.
         size = len(text)
         taken: list[tuple[str, str]] = []
         if size < 5 or (size < 11 and text.isalnum()):  # the shortest is `pwd=x`
             return text, taken
         low = _lower(text)
-        # A long text says most of its words again and again: each is looked at once.
         led = self._gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
+        if not led and not low.isascii():
+            led = self.stems.search(low) is not None
         option = " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low
-        if "[" in text or not text.isascii():
-            colours = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m"
-            plain = (_re(colours).sub("", text) if "[" in text else text).translate(_PLAIN_SIGNS)
+        if "[" in text or not text.isascii() or (led and ("&" in text or "\\u00" in text)):
+            plain = _re(_DISGUISES).sub(lambda sign: '\\"' if sign[1] else "", text).translate(_PLAIN_SIGNS)
             if plain != text:
                 cleaned, taken = self.clean(plain)
                 return (text if cleaned == plain else cleaned), taken
 
         def hide(rule: str, find: Callable[..., Iterable[_Span]], *how: Any) -> None:
-            """Put markers in place of what is found; what begins within another is its part."""
+            """Put markers in place of what is found."""
             nonlocal text
             out: list[str] = []
             done = 0
             for start, end in find(text, *how):
                 if done <= start < end:
                     secret = text[start:end]
-                    # What is a marker stays, so that a second pass changes nothing.
                     if not _re(_MARKED).fullmatch(secret):
                         if len(taken) < _MAX_ECHOES:
                             inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
@@ -1728,21 +1773,21 @@ class _Rules:
             hide("an argument of a command", self._arguments)
         if led or option:
             for rule, gates, pattern, accept in self._places:
-                for gate in gates:
-                    if gate in low:
-                        hide(rule, self._placed, pattern, accept)
-                        break
+                if any(gate in low for gate in gates):
+                    hide(rule, self._placed, pattern, accept)
+            if any(word in low for word in _CALL_WORDS):
+                hide("a function's argument", self._literals)
             # 3. What has a name.
             if "insert" in low or "replace" in low:
                 hide("a column of an INSERT", self._inserted)
             if "\n" in text:
                 hide("the head of a table", self._cells)
             hide("a name in the text", self._named)
-        # 4. What has a known format. Its shape is looked for in bytes, which takes a tenth of the time.
+        # 4. What has a known format; its shape is found ten times as fast in bytes.
         if size >= 11:
             shape = text.encode("utf-8", "surrogatepass")
             if b"w" * 16 in shape.translate(_RUNS):
-                for gate, pattern in DOTTED_TOKENS:
+                for gate, pattern in self._formats:
                     if gate in text:
                         hide("a known form", self._placed, f"({pattern})")
                 hide("a token's prefix", self._placed, _TOKEN)
@@ -1751,7 +1796,7 @@ class _Rules:
                 hide("a card number", self._placed, _CARD, _is_card)
                 if b"000-00-0000" in shape:
                     hide("a social security number", self._placed, _SSN)
-        # 5. What went at one place and stands at another as well.
+        # 5. What stands at another place as well.
         for _, secret in taken:
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
                 text = text.replace(secret, self.mark(secret))
@@ -1761,13 +1806,13 @@ class _Rules:
         """Return what stands in the place of a secret."""
         if self.key is None:
             return REDACTED
-        import hmac  # takes 7 ms, which only this mode should cost
+        import hmac  # takes 7 ms
 
         digest = hmac.new(self.key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
         return f"[REDACTED:{digest[:8]}]"
 
     def _placed(self, text: str, pattern: str, accept: _Check = None) -> Iterator[_Span]:
-        """Yield what stands where a pattern says: its last group, or what follows it."""
+        """Yield what a pattern says: its last group, or what follows it."""
         for match in _re(pattern).finditer(text):
             span = match.span(match.lastindex) if match.lastindex else self._extent(text, match.end())
             value = text[slice(*span)]
@@ -1776,17 +1821,26 @@ class _Rules:
 
     def _is_none(self, value: str) -> bool:
         """Return True if a word stands for a secret, or had one."""
-        return "[REDACTED" in value or self._placeholder.fullmatch(value) is not None
+        return "[REDACTED" in value or _re(_PLACEHOLDER).fullmatch(value) is not None
+
+    def _literals(self, text: str) -> Iterator[_Span]:
+        """Yield what looks like a secret among the arguments of such functions."""
+        for call in _re(_CALLS).finditer(text):
+            for literal in _re(_LITERAL).finditer(text, call.end(), call.end() + 300):
+                if literal[1] is None:
+                    break
+                if _is_mixed(literal[1]):
+                    yield literal.span(1)
 
     def _arguments(self, text: str) -> list[_Span]:
-        """Return the secrets among the arguments of well-known programs."""
+        """Return the secrets among the arguments of known programs."""
         found: set[_Span] = set()
         done = 0
         for program in self._program.finditer(text):
             if program.start() < done:
                 continue
             words, done = [program.span()], program.end()
-            step = _re(_LISTED_WORD if text[done] in "\"'" else _SHELL_WORD)
+            step = _re({",": _SHOWN_WORD, '"': _LISTED_WORD, "'": _LISTED_WORD}.get(text[done], _SHELL_WORD))
             while word := step.match(text, done):
                 words.append(word.span(1))
                 done = word.end()
@@ -1827,7 +1881,7 @@ class _Rules:
                 at = row.end()
 
     def _cells(self, text: str) -> Iterator[_Span]:
-        """Yield the cells under or behind a sensitive name in CSV and Markdown tables."""
+        """Yield the cells under or behind a sensitive name in tables."""
         at = columns = before = 0  # cells of the table that is read, cells of the line before
         hidden, sign = list[int](), ""
         for line in text.splitlines(keepends=True):
@@ -1852,13 +1906,13 @@ class _Rules:
                     continue
                 hidden, columns = [value], 0
             for index in hidden:
-                known = shown[index].lower() in _REMARKS or self._placeholder.fullmatch(shown[index])
-                if shown[index] and not known:
-                    first = start + cells[index].start() + cells[index][0].index(shown[index])
-                    yield first, first + len(shown[index])
+                cell = shown[index]
+                if cell and cell.lower().partition("(")[0] not in _REMARKS and not self._is_none(cell):
+                    first = start + cells[index].start() + cells[index][0].index(cell)
+                    yield first, first + len(cell)
 
     def _named(self, text: str) -> Iterator[_Span]:
-        """Yield them: find a stem, widen it to a name with a separator, judge it, find the value's end."""
+        """Find a stem, widen it to a name with a separator, judge it, yield the value."""
         low, stems, separator = _lower(text), self.stems, _re(_SEPARATOR)
         done = at = 0
         while stem := stems.search(low, at):
@@ -1882,10 +1936,10 @@ class _Rules:
                 done = at = max(at, span[1])
 
     def _strength(self, text: str, start: int, name: str, lead: re.Match[str]) -> int:
-        """Judge a name in a text, where the word before it may belong to it (`API key: …`)."""
+        """Judge a name in a text; the word before it may belong to it (`API key: …`)."""
         if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
             return 2  # of a pre-signed URL; elsewhere it may be anything
-        name = name.strip("-.")
+        name = name.strip("-.是为は")
         if lead.lastgroup == "call":  # `setPassword("X")`
             name = re.sub(r"(?:.*\.)?(?:[sS]et|[wW]ith|[aA]dd|[uU]se)_?(?=\w)", "", name)
             return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.strength(name)
@@ -1897,32 +1951,35 @@ class _Rules:
         return strength
 
     def _value(self, text: str, start: int, lead: re.Match[str], name: str, strength: int) -> _Span | None:
-        """Return the value that a name leads to, or None where this is no value of it."""
+        """Return the value that a name leads to, or None."""
         kind, at, low = lead.lastgroup or "", lead.end(), name.lower()
-        before, flag, bare_key = text[start - 1 : start], name[:1] == "-", low in ("key", "keys")
+        before, flag = text[start - 1 : start], name[:1] == "-"
+        bare_key = low.rstrip("0123456789") in ("key", "keys")
         line = text[max(0, start - 80) : start].rpartition("\n")[2]
-        if kind == "option" and not flag and before == "/":
+        if kind == "option" and before == "/":
             return None
         if kind == "element":
-            if bare_key or before not in ("<", ":", '"', "'", "/", " "):
+            tag = text[max(0, start - 200) : start]
+            if bare_key or tag.rfind("<") <= tag.rfind(">") or re.search(r"[^<:\"'/ ]\Z|type=\W{1,3}\Z", tag):
                 return None
             end = text.find("]]>" if lead[0][-1] == "[" else "<", at)
             end = len(text) if end < 0 else end
-            label = re.fullmatch("[A-Za-z ]{1,40}", text[at : min(end, at + 41)])
-            return None if label and _normal(label[0]) in _normal(name) else (at, end)
+            shown = text[at : min(end, at + 300)].strip()
+            label = re.fullmatch("[A-Z]?[a-z]+(?: [A-Za-z]+){0,5}", shown) and self.strength(shown)
+            return None if label or self._is_none(shown) else (at, end)
         if kind == "part":  # of a form
             named = re.search(r' name=[\\"]*\Z', text[max(0, start - 12) : start])
             return (at, self._line_end(text, at)) if named else None
         if kind == "percent":
             part = _re(_PERCENT_VALUE).match(text, at)
-            return part.span() if part and not self._placeholder.fullmatch(part[0]) else None
+            return part.span() if part and not self._is_none(part[0]) else None
         quote = _re(_QUOTE).match(text, at)
         if kind in ("pair", "quoted", "call", "typed") or (kind == "prose" and quote and strength == 2):
             value = self._extent(text, at)
             shown = text[slice(*value)]
             if len(shown) > _MAX_DOUBTED:
                 return value
-            if self._placeholder.fullmatch(shown):
+            if self._is_none(shown):
                 return None
             if kind in ("pair", "call") and (self.strength(shown) or shown[-1:] in (":", " ")):
                 return None  # a list of names, a prompt
@@ -1930,15 +1987,17 @@ class _Rules:
                 opened = text[max(0, start - 12) : start].rstrip("\\\"'bu")[-1:]
                 closed = text[value[1] : value[1] + 12].lstrip("\\\"' ,")[:1]
                 pair = flag or (opened in ("(", "[") and closed in (")", "]"))
-                return value if pair or _looks_secret(shown) else None
+                secret = _is_mixed(shown) if bare_key else pair or _looks_secret(shown)
+                return value if secret else None
             # `secret "prod" not found` names it, `SECRET 'x'` in SQL is it.
             weak = strength < 2 and (len(shown) < 8 or not _looks_secret(shown))
             reference = bare_key or weak or (low in _REFERENCES and not name.isupper())
+            reference = reference and text[value[1] + 1 : value[1] + 2] != ";"  # of a configuration
             return None if kind == "quoted" and reference and not flag else value
         if kind == "prose" or (kind == "option" and not flag):
-            return self._spoken(text, line, at, kind, low, strength)
+            return None if flag else self._spoken(text, line, at, kind, low, strength)
         if kind == "assign":
-            # The name ends a quoted prompt: `input("Password: ")`.
+            # `input("Password: ")`
             if quote and before in ("'", '"') and quote[2] == before and lead["assign"][0] not in "\\\"'`":
                 return None
             # `arn:aws:…:secret:prod-db`
@@ -1949,34 +2008,37 @@ class _Rules:
         return self._assigned(text, line, at, low, strength, text[lead.end("rest") : at])
 
     def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
-        """Return the word behind a name and `is` or a space, where it is a secret and no language."""
+        """Return the word behind a name and `is` or a space, where it is no language."""
         end = self._bare_end(text, at)
         shown = text[at:end].rstrip(".,:;)!")
         size = len(shown)
-        if not _looks_secret(shown) or re.match(r"\w+[(=]", shown):
+        if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]", shown):
             return None
         known = strength == 2 or size >= 8 or name == "pin"  # `the password is x`
         if kind == "option":  # `login u password x`, `set NAME x`
             given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
-            alone = strength == 2 and not line.strip() and text[end : end + 1] in ("", "\n", "\r")
+            alone = strength == 2 and not line.strip() and _re(r"[ \t]*(?:[;#\r\n]|\Z)").match(text, end)
             mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
-            known = bool(given) or name in _PASSWORDS or alone or (mixed and name not in _REFERENCES)
-            known = known and size >= 6 and shown.lower() not in _ALGORITHMS
+            known = name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
+            known = bool(known or given or alone) and size >= 6 and shown.lower() not in _ALGORITHMS
         return (at, at + size) if known else None
 
     def _assigned(self, text: str, line: str, at: int, name: str, strength: int, lead: str) -> _Span | None:
-        """Return an assigned value, or None for what only looks like one."""
+        """Return an assigned value or None."""
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
+        if value[0] > at and _re(_ASKING).search(text[at : value[0]]):
+            return None
         if len(shown) > _MAX_DOUBTED:
             return value
-        if self._placeholder.fullmatch(shown) or (shown.isupper() and self.strength(shown)):
+        compared = value[0] == at and ("==" in lead or "!=" in lead)
+        if self._is_none(shown) or compared or (shown.isupper() and self.strength(shown)):
             return passed
         bare_key = name in ("key", "keys") and strength < 2
         if value[0] > at or text[at : at + 1] in ("[", "{"):
             if bare_key and re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown):
                 return None  # `key="DbPassword" value="…"`
-            return None if _re(_ASKING).search(text[at : value[0]]) else value
+            return value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
             if len(indent) > len(line) or text[at : at + 2] == "- ":
@@ -1986,13 +2048,14 @@ class _Rules:
                     return block.span()
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
                 return None  # the next entry
-        # What is no value: a marker's rest, source text such as `= f(x)` or `= config.password`, a remark.
+        # No value: source text such as `= f(x)`, `= config.password`, a remark.
         after = re.match(r"\s+([^\s-]\S*)", text[value[1] : value[1] + 80]) if lead.isspace() else None
         if after and self.strength(shown) and ("[REDACTED" in after[1] or _looks_secret(after[1])):
             return None  # `--secret dbPassword X`
         last = shown.rpartition(".")[2] if re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", shown) else ""
-        if "[REDACTED" in shown or re.match(r"[A-Za-z_][\w.]*[(\[]|\(", shown) or self.strength(last):
-            return passed if "[REDACTED" in shown else None
+        source = re.match(r"[A-Za-z_](?:[\w.]|::|->)*[(\[]|\(", shown)
+        if source or self.strength(last):
+            return None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return None if ":" in lead else passed
         queried = line[-1:] in ("?", "&") and lead == "="
@@ -2010,22 +2073,23 @@ class _Rules:
         alone = not line.strip(" \t-") and ("=" in lead or "\n" in text)
         if alone and lead.strip() and lead[-1:] == " " == text[value[1] : value[1] + 1]:
             end = self._line_end(text, at)
-            return value if re.search(r"[\w.]=|[#(]", text[value[1] : end]) else (at, end)
+            return value if re.search(r"[\w.] ?=|[#(]", text[value[1] : end]) else (at, end)
         return value
 
     def _header(self, text: str, at: int, name: str, before: str) -> _Span | None:
-        """Return the credentials of an `Authorization:` or `Cookie:` line, to its end or its quotes'."""
-        # A look at the start decides, so that a line without credentials costs little.
+        """Return the credentials of an `Authorization:` or `Cookie:` line."""
         words = text[at : at + 256].split(None, 3)
         if not words or words[0].lower().rstrip(".,;:") in _REMARKS - _SCHEMES:
             return None
         if "cookie" in name:
-            if "=" not in words[0] and not _looks_secret(words[0]):
+            attribute = re.match("(?i)(?:samesite|path|domain|max-age|expires)=", words[0])
+            if attribute or ("=" not in words[0] and not _looks_secret(words[0])):
                 return None
         elif len(words) > 1 and words[0].lower() in _SCHEMES:
             at = text.index(words[1], at + len(words[0]))
             end = self._bare_end(text, at)
-            return (end, end) if self._placeholder.fullmatch(text[at:end]) else (at, end)
+            shown = text[at:end]
+            return (end if self._is_none(shown) or re.match(r"\w+\(", shown) else at), end
         elif len(words) == 1 or before in ("?", "&"):
             return at, self._bare_end(text, at)
         elif not any(_looks_secret(word) for word in words[:2]):
@@ -2038,11 +2102,11 @@ class _Rules:
         return at, self._line_end(text, at, end)
 
     def _line_end(self, text: str, at: int, end: int = sys.maxsize) -> int:
-        """Return the end of a line, which in an escaped text ends with `\\n`."""
+        """Return the end of a line, which may be escaped."""
         return next(_re(r"\\[rn]|[\r\n]|\Z").finditer(text, at, end)).start()
 
     def _bare_end(self, text: str, at: int) -> int:
-        """Return the end of an unquoted value; a marker is one, whatever brackets mean elsewhere."""
+        """Return the end of an unquoted value."""
         bare = _re(_BARE).match(text, at)
         return bare.end() if bare else at
 
@@ -2052,7 +2116,6 @@ class _Rules:
             own, twice = quote[2], "|''" if quote[2] == "'" else ""
             inner = rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*"
             body = None if quote[1] else _re(inner).match(text, quote.end())
-            # Within a quoted text the quotes are escaped.
             end = body.end() if body else text.find(quote[1] + own, quote.end())
             return quote.end(), len(text) if end < 0 else end
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
@@ -2062,7 +2125,7 @@ class _Rules:
         return at, block.end() if block else self._bare_end(text, at)
 
     def _balanced_end(self, text: str, start: int) -> int:
-        """Return the end of the bracket that opens at `start`; an unclosed one ends with the text."""
+        """Return the end of the bracket that opens at `start`."""
         # In `Pwd={a}}b;c}` two braces are one.
         if odbc := _re(r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)").match(text, start):
             return odbc.end()
@@ -2076,11 +2139,11 @@ class _Rules:
 
 # --- what an endpoint declares
 
-_MAX_DEPTH: Final = 64  # arbitrary: deeper than people write, and far from the interpreter's own limit
+_MAX_DEPTH: Final = 64  # arbitrary: deeper than people write
 
 
 class _Declared(NamedTuple):
-    """What an endpoint's definition hides of one parameter: all of it, or some of its parts."""
+    """What an endpoint's definition hides of one parameter."""
 
     sensitive: bool
     fields: dict[str, _Declared]
@@ -2088,7 +2151,7 @@ class _Declared(NamedTuple):
 
 
 def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = None) -> _Declared | None:
-    """Read what MXCP's definition of a parameter hides, None if nothing; one that can't be read hides all."""
+    """Read what a definition hides, None if nothing; one that can't be read hides all."""
     budget = budget or iter(range(10_000))
     try:
         if next(budget, None) is None or depth > _MAX_DEPTH:
@@ -2111,49 +2174,45 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
             if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
                 fields[_normal(name)] = declared
         element = parts.get("items") or parts.get("additionalProperties")
-        items = None if element is None else _declare(element, depth + 1, budget)
-        says = parts.get("sensitive", False)
-        off = ("", "false", "no", "off", "0")
-        yes = says.strip().lower() not in off if isinstance(says, str) else bool(says)
+        items = _declare(element, depth + 1, budget)
+        says = parts.get("sensitive")
+        yes = bool(says) and str(says).strip().lower() not in ("", "false", "no", "off", "0")
         return _Declared(yes, fields, items) if yes or fields or items else None
     except INTERRUPTS:
         raise
     except BaseException:
-        if depth:  # a part that can't be read: nobody knows what the others mean
+        if depth:  # a part
             raise
         return _Declared(True, {}, None)
 
 
 # --- what an object holds
 
-# Types whose `str` says all, by name: importing their modules would cost 15 ms.
+# Types whose `str` says all, by name: their modules take 15 ms.
 _TEXT_TYPES: Final = _words_in("Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path")
 _TEXT_MODULES: Final = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
 
 
 def _type_name(value: object) -> str:
-    """Name an object's type, whatever its metaclass does."""
+    """Name a type, whatever its metaclass does."""
     return str(type.__dict__["__name__"].__get__(type(value)))
 
 
 def _text_of(value: object, show: Callable[[Any], str] = repr) -> str:
-    """Show any object without memory addresses, or a placeholder that names its type."""
+    """Show any object without memory addresses."""
     try:
-        # `str.__str__` makes a plain str of a subclass's without running its methods.
         return re.sub(r" at 0x[0-9a-fA-F]{1,16}\b", "", str.__str__(show(value)))
     except BaseException:
         return f"<unprintable {_type_name(value)}>"
 
 
 def _members(value: object) -> dict[str, Any] | None:
-    """Return the fields of an object that keeps its data under names, or None."""
+    """Return an object's fields, or None."""
     kind = type(value)
     keepers = ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
-    for keeper in ("_fields",) if issubclass(kind, tuple) else keepers:
-        fields = getattr(kind, keeper, None)
-        if isinstance(fields, (dict, tuple)):
-            break
-    else:
+    kept = [getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers)]
+    fields = next((fields for fields in kept if isinstance(fields, (dict, tuple))), None)
+    if fields is None:
         pydantic = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None)
         plain = issubclass(kind, types.SimpleNamespace) or kind.__module__ == "argparse"
         if issubclass(kind, tuple) or not (plain or isinstance(pydantic, dict)):
@@ -2172,8 +2231,7 @@ def _members(value: object) -> dict[str, Any] | None:
 
 def _unlike(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
     """Return items as a dict; where a key is there already, the second gets `#2`."""
-    made = dict(items)
-    if len(made) == len(items):
+    if len(made := dict(items)) == len(items):
         return made
     made, numbers = {}, collections.Counter[Any]()
     for key, item in items:
@@ -2185,8 +2243,8 @@ def _unlike(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return made
 
 
-# What a value of a type becomes: one of JSON's own types, or a step nearer to them.
-_CONTENTS: Final[tuple[tuple[type | tuple[type, ...], Callable[[Any], object]], ...]] = (
+# What a value of a type becomes.
+_CONTENTS: Final[tuple[tuple[Any, Callable[[Any], object]], ...]] = (
     (str, str.__str__),
     (int, int.__int__),
     (float, float.__float__),
@@ -2194,7 +2252,6 @@ _CONTENTS: Final[tuple[tuple[type | tuple[type, ...], Callable[[Any], object]], 
     (enum.Enum, lambda value: value.value),
     (dict, lambda value: dict(dict.items(value))),
     (BaseException, lambda value: f"{_type_name(value)}: {_text_of(value, str)}".removesuffix(": ")),
-    # The elements of a set in an order that is the same in every process.
     ((set, frozenset), lambda value: sorted(value, key=lambda item: (_type_name(item), _text_of(item)))),
     ((list, collections.deque, MappingView), list),
     (tuple, lambda value: list(value) if (members := _members(value)) is None else members),
@@ -2202,7 +2259,7 @@ _CONTENTS: Final[tuple[tuple[type | tuple[type, ...], Callable[[Any], object]], 
 
 
 def _content(value: Any, kind: type) -> object:
-    """Return what an object holds or says, in JSON's own types or one step nearer to them."""
+    """Return what an object holds, in JSON's types or one step nearer to them."""
     for known, content in _CONTENTS:
         if issubclass(kind, known):
             return content(value)
@@ -2225,10 +2282,10 @@ _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
 _CARD_NUMBERS: Final = 10**12  # an integer from here on may be a card's number
 _JSON_STARTS: Final = frozenset('{[" \t\r\n')
 _SLACK: Final = 4096  # characters read beyond what is kept, so that no secret is cut in half
-# A sibling with one of these names says what stands under the other.
+# A sibling with one of these names names the other.
 _LABELS: Final = _words_in("""
-    name key header field param parameter property variable attribute setting label element selector path id
-    type column
+name key header field param parameter property variable attribute setting label element selector path id type
+column
 """)
 _VALUES: Final = _words_in("value values val default content text newvalue new_value")
 _COLUMN_LISTS: Final = _words_in("columns column_names columnnames headers header fields cols schema")
@@ -2599,22 +2656,21 @@ class _Walk:
 
 # --- what comes back
 
-_MIN_ECHO: Final = 12  # so many characters of a value's beginning or end are taken for it
+_MIN_ECHO: Final = 12  # characters of a value's beginning or end
 
 
 def _spellings(text: str) -> tuple[str, ...]:
-    """Return a text as errors, URLs, forms, pages and Base64 write it."""
-    from html import escape  # only who has an error to scrub shall pay for these
+    """Return a text as errors, URLs, pages and Base64 write it."""
+    from html import escape  # only for errors
     from urllib.parse import quote, quote_plus
 
     raw = text.encode("utf-8", "surrogatepass")
-    encoded = binascii.b2a_base64(raw, newline=False).rstrip(b"=").decode()
-    quoted = repr(text)[1:-1], json.dumps(text)[1:-1], escape(text), encoded
-    return (*quoted, quote(raw), quote(raw, safe=""), quote_plus(raw))
+    encoded = binascii.b2a_base64(raw, newline=False).rstrip(b"=").decode(), quote(raw), quote(raw, safe="")
+    return (*encoded, quote_plus(raw), repr(text)[1:-1], json.dumps(text)[1:-1], escape(text))
 
 
 def _without_echo(text: str, form: str, marker: str) -> str:
-    """Return a text with a marker for a value, for its beginnings and for its ends."""
+    """Return a text with a marker for a value, its beginnings and its ends."""
     text = text.replace(form, marker)
     if len(form) <= _MIN_ECHO or marker == form:
         return text
@@ -2628,7 +2684,7 @@ def _without_echo(text: str, form: str, marker: str) -> str:
 
 
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
-    """Return a text without the values, whole, cut short or encoded; those under 4 characters stay."""
+    """Return a text without the values, whole, cut short or encoded."""
     forms = set()
     for echo in echoes:
         scheme, _, credentials = echo.partition(" ")
@@ -2638,11 +2694,10 @@ def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str])
             continue
         marker = mark(echo)
         text = _without_echo(text, echo, marker)
-        for part in {echo[: 1 << 16], echo[-1 << 16 :]}:  # of so much other spellings are looked for
-            # The first and last characters decide whether the rest is spelt at all.
+        for part in {echo[: 1 << 16], echo[-1 << 16 :]}:
             ends = [head[:_MIN_ECHO] for head in _spellings(part[:18])]
             ends += [tail[-_MIN_ECHO:] for tail in _spellings(part[-18:])]
-            if len(part) < 64 or any(end in text for end in ends):
+            if len(part) < 64 or any(end in text for end in ends):  # else no need to spell the rest
                 for form in {*_spellings(part)} - {part}:
                     text = text if form in REDACTED else _without_echo(text, form, marker)
     return text
@@ -2654,15 +2709,13 @@ def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str])
 class Redactor:
     """Returns plain copies of values and texts in which no secret is left, and never raises.
 
-    One Redactor serves any number of threads: it keeps its settings and bounded caches of verdicts
-    on names and of short texts that hold no secret.
+    One Redactor serves any number of threads; its caches are bounded and hold no secret.
 
     Args:
         redact: more sensitive names, in any spelling; `tool_name.param` for one tool.
-        keep: names that are not sensitive here, in the same forms. `redact` wins over `keep`, one
-            tool's entry over that for all, a declaration and a secret's own form over both.
-        mode: "constant" writes `[REDACTED]`, "hmac" `[REDACTED:<8 hex>]`, by which an auditor
-            sees that two calls used the same secret without learning it.
+        keep: names that are not sensitive here, in the same forms. `redact` wins over `keep`, one tool's
+            entry over that for all, a declaration and a secret's own form over both.
+        mode: "constant" writes `[REDACTED]`, "hmac" `[REDACTED:<8 hex>]`, the same for the same secret.
         key: the key for "hmac".
 
     Raises:
@@ -2692,7 +2745,7 @@ class Redactor:
         self._of_tool = {tool: _Verdicts(self._rules, tool) for tool in tools}
 
     def is_sensitive(self, name: str, tool: str | None = None) -> bool:
-        """Return True if what stands under a name is redacted in the input of a tool, or of any."""
+        """Return True if a name is sensitive in the input of a tool, or of any."""
         return self._rules.judge(name, _normal(tool or ""))[0] > 0
 
     def redact(
@@ -2705,9 +2758,9 @@ class Redactor:
     ) -> Any:
         """Return a plain copy of any value in which nothing sensitive is left.
 
-        The copy consists of dict (text keys), list, str, int, finite float, bool and None.
-        Cycles become `[CYCLE]`, what lies too deep `[DEPTH]`, what can't be shown
-        `<unprintable Type>`; generators and files are shown, not read. The value is not changed.
+        The copy consists of dict (text keys), list, str, int, finite float, bool and None. Cycles become
+        `[CYCLE]`, what lies too deep `[DEPTH]`, what can't be shown `<unprintable Type>`; generators and
+        files are not read.
 
         Args:
             tool: the tool whose input the value is.
@@ -2728,7 +2781,7 @@ class Redactor:
         echoes: list[str] | None = None,
         limit: int = 0,
     ) -> str:
-        """Return what `redact` returns as JSON: compact, with the characters as they are; see there.
+        """Return what `redact` returns as compact JSON.
 
         With a `limit` (bytes) what `clip_plain` would cut is not read, and its size stands in its place.
         """
@@ -2736,7 +2789,7 @@ class Redactor:
             own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
             declared = None if endpoint_def is None else _declare(endpoint_def)
             walk = _Walk(self._verdicts if own is None else own, echoes, limit)
-            if type(value) is dict and declared is None:  # nearly always
+            if type(value) is dict and declared is None:
                 return walk.mapping(value, None)
             return walk.value(value, declared)
         except RecursionError:
@@ -2744,14 +2797,12 @@ class Redactor:
         except INTERRUPTS:
             raise
         except BaseException as error:
-            # Rather lose an input than show half of it.
             return encode_text(f"<unreadable {_type_name(value)}: {_type_name(error)}>")
 
     def scrub(self, text: str, echoes: Sequence[str] = ()) -> str:
         """Return a text, or another object's text form, without secrets and without the values in `echoes`.
 
-        Of `echoes`, which `redact` collected, values under 4 characters stay: without them nothing
-        readable would be left, and nothing hidden.
+        Of `echoes`, which `redact` collected, values under 4 characters stay.
         """
         try:
             if not echoes and type(text) is str and text in self._rules.harmless:
@@ -2768,7 +2819,7 @@ class Redactor:
     def explain(
         self, value: object, *, tool: str | None = None, endpoint_def: object = None
     ) -> list[tuple[str, str]]:
-        """Return what `redact` takes out of a value and why, as (path, reason), in the value's order."""
+        """Return what `redact` takes out of a value and why, as (path, reason)."""
         found: list[tuple[str, str]] = []
 
         def _compare(before: Any, after: Any, path: str, name: str, declared: _Declared | None) -> None:
@@ -2786,7 +2837,7 @@ class Redactor:
                 found.append((path, why or "what stands beside it names it"))
 
         plain = _Walk(self._verdicts).plain(value)
-        declared = None if endpoint_def is None else _declare(endpoint_def)
+        declared = _declare(endpoint_def)
         _compare(plain, self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared)
         return found
 

@@ -71,6 +71,9 @@ HOSTILE = {
     "users beside": " -u a -x -p ",
     "piped": "echo a | ",
     "urls without a user": "://a:b?c",
+    "calls": 'hmac("a',
+    "access lists": "setuser a on +a ",
+    "protocols": "PASS abcd\n",
 }
 
 
@@ -193,6 +196,7 @@ COMMANDS = (
         "az login -u a -p {q}",
     ),
     *("snmpwalk -v3 -A {q} -X {q} h", "openssl rsa -passin pass:{s} -in k", "psql 'host=h {n}={s} user=u'"),
+    *("mc alias set a https://h k {q}", "rabbitmqctl change_password a {q}", "htpasswd -bB f a {q}"),
     *("gh secret set X --body {q}", "vault kv put a/b {n}={q}", "{n}={q} cmd -p 80", "export {n}={q} && run"),
 )
 ASSIGNMENTS = (
@@ -218,6 +222,14 @@ ASSIGNMENTS = (
         "user,{n},x\nann,{s},1\n",
         "| {n} | x |\n|---|---|\n| {s} | y |\n",
         "{n} is {s}",
+        "**{n}**: {s}",
+        "{n} <- {q}",
+        "{n} := @{q}",
+        "{n}: !!str {s}",
+        'variable "{n}" {{\n  default = {q}\n}}',
+        "data-x='{{&quot;{n}&quot;:&quot;{s}&quot;}}'",
+        "hmac.new(b{q}, x)",
+        "{n} for ann: {s}",
         "f({n}={q}, x=2)",
     ),
     *(
