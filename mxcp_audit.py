@@ -65,7 +65,6 @@ from typing import (
     TYPE_CHECKING,
     Any,
     ClassVar,
-    Final,
     NamedTuple,
     NoReturn,
     Protocol,
@@ -115,7 +114,7 @@ __all__ = [
 # A message says what is wrong, where, and what to do; a cause is kept (`raise … from`).
 
 # What Ctrl+C and servers' signal handlers raise: passed on, once the event is queued.
-INTERRUPTS: Final = (KeyboardInterrupt, SystemExit)
+INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 class AuditError(Exception):
@@ -220,13 +219,13 @@ def no_python() -> str | None:
 #
 # `load_config` never takes a wrong setting for a right one. SETTINGS is the only list of what may be set.
 
-MAX_SITE_FILE_BYTES: Final = 16 * 2**20  # arbitrary; real ones have a few hundred bytes
-MAX_DEPTH: Final = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
-MAX_KEY_CHARS: Final = 1024  # PyYAML's limit; blanks before the colon count
-MAX_NUMBER_CHARS: Final = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
-MAX_KEY_INTEGER: Final = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
+MAX_SITE_FILE_BYTES = 16 * 2**20  # arbitrary; real ones have a few hundred bytes
+MAX_DEPTH = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
+MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
+MAX_NUMBER_CHARS = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
+MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
 
-_YAML_WORDS: Final[Mapping[str, object]] = {
+_YAML_WORDS: Mapping[str, object] = {
     **{
         spelled: value
         for words, value in (
@@ -241,45 +240,45 @@ _YAML_WORDS: Final[Mapping[str, object]] = {
     },
     **dict.fromkeys((".nan", ".NaN", ".NAN"), nan),  # one object, as in PyYAML: two such keys are duplicates
 }
-_INTEGER: Final = re.compile(
+_INTEGER = re.compile(
     r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
 )
-_FLOAT: Final = re.compile(
+_FLOAT = re.compile(
     r"[-+]?[0-9][0-9_]*(?:(?::[0-5]?[0-9])+\.[0-9_]*|\.[0-9_]*(?:[eE][-+][0-9]+)?)"
     r"|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
 )
-_DATE: Final = re.compile(
+_DATE = re.compile(
     r"[0-9]{4}-[0-9]{2}-[0-9]{2}|[0-9]{4}-[0-9]{1,2}-[0-9]{1,2}(?:[Tt]|[ \t]+)[0-9]{1,2}"
     r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
 
 # The reader appends one NUL, which can't occur elsewhere: no look-ahead runs off the end.
-_BLANKS: Final = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
-_END: Final = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
-_DASH: Final = re.compile(r"-(?=[ \t\n\0])")
-_COLON: Final = re.compile(r" *:(?=[ \t\n\0])")
-_LINE_GAP: Final = re.compile(r" *\n[ \n]*")
+_BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
+_END = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
+_DASH = re.compile(r"-(?=[ \t\n\0])")
+_COLON = re.compile(r" *:(?=[ \t\n\0])")
+_LINE_GAP = re.compile(r" *\n[ \n]*")
 # How plain text begins, and what ends it on its line: in blocks, and between brackets.
-_PLAIN_IN_BLOCK: Final = (
+_PLAIN_IN_BLOCK = (
     re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])"),
     re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #"),
 )
-_PLAIN_IN_FLOW: Final = (
+_PLAIN_IN_FLOW = (
     re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])"),
     re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
 )
 # Quoted text, and what in it doesn't stand for itself.
-_QUOTED: Final = {
+_QUOTED = {
     "'": (re.compile(r"'([^']*(?:''[^']*)*)'"), re.compile(r"''|[ \t\n]+")),
     '"': (
         re.compile(r'"([^"\\]*(?:\\.[^"\\]*)*)"', re.DOTALL),
         re.compile(r"\\(?:x[0-9A-Fa-f]{2}|u[0-9A-Fa-f]{4}|U[0-9A-Fa-f]{8}|\n[ \t\n]*|.)|[ \t\n]+", re.DOTALL),
     ),
 }
-_PLAIN_OF: Final = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
-_BLOCK_HEADER: Final = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
-_LEADING_LINES: Final = re.compile(r"(?:\n *)*")
-_REFUSALS: Final = {
+_PLAIN_OF = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
+_BLOCK_HEADER = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
+_LEADING_LINES = re.compile(r"(?:\n *)*")
+_REFUSALS = {
     "\t": "a tab between tokens; use spaces",
     "&": "an anchor (&name); write the value out, or quote the text",
     "*": "an alias (*name); write the value out, or quote the text",
@@ -582,12 +581,12 @@ def _plain_value(text: str) -> object:
 
 # --- settings
 
-SITE_FILE: Final = "mxcp-site.yml"
-MAX_DURATION_S: Final = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
-MIN_INPUT_BYTES: Final = 256  # arbitrary
-MAX_INPUT_BYTES: Final = 64 * 2**20  # what the writer's queue holds
+SITE_FILE = "mxcp-site.yml"
+MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
+MIN_INPUT_BYTES = 256  # arbitrary
+MAX_INPUT_BYTES = 64 * 2**20  # what the writer's queue holds
 
-_UNITS_S: Final = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
+_UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 class Config(NamedTuple):
@@ -663,15 +662,13 @@ def is_attach_target(path: str) -> bool:
 
 
 # What may be shown of a connection string and of the `attach` options; everything else may be secret.
-_PUBLIC_KEYS: Final = re.compile(
+_PUBLIC_KEYS = re.compile(
     "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
 )
-_PUBLIC_OPTIONS: Final = re.compile(
-    "type|data_path|schema|metadata_schema|metadata_catalog|secret", re.IGNORECASE
-)
-_PREFIXES: Final = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")  # such as "ducklake:postgres:"
-_PAIR: Final = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
-_PIECE: Final = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
+_PUBLIC_OPTIONS = re.compile("type|data_path|schema|metadata_schema|metadata_catalog|secret", re.IGNORECASE)
+_PREFIXES = re.compile(r"(?:[A-Za-z0-9_]{2,}:(?!//))*")  # such as "ducklake:postgres:"
+_PAIR = re.compile(r"(\w+)\s*=\s*('(?:[^'\\]|\\.)*'|(?:[^\s\\]|\\.)*)")
+_PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
 
 
 def public_target(target: str) -> str:
@@ -797,14 +794,12 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
     return dict(value)
 
 
-_SWITCH: Final = Setting(
-    "true or false without quotes", lambda value: value if isinstance(value, bool) else None
-)
-_SECONDS: Final = Setting('a duration such as "10m", or seconds above 0', _duration)
-_SIZE: Final = Setting(f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
-_LIST: Final = Setting("a list of names such as [email, phone]", _names)
+_SWITCH = Setting("true or false without quotes", lambda value: value if isinstance(value, bool) else None)
+_SECONDS = Setting('a duration such as "10m", or seconds above 0', _duration)
+_SIZE = Setting(f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
+_LIST = Setting("a list of names such as [email, phone]", _names)
 # docs/configuration.md has this table with the defaults of `Config`; a test compares them.
-SETTINGS: Final = {
+SETTINGS = {
     "enabled": _SWITCH,
     "path": Setting("a path, or an ATTACH target", _database),
     "journal": Setting("a path", _path),
@@ -1024,7 +1019,7 @@ class Column(NamedTuple):
     sql_type: str
 
 
-COLUMNS: Final = tuple(
+COLUMNS = tuple(
     Column(name, {"i": "INTEGER", "b": "BIGINT", "t": "TIMESTAMP"}.get(kind, "VARCHAR"))
     for name, kind in re.findall(
         r"(\w+)(?::(\w))?",
@@ -1034,16 +1029,16 @@ COLUMNS: Final = tuple(
     )
 )
 # Since 0.2: a line leaves them out, and a row's hash is as it was, where they are NULL.
-NEW_COLUMNS: Final = COLUMNS[13:-2]
-EVENT_TYPES: Final = ("tool", "resource", "prompt")
-POLICY_DECISIONS: Final = ("allow", "deny", "warn", "n/a")
-STATUSES: Final = ("success", "error")
-MAX_DURATION_MS: Final = 2**31 - 1  # the largest INTEGER; DuckDB refuses a whole segment for one more
-LARGEST: Final = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
+NEW_COLUMNS = COLUMNS[13:-2]
+EVENT_TYPES = ("tool", "resource", "prompt")
+POLICY_DECISIONS = ("allow", "deny", "warn", "n/a")
+STATUSES = ("success", "error")
+MAX_DURATION_MS = 2**31 - 1  # the largest INTEGER; DuckDB refuses a whole segment for one more
+LARGEST = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
 
-wall_clock_ns: Final = time.time_ns  # the clock that is recorded; intervals use the monotonic one
+wall_clock_ns = time.time_ns  # the clock that is recorded; intervals use the monotonic one
 
-_SEGMENT_ID: Final = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
+_SEGMENT_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
 
 def new_segment_id(now_ns: int) -> str:
@@ -1067,7 +1062,7 @@ def sql_time(moment: datetime.datetime) -> str:
     return moment.astimezone(datetime.timezone.utc).replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
-_EPOCH_START: Final = datetime.datetime(1970, 1, 1)
+_EPOCH_START = datetime.datetime(1970, 1, 1)
 
 
 def microseconds(moment: str) -> int:
@@ -1085,7 +1080,7 @@ def iso_time(us: int | None) -> str | None:
         return f"{us} microseconds"
 
 
-_ISO_8601: Final = re.compile(
+_ISO_8601 = re.compile(
     r"(\d{4}-\d\d-\d\d)(?:[Tt ](\d\d:\d\d)(?::(\d\d)(?:[.,](\d{1,6})\d*)?)?([Zz]|[+-]\d\d:?\d\d)?)?"
 )
 
@@ -1103,7 +1098,7 @@ def parse_iso(text: object, *, local: bool = False) -> datetime.datetime:
     return datetime.datetime.fromisoformat(text).astimezone(datetime.timezone.utc)
 
 
-LINE_TIME: Final = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
+LINE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
 def is_segment_id(text: str) -> bool:
@@ -1127,7 +1122,7 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # input. It fails towards too much: the remedy is `keep:`. Four sieves, cheapest first: an endpoint's
 # declarations, words of names, siblings, texts.
 
-REDACTED: Final = "[REDACTED]"
+REDACTED = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
 _Check: TypeAlias = "Callable[[str], bool] | None"
 
@@ -1147,11 +1142,11 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
 
 
 # The specification's
-SPEC_NAMES: Final = _words_in("""
+SPEC_NAMES = _words_in("""
 password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 """)
 # A secret wherever it stands. The last lines are "password" in other languages.
-STRONG_WORDS: Final = _words_in("""
+STRONG_WORDS = _words_in("""
 password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
 creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig jsessionid
 phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena contraseña
@@ -1159,7 +1154,7 @@ senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şi
 パスワード 暗証番号 비밀번호 암호 סיסמה
 """)
 # Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names of secrets.
-_PHRASES: Final = _words_by_head("""
+_PHRASES = _words_by_head("""
 creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
   primary+account
 cvv: card+verification  ssn: social+security
@@ -1169,9 +1164,9 @@ passphrase: pass+phrase snmp+community community+string  passcode: pass+code  mo
 apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid  imagepull: image+pull
 idempotency: client+request
 """)
-PHRASES: Final = {pair.replace("+", " "): word for word, pairs in _PHRASES.items() for pair in pairs}
+PHRASES = {pair.replace("+", " "): word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only; harmless behind these words.
-WEAK_WORDS: Final = _words_by_head("""
+WEAK_WORDS = _words_by_head("""
 token: next starting page paging pagination continuation continue cursor sync delta resume forward position
   offset checkpoint iterator snapshot lock change version sequence read idempotency first last previous prev
   start stop end bos eos pad special input output prompt completion generated code text word string lexer
@@ -1188,7 +1183,7 @@ auth:  authorization:  code: result response error status reason  signature:
 """)
 # With one of these before it `key` opens something, `tokens` are no text, `auth` holds credentials, `code`
 # proves who one is. `Authorization` is a header alone or beside its words, else a decision.
-OPENERS: Final = _words_by_head("""
+OPENERS = _words_by_head("""
 key: access private priv auth authentication authorization encryption encrypt decryption decrypt signing sign
   hmac mac aes rsa cipher crypto master root session shared preshared account storage subscription license
   licence activation product service app application client server wrapping unseal recovery pem sas bot
@@ -1206,51 +1201,49 @@ cookie: session auth http request set login  signature: amz goog access
 """)
 # After a secret word these still mean the secret itself; any other word says that the name is about it: its
 # policy, place, kind, age.
-STILL_SECRET: Final = _words_in("""
+STILL_SECRET = _words_in("""
 value string str text plain plaintext cleartext base b binary raw hex encoded encrypted hash digest data
 content body material blob override new old current previous confirm confirmation repeat again verification
 verify primary secondary main backup default dev prod production test testing staging live sandbox local json
 pem number num no hint auxiliary env x v wo last block part enc pepper openssh pkcs
 """)
 # A `key` before these is a document.
-KEY_DOCUMENTS: Final = _words_in("pem material blob wo string plaintext")
+KEY_DOCUMENTS = _words_in("pem material blob wo string plaintext")
 # Before a secret word these make a switch or a figure of the name …
-FLAG_WORDS: Final = _words_in("""
+FLAG_WORDS = _words_in("""
 is has use using no without with allow allowed require required enable enabled disable disabled show hide
 prevent ignore skip force forgot detect scan support include want generate regenerate manage mask redact max
 min always automount ask return reuse persist inject block
 """)
 # … and these before a strong one only (`reset_token` is a token).
-VERBS: Final = _words_in("""
+VERBS = _words_in("""
 add change check clear copy create delete deny edit enforce exclude export fetch get import issue list mount
 prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
 """)
 # Glued before a secret word, as all words above (`dbpass`, `ccnum`).
-GLUE_WORDS: Final = _words_in("""
+GLUE_WORDS = _words_in("""
 db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack public next
 page sort
 """)
 # A secret whatever is glued before it (`csrfmiddlewaretoken`), but for a few words.
-GLUED_SUFFIXES: Final = (
+GLUED_SUFFIXES = (
     r"(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret|token|pwd?|psk"
     r"|(?:access|secret|private|api)key)s?$"
 )
-NO_SECRETS: Final = _words_in("compass bypass trespass surpass overpass underpass encompass")
+NO_SECRETS = _words_in("compass bypass trespass surpass overpass underpass encompass")
 
-_KNOWN_WORDS: Final = STRONG_WORDS.union(
-    WEAK_WORDS, *OPENERS.values(), STILL_SECRET, FLAG_WORDS, VERBS, GLUE_WORDS
-)
-_CAMEL: Final = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
+_KNOWN_WORDS = STRONG_WORDS.union(WEAK_WORDS, *OPENERS.values(), STILL_SECRET, FLAG_WORDS, VERBS, GLUE_WORDS)
+_CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
 _MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 128, 24, 16
 # A secret name holds one of these stems.
-_STEMS: Final = STRONG_WORDS.union(
+_STEMS = STRONG_WORDS.union(
     WEAK_WORDS,
     _words_in("community card ccn cc_n cc-n account.num account_num social verifier answer saml sensitive"),
     ("connect.sid", "json", "_wo", "sig="),
 )
-STEMS: Final = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
-_MAX_VERDICTS: Final = 4096
-_BY_SETTING: Final = "listed under `redact`"
+STEMS = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
+_MAX_VERDICTS = 4096
+_BY_SETTING = "listed under `redact`"
 
 
 def _singular(word: str) -> str:
@@ -1380,7 +1373,7 @@ def _re(pattern: str) -> re.Pattern[str]:
 
 
 # How a name in a text leads to its value, by the group's name. Every repeat is bounded.
-_SEPARATOR: Final = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
+_SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<typed>(?::[ ]?&?|[ ]As[ ])[A-Za-z_][\w.,\[\]]{0,40}(?:[ ]\|[ ]\w{1,20}){0,2}
       [ ]?=[ ]?(?=[bBrRuUfF]{0,2}["'`]))
   | (?P<assign>\\{0,32}(?:["'`]|\*\*)?\[?\]?[ \t]{0,8}(?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))
@@ -1399,21 +1392,21 @@ _SEPARATOR: Final = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
   | (?P<element>(?:["']?|["']?\s[^<>]{0,200})>\s{0,8}(?:<!\[CDATA\[|<[vV]alue>)?(?=[^<\s]))
   | (?P<option>[ \t]{1,4}(?=[^\s-]))
 )"""
-_QUOTE: Final = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]{1,24}\()?
+_QUOTE = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]{1,24}\()?
     [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2{1,2}(?=[\w!@#$%^*+]))?"""
-_MARKED: Final = r"\[REDACTED(?::[0-9a-f]{8})?\]"
+_MARKED = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 # A bare value ends at a space or at what separates it from the next.
-_BARE: Final = (
+_BARE = (
     rf"(?x)(?:{_MARKED}|"
     + r"""(?:[^\s,;&'"`<>)\]}\\]
   |,(?!\s|[A-Za-z_][A-Za-z_.\-]{1,40}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{1,40}[0-9]?=|\Z)
   |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{1,64}[0-9]{0,2})?=|amp;)
   |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+)"""
 )
-_PERCENT_VALUE: Final = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
-_BRACKETS: Final = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
+_PERCENT_VALUE = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
+_BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
 # What stands for a secret, or says something about it, is none.
-_PLACEHOLDER: Final = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
+_PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
     \?|\[\s*\]|\{\s*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*|[\[(][^{}\n]{0,80})?\}|\$(?:env:)?\w+
   | [$#%]\{[^\n]{0,200}|\{\{(?!\s*['"])[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?|\*{2,}|\.{3}
   | \.\*\S*|[xX]{3,}|\[[A-Z]{4,16}\]|!\w+|@[\w.]+@)
@@ -1424,7 +1417,7 @@ _PLACEHOLDER: Final = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
   | (?i:null|none|nil|undefined|true|false|string|(?:your|insert|enter|replace)[_ -][\w -]*)
   | (?:process|var|self|this|env|os|vars|local)\.[\w.]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*"""
 # Prefixes of issuers, each before a run of at least 16 word characters and dashes.
-TOKEN_PREFIXES: Final = r"""
+TOKEN_PREFIXES = r"""
 gh[opsur]_ github_pat_ gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- xox[abceoprs]- xapp- xwfp-
 [sr]k_(?:live|test)_ whsec_ sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or- sk-(?=[a-zA-Z_-]{0,40}[0-9]) gsk_
 xai- pplx- nvapi- r8_ tvly- lsv2_(?:pt|sk)_ jina_ fc-(?=[0-9a-f]{32}) hf_ api_org_ pcsk_ tgp_v1_
@@ -1439,12 +1432,12 @@ bb_live_ sgp_ sq[apu]_ pnu_ dbt[cu]_ duffel_(?:live|test)_ dnkey- fio-u- y0_A FL
 cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
 """
 # In `\nghp_…` and `%3Dghp_…` an escape's end comes first.
-_TOKEN: Final = (
+_TOKEN = (
     r"(?<![A-Za-z0-9_\-])(?=[A-Za-z0-9_\-]{16})(?:(?<=\\)[nrtfb]|(?<=%)..)?"
     rf"((?:{'|'.join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}})"
 )
 # Formats with other signs, each behind a text that must be there.
-DOTTED_TOKENS: Final = r"""
+DOTTED_TOKENS = r"""
 eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}
 SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?
 . \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}
@@ -1467,12 +1460,12 @@ vk1.a. \bvk1\.a\.[\w-]{60,}
 -us [0-9a-f]{32}-us[0-9]{1,2}\b
 """
 # 4-4-4-4, 4-6-5 and 4-6-4
-_CARD: Final = (
+_CARD = (
     r"([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))"
     r"(?:[0-9]{13,18}|[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})"
     r"(?![\w-]|\.[0-9]))"
 )
-_SSN: Final = (
+_SSN = (
     r"([0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))[0-9]{2}(?<!000)(?<!666)"
     r"-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-]|\.[0-9]))"
 )
@@ -1517,21 +1510,21 @@ def _is_card(number: str) -> bool:
     return total % 10 == 0 and len(set(digits)) > 1 and _re(issued).fullmatch(digits) is not None
 
 
-_USER: Final = r"[^\s/?#\"'<>\\`:@]{0,200}"
-_STRING: Final = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|[\w.]{1,60})"""
+_USER = r"[^\s/?#\"'<>\\`:@]{0,200}"
+_STRING = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|[\w.]{1,60})"""
 # Functions whose arguments are secrets if they can't be words.
-_CALL_WORDS: Final = _words_in("""
+_CALL_WORDS = _words_in("""
 auth credential passw crypt cipher hmac jwt keyspec pbkdf2 hs256( bind( login( connect( signer( signwith( pdo(
 aes.new( fernet( hashpw( cookieparser(
 """)
-_CALLS: Final = "(?i)" + "|".join(
+_CALLS = "(?i)" + "|".join(
     word.replace("(", r"\(") if "(" in word else rf"{word}\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
     for word in _CALL_WORDS
 )
-_LITERAL: Final = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
+_LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
 # What has a place of its own: the rule ~ texts one of which must be there in small letters ~ what its last
 # group must pass, then the pattern. Without a group a quoted value follows.
-_PLACES: Final = r"""
+_PLACES = r"""
 a password in a URL ~ :// ~
  ://<USER>:([^\s/?#"'<>\\`]+)(?=@)
 a password in a URL ~ :// ~
@@ -1596,11 +1589,11 @@ a named social security number ~ ssn|social sec ~
  (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)(?:\s{1,4}(?:is|was))?[\s:#=]{0,4})
  ([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
-_CHECKS: Final = {"secret": _looks_secret, "password": _is_password, "basic": _is_basic}
+_CHECKS = {"secret": _looks_secret, "password": _is_password, "basic": _is_basic}
 # Where programs take a secret: programs | a word that must be among the arguments | places. `-p` is the
 # option's own word or the next, `-p+` its own only, `-p.` the next only; in `-u:` it stands behind that sign;
 # `#2` is the second word after the required one that is no option, `#0` the last of all.
-_COMMANDS: Final = r"""
+_COMMANDS = r"""
 mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
 7z 7za 7zr 7zz rar unrar || -p+ -hp+
 docker podman buildah nerdctl helm oras crane oc az cf | login | -p
@@ -1638,39 +1631,39 @@ poetry composer | http-basic\.[^\x1f]+ | #2
 poetry composer | pypi-token\.[^\x1f]+ | #1
 cargo vault | login | #1
 """
-_LISTED_WORD: Final = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
-_SHOWN_WORD: Final = r",[ ]([^,\]\n]+)"
-_SHELL_WORD: Final = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
+_LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
+_SHOWN_WORD = r",[ ]([^,\]\n]+)"
+_SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
     ((?:[^\s"'`|;&<>()\\]|\\[^\n]|[&;|](?=[^\s&;|])|"(?:[^"\\]|\\.){0,500}"|'[^']{0,500}')+)"""
-_PASSWORDS: Final = _words_in("password passwd pwd passphrase passcode pass pw")
-_REFERENCES: Final = _words_in("secret secrets credential credentials")
-_ALGORITHMS: Final = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 ed25519")
-_REMARKS: Final = _words_in("""
+_PASSWORDS = _words_in("password passwd pwd passphrase passcode pass pw")
+_REFERENCES = _words_in("secret secrets credential credentials")
+_ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 ed25519")
+_REMARKS = _words_in("""
 a an the this that is are was must should may can cannot will not no yes on off too at in of for from to and
 or with field required optional missing invalid incorrect wrong expired empty unset unknown expected
 unexpected got see value string str text int integer bool boolean bytes object array list dict number type any
 strict bearer basic only same different varchar char secretstr uuid float password raise return stored
 accepted rejected generated created valid using see
 """)
-_HEADER_NAMES: Final = _words_in("authorization proxy-authorization cookie set-cookie")
-_SCHEMES: Final = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
+_HEADER_NAMES = _words_in("authorization proxy-authorization cookie set-cookie")
+_SCHEMES = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
 # In "API key: …" and "verification code is …" the word before belongs to the name.
-_OPENERS: Final = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"], {"api", "de"})
-_NAME_CHARS: Final = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
-_PLAIN_SIGNS: Final = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”‘’", "   ,:===\"\"''")
+_OPENERS = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"], {"api", "de"})
+_NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
+_PLAIN_SIGNS = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”‘’", "   ,:===\"\"''")
 # Colours, and escaped quotes.
-_DISGUISES: Final = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)"
-_ECHOED: Final = r"""["']([^"'\\]{4,})\\{0,8}["']"""  # what may be echoed of a list or an object
-_INSERT: Final = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
-_SQL_TEXT: Final = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
-_SQL_ROW: Final = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
-_SQL_ITEM: Final = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
-_MAX_ECHOES: Final = 64
-_ASKING: Final = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential)\w*\("
-_MAX_DOUBTED: Final = 1000  # longer values are no names and no remarks
+_DISGUISES = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)"
+_ECHOED = r"""["']([^"'\\]{4,})\\{0,8}["']"""  # what may be echoed of a list or an object
+_INSERT = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
+_SQL_TEXT = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
+_SQL_ROW = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
+_SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
+_MAX_ECHOES = 64
+_ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential)\w*\("
+_MAX_DOUBTED = 1000  # longer values are no names and no remarks
 # Bytes as their kinds: of tokens as `w`, digits as `0`.
-_RUNS: Final = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
-_DIGITS: Final = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
+_RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
+_DIGITS = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
 
 
 def _argument_pattern(place: str, needs: list[str]) -> str:
@@ -2139,7 +2132,7 @@ class _Rules:
 
 # --- what an endpoint declares
 
-_MAX_DEPTH: Final = 64  # arbitrary: deeper than people write
+_MAX_DEPTH = 64  # arbitrary: deeper than people write
 
 
 class _Declared(NamedTuple):
@@ -2189,8 +2182,8 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
 # --- what an object holds
 
 # Types whose `str` says all, by name: their modules take 15 ms.
-_TEXT_TYPES: Final = _words_in("Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path")
-_TEXT_MODULES: Final = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
+_TEXT_TYPES = _words_in("Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path")
+_TEXT_MODULES = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
 
 
 def _type_name(value: object) -> str:
@@ -2244,7 +2237,7 @@ def _unlike(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
 
 
 # What a value of a type becomes.
-_CONTENTS: Final[tuple[tuple[Any, Callable[[Any], object]], ...]] = (
+_CONTENTS: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (str, str.__str__),
     (int, int.__int__),
     (float, float.__float__),
@@ -2277,27 +2270,27 @@ def _content(value: Any, kind: type) -> object:
 
 # --- the walk
 
-_MAX_NODES: Final = 500_000  # more than fit into the default of `max_input_bytes`
+_MAX_NODES = 500_000  # more than fit into the default of `max_input_bytes`
 _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
-_CARD_NUMBERS: Final = 10**12  # an integer from here on may be a card's number
-_JSON_STARTS: Final = frozenset('{[" \t\r\n')
-_SLACK: Final = 4096  # characters read beyond what is kept, so that no secret is cut in half
+_CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
+_JSON_STARTS = frozenset('{[" \t\r\n')
+_SLACK = 4096  # characters read beyond what is kept, so that no secret is cut in half
 # A sibling with one of these names names the other.
-_LABELS: Final = _words_in("""
+_LABELS = _words_in("""
 name key header field param parameter property variable attribute setting label element selector path id type
 column
 """)
-_VALUES: Final = _words_in("value values val default content text newvalue new_value")
-_COLUMN_LISTS: Final = _words_in("columns column_names columnnames headers header fields cols schema")
-_ROW_LISTS: Final = _words_in("rows values data records")
-_PROGRAMS: Final = _words_in("command cmd program executable")
-_ARGUMENTS: Final = _words_in("args argv arguments")
+_VALUES = _words_in("value values val default content text newvalue new_value")
+_COLUMN_LISTS = _words_in("columns column_names columnnames headers header fields cols schema")
+_ROW_LISTS = _words_in("rows values data records")
+_PROGRAMS = _words_in("command cmd program executable")
+_ARGUMENTS = _words_in("args argv arguments")
 # What a verdict on a key says: its value goes, booleans and null too where a setting says so; its own
 # text holds a secret, or it is no text; its siblings decide.
 _SENSITIVE, _LISTED, _CERTAIN, _ODD, _BESIDE = 1, 2, 3, 4, 8
 
-encode_json: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
-encode_text: Final[Callable[[str], str]] = json.encoder.encode_basestring
+encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+encode_text: Callable[[str], str] = json.encoder.encode_basestring
 
 
 def _label(value: object) -> str:
@@ -2656,7 +2649,7 @@ class _Walk:
 
 # --- what comes back
 
-_MIN_ECHO: Final = 12  # characters of a value's beginning or end
+_MIN_ECHO = 12  # characters of a value's beginning or end
 
 
 def _spellings(text: str) -> tuple[str, ...]:
@@ -2904,17 +2897,17 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_CACHE_SIZE: Final = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
-_CACHED_CHARS: Final = 512  # arbitrary
-_NAME_BYTES: Final = 1024  # of a name or an id
-_TEXT_BYTES: Final = 2**16  # of an error or a reason
-REPLACEMENT: Final = "\ufffd"
-_NO_IDS: Final = ',"user_id":null,"session_id":null,"trace_id":null'
-_NO_MORE: Final = (None,) * len(NEW_COLUMNS)
-_PLAIN_ID: Final = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret, nothing to escape
-_FRAME: Final = ("caller", "event_type", "name", "policy_decision", "status")
-_ALLOWED: Final = {"event_type": EVENT_TYPES, "policy_decision": POLICY_DECISIONS, "status": STATUSES}
-_ESCAPED_NUL: Final = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
+_CACHE_SIZE = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
+_CACHED_CHARS = 512  # arbitrary
+_NAME_BYTES = 1024  # of a name or an id
+_TEXT_BYTES = 2**16  # of an error or a reason
+REPLACEMENT = "\ufffd"
+_NO_IDS = ',"user_id":null,"session_id":null,"trace_id":null'
+_NO_MORE = (None,) * len(NEW_COLUMNS)
+_PLAIN_ID = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret, nothing to escape
+_FRAME = ("caller", "event_type", "name", "policy_decision", "status")
+_ALLOWED = {"event_type": EVENT_TYPES, "policy_decision": POLICY_DECISIONS, "status": STATUSES}
+_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
 
 
 class Json(str):
@@ -3142,27 +3135,25 @@ def event_of_line(line: bytes) -> dict[str, Any]:
 # changes: a rename makes a reader's query fail. On a file system without locks nobody can tell a live segment
 # from an orphan: events are recorded and readable, but never ingested.
 
-JOURNAL_FORMAT: Final = 2  # of names and lines; docs/journal-format.md describes it
-SEGMENT_SUFFIX: Final = ".jsonl"
-_LOSS_SUFFIX: Final = ".loss"
-_BEGUN_SUFFIX: Final = ".begun"
-UNFINISHED: Final = "unfinished: the process ended during the call"  # the error of such a row
-_ENDED: Final = b'{"ended":'
-CALL_OF_LINE: Final = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
-_DIRECTORY_MODE: Final = 0o700
-FILE_MODES: Final = {False: 0o600, True: 0o660}  # True: for a group
-_GROUP_MODE: Final = 0o2770  # of a journal for a group, which is that of each file in it
+JOURNAL_FORMAT = 2  # of names and lines; docs/journal-format.md describes it
+SEGMENT_SUFFIX = ".jsonl"
+_LOSS_SUFFIX = ".loss"
+_BEGUN_SUFFIX = ".begun"
+UNFINISHED = "unfinished: the process ended during the call"  # the error of such a row
+_ENDED = b'{"ended":'
+CALL_OF_LINE = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
+_DIRECTORY_MODE = 0o700
+FILE_MODES = {False: 0o600, True: 0o660}  # True: for a group
+_GROUP_MODE = 0o2770  # of a journal for a group, which is that of each file in it
 # Of files that may be others': without following a link, or waiting for the other end of a FIFO.
-_NO_FOLLOW: Final = sum(
-    getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY")
-)
-_MOST_CLAIMS: Final = 4096  # arbitrary: segments in one transaction
-_SMALL_BYTES: Final = 2**18  # arbitrary: segments up to here are put together before DuckDB reads them
-COMBINED: Final = "combined"  # the name of the file that holds them
-_GONE: Final = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
-_TURN_SECONDS: Final = 5.0  # how long readers let an ingest pass that asks
-_ORPHAN_SECONDS: Final = 60.0  # arbitrary; a server takes its own segments in within seconds
-_LOCK_OFFSET: Final = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
+_NO_FOLLOW = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
+_MOST_CLAIMS = 4096  # arbitrary: segments in one transaction
+_SMALL_BYTES = 2**18  # arbitrary: segments up to here are put together before DuckDB reads them
+COMBINED = "combined"  # the name of the file that holds them
+_GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
+_TURN_SECONDS = 5.0  # how long readers let an ingest pass that asks
+_ORPHAN_SECONDS = 60.0  # arbitrary; a server takes its own segments in within seconds
+_LOCK_OFFSET = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
@@ -3852,16 +3843,16 @@ class Journal:
 # while the disk works, `_lock` for moments within; both are re-entrant, because `put` runs in signal handlers
 # and destructors.
 
-QUEUE_BYTES: Final = 64 * 2**20
-SEGMENT_BYTES: Final = 8 * 2**20
-_PIECE_BYTES: Final = 2**20  # arbitrary: what one write holds, so that a segment overshoots by little
-_GATHER_SECONDS: Final = 0.02  # the window in which `kill -9` loses events, plus one write
-_RETRY_SECONDS: Final = 0.1  # arbitrary: the pause after a failed write
-_REPORT_SECONDS: Final = 60.0  # how often the same fault is logged
-_MOST_KEPT: Final = 16  # arbitrary: sealed segments that stay open
+QUEUE_BYTES = 64 * 2**20
+SEGMENT_BYTES = 8 * 2**20
+_PIECE_BYTES = 2**20  # arbitrary: what one write holds, so that a segment overshoots by little
+_GATHER_SECONDS = 0.02  # the window in which `kill -9` loses events, plus one write
+_RETRY_SECONDS = 0.1  # arbitrary: the pause after a failed write
+_REPORT_SECONDS = 60.0  # how often the same fault is logged
+_MOST_KEPT = 16  # arbitrary: sealed segments that stay open
 
 INFO, WARNING = 20, 30  # the levels of `logging`, which takes 10 ms to load: only where it is needed
-_native: Final[dict[str, Any]] = {}  # under gevent: fresh copies of modules that it replaces
+_native: dict[str, Any] = {}  # under gevent: fresh copies of modules that it replaces
 
 
 def _native_module(name: str) -> Any:
@@ -3941,9 +3932,9 @@ class Diagnostics:
         self.tell()
 
 
-_BEGUN_BYTES: Final = 2**20  # arbitrary: by how much a file of begun calls grows
-_SIGN_SECONDS: Final = 1.0  # how often a process with calls on record gives a sign of life
-_BRIEF_SECONDS: Final = 0.1  # a call that is over by then leaves only its line, unless it is strict
+_BEGUN_BYTES = 2**20  # arbitrary: by how much a file of begun calls grows
+_SIGN_SECONDS = 1.0  # how often a process with calls on record gives a sign of life
+_BRIEF_SECONDS = 0.1  # a call that is over by then leaves only its line, unless it is strict
 
 
 class Begun:
@@ -4234,16 +4225,16 @@ class Appender:
                 segment.close()
 
 
-_CPU_SHARE: Final = 0.01  # of one core: what ingests may use
-_LONGEST_PAUSE_SECONDS: Final = 60.0
-_LOCKED_PAUSE_SECONDS: Final = 5.0  # after an ingest that waited in vain for the database
-_CHILD_WAIT_SECONDS: Final = 30.0  # how long a child waits for the database: another costs more than that
-_POLL_SECONDS: Final = 0.1
-_BUSY_PAUSE_SECONDS: Final = 1.0  # until the ingest lock is tried again
-_DAY_SECONDS: Final = 24 * 3600.0
-_ANSWER_BYTES: Final = 2**16
+_CPU_SHARE = 0.01  # of one core: what ingests may use
+_LONGEST_PAUSE_SECONDS = 60.0
+_LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
+_CHILD_WAIT_SECONDS = 30.0  # how long a child waits for the database: another costs more than that
+_POLL_SECONDS = 0.1
+_BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
+_DAY_SECONDS = 24 * 3600.0
+_ANSWER_BYTES = 2**16
 # Loads this very file, whatever its name and package, with the parent's module path.
-_CHILD: Final = """
+_CHILD = """
 import json, sys
 work = json.loads(sys.stdin.buffer.read())
 sys.path[:], sys.pycache_prefix, sys.dont_write_bytecode = work.pop("python")
@@ -4848,33 +4839,33 @@ def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
 # `Call._end`. What the body raises leaves as the same object, whatever happens while recording.
 # Frameworks are never imported: what they hand over is read by attribute or key.
 
-MCP_METHODS: Final = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
+MCP_METHODS = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 
 DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_MAX_CAUSES: Final = 64  # arbitrary; chains may be circular
-_MAX_CLIENT_CHARS: Final = 128  # arbitrary: a client makes up its name and version
-_MAX_UNFINISHED: Final = 10_000  # arbitrary: some are never resumed
-_RESUME_SECONDS: Final = 600.0  # for which the SDK takes back the state of a call
-_CONNECTION: Final = os.urandom(8).hex()  # the one connection of a stdio server
-_TRACEPARENT: Final = re.compile(
+_MAX_CAUSES = 64  # arbitrary; chains may be circular
+_MAX_CLIENT_CHARS = 128  # arbitrary: a client makes up its name and version
+_MAX_UNFINISHED = 10_000  # arbitrary: some are never resumed
+_RESUME_SECONDS = 600.0  # for which the SDK takes back the state of a call
+_CONNECTION = os.urandom(8).hex()  # the one connection of a stdio server
+_TRACEPARENT = re.compile(
     r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?"
 )
-_REQUEST_HEADERS: Final = {
+_REQUEST_HEADERS = {
     name.encode(): name
     for name in _words_in(
         "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
     )
 }
-_META: Final = "io.modelcontextprotocol/"  # before the protocol's own names in `_meta`
+_META = "io.modelcontextprotocol/"  # before the protocol's own names in `_meta`
 # What runs between a middleware and the tool.
-_FRAMEWORKS: Final = _words_in(
+_FRAMEWORKS = _words_in(
     "anyio asyncio contextlib docket fastmcp functools mcp pydantic threading uncalled_for"
 )
 # Whose objects a tool gets without their having been sent: contexts, servers, dependencies.
-_INJECTING: Final = _words_in("docket fast_depends fastapi fastmcp mcp starlette uncalled_for")
-_META_TOOLS: Final = ("fastmcp.server.transforms", "fastmcp.experimental", "fastmcp.contrib")  # but for these
+_INJECTING = _words_in("docket fast_depends fastapi fastmcp mcp starlette uncalled_for")
+_META_TOOLS = ("fastmcp.server.transforms", "fastmcp.experimental", "fastmcp.contrib")  # but for these
 
 
 class Call:
@@ -5080,7 +5071,7 @@ def _json_of(details: tuple[tuple[str, object], ...]) -> Json:
     return Json(encode_json(dict(details)))
 
 
-_running: Final[contextvars.ContextVar[Call | None]] = contextvars.ContextVar("mxcp_audit", default=None)
+_running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mxcp_audit", default=None)
 
 
 def running_call() -> Call | None:
@@ -5295,7 +5286,7 @@ class Unfinished:
 # --- where a call came from
 
 
-_absent: Final[set[tuple[type, str]]] = set()  # what models of pydantic, slow to say so, don't have
+_absent: set[tuple[type, str]] = set()  # what models of pydantic, slow to say so, don't have
 
 
 def _get(owner: object, name: str) -> Any:
@@ -5332,7 +5323,7 @@ def _text(value: object) -> str | None:
     return str(value) if isinstance(value, (str, int, float)) and value != "" else None
 
 
-_peers: Final[weakref.WeakKeyDictionary[Any, tuple[str | None, str | None]]] = weakref.WeakKeyDictionary()
+_peers: weakref.WeakKeyDictionary[Any, tuple[str | None, str | None]] = weakref.WeakKeyDictionary()
 
 
 def _peer_of(session: object) -> tuple[str | None, str | None]:
@@ -5488,7 +5479,7 @@ def _watch_spans() -> None:
             provider.__mxcp_audit__ = True
 
 
-_ORIGIN: Final = _words_in("caller user_id session_id trace_id client agent address server request_id")
+_ORIGIN = _words_in("caller user_id session_id trace_id client agent address server request_id")
 
 
 def _surroundings() -> dict[str, Any]:
@@ -5583,9 +5574,9 @@ def _kind_of(item: object) -> str:
     return str(kind)
 
 
-_WIRE: Final = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
-_TELLING: Final = frozenset(("result_type", "resultType", "input_required", "task", "root", "_meta"))
-_plain: Final[dict[type, bool]] = {}
+_WIRE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
+_TELLING = frozenset(("result_type", "resultType", "input_required", "task", "root", "_meta"))
+_plain: dict[type, bool] = {}
 
 
 def _is_plain(result: object) -> bool:
@@ -5784,7 +5775,7 @@ def _refusals() -> tuple[type[BaseException], ...]:
     return _kinds(_loaded("fastmcp.exceptions", "AuthorizationError") or ())
 
 
-_MIDDLEWARE_CODE: Final = Middleware.__call__.__code__
+_MIDDLEWARE_CODE = Middleware.__call__.__code__
 
 
 def _message_of(context: object) -> Any:
@@ -5899,7 +5890,7 @@ def _is_registered(function: object, depth: int = 2) -> bool:
     return False
 
 
-_UNHELD: Final = (lambda function: (lambda each: sys.getrefcount(each))(function))(lambda: None)
+_UNHELD = (lambda function: (lambda each: sys.getrefcount(each))(function))(lambda: None)
 
 
 def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
@@ -6107,9 +6098,9 @@ class Counters(NamedTuple):
     refused: int = 0  # strict calls that could not be put on record
 
 
-_UNENCODABLE: Final = "[UNENCODABLE]"
-_UNENCODABLE_JSON: Final = encode_text(encode_text(_UNENCODABLE))
-_NOTHING: Final = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ())
+_UNENCODABLE = "[UNENCODABLE]"
+_UNENCODABLE_JSON = encode_text(encode_text(_UNENCODABLE))
+_NOTHING = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE, None, None, None, ())
 
 
 class AuditLogger:
@@ -6656,7 +6647,7 @@ class _Live:
         self.loggers.clear()
 
 
-_live: Final = _Live()
+_live = _Live()
 atexit.register(_live.at_exit)
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(
@@ -6706,36 +6697,36 @@ def among(column: str, values: Iterable[object]) -> str:
     return f"{column} IN (SELECT unnest({sql_literal(list(values))}))"
 
 
-_NAMES: Final = ", ".join(column.name for column in COLUMNS)
-_DEFINITIONS: Final = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
-_ISO_FORMAT: Final = "'%Y-%m-%dT%H:%M:%S.%fZ'"
+_NAMES = ", ".join(column.name for column in COLUMNS)
+_DEFINITIONS = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
+_ISO_FORMAT = "'%Y-%m-%dT%H:%M:%S.%fZ'"
 # The lines of segments. Nothing is detected: versions differ in types, and `name=x` in a path is no value.
-_LINES: Final = f"""\
+_LINES = f"""\
 SELECT * EXCLUDE (filename) REPLACE (CASE WHEN parse_filename(filename, true) = '{COMBINED}' THEN segment
                                           ELSE parse_filename(filename, true) END AS segment)
 FROM read_json($files, format = 'newline_delimited', filename = true, hive_partitioning = false,
                columns = {{{", ".join(f"{column.name}: '{column.sql_type}'" for column in COLUMNS)}}},
                maximum_object_size = $longest, ignore_errors = $lenient)"""
-LONGEST_LINE: Final = 2**20  # DuckDB sets aside twice this; more where a segment has a longer line
+LONGEST_LINE = 2**20  # DuckDB sets aside twice this; more where a segment has a longer line
 
 
 # --- tables: making and finding them, in a file or elsewhere
 
 # Other schemas of a shared target may have tables of the same names.
-_OUR_TABLES: Final = """\
+_OUR_TABLES = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
-CREATE_LOGS: Final = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
+CREATE_LOGS = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
 # docs/security.md tells what these columns mean, and tools/verify_independently.py knows it from there.
-LEDGER_DEFINITIONS: Final = (
+LEDGER_DEFINITIONS = (
     "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
     "last_event TIMESTAMP, digest VARCHAR, marks VARCHAR, detail VARCHAR, host VARCHAR, "
     "ingested_at TIMESTAMP, seal VARCHAR"
 )
-LEDGER_COLUMNS: Final = tuple(Column(*words.split()) for words in LEDGER_DEFINITIONS.split(", "))
-CREATE_LEDGER: Final = f"CREATE TABLE IF NOT EXISTS audit.ledger ({LEDGER_DEFINITIONS})"
+LEDGER_COLUMNS = tuple(Column(*words.split()) for words in LEDGER_DEFINITIONS.split(", "))
+CREATE_LEDGER = f"CREATE TABLE IF NOT EXISTS audit.ledger ({LEDGER_DEFINITIONS})"
 # What was replaced stays for a while: somebody may still read it. Only of a lake that has no other tables.
-LAKE_CLEANING: Final = (
+LAKE_CLEANING = (
     "CALL ducklake_expire_snapshots('audit', older_than => now() - INTERVAL 7 DAYS)",
     "CALL ducklake_cleanup_old_files('audit', older_than => now() - INTERVAL 2 DAYS)",
 )
@@ -6759,7 +6750,7 @@ def lake_chores(commit: int) -> list[str]:
 # --- digests: what the ledger knows a row, and a segment, by
 
 # An infinity has no microseconds, and must not look like NULL.
-_TIME_NUMBER: Final = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
+_TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
 
 
 def row_hash(columns: Sequence[Column]) -> str:
@@ -6778,8 +6769,8 @@ def row_hash(columns: Sequence[Column]) -> str:
     return f"sha256(concat({head}, '|', {', '.join(texts)}))"
 
 
-EVENT_HASH: Final = row_hash(COLUMNS)
-ENTRY_HASH: Final = row_hash(LEDGER_COLUMNS[:-1])
+EVENT_HASH = row_hash(COLUMNS)
+ENTRY_HASH = row_hash(LEDGER_COLUMNS[:-1])
 
 
 def digests(
@@ -6799,7 +6790,7 @@ FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event,
 
 
 # Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
-SEGMENT_OR_DAY: Final = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
+SEGMENT_OR_DAY = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
 
 
 def ranges(condition: str = "true") -> str:
@@ -6813,9 +6804,9 @@ GROUP BY part ORDER BY part"""
 
 # --- ingest: segments go into the temporary table `batch`, and from there into `logs`
 
-STAGE: Final = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
+STAGE = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
 # Of known segments: how many events the ledger has, and whether these are the first lines.
-KNOWN_LINES: Final = f"""\
+KNOWN_LINES = f"""\
 SELECT staged.segment AS segment, entered.events AS events,
        (staged.events = entered.events AND staged.digest = entered.digest) AS same
 FROM ({
@@ -6827,14 +6818,14 @@ FROM ({
     )
 }) AS staged
 JOIN audit.ledger AS entered ON entered.segment = staged.segment AND entered.kind = 'segment'"""
-STAGE_NOTHING: Final = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
-INSERT_ROWS: Final = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
+STAGE_NOTHING = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
+INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 
 
 # --- entering: first into the temporary table `entries`, in order
 
-SEAL_AT: Final = "SELECT max(seal) FROM audit.ledger WHERE journal = $journal AND position = $position"
-PREPARE_LEGACY: Final = f"""\
+SEAL_AT = "SELECT max(seal) FROM audit.ledger WHERE journal = $journal AND position = $position"
+PREPARE_LEGACY = f"""\
 INSERT INTO entries BY NAME
 SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest FROM ({
     digests(
@@ -6843,21 +6834,21 @@ SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest FROM (
         segment=SEGMENT_OR_DAY,
     )
 }) ORDER BY segment"""
-PREPARE_SEGMENTS: Final = f"""\
+PREPARE_SEGMENTS = f"""\
 INSERT INTO entries BY NAME
 SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events, first_event, last_event, digest,
        marks
 FROM ({{}}) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed ORDER BY claimed"""
-CHAIN_ENDS: Final = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
+CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
 
 # --- verifying: the tables are read through views of known columns and types, whatever somebody made of them
 
-TABLE_TYPES: Final = f"""\
+TABLE_TYPES = f"""\
 SELECT lower(table_name), lower(column_name), data_type FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
 # Other types that hold the same values, as in tables that MXCP or a person made.
-SAME_VALUES: Final = {
+SAME_VALUES = {
     "TIMESTAMP": {"TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS"},
     "INTEGER": {"INTEGER", "BIGINT", "SMALLINT"},
     "BIGINT": {"INTEGER", "BIGINT"},
@@ -6865,10 +6856,10 @@ SAME_VALUES: Final = {
 }
 
 
-VIEW: Final = "is a view"
-_OUR_COLUMNS: Final = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))  # others may be there
+VIEW = "is a view"
+_OUR_COLUMNS = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))  # others may be there
 # What keeps a table from being a plain one; a collation shows in the table's text alone.
-ODDITIES: Final = f"""\
+ODDITIES = f"""\
 SELECT view_name AS name, '{VIEW}' AS what FROM duckdb_views()
 WHERE {_OUR_TABLES.replace("table_name", "view_name")}
 UNION ALL SELECT table_name, 'has a column with a collation, or one that is computed'
@@ -6876,7 +6867,7 @@ FROM duckdb_tables() WHERE {_OUR_TABLES} AND regexp_matches(sql, 'COLLATE|GENERA
 UNION ALL SELECT table_name, concat('has a default for ', column_name)
 FROM duckdb_columns() WHERE {_OUR_TABLES} AND lower(column_name) IN {_OUR_COLUMNS}
 AND column_default IS NOT NULL AND column_default <> 'NULL'"""
-POSTGRES_ODDITIES: Final = f"""\
+POSTGRES_ODDITIES = f"""\
 SELECT relname AS name, CASE WHEN relkind NOT IN ('r', 'p') THEN 'is no table'
   WHEN relrowsecurity THEN 'has row security' WHEN relhasrules THEN 'has rules'
   WHEN EXISTS (SELECT 1 FROM pg_trigger WHERE tgrelid = c.oid AND NOT tgisinternal) THEN 'has triggers'
@@ -6885,7 +6876,7 @@ SELECT relname AS name, CASE WHEN relkind NOT IN ('r', 'p') THEN 'is no table'
   THEN 'has a column that is computed, or has a default or a collation' END AS what
 FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({{0}})"""
 # Who holds a lock that a statement of ours may have waited for; `{0}` is the attached PostgreSQL.
-LOCK_HOLDER: Final = """\
+LOCK_HOLDER = """\
 SELECT holder FROM postgres_query('{0}', $$
 SELECT concat('PID ', pid, ', ', usename, ', ', nullif(application_name, '') || ', ', state, ' since ',
               to_char(state_change AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')) AS holder
@@ -6908,21 +6899,21 @@ def sound_rows(
     return f"SELECT {', '.join(parts)} {f'FROM {table}' if types else 'WHERE false'}"
 
 
-NO_ROWS: Final = sound_rows({})
-SOUND_LOGS: Final = "CREATE OR REPLACE TEMP VIEW sound_logs AS "
+NO_ROWS = sound_rows({})
+SOUND_LOGS = "CREATE OR REPLACE TEMP VIEW sound_logs AS "
 
 
-CHAIN: Final = f"""\
+CHAIN = f"""\
 SELECT coalesce(journal, '') AS journal, coalesce(position, 0) AS position,
        coalesce(kind, ''), coalesce(events, 0), coalesce(seal, '') AS seal, {ENTRY_HASH}
 FROM sound_ledger ORDER BY journal, position, seal"""
-PURGES: Final = """\
+PURGES = """\
 SELECT coalesce(strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ'), '') AS moment,
        coalesce(host, '') AS host, coalesce(events, 0) AS events,
        coalesce(journal, '') AS journal, coalesce(position, 0) AS position, detail
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
 # The entries that purges name, and what is left of each.
-GONE: Final = """\
+GONE = """\
 CREATE OR REPLACE TEMP TABLE gone AS
 SELECT number, journal, position, entered.events AS held, coalesce(last_event < moment, true) AS is_past,
        CASE WHEN NOT is_old OR last_event < moment THEN 0 ELSE kept.events END AS events, kept.digest
@@ -6971,20 +6962,20 @@ def numeric_times(columns: Sequence[Column]) -> str:
 # --- removing and copying
 
 # What a purge takes, and what `verify --since` looks at.
-OLD: Final = "FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
-IN_SCOPE: Final = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
+OLD = "FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
+IN_SCOPE = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
 # An archive has a file for each day, and one for what is not as it was entered.
-_FILE_OF: Final = (
+_FILE_OF = (
     f"CASE WHEN {SEGMENT_OR_DAY} IN (SELECT unnest($wrong)) THEN $apart "
     "ELSE strftime(timestamp, '%Y-%m-%d.parquet') END"
 )
-OLD_FILES: Final = f"""\
+OLD_FILES = f"""\
 SELECT file, count(*) FROM (SELECT {_FILE_OF} AS file FROM audit.logs WHERE {IN_SCOPE})
 GROUP BY file ORDER BY file"""
-OLD_OF_FILE: Final = f"""\
+OLD_OF_FILE = f"""\
 SELECT {_NAMES} FROM audit.logs WHERE {IN_SCOPE} AND {_FILE_OF} = $name ORDER BY timestamp, segment, seq"""
-_CONTENT: Final = "SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM"
-SAME_CONTENT: Final = {
+_CONTENT = "SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM"
+SAME_CONTENT = {
     table: f"SELECT count(*) = 1 FROM (({_CONTENT} audit.{table} t) UNION ({_CONTENT} fresh.{table} t))"
     for table in ("logs", "ledger")
 }
@@ -6992,15 +6983,15 @@ SAME_CONTENT: Final = {
 
 # --- reading: the views `table_rows` and `journal_rows` together are the log
 
-JOURNAL_ROWS: Final = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
+JOURNAL_ROWS = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
 # When lost events were entered, how many, and why.
-LOSSES: Final = f"""\
+LOSSES = f"""\
 SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events, coalesce(detail, '') AS detail
 FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
-NEWEST_FIRST: Final = "timestamp DESC, segment DESC, seq DESC"
-OLDEST_FIRST: Final = "timestamp, segment, seq"
-PUBLIC_COLUMNS: Final = (*(column.name for column in COLUMNS[:-2]), "event_id")
-EVENT_ID: Final = "segment || ':' || seq::VARCHAR"
+NEWEST_FIRST = "timestamp DESC, segment DESC, seq DESC"
+OLDEST_FIRST = "timestamp, segment, seq"
+PUBLIC_COLUMNS = (*(column.name for column in COLUMNS[:-2]), "event_id")
+EVENT_ID = "segment || ':' || seq::VARCHAR"
 
 
 def public_select(**more: bool) -> str:
@@ -7024,19 +7015,19 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # What Excel, LibreOffice and Sheets take for a formula, also behind what is invisible, and the apostrophe
 # itself, so that removing one leading apostrophe gives every cell back as it was.
-_INVISIBLE: Final = (
+_INVISIBLE = (
     r"\x01-\x20\x7f-\xa0\xad"
     "\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
     "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
 )
-FORMULA: Final = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
+FORMULA = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
 # What COPY is told for each export format. Its name is the extension of a file. A `.duckdb` file is no COPY.
-_COPY_OPTIONS: Final = {
+_COPY_OPTIONS = {
     "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
     "json": "FORMAT json, ARRAY true",
     "jsonl": "FORMAT json, ARRAY false",
 }
-COPY_OPTIONS: Final = {
+COPY_OPTIONS = {
     **{
         name + suffix: f"{options}, COMPRESSION {codec}, USE_TMP_FILE false"
         for name, options in _COPY_OPTIONS.items()
@@ -7044,7 +7035,7 @@ COPY_OPTIONS: Final = {
     },
     "parquet": "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false",
 }
-EXPORT_FORMATS: Final = (*COPY_OPTIONS, "duckdb", "sqlite")
+EXPORT_FORMATS = (*COPY_OPTIONS, "duckdb", "sqlite")
 
 
 def export_format(path: str) -> str | None:
@@ -7054,7 +7045,7 @@ def export_format(path: str) -> str | None:
 
 
 # What `stats` groups by: what is grouped, and how the group is written. Texts are grouped as they are.
-STATS_BY: Final = {
+STATS_BY = {
     **{name: (name, "k") for name in ("name", "type", "caller", "status")},
     "user": ("user_id", "k"),
     **{
@@ -7064,7 +7055,7 @@ STATS_BY: Final = {
     "hour": ("date_trunc('hour', timestamp)", "strftime(k, '%Y-%m-%dT%H:00Z')"),
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
 }
-_STATS: Final = """\
+_STATS = """\
 SELECT {shown} AS k, calls, errors, denied, q[1] AS p50_ms, q[2] AS p95_ms, q[3] AS p99_ms, max_ms,
        strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen, running
 FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
@@ -7075,8 +7066,8 @@ FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS
       FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
             FROM ({source})) GROUP BY ALL)
 ORDER BY {order} LIMIT {count}"""
-_FIGURES: Final = ("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms")
-STATS_COLUMNS: Final = (*_FIGURES, "first_seen", "last_seen", "running")
+_FIGURES = ("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms")
+STATS_COLUMNS = (*_FIGURES, "first_seen", "last_seen", "running")
 
 
 def stats_query(source: str, by: str, sort: str, count: int) -> str:
@@ -7087,7 +7078,7 @@ def stats_query(source: str, by: str, sort: str, count: int) -> str:
 
 
 # What a person's own SQL may see: the events as one view, and no file, setting or other database.
-SQL_VIEW: Final = f"""\
+SQL_VIEW = f"""\
 CREATE OR REPLACE TEMP VIEW logs AS
 SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {EVENT_ID} AS event_id
 FROM (SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows)"""
@@ -7152,7 +7143,7 @@ class Filter(NamedTuple):
         return " AND ".join(conditions) or "true"
 
 
-_FILTERS: Final = {
+_FILTERS = {
     "event_type": "type = {}",
     "policy": "policy_decision = {}",
     "status": "status = {}",
@@ -7184,7 +7175,7 @@ Row: TypeAlias = tuple[Any, ...]
 # --- what DuckDB says
 
 # The first whose pattern is in the message decides.
-_ENGINE_ERRORS: Final = (
+_ENGINE_ERRORS = (
     (
         DatabaseLockedError,
         "could not serialize access|duplicate key value violates unique constraint|tuple concurrently "
@@ -7241,8 +7232,8 @@ def bind(sql: str, params: Params) -> str:
     return re.sub(r"\$([a-z_]+)", lambda name: sql_literal(params[name[1]]), sql) if params else sql
 
 
-_GUEST: Final = "SET threads = 1; SET memory_limit = '256MB';"  # beside a server; a batch of 64 MiB fits
-_PROCESS: Final = os.getpid()
+_GUEST = "SET threads = 1; SET memory_limit = '256MB';"  # beside a server; a batch of 64 MiB fits
+_PROCESS = os.getpid()
 
 
 def _session_settings(*, guest: bool) -> str:
@@ -7350,7 +7341,7 @@ def decode_json(text: str | bytes) -> Any:
     return json.loads(text, object_pairs_hook=members, parse_constant=lambda name: None)
 
 
-_COLOUR: Final = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line that follows it
+_COLOUR = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line that follows it
 
 
 class CliEngine(Engine):
@@ -7453,7 +7444,7 @@ class ApartEngine(CliEngine):
 
 
 # Run by ApartEngine. The current directory must not shadow modules.
-_APART: Final = """
+_APART = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
 import json, os
@@ -7642,25 +7633,25 @@ def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManag
 
 # --- the database
 
-_REMOTE_SECONDS: Final = 2.0  # between a follower's looks at a target that is no file
-_FINE_TICK_NS: Final = 50_000_000  # kernels keep file times to 1 … 10 ms
-_COARSE_TICK_NS: Final = 2_100_000_000  # some file systems keep whole seconds, or even ones
-_EVENTS_WAIT: Final = "events wait in the journal"
-_REMEDIES: Final[Mapping[type[StoreError], str]] = {
+_REMOTE_SECONDS = 2.0  # between a follower's looks at a target that is no file
+_FINE_TICK_NS = 50_000_000  # kernels keep file times to 1 … 10 ms
+_COARSE_TICK_NS = 2_100_000_000  # some file systems keep whole seconds, or even ones
+_EVENTS_WAIT = "events wait in the journal"
+_REMEDIES: Mapping[type[StoreError], str] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
     DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
     "else move it aside or restore a backup",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
 }
-_RIGHTS: Final = {  # what PostgreSQL says, and what helps
+_RIGHTS = {  # what PostgreSQL says, and what helps
     "authentication failed": "correct the user, or its password in PGPASSWORD or ~/.pgpass; events wait",
     "no password supplied": "set PGPASSWORD, or write the password into ~/.pgpass; events wait",
     "permission denied": "give the role this right (hosts: SELECT, INSERT; a purge: DELETE too); events wait",
 }
-DAMAGED_WAL: Final = "replaying WAL"
-NEW_FILE: Final = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
+DAMAGED_WAL = "replaying WAL"
+NEW_FILE = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
 # libpq waits for ever by default, and nothing can interrupt it meanwhile. Arbitrary, but finite.
-_PATIENCE: Final = ("connect_timeout=10", "tcp_user_timeout=30000")
+_PATIENCE = ("connect_timeout=10", "tcp_user_timeout=30000")
 
 
 def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]) -> None:
@@ -7684,7 +7675,7 @@ def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]
     engine.execute(f"ATTACH {sql_literal(target)} AS {name}{f' ({words})' if words else ''}")
 
 
-_ATTACHED: Final[dict[tuple[int, str], object]] = {}  # by process, because a fork copies it
+_ATTACHED: dict[tuple[int, str], object] = {}  # by process, because a fork copies it
 
 
 @contextlib.contextmanager
@@ -7960,7 +7951,7 @@ def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, 
 
 # --- targets that are no file
 
-_EXTENSIONS: Final = {  # and the words before a target's colons that need them
+_EXTENSIONS = {  # and the words before a target's colons that need them
     "ducklake": ("ducklake",),
     "postgres_scanner": ("postgres", "postgresql"),
     "mysql_scanner": ("mysql",),
@@ -8017,7 +8008,7 @@ class Head(NamedTuple):
 
 # --- seals
 
-_KEYED: Final = "k:"  # marks a seal that was made with a key
+_KEYED = "k:"  # marks a seal that was made with a key
 
 
 def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
@@ -8071,7 +8062,7 @@ def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> s
 
 # --- writing and asking
 
-_LEGACY_ROWS: Final = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
+_LEGACY_ROWS = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
 
 
 class Ledger(Target):
@@ -8176,12 +8167,12 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 #
 # Moves segments into `logs` exactly once, as docs/design.md tells. The caller holds the ingest lock.
 
-INGEST_BYTES: Final = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
-_LONGEST_READ: Final = 2**28  # a longer line is put aside: DuckDB would need twice its size
-_LEAST_READ: Final = 2**20  # fits any memory in which DuckDB works at all
-_LINE_SEQ: Final = re.compile(rb',"seq":[0-9]+\}$')
-_CONFLICT_TRIES: Final = 5  # in one ingest, when another host wrote at the same time
-_CONFLICT_PAUSE_SECONDS: Final = 0.5  # the longest between two tries; they are spread at random
+INGEST_BYTES = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
+_LONGEST_READ = 2**28  # a longer line is put aside: DuckDB would need twice its size
+_LEAST_READ = 2**20  # fits any memory in which DuckDB works at all
+_LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
+_CONFLICT_TRIES = 5  # in one ingest, when another host wrote at the same time
+_CONFLICT_PAUSE_SECONDS = 0.5  # the longest between two tries; they are spread at random
 
 
 class Ingest:
@@ -8771,7 +8762,7 @@ def interruptible(engine: Engine) -> Iterator[None]:
 
 # --- what is found
 
-_MAX_FINDINGS: Final = 1000  # arbitrary: more are counted, not kept
+_MAX_FINDINGS = 1000  # arbitrary: more are counted, not kept
 
 
 class Finding(NamedTuple):
@@ -8808,8 +8799,8 @@ class Compared(NamedTuple):
 
 # --- recomputing
 
-_RANGE_EVENTS: Final = 1_000_000  # arbitrary: their hashes, 100 to 300 bytes each, are held at once
-_MAX_EXPLAINED: Final = 100  # arbitrary: after so many findings no events are named
+_RANGE_EVENTS = 1_000_000  # arbitrary: their hashes, 100 to 300 bytes each, are held at once
+_MAX_EXPLAINED = 100  # arbitrary: after so many findings no events are named
 
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
@@ -9173,9 +9164,9 @@ class Removal(NamedTuple):
     archive: str | None = None
 
 
-_PURGE_RANGE_EVENTS: Final = 200_000  # fewer than _RANGE_EVENTS: a server's guest may purge
-_MANIFEST: Final = "manifest.json"
-_ALIEN: Final = "not-as-entered.parquet"
+_PURGE_RANGE_EVENTS = 200_000  # fewer than _RANGE_EVENTS: a server's guest may purge
+_MANIFEST = "manifest.json"
+_ALIEN = "not-as-entered.parquet"
 
 
 def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
@@ -9289,7 +9280,7 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
 
 # --- retention: a purge a day
 
-_SILENCE: Final = 25 * 3_600_000_000  # longer ones don't count as time that passed; retention runs daily
+_SILENCE = 25 * 3_600_000_000  # longer ones don't count as time that passed; retention runs daily
 
 
 def retain(engine: Engine, target: Ledger, retention: float) -> str:
@@ -9510,8 +9501,8 @@ def _put_in_place(path: str, target: str) -> None:
 #
 # What can be done with the log of a configuration, in the order that keeps others out.
 
-_LOSS_DAYS: Final = 30  # arbitrary: how long lost events are pointed out
-_PROBE_SECONDS: Final = (0.03, 0.6)  # the first and the longest pause between two tries for the database
+_LOSS_DAYS = 30  # arbitrary: how long lost events are pointed out
+_PROBE_SECONDS = (0.03, 0.6)  # the first and the longest pause between two tries for the database
 
 
 class Store:
@@ -9805,19 +9796,19 @@ class Store:
 # New events as they come, known by position: of entries in the ledger, and of lines in segments it lacks.
 # Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
 
-_LOOK_EVENTS: Final = 20_000  # of the table, in one look: bounds memory and time
-_LOOK_ENTRIES: Final = 1000  # of the ledger, likewise
-_SETTLED: Final = 2**62  # the last line of a segment that the table has
-_NEW_ENTRIES: Final = f"""\
+_LOOK_EVENTS = 20_000  # of the table, in one look: bounds memory and time
+_LOOK_ENTRIES = 1000  # of the ledger, likewise
+_SETTLED = 2**62  # the last line of a segment that the table has
+_NEW_ENTRIES = f"""\
 SELECT journal, position, kind, segment, events, detail FROM audit.ledger
 LEFT JOIN ({{positions}}) ON known = journal
 WHERE position > coalesce(last, 0) AND ingested_at >= {{since}}::TIMESTAMP
 ORDER BY ingested_at, journal, position LIMIT {_LOOK_ENTRIES}"""
-_FRESH: Final = f"""\
+_FRESH = f"""\
 CREATE OR REPLACE TEMP TABLE fresh AS SELECT events.* FROM ({{rows}}) AS events
 JOIN ({{tails}}) ON wanted = {SEGMENT_OR_DAY} WHERE coalesce(seq, 1) > tail"""
-_TAILS: Final = "wanted VARCHAR, tail BIGINT"
-_NOTICES: Final = """\
+_TAILS = "wanted VARCHAR, tail BIGINT"
+_NOTICES = """\
 INSERT INTO fresh BY NAME
 SELECT now()::TIMESTAMP AS timestamp, '' AS caller, kind AS type, kind AS name,
        '{"events":' || events || '}' AS input_json, 0 AS duration_ms, 'n/a' AS policy_decision,
@@ -9985,8 +9976,8 @@ class Fault(NamedTuple):
     remedy: str
 
 
-_HANGS_MS: Final = 3_600_000
-_REFUSED: Final = """\
+_HANGS_MS = 3_600_000
+_REFUSED = """\
 SELECT count(*) AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
        arg_max(error, timestamp) AS last
 FROM events"""
@@ -9995,7 +9986,7 @@ FROM events"""
 class Checkup:
     """The state of a log: `report`, an object for JSON, and `faults`. What can't be examined is one too."""
 
-    _LITTLE_SPACE_BYTES: Final = 256 * 2**20  # arbitrary
+    _LITTLE_SPACE_BYTES = 256 * 2**20  # arbitrary
 
     def __init__(self, config: Config, *, wait: float) -> None:
         self.faults: list[Fault] = []
@@ -10222,7 +10213,7 @@ def write_json(
         file.write("]\n" if mark != "[" else "[]\n")
 
 
-_JSON_TOKEN: Final = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+')
+_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+')
 
 
 def indented_json(text: str) -> str:
@@ -10259,13 +10250,13 @@ def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: b
 
 # --- tables, and names with values
 
-SHORT_COLUMNS: Final = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
-WIDE_COLUMNS: Final = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
-_HEADERS: Final = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
-_FIRST_WIDTHS: Final = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
-_FIXED: Final = frozenset(("timestamp", "type", "status", "policy_decision", "duration_ms", "result_bytes"))
-_STYLES: Final = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
-_NARROWEST: Final = 12  # arbitrary: cells that an elastic column keeps
+SHORT_COLUMNS = ("timestamp", "type", "name", "status", "policy_decision", "duration_ms", "caller")
+WIDE_COLUMNS = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
+_HEADERS = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
+_FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
+_FIXED = frozenset(("timestamp", "type", "status", "policy_decision", "duration_ms", "result_bytes"))
+_STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
+_NARROWEST = 12  # arbitrary: cells that an elastic column keeps
 
 
 class EventTable:
@@ -10437,7 +10428,7 @@ def write_stats(
 # fills it, if it is not the column of that name; NULL is left out. docs/siem.md describes them.
 
 # Expressions that several places share.
-_FORM_WORDS: Final = {
+_FORM_WORDS = {
     "EVENT_ID": EVENT_ID,
     "METHOD": "CASE type WHEN 'tool' THEN 'tools/call' WHEN 'resource' THEN 'resources/read' "
     "WHEN 'prompt' THEN 'prompts/get' ELSE coalesce(type, '') END",
@@ -10451,7 +10442,7 @@ _FORM_WORDS: Final = {
     "IS_IP": r"regexp_full_match(address, '[0-9.]{7,15}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*')",
     "USER_AGENT": "CONTEXT ->> '$.\"user_agent.original\"'",
 }
-FORMS: Final = {
+FORMS = {
     # OCSF 1.8, API Activity: https://schema.ocsf.io/1.8.0/classes/api_activity
     "ocsf": """\
 activity_id        99
@@ -10567,8 +10558,8 @@ resourceLogs[].scopeLogs[].logRecords[].timeUnixNano NANOS
 {mxcp_audit.trace_id}
 """,
 }
-_PLACE: Final = re.compile(r"\{[^}]+\}|[^.{]+")
-_FORM_WORD: Final = re.compile(r"\b(?:" + "|".join(_FORM_WORDS) + r")\b")
+_PLACE = re.compile(r"\{[^}]+\}|[^.{]+")
+_FORM_WORD = re.compile(r"\b(?:" + "|".join(_FORM_WORDS) + r")\b")
 
 
 def form_sql(form: str) -> str:
@@ -10593,7 +10584,7 @@ def form_sql(form: str) -> str:
     return _json_sql(tree)
 
 
-STREAM_FORMS: Final = ("jsonl", *FORMS)
+STREAM_FORMS = ("jsonl", *FORMS)
 
 
 def _json_sql(node: Any) -> str:
@@ -10618,7 +10609,7 @@ def _json_sql(node: Any) -> str:
 #
 # One HTML file for people: no script, nothing loaded, readable without styles; what was recorded is text.
 
-_REPORT_STYLE: Final = """\
+_REPORT_STYLE = """\
 :root{--ink:#1a1a1a;--soft:#5a5a5a;--line:#d5d5d5;--paper:#fff;--ok:#56b4e9;--bad:#d55e00;--no:#1a1a1a}
 @media(prefers-color-scheme:dark){:root{--ink:#eee;--soft:#aaa;--line:#444;--paper:#16181c;--ok:#2f7fb5;--bad:#e8833a;--no:#eee}}
 body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:70rem;
@@ -10631,22 +10622,22 @@ td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
 .ok{fill:var(--ok)}.bad{fill:var(--bad)}.no{fill:var(--no)}
 .axis{stroke:var(--line)}pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
-_DENIED: Final = "policy_decision IS NOT DISTINCT FROM 'deny'"
-_BAD: Final = f"status = 'error' AND NOT {_DENIED}"
-_GOOD: Final = f"status IS DISTINCT FROM 'error' AND NOT {_DENIED}"
-_OUTCOMES: Final = (  # and how a bar of each is filled
+_DENIED = "policy_decision IS NOT DISTINCT FROM 'deny'"
+_BAD = f"status = 'error' AND NOT {_DENIED}"
+_GOOD = f"status IS DISTINCT FROM 'error' AND NOT {_DENIED}"
+_OUTCOMES = (  # and how a bar of each is filled
     ("success", 'class="ok"'),
     ("error", 'class="bad"'),
     ("denied", 'fill="url(#hatch)" stroke="currentColor"'),
 )
-_BUCKETS: Final = (  # of time: up to how many seconds, and the label
+_BUCKETS = (  # of time: up to how many seconds, and the label
     ("minute", 2 * 3600, "%H:%M"),
     ("hour", 4 * 86400, "%m-%d %H:00"),
     ("day", 120 * 86400, "%Y-%m-%d"),
     ("month", inf, "%Y-%m"),
 )
 # The tables of the report, each with its title, its columns (# marks numbers), and the query of `events`.
-_REPORT_TABLES: Final = """\
+_REPORT_TABLES = """\
 Denials: last at,name,user,reason,#calls
 SELECT max(timestamp)::VARCHAR AS last, name, user_id, reason, count(*)::BIGINT AS calls
 FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY calls DESC, 2, 3, 4 LIMIT 50
@@ -10836,7 +10827,7 @@ AuditLogger._ingest = staticmethod(ingest_once)
 # --- MXCP's own logs
 
 # Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
-_NAMES_OF_MXCP: Final = {
+_NAMES_OF_MXCP = {
     "caller": ("caller", "caller_type"),
     "event_type": ("type", "operation_type"),
     "name": ("name", "operation_name"),
@@ -10873,11 +10864,11 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
 
 # --- import: it redacts and encodes like a logger, and asks the ledger what the table has already
 
-PART_EVENTS: Final = 20_000  # arbitrary: of an imported file, in one segment
-PART_BYTES: Final = 32 * 2**20
-_DAY_NS: Final = 86_400 * 10**9
-_BATCH_EVENTS: Final = 500  # arbitrary: of a part, in one write
-IMPORT_LINE_BYTES: Final = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
+PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
+PART_BYTES = 32 * 2**20
+_DAY_NS = 86_400 * 10**9
+_BATCH_EVENTS = 500  # arbitrary: of a part, in one write
+IMPORT_LINE_BYTES = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
 
 
 _Imported: TypeAlias = tuple[bytes, int, dict[str, Any]]  # an event's line, its time in ns, its values
@@ -11014,7 +11005,7 @@ class Importer:
 
 # --- the stdio wrapper's bookkeeping
 
-MAX_MESSAGE_BYTES: Final = 256 * 2**20  # arbitrary: a message without an end must not take all memory
+MAX_MESSAGE_BYTES = 256 * 2**20  # arbitrary: a message without an end must not take all memory
 
 
 class StdioAudit:
@@ -11241,10 +11232,10 @@ class WrappedServer:
     nothing of it is left behind.
     """
 
-    _PIECE_BYTES: Final = 2**16
-    GRACE_SECONDS: Final = 2.0  # as MCP's own SDK ends a stdio server
-    _ANSWER_SECONDS: Final = 1.0  # after SIGTERM: MCP's SDKs kill us two seconds later
-    _SIGNALS: Final = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
+    _PIECE_BYTES = 2**16
+    GRACE_SECONDS = 2.0  # as MCP's own SDK ends a stdio server
+    _ANSWER_SECONDS = 1.0  # after SIGTERM: MCP's SDKs kill us two seconds later
+    _SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
     _process: subprocess.Popen[bytes]
 
     def __init__(self, command: Sequence[str], audit: AuditLogger) -> None:
@@ -11425,8 +11416,8 @@ class WrappedServer:
                 return
 
 
-_SIGTERM: Final = 15
-_SIGKILL: Final = 9  # on each system with process groups
+_SIGTERM = 15
+_SIGKILL = 9  # on each system with process groups
 
 
 def _child_setup() -> Callable[[], object] | None:
@@ -11496,9 +11487,9 @@ def end_like(code: int) -> int:
 # One table says what each command is for and takes; its `cmd_…` does it and returns the exit status.
 
 Options: TypeAlias = "argparse.Namespace"
-EXIT_FAILED: Final = 1
-EXIT_USAGE: Final = 2
-EXIT_LOCKED: Final = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_FAILED = 1
+EXIT_USAGE = 2
+EXIT_LOCKED = 75  # EX_TEMPFAIL of sysexits.h: try again later
 
 
 class _UsageError(AuditError):
@@ -11507,7 +11498,7 @@ class _UsageError(AuditError):
 
 # --- words: what options mean
 
-_SORTS: Final = tuple(name.removesuffix("_ms") for name in STATS_COLUMNS[:7])
+_SORTS = tuple(name.removesuffix("_ms") for name in STATS_COLUMNS[:7])
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
@@ -11556,7 +11547,7 @@ def _columns(text: str) -> tuple[str, ...]:
 # `@` begins a command, with one line about it; then come more about it, examples (`>`), groups of options
 # (`[…]`, or `&` for those of another block) and options: names, metavar or {choices}, `=` a default, and what
 # _MARKS lists; behind `|` the help. A word in braces stands for what _WORDS says.
-_OPTIONS: Final = """
+_OPTIONS = """
 &common
 [which log]
 --config FILE | the site file (default: mxcp-site.yml here or above)
@@ -11744,7 +11735,7 @@ Load it from your shell's start file.
 > completion zsh >> ~/.zshrc
 shell {shells} | which shell
 """
-_WORDS: Final[Mapping[str, Collection[str]]] = {
+_WORDS: Mapping[str, Collection[str]] = {
     "types": EVENT_TYPES,
     "policies": POLICY_DECISIONS,
     "statuses": STATUSES,
@@ -11756,8 +11747,8 @@ _WORDS: Final[Mapping[str, Collection[str]]] = {
     "sorts": _SORTS,
     "shells": ("bash", "zsh"),
 }
-_SAME_WORDS: Final = {"denied": "deny", "allowed": "allow", "warned": "warn"}
-_MARKS: Final[Mapping[str, Mapping[str, Any]]] = {
+_SAME_WORDS = {"denied": "deny", "allowed": "allow", "warned": "warn"}
+_MARKS: Mapping[str, Mapping[str, Any]] = {
     "!": {"required": True},
     "*": {"action": "append"},
     "+": {"nargs": "+"},
@@ -12119,9 +12110,9 @@ def _write_whole(path: str, text: str) -> None:
         raise AuditError(f"{path} can't be written: {error.strerror}; name another place") from error
 
 
-_POST_LINES: Final = 500
-_POST_BYTES: Final = 2**20  # of several lines: receivers have limits
-_POST_SECONDS: Final = 60.0  # without --follow: how long a receiver may say no
+_POST_LINES = 500
+_POST_BYTES = 2**20  # of several lines: receivers have limits
+_POST_SECONDS = 60.0  # without --follow: how long a receiver may say no
 
 
 def _batches(lines: Iterable[str]) -> Iterator[list[bytes]]:
@@ -12259,7 +12250,7 @@ def _export(options: Options, store: Store, what: Filter) -> int:
 
 
 # How `show` groups what it shows: what happened, who did it, where, with what, what came of it.
-_SHOWN: Final = (
+_SHOWN = (
     "event_id timestamp type name status duration_ms policy_decision reason error error_type",
     "caller user_id agent client address",
     "server session_id request_id trace_id",
@@ -12645,12 +12636,12 @@ def cmd_completion(options: Options) -> int:
     return 0
 
 
-_COMPLETION_ZSH: Final = """\
+_COMPLETION_ZSH = """\
 (( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
 autoload -Uz bashcompinit && bashcompinit
 """
 # Where no word fits, the shell completes file names.
-_COMPLETION: Final = """\
+_COMPLETION = """\
 # Completion of mxcp-audit, made by `mxcp-audit completion`.
 {zsh}_mxcp_audit() {{
     local current=${{COMP_WORDS[COMP_CWORD]}} words=""
@@ -12671,11 +12662,11 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 # --- the whole
 
 # A path may be what is no UTF-8.
-_FILE_OPTIONS: Final = {
+_FILE_OPTIONS = {
     *("config", "db", "export", "out", "archive", "checkpoint", "signed-by", "sign", "cursor-file", "file")
 }
 # What an option does not go with; what it needs; and what its text becomes.
-_EXCLUDES: Final = (
+_EXCLUDES = (
     ("db", ("config", "profile"), "it needs no site file"),
     ("utc", ("local",), "name one time zone"),
     ("json", ("csv",), "name one form"),
@@ -12686,11 +12677,11 @@ _EXCLUDES: Final = (
     ("follow", ("export", "until", "oldest-first"), "it shows what is yet to come"),
     ("cursor-file", ("limit", "oldest-first"), "it prints everything that is new"),
 )
-_NEEDS: Final = {
+_NEEDS = {
     **{"header": "post", "post": "format", "cursor-file": "format", "bom": "export", "raw": "export"},
     "signed-by": "checkpoint",
 }
-_PARSERS: Final[Mapping[str, Callable[[str], Any]]] = {
+_PARSERS: Mapping[str, Callable[[str], Any]] = {
     **{"limit": _positive, "around": _positive, "min-ms": _positive, "wait": _seconds, "columns": _columns},
     **dict.fromkeys(("since", "until", "older-than"), parse_time),
 }

@@ -224,7 +224,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 595_100
+BUDGET_BYTES = 592_500
 
 
 def sizes(source: str) -> str:

@@ -3,9 +3,10 @@ import contextlib
 import os
 import re
 import threading
+import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Final, NamedTuple, NoReturn, Protocol, TextIO, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypeAlias, TypeVar
 
 from _typeshed import Incomplete
 
@@ -138,6 +139,8 @@ def load_config(
 class Column(NamedTuple):
     name: str
     sql_type: str
+
+wall_clock_ns = time.time_ns
 
 class _Rules:
     stems: Incomplete
@@ -922,7 +925,7 @@ class _Lines:
     def feed(self, data: bytes | None) -> Iterator[bytes | None]: ...
 
 class WrappedServer:
-    GRACE_SECONDS: Final[float]
+    GRACE_SECONDS: float
     def __init__(self, command: Sequence[str], audit: AuditLogger) -> None: ...
     def run(self) -> int: ...
 
