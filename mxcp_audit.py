@@ -3851,7 +3851,7 @@ _RETRY_SECONDS = 0.1  # arbitrary: the pause after a failed write
 _REPORT_SECONDS = 60.0  # how often the same fault is logged
 _MOST_KEPT = 16  # arbitrary: sealed segments that stay open
 
-INFO, WARNING = 20, 30  # the levels of `logging`, which takes 10 ms to load: only where it is needed
+INFO, WARNING = 20, 30  # the levels of `logging`
 _native: dict[str, Any] = {}  # under gevent: fresh copies of modules that it replaces
 
 
@@ -3887,7 +3887,11 @@ class Diagnostics:
     """Counts faults for health checks, and logs each kind once a minute, unless `silent`. Never raises."""
 
     def __init__(self, *, silent: bool = False) -> None:
-        self._silent = silent
+        self._log: Any = None
+        if not silent:  # here, as no fork may come between; it takes 8 ms
+            import logging
+
+            self._log = logging.getLogger("mxcp_audit")
         self.start_afresh()
 
     def start_afresh(self) -> None:
@@ -3911,17 +3915,14 @@ class Diagnostics:
 
     def tell(self) -> None:
         """Log what was noted. Call it while no lock is held: a handler has one, too, and may log an event."""
-        if not self.untold or self._silent or getattr(self._telling, "on", False):
+        if not self.untold or self._log is None or getattr(self._telling, "on", False):
             return
         self._telling.on = True
         try:
-            import logging
-
-            log = logging.getLogger("mxcp_audit")
-            log.disabled = False  # dictConfig disables each logger that it does not name; levels still count
+            self._log.disabled = False  # dictConfig disables what it doesn't name
             while self.untold:
                 level, _, text = self.untold.pop(0)
-                log.log(level, "mxcp_audit: %s", text)
+                self._log.log(level, "mxcp_audit: %s", text)
         except Exception:  # noqa: S110 - there is nobody to tell of a broken handler
             pass
         finally:
@@ -7637,6 +7638,7 @@ _REMOTE_SECONDS = 2.0  # between a follower's looks at a target that is no file
 _FINE_TICK_NS = 50_000_000  # kernels keep file times to 1 … 10 ms
 _COARSE_TICK_NS = 2_100_000_000  # some file systems keep whole seconds, or even ones
 _EVENTS_WAIT = "events wait in the journal"
+_NOT_FOUND = "Audit database not found at "
 _REMEDIES: Mapping[type[StoreError], str] = {
     DatabaseLockedError: "try again when that process has closed it; events wait in the journal meanwhile",
     DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
@@ -7720,7 +7722,7 @@ class Target:
             def enter() -> None:
                 if self.is_absent():
                     raise DatabaseNotFoundError(
-                        f"Audit database not found at {self.path}: correct the path, or run `ingest` "
+                        f"{_NOT_FOUND}{self.path}: correct the path, or run `ingest` "
                         "if events wait in its journal"
                     )
                 stack.enter_context(self.attached(engine, read_only=read_only))
@@ -7754,7 +7756,7 @@ class Target:
                     raise
                 if not self.is_file:  # causes repeat connection strings, and with them passwords
                     raise self._public_error(error, read_only=read_only) from None
-                if type(error) in (StoreError, QueryError) or self.path in str(error).partition(":")[0]:
+                if type(error) in (StoreError, QueryError) or str(error).startswith(_NOT_FOUND):
                     raise  # the statement's, or ours
                 remedy = _REMEDIES.get(type(error), _EVENTS_WAIT)
                 if DAMAGED_WAL in str(error):
@@ -9616,7 +9618,7 @@ class Store:
                 reading.open_running(self.journal.running())
                 if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
                     raise DatabaseNotFoundError(
-                        f"Audit database not found at {self.target.name}. Either audit logging is not "
+                        f"{_NOT_FOUND}{self.target.name}. Either audit logging is not "
                         "enabled for the profile, or no events have been logged yet (the database is created "
                         "on first write)."
                     )
