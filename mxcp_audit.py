@@ -10186,9 +10186,14 @@ def json_text(value: object, *, indent: int | None = None, ascii_only: bool = Fa
     return harmless_json(json.dumps(value, ensure_ascii=ascii_only, indent=indent), ascii_only=ascii_only)
 
 
+_PRINTABLE = bytes((10, *range(32, 127)))
+
+
 def harmless_json(text: str, *, ascii_only: bool = False) -> str:
     """Return JSON text with escapes for what is not printable, or no ASCII."""
-    if text.isprintable() and (text.isascii() or not ascii_only):
+    if text.isascii() and not text.encode().translate(None, _PRINTABLE):  # a third of the time of the next
+        return text
+    if text.isprintable() and not ascii_only:
         return text
     return "".join(
         c if c == "\n" or (c.isprintable() and (c.isascii() or not ascii_only)) else json.dumps(c)[1:-1]
@@ -12112,7 +12117,7 @@ def _write_whole(path: str, text: str) -> None:
         raise AuditError(f"{path} can't be written: {error.strerror}; name another place") from error
 
 
-_POST_LINES = 500
+_POST_LINES = 500  # of a batch
 _POST_BYTES = 2**20  # of several lines: receivers have limits
 _POST_SECONDS = 60.0  # without --follow: how long a receiver may say no
 
@@ -12137,8 +12142,9 @@ def _sender_of(options: Options) -> Callable[[Iterable[str]], object]:
         ascii_only = not takes_unicode(sys.stdout)
 
         def show(lines: Iterable[str]) -> None:
-            sys.stdout.writelines(harmless_json(line, ascii_only=ascii_only) + "\n" for line in lines)
-            sys.stdout.flush()
+            shown = (harmless_json(line, ascii_only=ascii_only) for line in lines)
+            while batch := list(itertools.islice(shown, _POST_LINES)):
+                print("\n".join(batch), flush=True)
 
         return show
     import http.client

@@ -224,7 +224,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 592_500
+BUDGET_BYTES = 592_800
 
 
 def sizes(source: str) -> str:
