@@ -350,6 +350,20 @@ def test_report_takes_the_filters_of_log(cli: Cli, log: Path) -> None:
     assert report_of(cli, log, "--tool", "no such tool").head["calls"] == "0"
 
 
+def test_report_takes_rows_of_any_time(cli: Cli, tmp_path: Path) -> None:
+    duckdb = pytest.importorskip("duckdb")
+    write_table_of_mxcp(tmp_path / "log.duckdb")
+    for moments, first in ((["infinity"], ""), (["-infinity", "9999-12-31", "0001-01-01"], "0001-01-01")):
+        with duckdb.connect(str(tmp_path / "log.duckdb")) as connection:
+            connection.execute("UPDATE logs SET timestamp = 'infinity'")
+            for moment in moments:
+                connection.execute(
+                    f"INSERT INTO logs SELECT * REPLACE ('{moment}' AS timestamp) FROM logs LIMIT 1"
+                )
+        head = report_of(cli, tmp_path / "log.duckdb").head
+        assert head["first event"].startswith(first) and "inf" not in head["last event"]
+
+
 @pytest.mark.parametrize("width", [1280, 400])
 def test_report_in_a_browser_is_drawn(cli: Cli, log: Path, tmp_path: Path, width: int) -> None:
     browser = shutil.which("chromium")
