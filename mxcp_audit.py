@@ -1698,7 +1698,7 @@ class _Rules:
             pattern = pattern.replace("<USER>", _USER).replace("<STRING>", _STRING)
             self._places.append((rule, gate.split("|"), pattern, _CHECKS.get(check)))
         self._formats = [row.split() for row in DOTTED_TOKENS.strip().split("\n")]
-        # At letters that are rare, or begin others anyway: that is faster.
+        # Begun at rare letters, which is faster.
         gates = {gate for row in self._places for gate in row[1] if gate[0] != " "}
         gates |= {word.lstrip("hblf") for word in _CALL_WORDS} | {"oken", "db2 ", "c alias", *STEMS, *own}
         gates = {gate for gate in gates - {"token"} if gate.isascii()}
