@@ -1706,7 +1706,7 @@ class _Rules:
         self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
         # Short texts without a secret, as JSON.
         self.harmless: dict[str, str] = {}
-        # What a program's joined words must hold, where the secret is, whether its look decides.
+        # What the joined words hold, where the secret is, whether its look decides.
         self.programs: dict[str, list[tuple[list[str], str, bool]]] = {}
         for row in _COMMANDS.strip().split("\n"):
             programs, needed, places = (part.split() for part in row.split("|"))
@@ -1925,7 +1925,9 @@ class _Rules:
             strength = self._strength(text, start, name, lead)
             span = self._value(text, start, lead, name, strength) if strength else None
             if span is not None:
-                yield span  # an empty one passes a value that is no secret
+                if span[0] < span[1] and _re("(?:[A-Za-z]+[0-9]+){3}").search(name):
+                    span = start, span[1]  # no name: a secret with a colon
+                yield span  # an empty one passes a value
                 done = at = max(at, span[1])
 
     def _strength(self, text: str, start: int, name: str, lead: re.Match[str]) -> int:
@@ -2305,8 +2307,7 @@ class _Verdicts(dict[str, int]):
 
     def __init__(self, rules: _Rules, tool: str | None = "") -> None:
         self.rules, self.tool = rules, tool
-        # As JSON: names without anything to look at, names with a marker for their values, and texts of
-        # which none says anything of the next.
+        # As JSON: harmless names, hidden ones with a marker, texts that label nothing.
         self.harmless: dict[str, str] = {}
         self.hidden: dict[str, str] = {}
         self.inert: dict[str, str] = {}
@@ -2564,7 +2565,7 @@ class _Walk:
         return "[" + ",".join(out) + "]"
 
     def table(self, value: list[Any]) -> str:
-        """Write mappings with equal and harmless names by columns, which is much faster; "" for others."""
+        """Write mappings with equal, harmless names by columns, which is faster; else ""."""
         names, opened = list(value[0]), self.open
         keys = [self.verdicts.harmless.get(name) for name in names]
         if None in keys or set(map(type, value)) != {dict} or len(opened) >= _MAX_DEPTH:
@@ -2637,7 +2638,7 @@ class _Walk:
         if self.echoes is not None:
             self.echoes += [secret for _, secret in taken[: max(0, _MAX_ECHOES - len(self.echoes))]]
         if note:
-            # What was read beyond the limit only says how a secret that lies across it goes on.
+            # What lies beyond the limit only says how a secret across it goes on.
             return shown[: max(0, len(shown) - min(allowed, _SLACK))] + note
         if shown is text and len(text) <= _MAX_HARMLESS_CHARS:
             harmless = self.rules.harmless
@@ -10745,7 +10746,7 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
     facts = {**facts, "calls": f"{calls:,}", "first event": first, "last event": last}
     yield _html_table("what,value", list(facts.items()))
     if span is not None:
-        buckets = ask(  # also of no call
+        buckets = ask(  # or none
             f"""SELECT strftime(b, '{form}') AS label, coalesce(good, 0)::BIGINT AS good,
             coalesce(bad, 0)::BIGINT AS bad, coalesce(no, 0)::BIGINT AS no
             FROM (SELECT unnest(generate_series(date_trunc('{unit}', min(timestamp)), max(timestamp),

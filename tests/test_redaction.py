@@ -104,6 +104,14 @@ def test_scrub_made_texts_leave_no_piece_of_a_secret_beside_its_marker() -> None
     assert score_redaction.generated(4000, 7) == []
 
 
+def test_scrub_secret_with_what_looks_like_a_name_goes_whole(redactor: Redactor) -> None:
+    made = "Qz7yy7L8rP" + "Pw0:jd3B@y9vqNz"
+    assert (
+        redactor.scrub(f'a {{"args": ["root", "-p{made}"]}} b') == f'a {{"args": ["root", "{REDACTED}"]}} b'
+    )
+    assert redactor.scrub("a1b2c3pw=${PW} b") == "a1b2c3pw=${PW} b"
+
+
 def test_scrub_own_cases_twice_changes_nothing_more(redactor: Redactor) -> None:
     for case in score_redaction.load_own("redaction_text.json") + score_redaction.load_own(
         "redaction_hard.json"
