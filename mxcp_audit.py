@@ -1926,8 +1926,8 @@ class _Rules:
             span = self._value(text, start, lead, name, strength) if strength else None
             if span is not None:
                 if span[0] < span[1] and _re("(?:[A-Za-z]+[0-9]+){3}").search(name):
-                    span = start, span[1]  # no name: a secret with a colon
-                yield span  # an empty one passes a value
+                    span = start, span[1]  # a secret with a colon
+                yield span  # an empty one passes it
                 done = at = max(at, span[1])
 
     def _strength(self, text: str, start: int, name: str, lead: re.Match[str]) -> int:
