@@ -1311,8 +1311,10 @@ def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], lou
 def _judge_name(name: str) -> tuple[int, str]:
     """Return a name's strength (0: harmless) and the reason."""
     words = _name_words(name)
-    # `token_for_x` is a token, `number_of_tokens` is none
-    words = words[: next((at for at, word in enumerate(words) if at and word in ("for", "of")), None)]
+    # `token_for_x` and `value_of_token` are tokens, `number_of_tokens` is none.
+    about = STILL_SECRET - {"number"}
+    ends = (at for at, word in enumerate(words) if at and word in ("for", "of"))
+    words = words[: next((at for at in ends if words[at - 1] not in about), None)]
     plain = "".join(words)
     if plain in SPEC_NAMES:
         return (1 if plain in WEAK_WORDS else 2), f"the specification names {plain!r}"
@@ -1689,7 +1691,7 @@ class _Rules:
 
     def __init__(self, redact: Iterable[str], keep: Iterable[str], key: bytes | None) -> None:
         self.redact, self.keep, self.key = _read_names(redact), _read_names(keep), key
-        # the start of an own name's longest word, which is in every spelling
+        # the start of the longest word
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
         self._places: list[tuple[str, list[str], str, _Check]] = []
@@ -3991,9 +3993,7 @@ class Begun:
         for number, call in fresh.items():
             if number not in self._refs:
                 self._refs[number] = (new_segment_id(wall_clock_ns()), call)
-                if (
-                    number not in self._running
-                ):  # it ended meanwhile, perhaps with a line that doesn't name it
+                if number not in self._running:  # it has ended
                     del self._refs[number]
         numbers = sorted({*self.on_record, *fresh}.difference(over)) if is_new else fresh
         refs = {number: self._refs[number] for number in numbers if number in self._refs}

@@ -130,7 +130,17 @@ def test_is_sensitive_spec_name_in_any_spelling_is_true(redactor: Redactor, name
 
 
 @pytest.mark.parametrize(
-    "name", ["passWord", "pass word", "API-KEY", "x-api-key", "ｐａｓｓｗｏｒｄ", "db.password"]
+    "name",
+    [
+        "value_of_password",
+        "hash_of_secret",
+        "passWord",
+        "pass word",
+        "API-KEY",
+        "x-api-key",
+        "ｐａｓｓｗｏｒｄ",
+        "db.password",
+    ],
 )
 def test_is_sensitive_torn_or_wide_spelling_is_true(redactor: Redactor, name: str) -> None:
     assert redactor.is_sensitive(name)
