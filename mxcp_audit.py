@@ -7177,42 +7177,31 @@ Row: TypeAlias = tuple[Any, ...]
 # --- what DuckDB says
 
 # The first whose pattern is in the message decides.
-_ENGINE_ERRORS = (
-    (
-        DatabaseLockedError,
-        "could not serialize access|duplicate key value violates unique constraint|tuple concurrently "
-        "updated|deadlock detected|due to lock timeout|transaction conflict|write-write conflict|"
-        "maximum retry count|could not set lock on file|conflicting lock is held|being used by another "
-        "process|is already attached|already open in another",
-    ),
-    (
-        DatabaseUnreachableError,
-        "unable to connect to postgres|connection to server|server closed the connection|terminating "
-        "connection|no connection to the server|could not connect to server|install it first using|"
-        "terminate called after throwing",
-    ),
-    (DatabaseNotFoundError, "creating a new ducklake is explicitly disabled|database does not exist"),
-    (
-        DatabaseCorruptError,
-        "not a valid duckdb database file|corrupt|computed checksum|could not read enough bytes|"
-        "database file with version number|trying to read a database|failure while replaying wal|"
-        "serialization error|internal error|database has been invalidated",
-    ),
-)
+_ENGINE_ERRORS: Mapping[type[StoreError], str] = {
+    DatabaseLockedError: "could not serialize access|duplicate key value violates unique constraint|tuple "
+    "concurrently updated|deadlock detected|due to lock timeout|transaction conflict|write-write conflict|"
+    "maximum retry count|could not set lock on file|conflicting lock is held|being used by another process|"
+    "is already attached|already open in another",
+    DatabaseUnreachableError: "unable to connect to postgres|connection to server|server closed the "
+    "connection|terminating connection|no connection to the server|could not connect to server|install it "
+    "first using|terminate called after throwing",
+    DatabaseNotFoundError: "creating a new ducklake is explicitly disabled|database does not exist",
+    DatabaseCorruptError: "not a valid duckdb database file|corrupt|computed checksum|could not read enough "
+    "bytes|database file with version number|trying to read a database|failure while replaying wal|"
+    "serialization error|internal error|database has been invalidated",
+}
 
 
 def store_error(message: str) -> StoreError:
-    """Return the error of ours that a message of DuckDB's stands for; what it quotes doesn't count."""
+    """Return our error for a message of DuckDB's; what the message quotes doesn't count."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     said = re.sub(r""""[^"]*"|'[^']*'|\nLINE \d+:(?s:.*)""", "", message).lower()
-    if not said.startswith(("parser error", "conversion error", "out of range error")):
-        for kind, signs in _ENGINE_ERRORS:
-            if re.search(signs, said):
-                holder = re.search(r"held in (.+?) \(PID (\d+)\)", message)
-                if kind is DatabaseLockedError and holder:
-                    return kind(f"in use by {holder[1]} (PID {holder[2]})")
-                return kind(postgres_message(message).strip().splitlines()[0])
-    return QueryError(message.strip())
+    if said.startswith(("parser error", "conversion error", "out of range error")):
+        return QueryError(message.strip())
+    kind = next((kind for kind, signs in _ENGINE_ERRORS.items() if re.search(signs, said)), QueryError)
+    if kind is DatabaseLockedError and (holder := re.search(r"held in (.+?) \(PID (\d+)\)", message)):
+        return kind(f"in use by {holder[1]} (PID {holder[2]})")
+    return kind(message.strip() if kind is QueryError else postgres_message(message).strip().splitlines()[0])
 
 
 def postgres_message(text: str) -> str:
@@ -7221,7 +7210,7 @@ def postgres_message(text: str) -> str:
 
 
 def is_data_fault(error: QueryError) -> bool:
-    """Return True if a statement failed because of what it read: its form, or the memory that it needs."""
+    """Return True if a statement failed because of its input: the form, or the memory that it takes."""
     kinds = ("invalid input error", "conversion error", "out of range error", "out of memory")
     return str(error).lower().startswith(kinds)
 
@@ -7234,21 +7223,21 @@ def bind(sql: str, params: Params) -> str:
     return re.sub(r"\$([a-z_]+)", lambda name: sql_literal(params[name[1]]), sql) if params else sql
 
 
-_GUEST = "SET threads = 1; SET memory_limit = '256MB';"  # beside a server; a batch of 64 MiB fits
 _PROCESS = os.getpid()
 
 
 def _session_settings(*, guest: bool) -> str:
-    # The package writes a progress bar to standard output, which may be a protocol.
+    # A guest is beside a server; its memory takes a batch of 64 MiB. The package writes a progress bar to
+    # standard output, which may be a protocol.
     return (
         "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
-        "SET enable_progress_bar = false; "
-        f"SET temp_directory = {sql_literal(_scratch_directory())}; {_GUEST if guest else ''}"
+        f"SET enable_progress_bar = false; SET temp_directory = {sql_literal(_scratch_directory())}; "
+        + ("SET threads = 1; SET memory_limit = '256MB';" if guest else "")
     )
 
 
 class Engine(Protocol):
-    """What the store needs of DuckDB. Methods raise StoreError; the session is over then."""
+    """A way to DuckDB. Methods raise StoreError, which ends the session."""
 
     name: str
 
@@ -7257,7 +7246,6 @@ class Engine(Protocol):
         return str(self.execute("SELECT version() AS version")[0][0]).lstrip("v")
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
-        """Run one statement and return its rows."""
         return list(self.stream(sql, params))
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
@@ -7271,7 +7259,7 @@ class Engine(Protocol):
 
 
 def _duckdb() -> Any:
-    """Return DuckDB's package; of it the compiled part alone where there is one: 40 ms instead of 140."""
+    """Return DuckDB's package, or its compiled part alone: 40 ms instead of 140."""
     if "duckdb" not in sys.modules:
         with contextlib.suppress(ImportError):
             import _duckdb
@@ -7283,7 +7271,7 @@ def _duckdb() -> Any:
 
 
 class PackageEngine(Engine):
-    """DuckDB in this process, through the `duckdb` package; `guest` gives it one thread and little memory."""
+    """The `duckdb` package in this process; a `guest` gets one thread and little memory."""
 
     name = "package"
 
@@ -7292,19 +7280,17 @@ class PackageEngine(Engine):
         self._connection: Any = None
         self._process_id = 0
 
-    def _open(self) -> Any:
-        duckdb = _duckdb()
-        self._process_id = os.getpid()
-        connection = duckdb.connect(":memory:")
-        connection.execute(_session_settings(guest=self._guest))
+    def _open(self, duckdb: Any) -> None:
+        self._process_id, self._connection = os.getpid(), duckdb.connect(":memory:")
+        self._connection.execute(_session_settings(guest=self._guest))
         with contextlib.suppress(duckdb.Error):  # some builds know no time zones
-            connection.execute("SET TimeZone = 'UTC'")
-        return connection
+            self._connection.execute("SET TimeZone = 'UTC'")
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
         duckdb, text = _duckdb(), bind(sql, params)
         try:
-            self._connection = self._connection or self._open()
+            if self._connection is None:
+                self._open(duckdb)
             result = self._connection.execute(text)
             while rows := result.fetchmany(1000):
                 yield from rows
@@ -7333,7 +7319,7 @@ class PackageEngine(Engine):
     __del__ = close
 
 
-def decode_json(text: str | bytes) -> Any:
+def decode_json(text: str) -> Any:
     """Return what DuckDB's JSON means: a row is a list, and NaN or infinity None."""
 
     def members(pairs: list[tuple[str, object]]) -> object:
@@ -7365,7 +7351,7 @@ class CliEngine(Engine):
 
         self._complaints = tempfile.TemporaryFile(dir=temporary_place() or "/dev/shm")
         try:
-            process = subprocess.Popen(
+            return subprocess.Popen(
                 [self.program, *self._options],
                 # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
                 env={"PGOPTIONS": "-c lock_timeout=3000", **os.environ, "TZ": "UTC"},
@@ -7377,19 +7363,16 @@ class CliEngine(Engine):
             )
         except OSError as error:
             raise EngineNotFoundError(f"{self.program} can't be run: {error.strerror}") from error
-        assert process.stdin is not None
-        process.stdin.write(_session_settings(guest=self._guest).encode() + b"\n")
-        return process
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        text = bind(sql, params)
-        process = self._process = self._process or self._open()
+        text = f"{bind(sql, params)}\n;\n.print {self._mark}\n"
+        if self._process is None:
+            self._process, text = self._open(), f"{_session_settings(guest=self._guest)}\n{text}"
+        process, mark, finished = self._process, self._mark.encode() + b"\n", False
         assert process.stdin is not None and process.stdout is not None
-        mark = self._mark.encode() + b"\n"
-        finished = False
         try:
             with contextlib.suppress(OSError):  # it has ended, and says why
-                process.stdin.write(f"{text}\n;\n.print {self._mark}\n".encode())
+                process.stdin.write(text.encode())
                 process.stdin.flush()
             for line in process.stdout:
                 line = _COLOUR.sub(b"", line)
@@ -7397,8 +7380,7 @@ class CliEngine(Engine):
                     finished = True
                     return
                 if line.startswith(b"{"):  # else it is a warning
-                    row = decode_json(line) if b'"":' in line else json.loads(line)
-                    yield tuple(row.values())
+                    yield tuple(json.loads(line).values())
             self.close()
             raise store_error(self._complaint or "the duckdb program ended without a word (was it killed?)")
         finally:
@@ -7482,7 +7464,7 @@ def temporary_place() -> str:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill, which it makes if it needs it: in a private folder of this user's."""
+    """Return where DuckDB may spill, a directory that it makes, in a private folder of this user's."""
     import tempfile
 
     owner, place = getattr(os, "getuid", int)(), temporary_place()
@@ -7547,20 +7529,17 @@ def open_engine(
                 return PackageEngine(guest=guest)
             if (reason := no_python()) is None:  # a frozen program would be started once more
                 return ApartEngine(guest=guest)
-            if choice == "package":
-                raise EngineNotFoundError(f"{reason}, which DuckDB needs here: put its program on PATH")
+            reason += ", which DuckDB needs here: put its program on PATH"
         except ImportError as error:
-            if choice == "package":
-                raise EngineNotFoundError(
-                    f"the duckdb package can't be loaded ({error}): pip install duckdb"
-                ) from error
-    program = find_program(environ)
-    if program is None:
-        raise EngineNotFoundError(
-            "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or name it in "
-            "MXCP_AUDIT_DUCKDB"
-        )
-    return CliEngine(program, guest=guest)
+            reason = f"the duckdb package can't be loaded ({error}): pip install duckdb"
+        if choice == "package":
+            raise EngineNotFoundError(reason)
+    if program := find_program(environ):
+        return CliEngine(program, guest=guest)
+    raise EngineNotFoundError(
+        "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or name it in "
+        "MXCP_AUDIT_DUCKDB"
+    )
 
 
 # === Store ===
@@ -7607,7 +7586,7 @@ def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
-    """Make a private directory beside a file that is to be made; remove it after the block.
+    """Make a private directory for a block, beside a file that is to be made.
 
     With a `name` it takes the place of one that a killed process left. An OSError becomes a StoreError.
     """
@@ -7635,9 +7614,6 @@ def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManag
 
 # --- the database
 
-_REMOTE_SECONDS = 2.0  # between a follower's looks at a target that is no file
-_FINE_TICK_NS = 50_000_000  # kernels keep file times to 1 … 10 ms
-_COARSE_TICK_NS = 2_100_000_000  # some file systems keep whole seconds, or even ones
 _EVENTS_WAIT = "events wait in the journal"
 _NOT_FOUND = "Audit database not found at "
 _REMEDIES: Mapping[type[StoreError], str] = {
@@ -7645,6 +7621,7 @@ _REMEDIES: Mapping[type[StoreError], str] = {
     DatabaseCorruptError: "nothing was changed, events wait; if a newer DuckDB made it, use that one, "
     "else move it aside or restore a backup",
     DatabaseNotFoundError: "it vanished while it was opened; try again",
+    QueryError: "",
 }
 _RIGHTS = {  # what PostgreSQL says, and what helps
     "authentication failed": "correct the user, or its password in PGPASSWORD or ~/.pgpass; events wait",
@@ -7653,8 +7630,6 @@ _RIGHTS = {  # what PostgreSQL says, and what helps
 }
 DAMAGED_WAL = "replaying WAL"
 NEW_FILE = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
-# libpq waits for ever by default, and nothing can interrupt it meanwhile. Arbitrary, but finite.
-_PATIENCE = ("connect_timeout=10", "tcp_user_timeout=30000")
 
 
 def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]) -> None:
@@ -7662,14 +7637,13 @@ def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]
     if is_attach_target(target):
         load_extensions(engine, target, options)
         scheme, is_uri = target.lower(), "://" in target
-        if scheme.startswith(("postgresql://", "postgres://")):
+        if re.match("postgres(ql)?://", scheme):
             options = {"TYPE": "postgres", **options}
-        if (
-            re.match("postgres(:|ql://)", scheme.removeprefix("ducklake:"))
-            and "connect_timeout" not in target
-        ):
-            target += ("&" if "?" in target else "?") if is_uri else " "
-            target += ("&" if is_uri else " ").join(_PATIENCE)
+        if re.match("(ducklake:)?postgres(:|ql://)", scheme) and "connect_timeout" not in target:
+            # libpq waits for ever by default, and nothing can interrupt it meanwhile.
+            patience = "connect_timeout=10 tcp_user_timeout=30000"
+            target += (" ", "?", "&")[is_uri + ("?" in target and is_uri)]
+            target += patience.replace(" ", "&") if is_uri else patience
     else:  # without the type DuckDB would look for an extension that reads SQLite
         options = {**options, "TYPE": "duckdb"}
         if "ENCRYPTION_KEY" in options and "READ_ONLY" not in options:
@@ -7753,17 +7727,11 @@ class Target:
                         engine.execute("DETACH audit")
             except BaseException as error:
                 engine.close()
-                if not isinstance(error, StoreError):
+                explained = self._explained(error, read_only) if isinstance(error, StoreError) else error
+                if explained is error:
                     raise
-                if not self.is_file:  # causes repeat connection strings, and with them passwords
-                    raise self._public_error(error, read_only=read_only) from None
-                if type(error) in (StoreError, QueryError) or str(error).startswith(_NOT_FOUND):
-                    raise  # the statement's, or ours
-                remedy = _REMEDIES.get(type(error), _EVENTS_WAIT)
-                if DAMAGED_WAL in str(error):
-                    wal = f"{self.path}.wal"
-                    remedy = f"what we wrote there waits in the journal too: mv '{wal}' '{wal}.damaged'"
-                raise type(error)(f"{self.path}: {error}; {remedy}") from error
+                # Causes repeat connection strings, and with them passwords.
+                raise explained from (error if self.is_file else None)
 
     def _attach(self, engine: Engine, *, read_only: bool) -> None:
         options = self._attach_options(read_only)
@@ -7785,10 +7753,20 @@ class Target:
         if read_only:
             engine.execute("BEGIN")
 
-    def _public_error(self, error: StoreError, *, read_only: bool) -> StoreError:
-        text = hide_secrets(str(error), self.path, self.options)
-        if self.name in text:  # it is ours already
-            return type(error)(text)
+    def _explained(self, error: StoreError, read_only: bool) -> StoreError:
+        """Return an error of the engine's with the target's name and a remedy, and without secrets."""
+        text, kind = str(error), type(error)
+        remedy = _REMEDIES.get(kind, _EVENTS_WAIT)
+        if self.is_file:
+            if kind in (StoreError, QueryError) or text.startswith(_NOT_FOUND):
+                return error  # ours, or the statement's
+            if DAMAGED_WAL in text:
+                wal = f"{self.path}.wal"
+                remedy = f"what we wrote there waits in the journal too: mv '{wal}' '{wal}.damaged'"
+            return kind(f"{self.path}: {text}; {remedy}")
+        text = hide_secrets(text, self.path, self.options)
+        if self.name in text:
+            return kind(text)
         text = postgres_message(text)
         if "due to lock timeout" in text:
             catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
@@ -7796,9 +7774,8 @@ class Target:
                 attach(engine, self.path, "audit", self._attach_options(read_only))
                 for (holder,) in engine.execute(LOCK_HOLDER.format(catalogue)):
                     text += f" (held by {holder})"
-        remedy = "" if isinstance(error, QueryError) else "; " + _REMEDIES.get(type(error), _EVENTS_WAIT)
-        remedy = next((f"; {remedy}" for sign, remedy in _RIGHTS.items() if sign in text), remedy)
-        return type(error)(f"{self.name}: {text}{remedy}")
+        remedy = next((helps for sign, helps in _RIGHTS.items() if sign in text), remedy)
+        return kind(f"{self.name}: {text}{remedy and '; '}{remedy}")
 
     @contextlib.contextmanager
     def _private_wal(self, read_only: bool) -> Iterator[None]:
@@ -7850,10 +7827,8 @@ class Target:
 
     def is_absent(self) -> bool:
         """Return True if there is no database file, or an empty one; other targets are never absent."""
-        if not self.is_file:
-            return False
         try:
-            return os.stat(self.path).st_size == 0
+            return self.is_file and os.stat(self.path).st_size == 0
         except FileNotFoundError:
             return True
         except OSError as error:
@@ -7870,13 +7845,12 @@ class Target:
 
     def oddities(self, engine: Engine) -> list[str]:
         """Return what keeps our tables from being plain ones, so that they may show what nobody recorded."""
-        if self._is_quack:
-            return []
         sql = ODDITIES
         if self.is_postgres:
             asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self.schema)))
             sql = f"SELECT name, what FROM postgres_query('audit', {asked})"
-        return [f"{table} {what}" for table, what in engine.execute(sql) if what]
+        rows = [] if self._is_quack else engine.execute(sql)
+        return [f"{table} {what}" for table, what in rows if what]
 
     def tend_lake(self) -> None:
         """Keep a lake's files few and large, if one of this process's commits says that it is its turn."""
@@ -7915,10 +7889,9 @@ class Target:
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
             if self.is_postgres:
-                engine.execute(
-                    "CREATE UNIQUE INDEX IF NOT EXISTS ledger_position ON audit.ledger (journal, position)"
-                )
-                engine.execute("CREATE INDEX IF NOT EXISTS logs_timestamp ON audit.logs (timestamp)")
+                index = "INDEX IF NOT EXISTS"
+                engine.execute(f"CREATE UNIQUE {index} ledger_position ON audit.ledger (journal, position)")
+                engine.execute(f"CREATE {index} logs_timestamp ON audit.logs (timestamp)")
         if self.is_lake:
             turn = f"audit.turn_{self.journal.identity()}"
             engine.execute(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
@@ -7930,15 +7903,15 @@ class Target:
 
     def signature(self) -> object:
         """Return what differs after every ingest; None while file times are too coarse to show the next."""
-        if not self.is_file:  # it doesn't show from outside whether it changed
-            return time.monotonic() // _REMOTE_SECONDS
+        if not self.is_file:  # it doesn't show from outside whether it changed: look every 2 s
+            return time.monotonic() // 2
         stamps = []
         for path in (self.path, self.path + ".wal"):
             with contextlib.suppress(OSError):
                 found = os.stat(path)
-                changed_ns = found.st_mtime_ns
-                tick_ns = _COARSE_TICK_NS if changed_ns % 1_000_000_000 == 0 else _FINE_TICK_NS
-                if abs(wall_clock_ns() - changed_ns) < tick_ns:
+                # Kernels keep file times to 1 … 10 ms, some file systems whole seconds, or even ones.
+                tick_ns = 50_000_000 if found.st_mtime_ns % 1_000_000_000 else 2_100_000_000
+                if abs(wall_clock_ns() - found.st_mtime_ns) < tick_ns:
                     return None
                 stamps.append(_stamp_of(found))
         return stamps
@@ -7955,14 +7928,14 @@ def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, 
 # --- targets that are no file
 
 _EXTENSIONS = {  # and the words before a target's colons that need them
-    "ducklake": ("ducklake",),
-    "postgres_scanner": ("postgres", "postgresql"),
-    "mysql_scanner": ("mysql",),
-    "sqlite_scanner": ("sqlite",),
-    "httpfs": ("quack", "s3", "gs", "gcs", "r2", "https"),
-    "quack": ("quack",),
-    "motherduck": ("md", "motherduck"),
-    "azure": ("az", "abfss"),
+    "ducklake": "ducklake",
+    "postgres_scanner": "postgres postgresql",
+    "mysql_scanner": "mysql",
+    "sqlite_scanner": "sqlite",
+    "httpfs": "quack s3 gs gcs r2 https",
+    "quack": "quack",
+    "motherduck": "md motherduck",
+    "azure": "az abfss",
 }
 
 
@@ -7970,27 +7943,28 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
     """Load what a target needs: installed in DuckDB's own way, or in a `duckdb-extension-*` package."""
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
-    wanted = [name for name, schemes in _EXTENSIONS.items() if not set(schemes).isdisjoint(words)]
     engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
-    rows = engine.execute("SELECT extension_name, loaded, installed FROM duckdb_extensions()")
+    rows = engine.execute("SELECT extension_name, loaded, loaded OR installed FROM duckdb_extensions()")
     states = {name: rest for name, *rest in rows}
-    for name in wanted:
-        loaded, installed = states.get(name, (False, False))
-        source = name
-        if not (loaded or installed):
+    for name, schemes in _EXTENSIONS.items():
+        if set(schemes.split()).isdisjoint(words):
+            continue
+        is_loaded, is_here = states.get(name, (False, False))
+        source: str | None = name
+        if not is_here:
             ((version,),) = engine.execute("SELECT library_version FROM pragma_version()")
             file = f"{name}.duckdb_extension"
-            path = file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
-            if path is None:
+            source = file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
+            if source is None:
                 raise DatabaseUnreachableError(
                     f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
                     f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
                 )
-            source = sql_literal(path)
-        if not loaded:
+            source = sql_literal(source)
+        if not is_loaded:
             engine.execute(f"LOAD {source}")
-    if "postgres_scanner" in wanted:  # it refuses a whole batch for one NUL, which a foreign journal may hold
-        engine.execute("SET pg_null_byte_replacement = chr(65533)")
+        if name == "postgres_scanner":  # it refuses a batch for one NUL, which a foreign journal may hold
+            engine.execute("SET pg_null_byte_replacement = chr(65533)")
 
 
 # == Ledger ==
