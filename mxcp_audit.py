@@ -6672,17 +6672,16 @@ def sql_literal(value: object) -> str:
         return "NULL"
     if isinstance(value, int):
         return str(value).lower()  # of a bool, too
-    if isinstance(value, str):
-        if "\0" in value:
-            raise QueryError("a text with a NUL character can't be searched for; the log holds none")
-        value = value.encode("utf-8", "replace").decode()
-        quoted = "'" + value.replace("'", "''") + "'"
-        if "\r" in value or "\3" in value:  # the program drops the former, and a line with the latter
-            return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r").replace("\3", "\\x03")
-        return quoted
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(sql_literal(item) for item in value) + "]" + ("" if value else "::VARCHAR[]")
-    raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
+        return "[" + ", ".join(map(sql_literal, value)) + "]" + ("" if value else "::VARCHAR[]")
+    if not isinstance(value, str):
+        raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
+    if "\0" in value:
+        raise QueryError("a text with a NUL character can't be searched for; the log holds none")
+    quoted = "'" + value.encode("utf-8", "replace").decode().replace("'", "''") + "'"
+    if "\r" in value or "\3" in value:  # the program drops the former, and a line with the latter
+        return "E" + quoted.replace("\\", "\\\\").replace("\r", "\\r").replace("\3", "\\x03")
+    return quoted
 
 
 def listed(columns: str, rows: Collection[Sequence[object]]) -> str:
@@ -6704,11 +6703,12 @@ _DEFINITIONS = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMN
 _ISO_FORMAT = "'%Y-%m-%dT%H:%M:%S.%fZ'"
 # The lines of segments. Nothing is detected: versions differ in types, and `name=x` in a path is no value.
 _LINES = f"""\
-SELECT * EXCLUDE (filename) REPLACE (CASE WHEN parse_filename(filename, true) = '{COMBINED}' THEN segment
-                                          ELSE parse_filename(filename, true) END AS segment)
+SELECT * EXCLUDE (filename) REPLACE
+  (CASE parse_filename(filename, true) WHEN '{COMBINED}' THEN segment ELSE parse_filename(filename, true) END
+   AS segment)
 FROM read_json($files, format = 'newline_delimited', filename = true, hive_partitioning = false,
-               columns = {{{", ".join(f"{column.name}: '{column.sql_type}'" for column in COLUMNS)}}},
-               maximum_object_size = $longest, ignore_errors = $lenient)"""
+  columns = {{{", ".join(f"{name}: '{sql_type}'" for name, sql_type in COLUMNS)}}},
+  maximum_object_size = $longest, ignore_errors = $lenient)"""
 LONGEST_LINE = 2**20  # DuckDB sets aside twice this; more where a segment has a longer line
 
 
@@ -6740,13 +6740,16 @@ def lake_chores(commit: int) -> list[str]:
     """
     if commit % 256:
         return []
-    size, more = (2**20, ()) if commit % 4096 else (2**26, LAKE_CLEANING)
-    merge = "CALL ducklake_merge_adjacent_files('audit', '{}', max_file_size => {})"
-    chores = []
-    for table in ("logs", "ledger"):
-        chores += [f"CALL ducklake_flush_inlined_data('audit', table_name => '{table}')"]
-        chores += [merge.format(table, size)]
-    return [*chores, *more]
+    size, cleaning = (2**20, ()) if commit % 4096 else (2**26, LAKE_CLEANING)
+    chores = [
+        chore.format(table)
+        for table in ("logs", "ledger")
+        for chore in (
+            "CALL ducklake_flush_inlined_data('audit', table_name => '{}')",
+            f"CALL ducklake_merge_adjacent_files('audit', '{{}}', max_file_size => {size})",
+        )
+    ]
+    return [*chores, *cleaning]
 
 
 # --- digests: what the ledger knows a row, and a segment, by
@@ -6784,9 +6787,9 @@ def digests(
     """
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
-       CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
+  CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
 FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event, max(timestamp) AS last_event,
-             min(seq) AS low, max(seq) AS high, list(hash ORDER BY {order}) AS hashes
+        min(seq) AS low, max(seq) AS high, list(hash ORDER BY {order}) AS hashes
       FROM (SELECT {segment} AS part, timestamp, seq, {EVENT_HASH} AS hash FROM {source} WHERE {condition})
       GROUP BY part)"""
 
@@ -6809,8 +6812,8 @@ GROUP BY part ORDER BY part"""
 STAGE = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
 # Of known segments: how many events the ledger has, and whether these are the first lines.
 KNOWN_LINES = f"""\
-SELECT staged.segment AS segment, entered.events AS events,
-       (staged.events = entered.events AND staged.digest = entered.digest) AS same
+SELECT staged.segment, entered.events,
+  (staged.events = entered.events AND staged.digest = entered.digest) AS same
 FROM ({
     digests(
         "batch JOIN (SELECT segment AS known, max(events) AS most FROM audit.ledger WHERE kind = 'segment' "
@@ -6837,9 +6840,8 @@ SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest FROM (
     )
 }) ORDER BY segment"""
 PREPARE_SEGMENTS = f"""\
-INSERT INTO entries BY NAME
-SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events, first_event, last_event, digest,
-       marks
+INSERT INTO entries BY NAME SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events,
+  first_event, last_event, digest, marks
 FROM ({{}}) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed ORDER BY claimed"""
 CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
@@ -6881,7 +6883,7 @@ FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnam
 LOCK_HOLDER = """\
 SELECT holder FROM postgres_query('{0}', $$
 SELECT concat('PID ', pid, ', ', usename, ', ', nullif(application_name, '') || ', ', state, ' since ',
-              to_char(state_change AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')) AS holder
+  to_char(state_change AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')) AS holder
 FROM pg_stat_activity JOIN pg_locks USING (pid)
 WHERE granted AND relation >= 16384 AND mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareLock',
   'ShareRowExclusiveLock') AND pid <> pg_backend_pid() AND datname = current_database()
@@ -6906,26 +6908,25 @@ SOUND_LOGS = "CREATE OR REPLACE TEMP VIEW sound_logs AS "
 
 
 CHAIN = f"""\
-SELECT coalesce(journal, '') AS journal, coalesce(position, 0) AS position,
-       coalesce(kind, ''), coalesce(events, 0), coalesce(seal, '') AS seal, {ENTRY_HASH}
+SELECT coalesce(journal, '') AS journal, coalesce(position, 0) AS position, coalesce(kind, ''),
+  coalesce(events, 0), coalesce(seal, '') AS seal, {ENTRY_HASH}
 FROM sound_ledger ORDER BY journal, position, seal"""
-PURGES = """\
-SELECT coalesce(strftime(ingested_at, '%Y-%m-%dT%H:%M:%S.%fZ'), '') AS moment,
-       coalesce(host, '') AS host, coalesce(events, 0) AS events,
-       coalesce(journal, '') AS journal, coalesce(position, 0) AS position, detail
+PURGES = f"""\
+SELECT coalesce(strftime(ingested_at, {_ISO_FORMAT}), '') AS moment, coalesce(host, '') AS host,
+  coalesce(events, 0) AS events, coalesce(journal, '') AS journal, coalesce(position, 0) AS position, detail
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
 # The entries that purges name, and what is left of each.
 GONE = """\
 CREATE OR REPLACE TEMP TABLE gone AS
 SELECT number, journal, position, entered.events AS held, coalesce(last_event < moment, true) AS is_past,
-       CASE WHEN NOT is_old OR last_event < moment THEN 0 ELSE kept.events END AS events, kept.digest
+  CASE WHEN NOT is_old OR last_event < moment THEN 0 ELSE kept.events END AS events, kept.digest
 FROM (SELECT DISTINCT number, make_timestamp(before) AS moment, is_old, journal,
-                      unnest(range(low, least(high, entries) + 1)) AS position
+        unnest(range(low, least(high, entries) + 1)) AS position
       FROM ({spans}) JOIN (SELECT journal, count(*) AS entries FROM sound_ledger GROUP BY journal)
       USING (journal))
 JOIN sound_ledger AS entered USING (journal, position) LEFT JOIN ({kept}) AS kept USING (number, segment)
 WHERE kind IN ('segment', 'legacy')
-AND (NOT is_old OR (first_event < moment AND (last_event < moment OR kept.events IS NOT NULL)))"""
+  AND (NOT is_old OR (first_event < moment AND (last_event < moment OR kept.events IS NOT NULL)))"""
 
 
 def comparison(*, scoped: bool) -> str:
@@ -6938,18 +6939,16 @@ def comparison(*, scoped: bool) -> str:
     found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
     return f"""\
 SELECT coalesce(entered.journal, '') AS journal, coalesce(entered.position, -1) AS position,
-       coalesce(entered.segment, found.segment, '') AS segment,
-       coalesce(entered.events, 0) AS entered, coalesce(due, 0) AS due,
-       (entered.position IS NOT NULL AND coalesce(found.events, 0) = coalesce(due, 0)
-        AND found.digest IS NOT DISTINCT FROM due_digest) AS as_due,
-       coalesce(found.events, 0) AS found, epoch_us(found.first_event) AS first,
-       epoch_us(found.last_event) AS last, found.digest AS digest
+  coalesce(entered.segment, found.segment, '') AS segment, coalesce(entered.events, 0) AS entered,
+  coalesce(due, 0) AS due, (entered.position IS NOT NULL AND coalesce(found.events, 0) = coalesce(due, 0)
+    AND found.digest IS NOT DISTINCT FROM due_digest) AS as_due,
+  coalesce(found.events, 0) AS found, epoch_us(found.first_event) AS first,
+  epoch_us(found.last_event) AS last, found.digest AS digest
 FROM (SELECT sound_ledger.*, coalesce(remains.events, sound_ledger.events) AS due,
-             CASE WHEN remains.events IS NULL THEN sound_ledger.digest
-                  WHEN remains.events > 0 THEN remains.digest END AS due_digest
+        CASE WHEN remains.events IS NULL THEN sound_ledger.digest
+             WHEN remains.events > 0 THEN remains.digest END AS due_digest
       FROM sound_ledger LEFT JOIN (SELECT journal, position, min(events) AS events,
-                                          arg_min(digest, events) AS digest
-                                   FROM gone GROUP BY journal, position) AS remains USING (journal, position)
+        arg_min(digest, events) AS digest FROM gone GROUP BY ALL) AS remains USING (journal, position)
       WHERE kind IN ('segment', 'legacy') AND {inside.format("segment")}) AS entered
 FULL JOIN ({found}) AS found ON found.segment = entered.segment
 {"" if scoped else "WHERE NOT as_due"} ORDER BY segment"""
@@ -6967,15 +6966,11 @@ def numeric_times(columns: Sequence[Column]) -> str:
 OLD = "FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
 IN_SCOPE = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
 # An archive has a file for each day, and one for what is not as it was entered.
-_FILE_OF = (
-    f"CASE WHEN {SEGMENT_OR_DAY} IN (SELECT unnest($wrong)) THEN $apart "
-    "ELSE strftime(timestamp, '%Y-%m-%d.parquet') END"
-)
-OLD_FILES = f"""\
-SELECT file, count(*) FROM (SELECT {_FILE_OF} AS file FROM audit.logs WHERE {IN_SCOPE})
-GROUP BY file ORDER BY file"""
-OLD_OF_FILE = f"""\
-SELECT {_NAMES} FROM audit.logs WHERE {IN_SCOPE} AND {_FILE_OF} = $name ORDER BY timestamp, segment, seq"""
+_FILE_OF = f"""\
+FROM (SELECT *, CASE WHEN {SEGMENT_OR_DAY} IN (SELECT unnest($wrong)) THEN $apart
+                ELSE strftime(timestamp, '%Y-%m-%d.parquet') END AS file FROM audit.logs WHERE {IN_SCOPE})"""
+OLD_FILES = f"SELECT file, count(*) {_FILE_OF} GROUP BY file ORDER BY file"
+OLD_OF_FILE = f"SELECT {_NAMES} {_FILE_OF} WHERE file = $name ORDER BY timestamp, segment, seq"
 _CONTENT = "SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM"
 SAME_CONTENT = {
     table: f"SELECT count(*) = 1 FROM (({_CONTENT} audit.{table} t) UNION ({_CONTENT} fresh.{table} t))"
@@ -7030,13 +7025,10 @@ _COPY_OPTIONS = {
     "jsonl": "FORMAT json, ARRAY false",
 }
 COPY_OPTIONS = {
-    **{
-        name + suffix: f"{options}, COMPRESSION {codec}, USE_TMP_FILE false"
-        for name, options in _COPY_OPTIONS.items()
-        for suffix, codec in (("", "none"), (".gz", "gzip"), (".zst", "zstd"))
-    },
-    "parquet": "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false",
-}
+    name + suffix: f"{options}, COMPRESSION {codec}, USE_TMP_FILE false"
+    for name, options in _COPY_OPTIONS.items()
+    for suffix, codec in (("", "none"), (".gz", "gzip"), (".zst", "zstd"))
+} | {"parquet": "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"}
 EXPORT_FORMATS = (*COPY_OPTIONS, "duckdb", "sqlite")
 
 
@@ -7047,24 +7039,21 @@ def export_format(path: str) -> str | None:
 
 
 # What `stats` groups by: what is grouped, and how the group is written. Texts are grouped as they are.
+_TEXT_GROUPS = "name type caller status user_id client agent address server error_type policy_decision"
 STATS_BY = {
-    **{name: (name, "k") for name in ("name", "type", "caller", "status")},
-    "user": ("user_id", "k"),
-    **{
-        name.replace("_", "-"): (name, "k") for name in ("client", "agent", "address", "server", "error_type")
-    },
-    "policy": ("policy_decision", "k"),
+    re.sub("_id$|_decision$", "", name).replace("_", "-"): (name, "k") for name in _TEXT_GROUPS.split()
+} | {
     "hour": ("date_trunc('hour', timestamp)", "strftime(k, '%Y-%m-%dT%H:00Z')"),
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
 }
 _STATS = """\
 SELECT {shown} AS k, calls, errors, denied, q[1] AS p50_ms, q[2] AS p95_ms, q[3] AS p99_ms, max_ms,
-       strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen, running
+  strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen, running
 FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
-             count(*) FILTER (WHERE status = 'error') AS errors,
-             count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
-             quantile_disc(nullif(over_ms, -1), [0.5, 0.95, 0.99]) AS q, max(nullif(over_ms, -1)) AS max_ms,
-             min(timestamp) AS first_at, max(timestamp) AS last_at
+        count(*) FILTER (WHERE status = 'error') AS errors,
+        count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
+        quantile_disc(nullif(over_ms, -1), [0.5, 0.95, 0.99]) AS q, max(nullif(over_ms, -1)) AS max_ms,
+        min(timestamp) AS first_at, max(timestamp) AS last_at
       FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
             FROM ({source})) GROUP BY ALL)
 ORDER BY {order} LIMIT {count}"""
@@ -7118,25 +7107,18 @@ class Filter(NamedTuple):
 
     def where(self) -> str:
         """Return the WHERE condition, `true` if everything is meant."""
-
-        def test_name(column: str, name: str) -> str:
-            if "*" not in name:
-                return f"{column} = {sql_literal(name)}"
-            return f"{column} LIKE {sql_literal(_like(name).replace('*', '%'))} ESCAPE '\\'"
-
         named = [
-            f"(type = '{kind}' AND {test_name('name', name)})"
-            for kind, names in (("tool", self.tools), ("resource", self.resources), ("prompt", self.prompts))
-            for name in names
+            f"(type = '{kind[:-1]}' AND {_has_name('name', name)})"
+            for kind in ("tools", "resources", "prompts")
+            for name in getattr(self, kind)
         ]
         conditions = [f"({' OR '.join(named)})"] if named else []
-        for field, value in self._asdict().items():
-            if value is None:
-                continue
-            if field in _FILTERS:
-                conditions.append(_FILTERS[field].format(sql_literal(value)))
-            elif field in ("client", "agent", "address", "server", "error_type"):
-                conditions.append(test_name(field, value))
+        for field, condition in _FILTERS.items():
+            if (value := getattr(self, field)) is not None:
+                conditions.append(condition.format(sql_literal(value)))
+        for field in ("client", "agent", "address", "server", "error_type"):
+            if (value := getattr(self, field)) is not None:
+                conditions.append(_has_name(field, value))
         if self.event_id is not None:
             conditions.append("segment = '{}' AND seq = {}".format(*parse_event_id(self.event_id)))
         if self.text is not None:
@@ -7161,7 +7143,13 @@ _FILTERS = {
 
 def _like(text: str) -> str:
     r"""Return the LIKE pattern (escape `\`) that stands for the text itself."""
-    return text.replace("\\", r"\\").replace("%", r"\%").replace("_", r"\_")
+    return re.sub(r"[\\%_]", r"\\\g<0>", text)
+
+
+def _has_name(column: str, name: str) -> str:
+    if "*" not in name:
+        return f"{column} = {sql_literal(name)}"
+    return f"{column} LIKE {sql_literal(_like(name).replace('*', '%'))} ESCAPE '\\'"
 
 
 # === Engines ===
