@@ -6685,7 +6685,7 @@ def sql_literal(value: object) -> str:
 
 
 def listed(columns: str, rows: Collection[Sequence[object]]) -> str:
-    """Return the SELECT of rows of values; `columns` defines theirs."""
+    """Return the SELECT of rows of values in columns that are defined as `name TYPE, …`."""
     definitions = [definition.split() for definition in columns.split(", ")]
     values = zip(*rows) if rows else [()] * len(definitions)
     return "SELECT " + ", ".join(
@@ -6735,9 +6735,7 @@ LAKE_CLEANING = (
 
 
 def lake_chores(commit: int) -> list[str]:
-    """Return what a host does after a commit of a lake: of 256, it writes rows in the catalogue to a file and
-    merges small files; of 4,096, larger ones too.
-    """
+    """Return the chores after a commit of a lake: every 256th merges small files, every 4,096th larger."""
     if commit % 256:
         return []
     size, cleaning = (2**20, ()) if commit % 4096 else (2**26, LAKE_CLEANING)
@@ -6759,10 +6757,7 @@ _TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VA
 
 
 def row_hash(columns: Sequence[Column]) -> str:
-    """Return the SQL of a row's hash, in the form that docs/security.md tells.
-
-    Of events, the segment's text is left out, which its entry has: hashing it costs a tenth of an ingest.
-    """
+    """Return the SQL of a row's hash (docs/security.md); an event's lacks the segment: a tenth less work."""
     new = NEW_COLUMNS if columns is COLUMNS else ()
     numbers = {"TIMESTAMP": _TIME_NUMBER, "VARCHAR": "strlen({0})"}
     old = [column for column in columns if column not in new]
@@ -6781,10 +6776,7 @@ ENTRY_HASH = row_hash(LEDGER_COLUMNS[:-1])
 def digests(
     source: str, condition: str = "true", *, segment: str = "segment", order: str = "seq, hash"
 ) -> str:
-    """Return the SELECT of what the ledger says of each segment: count, range, digest and marks.
-
-    Hashes are in order of seq, then of themselves; where seqs are unique, seq alone takes a tenth less.
-    """
+    """Return the SELECT of what the ledger says of segments; of unique seqs, `order` is seq: a tenth less."""
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
   CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
@@ -6930,10 +6922,7 @@ WHERE kind IN ('segment', 'legacy')
 
 
 def comparison(*, scoped: bool) -> str:
-    """Return the SELECT that sets what the ledger says of segments beside what is in `logs`.
-
-    Without `scoped`, only differences are returned.
-    """
+    """Return the SELECT that compares segments of ledger and `logs`; only differences if not `scoped`."""
     inside = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
     inside += " AND {0} IN (SELECT segment FROM scope)" if scoped else ""
     found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
@@ -6955,7 +6944,6 @@ FULL JOIN ({found}) AS found ON found.segment = entered.segment
 
 
 def numeric_times(columns: Sequence[Column]) -> str:
-    """Return the SELECT list of columns, with timestamps in microseconds."""
     time = _TIME_NUMBER + " AS {0}"
     return ", ".join((time if sql_type == "TIMESTAMP" else "{0}").format(name) for name, sql_type in columns)
 
@@ -6992,12 +6980,11 @@ EVENT_ID = "segment || ':' || seq::VARCHAR"
 
 
 def public_select(**more: bool) -> str:
-    """Return `public_values` as the SELECT list of every output."""
     return ", ".join(f"{value} AS {name}" for name, value in public_values(**more))
 
 
 def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the public columns with the SQL of each, as types that both engines return alike."""
+    """Yield the public columns, each with its SQL, which both engines return alike."""
     for name in PUBLIC_COLUMNS:
         value = f"({EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
@@ -7033,7 +7020,7 @@ EXPORT_FORMATS = (*COPY_OPTIONS, "duckdb", "sqlite")
 
 
 def export_format(path: str) -> str | None:
-    """Return the export format that the extension of a file's name stands for; None for an unknown one."""
+    """Return the export format of a file's name, None if its extension is unknown."""
     name = path.lower()
     return next((form for form in EXPORT_FORMATS if name.endswith("." + form)), None)
 
@@ -7106,7 +7093,6 @@ class Filter(NamedTuple):
     min_ms: int | None = None
 
     def where(self) -> str:
-        """Return the WHERE condition, `true` if everything is meant."""
         named = [
             f"(type = '{kind[:-1]}' AND {_has_name('name', name)})"
             for kind in ("tools", "resources", "prompts")
@@ -7142,7 +7128,7 @@ _FILTERS = {
 
 
 def _like(text: str) -> str:
-    r"""Return the LIKE pattern (escape `\`) that stands for the text itself."""
+    r"""Return the LIKE pattern, with the escape `\`, of the text itself."""
     return re.sub(r"[\\%_]", r"\\\g<0>", text)
 
 
@@ -7181,7 +7167,7 @@ _ENGINE_ERRORS: Mapping[type[StoreError], str] = {
 
 
 def store_error(message: str) -> StoreError:
-    """Return our error for a message of DuckDB's; what the message quotes doesn't count."""
+    """Return our error for a message of DuckDB's, without regard to what that quotes."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     said = re.sub(r""""[^"]*"|'[^']*'|\nLINE \d+:(?s:.*)""", "", message).lower()
     if said.startswith(("parser error", "conversion error", "out of range error")):
@@ -7193,12 +7179,12 @@ def store_error(message: str) -> StoreError:
 
 
 def postgres_message(text: str) -> str:
-    """Return what PostgreSQL said, without our statement; all of it where DuckDB spoke."""
+    """Return the part of PostgreSQL, without our statement; all if there is none."""
     return text[max(0, text.rfind("ERROR:  ")) :]
 
 
 def is_data_fault(error: QueryError) -> bool:
-    """Return True if a statement failed because of its input: the form, or the memory that it takes."""
+    """Return True if a statement failed because of its input: its form, or the memory it takes."""
     kinds = ("invalid input error", "conversion error", "out of range error", "out of memory")
     return str(error).lower().startswith(kinds)
 
@@ -7207,7 +7193,7 @@ def is_data_fault(error: QueryError) -> bool:
 
 
 def bind(sql: str, params: Params) -> str:
-    """Return a statement of ours with its `$name` parameters replaced by literals."""
+    """Replace the `$name` parameters of a statement by literals."""
     return re.sub(r"\$([a-z_]+)", lambda name: sql_literal(params[name[1]]), sql) if params else sql
 
 
@@ -7295,7 +7281,7 @@ class PackageEngine(Engine):
             self._connection.interrupt()
 
     def close(self) -> None:
-        """Close the in-memory database; in a forked child, which lacks its threads, never destroy it."""
+        """Close the database; in a forked child, which lacks its threads, keep it for ever."""
         connection, self._connection = self._connection, None
         if connection is not None and self._process_id == os.getpid():
             connection.close()
@@ -7321,7 +7307,7 @@ _COLOUR = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line th
 
 
 class CliEngine(Engine):
-    """DuckDB's program as a child; a `.print` of a random word after each statement ends its rows."""
+    """DuckDB's program as a child; a `.print` of a random word ends the rows of a statement."""
 
     name = "cli"
 
@@ -7376,12 +7362,11 @@ class CliEngine(Engine):
                 self.close()
 
     def interrupt(self) -> None:
-        """Kill the child; the transaction that it was in never happened."""
         if process := self._process:
             process.kill()
 
     def close(self) -> None:
-        """End the child, kill it if it goes on computing, and keep what it complained of."""
+        """End the child, kill it if it goes on computing, and keep its complaint."""
         import subprocess
 
         process, self._process = self._process, None
@@ -7406,7 +7391,7 @@ class ApartEngine(CliEngine):
     name = "package"
 
     def __init__(self, *, guest: bool) -> None:
-        """Raises ImportError if there is no such package; it is not imported here."""
+        """Raises ImportError if there is no such package, which isn't imported here."""
         package = file_of_package("duckdb", "__init__.py")
         if package is None:
             raise ImportError("No module named 'duckdb'")
@@ -7443,7 +7428,7 @@ for line in sys.stdin:
 
 
 def temporary_place() -> str:
-    """Return where temporary files go; "" without a place, as in a container with a read-only root."""
+    """Return the directory of temporary files, "" if there is none (a read-only root)."""
     import tempfile
 
     with contextlib.suppress(FileNotFoundError):
@@ -7452,7 +7437,7 @@ def temporary_place() -> str:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill, a directory that it makes, in a private folder of this user's."""
+    """Return where DuckDB may spill: a directory that it makes itself, in a private one."""
     import tempfile
 
     owner, place = getattr(os, "getuid", int)(), temporary_place()
@@ -7472,7 +7457,7 @@ def _scratch_directory() -> str:
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of the `duckdb` program: `MXCP_AUDIT_DUCKDB`, the `duckdb_cli` package's, or PATH's."""
+    """Return the path of the `duckdb` program: MXCP_AUDIT_DUCKDB, the `duckdb_cli` package's, or PATH's."""
     import shutil
 
     # The package's own `duckdb` on PATH is a Python wrapper, which costs an interpreter's start.
@@ -7485,7 +7470,7 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def file_of_package(name: str, *parts: str) -> str | None:
-    """Return the path of a file in a Python package, which is not imported; None if it isn't there."""
+    """Return the path of a file in a Python package without importing that; None if it isn't there."""
     import importlib.util
 
     package = importlib.util.find_spec(name)
@@ -7546,7 +7531,7 @@ def open_engine(
 
 
 def tries(wait: float) -> Iterator[bool]:
-    """Yield for each attempt within `wait` seconds whether it is the last; rivals part by random pauses."""
+    """Yield for each attempt within `wait` seconds whether it is the last, with random pauses between."""
     end = time.monotonic() + wait
     while time.monotonic() < end:
         yield False
@@ -7558,7 +7543,7 @@ _Answer = TypeVar("_Answer")
 
 
 def patiently(action: Callable[[], _Answer], wait: float) -> _Answer:
-    """Return what `action` returns; while it raises DatabaseLockedError, try again for `wait` seconds."""
+    """Call `action` again for `wait` seconds while it raises DatabaseLockedError."""
     for is_last in tries(wait):
         try:
             return action()
@@ -7574,10 +7559,7 @@ def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
-    """Make a private directory for a block, beside a file that is to be made.
-
-    With a `name` it takes the place of one that a killed process left. An OSError becomes a StoreError.
-    """
+    """Make a private directory beside `path` for a block; with a `name`, in place of a killed process's."""
     import shutil
 
     folder, file = os.path.split(os.path.abspath(path))
@@ -7594,7 +7576,7 @@ def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
 
 
 def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManager[str]:
-    """Make a private temporary folder for a block, in `beside` if there is no place for such."""
+    """Make a private temporary directory, in `beside` if the system has no place for such."""
     import tempfile
 
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
@@ -7677,7 +7659,7 @@ class Target:
 
     @contextlib.contextmanager
     def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
-        """Attach the existing target in a session of its own; while it is locked, try for `wait` seconds."""
+        """Open a session with the existing target; while it is locked, try for `wait` seconds."""
         if read_only:
             self.let_ingest_pass(wait)
         with contextlib.closing(self.open_engine(guest=guest)) as engine, contextlib.ExitStack() as stack:
@@ -7694,14 +7676,14 @@ class Target:
             yield engine
 
     def let_ingest_pass(self, wait: float) -> None:
-        """Before reading a file, wait while an ingest asks for it; else readers could starve it."""
+        """Wait while an ingest asks for a file: readers could starve it."""
         for _ in tries(wait):
             if not (self.is_file and self.journal.is_ingest_waiting()):
                 return
 
     @contextlib.contextmanager
     def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        """Attach the target as `audit`, for writing an absent file too; an error ends the session."""
+        """Attach the target as `audit`, for writing also an absent file; an error ends the session."""
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
                 self._attach(engine, read_only=read_only)
@@ -7742,7 +7724,7 @@ class Target:
             engine.execute("BEGIN")
 
     def _explained(self, error: StoreError, read_only: bool) -> StoreError:
-        """Return an error of the engine's with the target's name and a remedy, and without secrets."""
+        """Add name and remedy to an engine's error, and hide its secrets."""
         text, kind = str(error), type(error)
         remedy = _REMEDIES.get(kind, _EVENTS_WAIT)
         if self.is_file:
@@ -7767,7 +7749,7 @@ class Target:
 
     @contextlib.contextmanager
     def _private_wal(self, read_only: bool) -> Iterator[None]:
-        """Make the WAL privately, and a mark: it began empty, so that it holds nothing but what we wrote."""
+        """Make the WAL privately, and a mark: it held nothing before what we write."""
         if read_only or os.path.islink(self.path) or not self.is_file:
             yield
             return
@@ -7782,7 +7764,7 @@ class Target:
                 os.unlink(wal)  # nothing was written: leave nothing behind
 
     def set_wal_aside(self) -> str | None:
-        """Rename a damaged WAL that holds only what is still in the journal; return its new name, if any."""
+        """Rename a damaged WAL whose content is in the journal; None if it holds more."""
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
         with contextlib.suppress(OSError):
             os.unlink(self.journal.wal_mark)
@@ -7796,7 +7778,7 @@ class Target:
         return {**ours, **self.options, **({"READ_ONLY": True} if read_only else {})}
 
     def _make_file(self, engine: Engine) -> None:
-        """Make an empty database; the ingest lock is held, so that no other process uses the scratch name."""
+        """Make an empty database; the ingest lock keeps others from the scratch name."""
         if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
         place = os.path.realpath(self.path)  # a link stays one
@@ -7814,7 +7796,7 @@ class Target:
                 sync_directory(folder)
 
     def is_absent(self) -> bool:
-        """Return True if there is no database file, or an empty one; other targets are never absent."""
+        """Return True if there is no database file, or an empty one."""
         try:
             return self.is_file and os.stat(self.path).st_size == 0
         except FileNotFoundError:
@@ -7823,7 +7805,7 @@ class Target:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
     def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
-        """Return names and types of the columns of `logs` and `ledger`, as far as these tables are there."""
+        """Return the column types of `logs` and `ledger`, as far as these exist."""
         if self._is_quack:  # duckdb_columns() lists none there
             columns = "column_name, column_type FROM (DESCRIBE audit."
             return column_types(
@@ -7832,7 +7814,7 @@ class Target:
         return column_types(engine)
 
     def oddities(self, engine: Engine) -> list[str]:
-        """Return what keeps our tables from being plain ones, so that they may show what nobody recorded."""
+        """Return why our tables aren't plain ones and may show what nobody recorded."""
         sql = ODDITIES
         if self.is_postgres:
             asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self.schema)))
@@ -7841,7 +7823,7 @@ class Target:
         return [f"{table} {what}" for table, what in rows if what]
 
     def tend_lake(self) -> None:
-        """Keep a lake's files few and large, if one of this process's commits says that it is its turn."""
+        """Keep a lake's files few and large, if it is this process's turn."""
         chores, self.commits = [chore for commit in self.commits for chore in lake_chores(commit)], []
         if chores:
             with self.session(read_only=False, wait=0.0, guest=True) as engine:
@@ -7854,7 +7836,7 @@ class Target:
                         engine.execute(chore)
 
     def change_logs(self, engine: Engine, statement: str) -> None:
-        """Run a statement that a table of somebody's own may refuse."""
+        """Run a statement that a foreign table may refuse."""
         try:
             engine.execute(statement)
         except QueryError as error:
@@ -7867,7 +7849,7 @@ class Target:
             ) from error
 
     def create_tables(self, engine: Engine) -> None:
-        """Make the missing tables and columns, and what lets two ingests of a journal collide."""
+        """Make missing tables and columns, and what lets two ingests of a journal collide."""
         present = self.columns(engine)
         if "logs" not in present:
             engine.execute(CREATE_LOGS)
@@ -7890,7 +7872,7 @@ class Target:
             engine.execute(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
 
     def signature(self) -> object:
-        """Return what differs after every ingest; None while file times are too coarse to show the next."""
+        """Return what differs after every ingest; None while file times are too coarse to tell."""
         if not self.is_file:  # it doesn't show from outside whether it changed: look every 2 s
             return time.monotonic() // 2
         stamps = []
@@ -7906,7 +7888,6 @@ class Target:
 
 
 def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, str]]:
-    """Return types of columns, by table and name."""
     types: dict[str, dict[str, str]] = {}
     for table, column, sql_type in engine.execute(sql):
         types.setdefault(table, {})[column] = sql_type
@@ -7928,7 +7909,7 @@ _EXTENSIONS = {  # and the words before a target's colons that need them
 
 
 def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
-    """Load what a target needs: installed in DuckDB's own way, or in a `duckdb-extension-*` package."""
+    """Load what a target needs: what DuckDB installed, or a `duckdb-extension-*` package."""
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
     engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
@@ -7963,7 +7944,7 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
 
 
 class Head(NamedTuple):
-    """The end of a journal's chain; known elsewhere, it proves everything before it."""
+    """The end of a journal's chain; noted elsewhere, it proves everything before it."""
 
     journal: str
     position: int  # of the last entry, from 1
@@ -7977,7 +7958,7 @@ _KEYED = "k:"  # marks a seal that was made with a key
 
 
 def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
-    """Return the keys of the chain, the one that seals first; none if the chain has no key."""
+    """Return the keys of the chain, of which the first one seals."""
     import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
 
     path, key = environ.get("MXCP_AUDIT_KEY_FILE"), environ.get("MXCP_AUDIT_KEY", "")
@@ -7999,7 +7980,6 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
 
 
 def make_seal(previous: str, row: str, key: bytes | None) -> str:
-    """Return the seal of an entry."""
     import hashlib
     import hmac
 
@@ -8038,11 +8018,7 @@ class Ledger(Target):
 
     @contextlib.contextmanager
     def writing(self, engine: Engine) -> Iterator[None]:
-        """Make missing tables, then run the block as one transaction; after it, that is on the disk.
-
-        Of two such transactions of a journal only one can succeed. An error ends the session, and with it
-        the transaction.
-        """
+        """Run the block as one transaction, of which a journal has one at a time, and make it durable."""
         self.create_tables(engine)
         engine.execute("BEGIN")
         self.take_turn(engine)
@@ -8057,7 +8033,7 @@ class Ledger(Target):
             engine.execute("CHECKPOINT audit")
 
     def enter(self, engine: Engine, entries: Iterable[str]) -> None:
-        """Add entries to the chain, inside of `writing`; the rows of an older table come first."""
+        """Append entries to the chain, in `writing`; the rows of an older table come first."""
         keys = seal_keys()
         journal = self.journal.identity()
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
@@ -8105,7 +8081,7 @@ def is_ledger_empty(engine: Engine) -> bool:
 
 
 def chain_heads(engine: Engine) -> list[Head]:
-    """Return the end of each journal's chain; the target is attached and has a ledger."""
+    """Return the end of each journal's chain."""
     rows = engine.execute(
         "SELECT journal, max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, "
         "arg_max(seal, position) FROM audit.ledger GROUP BY journal ORDER BY journal"
@@ -8114,13 +8090,13 @@ def chain_heads(engine: Engine) -> list[Head]:
 
 
 def known_segments(engine: Engine, segments: Sequence[str], *, kind: str = "segment") -> set[str]:
-    """Return those of the segments that have an entry of a kind."""
+    """Return which of the segments have an entry of a kind."""
     sql = f"SELECT segment FROM audit.ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
     return {segment for (segment,) in engine.execute(sql)} if segments else set()
 
 
 def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
-    """Return the segment files that aren't in the attached target, which has these tables."""
+    """Return the segment files that the target's ledger lacks."""
     if "ledger" not in tables:
         return list(paths)
     known = known_segments(engine, [segment_id_of(path) for path in paths])
@@ -8149,7 +8125,6 @@ class Ingest:
         self._diagnostics = diagnostics
 
     def run(self) -> list[JournalError]:
-        """Ingest everything that can be claimed, in transactions of up to INGEST_BYTES."""
         seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
@@ -8162,7 +8137,7 @@ class Ingest:
                 return problems
 
     def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
-        """Ingest claimed segments, then delete them and count."""
+        """Ingest segments, in halves if they are too much at once; then delete and count them."""
         refuse_fatal_limit()
         try:
             with (
@@ -8216,7 +8191,7 @@ class Ingest:
         )
 
     def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
-        """Read the segments into the temporary table `batch`; return how many lines each lost."""
+        """Read the segments into `batch`; return how many lines each lost."""
         wanted = {claim.id: [claim.lines] * 3 for claim in claims}
         if not claims or self._read(engine, combine([claim.path for claim in claims], folder), wanted):
             return {}
@@ -8225,7 +8200,7 @@ class Ingest:
         return {claims[0].id: self._salvage(engine, claims[0], folder)}
 
     def _read(self, engine: Engine, files: Sequence[str], wanted: Mapping[str, Sequence[int]]) -> bool:
-        """Stage files; False if a line of them can't be read, or numbers are missing or stand twice."""
+        """Stage files; False if a line can't be read, or seqs are missing or doubled."""
         size = max(os.stat(path).st_size + 1 for path in files)
         longest = min(max(LONGEST_LINE, size), _LONGEST_READ)
         try:
@@ -8282,7 +8257,7 @@ class Ingest:
     def _commit(
         self, engine: Engine, claims: list[Claim], losses: Mapping[str, int], lost: Mapping[str, Loss]
     ) -> set[str]:
-        """Put `batch` into the database and make it durable; return the segments that were not there yet."""
+        """Move `batch` into the database; return the segments that were new to it."""
         segments = [claim.id for claim in claims]
         with self._target.attached(engine, read_only=False), self._target.writing(engine):
             known = known_segments(engine, segments)
@@ -8316,7 +8291,7 @@ class Ingest:
         return set(fresh)
 
     def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Put aside the ends of calls that are on record as unfinished; return how many of each segment."""
+        """Put aside the ends of calls on record as unfinished; return how many of each segment."""
         calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
         late = collections.defaultdict[str, list[tuple[int, str, bytes]]](list)
         if calls:
@@ -8340,7 +8315,7 @@ WHERE {among("call", calls)}"""
         return {segment: len(faults) for segment, faults in late.items()}
 
     def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[str]:
-        """Keep lines of known segments that the ledger lacks: a cloned host goes on with a copy of one."""
+        """Keep lines of known segments that the ledger lacks: a cloned host continues a copy."""
         asked = {"segments": [claim.id for claim in claims]}
         same = {segment: (events, is_same) for segment, events, is_same in engine.execute(KNOWN_LINES, asked)}
         for claim in claims:
@@ -8361,7 +8336,7 @@ WHERE {among("call", calls)}"""
 
 
 def refuse_fatal_limit() -> None:
-    """Raise StoreError where a file beyond RLIMIT_FSIZE kills, by a signal that Python ignores."""
+    """Raise StoreError where a file beyond RLIMIT_FSIZE kills the process."""
     import signal
 
     fatal = getattr(signal, "SIGXFSZ", None)
@@ -8378,7 +8353,7 @@ def refuse_fatal_limit() -> None:
 
 
 class Reading:
-    """Table and journal while they are open for reading; the journal alone if there is a `problem`."""
+    """Table and journal, open for reading; the journal alone if there is a `problem`."""
 
     def __init__(self, engine: Engine, folder: str, target: Target) -> None:
         self.engine = engine
@@ -8388,27 +8363,23 @@ class Reading:
         self.problem: StoreError | None = None
         self.schema: str | None = None  # of a PostgreSQL table whose first rows PostgreSQL itself selects
         self.oddities: list[str] = []  # as `Target.oddities`
-        self.has_table = self.has_journal = self.has_ledger = self.has_running = False
-        self._is_attached = False
+        self.has_table = self.has_journal = self.has_ledger = self.has_running = self._is_attached = False
 
     def open(self, wait: float) -> contextlib.ExitStack:
-        """Open the log, without the table the journal alone; what is returned closes both."""
+        """Open both, or the journal alone; closing the result closes them."""
         for _ in tries(wait):
             try:
                 self.problem = None
                 return self._open_both()
-            except (
-                DatabaseCorruptError,
-                DatabaseLockedError,
-                DatabaseNotFoundError,
-                DatabaseUnreachableError,
-            ) as error:
-                is_missing = isinstance(error, DatabaseNotFoundError)
-                is_new = is_missing and not self._target.is_file
-                self.problem = None if is_new else error
-                # A file that is missing appeared, or vanished, between our look and DuckDB's.
-                if is_new or not (is_missing or isinstance(error, DatabaseLockedError)):
+            except DatabaseNotFoundError as error:
+                if not self._target.is_file:
                     break
+                self.problem = error  # the file appeared, or vanished, between our look and DuckDB's
+            except DatabaseLockedError as error:
+                self.problem = error
+            except (DatabaseCorruptError, DatabaseUnreachableError) as error:
+                self.problem = error
+                break
         with contextlib.ExitStack() as stack:
             self._keep_segments(stack)
             self.open_views(None, self._segments())
@@ -8443,7 +8414,7 @@ class Reading:
             return stack.pop_all()
 
     def _segments(self) -> list[str]:
-        """Return the segments, and files with the rows that the next ingest adds for unfinished calls."""
+        """Return the segments, and files of what the next ingest adds for unfinished calls."""
         left = {}
         for path, lines in self._journal.unfinished():
             copy = os.path.join(self._folder, os.path.basename(path))
@@ -8463,7 +8434,7 @@ class Reading:
     # --- asking and exporting
 
     def open_running(self, lines: bytes) -> None:
-        """Define the view `running_rows` of calls that run: `status` is running, `seq` 0."""
+        """Define the view `running_rows` of calls that run, with status running and seq 0."""
         self.has_running = bool(lines)
         path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
         if lines:
@@ -8471,7 +8442,7 @@ class Reading:
         self._define("running_rows", journal_rows([path] if lines else [], len(lines)))
 
     def open_views(self, table: Mapping[str, str] | None, segments: Sequence[str]) -> None:
-        """Define the views `table_rows` and `journal_rows`, which together are the log."""
+        """Define the views `table_rows` and `journal_rows`."""
         self.has_table = table is not None
         if table is None or dict(COLUMNS) != table:
             self.schema = None  # PostgreSQL knows no columns that are converted, or missing
@@ -8484,14 +8455,14 @@ class Reading:
         self.engine.execute(f"CREATE OR REPLACE TEMP VIEW {view} AS {rows}")
 
     def freeze_journal(self) -> None:
-        """Copy the journal's events, so that no later query reads files."""
+        """Copy the journal's events, for queries that must see the same."""
         self.engine.execute("CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows")
         self._define("journal_rows", "SELECT * FROM journal_copy")
 
     def _source(
         self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
     ) -> str:
-        """Return the query of the filtered events; with `running`, of calls that run; if None, of both."""
+        """Return the query of the filtered events, with `running` of running calls, with None of both."""
         # The limit is in each part: on the union alone it is 40 times slower on 10 million rows.
         where, table, tail = what.where(), "table_rows", ""
         if count is not None:
@@ -8499,8 +8470,7 @@ class Reading:
             if self.schema is not None and what.text is None:  # ILIKE differs there
                 table = _postgres_rows(self.schema, where, count, oldest_first=order == OLDEST_FIRST)
         views = [] if running else [table, "journal_rows"]
-        if running is not False:
-            views.append("running_rows")
+        views += [] if running is False else ["running_rows"]
         return " UNION ALL BY NAME ".join(f"(SELECT * FROM {view} WHERE {where}{tail})" for view in views)
 
     def _select(self, columns: str, what: Filter, count: int | None, oldest_first: bool) -> str:
@@ -8512,35 +8482,35 @@ class Reading:
     def rows(
         self, what: Filter, *, count: int | None = 100, oldest_first: bool = False, columns: str = ""
     ) -> Iterator[Row]:
-        """Yield the matching events, newest first, as rows of PUBLIC_COLUMNS or of these SQL expressions."""
+        """Yield matching events, newest first, as PUBLIC_COLUMNS or other SQL expressions."""
         return self.engine.stream(self._select(columns or public_select(), what, count, oldest_first))
 
     def running(self, what: Filter, *, count: int = 100) -> list[Row]:
-        """Return the matching calls that run on this host as rows of PUBLIC_COLUMNS, oldest first."""
+        """Return matching calls that run on this host, oldest first."""
         source = self._source(what, count, OLDEST_FIRST, running=True)
         return self.engine.execute(f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}")
 
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
-        """Return a row for each group of matching events: its name, then STATS_COLUMNS."""
+        """Return a row for each group of events: its name, then STATS_COLUMNS."""
         return self.engine.execute(stats_query(self._source(what, running=None), by, sort, count))
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
-        """Return the rows of a query of ours over `events`, the matching events with all their columns."""
+        """Run a query of ours over `events`, the matching ones with all columns and their id."""
         events = f"WITH events AS (SELECT *, {EVENT_ID} AS event_id FROM ({self._source(what)}))"
         return self.engine.execute(f"{events} {sql}")
 
     def around(self, session: str, event_id: str, count: int) -> list[Row]:
         """Return an event with up to `count` events of its session before and after it."""
-        places = f"row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events"
-        mine = f"max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine"
-        sql = f"SELECT *, {mine} FROM (SELECT *, {places})"
-        sql = f"SELECT {public_select()} FROM ({sql}) WHERE abs(place - mine) <= {count} ORDER BY place"
+        sql = f"""\
+SELECT {public_select()} FROM (
+  SELECT *, max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine
+  FROM (SELECT *, row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events))
+WHERE abs(place - mine) <= {count} ORDER BY place"""
         return self.ask(Filter(session=session), sql)
 
     def ids_like(self, part: str) -> list[Row]:
-        """Return up to three event ids that begin with a text, or whose part after the time is it."""
-        begin, end = sql_literal(f"{part}%"), sql_literal(f"%-{part}")
-        condition = f"event_id LIKE {begin} OR event_id LIKE {end}"
+        """Return up to three event ids that begin with `part`, or that have it behind the time."""
+        condition = f"event_id LIKE {sql_literal(f'{part}%')} OR event_id LIKE {sql_literal(f'%-{part}')}"
         return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
 
     def losses(self, since: str = "-infinity") -> list[Row]:
@@ -8553,18 +8523,18 @@ class Reading:
         It can read the log and nothing else: files, extensions and settings are locked, for the rest of the
         session. Values are those of JSON; what it lacks (times, intervals, bytes) is text.
         """
+        ask = self.engine.execute
         self.freeze_journal()
-        self.engine.execute(SQL_VIEW)
+        ask(SQL_VIEW)
         if self._is_attached and self._target.is_lake:
             metadata = "__ducklake_metadata_audit.ducklake_metadata"
-            paths = self.engine.execute(f"SELECT value FROM {metadata} WHERE key = 'data_path'")
-            for (path,) in paths:
-                self.engine.execute(f"SET allowed_directories = [{sql_literal(path)}]")
-        self.engine.execute("SET enable_external_access = false")
-        self.engine.execute("SET lock_configuration = true")  # last, because nothing can undo it
+            for (path,) in ask(f"SELECT value FROM {metadata} WHERE key = 'data_path'"):
+                ask(f"SET allowed_directories = [{sql_literal(path)}]")
+        ask("SET enable_external_access = false")
+        ask("SET lock_configuration = true")  # last, because nothing can undo it
         params = {"statement": statement}
         described = "SELECT column_name, column_type FROM (DESCRIBE SELECT * FROM query($statement))"
-        names, types = zip(*self.engine.execute(described, params))
+        names, types = zip(*ask(described, params))
         columns = [f"c{number}" for number in range(len(names))]
         texts = ["::VARCHAR" if sql_type in ("BLOB", "BIT") else "" for sql_type in types]  # for DuckDB 1.2
         values = ", ".join(f"to_json({name}{text})::VARCHAR AS {name}" for name, text in zip(columns, texts))
@@ -8592,10 +8562,9 @@ class Reading:
         """
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
         ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
-        expected = matching if count is None else min(count, matching)
-        if form == "duckdb":
-            columns = _NAMES
-        else:
+        expected: int = matching if count is None else min(count, matching)
+        columns = _NAMES
+        if form != "duckdb":
             columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
         if bom:  # a byte order mark is the beginning of the first column's name
             columns = columns.replace(" AS timestamp,", ' AS "\ufefftimestamp",', 1)
@@ -8613,36 +8582,36 @@ class Reading:
             os.chmod(target, FILE_MODES[False])
             give_to_owner(target)
             os.replace(target, path)
-        return int(expected)
+        return expected
 
     def _write(self, sql: str, target: str, form: str) -> int | None:
-        """Write a query's rows to a new file; return their number, None if DuckDB doesn't say it."""
+        """Write a query's rows to a new file; return their number if it is known."""
+        execute = self.engine.execute
+        if form == "sqlite":
+            import sqlite3
+
+            marks = ", ".join("?" * len(PUBLIC_COLUMNS))
+            with contextlib.closing(sqlite3.connect(target)) as file, file:
+                file.execute(f"CREATE TABLE logs ({', '.join(PUBLIC_COLUMNS)})")
+                rows = self.engine.stream(sql)
+                return file.executemany(f"INSERT INTO logs VALUES ({marks})", rows).rowcount
         if form == "duckdb":
             if self._is_attached and not self._target.is_file:
                 # Others go on writing to it: in its transaction nothing but a temporary table can be made.
-                self.engine.execute(f"CREATE TEMP TABLE exported AS {sql}")
-                self.engine.execute("COMMIT")
+                execute(f"CREATE TEMP TABLE exported AS {sql}")
+                execute("COMMIT")
                 sql = "SELECT * FROM exported"
             attach(self.engine, target, "copy", NEW_FILE)
-            told = self.engine.execute(f"CREATE TABLE copy.logs AS {sql}")
-            self.engine.execute("CHECKPOINT copy")
-            self.engine.execute("DETACH copy")
-        elif form == "sqlite":
-            import sqlite3
-
-            with contextlib.closing(sqlite3.connect(target)) as file, file:
-                file.execute(f"CREATE TABLE logs ({', '.join(PUBLIC_COLUMNS)})")
-                marks = ", ".join("?" * len(PUBLIC_COLUMNS))
-                return file.executemany(
-                    f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql)
-                ).rowcount
+            told = execute(f"CREATE TABLE copy.logs AS {sql}")
+            execute("CHECKPOINT copy")
+            execute("DETACH copy")
         else:
-            told = self.engine.execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
+            told = execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
         return told[0][0] if told else None
 
 
 def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
-    """Return the first rows of a PostgreSQL table: DuckDB hands it no ORDER BY and no LIMIT."""
+    """Return the first rows by PostgreSQL, which DuckDB hands no ORDER BY and no LIMIT."""
     table = f'''SELECT * FROM "{schema.replace('"', '""')}".logs WHERE {where} AND timestamp IS'''
     way = "" if oldest_first else " DESC"
     order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
@@ -8656,42 +8625,39 @@ def journal_rows(files: Sequence[str], size: int) -> str:
     return bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else NO_ROWS
 
 
-# --- threads beside a query
+# --- beside a query
 
 
 @contextlib.contextmanager
-def _companion(work: Callable[[], None], stop: Callable[[], None], name: str) -> Iterator[None]:
-    """Run `work` in a thread while the block runs; `stop` makes it return."""
-    thread = threading.Thread(target=work, name=f"mxcp_audit {name}", daemon=True)
+def _meanwhile(act: Callable[[], object], seconds: float, name: str) -> Iterator[None]:
+    """Call `act` again and again in a thread while the block runs."""
+    done = threading.Event()
+
+    def repeat() -> None:
+        while not done.wait(seconds):
+            act()
+
+    thread = threading.Thread(target=repeat, name=f"mxcp_audit {name}", daemon=True)
     thread.start()
     try:
         yield
     finally:
-        stop()
+        done.set()
         thread.join()
 
 
-@contextlib.contextmanager
-def _watched(path: str, progress: Callable[[int], None] | None) -> Iterator[None]:
-    """Call `progress` with a file's size every half second while the block runs."""
+def _watched(path: str, progress: Callable[[int], None] | None) -> contextlib.AbstractContextManager[None]:
+    """Report a file's size every half second during the block."""
     if progress is None:
-        yield
-        return
-    done = threading.Event()
-
-    def watch() -> None:
-        while not done.wait(0.5):
-            progress(_size_of(path))
-
-    with _companion(watch, done.set, "progress"):
-        yield
+        return contextlib.nullcontext()
+    return _meanwhile(lambda: progress(_size_of(path)), 0.5, "progress")
 
 
 @contextlib.contextmanager
 def interruptible(engine: Engine) -> Iterator[None]:
     """Let Ctrl+C end a running query, in the main thread, where signals arrive."""
-    # Python runs a signal handler only after the call into DuckDB. So a thread hears of it by a socket, and
-    # interrupts until the block ends, because a query that just begins forgets an interrupt.
+    # Python runs a signal handler only after the call into DuckDB. So a thread looks for the byte that tells
+    # of a signal, and goes on interrupting, because a query that just begins forgets an interrupt.
     import signal
     import socket
 
@@ -8699,23 +8665,20 @@ def interruptible(engine: Engine) -> Iterator[None]:
         yield
         return
     here, there = socket.socketpair()
+    here.setblocking(False)
     there.setblocking(False)
-    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
 
-    def watch() -> None:
-        heard = here.recv(1)
-        here.settimeout(0.05)
-        while heard:
+    def look() -> None:
+        with contextlib.suppress(BlockingIOError):
+            here.recv(1, socket.MSG_PEEK)
             engine.interrupt()
-            with contextlib.suppress(TimeoutError):
-                heard = here.recv(1)
 
-    def stop() -> None:
-        signal.set_wakeup_fd(before)
-        there.close()
-
-    with here, _companion(watch, stop, "interrupt"):
-        yield
+    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
+    with here, there, _meanwhile(look, 0.05, "interrupt"):
+        try:
+            yield
+        finally:
+            signal.set_wakeup_fd(before)
 
 
 # == Evidence ==
@@ -8724,10 +8687,9 @@ def interruptible(engine: Engine) -> Iterator[None]:
 # Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first: what
 # was changed stays known as changed when it is gone.
 
-
-# --- what is found
-
-_MAX_FINDINGS = 1000  # arbitrary: more are counted, not kept
+_MAX_FINDINGS = 1000  # more are counted, not kept
+_MAX_EXPLAINED = 100  # after so many findings no events are named
+_RANGE_EVENTS = 1_000_000  # their hashes, 100 to 300 bytes each, are held at once
 
 
 class Finding(NamedTuple):
@@ -8738,13 +8700,6 @@ class Finding(NamedTuple):
     segment: str | None = None
     seqs: tuple[int, ...] = ()  # which events of the segment, as far as that can be known
     journal: str | None = None  # whose chain
-
-
-def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
-    """Yield numbers as the first and last of each run."""
-    for _, run in itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0]):
-        members = [number for _, number in run]
-        yield members[0], members[-1]
 
 
 class Compared(NamedTuple):
@@ -8762,14 +8717,15 @@ class Compared(NamedTuple):
     digest: str | None
 
 
-# --- recomputing
-
-_RANGE_EVENTS = 1_000_000  # arbitrary: their hashes, 100 to 300 bytes each, are held at once
-_MAX_EXPLAINED = 100  # arbitrary: after so many findings no events are named
+def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
+    """Yield numbers as the first and last of each run."""
+    for _, run in itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0]):
+        members = [number for _, number in run]
+        yield members[0], members[-1]
 
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
-    """Define the views `sound_logs` and `sound_ledger`; return the types of the tables' columns."""
+    """Define the views `sound_logs` and `sound_ledger`; return the tables' column types."""
     columns = {"logs": {}, "ledger": {}, **column_types(engine)}
     engine.execute(SOUND_LOGS + sound_rows(columns["logs"]))
     rows = sound_rows(columns["ledger"], "audit.ledger", LEDGER_COLUMNS)
@@ -8778,9 +8734,9 @@ def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
 
 
 class Taken(NamedTuple):
-    """What a purge says that it took: entries; one of 0.1 only the old ones of their events."""
+    """What a purge says that it took: entries; by one of 0.1, the old ones of their events."""
 
-    is_old: bool = False
+    is_old: bool = True
     before: int = 0
     spans: Sequence[tuple[str, int, int]] = ()  # of a chain, from and to
     kept: Sequence[tuple[str, int, str]] = ()  # by one of 0.1, of a segment: how many events, their digest
@@ -8799,12 +8755,11 @@ def taken_by(detail: str | None) -> Taken | None:
         said = json.loads(detail or "")
         is_old = said.get("removed") is None
         spans = {name: [(1, head)] for name, head in said["heads"].items()} if is_old else said["removed"]
-        kept = said["left"] if is_old else {}
         taken = Taken(
             is_old,
             number(said["before"]),
             [(name, number(a), number(b)) for name, pairs in spans.items() for a, b in pairs if 0 < a <= b],
-            [(name, number(left[0]), str(left[1])) for name, left in kept.items()],
+            [(name, number(left[0]), str(left[1])) for name, left in said["left"].items()] if is_old else (),
             sorted((name, number(it[0]), number([*it, 0][2])) for name, it in said["wrong"].items()),
         )
     except (AttributeError, LookupError, RecursionError, TypeError, ValueError):
@@ -8814,6 +8769,12 @@ def taken_by(detail: str | None) -> Taken | None:
 
 class Verdict:
     """What `verify` finds: it recomputes everything that the ledger says of the attached target."""
+
+    more_findings = 0  # beyond those that are listed
+    entries = segments = purged = lost = 0
+    events = 0  # purged ones included
+    legacy = 0  # rows that are older than the ledger
+    waiting_bytes = 0  # in the journal, not sealed yet
 
     def __init__(
         self,
@@ -8831,15 +8792,9 @@ class Verdict:
         self._covered: dict[str, int] = {}  # by journal: the last position that a checkpoint covers
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.findings: list[Finding] = []
-        self.more_findings = 0  # beyond those that are listed
         self.notes: list[str] = []  # what could not be known
         self.heads: list[Head] = []
         self.purges: list[dict[str, Any]] = []  # the entries of those that no checkpoint covers
-        self.entries = self.segments = 0
-        self.events = 0  # purged ones included
-        self.purged = self.lost = 0
-        self.legacy = 0  # rows that are older than the ledger
-        self.waiting_bytes = 0  # in the journal, not sealed yet
 
     @property
     def intact(self) -> bool:
@@ -8852,7 +8807,6 @@ class Verdict:
             self.more_findings += 1
 
     def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> None:
-        """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
                 sql = f"""\
@@ -8872,20 +8826,19 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
 
     def open(self, checkpoint: Sequence[Head] = ()) -> bool:
         """Check the tables' form, the chains and the purges; False if there is no ledger."""
-        columns = view_tables(self._engine)
-        has_ledger = bool(columns["ledger"] or "segment" in columns["logs"])
+        types = view_tables(self._engine)
+        has_ledger = bool(types["ledger"] or "segment" in types["logs"])
         for text in self._target.oddities(self._engine):
             self._add("table", text)
-        for table, ours in (("logs", COLUMNS if has_ledger else COLUMNS[:10]), ("ledger", LEDGER_COLUMNS)):
-            for column in ours if columns[table] else ():
-                given = columns[table].get(column.name)
+        logs = COLUMNS if has_ledger else COLUMNS[:10]
+        for table, columns in (("logs", logs), ("ledger", LEDGER_COLUMNS)):
+            for name, sql_type in columns if types[table] else ():
+                given = types[table].get(name)
                 # A column that a table of 0.1 lacks is NULL, which leaves the hash as it was.
-                is_same = table == "logs" and (
-                    given in SAME_VALUES[column.sql_type] or (given is None and column in NEW_COLUMNS)
-                )
-                if given != column.sql_type and not is_same:
-                    text = f"{table}.{column.name} is {given or 'missing'}, not {column.sql_type}"
-                    self._add("table", text)
+                is_new = given is None and (name, sql_type) in NEW_COLUMNS
+                is_same = table == "logs" and (given in SAME_VALUES[sql_type] or is_new)
+                if given != sql_type and not is_same:
+                    self._add("table", f"{table}.{name} is {given or 'missing'}, not {sql_type}")
         if not has_ledger:
             ((self.legacy,),) = self._engine.execute("SELECT count(*) FROM sound_logs")
         self._walk_chains({(head.journal, head.position): head for head in checkpoint})
@@ -8895,21 +8848,24 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
     # --- the chains
 
     def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
-        """Check every seal, and that the checkpoints are met."""
+        """Check every seal, and that the chains meet the checkpoints."""
         totals = collections.Counter[str]()
         for name, entries in itertools.groupby(self._engine.stream(CHAIN), key=lambda row: row[0]):
             head, unkeyed = Head(name, 0, 0, ""), list[tuple[str, int]]()
             for _, position, kind, events, seal, row in entries:
-                where = f"entry {position} of journal {name}"
+                faults = []
                 if position != head.position + 1:
-                    self._doubt(name, position, f"{where} comes after {head.position}: removed or added")
+                    faults = [f" comes after {head.position}: removed or added"]
                 keys: Sequence[bytes | None] = self._keys if seal.startswith(_KEYED) else [None]
                 if not keys:
-                    self._doubt(name, position, f"{where} is sealed with a key that is not given")
+                    faults += [" is sealed with a key that is not given"]
                 elif all(make_seal(head.seal, row, key) != seal for key in keys):
-                    self._doubt(name, position, f"{where}, or the one before, was changed")
+                    faults += [", or the one before, was changed"]
                 elif self._keys and keys == [None]:
                     unkeyed.append((name, position))
+                for fault in faults:
+                    self.doubted.add((name, position))
+                    self._add("chain", f"entry {position} of journal {name}{fault}", journal=name)
                 head = Head(name, position, head.events + (events if kind == "segment" else 0), seal)
                 if wanted.get((name, position)) == head:
                     del wanted[name, position]
@@ -8930,14 +8886,10 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
             text = f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
             self._add("cut", text, journal=name)
 
-    def _doubt(self, journal: str, position: int, text: str) -> None:
-        self.doubted.add((journal, position))
-        self._add("chain", text, journal=journal)
-
     # --- the purges
 
     def _read_purges(self, *, has_checkpoint: bool) -> None:
-        """Read the purges that are believed, and compare each with the entries that it names."""
+        """Compare each purge that is believed with the entries that it names."""
         purges: list[tuple[dict[str, Any], Taken, str]] = []
         spans: list[tuple[object, ...]] = []
         kept: list[tuple[object, ...]] = []
@@ -8947,18 +8899,19 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
             if (entry["journal"], entry["position"]) in self.doubted:
                 continue
             is_newer = entry["position"] > self._covered.get(entry["journal"], 0)
-            taken, text = taken_by(detail), ""
-            if taken is None:
+            taken, text = taken_by(detail) or Taken(), ""
+            if taken == Taken():
                 text = "can't be read"
             elif taken.kept and is_newer and has_checkpoint and not self._keys:
                 text = "kept parts of segments, as earlier versions did, but is newer than the checkpoint"
+                taken = Taken()
             else:
                 self.purged += entry["events"]
                 self.purges += [entry] if is_newer else []
                 parts += bool(taken.kept)
                 spans += [(len(purges), *taken[:2], *span) for span in taken.spans]
                 kept += [(len(purges), *left) for left in taken.kept]
-            purges.append((entry, Taken(is_old=True) if text or taken is None else taken, text))
+            purges.append((entry, taken, text))
         spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
         kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
         self._engine.execute(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
@@ -8986,16 +8939,16 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
     # --- the segments
 
     def compare(self, *, scoped: bool) -> Iterator[Compared]:
-        """Yield each segment in scope; without a scope, each that isn't as the ledger says."""
+        """Yield the segments in scope; without a scope, those that differ."""
         splits = self._engine.execute(ranges(), {"size": self._range_events})
         ends = [last for _, last in splits][:-1]  # the last range is open
         sql = comparison(scoped=scoped)
-        for number, (low, high) in enumerate(zip([None, *ends], [*ends, None])):
+        for number, (low, high) in enumerate(zip([None, *ends], [*ends, None]), 1):
             yield from (Compared(*row) for row in self._engine.execute(sql, {"low": low, "high": high}))
-            self._progress(min((number + 1) * self._range_events, self.events), self.events)
+            self._progress(min(number * self._range_events, self.events), self.events)
 
     def _judge(self, row: Compared) -> None:
-        """Report a segment that isn't as the ledger says: its events if it has marks, else how many."""
+        """Report a segment that differs: its events if it has marks, else how many."""
         if not self.entries and row.segment.startswith("legacy-"):
             self.legacy += row.found  # an older table, of which nothing was entered yet
             return
@@ -9013,30 +8966,30 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
             self._add(kind, text, segment=row.segment)
 
     def _marked(self, row: Compared) -> dict[str, list[int]]:
-        """Return which events were changed, inserted or removed, as far as the segment has marks."""
+        """Return which events were changed, inserted or removed, as far as marks tell."""
+        asked = {"segment": row.segment}
         where = "WHERE segment = $segment"
-        marks = f"SELECT coalesce(max(marks), '') FROM sound_ledger {where} AND kind = 'segment'"
-        found = f"SELECT coalesce(seq, -1), {EVENT_HASH}[1:4] FROM sound_logs {where}"
-        ((text,),) = self._engine.execute(marks, {"segment": row.segment})
-        due = {number // 4 + 1: text[number : number + 4] for number in range(0, len(text) // 4 * 4, 4)}
-        states: dict[str, list[int]] = {"changed": [], "inserted": [], "removed": []}
-        left = dict(due)
-        rows = self._engine.execute(found, {"segment": row.segment}) if due else []
+        sql = f"SELECT coalesce(max(marks), '') FROM sound_ledger {where} AND kind = 'segment'"
+        ((text,),) = self._engine.execute(sql, asked)
+        due = dict(enumerate(re.findall("(?s)....", text), 1))
+        left, states = dict(due), collections.defaultdict[str, list[int]](list)
+        sql = f"SELECT coalesce(seq, -1), {EVENT_HASH}[1:4] FROM sound_logs {where}"
+        rows = self._engine.execute(sql, asked) if due else []
         for seq, mark in sorted(rows, key=lambda pair: due.get(pair[0]) != pair[1]):
             if seq not in left:
                 states["inserted"].append(seq)
             elif left.pop(seq) != mark:
                 states["changed"].append(seq)
-        if len(due) == row.due:
+        if left and len(due) == row.due:
             states["removed"] = list(left)
-        return {state: seqs for state, seqs in states.items() if seqs}
+        return {kind: states[kind] for kind in ("changed", "inserted", "removed") if kind in states}
 
 
 # --- one event, for somebody who has no database
 
 
 def plain_seals(engine: Engine) -> dict[str, str]:
-    """Return the seal at the end of each journal's chain without a key, for those who have none."""
+    """Return the end of each journal's chain as it would be sealed without a key."""
     view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
@@ -9065,13 +9018,8 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
             before = make_seal(before, row, None)
         elif name == entry["journal"] and place > entry["position"]:
             after.append(row)
-    return {
-        "event": event,
-        "entry": entry,
-        "hashes": [row for (row,) in engine.execute(hashes, asked)],
-        "before": before,
-        "after": after,
-    }
+    rows = [row for (row,) in engine.execute(hashes, asked)]
+    return {"event": event, "entry": entry, "hashes": rows, "before": before, "after": after}
 
 
 # --- signed checkpoints
@@ -9177,7 +9125,7 @@ WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
-    """Do what `Store.purge` says. What was changed stays known as changed, and lies apart in an archive."""
+    """Do what `Store.purge` says. What was changed stays known as changed, apart in an archive."""
     with target.writing(engine):
         if is_ledger_empty(engine):
             target.enter(engine, [])  # the rows of an older table
@@ -9269,7 +9217,7 @@ def retain(engine: Engine, target: Ledger, retention: float) -> str:
 
 
 def vouched_limit(engine: Engine, now: str, left: int, doubted: Collection[tuple[str, int]]) -> str | None:
-    """Return the moment after which the ledger shows the log alive for `left` microseconds; None if never."""
+    """Return the moment since which the ledger shows the log alive for `left` microseconds, if any."""
     hours = f"""\
 SELECT DISTINCT epoch_us(date_trunc('hour', ingested_at)) AS hour FROM audit.ledger
 ANTI JOIN ({listed("journal VARCHAR, position BIGINT", doubted)}) USING (journal, position)
@@ -9287,40 +9235,10 @@ WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORD
 
 
 # == Copies ==
-# depends on: Errors, Config, Events, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
+# depends on: Errors, Config, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
 #
 # Copies of the whole log. A copy is read back before it gets its name, appears whole or not at all, and
 # overwrites nothing else.
-
-
-def back_up(target: Target, path: str, *, wait: float) -> int:
-    """Do what `Store.backup` says, after its ingest."""
-    place = os.path.abspath(path)
-    with _scratch(place, f"{path} can't be written") as scratch:
-        copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
-        with target.session(read_only=True, wait=wait) as engine:
-            tables = target.columns(engine)
-            _copy_database(engine, target, copy)
-            _copy_journal(unknown_segments(engine, target.journal.segments(), tables), waiting)
-        events = _take_in(copy, waiting, target)
-        _put_in_place(copy, place)
-        sync_directory(os.path.dirname(place))
-    return events
-
-
-def _take_in(path: str, directory: str, like: Target) -> int:
-    """Ingest a copied journal into a copied database, and return how many events that has.
-
-    Copied segments, put back, would overwrite live ones, which grow. The copy has a chain of its own.
-    """
-    journal = Journal(directory)
-    target = Ledger(Config(path, attach=like.options), journal)
-    if journal.segments():
-        with journal.ingest_lock():
-            Ingest(target, Diagnostics(silent=True)).run()
-    with target.session(read_only=True, wait=0.0) as engine:
-        ((events,),) = engine.execute("SELECT count(*) FROM audit.logs")
-        return int(events)
 
 
 class Restored(NamedTuple):
@@ -9331,38 +9249,16 @@ class Restored(NamedTuple):
     kept: str | None  # where the replaced database is; None if there was none
 
 
-def put_back(target: Target, path: str, *, wait: float) -> Restored:
-    """Do what `Store.restore` says. The caller holds the ingest lock."""
-    place = os.path.realpath(target.path)
-    old = Journal(path + ".journal")  # of backups by earlier versions
-    source = Target(Config(os.path.abspath(path), attach=target.options), old)
-    with _scratch(place, f"{place} can't be restored", name="restore") as scratch:
-        copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
-        with source.session(read_only=True, wait=wait) as engine:
-            if "logs" not in source.columns(engine):
-                raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
-            _copy_database(engine, source, copy)
-        _copy_journal(old.segments(), waiting)
-        events, before, kept = _take_in(copy, waiting, target), 0, None
-        if target.is_absent():
-            _put_in_place(copy, place)
-        else:
-            with target.session(read_only=False, wait=wait) as engine:
-                engine.execute("CHECKPOINT audit")
-            ours = os.stat(place)
-            events, before = _merge(copy, place, target)
-            if events == before:
-                return Restored(events, 0, None)
-            give_to_owner(copy)
-            kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
-            with target.session(read_only=True, wait=wait):
-                if _stamp_of(os.stat(place)) != _stamp_of(ours):
-                    raise DatabaseLockedError(f"{place}: another process wrote to it meanwhile; try again")
-                _put_in_place(place, kept)
-                take_after(copy, ours)
-                os.replace(copy, place)
-        sync_directory(os.path.dirname(place))
-    return Restored(events, events - before, kept)
+def _take_in(path: str, directory: str, like: Target) -> int:
+    """Ingest a copied journal, which must not overwrite live segments, into a copy; count its events."""
+    journal = Journal(directory)
+    target = Ledger(Config(path, attach=like.options), journal)
+    if journal.segments():
+        with journal.ingest_lock():
+            Ingest(target, Diagnostics(silent=True)).run()
+    with target.session(read_only=True, wait=0.0) as engine:
+        ((events,),) = engine.execute("SELECT count(*) FROM audit.logs")
+        return int(events)
 
 
 def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
@@ -9379,48 +9275,27 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
             if {"logs", "ledger"} <= present.keys():
                 engine.execute(f"INSERT INTO batch BY NAME {rows} WHERE {unknown.format('segment')}")
                 engine.execute(INSERT_ROWS)
-                found = engine.execute("SELECT DISTINCT segment FROM batch")
-                segments = [segment for (segment,) in found]
-                entries = [entries_of(segments)] if segments else []
+                segments = [segment for (segment,) in engine.execute("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
+                entries = [entries_of(segments)] if segments else []
                 entries += [
                     entry_of("loss", events, detail, segment=segment)
                     for events, detail, segment in engine.execute(losses + unknown.format("loss"))
                 ]
                 if entries:
                     target.enter(engine, entries)
-            ((missing,),) = engine.execute(
-                f"SELECT count(*) FROM ({rows} EXCEPT ALL {sound_rows(target.columns(engine)['logs'])})"
-            )
+            present_now = sound_rows(target.columns(engine)["logs"])
+            ((missing,),) = engine.execute(f"SELECT count(*) FROM ({rows} EXCEPT ALL {present_now})")
             if missing:
                 raise StoreError(
                     f"{place} holds {counted(missing, 'row')} that would be lost; move it "
                     "and its .wal aside to restore without them"
                 )
-        count = "SELECT count(*) FROM"
-        ((fresh, old),) = engine.execute(f"SELECT ({count} audit.logs), ({count} ({rows}))")
+        ((fresh, old),) = engine.execute(
+            f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))"
+        )
         engine.execute("DETACH ours")
     return fresh, old
-
-
-def rewrite(target: Target, *, wait: float) -> tuple[int, int]:
-    """Do what `Store.compact` says. The caller holds the ingest lock."""
-    path = os.path.realpath(target.path)
-    with target.session(read_only=False, wait=wait) as engine:
-        engine.execute("CHECKPOINT audit")
-    # Read-only, DuckDB keeps other writers out and leaves the WAL alone: detaching the old file can't harm
-    # the new one.
-    with target.session(read_only=True, wait=wait) as engine:
-        old = os.stat(path)
-        if _size_of(path + ".wal"):
-            raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
-        with _scratch(path, f"{path} can't be written anew", name="compact") as scratch:
-            fresh = os.path.join(scratch, "copy")
-            _copy_database(engine, target, fresh)
-            take_after(fresh, old)
-            os.replace(fresh, path)
-            sync_directory(os.path.dirname(path))
-        return old.st_size, os.stat(path).st_size
 
 
 def _copy_database(engine: Engine, target: Target, path: str) -> None:
@@ -9450,7 +9325,7 @@ def _copy_journal(paths: Iterable[str], directory: str) -> None:
 
 
 def _put_in_place(path: str, target: str) -> None:
-    """Rename a file; unlike a plain rename, a link never overwrites."""
+    """Rename a file, but never overwrite another."""
     give_to_owner(path)
     try:
         os.link(path, target)
@@ -9466,7 +9341,7 @@ def _put_in_place(path: str, target: str) -> None:
 #
 # What can be done with the log of a configuration, in the order that keeps others out.
 
-_LOSS_DAYS = 30  # arbitrary: how long lost events are pointed out
+_LOSS_DAYS = 30  # how long lost events are pointed out
 _PROBE_SECONDS = (0.03, 0.6)  # the first and the longest pause between two tries for the database
 
 
@@ -9474,8 +9349,7 @@ class Store:
     """The log of a configuration: its database (`target`) and its journal (`journal`) as one.
 
     Methods try for `wait` seconds while another process holds the database. They raise StoreError if the
-    database can't be used, of which DatabaseNotFoundError says that there is none, and ConfigError if the key
-    file can't.
+    database can't be used (DatabaseNotFoundError: there is none), and ConfigError if the key file can't.
 
     Args:
         config: says where both are.
@@ -9581,9 +9455,8 @@ class Store:
                 reading.open_running(self.journal.running())
                 if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
                     raise DatabaseNotFoundError(
-                        f"{_NOT_FOUND}{self.target.name}. Either audit logging is not "
-                        "enabled for the profile, or no events have been logged yet (the database is created "
-                        "on first write)."
+                        f"{_NOT_FOUND}{self.target.name}. Either audit logging is not enabled for the "
+                        "profile, or no events have been logged yet (the database is created on first write)."
                     )
                 for text in reading.oddities:
                     self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
@@ -9599,10 +9472,8 @@ class Store:
         """Return how many events of a segment are in the database and the time of the last, or None."""
         if self.target.is_absent():
             return None
-        with self.target.session(read_only=True, wait=0.0) as engine:
-            if "ledger" not in self.target.columns(engine):
-                return None
-            found = engine.execute(
+        with self._ledger(0.0) as engine:
+            found = engine and engine.execute(
                 "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') "
                 "FROM audit.ledger WHERE kind = 'segment' AND segment = $segment",
                 {"segment": segment_id},
@@ -9610,6 +9481,12 @@ class Store:
         return found[0] if found else None
 
     # --- proving
+
+    @contextlib.contextmanager
+    def _ledger(self, wait: float) -> Iterator[Engine | None]:
+        """Attach the target for reading; the block gets None if it has no ledger."""
+        with self.target.session(read_only=True, wait=wait) as engine:
+            yield engine if "ledger" in self.target.columns(engine) else None
 
     def verify(
         self,
@@ -9635,15 +9512,13 @@ class Store:
 
     def heads(self, *, wait: float = 5.0) -> list[Head]:
         """Return the end of each journal's chain, to be kept elsewhere."""
-        with self.target.session(read_only=True, wait=wait) as engine:
-            return chain_heads(engine) if "ledger" in self.target.columns(engine) else []
+        with self._ledger(wait) as engine:
+            return chain_heads(engine) if engine else []
 
     def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
         """Return the heads, and seals for those who have no key, as an object for JSON."""
-        with self.target.session(read_only=True, wait=wait) as engine:
-            has_ledger = "ledger" in self.target.columns(engine)
-            plain = plain_seals(engine) if has_ledger else {}
-            heads = chain_heads(engine) if has_ledger else []
+        with self._ledger(wait) as engine:
+            plain, heads = (plain_seals(engine), chain_heads(engine)) if engine else ({}, [])
         journals = [{**head._asdict(), "plain": plain.get(head.journal)} for head in heads]
         return {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": journals}
 
@@ -9698,7 +9573,17 @@ class Store:
                 raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
         with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
             self.ingest()
-        return back_up(self.target, path, wait=wait)
+        place, target = os.path.abspath(path), self.target
+        with _scratch(place, f"{path} can't be written") as scratch:
+            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
+            with target.session(read_only=True, wait=wait) as engine:
+                tables = target.columns(engine)
+                _copy_database(engine, target, copy)
+                _copy_journal(unknown_segments(engine, self.journal.segments(), tables), waiting)
+            events = _take_in(copy, waiting, target)
+            _put_in_place(copy, place)
+            sync_directory(os.path.dirname(place))
+        return events
 
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
         """Put a backup in place of the database, with all that the database holds besides.
@@ -9710,8 +9595,38 @@ class Store:
             StoreError: nothing was changed, because something would be lost.
         """
         self._refuse_remote("restore")
-        with self._alone(wait):
-            return put_back(self.target, path, wait=wait)
+        target, place = self.target, os.path.realpath(self.target.path)
+        old = Journal(path + ".journal")  # of backups by earlier versions
+        source = Target(Config(os.path.abspath(path), attach=target.options), old)
+        with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
+            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
+            with source.session(read_only=True, wait=wait) as engine:
+                if "logs" not in source.columns(engine):
+                    raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
+                _copy_database(engine, source, copy)
+            _copy_journal(old.segments(), waiting)
+            events, before, kept = _take_in(copy, waiting, target), 0, None
+            if target.is_absent():
+                _put_in_place(copy, place)
+            else:
+                with target.session(read_only=False, wait=wait) as engine:
+                    engine.execute("CHECKPOINT audit")
+                ours = os.stat(place)
+                events, before = _merge(copy, place, target)
+                if events == before:
+                    return Restored(events, 0, None)
+                give_to_owner(copy)
+                kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
+                with target.session(read_only=True, wait=wait):
+                    if _stamp_of(os.stat(place)) != _stamp_of(ours):
+                        raise DatabaseLockedError(
+                            f"{place}: another process wrote to it meanwhile; try again"
+                        )
+                    _put_in_place(place, kept)
+                    take_after(copy, ours)
+                    os.replace(copy, place)
+            sync_directory(os.path.dirname(place))
+        return Restored(events, events - before, kept)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
         """Write the database anew, without the room that purged rows left, and return both sizes in bytes.
@@ -9720,8 +9635,23 @@ class Store:
             StoreError: the old database is still in place.
         """
         self._refuse_remote("compact")
+        target, path = self.target, os.path.realpath(self.target.path)
         with self._alone(wait):
-            return rewrite(self.target, wait=wait)
+            with target.session(read_only=False, wait=wait) as engine:
+                engine.execute("CHECKPOINT audit")
+            # Read-only, DuckDB keeps other writers out and leaves the WAL alone: detaching the old file can't
+            # harm the new one.
+            with target.session(read_only=True, wait=wait) as engine:
+                old = os.stat(path)
+                if _size_of(path + ".wal"):
+                    raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
+                with _scratch(path, f"{path} can't be written anew", name="compact") as scratch:
+                    fresh = os.path.join(scratch, "copy")
+                    _copy_database(engine, target, fresh)
+                    take_after(fresh, old)
+                    os.replace(fresh, path)
+                    sync_directory(os.path.dirname(path))
+                return old.st_size, os.stat(path).st_size
 
     def _refuse_remote(self, command: str) -> None:
         if not self.target.is_file:
@@ -9748,10 +9678,12 @@ class Store:
             raise StoreError(f"{path} is the audit database itself; name another file")
         if not os.path.isdir(folder):
             raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
-        if found is not None and not stat.S_ISREG(found.st_mode):
+        if found is None:
+            return
+        if not stat.S_ISREG(found.st_mode):
             kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
             raise StoreError(f"{path} is {kind}; name a file (`log` writes to standard output by --export -)")
-        if is_file and found is not None and not self.target.is_absent() and os.path.samefile(path, own):
+        if is_file and not self.target.is_absent() and os.path.samefile(path, own):
             raise StoreError(f"{path} is the audit database under another name; name another file")
 
 
@@ -9782,7 +9714,7 @@ FROM ("""
 
 
 class Follower:
-    """Returns events as they are recorded, by whatever process or host: each once, none left out."""
+    """Returns events as they are recorded, by whatever process or host: each once."""
 
     def __init__(
         self, store: Store, what: Filter, columns: str = "", cursor: Mapping[str, Any] | None = None
@@ -9799,7 +9731,7 @@ class Follower:
         self._engine: Engine | None = None
 
     def start(self, reading: Reading) -> None:
-        """Count all that is recorded now, in an open log, as seen."""
+        """Count everything in an open log as seen."""
         if reading.problem is not None:  # of the ledger, only what is entered later is new
             self._since = sql_time(utc_now())
         elif reading.has_ledger:
@@ -9811,7 +9743,7 @@ class Follower:
             )
 
     def is_seen(self, row: Row) -> bool:
-        """Return True if `look` will not return this event, because `start` counted it as seen."""
+        """Return True if `start` counted an event as seen."""
         segment, _, seq = (row[-1] or "").rpartition(":")
         return int(seq or 0) <= self._tails.get(segment, _SETTLED)
 
@@ -9820,7 +9752,7 @@ class Follower:
         return {"version": 1, "journals": self._positions, "segments": self._tails}
 
     def look(self, *, wait: float = 0.0) -> list[Row]:
-        """Return the matching events that are new since the last look, oldest first, not too many at once."""
+        """Return new matching events, oldest first, not too many at once."""
         signature, rows = self._target.signature(), []
         if signature is None or signature != self._signature:
             try:
@@ -9833,7 +9765,7 @@ class Follower:
         return rows if rows or self.is_behind else self._new_lines()
 
     def running(self) -> list[Row]:
-        """Return the matching calls that run on this host, for a second or longer."""
+        """Return the matching calls that have run for a second on this host."""
         lines = self._journal.running()
         if not lines:
             return []
@@ -9848,13 +9780,12 @@ class Follower:
         return self._engine
 
     def close(self) -> None:
-        """End the session with DuckDB, if there is one."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()
 
     def _new_table_rows(self) -> list[Row]:
-        """Return what the ledger entered, but for the events that were seen in the journal."""
+        """Return what the ledger entered and the journal didn't show before."""
         engine = self._session()
         known = listed("known VARCHAR, last BIGINT", self._positions.items())
         asked = _NEW_ENTRIES.format(positions=known, since=sql_literal(self._since))
@@ -9876,7 +9807,7 @@ class Follower:
         return rows
 
     def _rows_of(self, engine: Engine, types: Mapping[str, str], entries: Sequence[Row]) -> list[Row]:
-        """Return the unseen rows of entries, and a notice for each loss and each gap."""
+        """Return the unseen rows of entries, and a notice for each loss and gap."""
         tails = {
             segment: self._tails.get(segment, 0)
             for _, _, kind, segment, _, _ in entries
@@ -9899,7 +9830,7 @@ class Follower:
         return self._matching(engine)
 
     def _new_lines(self) -> list[Row]:
-        """Return what the segments got that the table lacks."""
+        """Return what segments got that the table lacks."""
         paths = {segment_id_of(path): path for path in self._journal.segments()}
         for segment in [each for each, tail in self._tails.items() if tail == _SETTLED and each not in paths]:
             del self._tails[segment]
@@ -9949,7 +9880,7 @@ FROM events"""
 
 
 class Checkup:
-    """The state of a log: `report`, an object for JSON, and `faults`. What can't be examined is one too."""
+    """The state of a log: `report`, an object for JSON, and `faults`."""
 
     _LITTLE_SPACE_BYTES = 256 * 2**20  # arbitrary
 
