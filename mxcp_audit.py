@@ -9696,21 +9696,32 @@ class Store:
 _LOOK_EVENTS = 20_000  # of the table, in one look: bounds memory and time
 _LOOK_ENTRIES = 1000  # of the ledger, likewise
 _SETTLED = 2**62  # the last line of a segment that the table has
+_TAILS = "wanted VARCHAR, tail BIGINT"
+_ORDER = "ORDER BY ingested_at, journal, position"
 _NEW_ENTRIES = f"""\
-SELECT journal, position, kind, segment, events, detail FROM audit.ledger
-LEFT JOIN ({{positions}}) ON known = journal
-WHERE position > coalesce(last, 0) AND ingested_at >= {{since}}::TIMESTAMP
-ORDER BY ingested_at, journal, position LIMIT {_LOOK_ENTRIES}"""
+CREATE OR REPLACE TEMP TABLE entries AS
+SELECT *, count(*) OVER () AS waiting
+FROM (SELECT journal, position, kind, segment, coalesce(events, 0) AS events, coalesce(detail, '') AS detail,
+        coalesce(tail, 0) AS tail, ingested_at
+      FROM audit.ledger LEFT JOIN ({{positions}}) ON known = journal LEFT JOIN ({{tails}}) ON wanted = segment
+      WHERE position > coalesce(last, 0) AND ingested_at >= {{since}}::TIMESTAMP
+      {_ORDER} LIMIT {_LOOK_ENTRIES})
+QUALIFY sum(events) OVER ({_ORDER}) <= {_LOOK_EVENTS} OR row_number() OVER ({_ORDER}) = 1"""
+_ENTERED = """\
+SELECT segment AS wanted, max(tail) AS tail FROM entries WHERE kind IN ('segment', 'legacy') GROUP BY ALL"""
 _FRESH = f"""\
 CREATE OR REPLACE TEMP TABLE fresh AS SELECT events.* FROM ({{rows}}) AS events
 JOIN ({{tails}}) ON wanted = {SEGMENT_OR_DAY} WHERE coalesce(seq, 1) > tail"""
-_TAILS = "wanted VARCHAR, tail BIGINT"
-_NOTICES = """\
+_NOTICES = f"""\
 INSERT INTO fresh BY NAME
-SELECT now()::TIMESTAMP AS timestamp, '' AS caller, kind AS type, kind AS name,
-       '{"events":' || events || '}' AS input_json, 0 AS duration_ms, 'n/a' AS policy_decision,
-       'error' AS status, detail AS error, journal AS segment, position AS seq
-FROM ("""
+SELECT now()::TIMESTAMP AS timestamp, '' AS caller, if(kind = 'loss', 'loss', 'gap') AS type, type AS name,
+  '{{"events":' || missing || '}}' AS input_json, 0 AS duration_ms, 'n/a' AS policy_decision,
+  'error' AS status, if(kind = 'loss', detail, missing || if(missing = 1, ' event', ' events')
+    || ' left the table before they were read, by a purge perhaps') AS error, journal AS segment,
+  position AS seq
+FROM (SELECT *, if(kind = 'loss', events, events - tail - coalesce(came, 0)) AS missing FROM entries
+  LEFT JOIN (SELECT {SEGMENT_OR_DAY} AS wanted, count(*) AS came FROM fresh GROUP BY ALL) ON wanted = segment)
+WHERE kind = 'loss' OR (kind IN ('segment', 'legacy') AND missing > 0)"""
 
 
 class Follower:
@@ -9738,9 +9749,8 @@ class Follower:
             self._signature = self._target.signature()
             self._positions = dict(reading.engine.execute(CHAIN_ENDS))
         if reading.has_journal:
-            self._tails = dict(
-                reading.engine.execute("SELECT segment, max(seq) FROM journal_rows GROUP BY segment")
-            )
+            ends = reading.engine.execute("SELECT segment, max(seq) FROM journal_rows GROUP BY segment")
+            self._tails = dict(ends)
 
     def is_seen(self, row: Row) -> bool:
         """Return True if `start` counted an event as seen."""
@@ -9769,9 +9779,8 @@ class Follower:
         lines = self._journal.running()
         if not lines:
             return []
-        engine = self._session()
         with scratch_folder(self._journal.directory) as folder:
-            reading = Reading(engine, folder, self._target)
+            reading = Reading(self._session(), folder, self._target)
             reading.open_running(lines)
             return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
 
@@ -9787,77 +9796,61 @@ class Follower:
     def _new_table_rows(self) -> list[Row]:
         """Return what the ledger entered and the journal didn't show before."""
         engine = self._session()
-        known = listed("known VARCHAR, last BIGINT", self._positions.items())
-        asked = _NEW_ENTRIES.format(positions=known, since=sql_literal(self._since))
+        asked = _NEW_ENTRIES.format(
+            positions=listed("known VARCHAR, last BIGINT", self._positions.items()),
+            tails=listed(_TAILS, self._tails.items()),
+            since=sql_literal(self._since),
+        )
+        entries: list[Row] = []
+        rows: list[Row] = []
         with self._target.attached(engine, read_only=True):
             signature = self._target.signature()  # nobody can ingest now
             present = self._target.columns(engine)
-            found = engine.execute(asked) if "ledger" in present else []
-            totals = itertools.accumulate(entry[4] or 0 for entry in found)
-            entries = found[:1] + [e for e, total in zip(found, totals) if total <= _LOOK_EVENTS][1:]
-            rows = self._rows_of(engine, present["logs"], entries) if entries and "logs" in present else []
-        for journal, position, kind, segment, _, _ in entries:
+            if "ledger" in present:
+                engine.execute(asked)
+                entries = engine.execute("SELECT journal, position, kind, segment, waiting FROM entries")
+            if entries:
+                rows = self._matching(sound_rows(present.get("logs", {})), _ENTERED)
+        for journal, position, kind, segment, _ in entries:
             self._positions[journal] = max(position, self._positions.get(journal, 0))
             if kind == "segment":
                 self._tails[segment] = _SETTLED
-        self.is_behind = len(entries) < len(found) or len(found) == _LOOK_ENTRIES
+        self.is_behind = bool(entries) and (len(entries) < entries[0][-1] or entries[0][-1] == _LOOK_ENTRIES)
         self._signature = None if self.is_behind else signature
         if engine.name == "cli" and self._target.is_file:  # a process for nothing, until then
             self.close()
         return rows
 
-    def _rows_of(self, engine: Engine, types: Mapping[str, str], entries: Sequence[Row]) -> list[Row]:
-        """Return the unseen rows of entries, and a notice for each loss and gap."""
-        tails = {
-            segment: self._tails.get(segment, 0)
-            for _, _, kind, segment, _, _ in entries
-            if kind in ("segment", "legacy")
-        }
-        engine.execute(_FRESH.format(rows=sound_rows(types), tails=listed(_TAILS, tails.items())))
-        fresh = engine.execute(f"SELECT {SEGMENT_OR_DAY} AS k, count(*) AS n FROM fresh GROUP BY k")
-        counts: dict[str, int] = dict(fresh)
-        notices = []
-        for journal, position, kind, segment, events, detail in entries if self._notices else ():
-            missing = (events or 0) - tails.get(segment, 0) - counts.get(segment, 0)
-            if kind == "loss":
-                notices.append((kind, events, detail or "", journal, position))
-            elif segment in tails and missing > 0:
-                text = f"{counted(missing, 'event')} left the table before they were read, by a purge perhaps"
-                notices.append(("gap", missing, text, journal, position))
-        columns = "kind VARCHAR, events BIGINT, detail VARCHAR, journal VARCHAR, position BIGINT"
-        if notices:
-            engine.execute(f"{_NOTICES}{listed(columns, notices)})")
-        return self._matching(engine)
-
     def _new_lines(self) -> list[Row]:
         """Return what segments got that the table lacks."""
         paths = {segment_id_of(path): path for path in self._journal.segments()}
-        for segment in [each for each, tail in self._tails.items() if tail == _SETTLED and each not in paths]:
-            del self._tails[segment]
+        self._tails = {each: tail for each, tail in self._tails.items() if tail != _SETTLED or each in paths}
         sizes = {each: _size_of(path) for each, path in paths.items() if self._tails.get(each) != _SETTLED}
         grown = [each for each, size in sizes.items() if size > self._sizes.get(each, 0)]
         if not grown:
             return []
-        engine = self._session()
-        found = [paths[each] for each in grown]
+        files = [paths[each] for each in grown]
         tails = listed(_TAILS, [(each, self._tails.get(each, 0)) for each in grown])
         try:
             with scratch_folder(self._journal.directory) as folder:
-                rows = journal_rows(combine(found, folder), max(sizes[each] for each in grown))
-                engine.execute(_FRESH.format(rows=rows, tails=tails))
+                rows = journal_rows(combine(files, folder), max(sizes[each] for each in grown))
+                matching = self._matching(rows, tails)
         except QueryError:
             self.close()
-            if all(map(os.path.exists, found)):
+            if all(map(os.path.exists, files)):
                 raise
             return []  # ingested at this moment: the ledger tells the next look
-        last = engine.execute("SELECT segment, max(seq) AS last FROM fresh GROUP BY segment")
-        matching = self._matching(engine)
-        self._tails.update(last)
+        self._tails.update(self._session().execute("SELECT segment, max(seq) FROM fresh GROUP BY segment"))
         self._sizes = sizes
         return matching
 
-    def _matching(self, engine: Engine) -> list[Row]:
-        where = f"({self._what.where()})" + (" OR type IN ('loss', 'gap')" if self._notices else "")
+    def _matching(self, rows: str, tails: str) -> list[Row]:
+        """Put the rows behind the tails into the table `fresh`, and return those that match."""
+        engine, where = self._session(), f"({self._what.where()})"
+        engine.execute(_FRESH.format(rows=rows, tails=tails))
+        if self._notices and tails == _ENTERED:
+            engine.execute(_NOTICES)
+            where += " OR type IN ('loss', 'gap')"
         return engine.execute(f"SELECT {self._columns} FROM fresh WHERE {where} ORDER BY {OLDEST_FIRST}")
 
 
