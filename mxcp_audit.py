@@ -7961,8 +7961,8 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
     """Return the keys of the chain, of which the first one seals."""
     import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
 
-    path, key = environ.get("MXCP_AUDIT_KEY_FILE"), environ.get("MXCP_AUDIT_KEY", "")
-    lines = [key.encode("utf-8", "surrogateescape")]
+    path = environ.get("MXCP_AUDIT_KEY_FILE")
+    lines = [environ.get("MXCP_AUDIT_KEY", "").encode("utf-8", "surrogateescape")]
     if path:
         try:
             with open(path, "rb") as file:
@@ -7997,9 +7997,7 @@ def entries_of(segments: Iterable[str]) -> str:
 def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> str:
     """Return the statement that prepares another entry; times are in microseconds."""
     values = [
-        ("make_timestamp({}) AS {}" if name.endswith("_event") else "{} AS {}").format(
-            sql_literal(value), name
-        )
+        f"{'make_timestamp' if name.endswith('_event') else ''}({sql_literal(value)}) AS {name}"
         for name, value in {"kind": kind, "events": events, "detail": detail, **more}.items()
     ]
     return f"INSERT INTO entries BY NAME SELECT {', '.join(values)}"
@@ -8038,14 +8036,12 @@ class Ledger(Target):
         journal = self.journal.identity()
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
         common = {"journal": journal, "host": host, "now": sql_time(utc_now())}
-        of_journal = "FROM audit.ledger WHERE journal = $journal"
-        ((position,),) = engine.execute(f"SELECT coalesce(max(position), 0) {of_journal}", common)
+        ((position, events),) = engine.execute(
+            "SELECT coalesce(max(position), 0), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)"
+            "::BIGINT FROM audit.ledger WHERE journal = $journal",
+            common,
+        )
         ((seal,),) = engine.execute(SEAL_AT, {**common, "position": position})
-        if self._next_head is not None and self._next_head[:2] == (journal, position):
-            events = self._next_head.events
-        else:
-            count = f"SELECT coalesce(sum(events), 0)::BIGINT {of_journal} AND kind = 'segment'"
-            ((events,),) = engine.execute(count, common)
         head = Head(journal, position, events, seal or "")
         if head.seal.startswith(_KEYED) and not keys:
             text = "the ledger is sealed with a key, and an entry without it would look forged: "
@@ -9228,7 +9224,7 @@ WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORD
         if alive <= _SILENCE:
             if alive >= left:
                 moment = _EPOCH_START + datetime.timedelta(microseconds=later - left)
-                return f"{moment:%Y-%m-%d %H:%M:%S.%f}"
+                return moment.isoformat(" ", "microseconds")
             left -= alive
         later = hour
     return None
@@ -9859,50 +9855,40 @@ class Follower:
 #
 # What `doctor` looks at; it changes nothing.
 
+_HANGS_MS = 3_600_000
+_REFUSED = """\
+SELECT count(*), strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC'), arg_max(error, timestamp) FROM events"""
+
 
 class Fault(NamedTuple):
     problem: str
     remedy: str
 
 
-_HANGS_MS = 3_600_000
-_REFUSED = """\
-SELECT count(*) AS n, strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC') AS first_seen,
-       arg_max(error, timestamp) AS last
-FROM events"""
-
-
 class Checkup:
     """The state of a log: `report`, an object for JSON, and `faults`."""
 
-    _LITTLE_SPACE_BYTES = 256 * 2**20  # arbitrary
+    _LITTLE_SPACE_BYTES = 256 * 2**20
 
     def __init__(self, config: Config, *, wait: float) -> None:
         self.faults: list[Fault] = []
-        self.report: dict[str, Any] = {}
+        self.report: dict[str, Any] = {"healthy": False, "faults": [], "profile": config.profile}
         self._config = config
         self._store = Store(config)
         if not config.enabled:
-            self._fault(
-                f"audit logging is not enabled for profile {config.profile!r}",
-                "set `enabled: true` in its `audit` section",
-            )
+            problem = f"audit logging is not enabled for profile {config.profile!r}"
+            self._fault(problem, "set `enabled: true` in its `audit` section")
         self._examine_journal()
+        self.report["engine"] = None
         try:
             with contextlib.closing(open_engine()) as engine:
                 self.report["engine"] = {"name": engine.name, "version": engine.version()}
             self._examine_database(wait)
         except StoreError as error:
-            self.report.setdefault("engine", None)
             self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
         if self._store.target.is_file:
             self._examine_access()
-        self.report = {
-            "healthy": not self.faults,
-            "faults": [fault._asdict() for fault in self.faults],
-            "profile": config.profile,
-            **self.report,
-        }
+        self.report |= {"healthy": not self.faults, "faults": [fault._asdict() for fault in self.faults]}
 
     def _fault(self, problem: str, remedy: str) -> None:
         self.faults.append(Fault(problem, remedy))
@@ -9915,8 +9901,7 @@ class Checkup:
                 if reading.problem is not None:
                     raise reading.problem
                 state["readable"] = reading.has_table
-                count = "SELECT count(*) FROM table_rows"
-                ((state["events"],),) = reading.engine.execute(count)
+                ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
                 for text in reading.oddities:
                     problem = f"{text}: what is shown may not be what was recorded"
                     self._fault(problem, "see what `verify` finds")
@@ -9949,8 +9934,7 @@ class Checkup:
 
     def _examine_journal(self) -> None:
         journal = self._store.journal
-        state: dict[str, Any] = {"path": journal.directory}
-        self.report["journal"] = state
+        state = self.report["journal"] = {"path": journal.directory}
         try:
             state |= journal.survey()
         except JournalError as error:
@@ -9971,20 +9955,20 @@ class Checkup:
         import shutil
 
         database, journal = self._store.target.path, self._store.journal.directory
+        others = 0o007 if self._config.group else 0o077
         for path in (database, database + ".wal", journal):
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
-                if mode & (0o007 if self._config.group else 0o077) and os.name == "posix":
+                if mode & others and os.name == "posix":
                     self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
                 if not os.access(path, os.R_OK | os.W_OK):
                     self._fault(f"{path} can't be read and written by this user", "check owner and mode")
-        space = {}
+        space = self.report["free_bytes"] = {}
         for path in {os.path.dirname(database), os.path.dirname(journal)}:
             with contextlib.suppress(OSError):
                 free = space[path] = shutil.disk_usage(path).free
                 if free < self._LITTLE_SPACE_BYTES:
                     self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
-        self.report["free_bytes"] = space
 
 
 # === Output ===
