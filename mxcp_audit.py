@@ -6662,8 +6662,8 @@ if hasattr(os, "register_at_fork"):
 # === SQL ===
 # depends on: Errors, Events, Journal
 #
-# Everything above records, everything below reads. Statements have either `$name` parameters or values as
-# literals, never both, because a literal may hold a `$name`. The target is attached as `audit`.
+# Everything above records, everything below reads. A statement has `$name` parameters or literals, never
+# both, because a literal may hold a `$name`. The target is attached as `audit`.
 
 
 def sql_literal(value: object) -> str:
@@ -6727,7 +6727,7 @@ LEDGER_DEFINITIONS = (
 )
 LEDGER_COLUMNS = tuple(Column(*words.split()) for words in LEDGER_DEFINITIONS.split(", "))
 CREATE_LEDGER = f"CREATE TABLE IF NOT EXISTS audit.ledger ({LEDGER_DEFINITIONS})"
-# What was replaced stays for a while: somebody may still read it. Only of a lake that has no other tables.
+# Somebody may still read what was replaced. Only of a lake that has no other tables.
 LAKE_CLEANING = (
     "CALL ducklake_expire_snapshots('audit', older_than => now() - INTERVAL 7 DAYS)",
     "CALL ducklake_cleanup_old_files('audit', older_than => now() - INTERVAL 2 DAYS)",
@@ -6738,16 +6738,11 @@ def lake_chores(commit: int) -> list[str]:
     """Return the chores after a commit of a lake: every 256th merges small files, every 4,096th larger."""
     if commit % 256:
         return []
-    size, cleaning = (2**20, ()) if commit % 4096 else (2**26, LAKE_CLEANING)
-    chores = [
-        chore.format(table)
-        for table in ("logs", "ledger")
-        for chore in (
-            "CALL ducklake_flush_inlined_data('audit', table_name => '{}')",
-            f"CALL ducklake_merge_adjacent_files('audit', '{{}}', max_file_size => {size})",
-        )
-    ]
-    return [*chores, *cleaning]
+    size, chores = (2**20, []) if commit % 4096 else (2**26, [*LAKE_CLEANING])
+    for table in ("ledger", "logs"):
+        merge = f"CALL ducklake_merge_adjacent_files('audit', '{table}', max_file_size => {size})"
+        chores = [f"CALL ducklake_flush_inlined_data('audit', table_name => '{table}')", merge, *chores]
+    return chores
 
 
 # --- digests: what the ledger knows a row, and a segment, by
@@ -6886,13 +6881,16 @@ def sound_rows(
     types: Mapping[str, str], table: str = "audit.logs", columns: Sequence[Column] = COLUMNS
 ) -> str:
     """Return the SELECT of a table's rows in our columns and types, NULL where that fails."""
-    parts = []
-    for name, sql_type in columns:
+
+    def sound(name: str, sql_type: str) -> str:
         given = types.get(name)
+        if given == sql_type:
+            return name
         zoned = f"timezone('UTC', {name})" if given == "TIMESTAMP WITH TIME ZONE" else name
-        part = name if given == sql_type else f"TRY_CAST({zoned} AS {sql_type}) AS {name}"
-        parts.append(part if given else f"NULL::{sql_type} AS {name}")
-    return f"SELECT {', '.join(parts)} {f'FROM {table}' if types else 'WHERE false'}"
+        return f"TRY_CAST({zoned if given else 'NULL'} AS {sql_type}) AS {name}"
+
+    selected = ", ".join(sound(*column) for column in columns)
+    return f"SELECT {selected} {f'FROM {table}' if types else 'WHERE false'}"
 
 
 NO_ROWS = sound_rows({})
@@ -6985,27 +6983,27 @@ def public_select(**more: bool) -> str:
 
 def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
     """Yield the public columns, each with its SQL, which both engines return alike."""
+    formula = sql_literal(FORMULA)
     for name in PUBLIC_COLUMNS:
         value = f"({EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
             value = name if typed else f"strftime(timestamp, {_ISO_FORMAT})"
         elif harmless and name not in ("duration_ms", "result_bytes"):
-            formula = sql_literal(FORMULA)
             value = f"CASE WHEN regexp_matches({value}, {formula}) THEN '''' || {value} ELSE {value} END"
         yield name, value
 
 
 # --- exports, figures, and SQL of a person's own
 
-# What Excel, LibreOffice and Sheets take for a formula, also behind what is invisible, and the apostrophe
-# itself, so that removing one leading apostrophe gives every cell back as it was.
+# What spreadsheets take for a formula, also behind what is invisible, and the apostrophe itself, so that
+# removing one leading apostrophe gives every cell back as it was.
 _INVISIBLE = (
     r"\x01-\x20\x7f-\xa0\xad"
     "\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
     "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
 )
 FORMULA = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
-# What COPY is told for each export format. Its name is the extension of a file. A `.duckdb` file is no COPY.
+# What COPY is told for each export format, which is called as the extension of a file.
 _COPY_OPTIONS = {
     "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
     "json": "FORMAT json, ARRAY true",
@@ -7055,7 +7053,7 @@ def stats_query(source: str, by: str, sort: str, count: int) -> str:
     return _STATS.format(shown=shown, group=group, source=source, order=order, count=count, iso=_ISO_FORMAT)
 
 
-# What a person's own SQL may see: the events as one view, and no file, setting or other database.
+# What a person's own SQL may see.
 SQL_VIEW = f"""\
 CREATE OR REPLACE TEMP VIEW logs AS
 SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {EVENT_ID} AS event_id
@@ -7142,7 +7140,7 @@ def _has_name(column: str, name: str) -> str:
 # depends on: Errors, SQL
 #
 # The ways to DuckDB, which take the same statements and return the same values. A session begins at the
-# first `execute` and ends with `close`, or with the first error: then whatever was attached or begun is gone.
+# first `execute`; `close` or the first error ends it, with all that was attached or begun.
 
 Params: TypeAlias = Mapping[str, object]
 Row: TypeAlias = tuple[Any, ...]
@@ -7638,7 +7636,7 @@ def _alone_in_process(path: str) -> Iterator[None]:
 
 
 class Target:
-    """The database of a configuration: a file, or what else DuckDB can attach."""
+    """The database of a configuration."""
 
     def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = open_engine) -> None:
         self.path: str = config.path
@@ -7653,9 +7651,9 @@ class Target:
         self.new_file = {**({} if "ENCRYPTION_KEY" in self.options else NEW_FILE), **self.options}
         self._group = config.group
         self.commits: list[int] = []  # of a lake, by their numbers, since it was tended
-        self.open_engine: Callable[..., Engine] = (
-            opener if self.is_file else functools.partial(opener, apart=True)
-        )
+        if not self.is_file:
+            opener = functools.partial(opener, apart=True)
+        self.open_engine: Callable[..., Engine] = opener
 
     @contextlib.contextmanager
     def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
@@ -7666,10 +7664,8 @@ class Target:
 
             def enter() -> None:
                 if self.is_absent():
-                    raise DatabaseNotFoundError(
-                        f"{_NOT_FOUND}{self.path}: correct the path, or run `ingest` "
-                        "if events wait in its journal"
-                    )
+                    text = "correct the path, or run `ingest` if events wait in its journal"
+                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
                 stack.enter_context(self.attached(engine, read_only=read_only))
 
             patiently(enter, wait)
@@ -7711,9 +7707,8 @@ class Target:
             attach(engine, self.path, "audit", options)
             return
         if self._is_quack and not read_only:
-            raise StoreError(
-                "quack: is for reading only: it has no transactions; write to a file, DuckLake or PostgreSQL"
-            )
+            text = "it has no transactions; write to a file, DuckLake or PostgreSQL"
+            raise StoreError(f"quack: is for reading only: {text}")
         try:
             attach(engine, self.path, "audit", options)
         except QueryError as error:
@@ -7806,12 +7801,11 @@ class Target:
 
     def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
         """Return the column types of `logs` and `ledger`, as far as these exist."""
-        if self._is_quack:  # duckdb_columns() lists none there
-            columns = "column_name, column_type FROM (DESCRIBE audit."
-            return column_types(
-                engine, f"SELECT 'logs' AS t, {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
-            )
-        return column_types(engine)
+        if not self._is_quack:
+            return column_types(engine)
+        columns = "column_name, column_type FROM (DESCRIBE audit."  # duckdb_columns() lists none there
+        sql = f"SELECT 'logs' AS t, {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
+        return column_types(engine, sql)
 
     def oddities(self, engine: Engine) -> list[str]:
         """Return why our tables aren't plain ones and may show what nobody recorded."""
@@ -7825,28 +7819,28 @@ class Target:
     def tend_lake(self) -> None:
         """Keep a lake's files few and large, if it is this process's turn."""
         chores, self.commits = [chore for commit in self.commits for chore in lake_chores(commit)], []
-        if chores:
-            with self.session(read_only=False, wait=0.0, guest=True) as engine:
-                ((is_ours,),) = engine.execute(
-                    "SELECT count(*) = 0 FROM duckdb_tables() WHERE database_name = 'audit' AND table_name "
-                    "NOT IN ('logs', 'ledger') AND NOT starts_with(table_name, 'turn_')"
-                )
-                for chore in dict.fromkeys(chores):
-                    if is_ours or chore not in LAKE_CLEANING:
-                        engine.execute(chore)
+        if not chores:
+            return
+        with self.session(read_only=False, wait=0.0, guest=True) as engine:
+            ((others,),) = engine.execute(
+                "SELECT count(*) FROM duckdb_tables() WHERE database_name = 'audit' "
+                "AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"
+            )
+            for chore in dict.fromkeys(chores):
+                if not others or chore not in LAKE_CLEANING:
+                    engine.execute(chore)
 
     def change_logs(self, engine: Engine, statement: str) -> None:
         """Run a statement that a foreign table may refuse."""
         try:
             engine.execute(statement)
         except QueryError as error:
-            reason = str(error).splitlines()[0]
-            if "permission denied" in reason:
+            if "permission denied" in (reason := str(error).splitlines()[0]):
                 raise
-            raise StoreError(
+            text = (
                 f"{self.name}: its table `logs` takes no events of ours ({reason}); put that constraint or "
-                "view away, or set `path` to a database of our own"
-            ) from error
+            )
+            raise StoreError(text + "view away, or set `path` to a database of our own") from error
 
     def create_tables(self, engine: Engine) -> None:
         """Make missing tables and columns, and what lets two ingests of a journal collide."""
@@ -7913,24 +7907,24 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
     engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
-    rows = engine.execute("SELECT extension_name, loaded, loaded OR installed FROM duckdb_extensions()")
-    states = {name: rest for name, *rest in rows}
+    rows = engine.execute("SELECT extension_name, loaded FROM duckdb_extensions() WHERE loaded OR installed")
+    states: dict[str, bool] = dict(rows)
     for name, schemes in _EXTENSIONS.items():
         if set(schemes.split()).isdisjoint(words):
             continue
-        is_loaded, is_here = states.get(name, (False, False))
         source: str | None = name
-        if not is_here:
+        if name not in states:
             ((version,),) = engine.execute("SELECT library_version FROM pragma_version()")
             file = f"{name}.duckdb_extension"
             source = file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
             if source is None:
-                raise DatabaseUnreachableError(
-                    f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
-                    f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
+                text = (
+                    f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or pip "
                 )
+                text += f"install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
+                raise DatabaseUnreachableError(text)
             source = sql_literal(source)
-        if not is_loaded:
+        if not states.get(name):
             engine.execute(f"LOAD {source}")
         if name == "postgres_scanner":  # it refuses a batch for one NUL, which a foreign journal may hold
             engine.execute("SET pg_null_byte_replacement = chr(65533)")
@@ -8085,7 +8079,7 @@ def chain_heads(engine: Engine) -> list[Head]:
     return [Head(name or "", *rest) for name, *rest in rows]
 
 
-def known_segments(engine: Engine, segments: Sequence[str], *, kind: str = "segment") -> set[str]:
+def known_segments(engine: Engine, segments: Collection[str], *, kind: str = "segment") -> set[str]:
     """Return which of the segments have an entry of a kind."""
     sql = f"SELECT segment FROM audit.ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
     return {segment for (segment,) in engine.execute(sql)} if segments else set()
@@ -8093,10 +8087,9 @@ def known_segments(engine: Engine, segments: Sequence[str], *, kind: str = "segm
 
 def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[str]) -> list[str]:
     """Return the segment files that the target's ledger lacks."""
-    if "ledger" not in tables:
-        return list(paths)
-    known = known_segments(engine, [segment_id_of(path) for path in paths])
-    return [path for path in paths if segment_id_of(path) not in known]
+    ids = list(map(segment_id_of, paths))
+    known = known_segments(engine, ids) if "ledger" in tables else ()
+    return [path for path, segment in zip(paths, ids) if segment not in known]
 
 
 # == Ingest ==
@@ -8108,8 +8101,7 @@ INGEST_BYTES = 64 * 2**20  # of journal, in one transaction: what fits a guest's
 _LONGEST_READ = 2**28  # a longer line is put aside: DuckDB would need twice its size
 _LEAST_READ = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
-_CONFLICT_TRIES = 5  # in one ingest, when another host wrote at the same time
-_CONFLICT_PAUSE_SECONDS = 0.5  # the longest between two tries; they are spread at random
+_CONFLICT_SECONDS = 1.5  # an ingest is tried again while other hosts write at the same time
 
 
 class Ingest:
@@ -8135,24 +8127,22 @@ class Ingest:
     def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
         """Ingest segments, in halves if they are too much at once; then delete and count them."""
         refuse_fatal_limit()
+        target = self._target
+
+        def move() -> tuple[Mapping[str, int], set[str]]:
+            losses = self._stage(engine, claims, folder)
+            return losses, self._commit(engine, claims, losses, lost)
+
         try:
             with (
-                contextlib.closing(self._target.open_engine(guest=True)) as engine,
+                contextlib.closing(target.open_engine(guest=True)) as engine,
                 scratch_folder(self._journal.directory) as folder,
             ):
                 is_large = sum(claim.size for claim in claims) > _LEAST_READ
-                if is_large and self._target.is_file and not self._target.is_absent():
-                    with self._target.attached(engine, read_only=False):
+                if is_large and target.is_file and not target.is_absent():
+                    with target.attached(engine, read_only=False):
                         pass  # it is free: to read so much in vain costs more
-                for tries_left in reversed(range(1 if self._target.is_file else _CONFLICT_TRIES)):
-                    try:
-                        losses = self._stage(engine, claims, folder)
-                        fresh = self._commit(engine, claims, losses, lost)
-                        break
-                    except DatabaseLockedError:
-                        if not tries_left:
-                            raise
-                        time.sleep(_CONFLICT_PAUSE_SECONDS * (1 + os.urandom(1)[0]) / 256)
+                losses, fresh = patiently(move, 0.0 if target.is_file else _CONFLICT_SECONDS)
         except QueryError as error:
             if not is_data_fault(error) or len(claims) < 2:
                 raise
@@ -8160,11 +8150,10 @@ class Ingest:
             self._take(claims[:half], lost)
             self._take(claims[half:], {})
             return
-        self._diagnostics.ingested += sum(claim.lines for claim in claims if claim.id in fresh)
         for claim in claims:
             faults = losses.get(claim.id, 0)
-            if claim.id in fresh and faults:
-                self._diagnostics.ingested -= faults
+            if claim.id in fresh:
+                self._diagnostics.ingested += claim.lines - faults
                 self._reject(claim, faults)
             if claim.torn:
                 self._diagnostics.report(
@@ -8173,18 +8162,17 @@ class Ingest:
             try:
                 os.unlink(claim.path)
             except OSError as error:
-                self._diagnostics.report(
-                    "delete", "an ingested segment can't be deleted; it is not ingested again", error=error
-                )
+                text = "an ingested segment can't be deleted; it is not ingested again"
+                self._diagnostics.report("delete", text, error=error)
         for path in lost:
             with contextlib.suppress(OSError):
                 os.unlink(path)
 
     def _reject(self, claim: Claim, faults: int) -> None:
-        self._diagnostics.rejected += faults
-        self._diagnostics.report(
-            "rejected", f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
-        )
+        if faults:
+            self._diagnostics.rejected += faults
+            text = f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
+            self._diagnostics.report("rejected", text)
 
     def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
         """Read the segments into `batch`; return how many lines each lost."""
@@ -8211,7 +8199,7 @@ class Ingest:
 
     def _salvage(self, engine: Engine, claim: Claim, folder: str) -> int:
         """Stage the good lines of a segment, put the others aside, and return how many those are."""
-        good: list[tuple[int, bytes]] = []
+        good: dict[int, bytes] = {}
         faults: list[tuple[int, str, bytes]] = []
         seen: set[object] = set()
         # A power loss may leave NULs where blocks never reached the disk; the line after them stands apart.
@@ -8226,25 +8214,24 @@ class Ingest:
                 faults.append((number, str(error), line))
             else:
                 seen.add(seq)
-                good.append((number, line))
+                good[number] = line
         scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
 
-        def unreadable(lines: list[tuple[int, bytes]]) -> list[tuple[int, bytes]]:
-            """Return the lines that DuckDB can't read."""
-            text = b"".join(line + b"\n" for _, line in lines)
+        def unreadable(numbers: list[int]) -> list[int]:
+            """Return the lines that DuckDB can't read; without any, all are staged."""
+            text = b"".join(good[number] + b"\n" for number in numbers)
             replace_file(scratch, named_lines(claim.id, text))
-            if not lines or self._read(engine, [scratch], {claim.id: [len(lines)] * 3}):
+            if not numbers or self._read(engine, [scratch], {claim.id: [len(numbers)] * 3}):
                 return []
-            half = len(lines) // 2
-            return lines if not half else unreadable(lines[:half]) + unreadable(lines[half:])
+            half = len(numbers) // 2
+            return unreadable(numbers[:half]) + unreadable(numbers[half:]) if half else numbers
 
-        bad = unreadable(good)
-        if bad and unreadable([line for line in good if line not in bad]):
+        bad = unreadable(list(good))
+        reason = "DuckDB can't read it, or needs too much memory to"
+        faults += [(number, reason, good.pop(number)) for number in bad]
+        if bad and unreadable(list(good)):
             raise QueryError(f"{claim.path}: its lines can't be read together; they stay in the journal")
-        faults += [
-            (number, "DuckDB can't read it, or needs too much memory to", line) for number, line in bad
-        ]
-        if len(faults) == claim.lines:
+        if not good:
             engine.execute(STAGE_NOTHING)
         if faults:
             claim.reject(sorted(faults))
@@ -8254,8 +8241,8 @@ class Ingest:
         self, engine: Engine, claims: list[Claim], losses: Mapping[str, int], lost: Mapping[str, Loss]
     ) -> set[str]:
         """Move `batch` into the database; return the segments that were new to it."""
-        segments = [claim.id for claim in claims]
-        with self._target.attached(engine, read_only=False), self._target.writing(engine):
+        target, segments = self._target, [claim.id for claim in claims]
+        with target.attached(engine, read_only=False), target.writing(engine):
             known = known_segments(engine, segments)
             fresh = [segment for segment in segments if segment not in known]
             entries: list[str] = []
@@ -8265,11 +8252,11 @@ class Ingest:
                 engine.execute(f"DELETE FROM batch WHERE {where}")
                 # So the next checkpoint writes: after an fsync that failed, the disk may lack what we read.
                 touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
-                if self._target.is_file:
+                if target.is_file:
                     engine.execute(f"{touch} AND {where}")
             losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
-                self._target.change_logs(engine, INSERT_ROWS)
+                target.change_logs(engine, INSERT_ROWS)
                 entries.append(entries_of(fresh))
                 text = "lines that could not be ingested, kept in the journal as .rejected"
                 entries += [
@@ -8278,31 +8265,30 @@ class Ingest:
                     if losses.get(segment)
                 ]
             of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
-            for segment in sorted(set(of_writers) - known_segments(engine, list(of_writers), kind="loss")):
+            for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
                 loss = of_writers[segment]
                 text = f"{loss.reason}, between {loss.first} and {loss.last}"
                 entries.append(entry_of("loss", loss.events, text, segment=segment))
             if entries:
-                self._target.enter(engine, entries)
+                target.enter(engine, entries)
         return set(fresh)
 
     def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
         """Put aside the ends of calls on record as unfinished; return how many of each segment."""
         calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
+        if not calls:
+            return {}
+        since = f"try_strptime({sql_literal(min(calls)[:22])}, '%Y%m%dT%H%M%S%fZ') - INTERVAL 1 MINUTE"
+        call_of = """regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1)"""
+        sql = f"""\
+SELECT DISTINCT {call_of} AS call FROM audit.logs WHERE timestamp >= coalesce({since}, '-infinity')
+  AND error = {sql_literal(UNFINISHED)} AND {among(call_of, calls)}"""
         late = collections.defaultdict[str, list[tuple[int, str, bytes]]](list)
-        if calls:
-            since = f"try_strptime({sql_literal(min(calls)[:22])}, '%Y%m%dT%H%M%S%fZ') - INTERVAL 1 MINUTE"
-            sql = f"""\
-SELECT DISTINCT call FROM (
-    SELECT regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1) AS call FROM audit.logs
-    WHERE timestamp >= coalesce({since}, '-infinity') AND error = {sql_literal(UNFINISHED)})
-WHERE {among("call", calls)}"""
-            for (call,) in engine.execute(sql):
-                claim, seq = calls[call]
-                line = next(
-                    (each for each in read_file(claim.path).splitlines() if call.encode() in each), b""
-                )
-                late[claim.id].append((seq, "its call is on record already, as unfinished", line))
+        for (call,) in engine.execute(sql):
+            claim, seq = calls[call]
+            lines = read_file(claim.path).splitlines()
+            line = next((line for line in lines if call.encode() in line), b"")
+            late[claim.id].append((seq, "its call is on record already, as unfinished", line))
         for claim in claims:
             if faults := late.get(claim.id):
                 seqs = among("seq", [seq for seq, *_ in faults])
@@ -8413,10 +8399,9 @@ class Reading:
         """Return the segments, and files of what the next ingest adds for unfinished calls."""
         left = {}
         for path, lines in self._journal.unfinished():
-            copy = os.path.join(self._folder, os.path.basename(path))
             if lines:
-                replace_file(copy, lines)
-                left[path] = copy
+                left[path] = os.path.join(self._folder, os.path.basename(path))
+                replace_file(left[path], lines)
         segments = self._journal.segments()  # later, so that a call that ends in between is seen once
         return [*segments, *(left[path] for path in left.keys() - set(segments))]
 
@@ -8816,9 +8801,8 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
         elif self._keys or checkpoint:
             self._add("table", "there is no ledger, so that nothing can be proved")
         if self._keys and not checkpoint:
-            self.notes.append(
-                "without a checkpoint it can't be known whether the end of the log was cut off, or all of it"
-            )
+            text = "whether the end of the log was cut off, or all of it"
+            self.notes.append(f"without a checkpoint it can't be known {text}")
 
     def open(self, checkpoint: Sequence[Head] = ()) -> bool:
         """Check the tables' form, the chains and the purges; False if there is no ledger."""
@@ -8887,27 +8871,23 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
     def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Compare each purge that is believed with the entries that it names."""
         purges: list[tuple[dict[str, Any], Taken, str]] = []
-        spans: list[tuple[object, ...]] = []
-        kept: list[tuple[object, ...]] = []
-        parts = 0
         for *values, detail in self._engine.execute(PURGES):
             entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
             if (entry["journal"], entry["position"]) in self.doubted:
                 continue
             is_newer = entry["position"] > self._covered.get(entry["journal"], 0)
-            taken, text = taken_by(detail) or Taken(), ""
-            if taken == Taken():
+            taken, text = taken_by(detail), ""
+            if taken is None:
                 text = "can't be read"
             elif taken.kept and is_newer and has_checkpoint and not self._keys:
                 text = "kept parts of segments, as earlier versions did, but is newer than the checkpoint"
-                taken = Taken()
             else:
                 self.purged += entry["events"]
                 self.purges += [entry] if is_newer else []
-                parts += bool(taken.kept)
-                spans += [(len(purges), *taken[:2], *span) for span in taken.spans]
-                kept += [(len(purges), *left) for left in taken.kept]
-            purges.append((entry, taken, text))
+            purges.append((entry, Taken() if text or taken is None else taken, text))
+        numbered = [(number, taken) for number, (_, taken, _) in enumerate(purges)]
+        spans = [(number, *taken[:2], *span) for number, taken in numbered for span in taken.spans]
+        kept = [(number, *left) for number, taken in numbered for left in taken.kept]
         spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
         kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
         self._engine.execute(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
@@ -8926,11 +8906,9 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
         for segment, found, _ in itertools.chain(*(taken.wrong for _, taken, _ in purges)):
             text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
             self._add("changed", text, segment=segment)
-        if parts:
-            self.notes.append(
-                f"{counted(parts, 'purge')} by an earlier version kept parts of segments: what those parts "
-                "should hold is known from the purge alone"
-            )
+        if parts := sum(bool(taken.kept) for _, taken in numbered):
+            text = "kept parts of segments: what those parts should hold is known from the purge alone"
+            self.notes.append(f"{counted(parts, 'purge')} by an earlier version {text}")
 
     # --- the segments
 
@@ -9698,8 +9676,9 @@ _NEW_ENTRIES = f"""\
 CREATE OR REPLACE TEMP TABLE entries AS
 SELECT *, count(*) OVER () AS waiting
 FROM (SELECT journal, position, kind, segment, coalesce(events, 0) AS events, coalesce(detail, '') AS detail,
-        coalesce(tail, 0) AS tail, ingested_at
-      FROM audit.ledger LEFT JOIN ({{positions}}) ON known = journal LEFT JOIN ({{tails}}) ON wanted = segment
+        coalesce(t.tail, 0) AS tail, ingested_at
+      FROM audit.ledger
+      LEFT JOIN ({{positions}}) ON known = journal LEFT JOIN ({{tails}}) AS t ON wanted = segment
       WHERE position > coalesce(last, 0) AND ingested_at >= {{since}}::TIMESTAMP
       {_ORDER} LIMIT {_LOOK_ENTRIES})
 QUALIFY sum(events) OVER ({_ORDER}) <= {_LOOK_EVENTS} OR row_number() OVER ({_ORDER}) = 1"""
