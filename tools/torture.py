@@ -1271,7 +1271,7 @@ MUTANTS = (
         "S12",
         (
             (
-                "                good.append((number, line))\n",
+                "                good[number] = line\n",
                 "                faults.append((number, '', line))\n",
             ),
         ),
