@@ -3134,9 +3134,8 @@ def event_of_line(line: bytes) -> dict[str, Any]:
 #
 # The append-only files between server and database (docs/journal-format.md). A process writes its own
 # segments only. Live = its writer holds the lock; sealed or orphaned = the lock is free. A lock belongs to
-# the open file (flock), not to the process: pids are reused, and differ between containers. A name never
-# changes: a rename makes a reader's query fail. On a file system without locks nobody can tell a live segment
-# from an orphan: events are recorded and readable, but never ingested.
+# the open file (flock), not to the process: pids are reused. A name never changes: a rename makes a reader's
+# query fail. Without locks nobody can tell a live segment from an orphan, and nothing is ingested.
 
 JOURNAL_FORMAT = 2  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX = ".jsonl"
@@ -3151,11 +3150,11 @@ _GROUP_MODE = 0o2770  # of a journal for a group, which is that of each file in 
 # Of files that may be others': without following a link, or waiting for the other end of a FIFO.
 _NO_FOLLOW = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _MOST_CLAIMS = 4096  # arbitrary: segments in one transaction
-_SMALL_BYTES = 2**18  # arbitrary: segments up to here are put together before DuckDB reads them
+_SMALL_BYTES = 2**18  # arbitrary: smaller segments are put together before DuckDB reads them
 COMBINED = "combined"  # the name of the file that holds them
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _TURN_SECONDS = 5.0  # how long readers let an ingest pass that asks
-_ORPHAN_SECONDS = 60.0  # arbitrary; a server takes its own segments in within seconds
+_ORPHAN_SECONDS = 60.0  # arbitrary
 _LOCK_OFFSET = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
@@ -3173,7 +3172,7 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def unlock(fd: int) -> None:
-    """Release the lock at once, even if a child that was forked behind Python's back has the file open."""
+    """Release the lock, even if a child that was forked behind Python's back has the file open."""
     if sys.platform != "win32":
         with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
@@ -3190,6 +3189,10 @@ def _key_at(path: str) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def _os_error(code: int, path: str | None = None) -> OSError:
+    return OSError(code, os.strerror(code), path)
+
+
 class Descriptor:
     """An open file of ours. If somebody closes it and another file gets its number, that is left alone."""
 
@@ -3201,7 +3204,7 @@ class Descriptor:
         """Return the descriptor's number. Raises OSError if it is closed, or another file's by now."""
         found = os.fstat(self._fd)
         if (found.st_dev, found.st_ino) != self._key:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            raise _os_error(errno.EBADF)
         return self._fd
 
     def is_open(self) -> bool:
@@ -3213,7 +3216,6 @@ class Descriptor:
             return error.errno != errno.EBADF  # a stale network handle is ours
 
     def leads_to(self, path: str) -> bool:
-        """Return True if `path` names this file."""
         return _key_at(path) == self._key
 
     def close(self) -> None:
@@ -3233,7 +3235,7 @@ def file_size_limit() -> float:
 
 
 def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
-    """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
+    """Force a file to the disk. Not the database: closing it drops DuckDB's lock."""
     fd = os.open(path, flags)
     try:
         os.fsync(fd)
@@ -3268,7 +3270,6 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
 
 
 def is_for_group(directory: str) -> bool:
-    """Return True for the directory of a journal with `group`, in which each file is the group's."""
     return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
 
 
@@ -3311,7 +3312,7 @@ def take_after(path: str, old: os.stat_result) -> None:
 
 
 def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    """Return the SHA-256 of a file. Not of a database that may be open: closing it drops locks."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -3350,8 +3351,7 @@ class Segment(Descriptor):
         self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
         self._limit = file_size_limit()
         self._place = _key_at(os.path.dirname(path))
-        self.path = path
-        self.id = segment_id_of(path)
+        self.path, self.id = path, segment_id_of(path)
         self.opened = time.monotonic()
         self.sealed = False
 
@@ -3365,21 +3365,18 @@ class Segment(Descriptor):
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines at the end, all of them or none; with `durable`, force them to the disk.
-
-        Look whether it `is_open` right before.
-        """
+        """Write whole lines, all or none; with `durable`, to the disk. Ask `is_open` right before."""
         self._mend()
         fd, (size, count) = self._fd, self._end
         if size + len(data) > self._limit:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
+            raise _os_error(errno.EFBIG, self.path)
         self._dirty = True
         rest = memoryview(data)
         try:
             while rest:
                 written = os.write(fd, rest)
                 if not written:
-                    raise OSError(errno.EIO, "the file takes no more bytes", self.path)
+                    raise _os_error(errno.EIO, self.path)
                 rest = rest[written:]
             if durable:
                 os.fsync(fd)
@@ -3402,11 +3399,11 @@ class Segment(Descriptor):
 
     def is_taken_away(self) -> bool:
         """Return True for a file whose directory was moved or unmounted."""
-        if _key_at(os.path.dirname(self.path)) != self._place:
-            with contextlib.suppress(OSError):
-                return os.fstat(self.number()).st_nlink > 0
-            return self.is_open()  # a stale network handle
-        return False
+        if _key_at(os.path.dirname(self.path)) == self._place:
+            return False
+        with contextlib.suppress(OSError):
+            return os.fstat(self.number()).st_nlink > 0
+        return self.is_open()  # a stale network handle
 
     def seal(self, *, keep: bool = False) -> None:
         """Release the lock, so that anybody may ingest the file, and close it unless `keep`."""
@@ -3421,13 +3418,11 @@ class Segment(Descriptor):
             self.close()
 
     def close(self) -> None:
-        """Close the file as it is, and release its lock."""
         with contextlib.suppress(OSError):
             unlock(self.number())
         super().close()
 
     def discard(self) -> None:
-        """Delete the file."""
         with contextlib.suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
@@ -3477,32 +3472,31 @@ class Claim:
     """A sealed or orphaned segment: its lock was free, and the ingest lock keeps other ingests away."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.id = segment_id_of(path)
+        self.path, self.id = path, segment_id_of(path)
         self.lines = self.size = self.torn = 0
         self.calls: dict[str, int] = {}  # whose begin was put on record: the number of the line
 
     def inspect(self, fd: int) -> None:
-        """Count the lines and move a torn tail into a file of its own, `.torn`."""
+        """Count the lines and move a torn tail into `.torn`."""
         data = read_file(self.path)
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            self.torn = len(data) - end
-            replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".torn", data[end:])
-            os.ftruncate(fd, end)
-        self.lines = data.count(b"\n")
-        self.size = end
+        self.lines, self.size = data.count(b"\n"), data.rfind(b"\n") + 1
+        self.torn = len(data) - self.size
+        if self.torn:
+            self._put_aside(".torn", data[self.size :])
+            os.ftruncate(fd, self.size)
         if b'"call":"' in data:
             self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
-        """Keep lines that can't be ingested in a file of their own, `.rejected`, for whoever repairs them."""
+        """Keep lines that can't be ingested in `.rejected`, for whoever repairs them."""
         lines = [
             json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
             for number, reason, line in faults
         ]
-        text = "".join(f"{line}\n" for line in lines).encode()
-        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".rejected", text)
+        self._put_aside(".rejected", "".join(f"{line}\n" for line in lines).encode())
+
+    def _put_aside(self, suffix: str, data: bytes) -> None:
+        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + suffix, data)
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
@@ -3521,13 +3515,10 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
 
 def named_lines(segment: str, lines: bytes) -> bytes:
     """Return whole lines of a segment, each with the segment as its first member."""
-    start = b'{"segment":"%b",' % segment.encode()
-    return (b"\n" + lines).replace(b"\n{", b"\n" + start)[1:]
+    return (b"\n" + lines).replace(b"\n{", b'\n{"segment":"%b",' % segment.encode())[1:]
 
 
 class Loss(NamedTuple):
-    """Events that were lost."""
-
     events: int
     first: str  # naive UTC text, as `sql_time` returns it
     last: str
@@ -3547,15 +3538,15 @@ class Journal:
         group: bool = False,
         clock: Callable[[], int] = wall_clock_ns,
     ) -> None:
-        self._group = group
+        self._group, self._clock = group, clock
         self.directory = os.path.abspath(directory)
-        self._lock_path = os.path.join(self.directory, "ingest.lock")
-        # Exists while the database's WAL holds only what we wrote.
-        self.wal_mark = os.path.join(self.directory, "journal.wal")
-        self._clock = clock  # for names only
+        self._lock_path = self._path("ingest.lock")
+        self.wal_mark = self._path("journal.wal")  # there while the database's WAL holds only what we wrote
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
 
     def make_directory(self, *, durable: bool = False) -> None:
-        """Make the journal's directory, or check the existing one."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3574,24 +3565,20 @@ class Journal:
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
-            raise JournalError(
-                f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`",
-                path=self.directory,
-            )
+            text = f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`"
+            raise JournalError(text, path=self.directory)
         if not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0):
             return
         if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
         # Root works for the owner of the whole place, not for who put a directory there.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
-            raise JournalError(
-                f"belongs to user {found.st_uid}, who could read and change what is recorded; "
-                "work as that user, make it your own, or set `journal`",
-                path=self.directory,
-            )
+            text = f"belongs to user {found.st_uid}, who could read and change what is recorded; "
+            text += "work as that user, make it your own, or set `journal`"
+            raise JournalError(text, path=self.directory)
 
     def _files(self, suffix: str) -> list[str]:
-        """Return the paths of all files of a kind, oldest first; none if there is no journal yet."""
+        """Return the files of a kind, oldest first."""
         try:
             with os.scandir(self.directory) as entries:
                 return sorted(
@@ -3606,12 +3593,11 @@ class Journal:
             raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
 
     def segments(self) -> list[str]:
-        """Return the paths of all segments, oldest first."""
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
         """Return this journal's random name in the ledger; the first call makes it, under the ingest lock."""
-        path = os.path.join(self.directory, "journal.id")
+        path = self._path("journal.id")
         with contextlib.suppress(FileNotFoundError):
             known = read_file(path).decode("utf-8", "replace").strip()
             if re.fullmatch("[0-9a-f]{1,64}", known):
@@ -3622,7 +3608,7 @@ class Journal:
 
     def bind(self, target: str) -> None:
         """Note, under the ingest lock, which database this journal is of; a copy gets its own identity."""
-        path, mine = os.path.join(self.directory, "journal.place"), [self.directory, target]
+        path, mine = self._path("journal.place"), [self.directory, target]
         place = other = ""
         with contextlib.suppress(OSError, ValueError, TypeError):
             place, other = map(str, json.loads(read_file(path)))
@@ -3633,10 +3619,9 @@ class Journal:
             raise JournalError(text, path=self.directory)
         with contextlib.suppress(OSError):
             # Not the same directory under another name: by a link, or mounted twice.
-            if place and not os.path.samefile(place, self.directory):
-                is_copy = read_file(os.path.join(place, "journal.id")).decode().strip() == self.identity()
-                if is_copy:
-                    os.unlink(os.path.join(self.directory, "journal.id"))
+            elsewhere = place and not os.path.samefile(place, self.directory)
+            if elsewhere and read_file(os.path.join(place, "journal.id")).decode().strip() == self.identity():
+                os.unlink(self._path("journal.id"))
         replace_file(path, json.dumps(mine).encode())
 
     def ask_readers(self) -> None:
@@ -3645,7 +3630,7 @@ class Journal:
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
-        """Return True if an ingest asked for its turn within the last seconds, and goes on."""
+        """Return True if an ingest that asked for its turn lately goes on."""
         with contextlib.suppress(OSError), open_file(self._lock_path) as file:
             if 0 <= self._clock() - os.fstat(file.fileno()).st_mtime_ns < _TURN_SECONDS * 1e9:
                 is_free = try_lock(file.fileno(), shared=True)
@@ -3669,20 +3654,19 @@ class Journal:
             except FileNotFoundError:
                 locked = shared  # readers don't make it, and without it nobody ingests yet
             except OSError as error:
-                raise JournalError(
-                    f"can't be locked: {error.strerror}; nothing is ingested", path=self._lock_path
-                ) from error
+                text = f"can't be locked: {error.strerror}; nothing is ingested"
+                raise JournalError(text, path=self._lock_path) from error
             yield locked
 
     def record_loss(self, loss: Loss) -> str:
-        """Put on record that events were lost, durably; return the path of the record."""
+        """Put a loss on record, durably; return the path of the record."""
         self.make_directory()
-        path = os.path.join(self.directory, new_segment_id(self._clock()) + _LOSS_SUFFIX)
+        path = self._path(new_segment_id(self._clock()) + _LOSS_SUFFIX)
         write_file(path, json.dumps(loss._asdict()).encode() + b"\n")
         return path
 
     def losses(self) -> dict[str, Loss]:
-        """Return the recorded losses that the ledger does not have yet, by the path of their record."""
+        """Return the losses that the ledger does not have yet, by the path of their record."""
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
             try:
@@ -3704,34 +3688,28 @@ class Journal:
         """Create a new segment, or a file beside the segments, and lock it."""
         self.make_directory(durable=durable)
         while True:
-            path = os.path.join(self.directory, (named or new_segment_id(self._clock())) + suffix)
+            path = self._path((named or new_segment_id(self._clock())) + suffix)
             fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
-            try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, fd)
                 segment, is_locked = Segment(fd, path), True
                 with contextlib.suppress(OSError):  # no locks here: claimers notice it, and claim nothing
                     is_locked = try_lock(fd)
                 # A claimer may have come first, and deleted the empty file.
-                is_ours = is_locked and segment.is_in_place()
-            except BaseException:
-                os.close(fd)
-                raise
-            if is_ours:
-                break
-            os.close(fd)
-        if durable:
-            sync_directory(self.directory)
-        return segment
+                if is_locked and segment.is_in_place():
+                    if durable:
+                        sync_directory(self.directory)
+                    stack.pop_all()
+                    return segment
 
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
         """Yield path, last sign of life and calls of processes that live, or have ended: then locked."""
         for path in self._files(_BEGUN_SUFFIX):
             # An OSError: gone, not ours to read, or no locks, so that nobody can tell.
             with contextlib.suppress(OSError), open_file(path) as file:
-                is_live = not try_lock(file.fileno())
-                if is_live is live and Descriptor(file.fileno()).leads_to(path):
-                    sign = datetime.datetime.fromtimestamp(
-                        os.fstat(file.fileno()).st_mtime, datetime.timezone.utc
-                    )
+                fd = file.fileno()
+                if try_lock(fd) is not live and Descriptor(fd).leads_to(path):
+                    sign = datetime.datetime.fromtimestamp(os.fstat(fd).st_mtime, datetime.timezone.utc)
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
@@ -3762,57 +3740,43 @@ class Journal:
         self, *, limit_bytes: int, skip: Collection[str] = ()
     ) -> tuple[list[Claim], list[JournalError]]:
         """Return sealed and orphaned segments, oldest first, of about `limit_bytes`; hold the ingest lock."""
-        total = 0
         claims: list[Claim] = []
         problems: list[JournalError] = []
         for path in self.segments():
-            if total >= limit_bytes or len(claims) >= _MOST_CLAIMS:
+            if limit_bytes <= 0 or len(claims) >= _MOST_CLAIMS:
                 break
             if segment_id_of(path) in skip:
                 continue
             try:
-                claim = self._claim_one(path)
-            except JournalError as error:
-                problems.append(error)
-                continue
-            if claim is not None:
-                claims.append(claim)
-                total += claim.size
+                if claim := self._claim_one(path):
+                    claims.append(claim)
+                    limit_bytes -= claim.size
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                text = f"can't be claimed: {error.strerror}; it waits until it can (on a file system without "
+                text += "locks for ever: set `journal`)"
+                problems.append(JournalError(text, path=path))
         return claims, problems
 
     def _claim_one(self, path: str) -> Claim | None:
-        fd, claim = -1, Claim(path)
-        try:
+        with contextlib.ExitStack() as stack:
             fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
-            if not try_lock(fd) or not Descriptor(fd).leads_to(path):
-                return None
-            claim.inspect(fd)
-            if claim.lines:
-                return claim
-            os.unlink(path)
-            return None
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise JournalError(
-                f"can't be claimed: {error.strerror}; it waits until it can (on a file system without locks "
-                "for ever: set `journal`)",
-                path=path,
-            ) from error
-        finally:
-            if fd >= 0:
-                unlock(fd)
-                os.close(fd)
+            stack.callback(os.close, fd)
+            stack.callback(unlock, fd)
+            if try_lock(fd) and Descriptor(fd).leads_to(path):
+                claim = Claim(path)
+                claim.inspect(fd)
+                if claim.lines:
+                    return claim
+                os.unlink(path)
+        return None
 
     def survey(self) -> dict[str, Any]:
-        """Look at every file, changing nothing and disturbing nobody for longer than a moment.
-
-        Segments: `live` (a writer holds it), `sealed` (it waits), `orphaned` (for more than a minute) and
-        their `bytes`; `oldest_pending`: the time of the oldest event that waits. Files: `torn`, `rejected`.
-        """
-        state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned"), 0)
+        """Look at every file, as docs/operations.md tells, disturbing nobody for longer than a moment."""
+        state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
-        state |= {"bytes": 0, "oldest_pending": None}
+        state["oldest_pending"] = None
         for path in self.segments():
             try:
                 with open_file(path) as file:
@@ -3833,24 +3797,22 @@ class Journal:
         return state
 
     def waiting_bytes(self) -> int:
-        """Return the size of all segments: what is not in the database yet."""
         return sum(map(_size_of, self.segments()))
 
 
 # === Writer ===
 # depends on: Errors, Config, Events, Encoding, Journal
 #
-# Queue → journal → child that ingests. The first event starts a daemon thread; where none can be started, or
-# after `close`, callers write. A line stays in the queue until it is in the journal, and `Appender.done` says
-# which are: an interrupt, a fork or a failed write neither loses a line nor repeats one. `_writing` is held
-# while the disk works, `_lock` for moments within; both are re-entrant, because `put` runs in signal handlers
-# and destructors.
+# The first event starts a daemon thread; where none can be started, or after `close`, callers write. A line
+# stays in the queue until it is in the journal, as `Appender.done` counts: an interrupt, a fork or a failed
+# write neither loses nor repeats one. `_writing` is held while the disk works, `_lock` for moments within;
+# both are re-entrant, because `put` runs in signal handlers and destructors.
 
 QUEUE_BYTES = 64 * 2**20
 SEGMENT_BYTES = 8 * 2**20
-_PIECE_BYTES = 2**20  # arbitrary: what one write holds, so that a segment overshoots by little
+_PIECE_BYTES = 2**20  # arbitrary: of one write
 _GATHER_SECONDS = 0.02  # the window in which `kill -9` loses events, plus one write
-_RETRY_SECONDS = 0.1  # arbitrary: the pause after a failed write
+_RETRY_SECONDS = 0.1  # arbitrary: after a failed write
 _REPORT_SECONDS = 60.0  # how often the same fault is logged
 _MOST_KEPT = 16  # arbitrary: sealed segments that stay open
 
@@ -3898,7 +3860,6 @@ class Diagnostics:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
@@ -3917,7 +3878,7 @@ class Diagnostics:
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
-        """Log what was noted. Call it while no lock is held: a handler has one, too, and may log an event."""
+        """Log what was noted. Call it with no lock held: a handler has one, too, and may log an event."""
         if not self.untold or self._log is None or getattr(self._telling, "on", False):
             return
         self._telling.on = True
@@ -3944,19 +3905,18 @@ _BRIEF_SECONDS = 0.1  # a call that is over by then leaves only its line, unless
 class Begun:
     """The calls that run here, but brief ones, in a file that shows what a crash left unfinished."""
 
-    def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
+    def __init__(self, journal: Journal, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
         self._journal, self._durable, self._encode = journal, durable, encode
         self._file: Segment | None = None
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         if self._file is not None:
             self._file.forget()
         self._file = None
         self._numbers = itertools.count(1)
         self._running: dict[int, Any] = {}  # calls by number
-        self._refs: dict[int, tuple[str, Any]] = {}  # how lines name those on record, or about to be
+        self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or about to be: their name in lines
         self.on_record: set[int] = set()
         self._over: dict[int, int] = {}  # by number, the ticket of its line
         self._size = 0  # of the file when it was begun
@@ -3964,7 +3924,6 @@ class Begun:
         self.fresh = False  # calls came on record that nobody was told of
 
     def begin(self, call: Any) -> int:
-        """Return the number of a call that begins."""
         number = next(self._numbers)
         self._running[number] = call
         return number
@@ -3976,7 +3935,7 @@ class Begun:
         return None if ref is None else ref[0]
 
     def ended(self, number: int, ticket: int) -> None:
-        """Take the ticket of the line of a call that `end` gave a name for; 0 if it was dropped."""
+        """Take the ticket of the line of a call that `end` gave a name for."""
         self._over[number] = ticket
 
     def write(self, done: int, *, ends: bool = False) -> None:
@@ -3985,42 +3944,23 @@ class Begun:
         is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
             return
-        before = file = self._file
-        if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
-            file = self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
-        is_new = file is not before
-        over = [number for number, ticket in self._over.copy().items() if ticket <= done]
+        over = {number for number, ticket in self._over.copy().items() if ticket <= done}
         for number, call in fresh.items():
-            if number not in self._refs:
-                self._refs[number] = (new_segment_id(wall_clock_ns()), call)
-                if number not in self._running:  # it has ended
-                    del self._refs[number]
-        numbers = sorted({*self.on_record, *fresh}.difference(over)) if is_new else fresh
-        refs = {number: self._refs[number] for number in numbers if number in self._refs}
-        lines = [self._encode(call, ref) for ref, call in refs.values()]
-        ended = [self._refs[number][0] for number in over if number in self.on_record]
-        if ended and not is_new:
-            lines.append(b'%b["%b"]}\n' % (_ENDED, '","'.join(ended).encode()))
-        try:
-            if not lines and not is_new:
+            self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
+            if number not in self._running:  # it has ended
+                del self._refs[number]
+        refs = {number: self._refs[number] for number in fresh if number in self._refs}
+        file = self._file
+        if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
+            refs |= {number: self._refs[number] for number in self.on_record - over}
+            self._replace_file(self._lines(refs))
+        else:
+            lines = self._lines(refs)
+            if ended := [self._refs[number][0] for number in over & self.on_record]:
+                lines.append(b'%b["%b"]}\n' % (_ENDED, '","'.join(ended).encode()))
+            if not lines:
                 os.utime(file.path)  # a sign of life
             file.append(b"".join(lines), len(lines), durable=self._durable)
-            if is_new:  # it gets its name, or in one step that of the file that it replaces
-                path = file.path.removesuffix(".part")
-                if before is not None and before.is_usable():
-                    path = before.path
-                os.replace(file.path, path)
-                file.path = path
-                if self._durable:
-                    sync_directory(self._journal.directory)
-        except BaseException:
-            if is_new:
-                file.discard()
-            raise
-        if is_new:
-            self._file, self._size = file, file.size
-            if before is not None:
-                before.close()
         self.on_record.update(refs)
         self.fresh = bool(fresh)
         for number in over:
@@ -4028,6 +3968,26 @@ class Begun:
             self._refs.pop(number, None)
             self.on_record.discard(number)
         self._signed = time.monotonic()
+
+    def _lines(self, refs: Mapping[int, tuple[str, Any]]) -> list[bytes]:
+        return [self._encode(call, ref) for ref, call in refs.values()]
+
+    def _replace_file(self, lines: list[bytes]) -> None:
+        """Begin another file, which takes the place of the old one in one step."""
+        old, file = self._file, self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
+        try:
+            file.append(b"".join(lines), len(lines), durable=self._durable)
+            path = old.path if old and old.is_usable() else file.path.removesuffix(".part")
+            os.replace(file.path, path)
+            file.path = path
+            if self._durable:
+                sync_directory(self._journal.directory)
+        except BaseException:
+            file.discard()
+            raise
+        self._file, self._size = file, file.size
+        if old is not None:
+            old.close()
 
     def _waiting(self) -> Iterator[tuple[float, int, Any]]:
         """Yield the calls that run and are not on record: when each should be, in seconds, its number, it."""
@@ -4059,34 +4019,33 @@ class Appender:
         diagnostics: Diagnostics,
         encode_begin: Callable[[Any, str], bytes] = lambda call, ref: b"",
     ) -> None:
-        self.journal: Journal = journal
-        self.begun = Begun(journal, durable=durable, encode=encode_begin)
-        self.durable, self.diagnostics = durable, diagnostics
+        self.journal, self.durable, self.diagnostics = journal, durable, diagnostics
+        self.begun = Begun(journal, durable, encode_begin)
         self._segment: Segment | None = None
         self.sealed: dict[str, Segment | None] = {}  # files that wait for an ingest; None for a loss
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.begun.start_afresh()
-        self.done = 0  # lines that are in the journal, or can be in none
-        self._before = 0  # those of them that are not in `_segment`
-        for sealed in self.sealed.values():
-            if sealed is not None:
-                sealed.forget()
+        self._before = 0  # lines that were done before those in `_segment`
+        segment, self._segment = self._segment, None
+        for ours in (segment, *self.sealed.values()):
+            if ours is not None:
+                ours.forget()
         self.sealed.clear()
         self._lost: list[Loss] = []
         self.recorded = 0.0  # when losses were put on record last
         self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            segment.forget()
+
+    @property
+    def done(self) -> int:
+        """Lines that are in the journal, or can be in none; right whenever an interrupt comes."""
+        before, segment = self._before, self._segment
+        return before if segment is None else before + segment.events
 
     def waiting_since(self) -> float:
         """Return the monotonic time of the first event or loss that is not sealed; `inf` without one."""
-        if self._segment is not None:
-            return self._segment.opened
-        return 0.0 if self._lost else inf
+        return self._segment.opened if self._segment is not None else 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
         """Write lines; after an error, `done` says which are in the journal, and another segment is begun."""
@@ -4108,28 +4067,21 @@ class Appender:
                 self.append(piece[:half])
                 self.append(piece[half:])
             else:
-                self._before = self.done = self.done + 1
+                self._before += 1
                 self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
-        self.settle()
         if segment.size >= SEGMENT_BYTES:
             self.seal()
 
-    def settle(self) -> None:
-        """Count what the segment took, even if an interrupt came right after that."""
-        if self._segment is not None:
-            self.done = self._before + self._segment.events
-
     def present(self) -> Segment | None:
         """Return the segment, if there is one; it is open and in place."""
-        self.settle()
         segment = self._segment
         if segment is not None and (segment.sealed or not segment.is_open()):
             # An interrupt came within `seal`, or somebody closed our descriptor: the lines are in the file.
             self._let_go(segment)
         elif segment is not None and not segment.is_in_place():
-            self._segment = self._replace(segment)
-            if self._segment is None:
-                self._before = self.done
+            fresh = self._replace(segment)
+            lost = 0 if fresh else segment.events
+            self._before, self._segment = self._before + lost, fresh
         return self._segment
 
     def _let_go(self, segment: Segment) -> None:
@@ -4142,23 +4094,23 @@ class Appender:
 
     def _replace(self, segment: Segment, *, named: str | None = None) -> Segment | None:
         """Write a segment again that was moved; empty the old one, in case it comes back, unless `named`."""
-        fresh = None
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
             reason = "their segment was taken away and can't be read any more"
             self.lose(segment.events, "moved", reason, error=error)
-        else:
-            self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-            fresh = self.journal.open_segment(durable=self.durable, named=named)
-            try:
-                fresh.append(held, segment.events, durable=self.durable)
-            except BaseException:
-                fresh.discard()
-                raise
-            if named is None:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(segment.number(), 0)
+            segment.close()
+            return None
+        self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
+        fresh = self.journal.open_segment(durable=self.durable, named=named)
+        try:
+            fresh.append(held, segment.events, durable=self.durable)
+        except BaseException:
+            fresh.discard()
+            raise
+        if named is None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(segment.number(), 0)
         segment.close()
         return fresh
 
@@ -4175,7 +4127,6 @@ class Appender:
         return self.record_losses()
 
     def record_losses(self) -> bool:
-        """Put losses on record; False if it must be tried again."""
         self.recorded = time.monotonic()
         while self._lost:
             with self._losing:
@@ -4204,24 +4155,22 @@ class Appender:
     def left(self) -> bool:
         """Return True if something that was sealed here still waits for an ingest."""
         for path, segment in list(self.sealed.items()):
-            if not os.path.exists(path) and (segment is None or not self._is_restored(segment)):
-                self.forget([path])
+            if os.path.exists(path):
+                continue
+            try:
+                fresh = segment and segment.is_taken_away() and self._replace(segment, named=segment.id)
+                if fresh:
+                    fresh.seal(keep=True)
+                    self.sealed[path] = fresh
+                    continue
+            except (OSError, JournalError) as error:
+                self.diagnostics.note("moved", f"{path} can't be written again yet", error=error)
+                if segment and segment.is_open():
+                    continue
+            self.forget([path])  # it was ingested
         return bool(self.sealed)
 
-    def _is_restored(self, segment: Segment) -> bool:
-        """Write a sealed segment again that was taken away; False after an ingest."""
-        try:
-            fresh = self._replace(segment, named=segment.id) if segment.is_taken_away() else None
-        except (OSError, JournalError) as error:
-            self.diagnostics.note("moved", f"{segment.path} can't be written again yet", error=error)
-            return segment.is_open()
-        if fresh is not None:
-            fresh.seal(keep=True)
-            self.sealed[fresh.path] = fresh
-        return fresh is not None
-
     def forget(self, paths: Iterable[str]) -> None:
-        """Let go of files that were ingested, or can't be deleted."""
         for path in paths:
             if segment := self.sealed.pop(path, None):
                 segment.close()
@@ -4230,10 +4179,9 @@ class Appender:
 _CPU_SHARE = 0.01  # of one core: what ingests may use
 _LONGEST_PAUSE_SECONDS = 60.0
 _LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
-_CHILD_WAIT_SECONDS = 30.0  # how long a child waits for the database: another costs more than that
+_CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more than that
 _POLL_SECONDS = 0.1
 _BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
-_DAY_SECONDS = 24 * 3600.0
 _ANSWER_BYTES = 2**16
 # Loads this very file, whatever its name and package, with the parent's module path.
 _CHILD = """
@@ -4252,19 +4200,17 @@ class Ingester:
     """Has children ingest, for the writer alone. A segment is sealed only once the one before is gone."""
 
     def __init__(self, appender: Appender, settings: Mapping[str, object] | None, *, interval: float) -> None:
-        self._appender, self.settings, self._interval = appender, settings, interval
-        self._retains = bool(settings and settings["retention"])
-        self._diagnostics = appender.diagnostics
+        self._appender, self._diagnostics = appender, appender.diagnostics
+        self._settings, self._interval = settings or {}, interval
         self._child: subprocess.Popen[bytes] | None = None
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         if self._child is not None:
             self._child.returncode = 0  # so that nothing waits for it here, or warns
             self._pipe.close()
         self._child = None
-        self.stopped = self.settings is None  # no further child
+        self.stopped = not self._settings  # no further child
         self.wanted = self.tried = self._covers = 0  # attempts that `flush` asked for
         # The next attempt: by the budget; after a failure; while another process ingests.
         self._not_before = self._away_until = self._busy_until = self._next_daily = 0.0
@@ -4278,23 +4224,20 @@ class Ingester:
         if self.stopped:
             return inf
         due = max(self._appender.waiting_since() + self._interval, self._not_before)
-        if self._next_daily and self._retains:
+        if self._next_daily and self._settings["retention"]:
             due = min(due, self._next_daily)
         if self._appender.left():  # a full segment, or one of an attempt that failed
-            due = self._away_until
-        due = max(0.0 if self.wanted > self.tried else max(due, self._away_until), self._busy_until)
-        return max(0.0, due - time.monotonic())
+            due = 0.0
+        due = 0.0 if self.wanted > self.tried else max(due, self._away_until)
+        return max(0.0, max(due, self._busy_until) - time.monotonic())
 
     def step(self) -> float:
         """See what became of the child, or start one if it is time; return the seconds until the next."""
-        due = self.due_in()
         if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
                 self._answered(answer)
-        elif due > 0.0:
-            return due
-        else:
+        elif self.due_in() <= 0.0:
             self._begin()
         return self.due_in()
 
@@ -4359,10 +4302,10 @@ class Ingester:
         child, pipe = self._child, self._pipe
         assert child is not None
         code = child.poll()
+        if code is None and os.name != "posix":
+            return None
         with contextlib.suppress(OSError):  # nothing to read for now, or somebody closed the pipe
-            while (code is not None or os.name == "posix") and (
-                data := os.read(pipe.number(), _ANSWER_BYTES)
-            ):
+            while data := os.read(pipe.number(), _ANSWER_BYTES):
                 self._said = (self._said + data)[-_ANSWER_BYTES:]
         if code is None:
             return None
@@ -4404,17 +4347,16 @@ class Ingester:
             told.note(kind, text, level=level)
         self._head = answer.get("head") or self._head
         if answer.get("done") and time.monotonic() >= self._next_daily:
-            pause = _DAY_SECONDS if answer.get("retained") else _DAY_SECONDS / 24
-            self._next_daily = time.monotonic() + pause
+            hours = 24 if answer.get("retained") else 1
+            self._next_daily = time.monotonic() + hours * 3600
             self._tell_head()
 
     def _is_daily(self) -> bool:
-        return self._retains and time.monotonic() >= self._next_daily
+        return bool(self._settings["retention"]) and time.monotonic() >= self._next_daily
 
     def _due_settings(self) -> dict[str, object]:
         """Return the settings for an ingest, with `retention` only once a day."""
-        settings = dict(self.settings or {})
-        return settings if self._is_daily() else {**settings, "retention": None}
+        return {**self._settings, **({} if self._is_daily() else {"retention": None})}
 
     def _tell_head(self) -> None:
         if self._head != self._told_head:
@@ -4424,10 +4366,11 @@ class Ingester:
     def finish(self, ingest: Callable[..., Mapping[str, Any]], deadline: float) -> None:
         """After the last line: wait for the child, then ingest while there is time."""
         self.stopped = True
+        appender = self._appender
         if self._child is not None:
             self._answered(self._await_child((time.monotonic() + deadline) / 2))
         why = "there was no time left"
-        while self._appender.left():
+        while appender.left():
             settings = self._due_settings()
             if is_attach_target(str(settings["path"])) and not no_python():
                 self._start()  # waiting for a server can't be interrupted
@@ -4437,13 +4380,15 @@ class Ingester:
             why = answer.get("fault") or "another process is ingesting"
             self._account(answer)
             if answer.get("done"):
-                self._appender.forget(filter(os.path.exists, list(self._appender.sealed)))
-            if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
+                appender.forget(filter(os.path.exists, list(appender.sealed)))
+            elif answer.get("busy"):
+                time.sleep(0.02 + os.urandom(1)[0] / 5000)
+            else:
                 break
-            time.sleep(0.02 + os.urandom(1)[0] / 5000 if answer.get("busy") else 0)
-        self._appender.left()
-        events = sum(segment.events for segment in self._appender.sealed.values() if segment)
-        if events:
+            if time.monotonic() >= deadline:
+                break
+        appender.left()
+        if events := sum(segment.events for segment in appender.sealed.values() if segment):
             reason = "" if (self._diagnostics.last_error or "").endswith(why) else f": {why}"
             self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
         self._tell_head()
@@ -4451,8 +4396,7 @@ class Ingester:
     def _await_child(self, deadline: float) -> Mapping[str, Any]:
         """Return the answer of the child, which is killed at the deadline."""
         while time.monotonic() < deadline:
-            answer = self._look()
-            if answer is not None:
+            if (answer := self._look()) is not None:
                 return answer
             time.sleep(0.02)
         self.end_child()
@@ -4529,7 +4473,7 @@ class Writer:
     # --- the caller's side
 
     def put(self, line: bytes) -> int:
-        """Queue an unfinished line and return its ticket for `wait_written`; 0 if it was dropped."""
+        """Queue an unfinished line and return its ticket; 0 if it was dropped."""
         if self._queued_bytes > QUEUE_BYTES and not self._has_room():
             return 0
         with self._lock:
@@ -4553,7 +4497,6 @@ class Writer:
                 pass
 
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
-        """Return True when the line with this ticket is in the journal; see `wait_for`."""
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
@@ -4583,18 +4526,9 @@ class Writer:
         with self._lock:
             ingester.wanted += 1
             wanted = ingester.wanted
-
-        def is_over() -> bool:
-            return ingester.tried >= wanted or ingester.stopped or self._closing
-
-        if not is_over():
+        if not (ingester.stopped or self._closing):
             self._rouse()
-        while not is_over() and (left := deadline - time.monotonic()) > 0:
-            if self._thread is None:
-                self._work_inline()
-            with self._lock:
-                if not is_over():
-                    self._progress.wait(min(left, _POLL_SECONDS))
+        self._wait_until(lambda: ingester.tried >= wanted or ingester.stopped or self._closing, deadline)
         return True
 
     def close(self, timeout: float) -> int:
@@ -4639,8 +4573,7 @@ class Writer:
             self._appender.lose(1, "full", "the queue was full (on_full: drop)")
             self._diagnostics.tell()
             return False
-        # The writer itself, or a logging handler in its thread, must not wait for the writer.
-        if self._is_writing_thread():
+        if self._is_writing_thread():  # such as a logging handler in it
             return True
         self._diagnostics.report("full", "the queue is full: callers wait (on_full: block)")
         return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, inf)
@@ -4750,7 +4683,7 @@ class Writer:
             self._diagnostics.report("writer", text, error=error)
 
     def _retire(self) -> None:
-        """Leave the next line to its caller, or to a new thread; call it with the lock held."""
+        """Leave the next line to its caller, or to a new thread; hold the lock."""
         self._thread = None
         self._asleep = True
         self._progress.notify_all()
@@ -4767,10 +4700,11 @@ class Writer:
         now, ingester = time.monotonic(), self._ingester
         self._due = _GATHER_SECONDS
         if now >= self._step_at or ingester.wanted > ingester.tried:  # not with each strict call
-            self._step_at = now + _GATHER_SECONDS
+            self._step_at, tried = now + _GATHER_SECONDS, ingester.tried
             self._due = ingester.step()
-            with self._lock:
-                self._progress.notify_all()
+            if ingester.tried > tried or ingester.stopped:
+                with self._lock:
+                    self._progress.notify_all()
         return done
 
     def _drain(self) -> bool:
@@ -4796,7 +4730,6 @@ class Writer:
 
     def _trim(self) -> None:
         """Take out of the queue what is in the journal, and wake those who wait for it."""
-        self._appender.settle()
         if self.written == self._finished and not self.begun.fresh:
             return
         with self._lock:
@@ -4822,7 +4755,6 @@ class Writer:
 
 
 def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
-    """Split a batch into runs of about `_PIECE_BYTES`."""
     start = size = 0
     for end, line in enumerate(batch, 1):
         size += len(line)
