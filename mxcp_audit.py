@@ -216,30 +216,25 @@ def no_python() -> str | None:
 # A cursor walks over the text once. After a block node it stands on the first token of a later line, whose
 # column says whether the collection goes on (same), has ended (smaller) or is broken (larger). The end of the
 # text, `---` and `...` count as column -1. Flow collections ignore columns.
-#
-# `load_config` never takes a wrong setting for a right one. SETTINGS is the only list of what may be set.
 
-MAX_SITE_FILE_BYTES = 16 * 2**20  # arbitrary; real ones have a few hundred bytes
-MAX_DEPTH = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
+MAX_SITE_FILE_BYTES = 16 * 2**20  # arbitrary
+MAX_DEPTH = 100  # arbitrary; PyYAML takes about 500
 MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
-MAX_NUMBER_CHARS = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
-MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
+MAX_NUMBER_CHARS = 4300  # Python's limit for digits; it also keeps 1:1:1:… linear
+MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and a dict of them is quadratic
 
 _YAML_WORDS: Mapping[str, object] = {
-    **{
-        spelled: value
-        for words, value in (
-            ("~ null", None),
-            ("yes true on", True),
-            ("no false off", False),
-            (".inf +.inf", inf),
-            ("-.inf", -inf),
-        )
-        for word in words.split()
-        for spelled in (word, word.title(), word.upper())
-    },
-    **dict.fromkeys((".nan", ".NaN", ".NAN"), nan),  # one object, as in PyYAML: two such keys are duplicates
-}
+    spelled: value
+    for value, words in (
+        (None, "~ null"),
+        (True, "yes true on"),
+        (False, "no false off"),
+        (inf, ".inf +.inf"),
+        (-inf, "-.inf"),
+    )
+    for word in words.split()
+    for spelled in (word, word.title(), word.upper())
+} | dict.fromkeys((".nan", ".NaN", ".NAN"), nan)  # one object, as in PyYAML: two such keys are duplicates
 _INTEGER = re.compile(
     r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
 )
@@ -252,21 +247,21 @@ _DATE = re.compile(
     r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
 
-# The reader appends one NUL, which can't occur elsewhere: no look-ahead runs off the end.
+# The text ends in a NUL, which can't occur elsewhere: no look-ahead runs off the end.
 _BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
 _END = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH = re.compile(r"-(?=[ \t\n\0])")
 _COLON = re.compile(r" *:(?=[ \t\n\0])")
 _LINE_GAP = re.compile(r" *\n[ \n]*")
 # How plain text begins, and what ends it on its line: in blocks, and between brackets.
-_PLAIN_IN_BLOCK = (
-    re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])"),
-    re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #"),
-)
-_PLAIN_IN_FLOW = (
-    re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])"),
-    re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
-)
+_PLAIN_START = r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]"
+_PLAIN = {
+    False: (re.compile(_PLAIN_START + r"|[-?:](?=[^ \t\n\0])"), re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")),
+    True: (
+        re.compile(_PLAIN_START + r"|-(?=[^ \t\n\0])"),
+        re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
+    ),
+}
 # Quoted text, and what in it doesn't stand for itself.
 _QUOTED = {
     "'": (re.compile(r"'([^']*(?:''[^']*)*)'"), re.compile(r"''|[ \t\n]+")),
@@ -290,7 +285,7 @@ _REFUSALS = {
 
 
 def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
-    """Return what PyYAML's `safe_load` returns for the same document, or raise."""
+    """Return what PyYAML's `safe_load` returns, or raise ConfigError."""
     return _YamlReader(text, path).document()
 
 
@@ -301,8 +296,7 @@ class _YamlReader:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
         self.places: dict[tuple[int, object], int] = {}
         if isinstance(text, bytes):
-            utf_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-            encoding = utf_16.get(text[:2], "utf-8")
+            encoding = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(text[:2], "utf-8")
             try:
                 text = text.decode(encoding)
             except UnicodeDecodeError as error:
@@ -319,7 +313,6 @@ class _YamlReader:
     # --- the cursor
 
     def place(self, at: int) -> dict[str, Any]:
-        """A position as arguments of ConfigError."""
         line, column = self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
         return {"path": self.path, "line": line, "column": column}
 
@@ -331,26 +324,22 @@ class _YamlReader:
         self.fail(_REFUSALS.get(char) or f"expected {expected}, found {char!r}; put text in quotes")
 
     def take(self, pattern: re.Pattern[str]) -> str:
-        """Pass and return what matches at the cursor, "" if nothing does."""
         match = pattern.match(self.text, self.pos)
         self.pos = match.end() if match else self.pos
         return match[0] if match else ""
 
     def end_line(self) -> None:
-        """Pass the rest of a line that must hold nothing else, and go to the next token."""
+        """Pass the rest of a line, which must hold nothing else, and go to the next token."""
         if "\n" not in self.take(_BLANKS) and self.text[self.pos] != "\0":
             self.refuse("the end of the line")
 
     def column(self) -> int:
         return -1 if _END.match(self.text, self.pos) else self.pos - self.text.rfind("\n", 0, self.pos) - 1
 
-    @contextlib.contextmanager
-    def collection(self) -> Iterator[None]:
+    def descend(self) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             self.fail(f"more than {MAX_DEPTH} collections inside each other; flatten them")
-        yield
-        self.depth -= 1
 
     # --- blocks
 
@@ -376,22 +365,24 @@ class _YamlReader:
         dash = _DASH.match(self.text, start)
         if column <= indent and not (dash and after_key and column == indent):
             return None
-        first = self.text[start]
         value: object = None
-        if first in "|>":
+        is_key = False
+        if self.text[start] in "|>":
             value = self.block_scalar(indent)
-        elif first in "[{":
+        elif self.text[start] in "[{":
             value = self.flow()
         elif not dash:
             value = self.scalar(indent)
-        key = _COLON.match(self.text, self.pos) and "\n" not in self.text[start : self.pos]
-        if dash or (key and first not in "|>[{"):
-            self.pos = start
-            if same_line:
-                self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
-            with self.collection():
-                return self.sequence(column) if dash else self.mapping(column)
-        self.end_line()
+            is_key = bool(_COLON.match(self.text, self.pos)) and "\n" not in self.text[start : self.pos]
+        if not (dash or is_key):
+            self.end_line()
+            return value
+        self.pos = start
+        if same_line:
+            self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
+        self.descend()
+        value = self.sequence(column) if dash else self.mapping(column)
+        self.depth -= 1
         return value
 
     def mapping(self, column: int) -> dict[object, object]:
@@ -414,12 +405,10 @@ class _YamlReader:
         return sequence
 
     def check_key(self, start: int) -> None:
-        """Refuse what PyYAML refuses as a key, from `start` to the colon before the cursor."""
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
     def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
-        """Enter a pair that starts at `at` and return the mapping."""
         if isinstance(key, (dict, list)):
             self.fail("a collection as a key; use text", at)
         if isinstance(key, int) and abs(key) >= MAX_KEY_INTEGER:
@@ -436,26 +425,27 @@ class _YamlReader:
         mapping: dict[object, object] = {}
         sequence: list[object] = []
         closing = "}" if self.text[self.pos] == "{" else "]"
-        with self.collection():
-            self.pos += 1
-            while self.next_in_flow() != closing:
-                start, key, value = self.pos, self.flow_node(), None
-                pair = self.next_in_flow() == ":"
-                if pair:
-                    self.pos += 1
-                    self.check_key(start)
-                    if self.next_in_flow() not in ",]}":
-                        value = self.flow_node()
-                if closing == "}":
-                    self.put(mapping, key, value, start)
-                else:
-                    self.places[id(sequence), len(sequence)] = start
-                    sequence.append(self.put({}, key, value, start) if pair else key)
-                if self.next_in_flow() == ",":
-                    self.pos += 1
-                elif self.text[self.pos] != closing:
-                    self.refuse(f"a comma or {closing}")
-            self.pos += 1
+        self.descend()
+        self.pos += 1
+        while self.next_in_flow() != closing:
+            start, key, value = self.pos, self.flow_node(), None
+            pair = self.next_in_flow() == ":"
+            if pair:
+                self.pos += 1
+                self.check_key(start)
+                if self.next_in_flow() not in ",]}":
+                    value = self.flow_node()
+            if closing == "}":
+                self.put(mapping, key, value, start)
+            else:
+                self.places[id(sequence), len(sequence)] = start
+                sequence.append(self.put({}, key, value, start) if pair else key)
+            if self.next_in_flow() == ",":
+                self.pos += 1
+            elif self.text[self.pos] != closing:
+                self.refuse(f"a comma or {closing}")
+        self.pos += 1
+        self.depth -= 1
         return mapping if closing == "}" else sequence
 
     def flow_node(self) -> object:
@@ -473,7 +463,7 @@ class _YamlReader:
         """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
         if self.text[self.pos] in _QUOTED:
             return self.quoted()
-        beginning, ending = _PLAIN_IN_FLOW if flow else _PLAIN_IN_BLOCK
+        beginning, ending = _PLAIN[flow]
         if not beginning.match(self.text, self.pos):
             self.refuse(expected)
         start = here = self.pos
@@ -484,10 +474,10 @@ class _YamlReader:
                 break
             pieces += [_folded(gap), line]
             self.pos = here + len(line)
-            gap_match = _LINE_GAP.match(self.text, self.pos)
-            if not gap_match:
+            match = _LINE_GAP.match(self.text, self.pos)
+            if not match:
                 break
-            gap, here = gap_match[0], gap_match.end()
+            gap, here = match[0], match.end()
             column = len(gap) - gap.rfind("\n") - 1
             if column <= indent or self.text[here] == "#" or _END.match(self.text, here):
                 break
@@ -549,7 +539,7 @@ class _YamlReader:
 def _folded(blanks: str) -> str:
     """What a run of blanks in a wrapped scalar stands for: one line break is a space, n are n - 1."""
     breaks = blanks.count("\n")
-    return blanks if not breaks else " " if breaks == 1 else "\n" * (breaks - 1)
+    return "\n" * (breaks - 1) or " " if breaks else blanks
 
 
 def _plain_value(text: str) -> object:
@@ -558,8 +548,6 @@ def _plain_value(text: str) -> object:
         return _YAML_WORDS[text]
     if text in ("<<", "="):
         raise ValueError(f"a merge key or value sign ({text}); put it in quotes")
-    if text[0] not in "+-.0123456789":
-        return text
     if _DATE.fullmatch(text):
         raise ValueError("a date; put it in quotes")
     integer = _INTEGER.fullmatch(text)
@@ -582,7 +570,7 @@ def _plain_value(text: str) -> object:
 # --- settings
 
 SITE_FILE = "mxcp-site.yml"
-MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
+MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; datetime and locks can take more
 MIN_INPUT_BYTES = 256  # arbitrary
 MAX_INPUT_BYTES = 64 * 2**20  # what the writer's queue holds
 
@@ -590,17 +578,16 @@ _UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 class Config(NamedTuple):
-    """The settings that hold, already validated, each with its source; made by `load_config`.
+    """The settings that hold, validated, each with its source; made by `load_config`.
 
     `AuditLogger` and docs/configuration.md say what each means. Durations are seconds, lists are tuples.
 
     Args:
         path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given;
-            it may hold a password, so `repr` leaves it out, and what is shown is `public_target` of it.
-        profile: the profile's name.
+            `repr` leaves it out, as it may hold a password.
         site_file: absolute path of the site file, None without one.
         journal: absolute path of the journal directory; None is "<path>.journal" beside a database file.
-        attach: options for ATTACH by name; they may hold secrets, so `repr` leaves them out.
+        attach: options for ATTACH by name; `repr` leaves them out, as they may hold secrets.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
     """
@@ -628,14 +615,11 @@ class Config(NamedTuple):
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
-        shown = (
-            f"{name}={value!r}" for name, value in self._asdict().items() if name not in ("path", "attach")
-        )
-        return f"Config({', '.join(shown)})"
+        shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
+        return f"Config({', '.join(part for part in shown if not part.startswith(('path=', 'attach=')))})"
 
     @property
     def journal_directory(self) -> str:
-        """Where the journal is: `journal`, or beside a database file."""
         return self.journal or self.path + ".journal"
 
 
@@ -657,11 +641,10 @@ def parse_duration(text: str) -> float:
 
 def is_attach_target(path: str) -> bool:
     """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
-    # DuckDB's own rule for what ATTACH takes as `extension:rest`; one letter is a Windows drive.
-    return re.match("[A-Za-z0-9_]{2,}:", path) is not None
+    return re.match("[A-Za-z0-9_]{2,}:", path) is not None  # DuckDB's own rule; C: is a drive
 
 
-# What may be shown of a connection string and of the `attach` options; everything else may be secret.
+# What may be shown of a connection string and of `attach`; everything else may be secret.
 _PUBLIC_KEYS = re.compile(
     "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
 )
@@ -687,10 +670,7 @@ def public_target(target: str) -> str:
 
 
 def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
-    """Return what an engine says without what may be secret in the ATTACH target and its options.
-
-    Engines repeat connection strings whole, which is replaced, or in pieces: then the text is withheld.
-    """
+    """Return what an engine says; if it repeats what may be secret in target or options, without that."""
     public, start = public_target(target), len(_PREFIXES.findall(target)[0])
     if target[start:]:
         text = text.replace(target[start:], public[start:])
@@ -703,17 +683,13 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
 
 
 class Setting(NamedTuple):
-    """What a setting must be, and a function that returns it as `Config` has it, or None if it is not that.
-
-    `check` may also raise ValueError with a problem and, in a list or mapping, the entry.
-    """
-
     must_be: str
+    # Returns the value as `Config` has it, or None; ValueError has a problem and, in a collection, the entry.
     check: Callable[[Any], object]
 
 
 def _described(value: object) -> str:
-    """A value with its kind, because YAML's is often a surprise: no is False, 1.10 is 1.1."""
+    """Return a value with its kind, because YAML's is often a surprise: no is False, 1.10 is 1.1."""
     kinds = {str: "text", bool: "boolean", int: "number", float: "number", dict: "mapping"}
     return f"the {kinds.get(type(value), type(value).__name__)} {value!r:.60}"
 
@@ -765,9 +741,7 @@ def _names(value: object) -> tuple[str, ...] | None:
 
 
 def _strict(value: object) -> tuple[str, ...] | None:
-    if isinstance(value, bool):
-        return ("*",) if value else ()
-    return _names(value)
+    return ("*",) * value if isinstance(value, bool) else _names(value)
 
 
 def _networks(value: object) -> tuple[str, ...] | None:
@@ -798,7 +772,7 @@ _SWITCH = Setting("true or false without quotes", lambda value: value if isinsta
 _SECONDS = Setting('a duration such as "10m", or seconds above 0', _duration)
 _SIZE = Setting(f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
 _LIST = Setting("a list of names such as [email, phone]", _names)
-# docs/configuration.md has this table with the defaults of `Config`; a test compares them.
+# Also update docs/configuration.md.
 SETTINGS = {
     "enabled": _SWITCH,
     "path": Setting("a path, or an ATTACH target", _database),
@@ -824,9 +798,8 @@ SETTINGS = {
 def check_settings(
     settings: Mapping[str, object], place: Callable[..., Mapping[str, Any]] | None = None
 ) -> dict[str, Any]:
-    """Return the settings as `Config` holds them (lists as tuples, durations in seconds), or raise.
+    """Return the settings as `Config` holds them, paths as they are; None is refused.
 
-    Both the site file and keyword arguments go through here. Paths stay as they are; None is refused.
     `place` returns the arguments of ConfigError for a setting and, maybe, an entry in it.
     """
     checked = {}
@@ -875,7 +848,7 @@ class _SiteFile(_YamlReader):
         self.root: dict[object, Any] = root or {}
 
     def at(self, *keys: object, entry: object = None) -> dict[str, Any]:
-        """The arguments of ConfigError for the value of a key, or an entry in it; they may be missing."""
+        """Return the arguments of ConfigError for a key, or an entry in its value; they may be missing."""
         position, value = 0, self.root
         for key in keys if entry is None else (*keys, entry):
             if (id(value), key) not in self.places:
@@ -884,11 +857,10 @@ class _SiteFile(_YamlReader):
         return {**self.place(position), "trail": (*keys[:-1], _trail_end(keys[-1], entry))}
 
     def source(self, *keys: object) -> str:
-        """File and line of a key, as `Config.sources` has them."""
         return f"{os.path.basename(self.path or '')}:{self.at(*keys)['line']}"
 
     def section(self, *keys: str) -> dict[object, Any]:
-        """The mapping that these keys lead to; empty where a key, or what follows it, is missing."""
+        """Return the mapping that these keys lead to; empty where a key, or what follows it, is missing."""
         value = self.root
         for depth, key in enumerate(keys, 1):
             value = {} if value.get(key) is None else value[key]
@@ -897,26 +869,24 @@ class _SiteFile(_YamlReader):
         return value
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
-        """The name of the profile that holds, and who chose it."""
-        name, source, where = next(
-            choice
-            for choice in (
-                (argument, "argument", {"path": self.path, "trail": ("profile",)}),
-                (environ.get("MXCP_PROFILE") or None, "MXCP_PROFILE", {"path": self.path}),
-                (self.root.get("profile"), self.source("profile"), self.at("profile")),
-                ("default", "default", self.at("profiles")),
-            )
-            if choice[0] is not None
-        )
+        name: object
+        if argument is not None or environ.get("MXCP_PROFILE"):
+            source = "MXCP_PROFILE" if argument is None else "argument"
+            name = environ["MXCP_PROFILE"] if argument is None else argument
+            where: dict[str, Any] = {"path": self.path, "trail": ("profile",)}
+        elif (name := self.root.get("profile")) is not None:
+            source, where = self.source("profile"), self.at("profile")
+        else:
+            name, source, where = "default", "default", self.at("profiles")
+        problem, profiles = "", self.section("profiles")
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
-            raise ConfigError(problem, **where)
-        profiles = self.section("profiles")
-        if profiles and name not in profiles:
+        elif profiles and name not in profiles:
             known = [key if isinstance(key, str) else f"{_described(key)} (quote it)" for key in profiles]
             problem = f"there is no profile {name!r:.60} (chosen by {source}); known are {', '.join(known)}"
+        if problem:
             raise ConfigError(problem, **where)
-        return name, source
+        return str(name), source
 
     def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
         keys = ("profiles", profile, "audit")
@@ -956,10 +926,10 @@ def load_config(
     A file without `profiles`, and a profile without `audit`, mean: not enabled.
 
     Args:
-        config: the site file; without it `mxcp-site.yml` is searched in `cwd`, then in its parents.
-        profile: the profile; without it a non-empty MXCP_PROFILE, else the file's `profile`, else "default".
-        cwd: where relative paths and the search start; without it the working directory.
-        environ: the environment; without it `os.environ`.
+        config: the site file; by default `mxcp-site.yml` in `cwd`, or in the nearest parent that has one.
+        profile: by default a non-empty MXCP_PROFILE, else the file's `profile`, else "default".
+        cwd: where relative paths and the search start; by default the working directory.
+        environ: by default `os.environ`.
 
     Raises:
         ConfigError: no site file, one that can't be read, an unknown profile, or a wrong setting;
@@ -971,12 +941,9 @@ def load_config(
         raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
     if site_file is None:
-        raise ConfigError(
-            f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
-            " do without by --db or AuditLogger(path), or create one that says:"
-            " profiles: {default: {audit: {enabled: true}}}",
-            path=start,
-        )
+        text = f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
+        text += " do without by --db or AuditLogger(path), or create one that says:"
+        raise ConfigError(f"{text} profiles: {{default: {{audit: {{enabled: true}}}}}}", path=start)
     site = _SiteFile(site_file)
     name, name_source = site.profile(profile, os.environ if environ is None else environ)
     settings, sources = site.settings(name)
@@ -1007,14 +974,11 @@ def find_site_file(folder: str) -> str | None:
 # === Events ===
 # depends on: Errors
 #
-# What an event is made of. COLUMNS is the only place that knows the columns: the table, the
-# journal reader, SELECT lists, headers and JSON keys all come from it. The first ten are the
-# specification's and never change; new ones go to NEW_COLUMNS, before `segment` and `seq`.
+# COLUMNS is the only place that knows the columns. The first ten are the specification's and never change;
+# new ones go to NEW_COLUMNS, before `segment` and `seq`.
 
 
 class Column(NamedTuple):
-    """A column of `logs`: its name and its type in DuckDB."""
-
     name: str
     sql_type: str
 
@@ -1033,7 +997,7 @@ NEW_COLUMNS = COLUMNS[13:-2]
 EVENT_TYPES = ("tool", "resource", "prompt")
 POLICY_DECISIONS = ("allow", "deny", "warn", "n/a")
 STATUSES = ("success", "error")
-MAX_DURATION_MS = 2**31 - 1  # the largest INTEGER; DuckDB refuses a whole segment for one more
+MAX_DURATION_MS = 2**31 - 1  # DuckDB refuses a whole segment for one more
 LARGEST = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
 
 wall_clock_ns = time.time_ns  # the clock that is recorded; intervals use the monotonic one
@@ -1053,7 +1017,6 @@ def _stamp(second: int) -> str:
 
 
 def utc_now() -> datetime.datetime:
-    """Return the present moment, aware, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc)
 
 
@@ -1102,12 +1065,11 @@ LINE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
 def is_segment_id(text: str) -> bool:
-    """Return True if `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
 
 
 def parse_event_id(text: str) -> tuple[str, int]:
-    """Return segment and sequence number of an event id, `<segment>:<seq>`."""
+    """Return the parts of an event id, `<segment>:<seq>`."""
     segment, _, seq = text.strip().rpartition(":")
     if not is_segment_id(segment) or not re.fullmatch(r"[1-9][0-9]{0,9}", seq):
         raise EventError(f"{text!r} is no event id; one looks like {new_segment_id(0)}:1", field="event_id")
@@ -2841,10 +2803,9 @@ class Redactor:
 # === Encoding ===
 # depends on: Events, Redaction
 #
-# Event → line, line → event. A line is one JSON object with the names of COLUMNS, redacted, in UTF-8, ending
-# with a line feed; `seq` comes last, because only the writer knows it. DuckDB's JSON reader rejects a whole
-# file for one lone surrogate, one invalid UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL:
-# the encoder lets none through.
+# Event → line (docs/journal-format.md), line → event. `seq` comes last, because only the writer knows it.
+# DuckDB's JSON reader rejects a whole file for one lone surrogate, one invalid UTF-8 byte or one integer past
+# INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
 
 # --- what is too large
 
@@ -2900,8 +2861,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_CACHE_SIZE = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
-_CACHED_CHARS = 512  # arbitrary
+_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # arbitrary: servers have tens of names; made-up ones must not stay
 _NAME_BYTES = 1024  # of a name or an id
 _TEXT_BYTES = 2**16  # of an error or a reason
 REPLACEMENT = "\ufffd"
@@ -2914,7 +2874,7 @@ _ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of bac
 
 
 class Json(str):
-    """JSON that was made here and needs no redaction."""
+    """JSON that needs no redaction."""
 
 
 class Encoder:
@@ -2932,7 +2892,7 @@ class Encoder:
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
     ) -> str:
-        """Return the input as it is recorded: JSON text inside of a JSON text, or `null` for None."""
+        """Return the input as it is recorded: JSON text inside of a JSON text, or `null`."""
         if input_params is None:
             return "null"
         tool = name if type(name) is str else None
@@ -2964,8 +2924,7 @@ class Encoder:
     ) -> bytes:
         """Return the line of an event `ago` nanoseconds before now, for `finish_line` to complete.
 
-        `more` holds the values of NEW_COLUMNS. Values outside the allowed ones are recorded as given, and
-        `reason` says so.
+        `more` is for NEW_COLUMNS. Values that are not allowed are recorded as given, and `reason` says so.
         """
         second, ns = divmod(self._clock() - ago, 1_000_000_000)
         stamp = self._second
@@ -3002,7 +2961,7 @@ class Encoder:
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
-        """Return what surrounds the changing parts of a line, and a flag: what is wrong, for `reason`."""
+        """Return what surrounds the changing parts of a line, and what `reason` must say."""
         texts, flag = [], ""
         for argument, part in zip(_FRAME, parts, strict=True):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
@@ -3020,7 +2979,7 @@ class Encoder:
         return frame
 
     def _more(self, more: Sequence[object]) -> tuple[str, str]:
-        """Return the members of a line for the values of NEW_COLUMNS that are not None, and a flag."""
+        """Return the members of a line for NEW_COLUMNS, and what `reason` must say."""
         parties = tuple(more[:4])  # who calls which server, the same for a session
         try:
             text = self._cache[parties]
@@ -3042,7 +3001,6 @@ class Encoder:
         return text, flag
 
     def _keep(self, parts: tuple[object, ...], made: object) -> None:
-        """Cache what was made of some parts, if they are short texts."""
         texts = [part for part in parts if part is not None]
         if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:  # type: ignore[arg-type]
             if len(self._cache) >= _CACHE_SIZE:
@@ -3055,7 +3013,6 @@ class Encoder:
         )
 
     def _json(self, value: object) -> str:
-        """Return a name or an id as JSON."""
         if type(value) is str and _PLAIN_ID.fullmatch(value):
             return f'"{value}"'
         return "null" if value is None else encode_text(self._clean(value))
@@ -3067,7 +3024,7 @@ class Encoder:
         else:
             whole = self._redactor.redact_json(value)
             whole = json.loads(whole) if whole[0] == '"' else whole
-        # Only twice the limit is redacted. A secret that is cut there is not recognized: `text[:-limit]`.
+        # Only twice the limit is redacted; a secret that is cut there is not recognized.
         text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
         fits = len(whole) <= 2 * limit
         data = (text if fits else text[:-limit]).encode("utf-8", "surrogatepass")
@@ -3084,7 +3041,6 @@ class Encoder:
 
 
 def finish_line(line: bytes, seq: int) -> bytes:
-    """Return the complete line, with `seq` and a line feed."""
     return b'%b,"seq":%d}\n' % (line, seq)
 
 
@@ -3110,7 +3066,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 
 def event_of_line(line: bytes) -> dict[str, Any]:
-    """Return the event of a journal line; ValueError says why DuckDB can't use it, or would make it NULL."""
+    """Return the event of a journal line; ValueError says why DuckDB can't use it."""
     event = _json_object(line)
     for name, sql_type in COLUMNS:
         value, largest = event.get(name), LARGEST.get(sql_type)
@@ -3141,17 +3097,17 @@ JOURNAL_FORMAT = 2  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX = ".jsonl"
 _LOSS_SUFFIX = ".loss"
 _BEGUN_SUFFIX = ".begun"
-UNFINISHED = "unfinished: the process ended during the call"  # the error of such a row
+UNFINISHED = "unfinished: the process ended during the call"
 _ENDED = b'{"ended":'
 CALL_OF_LINE = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
 _DIRECTORY_MODE = 0o700
 FILE_MODES = {False: 0o600, True: 0o660}  # True: for a group
-_GROUP_MODE = 0o2770  # of a journal for a group, which is that of each file in it
-# Of files that may be others': without following a link, or waiting for the other end of a FIFO.
+_GROUP_MODE = 0o2770  # of a journal for a group, whose files are the group's
+# Follow no link, and wait for no other end of a FIFO.
 _NO_FOLLOW = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _MOST_CLAIMS = 4096  # arbitrary: segments in one transaction
-_SMALL_BYTES = 2**18  # arbitrary: smaller segments are put together before DuckDB reads them
-COMBINED = "combined"  # the name of the file that holds them
+_SMALL_BYTES = 2**18  # arbitrary: of segments that are put together in COMBINED before DuckDB reads them
+COMBINED = "combined"
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _TURN_SECONDS = 5.0  # how long readers let an ingest pass that asks
 _ORPHAN_SECONDS = 60.0  # arbitrary
@@ -3159,7 +3115,7 @@ _LOCK_OFFSET = 2**62  # Windows locks bytes, and a locked byte can't be read: on
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file without waiting; False if somebody else has it."""
+    """Take the lock of an open file; False if somebody else has it."""
     try:
         if sys.platform != "win32":
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -3179,7 +3135,7 @@ def unlock(fd: int) -> None:
 
 
 def _key_at(path: str) -> tuple[int, int] | None:
-    """Return device and inode of the file that `path` names, links not followed; None if it names none."""
+    """Return device and inode of a file, links not followed; None if there is none."""
     try:
         found = os.lstat(path)
     except OSError as error:
@@ -3225,7 +3181,7 @@ class Descriptor:
 
 
 def file_size_limit() -> float:
-    """Return how many bytes a file of this process may have: a write beyond may kill it (SIGXFSZ)."""
+    """Return how many bytes a file may have: a write beyond may kill the process (SIGXFSZ)."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -3244,7 +3200,7 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
-    """Force the names in a directory to the disk; Windows neither can nor needs to."""
+    """Force the names in a directory to the disk, which Windows neither can nor must."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
@@ -3261,7 +3217,7 @@ def segment_id_of(path: str) -> str:
 
 
 def give_to_owner(path: str, fd: int | None = None) -> None:
-    """Give what root has just made to the owner of its directory: the service must be able to use it."""
+    """Give what root has made to the owner of its directory: the service must be able to use it."""
     if getattr(os, "geteuid", lambda: -1)() == 0:
         owner = os.stat(os.path.dirname(path) or os.curdir)
         made = os.lstat(path) if fd is None else os.fstat(fd)
@@ -3274,7 +3230,6 @@ def is_for_group(directory: str) -> bool:
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Open a file that may be somebody else's, to read it."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW))
 
 
@@ -3284,7 +3239,7 @@ def read_file(path: str) -> bytes:
 
 
 def read_lines(path: str) -> bytes:
-    """Return the whole lines of a file that may be written to at this moment."""
+    """Return the whole lines of a file that somebody may be writing."""
     data = read_file(path)
     return data[: data.rfind(b"\n") + 1]
 
@@ -3305,7 +3260,7 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
 
 
 def take_after(path: str, old: os.stat_result) -> None:
-    """Give a file the mode and, if this user may, the owner of the one that it replaces."""
+    """Give a file the mode and, if possible, the owner of the one that it replaces."""
     os.chmod(path, stat.S_IMODE(old.st_mode))
     with contextlib.suppress(AttributeError, PermissionError):
         os.chown(path, old.st_uid, old.st_gid)
@@ -3406,7 +3361,7 @@ class Segment(Descriptor):
         return self.is_open()  # a stale network handle
 
     def seal(self, *, keep: bool = False) -> None:
-        """Release the lock, so that anybody may ingest the file, and close it unless `keep`."""
+        """Release the lock, so that anybody may ingest the file; close it unless `keep`."""
         if self._fd >= 0 and not self.sealed:
             self._mend()
             self.sealed = True
@@ -3488,7 +3443,6 @@ class Claim:
             self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
-        """Keep lines that can't be ingested in `.rejected`, for whoever repairs them."""
         lines = [
             json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
             for number, reason, line in faults
@@ -3625,7 +3579,7 @@ class Journal:
         replace_file(path, json.dumps(mine).encode())
 
     def ask_readers(self) -> None:
-        """Have new readers wait until the ingest has had the database; hold the ingest lock."""
+        """Have new readers wait for this ingest; hold the ingest lock."""
         with contextlib.suppress(OSError):
             os.utime(self._lock_path)
 
@@ -3640,7 +3594,7 @@ class Journal:
 
     @contextlib.contextmanager
     def ingest_lock(self, *, shared: bool = False) -> Iterator[bool]:
-        """Hold the lock of an ingest, or with `shared` keep ingests out; yields False if another has it."""
+        """Hold the lock of an ingest, or with `shared` keep ingests out; yield False if another has it."""
         with contextlib.ExitStack() as stack:
             try:
                 if shared:
@@ -3659,7 +3613,7 @@ class Journal:
             yield locked
 
     def record_loss(self, loss: Loss) -> str:
-        """Put a loss on record, durably; return the path of the record."""
+        """Put a loss on record, durably, and return its path."""
         self.make_directory()
         path = self._path(new_segment_id(self._clock()) + _LOSS_SUFFIX)
         write_file(path, json.dumps(loss._asdict()).encode() + b"\n")
@@ -3718,7 +3672,7 @@ class Journal:
         return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
-        """Yield path and lines, perhaps none, of the segment that each ended process leaves of its calls."""
+        """Yield path and lines, perhaps none, of the segment that each ended process leaves."""
         for path, last_sign, calls in self.begun(live=False):
             for segment in self.segments() if calls else ():
                 with contextlib.suppress(OSError):
@@ -3811,17 +3765,17 @@ class Journal:
 QUEUE_BYTES = 64 * 2**20
 SEGMENT_BYTES = 8 * 2**20
 _PIECE_BYTES = 2**20  # arbitrary: of one write
-_GATHER_SECONDS = 0.02  # the window in which `kill -9` loses events, plus one write
+_GATHER_SECONDS = 0.02  # in which `kill -9` loses events
 _RETRY_SECONDS = 0.1  # arbitrary: after a failed write
-_REPORT_SECONDS = 60.0  # how often the same fault is logged
+_REPORT_SECONDS = 60.0  # between two logs of the same fault
 _MOST_KEPT = 16  # arbitrary: sealed segments that stay open
 
 INFO, WARNING = 20, 30  # the levels of `logging`
-_native: dict[str, Any] = {}  # under gevent: fresh copies of modules that it replaces
+_native: dict[str, Any] = {}
 
 
 def _native_module(name: str) -> Any:
-    """Return a module; under gevent a fresh copy of it that knows real threads and processes."""
+    """Return a module; under gevent a fresh copy of it."""
     import importlib
 
     if "gevent.monkey" not in sys.modules:
@@ -3835,7 +3789,7 @@ def _native_module(name: str) -> Any:
 
 
 def native_threads() -> Any:
-    """Return `threading`; under gevent a copy that makes real threads: a greenlet ends with its thread."""
+    """Return `threading`; under gevent a copy with real threads: a greenlet ends with its thread."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return threading
@@ -3897,8 +3851,8 @@ class Diagnostics:
         self.tell()
 
 
-_BEGUN_BYTES = 2**20  # arbitrary: by how much a file of begun calls grows
-_SIGN_SECONDS = 1.0  # how often a process with calls on record gives a sign of life
+_BEGUN_BYTES = 2**20  # arbitrary: by which a file of begun calls grows
+_SIGN_SECONDS = 1.0  # between two signs of life
 _BRIEF_SECONDS = 0.1  # a call that is over by then leaves only its line, unless it is strict
 
 
@@ -3916,7 +3870,7 @@ class Begun:
         self._file = None
         self._numbers = itertools.count(1)
         self._running: dict[int, Any] = {}  # calls by number
-        self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or about to be: their name in lines
+        self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or nearly: name in lines, call
         self.on_record: set[int] = set()
         self._over: dict[int, int] = {}  # by number, the ticket of its line
         self._size = 0  # of the file when it was begun
@@ -3929,7 +3883,7 @@ class Begun:
         return number
 
     def end(self, number: int) -> str | None:
-        """Return how the line of a call that ended must name it; None if its begin is not on record."""
+        """Return how the line of a call must name it; None if its begin is not on record."""
         self._running.pop(number, None)
         ref = self._refs.get(number)  # after that: the writer sets this first, and then looks who still runs
         return None if ref is None else ref[0]
@@ -3990,26 +3944,25 @@ class Begun:
             old.close()
 
     def _waiting(self) -> Iterator[tuple[float, int, Any]]:
-        """Yield the calls that run and are not on record: when each should be, in seconds, its number, it."""
+        """Yield the calls to put on record: in how many seconds, number, call."""
         brief = time.perf_counter() - _BRIEF_SECONDS
         for number, call in self._running.copy().items():
             if number not in self.on_record:
                 yield 0.0 if call.strict else call.started - brief, number, call
 
     def due_in(self) -> float:
-        """Return the seconds until `write` has something to do."""
         sign = self._signed + _SIGN_SECONDS - time.monotonic() if self.on_record else inf
         return max(0.0, min([sign, *(due for due, _, _ in self._waiting())]))
 
     def close(self) -> None:
-        """Remove the file, unless a call is on record: then an ingest takes it when the process has ended."""
+        """Remove the file, unless a call is on record: an ingest takes it when the process has ended."""
         if self._file is not None and not self._refs:
             self._file.discard()
             self._file = None
 
 
 class Appender:
-    """Puts lines into segments, one after the other; for one thread at a time."""
+    """Puts lines into segments; for one thread at a time."""
 
     def __init__(
         self,
@@ -4034,7 +3987,7 @@ class Appender:
                 ours.forget()
         self.sealed.clear()
         self._lost: list[Loss] = []
-        self.recorded = 0.0  # when losses were put on record last
+        self.recorded = 0.0  # when losses were
         self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
 
     @property
@@ -4044,11 +3997,11 @@ class Appender:
         return before if segment is None else before + segment.events
 
     def waiting_since(self) -> float:
-        """Return the monotonic time of the first event or loss that is not sealed; `inf` without one."""
+        """Return the monotonic time of the first event or loss that is not sealed, or `inf`."""
         return self._segment.opened if self._segment is not None else 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
-        """Write lines; after an error, `done` says which are in the journal, and another segment is begun."""
+        """Write lines; after an error, `done` says which were written."""
         segment = self.present()
         if segment is None:
             segment = self._segment = self.journal.open_segment(durable=self.durable)
@@ -4093,7 +4046,7 @@ class Appender:
         self._before, self._segment = self.done, None
 
     def _replace(self, segment: Segment, *, named: str | None = None) -> Segment | None:
-        """Write a segment again that was moved; empty the old one, in case it comes back, unless `named`."""
+        """Write a segment again that was moved; unless `named`, empty the old one, which may come back."""
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
@@ -4153,7 +4106,7 @@ class Appender:
         self.diagnostics.note(kind, f"events are lost: {reason}", error=error)
 
     def left(self) -> bool:
-        """Return True if something that was sealed here still waits for an ingest."""
+        """Return True if something that was sealed waits for an ingest."""
         for path, segment in list(self.sealed.items()):
             if os.path.exists(path):
                 continue
@@ -4176,7 +4129,7 @@ class Appender:
                 segment.close()
 
 
-_CPU_SHARE = 0.01  # of one core: what ingests may use
+_CPU_SHARE = 0.01  # of one core
 _LONGEST_PAUSE_SECONDS = 60.0
 _LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
 _CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more than that
@@ -4197,7 +4150,7 @@ module.ingest_child(**work)
 
 
 class Ingester:
-    """Has children ingest, for the writer alone. A segment is sealed only once the one before is gone."""
+    """Has children ingest. A segment is sealed only once the one before is gone."""
 
     def __init__(self, appender: Appender, settings: Mapping[str, object] | None, *, interval: float) -> None:
         self._appender, self._diagnostics = appender, appender.diagnostics
@@ -4215,7 +4168,7 @@ class Ingester:
         # The next attempt: by the budget; after a failure; while another process ingests.
         self._not_before = self._away_until = self._busy_until = self._next_daily = 0.0
         self._taken: list[str] = []
-        self._head = self._told_head = None  # of the chain, as JSON
+        self._head = self._told_head = None  # JSON
 
     def due_in(self) -> float:
         """Return the seconds until `step` has something to do."""
@@ -4232,7 +4185,7 @@ class Ingester:
         return max(0.0, max(due, self._busy_until) - time.monotonic())
 
     def step(self) -> float:
-        """See what became of the child, or start one if it is time; return the seconds until the next."""
+        """Look after the child, or start one if it is time; return the seconds until the next step."""
         if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
@@ -4298,7 +4251,7 @@ class Ingester:
             pipe.write(text)
 
     def _look(self) -> Mapping[str, Any] | None:
-        """Return the child's answer once it has ended."""
+        """Return the child's answer, or None while it runs."""
         child, pipe = self._child, self._pipe
         assert child is not None
         code = child.poll()
@@ -4321,7 +4274,6 @@ class Ingester:
         return {"cpu": time.monotonic() - self._started, **answer}
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
-        """Account for an attempt, and set when the next may come."""
         self._account(answer)
         if "fault" in answer:
             self._diagnostics.note("ingest", f"events stay in the journal: {answer['fault']}")
@@ -4394,7 +4346,6 @@ class Ingester:
         self._tell_head()
 
     def _await_child(self, deadline: float) -> Mapping[str, Any]:
-        """Return the answer of the child, which is killed at the deadline."""
         while time.monotonic() < deadline:
             if (answer := self._look()) is not None:
                 return answer
@@ -4403,7 +4354,7 @@ class Ingester:
         return {"fault": "an ingest took too long"}
 
     def end_child(self) -> None:
-        """Kill the child and its engine: the next ingest does again what it was doing."""
+        """Kill the child and its engine; the next ingest repeats what it was doing."""
         import signal
 
         child, self._child = self._child, None
@@ -4445,9 +4396,9 @@ class Writer:
         self._appender.start_afresh()
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
-        self._lock = threads.RLock()  # of the queue; held for moments only
+        self._lock = threads.RLock()  # of the queue
         self._progress = threads.Condition(self._lock)
-        self._writing = threads.RLock()  # of the appender; held while the disk works
+        self._writing = threads.RLock()  # of the appender
         self._wake = threads.Lock()
         self._wake.acquire()
         self._queue: list[bytes] = []
@@ -4455,7 +4406,7 @@ class Writer:
         self._due = 0.0  # seconds until the ingester has something to do
         self._finished = 0  # lines that left the queue
         self._look_at = self._step_at = 0.0
-        self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
+        self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
         self._asleep = True
         self._hurried = False  # somebody waits for the next round
         self._closing = self._sealed = self._closed = False
@@ -4463,11 +4414,11 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def before_fork(self) -> None:
-        """Wait a moment for a write to end, so that no child inherits a segment that nobody knows yet."""
+        """Wait for a write to end, so that no child inherits a segment that nobody knows yet."""
         self._writing.acquire(timeout=1.0)
 
     def after_fork_in_parent(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the moment was too short, and the lock is another's
+        with contextlib.suppress(RuntimeError):  # it took too long
             self._writing.release()
 
     # --- the caller's side
@@ -4500,7 +4451,7 @@ class Writer:
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Return True when the writer has done something, or is this thread; False if that takes too long."""
+        """Return True when the writer has done something, or is this thread; False after the timeout."""
         if self._is_writing_thread():
             return True
         self._hurry()
@@ -4579,7 +4530,7 @@ class Writer:
         return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, inf)
 
     def _wait_until(self, done: Callable[[], bool], deadline: float) -> bool:
-        """Wait for the writer, or do its work where there is none; False if the deadline came first."""
+        """Wait for the writer, or do its work; False if the deadline came first."""
         while not done():
             if self._asleep:  # a caller was interrupted before it woke the writer, or there is none
                 self._rouse()
@@ -4593,7 +4544,7 @@ class Writer:
         return True
 
     def _rouse(self) -> None:
-        """Wake the writer, start it, or do its work here. After an interrupt the next event wakes it."""
+        """Wake the writer, start it, or do its work here."""
         if self._thread is not None or self._start_thread():
             self._release_wake()
         else:
@@ -4634,7 +4585,7 @@ class Writer:
         return False
 
     def _work_inline(self) -> bool:
-        """Do the writer's work in this thread, once; False if lines are left that could not be written."""
+        """Do the writer's work here, once; False if lines are left that could not be written."""
         me = self._threads.get_ident()
         if self._inline == me:
             return True  # a signal handler or destructor within our own write, which goes on afterwards
@@ -4729,7 +4680,7 @@ class Writer:
                 return True
 
     def _trim(self) -> None:
-        """Take out of the queue what is in the journal, and wake those who wait for it."""
+        """Take what is in the journal out of the queue, and wake those who wait for it."""
         if self.written == self._finished and not self.begun.fresh:
             return
         with self._lock:
