@@ -16,14 +16,11 @@ Then, from any shell:
 
     python -m mxcp_audit log --status error --since 1h
 
-Copy this file into your project: it needs the standard library and the `duckdb`
-package, or the `duckdb` program where that package is missing. What a copy is,
-`python mxcp_audit.py --version` says: its version, and the first digits of its SHA-256
-to compare with those of the release (docs/vendoring.md).
+Copy this file into your project: it needs the standard library and the `duckdb` package
+or program. `python mxcp_audit.py --version` says what a copy is (docs/vendoring.md).
 
-Not promised: names that begin with an underscore, the order of rows with equal
-timestamps, and the wording of error messages may change between versions. The ten
-documented columns of `logs`, the names in `__all__` and the exit codes will not.
+Promised are the ten documented columns of `logs`, the names in `__all__` and the exit
+codes; private names, the wording of messages and the order of equal timestamps are not.
 """
 
 from __future__ import annotations
@@ -624,18 +621,13 @@ class Config(NamedTuple):
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds that a text such as "10m" or "1h30m" stands for: more than 0, at most 100 years.
-
-    Units are ms, s, m (minutes), h, d and w; whole numbers only, parts are added up.
-    """
+    """Return the seconds of a text such as "10m" or "1h30m": units are ms, s, m (minutes), h, d and w."""
     is_duration = isinstance(text, str) and re.fullmatch(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
     parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
     seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
     if not 0 < seconds <= MAX_DURATION_S:
-        raise ValueError(
-            f"{text!r:.60} is no duration; write whole numbers with a unit (ms, s, m, h, d, w),"
-            ' such as "10m" or "1h30m", more than 0 and at most 100 years'
-        )
+        problem = f"{text!r:.60} is no duration; write whole numbers with a unit (ms, s, m, h, d, w),"
+        raise ValueError(f'{problem} such as "10m" or "1h30m", more than 0 and at most 100 years')
     return seconds
 
 
@@ -708,10 +700,8 @@ def _path(value: object) -> str:
 def _database(value: object) -> str:
     path = _path(value)
     if path.lower().endswith(".jsonl"):
-        raise ValueError(
-            "a .jsonl file is the log of newer MXCP versions, not a database; name a .duckdb file here"
-            " and take the old log in with `mxcp-audit import FILE`"
-        )
+        text = "a .jsonl file is the log of newer MXCP versions, not a database; name a .duckdb file here"
+        raise ValueError(f"{text} and take the old log in with `mxcp-audit import FILE`")
     if path == ":memory:":
         raise ValueError("a database in memory would be lost; name a file")
     return path
@@ -719,10 +709,6 @@ def _database(value: object) -> str:
 
 def _one_of(must_be: str) -> Setting:
     return Setting(must_be, lambda value: value if value in re.split(", | or ", must_be) else None)
-
-
-def _bytes(value: object) -> int | None:
-    return value if type(value) is int and MIN_INPUT_BYTES <= value <= MAX_INPUT_BYTES else None
 
 
 def _duration(value: Any) -> float | None:
@@ -738,10 +724,6 @@ def _names(value: object) -> tuple[str, ...] | None:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"must be a name, not {_described(name)}; put it in quotes", index)
     return tuple(value)
-
-
-def _strict(value: object) -> tuple[str, ...] | None:
-    return ("*",) * value if isinstance(value, bool) else _names(value)
 
 
 def _networks(value: object) -> tuple[str, ...] | None:
@@ -770,7 +752,10 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
 
 _SWITCH = Setting("true or false without quotes", lambda value: value if isinstance(value, bool) else None)
 _SECONDS = Setting('a duration such as "10m", or seconds above 0', _duration)
-_SIZE = Setting(f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
+_SIZE = Setting(
+    f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}",
+    lambda value: value if type(value) is int and MIN_INPUT_BYTES <= value <= MAX_INPUT_BYTES else None,
+)
 _LIST = Setting("a list of names such as [email, phone]", _names)
 # Also update docs/configuration.md.
 SETTINGS = {
@@ -789,7 +774,10 @@ SETTINGS = {
     "record_result": _one_of("none, summary or body"),
     "max_result_bytes": _SIZE,
     "trusted_proxies": Setting("a list of addresses and networks", _networks),
-    "strict": Setting("true, false, or a list of names such as [delete_*]", _strict),
+    "strict": Setting(
+        "true, false, or a list of names such as [delete_*]",
+        lambda value: ("*",) * value if isinstance(value, bool) else _names(value),
+    ),
     "strict_timeout": _SECONDS,
     "group": _SWITCH,
 }
@@ -1008,12 +996,8 @@ _SEGMENT_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 def new_segment_id(now_ns: int) -> str:
     """Return a segment id, `<UTC to the microsecond>-<8 hex>`: sortable by age and unguessable."""
     second, ns = divmod(now_ns, 1_000_000_000)
-    return f"{_stamp(second)}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
-
-
-@functools.lru_cache(maxsize=1)
-def _stamp(second: int) -> str:
-    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
+    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
+    return f"{stamp}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
 
 
 def utc_now() -> datetime.datetime:
@@ -3771,21 +3755,16 @@ _REPORT_SECONDS = 60.0  # between two logs of the same fault
 _MOST_KEPT = 16  # arbitrary: sealed segments that stay open
 
 INFO, WARNING = 20, 30  # the levels of `logging`
-_native: dict[str, Any] = {}
 
 
-def _native_module(name: str) -> Any:
-    """Return a module; under gevent a fresh copy of it."""
-    import importlib
+@functools.cache
+def _fresh_copy(name: str) -> Any:
+    import importlib.util
 
-    if "gevent.monkey" not in sys.modules:
-        return importlib.import_module(name)
-    if name not in _native:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None
-        _native[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return _native[name]
+    spec: Any = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def native_threads() -> Any:
@@ -3797,7 +3776,7 @@ def native_threads() -> Any:
     sys.modules["_thread"] = original = types.ModuleType("_thread")
     vars(original).update({**vars(patched), **monkey.saved.get("_thread", {})})
     try:
-        return _native_module("threading")
+        return _fresh_copy("threading")
     finally:
         sys.modules["_thread"] = patched
 
@@ -3837,12 +3816,11 @@ class Diagnostics:
             return
         self._telling.on = True
         try:
-            self._log.disabled = False  # dictConfig disables what it doesn't name
-            while self.untold:
-                level, _, text = self.untold.pop(0)
-                self._log.log(level, "mxcp_audit: %s", text)
-        except Exception:  # noqa: S110 - there is nobody to tell of a broken handler
-            pass
+            with contextlib.suppress(Exception):  # there is nobody to tell of a broken handler
+                self._log.disabled = False  # dictConfig disables what it doesn't name
+                while self.untold:
+                    level, _, text = self.untold.pop(0)
+                    self._log.log(level, "mxcp_audit: %s", text)
         finally:
             self._telling.on = False
 
@@ -4074,10 +4052,10 @@ class Appender:
             self.begun.write(self.done, ends=True)
             if segment is not None:
                 self._let_go(segment)
+            return self.record_losses()
         except (OSError, JournalError) as error:
             self.diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
             return False
-        return self.record_losses()
 
     def record_losses(self) -> bool:
         self.recorded = time.monotonic()
@@ -4098,11 +4076,11 @@ class Appender:
         now = sql_time(utc_now())
         with self._losing:
             self.diagnostics.dropped += events
+            loss = Loss(events, now, now, reason)
             if self._lost and self._lost[-1].reason == reason:
-                last = self._lost[-1]
-                self._lost[-1] = last._replace(events=last.events + events, last=now)
-            else:
-                self._lost.append(Loss(events, now, now, reason))
+                last = self._lost.pop()
+                loss = last._replace(events=last.events + events, last=now)
+            self._lost.append(loss)
         self.diagnostics.note(kind, f"events are lost: {reason}", error=error)
 
     def left(self) -> bool:
@@ -4220,8 +4198,12 @@ class Ingester:
             self._answered({"fault": str(error)})
 
     def _start(self) -> None:
-        subprocess = _native_module("subprocess")
-        subprocess.threading = native_threads()
+        import subprocess
+
+        module: Any = subprocess
+        if "gevent.monkey" in sys.modules:
+            module = _fresh_copy("subprocess")
+            module.threading = native_threads()
         folders = [os.path.abspath(folder) for folder in sys.path if folder and isinstance(folder, str)]
         work = {
             "settings": self._due_settings(),
@@ -4235,7 +4217,7 @@ class Ingester:
         try:
             if os.name == "posix":
                 os.set_blocking(reading, False)
-            self._child = child = subprocess.Popen(
+            self._child = child = module.Popen(
                 [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
                 stdin=subprocess.PIPE,
                 stdout=writing,
@@ -4284,12 +4266,8 @@ class Ingester:
             return
         self.tried = self._covers
         pause = min(max(answer.get("cpu", 0.0) / _CPU_SHARE, self._interval), _LONGEST_PAUSE_SECONDS)
-        self._not_before = self._away_until = now + pause
-        if answer.get("done"):
-            self._appender.forget(filter(os.path.exists, self._taken))  # what can't be deleted
-            self._away_until = 0.0
-        elif answer.get("locked"):
-            self._away_until = now + _LOCKED_PAUSE_SECONDS
+        away = 0.0 if answer.get("done") else _LOCKED_PAUSE_SECONDS if answer.get("locked") else pause
+        self._not_before, self._away_until = now + pause, now + away
 
     def _account(self, answer: Mapping[str, Any]) -> None:
         told = self._diagnostics
@@ -4298,10 +4276,11 @@ class Ingester:
         for level, kind, text in answer.get("log", ()):
             told.note(kind, text, level=level)
         self._head = answer.get("head") or self._head
-        if answer.get("done") and time.monotonic() >= self._next_daily:
-            hours = 24 if answer.get("retained") else 1
-            self._next_daily = time.monotonic() + hours * 3600
-            self._tell_head()
+        if answer.get("done"):
+            self._appender.forget(filter(os.path.exists, self._taken))  # what can't be deleted
+            if time.monotonic() >= self._next_daily:
+                self._next_daily = time.monotonic() + 3600 * (24 if answer.get("retained") else 1)
+                self._tell_head()
 
     def _is_daily(self) -> bool:
         return bool(self._settings["retention"]) and time.monotonic() >= self._next_daily
@@ -4330,15 +4309,11 @@ class Ingester:
             else:
                 answer = ingest(settings, wait=max(0.0, deadline - time.monotonic()))
             why = answer.get("fault") or "another process is ingesting"
+            self._taken = list(appender.sealed)
             self._account(answer)
-            if answer.get("done"):
-                appender.forget(filter(os.path.exists, list(appender.sealed)))
-            elif answer.get("busy"):
-                time.sleep(0.02 + os.urandom(1)[0] / 5000)
-            else:
+            if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
                 break
-            if time.monotonic() >= deadline:
-                break
+            time.sleep(0.02 + os.urandom(1)[0] / 5000 if answer.get("busy") else 0)
         appender.left()
         if events := sum(segment.events for segment in appender.sealed.values() if segment):
             reason = "" if (self._diagnostics.last_error or "").endswith(why) else f": {why}"
@@ -4355,14 +4330,12 @@ class Ingester:
 
     def end_child(self) -> None:
         """Kill the child and its engine; the next ingest repeats what it was doing."""
-        import signal
-
         child, self._child = self._child, None
         if child is None:
             return
         with contextlib.suppress(OSError):
             if os.name == "posix":
-                os.killpg(child.pid, signal.SIGKILL)  # a transaction that is killed never happened
+                os.killpg(child.pid, 9)  # SIGKILL: a transaction that is killed never happened
             else:
                 child.kill()
         child.wait()
@@ -4385,9 +4358,9 @@ class Writer:
         on_start: Callable[[], bool],
         at_once: bool = False,
     ) -> None:
-        self._appender, self._ingester, self.begun = appender, ingester, appender.begun
+        self._appender, self._ingester = appender, ingester
+        self.begun, self._diagnostics = appender.begun, appender.diagnostics
         self._at_once = at_once or appender.durable  # callers wait, all or some: nothing is gathered
-        self._diagnostics = appender.diagnostics
         self._drop_when_full, self._on_start = drop_when_full, on_start
         self.start_afresh()
 
@@ -4405,7 +4378,7 @@ class Writer:
         self._queued_bytes = 0
         self._due = 0.0  # seconds until the ingester has something to do
         self._finished = 0  # lines that left the queue
-        self._look_at = self._step_at = 0.0
+        self._step_at = 0.0
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
         self._asleep = True
         self._hurried = False  # somebody waits for the next round
@@ -4462,11 +4435,9 @@ class Writer:
     def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
         """Call back, in any thread, when the writer has done something, or is closed."""
         with self._lock:
-            if not (done() or self._closed):
-                self._waiting.append((done, callback))
-                self._hurry()
-                return
-        callback()
+            self._waiting.append((done, callback))
+        self._hurry()
+        self._call_back()
 
     def flush(self, timeout: float) -> bool:
         """Write all that was put before, and try once to ingest it; False if it could not be written."""
@@ -4664,8 +4635,7 @@ class Writer:
         while True:
             batch = self._queue[:]
             try:
-                if not batch and time.monotonic() >= self._look_at:  # nothing is written that would look
-                    self._look_at = time.monotonic() + _POLL_SECONDS
+                if not batch:  # nothing is written that would look
                     self._appender.present()
                 for piece in _pieces(batch):
                     self._appender.append(piece)
