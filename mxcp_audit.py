@@ -996,8 +996,12 @@ _SEGMENT_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 def new_segment_id(now_ns: int) -> str:
     """Return a segment id, `<UTC to the microsecond>-<8 hex>`: sortable by age and unguessable."""
     second, ns = divmod(now_ns, 1_000_000_000)
-    stamp = time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
-    return f"{stamp}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
+    return f"{_stamp(second)}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
+
+
+@functools.lru_cache(maxsize=1)
+def _stamp(second: int) -> str:
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(second))
 
 
 def utc_now() -> datetime.datetime:
@@ -4378,7 +4382,7 @@ class Writer:
         self._queued_bytes = 0
         self._due = 0.0  # seconds until the ingester has something to do
         self._finished = 0  # lines that left the queue
-        self._step_at = 0.0
+        self._look_at = self._step_at = 0.0
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
         self._asleep = True
         self._hurried = False  # somebody waits for the next round
@@ -4635,7 +4639,8 @@ class Writer:
         while True:
             batch = self._queue[:]
             try:
-                if not batch:  # nothing is written that would look
+                if not batch and time.monotonic() >= self._look_at:  # nothing is written that would look
+                    self._look_at = time.monotonic() + _POLL_SECONDS
                     self._appender.present()
                 for piece in _pieces(batch):
                     self._appender.append(piece)
