@@ -783,13 +783,15 @@ SETTINGS = {
 }
 
 
-def check_settings(
-    settings: Mapping[str, object], place: Callable[..., Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
-    """Return the settings as `Config` holds them, paths as they are; None is refused.
+def _trail_end(name: object, entry: object = None) -> str:
+    return str(name) if entry is None else f"{name}[{entry}]" if isinstance(entry, int) else f"{name}.{entry}"
 
-    `place` returns the arguments of ConfigError for a setting and, maybe, an entry in it.
-    """
+
+def check_settings(
+    settings: Mapping[str, object],
+    place: Callable[..., Mapping[str, Any]] = lambda *name: {"trail": (_trail_end(*name),)},
+) -> dict[str, Any]:
+    """Return the settings as `Config` holds them, paths as they are; `place` says where a setting stands."""
     checked = {}
     for name, value in settings.items():
         try:
@@ -806,13 +808,8 @@ def check_settings(
                 raise ValueError(f"must be {SETTINGS[name].must_be}, not {_described(value)}")
         except ValueError as error:
             problem, *entry = error.args
-            where = place(name, *entry) if place else {"trail": (_trail_end(name, *entry),)}
-            raise ConfigError(problem, **where) from error
+            raise ConfigError(problem, **place(name, *entry)) from error
     return checked
-
-
-def _trail_end(name: object, entry: object = None) -> str:
-    return str(name) if entry is None else f"{name}[{entry}]" if isinstance(entry, int) else f"{name}.{entry}"
 
 
 # --- the site file
@@ -3290,13 +3287,10 @@ class Segment(Descriptor):
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd)
+        self.path, self.id, self.opened, self.sealed = path, segment_id_of(path), time.monotonic(), False
         self._dirty = False  # there may be bytes behind the end
         self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
-        self._limit = file_size_limit()
-        self._place = _key_at(os.path.dirname(path))
-        self.path, self.id = path, segment_id_of(path)
-        self.opened = time.monotonic()
-        self.sealed = False
+        self._limit, self._place = file_size_limit(), _key_at(os.path.dirname(path))
 
     @property
     def size(self) -> int:
@@ -3379,7 +3373,7 @@ class Segment(Descriptor):
 def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
     """Return the events of a `.begun` file that have no end in it, by call."""
     calls: dict[str, dict[str, Any]] = {}
-    for line in data[: data.rfind(b"\n") + 1].splitlines():
+    for line in data.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
             said = json.loads(line)
             if line.startswith(_ENDED):
@@ -3612,13 +3606,13 @@ class Journal:
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
             try:
-                losses[path] = loss = Loss(**json.loads(read_file(path)))
+                loss = Loss(**json.loads(read_file(path)))
                 if loss.events >> 62 or "\0" in "".join(loss[1:]):
                     raise ValueError
+                losses[path] = loss
             except OSError:  # gone, or not ours to read
                 pass
             except (ValueError, TypeError):  # not written yet, or damaged
-                losses.pop(path, None)
                 if self._clock() - os.lstat(path).st_mtime_ns > _ORPHAN_SECONDS * 1e9:
                     text = "a record of lost events was damaged"
                     losses[path] = Loss(0, "an unknown time", "an unknown time", text)
