@@ -16,14 +16,11 @@ Then, from any shell:
 
     python -m mxcp_audit log --status error --since 1h
 
-Copy this file into your project: it needs the standard library and the `duckdb`
-package, or the `duckdb` program where that package is missing. What a copy is,
-`python mxcp_audit.py --version` says: its version, and the first digits of its SHA-256
-to compare with those of the release (docs/vendoring.md).
+Copy this file into your project: it needs the standard library and the `duckdb` package
+or program. `python mxcp_audit.py --version` says what a copy is (docs/vendoring.md).
 
-Not promised: names that begin with an underscore, the order of rows with equal
-timestamps, and the wording of error messages may change between versions. The ten
-documented columns of `logs`, the names in `__all__` and the exit codes will not.
+Promised are the ten documented columns of `logs`, the names in `__all__` and the exit
+codes; private names, the wording of messages and the order of equal timestamps are not.
 """
 
 from __future__ import annotations
@@ -216,30 +213,25 @@ def no_python() -> str | None:
 # A cursor walks over the text once. After a block node it stands on the first token of a later line, whose
 # column says whether the collection goes on (same), has ended (smaller) or is broken (larger). The end of the
 # text, `---` and `...` count as column -1. Flow collections ignore columns.
-#
-# `load_config` never takes a wrong setting for a right one. SETTINGS is the only list of what may be set.
 
-MAX_SITE_FILE_BYTES = 16 * 2**20  # arbitrary; real ones have a few hundred bytes
-MAX_DEPTH = 100  # arbitrary; from about 500 on PyYAML itself ends in RecursionError
+MAX_SITE_FILE_BYTES = 16 * 2**20  # arbitrary
+MAX_DEPTH = 100  # arbitrary; PyYAML takes about 500
 MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
-MAX_NUMBER_CHARS = 4300  # Python's limit for the digits of an integer; it also keeps 1:1:1:… linear
-MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and filling a dict with them is quadratic
+MAX_NUMBER_CHARS = 4300  # Python's limit for digits; it also keeps 1:1:1:… linear
+MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and a dict of them is quadratic
 
 _YAML_WORDS: Mapping[str, object] = {
-    **{
-        spelled: value
-        for words, value in (
-            ("~ null", None),
-            ("yes true on", True),
-            ("no false off", False),
-            (".inf +.inf", inf),
-            ("-.inf", -inf),
-        )
-        for word in words.split()
-        for spelled in (word, word.title(), word.upper())
-    },
-    **dict.fromkeys((".nan", ".NaN", ".NAN"), nan),  # one object, as in PyYAML: two such keys are duplicates
-}
+    spelled: value
+    for value, words in (
+        (None, "~ null"),
+        (True, "yes true on"),
+        (False, "no false off"),
+        (inf, ".inf +.inf"),
+        (-inf, "-.inf"),
+    )
+    for word in words.split()
+    for spelled in (word, word.title(), word.upper())
+} | dict.fromkeys((".nan", ".NaN", ".NAN"), nan)  # one object, as in PyYAML: two such keys are duplicates
 _INTEGER = re.compile(
     r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
 )
@@ -252,21 +244,21 @@ _DATE = re.compile(
     r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
 
-# The reader appends one NUL, which can't occur elsewhere: no look-ahead runs off the end.
+# The text ends in a NUL, which can't occur elsewhere: no look-ahead runs off the end.
 _BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
 _END = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH = re.compile(r"-(?=[ \t\n\0])")
 _COLON = re.compile(r" *:(?=[ \t\n\0])")
 _LINE_GAP = re.compile(r" *\n[ \n]*")
 # How plain text begins, and what ends it on its line: in blocks, and between brackets.
-_PLAIN_IN_BLOCK = (
-    re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|[-?:](?=[^ \t\n\0])"),
-    re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #"),
-)
-_PLAIN_IN_FLOW = (
-    re.compile(r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]|-(?=[^ \t\n\0])"),
-    re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
-)
+_PLAIN_START = r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]"
+_PLAIN = {
+    False: (re.compile(_PLAIN_START + r"|[-?:](?=[^ \t\n\0])"), re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")),
+    True: (
+        re.compile(_PLAIN_START + r"|-(?=[^ \t\n\0])"),
+        re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
+    ),
+}
 # Quoted text, and what in it doesn't stand for itself.
 _QUOTED = {
     "'": (re.compile(r"'([^']*(?:''[^']*)*)'"), re.compile(r"''|[ \t\n]+")),
@@ -290,7 +282,7 @@ _REFUSALS = {
 
 
 def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
-    """Return what PyYAML's `safe_load` returns for the same document, or raise."""
+    """Return what PyYAML's `safe_load` returns, or raise ConfigError."""
     return _YamlReader(text, path).document()
 
 
@@ -301,8 +293,7 @@ class _YamlReader:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
         self.places: dict[tuple[int, object], int] = {}
         if isinstance(text, bytes):
-            utf_16 = {codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
-            encoding = utf_16.get(text[:2], "utf-8")
+            encoding = {b"\xff\xfe": "utf-16-le", b"\xfe\xff": "utf-16-be"}.get(text[:2], "utf-8")
             try:
                 text = text.decode(encoding)
             except UnicodeDecodeError as error:
@@ -319,7 +310,6 @@ class _YamlReader:
     # --- the cursor
 
     def place(self, at: int) -> dict[str, Any]:
-        """A position as arguments of ConfigError."""
         line, column = self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
         return {"path": self.path, "line": line, "column": column}
 
@@ -331,26 +321,22 @@ class _YamlReader:
         self.fail(_REFUSALS.get(char) or f"expected {expected}, found {char!r}; put text in quotes")
 
     def take(self, pattern: re.Pattern[str]) -> str:
-        """Pass and return what matches at the cursor, "" if nothing does."""
         match = pattern.match(self.text, self.pos)
         self.pos = match.end() if match else self.pos
         return match[0] if match else ""
 
     def end_line(self) -> None:
-        """Pass the rest of a line that must hold nothing else, and go to the next token."""
+        """Pass the rest of a line, which must hold nothing else, and go to the next token."""
         if "\n" not in self.take(_BLANKS) and self.text[self.pos] != "\0":
             self.refuse("the end of the line")
 
     def column(self) -> int:
         return -1 if _END.match(self.text, self.pos) else self.pos - self.text.rfind("\n", 0, self.pos) - 1
 
-    @contextlib.contextmanager
-    def collection(self) -> Iterator[None]:
+    def descend(self) -> None:
         self.depth += 1
         if self.depth > MAX_DEPTH:
             self.fail(f"more than {MAX_DEPTH} collections inside each other; flatten them")
-        yield
-        self.depth -= 1
 
     # --- blocks
 
@@ -376,22 +362,24 @@ class _YamlReader:
         dash = _DASH.match(self.text, start)
         if column <= indent and not (dash and after_key and column == indent):
             return None
-        first = self.text[start]
         value: object = None
-        if first in "|>":
+        is_key = False
+        if self.text[start] in "|>":
             value = self.block_scalar(indent)
-        elif first in "[{":
+        elif self.text[start] in "[{":
             value = self.flow()
         elif not dash:
             value = self.scalar(indent)
-        key = _COLON.match(self.text, self.pos) and "\n" not in self.text[start : self.pos]
-        if dash or (key and first not in "|>[{"):
-            self.pos = start
-            if same_line:
-                self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
-            with self.collection():
-                return self.sequence(column) if dash else self.mapping(column)
-        self.end_line()
+            is_key = bool(_COLON.match(self.text, self.pos)) and "\n" not in self.text[start : self.pos]
+        if not (dash or is_key):
+            self.end_line()
+            return value
+        self.pos = start
+        if same_line:
+            self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
+        self.descend()
+        value = self.sequence(column) if dash else self.mapping(column)
+        self.depth -= 1
         return value
 
     def mapping(self, column: int) -> dict[object, object]:
@@ -414,12 +402,10 @@ class _YamlReader:
         return sequence
 
     def check_key(self, start: int) -> None:
-        """Refuse what PyYAML refuses as a key, from `start` to the colon before the cursor."""
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
     def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
-        """Enter a pair that starts at `at` and return the mapping."""
         if isinstance(key, (dict, list)):
             self.fail("a collection as a key; use text", at)
         if isinstance(key, int) and abs(key) >= MAX_KEY_INTEGER:
@@ -436,26 +422,27 @@ class _YamlReader:
         mapping: dict[object, object] = {}
         sequence: list[object] = []
         closing = "}" if self.text[self.pos] == "{" else "]"
-        with self.collection():
-            self.pos += 1
-            while self.next_in_flow() != closing:
-                start, key, value = self.pos, self.flow_node(), None
-                pair = self.next_in_flow() == ":"
-                if pair:
-                    self.pos += 1
-                    self.check_key(start)
-                    if self.next_in_flow() not in ",]}":
-                        value = self.flow_node()
-                if closing == "}":
-                    self.put(mapping, key, value, start)
-                else:
-                    self.places[id(sequence), len(sequence)] = start
-                    sequence.append(self.put({}, key, value, start) if pair else key)
-                if self.next_in_flow() == ",":
-                    self.pos += 1
-                elif self.text[self.pos] != closing:
-                    self.refuse(f"a comma or {closing}")
-            self.pos += 1
+        self.descend()
+        self.pos += 1
+        while self.next_in_flow() != closing:
+            start, key, value = self.pos, self.flow_node(), None
+            pair = self.next_in_flow() == ":"
+            if pair:
+                self.pos += 1
+                self.check_key(start)
+                if self.next_in_flow() not in ",]}":
+                    value = self.flow_node()
+            if closing == "}":
+                self.put(mapping, key, value, start)
+            else:
+                self.places[id(sequence), len(sequence)] = start
+                sequence.append(self.put({}, key, value, start) if pair else key)
+            if self.next_in_flow() == ",":
+                self.pos += 1
+            elif self.text[self.pos] != closing:
+                self.refuse(f"a comma or {closing}")
+        self.pos += 1
+        self.depth -= 1
         return mapping if closing == "}" else sequence
 
     def flow_node(self) -> object:
@@ -473,7 +460,7 @@ class _YamlReader:
         """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
         if self.text[self.pos] in _QUOTED:
             return self.quoted()
-        beginning, ending = _PLAIN_IN_FLOW if flow else _PLAIN_IN_BLOCK
+        beginning, ending = _PLAIN[flow]
         if not beginning.match(self.text, self.pos):
             self.refuse(expected)
         start = here = self.pos
@@ -484,10 +471,10 @@ class _YamlReader:
                 break
             pieces += [_folded(gap), line]
             self.pos = here + len(line)
-            gap_match = _LINE_GAP.match(self.text, self.pos)
-            if not gap_match:
+            match = _LINE_GAP.match(self.text, self.pos)
+            if not match:
                 break
-            gap, here = gap_match[0], gap_match.end()
+            gap, here = match[0], match.end()
             column = len(gap) - gap.rfind("\n") - 1
             if column <= indent or self.text[here] == "#" or _END.match(self.text, here):
                 break
@@ -549,7 +536,7 @@ class _YamlReader:
 def _folded(blanks: str) -> str:
     """What a run of blanks in a wrapped scalar stands for: one line break is a space, n are n - 1."""
     breaks = blanks.count("\n")
-    return blanks if not breaks else " " if breaks == 1 else "\n" * (breaks - 1)
+    return "\n" * (breaks - 1) or " " if breaks else blanks
 
 
 def _plain_value(text: str) -> object:
@@ -558,8 +545,6 @@ def _plain_value(text: str) -> object:
         return _YAML_WORDS[text]
     if text in ("<<", "="):
         raise ValueError(f"a merge key or value sign ({text}); put it in quotes")
-    if text[0] not in "+-.0123456789":
-        return text
     if _DATE.fullmatch(text):
         raise ValueError("a date; put it in quotes")
     integer = _INTEGER.fullmatch(text)
@@ -582,7 +567,7 @@ def _plain_value(text: str) -> object:
 # --- settings
 
 SITE_FILE = "mxcp-site.yml"
-MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; far below what datetime and Python's locks can take
+MAX_DURATION_S = 100 * 365 * 86400.0  # arbitrary; datetime and locks can take more
 MIN_INPUT_BYTES = 256  # arbitrary
 MAX_INPUT_BYTES = 64 * 2**20  # what the writer's queue holds
 
@@ -590,17 +575,16 @@ _UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 class Config(NamedTuple):
-    """The settings that hold, already validated, each with its source; made by `load_config`.
+    """The settings that hold, validated, each with its source; made by `load_config`.
 
     `AuditLogger` and docs/configuration.md say what each means. Durations are seconds, lists are tuples.
 
     Args:
         path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given;
-            it may hold a password, so `repr` leaves it out, and what is shown is `public_target` of it.
-        profile: the profile's name.
+            `repr` leaves it out, as it may hold a password.
         site_file: absolute path of the site file, None without one.
         journal: absolute path of the journal directory; None is "<path>.journal" beside a database file.
-        attach: options for ATTACH by name; they may hold secrets, so `repr` leaves them out.
+        attach: options for ATTACH by name; `repr` leaves them out, as they may hold secrets.
         sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
             "mxcp-site.yml:12" (file and line).
     """
@@ -628,40 +612,31 @@ class Config(NamedTuple):
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
-        shown = (
-            f"{name}={value!r}" for name, value in self._asdict().items() if name not in ("path", "attach")
-        )
-        return f"Config({', '.join(shown)})"
+        shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
+        return f"Config({', '.join(part for part in shown if not part.startswith(('path=', 'attach=')))})"
 
     @property
     def journal_directory(self) -> str:
-        """Where the journal is: `journal`, or beside a database file."""
         return self.journal or self.path + ".journal"
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds that a text such as "10m" or "1h30m" stands for: more than 0, at most 100 years.
-
-    Units are ms, s, m (minutes), h, d and w; whole numbers only, parts are added up.
-    """
+    """Return the seconds of a text such as "10m" or "1h30m": units are ms, s, m (minutes), h, d and w."""
     is_duration = isinstance(text, str) and re.fullmatch(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
     parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
     seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
     if not 0 < seconds <= MAX_DURATION_S:
-        raise ValueError(
-            f"{text!r:.60} is no duration; write whole numbers with a unit (ms, s, m, h, d, w),"
-            ' such as "10m" or "1h30m", more than 0 and at most 100 years'
-        )
+        problem = f"{text!r:.60} is no duration; write whole numbers with a unit (ms, s, m, h, d, w),"
+        raise ValueError(f'{problem} such as "10m" or "1h30m", more than 0 and at most 100 years')
     return seconds
 
 
 def is_attach_target(path: str) -> bool:
     """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
-    # DuckDB's own rule for what ATTACH takes as `extension:rest`; one letter is a Windows drive.
-    return re.match("[A-Za-z0-9_]{2,}:", path) is not None
+    return re.match("[A-Za-z0-9_]{2,}:", path) is not None  # DuckDB's own rule; C: is a drive
 
 
-# What may be shown of a connection string and of the `attach` options; everything else may be secret.
+# What may be shown of a connection string and of `attach`; everything else may be secret.
 _PUBLIC_KEYS = re.compile(
     "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
 )
@@ -687,10 +662,7 @@ def public_target(target: str) -> str:
 
 
 def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
-    """Return what an engine says without what may be secret in the ATTACH target and its options.
-
-    Engines repeat connection strings whole, which is replaced, or in pieces: then the text is withheld.
-    """
+    """Return what an engine says; if it repeats what may be secret in target or options, without that."""
     public, start = public_target(target), len(_PREFIXES.findall(target)[0])
     if target[start:]:
         text = text.replace(target[start:], public[start:])
@@ -703,17 +675,13 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
 
 
 class Setting(NamedTuple):
-    """What a setting must be, and a function that returns it as `Config` has it, or None if it is not that.
-
-    `check` may also raise ValueError with a problem and, in a list or mapping, the entry.
-    """
-
     must_be: str
+    # Returns the value as `Config` has it, or None; ValueError has a problem and, in a collection, the entry.
     check: Callable[[Any], object]
 
 
 def _described(value: object) -> str:
-    """A value with its kind, because YAML's is often a surprise: no is False, 1.10 is 1.1."""
+    """Return a value with its kind, because YAML's is often a surprise: no is False, 1.10 is 1.1."""
     kinds = {str: "text", bool: "boolean", int: "number", float: "number", dict: "mapping"}
     return f"the {kinds.get(type(value), type(value).__name__)} {value!r:.60}"
 
@@ -732,10 +700,8 @@ def _path(value: object) -> str:
 def _database(value: object) -> str:
     path = _path(value)
     if path.lower().endswith(".jsonl"):
-        raise ValueError(
-            "a .jsonl file is the log of newer MXCP versions, not a database; name a .duckdb file here"
-            " and take the old log in with `mxcp-audit import FILE`"
-        )
+        text = "a .jsonl file is the log of newer MXCP versions, not a database; name a .duckdb file here"
+        raise ValueError(f"{text} and take the old log in with `mxcp-audit import FILE`")
     if path == ":memory:":
         raise ValueError("a database in memory would be lost; name a file")
     return path
@@ -743,10 +709,6 @@ def _database(value: object) -> str:
 
 def _one_of(must_be: str) -> Setting:
     return Setting(must_be, lambda value: value if value in re.split(", | or ", must_be) else None)
-
-
-def _bytes(value: object) -> int | None:
-    return value if type(value) is int and MIN_INPUT_BYTES <= value <= MAX_INPUT_BYTES else None
 
 
 def _duration(value: Any) -> float | None:
@@ -762,12 +724,6 @@ def _names(value: object) -> tuple[str, ...] | None:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"must be a name, not {_described(name)}; put it in quotes", index)
     return tuple(value)
-
-
-def _strict(value: object) -> tuple[str, ...] | None:
-    if isinstance(value, bool):
-        return ("*",) if value else ()
-    return _names(value)
 
 
 def _networks(value: object) -> tuple[str, ...] | None:
@@ -796,9 +752,12 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
 
 _SWITCH = Setting("true or false without quotes", lambda value: value if isinstance(value, bool) else None)
 _SECONDS = Setting('a duration such as "10m", or seconds above 0', _duration)
-_SIZE = Setting(f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}", _bytes)
+_SIZE = Setting(
+    f"a whole number of bytes from {MIN_INPUT_BYTES} to {MAX_INPUT_BYTES}",
+    lambda value: value if type(value) is int and MIN_INPUT_BYTES <= value <= MAX_INPUT_BYTES else None,
+)
 _LIST = Setting("a list of names such as [email, phone]", _names)
-# docs/configuration.md has this table with the defaults of `Config`; a test compares them.
+# Also update docs/configuration.md.
 SETTINGS = {
     "enabled": _SWITCH,
     "path": Setting("a path, or an ATTACH target", _database),
@@ -815,20 +774,24 @@ SETTINGS = {
     "record_result": _one_of("none, summary or body"),
     "max_result_bytes": _SIZE,
     "trusted_proxies": Setting("a list of addresses and networks", _networks),
-    "strict": Setting("true, false, or a list of names such as [delete_*]", _strict),
+    "strict": Setting(
+        "true, false, or a list of names such as [delete_*]",
+        lambda value: ("*",) * value if isinstance(value, bool) else _names(value),
+    ),
     "strict_timeout": _SECONDS,
     "group": _SWITCH,
 }
 
 
-def check_settings(
-    settings: Mapping[str, object], place: Callable[..., Mapping[str, Any]] | None = None
-) -> dict[str, Any]:
-    """Return the settings as `Config` holds them (lists as tuples, durations in seconds), or raise.
+def _trail_end(name: object, entry: object = None) -> str:
+    return str(name) if entry is None else f"{name}[{entry}]" if isinstance(entry, int) else f"{name}.{entry}"
 
-    Both the site file and keyword arguments go through here. Paths stay as they are; None is refused.
-    `place` returns the arguments of ConfigError for a setting and, maybe, an entry in it.
-    """
+
+def check_settings(
+    settings: Mapping[str, object],
+    place: Callable[..., Mapping[str, Any]] = lambda *name: {"trail": (_trail_end(*name),)},
+) -> dict[str, Any]:
+    """Return the settings as `Config` holds them, paths as they are; `place` says where a setting stands."""
     checked = {}
     for name, value in settings.items():
         try:
@@ -845,13 +808,8 @@ def check_settings(
                 raise ValueError(f"must be {SETTINGS[name].must_be}, not {_described(value)}")
         except ValueError as error:
             problem, *entry = error.args
-            where = place(name, *entry) if place else {"trail": (_trail_end(name, *entry),)}
-            raise ConfigError(problem, **where) from error
+            raise ConfigError(problem, **place(name, *entry)) from error
     return checked
-
-
-def _trail_end(name: object, entry: object = None) -> str:
-    return str(name) if entry is None else f"{name}[{entry}]" if isinstance(entry, int) else f"{name}.{entry}"
 
 
 # --- the site file
@@ -875,7 +833,7 @@ class _SiteFile(_YamlReader):
         self.root: dict[object, Any] = root or {}
 
     def at(self, *keys: object, entry: object = None) -> dict[str, Any]:
-        """The arguments of ConfigError for the value of a key, or an entry in it; they may be missing."""
+        """Return the arguments of ConfigError for a key, or an entry in its value; they may be missing."""
         position, value = 0, self.root
         for key in keys if entry is None else (*keys, entry):
             if (id(value), key) not in self.places:
@@ -884,11 +842,10 @@ class _SiteFile(_YamlReader):
         return {**self.place(position), "trail": (*keys[:-1], _trail_end(keys[-1], entry))}
 
     def source(self, *keys: object) -> str:
-        """File and line of a key, as `Config.sources` has them."""
         return f"{os.path.basename(self.path or '')}:{self.at(*keys)['line']}"
 
     def section(self, *keys: str) -> dict[object, Any]:
-        """The mapping that these keys lead to; empty where a key, or what follows it, is missing."""
+        """Return the mapping that these keys lead to; empty where a key, or what follows it, is missing."""
         value = self.root
         for depth, key in enumerate(keys, 1):
             value = {} if value.get(key) is None else value[key]
@@ -897,26 +854,24 @@ class _SiteFile(_YamlReader):
         return value
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
-        """The name of the profile that holds, and who chose it."""
-        name, source, where = next(
-            choice
-            for choice in (
-                (argument, "argument", {"path": self.path, "trail": ("profile",)}),
-                (environ.get("MXCP_PROFILE") or None, "MXCP_PROFILE", {"path": self.path}),
-                (self.root.get("profile"), self.source("profile"), self.at("profile")),
-                ("default", "default", self.at("profiles")),
-            )
-            if choice[0] is not None
-        )
+        name: object
+        if argument is not None or environ.get("MXCP_PROFILE"):
+            source = "MXCP_PROFILE" if argument is None else "argument"
+            name = environ["MXCP_PROFILE"] if argument is None else argument
+            where: dict[str, Any] = {"path": self.path, "trail": ("profile",)}
+        elif (name := self.root.get("profile")) is not None:
+            source, where = self.source("profile"), self.at("profile")
+        else:
+            name, source, where = "default", "default", self.at("profiles")
+        problem, profiles = "", self.section("profiles")
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
-            raise ConfigError(problem, **where)
-        profiles = self.section("profiles")
-        if profiles and name not in profiles:
+        elif profiles and name not in profiles:
             known = [key if isinstance(key, str) else f"{_described(key)} (quote it)" for key in profiles]
             problem = f"there is no profile {name!r:.60} (chosen by {source}); known are {', '.join(known)}"
+        if problem:
             raise ConfigError(problem, **where)
-        return name, source
+        return str(name), source
 
     def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
         keys = ("profiles", profile, "audit")
@@ -956,10 +911,10 @@ def load_config(
     A file without `profiles`, and a profile without `audit`, mean: not enabled.
 
     Args:
-        config: the site file; without it `mxcp-site.yml` is searched in `cwd`, then in its parents.
-        profile: the profile; without it a non-empty MXCP_PROFILE, else the file's `profile`, else "default".
-        cwd: where relative paths and the search start; without it the working directory.
-        environ: the environment; without it `os.environ`.
+        config: the site file; by default `mxcp-site.yml` in `cwd`, or in the nearest parent that has one.
+        profile: by default a non-empty MXCP_PROFILE, else the file's `profile`, else "default".
+        cwd: where relative paths and the search start; by default the working directory.
+        environ: by default `os.environ`.
 
     Raises:
         ConfigError: no site file, one that can't be read, an unknown profile, or a wrong setting;
@@ -971,12 +926,9 @@ def load_config(
         raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
     if site_file is None:
-        raise ConfigError(
-            f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
-            " do without by --db or AuditLogger(path), or create one that says:"
-            " profiles: {default: {audit: {enabled: true}}}",
-            path=start,
-        )
+        text = f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
+        text += " do without by --db or AuditLogger(path), or create one that says:"
+        raise ConfigError(f"{text} profiles: {{default: {{audit: {{enabled: true}}}}}}", path=start)
     site = _SiteFile(site_file)
     name, name_source = site.profile(profile, os.environ if environ is None else environ)
     settings, sources = site.settings(name)
@@ -1007,14 +959,11 @@ def find_site_file(folder: str) -> str | None:
 # === Events ===
 # depends on: Errors
 #
-# What an event is made of. COLUMNS is the only place that knows the columns: the table, the
-# journal reader, SELECT lists, headers and JSON keys all come from it. The first ten are the
-# specification's and never change; new ones go to NEW_COLUMNS, before `segment` and `seq`.
+# COLUMNS is the only place that knows the columns. The first ten are the specification's and never change;
+# new ones go to NEW_COLUMNS, before `segment` and `seq`.
 
 
 class Column(NamedTuple):
-    """A column of `logs`: its name and its type in DuckDB."""
-
     name: str
     sql_type: str
 
@@ -1033,7 +982,7 @@ NEW_COLUMNS = COLUMNS[13:-2]
 EVENT_TYPES = ("tool", "resource", "prompt")
 POLICY_DECISIONS = ("allow", "deny", "warn", "n/a")
 STATUSES = ("success", "error")
-MAX_DURATION_MS = 2**31 - 1  # the largest INTEGER; DuckDB refuses a whole segment for one more
+MAX_DURATION_MS = 2**31 - 1  # DuckDB refuses a whole segment for one more
 LARGEST = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
 
 wall_clock_ns = time.time_ns  # the clock that is recorded; intervals use the monotonic one
@@ -1053,7 +1002,6 @@ def _stamp(second: int) -> str:
 
 
 def utc_now() -> datetime.datetime:
-    """Return the present moment, aware, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc)
 
 
@@ -1102,12 +1050,11 @@ LINE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
 def is_segment_id(text: str) -> bool:
-    """Return True if `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
 
 
 def parse_event_id(text: str) -> tuple[str, int]:
-    """Return segment and sequence number of an event id, `<segment>:<seq>`."""
+    """Return the parts of an event id, `<segment>:<seq>`."""
     segment, _, seq = text.strip().rpartition(":")
     if not is_segment_id(segment) or not re.fullmatch(r"[1-9][0-9]{0,9}", seq):
         raise EventError(f"{text!r} is no event id; one looks like {new_segment_id(0)}:1", field="event_id")
@@ -2841,10 +2788,9 @@ class Redactor:
 # === Encoding ===
 # depends on: Events, Redaction
 #
-# Event → line, line → event. A line is one JSON object with the names of COLUMNS, redacted, in UTF-8, ending
-# with a line feed; `seq` comes last, because only the writer knows it. DuckDB's JSON reader rejects a whole
-# file for one lone surrogate, one invalid UTF-8 byte or one integer past INTEGER, and PostgreSQL has no NUL:
-# the encoder lets none through.
+# Event → line (docs/journal-format.md), line → event. `seq` comes last, because only the writer knows it.
+# DuckDB's JSON reader rejects a whole file for one lone surrogate, one invalid UTF-8 byte or one integer past
+# INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
 
 # --- what is too large
 
@@ -2900,8 +2846,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_CACHE_SIZE = 1024  # arbitrary: servers have tens of names; made-up ones must not stay
-_CACHED_CHARS = 512  # arbitrary
+_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # arbitrary: servers have tens of names; made-up ones must not stay
 _NAME_BYTES = 1024  # of a name or an id
 _TEXT_BYTES = 2**16  # of an error or a reason
 REPLACEMENT = "\ufffd"
@@ -2914,7 +2859,7 @@ _ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of bac
 
 
 class Json(str):
-    """JSON that was made here and needs no redaction."""
+    """JSON that needs no redaction."""
 
 
 class Encoder:
@@ -2932,7 +2877,7 @@ class Encoder:
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
     ) -> str:
-        """Return the input as it is recorded: JSON text inside of a JSON text, or `null` for None."""
+        """Return the input as it is recorded: JSON text inside of a JSON text, or `null`."""
         if input_params is None:
             return "null"
         tool = name if type(name) is str else None
@@ -2964,8 +2909,7 @@ class Encoder:
     ) -> bytes:
         """Return the line of an event `ago` nanoseconds before now, for `finish_line` to complete.
 
-        `more` holds the values of NEW_COLUMNS. Values outside the allowed ones are recorded as given, and
-        `reason` says so.
+        `more` is for NEW_COLUMNS. Values that are not allowed are recorded as given, and `reason` says so.
         """
         second, ns = divmod(self._clock() - ago, 1_000_000_000)
         stamp = self._second
@@ -3002,7 +2946,7 @@ class Encoder:
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
-        """Return what surrounds the changing parts of a line, and a flag: what is wrong, for `reason`."""
+        """Return what surrounds the changing parts of a line, and what `reason` must say."""
         texts, flag = [], ""
         for argument, part in zip(_FRAME, parts, strict=True):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
@@ -3020,7 +2964,7 @@ class Encoder:
         return frame
 
     def _more(self, more: Sequence[object]) -> tuple[str, str]:
-        """Return the members of a line for the values of NEW_COLUMNS that are not None, and a flag."""
+        """Return the members of a line for NEW_COLUMNS, and what `reason` must say."""
         parties = tuple(more[:4])  # who calls which server, the same for a session
         try:
             text = self._cache[parties]
@@ -3042,7 +2986,6 @@ class Encoder:
         return text, flag
 
     def _keep(self, parts: tuple[object, ...], made: object) -> None:
-        """Cache what was made of some parts, if they are short texts."""
         texts = [part for part in parts if part is not None]
         if all(type(text) is str for text in texts) and sum(map(len, texts)) <= _CACHED_CHARS:  # type: ignore[arg-type]
             if len(self._cache) >= _CACHE_SIZE:
@@ -3055,7 +2998,6 @@ class Encoder:
         )
 
     def _json(self, value: object) -> str:
-        """Return a name or an id as JSON."""
         if type(value) is str and _PLAIN_ID.fullmatch(value):
             return f'"{value}"'
         return "null" if value is None else encode_text(self._clean(value))
@@ -3067,7 +3009,7 @@ class Encoder:
         else:
             whole = self._redactor.redact_json(value)
             whole = json.loads(whole) if whole[0] == '"' else whole
-        # Only twice the limit is redacted. A secret that is cut there is not recognized: `text[:-limit]`.
+        # Only twice the limit is redacted; a secret that is cut there is not recognized.
         text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
         fits = len(whole) <= 2 * limit
         data = (text if fits else text[:-limit]).encode("utf-8", "surrogatepass")
@@ -3084,7 +3026,6 @@ class Encoder:
 
 
 def finish_line(line: bytes, seq: int) -> bytes:
-    """Return the complete line, with `seq` and a line feed."""
     return b'%b,"seq":%d}\n' % (line, seq)
 
 
@@ -3110,7 +3051,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 
 def event_of_line(line: bytes) -> dict[str, Any]:
-    """Return the event of a journal line; ValueError says why DuckDB can't use it, or would make it NULL."""
+    """Return the event of a journal line; ValueError says why DuckDB can't use it."""
     event = _json_object(line)
     for name, sql_type in COLUMNS:
         value, largest = event.get(name), LARGEST.get(sql_type)
@@ -3134,33 +3075,32 @@ def event_of_line(line: bytes) -> dict[str, Any]:
 #
 # The append-only files between server and database (docs/journal-format.md). A process writes its own
 # segments only. Live = its writer holds the lock; sealed or orphaned = the lock is free. A lock belongs to
-# the open file (flock), not to the process: pids are reused, and differ between containers. A name never
-# changes: a rename makes a reader's query fail. On a file system without locks nobody can tell a live segment
-# from an orphan: events are recorded and readable, but never ingested.
+# the open file (flock), not to the process: pids are reused. A name never changes: a rename makes a reader's
+# query fail. Without locks nobody can tell a live segment from an orphan, and nothing is ingested.
 
 JOURNAL_FORMAT = 2  # of names and lines; docs/journal-format.md describes it
 SEGMENT_SUFFIX = ".jsonl"
 _LOSS_SUFFIX = ".loss"
 _BEGUN_SUFFIX = ".begun"
-UNFINISHED = "unfinished: the process ended during the call"  # the error of such a row
+UNFINISHED = "unfinished: the process ended during the call"
 _ENDED = b'{"ended":'
 CALL_OF_LINE = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
 _DIRECTORY_MODE = 0o700
 FILE_MODES = {False: 0o600, True: 0o660}  # True: for a group
-_GROUP_MODE = 0o2770  # of a journal for a group, which is that of each file in it
-# Of files that may be others': without following a link, or waiting for the other end of a FIFO.
+_GROUP_MODE = 0o2770  # of a journal for a group, whose files are the group's
+# Follow no link, and wait for no other end of a FIFO.
 _NO_FOLLOW = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _MOST_CLAIMS = 4096  # arbitrary: segments in one transaction
-_SMALL_BYTES = 2**18  # arbitrary: segments up to here are put together before DuckDB reads them
-COMBINED = "combined"  # the name of the file that holds them
+_SMALL_BYTES = 2**18  # arbitrary: of segments that are put together in COMBINED before DuckDB reads them
+COMBINED = "combined"
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
 _TURN_SECONDS = 5.0  # how long readers let an ingest pass that asks
-_ORPHAN_SECONDS = 60.0  # arbitrary; a server takes its own segments in within seconds
+_ORPHAN_SECONDS = 60.0  # arbitrary
 _LOCK_OFFSET = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
-    """Take the lock of an open file without waiting; False if somebody else has it."""
+    """Take the lock of an open file; False if somebody else has it."""
     try:
         if sys.platform != "win32":
             fcntl.flock(fd, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
@@ -3173,14 +3113,14 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def unlock(fd: int) -> None:
-    """Release the lock at once, even if a child that was forked behind Python's back has the file open."""
+    """Release the lock, even if a child that was forked behind Python's back has the file open."""
     if sys.platform != "win32":
         with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 def _key_at(path: str) -> tuple[int, int] | None:
-    """Return device and inode of the file that `path` names, links not followed; None if it names none."""
+    """Return device and inode of a file, links not followed; None if there is none."""
     try:
         found = os.lstat(path)
     except OSError as error:
@@ -3188,6 +3128,10 @@ def _key_at(path: str) -> tuple[int, int] | None:
             return None
         raise
     return found.st_dev, found.st_ino
+
+
+def _os_error(code: int, path: str | None = None) -> OSError:
+    return OSError(code, os.strerror(code), path)
 
 
 class Descriptor:
@@ -3201,7 +3145,7 @@ class Descriptor:
         """Return the descriptor's number. Raises OSError if it is closed, or another file's by now."""
         found = os.fstat(self._fd)
         if (found.st_dev, found.st_ino) != self._key:
-            raise OSError(errno.EBADF, os.strerror(errno.EBADF))
+            raise _os_error(errno.EBADF)
         return self._fd
 
     def is_open(self) -> bool:
@@ -3213,7 +3157,6 @@ class Descriptor:
             return error.errno != errno.EBADF  # a stale network handle is ours
 
     def leads_to(self, path: str) -> bool:
-        """Return True if `path` names this file."""
         return _key_at(path) == self._key
 
     def close(self) -> None:
@@ -3223,7 +3166,7 @@ class Descriptor:
 
 
 def file_size_limit() -> float:
-    """Return how many bytes a file of this process may have: a write beyond may kill it (SIGXFSZ)."""
+    """Return how many bytes a file may have: a write beyond may kill the process (SIGXFSZ)."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -3233,7 +3176,7 @@ def file_size_limit() -> float:
 
 
 def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
-    """Force a file to the disk. Never call it for the database: closing it drops DuckDB's lock."""
+    """Force a file to the disk. Not the database: closing it drops DuckDB's lock."""
     fd = os.open(path, flags)
     try:
         os.fsync(fd)
@@ -3242,7 +3185,7 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
-    """Force the names in a directory to the disk; Windows neither can nor needs to."""
+    """Force the names in a directory to the disk, which Windows neither can nor must."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
@@ -3259,7 +3202,7 @@ def segment_id_of(path: str) -> str:
 
 
 def give_to_owner(path: str, fd: int | None = None) -> None:
-    """Give what root has just made to the owner of its directory: the service must be able to use it."""
+    """Give what root has made to the owner of its directory: the service must be able to use it."""
     if getattr(os, "geteuid", lambda: -1)() == 0:
         owner = os.stat(os.path.dirname(path) or os.curdir)
         made = os.lstat(path) if fd is None else os.fstat(fd)
@@ -3268,12 +3211,10 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
 
 
 def is_for_group(directory: str) -> bool:
-    """Return True for the directory of a journal with `group`, in which each file is the group's."""
     return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
 
 
 def open_file(path: str) -> IO[bytes]:
-    """Open a file that may be somebody else's, to read it."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW))
 
 
@@ -3283,7 +3224,7 @@ def read_file(path: str) -> bytes:
 
 
 def read_lines(path: str) -> bytes:
-    """Return the whole lines of a file that may be written to at this moment."""
+    """Return the whole lines of a file that somebody may be writing."""
     data = read_file(path)
     return data[: data.rfind(b"\n") + 1]
 
@@ -3304,14 +3245,14 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
 
 
 def take_after(path: str, old: os.stat_result) -> None:
-    """Give a file the mode and, if this user may, the owner of the one that it replaces."""
+    """Give a file the mode and, if possible, the owner of the one that it replaces."""
     os.chmod(path, stat.S_IMODE(old.st_mode))
     with contextlib.suppress(AttributeError, PermissionError):
         os.chown(path, old.st_uid, old.st_gid)
 
 
 def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file's bytes. Not for a database that may be open: closing it drops locks."""
+    """Return the SHA-256 of a file. Not of a database that may be open: closing it drops locks."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -3346,14 +3287,10 @@ class Segment(Descriptor):
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd)
+        self.path, self.id, self.opened, self.sealed = path, segment_id_of(path), time.monotonic(), False
         self._dirty = False  # there may be bytes behind the end
         self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
-        self._limit = file_size_limit()
-        self._place = _key_at(os.path.dirname(path))
-        self.path = path
-        self.id = segment_id_of(path)
-        self.opened = time.monotonic()
-        self.sealed = False
+        self._limit, self._place = file_size_limit(), _key_at(os.path.dirname(path))
 
     @property
     def size(self) -> int:
@@ -3365,21 +3302,18 @@ class Segment(Descriptor):
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines at the end, all of them or none; with `durable`, force them to the disk.
-
-        Look whether it `is_open` right before.
-        """
+        """Write whole lines, all or none; with `durable`, to the disk. Ask `is_open` right before."""
         self._mend()
         fd, (size, count) = self._fd, self._end
         if size + len(data) > self._limit:
-            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), self.path)
+            raise _os_error(errno.EFBIG, self.path)
         self._dirty = True
         rest = memoryview(data)
         try:
             while rest:
                 written = os.write(fd, rest)
                 if not written:
-                    raise OSError(errno.EIO, "the file takes no more bytes", self.path)
+                    raise _os_error(errno.EIO, self.path)
                 rest = rest[written:]
             if durable:
                 os.fsync(fd)
@@ -3402,14 +3336,14 @@ class Segment(Descriptor):
 
     def is_taken_away(self) -> bool:
         """Return True for a file whose directory was moved or unmounted."""
-        if _key_at(os.path.dirname(self.path)) != self._place:
-            with contextlib.suppress(OSError):
-                return os.fstat(self.number()).st_nlink > 0
-            return self.is_open()  # a stale network handle
-        return False
+        if _key_at(os.path.dirname(self.path)) == self._place:
+            return False
+        with contextlib.suppress(OSError):
+            return os.fstat(self.number()).st_nlink > 0
+        return self.is_open()  # a stale network handle
 
     def seal(self, *, keep: bool = False) -> None:
-        """Release the lock, so that anybody may ingest the file, and close it unless `keep`."""
+        """Release the lock, so that anybody may ingest the file; close it unless `keep`."""
         if self._fd >= 0 and not self.sealed:
             self._mend()
             self.sealed = True
@@ -3421,13 +3355,11 @@ class Segment(Descriptor):
             self.close()
 
     def close(self) -> None:
-        """Close the file as it is, and release its lock."""
         with contextlib.suppress(OSError):
             unlock(self.number())
         super().close()
 
     def discard(self) -> None:
-        """Delete the file."""
         with contextlib.suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
@@ -3441,7 +3373,7 @@ class Segment(Descriptor):
 def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
     """Return the events of a `.begun` file that have no end in it, by call."""
     calls: dict[str, dict[str, Any]] = {}
-    for line in data[: data.rfind(b"\n") + 1].splitlines():
+    for line in data.split(b"\n")[:-1]:
         with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
             said = json.loads(line)
             if line.startswith(_ENDED):
@@ -3477,32 +3409,30 @@ class Claim:
     """A sealed or orphaned segment: its lock was free, and the ingest lock keeps other ingests away."""
 
     def __init__(self, path: str) -> None:
-        self.path = path
-        self.id = segment_id_of(path)
+        self.path, self.id = path, segment_id_of(path)
         self.lines = self.size = self.torn = 0
         self.calls: dict[str, int] = {}  # whose begin was put on record: the number of the line
 
     def inspect(self, fd: int) -> None:
-        """Count the lines and move a torn tail into a file of its own, `.torn`."""
+        """Count the lines and move a torn tail into `.torn`."""
         data = read_file(self.path)
-        end = data.rfind(b"\n") + 1
-        if end < len(data):
-            self.torn = len(data) - end
-            replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".torn", data[end:])
-            os.ftruncate(fd, end)
-        self.lines = data.count(b"\n")
-        self.size = end
+        self.lines, self.size = data.count(b"\n"), data.rfind(b"\n") + 1
+        self.torn = len(data) - self.size
+        if self.torn:
+            self._put_aside(".torn", data[self.size :])
+            os.ftruncate(fd, self.size)
         if b'"call":"' in data:
             self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
-        """Keep lines that can't be ingested in a file of their own, `.rejected`, for whoever repairs them."""
         lines = [
             json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
             for number, reason, line in faults
         ]
-        text = "".join(f"{line}\n" for line in lines).encode()
-        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + ".rejected", text)
+        self._put_aside(".rejected", "".join(f"{line}\n" for line in lines).encode())
+
+    def _put_aside(self, suffix: str, data: bytes) -> None:
+        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + suffix, data)
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
@@ -3521,13 +3451,10 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
 
 def named_lines(segment: str, lines: bytes) -> bytes:
     """Return whole lines of a segment, each with the segment as its first member."""
-    start = b'{"segment":"%b",' % segment.encode()
-    return (b"\n" + lines).replace(b"\n{", b"\n" + start)[1:]
+    return (b"\n" + lines).replace(b"\n{", b'\n{"segment":"%b",' % segment.encode())[1:]
 
 
 class Loss(NamedTuple):
-    """Events that were lost."""
-
     events: int
     first: str  # naive UTC text, as `sql_time` returns it
     last: str
@@ -3547,15 +3474,15 @@ class Journal:
         group: bool = False,
         clock: Callable[[], int] = wall_clock_ns,
     ) -> None:
-        self._group = group
+        self._group, self._clock = group, clock
         self.directory = os.path.abspath(directory)
-        self._lock_path = os.path.join(self.directory, "ingest.lock")
-        # Exists while the database's WAL holds only what we wrote.
-        self.wal_mark = os.path.join(self.directory, "journal.wal")
-        self._clock = clock  # for names only
+        self._lock_path = self._path("ingest.lock")
+        self.wal_mark = self._path("journal.wal")  # there while the database's WAL holds only what we wrote
+
+    def _path(self, name: str) -> str:
+        return os.path.join(self.directory, name)
 
     def make_directory(self, *, durable: bool = False) -> None:
-        """Make the journal's directory, or check the existing one."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3574,24 +3501,20 @@ class Journal:
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
-            raise JournalError(
-                f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`",
-                path=self.directory,
-            )
+            text = f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`"
+            raise JournalError(text, path=self.directory)
         if not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0):
             return
         if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
         # Root works for the owner of the whole place, not for who put a directory there.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
-            raise JournalError(
-                f"belongs to user {found.st_uid}, who could read and change what is recorded; "
-                "work as that user, make it your own, or set `journal`",
-                path=self.directory,
-            )
+            text = f"belongs to user {found.st_uid}, who could read and change what is recorded; "
+            text += "work as that user, make it your own, or set `journal`"
+            raise JournalError(text, path=self.directory)
 
     def _files(self, suffix: str) -> list[str]:
-        """Return the paths of all files of a kind, oldest first; none if there is no journal yet."""
+        """Return the files of a kind, oldest first."""
         try:
             with os.scandir(self.directory) as entries:
                 return sorted(
@@ -3606,12 +3529,11 @@ class Journal:
             raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
 
     def segments(self) -> list[str]:
-        """Return the paths of all segments, oldest first."""
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
         """Return this journal's random name in the ledger; the first call makes it, under the ingest lock."""
-        path = os.path.join(self.directory, "journal.id")
+        path = self._path("journal.id")
         with contextlib.suppress(FileNotFoundError):
             known = read_file(path).decode("utf-8", "replace").strip()
             if re.fullmatch("[0-9a-f]{1,64}", known):
@@ -3622,7 +3544,7 @@ class Journal:
 
     def bind(self, target: str) -> None:
         """Note, under the ingest lock, which database this journal is of; a copy gets its own identity."""
-        path, mine = os.path.join(self.directory, "journal.place"), [self.directory, target]
+        path, mine = self._path("journal.place"), [self.directory, target]
         place = other = ""
         with contextlib.suppress(OSError, ValueError, TypeError):
             place, other = map(str, json.loads(read_file(path)))
@@ -3633,19 +3555,18 @@ class Journal:
             raise JournalError(text, path=self.directory)
         with contextlib.suppress(OSError):
             # Not the same directory under another name: by a link, or mounted twice.
-            if place and not os.path.samefile(place, self.directory):
-                is_copy = read_file(os.path.join(place, "journal.id")).decode().strip() == self.identity()
-                if is_copy:
-                    os.unlink(os.path.join(self.directory, "journal.id"))
+            elsewhere = place and not os.path.samefile(place, self.directory)
+            if elsewhere and read_file(os.path.join(place, "journal.id")).decode().strip() == self.identity():
+                os.unlink(self._path("journal.id"))
         replace_file(path, json.dumps(mine).encode())
 
     def ask_readers(self) -> None:
-        """Have new readers wait until the ingest has had the database; hold the ingest lock."""
+        """Have new readers wait for this ingest; hold the ingest lock."""
         with contextlib.suppress(OSError):
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
-        """Return True if an ingest asked for its turn within the last seconds, and goes on."""
+        """Return True if an ingest that asked for its turn lately goes on."""
         with contextlib.suppress(OSError), open_file(self._lock_path) as file:
             if 0 <= self._clock() - os.fstat(file.fileno()).st_mtime_ns < _TURN_SECONDS * 1e9:
                 is_free = try_lock(file.fileno(), shared=True)
@@ -3655,7 +3576,7 @@ class Journal:
 
     @contextlib.contextmanager
     def ingest_lock(self, *, shared: bool = False) -> Iterator[bool]:
-        """Hold the lock of an ingest, or with `shared` keep ingests out; yields False if another has it."""
+        """Hold the lock of an ingest, or with `shared` keep ingests out; yield False if another has it."""
         with contextlib.ExitStack() as stack:
             try:
                 if shared:
@@ -3669,30 +3590,29 @@ class Journal:
             except FileNotFoundError:
                 locked = shared  # readers don't make it, and without it nobody ingests yet
             except OSError as error:
-                raise JournalError(
-                    f"can't be locked: {error.strerror}; nothing is ingested", path=self._lock_path
-                ) from error
+                text = f"can't be locked: {error.strerror}; nothing is ingested"
+                raise JournalError(text, path=self._lock_path) from error
             yield locked
 
     def record_loss(self, loss: Loss) -> str:
-        """Put on record that events were lost, durably; return the path of the record."""
+        """Put a loss on record, durably, and return its path."""
         self.make_directory()
-        path = os.path.join(self.directory, new_segment_id(self._clock()) + _LOSS_SUFFIX)
+        path = self._path(new_segment_id(self._clock()) + _LOSS_SUFFIX)
         write_file(path, json.dumps(loss._asdict()).encode() + b"\n")
         return path
 
     def losses(self) -> dict[str, Loss]:
-        """Return the recorded losses that the ledger does not have yet, by the path of their record."""
+        """Return the losses that the ledger does not have yet, by the path of their record."""
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
             try:
-                losses[path] = loss = Loss(**json.loads(read_file(path)))
+                loss = Loss(**json.loads(read_file(path)))
                 if loss.events >> 62 or "\0" in "".join(loss[1:]):
                     raise ValueError
+                losses[path] = loss
             except OSError:  # gone, or not ours to read
                 pass
             except (ValueError, TypeError):  # not written yet, or damaged
-                losses.pop(path, None)
                 if self._clock() - os.lstat(path).st_mtime_ns > _ORPHAN_SECONDS * 1e9:
                     text = "a record of lost events was damaged"
                     losses[path] = Loss(0, "an unknown time", "an unknown time", text)
@@ -3704,34 +3624,28 @@ class Journal:
         """Create a new segment, or a file beside the segments, and lock it."""
         self.make_directory(durable=durable)
         while True:
-            path = os.path.join(self.directory, (named or new_segment_id(self._clock())) + suffix)
+            path = self._path((named or new_segment_id(self._clock())) + suffix)
             fd = make_file(path, os.O_RDWR | os.O_EXCL | os.O_APPEND)
-            try:
+            with contextlib.ExitStack() as stack:
+                stack.callback(os.close, fd)
                 segment, is_locked = Segment(fd, path), True
                 with contextlib.suppress(OSError):  # no locks here: claimers notice it, and claim nothing
                     is_locked = try_lock(fd)
                 # A claimer may have come first, and deleted the empty file.
-                is_ours = is_locked and segment.is_in_place()
-            except BaseException:
-                os.close(fd)
-                raise
-            if is_ours:
-                break
-            os.close(fd)
-        if durable:
-            sync_directory(self.directory)
-        return segment
+                if is_locked and segment.is_in_place():
+                    if durable:
+                        sync_directory(self.directory)
+                    stack.pop_all()
+                    return segment
 
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
         """Yield path, last sign of life and calls of processes that live, or have ended: then locked."""
         for path in self._files(_BEGUN_SUFFIX):
             # An OSError: gone, not ours to read, or no locks, so that nobody can tell.
             with contextlib.suppress(OSError), open_file(path) as file:
-                is_live = not try_lock(file.fileno())
-                if is_live is live and Descriptor(file.fileno()).leads_to(path):
-                    sign = datetime.datetime.fromtimestamp(
-                        os.fstat(file.fileno()).st_mtime, datetime.timezone.utc
-                    )
+                fd = file.fileno()
+                if try_lock(fd) is not live and Descriptor(fd).leads_to(path):
+                    sign = datetime.datetime.fromtimestamp(os.fstat(fd).st_mtime, datetime.timezone.utc)
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
@@ -3740,7 +3654,7 @@ class Journal:
         return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
-        """Yield path and lines, perhaps none, of the segment that each ended process leaves of its calls."""
+        """Yield path and lines, perhaps none, of the segment that each ended process leaves."""
         for path, last_sign, calls in self.begun(live=False):
             for segment in self.segments() if calls else ():
                 with contextlib.suppress(OSError):
@@ -3762,57 +3676,43 @@ class Journal:
         self, *, limit_bytes: int, skip: Collection[str] = ()
     ) -> tuple[list[Claim], list[JournalError]]:
         """Return sealed and orphaned segments, oldest first, of about `limit_bytes`; hold the ingest lock."""
-        total = 0
         claims: list[Claim] = []
         problems: list[JournalError] = []
         for path in self.segments():
-            if total >= limit_bytes or len(claims) >= _MOST_CLAIMS:
+            if limit_bytes <= 0 or len(claims) >= _MOST_CLAIMS:
                 break
             if segment_id_of(path) in skip:
                 continue
             try:
-                claim = self._claim_one(path)
-            except JournalError as error:
-                problems.append(error)
-                continue
-            if claim is not None:
-                claims.append(claim)
-                total += claim.size
+                if claim := self._claim_one(path):
+                    claims.append(claim)
+                    limit_bytes -= claim.size
+            except FileNotFoundError:
+                pass
+            except OSError as error:
+                text = f"can't be claimed: {error.strerror}; it waits until it can (on a file system without "
+                text += "locks for ever: set `journal`)"
+                problems.append(JournalError(text, path=path))
         return claims, problems
 
     def _claim_one(self, path: str) -> Claim | None:
-        fd, claim = -1, Claim(path)
-        try:
+        with contextlib.ExitStack() as stack:
             fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
-            if not try_lock(fd) or not Descriptor(fd).leads_to(path):
-                return None
-            claim.inspect(fd)
-            if claim.lines:
-                return claim
-            os.unlink(path)
-            return None
-        except FileNotFoundError:
-            return None
-        except OSError as error:
-            raise JournalError(
-                f"can't be claimed: {error.strerror}; it waits until it can (on a file system without locks "
-                "for ever: set `journal`)",
-                path=path,
-            ) from error
-        finally:
-            if fd >= 0:
-                unlock(fd)
-                os.close(fd)
+            stack.callback(os.close, fd)
+            stack.callback(unlock, fd)
+            if try_lock(fd) and Descriptor(fd).leads_to(path):
+                claim = Claim(path)
+                claim.inspect(fd)
+                if claim.lines:
+                    return claim
+                os.unlink(path)
+        return None
 
     def survey(self) -> dict[str, Any]:
-        """Look at every file, changing nothing and disturbing nobody for longer than a moment.
-
-        Segments: `live` (a writer holds it), `sealed` (it waits), `orphaned` (for more than a minute) and
-        their `bytes`; `oldest_pending`: the time of the oldest event that waits. Files: `torn`, `rejected`.
-        """
-        state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned"), 0)
+        """Look at every file, as docs/operations.md tells, disturbing nobody for longer than a moment."""
+        state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
-        state |= {"bytes": 0, "oldest_pending": None}
+        state["oldest_pending"] = None
         for path in self.segments():
             try:
                 with open_file(path) as file:
@@ -3833,47 +3733,40 @@ class Journal:
         return state
 
     def waiting_bytes(self) -> int:
-        """Return the size of all segments: what is not in the database yet."""
         return sum(map(_size_of, self.segments()))
 
 
 # === Writer ===
 # depends on: Errors, Config, Events, Encoding, Journal
 #
-# Queue → journal → child that ingests. The first event starts a daemon thread; where none can be started, or
-# after `close`, callers write. A line stays in the queue until it is in the journal, and `Appender.done` says
-# which are: an interrupt, a fork or a failed write neither loses a line nor repeats one. `_writing` is held
-# while the disk works, `_lock` for moments within; both are re-entrant, because `put` runs in signal handlers
-# and destructors.
+# The first event starts a daemon thread; where none can be started, or after `close`, callers write. A line
+# stays in the queue until it is in the journal, as `Appender.done` counts: an interrupt, a fork or a failed
+# write neither loses nor repeats one. `_writing` is held while the disk works, `_lock` for moments within;
+# both are re-entrant, because `put` runs in signal handlers and destructors.
 
 QUEUE_BYTES = 64 * 2**20
 SEGMENT_BYTES = 8 * 2**20
-_PIECE_BYTES = 2**20  # arbitrary: what one write holds, so that a segment overshoots by little
-_GATHER_SECONDS = 0.02  # the window in which `kill -9` loses events, plus one write
-_RETRY_SECONDS = 0.1  # arbitrary: the pause after a failed write
-_REPORT_SECONDS = 60.0  # how often the same fault is logged
+_PIECE_BYTES = 2**20  # arbitrary: of one write
+_GATHER_SECONDS = 0.02  # in which `kill -9` loses events
+_RETRY_SECONDS = 0.1  # arbitrary: after a failed write
+_REPORT_SECONDS = 60.0  # between two logs of the same fault
 _MOST_KEPT = 16  # arbitrary: sealed segments that stay open
 
 INFO, WARNING = 20, 30  # the levels of `logging`
-_native: dict[str, Any] = {}  # under gevent: fresh copies of modules that it replaces
 
 
-def _native_module(name: str) -> Any:
-    """Return a module; under gevent a fresh copy of it that knows real threads and processes."""
-    import importlib
+@functools.cache
+def _fresh_copy(name: str) -> Any:
+    import importlib.util
 
-    if "gevent.monkey" not in sys.modules:
-        return importlib.import_module(name)
-    if name not in _native:
-        spec = importlib.util.find_spec(name)
-        assert spec is not None and spec.loader is not None
-        _native[name] = module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    return _native[name]
+    spec: Any = importlib.util.find_spec(name)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def native_threads() -> Any:
-    """Return `threading`; under gevent a copy that makes real threads: a greenlet ends with its thread."""
+    """Return `threading`; under gevent a copy with real threads: a greenlet ends with its thread."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return threading
@@ -3881,7 +3774,7 @@ def native_threads() -> Any:
     sys.modules["_thread"] = original = types.ModuleType("_thread")
     vars(original).update({**vars(patched), **monkey.saved.get("_thread", {})})
     try:
-        return _native_module("threading")
+        return _fresh_copy("threading")
     finally:
         sys.modules["_thread"] = patched
 
@@ -3898,7 +3791,6 @@ class Diagnostics:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
@@ -3917,17 +3809,16 @@ class Diagnostics:
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
-        """Log what was noted. Call it while no lock is held: a handler has one, too, and may log an event."""
+        """Log what was noted. Call it with no lock held: a handler has one, too, and may log an event."""
         if not self.untold or self._log is None or getattr(self._telling, "on", False):
             return
         self._telling.on = True
         try:
-            self._log.disabled = False  # dictConfig disables what it doesn't name
-            while self.untold:
-                level, _, text = self.untold.pop(0)
-                self._log.log(level, "mxcp_audit: %s", text)
-        except Exception:  # noqa: S110 - there is nobody to tell of a broken handler
-            pass
+            with contextlib.suppress(Exception):  # there is nobody to tell of a broken handler
+                self._log.disabled = False  # dictConfig disables what it doesn't name
+                while self.untold:
+                    level, _, text = self.untold.pop(0)
+                    self._log.log(level, "mxcp_audit: %s", text)
         finally:
             self._telling.on = False
 
@@ -3936,27 +3827,26 @@ class Diagnostics:
         self.tell()
 
 
-_BEGUN_BYTES = 2**20  # arbitrary: by how much a file of begun calls grows
-_SIGN_SECONDS = 1.0  # how often a process with calls on record gives a sign of life
+_BEGUN_BYTES = 2**20  # arbitrary: by which a file of begun calls grows
+_SIGN_SECONDS = 1.0  # between two signs of life
 _BRIEF_SECONDS = 0.1  # a call that is over by then leaves only its line, unless it is strict
 
 
 class Begun:
     """The calls that run here, but brief ones, in a file that shows what a crash left unfinished."""
 
-    def __init__(self, journal: Journal, *, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
+    def __init__(self, journal: Journal, durable: bool, encode: Callable[[Any, str], bytes]) -> None:
         self._journal, self._durable, self._encode = journal, durable, encode
         self._file: Segment | None = None
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         if self._file is not None:
             self._file.forget()
         self._file = None
         self._numbers = itertools.count(1)
         self._running: dict[int, Any] = {}  # calls by number
-        self._refs: dict[int, tuple[str, Any]] = {}  # how lines name those on record, or about to be
+        self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or nearly: name in lines, call
         self.on_record: set[int] = set()
         self._over: dict[int, int] = {}  # by number, the ticket of its line
         self._size = 0  # of the file when it was begun
@@ -3964,19 +3854,18 @@ class Begun:
         self.fresh = False  # calls came on record that nobody was told of
 
     def begin(self, call: Any) -> int:
-        """Return the number of a call that begins."""
         number = next(self._numbers)
         self._running[number] = call
         return number
 
     def end(self, number: int) -> str | None:
-        """Return how the line of a call that ended must name it; None if its begin is not on record."""
+        """Return how the line of a call must name it; None if its begin is not on record."""
         self._running.pop(number, None)
         ref = self._refs.get(number)  # after that: the writer sets this first, and then looks who still runs
         return None if ref is None else ref[0]
 
     def ended(self, number: int, ticket: int) -> None:
-        """Take the ticket of the line of a call that `end` gave a name for; 0 if it was dropped."""
+        """Take the ticket of the line of a call that `end` gave a name for."""
         self._over[number] = ticket
 
     def write(self, done: int, *, ends: bool = False) -> None:
@@ -3985,42 +3874,23 @@ class Begun:
         is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
             return
-        before = file = self._file
-        if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
-            file = self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
-        is_new = file is not before
-        over = [number for number, ticket in self._over.copy().items() if ticket <= done]
+        over = {number for number, ticket in self._over.copy().items() if ticket <= done}
         for number, call in fresh.items():
-            if number not in self._refs:
-                self._refs[number] = (new_segment_id(wall_clock_ns()), call)
-                if number not in self._running:  # it has ended
-                    del self._refs[number]
-        numbers = sorted({*self.on_record, *fresh}.difference(over)) if is_new else fresh
-        refs = {number: self._refs[number] for number in numbers if number in self._refs}
-        lines = [self._encode(call, ref) for ref, call in refs.values()]
-        ended = [self._refs[number][0] for number in over if number in self.on_record]
-        if ended and not is_new:
-            lines.append(b'%b["%b"]}\n' % (_ENDED, '","'.join(ended).encode()))
-        try:
-            if not lines and not is_new:
+            self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
+            if number not in self._running:  # it has ended
+                del self._refs[number]
+        refs = {number: self._refs[number] for number in fresh if number in self._refs}
+        file = self._file
+        if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
+            refs |= {number: self._refs[number] for number in self.on_record - over}
+            self._replace_file(self._lines(refs))
+        else:
+            lines = self._lines(refs)
+            if ended := [self._refs[number][0] for number in over & self.on_record]:
+                lines.append(b'%b["%b"]}\n' % (_ENDED, '","'.join(ended).encode()))
+            if not lines:
                 os.utime(file.path)  # a sign of life
             file.append(b"".join(lines), len(lines), durable=self._durable)
-            if is_new:  # it gets its name, or in one step that of the file that it replaces
-                path = file.path.removesuffix(".part")
-                if before is not None and before.is_usable():
-                    path = before.path
-                os.replace(file.path, path)
-                file.path = path
-                if self._durable:
-                    sync_directory(self._journal.directory)
-        except BaseException:
-            if is_new:
-                file.discard()
-            raise
-        if is_new:
-            self._file, self._size = file, file.size
-            if before is not None:
-                before.close()
         self.on_record.update(refs)
         self.fresh = bool(fresh)
         for number in over:
@@ -4029,27 +3899,46 @@ class Begun:
             self.on_record.discard(number)
         self._signed = time.monotonic()
 
+    def _lines(self, refs: Mapping[int, tuple[str, Any]]) -> list[bytes]:
+        return [self._encode(call, ref) for ref, call in refs.values()]
+
+    def _replace_file(self, lines: list[bytes]) -> None:
+        """Begin another file, which takes the place of the old one in one step."""
+        old, file = self._file, self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
+        try:
+            file.append(b"".join(lines), len(lines), durable=self._durable)
+            path = old.path if old and old.is_usable() else file.path.removesuffix(".part")
+            os.replace(file.path, path)
+            file.path = path
+            if self._durable:
+                sync_directory(self._journal.directory)
+        except BaseException:
+            file.discard()
+            raise
+        self._file, self._size = file, file.size
+        if old is not None:
+            old.close()
+
     def _waiting(self) -> Iterator[tuple[float, int, Any]]:
-        """Yield the calls that run and are not on record: when each should be, in seconds, its number, it."""
+        """Yield the calls to put on record: in how many seconds, number, call."""
         brief = time.perf_counter() - _BRIEF_SECONDS
         for number, call in self._running.copy().items():
             if number not in self.on_record:
                 yield 0.0 if call.strict else call.started - brief, number, call
 
     def due_in(self) -> float:
-        """Return the seconds until `write` has something to do."""
         sign = self._signed + _SIGN_SECONDS - time.monotonic() if self.on_record else inf
         return max(0.0, min([sign, *(due for due, _, _ in self._waiting())]))
 
     def close(self) -> None:
-        """Remove the file, unless a call is on record: then an ingest takes it when the process has ended."""
+        """Remove the file, unless a call is on record: an ingest takes it when the process has ended."""
         if self._file is not None and not self._refs:
             self._file.discard()
             self._file = None
 
 
 class Appender:
-    """Puts lines into segments, one after the other; for one thread at a time."""
+    """Puts lines into segments; for one thread at a time."""
 
     def __init__(
         self,
@@ -4059,37 +3948,36 @@ class Appender:
         diagnostics: Diagnostics,
         encode_begin: Callable[[Any, str], bytes] = lambda call, ref: b"",
     ) -> None:
-        self.journal: Journal = journal
-        self.begun = Begun(journal, durable=durable, encode=encode_begin)
-        self.durable, self.diagnostics = durable, diagnostics
+        self.journal, self.durable, self.diagnostics = journal, durable, diagnostics
+        self.begun = Begun(journal, durable, encode_begin)
         self._segment: Segment | None = None
         self.sealed: dict[str, Segment | None] = {}  # files that wait for an ingest; None for a loss
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.begun.start_afresh()
-        self.done = 0  # lines that are in the journal, or can be in none
-        self._before = 0  # those of them that are not in `_segment`
-        for sealed in self.sealed.values():
-            if sealed is not None:
-                sealed.forget()
+        self._before = 0  # lines that were done before those in `_segment`
+        segment, self._segment = self._segment, None
+        for ours in (segment, *self.sealed.values()):
+            if ours is not None:
+                ours.forget()
         self.sealed.clear()
         self._lost: list[Loss] = []
-        self.recorded = 0.0  # when losses were put on record last
+        self.recorded = 0.0  # when losses were
         self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
-        segment, self._segment = self._segment, None
-        if segment is not None:
-            segment.forget()
+
+    @property
+    def done(self) -> int:
+        """Lines that are in the journal, or can be in none; right whenever an interrupt comes."""
+        before, segment = self._before, self._segment
+        return before if segment is None else before + segment.events
 
     def waiting_since(self) -> float:
-        """Return the monotonic time of the first event or loss that is not sealed; `inf` without one."""
-        if self._segment is not None:
-            return self._segment.opened
-        return 0.0 if self._lost else inf
+        """Return the monotonic time of the first event or loss that is not sealed, or `inf`."""
+        return self._segment.opened if self._segment is not None else 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
-        """Write lines; after an error, `done` says which are in the journal, and another segment is begun."""
+        """Write lines; after an error, `done` says which were written."""
         segment = self.present()
         if segment is None:
             segment = self._segment = self.journal.open_segment(durable=self.durable)
@@ -4108,28 +3996,21 @@ class Appender:
                 self.append(piece[:half])
                 self.append(piece[half:])
             else:
-                self._before = self.done = self.done + 1
+                self._before += 1
                 self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
-        self.settle()
         if segment.size >= SEGMENT_BYTES:
             self.seal()
 
-    def settle(self) -> None:
-        """Count what the segment took, even if an interrupt came right after that."""
-        if self._segment is not None:
-            self.done = self._before + self._segment.events
-
     def present(self) -> Segment | None:
         """Return the segment, if there is one; it is open and in place."""
-        self.settle()
         segment = self._segment
         if segment is not None and (segment.sealed or not segment.is_open()):
             # An interrupt came within `seal`, or somebody closed our descriptor: the lines are in the file.
             self._let_go(segment)
         elif segment is not None and not segment.is_in_place():
-            self._segment = self._replace(segment)
-            if self._segment is None:
-                self._before = self.done
+            fresh = self._replace(segment)
+            lost = 0 if fresh else segment.events
+            self._before, self._segment = self._before + lost, fresh
         return self._segment
 
     def _let_go(self, segment: Segment) -> None:
@@ -4141,24 +4022,24 @@ class Appender:
         self._before, self._segment = self.done, None
 
     def _replace(self, segment: Segment, *, named: str | None = None) -> Segment | None:
-        """Write a segment again that was moved; empty the old one, in case it comes back, unless `named`."""
-        fresh = None
+        """Write a segment again that was moved; unless `named`, empty the old one, which may come back."""
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
             reason = "their segment was taken away and can't be read any more"
             self.lose(segment.events, "moved", reason, error=error)
-        else:
-            self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-            fresh = self.journal.open_segment(durable=self.durable, named=named)
-            try:
-                fresh.append(held, segment.events, durable=self.durable)
-            except BaseException:
-                fresh.discard()
-                raise
-            if named is None:
-                with contextlib.suppress(OSError):
-                    os.ftruncate(segment.number(), 0)
+            segment.close()
+            return None
+        self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
+        fresh = self.journal.open_segment(durable=self.durable, named=named)
+        try:
+            fresh.append(held, segment.events, durable=self.durable)
+        except BaseException:
+            fresh.discard()
+            raise
+        if named is None:
+            with contextlib.suppress(OSError):
+                os.ftruncate(segment.number(), 0)
         segment.close()
         return fresh
 
@@ -4169,13 +4050,12 @@ class Appender:
             self.begun.write(self.done, ends=True)
             if segment is not None:
                 self._let_go(segment)
+            return self.record_losses()
         except (OSError, JournalError) as error:
             self.diagnostics.note("seal", "a segment could not be sealed; it is tried again", error=error)
             return False
-        return self.record_losses()
 
     def record_losses(self) -> bool:
-        """Put losses on record; False if it must be tried again."""
         self.recorded = time.monotonic()
         while self._lost:
             with self._losing:
@@ -4194,46 +4074,43 @@ class Appender:
         now = sql_time(utc_now())
         with self._losing:
             self.diagnostics.dropped += events
+            loss = Loss(events, now, now, reason)
             if self._lost and self._lost[-1].reason == reason:
-                last = self._lost[-1]
-                self._lost[-1] = last._replace(events=last.events + events, last=now)
-            else:
-                self._lost.append(Loss(events, now, now, reason))
+                last = self._lost.pop()
+                loss = last._replace(events=last.events + events, last=now)
+            self._lost.append(loss)
         self.diagnostics.note(kind, f"events are lost: {reason}", error=error)
 
     def left(self) -> bool:
-        """Return True if something that was sealed here still waits for an ingest."""
+        """Return True if something that was sealed waits for an ingest."""
         for path, segment in list(self.sealed.items()):
-            if not os.path.exists(path) and (segment is None or not self._is_restored(segment)):
-                self.forget([path])
+            if os.path.exists(path):
+                continue
+            try:
+                fresh = segment and segment.is_taken_away() and self._replace(segment, named=segment.id)
+                if fresh:
+                    fresh.seal(keep=True)
+                    self.sealed[path] = fresh
+                    continue
+            except (OSError, JournalError) as error:
+                self.diagnostics.note("moved", f"{path} can't be written again yet", error=error)
+                if segment and segment.is_open():
+                    continue
+            self.forget([path])  # it was ingested
         return bool(self.sealed)
 
-    def _is_restored(self, segment: Segment) -> bool:
-        """Write a sealed segment again that was taken away; False after an ingest."""
-        try:
-            fresh = self._replace(segment, named=segment.id) if segment.is_taken_away() else None
-        except (OSError, JournalError) as error:
-            self.diagnostics.note("moved", f"{segment.path} can't be written again yet", error=error)
-            return segment.is_open()
-        if fresh is not None:
-            fresh.seal(keep=True)
-            self.sealed[fresh.path] = fresh
-        return fresh is not None
-
     def forget(self, paths: Iterable[str]) -> None:
-        """Let go of files that were ingested, or can't be deleted."""
         for path in paths:
             if segment := self.sealed.pop(path, None):
                 segment.close()
 
 
-_CPU_SHARE = 0.01  # of one core: what ingests may use
+_CPU_SHARE = 0.01  # of one core
 _LONGEST_PAUSE_SECONDS = 60.0
 _LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
-_CHILD_WAIT_SECONDS = 30.0  # how long a child waits for the database: another costs more than that
+_CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more than that
 _POLL_SECONDS = 0.1
 _BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
-_DAY_SECONDS = 24 * 3600.0
 _ANSWER_BYTES = 2**16
 # Loads this very file, whatever its name and package, with the parent's module path.
 _CHILD = """
@@ -4249,27 +4126,25 @@ module.ingest_child(**work)
 
 
 class Ingester:
-    """Has children ingest, for the writer alone. A segment is sealed only once the one before is gone."""
+    """Has children ingest. A segment is sealed only once the one before is gone."""
 
     def __init__(self, appender: Appender, settings: Mapping[str, object] | None, *, interval: float) -> None:
-        self._appender, self.settings, self._interval = appender, settings, interval
-        self._retains = bool(settings and settings["retention"])
-        self._diagnostics = appender.diagnostics
+        self._appender, self._diagnostics = appender, appender.diagnostics
+        self._settings, self._interval = settings or {}, interval
         self._child: subprocess.Popen[bytes] | None = None
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         if self._child is not None:
             self._child.returncode = 0  # so that nothing waits for it here, or warns
             self._pipe.close()
         self._child = None
-        self.stopped = self.settings is None  # no further child
+        self.stopped = not self._settings  # no further child
         self.wanted = self.tried = self._covers = 0  # attempts that `flush` asked for
         # The next attempt: by the budget; after a failure; while another process ingests.
         self._not_before = self._away_until = self._busy_until = self._next_daily = 0.0
         self._taken: list[str] = []
-        self._head = self._told_head = None  # of the chain, as JSON
+        self._head = self._told_head = None  # JSON
 
     def due_in(self) -> float:
         """Return the seconds until `step` has something to do."""
@@ -4278,23 +4153,20 @@ class Ingester:
         if self.stopped:
             return inf
         due = max(self._appender.waiting_since() + self._interval, self._not_before)
-        if self._next_daily and self._retains:
+        if self._next_daily and self._settings["retention"]:
             due = min(due, self._next_daily)
         if self._appender.left():  # a full segment, or one of an attempt that failed
-            due = self._away_until
-        due = max(0.0 if self.wanted > self.tried else max(due, self._away_until), self._busy_until)
-        return max(0.0, due - time.monotonic())
+            due = 0.0
+        due = 0.0 if self.wanted > self.tried else max(due, self._away_until)
+        return max(0.0, max(due, self._busy_until) - time.monotonic())
 
     def step(self) -> float:
-        """See what became of the child, or start one if it is time; return the seconds until the next."""
-        due = self.due_in()
+        """Look after the child, or start one if it is time; return the seconds until the next step."""
         if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
                 self._answered(answer)
-        elif due > 0.0:
-            return due
-        else:
+        elif self.due_in() <= 0.0:
             self._begin()
         return self.due_in()
 
@@ -4324,8 +4196,12 @@ class Ingester:
             self._answered({"fault": str(error)})
 
     def _start(self) -> None:
-        subprocess = _native_module("subprocess")
-        subprocess.threading = native_threads()
+        import subprocess
+
+        module: Any = subprocess
+        if "gevent.monkey" in sys.modules:
+            module = _fresh_copy("subprocess")
+            module.threading = native_threads()
         folders = [os.path.abspath(folder) for folder in sys.path if folder and isinstance(folder, str)]
         work = {
             "settings": self._due_settings(),
@@ -4339,7 +4215,7 @@ class Ingester:
         try:
             if os.name == "posix":
                 os.set_blocking(reading, False)
-            self._child = child = subprocess.Popen(
+            self._child = child = module.Popen(
                 [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
                 stdin=subprocess.PIPE,
                 stdout=writing,
@@ -4355,14 +4231,14 @@ class Ingester:
             pipe.write(text)
 
     def _look(self) -> Mapping[str, Any] | None:
-        """Return the child's answer once it has ended."""
+        """Return the child's answer, or None while it runs."""
         child, pipe = self._child, self._pipe
         assert child is not None
         code = child.poll()
+        if code is None and os.name != "posix":
+            return None
         with contextlib.suppress(OSError):  # nothing to read for now, or somebody closed the pipe
-            while (code is not None or os.name == "posix") and (
-                data := os.read(pipe.number(), _ANSWER_BYTES)
-            ):
+            while data := os.read(pipe.number(), _ANSWER_BYTES):
                 self._said = (self._said + data)[-_ANSWER_BYTES:]
         if code is None:
             return None
@@ -4378,7 +4254,6 @@ class Ingester:
         return {"cpu": time.monotonic() - self._started, **answer}
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
-        """Account for an attempt, and set when the next may come."""
         self._account(answer)
         if "fault" in answer:
             self._diagnostics.note("ingest", f"events stay in the journal: {answer['fault']}")
@@ -4389,12 +4264,8 @@ class Ingester:
             return
         self.tried = self._covers
         pause = min(max(answer.get("cpu", 0.0) / _CPU_SHARE, self._interval), _LONGEST_PAUSE_SECONDS)
-        self._not_before = self._away_until = now + pause
-        if answer.get("done"):
-            self._appender.forget(filter(os.path.exists, self._taken))  # what can't be deleted
-            self._away_until = 0.0
-        elif answer.get("locked"):
-            self._away_until = now + _LOCKED_PAUSE_SECONDS
+        away = 0.0 if answer.get("done") else _LOCKED_PAUSE_SECONDS if answer.get("locked") else pause
+        self._not_before, self._away_until = now + pause, now + away
 
     def _account(self, answer: Mapping[str, Any]) -> None:
         told = self._diagnostics
@@ -4403,18 +4274,18 @@ class Ingester:
         for level, kind, text in answer.get("log", ()):
             told.note(kind, text, level=level)
         self._head = answer.get("head") or self._head
-        if answer.get("done") and time.monotonic() >= self._next_daily:
-            pause = _DAY_SECONDS if answer.get("retained") else _DAY_SECONDS / 24
-            self._next_daily = time.monotonic() + pause
-            self._tell_head()
+        if answer.get("done"):
+            self._appender.forget(filter(os.path.exists, self._taken))  # what can't be deleted
+            if time.monotonic() >= self._next_daily:
+                self._next_daily = time.monotonic() + 3600 * (24 if answer.get("retained") else 1)
+                self._tell_head()
 
     def _is_daily(self) -> bool:
-        return self._retains and time.monotonic() >= self._next_daily
+        return bool(self._settings["retention"]) and time.monotonic() >= self._next_daily
 
     def _due_settings(self) -> dict[str, object]:
         """Return the settings for an ingest, with `retention` only once a day."""
-        settings = dict(self.settings or {})
-        return settings if self._is_daily() else {**settings, "retention": None}
+        return {**self._settings, **({} if self._is_daily() else {"retention": None})}
 
     def _tell_head(self) -> None:
         if self._head != self._told_head:
@@ -4424,10 +4295,11 @@ class Ingester:
     def finish(self, ingest: Callable[..., Mapping[str, Any]], deadline: float) -> None:
         """After the last line: wait for the child, then ingest while there is time."""
         self.stopped = True
+        appender = self._appender
         if self._child is not None:
             self._answered(self._await_child((time.monotonic() + deadline) / 2))
         why = "there was no time left"
-        while self._appender.left():
+        while appender.left():
             settings = self._due_settings()
             if is_attach_target(str(settings["path"])) and not no_python():
                 self._start()  # waiting for a server can't be interrupted
@@ -4435,39 +4307,33 @@ class Ingester:
             else:
                 answer = ingest(settings, wait=max(0.0, deadline - time.monotonic()))
             why = answer.get("fault") or "another process is ingesting"
+            self._taken = list(appender.sealed)
             self._account(answer)
-            if answer.get("done"):
-                self._appender.forget(filter(os.path.exists, list(self._appender.sealed)))
             if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
                 break
             time.sleep(0.02 + os.urandom(1)[0] / 5000 if answer.get("busy") else 0)
-        self._appender.left()
-        events = sum(segment.events for segment in self._appender.sealed.values() if segment)
-        if events:
+        appender.left()
+        if events := sum(segment.events for segment in appender.sealed.values() if segment):
             reason = "" if (self._diagnostics.last_error or "").endswith(why) else f": {why}"
             self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
         self._tell_head()
 
     def _await_child(self, deadline: float) -> Mapping[str, Any]:
-        """Return the answer of the child, which is killed at the deadline."""
         while time.monotonic() < deadline:
-            answer = self._look()
-            if answer is not None:
+            if (answer := self._look()) is not None:
                 return answer
             time.sleep(0.02)
         self.end_child()
         return {"fault": "an ingest took too long"}
 
     def end_child(self) -> None:
-        """Kill the child and its engine: the next ingest does again what it was doing."""
-        import signal
-
+        """Kill the child and its engine; the next ingest repeats what it was doing."""
         child, self._child = self._child, None
         if child is None:
             return
         with contextlib.suppress(OSError):
             if os.name == "posix":
-                os.killpg(child.pid, signal.SIGKILL)  # a transaction that is killed never happened
+                os.killpg(child.pid, 9)  # SIGKILL: a transaction that is killed never happened
             else:
                 child.kill()
         child.wait()
@@ -4490,9 +4356,9 @@ class Writer:
         on_start: Callable[[], bool],
         at_once: bool = False,
     ) -> None:
-        self._appender, self._ingester, self.begun = appender, ingester, appender.begun
+        self._appender, self._ingester = appender, ingester
+        self.begun, self._diagnostics = appender.begun, appender.diagnostics
         self._at_once = at_once or appender.durable  # callers wait, all or some: nothing is gathered
-        self._diagnostics = appender.diagnostics
         self._drop_when_full, self._on_start = drop_when_full, on_start
         self.start_afresh()
 
@@ -4501,9 +4367,9 @@ class Writer:
         self._appender.start_afresh()
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
-        self._lock = threads.RLock()  # of the queue; held for moments only
+        self._lock = threads.RLock()  # of the queue
         self._progress = threads.Condition(self._lock)
-        self._writing = threads.RLock()  # of the appender; held while the disk works
+        self._writing = threads.RLock()  # of the appender
         self._wake = threads.Lock()
         self._wake.acquire()
         self._queue: list[bytes] = []
@@ -4511,7 +4377,7 @@ class Writer:
         self._due = 0.0  # seconds until the ingester has something to do
         self._finished = 0  # lines that left the queue
         self._look_at = self._step_at = 0.0
-        self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []
+        self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
         self._asleep = True
         self._hurried = False  # somebody waits for the next round
         self._closing = self._sealed = self._closed = False
@@ -4519,17 +4385,17 @@ class Writer:
         self._thread: threading.Thread | None = None
 
     def before_fork(self) -> None:
-        """Wait a moment for a write to end, so that no child inherits a segment that nobody knows yet."""
+        """Wait for a write to end, so that no child inherits a segment that nobody knows yet."""
         self._writing.acquire(timeout=1.0)
 
     def after_fork_in_parent(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the moment was too short, and the lock is another's
+        with contextlib.suppress(RuntimeError):  # it took too long
             self._writing.release()
 
     # --- the caller's side
 
     def put(self, line: bytes) -> int:
-        """Queue an unfinished line and return its ticket for `wait_written`; 0 if it was dropped."""
+        """Queue an unfinished line and return its ticket; 0 if it was dropped."""
         if self._queued_bytes > QUEUE_BYTES and not self._has_room():
             return 0
         with self._lock:
@@ -4553,11 +4419,10 @@ class Writer:
                 pass
 
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
-        """Return True when the line with this ticket is in the journal; see `wait_for`."""
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
-        """Return True when the writer has done something, or is this thread; False if that takes too long."""
+        """Return True when the writer has done something, or is this thread; False after the timeout."""
         if self._is_writing_thread():
             return True
         self._hurry()
@@ -4568,11 +4433,9 @@ class Writer:
     def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
         """Call back, in any thread, when the writer has done something, or is closed."""
         with self._lock:
-            if not (done() or self._closed):
-                self._waiting.append((done, callback))
-                self._hurry()
-                return
-        callback()
+            self._waiting.append((done, callback))
+        self._hurry()
+        self._call_back()
 
     def flush(self, timeout: float) -> bool:
         """Write all that was put before, and try once to ingest it; False if it could not be written."""
@@ -4583,18 +4446,9 @@ class Writer:
         with self._lock:
             ingester.wanted += 1
             wanted = ingester.wanted
-
-        def is_over() -> bool:
-            return ingester.tried >= wanted or ingester.stopped or self._closing
-
-        if not is_over():
+        if not (ingester.stopped or self._closing):
             self._rouse()
-        while not is_over() and (left := deadline - time.monotonic()) > 0:
-            if self._thread is None:
-                self._work_inline()
-            with self._lock:
-                if not is_over():
-                    self._progress.wait(min(left, _POLL_SECONDS))
+        self._wait_until(lambda: ingester.tried >= wanted or ingester.stopped or self._closing, deadline)
         return True
 
     def close(self, timeout: float) -> int:
@@ -4639,14 +4493,13 @@ class Writer:
             self._appender.lose(1, "full", "the queue was full (on_full: drop)")
             self._diagnostics.tell()
             return False
-        # The writer itself, or a logging handler in its thread, must not wait for the writer.
-        if self._is_writing_thread():
+        if self._is_writing_thread():  # such as a logging handler in it
             return True
         self._diagnostics.report("full", "the queue is full: callers wait (on_full: block)")
         return self._wait_until(lambda: self._queued_bytes <= QUEUE_BYTES or self._closing, inf)
 
     def _wait_until(self, done: Callable[[], bool], deadline: float) -> bool:
-        """Wait for the writer, or do its work where there is none; False if the deadline came first."""
+        """Wait for the writer, or do its work; False if the deadline came first."""
         while not done():
             if self._asleep:  # a caller was interrupted before it woke the writer, or there is none
                 self._rouse()
@@ -4660,7 +4513,7 @@ class Writer:
         return True
 
     def _rouse(self) -> None:
-        """Wake the writer, start it, or do its work here. After an interrupt the next event wakes it."""
+        """Wake the writer, start it, or do its work here."""
         if self._thread is not None or self._start_thread():
             self._release_wake()
         else:
@@ -4701,7 +4554,7 @@ class Writer:
         return False
 
     def _work_inline(self) -> bool:
-        """Do the writer's work in this thread, once; False if lines are left that could not be written."""
+        """Do the writer's work here, once; False if lines are left that could not be written."""
         me = self._threads.get_ident()
         if self._inline == me:
             return True  # a signal handler or destructor within our own write, which goes on afterwards
@@ -4750,7 +4603,7 @@ class Writer:
             self._diagnostics.report("writer", text, error=error)
 
     def _retire(self) -> None:
-        """Leave the next line to its caller, or to a new thread; call it with the lock held."""
+        """Leave the next line to its caller, or to a new thread; hold the lock."""
         self._thread = None
         self._asleep = True
         self._progress.notify_all()
@@ -4767,10 +4620,11 @@ class Writer:
         now, ingester = time.monotonic(), self._ingester
         self._due = _GATHER_SECONDS
         if now >= self._step_at or ingester.wanted > ingester.tried:  # not with each strict call
-            self._step_at = now + _GATHER_SECONDS
+            self._step_at, tried = now + _GATHER_SECONDS, ingester.tried
             self._due = ingester.step()
-            with self._lock:
-                self._progress.notify_all()
+            if ingester.tried > tried or ingester.stopped:
+                with self._lock:
+                    self._progress.notify_all()
         return done
 
     def _drain(self) -> bool:
@@ -4795,8 +4649,7 @@ class Writer:
                 return True
 
     def _trim(self) -> None:
-        """Take out of the queue what is in the journal, and wake those who wait for it."""
-        self._appender.settle()
+        """Take what is in the journal out of the queue, and wake those who wait for it."""
         if self.written == self._finished and not self.begun.fresh:
             return
         with self._lock:
@@ -4822,7 +4675,6 @@ class Writer:
 
 
 def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
-    """Split a batch into runs of about `_PIECE_BYTES`."""
     start = size = 0
     for end, line in enumerate(batch, 1):
         size += len(line)
