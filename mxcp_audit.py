@@ -10253,48 +10253,39 @@ _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
 _NARROWEST = 12  # arbitrary: cells that a column keeps
 
 
-class EventTable:
-    """Events as a table that may grow."""
-
-    def __init__(
-        self,
-        file: TextIO,
-        *,
-        columns: Sequence[str] = SHORT_COLUMNS,
-        width: int | None,
-        colour: bool,
-        with_reasons: bool = True,
-        with_input: bool = False,
-        grows: bool = False,
-        local: bool = False,
-    ) -> None:
-        self._file, self._columns, self._width, self._colour = file, columns, width, colour
-        self._with_reasons, self._with_input, self._local = with_reasons, with_input, local
+def write_events(
+    file: TextIO,
+    rows: Sequence[Row],
+    *,
+    columns: Sequence[str] = SHORT_COLUMNS,
+    width: int | None,
+    colour: bool,
+    with_reasons: bool = True,
+    with_input: bool = False,
+    local: bool = False,
+    widths: list[int] | None = None,
+) -> None:
+    """Write events as a table, in the order given; with the same `widths`, first empty, it goes on."""
+    events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
+    cells = [[_cell(event[name], name, local) for name in columns] for event in events]
+    if not widths:
         heads = [_HEADERS.get(column, column.upper()) for column in columns]
-        self._heads = [[head.replace("UTC", "local") if local else head for head in heads]]
-        self._widths = [_FIRST_WIDTHS.get(column, 0) if grows else 0 for column in columns]
-
-    def write(self, rows: Sequence[Row]) -> None:
-        """Write more rows, oldest or newest first, as they shall appear."""
-        events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-        cells = [[_cell(event[name], name, self._local) for name in self._columns] for event in events]
-        alignment = "".join(_ALIGNED.get(column, "~") for column in self._columns)
-        lines = _aligned([*self._heads, *cells], alignment, self._width, self._widths)
-        for _ in self._heads:
-            _write(self._file, next(lines))
-        self._heads = []
-        for event, line in zip(events, lines):
-            style = _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"])
-            _write(self._file, f"{style}{line}\x1b[0m" if style and self._colour else line)
-            for label in ("reason", "error") if self._with_reasons else ():
-                if event[label]:
-                    text = f"    {label}: {printable(event[label])}"
-                    text = text if self._width is None else fit(text, self._width)
-                    _write(self._file, text.rstrip())
-            if self._with_input:
-                text = printable(event["input_json"] or "-")
-                for piece in wrap(text, len(text) * 2 if self._width is None else self._width - 4):
-                    _write(self._file, "    " + piece)
+        cells.insert(0, [head.replace("UTC", "local") if local else head for head in heads])
+        events.insert(0, {})
+    if widths == []:
+        widths += [_FIRST_WIDTHS.get(column, 0) for column in columns]
+    alignment = "".join(_ALIGNED.get(column, "~") for column in columns)
+    for event, line in zip(events, _aligned(cells, alignment, width, widths)):
+        style = _STYLES.get(event.get("status", "")) or _STYLES.get(event.get("policy_decision", ""))
+        _write(file, f"{style}{line}\x1b[0m" if style and colour else line)
+        for label in ("reason", "error") if with_reasons else ():
+            if event.get(label):
+                text = f"    {label}: {printable(event[label])}"
+                _write(file, (text if width is None else fit(text, width)).rstrip())
+        if with_input and event:
+            text = printable(event["input_json"] or "-")
+            for piece in wrap(text, 2 * len(text) if width is None else width - 4):
+                _write(file, "    " + piece)
 
 
 def more_hint(shown: int, limit: int | None) -> str:
@@ -10365,9 +10356,6 @@ def _cell(value: object, column: str = "", local: bool = False) -> str:
     if column == "timestamp":
         text = (local_time(text) if local else text)[:19].replace("T", " ")
     return printable(text)
-
-
-# --- figures with bars
 
 
 def write_stats(
@@ -10603,8 +10591,7 @@ _BUCKETS = (  # of time: up to how many seconds, and the label
 _FINITE = "(SELECT * REPLACE (CASE WHEN isfinite(timestamp) THEN timestamp END AS timestamp) FROM events)"
 _REPORT_FACTS = f"""\
 SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last,
-       epoch(max(timestamp) - min(timestamp))::BIGINT AS span, any_value(name) AS a, any_value(user_id) AS b,
-       any_value(client) AS c, any_value(server) AS d
+       epoch(max(timestamp) - min(timestamp))::BIGINT AS span
 FROM {_FINITE}"""
 _REPORT_BUCKETS = f"""\
 SELECT strftime(b, '{{form}}') AS label,
@@ -10691,7 +10678,7 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[
 def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, newest: int) -> Iterator[str]:
     """Yield the report of the matching events: the same text for the same events and facts."""
     ask = functools.partial(reading.ask, what)
-    ((calls, first, last, span, *filled),) = ask(_REPORT_FACTS)
+    ((calls, first, last, span),) = ask(_REPORT_FACTS)
     yield f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -10705,10 +10692,10 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
         yield f"<h2>Calls per {unit} (UTC)</h2>"
         yield from _chart(unit, ask(_REPORT_BUCKETS.format(unit=unit, form=form)))
     heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
-    for by, value in zip(("name", "user", "client", "server"), filled):
-        if value is not None:
+    for by in ("name", "user", "client", "server"):
+        groups = reading.stats(what, by=by, count=50)
+        if any(group is not None for group, *_ in groups):
             title = "Tools, resources and prompts" if by == "name" else f"{by.title()}s"
-            groups = reading.stats(what, by=by, count=50)
             yield f"<h2>{title}</h2>{_html_table(heads.format(by), groups)}"
     places = [PUBLIC_COLUMNS.index(name) for name in ("timestamp", "name", "user_id", "duration_ms")]
     tables: dict[str, Sequence[Sequence[Any]]] = {
@@ -10748,8 +10735,6 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
 # depends on: Errors, Config, Events, Encoding, Writer, Logger, Store
 #
 # What needs both recording and reading.
-
-# --- loggers get their way into the database
 
 
 def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
@@ -11712,10 +11697,7 @@ format: columns wide input json: it says what is written
 running: export follow format oldest-first: it shows what has not ended
 follow: export until oldest-first: it shows what is yet to come
 cursor-file: limit oldest-first: it prints everything that is new"""
-_NEEDS = {
-    **{"header": "post", "post": "format", "cursor-file": "format", "bom": "export", "raw": "export"},
-    "signed-by": "checkpoint",
-}
+_NEEDS = "header post, post format, cursor-file format, bom export, raw export, signed-by checkpoint"
 
 
 def option_blocks() -> dict[str, list[str]]:
@@ -11809,7 +11791,7 @@ def _check_options(options: Options) -> None:
     for name, others, why in (line.split(": ") for line in _EXCLUDES.splitlines()):
         if name in given and (clash := given.intersection(others.split())):
             raise _UsageError(f"--{name} does not go with --{clash.pop()}: {why}")
-    for name, other in _NEEDS.items():
+    for name, other in map(str.split, _NEEDS.split(", ")):
         if name in given and other in values and other not in given:
             raise _UsageError(f"--{name} needs --{other}")
 
@@ -11921,9 +11903,6 @@ def _write_whole(path: str, text: str) -> None:
         raise AuditError(f"{path} can't be written: {error.strerror}; name another place") from error
 
 
-# --- log
-
-
 def cmd_log(options: Options) -> int | None:
     """Show, follow or export events. 75 or 1 if only those of the journal could be shown."""
     what, store = _filter_of(options), _store_of(options)
@@ -11941,7 +11920,7 @@ def cmd_log(options: Options) -> int | None:
             write_json(sys.stdout, rows, columns=options.columns)
         else:
             shown = list(rows)
-            _event_table(options).write(shown)
+            _event_table(options)(shown)
             sys.stdout.flush()
             _say(summary(shown, count))
         if problem := reading.problem:
@@ -11952,17 +11931,19 @@ def cmd_log(options: Options) -> int | None:
     return None
 
 
-def _event_table(options: Options) -> EventTable:
+def _event_table(options: Options) -> Callable[[Sequence[Row]], None]:
+    """Return what writes events as a table, and more of it when it is called again to follow."""
     width, colour = _terminal()
-    return EventTable(
+    return functools.partial(
+        write_events,
         sys.stdout,
         columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
         width=None if options.wide else width,
         colour=colour,
         with_reasons=options.columns is None,
         with_input=options.input,
-        grows=options.follow,
         local=options.local,
+        widths=[] if options.follow else None,
     )
 
 
@@ -12025,7 +12006,7 @@ def _past(options: Options, store: Store, what: Filter, follower: Follower, colu
 
 def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Row]], None]:
     """Return what shows rows as JSON, or as a table; on a terminal the running calls stay below it."""
-    table, is_terminal, width = _event_table(options), sys.stdout.isatty(), _terminal()[0] or 200
+    write, is_terminal, width = _event_table(options), sys.stdout.isatty(), _terminal()[0] or 200
     due, below = 0.0, list[str]()
 
     def show(rows: Iterable[Row]) -> None:
@@ -12038,7 +12019,7 @@ def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Ro
             sys.stdout.write("\x1b[1F\x1b[2K" * len(below))
             below = []
         if rows:
-            table.write(list(rows))
+            write(list(rows))
         if time.monotonic() >= due:
             due, running = time.monotonic() + 1, []
             for row in follower.running():
@@ -12148,17 +12129,14 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
                 with opener.open(request, timeout=30) as answer:
                     if 200 <= answer.status < 300:
                         return
-                    told, asked = f"{shown} answered {answer.status}", answer.headers.get("Retry-After", "")
+                    told = f"{shown} answered {answer.status}"
                     is_final = answer.status != 429 and answer.status < 500
                     with contextlib.suppress(OSError, http.client.HTTPException):  # while it says why
                         told += f": {answer.read(500).decode(errors='replace').strip()}"
             except (OSError, http.client.HTTPException) as error:
-                told, asked = f"{shown} can't be reached: {getattr(error, 'reason', error)}", ""
-                is_final = False
+                told, is_final = f"{shown} can't be reached: {getattr(error, 'reason', error)}", False
             if is_final:
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
-            if asked.strip().isdecimal():
-                pause = max(pause, min(float(asked), 300.0))
             if not options.follow and time.monotonic() + pause > end:
                 raise AuditError(f"{told}; the cursor stays, try again later")
             _say(f"{told}; trying again in {pause:.0f} s")
@@ -12201,9 +12179,6 @@ def _export(options: Options, store: Store, what: Filter) -> None:
     _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
 
 
-# --- show, stats, sql
-
-
 # How `show` groups what it shows: what happened, who did it, where, with what, what came of it.
 _SHOWN = """\
 event_id timestamp type name status duration_ms policy_decision reason error error_type
@@ -12242,7 +12217,7 @@ def cmd_show(options: Options) -> int | None:
         write_json(sys.stdout, rows)
     elif options.around:
         columns = ("event_id", *SHORT_COLUMNS[:-1])
-        EventTable(sys.stdout, columns=columns, width=width, colour=colour, local=options.local).write(rows)
+        write_events(sys.stdout, rows, columns=columns, width=width, colour=colour, local=options.local)
     elif options.json:
         _print_json(event)
     else:
@@ -12288,9 +12263,6 @@ def cmd_sql(options: Options) -> None:
         raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
 
 
-# --- config, redact
-
-
 def cmd_config(options: Options) -> None:
     config = _config_of(options)
     settings = config._asdict()
@@ -12325,9 +12297,6 @@ def cmd_redact(options: Options) -> None:
     if reasons:
         _print()
         write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
-
-
-# --- ingest, import, doctor
 
 
 def cmd_ingest(options: Options) -> int:
@@ -12384,9 +12353,6 @@ def cmd_doctor(options: Options) -> int:
     return EXIT_FAILED if checkup.faults else 0
 
 
-# --- report
-
-
 def cmd_report(options: Options) -> None:
     what, store = _filter_of(options), _store_of(options)
     store.refuse_own_files(options.out)
@@ -12406,9 +12372,6 @@ def cmd_report(options: Options) -> None:
         text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
     _write_whole(options.out, text)
     _say(f"report written to {options.out}")
-
-
-# --- verify, checkpoint
 
 
 def cmd_verify(options: Options) -> int:
@@ -12484,9 +12447,6 @@ def cmd_prove(options: Options) -> None:
     _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait), indent=None)
 
 
-# --- purge, backup, compact
-
-
 def cmd_purge(options: Options) -> None:
     if options.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
@@ -12525,9 +12485,6 @@ def cmd_compact(options: Options) -> None:
     _print(f"{before} bytes before, {after} bytes after")
 
 
-# --- wrap
-
-
 def cmd_wrap(options: Options) -> int:
     """Run an MCP server and record what it executes. Ends as the server did."""
     command = options.server[1:] if options.server[0] == "--" else options.server
@@ -12543,8 +12500,6 @@ def cmd_wrap(options: Options) -> int:
     audit.shutdown(WrappedServer.GRACE_SECONDS)  # a client kills what takes longer; the journal has it all
     return end_like(code)
 
-
-# --- completion
 
 _COMPLETION = """\
 # Completion of mxcp-audit, made by `mxcp-audit completion`.
@@ -12577,9 +12532,6 @@ def cmd_completion(options: Options) -> None:
         words[f'*" {name} "*'] = flags
     cases = "\n".join(f'        {case}) words="{" ".join(each)}" ;;' for case, each in words.items())
     print(_COMPLETION.format(commands=" ".join(commands), cases=cases))
-
-
-# --- the whole
 
 
 def main(argv: Sequence[str] | None = None) -> int:
