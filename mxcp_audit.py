@@ -9823,16 +9823,10 @@ def display_width(text: str) -> int:
     """Return the terminal cells of a printable text: wide characters have two, combining ones none."""
     if text.isascii():
         return len(text)
-    import unicodedata
+    from unicodedata import category, east_asian_width
 
-    return sum(
-        0
-        if unicodedata.category(character) in ("Mn", "Me", "Cf") or "\u1160" <= character <= "\u11ff"
-        else 2
-        if unicodedata.east_asian_width(character) in "WF"
-        else 1
-        for character in text
-    )
+    joins = [category(char) in ("Mn", "Me", "Cf") or "\u1160" <= char <= "\u11ff" for char in text]
+    return sum(0 if joined else 1 + (east_asian_width(char) in "WF") for char, joined in zip(text, joins))
 
 
 def fit(text: str, width: int, *, right: bool = False) -> str:
@@ -9856,7 +9850,7 @@ def _head(text: str, width: int) -> str:
     if text[: width + 1].isascii():
         return text[:width]
     ends = itertools.accumulate(map(display_width, text))
-    return "".join(char for char, _ in itertools.takewhile(lambda pair: pair[1] <= width, zip(text, ends)))
+    return text[: sum(1 for _ in itertools.takewhile(lambda end: end <= width, ends))]
 
 
 def takes_unicode(file: TextIO) -> bool:
@@ -9876,16 +9870,12 @@ def write_text(file: TextIO, text: str) -> None:
         _write(file, printable(line))
 
 
-def more_hint(shown: int, limit: int | None) -> str:
-    return " (there may be more: --limit)" if shown == limit else ""
-
-
 # --- data: JSON and CSV
 
 
 def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
     """Return JSON that no terminal acts on, because what is not printable is escaped."""
-    return harmless_json(json.dumps(value, ensure_ascii=ascii_only, indent=indent), ascii_only=ascii_only)
+    return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent), ascii_only=ascii_only)
 
 
 _PRINTABLE = bytes((10, *range(32, 127)))
@@ -9931,19 +9921,13 @@ def indented_json(text: str) -> str:
         json.loads(text)
     except (ValueError, RecursionError):
         return text
-    parts, depth = [], 0
+    shown, depth = "", 0
     for token in _JSON_TOKEN.findall(text):
         depth += (token in "[{") - (token in "]}")
         line_break = "\n" + "  " * depth
-        if token in "]}":
-            parts.append(line_break + token)
-        elif token in "[{,":
-            parts.append(token + line_break)
-        elif token == ":":
-            parts.append(": ")
-        else:
-            parts.append(token if token[0] == '"' else "".join(token.split()))  # [ ] is []
-    return "".join(parts)
+        before, after = line_break * (token in "]}"), line_break * (token in "[{,") + " " * (token == ":")
+        shown += before + (token if token[0] not in "[{" else token[0] + token[1:].strip()) + after
+    return shown
 
 
 def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
@@ -9963,60 +9947,50 @@ SHORT_COLUMNS = ("timestamp", "type", "name", "status", "policy_decision", "dura
 WIDE_COLUMNS = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
 _HEADERS = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
 _FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
-_FIXED = frozenset(("timestamp", "type", "status", "policy_decision", "duration_ms", "result_bytes"))
+# How columns are aligned: numbers to the right, and what is `~` shrinks where there is no room.
+_ALIGNED = {"duration_ms": ">", "result_bytes": ">"}
+_ALIGNED |= dict.fromkeys(("timestamp", "type", "status", "policy_decision"), "<")
 _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
-_NARROWEST = 12  # arbitrary: cells that an elastic column keeps
+_NARROWEST = 12  # arbitrary: cells that a column keeps
 
 
-class EventTable:
-    """Events as a table that may grow."""
-
-    def __init__(
-        self,
-        file: TextIO,
-        *,
-        columns: Sequence[str] = SHORT_COLUMNS,
-        width: int | None,
-        colour: bool,
-        with_reasons: bool = True,
-        with_input: bool = False,
-        grows: bool = False,
-        local: bool = False,
-    ) -> None:
-        self._file, self._columns, self._width, self._colour = file, columns, width, colour
-        self._below = ("reason", "error") if with_reasons else ()
-        self._with_input, self._local = with_input, local
+def write_events(
+    file: TextIO,
+    rows: Sequence[Row],
+    *,
+    columns: Sequence[str] = SHORT_COLUMNS,
+    width: int | None,
+    colour: bool,
+    with_reasons: bool = True,
+    with_input: bool = False,
+    local: bool = False,
+    widths: list[int] | None = None,
+) -> None:
+    """Write events as a table, in the order given; with the same `widths`, first empty, it goes on."""
+    events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
+    cells = [[_cell(event[name], name, local) for name in columns] for event in events]
+    if not widths:
         heads = [_HEADERS.get(column, column.upper()) for column in columns]
-        self._heads = [[head.replace("UTC", "local") if local else head for head in heads]]
-        self._widths = [_FIRST_WIDTHS.get(column, 0) if grows else 0 for column in columns]
+        cells.insert(0, [head.replace("UTC", "local") if local else head for head in heads])
+        events.insert(0, {})
+    if widths == []:
+        widths += [_FIRST_WIDTHS.get(column, 0) for column in columns]
+    alignment = "".join(_ALIGNED.get(column, "~") for column in columns)
+    for event, line in zip(events, _aligned(cells, alignment, width, widths)):
+        style = _STYLES.get(event.get("status", "")) or _STYLES.get(event.get("policy_decision", ""))
+        _write(file, f"{style}{line}\x1b[0m" if style and colour else line)
+        for label in ("reason", "error") if with_reasons else ():
+            if event.get(label):
+                text = f"    {label}: {printable(event[label])}"
+                _write(file, (text if width is None else fit(text, width)).rstrip())
+        if with_input and event:
+            text = printable(event["input_json"] or "-")
+            for piece in wrap(text, 2 * len(text) if width is None else width - 4):
+                _write(file, "    " + piece)
 
-    def write(self, rows: Sequence[Row]) -> None:
-        """Write more rows, oldest or newest first, as they shall appear."""
-        events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
-        cells = [
-            [
-                _moment(event[column], self._local) if column == "timestamp" else _shown(event[column])
-                for column in self._columns
-            ]
-            for event in events
-        ]
-        elastic = [column not in _FIXED for column in self._columns]
-        right = [column in ("duration_ms", "result_bytes") for column in self._columns]
-        width = self._width
-        lines = _aligned([*self._heads, *cells], self._widths, elastic, right, width)
-        for _ in self._heads:
-            _write(self._file, next(lines))
-        self._heads = []
-        for event, line in zip(events, lines):
-            style = _STYLES.get(event["status"]) or _STYLES.get(event["policy_decision"])
-            _write(self._file, f"{style}{line}\x1b[0m" if style and self._colour else line)
-            below = [f"{label}: {printable(event[label])}" for label in self._below if event[label]]
-            below = [(text if width is None else fit(text, width - 4)).rstrip() for text in below]
-            if self._with_input:
-                text = printable(event["input_json"] or "-")
-                below += [text] if width is None else wrap(text, width - 4)
-            for text in below:
-                _write(self._file, "    " + text)
+
+def more_hint(shown: int, limit: int | None) -> str:
+    return " (there may be more: --limit)" if shown == limit else ""
 
 
 def summary(rows: Sequence[Row], count: int | None) -> str:
@@ -10029,12 +10003,10 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
 
 def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
     """Write rows of any values as a table. Numbers go to the right, long text is cut to what fits."""
-    cells = [[*map(printable, heads)], *([_shown(value) for value in row] for row in rows)]
-    elastic = [
-        not rows or not all(isinstance(row[n], (int, float, type(None))) for row in rows)
-        for n in range(len(heads))
-    ]
-    for line in _aligned(cells, [0] * len(heads), elastic, [not text for text in elastic], width):
+    columns = list(zip(*rows)) or [("",)] * len(heads)
+    are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
+    cells = [[*map(printable, heads)], *([*map(_cell, row)] for row in rows)]
+    for line in _aligned(cells, "".join("~>"[is_number] for is_number in are_numbers), width):
         _write(file, line)
 
 
@@ -10042,36 +10014,30 @@ def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None
     """Write names and values, a line each; the further lines of a value are indented."""
     for name, value in fields:
         lines = ["-"] if value is None else value.split("\n")
-        if len(lines) > 1:
-            _write(file, name)
+        lines = [name, *(f"  {line}" for line in lines)] if len(lines) > 1 else [f"{name:16} {lines[0]}"]
         for line in lines:
-            label = "  " if len(lines) > 1 else f"{name:16} "
-            _write(file, (label + printable(line)).rstrip())
+            _write(file, printable(line).rstrip())
 
 
 def _aligned(
-    rows: Sequence[Sequence[str]],
-    widths: list[int],
-    elastic: Sequence[bool],
-    right: Sequence[bool],
-    width: int | None,
+    rows: Sequence[Sequence[str]], alignment: str, width: int | None, widths: list[int] | None = None
 ) -> Iterator[str]:
-    """Yield rows as lines. `widths` grow to the widest cells; elastic columns shrink to fit `width`."""
+    """Yield rows as lines that fit `width`. `widths` of columns, if given, grow to the widest cells."""
+    widths = [0] * len(alignment) if widths is None else widths
     for index, column in enumerate(zip(*rows)):
         widths[index] = max(widths[index], *map(display_width, column))
     if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
         widths[:] = [min(size, 80) for size in widths]
-    else:
-        excess = sum(widths) + 2 * (len(widths) - 1) - width
-        for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
-            if elastic[index] and excess > 0:
-                cut = min(excess, max(0, widths[index] - _NARROWEST))
-                widths[index] -= cut
-                excess -= cut
+    excess = 0 if width is None else sum(widths) + 2 * (len(widths) - 1) - width
+    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
+        if alignment[index] == "~" and excess > 0:
+            cut = min(excess, max(0, widths[index] - _NARROWEST))
+            widths[index] -= cut
+            excess -= cut
     for row in rows:
         cells = (
-            fit(cell, size if width is not None else max(size, display_width(cell)), right=number)
-            for cell, size, number in zip(row, widths, right)
+            fit(cell, size if width is not None else max(size, display_width(cell)), right=side == ">")
+            for cell, size, side in zip(row, widths, alignment)
         )
         line = "  ".join(cells).rstrip()
         yield line if width is None else fit(line, width).rstrip()
@@ -10084,47 +10050,37 @@ def local_time(text: str) -> str:
     return text
 
 
-def _moment(value: object, local: bool = False) -> str:
+def _cell(value: object, column: str = "", local: bool = False) -> str:
     if value is None:
         return "-"
-    text = local_time(str(value)) if local else str(value)
-    return printable(text[:19].replace("T", " "))
-
-
-def _shown(value: object) -> str:
-    if value is None:
-        return "-"
-    return printable(value if isinstance(value, str) else json_text(value))
-
-
-# --- figures with bars
+    text = value if isinstance(value, str) else json_text(value)
+    if column == "timestamp":
+        text = (local_time(text) if local else text)[:19].replace("T", " ")
+    return printable(text)
 
 
 def write_stats(
     file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
 ) -> None:
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
-    figures = ["CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
-    figures += ["RUNNING"] * any(row[10] for row in rows)
-    count = len(figures) + 1
-    table = [[by.upper(), *figures, "FIRST SEEN", "LAST SEEN"]]
+    heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
+    heads += ["RUNNING"] * any(row[10] for row in rows)
+    count = len(heads)
+    table = [[*heads, "FIRST SEEN", "LAST SEEN"]]
     for row in rows:
-        seen = [_moment(value, local) for value in row[8:10]]
-        table.append([*map(_shown, (row[:8] + row[10:])[:count]), *seen])
+        seen = [_cell(value, "timestamp", local) for value in row[8:10]]
+        table.append([*map(_cell, (row[:8] + row[10:])[:count]), *seen])
     sizes = [max(map(display_width, column)) + 2 for column in zip(*table)]
     room = width or sum(sizes)
     sizes[0] = min(sizes[0], max(_NARROWEST + 2, room - sum(sizes[1:count]) + 2))
-    least = sum(sizes[:count]) - 2
-    # "first seen", then "last seen" gives way to the figures; a bar takes what is left.
-    seen_from = next(
-        n for n in range(count, len(sizes) + 1) if n == len(sizes) or least + sum(sizes[n:]) <= room
-    )
-    table = [cells[:count] + cells[seen_from:] for cells in table]
-    bars = min(40, room - sum(sizes[:count]) - sum(sizes[seen_from:]))
-    right, elastic = [0 < n < count for n in range(len(sizes))], [n == 0 for n in range(len(sizes))]
+    while len(sizes) > count and sum(sizes) - 2 > room:  # "first seen", then "last seen" gives way
+        table = [cells[:count] + cells[count + 1 :] for cells in table]
+        del sizes[count]
+    bars = min(40, room - sum(sizes))  # a bar takes what is left
     shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
     block = "█" if takes_unicode(file) else "#"
-    for line, value in zip(_aligned(table, [0] * len(table[0]), elastic, right, width), [0, *shown]):
+    alignment = "~" + ">" * (count - 1) + "<" * (len(sizes) - count)
+    for line, value in zip(_aligned(table, alignment, width), [0, *shown]):
         if bars > 3:
             line = fit(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
         _write(file, line.rstrip())
@@ -10133,100 +10089,101 @@ def write_stats(
 # == Forms ==
 # depends on: SQL
 #
-# Events as other systems want them. Each line of a form is a place in the JSON object, and the SQL that
-# fills it, if it is not the column of that name; NULL is left out. docs/siem.md describes them.
+# Events as other systems want them. Each line of a form is a place in the JSON object (behind a dot or brace,
+# one beside the last) and the SQL that fills it, if it is not the column of that name; NULL is left out.
+# docs/siem.md describes them.
 
-# Expressions that several places share.
+# What words in capitals stand for.
 _FORM_WORDS = {
+    "USER_AGENT": "CONTEXT ->> '$.\"user_agent.original\"'",
     "EVENT_ID": EVENT_ID,
     "METHOD": "CASE type WHEN 'tool' THEN 'tools/call' WHEN 'resource' THEN 'resources/read' "
     "WHEN 'prompt' THEN 'prompts/get' ELSE coalesce(type, '') END",
     # DuckDB takes NaN and Infinity, which MXCP wrote, for JSON; others don't.
-    "INPUT": r"""CASE WHEN json_valid(input_json) AND NOT regexp_matches(input_json,
-    '^([^"]|"([^"\\]|\\.)*")*(nan|inf)', 'i') THEN input_json::JSON ELSE to_json(input_json) END""",
+    "INPUT": r"CASE WHEN json_valid(input_json) AND NOT regexp_matches(input_json, "
+    r"""'^([^"]|"([^"\\]|\\.)*")*(nan|inf)', 'i') THEN input_json::JSON ELSE to_json(input_json) END""",
     "CONTEXT": "CASE WHEN json_valid(context) THEN context::JSON ELSE to_json(context) END",
-    "FAILED": "(status = 'error')",
-    "DENIED": "(policy_decision = 'deny')",
+    "FAILED": "status = 'error'",
+    "DENIED": "policy_decision = 'deny'",
     "NANOS": "TRY_CAST(epoch_us(timestamp)::HUGEINT * 1000 AS UBIGINT)::VARCHAR",  # as OTLP's fixed64
     "IS_IP": r"regexp_full_match(address, '[0-9.]{7,15}|[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*')",
-    "USER_AGENT": "CONTEXT ->> '$.\"user_agent.original\"'",
 }
 FORMS = {
     # OCSF 1.8, API Activity: https://schema.ocsf.io/1.8.0/classes/api_activity
     "ocsf": """\
-activity_id        99
-activity_name      'Invoke'
-actor.app_name     client
-actor.app_uid      agent
-actor.invoked_by   coalesce(caller, '')
-actor.session.uid  session_id
-actor.user.uid     user_id
-api.operation      METHOD
-api.request.data   INPUT
-api.request.uid    coalesce(request_id, EVENT_ID)
-api.response.error error_type
-api.response.error_message error
-api.service.name   server
-category_uid       6
-class_uid          6003
-duration           duration_ms
+activity_id 99
+activity_name 'Invoke'
+actor.app_name client
+.app_uid agent
+.invoked_by coalesce(caller, '')
+.session.uid session_id
+.user.uid user_id
+api.operation METHOD
+.request.data INPUT
+.request.uid coalesce(request_id, EVENT_ID)
+.response.error error_type
+.response.error_message error
+.service.name server
+category_uid 6
+class_uid 6003
+duration duration_ms
 http_request.user_agent USER_AGENT
-message            concat_ws(' ', METHOD, name)
+message concat_ws(' ', METHOD, name)
 metadata.correlation_uid trace_id
-metadata.log_name  'mxcp_audit'
-metadata.product.name 'mxcp_audit'
-metadata.product.vendor_name 'mxcp_audit'
-metadata.uid       EVENT_ID
-metadata.version   '1.8.0'
+.log_name 'mxcp_audit'
+.product.name 'mxcp_audit'
+.product.vendor_name 'mxcp_audit'
+.uid EVENT_ID
+.version '1.8.0'
 resources[].name
-resources[].type
-severity_id        CASE WHEN DENIED THEN 3 WHEN FAILED THEN 2 ELSE 1 END
+.type
+severity_id CASE WHEN DENIED THEN 3 WHEN FAILED THEN 2 ELSE 1 END
 src_endpoint.hostname CASE WHEN NOT IS_IP THEN address END
-src_endpoint.ip    CASE WHEN IS_IP THEN address END
-src_endpoint.name  coalesce(client, caller, '')
-status             CASE WHEN FAILED THEN 'Failure' ELSE 'Success' END
-status_detail      coalesce(reason, error)
-status_id          CASE WHEN FAILED THEN 2 ELSE 1 END
-time               epoch_ms(timestamp)
-type_uid           600399
-unmapped.context   CONTEXT
-unmapped.policy_decision
-unmapped.result_bytes
+.ip CASE WHEN IS_IP THEN address END
+.name coalesce(client, caller, '')
+status CASE WHEN FAILED THEN 'Failure' ELSE 'Success' END
+status_detail coalesce(reason, error)
+status_id CASE WHEN FAILED THEN 2 ELSE 1 END
+time epoch_ms(timestamp)
+type_uid 600399
+unmapped.context CONTEXT
+.policy_decision
+.result_bytes
 """,
     # Elastic Common Schema 9: https://www.elastic.co/docs/reference/ecs
     "ecs": """\
-@timestamp         strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')
+@timestamp strftime(timestamp, '%Y-%m-%dT%H:%M:%S.%fZ')
 client.address
-client.ip          CASE WHEN IS_IP THEN address END
-ecs.version        '9.0.0'
-error.message      error
-error.type         error_type
-event.action       METHOD
-event.category[]   'api'
-event.dataset      'mxcp_audit.logs'
-event.duration     duration_ms::BIGINT * 1000000
-event.id           EVENT_ID
-event.kind         'event'
-event.module       'mxcp_audit'
-event.outcome      CASE WHEN FAILED THEN 'failure' ELSE 'success' END
-event.provider     'mxcp_audit'
-event.reason
-event.type[]       CASE WHEN DENIED THEN 'denied' ELSE 'access' END
-http.request.id    request_id
-message            concat_ws(' ', METHOD, name)
+.ip CASE WHEN IS_IP THEN address END
+ecs.version '9.0.0'
+error.message error
+.type error_type
+event.action METHOD
+.category[] 'api'
+.dataset 'mxcp_audit.logs'
+.duration duration_ms::BIGINT * 1000000
+.id EVENT_ID
+.kind 'event'
+.module 'mxcp_audit'
+.outcome CASE WHEN FAILED THEN 'failure' ELSE 'success' END
+.provider 'mxcp_audit'
+.reason
+.type[] CASE WHEN DENIED THEN 'denied' ELSE 'access' END
+http.request.id request_id
+message concat_ws(' ', METHOD, name)
 mxcp_audit.agent
-mxcp_audit.caller
-mxcp_audit.client
-mxcp_audit.context CONTEXT
-mxcp_audit.input   input_json
-mxcp_audit.name
-mxcp_audit.policy  policy_decision
-mxcp_audit.result_bytes
-mxcp_audit.session session_id
-mxcp_audit.type
-service.name       server
-trace.id           trace_id
-user.id            user_id
+.caller
+.client
+.context CONTEXT
+.input input_json
+.name
+.policy policy_decision
+.result_bytes
+.session session_id
+.type
+service.name server
+trace.id trace_id
+user.id user_id
 user_agent.original USER_AGENT
 """,
     # OTLP logs as JSON, a request a line, with the attributes (in braces) of OpenTelemetry's conventions:
@@ -10235,40 +10192,39 @@ user_agent.original USER_AGENT
 resourceLogs[].resource.attributes{service.name} coalesce(server, 'mxcp_audit')
 resourceLogs[].scopeLogs[].scope.name 'mxcp_audit'
 resourceLogs[].scopeLogs[].logRecords[].timeUnixNano NANOS
-.observedTimeUnixNano   NANOS
-.severityNumber         CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
-.severityText           CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
-.eventName              'mxcp_audit.call'
-.body.stringValue       concat_ws(' ', METHOD, name)
-.traceId                CASE WHEN regexp_full_match(trace_id, '[0-9A-Fa-f]{32}') THEN lower(trace_id) END
-{log.record.uid}        EVENT_ID
-{mcp.method.name}       METHOD
-{gen_ai.tool.name}      CASE WHEN type = 'tool' THEN name END
-{gen_ai.prompt.name}    CASE WHEN type = 'prompt' THEN name END
-{mcp.resource.uri}      CASE WHEN type = 'resource' THEN name END
-{mcp.session.id}        session_id
-{mcp.protocol.version}  CONTEXT ->> '$."mcp.protocol.version"'
-{jsonrpc.request.id}    request_id
+.observedTimeUnixNano NANOS
+.severityNumber CASE WHEN FAILED THEN 17 WHEN DENIED THEN 13 ELSE 9 END
+.severityText CASE WHEN FAILED THEN 'ERROR' WHEN DENIED THEN 'WARN' ELSE 'INFO' END
+.eventName 'mxcp_audit.call'
+.body.stringValue concat_ws(' ', METHOD, name)
+.traceId CASE WHEN regexp_full_match(trace_id, '[0-9A-Fa-f]{32}') THEN lower(trace_id) END
+resourceLogs[].scopeLogs[].logRecords[].attributes{log.record.uid} EVENT_ID
+{mcp.method.name} METHOD
+{gen_ai.tool.name} CASE WHEN type = 'tool' THEN name END
+{gen_ai.prompt.name} CASE WHEN type = 'prompt' THEN name END
+{mcp.resource.uri} CASE WHEN type = 'resource' THEN name END
+{mcp.session.id} session_id
+{mcp.protocol.version} CONTEXT ->> '$."mcp.protocol.version"'
+{jsonrpc.request.id} request_id
 {client.address}
-{user.id}               user_id
-{user_agent.original}   USER_AGENT
-{error.type}            coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
-{error.message}         error
-{network.transport}     CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
+{user.id} user_id
+{user_agent.original} USER_AGENT
+{error.type} coalesce(error_type, CASE WHEN FAILED THEN '_OTHER' END)
+{error.message} error
+{network.transport} CASE caller WHEN 'stdio' THEN 'pipe' WHEN 'http' THEN 'tcp' END
 {mxcp_audit.agent}
 {mxcp_audit.caller}
 {mxcp_audit.client}
 {mxcp_audit.context}
 {mxcp_audit.duration_ms#}
-{mxcp_audit.input}      input_json
-{mxcp_audit.policy}     policy_decision
+{mxcp_audit.input} input_json
+{mxcp_audit.policy} policy_decision
 {mxcp_audit.reason}
 {mxcp_audit.result_bytes#}
 {mxcp_audit.trace_id}
 """,
 }
-_PLACE = re.compile(r"\{[^}]+\}|[^.{]+")
-_FORM_WORD = re.compile(r"\b(?:" + "|".join(_FORM_WORDS) + r")\b")
+STREAM_FORMS = ("jsonl", *FORMS)
 
 
 def form_sql(form: str) -> str:
@@ -10276,24 +10232,20 @@ def form_sql(form: str) -> str:
     if form == "jsonl":
         fields = ", ".join(f"'{name}': {sql}" for name, sql in public_values())
         return f"to_json({{{fields}}})::VARCHAR"
+    text = FORMS[form]
+    for word, meaning in _FORM_WORDS.items():
+        text = text.replace(word, f"({meaning})")
     tree: dict[str, Any] = {}
-    parents: list[str] = []
-    for line in FORMS[form].splitlines():
-        place, _, sql = line.partition(" ")
-        sql = sql or re.findall(r"\w+", place)[-1]
-        names = _PLACE.findall(place)
+    beside: list[str] = []
+    for place, _, sql in (line.partition(" ") for line in text.splitlines()):
+        *parents, name = re.findall(r"\{[^}]+\}|[^.{]+", place)
         if place[0] in ".{":
-            names = [*parents, *["attributes"] * (place[0] == "{"), *names]
+            parents = beside + parents
         else:
-            parents = names[:-1]
-        node = functools.reduce(lambda node, name: node.setdefault(name, {}), names[:-1], tree)
-        while (filled := _FORM_WORD.sub(lambda word: f"({_FORM_WORDS[word[0]]})", sql)) != sql:
-            sql = filled
-        node[names[-1]] = sql
+            beside = parents
+        node = functools.reduce(lambda node, parent: node.setdefault(parent, {}), parents, tree)
+        node[name] = sql or re.findall(r"\w+", name)[-1]
     return _json_sql(tree)
-
-
-STREAM_FORMS = ("jsonl", *FORMS)
 
 
 def _json_sql(node: Any) -> str:
@@ -10319,26 +10271,17 @@ def _json_sql(node: Any) -> str:
 # One HTML file for people: no script, nothing loaded, readable without styles; what was recorded is text.
 
 _REPORT_STYLE = """\
-:root{--ink:#1a1a1a;--soft:#5a5a5a;--line:#d5d5d5;--paper:#fff;--ok:#56b4e9;--bad:#d55e00;--no:#1a1a1a}
-@media(prefers-color-scheme:dark){:root{--ink:#eee;--soft:#aaa;--line:#444;--paper:#16181c;--ok:#2f7fb5;--bad:#e8833a;--no:#eee}}
-body{font:15px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:70rem;
-margin:2rem auto;padding:0 1rem}
+:root{color-scheme:light dark}
+body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
 h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}.scroll{overflow-x:auto}
 table{border-collapse:collapse;font-size:.9rem}
 th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
-border-bottom:1px solid var(--line);overflow-wrap:anywhere;max-width:30rem}
+border-bottom:1px solid #8886;overflow-wrap:anywhere;max-width:30rem}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-svg{width:100%;height:auto}svg text{fill:var(--soft);font-size:11px}
-.ok{fill:var(--ok)}.bad{fill:var(--bad)}.no{fill:var(--no)}
-.axis{stroke:var(--line)}pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
-_DENIED = "policy_decision IS NOT DISTINCT FROM 'deny'"
-_BAD = f"status = 'error' AND NOT {_DENIED}"
-_GOOD = f"status IS DISTINCT FROM 'error' AND NOT {_DENIED}"
-_OUTCOMES = (  # and how a bar of each is filled
-    ("success", 'class="ok"'),
-    ("error", 'class="bad"'),
-    ("denied", 'fill="url(#hatch)" stroke="currentColor"'),
-)
+svg{width:100%;height:auto}svg text{fill:CanvasText;opacity:.7;font-size:11px}line{stroke:#8886}
+.success{fill:#56b4e9}.error{fill:#d55e00}.denied{fill:url(#hatch);stroke:CanvasText}#hatch *{fill:CanvasText}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
+_OUTCOMES = ("success", "error", "denied")
 _BUCKETS = (  # of time: up to how many seconds, and the label
     ("minute", 2 * 3600, "%H:%M"),
     ("hour", 4 * 86400, "%m-%d %H:00"),
@@ -10347,6 +10290,19 @@ _BUCKETS = (  # of time: up to how many seconds, and the label
     ("year", inf, "%Y"),
 )
 _FINITE = "(SELECT * REPLACE (CASE WHEN isfinite(timestamp) THEN timestamp END AS timestamp) FROM events)"
+_REPORT_FACTS = f"""\
+SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last,
+       epoch(max(timestamp) - min(timestamp))::BIGINT AS span
+FROM {_FINITE}"""
+_REPORT_BUCKETS = f"""\
+SELECT strftime(b, '{{form}}') AS label,
+       {", ".join(f"count(*) FILTER (WHERE outcome = '{name}') AS {name}" for name in _OUTCOMES)}
+FROM (SELECT unnest(generate_series(date_trunc('{{unit}}', min(timestamp)), max(timestamp),
+                                    INTERVAL 1 {{unit}})) AS b FROM {_FINITE})
+LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS bucket, CASE WHEN policy_decision = 'deny'
+           THEN 'denied' WHEN status = 'error' THEN status ELSE 'success' END AS outcome FROM events)
+      ON bucket = b
+GROUP BY b ORDER BY b"""
 # The tables of the report, each with its title, its columns (# marks numbers), and the query of `events`.
 _REPORT_TABLES = """\
 Denials: last at,name,user,reason,#calls
@@ -10388,56 +10344,42 @@ def _html(value: object) -> str:
     return html.escape(text)
 
 
-def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> str:
-    """Return a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
-    width, height, left, base = 900, 240, 55, 200
+def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[str]:
+    """Yield a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
+    left, base, height = 55, 200, 180
     top = max(sum(counts) for _, *counts in buckets)
-    scale = 10 ** max(len(str(top)) - 2, 0)
-    step = next(scale * part for part in (1, 2, 5, 10, 20) if top <= 6 * scale * part)
+    steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    step = next(step for step in steps if top <= 6 * step)
     limit = -(-top // step) * step
-    bar, every = (width - left) / len(buckets), -(-len(buckets) // 8)
-    parts = [
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="Calls per {unit}, by outcome">'
-        '<defs><pattern id="hatch" width="4" height="4" patternUnits="userSpaceOnUse" '
-        'patternTransform="rotate(45)"><rect width="2" height="4" class="no"/></pattern></defs>'
-    ]
-
-    def draw(x: float, y: float, fill: str, wide: float, tall: float) -> None:
-        parts.append(f'<rect {fill} x="{x:.1f}" y="{y:.1f}" width="{wide:.1f}" height="{tall:.1f}"/>')
-
+    bar, every = (900 - left) / len(buckets), -(-len(buckets) // 8)
+    yield f"""<svg viewBox="0 0 900 240" role="img" aria-label="Calls per {unit}, by outcome"><defs>\
+<pattern id="hatch" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">\
+<rect width="2" height="4"/></pattern></defs>"""
     for mark in range(0, limit + 1, step):
-        y = base - 180 * mark / limit
-        parts.append(
-            f'<line class="axis" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:,}</text>'
-        )
+        y = base - height * mark / limit
+        yield f'<line x1="{left}" x2="900" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:,}</text>'
     for number, (label, *counts) in enumerate(buckets):
         x, y = left + number * bar, float(base)
-        title = ", ".join(f"{count:,} {name}" for count, (name, _) in zip(counts, _OUTCOMES))
-        parts.append(f"<g><title>{label}: {title}</title>")
-        for count, (_, fill) in zip(counts, _OUTCOMES):
-            y -= 180 * count / limit
+        title = ", ".join(f"{count:,} {name}" for count, name in zip(counts, _OUTCOMES))
+        yield f"<g><title>{label}: {title}</title>"
+        for count, name in zip(counts, _OUTCOMES):
+            tall = height * count / limit
+            y -= tall
             if count:
-                draw(x, y, fill, max(bar * 0.85, 0.5), 180 * count / limit)
-        parts.append("</g>")
-        if number % every == 0:
-            parts.append(f'<text x="{x:.1f}" y="{base + 16}">{label}</text>')
-    for x, (name, fill) in zip((left, left + 90, left + 180), _OUTCOMES):
-        draw(x, height - 14, fill, 12, 12)
-        parts.append(f'<text x="{x + 17}" y="{height - 4}">{name}</text>')
-    return "".join([*parts, "</svg>"])
+                yield f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
+                yield f'height="{tall:.1f}"/>'
+        yield "</g>" if number % every else f'</g><text x="{x:.1f}" y="{base + 16}">{label}</text>'
+    for x, name in zip((left, left + 90, left + 180), _OUTCOMES):
+        yield f'<rect class="{name}" x="{x}" y="226" width="12" height="12"/>'
+        yield f'<text x="{x + 17}" y="236">{name}</text>'
+    yield "</svg>"
 
 
 def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, newest: int) -> Iterator[str]:
     """Yield the report of the matching events: the same text for the same events and facts."""
     ask = functools.partial(reading.ask, what)
-    ((calls, first, last, span, *filled),) = ask(
-        "SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last, "
-        "epoch(max(timestamp) - min(timestamp))::BIGINT AS span, "
-        "any_value(name) AS a, any_value(user_id) AS b, any_value(client) AS c, any_value(server) AS d "
-        f"FROM {_FINITE}"
-    )
-    unit, form = next((name, form) for name, seconds, form in _BUCKETS if (span or 0) <= seconds)
+    ((calls, first, last, span),) = ask(_REPORT_FACTS)
     yield f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8">
 <meta name="viewport" content="width=device-width,initial-scale=1">
@@ -10447,22 +10389,14 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
     facts = {**facts, "calls": f"{calls:,}", "first event": first, "last event": last}
     yield _html_table("what,value", list(facts.items()))
     if span is not None:
-        buckets = ask(  # or none
-            f"""SELECT strftime(b, '{form}') AS label, coalesce(good, 0)::BIGINT AS good,
-            coalesce(bad, 0)::BIGINT AS bad, coalesce(no, 0)::BIGINT AS no
-            FROM (SELECT unnest(generate_series(date_trunc('{unit}', min(timestamp)), max(timestamp),
-                  INTERVAL 1 {unit})) AS b FROM {_FINITE})
-            LEFT JOIN (SELECT date_trunc('{unit}', timestamp) AS bucket,
-                  count(*) FILTER (WHERE {_GOOD}) AS good, count(*) FILTER (WHERE {_BAD}) AS bad,
-                  count(*) FILTER (WHERE {_DENIED}) AS no
-                  FROM events GROUP BY bucket) ON bucket = b ORDER BY b"""
-        )
-        yield f"<h2>Calls per {unit} (UTC)</h2>{_chart(unit, buckets)}"
+        unit, form = next((name, form) for name, seconds, form in _BUCKETS if span <= seconds)
+        yield f"<h2>Calls per {unit} (UTC)</h2>"
+        yield from _chart(unit, ask(_REPORT_BUCKETS.format(unit=unit, form=form)))
     heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
-    for by, value in zip(("name", "user", "client", "server"), filled):
-        if value is not None:
+    for by in ("name", "user", "client", "server"):
+        groups = reading.stats(what, by=by, count=50)
+        if any(group is not None for group, *_ in groups):
             title = "Tools, resources and prompts" if by == "name" else f"{by.title()}s"
-            groups = reading.stats(what, by=by, count=50)
             yield f"<h2>{title}</h2>{_html_table(heads.format(by), groups)}"
     places = [PUBLIC_COLUMNS.index(name) for name in ("timestamp", "name", "user_id", "duration_ms")]
     tables: dict[str, Sequence[Sequence[Any]]] = {
@@ -10475,10 +10409,10 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
         yield f"<h2>{title}</h2>{_html_table(columns, rows) if rows else '<p>none</p>'}"
     yield "<h2>Newest events</h2>"
     for row in reading.rows(what, count=newest):
-        event = dict(zip(PUBLIC_COLUMNS, row))
+        event = {name: _html(value) for name, value in zip(PUBLIC_COLUMNS, row) if value is not None}
         values = map(event.get, ("timestamp", "name", "status", "policy_decision"))
-        head = " · ".join(_html(value) for value in values if value)
-        body = "\n".join(f"{name}: {_html(value)}" for name, value in event.items() if value is not None)
+        head = " · ".join(value for value in values if value)
+        body = "\n".join(f"{name}: {value}" for name, value in event.items())
         yield f"<details><summary>{head}</summary><pre>{body}</pre></details>\n"
     yield "</body></html>\n"
 
@@ -10503,27 +10437,19 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
 #
 # What needs both recording and reading.
 
-# --- loggers get their way into the database
-
 
 def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
     """Ingest in this process, and return what became of it as JSON values."""
     told = Diagnostics(silent=True)
     answer: dict[str, Any] = {"done": False}
     try:
-        store = Store(Config(**settings), diagnostics=told)
-        answer.update(store.ingest_for_logger(wait=wait))
+        answer |= Store(Config(**settings), diagnostics=told).ingest_for_logger(wait=wait)
     except AuditError as error:
-        answer.update(fault=str(error), locked=isinstance(error, DatabaseLockedError))
+        answer |= {"fault": str(error), "locked": isinstance(error, DatabaseLockedError)}
     except Exception as error:  # whatever it is, the server goes on
         answer["fault"] = f"{type(error).__name__}: {error}"
-    return {
-        **answer,
-        "ingested": told.ingested,
-        "rejected": told.rejected,
-        "log": told.untold,
-        "cpu": sum(os.times()[:4]),
-    }
+    answer |= {"ingested": told.ingested, "rejected": told.rejected, "log": told.untold}
+    return {**answer, "cpu": sum(os.times()[:4])}
 
 
 def ingest_child(settings: Mapping[str, Any], wait: float) -> None:
@@ -10537,31 +10463,29 @@ AuditLogger._ingest = staticmethod(ingest_once)
 
 # --- MXCP's own logs
 
-# Our names, then those of MXCP 0.1 to 0.3 (the ten columns) and of 0.4 and newer.
-_NAMES_OF_MXCP = {
-    "caller": ("caller", "caller_type"),
-    "event_type": ("type", "operation_type"),
-    "name": ("name", "operation_name"),
-    "input_params": ("input_json", "input_data"),
-    "reason": ("reason", "policy_reason"),
-    "status": ("status", "operation_status"),
-    **{
-        name: (name, name)
-        for name in ("duration_ms", "policy_decision", "error", "user_id", "session_id", "trace_id")
-    },
+# Where arguments of `log_event` have other names: in MXCP 0.1 to 0.3, and in newer ones.
+_OLDER_NAMES = {"event_type": "type", "input_params": "input_json"}
+_NEWER_NAMES = {
+    "caller": "caller_type",
+    "event_type": "operation_type",
+    "name": "operation_name",
+    "input_params": "input_data",
+    "reason": "policy_reason",
+    "status": "operation_status",
 }
+_SAME_NAMES = ("duration_ms", "policy_decision", "error", "user_id", "session_id", "trace_id")
 
 
 def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
     """Return the event of a line of MXCP's log: nanoseconds since the epoch, and arguments of `log_event`."""
     record = _json_object(line)
-    newer = "operation_type" in record
-    if not newer and "type" not in record:
+    names = _NEWER_NAMES if "operation_type" in record else _OLDER_NAMES
+    if names["event_type"] not in record:
         if "schema_name" in record and "fields" in record:
             return None
         raise ValueError("no event: it has neither type nor operation_type")
-    event = {ours: record.get(theirs[newer]) for ours, theirs in _NAMES_OF_MXCP.items()}
-    if not newer and isinstance(event["input_params"], str):
+    event = {name: record.get(names.get(name, name)) for name in (*_NEWER_NAMES, *_SAME_NAMES)}
+    if names is _OLDER_NAMES and isinstance(event["input_params"], str):
         with contextlib.suppress(ValueError, RecursionError):  # else it is a text
             event["input_params"] = json.loads(event["input_params"])
     try:
@@ -10578,7 +10502,6 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
 PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
 PART_BYTES = 32 * 2**20
 _DAY_NS = 86_400 * 10**9
-_BATCH_EVENTS = 500  # arbitrary: of a part, in one write
 IMPORT_LINE_BYTES = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
 
 
@@ -10607,36 +10530,33 @@ class Importer:
         self._encoder = Encoder(
             redactor_of(config), max_input_bytes=config.max_input_bytes, clock=lambda: self._now_ns
         )
-        self._store = Store(config)
-        self._on_bad_line = on_bad_line
-        self._wait = wait
+        self._store, self._on_bad_line, self._wait = Store(config), on_bad_line, wait
 
     def take(self, path: str) -> ImportResult:
         """Import a file, gzip or plain."""
         import hashlib  # lazily: it loads OpenSSL
 
-        patiently(self._store.ingest, self._wait)  # the ledger does not know a part that waits in the journal
-        self._bad = events = known = waiting = 0
+        self._ingest()  # the ledger does not know a part that waits in the journal
+        self._bad = events = ingested = known = 0
         self._digest = hashlib.sha256()
         file = self._read(path)
         for _, day in itertools.groupby(file, lambda event: event[1] // _DAY_NS):
             for first in day:
                 part = f"{new_segment_id(first[1]).rpartition('-')[0]}-{self._digest.hexdigest()[:8]}"
                 # Parts are ingested one after the other: after a new one, all are new.
-                there = (
-                    None if events else patiently(functools.partial(self._store.imported, part), self._wait)
-                )
-                if there is not None:
-                    known += self._skip(path, itertools.chain([first], file), *there)
+                ask = functools.partial(self._store.imported, part)
+                if not events and (found := patiently(ask, self._wait)):
+                    known += self._skip(path, itertools.chain([first], file), *found)
                     continue
-                count = self._write(part, itertools.chain([first], day))  # noqa: B031
-                events, waiting = events + count, waiting + count
-                if waiting >= PART_EVENTS:
-                    patiently(self._store.ingest, self._wait)
-                    waiting = 0
-        if waiting:
-            patiently(self._store.ingest, self._wait)
+                events += self._write(part, itertools.chain([first], day))  # noqa: B031
+                if events - ingested >= PART_EVENTS:
+                    self._ingest()
+                    ingested = events
+        self._ingest()
         return ImportResult(events, known, self._bad)
+
+    def _ingest(self) -> None:
+        patiently(self._store.ingest, self._wait)
 
     def _read(self, path: str) -> Iterator[_Imported]:
         """Yield each event, entered into the digest. Damage raises OSError, EOFError or zlib.error."""
@@ -10649,10 +10569,8 @@ class Importer:
             file = cast("IO[bytes]", gzip.open(raw)) if head[:2] == b"\x1f\x8b" else raw
             for number, line in enumerate(iter(lambda: file.readline(IMPORT_LINE_BYTES), b""), 1):
                 line = line.removeprefix(codecs.BOM_UTF8).strip()
-                if not line:
-                    continue
                 try:
-                    found = event_of_mxcp(line)
+                    found = event_of_mxcp(line) if line else None
                 except ValueError as error:
                     self._bad += 1
                     self._on_bad_line(path, number, str(error))
@@ -10662,33 +10580,32 @@ class Importer:
                     yield line, *found
 
     def _write(self, part: str, events: Iterator[_Imported]) -> int:
-        """Write a part into the journal; return how many events it has."""
+        """Write a part into the journal, what precedes damage too; return how many events it has."""
         try:
             segment = self._store.journal.open_segment(named=part)
         except FileExistsError as error:
             raise StoreError(f"{part} is being imported by another process; try again later") from error
+        lines: list[bytes] = []
+        size = 0
         try:
-            while segment.events < PART_EVENTS and segment.size < PART_BYTES:
-                room = min(_BATCH_EVENTS, PART_EVENTS - segment.events)
-                batch = [
-                    finish_line(self._line(event), seq)
-                    for seq, event in enumerate(itertools.islice(events, room), segment.events + 1)
-                ]
-                if not batch:
+            for _, self._now_ns, values in events:
+                echoes: list[str] = []
+                input_json = self._encoder.input_json(
+                    values.pop("input_params"), values["name"], None, echoes
+                )
+                line = self._encoder.line(**values, input_json=input_json, echoes=echoes)
+                lines.append(finish_line(line, len(lines) + 1))
+                size += len(lines[-1])
+                if len(lines) == PART_EVENTS or size >= PART_BYTES:
                     break
-                try:
-                    segment.append(b"".join(batch), len(batch))
-                except OSError as error:
-                    raise JournalError(f"can't be written: {error.strerror}", path=segment.path) from error
         finally:
-            segment.seal()
-        return segment.events
-
-    def _line(self, event: _Imported) -> bytes:
-        _, self._now_ns, values = event
-        echoes: list[str] = []
-        input_json = self._encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
-        return self._encoder.line(**values, input_json=input_json, echoes=echoes)
+            try:
+                segment.append(b"".join(lines), len(lines))
+            except OSError as error:
+                raise JournalError(f"can't be written: {error.strerror}", path=segment.path) from error
+            finally:
+                segment.seal()
+        return len(lines)
 
     def _skip(self, path: str, file: Iterator[_Imported], events: int, last: str) -> int:
         """Pass over a part that is in the database; return how many events of it the file has."""
@@ -11195,7 +11112,7 @@ def end_like(code: int) -> int:
 # == Commands ==
 # depends on: every section above, Wrap
 #
-# One table says what each command is for and takes; its `cmd_…` does it and returns the exit status.
+# One table says what each command is for and takes; its `cmd_…` does it and returns an exit status.
 
 Options: TypeAlias = "argparse.Namespace"
 EXIT_FAILED = 1
@@ -11232,25 +11149,37 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
         raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
 
 
-def _positive(text: str) -> int:
-    if not re.fullmatch(r"[0-9]{1,18}", text) or int(text) < 1:
-        raise ValueError(f"{text!r} is no whole number above 0")
-    return int(text)
+def _value(metavar: str, text: str, *, local: bool) -> Any:
+    """Return what the text behind an option with this metavar means."""
+    import argparse
 
-
-def _seconds(text: str) -> float:
-    with contextlib.suppress(ValueError):
-        if 0 <= float(text) <= 86_400:
+    try:
+        if metavar == "COMMAND":
+            return text
+        if metavar in ("FILE", "DIR", "KEY", "TARGET"):  # it may be no UTF-8
+            if not text:
+                raise ValueError("the file name is empty")
+            return text
+        if re.search("[\ud800-\udfff]", text):
+            raise ValueError(f"{text!r} is no UTF-8")
+        if metavar == "WHEN":
+            return parse_time(text, local=local)
+        if metavar == "N":
+            if not re.fullmatch("0*[1-9][0-9]{,17}", text):
+                raise ValueError(f"{text!r} is no whole number above 0")
+            return int(text)
+        if metavar == "SECONDS":
+            if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?", text) or float(text) > 86_400:
+                raise ValueError(f"{text!r} is no number of seconds from 0 to 86400")
             return float(text)
-    raise ValueError(f"{text!r} is no number of seconds from 0 to 86400")
-
-
-def _columns(text: str) -> tuple[str, ...]:
-    names = tuple(name.strip() for name in text.split(","))
-    unknown = [name for name in names if name not in PUBLIC_COLUMNS]
-    if unknown:
-        raise ValueError(f"there is no column {unknown[0]!r}; there are {', '.join(PUBLIC_COLUMNS)}")
-    return tuple(dict.fromkeys(names))
+        if metavar == "A,B,...":
+            names = dict.fromkeys(name.strip() for name in text.split(","))
+            for name in names.keys() - set(PUBLIC_COLUMNS):
+                raise ValueError(f"there is no column {name!r}; there are {', '.join(PUBLIC_COLUMNS)}")
+            return tuple(names)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return text
 
 
 # --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
@@ -11277,8 +11206,8 @@ _OPTIONS = """
 &filters
 [which events (all must hold; * in a name is any text)]
 --tool NAME * | of this tool; repeated: of any of these
---resource URI * | of this resource; repeated: of any of these
---prompt NAME * | of this prompt; repeated: of any of these
+--resource URI * | likewise
+--prompt NAME * | likewise
 --type {types} | of this type
 --policy {policies} | with this decision; denied means deny, and so on
 --status {statuses} | that ended so
@@ -11300,7 +11229,6 @@ _OPTIONS = """
 @log show, follow, filter and export events, from the database and from the journal of running servers
 > log --tool 'user_*' --grep timeout --input
 > log --policy denied --since 7d --export denied.csv
-> log --follow --status error
 &filters
 [what is shown]
 &times
@@ -11324,7 +11252,6 @@ _OPTIONS = """
 
 @show show one event in full
 `log --wide` and `log --json` tell its event_id.
-> show 20261125T010203123456Z-1f2e3d4c:17
 > show 1f2e3d4c:17 --around 5
 event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
 --around N | a table of N events of the same session before it, the event, and N after it
@@ -11347,7 +11274,6 @@ A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 Run one SELECT of DuckDB's SQL over the view `logs`, which has every event with the columns {columns}. \
 It can write nothing and read nothing else. While it runs, servers keep their events in the journal.
 > sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
-> sql "SELECT input_json ->> '$.id' AS id, count(*) FROM logs GROUP BY 1" --json
 > sql - --csv < question.sql
 statement SELECT | the statement; - reads it from standard input
 --json | print a JSON array of objects
@@ -11356,7 +11282,7 @@ statement SELECT | the statement; - reads it from standard input
 
 @config show the settings that hold, and who set them
 Secrets are left out.
-> config --profile production --json
+> config --profile production
 --json | print a JSON object of value and source
 
 @redact show what would be recorded of an input, and why
@@ -11390,14 +11316,12 @@ files FILE + | a JSONL log of MXCP's
 
 @wrap run any stdio MCP server and record what it executes
 COMMAND talks over standard input and output, in any language. Every byte passes unchanged.
-> wrap -- npx -y @modelcontextprotocol/server-everything
-> wrap --profile production --strict -- python server.py
+> wrap --profile production -- npx -y @modelcontextprotocol/server-everything
 --strict | refuse each call that can't be recorded (default: as the site file says)
 server COMMAND … | the server's command with its arguments, behind --
 
 @verify prove that nothing was changed, removed or inserted
 Recompute the ledger from the events. Exit status: 0 intact, 1 not.
-> verify
 > verify --checkpoint heads.json
 &times
 --json | print the whole answer as a JSON object
@@ -11408,7 +11332,6 @@ Recompute the ledger from the events. Exit status: 0 intact, 1 not.
 @checkpoint print where the ledger ends, to be kept elsewhere
 Kept where nobody who can write the database can, it lets \
 `verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.
-> checkpoint > heads.json
 > checkpoint --sign ~/.ssh/id_ed25519 > heads.json
 --sign KEY | sign it with a private key of OpenSSH
 
@@ -11420,7 +11343,6 @@ event EVENT_ID | as `log --json` shows it
 
 @purge delete old events, so that the rest still verifies
 Delete every segment whose last event is older than that, and enter into the ledger what went.
-> purge --older-than 90d --dry-run
 > purge --older-than 90d --archive archive
 &times
 --older-than WHEN ! | 90d, or before an ISO date or time
@@ -11451,8 +11373,8 @@ _WORDS: Mapping[str, Collection[str]] = {
     "policies": POLICY_DECISIONS,
     "statuses": STATUSES,
     "columns": PUBLIC_COLUMNS,
-    "exports": tuple(EXPORT_FORMATS),
-    "streams": tuple(STREAM_FORMS),
+    "exports": EXPORT_FORMATS,
+    "streams": STREAM_FORMS,
     "formats": sorted({*EXPORT_FORMATS, *STREAM_FORMS}),
     "groups": tuple(STATS_BY),
     "sorts": _SORTS,
@@ -11465,14 +11387,27 @@ _MARKS: Mapping[str, Mapping[str, Any]] = {
     "+": {"nargs": "+"},
     "…": {"nargs": "A..."},  # all that follows
 }
+# Options, what they do not go with, and why; then options with what they need.
+_EXCLUDES = """\
+db: config profile: it needs no site file
+utc: local: name one time zone
+json: csv: name one form
+export: columns wide input json: it has every column
+export: cursor-file post: they are for lines that are printed or sent
+format: columns wide input json: it says what is written
+running: export follow format oldest-first: it shows what has not ended
+follow: export until oldest-first: it shows what is yet to come
+cursor-file: limit oldest-first: it prints everything that is new"""
+_NEEDS = "header post, post format, cursor-file format, bom export, raw export, signed-by checkpoint"
 
 
 def option_blocks() -> dict[str, list[str]]:
     """Return the lines of each block of _OPTIONS by its first word; the first line is what follows it."""
     blocks: dict[str, list[str]] = {}
     for block in _OPTIONS.replace("\\\n", "").strip().split("\n\n"):
-        name, _, one_line = block.partition("\n")[0].partition(" ")
-        blocks[name] = [one_line, *block.split("\n")[1:]]
+        head, *lines = block.split("\n")
+        name, _, one_line = head.partition(" ")
+        blocks[name] = [one_line, *lines]
     return blocks
 
 
@@ -11480,7 +11415,7 @@ def _worded(text: str) -> str:
     return re.sub(r"\{(\w+)\}", lambda match: ", ".join(_WORDS[match[1]]), text)
 
 
-def _add_option(place: Any, line: str) -> None:
+def _add_option(place: Any, line: str, local: bool) -> None:
     """Add one line of _OPTIONS to a parser or a group of one."""
     form, _, text = line.partition(" | ")
     names: list[str] = []
@@ -11493,14 +11428,15 @@ def _add_option(place: Any, line: str) -> None:
         elif word.startswith("="):
             settings["default"] = word[1:]
         else:
-            settings |= _MARKS.get(word) or {"metavar": word}
+            value = functools.partial(_value, word, local=local)
+            settings |= _MARKS.get(word) or {"metavar": word, "type": value}
     if not settings and form.startswith("-"):
         settings["action"] = "store_true"
     place.add_argument(*names, **settings, help=_worded(text))
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """Return the parser that _OPTIONS describes; wrong usage raises _UsageError."""
+def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
+    """Return the parser that _OPTIONS describes, for `local` or UTC times; wrong usage raises _UsageError."""
     import argparse
     import textwrap
 
@@ -11526,18 +11462,14 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     blocks = option_blocks()
-    for kind_and_name, (one_line, *lines) in blocks.items():
-        name = kind_and_name[1:]
-        if kind_and_name[0] == "&":
-            continue
+    for name, (one_line, *lines) in [(name[1:], lines) for name, lines in blocks.items() if name[0] == "@"]:
         more = "" if lines[0].startswith(">") else " " + lines.pop(0)
-        examples = "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line.startswith("> "))
         command = commands.add_parser(
             name,
             **form,
             help=one_line,
             description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), 78),
-            epilog=f"examples:\n{examples}",
+            epilog="examples:\n" + "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line[0] == ">"),
         )
         if name not in ("config", "redact", "wrap", "completion"):  # they open no database
             lines.insert(0, "&waiting")
@@ -11548,10 +11480,21 @@ def build_parser() -> argparse.ArgumentParser:
             if line.startswith("["):
                 place = command.add_argument_group(line[1:-1]) if line != "[]" else command
             elif not line.startswith(">"):
-                _add_option(place, line)
-        command.set_defaults(columns=None, wide=False, input=False, follow=False)  # as `_event_table` asks
+                _add_option(place, line, local)
         command.set_defaults(run=globals()[f"cmd_{name}"])
     return parser
+
+
+def _check_options(options: Options) -> None:
+    """Check the options together."""
+    values = {name.replace("_", "-"): value for name, value in vars(options).items()}
+    given = {name for name, value in values.items() if value not in (None, False)}
+    for name, others, why in (line.split(": ") for line in _EXCLUDES.splitlines()):
+        if name in given and (clash := given.intersection(others.split())):
+            raise _UsageError(f"--{name} does not go with --{clash.pop()}: {why}")
+    for name, other in map(str.split, _NEEDS.split(", ")):
+        if name in given and other in values and other not in given:
+            raise _UsageError(f"--{name} needs --{other}")
 
 
 def version_text() -> str:
@@ -11579,13 +11522,11 @@ def _print_json(value: object, indent: int | None = 2) -> None:
 
 def _say(text: str) -> None:
     with contextlib.suppress(OSError, ValueError):  # a closed standard error is no failure
-        print("\n".join(printable(line) for line in text.splitlines()), file=sys.stderr, flush=True)
+        print("\n".join(map(printable, text.splitlines())), file=sys.stderr, flush=True)
 
 
 def _progress(done: int, total: int | None = None) -> None:
-    text = (
-        f"written {done / 1e6:.1f} MB" if total is None else f"verified {done} of {counted(total, 'event')}"
-    )
+    text = f"written {done >> 20} MiB" if total is None else f"verified {done} of {counted(total, 'event')}"
     if sys.stderr.isatty():
         with contextlib.suppress(OSError, ValueError):
             print(f"\r{text}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
@@ -11656,23 +11597,19 @@ def _filter_of(options: Options) -> Filter:
     return Filter(**{name: fields[name] for name in Filter._fields if fields[name] is not None})
 
 
-# --- log
+def _write_whole(path: str, text: str) -> None:
+    try:
+        replace_file(path, text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise AuditError(f"{path} can't be written: {error.strerror}; name another place") from error
 
 
-def cmd_log(options: Options) -> int:
+def cmd_log(options: Options) -> int | None:
     """Show, follow or export events. 75 or 1 if only those of the journal could be shown."""
-    what = _filter_of(options)
-    store = _store_of(options)
-    if options.format and not options.export:
-        if options.format not in STREAM_FORMS:
-            raise _UsageError(
-                f"--format {options.format} needs --export; lines have {', '.join(STREAM_FORMS)}"
-            )
-        return _stream(options, store, what)
-    if options.follow:
-        return _follow(options, store, what)
-    if options.export:
-        return _export(options, store, what)
+    what, store = _filter_of(options), _store_of(options)
+    if options.export or options.format or options.follow:
+        (_export if options.export else _stream)(options, store, what)
+        return None
     with store.reading(wait=options.wait) as reading:
         count = options.limit or 100
         rows: Iterable[Row] = (
@@ -11684,7 +11621,7 @@ def cmd_log(options: Options) -> int:
             write_json(sys.stdout, rows, columns=options.columns)
         else:
             shown = list(rows)
-            _event_table(options).write(shown)
+            _event_table(options)(shown)
             sys.stdout.flush()
             _say(summary(shown, count))
         if problem := reading.problem:
@@ -11692,28 +11629,70 @@ def cmd_log(options: Options) -> int:
             return EXIT_LOCKED if isinstance(problem, DatabaseLockedError) else EXIT_FAILED
         if lost := sum(count for count, _ in store.losses(reading)):
             _say(f"{counted(lost, 'event')} lost in the last 30 days: see `doctor`")
-    return 0
+    return None
 
 
-def _event_table(options: Options, columns: Sequence[str] = SHORT_COLUMNS) -> EventTable:
+def _event_table(options: Options) -> Callable[[Sequence[Row]], None]:
+    """Return what writes events as a table, and more of it when it is called again to follow."""
     width, colour = _terminal()
-    return EventTable(
+    return functools.partial(
+        write_events,
         sys.stdout,
-        columns=options.columns or (WIDE_COLUMNS if options.wide else columns),
+        columns=options.columns or (WIDE_COLUMNS if options.wide else SHORT_COLUMNS),
         width=None if options.wide else width,
         colour=colour,
         with_reasons=options.columns is None,
         with_input=options.input,
-        grows=options.follow,
         local=options.local,
+        widths=[] if options.follow else None,
     )
 
 
-def _follower_of(
-    options: Options, store: Store, what: Filter, columns: str = ""
-) -> tuple[Follower, list[Row]]:
-    """Return a follower of what is recorded from now on, and what is wanted of the past, oldest first."""
-    follower, past = Follower(store, what, columns), []
+def _stream(options: Options, store: Store, what: Filter) -> None:
+    """Show events in a form; or new ones, or those since a cursor, which moves when they are written."""
+    columns, place = "", options.cursor_file
+    if options.format:
+        if options.format not in STREAM_FORMS:
+            known = ", ".join(STREAM_FORMS)
+            raise _UsageError(f"--format {options.format} needs --export; lines have {known}")
+        columns, show = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id", _line_writer(options)
+        if not (place or options.follow):
+            with _whole_log(store, options) as reading:
+                count, order = options.limit or 100, options.oldest_first
+                show(reading.rows(what, count=count, oldest_first=order, columns=columns))
+            return
+    follower = Follower(store, what, columns, _read_cursor(place) if place else None)
+    past = [] if place else _past(options, store, what, follower, columns)
+    if not options.format:
+        show = _table_writer(options, follower)
+    told, saved = "", None
+    with contextlib.closing(follower):
+        while True:
+            begun = time.monotonic()
+            try:
+                fresh, past = past or follower.look(wait=0 if options.follow else options.wait), []
+                show(fresh)
+            except (JournalError, StoreError) as error:
+                if not options.follow:
+                    raise
+                if str(error) != told:
+                    told = str(error)
+                    _say(f"new events may be missing until this is over: {told}")
+            else:
+                reached = json.dumps(follower.cursor())
+                if place and reached != saved:
+                    _write_whole(place, reached + "\n")
+                    saved = reached
+                if not (options.follow or fresh or follower.is_behind):
+                    return
+            sys.stdout.flush()
+            if options.follow and not follower.is_behind:  # 1 % of a core, within half a second
+                _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
+
+
+def _past(options: Options, store: Store, what: Filter, follower: Follower, columns: str) -> list[Row]:
+    """Let a follower begin now, and return what is wanted of the past, oldest first."""
+    past: list[Row] = []
     try:
         with store.reading(wait=options.wait) as reading:
             follower.start(reading)
@@ -11723,81 +11702,38 @@ def _follower_of(
                 past = [*reading.rows(what, count=options.limit or 100, columns=columns)]
     except DatabaseNotFoundError:
         _say(f"there is no log at {store.target.name} yet; waiting for the first event")
-    return follower, [row for row in reversed(past) if follower.is_seen(row)]
+    return [row for row in reversed(past) if follower.is_seen(row)]
 
 
-def _follow(options: Options, store: Store, what: Filter) -> int:
-    table = _event_table(options)
-    follower, past = _follower_of(options, store, what)
+def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Row]], None]:
+    """Return what shows rows as JSON, or as a table; on a terminal the running calls stay below it."""
+    write, is_terminal, width = _event_table(options), sys.stdout.isatty(), _terminal()[0] or 200
+    due, below = 0.0, list[str]()
 
-    def show(rows: Sequence[Row]) -> None:
+    def show(rows: Iterable[Row]) -> None:
+        nonlocal due, below
         if options.json:
             write_json(sys.stdout, rows, columns=options.columns, by_line=True)
-        elif rows:
-            table.write(rows)
+            return
+        running = below
+        if is_terminal:
+            sys.stdout.write("\x1b[1F\x1b[2K" * len(below))
+            below = []
+        if rows:
+            write(list(rows))
+        if time.monotonic() >= due:
+            due, running = time.monotonic() + 1, []
+            for row in follower.running():
+                call = dict(zip(PUBLIC_COLUMNS, row))
+                passed = f", {int(call['duration_ms']) // 1000} s" if is_terminal else ""
+                text = f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}"
+                running.append(fit(printable(text), width).rstrip())
+        for line in running:
+            if line not in below:
+                _print(line)
+        below = running
 
-    show(past)
-    told, due, is_terminal = "", 0.0, sys.stdout.isatty()
-    running, shown = list[Row](), list[str]()
-    with contextlib.closing(follower):
-        while True:
-            begun = time.monotonic()
-            try:
-                fresh = follower.look()
-                if begun >= due and not options.json:
-                    due, running = begun + 1, follower.running()
-                lines = [_running_line(row, is_terminal) for row in running]
-                if is_terminal:  # what runs stays below what has ended
-                    sys.stdout.write("\x1b[1F\x1b[2K" * len(shown))
-                show(fresh)
-                for line in lines:
-                    if is_terminal or line not in shown:
-                        _print(line)
-                shown = lines
-            except (JournalError, StoreError) as error:
-                if str(error) != told:
-                    told = str(error)
-                    _say(f"new events may be missing until this is over: {told}")
-            sys.stdout.flush()
-            # 1 % of a core, within half a second
-            _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
-
-
-def _running_line(row: Row, is_terminal: bool) -> str:
-    call = dict(zip(PUBLIC_COLUMNS, row))
-    passed = f", {int(call['duration_ms']) // 1000} s" if is_terminal else ""
-    text = f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}"
-    return fit(text, _terminal()[0] or 200).rstrip()
-
-
-def _stream(options: Options, store: Store, what: Filter) -> int:
-    """Print or send events in a form; with a cursor what is new, and move the cursor when that is written."""
-    send = _sender_of(options)
-    place, columns = options.cursor_file, f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id"
-    if not (place or options.follow):
-        with _whole_log(store, options) as reading:
-            count, order = options.limit or 100, options.oldest_first
-            rows = reading.rows(what, count=count, oldest_first=order, columns=columns)
-            send(line for line, _ in rows)
-        return 0
-    if place:
-        follower = Follower(store, what, columns, _read_cursor(place))
-    else:
-        follower, past = _follower_of(options, store, what, columns)
-        send(line for line, _ in past)
-    saved = None
-    with contextlib.closing(follower):
-        while True:
-            fresh = follower.look(wait=0 if options.follow else options.wait)
-            send(line for line, _ in fresh)
-            reached = json.dumps(follower.cursor())
-            if place and reached != saved:
-                _write_whole(place, reached + "\n")
-                saved = reached
-            if not fresh and not follower.is_behind:
-                if not options.follow:
-                    return 0
-                _pause(0.4)
+    return show
 
 
 def _read_cursor(path: str) -> dict[str, Any]:
@@ -11814,96 +11750,6 @@ def _read_cursor(path: str) -> dict[str, Any]:
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
 
 
-def _write_whole(path: str, text: str) -> None:
-    try:
-        replace_file(path, text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise AuditError(f"{path} can't be written: {error.strerror}; name another place") from error
-
-
-_POST_LINES = 500  # of a batch
-_POST_BYTES = 2**20  # of several lines: receivers have limits
-_POST_SECONDS = 60.0  # without --follow: how long a receiver may say no
-
-
-def _batches(lines: Iterable[str]) -> Iterator[list[bytes]]:
-    """Yield lines in batches that a receiver takes."""
-    batch: list[bytes] = []
-    size = 0
-    for data in (line.encode() for line in lines):
-        size += len(data) + 1
-        if batch and (len(batch) == _POST_LINES or size > _POST_BYTES):
-            yield batch
-            batch, size = [], len(data) + 1
-        batch.append(data)
-    if batch:
-        yield batch
-
-
-def _sender_of(options: Options) -> Callable[[Iterable[str]], object]:
-    """Return what prints lines, or sends them until a 2xx comes, with pauses after 429, 5xx and faults."""
-    if options.post is None:
-        ascii_only = not takes_unicode(sys.stdout)
-
-        def show(lines: Iterable[str]) -> None:
-            shown = (harmless_json(line, ascii_only=ascii_only) for line in lines)
-            while batch := list(itertools.islice(shown, _POST_LINES)):
-                print("\n".join(batch), flush=True)
-
-        return show
-    import http.client
-    import urllib.error
-    import urllib.request
-
-    class NoRedirect(urllib.request.HTTPRedirectHandler):  # it would ask elsewhere, without the events
-        def redirect_request(self, *_: object) -> None: ...
-
-    url = r"(https?://(?:[\w.-]+|\[[\w:.%]+])(?::([0-9]{1,5}))?)([/?#][!-~]*)?"
-    match = re.fullmatch(url, options.post, re.ASCII)
-    if not match or not 0 < int(match[2] or 80) < 65536:
-        raise _UsageError("--post wants a URL of http or https without a password: --header takes secrets")
-    shown = match[1]  # the path may be a secret, as of a webhook
-    is_otlp = options.format == "otlp"
-    headers = {"Content-Type": "application/json" if is_otlp else "application/x-ndjson"}
-    for header in options.header or ():
-        name, _, variable = header.partition("=")
-        headers[name] = value = os.environ.get(variable, "").strip()
-        if not value:
-            raise _UsageError(f"--header {header}: the environment has no variable {variable!r}")
-        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
-            raise _UsageError(f"--header {header}: the name or the value can't stand in a header")
-    opener = urllib.request.build_opener(NoRedirect)
-
-    def send(lines: Sequence[bytes]) -> None:
-        data = b"\n".join(lines) + b"\n"
-        if is_otlp:  # one request of all resources: each line holds an array of one
-            start = b'{"resourceLogs":['
-            data = start + b",".join(line[len(start) : -2] for line in lines) + b"]}"
-        request = urllib.request.Request(options.post, data, headers, method="POST")
-        pause, end = 1.0, time.monotonic() + _POST_SECONDS
-        while True:
-            try:
-                with opener.open(request, timeout=30):
-                    return
-            except urllib.error.HTTPError as error:
-                told = f"{shown} answered {error.code}"
-                with contextlib.suppress(OSError, http.client.HTTPException):  # while it says why
-                    told += f": {error.read(500).decode(errors='replace').strip()}"
-                if error.code != 429 and error.code < 500:
-                    raise AuditError(f"{told}; nothing more was sent, and the cursor stays") from error
-                asked = error.headers.get("Retry-After", "").strip()
-                pause = max(pause, min(float(asked), 300.0)) if asked.isdecimal() else pause
-            except (OSError, http.client.HTTPException) as error:
-                told = f"{shown} can't be reached: {getattr(error, 'reason', error)}"
-            if not options.follow and time.monotonic() + pause > end:
-                raise AuditError(f"{told}; the cursor stays, try again later")
-            _say(f"{told}; trying again in {pause:.0f} s")
-            time.sleep(pause)
-            pause = min(pause * 2, 60.0)
-
-    return lambda lines: collections.deque(map(send, _batches(lines)), 0)
-
-
 def _pause(seconds: float) -> None:
     """Wait, but not longer than there is somebody to write for: then BrokenPipeError."""
     import select
@@ -11913,20 +11759,104 @@ def _pause(seconds: float) -> None:
         return
     watch = select.poll()
     watch.register(sys.stdout.fileno(), 0)
-    if any(event & (select.POLLERR | select.POLLHUP) for _, event in watch.poll(1000 * seconds)):
+    if watch.poll(1000 * seconds):  # an error, or nobody at the other end
         raise BrokenPipeError
 
 
-def _export(options: Options, store: Store, what: Filter) -> int:
+_POST_LINES = 500  # of a batch
+_POST_BYTES = 2**20  # of several lines: receivers have limits
+_POST_SECONDS = 60.0  # without --follow: how long a receiver may say no
+
+
+def _line_writer(options: Options) -> Callable[[Iterable[Row]], None]:
+    """Return what prints the lines that rows begin with, or posts them, in batches that receivers take."""
+    ascii_only = not takes_unicode(sys.stdout)
+
+    def print_lines(lines: Sequence[str]) -> None:
+        print("\n".join(harmless_json(line, ascii_only=ascii_only) for line in lines), flush=True)
+
+    send = print_lines if options.post is None else _poster_of(options)
+
+    def write(rows: Iterable[Row]) -> None:
+        batch: list[str] = []
+        size = 0
+        for line, *_ in rows:
+            size += len(line.encode()) + 1
+            if batch and (len(batch) == _POST_LINES or size > _POST_BYTES):
+                send(batch)
+                batch, size = [], len(line.encode()) + 1
+            batch.append(line)
+        if batch:
+            send(batch)
+
+    return write
+
+
+def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
+    """Return what posts lines until a 2xx comes, with pauses after 429, 5xx and faults."""
+    import http.client
+    import urllib.request
+
+    class AsItComes(urllib.request.HTTPErrorProcessor):  # a redirect would ask elsewhere, without the events
+        def http_response(self, request: Any, response: Any) -> Any:
+            return response
+
+        https_response = http_response
+
+    url = r"(https?://(?:[\w.-]+|\[[\w:.%]+])(?::([0-9]{1,5}))?)([/?#][!-~]*)?"
+    match = re.fullmatch(url, options.post, re.ASCII)
+    if not match or not 0 < int(match[2] or 80) < 65536:
+        raise _UsageError("--post wants a URL of http or https without a password: --header takes secrets")
+    shown, is_otlp = match[1], options.format == "otlp"  # the path may be a secret, as of a webhook
+    headers = {"Content-Type": "application/json" if is_otlp else "application/x-ndjson"}
+    for header in options.header or ():
+        name, _, variable = header.partition("=")
+        headers[name] = value = os.environ.get(variable, "").strip()
+        if not value:
+            raise _UsageError(f"--header {header}: the environment has no variable {variable!r}")
+        if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
+            raise _UsageError(f"--header {header}: the name or the value can't stand in a header")
+    opener = urllib.request.build_opener(AsItComes)
+
+    def post(lines: Sequence[str]) -> None:
+        text = "\n".join(lines) + "\n"
+        if is_otlp:  # one request of all resources: each line holds an array of one
+            start = '{"resourceLogs":['
+            text = start + ",".join(line[len(start) : -2] for line in lines) + "]}"
+        request = urllib.request.Request(options.post, text.encode(), headers, method="POST")
+        pause, end = 1.0, time.monotonic() + _POST_SECONDS
+        while True:
+            try:
+                with opener.open(request, timeout=30) as answer:
+                    if 200 <= answer.status < 300:
+                        return
+                    told = f"{shown} answered {answer.status}"
+                    is_final = answer.status != 429 and answer.status < 500
+                    with contextlib.suppress(OSError, http.client.HTTPException):  # while it says why
+                        told += f": {answer.read(500).decode(errors='replace').strip()}"
+            except (OSError, http.client.HTTPException) as error:
+                told, is_final = f"{shown} can't be reached: {getattr(error, 'reason', error)}", False
+            if is_final:
+                raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
+            if not options.follow and time.monotonic() + pause > end:
+                raise AuditError(f"{told}; the cursor stays, try again later")
+            _say(f"{told}; trying again in {pause:.0f} s")
+            time.sleep(pause)
+            pause = min(pause * 2, 60.0)
+
+    return post
+
+
+def _export(options: Options, store: Store, what: Filter) -> None:
     path: str = options.export
-    to_stdout = path == "-"
+    to_stdout, is_terminal = path == "-", sys.stdout.isatty()
     form = options.format or ("csv" if to_stdout else export_format(path))
     if form not in EXPORT_FORMATS:
         known = ", ".join(EXPORT_FORMATS)
         raise _UsageError(f"{path}: the extension, or --format, must be one of {known}")
     if options.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
-    if to_stdout and form not in ("csv", "json", "jsonl") and sys.stdout.isatty():
+    if to_stdout and is_terminal and form not in ("csv", "json", "jsonl"):
         raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
     with contextlib.ExitStack() as stack:
         if to_stdout:
@@ -11934,44 +11864,32 @@ def _export(options: Options, store: Store, what: Filter) -> int:
             path = os.path.join(folder, f"export.{form}")
         else:
             store.refuse_own_files(path)
+        chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
+        progress = _progress if sys.stderr.isatty() else None
         with _whole_log(store, options) as reading:
-            written = reading.export(
-                what,
-                path,
-                form=form,
-                count=options.limit,
-                oldest_first=options.oldest_first,
-                raw=options.raw,
-                bom=options.bom,
-                progress=_progress if sys.stderr.isatty() else None,
-            )
-        if sys.stderr.isatty():
+            count = reading.export(what, path, form=form, count=options.limit, progress=progress, **chosen)
+        if progress:
             print("\r\x1b[K", end="", file=sys.stderr)
-        if to_stdout and sys.stdout.isatty():  # here it is text
-            with open(path, encoding="utf-8", newline="\n") as text:
-                for line in text:
-                    _print(line.removesuffix("\n"))
-        elif to_stdout:
-            with open(path, "rb") as file:
+        if to_stdout:
+            file = stack.enter_context(open(path, "rb"))
+            if is_terminal:  # here it is text
+                for line in file:
+                    _print(line.decode().removesuffix("\n"))
+            else:
                 sys.stdout.buffer.writelines(iter(functools.partial(file.read, 1 << 20), b""))
-    _say(f"{counted(written, 'event')} written to {'standard output' if to_stdout else path}")
-    return 0
-
-
-# --- show, stats, sql
+    _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
 
 
 # How `show` groups what it shows: what happened, who did it, where, with what, what came of it.
-_SHOWN = (
-    "event_id timestamp type name status duration_ms policy_decision reason error error_type",
-    "caller user_id agent client address",
-    "server session_id request_id trace_id",
-    "input_json",
-    "result_bytes context",
-)
+_SHOWN = """\
+event_id timestamp type name status duration_ms policy_decision reason error error_type
+caller user_id agent client address
+server session_id request_id trace_id
+input_json
+result_bytes context"""
 
 
-def cmd_show(options: Options) -> int:
+def cmd_show(options: Options) -> int | None:
     ids, is_whole = [options.event.strip()], True
     try:
         parse_event_id(ids[0])
@@ -11985,35 +11903,36 @@ def cmd_show(options: Options) -> int:
         if len(ids) > 1:
             raise _UsageError(f"{options.event} may be any of {', '.join(ids)} …")
         rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
-        if not rows and reading.problem is not None:
-            raise reading.problem
-        event = dict(zip(PUBLIC_COLUMNS, rows[0])) if rows else {}
-        if event and options.around:
+        if not rows:
+            if reading.problem is not None:
+                raise reading.problem
+            _say(f"there is no event {options.event}")
+            return EXIT_FAILED
+        event = dict(zip(PUBLIC_COLUMNS, rows[0]))
+        if options.around:
             if event["session_id"] is None:
                 raise _UsageError(f"{ids[0]} has no session; leave --around out")
-            near = reading.around(event["session_id"], ids[0], options.around)
-            if options.json:
-                write_json(sys.stdout, near)
-            else:
-                _event_table(options, ("event_id", *SHORT_COLUMNS[:-1])).write(near)
-            return 0
-    if not event:
-        _say(f"there is no event {options.event}")
-        return EXIT_FAILED
-    if options.json:
+            rows = reading.around(event["session_id"], ids[0], options.around)
+    width, colour = _terminal()
+    if options.around and options.json:
+        write_json(sys.stdout, rows)
+    elif options.around:
+        columns = ("event_id", *SHORT_COLUMNS[:-1])
+        write_events(sys.stdout, rows, columns=columns, width=width, colour=colour, local=options.local)
+    elif options.json:
         _print_json(event)
-        return 0
-    fields = {name: None if value is None else str(value) for name, value in event.items()}
-    fields |= {name: indented_json(event[name] or "null") for name in ("input_json", "context")}
-    if options.local:
-        fields["timestamp"] = local_time(event["timestamp"])
-    for number, names in enumerate(_SHOWN):
-        sys.stdout.write("\n" if number else "")
-        write_fields(sys.stdout, [(name, fields[name]) for name in names.split()])
-    return 0
+    else:
+        fields = {name: None if value is None else str(value) for name, value in event.items()}
+        fields |= {name: indented_json(event[name] or "null") for name in ("input_json", "context")}
+        if options.local:
+            fields["timestamp"] = local_time(event["timestamp"])
+        for number, names in enumerate(_SHOWN.splitlines()):
+            sys.stdout.write("\n" * (number > 0))
+            write_fields(sys.stdout, [(name, fields[name]) for name in names.split()])
+    return None
 
 
-def cmd_stats(options: Options) -> int:
+def cmd_stats(options: Options) -> None:
     sort = STATS_COLUMNS[_SORTS.index(options.sort)]
     with _whole_log(_store_of(options), options) as reading:
         rows = reading.stats(_filter_of(options), by=options.by, sort=sort, count=options.limit)
@@ -12023,10 +11942,9 @@ def cmd_stats(options: Options) -> int:
         write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal()[0], local=options.local)
         sys.stdout.flush()
         _say(counted(len(rows), "group") + more_hint(len(rows), options.limit))
-    return 0
 
 
-def cmd_sql(options: Options) -> int:
+def cmd_sql(options: Options) -> None:
     statement = _standard_input() if options.statement == "-" else options.statement
     try:
         with _whole_log(_store_of(options), options) as reading:
@@ -12044,13 +11962,9 @@ def cmd_sql(options: Options) -> int:
                 write_grid(sys.stdout, names, list(rows), width=_terminal()[0])
     except QueryError as error:  # without the place, which is one in our statement around it
         raise QueryError(str(error).partition("\n\nLINE ")[0]) from error
-    return 0
 
 
-# --- config, redact
-
-
-def cmd_config(options: Options) -> int:
+def cmd_config(options: Options) -> None:
     config = _config_of(options)
     settings = config._asdict()
     sources = settings.pop("sources")
@@ -12061,10 +11975,9 @@ def cmd_config(options: Options) -> int:
         _print_json({name: {"value": value, "source": source} for name, value, source in rows})
     else:
         write_grid(sys.stdout, ("SETTING", "VALUE", "SOURCE"), rows, width=None)
-    return 0
 
 
-def cmd_redact(options: Options) -> int:
+def cmd_redact(options: Options) -> None:
     if options.db is None and not (options.config or options.profile or find_site_file(os.getcwd())):
         redactor, limit = Redactor(), 1 << 20
     else:
@@ -12080,15 +11993,11 @@ def cmd_redact(options: Options) -> int:
     if options.json:
         redacted = [{"path": path, "reason": reason} for path, reason in reasons]
         _print_json({"recorded": json.loads(recorded), "redacted": redacted})
-        return 0
+        return
     _print(indented_json(recorded))
     if reasons:
         _print()
         write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
-    return 0
-
-
-# --- ingest, import, doctor
 
 
 def cmd_ingest(options: Options) -> int:
@@ -12108,26 +12017,24 @@ def cmd_ingest(options: Options) -> int:
 
 def cmd_import(options: Options) -> int:
     """Take in MXCP's JSONL logs. 1 if a line was no event, or a file ended early."""
-    importer = Importer(
-        _config_of(options),
-        on_bad_line=lambda path, number, reason: _say(f"{path}:{number}: {reason}"),
-        wait=options.wait,
-    )
     import zlib
 
-    failed = False
+    def tell(path: str, number: int, reason: str) -> None:
+        _say(f"{path}:{number}: {reason}")
+
+    importer, code = Importer(_config_of(options), on_bad_line=tell, wait=options.wait), 0
     for path in options.files:
         try:
-            result = importer.take(path)
+            events, known, bad = importer.take(path)
         except (OSError, EOFError, zlib.error) as error:
             _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
-            failed = True
+            code = EXIT_FAILED
             continue
-        known = f", {result.known} known already" if result.known else ""
-        bad = f", {counted(result.bad, 'bad line')} left out" if result.bad else ""
-        _say(f"{path}: {counted(result.events, 'event')} imported{known}{bad}")
-        failed |= result.bad > 0
-    return EXIT_FAILED if failed else 0
+        more = f", {known} known already" if known else ""
+        if bad:
+            code, more = EXIT_FAILED, f"{more}, {counted(bad, 'bad line')} left out"
+        _say(f"{path}: {counted(events, 'event')} imported{more}")
+    return code
 
 
 def cmd_doctor(options: Options) -> int:
@@ -12135,8 +12042,7 @@ def cmd_doctor(options: Options) -> int:
     if options.json:
         _print_json(checkup.report)
     elif options.prometheus:
-        for line in prometheus_text(checkup.report):
-            _print(line)
+        _print("\n".join(prometheus_text(checkup.report)))
     else:
         for part, state in checkup.report.items():
             if isinstance(state, dict):
@@ -12148,12 +12054,8 @@ def cmd_doctor(options: Options) -> int:
     return EXIT_FAILED if checkup.faults else 0
 
 
-# --- report
-
-
-def cmd_report(options: Options) -> int:
-    what = _filter_of(options)
-    store = _store_of(options)
+def cmd_report(options: Options) -> None:
+    what, store = _filter_of(options), _store_of(options)
     store.refuse_own_files(options.out)
     chosen = {name: value for name, value in what._asdict().items() if value not in (None, ())}
     facts = {
@@ -12164,17 +12066,13 @@ def cmd_report(options: Options) -> int:
     try:
         verdict = store.verify(wait=options.wait)
         ends = "; ".join(f"{head.journal} at {head.position}: {head.seal[:16]}" for head in verdict.heads)
-        facts |= {"verify": _verdict_summary(verdict, None), "chain ends": ends}
+        facts |= {"verify": _verdict_summary(verdict), "chain ends": ends}
     except StoreError as error:
         facts["verify"] = str(error)
     with _whole_log(store, options) as reading:
         text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
     _write_whole(options.out, text)
     _say(f"report written to {options.out}")
-    return 0
-
-
-# --- verify, checkpoint
 
 
 def cmd_verify(options: Options) -> int:
@@ -12184,53 +12082,44 @@ def cmd_verify(options: Options) -> int:
     if options.json:
         _print_json(_verdict_object(verdict), indent=None)
     else:
-        for finding in verdict.findings:
-            _print(f"{finding.kind:<9} {finding.text}")
+        lines = [f"{finding.kind:<9} {finding.text}" for finding in verdict.findings]
         if verdict.more_findings:
-            _print(f"and {verdict.more_findings} more")
-        if checkpoint:
-            for purge in verdict.purges:
-                text = f"{counted(purge['events'], 'event')} at {purge['moment']} by {purge['host']}"
-                _print(f"purge     {text}, newer than the checkpoint")
-        for note in verdict.notes:
-            _print(f"note      {note}")
-        _print(_verdict_summary(verdict, options.since))
+            lines.append(f"and {verdict.more_findings} more")
+        for purge in verdict.purges if checkpoint else ():
+            text = f"{counted(purge['events'], 'event')} at {purge['moment']} by {purge['host']}"
+            lines.append(f"purge     {text}, newer than the checkpoint")
+        lines += [f"note      {note}" for note in verdict.notes]
+        for line in [*lines, _verdict_summary(verdict, options.since)]:
+            _print(line)
     return 0 if verdict.intact else EXIT_FAILED
 
 
 def _verdict_object(verdict: Verdict) -> dict[str, object]:
-    counts = "entries segments events purged lost legacy waiting_bytes"
     findings = [finding._asdict() for finding in verdict.findings]
     for finding in findings:
         finding["events"] = [f"{finding['segment']}:{seq}" for seq in finding.pop("seqs")]
-    return {
-        "intact": verdict.intact,
-        **{name: getattr(verdict, name) for name in counts.split()},
-        "journals": [head._asdict() for head in verdict.heads],
-        "findings": findings,
-        "more_findings": verdict.more_findings,
-        "purges": verdict.purges,
-        "notes": verdict.notes,
-    }
+    names = "intact entries segments events purged lost legacy waiting_bytes more_findings purges notes"
+    answer = {name: getattr(verdict, name) for name in names.split()}
+    return {**answer, "journals": [head._asdict() for head in verdict.heads], "findings": findings}
 
 
-def _verdict_summary(verdict: Verdict, since: str | None) -> str:
-    found = len(verdict.findings) + verdict.more_findings
-    legacy, waiting = verdict.legacy, verdict.waiting_bytes
+def _verdict_summary(verdict: Verdict, since: str | None = None) -> str:
+    found, waiting = len(verdict.findings) + verdict.more_findings, verdict.waiting_bytes
     parts = (
         "intact" if verdict.intact else f"NOT intact, {counted(found, 'finding')}",
         f"{counted(verdict.events, 'event')} in {counted(verdict.segments, 'segment')} "
         f"of {counted(len(verdict.heads), 'journal')}",
         verdict.purged and f"{verdict.purged} purged since",
         verdict.lost and f"{verdict.lost} lost, as the ledger says",
-        legacy and f"{legacy} older than the ledger: what they were before it began is not proved",
+        verdict.legacy
+        and f"{verdict.legacy} older than the ledger: what they were before it began is not proved",
         waiting and f"{counted(waiting, 'byte')} in the journal, not sealed yet",
         since and f"segments before {since} UTC were not recomputed",
     )
     return "; ".join(part for part in parts if part)
 
 
-def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
+def _read_checkpoint(path: str, signers: str | None) -> list[Head]:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -12248,68 +12137,53 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
     return heads
 
 
-def cmd_checkpoint(options: Options) -> int:
+def cmd_checkpoint(options: Options) -> None:
     checkpoint = Store(_config_of(options)).checkpoint(wait=options.wait)
     if options.sign:
         checkpoint["signature"] = sign_checkpoint(options.sign, checkpoint)
     _print_json(checkpoint, indent=None)
-    return 0
 
 
-def cmd_prove(options: Options) -> int:
+def cmd_prove(options: Options) -> None:
     _print_json(Store(_config_of(options)).prove(options.event, wait=options.wait), indent=None)
-    return 0
 
 
-# --- purge, backup, compact
-
-
-def cmd_purge(options: Options) -> int:
+def cmd_purge(options: Options) -> None:
     if options.older_than > sql_time(utc_now()):
         raise _UsageError("--older-than lies in the future; everything would go")
-    store = Store(_config_of(options))
-    if options.archive:
-        if os.path.lexists(options.archive) and not os.path.isdir(options.archive):
-            raise _UsageError(f"{options.archive} is no directory; name one for --archive")
-        store.refuse_journal(options.archive)
-    removal = store.purge(
-        options.older_than, archive=options.archive, dry_run=options.dry_run, wait=options.wait
-    )
-    would = "would be " if options.dry_run else ""
+    store, archive, dry_run = Store(_config_of(options)), options.archive, options.dry_run
+    if archive:
+        if os.path.lexists(archive) and not os.path.isdir(archive):
+            raise _UsageError(f"{archive} is no directory; name one for --archive")
+        store.refuse_journal(archive)
+    removal = store.purge(options.older_than, archive=archive, dry_run=dry_run, wait=options.wait)
     span = (
         f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
     )
-    _print(f"{counted(removal.events, 'event')} {would}purged{span}")
+    _print(f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged{span}")
     if removal.kept:
         _print(f"{counted(removal.kept, 'event')} as old stay until the last event of their segment is")
     if removal.archive:
-        _print(f"archived in {os.path.join(options.archive, removal.archive)}")
+        _print(f"archived in {os.path.join(archive, removal.archive)}")
     if removal.wrong:
         _say(f"{counted(len(removal.wrong), 'segment')} did not match the ledger, as `verify` goes on saying")
-    return 0
 
 
-def cmd_backup(options: Options) -> int:
+def cmd_backup(options: Options) -> None:
     events = Store(_config_of(options)).backup(options.file, wait=options.wait)
     _print(f"{counted(events, 'event')} copied to {options.file}")
-    return 0
 
 
-def cmd_restore(options: Options) -> int:
+def cmd_restore(options: Options) -> None:
     restored = Store(_config_of(options)).restore(options.file, wait=options.wait)
     _print(f"{counted(restored.back, 'event')} restored; the database holds {restored.events}")
     if restored.kept:
         _print(f"the database that was there before: {restored.kept}")
-    return 0
 
 
-def cmd_compact(options: Options) -> int:
+def cmd_compact(options: Options) -> None:
     before, after = Store(_config_of(options)).compact(wait=options.wait)
     _print(f"{before} bytes before, {after} bytes after")
-    return 0
-
-
-# --- wrap
 
 
 def cmd_wrap(options: Options) -> int:
@@ -12328,103 +12202,37 @@ def cmd_wrap(options: Options) -> int:
     return end_like(code)
 
 
-# --- completion
-
-
-def cmd_completion(options: Options) -> int:
-    actions = {action.dest: action for action in build_parser()._actions}
-    commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
-    words, values = "", ""
-    for name, command in commands.items():
-        flags: list[str] = []
-        for action in command._actions:
-            flags += action.option_strings or action.choices or ()
-            if action.choices and action.option_strings:
-                cases = "|".join(f'"{name} {flag}"' for flag in action.option_strings)
-                values += f'        {cases}) words="{" ".join(action.choices)}" ;;\n'
-        words += f'        {name}) words="{" ".join(flags)}" ;;\n'
-    zsh = _COMPLETION_ZSH if options.shell == "zsh" else ""
-    print(_COMPLETION.format(zsh=zsh, values=values, words=words, commands=" ".join(commands)))
-    return 0
-
-
-_COMPLETION_ZSH = """\
-(( $+functions[compdef] )) || { autoload -Uz compinit && compinit }
-autoload -Uz bashcompinit && bashcompinit
-"""
-# Where no word fits, the shell completes file names.
 _COMPLETION = """\
 # Completion of mxcp-audit, made by `mxcp-audit completion`.
-{zsh}_mxcp_audit() {{
-    local current=${{COMP_WORDS[COMP_CWORD]}} words=""
-    case "${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
-{values}        *" --export"|*" --config"|*" --db") COMPREPLY=(); return ;;
+if [ -n "$ZSH_VERSION" ]; then
+    (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit; }}
+    autoload -Uz bashcompinit && bashcompinit
+fi
+_mxcp_audit() {{
+    local words=""  # without any, the shell completes file names
+    case "$COMP_CWORD ${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
+        "1 "*) words="{commands} --help --version" ;;
+        *" --export"|*" --config"|*" --db") ;;
+{cases}
     esac
-    if [ "$COMP_CWORD" -eq 1 ]; then
-        words="{commands} --help --version"
-    elif [ -z "$words" ]; then
-        case "${{COMP_WORDS[1]}}" in
-{words}        esac
-    fi
-    COMPREPLY=($(compgen -W "$words" -- "$current"))
+    COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
 }}
 complete -o default -F _mxcp_audit mxcp-audit"""
 
 
-# --- the whole
-
-# A path may be what is no UTF-8.
-_FILE_OPTIONS = {
-    *("config", "db", "export", "out", "archive", "checkpoint", "signed-by", "sign", "cursor-file", "file")
-}
-# What an option does not go with; what it needs; and what its text becomes.
-_EXCLUDES = (
-    ("db", ("config", "profile"), "it needs no site file"),
-    ("utc", ("local",), "name one time zone"),
-    ("json", ("csv",), "name one form"),
-    *((name, ("columns", "wide", "input", "json"), "it has every column") for name in ("export", "format")),
-    ("format", ("columns", "wide", "input", "json"), "it says what is written"),
-    ("export", ("cursor-file", "post"), "they are for lines that are printed or sent"),
-    ("running", ("export", "follow", "format", "oldest-first"), "it shows what has not ended"),
-    ("follow", ("export", "until", "oldest-first"), "it shows what is yet to come"),
-    ("cursor-file", ("limit", "oldest-first"), "it prints everything that is new"),
-)
-_NEEDS = {
-    **{"header": "post", "post": "format", "cursor-file": "format", "bom": "export", "raw": "export"},
-    "signed-by": "checkpoint",
-}
-_PARSERS: Mapping[str, Callable[[str], Any]] = {
-    **{"limit": _positive, "around": _positive, "min-ms": _positive, "wait": _seconds, "columns": _columns},
-    **dict.fromkeys(("since", "until", "older-than"), parse_time),
-}
-
-
-def _check_options(options: Options) -> None:
-    """Check the options together, and put values in place of their texts."""
-    values = {name.replace("_", "-"): value for name, value in vars(options).items()}
-    given = {name for name, value in values.items() if value not in (None, False)}
-    for name, others, why in _EXCLUDES:
-        if name in given and (clash := given.intersection(others)):
-            raise _UsageError(f"--{name} does not go with --{clash.pop()}: {why}")
-    for name, other in _NEEDS.items():
-        if name in given and other in values and other not in given:
-            raise _UsageError(f"--{name} needs --{other}")
-    for name in given:
-        if name in _FILE_OPTIONS:
-            if not values[name]:
-                raise _UsageError(f"{name}: the file name is empty")
-        elif (isinstance(text := values[name], str) or name in EVENT_TYPES) and re.search(
-            "[\ud800-\udfff]", "".join(text)
-        ):
-            raise _UsageError(f"{name}: {text!r} is no UTF-8")
-    for name in given.intersection(_PARSERS):
-        parse = _PARSERS[name]
-        if parse is parse_time:
-            parse = functools.partial(parse_time, local=options.local)
-        try:
-            setattr(options, name.replace("-", "_"), parse(values[name]))
-        except ValueError as error:
-            raise _UsageError(f"--{name}: {error}") from None
+def cmd_completion(options: Options) -> None:
+    actions = {action.dest: action for action in build_parser()._actions}
+    commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
+    words: dict[str, Iterable[str]] = {}
+    for name, command in commands.items():
+        flags: list[str] = []
+        for action in command._actions:
+            flags += action.option_strings or action.choices or ()
+            if action.choices:
+                words |= {f'*" {name} {flag}"': action.choices for flag in action.option_strings}
+        words[f'*" {name} "*'] = flags
+    cases = "\n".join(f'        {case}) words="{" ".join(each)}" ;;' for case, each in words.items())
+    print(_COMPLETION.format(commands=" ".join(commands), cases=cases))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -12436,16 +12244,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     if sys.stdout is None or sys.stderr is None:  # >&-
         sink = open(os.devnull, "w")
         sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
-    debug = False
+    arguments, debug = sys.argv[1:] if argv is None else argv, False
     try:
-        options = build_parser().parse_args(argv)
+        options = build_parser(local="--local" in arguments).parse_args(arguments)
         debug = getattr(options, "debug", False)
         if debug:
             import logging
 
             logging.basicConfig(level=logging.DEBUG, stream=sys.stderr)
         _check_options(options)
-        code = int(options.run(options))
+        code = int(options.run(options) or 0)
         sys.stdout.flush()
         return code
     except BrokenPipeError:

@@ -13,7 +13,6 @@ import pytest
 
 from mxcp_audit import (
     PUBLIC_COLUMNS,
-    EventTable,
     display_width,
     fit,
     indented_json,
@@ -22,6 +21,7 @@ from mxcp_audit import (
     summary,
     wrap,
     write_csv,
+    write_events,
     write_fields,
     write_grid,
     write_json,
@@ -67,7 +67,7 @@ def harmless(text: str) -> bool:
 
 def table(rows: list[Any], *, encoding: str = "utf-8", width: int | None = None, **options: Any) -> str:
     file = Text(encoding)
-    EventTable(file, **{"width": width, "colour": False, **options}).write(rows)
+    write_events(file, rows, **{"width": width, "colour": False, **options})
     return file.getvalue()
 
 
@@ -121,11 +121,9 @@ def test_table_fits_the_terminal_and_lines_up() -> None:
 
 
 def test_table_grows_without_moving_when_rows_come_later() -> None:
-    file = Text()
-    events = EventTable(file, width=100, colour=False, grows=True)
-    events.write([row(name="a")])
-    events.write([])
-    events.write([row(name="longer_name", status="error", error="broken")])
+    file, widths = Text(), list[int]()
+    for rows in ([row(name="a")], [], [row(name="longer_name", status="error", error="broken")]):
+        write_events(file, rows, width=100, colour=False, widths=widths)
     lines = file.getvalue().splitlines()
     assert len(lines) == 4 and lines[3] == "    error: broken"
     assert lines[0].index("STATUS") == lines[1].index("success") == lines[2].index("error")

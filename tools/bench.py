@@ -5,7 +5,7 @@ is compared runs in the same minutes, round by round in turn, and is given as me
 a busy machine troubles all alike. Peers run in environments of their own, made by tools/environment at
 the first run; `--here` uses this interpreter alone and skips what it can't import.
 
-Three print ratios of their own and take options: `query --rows N --rounds N`, `verify EVENTS`,
+Three print ratios of their own and take options: `query` and `verify` with `--rows N --rounds N`,
 `scaleout EVENTS`.
 """
 
@@ -35,11 +35,11 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 PEERS_FILE = ROOT / "tools" / "bench_peers.py"
-QUERY_FILE = ROOT / "tools" / "bench_query.py"
+READ_FILE = ROOT / "tools" / "bench_read.py"
 PAGE = ROOT / "docs" / "performance.md"
 SCRIPTS = {  # with options of their own, and an environment
-    "query": ("bench_query.py", "bench"),
-    "verify": ("bench_verify.py", "bench"),
+    "query": ("bench_read.py", "bench"),
+    "verify": ("bench_read.py", "bench"),
     "scaleout": ("bench_scaleout.py", "scaleout"),
 }
 
@@ -290,14 +290,8 @@ def pipeline(run: Run) -> Iterator[Table]:
     table = Table(
         "End to end: events of the 5-key input, flat out, until recorded and until in a table",
         (
-            "",
-            "events/s returned",
-            "events/s recorded",
-            "events/s queryable",
-            "÷ ours",
-            "CPU s per million",
-            "peak MB",
-            "bytes/event",
+            *("", "events/s returned", "events/s recorded", "events/s queryable", "÷ ours"),
+            *("CPU s per million", "peak MB", "bytes/event"),
         ),
     )
     million = run.pick(2_000, 100_000, 500_000)
@@ -749,9 +743,9 @@ def _end_together(run: Run, workers: int, held: float) -> bool:
 
 
 def query(run: Run) -> Iterator[Table]:
-    """How fast `log`, `stats` and others read a large log, against plain DuckDB; see bench_query.py."""
+    """How fast `log`, `stats` and others read a large log, against plain DuckDB; see bench_read.py."""
     rows, rounds = run.pick("2000", "1000000", "10000000"), run.pick("1", "3", "3")
-    words = [run.python(), str(QUERY_FILE), "query", "--rows", rows, "--rounds", rounds]
+    words = [run.python(), str(READ_FILE), "query", "--rows", rows, "--rounds", rounds]
     done = subprocess.run(words, env=environ(), capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr.strip().splitlines()[-1])
@@ -1088,7 +1082,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     first, *more = options.topics or [""]
     if first in SCRIPTS and (others or first != "query"):
         name, environment = SCRIPTS[first]
-        words = [first, *others] if first == "query" else more
+        words = [*others, *more] if first == "scaleout" else [first, *others]
         python = sys.executable if options.here else _environment(SCRIPT_ENVIRONMENTS[environment])
         return subprocess.call([python, str(ROOT / "tools" / name), *words], env=environ())
     if others:

@@ -97,7 +97,23 @@ class Ours:
             return int(connection.execute("SELECT count(*) FROM logs").fetchall()[0][0])
 
 
-class Queued:
+class FilePeer:
+    """A contestant that writes a line an event into the file `path`."""
+
+    path: Path
+
+    def drain(self) -> None:
+        """Wait until all is recorded."""
+
+    def close(self) -> None:
+        pass
+
+    def count(self) -> int:
+        with self.path.open("rb") as file:
+            return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
+
+
+class Queued(FilePeer):
     """The standard library's QueueHandler with a listener; by default the listener writes a file."""
 
     discards = False
@@ -142,9 +158,6 @@ class Queued:
     def close(self) -> None:
         self.listener.stop()
 
-    def count(self) -> int:
-        return _lines(self.path)
-
 
 class QueuedDiscarding(Queued):
     discards = True
@@ -154,7 +167,7 @@ class QueuedJson(Queued):
     formats = True
 
 
-class Structlog:
+class Structlog(FilePeer):
     def __init__(self, folder: Path) -> None:
         import structlog
 
@@ -178,11 +191,8 @@ class Structlog:
     def close(self) -> None:
         self.file.close()
 
-    def count(self) -> int:
-        return _lines(self.path)
 
-
-class Loguru:
+class Loguru(FilePeer):
     def __init__(self, folder: Path) -> None:
         from loguru import logger
 
@@ -198,11 +208,8 @@ class Loguru:
     def close(self) -> None:
         self.logger.remove()
 
-    def count(self) -> int:
-        return _lines(self.path)
 
-
-class Picologging:
+class Picologging(FilePeer):
     def __init__(self, folder: Path) -> None:
         import picologging
 
@@ -220,16 +227,13 @@ class Picologging:
     def close(self) -> None:
         self.handler.close()
 
-    def count(self) -> int:
-        return _lines(self.path)
-
 
 _TABLE = """CREATE TABLE logs (timestamp TIMESTAMP, caller TEXT, type TEXT, name TEXT, input_json TEXT,
     duration_ms INTEGER, policy_decision TEXT, reason TEXT, status TEXT, error TEXT)"""
 _INSERT = "INSERT INTO logs VALUES (?, 'http', 'tool', 'get_user', ?, 12, 'n/a', NULL, 'success', NULL)"
 
 
-class Sqlite:
+class Sqlite(FilePeer):
     """An INSERT and a commit an event, with the settings that are recommended for speed."""
 
     def __init__(self, folder: Path) -> None:
@@ -248,9 +252,6 @@ class Sqlite:
             self.connection.execute(_INSERT, row)
             self.connection.commit()
 
-    def drain(self) -> None:
-        pass
-
     def close(self) -> None:
         self.connection.close()
 
@@ -261,7 +262,7 @@ class Sqlite:
             return int(connection.execute("SELECT count(*) FROM logs").fetchone()[0])
 
 
-class DuckDB:
+class DuckDB(FilePeer):
     """`executemany` into DuckDB, event by event: what is committed survives, as with the others."""
 
     def __init__(self, folder: Path) -> None:
@@ -279,9 +280,6 @@ class DuckDB:
         with self.lock:
             self.connection.executemany(_INSERT, [row])
 
-    def drain(self) -> None:
-        pass
-
     def close(self) -> None:
         self.connection.close()
 
@@ -292,7 +290,7 @@ class DuckDB:
             return int(connection.execute("SELECT count(*) FROM logs").fetchall()[0][0])
 
 
-class Mxcp02:
+class Mxcp02(FilePeer):
     """MXCP's own logger, as it was until 0.3; it redacts what the endpoint's definition marks."""
 
     _DEFINITION = {
@@ -324,11 +322,8 @@ class Mxcp02:
         self.audit._stop_event.set()
         self.audit._writer_thread.join()  # its own shutdown gives up after 5 s
 
-    def count(self) -> int:
-        return _lines(self.path)
 
-
-class Mxcp012:
+class Mxcp012(FilePeer):
     """MXCP's newer logger: a coroutine, with the schema that MXCP itself registers."""
 
     def __init__(self, folder: Path) -> None:
@@ -350,7 +345,8 @@ class Mxcp012:
         await self.audit.close()
 
     def count(self) -> int:
-        return sum(_lines(path) for path in self.folder.glob("log*.jsonl") if "schemas" not in path.name)
+        paths = [path for path in self.folder.glob("log*.jsonl") if "schemas" not in path.name]
+        return sum(path.read_bytes().count(b"\n") for path in paths)
 
 
 PEERS: dict[str, Callable[[Path], Any]] = {
@@ -366,11 +362,6 @@ PEERS: dict[str, Callable[[Path], Any]] = {
     "mxcp-0.2": Mxcp02,
     "mxcp-0.12": Mxcp012,
 }
-
-
-def _lines(path: Path) -> int:
-    with path.open("rb") as file:
-        return sum(block.count(b"\n") for block in iter(lambda: file.read(2**20), b""))
 
 
 def disk_bytes(folder: Path) -> int:

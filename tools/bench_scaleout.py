@@ -235,61 +235,47 @@ def compare_rows(server: Postgres, folder: Path, rows: int) -> None:
             )
 
 
+def compare_targets(server: Postgres, folder: Path, events: int) -> None:
+    """Print what each kind of target can do, as a ratio to a file, and what an event takes there."""
+    file = measure("file", str(folder / "log.duckdb"), {}, folder, events)
+    size = (folder / "log.duckdb").stat().st_size
+    attach: dict[str, object] = {"DATA_PATH": str(folder / "lake")}
+    lake = measure("DuckLake", "ducklake:" + server.target("lake"), attach, folder, events)
+    parquet = [one.stat().st_size for one in (folder / "lake").rglob("*.parquet")]
+    plain = measure("PostgreSQL", server.target("plain"), {}, folder, events)
+    total = events + (SMALL_INGESTS + 1) * 100
+    table = int(server.sql("SELECT pg_total_relation_size('logs')", "plain"))
+    print(f"ratio to a file: DuckLake {lake / file:.2f}, PostgreSQL {plain / file:.2f}")
+    print(
+        f"bytes/event: file {size / total:.0f}, Parquet {sum(parquet) / total:.0f} "
+        f"in {len(parquet)} files, PostgreSQL {table / total:.0f}"
+    )
+    snapshots = int(server.sql("SELECT count(*) FROM ducklake_snapshot", "lake"))
+    catalogue = int(server.sql("SELECT pg_database_size('lake') - pg_database_size('template1')", "lake"))
+    print(f"catalogue: {snapshots} snapshots, {catalogue / snapshots / 1024:.1f} KiB each")
+
+
 def main() -> None:
-    if sys.argv[1:2] and not sys.argv[1].isdigit():
-        sizes = [int(word) for word in sys.argv[2:]]
-        programs = find_programs()
-        if programs is None:
-            raise SystemExit("there is no PostgreSQL: apt-get install postgresql")
-        AuditLogger._ingest = None
-        os.environ["PGPASSWORD"] = PASSWORD
-        server = Postgres(programs, max_connections="400")
-        try:
-            with tempfile.TemporaryDirectory() as name:
-                if sys.argv[1] == "hosts":
-                    count, seconds = (*sizes, *(200, 600)[len(sizes) :])
-                    for hosts in sorted({1, count // 20, count // 4, count} - {0}):
-                        simulate(server, Path(name), hosts, seconds if hosts == count else min(60, seconds))
-                elif sys.argv[1] == "small":
-                    simulate_small(server, Path(name), *sizes or [2000])
-                else:
-                    compare_rows(server, Path(name), *sizes or [1_000_000])
-        finally:
-            server.close()
-        return
-    events = int(sys.argv[1]) if len(sys.argv) > 1 else 300_000
-    programs = find_programs()
+    what, *words = sys.argv[1:] if sys.argv[1:2] and not sys.argv[1].isdigit() else ["", *sys.argv[1:]]
+    sizes, programs = [int(word) for word in words], find_programs()
     if programs is None:
         raise SystemExit("there is no PostgreSQL: apt-get install postgresql")
     AuditLogger._ingest = None  # events are to stay in the journal until they are ingested here
     os.environ["PGPASSWORD"] = PASSWORD
-    server = Postgres(programs)
+    server = Postgres(programs, max_connections="400")
     try:
         with tempfile.TemporaryDirectory() as name:
             folder = Path(name)
-            file = measure("file", str(folder / "log.duckdb"), {}, folder, events)
-            size = (folder / "log.duckdb").stat().st_size
-            lake = measure(
-                "DuckLake",
-                "ducklake:" + server.target("lake"),
-                {"DATA_PATH": str(folder / "lake")},
-                folder,
-                events,
-            )
-            parquet = [one.stat().st_size for one in (folder / "lake").rglob("*.parquet")]
-            plain = measure("PostgreSQL", server.target("plain"), {}, folder, events)
-            total = events + (SMALL_INGESTS + 1) * 100
-            table = int(server.sql("SELECT pg_total_relation_size('logs')", "plain"))
-            print(f"ratio to a file: DuckLake {lake / file:.2f}, PostgreSQL {plain / file:.2f}")
-            print(
-                f"bytes/event: file {size / total:.0f}, Parquet {sum(parquet) / total:.0f} "
-                f"in {len(parquet)} files, PostgreSQL {table / total:.0f}"
-            )
-            snapshots = int(server.sql("SELECT count(*) FROM ducklake_snapshot", "lake"))
-            catalogue = int(
-                server.sql("SELECT pg_database_size('lake') - pg_database_size('template1')", "lake")
-            )
-            print(f"catalogue: {snapshots} snapshots, {catalogue / snapshots / 1024:.1f} KiB each")
+            if what == "hosts":
+                count, seconds = (*sizes, *(200, 600)[len(sizes) :])
+                for hosts in sorted({1, count // 20, count // 4, count} - {0}):
+                    simulate(server, folder, hosts, seconds if hosts == count else min(60, seconds))
+            elif what == "small":
+                simulate_small(server, folder, *sizes or [2000])
+            elif what == "rows":
+                compare_rows(server, folder, *sizes or [1_000_000])
+            else:
+                compare_targets(server, folder, *sizes or [300_000])
     finally:
         server.close()
 

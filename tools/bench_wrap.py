@@ -30,10 +30,7 @@ for line in sys.stdin.buffer:
 def measure(command: list[str], calls: int) -> list[float]:
     """Return the milliseconds that each call took."""
     server = subprocess.Popen(
-        command,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env={**os.environ, "PYTHONPATH": str(ROOT)}
     )
     assert server.stdin is not None and server.stdout is not None
     took = []

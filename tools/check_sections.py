@@ -18,15 +18,7 @@ RECORDING = ("Errors", "Config", "Events", "Redaction", "Encoding", "Journal", "
 SECTIONS = (*RECORDING, "SQL", "Engines", "Store", "Output", "Assembly", "Command line")
 PARTS = {  # a large section has parts, which name only parts above them
     "Store": (
-        "Target",
-        "Ledger",
-        "Ingest",
-        "Reading",
-        "Evidence",
-        "Removal",
-        "Copies",
-        "Operations",
-        "Follow",
+        *("Target", "Ledger", "Ingest", "Reading", "Evidence", "Removal", "Copies", "Operations", "Follow"),
         "Health",
     ),
     "Output": ("Text", "Forms", "Report"),

@@ -223,17 +223,7 @@ WRITE_CALLS = "write,pwrite64,writev,fsync,fdatasync,ftruncate,unlink,rename,mkd
 
 def strace(calls: str, action: str) -> list[str]:
     """Return the prefix that does `action` at system calls of the child."""
-    return [
-        "strace",
-        "-f",
-        "-qq",
-        "-o",
-        os.devnull,
-        "-e",
-        f"trace={calls}",
-        "-e",
-        f"inject={calls}:{action}",
-    ]
+    return ["strace", "-f", "-qq", "-o", os.devnull, "-e", f"trace={calls}", "-e", f"inject={calls}:{action}"]
 
 
 @dataclass(frozen=True)
@@ -1207,16 +1197,7 @@ KNOWN = "            known = known_segments(engine, segments)\n"
 CHECKPOINT = "        if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing\n"
 MUTANTS = (
     Mutant("no drain at exit", "S3", (("            logger.shutdown()\n", "            pass\n"),)),
-    Mutant(
-        "delete before commit",
-        "S2",
-        (
-            (
-                KNOWN,
-                f"            {DELETE}{KNOWN}",
-            ),
-        ),
-    ),
+    Mutant("delete before commit", "S2", ((KNOWN, f"            {DELETE}{KNOWN}"),)),
     Mutant(
         "delete before checkpoint",
         "S10",
@@ -1244,22 +1225,12 @@ MUTANTS = (
     Mutant(
         "no lock on a live segment",
         "S8",
-        (
-            (
-                "                    is_locked = try_lock(fd)\n",
-                "                    pass\n",
-            ),
-        ),
+        (("                    is_locked = try_lock(fd)\n", "                    pass\n"),),
     ),
     Mutant(
         "flush that does not wait",
         "S1",
-        (
-            (
-                "        return not self.enabled or self._writer.flush(timeout)\n",
-                "        return True\n",
-            ),
-        ),
+        (("        return not self.enabled or self._writer.flush(timeout)\n", "        return True\n"),),
     ),
     Mutant(
         "child keeps the parent's queue",

@@ -18,45 +18,13 @@ from collections import defaultdict
 from typing import Any
 
 LOGS = [
-    "timestamp:t",
-    "caller",
-    "type",
-    "name",
-    "input_json",
-    "duration_ms:i",
-    "policy_decision",
-    "reason",
-    "status",
-    "error",
-    "user_id",
-    "session_id",
-    "trace_id",
-    "segment",
-    "seq:i",
+    *("timestamp:t", "caller", "type", "name", "input_json", "duration_ms:i", "policy_decision", "reason"),
+    *("status", "error", "user_id", "session_id", "trace_id", "segment", "seq:i"),
 ]
-MORE = [
-    "client",
-    "agent",
-    "address",
-    "server",
-    "request_id",
-    "error_type",
-    "result_bytes:b",
-    "context",
-]
+MORE = ["client", "agent", "address", "server", "request_id", "error_type", "result_bytes:b", "context"]
 LEDGER = [
-    "journal",
-    "position:i",
-    "kind",
-    "segment",
-    "events:i",
-    "first_event:t",
-    "last_event:t",
-    "digest",
-    "marks",
-    "detail",
-    "host",
-    "ingested_at:t",
+    *("journal", "position:i", "kind", "segment", "events:i", "first_event:t", "last_event:t", "digest"),
+    *("marks", "detail", "host", "ingested_at:t"),
 ]
 TYPES = {"t": ("TIMESTAMP",), "i": ("INTEGER", "BIGINT"), "b": ("BIGINT",), "": ("VARCHAR",)}
 
