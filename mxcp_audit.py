@@ -2185,9 +2185,8 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
 
 # --- what an object holds
 
-# Types whose `str` says all, by name: their modules take 15 ms.
-_TEXT_TYPES = _words_in("Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path")
-_TEXT_MODULES = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
+# Modules of types whose `str` says all; importing them takes 15 ms.
+_TEXT_MODULES = _words_in("decimal fractions datetime uuid pathlib zoneinfo")
 
 
 def _type_name(value: object) -> str:
@@ -2207,7 +2206,7 @@ def _members(value: object) -> dict[str, Any] | None:
     """Return an object's fields, or None."""
     kind = type(value)
     keepers = ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
-    kept = [getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers)]
+    kept = (getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers))
     fields = next((fields for fields in kept if isinstance(fields, (dict, tuple))), None)
     if fields is None:
         pydantic = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None)
@@ -2265,11 +2264,11 @@ def _content(value: Any, kind: type) -> object:
         return members
     if issubclass(kind, Mapping):  # such as HTTP headers, which may hold a key twice
         return _unlike(list(value.items()))
-    for base in kind.__mro__:
-        if base.__name__ in _TEXT_TYPES and base.__module__.startswith(_TEXT_MODULES):
-            return str.__str__(str(value))
-    numpy = any(base.__module__.partition(".")[0] == "numpy" for base in kind.__mro__)
-    return value.tolist() if numpy and hasattr(kind, "tolist") and value.size <= 10_000 else _text_of(value)
+    modules = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    if not _TEXT_MODULES.isdisjoint(modules):
+        return str.__str__(str(value))
+    array = "numpy" in modules and hasattr(kind, "tolist") and value.size <= 10_000
+    return value.tolist() if array else _text_of(value)
 
 
 # --- the walk
@@ -2477,26 +2476,25 @@ class _Walk:
 
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
         """Return a field's verdict and value after a look at its siblings, which may hide parts of it."""
+        siblings = {_label(key).lower(): said for key, said in value.items()}
         # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
         if name in _VALUES:
-            for key, said in value.items():
-                if type(said) in (str, bytes) and _label(key).lower() in _LABELS:
-                    verdict |= self.verdicts.is_label(said)
+            verdict |= any(self.verdicts.is_label(siblings[key]) for key in _LABELS & siblings.keys())
         # A key beside its value is a label, and stays where it reads like one.
-        elif name == "key" and any(_label(key).lower() in _VALUES for key in value):
-            said = next(_label(said) for key, said in value.items() if _label(key).lower() == "key")
-            verdict &= ~_SENSITIVE if re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", said) else -1
-        for key, said in value.items() if type(item) in (list, tuple) else ():
-            key = _label(key).lower()
-            if name in _ROW_LISTS and key in _COLUMN_LISTS and type(said) in (list, tuple):
-                return verdict & _CERTAIN, self.rows(item, said)
-            if name in _ARGUMENTS and key in _PROGRAMS and type(said) is str:
-                return verdict & _CERTAIN, self.arguments([said, *item])[1:]
+        elif name == "key" and not _VALUES.isdisjoint(siblings):
+            named = re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", _label(siblings[name]))
+            verdict &= ~_SENSITIVE if named else -1
+        if type(item) in (list, tuple):
+            for key in _COLUMN_LISTS & siblings.keys() if name in _ROW_LISTS else ():
+                item = self.rows(item, siblings[key])
+            for key in _PROGRAMS & siblings.keys() if name in _ARGUMENTS else ():
+                item = self.arguments([siblings[key], *item])[1:]
         return verdict & _CERTAIN, item
 
-    def rows(self, rows: Sequence[Any], heads: Sequence[Any]) -> list[Any]:
+    def rows(self, rows: Sequence[Any], heads: Any) -> list[Any]:
         """Return rows with markers in the columns whose heads are sensitive names."""
-        names = [head.get("name") if type(head) is dict else head for head in heads[:1000]]
+        heads = heads[:1000] if type(heads) in (list, tuple) else ()
+        names = [head.get("name") if type(head) is dict else head for head in heads]
         hidden = {at for at, name in enumerate(names) if self.verdicts.is_label(name)}
 
         def hide(at: int, cell: Any) -> Any:
@@ -2577,25 +2575,21 @@ class _Walk:
         if list(map(list, rows)).count(names) < len(rows) or nodes > self.max_nodes or {*idents} & {*opened}:
             return ""
         self.nodes = nodes
-        columns: list[Iterable[str]] = []
+        texts, columns = self.rules.harmless, list[Iterable[str]]()
         for column in zip(*map(dict.values, rows)):
             kinds = set(map(type, column))
-            if kinds == {int} and min(column) >= 0 and max(column) < _CARD_NUMBERS:
-                columns.append(map(str, column))
-            elif kinds == {float} and all(map(isfinite, column)):
+            if kinds <= {int, float} and max(map(abs, column)) < _CARD_NUMBERS and all(map(isfinite, column)):
                 columns.append(map(repr, column))
             elif kinds == {bool}:
                 columns.append(["true" if item else "false" for item in column])
             elif kinds == {str}:
-                texts = self.rules.harmless
                 columns.append([texts.get(item) or encode_text(self.text(item, None)) for item in column])
             else:
-                written: list[str] = []
+                columns.append(written := list[str]())
                 for ident, item in zip(idents, column):
                     opened.append(ident)
                     written.append(self.value(item, None))
                     opened.pop()
-                columns.append(written)
         row = "{" + ",".join(str(key).replace("%", "%%") + "%s" for key in keys) + "}"
         return "[" + ",".join(map(row.__mod__, zip(*columns))) + "]"
 
@@ -2816,26 +2810,26 @@ class Redactor:
         self, value: object, *, tool: str | None = None, endpoint_def: object = None
     ) -> list[tuple[str, str]]:
         """Return what `redact` takes out of a value and why, as (path, reason)."""
-        found: list[tuple[str, str]] = []
 
-        def _compare(before: Any, after: Any, path: str, name: str, declared: _Declared | None) -> None:
+        def compare(
+            before: Any, after: Any, path: str, name: str, declared: _Declared | None
+        ) -> Iterator[tuple[str, str]]:
             if type(before) is type(after) is dict:
-                for (key, old), new in zip(before.items(), after.values(), strict=False):
+                for (key, old), new in zip(before.items(), after.values()):
                     inner = declared.fields.get(_normal(key)) if declared else None
-                    _compare(old, new, f"{path}.{key}", key, inner)
+                    yield from compare(old, new, f"{path}.{key}", key, inner)
             elif type(before) is type(after) is list:
-                for index, (old, new) in enumerate(zip(before, after, strict=False)):
-                    _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
+                inner = declared and (declared.items or declared)
+                for index, (old, new) in enumerate(zip(before, after)):
+                    yield from compare(old, new, f"{path}[{index}]", "", inner)
             elif before != after:
                 why = "declared sensitive" if declared else self._rules.judge(name, _normal(tool or ""))[1]
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
                 why = why or " and ".join(dict.fromkeys(rule for rule, _ in taken))
-                found.append((path, why or "what stands beside it names it"))
+                yield path, why or "what stands beside it names it"
 
-        plain = _Walk(self._verdicts).plain(value)
-        declared = _declare(endpoint_def)
-        _compare(plain, self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared)
-        return found
+        after = self.redact(value, tool=tool, endpoint_def=endpoint_def)
+        return list(compare(_Walk(self._verdicts).plain(value), after, "$", "", _declare(endpoint_def)))
 
 
 # === Encoding ===
