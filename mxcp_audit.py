@@ -1487,29 +1487,16 @@ def _is_mixed(value: str) -> bool:
     return _re(r"(?=.*[a-z])(?=.*[A-Z!#$%^&*+=?~])(?=.*[0-9]).{8,}").match(value) is not None
 
 
-def _is_password(value: str) -> bool:
-    """Return True if a word beside a user is no port, group or branch."""
-    return _looks_secret(value) and re.search("[A-Za-z]", value) is not None
-
-
-def _is_basic(credentials: str) -> bool:
-    """Return True if a text is `user:password` in Base64."""
-    with contextlib.suppress(ValueError):
-        return b":" in binascii.a2b_base64(credentials)
-    return False
-
-
 def _is_card(number: str) -> bool:
     """Return True if digits pass for a payment card's: issuer, length, check digit."""
     digits = number.replace(" ", "").replace("-", "")
-    doubled = "0246813579"  # the digit sum of twice the digit
-    total = sum(map(int, digits[-1::-2])) + sum(int(doubled[int(digit)]) for digit in digits[-2::-2])
+    total = sum(sum(divmod(int(digit) * (1 + at % 2), 10)) for at, digit in enumerate(digits[::-1]))
     # Visa, Mastercard, American Express, Discover, JCB, Diners Club, UnionPay
     issued = (
         r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
         r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
     )
-    return total % 10 == 0 and len(set(digits)) > 1 and _re(issued).fullmatch(digits) is not None
+    return total % 10 == 0 and _re(issued).fullmatch(digits) is not None
 
 
 _USER = r"[^\s/?#\"'<>\\`:@]{0,200}"
@@ -1525,113 +1512,86 @@ _CALLS = "(?i)" + "|".join(
 )
 _LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
 # What has a place of its own: the rule ~ texts one of which must be there in small letters ~ what its last
-# group must pass, then the pattern. Without a group a quoted value follows.
+# group must pass ~ the pattern. Without a group a quoted value follows.
 _PLACES = r"""
-a password in a URL ~ :// ~
- ://<USER>:([^\s/?#"'<>\\`]+)(?=@)
-a password in a URL ~ :// ~
- ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s"'<>\\`]{1,300})(?=@)
-a token in a URL ~ :// ~ secret
- ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
-a private key ~ -----begin ~
- (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?(?:-----END[^\n-]{0,60}--|\Z)-*)
-credentials after Bearer ~ bearer ~
- \b[Bb](?:earer|EARER)[ \t]+((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])
-credentials after Basic ~ basic ~ basic
- \b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
-a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~
+a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
+ |[^\s"'<>\\`]{1,300}(?=@))
+a token in a URL ~ :// ~ secret ~ ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
+a private key ~ -----begin ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
+ (?:-----END[^\n-]{0,60}--|\Z)-*)
+credentials after Bearer ~ bearer ~ ~ \b[Bb](?:earer|EARER)[ \t]+
+ ((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])
+credentials after Basic ~ basic ~ secret ~ \b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
+a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~ ~
  :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
  (?=@(?:(?:tcp|unix)\(|localhost\b|1(?:0|27|72|92\.168)\.))
-a password beside its user ~  -u| --user|creds| --proxy-u ~ password
+a password beside its user ~  -u| --user|creds| --proxy-u ~ password ~
  \s(?:-u|-U|--(?:proxy-)?user|--(?:src-|dest-)?creds)[ =]["']?[^\s:'"=/]{1,64}:(?!\S*//)([^\s'"]+)
-a password beside its user ~  -p ~ password
- \s(?:-u|-U|-l|-n|--user|--username|--login)[ =]?["']?[\w.@\\-]{1,64}["']?(?:\s-\S+
- (?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]([^\s'"|:/]{6,64})(?!\S)
-a password beside its user ~ sqlplus|expdp|impdp|sqlldr ~
- \b(?:sqlplus|expdp|impdp|sqlldr)\s(?:-\S+\s){0,4}[\w."]{1,64}/([^\s@/]{1,128})
-a secret of a device ~ community|setuser|on >|secret |password |key  ~
- \bcommunity[ ]+(\S{4,64})[ ]+(?:R[OW]|authorization)\b|\br[ow]community6?[ ]+(\S{4,64})
- |\b(?:secret|password|key)[ ][05789][ ](\S{4,128})
+a password beside its user ~  -p ~ password ~ \s(?:-u|-U|-l|-n|--user|--username|--login)
+ [ =]?["']?[\w.@\\-]{1,64}["']?(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]([^\s'"|:/]{6,64})(?!\S)
+a password beside its user ~ sqlplus|expdp|impdp|sqlldr ~ ~ \b(?:sqlplus|expdp|impdp|sqlldr)\s
+ (?:-\S+\s){0,4}[\w."]{1,64}/([^\s@/]{1,128})
+a secret of a device ~ community|setuser|on >|secret |password |key  ~ ~ \bcommunity[ ]+(\S{4,64})[ ]+
+ (?:R[OW]|authorization)\b|\br[ow]community6?[ ]+(\S{4,64})|\b(?:secret|password|key)[ ][05789][ ](\S{4,128})
  |(?i:\b(?:set)?user\s+\S{1,64}(?:\s+(?:on|off|reset\w*|[~&%+-]\S{1,64})){1,8}\s+>)(\S{1,128})
-a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret
- (?i)(?:host[ ]\S{1,64}[ ](?:version[ ]\w{1,2}[ ])?|-digest-key[ ]\d{1,3}[ ]md5[ ](?:\d[ ])?
- |ascii-text[ ]|[ ](?:md5|sha|3?des|aes)(?:[ -]?\d\d\d)?[ ]+)["']?([^\s"']{4,128})
-a protocol's line ~ pass |ogin |auth |dentify |:5432:|:*:|:587|:465 ~ password
- (?m)^(?:(?:[<>*CS]:?\s)?(?:PASS|AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]
+a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret ~ (?i)(?:host[ ]\S{1,64}[ ]
+ (?:version[ ]\w{1,2}[ ])?|-digest-key[ ]\d{1,3}[ ]md5[ ](?:\d[ ])?|ascii-text[ ]|[ ](?:md5|sha|3?des|aes)
+ (?:[ -]?\d\d\d)?[ ]+)["']?([^\s"']{4,128})
+a protocol's line ~ pass |ogin |auth |dentify |:5432:|:*:|:587|:465 ~ password ~ (?m)^(?:
+ (?:[<>*CS]:?\s)?(?:PASS|AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]
  |[\w.*-]{1,100}:(?:[0-9]{2,5}|\*):[\w*-]{1,64}:[\w*.-]{1,64}:
  |\[[\w.-]{1,100}\]:[0-9]{2,3}[ \t]+[\w.@-]{1,64}:)(\S{4,200})\s*$
-what is sent to a prompt ~ send "|send -- " ~
- (?i)ass(?:word|phrase|code)[^"\n]{0,10}"[;\s{}]{1,8}send\s+(?:--\s+)?"([^"\n\\]{1,128})
-a code for one use ~ code=|otp|code is|se code|passcode ~ secret
- [?&](?:code=([\w.~/%+-]{8,})&(?=(?:state|scope|iss|session_state)=)|state=[\w.%~+-]{1,200}
- &code=([\w.~/%+-]{8,}))|(?i:\b(?:otp|passcode|(?:verification|one-time|security|login|access|2fa|mfa|your|use)
- [ ]code)(?:[ ]is)?[ :]{1,3})((?:[A-Z]-)?[0-9]{3}[ -]?[0-9]{1,5})\b
-what is piped to a prompt ~ cho|printf ~
- \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?(?:[\w.@-]{1,64}:
- (?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}(?:sudo\s+-\w*S|stdin
- |chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
-what is handed to a prompt ~ <<< ~
- <<<[ ]?(?=["'])
-IDENTIFIED BY ~ dentified|password for ~
- (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?|password\s+for\s[^=\n]{1,100}=\s*
- (?:password\()?)(?=["'])|\bIDENTIFIED\s+BY\s+([^\s"';(]+)
-an array of characters ~ chararray() ~ secret
- "([^"\n]{4,200})(?="\.toCharArray\(\))
-a function's argument ~ crypt(|connect|sqli|pdo(|jwt.|sp_addl|securestring ~
- (?i:pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
- |(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*<STRING>\s*,\s*<STRING>\s*,\s*
- |\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|sp_addlogin\s+<STRING>\s*,\s*|securestring\s+(?:-\w+\s+){0,2})
- (?=["'])
-credentials of a user ~ auth|ogin|cred ~
- (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}login|auth|authenticate
+what is sent to a prompt ~ send "|send -- " ~ ~ (?i)ass(?:word|phrase|code)[^"\n]{0,10}"[;\s{}]{1,8}send\s+
+ (?:--\s+)?"([^"\n\\]{1,128})
+a code for one use ~ code=|otp|code is|se code|passcode ~ secret ~ [?&](?:code=([\w.~/%+-]{8,})&
+ (?=(?:state|scope|iss|session_state)=)|state=[\w.%~+-]{1,200}&code=([\w.~/%+-]{8,}))|(?i:\b(?:otp|passcode|
+ (?:verification|one-time|security|login|access|2fa|mfa|your|use)[ ]code)(?:[ ]is)?[ :]{1,3})
+ ((?:[A-Z]-)?[0-9]{3}[ -]?[0-9]{1,5})\b
+what is piped to a prompt ~ cho|printf ~ ~ \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?
+ (?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}
+ (?:sudo\s+-\w*S|stdin|chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
+what is handed to a prompt ~ <<< ~ ~ <<<[ ]?(?=["'])
+IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+
+ (?:password\s+)?|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])|\bIDENTIFIED\s+BY\s+([^\s"';(]+)
+an array of characters ~ chararray() ~ secret ~ "([^"\n]{4,200})(?="\.toCharArray\(\))
+a function's argument ~ crypt(|connect|sqli|pdo(|jwt.|sp_addl|securestring ~ ~ (?i:
+ pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
+ |(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*<STRING>\s*,\s*<STRING>\s*,\s*|sp_addlogin\s+<STRING>\s*,\s*
+ |\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|securestring\s+(?:-\w+\s+){0,2})(?=["'])
+credentials of a user ~ auth|ogin|cred ~ ~ (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}login|auth|authenticate
  |\w{0,24}credentials?)\s?[=(][\s(]{0,3}<STRING>\s*,\s*)(?=b?["'])
-a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~
- (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5|[a-z0-9-]{0,12}CRYPT)\}([^\s:"',<>]{4,})
-a named social security number ~ ssn|social sec ~
- (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)(?:\s{1,4}(?:is|was))?[\s:#=]{0,4})
- ([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
+a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5
+ |[a-z0-9-]{0,12}CRYPT)\}([^\s:"',<>]{4,})
+a named social security number ~ ssn|social sec ~ ~ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)
+ (?:\s{1,4}(?:is|was))?[\s:#=]{0,4})([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
-_CHECKS = {"secret": _looks_secret, "password": _is_password, "basic": _is_basic}
+_CHECKS: dict[str, _Check] = {
+    "secret": _looks_secret,
+    "password": lambda value: _looks_secret(value) and not value.isdigit(),  # no port, no group
+}
 # Where programs take a secret: programs | a word that must be among the arguments | places. `-p` is the
 # option's own word or the next, `-p+` its own only, `-p.` the next only; in `-u:` it stands behind that sign;
-# `#2` is the second word after the required one that is no option, `#0` the last of all.
+# `#2` is the second word after the required one that is no option.
 _COMMANDS = r"""
 mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
-7z 7za 7zr 7zz rar unrar || -p+ -hp+
-docker podman buildah nerdctl helm oras crane oc az cf | login | -p
+7z 7za 7zr 7zz rar unrar || -p+ -hp+ ; docker podman buildah nerdctl helm oras crane oc az cf | login | -p
 redis-cli valkey-cli || -a
 ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w
-ldappasswd || -w -s -a
-sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p
+ldappasswd || -w -s -a ; sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p
 cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget || -p
-sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P
-ssh-keygen || -N -P
-security certutil || -p -w
-openssl | passwd | #0
-ansible-vault | encrypt_string | #1
+sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P ; ssh-keygen || -N -P
+security certutil || -p -w ; openssl | passwd | #1 #2 ; ansible-vault | encrypt_string | #1
 smbclient rpcclient smbget smbcacls net || -U%
 snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X
 curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
 curl http https xh || -E: --cert: --bearer. --oauth2-bearer.
-openssl || -k. -K. -hmac. -pass: -passin: -passout:
-influx || -t.
-lftp || -u,
-xfreerdp signtool schtasks || /p /rp
-wpa_passphrase || #2
-vault | unseal | #1
-aws | SecureString | --value
-gh az flyctl databricks | secret | -b --body --value --string-value
-net | user | #2
-net | use | #2 #3
-rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
-htpasswd mosquitto_passwd | -b | #0
-isql iusql | -v | #3
-db2 | using | #1
-mc mcli | set | #4
-ngrok | add-authtoken | #1
-poetry composer | http-basic\.[^\x1f]+ | #2
-poetry composer | pypi-token\.[^\x1f]+ | #1
-cargo vault | login | #1
+openssl || -k. -K. -hmac. -pass: -passin: -passout: ; influx || -t. ; lftp || -u,
+xfreerdp signtool schtasks || /p /rp ; wpa_passphrase || #2 ; vault | unseal | #1
+aws | SecureString | --value ; gh az flyctl databricks | secret | -b --body --value --string-value
+net | user | #2 ; net | use | #2 #3 ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
+htpasswd mosquitto_passwd | -b | #2 #3 ; isql iusql | -v | #3 ; db2 | using | #1 ; mc mcli | set | #4
+ngrok | add-authtoken | #1 ; poetry composer | http-basic\.[^\x1f]+ | #2
+poetry composer | pypi-token\.[^\x1f]+ | #1 ; cargo vault | login | #1
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
 _SHOWN_WORD = r",[ ]([^,\]\n]+)"
@@ -1668,22 +1628,18 @@ _RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for by
 _DIGITS = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
 
 
-def _argument_pattern(place: str, needs: list[str]) -> str:
+def _argument_pattern(place: str, need: str) -> str:
     """Return the pattern of a place among words joined by U+001F."""
     if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
         flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
         skip, plain = rf"(?:\x1f(?={flag})[^\x1f]*)*", rf"\x1f(?!{flag})[^\x1f]+"
-        before = needs[0] if needs else r"\A[^\x1f]+"
-        if place == "#0":
-            return rf"\x1f(?!{flag})([^\x1f]+){skip}\Z"
-        return rf"{before}{(skip + plain) * (int(place[1:]) - 1)}{skip}\x1f(?!{flag}|[a-z_]+=|\\)([^\x1f]+)"
-    how = place[-1] if place[-1] in ":%,=+." else ""
-    option = place[: len(place) - len(how)]
+        before = (need or r"\A[^\x1f]+") + (skip + plain) * (int(place[1:]) - 1)
+        return rf"{before}{skip}\x1f(?!{flag}|[a-z_]+=|\\)([^\x1f]+)"
+    option, how = (place[:-1], place[-1]) if place[-1] in ":%,=+." else (place, "")
     joined = "[=:]?" if len(option) < 4 else "[=:]"
-    if how in "+.":
-        apart = {"": rf"(?:\x1f(?!-)|{joined})", "+": joined, ".": r"\x1f"}[how]
-        return rf"\x1f{option}{apart}([^\x1f]+)"
-    return rf"\x1f{option}(?:\x1f|{joined})(?!(?:env|file|fd|https?):)[^\x1f{how}]*{how}[\"']?([^\x1f\"']+)"
+    apart = {"+": joined, ".": r"\x1f"}.get(how, rf"(?:\x1f(?!-)|{joined})")
+    user = "" if how in "+." else rf"(?!(?:env|file|fd|https?):)[^\x1f{how}]*{how}"
+    return rf"\x1f{option}{apart}{user}([^\x1f]+)"
 
 
 class _Rules:
@@ -1691,31 +1647,35 @@ class _Rules:
 
     def __init__(self, redact: Iterable[str], keep: Iterable[str], key: bytes | None) -> None:
         self.redact, self.keep, self.key = _read_names(redact), _read_names(keep), key
+        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
+        self.harmless: dict[str, str] = {}  # short texts without a secret, as JSON
         # the start of the longest word
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
-        self._places: list[tuple[str, list[str], str, _Check]] = []
-        for rule, gate, check, pattern in re.findall(r"(.+) ~ (.+) ~ ?(.*)\n((?: .+\n)+)", _PLACES):
-            pattern = re.sub(r"(?:^|\n) |\n", "", pattern)
-            pattern = pattern.replace("<USER>", _USER).replace("<STRING>", _STRING)
-            self._places.append((rule, gate.split("|"), pattern, _CHECKS.get(check)))
+        self._places: list[tuple[str, Iterable[str], Callable[[str], Iterable[_Span]]]] = []
+        for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
+            pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
+            find = functools.partial(self._placed, pattern=pattern, accept=_CHECKS.get(check.strip()))
+            self._places.append((rule, gates.split("|"), find))
+        self._places += [
+            ("a function's argument", _CALL_WORDS, self._literals),
+            ("a column of an INSERT", ("insert", "replace"), self._inserted),
+            ("the head of a table", "\n", self._cells),
+            ("a name in the text", ("",), self._named),
+        ]
         self._formats = [row.split() for row in DOTTED_TOKENS.strip().split("\n")]
-        # Begun at rare letters, which is faster.
-        gates = {gate for row in self._places for gate in row[1] if gate[0] != " "}
-        gates |= {word.lstrip("hblf") for word in _CALL_WORDS} | {"oken", "db2 ", "c alias", *STEMS, *own}
-        gates = {gate for gate in gates - {"token"} if gate.isascii()}
-        self._gate = _any_of((*gates, "sert", "place", "abbitmqctl"))
-        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
-        # Short texts without a secret, as JSON.
-        self.harmless: dict[str, str] = {}
+        gates = {gate for row in self._places for gate in row[1] if gate[:1] > " "}
+        gates |= {*STEMS, *own, "db2 ", "c alias", "rabbitmqctl"}
+        # Few first letters are found faster.
+        self._gate = _any_of(gate.lstrip("fghlnrtux") or gate for gate in gates if gate.isascii())
         # What the joined words hold, where the secret is, whether its look decides.
-        self.programs: dict[str, list[tuple[list[str], str, bool]]] = {}
-        for row in _COMMANDS.strip().split("\n"):
-            programs, needed, places = (part.split() for part in row.split("|"))
-            needs = [f"-[a-zA-Z]*{need[1:]}[a-zA-Z]*" if len(need) == 2 else need + "s?" for need in needed]
-            needs = [rf"\x1f{need}(?=\x1f|\Z)" for need in needs]
-            rules = [(needs, _argument_pattern(place, needs), place[1:].isdigit()) for place in places]
-            for program in programs:
+        self.programs: dict[str, list[tuple[str, str, bool]]] = {}
+        for row in re.findall(r"\S[^;\n]+", _COMMANDS):
+            programs, need, places = map(str.strip, row.split("|"))
+            need = f"-[a-zA-Z]*{need[1:]}[a-zA-Z]*" if len(need) == 2 else need and need + "s?"
+            need = need and rf"\x1f{need}(?=\x1f|\Z)"
+            rules = [(need, _argument_pattern(place, need), place[1:].isdigit()) for place in places.split()]
+            for program in programs.split():
                 self.programs.setdefault(program, []).extend(rules)
         any_program = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"',])")
@@ -1730,75 +1690,67 @@ class _Rules:
 
     def clean(self, text: str) -> tuple[str, list[tuple[str, str]]]:
         """Return a text without its secrets, and these with their rules."""
-        # 1. Most texts hold nothing that leads to a secret.
-        size = len(text)
         taken: list[tuple[str, str]] = []
-        if size < 5 or (size < 11 and text.isalnum()):  # the shortest is `pwd=x`
+        if len(text) < 5 or (len(text) < 11 and text.isalnum()):  # the shortest is `pwd=x`
             return text, taken
         low = _lower(text)
-        led = self._gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
-        if not led and not low.isascii():
-            led = self.stems.search(low) is not None
-        option = " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low
+        # Most texts hold nothing that leads to a secret.
+        led = self._gate.search(" ".join(set(low.split())) if len(text) > 2000 else low) is not None
+        led = led or (not low.isascii() and self.stems.search(low) is not None)
         if "[" in text or not text.isascii() or (led and ("&" in text or "\\u00" in text)):
             plain = _re(_DISGUISES).sub(lambda sign: '\\"' if sign[1] else "", text).translate(_PLAIN_SIGNS)
             if plain != text:
                 cleaned, taken = self.clean(plain)
                 return (text if cleaned == plain else cleaned), taken
-
-        def hide(rule: str, find: Callable[..., Iterable[_Span]], *how: Any) -> None:
-            """Put markers in place of what is found."""
-            nonlocal text
+        for rule, find in self._sieves(text, low, led):
             out: list[str] = []
             done = 0
-            for start, end in find(text, *how):
+            for start, end in find(text):
                 if done <= start < end:
                     secret = text[start:end]
-                    if not _re(_MARKED).fullmatch(secret):
-                        if len(taken) < _MAX_ECHOES:
-                            inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
-                            taken.extend((rule, part) for part in [secret, *inner[:_MAX_ECHOES]])
-                        secret = self.mark(secret)
-                    out += [text[done:start], secret]
+                    marker = self.mark(secret)
+                    if marker != secret and len(taken) < _MAX_ECHOES:
+                        inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
+                        taken.extend((rule, part) for part in [secret, *inner[:_MAX_ECHOES]])
+                    out += [text[done:start], marker]
                     done = end
             text = "".join([*out, text[done:]]) if out else text
-
-        # 2. What has a place of its own.
-        if (led or option) and not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
-            hide("an argument of a command", self._arguments)
-        if led or option:
-            for rule, gates, pattern, accept in self._places:
-                if any(gate in low for gate in gates):
-                    hide(rule, self._placed, pattern, accept)
-            if any(word in low for word in _CALL_WORDS):
-                hide("a function's argument", self._literals)
-            # 3. What has a name.
-            if "insert" in low or "replace" in low:
-                hide("a column of an INSERT", self._inserted)
-            if "\n" in text:
-                hide("the head of a table", self._cells)
-            hide("a name in the text", self._named)
-        # 4. What has a known format; its shape is found ten times as fast in bytes.
-        if size >= 11:
-            shape = text.encode("utf-8", "surrogatepass")
-            if b"w" * 16 in shape.translate(_RUNS):
-                for gate, pattern in self._formats:
-                    if gate in text:
-                        hide("a known form", self._placed, f"({pattern})")
-                hide("a token's prefix", self._placed, _TOKEN)
-            shape = shape.translate(_DIGITS)
-            if b"0000" in shape:
-                hide("a card number", self._placed, _CARD, _is_card)
-                if b"000-00-0000" in shape:
-                    hide("a social security number", self._placed, _SSN)
-        # 5. What stands at another place as well.
+        # What stands at another place as well.
         for _, secret in taken:
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
                 text = text.replace(secret, self.mark(secret))
         return text, taken
 
+    def _sieves(
+        self, text: str, low: str, led: bool
+    ) -> Iterator[tuple[str, Callable[[str], Iterable[_Span]]]]:
+        """Yield what may find secrets in a text, cheaply judged, in this order."""
+        if led or " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low:
+            # 1. What has a place of its own, and 2. what has a name.
+            if not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
+                yield "an argument of a command", self._arguments
+            for rule, gates, find in self._places:
+                if any(gate in low for gate in gates):
+                    yield rule, find
+        if len(text) < 11:
+            return
+        # 3. What has a known format; its shape is found ten times as fast in bytes.
+        shape, placed = text.encode("utf-8", "surrogatepass"), functools.partial
+        if b"w" * 16 in shape.translate(_RUNS):
+            for gate, pattern in self._formats:
+                if gate in text:
+                    yield "a known form", placed(self._placed, pattern=f"({pattern})")
+            yield "a token's prefix", placed(self._placed, pattern=_TOKEN)
+        shape = shape.translate(_DIGITS)
+        if b"0000" in shape:
+            yield "a card number", placed(self._placed, pattern=_CARD, accept=_is_card)
+            if b"000-00-0000" in shape:
+                yield "a social security number", placed(self._placed, pattern=_SSN)
+
     def mark(self, secret: str) -> str:
         """Return what stands in the place of a secret."""
+        if _re(_MARKED).fullmatch(secret):
+            return secret
         if self.key is None:
             return REDACTED
         import hmac  # takes 7 ms
@@ -1846,18 +1798,13 @@ class _Rules:
     def command_secrets(self, words: list[str]) -> Iterator[tuple[int, int, int]]:
         """Yield the secrets of a command line as (word, start in it, end in it)."""
         for at, word in enumerate(words):
-            base = re.split(r"[/\\]", word)[-1].removesuffix(".exe")
-            if base not in self.programs or (at and word[0] == "-"):
-                continue
-            line = "\x1f".join(words[at : at + 64])  # arbitrary
-            for needs, place, doubtful in self.programs[base]:
-                if not all(_re(need).search(line) for need in needs):
-                    continue
-                for match in _re(place).finditer(line):
-                    start, value = match.start(1), match[1]
-                    if len(value) > 2 and value[0] in "\"'" and value[0] == value[-1]:
-                        start, value = start + 1, value[1:-1]
-                    if not self._is_none(value) and (not doubtful or _looks_secret(value)):
+            rules = self.programs.get(re.split(r"[/\\]", word)[-1].removesuffix(".exe"))
+            line = "\x1f".join(words[at : at + 64]) if rules else ""  # arbitrary
+            for need, place, doubtful in rules or ():
+                for match in _re(place).finditer(line) if _re(need).search(line) else ():
+                    value = match[1].strip("\"'")
+                    if value and not self._is_none(value) and (not doubtful or _looks_secret(value)):
+                        start = match.start(1) + match[1].index(value)
                         first = start - line.rfind("\x1f", 0, start) - 1
                         yield at + line.count("\x1f", 0, start), first, first + len(value)
 
@@ -2375,8 +2322,6 @@ class _Walk:
         if self.quiet:
             return REDACTED
         plain = value if type(value) is str else self.plain(value)
-        if type(plain) is str and _re(_MARKED).fullmatch(plain):
-            return plain
         waiting: list[Any] = [plain]
         while self.echoes is not None and waiting and len(self.echoes) < _MAX_ECHOES:
             item = waiting.pop()
@@ -2476,25 +2421,25 @@ class _Walk:
 
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
         """Return a field's verdict and value after a look at its siblings, which may hide parts of it."""
-        siblings = {_label(key).lower(): said for key, said in value.items()}
-        # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-        if name in _VALUES:
-            verdict |= any(self.verdicts.is_label(siblings[key]) for key in _LABELS & siblings.keys())
-        # A key beside its value is a label, and stays where it reads like one.
-        elif name == "key" and not _VALUES.isdisjoint(siblings):
-            named = re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", _label(siblings[name]))
-            verdict &= ~_SENSITIVE if named else -1
-        if type(item) in (list, tuple):
-            for key in _COLUMN_LISTS & siblings.keys() if name in _ROW_LISTS else ():
-                item = self.rows(item, siblings[key])
-            for key in _PROGRAMS & siblings.keys() if name in _ARGUMENTS else ():
-                item = self.arguments([siblings[key], *item])[1:]
+        for key, said in value.items():
+            label = _label(key).lower()
+            # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
+            if name in _VALUES and label in _LABELS:
+                verdict |= self.verdicts.is_label(said)
+            # A key beside its value is a label, and stays where it reads like one.
+            elif name == "key" and label in _VALUES:
+                verdict &= ~_SENSITIVE if re.fullmatch("[A-Za-z][A-Za-z_. ]{0,63}", _label(item)) else -1
+            elif name in _ROW_LISTS and label in _COLUMN_LISTS:
+                item = self.rows(item, said)
+            elif name in _ARGUMENTS and label in _PROGRAMS and type(item) in (list, tuple):
+                item = self.arguments([said, *item])[1:]
         return verdict & _CERTAIN, item
 
-    def rows(self, rows: Sequence[Any], heads: Any) -> list[Any]:
+    def rows(self, rows: Any, heads: Any) -> Any:
         """Return rows with markers in the columns whose heads are sensitive names."""
-        heads = heads[:1000] if type(heads) in (list, tuple) else ()
-        names = [head.get("name") if type(head) is dict else head for head in heads]
+        if not {type(rows), type(heads)} <= {list, tuple}:
+            return rows
+        names = (head.get("name") if type(head) is dict else head for head in heads[:1000])
         hidden = {at for at, name in enumerate(names) if self.verdicts.is_label(name)}
 
         def hide(at: int, cell: Any) -> Any:
