@@ -1131,7 +1131,6 @@ _Check: TypeAlias = "Callable[[str], bool] | None"
 
 
 def _words_in(text: str) -> frozenset[str]:
-    """Return the words of a text."""
     return frozenset(text.split())
 
 
@@ -1405,7 +1404,7 @@ _BARE = (
   |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{1,64}[0-9]{0,2})?=|amp;)
   |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+)"""
 )
-_PERCENT_VALUE = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
+_PERCENT_END = r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])"""
 _BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
@@ -1748,7 +1747,6 @@ class _Rules:
                 yield "a social security number", placed(self._placed, pattern=_SSN)
 
     def mark(self, secret: str) -> str:
-        """Return what stands in the place of a secret."""
         if _re(_MARKED).fullmatch(secret):
             return secret
         if self.key is None:
@@ -1855,9 +1853,9 @@ class _Rules:
 
     def _named(self, text: str) -> Iterator[_Span]:
         """Find a stem, widen it to a name with a separator, judge it, yield the value."""
-        low, stems, separator = _lower(text), self.stems, _re(_SEPARATOR)
+        low, separator = _lower(text), _re(_SEPARATOR)
         done = at = 0
-        while stem := stems.search(low, at):
+        while stem := self.stems.search(low, at):
             at = stem.end() - (text[stem.end() - 1] == "=")  # of `sig=`
             lead = separator.match(text, at)
             if lead is None:
@@ -1865,11 +1863,8 @@ class _Rules:
             at = lead.end("rest")
             left = text[max(done, stem.start() - 64) : stem.start()]
             start = len(left.rstrip(_NAME_CHARS)) - len(left) + stem.start()
-            if start < stem.start():  # the end of an escape is no part of the name
-                if text[start - 1 : start + 1] in ("\\n", "\\r", "\\t"):
-                    start += 1
-                elif text[start - 1 : start] == "%":
-                    start = min(start + 2, stem.start())
+            if escape := _re(r"\\[nrt]|%..").match(text, max(0, start - 1)):  # no part of the name
+                start = min(escape.end(), stem.start())
             name = text[start:at]
             strength = self._strength(text, start, name, lead)
             span = self._value(text, start, lead, name, strength) if strength else None
@@ -1887,36 +1882,28 @@ class _Rules:
         if lead.lastgroup == "call":  # `setPassword("X")`
             name = re.sub(r"(?:.*\.)?(?:[sS]et|[wW]ith|[aA]dd|[uU]se)_?(?=\w)", "", name)
             return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.strength(name)
-        strength = self.strength(name)
-        left = text[max(0, start - 20) : start] if strength < 2 else ""
-        word = re.search(r"([a-zA-Z]+)[^a-zA-Z]*[ _]\Z", left)
-        if word and word[1].lower() in _OPENERS:
-            return max(strength, self.strength(f"{word[1]} {name}"))
-        return strength
+        word = re.search(r"([a-zA-Z]+)[^a-zA-Z]*[ _]\Z", text[max(0, start - 20) : start])
+        opened = word is not None and word[1].lower() in _OPENERS and self.strength(f"{word[1]} {name}")
+        return max(self.strength(name), opened)
 
     def _value(self, text: str, start: int, lead: re.Match[str], name: str, strength: int) -> _Span | None:
-        """Return the value that a name leads to, or None."""
         kind, at, low = lead.lastgroup or "", lead.end(), name.lower()
         before, flag = text[start - 1 : start], name[:1] == "-"
         bare_key = low.rstrip("0123456789") in ("key", "keys")
         line = text[max(0, start - 80) : start].rpartition("\n")[2]
-        if kind == "option" and before == "/":
-            return None
         if kind == "element":
             tag = text[max(0, start - 200) : start]
             if bare_key or tag.rfind("<") <= tag.rfind(">") or re.search(r"[^<:\"'/ ]\Z|type=\W{1,3}\Z", tag):
                 return None
-            end = text.find("]]>" if lead[0][-1] == "[" else "<", at)
-            end = len(text) if end < 0 else end
+            end = self._until(text, at, "]]>" if lead[0][-1] == "[" else "<")
             shown = text[at : min(end, at + 300)].strip()
             label = re.fullmatch("[A-Z]?[a-z]+(?: [A-Za-z]+){0,5}", shown) and self.strength(shown)
             return None if label or self._is_none(shown) else (at, end)
         if kind == "part":  # of a form
             named = re.search(r' name=[\\"]*\Z', text[max(0, start - 12) : start])
-            return (at, self._line_end(text, at)) if named else None
+            return (at, self._until(text, at)) if named else None
         if kind == "percent":
-            part = _re(_PERCENT_VALUE).match(text, at)
-            return part.span() if part and not self._is_none(part[0]) else None
+            return at, self._until(text, at, _PERCENT_END)
         quote = _re(_QUOTE).match(text, at)
         if kind in ("pair", "quoted", "call", "typed") or (kind == "prose" and quote and strength == 2):
             value = self._extent(text, at)
@@ -1933,19 +1920,18 @@ class _Rules:
                 pair = flag or (opened in ("(", "[") and closed in (")", "]"))
                 secret = _is_mixed(shown) if bare_key else pair or _looks_secret(shown)
                 return value if secret else None
-            # `secret "prod" not found` names it, `SECRET 'x'` in SQL is it.
-            weak = strength < 2 and (len(shown) < 8 or not _looks_secret(shown))
-            reference = bare_key or weak or (low in _REFERENCES and not name.isupper())
-            reference = reference and text[value[1] + 1 : value[1] + 2] != ";"  # of a configuration
-            return None if kind == "quoted" and reference and not flag else value
+            # `secret "prod" not found` names it, `SECRET 'x'` in SQL and `secret "x";` are it.
+            weak = bare_key or (strength < 2 and not _looks_secret(shown))
+            names = (weak or (low in _REFERENCES and not name.isupper())) and text[value[1] + 1 :][:1] != ";"
+            return None if kind == "quoted" and names and not flag else value
         if kind == "prose" or (kind == "option" and not flag):
-            return None if flag else self._spoken(text, line, at, kind, low, strength)
+            return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
         if kind == "assign":
             # `input("Password: ")`
-            if quote and before in ("'", '"') and quote[2] == before and lead["assign"][0] not in "\\\"'`":
+            if quote and quote[2] == before and lead["assign"][0] not in "\\\"'`":
                 return None
             # `arn:aws:…:secret:prod-db`
-            if lead["assign"] == ":" and not quote and re.search(r"\barn:\S*$", text[max(0, at - 200) : at]):
+            if not quote and re.search(r"\barn:\S*:\Z", text[max(0, at - 200) : at]):
                 return None
             if not quote and text[at : at + 1] not in ("[", "{") and low.replace("_", "-") in _HEADER_NAMES:
                 return self._header(text, at, low.replace("_", "-"), before)
@@ -1953,22 +1939,19 @@ class _Rules:
 
     def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
         """Return the word behind a name and `is` or a space, where it is no language."""
-        end = self._bare_end(text, at)
-        shown = text[at:end].rstrip(".,:;)!")
+        shown = text[at : self._bare_end(text, at)].rstrip(".,:;)!")
         size = len(shown)
         if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]", shown):
             return None
         known = strength == 2 or size >= 8 or name == "pin"  # `the password is x`
         if kind == "option":  # `login u password x`, `set NAME x`
             given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
-            alone = strength == 2 and not line.strip() and _re(r"[ \t]*(?:[;#\r\n]|\Z)").match(text, end)
             mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
             known = name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
-            known = bool(known or given or alone) and size >= 6 and shown.lower() not in _ALGORITHMS
+            known = bool(known or given) and size >= 6 and shown.lower() not in _ALGORITHMS
         return (at, at + size) if known else None
 
     def _assigned(self, text: str, line: str, at: int, name: str, strength: int, lead: str) -> _Span | None:
-        """Return an assigned value or None."""
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
         if value[0] > at and _re(_ASKING).search(text[at : value[0]]):
@@ -1993,30 +1976,27 @@ class _Rules:
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
                 return None  # the next entry
         # No value: source text such as `= f(x)`, `= config.password`, a remark.
-        after = re.match(r"\s+([^\s-]\S*)", text[value[1] : value[1] + 80]) if lead.isspace() else None
-        if after and self.strength(shown) and ("[REDACTED" in after[1] or _looks_secret(after[1])):
+        after = lead.isspace() and re.match(r"\s+(?!-)\S*(?:[0-9]|\[R)", text[value[1] : value[1] + 80])
+        if after and self.strength(shown):
             return None  # `--secret dbPassword X`
         last = shown.rpartition(".")[2] if re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", shown) else ""
         source = re.match(r"[A-Za-z_](?:[\w.]|::|->)*[(\[]|\(", shown)
         if source or self.strength(last):
             return None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
-            return None if ":" in lead else passed
+            return passed
         queried = line[-1:] in ("?", "&") and lead == "="
-        if (
-            # `credentials: username=u`, the shell's directory, a name
-            (":" in lead and name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown))
-            or (name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown))
-            or (bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown)))
-        ):
+        entry = name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown)  # `credentials: username=u`
+        directory = name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown)
+        if entry or directory or (bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown))):
             return None
         asked = (lead[-1:] != "=" or name in ("key", "pass", "pin", "auth")) and not queried
         if strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown))):
-            return None if ":" in shown or "=" in shown else passed
+            return None
         # A value of several words ends with its line, where the line holds nothing else.
         alone = not line.strip(" \t-") and ("=" in lead or "\n" in text)
         if alone and lead.strip() and lead[-1:] == " " == text[value[1] : value[1] + 1]:
-            end = self._line_end(text, at)
+            end = self._until(text, at)
             return value if re.search(r"[\w.] ?=|[#(]", text[value[1] : end]) else (at, end)
         return value
 
@@ -2038,19 +2018,16 @@ class _Rules:
             return at, self._bare_end(text, at)
         elif not any(_looks_secret(word) for word in words[:2]):
             return None
-        closing = text.find(before, at) if before in ('"', "'") else -1
-        end = len(text) if closing < 0 else closing
-        if name == "set-cookie":  # what follows are the cookie's attributes
-            end = (text.find(";", at, end) + 1 or end + 1) - 1
-            at = text.find("=", at, end) + 1 or at
-        return at, self._line_end(text, at, end)
+        stop = r"\\[rn]|[\r\n]" + (f"|{before}" if before in ("'", '"') else "")
+        if name == "set-cookie":  # behind a semicolon are the cookie's attributes
+            at = text.find("=", at, self._until(text, at, stop := stop + "|;")) + 1 or at
+        return at, self._until(text, at, stop)
 
-    def _line_end(self, text: str, at: int, end: int = sys.maxsize) -> int:
-        """Return the end of a line, which may be escaped."""
-        return next(_re(r"\\[rn]|[\r\n]|\Z").finditer(text, at, end)).start()
+    def _until(self, text: str, at: int, pattern: str = r"\\[rn]|[\r\n]") -> int:
+        """Return the place of a pattern, by default an end of line, or the end of the text."""
+        return next(_re(rf"{pattern}|\Z").finditer(text, at)).start()
 
     def _bare_end(self, text: str, at: int) -> int:
-        """Return the end of an unquoted value."""
         bare = _re(_BARE).match(text, at)
         return bare.end() if bare else at
 
@@ -2103,22 +2080,23 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
         parts = definition if issubclass(type(definition), dict) else _members(definition)
         if not isinstance(parts, dict):
             return None
-        for wrapper in ("tool", "resource", "prompt") if depth == 0 else ():
-            inner = parts.get(wrapper)
-            if inner is not None and not isinstance(inner, str):
-                return _declare(inner, depth + 1, budget)
-        named: list[tuple[object, object]] = []
-        for group in (parts.get("parameters"), parts.get("properties")):
-            if isinstance(group, dict):
-                named += group.items()
-            for part in group if isinstance(group, (list, tuple)) else ():
-                named.append(((part if isinstance(part, dict) else _members(part) or {}).get("name"), part))
+        inner = next(
+            (parts[key] for key in ("tool", "resource", "prompt") if depth == 0 and parts.get(key)), ""
+        )
+        if not isinstance(inner, str):
+            return _declare(inner, depth + 1, budget)
         fields: dict[str, _Declared] = {}
-        for name, part in named:
-            if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
-                fields[_normal(name)] = declared
-        element = parts.get("items") or parts.get("additionalProperties")
-        items = _declare(element, depth + 1, budget)
+        for group in (parts.get("parameters"), parts.get("properties")):
+            named = group.items() if isinstance(group, dict) else ()
+            for part in group if isinstance(group, (list, tuple)) else ():
+                named = [
+                    *named,
+                    ((part if isinstance(part, dict) else _members(part) or {}).get("name"), part),
+                ]
+            for name, part in named:
+                if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
+                    fields[_normal(name)] = declared
+        items = _declare(parts.get("items") or parts.get("additionalProperties"), depth + 1, budget)
         says = parts.get("sensitive")
         yes = bool(says) and str(says).strip().lower() not in ("", "false", "no", "off", "0")
         return _Declared(yes, fields, items) if yes or fields or items else None
@@ -2366,7 +2344,6 @@ class _Walk:
             return encode_text(f"<unprintable {_type_name(value)}>")
 
     def integer(self, value: int) -> str:
-        """Write an integer: it may be too long to be written, or a card's number."""
         if -_CARD_NUMBERS < value < _CARD_NUMBERS:
             return str(value)
         try:
