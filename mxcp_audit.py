@@ -1078,7 +1078,6 @@ _Check: TypeAlias = "Callable[[str], bool] | None"
 
 
 def _words_in(text: str) -> frozenset[str]:
-    """Return the words of a text."""
     return frozenset(text.split())
 
 
@@ -1352,7 +1351,7 @@ _BARE = (
   |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{1,64}[0-9]{0,2})?=|amp;)
   |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+)"""
 )
-_PERCENT_VALUE = r"""(?:[^\s&;'"<>%]|%(?!(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])))+"""
+_PERCENT_END = r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])"""
 _BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
@@ -1434,29 +1433,16 @@ def _is_mixed(value: str) -> bool:
     return _re(r"(?=.*[a-z])(?=.*[A-Z!#$%^&*+=?~])(?=.*[0-9]).{8,}").match(value) is not None
 
 
-def _is_password(value: str) -> bool:
-    """Return True if a word beside a user is no port, group or branch."""
-    return _looks_secret(value) and re.search("[A-Za-z]", value) is not None
-
-
-def _is_basic(credentials: str) -> bool:
-    """Return True if a text is `user:password` in Base64."""
-    with contextlib.suppress(ValueError):
-        return b":" in binascii.a2b_base64(credentials)
-    return False
-
-
 def _is_card(number: str) -> bool:
     """Return True if digits pass for a payment card's: issuer, length, check digit."""
     digits = number.replace(" ", "").replace("-", "")
-    doubled = "0246813579"  # the digit sum of twice the digit
-    total = sum(map(int, digits[-1::-2])) + sum(int(doubled[int(digit)]) for digit in digits[-2::-2])
+    total = sum(sum(divmod(int(digit) * (1 + at % 2), 10)) for at, digit in enumerate(digits[::-1]))
     # Visa, Mastercard, American Express, Discover, JCB, Diners Club, UnionPay
     issued = (
         r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
         r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
     )
-    return total % 10 == 0 and len(set(digits)) > 1 and _re(issued).fullmatch(digits) is not None
+    return total % 10 == 0 and _re(issued).fullmatch(digits) is not None
 
 
 _USER = r"[^\s/?#\"'<>\\`:@]{0,200}"
@@ -1472,113 +1458,86 @@ _CALLS = "(?i)" + "|".join(
 )
 _LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
 # What has a place of its own: the rule ~ texts one of which must be there in small letters ~ what its last
-# group must pass, then the pattern. Without a group a quoted value follows.
+# group must pass ~ the pattern. Without a group a quoted value follows.
 _PLACES = r"""
-a password in a URL ~ :// ~
- ://<USER>:([^\s/?#"'<>\\`]+)(?=@)
-a password in a URL ~ :// ~
- ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s"'<>\\`]{1,300})(?=@)
-a token in a URL ~ :// ~ secret
- ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
-a private key ~ -----begin ~
- (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?(?:-----END[^\n-]{0,60}--|\Z)-*)
-credentials after Bearer ~ bearer ~
- \b[Bb](?:earer|EARER)[ \t]+((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])
-credentials after Basic ~ basic ~ basic
- \b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
-a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~
+a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
+ |[^\s"'<>\\`]{1,300}(?=@))
+a token in a URL ~ :// ~ secret ~ ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
+a private key ~ -----begin ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
+ (?:-----END[^\n-]{0,60}--|\Z)-*)
+credentials after Bearer ~ bearer ~ ~ \b[Bb](?:earer|EARER)[ \t]+
+ ((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])
+credentials after Basic ~ basic ~ secret ~ \b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
+a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~ ~
  :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
  (?=@(?:(?:tcp|unix)\(|localhost\b|1(?:0|27|72|92\.168)\.))
-a password beside its user ~  -u| --user|creds| --proxy-u ~ password
+a password beside its user ~  -u| --user|creds| --proxy-u ~ password ~
  \s(?:-u|-U|--(?:proxy-)?user|--(?:src-|dest-)?creds)[ =]["']?[^\s:'"=/]{1,64}:(?!\S*//)([^\s'"]+)
-a password beside its user ~  -p ~ password
- \s(?:-u|-U|-l|-n|--user|--username|--login)[ =]?["']?[\w.@\\-]{1,64}["']?(?:\s-\S+
- (?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]([^\s'"|:/]{6,64})(?!\S)
-a password beside its user ~ sqlplus|expdp|impdp|sqlldr ~
- \b(?:sqlplus|expdp|impdp|sqlldr)\s(?:-\S+\s){0,4}[\w."]{1,64}/([^\s@/]{1,128})
-a secret of a device ~ community|setuser|on >|secret |password |key  ~
- \bcommunity[ ]+(\S{4,64})[ ]+(?:R[OW]|authorization)\b|\br[ow]community6?[ ]+(\S{4,64})
- |\b(?:secret|password|key)[ ][05789][ ](\S{4,128})
+a password beside its user ~  -p ~ password ~ \s(?:-u|-U|-l|-n|--user|--username|--login)
+ [ =]?["']?[\w.@\\-]{1,64}["']?(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]([^\s'"|:/]{6,64})(?!\S)
+a password beside its user ~ sqlplus|expdp|impdp|sqlldr ~ ~ \b(?:sqlplus|expdp|impdp|sqlldr)\s
+ (?:-\S+\s){0,4}[\w."]{1,64}/([^\s@/]{1,128})
+a secret of a device ~ community|setuser|on >|secret |password |key  ~ ~ \bcommunity[ ]+(\S{4,64})[ ]+
+ (?:R[OW]|authorization)\b|\br[ow]community6?[ ]+(\S{4,64})|\b(?:secret|password|key)[ ][05789][ ](\S{4,128})
  |(?i:\b(?:set)?user\s+\S{1,64}(?:\s+(?:on|off|reset\w*|[~&%+-]\S{1,64})){1,8}\s+>)(\S{1,128})
-a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret
- (?i)(?:host[ ]\S{1,64}[ ](?:version[ ]\w{1,2}[ ])?|-digest-key[ ]\d{1,3}[ ]md5[ ](?:\d[ ])?
- |ascii-text[ ]|[ ](?:md5|sha|3?des|aes)(?:[ -]?\d\d\d)?[ ]+)["']?([^\s"']{4,128})
-a protocol's line ~ pass |ogin |auth |dentify |:5432:|:*:|:587|:465 ~ password
- (?m)^(?:(?:[<>*CS]:?\s)?(?:PASS|AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]
+a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret ~ (?i)(?:host[ ]\S{1,64}[ ]
+ (?:version[ ]\w{1,2}[ ])?|-digest-key[ ]\d{1,3}[ ]md5[ ](?:\d[ ])?|ascii-text[ ]|[ ](?:md5|sha|3?des|aes)
+ (?:[ -]?\d\d\d)?[ ]+)["']?([^\s"']{4,128})
+a protocol's line ~ pass |ogin |auth |dentify |:5432:|:*:|:587|:465 ~ password ~ (?m)^(?:
+ (?:[<>*CS]:?\s)?(?:PASS|AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]
  |[\w.*-]{1,100}:(?:[0-9]{2,5}|\*):[\w*-]{1,64}:[\w*.-]{1,64}:
  |\[[\w.-]{1,100}\]:[0-9]{2,3}[ \t]+[\w.@-]{1,64}:)(\S{4,200})\s*$
-what is sent to a prompt ~ send "|send -- " ~
- (?i)ass(?:word|phrase|code)[^"\n]{0,10}"[;\s{}]{1,8}send\s+(?:--\s+)?"([^"\n\\]{1,128})
-a code for one use ~ code=|otp|code is|se code|passcode ~ secret
- [?&](?:code=([\w.~/%+-]{8,})&(?=(?:state|scope|iss|session_state)=)|state=[\w.%~+-]{1,200}
- &code=([\w.~/%+-]{8,}))|(?i:\b(?:otp|passcode|(?:verification|one-time|security|login|access|2fa|mfa|your|use)
- [ ]code)(?:[ ]is)?[ :]{1,3})((?:[A-Z]-)?[0-9]{3}[ -]?[0-9]{1,5})\b
-what is piped to a prompt ~ cho|printf ~
- \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?(?:[\w.@-]{1,64}:
- (?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}(?:sudo\s+-\w*S|stdin
- |chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
-what is handed to a prompt ~ <<< ~
- <<<[ ]?(?=["'])
-IDENTIFIED BY ~ dentified|password for ~
- (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+(?:password\s+)?|password\s+for\s[^=\n]{1,100}=\s*
- (?:password\()?)(?=["'])|\bIDENTIFIED\s+BY\s+([^\s"';(]+)
-an array of characters ~ chararray() ~ secret
- "([^"\n]{4,200})(?="\.toCharArray\(\))
-a function's argument ~ crypt(|connect|sqli|pdo(|jwt.|sp_addl|securestring ~
- (?i:pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
- |(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*<STRING>\s*,\s*<STRING>\s*,\s*
- |\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|sp_addlogin\s+<STRING>\s*,\s*|securestring\s+(?:-\w+\s+){0,2})
- (?=["'])
-credentials of a user ~ auth|ogin|cred ~
- (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}login|auth|authenticate
+what is sent to a prompt ~ send "|send -- " ~ ~ (?i)ass(?:word|phrase|code)[^"\n]{0,10}"[;\s{}]{1,8}send\s+
+ (?:--\s+)?"([^"\n\\]{1,128})
+a code for one use ~ code=|otp|code is|se code|passcode ~ secret ~ [?&](?:code=([\w.~/%+-]{8,})&
+ (?=(?:state|scope|iss|session_state)=)|state=[\w.%~+-]{1,200}&code=([\w.~/%+-]{8,}))|(?i:\b(?:otp|passcode|
+ (?:verification|one-time|security|login|access|2fa|mfa|your|use)[ ]code)(?:[ ]is)?[ :]{1,3})
+ ((?:[A-Z]-)?[0-9]{3}[ -]?[0-9]{1,5})\b
+what is piped to a prompt ~ cho|printf ~ ~ \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?
+ (?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}
+ (?:sudo\s+-\w*S|stdin|chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
+what is handed to a prompt ~ <<< ~ ~ <<<[ ]?(?=["'])
+IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+
+ (?:password\s+)?|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])|\bIDENTIFIED\s+BY\s+([^\s"';(]+)
+an array of characters ~ chararray() ~ secret ~ "([^"\n]{4,200})(?="\.toCharArray\(\))
+a function's argument ~ crypt(|connect|sqli|pdo(|jwt.|sp_addl|securestring ~ ~ (?i:
+ pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
+ |(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*<STRING>\s*,\s*<STRING>\s*,\s*|sp_addlogin\s+<STRING>\s*,\s*
+ |\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|securestring\s+(?:-\w+\s+){0,2})(?=["'])
+credentials of a user ~ auth|ogin|cred ~ ~ (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}login|auth|authenticate
  |\w{0,24}credentials?)\s?[=(][\s(]{0,3}<STRING>\s*,\s*)(?=b?["'])
-a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~
- (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5|[a-z0-9-]{0,12}CRYPT)\}([^\s:"',<>]{4,})
-a named social security number ~ ssn|social sec ~
- (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)(?:\s{1,4}(?:is|was))?[\s:#=]{0,4})
- ([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
+a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5
+ |[a-z0-9-]{0,12}CRYPT)\}([^\s:"',<>]{4,})
+a named social security number ~ ssn|social sec ~ ~ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)
+ (?:\s{1,4}(?:is|was))?[\s:#=]{0,4})([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
-_CHECKS = {"secret": _looks_secret, "password": _is_password, "basic": _is_basic}
+_CHECKS: dict[str, _Check] = {
+    "secret": _looks_secret,
+    "password": lambda value: _looks_secret(value) and not value.isdigit(),  # no port, no group
+}
 # Where programs take a secret: programs | a word that must be among the arguments | places. `-p` is the
 # option's own word or the next, `-p+` its own only, `-p.` the next only; in `-u:` it stands behind that sign;
-# `#2` is the second word after the required one that is no option, `#0` the last of all.
+# `#2` is the second word after the required one that is no option.
 _COMMANDS = r"""
 mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
-7z 7za 7zr 7zz rar unrar || -p+ -hp+
-docker podman buildah nerdctl helm oras crane oc az cf | login | -p
+7z 7za 7zr 7zz rar unrar || -p+ -hp+ ; docker podman buildah nerdctl helm oras crane oc az cf | login | -p
 redis-cli valkey-cli || -a
 ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w
-ldappasswd || -w -s -a
-sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p
+ldappasswd || -w -s -a ; sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p
 cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget || -p
-sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P
-ssh-keygen || -N -P
-security certutil || -p -w
-openssl | passwd | #0
-ansible-vault | encrypt_string | #1
+sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P ; ssh-keygen || -N -P
+security certutil || -p -w ; openssl | passwd | #1 #2 ; ansible-vault | encrypt_string | #1
 smbclient rpcclient smbget smbcacls net || -U%
 snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X
 curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
 curl http https xh || -E: --cert: --bearer. --oauth2-bearer.
-openssl || -k. -K. -hmac. -pass: -passin: -passout:
-influx || -t.
-lftp || -u,
-xfreerdp signtool schtasks || /p /rp
-wpa_passphrase || #2
-vault | unseal | #1
-aws | SecureString | --value
-gh az flyctl databricks | secret | -b --body --value --string-value
-net | user | #2
-net | use | #2 #3
-rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
-htpasswd mosquitto_passwd | -b | #0
-isql iusql | -v | #3
-db2 | using | #1
-mc mcli | set | #4
-ngrok | add-authtoken | #1
-poetry composer | http-basic\.[^\x1f]+ | #2
-poetry composer | pypi-token\.[^\x1f]+ | #1
-cargo vault | login | #1
+openssl || -k. -K. -hmac. -pass: -passin: -passout: ; influx || -t. ; lftp || -u,
+xfreerdp signtool schtasks || /p /rp ; wpa_passphrase || #2 ; vault | unseal | #1
+aws | SecureString | --value ; gh az flyctl databricks | secret | -b --body --value --string-value
+net | user | #2 ; net | use | #2 #3 ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
+htpasswd mosquitto_passwd | -b | #2 #3 ; isql iusql | -v | #3 ; db2 | using | #1 ; mc mcli | set | #4
+ngrok | add-authtoken | #1 ; poetry composer | http-basic\.[^\x1f]+ | #2
+poetry composer | pypi-token\.[^\x1f]+ | #1 ; cargo vault | login | #1
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
 _SHOWN_WORD = r",[ ]([^,\]\n]+)"
@@ -1615,22 +1574,18 @@ _RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for by
 _DIGITS = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
 
 
-def _argument_pattern(place: str, needs: list[str]) -> str:
+def _argument_pattern(place: str, need: str) -> str:
     """Return the pattern of a place among words joined by U+001F."""
     if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
         flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
         skip, plain = rf"(?:\x1f(?={flag})[^\x1f]*)*", rf"\x1f(?!{flag})[^\x1f]+"
-        before = needs[0] if needs else r"\A[^\x1f]+"
-        if place == "#0":
-            return rf"\x1f(?!{flag})([^\x1f]+){skip}\Z"
-        return rf"{before}{(skip + plain) * (int(place[1:]) - 1)}{skip}\x1f(?!{flag}|[a-z_]+=|\\)([^\x1f]+)"
-    how = place[-1] if place[-1] in ":%,=+." else ""
-    option = place[: len(place) - len(how)]
+        before = (need or r"\A[^\x1f]+") + (skip + plain) * (int(place[1:]) - 1)
+        return rf"{before}{skip}\x1f(?!{flag}|[a-z_]+=|\\)([^\x1f]+)"
+    option, how = (place[:-1], place[-1]) if place[-1] in ":%,=+." else (place, "")
     joined = "[=:]?" if len(option) < 4 else "[=:]"
-    if how in "+.":
-        apart = {"": rf"(?:\x1f(?!-)|{joined})", "+": joined, ".": r"\x1f"}[how]
-        return rf"\x1f{option}{apart}([^\x1f]+)"
-    return rf"\x1f{option}(?:\x1f|{joined})(?!(?:env|file|fd|https?):)[^\x1f{how}]*{how}[\"']?([^\x1f\"']+)"
+    apart = {"+": joined, ".": r"\x1f"}.get(how, rf"(?:\x1f(?!-)|{joined})")
+    user = "" if how in "+." else rf"(?!(?:env|file|fd|https?):)[^\x1f{how}]*{how}"
+    return rf"\x1f{option}{apart}{user}([^\x1f]+)"
 
 
 class _Rules:
@@ -1638,31 +1593,35 @@ class _Rules:
 
     def __init__(self, redact: Iterable[str], keep: Iterable[str], key: bytes | None) -> None:
         self.redact, self.keep, self.key = _read_names(redact), _read_names(keep), key
+        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
+        self.harmless: dict[str, str] = {}  # short texts without a secret, as JSON
         # the start of the longest word
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
-        self._places: list[tuple[str, list[str], str, _Check]] = []
-        for rule, gate, check, pattern in re.findall(r"(.+) ~ (.+) ~ ?(.*)\n((?: .+\n)+)", _PLACES):
-            pattern = re.sub(r"(?:^|\n) |\n", "", pattern)
-            pattern = pattern.replace("<USER>", _USER).replace("<STRING>", _STRING)
-            self._places.append((rule, gate.split("|"), pattern, _CHECKS.get(check)))
+        self._places: list[tuple[str, Iterable[str], Callable[[str], Iterable[_Span]]]] = []
+        for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
+            pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
+            find = functools.partial(self._placed, pattern=pattern, accept=_CHECKS.get(check.strip()))
+            self._places.append((rule, gates.split("|"), find))
+        self._places += [
+            ("a function's argument", _CALL_WORDS, self._literals),
+            ("a column of an INSERT", ("insert", "replace"), self._inserted),
+            ("the head of a table", "\n", self._cells),
+            ("a name in the text", ("",), self._named),
+        ]
         self._formats = [row.split() for row in DOTTED_TOKENS.strip().split("\n")]
-        # Begun at rare letters, which is faster.
-        gates = {gate for row in self._places for gate in row[1] if gate[0] != " "}
-        gates |= {word.lstrip("hblf") for word in _CALL_WORDS} | {"oken", "db2 ", "c alias", *STEMS, *own}
-        gates = {gate for gate in gates - {"token"} if gate.isascii()}
-        self._gate = _any_of((*gates, "sert", "place", "abbitmqctl"))
-        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
-        # Short texts without a secret, as JSON.
-        self.harmless: dict[str, str] = {}
+        gates = {gate for row in self._places for gate in row[1] if gate[:1] > " "}
+        gates |= {*STEMS, *own, "db2 ", "c alias", "rabbitmqctl"}
+        # Few first letters are found faster.
+        self._gate = _any_of(gate.lstrip("fghlnrtux") or gate for gate in gates if gate.isascii())
         # What the joined words hold, where the secret is, whether its look decides.
-        self.programs: dict[str, list[tuple[list[str], str, bool]]] = {}
-        for row in _COMMANDS.strip().split("\n"):
-            programs, needed, places = (part.split() for part in row.split("|"))
-            needs = [f"-[a-zA-Z]*{need[1:]}[a-zA-Z]*" if len(need) == 2 else need + "s?" for need in needed]
-            needs = [rf"\x1f{need}(?=\x1f|\Z)" for need in needs]
-            rules = [(needs, _argument_pattern(place, needs), place[1:].isdigit()) for place in places]
-            for program in programs:
+        self.programs: dict[str, list[tuple[str, str, bool]]] = {}
+        for row in re.findall(r"\S[^;\n]+", _COMMANDS):
+            programs, need, places = map(str.strip, row.split("|"))
+            need = f"-[a-zA-Z]*{need[1:]}[a-zA-Z]*" if len(need) == 2 else need and need + "s?"
+            need = need and rf"\x1f{need}(?=\x1f|\Z)"
+            rules = [(need, _argument_pattern(place, need), place[1:].isdigit()) for place in places.split()]
+            for program in programs.split():
                 self.programs.setdefault(program, []).extend(rules)
         any_program = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"',])")
@@ -1677,75 +1636,66 @@ class _Rules:
 
     def clean(self, text: str) -> tuple[str, list[tuple[str, str]]]:
         """Return a text without its secrets, and these with their rules."""
-        # 1. Most texts hold nothing that leads to a secret.
-        size = len(text)
         taken: list[tuple[str, str]] = []
-        if size < 5 or (size < 11 and text.isalnum()):  # the shortest is `pwd=x`
+        if len(text) < 5 or (len(text) < 11 and text.isalnum()):  # the shortest is `pwd=x`
             return text, taken
         low = _lower(text)
-        led = self._gate.search(" ".join(set(low.split())) if size > 2000 else low) is not None
-        if not led and not low.isascii():
-            led = self.stems.search(low) is not None
-        option = " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low
+        # Most texts hold nothing that leads to a secret.
+        led = self._gate.search(" ".join(set(low.split())) if len(text) > 2000 else low) is not None
+        led = led or (not low.isascii() and self.stems.search(low) is not None)
         if "[" in text or not text.isascii() or (led and ("&" in text or "\\u00" in text)):
             plain = _re(_DISGUISES).sub(lambda sign: '\\"' if sign[1] else "", text).translate(_PLAIN_SIGNS)
             if plain != text:
                 cleaned, taken = self.clean(plain)
                 return (text if cleaned == plain else cleaned), taken
-
-        def hide(rule: str, find: Callable[..., Iterable[_Span]], *how: Any) -> None:
-            """Put markers in place of what is found."""
-            nonlocal text
+        for rule, find in self._sieves(text, low, led):
             out: list[str] = []
             done = 0
-            for start, end in find(text, *how):
+            for start, end in find(text):
                 if done <= start < end:
                     secret = text[start:end]
-                    if not _re(_MARKED).fullmatch(secret):
-                        if len(taken) < _MAX_ECHOES:
-                            inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
-                            taken.extend((rule, part) for part in [secret, *inner[:_MAX_ECHOES]])
-                        secret = self.mark(secret)
-                    out += [text[done:start], secret]
+                    marker = self.mark(secret)
+                    if marker != secret and len(taken) < _MAX_ECHOES:
+                        inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
+                        taken.extend((rule, part) for part in [secret, *inner[:_MAX_ECHOES]])
+                    out += [text[done:start], marker]
                     done = end
             text = "".join([*out, text[done:]]) if out else text
-
-        # 2. What has a place of its own.
-        if (led or option) and not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
-            hide("an argument of a command", self._arguments)
-        if led or option:
-            for rule, gates, pattern, accept in self._places:
-                if any(gate in low for gate in gates):
-                    hide(rule, self._placed, pattern, accept)
-            if any(word in low for word in _CALL_WORDS):
-                hide("a function's argument", self._literals)
-            # 3. What has a name.
-            if "insert" in low or "replace" in low:
-                hide("a column of an INSERT", self._inserted)
-            if "\n" in text:
-                hide("the head of a table", self._cells)
-            hide("a name in the text", self._named)
-        # 4. What has a known format; its shape is found ten times as fast in bytes.
-        if size >= 11:
-            shape = text.encode("utf-8", "surrogatepass")
-            if b"w" * 16 in shape.translate(_RUNS):
-                for gate, pattern in self._formats:
-                    if gate in text:
-                        hide("a known form", self._placed, f"({pattern})")
-                hide("a token's prefix", self._placed, _TOKEN)
-            shape = shape.translate(_DIGITS)
-            if b"0000" in shape:
-                hide("a card number", self._placed, _CARD, _is_card)
-                if b"000-00-0000" in shape:
-                    hide("a social security number", self._placed, _SSN)
-        # 5. What stands at another place as well.
+        # What stands at another place as well.
         for _, secret in taken:
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
                 text = text.replace(secret, self.mark(secret))
         return text, taken
 
+    def _sieves(
+        self, text: str, low: str, led: bool
+    ) -> Iterator[tuple[str, Callable[[str], Iterable[_Span]]]]:
+        """Yield what may find secrets in a text, cheaply judged, in this order."""
+        if led or " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low:
+            # 1. What has a place of its own, and 2. what has a name.
+            if not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
+                yield "an argument of a command", self._arguments
+            for rule, gates, find in self._places:
+                if any(gate in low for gate in gates):
+                    yield rule, find
+        if len(text) < 11:
+            return
+        # 3. What has a known format; its shape is found ten times as fast in bytes.
+        shape, placed = text.encode("utf-8", "surrogatepass"), functools.partial
+        if b"w" * 16 in shape.translate(_RUNS):
+            for gate, pattern in self._formats:
+                if gate in text:
+                    yield "a known form", placed(self._placed, pattern=f"({pattern})")
+            yield "a token's prefix", placed(self._placed, pattern=_TOKEN)
+        shape = shape.translate(_DIGITS)
+        if b"0000" in shape:
+            yield "a card number", placed(self._placed, pattern=_CARD, accept=_is_card)
+            if b"000-00-0000" in shape:
+                yield "a social security number", placed(self._placed, pattern=_SSN)
+
     def mark(self, secret: str) -> str:
-        """Return what stands in the place of a secret."""
+        if _re(_MARKED).fullmatch(secret):
+            return secret
         if self.key is None:
             return REDACTED
         import hmac  # takes 7 ms
@@ -1793,18 +1743,13 @@ class _Rules:
     def command_secrets(self, words: list[str]) -> Iterator[tuple[int, int, int]]:
         """Yield the secrets of a command line as (word, start in it, end in it)."""
         for at, word in enumerate(words):
-            base = re.split(r"[/\\]", word)[-1].removesuffix(".exe")
-            if base not in self.programs or (at and word[0] == "-"):
-                continue
-            line = "\x1f".join(words[at : at + 64])  # arbitrary
-            for needs, place, doubtful in self.programs[base]:
-                if not all(_re(need).search(line) for need in needs):
-                    continue
-                for match in _re(place).finditer(line):
-                    start, value = match.start(1), match[1]
-                    if len(value) > 2 and value[0] in "\"'" and value[0] == value[-1]:
-                        start, value = start + 1, value[1:-1]
-                    if not self._is_none(value) and (not doubtful or _looks_secret(value)):
+            rules = self.programs.get(re.split(r"[/\\]", word)[-1].removesuffix(".exe"))
+            line = "\x1f".join(words[at : at + 64]) if rules else ""  # arbitrary
+            for need, place, doubtful in rules or ():
+                for match in _re(place).finditer(line) if _re(need).search(line) else ():
+                    value = match[1].strip("\"'")
+                    if value and not self._is_none(value) and (not doubtful or _looks_secret(value)):
+                        start = match.start(1) + match[1].index(value)
                         first = start - line.rfind("\x1f", 0, start) - 1
                         yield at + line.count("\x1f", 0, start), first, first + len(value)
 
@@ -1855,9 +1800,9 @@ class _Rules:
 
     def _named(self, text: str) -> Iterator[_Span]:
         """Find a stem, widen it to a name with a separator, judge it, yield the value."""
-        low, stems, separator = _lower(text), self.stems, _re(_SEPARATOR)
+        low, separator = _lower(text), _re(_SEPARATOR)
         done = at = 0
-        while stem := stems.search(low, at):
+        while stem := self.stems.search(low, at):
             at = stem.end() - (text[stem.end() - 1] == "=")  # of `sig=`
             lead = separator.match(text, at)
             if lead is None:
@@ -1865,11 +1810,8 @@ class _Rules:
             at = lead.end("rest")
             left = text[max(done, stem.start() - 64) : stem.start()]
             start = len(left.rstrip(_NAME_CHARS)) - len(left) + stem.start()
-            if start < stem.start():  # the end of an escape is no part of the name
-                if text[start - 1 : start + 1] in ("\\n", "\\r", "\\t"):
-                    start += 1
-                elif text[start - 1 : start] == "%":
-                    start = min(start + 2, stem.start())
+            if escape := _re(r"\\[nrt]|%..").match(text, max(0, start - 1)):  # no part of the name
+                start = min(escape.end(), stem.start())
             name = text[start:at]
             strength = self._strength(text, start, name, lead)
             span = self._value(text, start, lead, name, strength) if strength else None
@@ -1887,36 +1829,28 @@ class _Rules:
         if lead.lastgroup == "call":  # `setPassword("X")`
             name = re.sub(r"(?:.*\.)?(?:[sS]et|[wW]ith|[aA]dd|[uU]se)_?(?=\w)", "", name)
             return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.strength(name)
-        strength = self.strength(name)
-        left = text[max(0, start - 20) : start] if strength < 2 else ""
-        word = re.search(r"([a-zA-Z]+)[^a-zA-Z]*[ _]\Z", left)
-        if word and word[1].lower() in _OPENERS:
-            return max(strength, self.strength(f"{word[1]} {name}"))
-        return strength
+        word = re.search(r"([a-zA-Z]+)[^a-zA-Z]*[ _]\Z", text[max(0, start - 20) : start])
+        opened = word is not None and word[1].lower() in _OPENERS and self.strength(f"{word[1]} {name}")
+        return max(self.strength(name), opened)
 
     def _value(self, text: str, start: int, lead: re.Match[str], name: str, strength: int) -> _Span | None:
-        """Return the value that a name leads to, or None."""
         kind, at, low = lead.lastgroup or "", lead.end(), name.lower()
         before, flag = text[start - 1 : start], name[:1] == "-"
         bare_key = low.rstrip("0123456789") in ("key", "keys")
         line = text[max(0, start - 80) : start].rpartition("\n")[2]
-        if kind == "option" and before == "/":
-            return None
         if kind == "element":
             tag = text[max(0, start - 200) : start]
             if bare_key or tag.rfind("<") <= tag.rfind(">") or re.search(r"[^<:\"'/ ]\Z|type=\W{1,3}\Z", tag):
                 return None
-            end = text.find("]]>" if lead[0][-1] == "[" else "<", at)
-            end = len(text) if end < 0 else end
+            end = self._until(text, at, "]]>" if lead[0][-1] == "[" else "<")
             shown = text[at : min(end, at + 300)].strip()
             label = re.fullmatch("[A-Z]?[a-z]+(?: [A-Za-z]+){0,5}", shown) and self.strength(shown)
             return None if label or self._is_none(shown) else (at, end)
         if kind == "part":  # of a form
             named = re.search(r' name=[\\"]*\Z', text[max(0, start - 12) : start])
-            return (at, self._line_end(text, at)) if named else None
+            return (at, self._until(text, at)) if named else None
         if kind == "percent":
-            part = _re(_PERCENT_VALUE).match(text, at)
-            return part.span() if part and not self._is_none(part[0]) else None
+            return at, self._until(text, at, _PERCENT_END)
         quote = _re(_QUOTE).match(text, at)
         if kind in ("pair", "quoted", "call", "typed") or (kind == "prose" and quote and strength == 2):
             value = self._extent(text, at)
@@ -1933,19 +1867,18 @@ class _Rules:
                 pair = flag or (opened in ("(", "[") and closed in (")", "]"))
                 secret = _is_mixed(shown) if bare_key else pair or _looks_secret(shown)
                 return value if secret else None
-            # `secret "prod" not found` names it, `SECRET 'x'` in SQL is it.
-            weak = strength < 2 and (len(shown) < 8 or not _looks_secret(shown))
-            reference = bare_key or weak or (low in _REFERENCES and not name.isupper())
-            reference = reference and text[value[1] + 1 : value[1] + 2] != ";"  # of a configuration
-            return None if kind == "quoted" and reference and not flag else value
+            # `secret "prod" not found` names it, `SECRET 'x'` in SQL and `secret "x";` are it.
+            weak = bare_key or (strength < 2 and not _looks_secret(shown))
+            names = (weak or (low in _REFERENCES and not name.isupper())) and text[value[1] + 1 :][:1] != ";"
+            return None if kind == "quoted" and names and not flag else value
         if kind == "prose" or (kind == "option" and not flag):
-            return None if flag else self._spoken(text, line, at, kind, low, strength)
+            return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
         if kind == "assign":
             # `input("Password: ")`
-            if quote and before in ("'", '"') and quote[2] == before and lead["assign"][0] not in "\\\"'`":
+            if quote and quote[2] == before and lead["assign"][0] not in "\\\"'`":
                 return None
             # `arn:aws:…:secret:prod-db`
-            if lead["assign"] == ":" and not quote and re.search(r"\barn:\S*$", text[max(0, at - 200) : at]):
+            if not quote and re.search(r"\barn:\S*:\Z", text[max(0, at - 200) : at]):
                 return None
             if not quote and text[at : at + 1] not in ("[", "{") and low.replace("_", "-") in _HEADER_NAMES:
                 return self._header(text, at, low.replace("_", "-"), before)
@@ -1953,22 +1886,19 @@ class _Rules:
 
     def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
         """Return the word behind a name and `is` or a space, where it is no language."""
-        end = self._bare_end(text, at)
-        shown = text[at:end].rstrip(".,:;)!")
+        shown = text[at : self._bare_end(text, at)].rstrip(".,:;)!")
         size = len(shown)
         if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]", shown):
             return None
         known = strength == 2 or size >= 8 or name == "pin"  # `the password is x`
         if kind == "option":  # `login u password x`, `set NAME x`
             given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
-            alone = strength == 2 and not line.strip() and _re(r"[ \t]*(?:[;#\r\n]|\Z)").match(text, end)
             mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
             known = name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
-            known = bool(known or given or alone) and size >= 6 and shown.lower() not in _ALGORITHMS
+            known = bool(known or given) and size >= 6 and shown.lower() not in _ALGORITHMS
         return (at, at + size) if known else None
 
     def _assigned(self, text: str, line: str, at: int, name: str, strength: int, lead: str) -> _Span | None:
-        """Return an assigned value or None."""
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
         if value[0] > at and _re(_ASKING).search(text[at : value[0]]):
@@ -1993,30 +1923,27 @@ class _Rules:
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
                 return None  # the next entry
         # No value: source text such as `= f(x)`, `= config.password`, a remark.
-        after = re.match(r"\s+([^\s-]\S*)", text[value[1] : value[1] + 80]) if lead.isspace() else None
-        if after and self.strength(shown) and ("[REDACTED" in after[1] or _looks_secret(after[1])):
+        after = lead.isspace() and re.match(r"\s+(?!-)\S*(?:[0-9]|\[R)", text[value[1] : value[1] + 80])
+        if after and self.strength(shown):
             return None  # `--secret dbPassword X`
         last = shown.rpartition(".")[2] if re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", shown) else ""
         source = re.match(r"[A-Za-z_](?:[\w.]|::|->)*[(\[]|\(", shown)
         if source or self.strength(last):
             return None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
-            return None if ":" in lead else passed
+            return passed
         queried = line[-1:] in ("?", "&") and lead == "="
-        if (
-            # `credentials: username=u`, the shell's directory, a name
-            (":" in lead and name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown))
-            or (name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown))
-            or (bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown)))
-        ):
+        entry = name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown)  # `credentials: username=u`
+        directory = name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown)
+        if entry or directory or (bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown))):
             return None
         asked = (lead[-1:] != "=" or name in ("key", "pass", "pin", "auth")) and not queried
         if strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown))):
-            return None if ":" in shown or "=" in shown else passed
+            return None
         # A value of several words ends with its line, where the line holds nothing else.
         alone = not line.strip(" \t-") and ("=" in lead or "\n" in text)
         if alone and lead.strip() and lead[-1:] == " " == text[value[1] : value[1] + 1]:
-            end = self._line_end(text, at)
+            end = self._until(text, at)
             return value if re.search(r"[\w.] ?=|[#(]", text[value[1] : end]) else (at, end)
         return value
 
@@ -2038,19 +1965,16 @@ class _Rules:
             return at, self._bare_end(text, at)
         elif not any(_looks_secret(word) for word in words[:2]):
             return None
-        closing = text.find(before, at) if before in ('"', "'") else -1
-        end = len(text) if closing < 0 else closing
-        if name == "set-cookie":  # what follows are the cookie's attributes
-            end = (text.find(";", at, end) + 1 or end + 1) - 1
-            at = text.find("=", at, end) + 1 or at
-        return at, self._line_end(text, at, end)
+        stop = r"\\[rn]|[\r\n]" + (f"|{before}" if before in ("'", '"') else "")
+        if name == "set-cookie":  # behind a semicolon are the cookie's attributes
+            at = text.find("=", at, self._until(text, at, stop := stop + "|;")) + 1 or at
+        return at, self._until(text, at, stop)
 
-    def _line_end(self, text: str, at: int, end: int = sys.maxsize) -> int:
-        """Return the end of a line, which may be escaped."""
-        return next(_re(r"\\[rn]|[\r\n]|\Z").finditer(text, at, end)).start()
+    def _until(self, text: str, at: int, pattern: str = r"\\[rn]|[\r\n]") -> int:
+        """Return the place of a pattern, by default an end of line, or the end of the text."""
+        return next(_re(rf"{pattern}|\Z").finditer(text, at)).start()
 
     def _bare_end(self, text: str, at: int) -> int:
-        """Return the end of an unquoted value."""
         bare = _re(_BARE).match(text, at)
         return bare.end() if bare else at
 
@@ -2103,22 +2027,23 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
         parts = definition if issubclass(type(definition), dict) else _members(definition)
         if not isinstance(parts, dict):
             return None
-        for wrapper in ("tool", "resource", "prompt") if depth == 0 else ():
-            inner = parts.get(wrapper)
-            if inner is not None and not isinstance(inner, str):
-                return _declare(inner, depth + 1, budget)
-        named: list[tuple[object, object]] = []
-        for group in (parts.get("parameters"), parts.get("properties")):
-            if isinstance(group, dict):
-                named += group.items()
-            for part in group if isinstance(group, (list, tuple)) else ():
-                named.append(((part if isinstance(part, dict) else _members(part) or {}).get("name"), part))
+        inner = next(
+            (parts[key] for key in ("tool", "resource", "prompt") if depth == 0 and parts.get(key)), ""
+        )
+        if not isinstance(inner, str):
+            return _declare(inner, depth + 1, budget)
         fields: dict[str, _Declared] = {}
-        for name, part in named:
-            if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
-                fields[_normal(name)] = declared
-        element = parts.get("items") or parts.get("additionalProperties")
-        items = _declare(element, depth + 1, budget)
+        for group in (parts.get("parameters"), parts.get("properties")):
+            named = group.items() if isinstance(group, dict) else ()
+            for part in group if isinstance(group, (list, tuple)) else ():
+                named = [
+                    *named,
+                    ((part if isinstance(part, dict) else _members(part) or {}).get("name"), part),
+                ]
+            for name, part in named:
+                if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
+                    fields[_normal(name)] = declared
+        items = _declare(parts.get("items") or parts.get("additionalProperties"), depth + 1, budget)
         says = parts.get("sensitive")
         yes = bool(says) and str(says).strip().lower() not in ("", "false", "no", "off", "0")
         return _Declared(yes, fields, items) if yes or fields or items else None
@@ -2132,9 +2057,8 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
 
 # --- what an object holds
 
-# Types whose `str` says all, by name: their modules take 15 ms.
-_TEXT_TYPES = _words_in("Decimal Fraction datetime date time timedelta UUID PurePath ZoneInfo Path")
-_TEXT_MODULES = ("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")
+# Modules of types whose `str` says all; importing them takes 15 ms.
+_TEXT_MODULES = _words_in("decimal fractions datetime uuid pathlib zoneinfo")
 
 
 def _type_name(value: object) -> str:
@@ -2154,7 +2078,7 @@ def _members(value: object) -> dict[str, Any] | None:
     """Return an object's fields, or None."""
     kind = type(value)
     keepers = ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
-    kept = [getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers)]
+    kept = (getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers))
     fields = next((fields for fields in kept if isinstance(fields, (dict, tuple))), None)
     if fields is None:
         pydantic = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None)
@@ -2212,11 +2136,11 @@ def _content(value: Any, kind: type) -> object:
         return members
     if issubclass(kind, Mapping):  # such as HTTP headers, which may hold a key twice
         return _unlike(list(value.items()))
-    for base in kind.__mro__:
-        if base.__name__ in _TEXT_TYPES and base.__module__.startswith(_TEXT_MODULES):
-            return str.__str__(str(value))
-    numpy = any(base.__module__.partition(".")[0] == "numpy" for base in kind.__mro__)
-    return value.tolist() if numpy and hasattr(kind, "tolist") and value.size <= 10_000 else _text_of(value)
+    modules = {base.__module__.partition(".")[0] for base in kind.__mro__}
+    if not _TEXT_MODULES.isdisjoint(modules):
+        return str.__str__(str(value))
+    array = "numpy" in modules and hasattr(kind, "tolist") and value.size <= 10_000
+    return value.tolist() if array else _text_of(value)
 
 
 # --- the walk
@@ -2323,8 +2247,6 @@ class _Walk:
         if self.quiet:
             return REDACTED
         plain = value if type(value) is str else self.plain(value)
-        if type(plain) is str and _re(_MARKED).fullmatch(plain):
-            return plain
         waiting: list[Any] = [plain]
         while self.echoes is not None and waiting and len(self.echoes) < _MAX_ECHOES:
             item = waiting.pop()
@@ -2369,7 +2291,6 @@ class _Walk:
             return encode_text(f"<unprintable {_type_name(value)}>")
 
     def integer(self, value: int) -> str:
-        """Write an integer: it may be too long to be written, or a card's number."""
         if -_CARD_NUMBERS < value < _CARD_NUMBERS:
             return str(value)
         try:
@@ -2424,26 +2345,25 @@ class _Walk:
 
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
         """Return a field's verdict and value after a look at its siblings, which may hide parts of it."""
-        # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-        if name in _VALUES:
-            for key, said in value.items():
-                if type(said) in (str, bytes) and _label(key).lower() in _LABELS:
-                    verdict |= self.verdicts.is_label(said)
-        # A key beside its value is a label, and stays where it reads like one.
-        elif name == "key" and any(_label(key).lower() in _VALUES for key in value):
-            said = next(_label(said) for key, said in value.items() if _label(key).lower() == "key")
-            verdict &= ~_SENSITIVE if re.fullmatch(r"[A-Za-z][A-Za-z_. ]{0,63}", said) else -1
-        for key, said in value.items() if type(item) in (list, tuple) else ():
-            key = _label(key).lower()
-            if name in _ROW_LISTS and key in _COLUMN_LISTS and type(said) in (list, tuple):
-                return verdict & _CERTAIN, self.rows(item, said)
-            if name in _ARGUMENTS and key in _PROGRAMS and type(said) is str:
-                return verdict & _CERTAIN, self.arguments([said, *item])[1:]
+        for key, said in value.items():
+            label = _label(key).lower()
+            # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
+            if name in _VALUES and label in _LABELS:
+                verdict |= self.verdicts.is_label(said)
+            # A key beside its value is a label, and stays where it reads like one.
+            elif name == "key" and label in _VALUES:
+                verdict &= ~_SENSITIVE if re.fullmatch("[A-Za-z][A-Za-z_. ]{0,63}", _label(item)) else -1
+            elif name in _ROW_LISTS and label in _COLUMN_LISTS:
+                item = self.rows(item, said)
+            elif name in _ARGUMENTS and label in _PROGRAMS and type(item) in (list, tuple):
+                item = self.arguments([said, *item])[1:]
         return verdict & _CERTAIN, item
 
-    def rows(self, rows: Sequence[Any], heads: Sequence[Any]) -> list[Any]:
+    def rows(self, rows: Any, heads: Any) -> Any:
         """Return rows with markers in the columns whose heads are sensitive names."""
-        names = [head.get("name") if type(head) is dict else head for head in heads[:1000]]
+        if not {type(rows), type(heads)} <= {list, tuple}:
+            return rows
+        names = (head.get("name") if type(head) is dict else head for head in heads[:1000])
         hidden = {at for at, name in enumerate(names) if self.verdicts.is_label(name)}
 
         def hide(at: int, cell: Any) -> Any:
@@ -2524,25 +2444,21 @@ class _Walk:
         if list(map(list, rows)).count(names) < len(rows) or nodes > self.max_nodes or {*idents} & {*opened}:
             return ""
         self.nodes = nodes
-        columns: list[Iterable[str]] = []
+        texts, columns = self.rules.harmless, list[Iterable[str]]()
         for column in zip(*map(dict.values, rows)):
             kinds = set(map(type, column))
-            if kinds == {int} and min(column) >= 0 and max(column) < _CARD_NUMBERS:
-                columns.append(map(str, column))
-            elif kinds == {float} and all(map(isfinite, column)):
+            if kinds <= {int, float} and max(map(abs, column)) < _CARD_NUMBERS and all(map(isfinite, column)):
                 columns.append(map(repr, column))
             elif kinds == {bool}:
                 columns.append(["true" if item else "false" for item in column])
             elif kinds == {str}:
-                texts = self.rules.harmless
                 columns.append([texts.get(item) or encode_text(self.text(item, None)) for item in column])
             else:
-                written: list[str] = []
+                columns.append(written := list[str]())
                 for ident, item in zip(idents, column):
                     opened.append(ident)
                     written.append(self.value(item, None))
                     opened.pop()
-                columns.append(written)
         row = "{" + ",".join(str(key).replace("%", "%%") + "%s" for key in keys) + "}"
         return "[" + ",".join(map(row.__mod__, zip(*columns))) + "]"
 
@@ -2763,26 +2679,26 @@ class Redactor:
         self, value: object, *, tool: str | None = None, endpoint_def: object = None
     ) -> list[tuple[str, str]]:
         """Return what `redact` takes out of a value and why, as (path, reason)."""
-        found: list[tuple[str, str]] = []
 
-        def _compare(before: Any, after: Any, path: str, name: str, declared: _Declared | None) -> None:
+        def compare(
+            before: Any, after: Any, path: str, name: str, declared: _Declared | None
+        ) -> Iterator[tuple[str, str]]:
             if type(before) is type(after) is dict:
-                for (key, old), new in zip(before.items(), after.values(), strict=False):
+                for (key, old), new in zip(before.items(), after.values()):
                     inner = declared.fields.get(_normal(key)) if declared else None
-                    _compare(old, new, f"{path}.{key}", key, inner)
+                    yield from compare(old, new, f"{path}.{key}", key, inner)
             elif type(before) is type(after) is list:
-                for index, (old, new) in enumerate(zip(before, after, strict=False)):
-                    _compare(old, new, f"{path}[{index}]", "", declared and (declared.items or declared))
+                inner = declared and (declared.items or declared)
+                for index, (old, new) in enumerate(zip(before, after)):
+                    yield from compare(old, new, f"{path}[{index}]", "", inner)
             elif before != after:
                 why = "declared sensitive" if declared else self._rules.judge(name, _normal(tool or ""))[1]
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
                 why = why or " and ".join(dict.fromkeys(rule for rule, _ in taken))
-                found.append((path, why or "what stands beside it names it"))
+                yield path, why or "what stands beside it names it"
 
-        plain = _Walk(self._verdicts).plain(value)
-        declared = _declare(endpoint_def)
-        _compare(plain, self.redact(value, tool=tool, endpoint_def=endpoint_def), "$", "", declared)
-        return found
+        after = self.redact(value, tool=tool, endpoint_def=endpoint_def)
+        return list(compare(_Walk(self._verdicts).plain(value), after, "$", "", _declare(endpoint_def)))
 
 
 # === Encoding ===
