@@ -8,6 +8,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,6 +29,11 @@ sys.path.insert(0, str(ROOT))
 from tools.judge import ask, find_pythons  # noqa: E402
 
 PYTHONS = find_pythons()
+
+
+def words(text: str) -> list[str]:
+    """Return a list of short words, in one line instead of one a word."""
+    return text.split()
 
 
 def load_cases(name: str) -> Any:
@@ -80,6 +86,34 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.importorskip("duckdb")
     monkeypatch.setenv("MXCP_AUDIT_ENGINE", request.param)
     return str(request.param)
+
+
+# For what has fixtures of both engines, and does not depend on the engine.
+one_engine = pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def made_logs(tmp_path_factory: pytest.TempPathFactory) -> dict[object, Path]:
+    """The folders of `copy_of`."""
+    return {"base": tmp_path_factory.mktemp("made")}
+
+
+@pytest.fixture
+def copy_of(made_logs: dict[object, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that puts a copy of `log.duckdb` here, which `fill` makes once for each engine."""
+
+    def copy(fill: Callable[..., object], *arguments: Any) -> Path:
+        key = (fill, arguments, os.environ.get("MXCP_AUDIT_ENGINE"))
+        if key not in made_logs:
+            made_logs[key] = made_logs["base"] / str(len(made_logs))
+            made_logs[key].mkdir()
+            fill(made_logs[key] / "log.duckdb", *arguments)
+        shutil.copytree(made_logs[key], tmp_path, copy_function=shutil.copy, dirs_exist_ok=True)  # as of now
+        journal, database = tmp_path / "log.duckdb.journal", tmp_path / "log.duckdb"
+        (journal / "journal.place").write_text(json.dumps([str(journal), str(database)]))  # else it is a copy
+        return database
+
+    return copy
 
 
 def pytest_configure() -> None:
@@ -170,7 +204,7 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Cli:
+def process_cli(tmp_path: Path) -> Cli:
     """Return a function that runs `python -m mxcp_audit` as a process of its own, in `tmp_path`."""
 
     def run(*arguments: str, cwd: Path = tmp_path, **changes: str) -> subprocess.CompletedProcess[str]:
@@ -188,6 +222,12 @@ def cli(tmp_path: Path) -> Cli:
         )
 
     return run
+
+
+@pytest.fixture
+def cli(process_cli: Cli) -> Cli:
+    """Return `process_cli`; where no test needs a process of its own, a module says `run` instead."""
+    return process_cli
 
 
 @pytest.fixture

@@ -62,12 +62,7 @@ def environment(folder: Path) -> dict[str, str]:
 def run(command: list[str], folder: Path) -> str:
     """Run a command of the docs, which must succeed; return what it printed."""
     done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment(folder),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
+        command, cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
     assert not re.search("^Traceback", done.stderr, re.MULTILINE)  # FastMCP shows those of tools in boxes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import table_rows
+from conftest import table_rows, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -211,17 +211,7 @@ def test_line_without_policy_decision_is_not_flagged() -> None:
 
 
 def test_line_with_hostile_objects_everywhere_is_made_all_the_same() -> None:
-    fields = (
-        "caller",
-        "event_type",
-        "name",
-        "reason",
-        "status",
-        "error",
-        "user_id",
-        "session_id",
-        "trace_id",
-    )
+    fields = tuple(words("caller event_type name reason status error user_id session_id trace_id"))
     line = encode(input_params={"x": Hostile()}, **{name: Hostile() for name in fields})
     assert line["name"] and line["input_json"]
 

@@ -101,10 +101,7 @@ def test_import_both_generations_every_field(engine: str, tmp_path: Path, cli: C
     assert done.stderr == "logs-default.jsonl: 4 events imported\n"
     found = events(cli)
     for event in found:
-        assert json.loads(event.pop("input_json")) == {
-            "id": event["duration_ms"],
-            "password": "[REDACTED]",
-        }
+        assert json.loads(event.pop("input_json")) == {"id": event["duration_ms"], "password": "[REDACTED]"}
         del event["event_id"]
         assert {event.pop(column.name) for column in mxcp_audit.NEW_COLUMNS} == {None}
     nobody = {"user_id": None, "session_id": None, "trace_id": None}
@@ -249,9 +246,7 @@ def test_import_files_that_are_none(tmp_path: Path, cli: Cli) -> None:
 
 def importer(tmp_path: Path) -> Importer:
     return Importer(
-        config_from_arguments(tmp_path / "log.duckdb"),
-        on_bad_line=lambda path, number, reason: None,
-        wait=5,
+        config_from_arguments(tmp_path / "log.duckdb"), on_bad_line=lambda path, number, reason: None, wait=5
     )
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Cli, child_environment, wait_until
-from environments import SERVERS, python_with
+from environments import OUTCOMES, SERVERS, outcomes_of, python_with
 
 import mxcp_audit
 
@@ -75,6 +75,12 @@ def call(key: object, name: str = "echo", **arguments: object) -> bytes:
     return (
         json.dumps({"jsonrpc": "2.0", "id": key, "method": "tools/call", "params": params}).encode() + b"\n"
     )
+
+
+@pytest.fixture
+def cli(request: pytest.FixtureRequest) -> Cli:
+    """No command that shows needs a process of its own."""
+    return request.getfixturevalue("run")  # type: ignore[no-any-return]
 
 
 def events(cli: Cli) -> list[dict[str, Any]]:
@@ -229,7 +235,7 @@ def calls_of(data: bytes, lines: Iterable[str]) -> list[object]:
 
 def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random streams, in random pieces, against a reader with universal newlines and one with LF alone."""
-    count = int(os.environ.get("MXCP_AUDIT_STREAMS", "3000"))
+    count = int(os.environ.get("MXCP_AUDIT_STREAMS", "1500"))
     dice = random.Random(count)
     for _ in range(count):
         data, number = b"", 0
@@ -471,26 +477,12 @@ def test_wrap_strict_answer_follows_its_row(tmp_path: Path) -> None:
 # --- real servers, real clients
 
 
-def outcomes(python: str, folder: Path, script: str, command: list[str]) -> list[Any]:
-    done = subprocess.run(
-        [python, str(SERVERS / script), "stdio", *command],
-        cwd=folder,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 @pytest.mark.parametrize("made", ["fastmcp", "fastmcp2"])
 def test_wrap_real_python_server_same_answers_every_call(made: str, tmp_path: Path, cli: Cli) -> None:
     python = python_with(made)
     server = [python, str(SERVERS / "mcp_server.py"), "sdk", str(tmp_path / "inside.duckdb")]
-    alone = outcomes(python, tmp_path, "mcp_client.py", server)
-    assert outcomes(python, tmp_path, "mcp_client.py", wrap(server=server)) == alone
+    outcomes = outcomes_of(python, "mcp_client.py", wrap(server=server), tmp_path)
+    assert [outcome[0] for outcome in outcomes] == OUTCOMES  # as alone, in test_integrations.py
     found = events(cli)
     assert [(event["type"], event["name"], event["status"]) for event in found] == [
         ("tool", "add", "success"),
@@ -532,8 +524,8 @@ def node_server() -> list[str]:
 
 def test_wrap_real_node_server_same_answers_every_call(tmp_path: Path, cli: Cli) -> None:
     python, server = python_with("fastmcp"), node_server()
-    alone = outcomes(python, tmp_path, "everything_client.py", server)
-    assert outcomes(python, tmp_path, "everything_client.py", wrap(server=server)) == alone
+    alone = outcomes_of(python, "everything_client.py", server, tmp_path)
+    assert outcomes_of(python, "everything_client.py", wrap(server=server), tmp_path) == alone
     expected = [
         (kind, name, "error" if how in ("raised", "error") else "success") for kind, name, how, _ in alone
     ]
