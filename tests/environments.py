@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, child_environment, words
+from conftest import ROOT, run_process, words
 
 SERVERS = Path(__file__).resolve().parent / "servers"
 REQUIREMENTS = {
@@ -60,13 +60,6 @@ OUTCOMES = words("answered error error answered error error answered raised answ
 
 def outcomes_of(python: str, script: str, server: list[str], folder: Path, **changes: str) -> list[Any]:
     """Let a client of tests/servers talk to a server; return what came of each of its calls."""
-    done = subprocess.run(
-        [python, str(SERVERS / script), *server],
-        cwd=folder,
-        env=child_environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    done = run_process([python, str(SERVERS / script), *server], cwd=folder, **changes)
     assert done.returncode == 0, done.stderr
     return list(json.loads(done.stdout.splitlines()[-1]))

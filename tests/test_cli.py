@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Cli, child_environment, held_database, one_engine, words
+from conftest import ROOT, Cli, child_environment, held_database, one_engine, run_process, words
 
 import mxcp_audit
 from mxcp_audit import STREAM_FORMS, AuditLogger, build_parser, parse_time
@@ -298,9 +298,7 @@ def test_one_of_anything_is_told_in_the_singular(engine: str, tmp_path: Path, ru
         "a = AuditLogger(sys.argv[1], flush_interval=3600, durable=True);"
         "a.log_event('cli', 'tool', 'once', {}, 5); os._exit(0)"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, "log.duckdb"], cwd=tmp_path, env=child_environment(), check=True
-    )
+    run_process([sys.executable, "-c", code, "log.duckdb"], cwd=tmp_path, check=True)
     (segment,) = (tmp_path / "log.duckdb.journal").glob("*.jsonl")
     with open(segment, "ab") as file:
         file.write(b"{}\n")
@@ -416,13 +414,13 @@ def test_help_examples_are_valid_commands() -> None:
         build_parser().parse_args(example)
 
 
-def test_version_shows_an_edited_copy(tmp_path: Path, cli: Cli) -> None:
+def test_version_shows_an_edited_copy(tmp_path: Path, process_cli: Cli) -> None:
     digest = hashlib.sha256((ROOT / "mxcp_audit.py").read_bytes()).hexdigest()[:12]
     expected = f"mxcp_audit {mxcp_audit.__version__}, journal format 2, file {digest}\n"
-    done = cli("--version")
+    done = process_cli("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
     (tmp_path / "mxcp_audit.py").write_text((ROOT / "mxcp_audit.py").read_text() + "# edited\n")
-    assert cli("--version", PYTHONPATH=str(tmp_path)).stdout != expected
+    assert process_cli("--version", PYTHONPATH=str(tmp_path)).stdout != expected
 
 
 SITE = """\
@@ -941,8 +939,8 @@ def test_terminal_csv_and_progress_of_verify(filled: Path) -> None:
     assert verified.end() == 0 and re.search(r"\rverified (\d+) of \1 events\S*\r\n", verified.text)
 
 
-def test_version_of_a_module_inside_of_an_archive(tmp_path: Path, cli: Cli) -> None:
+def test_version_of_a_module_inside_of_an_archive(tmp_path: Path, process_cli: Cli) -> None:
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         archive.write(ROOT / "mxcp_audit.py", "mxcp_audit.py")
-    done = cli("--version", PYTHONPATH=str(tmp_path / "all.zip"))
+    done = process_cli("--version", PYTHONPATH=str(tmp_path / "all.zip"))
     assert done.returncode == 0 and done.stdout.endswith(", file unknown\n")

@@ -49,12 +49,6 @@ INSERT INTO logs SELECT TIMESTAMP '2026-05-01' + INTERVAL (i * 7) HOUR, 'cli', '
     'n/a', NULL, 'success', NULL FROM range(6) t(i)"""
 
 
-@pytest.fixture
-def cli(run: Any) -> Any:
-    """Nothing here needs a process of its own."""
-    return run
-
-
 @pytest.fixture(scope="module")
 def sample(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A database with everything in it: old rows, two journals, a loss, a purge that split segments."""

@@ -19,12 +19,6 @@ import mxcp_audit
 from mxcp_audit import AuditLogger, Importer, StoreError, config_from_arguments
 
 
-@pytest.fixture
-def cli(run: Any) -> Any:
-    """Nothing here needs a process of its own."""
-    return run
-
-
 def older(number: int, **changes: object) -> dict[str, object]:
     """A line as MXCP 0.1 to 0.3 writes it."""
     return {

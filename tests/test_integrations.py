@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SITE, Cli, child_environment, words
+from conftest import ROOT, SITE, Cli, child_environment, run_process, words
 from environments import OUTCOMES, SERVERS, outcomes_of, python_with
 from forms import CHECKS
 
@@ -46,12 +46,6 @@ def shown(first_line: str) -> str:
     page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
     (example,) = re.findall(rf"^```text\n({re.escape(first_line)}\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
     return str(example)
-
-
-@pytest.fixture
-def cli(run: Any) -> Any:
-    """Nothing here needs a process of its own."""
-    return run
 
 
 def events(cli: Cli, database: str) -> list[dict[str, Any]]:
@@ -122,12 +116,9 @@ def test_matrix_every_kind_of_call_has_one_row_that_says_what_it_was(
     made: str, kind: str, tmp_path: Path, cli: Cli
 ) -> None:
     """Every framework, over memory, HTTP and SSE; what came of each call is a line of the table."""
-    done = subprocess.run(
+    done = run_process(
         [python_with(made), "-W", "ignore", str(SERVERS / "matrix.py"), kind, str(tmp_path)],
-        env=child_environment(FASTMCP_LOG_ENABLED="false"),
-        capture_output=True,
-        text=True,
-        timeout=120,
+        FASTMCP_LOG_ENABLED="false",
     )
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -177,14 +168,7 @@ audit.shutdown()
 
 
 def test_instrument_low_level_sdk_1_handlers_registered_later(tmp_path: Path, cli: Cli) -> None:
-    done = subprocess.run(
-        [python_with("fastmcp2"), "-c", LOW_LEVEL],
-        cwd=tmp_path,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_process([python_with("fastmcp2"), "-c", LOW_LEVEL], cwd=tmp_path)
     assert done.stdout.split() == ["done", "McpError"], done.stderr
     found = [(e["type"], e["name"], e["input_json"], e["error"]) for e in events(cli, "log.duckdb")]
     assert found == [
@@ -299,13 +283,11 @@ def serve_with_mxcp(folder: Path, whose: str) -> str:
     if whose == "theirs":
         launcher = launcher.replace("mxcp.server.mcp.AuditLogger = mxcp_audit.AuditLogger\n", "")
     (folder / "launcher.py").write_text(launcher)
-    done = subprocess.run(
+    done = run_process(
         [python_with("mxcp022"), "-c", MXCP_CLIENT, "launcher.py", "serve", "--transport", "stdio"],
         cwd=folder,
-        env=child_environment(MXCP_CONFIG=str(folder / "config.yml"), MXCP_DISABLE_ANALYTICS="1"),
-        capture_output=True,
-        text=True,
-        timeout=300,
+        MXCP_CONFIG=str(folder / "config.yml"),
+        MXCP_DISABLE_ANALYTICS="1",
     )
     assert done.returncode == 0, done.stderr
     return done.stdout

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAFETY_SECONDS, child_environment, held_database, table_rows, wait_until
+from conftest import SAFETY_SECONDS, child_environment, held_database, run_process, table_rows, wait_until
 
 import mxcp_audit
 from mxcp_audit import AuditLogger, Encoder
@@ -26,19 +26,8 @@ from tools.judge import judge
 PREAMBLE = "import os, signal, sys, threading, time\nfrom mxcp_audit import AuditLogger\n"
 
 
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "log.duckdb"
-
-
 def run(body: str, db: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(db)],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=SAFETY_SECONDS,
-    )
+    return run_process([sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(db)])
 
 
 def log(audit: AuditLogger, name: str) -> None:
@@ -451,7 +440,7 @@ def test_database_that_is_held_for_long_leaves_few_segments_and_descriptors(db: 
             mxcp_audit._CHILD_WAIT_SECONDS = mxcp_audit._LOCKED_PAUSE_SECONDS = 0.01
             mxcp_audit._LONGEST_PAUSE_SECONDS = 0.02
             audit = AuditLogger(sys.argv[1], flush_interval=0.01)
-            for n in range(300):
+            for n in range(100):
                 audit.log_event("cli", "tool", str(n)); time.sleep(0.01); open(os.devnull).close()
                 if n % 30 == 0: audit.flush()
             audit.shutdown(0.1)
@@ -459,7 +448,7 @@ def test_database_that_is_held_for_long_leaves_few_segments_and_descriptors(db: 
         done = run(body, db)
         assert done.returncode == 0 and "in use by" in done.stderr, done.stderr
         assert len(list(Path(f"{db}.journal").glob("*.jsonl"))) <= 3
-    assert len(judge(db).names) == 300
+    assert len(judge(db).names) == 100
 
 
 @pytest.mark.parametrize("held", [False, True])

@@ -34,12 +34,6 @@ Cli = Any
 
 
 @pytest.fixture
-def cli(run: Any) -> Any:
-    """Nothing here needs a process of its own."""
-    return run
-
-
-@pytest.fixture
 def log(engine: str, copy_of: Any) -> Path:
     return copy_of(make_log, 2)  # type: ignore[no-any-return]
 

@@ -29,12 +29,6 @@ MINUTE_NS = 60 * 10**9
 
 
 @pytest.fixture
-def cli(run: Any) -> Any:
-    """Nothing here needs a process of its own."""
-    return run
-
-
-@pytest.fixture
 def log(engine: str, copy_of: Any) -> Path:
     return copy_of(make_log, 3)  # type: ignore[no-any-return]
 

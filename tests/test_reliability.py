@@ -27,7 +27,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAFETY_SECONDS, child_environment, make_environment, table_rows, wait_until
+from conftest import (
+    SAFETY_SECONDS,
+    child_environment,
+    in_threads,
+    make_environment,
+    run_process,
+    table_rows,
+    wait_until,
+)
 
 import mxcp_audit
 from mxcp_audit import AuditLogger, Store, main
@@ -67,15 +75,7 @@ def run(
     """Run a script as a program of its own, from a file: multiprocessing's `spawn` needs one."""
     path = db.parent / f"script{os.urandom(4).hex()}.py"
     path.write_text(script(body, audit=audit))
-    return subprocess.run(
-        [sys.executable, *options, str(path), str(db), *args],
-        env=child_environment(**changes),
-        cwd=db.parent,
-        capture_output=True,
-        text=True,
-        timeout=SAFETY_SECONDS,
-        stdin=subprocess.DEVNULL,
-    )
+    return run_process([sys.executable, *options, str(path), str(db), *args], cwd=db.parent, **changes)
 
 
 @contextlib.contextmanager
@@ -135,17 +135,6 @@ def write_segment(db: Path, names: list[str]) -> Path:
     return Path(segment.path)
 
 
-@pytest.fixture
-def cli(run: Any) -> Any:
-    """Only where it is said does a command need a process of its own."""
-    return run
-
-
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "log.duckdb"
-
-
 def shown(cli: Any, db: Path, *options: str) -> list[dict[str, Any]]:
     done = cli("log", "--db", str(db), "--json", "--limit", "100000", *options)
     return list(json.loads(done.stdout))
@@ -164,13 +153,7 @@ def test_bc_001_first_event_in_an_exit_handler_is_stored(db: Path) -> None:
     early = "import atexit; atexit.register(lambda: log('earliest'))\n"
     path = db.parent / "early.py"
     path.write_text(early + script(body, audit=False))
-    done = subprocess.run(
-        [sys.executable, path, db],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=SAFETY_SECONDS,
-    )
+    done = run_process([sys.executable, path, db])
     clean(done)
     assert_whole(judge(db), {"earliest", "before", "after"})
 
@@ -622,12 +605,8 @@ def test_bc_033_event_that_breaks_the_encoder_silences_nothing(db: Path, logger:
             logger.log_event("cli", "tool", f"{thread}-{n}-evil", {"x": evil})
             logger.log_event("cli", "tool", f"{thread}-{n}-after")
 
-    threads = [threading.Thread(target=log_all, args=(thread,)) for thread in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert logger.flush(SAFETY_SECONDS)
+    in_threads(log_all, range(3))
+    assert logger.shutdown()
     rows = table_rows(db, "SELECT name FROM logs")
     sound = {f"{t}-{n}-{w}" for t in range(3) for n in range(5) for w in ("before", "after")}
     assert len(rows) == 45 and sound <= {name for (name,) in rows}
@@ -763,7 +742,7 @@ def test_bc_046_repr_that_itself_logs(db: Path, logger: AuditLogger) -> None:
             return "value"
 
     logger.log_event("cli", "tool", "outer", {"x": Chatty()})
-    assert logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     names = Counter(name for (name,) in table_rows(db, "SELECT name FROM logs"))
     unreadable = {name for name in names if name.startswith("<unreadable text: ")}  # where the stack ended
     assert names["outer"] == 1 and set(names) - unreadable <= {"outer", "inner", "getter"}
@@ -789,7 +768,7 @@ def test_bc_047_exceptions_that_no_pickle_rebuilds(db: Path, logger: AuditLogger
             raise error
         assert caught.value is error
     logger.log_event("cli", "tool", "after")
-    assert logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     rows = dict(table_rows(db, "SELECT name, error FROM logs"))
     assert (
         rows["0"] == "Demanding: demanding" and rows["1"] == "ValueError: link 49" and rows["after"] is None
@@ -978,7 +957,7 @@ def test_bc_068_one_secret_is_part_of_another(db: Path, logger: AuditLogger) -> 
             status="error",
             error="refused abc123-LONG-TAIL for the new user",
         )
-    assert logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     for text, error in table_rows(db, "SELECT input_json, error FROM logs"):
         assert "LONG" not in text + error and "TAIL" not in text + error
         assert error.startswith("refused ") and "for the new user" in error
@@ -1017,7 +996,7 @@ def test_bc_072_exceptions_that_are_no_failures_pass_unchanged(db: Path, logger:
         with pytest.raises(type(error)) as caught:
             work(error).send(None)
         assert caught.value is error
-    assert logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     assert len(table_rows(db)) == 2 * len(errors)
 
 
@@ -1110,7 +1089,7 @@ def test_bc_078_each_event_carries_the_values_of_its_own_call(db: Path, logger: 
         await asyncio.gather(*(task(n) for n in range(200)))
 
     asyncio.run(everything())
-    assert logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     rows = table_rows(db, "SELECT name, user_id FROM logs")
     assert len(rows) == 400
     assert all(name.split("-")[1] == who.split("-")[1] for name, who in rows)
@@ -1380,11 +1359,7 @@ def test_bc_094_burst_loses_nothing_or_says_how_much(
         for n in range(500):
             audit.log_event("cli", "tool", f"{thread}-{n}")
 
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(16))
     audit.shutdown()
     verdict = judge(db)
     assert verdict.doubled == verdict.torn == 0
@@ -1812,7 +1787,7 @@ def test_bc_121_escape_sequences_reach_no_terminal(db: Path, logger: AuditLogger
     logger.log_event(
         ESCAPES, "tool", f"x{ESCAPES}", {"x": ESCAPES}, status="error", error=ESCAPES, user_id=ESCAPES
     )
-    logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     for done in (
         cli("log", "--db", str(db)),
         cli("log", "--db", str(db), "--since", ESCAPES),
@@ -1986,7 +1961,7 @@ def test_bc_133_formulas_in_a_csv_export_are_text(db: Path, logger: AuditLogger,
     formulas = ["=HYPERLINK(1)", "+1", "-2+3", "@SUM(1)", "\t=1", "\r=1", " =1", "|cmd", "\uff1d1"]
     for formula in formulas:
         logger.log_event(formula, "tool", formula, {"x": 1}, status="error", error=formula, user_id=formula)
-    logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     assert cli("log", "--db", str(db), "--export", "out.csv").returncode == 0
     with open(db.parent / "out.csv", newline="", encoding="utf-8") as file:
         rows = list(csv.reader(file))
@@ -2006,7 +1981,7 @@ def test_bc_135_csv_reads_back_cell_by_cell(db: Path, logger: AuditLogger, cli: 
     texts = ["".join(choice.choices(alphabet, k=choice.randrange(12))) + "." for _ in range(300)]
     for text in texts:
         logger.log_event("cli", "tool", "n", None, status="error", error="." + text)
-    logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     assert cli("log", "--db", str(db), "--export", "out.csv").returncode == 0
     with open(db.parent / "out.csv", newline="", encoding="utf-8") as file:
         python = [row["error"] for row in csv.DictReader(file)]
@@ -2206,15 +2181,7 @@ def test_bc_038_greenlets_and_real_threads_log_together(db: Path, gevent_python:
     """)
     path = db.parent / "gevented.py"
     path.write_text("\n".join(lines if imported == "before" else lines[1:]) + "\n" + body)
-    clean(
-        subprocess.run(
-            [gevent_python, path, db],
-            env=child_environment(MXCP_AUDIT_ENGINE="package"),
-            capture_output=True,
-            text=True,
-            timeout=SAFETY_SECONDS,
-        )
-    )
+    clean(run_process([gevent_python, path, db], MXCP_AUDIT_ENGINE="package"))
     names = {f"g{t}-{n}" for t in range(100) for n in range(20)} | {
         f"t{t}-{n}" for t in range(8) for n in range(20)
     }

@@ -44,12 +44,6 @@ TEXTS = tuple(words("user_id session_id trace_id client agent address server req
 COUNT = 800
 
 
-@pytest.fixture
-def cli(run: Any) -> Any:
-    """Nothing here needs a process of its own."""
-    return run
-
-
 @pytest.fixture(scope="module")
 def log(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A log of events that hold whatever may stand in them."""

@@ -316,7 +316,7 @@ def test_export_csv_hostile_characters_read_back_equal(
     texts = ["".join(chance.choices(alphabet, k=chance.randint(0, 12))) for _ in range(600)]
     for number, text in enumerate(texts):
         log(logger, text, duration_ms=number, error=text, user_id=text, session_id=text, caller=text)
-    logger.flush()
+    logger.shutdown()
     path = tmp_path / "out.csv"
     assert export(store, path, "csv", raw=True, oldest_first=True) == 600
     with open(path, newline="", encoding="utf-8") as file:
@@ -365,7 +365,7 @@ def test_export_csv_formulas_are_neutralised_and_can_be_had_back(
     """BC-133: removing one leading apostrophe gives every cell back."""
     for number, text in enumerate(FORMULAS):
         log(logger, text, duration_ms=number, user_id=text)
-    logger.flush()
+    logger.shutdown()
     for raw in (False, True):
         export(store, tmp_path / "out.csv", "csv", raw=raw, oldest_first=True)
         with open(tmp_path / "out.csv", newline="", encoding="utf-8") as file:

@@ -8,7 +8,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import child_environment, find_duckdb_program, make_environment, write_table_of_mxcp
+from conftest import (
+    child_environment,
+    find_duckdb_program,
+    make_environment,
+    run_process,
+    write_table_of_mxcp,
+)
 
 from mxcp_audit import AuditLogger
 from tools.matrix import CELLS, Cell
@@ -72,11 +78,8 @@ def test_table_of_mxcp_with_ten_columns_is_read_and_widened(tmp_path: Path, engi
     write_table_of_mxcp(path)
 
     def names() -> list[str]:
-        shown = subprocess.run(
-            [sys.executable, "-m", "mxcp_audit", "log", "--db", str(path), "--json"],
-            env=child_environment(MXCP_AUDIT_ENGINE=engine),
-            capture_output=True,
-            text=True,
+        shown = run_process(
+            [sys.executable, "-m", "mxcp_audit", "log", "--db", str(path), "--json"], MXCP_AUDIT_ENGINE=engine
         )
         assert shown.returncode == 0, shown.stderr
         return [event["name"] for event in json.loads(shown.stdout)]

@@ -77,12 +77,6 @@ def call(key: object, name: str = "echo", **arguments: object) -> bytes:
     )
 
 
-@pytest.fixture
-def cli(request: pytest.FixtureRequest) -> Cli:
-    """No command that shows needs a process of its own."""
-    return request.getfixturevalue("run")  # type: ignore[no-any-return]
-
-
 def events(cli: Cli) -> list[dict[str, Any]]:
     shown = cli("log", "--db", "log.duckdb", "--json", "--limit", "1000")
     assert shown.returncode == 0, shown.stderr
