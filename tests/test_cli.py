@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import errno
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,6 +14,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -395,8 +398,6 @@ def test_help_teaches_and_needs_no_duckdb(run: Cli) -> None:
 
 
 def examples() -> list[list[str]]:
-    import shlex
-
     found = []
     for action in build_parser()._actions:
         for parser in (action.choices or {}).values() if action.dest == "command" else ():  # type: ignore[attr-defined]
@@ -486,23 +487,12 @@ def test_nothing_in_the_log_reaches_the_terminal_as_a_command(engine: str, tmp_p
         audit.log_event(NASTY, NASTY, NASTY, {NASTY: NASTY}, 1, NASTY, NASTY, NASTY, NASTY, user_id=NASTY)
     event_id = json.loads(run("log", "--json", *DB).stdout)[0]["event_id"]
     for command in (
-        ["log", *DB],
-        ["log", *DB, "--wide", "--input"],
-        ["log", *DB, "--json"],
-        ["log", *DB, "--format", "jsonl"],
-        ["show", event_id, *DB],
-        ["show", event_id, *DB, "--json"],
-        ["stats", *DB],
-        ["stats", *DB, "--json"],
-        ["sql", "SELECT * FROM logs", *DB],
-        ["sql", 'SELECT name AS "a\x1bb" FROM logs', *DB],
-        ["sql", f"SELECT '{NASTY}' + nothing", *DB],
-        ["log", *DB, "--type", NASTY],
-        ["log", *DB, "--since", NASTY],
-        ["log", *DB, "--event", NASTY],
-        ["log", *DB, "--columns", NASTY],
-        ["log", "--db", NASTY],
-        ["log", *DB, "--export", NASTY],
+        *(["log", *DB], ["log", *DB, "--wide", "--input"], ["log", *DB, "--json"]),
+        *(["log", *DB, "--format", "jsonl"], ["show", event_id, *DB], ["show", event_id, *DB, "--json"]),
+        *(["stats", *DB], ["stats", *DB, "--json"], ["sql", "SELECT * FROM logs", *DB]),
+        *(["sql", 'SELECT name AS "a\x1bb" FROM logs', *DB], ["sql", f"SELECT '{NASTY}' + nothing", *DB]),
+        *(["log", *DB, "--type", NASTY], ["log", *DB, "--since", NASTY], ["log", *DB, "--event", NASTY]),
+        *(["log", *DB, "--columns", NASTY], ["log", "--db", NASTY], ["log", *DB, "--export", NASTY]),
         ["log", NASTY],
     ):
         done = run(*command)
@@ -794,8 +784,6 @@ def test_completion_works_in_a_real_zsh(run: Cli, tmp_path: Path) -> None:
     ],
 )
 def test_parse_time_durations_and_iso(text: str, expected: str) -> None:
-    import datetime
-
     now = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
     assert parse_time(text, now=now) == expected
 
@@ -830,8 +818,6 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_parse_time_local(tokyo: None, text: str, expected: str) -> None:
-    import datetime
-
     now = datetime.datetime(2026, 1, 2, 20, 4, 5, tzinfo=datetime.timezone.utc)
     assert parse_time(text, now=now, local=True) == expected
 
@@ -857,8 +843,6 @@ def test_local_times_are_read_and_shown(filled: Path, run: Cli, tokyo: None) -> 
 @pytest.mark.parametrize("form", ["csv", "csv.gz"])
 @one_engine
 def test_export_begins_with_a_byte_order_mark(filled: Path, run: Cli, form: str) -> None:
-    import gzip
-
     read = gzip.open if form == "csv.gz" else open
     assert run("log", *DB, "--export", f"a.{form}").returncode == 0
     assert run("log", *DB, "--export", f"b.{form}", "--bom").returncode == 0

@@ -154,19 +154,9 @@ def test_input_json_of_none_is_null() -> None:
 @pytest.mark.parametrize(
     ("given_ms", "recorded"),
     [
-        (0, 0),
-        (12, 12),
-        (12.6, 13),
-        (-5, 0),
-        (2**31, 2**31 - 1),
-        (10**400, 2**31 - 1),
-        (math.inf, 2**31 - 1),
-        (-math.inf, 0),
-        (-(10**400), 0),
-        (2**31 - 1 + 0.4, 2**31 - 1),
-        (math.nan, 0),
-        (True, 1),
-        ("12", 12),
+        *((0, 0), (12, 12), (12.6, 13), (-5, 0), (2**31, 2**31 - 1), (10**400, 2**31 - 1)),
+        *((math.inf, 2**31 - 1), (-math.inf, 0), (-(10**400), 0), (2**31 - 1 + 0.4, 2**31 - 1)),
+        *((math.nan, 0), (True, 1), ("12", 12)),
     ],
 )
 def test_duration_of_any_number_is_clamped_to_integer(given_ms: Any, recorded: int) -> None:
@@ -281,14 +271,9 @@ SOUND = {"timestamp": "2026-01-01T00:00:00.000000Z", "seq": 1, "name": "x"}
         *(
             (json.dumps({**SOUND, **change}).encode(), next(iter(change)))
             for change in (
-                {"seq": None},
-                {"seq": "1"},
-                {"seq": 2**31},
-                {"seq": True},
+                *({"seq": None}, {"seq": "1"}, {"seq": 2**31}, {"seq": True}),
                 {"timestamp": "2026-13-01T00:00:00.000000Z"},
-                {"timestamp": "2026-01-01T23:59:61.000000Z"},
-                {"timestamp": ""},
-                {"name": 5},
+                *({"timestamp": "2026-01-01T23:59:61.000000Z"}, {"timestamp": ""}, {"name": 5}),
                 {"duration_ms": 1.5},
             )
         ),

@@ -131,12 +131,7 @@ class Tamperer:
                     f"{name} - INTERVAL 1 DAY",
                 ],
                 "VARCHAR": [
-                    "NULL",
-                    "''",
-                    f"coalesce({name}, '') || ' '",
-                    f"{name}[2:]",
-                    "'|'",
-                    f"upper({name})",
+                    *("NULL", "''", f"coalesce({name}, '') || ' '", f"{name}[2:]", "'|'", f"upper({name})"),
                     f"(SELECT max({name}) FROM audit.{table})",
                 ],
             }.get(column.sql_type, ["NULL", "0", "-1", f"coalesce({name}, 0) + 1", "2147483647"])
@@ -262,14 +257,9 @@ class Tamperer:
         journal, last = self.random.choice([*journals, ("f" * 16, 0)])
         ((previous,),) = self.engine.execute(m.SEAL_AT, {"journal": journal, "position": last})
         values = {
-            "journal": m.sql_literal(journal),
-            "position": str(int(str(last)) + 1),
-            "kind": m.sql_literal(kind),
-            "segment": m.sql_literal(segment),
-            "events": events,
-            "detail": m.sql_literal(detail),
-            "host": "'vm'",
-            "ingested_at": "TIMESTAMP '2026-11-01'",
+            **{"journal": m.sql_literal(journal), "position": str(int(str(last)) + 1)},
+            **{"kind": m.sql_literal(kind), "segment": m.sql_literal(segment), "events": events},
+            **{"detail": m.sql_literal(detail), "host": "'vm'", "ingested_at": "TIMESTAMP '2026-11-01'"},
         }
         parts = ", ".join(
             f"({values.get(c.name, c.name if c.name not in ('seal',) else 'NULL')})::{c.sql_type} AS {c.name}"

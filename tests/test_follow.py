@@ -174,14 +174,7 @@ def test_follow_reader_goes_away_ends_without_an_event(tmp_path: Path, logger: A
     logger.flush()
     process = subprocess.Popen(
         [
-            sys.executable,
-            "-m",
-            "mxcp_audit",
-            "log",
-            "-f",
-            "--limit",
-            "5",
-            "--db",
+            *(sys.executable, "-m", "mxcp_audit", "log", "-f", "--limit", "5", "--db"),
             str(tmp_path / "log.duckdb"),
         ],
         env=child_environment(),

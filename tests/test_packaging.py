@@ -42,13 +42,8 @@ four: int = double(2)
 """
 # Each of these lines, added to the program above, is an error that mypy must see.
 MISTAKES = (
-    'audit.log_event("cli", 7, "x")',
-    'audit.log_event("cli", "tool")',
-    'double("2")',
-    "five: str = double(2)",
-    "AuditLogger(7)",
-    "audit.no_such_thing",
-    "load_config(profil=None)",
+    *('audit.log_event("cli", 7, "x")', 'audit.log_event("cli", "tool")', 'double("2")'),
+    *("five: str = double(2)", "AuditLogger(7)", "audit.no_such_thing", "load_config(profil=None)"),
 )
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -857,8 +858,6 @@ time.sleep(600)
 
 
 def test_quack_reads_and_refuses_to_write(python: str, tmp_path: Path, engine: str) -> None:
-    import socket
-
     served = Host(python, tmp_path / "served", "log.duckdb", {}, "")
     served.start(LOG, "a", 100, 0).communicate(timeout=120)
     with socket.socket() as probe:

@@ -6,6 +6,7 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
 import time
 from collections.abc import Callable
@@ -81,8 +82,6 @@ TEN = [
 
 
 def words(line: str) -> list[str]:
-    import shlex
-
     program, *arguments = shlex.split(line)
     assert program == "mxcp"
     return arguments
