@@ -21,12 +21,7 @@ REQUIREMENTS = {
     "fastmcp3": ("fastmcp[tasks]<4", "duckdb", "opentelemetry-sdk"),
     "fastmcp2": ("fastmcp<3", "duckdb"),
     "mxcp022": (
-        "mxcp==0.2.2",
-        "dbt-core<1.10",
-        "dbt-duckdb<1.10",
-        "mcp<1.12",
-        "cel-python<0.4",
-        "pydantic<2.12",
+        *("mxcp==0.2.2", "dbt-core<1.10", "dbt-duckdb<1.10", "mcp<1.12", "cel-python<0.4", "pydantic<2.12"),
     ),
 }
 

@@ -37,23 +37,14 @@ class Follow:
     def __init__(self, folder: Path, *options: str) -> None:
         self.out = folder / "follow.out"
         self.err = folder / "follow.err"
+        command = [
+            *(sys.executable, "-m", "mxcp_audit", "log", "-f", "--db", str(folder / "log.duckdb")),
+            *options,
+        ]
+        environment = child_environment(MXCP_AUDIT_ENGINE=os.environ.get("MXCP_AUDIT_ENGINE", ""))
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "mxcp_audit",
-                    "log",
-                    "-f",
-                    "--db",
-                    str(folder / "log.duckdb"),
-                    *options,
-                ],
-                cwd=folder,
-                env=child_environment(MXCP_AUDIT_ENGINE=os.environ.get("MXCP_AUDIT_ENGINE", "")),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
+                command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
             )
 
     def events(self) -> list[dict[str, Any]]:
@@ -172,15 +163,9 @@ def test_follow_with_limit_shows_the_past_first_and_nothing_twice(
 def test_follow_reader_goes_away_ends_without_an_event(tmp_path: Path, logger: AuditLogger) -> None:
     logger.log_event("cli", "tool", "one")
     logger.flush()
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "mxcp_audit", "log", "-f", "--limit", "5", "--db"),
-            str(tmp_path / "log.duckdb"),
-        ],
-        env=child_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    command = [sys.executable, "-m", "mxcp_audit", "log", "-f", "--limit", "5", "--db", "log.duckdb"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=tmp_path, env=child_environment(), **pipes)  # type: ignore[call-overload]
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline().startswith(b"TIME")
     process.stdout.close()

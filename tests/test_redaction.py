@@ -439,17 +439,11 @@ def in_json(value: Any) -> Any:
 
 containers = st.sampled_from(
     [
-        lambda value: [value],
-        lambda value: (1, value),
-        lambda value: {"options": value},
-        lambda value: Box(value),
-        lambda value: types.SimpleNamespace(content=value),
-        lambda value: collections.deque([value]),
-        lambda value: collections.OrderedDict(data=value),
-        lambda value: types.MappingProxyType({"x": value}),
-        lambda value: {1: value, "1": value},
-        lambda value: [value, value],
-        in_json,
+        *(lambda value: [value], lambda value: (1, value), lambda value: {"options": value}),
+        *(lambda value: Box(value), lambda value: types.SimpleNamespace(content=value)),
+        *(lambda value: collections.deque([value]), lambda value: collections.OrderedDict(data=value)),
+        *(lambda value: types.MappingProxyType({"x": value}), lambda value: {1: value, "1": value}),
+        *(lambda value: [value, value], in_json),
     ]
 )
 

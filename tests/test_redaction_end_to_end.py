@@ -30,11 +30,7 @@ def spellings(name: str) -> list[str]:
     words = name.split("_")
     camel = words[0] + "".join(word.capitalize() for word in words[1:])
     return [
-        name,
-        name.upper(),
-        name.title(),
-        camel,
-        "-".join(words),
+        *(name, name.upper(), name.title(), camel, "-".join(words)),
         "-".join(word.title() for word in words),
     ]
 

@@ -2042,16 +2042,8 @@ def test_bc_147_files_that_others_hold_open_cannot_be_removed_or_renamed(
 @pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1"])
 def test_bc_149_journal_is_utf_8_in_any_locale(db: Path, locale: str) -> None:
     body = 'log("\\U0001f600\\u2260\\u0645"); audit.flush(60)'
-    clean(
-        run(
-            body,
-            db,
-            options=("-W", "error::EncodingWarning"),
-            LC_ALL=locale,
-            PYTHONUTF8="0",
-            PYTHONWARNDEFAULTENCODING="1",
-        )
-    )
+    strict = {"PYTHONUTF8": "0", "PYTHONWARNDEFAULTENCODING": "1"}
+    run_clean(body, db, options=("-W", "error::EncodingWarning"), LC_ALL=locale, **strict)
     assert_whole(judge(db), {"\U0001f600\u2260\u0645"})
 
 

@@ -389,6 +389,19 @@ FORMS = m.EXPORT_FORMATS if IS_WHOLE else ("csv", "duckdb", "sqlite")
 OF_MXCP = {"timestamp": "2026-01-02T03:04:05.000Z", "caller": "cli", "type": "tool", "name": "of_mxcp"}
 
 
+ASK = """
+import json
+from mxcp_audit import PUBLIC_COLUMNS, Filter, Store, load_config, parse_time
+with Store(load_config()).reading() as reading:
+    def ask(what, **how):
+        return [dict(zip(PUBLIC_COLUMNS, row)) for row in reading.rows(what, **how)]
+    found = ask(Filter(text="TOOL_3"))
+    oldest = [json.loads(event["input_json"])["i"] for event in ask(Filter(), count=3, oldest_first=True)]
+    one = ask(Filter(event_id=found[0]["event_id"]))
+    print(json.dumps([ask(Filter(until=parse_time("1h"))), found[0]["name"], len(found), oldest, len(one)]))
+"""
+
+
 def test_every_command_works_on_every_target(make_host: Make, kind: str) -> None:
     host = make_host(kind)
     empty = host.cli("log")
@@ -402,12 +415,10 @@ def test_every_command_works_on_every_target(make_host: Make, kind: str) -> None
 
     found = json.loads(answer("log", "--tool", "tool_3", "--since", "1h", "--json"))
     assert [json.loads(event["input_json"])["i"] for event in found] == list(range(94, 0, -7))
-    assert json.loads(answer("log", "--until", "1h", "--json")) == []
-    assert len(json.loads(answer("log", "--grep", "TOOL_3", "--json"))) == 14
-    oldest = json.loads(answer("log", "--oldest-first", "-n", "3", "--json"))
-    assert [json.loads(event["input_json"])["i"] for event in oldest] == [0, 1, 2]
+    asked = host.ask(ASK)
+    assert json.loads(asked.stdout) == [[], found[0]["name"], 14, [0, 1, 2], 1], asked
     one = found[0]["event_id"]
-    assert one in answer("show", one) and answer("log", "--event", one, "--json").count(one) == 1
+    assert one in answer("show", one)
     (host.folder / "mxcp.jsonl").write_text(
         json.dumps({**OF_MXCP, "input_json": "{}", "duration_ms": 1}) + "\n"
     )
@@ -427,7 +438,6 @@ def test_every_command_works_on_every_target(make_host: Make, kind: str) -> None
     assert "secret" not in answer("sql", "SELECT * FROM read_csv('secret.csv')", code=1)
     answer("report", "--out", "report.html")
     assert json.loads(answer("doctor", "--json"))["database"]["events"] == 101
-    assert "mxcp_audit" in answer("doctor", "--prometheus")
     (host.folder / "head.json").write_text(answer("checkpoint"))
     follow = subprocess.Popen(
         [host.python, "-m", "mxcp_audit", "log", "-f", "-n", "1", "--json"],
@@ -453,7 +463,8 @@ def test_every_command_works_on_every_target(make_host: Make, kind: str) -> None
     answer("verify", "--checkpoint", "head.json")
     for command in ("backup copy.duckdb", "compact"):
         done = host.cli(*command.split())
-        assert done.returncode == 0 if kind == "file" else "is for database files" in done.stderr, done
+        assert done.returncode == (kind != "file"), done
+        assert kind == "file" or f"{command.split()[0]} is for database files" in done.stderr, done
 
 
 CLONED = """
@@ -691,9 +702,6 @@ def test_any_host_verifies_and_purges_what_all_recorded(make_host: Make, kind: s
         verified = host.cli("verify")
         assert verified.returncode == 0, verified.stdout
         assert host.counts()[0] == [20, 20, 20]
-    for command in ("backup out.duckdb", "compact"):
-        refused = hosts[0].cli(*command.split())
-        assert refused.returncode == 1 and f"{command.split()[0]} is for database files" in refused.stderr
 
 
 def test_unreachable_target_leaves_everything_in_the_journal(

@@ -417,11 +417,7 @@ def test_export_refuses_what_would_destroy_or_is_no_file(filled: Store, tmp_path
     for path in (
         *words("log.duckdb log.duckdb.wal alias/log.duckdb hard.csv link.csv fifo.csv missing/out.csv"),
         *(
-            "log.duckdb.journal/out.csv",
-            "alias/log.duckdb.journal/out.csv",
-            segment,
-            ".",
-            "/dev/full",
+            *("log.duckdb.journal/out.csv", "alias/log.duckdb.journal/out.csv", segment, ".", "/dev/full"),
             "/dev/stdout",
         ),
         "log.duckdb/out.csv",
