@@ -8,11 +8,13 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,11 @@ from tools.judge import ask, find_pythons  # noqa: E402
 PYTHONS = find_pythons()
 
 
+def words(text: str) -> list[str]:
+    """Return a list of short words, in one line instead of one a word."""
+    return text.split()
+
+
 def load_cases(name: str) -> Any:
     """Return the labelled third-party cases of a file, or skip the test where they are absent."""
     path = CASES / name
@@ -44,6 +51,22 @@ def child_environment(**changes: str) -> dict[str, str]:
     # From 3.12 on, Python warns of each fork of a process with threads, which is what some tests are about.
     kept.update(PYTHONPATH=str(ROOT), PYTHONWARNINGS="ignore::DeprecationWarning")
     return {**kept, **changes}
+
+
+def run_process(
+    command: Sequence[object], *, cwd: Path | None = None, check: bool = False, **changes: str
+) -> subprocess.CompletedProcess[str]:
+    """Run a program to its end, with `child_environment` and no input; return what it said."""
+    return subprocess.run(
+        list(map(str, command)),
+        cwd=cwd,
+        check=check,
+        env=child_environment(**changes),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        encoding="utf-8",
+        timeout=300,
+    )
 
 
 def make_environment(name: str, *requirements: str, python: str = sys.executable) -> str:
@@ -80,6 +103,35 @@ def engine(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> s
         pytest.importorskip("duckdb")
     monkeypatch.setenv("MXCP_AUDIT_ENGINE", request.param)
     return str(request.param)
+
+
+# For what has fixtures of both engines, and does not depend on the engine.
+one_engine = pytest.mark.parametrize("engine", ENGINES[:1], indirect=True)
+
+
+@pytest.fixture(scope="session")
+def made_logs(tmp_path_factory: pytest.TempPathFactory) -> dict[object, Path]:
+    """The folders of `copy_of`."""
+    return {"base": tmp_path_factory.mktemp("made")}
+
+
+@pytest.fixture
+def copy_of(made_logs: dict[object, Path], tmp_path: Path) -> Callable[..., Path]:
+    """Return a function that puts copies of logs here, which `fill` makes once for each engine."""
+
+    def copy(fill: Callable[..., object], *arguments: Any) -> Path:
+        key = (fill, arguments, os.environ.get("MXCP_AUDIT_ENGINE"))
+        if key not in made_logs:
+            made_logs[key] = made_logs["base"] / str(len(made_logs))
+            made_logs[key].mkdir()
+            fill(made_logs[key] / "log.duckdb", *arguments)
+        shutil.copytree(made_logs[key], tmp_path, copy_function=shutil.copy, dirs_exist_ok=True)  # as of now
+        for place in tmp_path.glob("*.journal/journal.place"):  # without it the journal were another one
+            journal = str(place.parent)
+            place.write_text(json.dumps([journal, journal.removesuffix(".journal")]))
+        return tmp_path / "log.duckdb"
+
+    return copy
 
 
 def pytest_configure() -> None:
@@ -170,29 +222,21 @@ Cli = Callable[..., "subprocess.CompletedProcess[str]"]
 
 
 @pytest.fixture
-def cli(tmp_path: Path) -> Cli:
+def process_cli(tmp_path: Path) -> Cli:
     """Return a function that runs `python -m mxcp_audit` as a process of its own, in `tmp_path`."""
 
     def run(*arguments: str, cwd: Path = tmp_path, **changes: str) -> subprocess.CompletedProcess[str]:
         chosen = os.environ.get("MXCP_AUDIT_ENGINE")
         if chosen:
             changes.setdefault("MXCP_AUDIT_ENGINE", chosen)
-        return subprocess.run(
-            [sys.executable, "-m", "mxcp_audit", *arguments],
-            cwd=cwd,
-            env=child_environment(**changes),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            encoding="utf-8",
-            timeout=120,
-        )
+        return run_process([sys.executable, "-m", "mxcp_audit", *arguments], cwd=cwd, **changes)
 
     return run
 
 
 @pytest.fixture
 def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Cli:
-    """Return what `cli` returns, but from this process: for commands that need none of their own."""
+    """Return what `process_cli` returns, but from this process: few commands need one of their own."""
     import mxcp_audit
 
     monkeypatch.chdir(tmp_path)
@@ -211,6 +255,17 @@ def run(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         return subprocess.CompletedProcess(list(arguments), code, out, err)
 
     return run
+
+
+@pytest.fixture
+def cli(run: Cli) -> Cli:
+    """Return `run`, in modules that have a function of that name."""
+    return run
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Path:
+    return tmp_path / "log.duckdb"
 
 
 @pytest.fixture
@@ -266,6 +321,15 @@ def held_database(path: Path, *, read_only: bool = False) -> Iterator[subprocess
             yield holder
         finally:
             holder.kill()
+
+
+def in_threads(work: Callable[[Any], object], arguments: Iterable[object]) -> None:
+    """Call a function in a thread for each argument, and wait for their end."""
+    threads = [threading.Thread(target=work, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
 
 
 def wait_until(holds: Callable[[], object], what: str = "it did not happen") -> None:

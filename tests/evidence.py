@@ -56,3 +56,10 @@ def ingest(database: Path, **settings: Any) -> m.Store:
     store = store_of(database, **settings)
     assert store.ingest()
     return store
+
+
+def make_log(database: Path, segments: int) -> None:
+    """Make a log of segments of four events: the segments are a day apart, the events a minute."""
+    for number in range(segments):
+        write_segment(database, START_NS + number * DAY_NS, 4)
+        ingest(database)

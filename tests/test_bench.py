@@ -10,7 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
-from conftest import ROOT, child_environment
+from conftest import ROOT, run_process
 
 
 @pytest.fixture(scope="module")
@@ -24,13 +24,7 @@ def bench() -> ModuleType:
 
 
 def run_bench(*arguments: str) -> str:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools" / "bench.py"), *arguments],
-        env=child_environment(),
-        capture_output=True,
-        encoding="utf-8",
-        timeout=600,
-    )
+    done = run_process([sys.executable, str(ROOT / "tools" / "bench.py"), *arguments])
     assert done.returncode == 0, done.stderr
     return done.stdout
 

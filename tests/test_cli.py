@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import csv
+import datetime
 import errno
+import gzip
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -12,6 +14,7 @@ import json
 import os
 import re
 import select
+import shlex
 import shutil
 import signal
 import subprocess
@@ -23,7 +26,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, Cli, child_environment, held_database
+from conftest import ROOT, Cli, child_environment, held_database, one_engine, run_process, words
 
 import mxcp_audit
 from mxcp_audit import STREAM_FORMS, AuditLogger, build_parser, parse_time
@@ -35,22 +38,15 @@ COMMANDS = (
 NASTY = "x\x1b[2J\x1b]0;title\x07\x9b31m\n\u202e"
 
 
-@pytest.fixture
-def filled(engine: str, tmp_path: Path) -> Path:
-    """A folder with `log.duckdb`: three tools, a resource, a prompt; two in a journal."""
-    with AuditLogger(tmp_path / "log.duckdb") as audit:
+def fill(path: Path) -> None:
+    with AuditLogger(path) as audit:
         audit.log_event("cli", "tool", "get_user", {"id": 7, "password": "hunter2"}, 12, session_id="s1")
         audit.log_event("http", "tool", "delete_user", {"id": 7}, 1, "deny", "not an admin", "error", "no")
         audit.log_event(
             *("http", "resource", "reports/{report_id}", {"report_id": "日本"}, 300),
-            **{
-                "user_id": "ann",
-                "client": "claude-ai/1.2",
-                "agent": "a1",
-                "address": "::1",
-                "server": "shop",
-            },
-            **{"request_id": "7", "error_type": "ValueError", "result_bytes": 5, "context": {"k": [1]}},
+            **{"user_id": "ann", "client": "claude-ai/1.2", "agent": "a1", "address": "::1"},
+            **{"server": "shop", "request_id": "7", "error_type": "ValueError"},
+            **{"result_bytes": 5, "context": {"k": [1]}},
         )
     code = (
         "import os, sys; from mxcp_audit import AuditLogger;"
@@ -58,10 +54,14 @@ def filled(engine: str, tmp_path: Path) -> Path:
         "a.log_event('stdio', 'prompt', 'generate_summary', {'text': 'long'}, 5, 'warn', 'be careful');"
         "a.log_event('cli', 'tool', 'get_user', {'id': 8}, 20, trace_id='t1'); os._exit(0)"
     )
-    command = [sys.executable, "-c", code, str(tmp_path / "log.duckdb")]
-    subprocess.run(command, env=child_environment(), check=True, timeout=60)
-    assert list((tmp_path / "log.duckdb.journal").glob("*.jsonl"))
-    return tmp_path
+    subprocess.run([sys.executable, "-c", code, path], env=child_environment(), check=True, timeout=60)
+    assert list(Path(f"{path}.journal").glob("*.jsonl"))
+
+
+@pytest.fixture
+def filled(engine: str, copy_of: Callable[..., Path]) -> Path:
+    """A folder with `log.duckdb`: three tools, a resource, a prompt; two in a journal."""
+    return copy_of(fill).parent
 
 
 DB = ("--db", "log.duckdb")
@@ -109,6 +109,7 @@ def test_log_each_filter_finds_its_events(filled: Path, run: Cli) -> None:
         assert names(run("log", "--json", *DB, *options)) == expected, options
 
 
+@one_engine
 def test_log_event_filter_and_show_find_the_same_event(filled: Path, run: Cli) -> None:
     for event in json.loads(run("log", "--json", *DB).stdout):
         assert [event] == json.loads(run("log", "--json", *DB, "--event", event["event_id"]).stdout)
@@ -124,6 +125,7 @@ def test_log_event_filter_and_show_find_the_same_event(filled: Path, run: Cli) -
     assert sorted(sum(groups, [])) == sorted(mxcp_audit.PUBLIC_COLUMNS)
 
 
+@one_engine
 def test_log_json_has_the_documented_names_in_order(filled: Path, run: Cli) -> None:
     (event,) = json.loads(run("log", "--json", *DB, "--limit", "1").stdout)
     assert list(event) == [
@@ -136,19 +138,11 @@ def test_log_json_has_the_documented_names_in_order(filled: Path, run: Cli) -> N
     assert list(event) == ["name", "event_id"]
 
 
+@one_engine
 def test_log_table_columns_wide_and_input(filled: Path, run: Cli) -> None:
     done = run("log", *DB)
     assert done.returncode == 0
-    assert done.stdout.splitlines()[0].split() == [
-        "TIME",
-        "(UTC)",
-        "TYPE",
-        "NAME",
-        "STATUS",
-        "POLICY",
-        "MS",
-        "CALLER",
-    ]
+    assert done.stdout.splitlines()[0].split() == words("TIME (UTC) TYPE NAME STATUS POLICY MS CALLER")
     assert done.stderr == "5 events, 1 error, 1 denied\n"
     assert run("log", *DB, "--columns", "name, status", "--limit", "1").stdout == (
         "NAME      STATUS\nget_user  success\n"
@@ -213,6 +207,7 @@ def test_sql_in_each_form(filled: Path, run: Cli) -> None:
     assert "SELECT" in refused.stderr
 
 
+@one_engine
 def test_commands_without_a_log_say_why(engine: str, run: Cli) -> None:
     for command in (["log"], ["log", "--export", "x.csv"], ["stats"], ["sql", "SELECT 1"]):
         done = run(*command, "--db", "none.duckdb", "--wait", "0")
@@ -267,6 +262,7 @@ def test_ingest_wait_tries_again_until_the_database_is_free(
         assert (done.returncode, done.stderr) == (0, "2 events ingested\n")
 
 
+@one_engine
 def test_ingest_wait_tries_again_while_another_process_ingests(
     filled: Path, run: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -298,15 +294,14 @@ def test_options_that_would_do_nothing_are_refused(run: Cli) -> None:
         assert (done.returncode, done.stdout) == (2, "") and "empty" in done.stderr, command
 
 
+@one_engine
 def test_one_of_anything_is_told_in_the_singular(engine: str, tmp_path: Path, run: Cli) -> None:
     code = (
         "import os, sys; from mxcp_audit import AuditLogger;"
         "a = AuditLogger(sys.argv[1], flush_interval=3600, durable=True);"
         "a.log_event('cli', 'tool', 'once', {}, 5); os._exit(0)"
     )
-    subprocess.run(
-        [sys.executable, "-c", code, "log.duckdb"], cwd=tmp_path, env=child_environment(), check=True
-    )
+    run_process([sys.executable, "-c", code, "log.duckdb"], cwd=tmp_path, check=True)
     (segment,) = (tmp_path / "log.duckdb.journal").glob("*.jsonl")
     with open(segment, "ab") as file:
         file.write(b"{}\n")
@@ -403,8 +398,6 @@ def test_help_teaches_and_needs_no_duckdb(run: Cli) -> None:
 
 
 def examples() -> list[list[str]]:
-    import shlex
-
     found = []
     for action in build_parser()._actions:
         for parser in (action.choices or {}).values() if action.dest == "command" else ():  # type: ignore[attr-defined]
@@ -418,17 +411,17 @@ def examples() -> list[list[str]]:
 
 def test_help_examples_are_valid_commands() -> None:
     assert len(examples()) > 15
-    for words in examples():
-        build_parser().parse_args(words)
+    for example in examples():
+        build_parser().parse_args(example)
 
 
-def test_version_shows_an_edited_copy(tmp_path: Path, cli: Cli) -> None:
+def test_version_shows_an_edited_copy(tmp_path: Path, process_cli: Cli) -> None:
     digest = hashlib.sha256((ROOT / "mxcp_audit.py").read_bytes()).hexdigest()[:12]
     expected = f"mxcp_audit {mxcp_audit.__version__}, journal format 2, file {digest}\n"
-    done = cli("--version")
+    done = process_cli("--version")
     assert (done.returncode, done.stdout, done.stderr) == (0, expected, "")
     (tmp_path / "mxcp_audit.py").write_text((ROOT / "mxcp_audit.py").read_text() + "# edited\n")
-    assert cli("--version", PYTHONPATH=str(tmp_path)).stdout != expected
+    assert process_cli("--version", PYTHONPATH=str(tmp_path)).stdout != expected
 
 
 SITE = """\
@@ -488,28 +481,18 @@ def test_redact_shows_what_would_be_recorded_and_why(
     assert wrong.returncode == 2 and "no JSON" in wrong.stderr
 
 
+@one_engine
 def test_nothing_in_the_log_reaches_the_terminal_as_a_command(engine: str, tmp_path: Path, run: Cli) -> None:
     with AuditLogger(tmp_path / "log.duckdb") as audit:
         audit.log_event(NASTY, NASTY, NASTY, {NASTY: NASTY}, 1, NASTY, NASTY, NASTY, NASTY, user_id=NASTY)
     event_id = json.loads(run("log", "--json", *DB).stdout)[0]["event_id"]
     for command in (
-        ["log", *DB],
-        ["log", *DB, "--wide", "--input"],
-        ["log", *DB, "--json"],
-        ["log", *DB, "--format", "jsonl"],
-        ["show", event_id, *DB],
-        ["show", event_id, *DB, "--json"],
-        ["stats", *DB],
-        ["stats", *DB, "--json"],
-        ["sql", "SELECT * FROM logs", *DB],
-        ["sql", 'SELECT name AS "a\x1bb" FROM logs', *DB],
-        ["sql", f"SELECT '{NASTY}' + nothing", *DB],
-        ["log", *DB, "--type", NASTY],
-        ["log", *DB, "--since", NASTY],
-        ["log", *DB, "--event", NASTY],
-        ["log", *DB, "--columns", NASTY],
-        ["log", "--db", NASTY],
-        ["log", *DB, "--export", NASTY],
+        *(["log", *DB], ["log", *DB, "--wide", "--input"], ["log", *DB, "--json"]),
+        *(["log", *DB, "--format", "jsonl"], ["show", event_id, *DB], ["show", event_id, *DB, "--json"]),
+        *(["stats", *DB], ["stats", *DB, "--json"], ["sql", "SELECT * FROM logs", *DB]),
+        *(["sql", 'SELECT name AS "a\x1bb" FROM logs', *DB], ["sql", f"SELECT '{NASTY}' + nothing", *DB]),
+        *(["log", *DB, "--type", NASTY], ["log", *DB, "--since", NASTY], ["log", *DB, "--event", NASTY]),
+        *(["log", *DB, "--columns", NASTY], ["log", "--db", NASTY], ["log", *DB, "--export", NASTY]),
         ["log", NASTY],
     ):
         done = run(*command)
@@ -518,6 +501,7 @@ def test_nothing_in_the_log_reaches_the_terminal_as_a_command(engine: str, tmp_p
         assert "Traceback" not in done.stderr
 
 
+@one_engine
 def test_output_into_a_closed_pipe_ends_quietly(filled: Path) -> None:
     for command in (["log", *DB, "--json"], ["log", "--help"], ["log", *DB, "--export", "-"]):
         process = subprocess.Popen(
@@ -535,6 +519,7 @@ def test_output_into_a_closed_pipe_ends_quietly(filled: Path) -> None:
         assert b"Traceback" not in error and b"BrokenPipe" not in error
 
 
+@one_engine
 def test_output_without_standard_streams_is_no_failure(filled: Path) -> None:
     for command, streams, code in (
         ("log", ">&-", 0),
@@ -553,6 +538,7 @@ def test_output_without_standard_streams_is_no_failure(filled: Path) -> None:
         assert done.returncode == code and b"Traceback" not in done.stderr, (streams, done.stderr)
 
 
+@one_engine
 def test_output_to_a_full_device_fails_with_a_message(filled: Path) -> None:
     with open("/dev/full", "w") as full:
         done = subprocess.run(
@@ -582,6 +568,7 @@ def run_in(run: Cli, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
     return run_in
 
 
+@one_engine
 def test_output_has_the_encoding_of_the_terminal(filled: Path, run_in: Callable[..., str]) -> None:
     head = {"journal": "é", "position": 1, "events": 1, "seal": ""}
     (filled / "heads.json").write_text(json.dumps({"journals": [head]}))
@@ -648,6 +635,7 @@ class Session:
         return os.waitstatus_to_exitcode(status)
 
 
+@one_engine
 def test_terminal_table_fits_and_is_coloured(filled: Path) -> None:
     session = Session(
         ["bash", "-c", f"sleep 0.3; {sys.executable} -m mxcp_audit log --db log.duckdb"], filled
@@ -660,6 +648,7 @@ def test_terminal_table_fits_and_is_coloured(filled: Path) -> None:
     assert plain.end() == 0 and "\x1b" not in plain.text
 
 
+@one_engine
 def test_terminal_follow_shows_new_events_until_ctrl_c(filled: Path) -> None:
     session = Session([sys.executable, "-m", "mxcp_audit", "log", *DB, "-f", "--limit", "1"], filled)
     session.read_until(lambda text: "get_user" in text)
@@ -671,6 +660,7 @@ def test_terminal_follow_shows_new_events_until_ctrl_c(filled: Path) -> None:
     assert "\x1b[2J" not in session.text and "Traceback" not in session.text
 
 
+@one_engine
 def test_terminal_export_to_it_is_harmless_and_binary_is_refused(filled: Path) -> None:
     with AuditLogger(filled / "log.duckdb") as audit:
         audit.log_event("http", "tool", NASTY)
@@ -794,8 +784,6 @@ def test_completion_works_in_a_real_zsh(run: Cli, tmp_path: Path) -> None:
     ],
 )
 def test_parse_time_durations_and_iso(text: str, expected: str) -> None:
-    import datetime
-
     now = datetime.datetime(2026, 1, 2, 3, 4, 5, tzinfo=datetime.timezone.utc)
     assert parse_time(text, now=now) == expected
 
@@ -830,12 +818,11 @@ def tokyo(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     ],
 )
 def test_parse_time_local(tokyo: None, text: str, expected: str) -> None:
-    import datetime
-
     now = datetime.datetime(2026, 1, 2, 20, 4, 5, tzinfo=datetime.timezone.utc)
     assert parse_time(text, now=now, local=True) == expected
 
 
+@one_engine
 def test_local_times_are_read_and_shown(filled: Path, run: Cli, tokyo: None) -> None:
     event = json.loads(run("log", *DB, "--json", "--limit", "1").stdout)[0]
     moment = event["timestamp"]
@@ -854,9 +841,8 @@ def test_local_times_are_read_and_shown(filled: Path, run: Cli, tokyo: None) -> 
 
 
 @pytest.mark.parametrize("form", ["csv", "csv.gz"])
+@one_engine
 def test_export_begins_with_a_byte_order_mark(filled: Path, run: Cli, form: str) -> None:
-    import gzip
-
     read = gzip.open if form == "csv.gz" else open
     assert run("log", *DB, "--export", f"a.{form}").returncode == 0
     assert run("log", *DB, "--export", f"b.{form}", "--bom").returncode == 0
@@ -883,16 +869,19 @@ def test_docs_page_has_the_options_of_every_command(tmp_path: Path) -> None:
     assert set(re.findall(r"`(--?[a-z][a-z-]*)", page)) <= flags | {"--help", "--version"}
 
 
+@one_engine
 def test_show_unknown_event_is_none(filled: Path, run: Cli) -> None:
     done = run("show", "20260131T120000000000Z-00000000:1", *DB)
     assert (done.returncode, done.stdout) == (1, "") and "there is no event 20260131T" in done.stderr
 
 
+@one_engine
 def test_debug_lets_errors_through_with_their_story(filled: Path, run: Cli) -> None:
     with pytest.raises(mxcp_audit.DatabaseNotFoundError):
         run("log", "--db", "none.duckdb", "--debug")
 
 
+@one_engine
 def test_doctor_says_in_words_what_is_and_what_to_do(
     filled: Path, run: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -906,6 +895,7 @@ def test_doctor_says_in_words_what_is_and_what_to_do(
     assert re.search(r"^fault: .*: 1 file in .*; remedy: read the \.rejected", done.stdout, re.MULTILINE)
 
 
+@one_engine
 def test_log_points_out_what_was_lost(filled: Path, run: Cli) -> None:
     loss = mxcp_audit.Loss(3, "2026-01-31 12:00:00", "2026-01-31 12:00:01", "the queue was full")
     mxcp_audit.Journal(filled / "log.duckdb.journal").record_loss(loss)
@@ -922,6 +912,7 @@ def test_commands_of_a_program_answer_in_any_of_its_threads(filled: Path, run: C
     assert done[0].returncode == 0 and "5" in done[0].stdout
 
 
+@one_engine
 def test_terminal_csv_and_progress_of_verify(filled: Path) -> None:
     with AuditLogger(filled / "log.duckdb") as audit:
         audit.log_event("http", "tool", NASTY)
@@ -932,8 +923,8 @@ def test_terminal_csv_and_progress_of_verify(filled: Path) -> None:
     assert verified.end() == 0 and re.search(r"\rverified (\d+) of \1 events\S*\r\n", verified.text)
 
 
-def test_version_of_a_module_inside_of_an_archive(tmp_path: Path, cli: Cli) -> None:
+def test_version_of_a_module_inside_of_an_archive(tmp_path: Path, process_cli: Cli) -> None:
     with zipfile.ZipFile(tmp_path / "all.zip", "w") as archive:
         archive.write(ROOT / "mxcp_audit.py", "mxcp_audit.py")
-    done = cli("--version", PYTHONPATH=str(tmp_path / "all.zip"))
+    done = process_cli("--version", PYTHONPATH=str(tmp_path / "all.zip"))
     assert done.returncode == 0 and done.stdout.endswith(", file unknown\n")

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import time
 from collections import Counter
 from pathlib import Path
 
-from conftest import child_environment, table_rows
+from conftest import Cli, child_environment, table_rows
 
-PROCESSES, THREADS, EVENTS = 2, 4, 600  # 4,800 events in all
+PROCESSES, THREADS, EVENTS = 2, 4, 400  # 3,200 events in all
 
 WRITER = f"""
 import sys, threading
@@ -44,13 +45,14 @@ def flushed(path: Path) -> list[int]:
     return [int(word) for word in lines[-1].split()] if lines else [0] * THREADS
 
 
-def test_log_in_a_loop_is_complete_and_all_is_in_the_table_once(tmp_path: Path, engine: str) -> None:
-    environment = child_environment(MXCP_AUDIT_ENGINE=engine)
+def test_log_in_a_loop_is_complete_and_all_is_in_the_table_once(
+    tmp_path: Path, engine: str, process_cli: Cli
+) -> None:
     writers = [
         subprocess.Popen(
             [sys.executable, "-c", WRITER, str(me), str(tmp_path / f"progress-{me}")],
             cwd=tmp_path,
-            env=environment,
+            env=child_environment(MXCP_AUDIT_ENGINE=engine),
             stderr=subprocess.PIPE,
             text=True,
         )
@@ -63,24 +65,9 @@ def test_log_in_a_loop_is_complete_and_all_is_in_the_table_once(tmp_path: Path, 
             running = any(writer.poll() is None for writer in writers)
             must_have = [flushed(tmp_path / f"progress-{me}") for me in range(PROCESSES)]
             if not any(map(any, must_have)):
+                time.sleep(0.02)
                 continue
-            shown = subprocess.run(
-                [
-                    sys.executable,
-                    "-m",
-                    "mxcp_audit",
-                    "log",
-                    "--db",
-                    "log.duckdb",
-                    "--json",
-                    "--limit",
-                    "100000",
-                ],
-                cwd=tmp_path,
-                env=environment,
-                capture_output=True,
-                text=True,
-            )
+            shown = process_cli("log", "--db", "log.duckdb", "--json", "--limit", "100000")
             assert shown.returncode == 0, shown.stderr
             names = Counter(event["name"] for event in json.loads(shown.stdout))
             assert max(names.values()) == 1, names.most_common(3)
@@ -97,12 +84,7 @@ def test_log_in_a_loop_is_complete_and_all_is_in_the_table_once(tmp_path: Path, 
     assert [writer.returncode for writer in writers] == [0] * PROCESSES, errors
     assert answers >= 2
     # A reader may have held the database at the very end; then the journal has kept the rest.
-    subprocess.run(
-        [sys.executable, "-m", "mxcp_audit", "ingest", "--db", "log.duckdb"],
-        cwd=tmp_path,
-        env=environment,
-        check=True,
-    )
+    assert process_cli("ingest", "--db", "log.duckdb").returncode == 0
     rows = table_rows(tmp_path / "log.duckdb", "SELECT name, count(*) FROM logs GROUP BY name")
     expected = {f"{me}-{t}-{n}" for me in range(PROCESSES) for t in range(THREADS) for n in range(EVENTS)}
     assert {name for name, _ in rows} == expected and all(count == 1 for _, count in rows)

@@ -281,24 +281,8 @@ def test_parse_duration_whole_numbers_with_units_are_added_up(text, seconds):
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "10",
-        "1.5h",
-        "5M",
-        "5 m",
-        "1y",
-        "-1h",
-        "+1h",
-        "0s",
-        "1h ",
-        "h",
-        "1hm",
-        "٣h",
-        "5300w",
-        "9" * 30 + "s",
-        "1h\n",
-        None,
-        5,
+        *("", "10", "1.5h", "5M", "5 m", "1y", "-1h", "+1h", "0s", "1h ", "h", "1hm", "٣h", "5300w"),
+        *("9" * 30 + "s", "1h\n", None, 5),
     ],
 )
 def test_parse_duration_anything_else_raises_with_an_example(text):
@@ -326,12 +310,7 @@ AUDIT = "mxcp: 1\nprofile: dev\nprofiles:\n  dev:\n    audit:\n"
 @pytest.mark.parametrize(
     "text",
     [
-        "",
-        "# nothing\n",
-        "mxcp: 1\n",
-        "profiles:\n",
-        "profiles: {}\n",
-        "profiles:\n  default:\n",
+        *("", "# nothing\n", "mxcp: 1\n", "profiles:\n", "profiles: {}\n", "profiles:\n  default:\n"),
         "profiles: {default: {audit: }}",
     ],
 )

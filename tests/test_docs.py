@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -26,30 +27,32 @@ from mxcp_audit import AuditLogger, load_config
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([^)#:]*)(?:#([^)]*))?\)")
-EVENTS = """
-from mxcp_audit import AuditLogger
-for profile in ("default", "production"):
-    with AuditLogger.from_config(profile=profile) as audit:
-        audit.log_event("cli", "tool", "get_user", {"id": 7, "password": "hunter2"}, 12, session_id="s1")
-        audit.log_event("http", "tool", "delete_user", {"id": 7}, 1, "deny", "not an admin", "error", "no")
-        audit.log_event("http", "resource", "reports/{report_id}", {"report_id": "x"}, 3)
-        audit.log_event("stdio", "prompt", "generate_summary", {"text": "long"}, 5)
-"""
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    shutil.copy(ROOT / "mxcp_audit.py", tmp_path)
-    shutil.copytree(ROOT / "tools", tmp_path / "tools")
-    (tmp_path / "mxcp-site.yml").write_text(SITE)
-    bin_folder = tmp_path / ".bin"
+def fill(database: Path) -> None:
+    folder = database.parent
+    shutil.copy(ROOT / "mxcp_audit.py", folder)
+    shutil.copytree(ROOT / "tools", folder / "tools")
+    (folder / "mxcp-site.yml").write_text(SITE)
+    bin_folder = folder / ".bin"
     bin_folder.mkdir()
     for name, arguments in (("python", ""), ("python3", ""), ("mxcp-audit", " -m mxcp_audit")):
         script = bin_folder / name
         script.write_text(f'#!/bin/sh\nexec "{sys.executable}"{arguments} "$@"\n')
         script.chmod(0o755)
-    subprocess.run([sys.executable, "-c", EVENTS], cwd=tmp_path, env=environment(tmp_path), check=True)
-    return tmp_path
+    for profile in ("default", "production"):
+        with AuditLogger.from_config(folder / "mxcp-site.yml", profile=profile) as audit:
+            audit.log_event("cli", "tool", "get_user", {"id": 7, "password": "hunter2"}, 12, session_id="s1")
+            audit.log_event(
+                "http", "tool", "delete_user", {"id": 7}, 1, "deny", "not an admin", "error", "no"
+            )
+            audit.log_event("http", "resource", "reports/{report_id}", {"report_id": "x"}, 3)
+            audit.log_event("stdio", "prompt", "generate_summary", {"text": "long"}, 5)
+
+
+@pytest.fixture
+def folder(copy_of: Callable[..., Path]) -> Path:
+    return copy_of(fill).parent
 
 
 def environment(folder: Path) -> dict[str, str]:
@@ -62,12 +65,7 @@ def environment(folder: Path) -> dict[str, str]:
 def run(command: list[str], folder: Path) -> str:
     """Run a command of the docs, which must succeed; return what it printed."""
     done = subprocess.run(
-        command,
-        cwd=folder,
-        env=environment(folder),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
+        command, cwd=folder, env=environment(folder), stdin=subprocess.DEVNULL, capture_output=True, text=True
     )
     assert done.returncode == 0, f"{command[-1]}\n{done.stdout}\n{done.stderr}"
     assert not re.search("^Traceback", done.stderr, re.MULTILINE)  # FastMCP shows those of tools in boxes

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import table_rows
+from conftest import table_rows, words
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -26,16 +26,8 @@ def encode(clock_ns: int = MOMENT_NS, max_input_bytes: int = 2**20, **event: Any
         mxcp_audit.Redactor(), max_input_bytes=max_input_bytes, clock=lambda: clock_ns
     )
     given_fields = {
-        "caller": "http",
-        "event_type": "tool",
-        "name": "x",
-        "duration_ms": 1,
-        "policy_decision": "n/a",
-        "reason": None,
-        "status": "success",
-        "error": None,
-        "user_id": None,
-        "session_id": None,
+        **{"caller": "http", "event_type": "tool", "name": "x", "duration_ms": 1, "policy_decision": "n/a"},
+        **{"reason": None, "status": "success", "error": None, "user_id": None, "session_id": None},
         "trace_id": None,
         **event,
     }
@@ -134,13 +126,9 @@ def test_line_with_hostile_text_records_it_safely(field: str, text: str, recorde
 @pytest.mark.parametrize(
     ("value", "recorded"),
     [
-        ({"a\0b": "x\0"}, '{"a\ufffdb":"x\ufffd"}'),
-        ({"x": "\\u0000"}, '{"x":"\\\\u0000"}'),
-        ({"x": "\\\0\\\\\0"}, '{"x":"\\\\\ufffd\\\\\\\\\ufffd"}'),
-        ({"x": "\ud800é"}, '{"x":"\ufffdé"}'),
-        ({"a\0": 1, "a\ufffd": 2}, '{"a\ufffd":1,"a\ufffd":2}'),
-        ([], "[]"),
-        ({}, "{}"),
+        *(({"a\0b": "x\0"}, '{"a\ufffdb":"x\ufffd"}'), ({"x": "\\u0000"}, '{"x":"\\\\u0000"}')),
+        *(({"x": "\\\0\\\\\0"}, '{"x":"\\\\\ufffd\\\\\\\\\ufffd"}'), ({"x": "\ud800é"}, '{"x":"\ufffdé"}')),
+        *(({"a\0": 1, "a\ufffd": 2}, '{"a\ufffd":1,"a\ufffd":2}'), ([], "[]"), ({}, "{}")),
     ],
 )
 def test_input_json_with_nul_or_surrogate_keeps_the_rest(value: object, recorded: str) -> None:
@@ -154,19 +142,9 @@ def test_input_json_of_none_is_null() -> None:
 @pytest.mark.parametrize(
     ("given_ms", "recorded"),
     [
-        (0, 0),
-        (12, 12),
-        (12.6, 13),
-        (-5, 0),
-        (2**31, 2**31 - 1),
-        (10**400, 2**31 - 1),
-        (math.inf, 2**31 - 1),
-        (-math.inf, 0),
-        (-(10**400), 0),
-        (2**31 - 1 + 0.4, 2**31 - 1),
-        (math.nan, 0),
-        (True, 1),
-        ("12", 12),
+        *((0, 0), (12, 12), (12.6, 13), (-5, 0), (2**31, 2**31 - 1), (10**400, 2**31 - 1)),
+        *((math.inf, 2**31 - 1), (-math.inf, 0), (-(10**400), 0), (2**31 - 1 + 0.4, 2**31 - 1)),
+        *((math.nan, 0), (True, 1), ("12", 12)),
     ],
 )
 def test_duration_of_any_number_is_clamped_to_integer(given_ms: Any, recorded: int) -> None:
@@ -211,17 +189,7 @@ def test_line_without_policy_decision_is_not_flagged() -> None:
 
 
 def test_line_with_hostile_objects_everywhere_is_made_all_the_same() -> None:
-    fields = (
-        "caller",
-        "event_type",
-        "name",
-        "reason",
-        "status",
-        "error",
-        "user_id",
-        "session_id",
-        "trace_id",
-    )
+    fields = tuple(words("caller event_type name reason status error user_id session_id trace_id"))
     line = encode(input_params={"x": Hostile()}, **{name: Hostile() for name in fields})
     assert line["name"] and line["input_json"]
 
@@ -291,14 +259,9 @@ SOUND = {"timestamp": "2026-01-01T00:00:00.000000Z", "seq": 1, "name": "x"}
         *(
             (json.dumps({**SOUND, **change}).encode(), next(iter(change)))
             for change in (
-                {"seq": None},
-                {"seq": "1"},
-                {"seq": 2**31},
-                {"seq": True},
+                *({"seq": None}, {"seq": "1"}, {"seq": 2**31}, {"seq": True}),
                 {"timestamp": "2026-13-01T00:00:00.000000Z"},
-                {"timestamp": "2026-01-01T23:59:61.000000Z"},
-                {"timestamp": ""},
-                {"name": 5},
+                *({"timestamp": "2026-01-01T23:59:61.000000Z"}, {"timestamp": ""}, {"name": 5}),
                 {"duration_ms": 1.5},
             )
         ),

@@ -9,16 +9,9 @@ from mxcp_audit import EventError
 
 # The specification's table, in its order and with its types.
 DOCUMENTED = [
-    ("timestamp", "TIMESTAMP"),
-    ("caller", "VARCHAR"),
-    ("type", "VARCHAR"),
-    ("name", "VARCHAR"),
-    ("input_json", "VARCHAR"),
-    ("duration_ms", "INTEGER"),
-    ("policy_decision", "VARCHAR"),
-    ("reason", "VARCHAR"),
-    ("status", "VARCHAR"),
-    ("error", "VARCHAR"),
+    *(("timestamp", "TIMESTAMP"), ("caller", "VARCHAR"), ("type", "VARCHAR"), ("name", "VARCHAR")),
+    *(("input_json", "VARCHAR"), ("duration_ms", "INTEGER"), ("policy_decision", "VARCHAR")),
+    *(("reason", "VARCHAR"), ("status", "VARCHAR"), ("error", "VARCHAR")),
 ]
 
 

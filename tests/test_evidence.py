@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, child_environment
-from evidence import DAY_NS, START_NS, ingest, moment, store_of, write_segment
+from conftest import ROOT, child_environment, one_engine
+from evidence import DAY_NS, START_NS, ingest, make_log, moment, store_of, write_segment
 
 import mxcp_audit as m
 
@@ -27,7 +27,7 @@ assert spec is not None and spec.loader is not None
 independent = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(independent)
 
-TAMPERINGS = int(os.environ.get("MXCP_TEST_TAMPERINGS", "180"))  # in all; 2,000 take some minutes
+TAMPERINGS = int(os.environ.get("MXCP_TEST_TAMPERINGS", "120"))  # in all; 2,000 take some minutes
 # What `verify` promises to report, of whoever may write the database, where nothing, a checkpoint or the key
 # (which the attacker has not) is given; docs/security.md has the same table. "shown" is no finding.
 PROMISES: dict[str, tuple[str, str, str, str, str]] = {
@@ -47,12 +47,6 @@ CREATE TABLE logs (timestamp TIMESTAMP, caller VARCHAR, type VARCHAR, name VARCH
     duration_ms INTEGER, policy_decision VARCHAR, reason VARCHAR, status VARCHAR, error VARCHAR);
 INSERT INTO logs SELECT TIMESTAMP '2026-05-01' + INTERVAL (i * 7) HOUR, 'cli', 'tool', 'old' || i, '{}', i,
     'n/a', NULL, 'success', NULL FROM range(6) t(i)"""
-
-
-@pytest.fixture
-def cli(run: Any) -> Any:
-    """Nothing here needs a process of its own."""
-    return run
 
 
 @pytest.fixture(scope="module")
@@ -137,12 +131,7 @@ class Tamperer:
                     f"{name} - INTERVAL 1 DAY",
                 ],
                 "VARCHAR": [
-                    "NULL",
-                    "''",
-                    f"coalesce({name}, '') || ' '",
-                    f"{name}[2:]",
-                    "'|'",
-                    f"upper({name})",
+                    *("NULL", "''", f"coalesce({name}, '') || ' '", f"{name}[2:]", "'|'", f"upper({name})"),
                     f"(SELECT max({name}) FROM audit.{table})",
                 ],
             }.get(column.sql_type, ["NULL", "0", "-1", f"coalesce({name}, 0) + 1", "2147483647"])
@@ -268,14 +257,9 @@ class Tamperer:
         journal, last = self.random.choice([*journals, ("f" * 16, 0)])
         ((previous,),) = self.engine.execute(m.SEAL_AT, {"journal": journal, "position": last})
         values = {
-            "journal": m.sql_literal(journal),
-            "position": str(int(str(last)) + 1),
-            "kind": m.sql_literal(kind),
-            "segment": m.sql_literal(segment),
-            "events": events,
-            "detail": m.sql_literal(detail),
-            "host": "'vm'",
-            "ingested_at": "TIMESTAMP '2026-11-01'",
+            **{"journal": m.sql_literal(journal), "position": str(int(str(last)) + 1)},
+            **{"kind": m.sql_literal(kind), "segment": m.sql_literal(segment), "events": events},
+            **{"detail": m.sql_literal(detail), "host": "'vm'", "ingested_at": "TIMESTAMP '2026-11-01'"},
         }
         parts = ", ".join(
             f"({values.get(c.name, c.name if c.name not in ('seal',) else 'NULL')})::{c.sql_type} AS {c.name}"
@@ -429,9 +413,7 @@ def test_purge_launders_nothing(log: Path, tmp_path: Path, monkeypatch: pytest.M
     """An unsealed purge that vouches for false rows, removed after the operator's own purge."""
     monkeypatch.setenv("MXCP_AUDIT_KEY", "secret")
     database = tmp_path / "keyed.duckdb"
-    for number in range(2):
-        write_segment(database, START_NS + number * DAY_NS, 4)
-        ingest(database)
+    make_log(database, 2)
     noted = store_of(database).heads()
     segment = segments_of(database)[0]
     with contextlib.closing(m.open_engine()) as session:
@@ -456,6 +438,7 @@ def test_purge_launders_nothing(log: Path, tmp_path: Path, monkeypatch: pytest.M
     assert [file["name"] for file in manifest["files"]] == ["not-as-entered.parquet"]
 
 
+@one_engine
 def test_readers_and_doctor_say_that_a_table_is_no_table(log: Path, cli: Any, caplog: Any) -> None:
     change(
         log, "ALTER TABLE logs ADD COLUMN tenant VARCHAR DEFAULT 'x'"
@@ -469,6 +452,7 @@ def test_readers_and_doctor_say_that_a_table_is_no_table(log: Path, cli: Any, ca
         assert done.returncode == 1, command
 
 
+@one_engine
 def test_verify_says_what_it_cannot_know_and_shows_new_purges(
     log: Path, tmp_path: Path, cli: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -516,6 +500,7 @@ def test_proof_of_one_event_holds_for_it_alone(
 
 
 @pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="needs ssh-keygen")
+@one_engine
 def test_signed_checkpoint_is_checked_against_allowed_signers(log: Path, tmp_path: Path, cli: Any) -> None:
     for name in ("key", "other"):
         made = ["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-C", name, "-f", str(tmp_path / name)]
@@ -588,6 +573,7 @@ def test_verify_table_of_an_earlier_version_is_intact_and_stays_so(engine: str, 
     assert verdicts() == (False, False)
 
 
+@one_engine
 def test_purge_with_archive_of_an_earlier_version_s_table_works(engine: str, tmp_path: Path) -> None:
     database = tmp_path / "log.duckdb"
     write_segment(database, START_NS, 3, more=(None,) * 8)
@@ -601,13 +587,8 @@ def test_purge_with_archive_of_an_earlier_version_s_table_works(engine: str, tmp
 
 
 @pytest.fixture
-def log(engine: str, tmp_path: Path) -> Path:
-    """A database of two segments of four events."""
-    database = tmp_path / "log.duckdb"
-    for number in range(2):
-        write_segment(database, START_NS + number * DAY_NS, 4)
-        ingest(database)
-    return database
+def log(engine: str, copy_of: Any) -> Path:
+    return copy_of(make_log, 2)  # type: ignore[no-any-return]
 
 
 def change(database: Path, *statements: str) -> None:
@@ -676,6 +657,7 @@ def test_verify_changed_removed_and_inserted_events_are_named(log: Path) -> None
     }
 
 
+@one_engine
 def test_verify_events_that_changed_places_are_called_changed(log: Path) -> None:
     first, second = segments_of(log)
     swap = "UPDATE logs SET seq = CASE seq WHEN 2 THEN 3 WHEN 3 THEN 2 ELSE seq END"
@@ -686,6 +668,7 @@ def test_verify_events_that_changed_places_are_called_changed(log: Path) -> None
     }
 
 
+@one_engine
 def test_verify_manual_delete_of_whole_segments_is_reported_as_removed(log: Path) -> None:
     change(log, f"DELETE FROM logs WHERE timestamp < '{moment(START_NS + DAY_NS)}'")
     (finding,) = store_of(log).verify().findings
@@ -693,12 +676,14 @@ def test_verify_manual_delete_of_whole_segments_is_reported_as_removed(log: Path
     assert "0 events, not 4 as recorded" in finding.text
 
 
+@one_engine
 def test_verify_rows_of_unknown_segment_are_reported_as_inserted(log: Path) -> None:
     change(log, "INSERT INTO logs SELECT * REPLACE ('20270101T000000000000Z-00000000' AS segment) FROM logs")
     (finding,) = store_of(log).verify().findings
     assert finding.kind == "inserted" and "8 events" in finding.text
 
 
+@one_engine
 def test_verify_since_looks_at_newer_segments_only(log: Path) -> None:
     first, second = segments_of(log)
     change(log, "UPDATE logs SET name = 'x' WHERE seq = 1")
@@ -706,6 +691,7 @@ def test_verify_since_looks_at_newer_segments_only(log: Path) -> None:
     assert said(log) == {("changed", (f"{first}:1",)), ("changed", (f"{second}:1",))}
 
 
+@one_engine
 def test_verify_cut_end_is_seen_with_a_checkpoint_only(log: Path) -> None:
     noted = store_of(log).heads()
     segment = segments_of(log)[1]
@@ -718,6 +704,7 @@ def test_verify_cut_end_is_seen_with_a_checkpoint_only(log: Path) -> None:
     assert said(log, checkpoint=noted) == {("cut", ())}
 
 
+@one_engine
 def test_verify_checkpoint_stays_good_when_the_log_grows(log: Path) -> None:
     noted = store_of(log).heads()
     write_segment(log, START_NS + 5 * DAY_NS, 3)
@@ -745,6 +732,7 @@ def forge(database: Path) -> None:
             connection.execute("UPDATE audit.ledger SET seal = ? WHERE position = ?", [previous, position])
 
 
+@one_engine
 def test_verify_forged_chain_without_key_is_seen_with_a_checkpoint_only(log: Path) -> None:
     noted = store_of(log).heads()
     forge(log)
@@ -752,6 +740,7 @@ def test_verify_forged_chain_without_key_is_seen_with_a_checkpoint_only(log: Pat
     assert said(log, checkpoint=noted) == {("cut", ())}
 
 
+@one_engine
 def test_verify_forged_chain_with_key_is_reported(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -764,6 +753,7 @@ def test_verify_forged_chain_with_key_is_reported(
     assert said(database) == {("chain", ())}
 
 
+@one_engine
 def test_verify_chain_older_than_its_key_needs_a_checkpoint(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -775,6 +765,7 @@ def test_verify_chain_older_than_its_key_needs_a_checkpoint(
     assert store_of(log).verify(checkpoint=noted).intact
 
 
+@one_engine
 def test_ingest_without_the_key_of_the_chain_leaves_events_in_the_journal(
     log: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -790,6 +781,7 @@ def test_ingest_without_the_key_of_the_chain_leaves_events_in_the_journal(
     assert "a key that is not given" in verdict.findings[0].text and verdict.waiting_bytes
 
 
+@one_engine
 def test_key_file_first_line_seals_and_the_others_still_open(
     engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -835,6 +827,7 @@ def test_legacy_rows_are_counted_and_covered_from_the_first_ingest(
     assert finding.segment == "legacy-2026-05-01"
 
 
+@one_engine
 def test_ledger_of_lost_events_holds_a_loss_once(engine: str, tmp_path: Path) -> None:
     database = tmp_path / "log.duckdb"
     for lost in (3, 0, 2):
@@ -846,6 +839,7 @@ def test_ledger_of_lost_events_holds_a_loss_once(engine: str, tmp_path: Path) ->
     assert verdict.intact and verdict.lost == 5 and verdict.entries == 5
 
 
+@one_engine
 def test_verify_without_ledger_is_bad_news(log: Path) -> None:
     change(log, "DROP TABLE ledger")
     assert not store_of(log).verify().intact
@@ -873,6 +867,7 @@ def intact_but_for_a_loss(database: Path) -> bool:
     return verdict.intact and verdict.lost == 1 and verdict.entries == 4
 
 
+@one_engine
 def test_verify_damaged_ledger_gives_findings_and_no_traceback(log: Path) -> None:
     store_of(log).purge(moment(START_NS + DAY_NS))
     huge = "1" + 30 * "0"
@@ -894,6 +889,7 @@ def test_verify_damaged_ledger_gives_findings_and_no_traceback(log: Path) -> Non
         assert "chain" in {kind for kind, _ in said(log)}
 
 
+@one_engine
 def test_cli_verify_says_intact_or_what_is_not(log: Path, cli: Any) -> None:
     done = cli("verify", "--db", str(log))
     assert (done.returncode, done.stdout) == (0, "intact; 8 events in 2 segments of 1 journal\n"), done
@@ -906,6 +902,7 @@ def test_cli_verify_says_intact_or_what_is_not(log: Path, cli: Any) -> None:
     assert answer["findings"][0]["events"] == [f"{segments_of(log)[0]}:1"]
 
 
+@one_engine
 def test_cli_checkpoint_is_what_verify_takes(log: Path, cli: Any, tmp_path: Path) -> None:
     done = cli("checkpoint", "--db", str(log))
     noted = tmp_path / "checkpoint.json"
@@ -921,6 +918,7 @@ def test_cli_checkpoint_is_what_verify_takes(log: Path, cli: Any, tmp_path: Path
     assert cli("verify", "--db", str(log), "--checkpoint", str(noted)).returncode == 2
 
 
+@one_engine
 def test_cli_verify_missing_database_says_so(engine: str, cli: Any) -> None:
     done = cli("verify", "--db", "none.duckdb")
     assert done.returncode == 1 and "not found" in done.stderr and "Traceback" not in done.stderr
@@ -944,6 +942,7 @@ def test_logger_tells_the_checkpoint_at_shutdown(
     assert len(told) == 2 and m._read_checkpoint(str(path)) == [head] and head.events == 2
 
 
+@one_engine
 def test_cli_verify_more_findings_than_anybody_reads_are_counted(
     log: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -953,17 +952,20 @@ def test_cli_verify_more_findings_than_anybody_reads_are_counted(
     assert "\nand 1 more\nNOT intact, 2 findings; " in capsys.readouterr().out
 
 
+@one_engine
 def test_cli_verify_since_says_what_it_left_out(log: Path, capsys: pytest.CaptureFixture[str]) -> None:
     change(log, f"UPDATE logs SET name = 'x' WHERE segment = '{segments_of(log)[0]}'")
     assert m.main(["verify", "--db", str(log), "--since", moment(START_NS + DAY_NS - 1000)]) == 0
     assert "segments before 2026-05-29" in capsys.readouterr().out
 
 
+@one_engine
 def test_cli_verify_checkpoint_that_cannot_be_read_is_wrong_use(log: Path, cli: Any, tmp_path: Path) -> None:
     done = cli("verify", "--db", str(log), "--checkpoint", str(tmp_path))
     assert done.returncode == 2 and "can't be read" in done.stderr and "Traceback" not in done.stderr
 
 
+@one_engine
 def test_verify_database_without_ledger_is_no_proof_of_a_checkpoint(log: Path) -> None:
     heads = store_of(log).heads()
     change(log, "DROP TABLE ledger", "DROP TABLE logs")
@@ -972,6 +974,7 @@ def test_verify_database_without_ledger_is_no_proof_of_a_checkpoint(log: Path) -
     assert "there is no ledger, so that nothing can be proved" in texts
 
 
+@one_engine
 def test_key_file_that_is_absent_is_refused(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,14 +15,7 @@ from typing import Any
 import pytest
 from conftest import SAFETY_SECONDS, child_environment, held_database, wait_until
 
-from mxcp_audit import (
-    AuditLogger,
-    Filter,
-    Follower,
-    QueryError,
-    Store,
-    config_from_arguments,
-)
+from mxcp_audit import AuditLogger, Filter, Follower, QueryError, Store, config_from_arguments
 from tools.judge import journal_line
 
 WRITER = """
@@ -44,23 +37,14 @@ class Follow:
     def __init__(self, folder: Path, *options: str) -> None:
         self.out = folder / "follow.out"
         self.err = folder / "follow.err"
+        command = [
+            *(sys.executable, "-m", "mxcp_audit", "log", "-f", "--db", str(folder / "log.duckdb")),
+            *options,
+        ]
+        environment = child_environment(MXCP_AUDIT_ENGINE=os.environ.get("MXCP_AUDIT_ENGINE", ""))
         with open(self.out, "wb") as out, open(self.err, "wb") as err:
             self.process = subprocess.Popen(
-                [
-                    sys.executable,
-                    "-m",
-                    "mxcp_audit",
-                    "log",
-                    "-f",
-                    "--db",
-                    str(folder / "log.duckdb"),
-                    *options,
-                ],
-                cwd=folder,
-                env=child_environment(MXCP_AUDIT_ENGINE=os.environ.get("MXCP_AUDIT_ENGINE", "")),
-                stdin=subprocess.DEVNULL,
-                stdout=out,
-                stderr=err,
+                command, cwd=folder, env=environment, stdin=subprocess.DEVNULL, stdout=out, stderr=err
             )
 
     def events(self) -> list[dict[str, Any]]:
@@ -113,7 +97,7 @@ def test_follow_four_writers_that_ingest_shows_each_event_once(
     engine: str, tmp_path: Path, follow: Callable[..., Follow]
 ) -> None:
     one = follow("--json")
-    rounds, each = 8, 20
+    rounds, each = 3, 20
     writers = [write(tmp_path, who, rounds, each) for who in range(4)]
     assert [writer.wait(SAFETY_SECONDS) for writer in writers] == [0] * 4
     expected = sorted((f"w{who}", n) for who in range(4) for n in range(rounds * each))
@@ -138,14 +122,14 @@ def test_follow_short_lived_writers_shows_what_came_and_went(
     """A segment that was made and ingested between two looks is found by the ledger alone."""
     one = follow("--json", "--tool", "brief*", "--tool", "probe")
     audit = AuditLogger(tmp_path / "log.duckdb")
-    for number in range(12):
+    for number in range(6):
         audit.log_event("cli", "tool", f"brief{number}")
         audit.log_event("cli", "tool", "other")
         audit.flush()
     audit.shutdown()
-    wait_until(lambda: len([e for e in one.events() if e["name"] != "probe"]) >= 12)
+    wait_until(lambda: len([e for e in one.events() if e["name"] != "probe"]) >= 6)
     names = [event["name"] for event in one.events() if event["name"] != "probe"]
-    assert sorted(names) == sorted(f"brief{number}" for number in range(12))
+    assert sorted(names) == sorted(f"brief{number}" for number in range(6))
 
 
 def test_follow_without_a_log_waits_for_the_first_event(
@@ -179,22 +163,9 @@ def test_follow_with_limit_shows_the_past_first_and_nothing_twice(
 def test_follow_reader_goes_away_ends_without_an_event(tmp_path: Path, logger: AuditLogger) -> None:
     logger.log_event("cli", "tool", "one")
     logger.flush()
-    process = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "mxcp_audit",
-            "log",
-            "-f",
-            "--limit",
-            "5",
-            "--db",
-            str(tmp_path / "log.duckdb"),
-        ],
-        env=child_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
+    command = [sys.executable, "-m", "mxcp_audit", "log", "-f", "--limit", "5", "--db", "log.duckdb"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    process = subprocess.Popen(command, cwd=tmp_path, env=child_environment(), **pipes)  # type: ignore[call-overload]
     assert process.stdout is not None and process.stderr is not None
     assert process.stdout.readline().startswith(b"TIME")
     process.stdout.close()

@@ -19,12 +19,6 @@ import mxcp_audit
 from mxcp_audit import AuditLogger, Importer, StoreError, config_from_arguments
 
 
-@pytest.fixture
-def cli(run: Any) -> Any:
-    """Nothing here needs a process of its own."""
-    return run
-
-
 def older(number: int, **changes: object) -> dict[str, object]:
     """A line as MXCP 0.1 to 0.3 writes it."""
     return {
@@ -101,10 +95,7 @@ def test_import_both_generations_every_field(engine: str, tmp_path: Path, cli: C
     assert done.stderr == "logs-default.jsonl: 4 events imported\n"
     found = events(cli)
     for event in found:
-        assert json.loads(event.pop("input_json")) == {
-            "id": event["duration_ms"],
-            "password": "[REDACTED]",
-        }
+        assert json.loads(event.pop("input_json")) == {"id": event["duration_ms"], "password": "[REDACTED]"}
         del event["event_id"]
         assert {event.pop(column.name) for column in mxcp_audit.NEW_COLUMNS} == {None}
     nobody = {"user_id": None, "session_id": None, "trace_id": None}
@@ -121,15 +112,9 @@ def test_import_both_generations_every_field(engine: str, tmp_path: Path, cli: C
             **nobody,
         },
         {
-            "timestamp": "2025-06-01T10:00:02.000002Z",
-            "caller": "http",
-            "type": "resource",
-            "name": "t2",
-            "duration_ms": 2,
-            "policy_decision": "deny",
-            "reason": "no",
-            "status": "error",
-            "error": "refused",
+            **{"timestamp": "2025-06-01T10:00:02.000002Z", "caller": "http", "type": "resource"},
+            **{"name": "t2", "duration_ms": 2, "policy_decision": "deny", "reason": "no"},
+            **{"status": "error", "error": "refused"},
             **nobody,
         },
         {
@@ -142,15 +127,9 @@ def test_import_both_generations_every_field(engine: str, tmp_path: Path, cli: C
             **alice,
         },
         {
-            "timestamp": "2025-07-01T10:00:04.000004Z",
-            "caller": "stdio",
-            "type": "prompt",
-            "name": "t4",
-            "duration_ms": 4,
-            "policy_decision": "warn",
-            "reason": "late",
-            "status": "error",
-            "error": "bad",
+            **{"timestamp": "2025-07-01T10:00:04.000004Z", "caller": "stdio", "type": "prompt"},
+            **{"name": "t4", "duration_ms": 4, "policy_decision": "warn", "reason": "late"},
+            **{"status": "error", "error": "bad"},
             **alice,
         },
     ]
@@ -178,14 +157,10 @@ def test_import_other_file_that_begins_at_the_same_moment(tmp_path: Path, cli: C
 
 def test_import_bad_lines_named_good_ones_taken(tmp_path: Path, cli: Cli) -> None:
     bad = [
-        "nonsense",
-        "[]",
-        '{"timestamp": "2025-06-01T10:00:00"}',
+        *("nonsense", "[]", '{"timestamp": "2025-06-01T10:00:00"}'),
         json.dumps(older(1, timestamp="yesterday")),
-        json.dumps(older(1, timestamp="2025-02-30T10:00:00")),
-        json.dumps(older(1, timestamp=None)),
-        json.dumps(older(1, timestamp="1969-12-31T23:59:59")),
-        "[" * 100_000,
+        *(json.dumps(older(1, timestamp="2025-02-30T10:00:00")), json.dumps(older(1, timestamp=None))),
+        *(json.dumps(older(1, timestamp="1969-12-31T23:59:59")), "[" * 100_000),
     ]
     write(tmp_path / "a.jsonl", older(1), "", *bad, older(2))
     marked = b"\xef\xbb\xbf" + (tmp_path / "a.jsonl").read_bytes()  # as PowerShell does
@@ -249,9 +224,7 @@ def test_import_files_that_are_none(tmp_path: Path, cli: Cli) -> None:
 
 def importer(tmp_path: Path) -> Importer:
     return Importer(
-        config_from_arguments(tmp_path / "log.duckdb"),
-        on_bad_line=lambda path, number, reason: None,
-        wait=5,
+        config_from_arguments(tmp_path / "log.duckdb"), on_bad_line=lambda path, number, reason: None, wait=5
     )
 
 

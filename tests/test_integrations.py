@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, SITE, Cli, child_environment
-from environments import SERVERS, python_with
+from conftest import ROOT, SITE, Cli, child_environment, run_process, words
+from environments import OUTCOMES, SERVERS, outcomes_of, python_with
 from forms import CHECKS
 
 TRACE = "0af7651916cd43dd8448eb211c80319c"
@@ -31,10 +31,7 @@ EXPECTED = [
     ("prompt", "greet", '{"name":"Ada"}', "n/a", None, "success", None, None),
     ("prompt", "nosuch", None, "n/a", None, "error", "Unknown prompt", None),
 ]
-OUTCOMES = ["answered", "error", "error", "answered", "error", "error"]
-OUTCOMES += ["answered", "raised", "answered", "raised"]
 CANCELLED = ("tool", "wait", "{}", "n/a", None, "error", "cancelled", None)
-SERVED = [("fastmcp", "sdk"), ("fastmcp3", "fastmcp"), ("fastmcp2", "fastmcp")]
 MATRIX = [
     ("fastmcp4", "fastmcp"),
     ("fastmcp4", "sdk"),
@@ -49,21 +46,6 @@ def shown(first_line: str) -> str:
     page = (ROOT / "docs" / "integrations.md").read_text(encoding="utf-8")
     (example,) = re.findall(rf"^```text\n({re.escape(first_line)}\n.*?)^```$", page, re.MULTILINE | re.DOTALL)
     return str(example)
-
-
-def run_client(python: str, *arguments: str, folder: Path, cancel: bool) -> list[Any]:
-    waiting = {"WAITING": str(folder / "waiting")} if cancel else {}
-    done = subprocess.run(
-        [python, str(SERVERS / "mcp_client.py"), *arguments],
-        cwd=folder,
-        env=child_environment(**waiting),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
 
 
 def events(cli: Cli, database: str) -> list[dict[str, Any]]:
@@ -83,21 +65,50 @@ def compare(found: list[dict[str, Any]], expected: list[tuple[Any, ...]]) -> Non
         assert "hunter2" not in json.dumps(event), name
 
 
-@pytest.mark.parametrize(("made", "kind"), SERVED)
-def test_middleware_stdio_every_call_one_row(made: str, kind: str, tmp_path: Path, cli: Cli) -> None:
-    python = python_with(made)
-    server = [python, str(SERVERS / "mcp_server.py"), kind, str(tmp_path / "log.duckdb")]
-    cancel = made == "fastmcp"  # older clients don't tell the server
-    outcomes = run_client(python, "stdio", *server, folder=tmp_path, cancel=cancel)
+def check_stdio(found: list[dict[str, Any]], client: tuple[str, ...]) -> None:
+    assert len({event["session_id"] for event in found}) == 1
+    assert all(event["client"].startswith(client) for event in found)
+    origins = {(event["caller"], event["user_id"], event["server"]) for event in found}
+    assert origins == {("stdio", None, "audited")}
+
+
+def test_middleware_stdio_real_client_every_call_one_row(tmp_path: Path, cli: Cli) -> None:
+    python = python_with("fastmcp")
+    server = [python, str(SERVERS / "mcp_server.py"), "sdk", str(tmp_path / "log.duckdb")]
+    outcomes = outcomes_of(python, "mcp_client.py", server, tmp_path, WAITING=str(tmp_path / "waiting"))
     assert [outcome[0] for outcome in outcomes[:10]] == OUTCOMES
     found = events(cli, "log.duckdb")
-    compare(found, EXPECTED + [CANCELLED] * cancel)
-    assert len({event["session_id"] for event in found}) == 1
-    (client,) = {event["client"] for event in found}
-    assert client.startswith(("fastmcp/", "mcp/"))
-    assert {(event["caller"], event["user_id"], event["server"]) for event in found} == {
-        ("stdio", None, "audited")
-    }
+    compare(found, [*EXPECTED, CANCELLED])
+    check_stdio(found, ("fastmcp/", "mcp/"))
+
+
+@pytest.mark.parametrize("made", ["fastmcp3", "fastmcp2"])
+def test_middleware_stdio_of_older_servers_every_call_one_row(made: str, tmp_path: Path, cli: Cli) -> None:
+    """By a client of our own: importing theirs takes longer than all the calls."""
+    trace = {"traceparent": f"00-{TRACE}-b7ad6b7169203331-01"}
+    requests: list[dict[str, Any]] = [
+        {"method": "tools/call", "params": {"name": name, "arguments": arguments, **more}}
+        for name, arguments, more in (
+            ("add", {"a": 1, "b": 2}, {}),
+            ("fail", {"password": "hunter2"}, {}),
+            ("refuse", {}, {}),
+            ("decide", {}, {"_meta": trace}),
+            ("nosuch", {"x": 1}, {}),
+            ("add", {"a": "one", "b": 2}, {}),
+        )
+    ]
+    requests += [
+        {"method": "resources/read", "params": {"uri": f"{uri}://7"}} for uri in ("reports", "nosuch")
+    ]
+    greet = {"name": "greet", "arguments": {"name": "Ada"}}
+    requests += [{"method": "prompts/get", "params": params} for params in (greet, {"name": "nosuch"})]
+    server = [python_with(made), str(SERVERS / "mcp_server.py"), "fastmcp", "log.duckdb"]
+    answers = exchange(server, tmp_path, requests)
+    is_answered = ["error" not in answer and not answer["result"].get("isError") for answer in answers]
+    assert is_answered == [outcome == "answered" for outcome in OUTCOMES]
+    found = events(cli, "log.duckdb")
+    compare(found, EXPECTED)
+    check_stdio(found, ("c/1",))
 
 
 @pytest.mark.parametrize(("made", "kind"), MATRIX)
@@ -105,12 +116,9 @@ def test_matrix_every_kind_of_call_has_one_row_that_says_what_it_was(
     made: str, kind: str, tmp_path: Path, cli: Cli
 ) -> None:
     """Every framework, over memory, HTTP and SSE; what came of each call is a line of the table."""
-    done = subprocess.run(
+    done = run_process(
         [python_with(made), "-W", "ignore", str(SERVERS / "matrix.py"), kind, str(tmp_path)],
-        env=child_environment(FASTMCP_LOG_ENABLED="false"),
-        capture_output=True,
-        text=True,
-        timeout=120,
+        FASTMCP_LOG_ENABLED="false",
     )
     print(done.stdout)
     assert done.returncode == 0, done.stderr[-2000:]
@@ -160,14 +168,7 @@ audit.shutdown()
 
 
 def test_instrument_low_level_sdk_1_handlers_registered_later(tmp_path: Path, cli: Cli) -> None:
-    done = subprocess.run(
-        [python_with("fastmcp2"), "-c", LOW_LEVEL],
-        cwd=tmp_path,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = run_process([python_with("fastmcp2"), "-c", LOW_LEVEL], cwd=tmp_path)
     assert done.stdout.split() == ["done", "McpError"], done.stderr
     found = [(e["type"], e["name"], e["input_json"], e["error"]) for e in events(cli, "log.duckdb")]
     assert found == [
@@ -176,13 +177,13 @@ def test_instrument_low_level_sdk_1_handlers_registered_later(tmp_path: Path, cl
     ]
 
 
-def exchange(server: list[str], folder: Path, calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Say hello to a stdio server, send the calls by hand, and return its answers to them."""
+def exchange(server: list[str], folder: Path, requests: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Say hello to a stdio server, send the requests by hand, and return its answers to them."""
     hello = {"protocolVersion": "2025-03-26", "capabilities": {}, "clientInfo": {"name": "c", "version": "1"}}
     messages = [
         {"id": 0, "method": "initialize", "params": hello},
         {"method": "notifications/initialized"},
-        *({"id": n, "method": "tools/call", "params": params} for n, params in enumerate(calls, 1)),
+        *({"id": n, "method": "tools/call", **request} for n, request in enumerate(requests, 1)),
     ]
     answers: dict[int, dict[str, Any]] = {}
     running = subprocess.Popen(
@@ -196,16 +197,13 @@ def exchange(server: list[str], folder: Path, calls: list[dict[str, Any]]) -> li
             answer = json.loads(running.stdout.readline())
             answers[answer.get("id")] = answer
     running.communicate(timeout=60)
-    return [answers[n] for n in range(1, len(calls) + 1)]
+    return [answers[n] for n in range(1, len(requests) + 1)]
 
 
 def test_instrument_example_of_the_docs_audits(tmp_path: Path, cli: Cli) -> None:
     (tmp_path / "server.py").write_text(shown("# with mcp 1"))
-    exchange(
-        [python_with("fastmcp2"), "server.py"],
-        tmp_path,
-        [{"name": "get_user", "arguments": {"user_id": 7}}],
-    )
+    request = {"params": {"name": "get_user", "arguments": {"user_id": 7}}}
+    exchange([python_with("fastmcp2"), "server.py"], tmp_path, [request])
     (event,) = events(cli, "logs-default.duckdb")
     assert (event["name"], event["input_json"]) == ("get_user", '{"user_id":7}')
 
@@ -216,7 +214,8 @@ def test_middleware_malformed_call_recorded_once(kind: str, tmp_path: Path, cli:
     answers = exchange(
         [python_with("fastmcp"), str(SERVERS / "mcp_server.py"), kind, "log.duckdb"],
         tmp_path,
-        [{"arguments": {"a": 1}}, {"name": 7}, {"name": "add", "arguments": [1]}],
+        [{"params": {"arguments": {"a": 1}}}, {"params": {"name": 7}}]
+        + [{"params": {"name": "add", "arguments": [1]}}],
     )
     assert [answer["error"]["code"] for answer in answers] == [-32602] * 3
     found = [(e["name"], e["input_json"], e["status"], e["client"]) for e in events(cli, "log.duckdb")]
@@ -284,13 +283,11 @@ def serve_with_mxcp(folder: Path, whose: str) -> str:
     if whose == "theirs":
         launcher = launcher.replace("mxcp.server.mcp.AuditLogger = mxcp_audit.AuditLogger\n", "")
     (folder / "launcher.py").write_text(launcher)
-    done = subprocess.run(
+    done = run_process(
         [python_with("mxcp022"), "-c", MXCP_CLIENT, "launcher.py", "serve", "--transport", "stdio"],
         cwd=folder,
-        env=child_environment(MXCP_CONFIG=str(folder / "config.yml"), MXCP_DISABLE_ANALYTICS="1"),
-        capture_output=True,
-        text=True,
-        timeout=300,
+        MXCP_CONFIG=str(folder / "config.yml"),
+        MXCP_DISABLE_ANALYTICS="1",
     )
     assert done.returncode == 0, done.stderr
     return done.stdout
@@ -339,14 +336,5 @@ def test_mxcp_own_log_imports_completely(tmp_path: Path, cli: Cli) -> None:
         original = json.loads(line)
         assert event["timestamp"] == original["timestamp"].replace("+00:00", "Z")
         assert json.loads(event["input_json"]) == json.loads(original["input_json"])
-        for column in (
-            "caller",
-            "type",
-            "name",
-            "duration_ms",
-            "policy_decision",
-            "reason",
-            "status",
-            "error",
-        ):
+        for column in words("caller type name duration_ms policy_decision reason status error"):
             assert event[column] == original[column]

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAFETY_SECONDS, child_environment, held_database, table_rows, wait_until
+from conftest import SAFETY_SECONDS, child_environment, held_database, run_process, table_rows, wait_until
 
 import mxcp_audit
 from mxcp_audit import AuditLogger, Encoder
@@ -26,19 +26,8 @@ from tools.judge import judge
 PREAMBLE = "import os, signal, sys, threading, time\nfrom mxcp_audit import AuditLogger\n"
 
 
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "log.duckdb"
-
-
 def run(body: str, db: Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(db)],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=SAFETY_SECONDS,
-    )
+    return run_process([sys.executable, "-c", PREAMBLE + textwrap.dedent(body), str(db)])
 
 
 def log(audit: AuditLogger, name: str) -> None:
@@ -89,8 +78,7 @@ def test_shutdown_while_the_database_is_held_leaves_all_in_the_journal(db: Path,
 
 @pytest.mark.parametrize("way", ["log_event", "record", "async"])
 def test_durable_event_survives_the_kill_that_follows_at_once(db: Path, way: str) -> None:
-    done = run(
-        f"""
+    body = f"""
         import asyncio
         audit = AuditLogger(sys.argv[1], durable=True)
         async def main():
@@ -100,9 +88,8 @@ def test_durable_event_survives_the_kill_that_follows_at_once(db: Path, way: str
             with audit.record("tool", "x"): pass
         else: asyncio.run(main())
         os.kill(os.getpid(), signal.SIGKILL)
-        """,
-        db,
-    )
+        """
+    done = run(body, db)
     assert done.returncode == -9 and set(judge(db).names) == {"x"}
 
 
@@ -161,8 +148,7 @@ def test_durable_in_async_code_does_not_block_the_loop(db: Path, monkeypatch: py
 
 def test_fork_while_another_thread_is_inside_of_a_logger_that_never_started(db: Path) -> None:
     """Its lock is held at the fork by a thread that does not exist in the child."""
-    done = run(
-        """
+    body = """
         audit = AuditLogger(sys.argv[1])
         held = threading.Event()
         def hold():
@@ -172,16 +158,14 @@ def test_fork_while_another_thread_is_inside_of_a_logger_that_never_started(db: 
         if pid == 0: audit.log_event("cli", "tool", "child"); audit.flush(60); os._exit(0)
         assert os.waitpid(pid, 0)[1] == 0
         audit.log_event("cli", "tool", "parent")
-        """,
-        db,
-    )
+        """
+    done = run(body, db)
     assert (done.returncode, done.stderr) == (0, "")
     assert set(judge(db).names) == {"child", "parent"}
 
 
 def test_counters_of_a_child_begin_at_zero(db: Path) -> None:
-    done = run(
-        """
+    body = """
         audit = AuditLogger(sys.argv[1])
         for n in range(5): audit.log_event("cli", "tool", str(n))
         audit.flush(60)
@@ -190,21 +174,18 @@ def test_counters_of_a_child_begin_at_zero(db: Path) -> None:
             audit.log_event("cli", "tool", "child"); audit.flush(60)
             os._exit(audit.counters[:3] != (1, 1, 1))
         assert os.waitpid(pid, 0)[1] == 0 and audit.counters.accepted == 5
-        """,
-        db,
-    )
+        """
+    done = run(body, db)
     assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_logger_that_nobody_holds_is_still_drained_at_exit(db: Path) -> None:
-    done = run(
-        """
+    body = """
         def work():
             for n in range(6): AuditLogger(sys.argv[1]).log_event("cli", "tool", str(n))
         work()
-        """,
-        db,
-    )
+        """
+    done = run(body, db)
     assert (done.returncode, done.stderr) == (0, "")
     assert len(judge(db).names) == 6 and judge(db).doubled == 0
 
@@ -216,15 +197,13 @@ def test_subinterpreter_events_are_recorded(db: Path) -> None:
         "a.log_event('cli', 'tool', 'x'); assert a.wait_written(); told = a.counters; a.close();"
         "assert told.written == 1 and 'could not' not in str(told), told"
     )
-    done = run(
-        f"""
+    body = f"""
         try: import _interpreters as interpreters
         except ImportError: import _xxsubinterpreters as interpreters
         problem = interpreters.run_string(interpreters.create(), {inner!r})
         assert problem is None, problem
-        """,
-        db,
-    )
+        """
+    done = run(body, db)
     assert done.returncode == 0, done.stderr
     assert set(judge(db).names) == {"x"}
 
@@ -248,16 +227,14 @@ def test_log_event_reports_no_recorded_content(db: Path, caplog: Any) -> None:
 
 
 def test_logger_that_fails_at_exit_keeps_no_other_from_writing(db: Path) -> None:
-    done = run(
-        """
+    body = """
         audits = [AuditLogger(sys.argv[1] + name, flush_interval=3600) for name in "abc"]
         def fail(*_): raise RuntimeError("what nobody foresaw")
         for audit in audits:
             audit._ingester._tell_head = fail
             audit.log_event("cli", "tool", "t")
-        """,
-        db,
-    )
+        """
+    done = run(body, db)
     assert done.returncode == 0
     assert [len(table_rows(Path(f"{db}{name}"))) for name in "abc"] == [1, 1, 1]
     assert done.stderr.count("what nobody foresaw") == 3
@@ -282,8 +259,7 @@ def test_encoder_that_fails_tells_no_content(
 
 
 def test_child_of_multiprocessing_registers_its_exit_once(db: Path) -> None:
-    done = run(
-        """
+    body = """
         import multiprocessing, multiprocessing.util
         def child(db):
             audit = AuditLogger(db)
@@ -293,9 +269,8 @@ def test_child_of_multiprocessing_registers_its_exit_once(db: Path) -> None:
         if __name__ == "__main__":
             process = multiprocessing.get_context("fork").Process(target=child, args=(sys.argv[1],))
             process.start(); process.join()
-        """,
-        db,
-    )
+        """
+    done = run(body, db)
     assert done.stdout.split() == ["1"], done.stderr
 
 
@@ -388,16 +363,16 @@ def test_events_that_come_while_the_logger_is_shut_down_share_a_segment(
 def test_daemon_thread_that_logs_on_does_not_hold_up_the_exit(db: Path) -> None:
     with held_database(db):  # so that shutdown takes the time that it has
         begun = time.monotonic()
-        done = run(  # with an interval so long that no attempt comes first, which would make one segment more
-            """
+        body = """
             audit = AuditLogger(sys.argv[1], flush_interval=60)
             true_shutdown = audit.shutdown
             audit.shutdown = lambda: true_shutdown(1.5)
             def work():
                 while True: audit.log_event("cli", "tool", "x"); time.sleep(0.01)
             threading.Thread(target=work, daemon=True).start(); time.sleep(0.2)
-            """,
-            db,
+            """
+        done = run(  # with an interval so long that no attempt comes first, which would make one segment more
+            body, db
         )
         assert done.returncode == 0 and "in use by" in done.stderr, done.stderr
         assert time.monotonic() - begun < SAFETY_SECONDS / 4
@@ -405,16 +380,14 @@ def test_daemon_thread_that_logs_on_does_not_hold_up_the_exit(db: Path) -> None:
 
 
 def test_reload_of_the_module_keeps_the_older_loggers_events(db: Path) -> None:
-    done = run(
-        """
+    body = """
         import importlib, mxcp_audit
         audit = AuditLogger(sys.argv[1]); audit.log_event("cli", "tool", "old")
         importlib.reload(mxcp_audit)
         mxcp_audit.AuditLogger(sys.argv[1]).log_event("cli", "tool", "new")
         audit.log_event("cli", "tool", "later")
-        """,
-        db,
-    )
+        """
+    done = run(body, db)
     assert (done.returncode, done.stderr) == (0, "") and judge(db).in_table == 3
 
 
@@ -429,16 +402,14 @@ def test_logger_travels_as_its_configuration(db: Path, copy_of: Any) -> None:
 
 
 def test_faults_are_logged_although_dict_config_disables_loggers(db: Path) -> None:
-    done = run(
-        """
+    body = """
         import logging.config
         logging.config.dictConfig({"version": 1, "handlers": {"h": {"class": "logging.StreamHandler"}},
                                    "root": {"handlers": ["h"]}})
         os.mkdir(sys.argv[1])
         AuditLogger(sys.argv[1]).log_event("cli", "tool", "x")
-        """,
-        db,
-    )
+        """
+    done = run(body, db)
     assert done.returncode == 0 and done.stderr
 
 
@@ -463,23 +434,21 @@ def test_place_that_cannot_be_used_is_said_when_the_logger_is_made(
 
 def test_database_that_is_held_for_long_leaves_few_segments_and_descriptors(db: Path) -> None:
     with held_database(db):
-        done = run(
-            """
+        body = """
             import mxcp_audit, resource
             resource.setrlimit(resource.RLIMIT_NOFILE, (64, 64))
             mxcp_audit._CHILD_WAIT_SECONDS = mxcp_audit._LOCKED_PAUSE_SECONDS = 0.01
             mxcp_audit._LONGEST_PAUSE_SECONDS = 0.02
             audit = AuditLogger(sys.argv[1], flush_interval=0.01)
-            for n in range(300):
+            for n in range(100):
                 audit.log_event("cli", "tool", str(n)); time.sleep(0.01); open(os.devnull).close()
                 if n % 30 == 0: audit.flush()
             audit.shutdown(0.1)
-            """,
-            db,
-        )
+            """
+        done = run(body, db)
         assert done.returncode == 0 and "in use by" in done.stderr, done.stderr
         assert len(list(Path(f"{db}.journal").glob("*.jsonl"))) <= 3
-    assert len(judge(db).names) == 300
+    assert len(judge(db).names) == 100
 
 
 @pytest.mark.parametrize("held", [False, True])
@@ -513,14 +482,12 @@ def test_workers_that_end_at_once_leave_every_event_in_the_table(db: Path, engin
 
 def test_child_that_ingests_ends_with_its_process(db: Path) -> None:
     with held_database(db):
-        done = run(
-            """
+        body = """
             audit = AuditLogger(sys.argv[1], flush_interval=0.01)
             audit.log_event("cli", "tool", "x")
             while audit._ingester._child is None: time.sleep(0.01)
             print(audit._ingester._child.pid); audit.shutdown(0.5)
-            """,
-            db,
-        )
+            """
+        done = run(body, db)
         with pytest.raises(ProcessLookupError):
             os.kill(int(done.stdout), 0)

@@ -30,14 +30,8 @@ from mxcp_audit import (
 )
 
 EVENT = {
-    "timestamp": "2026-01-02T03:04:05.678901Z",
-    "caller": "http",
-    "type": "tool",
-    "name": "get_user",
-    "input_json": '{"a":1}',
-    "duration_ms": 12,
-    "policy_decision": "n/a",
-    "status": "success",
+    **{"timestamp": "2026-01-02T03:04:05.678901Z", "caller": "http", "type": "tool", "name": "get_user"},
+    **{"input_json": '{"a":1}', "duration_ms": 12, "policy_decision": "n/a", "status": "success"},
     "event_id": "20260102T030405678901Z-00000000:1",
 }
 HOSTILE = (
@@ -177,14 +171,8 @@ def test_json_lines_are_one_object_a_line() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        '{"a":1,"b":[1,{},[],{"c":"d,:[]{}\\"\\\\"}],"e":null}',
-        "[]",
-        "{}",
-        "1.50",
-        '"text"',
-        '{"a":1,"a":2}',
-        "[123456789012345678901234567890,1e400]",
-        "[" * 50 + "]" * 50,
+        *('{"a":1,"b":[1,{},[],{"c":"d,:[]{}\\"\\\\"}],"e":null}', "[]", "{}", "1.50", '"text"'),
+        *('{"a":1,"a":2}', "[123456789012345678901234567890,1e400]", "[" * 50 + "]" * 50),
     ],
 )
 def test_indented_json_changes_nothing_but_blanks(text: str) -> None:

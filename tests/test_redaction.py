@@ -132,14 +132,8 @@ def test_is_sensitive_spec_name_in_any_spelling_is_true(redactor: Redactor, name
 @pytest.mark.parametrize(
     "name",
     [
-        "value_of_password",
-        "hash_of_secret",
-        "passWord",
-        "pass word",
-        "API-KEY",
-        "x-api-key",
-        "ｐａｓｓｗｏｒｄ",
-        "db.password",
+        *("value_of_password", "hash_of_secret", "passWord", "pass word", "API-KEY", "x-api-key"),
+        *("ｐａｓｓｗｏｒｄ", "db.password"),
     ],
 )
 def test_is_sensitive_torn_or_wide_spelling_is_true(redactor: Redactor, name: str) -> None:
@@ -311,14 +305,8 @@ def test_declared_part_in_an_opaque_value_redacts_all_of_it(redactor: Redactor) 
 @pytest.mark.parametrize(
     "garbage",
     [
-        0,
-        "x",
-        [],
-        {},
-        {"parameters": 3},
-        {"parameters": [None, 7, {"name": 5, "sensitive": True}]},
-        {"tool": [1]},
-        object(),
+        *(0, "x", [], {}, {"parameters": 3}, {"parameters": [None, 7, {"name": 5, "sensitive": True}]}),
+        *({"tool": [1]}, object()),
     ],
 )
 def test_declared_garbage_declares_nothing(redactor: Redactor, garbage: Any) -> None:
@@ -451,17 +439,11 @@ def in_json(value: Any) -> Any:
 
 containers = st.sampled_from(
     [
-        lambda value: [value],
-        lambda value: (1, value),
-        lambda value: {"options": value},
-        lambda value: Box(value),
-        lambda value: types.SimpleNamespace(content=value),
-        lambda value: collections.deque([value]),
-        lambda value: collections.OrderedDict(data=value),
-        lambda value: types.MappingProxyType({"x": value}),
-        lambda value: {1: value, "1": value},
-        lambda value: [value, value],
-        in_json,
+        *(lambda value: [value], lambda value: (1, value), lambda value: {"options": value}),
+        *(lambda value: Box(value), lambda value: types.SimpleNamespace(content=value)),
+        *(lambda value: collections.deque([value]), lambda value: collections.OrderedDict(data=value)),
+        *(lambda value: types.MappingProxyType({"x": value}), lambda value: {1: value, "1": value}),
+        *(lambda value: [value, value], in_json),
     ]
 )
 

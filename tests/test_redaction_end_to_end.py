@@ -5,8 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
-import subprocess
-import sys
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from conftest import child_environment
+from conftest import Cli
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -32,11 +30,7 @@ def spellings(name: str) -> list[str]:
     words = name.split("_")
     camel = words[0] + "".join(word.capitalize() for word in words[1:])
     return [
-        name,
-        name.upper(),
-        name.title(),
-        camel,
-        "-".join(words),
+        *(name, name.upper(), name.title(), camel, "-".join(words)),
         "-".join(word.title() for word in words),
     ]
 
@@ -66,7 +60,7 @@ CASE = st.tuples(
 @given(cases=st.lists(CASE, min_size=10, max_size=40))
 @settings(max_examples=5)
 def test_secret_under_a_specified_name_appears_nowhere(
-    tmp_path_factory: pytest.TempPathFactory, engine: str, cases: list[tuple[str, Any, str]]
+    tmp_path_factory: pytest.TempPathFactory, engine: str, run: Cli, cases: list[tuple[str, Any, str]]
 ) -> None:
     folder = tmp_path_factory.mktemp("secret")
     told: list[str] = []
@@ -90,14 +84,8 @@ def test_secret_under_a_specified_name_appears_nowhere(
         audit.shutdown()
         logging.getLogger("mxcp_audit").removeHandler(handler)
     assert not any(MARK in text for text in told)
-    for arguments in (["--json", "--limit", "1000"], [], ["--export", "out.csv"]):
-        shown = subprocess.run(
-            [sys.executable, "-m", "mxcp_audit", "log", "--db", "log.duckdb", *arguments],
-            cwd=folder,
-            env=child_environment(MXCP_AUDIT_ENGINE=engine),
-            capture_output=True,
-            text=True,
-        )
+    for arguments in (["--json", "--limit", "1000"], [], ["--export", str(folder / "out.csv")]):
+        shown = run("log", "--db", str(folder / "log.duckdb"), *arguments)
         assert shown.returncode == 0, shown.stderr
         assert MARK not in shown.stdout + shown.stderr
     assert_absent(folder)  # the database and the export

@@ -1,14 +1,21 @@
-"""Each labelled situation from a public bug thread has a test here, named after its id.
+"""Each labelled situation from a public bug thread has a test, named after its id.
 
-Where a situation can't be a test, docs/operations.md says what is promised instead. Sizes are scaled
-down so that all runs in minutes; `tools/torture.py` runs the large ones. Real processes, real kills;
-counted by `tools/judge.py`, which shares no code with the module.
+BC-133 and BC-135 are in test_store_reading.py. Where a situation can't be a test, docs/operations.md
+says what is promised instead. Sizes are scaled down so that all runs in minutes; `tools/torture.py`
+runs the large ones. Real processes, real kills; counted by `tools/judge.py`, which shares no code with
+the module.
 """
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import contextvars
+import datetime
+import decimal
+import enum
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -21,6 +28,9 @@ import tempfile
 import textwrap
 import threading
 import time
+import unittest.mock
+import urllib.request
+import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -30,7 +40,9 @@ import pytest
 from conftest import (
     SAFETY_SECONDS,
     child_environment,
+    in_threads,
     make_environment,
+    run_process,
     table_rows,
     wait_until,
 )
@@ -68,25 +80,12 @@ def script(body: str, *, audit: bool = True) -> str:
 
 
 def run(
-    body: str,
-    db: Path,
-    *args: str,
-    options: tuple[str, ...] = (),
-    audit: bool = True,
-    **changes: str,
+    body: str, db: Path, *args: str, options: tuple[str, ...] = (), audit: bool = True, **changes: str
 ) -> subprocess.CompletedProcess[str]:
     """Run a script as a program of its own, from a file: multiprocessing's `spawn` needs one."""
     path = db.parent / f"script{os.urandom(4).hex()}.py"
     path.write_text(script(body, audit=audit))
-    return subprocess.run(
-        [sys.executable, *options, str(path), str(db), *args],
-        env=child_environment(**changes),
-        cwd=db.parent,
-        capture_output=True,
-        text=True,
-        timeout=SAFETY_SECONDS,
-        stdin=subprocess.DEVNULL,
-    )
+    return run_process([sys.executable, *options, str(path), str(db), *args], cwd=db.parent, **changes)
 
 
 @contextlib.contextmanager
@@ -112,6 +111,10 @@ def started(
 
 def clean(done: subprocess.CompletedProcess[str]) -> None:
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def run_clean(body: str, db: Path, *args: str, **options: Any) -> None:
+    clean(run(body, db, *args, **options))
 
 
 def assert_whole(verdict: Verdict, expected: set[str] | int) -> None:
@@ -142,11 +145,6 @@ def write_segment(db: Path, names: list[str]) -> Path:
     return Path(segment.path)
 
 
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "log.duckdb"
-
-
 def shown(cli: Any, db: Path, *options: str) -> list[dict[str, Any]]:
     done = cli("log", "--db", str(db), "--json", "--limit", "100000", *options)
     return list(json.loads(done.stdout))
@@ -165,64 +163,48 @@ def test_bc_001_first_event_in_an_exit_handler_is_stored(db: Path) -> None:
     early = "import atexit; atexit.register(lambda: log('earliest'))\n"
     path = db.parent / "early.py"
     path.write_text(early + script(body, audit=False))
-    done = subprocess.run(
-        [sys.executable, path, db],
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=SAFETY_SECONDS,
-    )
+    done = run_process([sys.executable, path, db])
     clean(done)
     assert_whole(judge(db), {"earliest", "before", "after"})
 
 
 @pytest.mark.parametrize("first", ["main", "thread"])
 def test_bc_002_thread_outlives_main_and_logs(db: Path, first: str) -> None:
-    clean(
-        run(
-            """
+    body = """
         if sys.argv[2] == "main": log("main")
         def later():
             time.sleep(0.2)
             for n in range(100): log(n)
         threading.Thread(target=later).start()
-    """,
-            db,
-            first,
-        )
-    )
+    """
+    run_clean(body, db, first)
     assert_whole(judge(db), {str(n) for n in range(100)} | ({"main"} if first == "main" else set()))
 
 
 @pytest.mark.parametrize("end", ["", "sys.exit()"])
 def test_bc_004_one_event_and_out_is_stored(tmp_path: Path, end: str) -> None:
-    for number in range(5):
+    for number in range(2):
         db = tmp_path / f"{number}.duckdb"
-        clean(run(f"log('only'); {end}", db))
+        run_clean(f"log('only'); {end}", db)
         assert_whole(judge(db), {"only"})
 
 
 def test_bc_005_close_after_a_burst_stores_all_and_close_twice_is_harmless(db: Path) -> None:
-    clean(
-        run(
-            """
+    body = """
         def work(t):
-            for n in range(3000): log(f"{t}-{n}")
+            for n in range(1000): log(f"{t}-{n}")
         threads = [threading.Thread(target=work, args=(t,)) for t in range(8)]
         for t in threads: t.start()
         for t in threads: t.join()
         audit.close(); audit.close()
         log("late")
-    """,
-            db,
-        )
-    )
-    assert_whole(judge(db), {f"{t}-{n}" for t in range(8) for n in range(3000)} | {"late"})
+    """
+    run_clean(body, db)
+    assert_whole(judge(db), {f"{t}-{n}" for t in range(8) for n in range(1000)} | {"late"})
 
 
 def test_bc_007_second_interrupt_at_exit_is_prompt_and_says_what_is_left(db: Path) -> None:
-    with started(
-        """
+    body = """
         log("written"); audit.flush()
         slow_writes(30)
         for n in range(200): log(n)
@@ -231,9 +213,8 @@ def test_bc_007_second_interrupt_at_exit_is_prompt_and_says_what_is_left(db: Pat
         audit.shutdown = shutdown
         try: print("ready", flush=True); time.sleep(60)
         except KeyboardInterrupt: pass
-    """,
-        db,
-    ) as process:
+    """
+    with started(body, db) as process:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         assert process.stdout.readline() == "ending\n"
@@ -263,8 +244,7 @@ def test_bc_011_flush_while_the_journal_is_unwritable_ends_in_time_and_succeeds_
 @package
 @linux
 def test_bc_012_many_loggers_leave_no_thread_descriptor_or_segment(db: Path) -> None:
-    done = run(
-        """
+    body = """
         def count(): return len(os.listdir("/proc/self/task")), len(os.listdir("/proc/self/fd"))
         def use(path, n):
             pair = [AuditLogger(path), AuditLogger(path)] if n % 4 == 0 else [AuditLogger(path)]
@@ -272,27 +252,23 @@ def test_bc_012_many_loggers_leave_no_thread_descriptor_or_segment(db: Path) -> 
             for audit in pair: audit.close()
         use(db, 0)
         before = count()
-        for n in range(1, 20): use(db, n)
-        for n in range(6): use(f"{db}.{n}", n)
+        for n in range(1, 9): use(db, n)
+        for n in range(4): use(f"{db}.{n}", n)
         for n in range(200): AuditLogger(db).close()
         def more(): return any(now > then for now, then in zip(count(), before))
         end = time.monotonic() + 60  # a thread that was joined may be listed for a moment
         while more() and time.monotonic() < end: time.sleep(0.05)
         print(not more(), before, count())
-    """,
-        db,
-        audit=False,
-        MXCP_AUDIT_ENGINE="package",
-    )
+    """
+    done = run(body, db, audit=False, MXCP_AUDIT_ENGINE="package")
     clean(done)
     assert done.stdout.startswith("True"), done.stdout
-    assert_whole(judge(db), {f"{n}-0" for n in range(20)} | {f"{n}-1" for n in range(0, 20, 4)})
+    assert_whole(judge(db), {f"{n}-0" for n in range(9)} | {f"{n}-1" for n in range(0, 9, 4)})
     assert not list(Path(f"{db}.journal").glob("*.jsonl"))
 
 
 def test_bc_014_server_that_cannot_stop_and_is_killed_keeps_its_events(db: Path) -> None:
-    with started(
-        """
+    body = """
         import http.server, urllib.request
         class Endless(http.server.BaseHTTPRequestHandler):
             def do_GET(self):
@@ -309,9 +285,8 @@ def test_bc_014_server_that_cannot_stop_and_is_killed_keeps_its_events(db: Path)
         signal.signal(signal.SIGTERM, stop)
         print(server.server_port, flush=True)
         server.serve_forever()
-    """,
-        db,
-    ) as process:
+    """
+    with started(body, db) as process:
         import urllib.request
 
         url = f"http://127.0.0.1:{int(process.stdout.readline())}"
@@ -326,8 +301,7 @@ def test_bc_014_server_that_cannot_stop_and_is_killed_keeps_its_events(db: Path)
 
 
 def test_bc_015_workers_killed_at_reload_lose_only_their_last_moments(db: Path) -> None:
-    done = run(
-        """
+    body = """
         said = os.open(db + ".said", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         log("master")
         for generation in range(4):
@@ -343,9 +317,8 @@ def test_bc_015_workers_killed_at_reload_lose_only_their_last_moments(db: Path) 
             time.sleep(0.5)
             for pid in workers: os.kill(pid, signal.SIGKILL); os.waitpid(pid, 0)
         audit.flush(60)
-    """,
-        db,
-    )
+    """
+    done = run(body, db)
     told = [line for line in done.stderr.splitlines() if not line.endswith("kept in .torn")]
     assert (done.returncode, told) == (0, [])  # a killed worker may leave half a line, and that is said
     ingest(db)
@@ -363,24 +336,19 @@ def test_bc_015_workers_killed_at_reload_lose_only_their_last_moments(db: Path) 
 
 @pytest.mark.parametrize("flush", [True, False])
 def test_bc_016_forked_task_that_leaves_by_os_exit(db: Path, flush: bool) -> None:
-    clean(
-        run(
-            """
+    body = """
         log("parent")
-        for child in range(12):
+        for child in range(6):
             pid = os.fork()
             if pid == 0:
                 for n in range(5): log(f"{child}-{n}")
                 if sys.argv[2] == "True": audit.flush(60)
                 os._exit(0)
             os.waitpid(pid, 0)
-    """,
-            db,
-            str(flush),
-        )
-    )
+    """
+    run_clean(body, db, str(flush))
     verdict = judge(db)
-    expected = {f"{child}-{n}" for child in range(12) for n in range(5)} | {"parent"}
+    expected = {f"{child}-{n}" for child in range(6) for n in range(5)} | {"parent"}
     if flush:
         assert_whole(verdict, expected)
     else:  # the window applies: an event may be lost, never doubled or torn
@@ -388,13 +356,11 @@ def test_bc_016_forked_task_that_leaves_by_os_exit(db: Path, flush: bool) -> Non
 
 
 def test_bc_017_frozen_after_flush_is_readable_and_survives_the_kill(db: Path, cli: Any) -> None:
-    with started(
-        """
+    body = """
         for n in range(20): log(n)
         audit.flush(60); print("done", flush=True); time.sleep(60)
-    """,
-        db,
-    ) as process:
+    """
+    with started(body, db) as process:
         assert process.stdout.readline() == "done\n"
         process.send_signal(signal.SIGSTOP)
         assert {event["name"] for event in shown(cli, db)} == {str(n) for n in range(20)}
@@ -406,65 +372,53 @@ def test_bc_017_frozen_after_flush_is_readable_and_survives_the_kill(db: Path, c
 
 @pytest.mark.parametrize("method", ["fork", "forkserver", "spawn", "pool"])
 def test_bc_018_multiprocessing_children_lose_nothing(db: Path, method: str) -> None:
-    clean(
-        run(
-            """
+    body = """
         def task(child):
             for n in range(3): log(f"{child}-{n}")
         if __name__ == "__main__":
             method = sys.argv[2]
             context = multiprocessing.get_context("fork" if method == "pool" else method)
             if method == "pool":
-                pool = context.Pool(4); pool.map(task, range(6)); pool.close(); pool.join()
+                pool = context.Pool(3); pool.map(task, range(3)); pool.close(); pool.join()
             else:
-                children = [context.Process(target=task, args=(child,)) for child in range(6)]
+                children = [context.Process(target=task, args=(child,)) for child in range(3)]
                 for child in children: child.start()
                 for child in children: child.join()
-    """,
-            db,
-            method,
-            options=("-W", "ignore::DeprecationWarning"),
-        )
-    )
-    assert_whole(judge(db), {f"{child}-{n}" for child in range(6) for n in range(3)})
+    """
+    run_clean(body, db, method, options=("-W", "ignore::DeprecationWarning"))
+    assert_whole(judge(db), {f"{child}-{n}" for child in range(3) for n in range(3)})
 
 
 @pytest.mark.parametrize("way", ["sys.exit", "end", "multiprocessing"])
 def test_bc_019_child_never_writes_what_the_parent_had_queued(db: Path, way: str) -> None:
-    clean(
-        run(
-            """
+    body = """
         slow_writes(0.3)
         log("first"); time.sleep(0.1)
         for n in range(1000): log(n)
         if sys.argv[2] == "multiprocessing":
-            children = [multiprocessing.get_context("fork").Process(target=int) for _ in range(4)]
+            children = [multiprocessing.get_context("fork").Process(target=int) for _ in range(2)]
             for child in children: child.start()
             for child in children: child.join()
         else:
-            for _ in range(4):
+            for _ in range(2):
                 if os.fork() == 0:
                     if sys.argv[2] == "sys.exit": sys.exit(0)
                     break
             else:
-                for _ in range(4): os.wait()
-    """,
-            db,
-            way,
-        )
-    )
+                for _ in range(2): os.wait()
+    """
+    run_clean(body, db, way)
     assert_whole(judge(db), {str(n) for n in range(1000)} | {"first"})
 
 
 def test_bc_020_children_that_drop_an_inherited_logger_double_nothing(db: Path) -> None:
-    done = run(
-        """
+    body = """
         stop = False; counts = [0, 0]
         def work(t):
             while not stop: log(f"{t}-{counts[t]}"); counts[t] += 1; time.sleep(0.0002)
         threads = [threading.Thread(target=work, args=(t,)) for t in (0, 1)]
         for t in threads: t.start()
-        for child in range(30):
+        for child in range(12):
             pid = os.fork()
             if pid == 0:
                 if child % 2: audit = AuditLogger(db)
@@ -474,50 +428,43 @@ def test_bc_020_children_that_drop_an_inherited_logger_double_nothing(db: Path) 
         stop = True
         for t in threads: t.join()
         print(*counts)
-    """,
-        db,
-    )
+    """
+    done = run(body, db)
     clean(done)
     zero, one = map(int, done.stdout.split())
     assert_whole(judge(db), {f"0-{n}" for n in range(zero)} | {f"1-{n}" for n in range(one)})
 
 
 def test_bc_024_fork_while_a_large_event_is_encoded(db: Path) -> None:
-    done = run(
-        """
-        large = {str(n): n for n in range(5000)}; stop = False
+    body = """
+        large = {str(n): n for n in range(3000)}; stop = False
         def work():
             n = 0
             while not stop: log(f"large-{n}", **large); n += 1; time.sleep(0.01)
         thread = threading.Thread(target=work); thread.start()
-        for child in range(10):
+        for child in range(5):
             pid = os.fork()
             if pid == 0: log(f"small-{child}"); sys.exit()
             assert os.waitpid(pid, 0)[1] == 0
         stop = True; thread.join()
-    """,
-        db,
-    )
+    """
+    done = run(body, db)
     assert done.returncode == 0  # on a slow machine a fork may interrupt an ingest, which it says
     verdict = judge(db)
     assert verdict.doubled == verdict.torn == 0
-    assert not verdict.lost({f"small-{child}" for child in range(10)})
+    assert not verdict.lost({f"small-{child}" for child in range(5)})
 
 
 def test_bc_026_pool_of_forked_workers_mixes_no_lines(db: Path) -> None:
-    clean(
-        run(
-            """
+    body = """
         def task(t):
             for n in range(10): log(f"{t}-{n}", text="x" * 10000)
         if __name__ == "__main__":
             log("parent")
-            pool = multiprocessing.get_context("fork").Pool(16)
+            pool = multiprocessing.get_context("fork").Pool(8)
             pool.map(task, range(30), chunksize=1); pool.close(); pool.join()
-    """,
-            db,
-        )
-    )
+    """
+    run_clean(body, db)
     assert_whole(judge(db), {f"{t}-{n}" for t in range(30) for n in range(10)} | {"parent"})
     assert {
         len(text) for (text,) in table_rows(db, "SELECT input_json FROM logs WHERE name <> 'parent'")
@@ -525,10 +472,8 @@ def test_bc_026_pool_of_forked_workers_mixes_no_lines(db: Path) -> None:
 
 
 def test_bc_027_parent_and_child_both_use_the_database(db: Path) -> None:
-    clean(
-        run(
-            """
-        for round in range(8):
+    body = """
+        for round in range(2):
             log(f"{round}-first"); audit.flush(60)
             pid = os.fork()
             if pid == 0:
@@ -539,45 +484,37 @@ def test_bc_027_parent_and_child_both_use_the_database(db: Path) -> None:
             for n in range(50): log(f"{round}-parent-{n}")
             assert os.waitpid(pid, 0)[1] == 0
             audit.flush(60)
-    """,
-            db,
-        )
-    )
-    sides = {f"{r}-{side}-{n}" for r in range(8) for side in ("child", "parent") for n in range(50)}
-    assert_whole(judge(db), sides | {f"{r}-first" for r in range(8)})
+    """
+    run_clean(body, db)
+    sides = {f"{r}-{side}-{n}" for r in range(2) for side in ("child", "parent") for n in range(50)}
+    assert_whole(judge(db), sides | {f"{r}-first" for r in range(2)})
 
 
 @package
 @pytest.mark.parametrize("way", ["exit", "collect"])
 def test_bc_028_child_of_a_process_with_an_open_query_ends_without_a_signal(db: Path, way: str) -> None:
-    done = run(
-        """
+    body = """
         log("first"); audit.flush(60)
         store = mxcp_audit.Store(audit.config)
         with store.reading() as reading:
             rows = reading.rows(mxcp_audit.Filter()); next(rows)
-            for child in range(2):
+            for child in range(1):
                 pid = os.fork()
                 if pid == 0:
                     log(child)
                     if sys.argv[2] == "collect": rows.close(); del reading, rows, store; gc.collect()
                     sys.exit()
                 assert os.waitpid(pid, 0)[1] == 0
-    """,
-        db,
-        way,
-        MXCP_AUDIT_ENGINE="package",
-    )
+    """
+    done = run(body, db, way, MXCP_AUDIT_ENGINE="package")
     # DuckDB believes in the child that the file is open, so that its events stay in the journal for now.
     assert done.returncode == 0, done.stderr
-    assert_whole(judge(db), {str(n) for n in range(2)} | {"first"})
+    assert_whole(judge(db), {"0", "first"})
 
 
 @linux
 def test_bc_029_import_and_construction_start_nothing(db: Path) -> None:
-    clean(
-        run(
-            """
+    body = """
         assert len(os.listdir("/proc/self/task")) == 1
         pid = os.fork()
         if pid == 0: os._exit(0)
@@ -585,20 +522,15 @@ def test_bc_029_import_and_construction_start_nothing(db: Path) -> None:
         child = multiprocessing.get_context("fork").Process(target=int); child.start(); child.join()
         assert len(os.listdir("/proc/self/task")) == 1
         assert not os.path.exists(db) and "duckdb" not in sys.modules
-    """,
-            db,
-            options=("-W", "error"),
-        )
-    )
+    """
+    run_clean(body, db, options=("-W", "error"))
 
 
 # --- threads
 
 
 def test_bc_030_destructor_that_logs_never_deadlocks(db: Path) -> None:
-    clean(
-        run(
-            """
+    body = """
         class Noisy:
             def __init__(self, name): self.me = self; self.name = name
             def __del__(self): log(self.name)
@@ -609,17 +541,14 @@ def test_bc_030_destructor_that_logs_never_deadlocks(db: Path) -> None:
         for t in threads: t.start()
         for t in threads: t.join()
         gc.collect()
-    """,
-            db,
-        )
-    )
+    """
+    run_clean(body, db)
     assert_whole(judge(db), {f"{d}{t}-{n}" for d in ("", "d") for t in range(4) for n in range(300)})
 
 
 @pytest.mark.parametrize("durable", [False, True])
 def test_bc_031_signal_handler_logs_while_main_logs(db: Path, durable: bool) -> None:
-    done = run(
-        """
+    body = """
         audit = AuditLogger(db, durable=sys.argv[2] == "True")
         import itertools
         handled = itertools.count()
@@ -638,11 +567,8 @@ def test_bc_031_signal_handler_logs_while_main_logs(db: Path, durable: bool) -> 
         signal.signal(signal.SIGTERM, stop)
         print(n, handled, flush=True)
         os.kill(os.getpid(), signal.SIGTERM); time.sleep(60)
-    """,
-        db,
-        str(durable),
-        audit=False,
-    )
+    """
+    done = run(body, db, str(durable), audit=False)
     clean(done)
     main_events, handled = map(int, done.stdout.split())
     assert handled >= 20
@@ -689,12 +615,8 @@ def test_bc_033_event_that_breaks_the_encoder_silences_nothing(db: Path, logger:
             logger.log_event("cli", "tool", f"{thread}-{n}-evil", {"x": evil})
             logger.log_event("cli", "tool", f"{thread}-{n}-after")
 
-    threads = [threading.Thread(target=log_all, args=(thread,)) for thread in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert logger.flush(SAFETY_SECONDS)
+    in_threads(log_all, range(3))
+    assert logger.shutdown()
     rows = table_rows(db, "SELECT name FROM logs")
     sound = {f"{t}-{n}-{w}" for t in range(3) for n in range(5) for w in ("before", "after")}
     assert len(rows) == 45 and sound <= {name for (name,) in rows}
@@ -707,8 +629,7 @@ def test_bc_036_no_thread_allowed_writes_in_the_caller_and_says_why(tmp_path: Pa
     home = Path(tempfile.mkdtemp(prefix="mxcp"))
     home.chmod(0o777)
     try:
-        done = run(
-            """
+        body = """
             import asyncio, ctypes, duckdb, json, logging, resource, tempfile, traceback
             log("0"); audit.flush(60); audit.shutdown()  # everything is imported now
             os.chmod(db + ".journal", 0o777); os.chown(db + ".journal", 65534, 65534)
@@ -723,11 +644,8 @@ def test_bc_036_no_thread_allowed_writes_in_the_caller_and_says_why(tmp_path: Pa
             for n in range(20, 40): log(n)
             assert audit.flush(60), audit.counters
             assert threading.active_count() > threads
-        """,
-            home / "log.duckdb",
-            MXCP_AUDIT_ENGINE="package",
-            OPENBLAS_NUM_THREADS="1",
-        )
+        """
+        done = run(body, home / "log.duckdb", MXCP_AUDIT_ENGINE="package", OPENBLAS_NUM_THREADS="1")
         assert done.returncode == 0, done.stderr
         assert done.stderr.count("callers write themselves") == 1
         assert_whole(judge(home / "log.duckdb"), {str(n) for n in range(40)})
@@ -736,8 +654,7 @@ def test_bc_036_no_thread_allowed_writes_in_the_caller_and_says_why(tmp_path: Pa
 
 
 def test_bc_041_diagnostics_that_come_back_as_events_stay_few(db: Path) -> None:
-    done = run(
-        """
+    body = """
         import logging
         class Feedback:
             def write(self, text): log(f"stderr {text}")
@@ -750,22 +667,19 @@ def test_bc_041_diagnostics_that_come_back_as_events_stay_few(db: Path) -> None:
         time.sleep(2)
         print(audit.counters.accepted)
         os.unlink(db + ".journal")
-    """,
-        db,
-    )
+    """
+    done = run(body, db)
     assert done.returncode == 0
     assert 10 <= int(done.stdout) < 30
 
 
 def test_bc_042_standard_error_that_nobody_reads_blocks_nothing(db: Path) -> None:
-    with started(
-        """
+    body = """
         open(db + ".journal", "w").close()
-        for n in range(20000): log(n)
+        for n in range(5000): log(n)
         audit.shutdown(timeout=0.2); print("through", flush=True)
-    """,
-        db,
-    ) as process:
+    """
+    with started(body, db) as process:
         assert process.stdout.readline() == "through\n"
         process.wait(SAFETY_SECONDS)
         assert len(process.stderr.read()) < 65536
@@ -838,7 +752,7 @@ def test_bc_046_repr_that_itself_logs(db: Path, logger: AuditLogger) -> None:
             return "value"
 
     logger.log_event("cli", "tool", "outer", {"x": Chatty()})
-    assert logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     names = Counter(name for (name,) in table_rows(db, "SELECT name FROM logs"))
     unreadable = {name for name in names if name.startswith("<unreadable text: ")}  # where the stack ended
     assert names["outer"] == 1 and set(names) - unreadable <= {"outer", "inner", "getter"}
@@ -864,7 +778,7 @@ def test_bc_047_exceptions_that_no_pickle_rebuilds(db: Path, logger: AuditLogger
             raise error
         assert caught.value is error
     logger.log_event("cli", "tool", "after")
-    assert logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     rows = dict(table_rows(db, "SELECT name, error FROM logs"))
     assert (
         rows["0"] == "Demanding: demanding" and rows["1"] == "ValueError: link 49" and rows["after"] is None
@@ -900,21 +814,10 @@ def test_bc_053_integer_of_more_than_4300_digits(stored: Any) -> None:
 
 
 def test_bc_055_no_entry_is_lost_whatever_its_key(stored: Any) -> None:
-    import datetime
-    import enum
-    import uuid
-
     colour = enum.Enum("Colour", "RED")
     keys = [
-        ("a", 1),
-        1,
-        float("nan"),
-        b"bytes",
-        colour.RED,
-        uuid.UUID(int=1),
-        datetime.date(2026, 1, 1),
-        frozenset([1]),
-        None,
+        *(("a", 1), 1, float("nan"), b"bytes", colour.RED, uuid.UUID(int=1), datetime.date(2026, 1, 1)),
+        *(frozenset([1]), None),
     ]
     (found,) = stored({key: n for n, key in enumerate(keys)})
     assert sorted(found.values()) == list(range(len(keys)))
@@ -949,8 +852,6 @@ def test_bc_060_keys_that_differ_by_case(stored: Any) -> None:
 
 
 def test_bc_062_lazy_objects_are_left_alone(stored: Any) -> None:
-    import unittest.mock
-
     touched = Counter[str]()
 
     class Lazy:
@@ -975,28 +876,13 @@ def test_bc_062_lazy_objects_are_left_alone(stored: Any) -> None:
 
 
 def test_bc_063_everyday_objects_that_json_does_not_know(stored: Any) -> None:
-    import datetime
-    import decimal
-    import enum
-    import uuid
-
     kind = enum.IntEnum("Kind", {"ONE": 1})
     (found,) = stored(
         {
-            "error": ValueError("x"),
-            "bytes": b"\xff",
-            "naive": datetime.datetime(2026, 1, 1),
-            "delta": datetime.timedelta(1),
-            "decimal": decimal.Decimal("1.10"),
-            "uuid": uuid.UUID(int=1),
-            "path": Path("/x"),
-            "kind": kind.ONE,
-            "set": {3, 1, 2},
-            "complex": 1j,
-            "range": range(3),
-            "pattern": re.compile("x"),
-            "type": int,
-            "function": len,
+            **{"error": ValueError("x"), "bytes": b"\xff", "naive": datetime.datetime(2026, 1, 1)},
+            **{"delta": datetime.timedelta(1), "decimal": decimal.Decimal("1.10")},
+            **{"uuid": uuid.UUID(int=1), "path": Path("/x"), "kind": kind.ONE, "set": {3, 1, 2}},
+            **{"complex": 1j, "range": range(3), "pattern": re.compile("x"), "type": int, "function": len},
         }
     )
     assert len(found) == 14 and "1.10" in str(found["decimal"])
@@ -1005,20 +891,16 @@ def test_bc_063_everyday_objects_that_json_does_not_know(stored: Any) -> None:
 MARKER = "hunter2-ZzQ9-marker"
 
 
-@pytest.mark.parametrize("place", ["dict", "list", "tuple", "json"])
-def test_bc_064_secret_several_levels_down_is_nowhere(tmp_path: Path, place: str) -> None:
+def test_bc_064_secret_several_levels_down_is_nowhere(tmp_path: Path) -> None:
     secret: dict[str, Any] = {"password": MARKER}
-    value = {
-        "dict": {"a": {"b": secret}},
-        "list": {"a": [[secret]]},
-        "tuple": {"a": ((secret,),)},
-        "json": {"a": json.dumps(secret)},
-    }[place]
+    values = ({"b": secret}, [[secret]], ((secret,),), json.dumps(secret))
     audit = AuditLogger(tmp_path / "log.duckdb")
-    audit.log_event("cli", "tool", "x", value)
-    audit.flush(SAFETY_SECONDS)
-    audit.log_event("cli", "tool", "x", value)
-    time.sleep(0.2)
+    for _ in range(2):  # in the table and in the journal
+        audit.flush(SAFETY_SECONDS)
+        for value in values:
+            audit.log_event("cli", "tool", "x", {"a": value})
+    assert audit.wait_written()
+    assert len(table_rows(tmp_path / "log.duckdb")) == 4
     for path in tmp_path.rglob("*"):
         assert path.is_dir() or MARKER.encode() not in path.read_bytes(), path
     audit.shutdown()
@@ -1026,15 +908,8 @@ def test_bc_064_secret_several_levels_down_is_nowhere(tmp_path: Path, place: str
 
 def test_bc_065_short_secret_under_a_telling_name(stored: Any) -> None:
     keys = [
-        "password",
-        "PASSWORD",
-        "passWord",
-        "db_password",
-        "apiKey",
-        "API-KEY",
-        "x-api-key",
-        "aws_session_token",
-        "gitlab_api_token",
+        *("password", "PASSWORD", "passWord", "db_password", "apiKey", "API-KEY", "x-api-key"),
+        *("aws_session_token", "gitlab_api_token"),
     ]
     harmless = {"token_count": 7, "primary_key": 8, "passenger": "Ann", "author": "Bob"}
     secrets = ["hunter2", ["hunter2"], {"x": "hunter2"}]
@@ -1057,7 +932,7 @@ def test_bc_068_one_secret_is_part_of_another(db: Path, logger: AuditLogger) -> 
             status="error",
             error="refused abc123-LONG-TAIL for the new user",
         )
-    assert logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     for text, error in table_rows(db, "SELECT input_json, error FROM logs"):
         assert "LONG" not in text + error and "TAIL" not in text + error
         assert error.startswith("refused ") and "for the new user" in error
@@ -1083,32 +958,21 @@ class Custom(BaseException):
     """Neither an Exception nor one of Python's own."""
 
 
-@pytest.mark.parametrize(
-    "error", [SystemExit(0), SystemExit(3), KeyboardInterrupt(), GeneratorExit(), Custom("x")], ids=repr
-)
-@pytest.mark.parametrize("way", ["sync", "async"])
-def test_bc_072_exceptions_that_are_no_failures_pass_unchanged(
-    db: Path, logger: AuditLogger, error: BaseException, way: str
-) -> None:
-    import asyncio
+def test_bc_072_exceptions_that_are_no_failures_pass_unchanged(db: Path, logger: AuditLogger) -> None:
+    async def work(error: BaseException) -> None:
+        async with logger.record("tool", "t"):
+            raise error
 
-    async def work() -> None:
-        try:
-            async with logger.record("tool", "t"):
-                raise error
-        except BaseException as raised:
-            assert raised is error
-        else:
-            raise AssertionError
-
-    if way == "sync":
+    errors = [SystemExit(0), SystemExit(3), KeyboardInterrupt(), GeneratorExit(), Custom("x")]
+    for error in errors:
         with pytest.raises(type(error)) as caught, logger.record("tool", "t"):
             raise error
         assert caught.value is error
-    else:
-        asyncio.run(work())
-    assert logger.flush(SAFETY_SECONDS)
-    assert len(table_rows(db)) == 1
+        with pytest.raises(type(error)) as caught:
+            work(error).send(None)
+        assert caught.value is error
+    assert logger.shutdown()
+    assert len(table_rows(db)) == 2 * len(errors)
 
 
 def test_bc_074_decorated_generator_keeps_its_protocol(logger: AuditLogger) -> None:
@@ -1143,9 +1007,7 @@ def test_bc_074_decorated_generator_keeps_its_protocol(logger: AuditLogger) -> N
 
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_bc_075_generator_open_at_the_end_makes_no_noise(db: Path, kind: str) -> None:
-    clean(
-        run(
-            """
+    body = """
         import asyncio
         @audit.tool()
         def plain():
@@ -1160,18 +1022,13 @@ def test_bc_075_generator_open_at_the_end_makes_no_noise(db: Path, kind: str) ->
         if sys.argv[2] == "sync": kept = plain(); next(kept)
         else: asyncio.run(main())
         log("after")
-    """,
-            db,
-            kind,
-        )
-    )
+    """
+    run_clean(body, db, kind)
     verdict = judge(db)
     assert verdict.names["after"] == 1 and verdict.names.total() <= 2
 
 
 def test_bc_076_decorated_tool_keeps_its_signature(logger: AuditLogger) -> None:
-    import inspect
-
     def tool(a: int, /, b: str = "x", *, c: float = 1.5) -> str:
         """Say it."""
         return f"{a}{b}{c}"
@@ -1188,9 +1045,6 @@ def test_bc_076_decorated_tool_keeps_its_signature(logger: AuditLogger) -> None:
 
 
 def test_bc_078_each_event_carries_the_values_of_its_own_call(db: Path, logger: AuditLogger) -> None:
-    import asyncio
-    import contextvars
-
     user: contextvars.ContextVar[str] = contextvars.ContextVar("user")
 
     async def task(n: int) -> None:
@@ -1205,7 +1059,7 @@ def test_bc_078_each_event_carries_the_values_of_its_own_call(db: Path, logger: 
         await asyncio.gather(*(task(n) for n in range(200)))
 
     asyncio.run(everything())
-    assert logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     rows = table_rows(db, "SELECT name, user_id FROM logs")
     assert len(rows) == 400
     assert all(name.split("-")[1] == who.split("-")[1] for name, who in rows)
@@ -1215,9 +1069,7 @@ def test_bc_078_each_event_carries_the_values_of_its_own_call(db: Path, logger: 
 
 
 def test_bc_081_short_writes_leave_no_hole_and_repeat_nothing(db: Path) -> None:
-    clean(
-        run(
-            """
+    body = """
         true_write = os.write; calls = 0
         def write(fd, data):
             global calls
@@ -1232,18 +1084,15 @@ def test_bc_081_short_writes_leave_no_hole_and_repeat_nothing(db: Path) -> None:
             log(n)
             if n % 10 == 0: time.sleep(0.001)
         assert audit.flush(60)
-    """,
-            db,
-        )
-    )
+    """
+    run_clean(body, db)
     assert_whole(judge(db), {str(n) for n in range(5000)})
 
 
 @linux
 @pytest.mark.parametrize("fatal", [False, True])
 def test_bc_082_file_size_limit_starts_new_segments_and_kills_nobody(db: Path, fatal: bool) -> None:
-    done = run(
-        """
+    body = """
         import resource
         if sys.argv[2] == "True": signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
         resource.setrlimit(resource.RLIMIT_FSIZE, (200000, -1))
@@ -1252,11 +1101,8 @@ def test_bc_082_file_size_limit_starts_new_segments_and_kills_nobody(db: Path, f
         log("huge", text="x" * 300000); log("last")
         assert audit.flush(60)
         assert audit.counters.dropped == 1, audit.counters
-    """,
-        db,
-        str(fatal),
-        MXCP_AUDIT_ENGINE="package",
-    )
+    """
+    done = run(body, db, str(fatal), MXCP_AUDIT_ENGINE="package")
     assert done.returncode == 0, done.stderr
     assert_whole(judge(db), {str(n) for n in range(2000)} | {"last"})
     ingest(db)  # without the limit
@@ -1390,9 +1236,7 @@ def test_bc_090_failed_fsync_loses_nothing(db: Path, when: int) -> None:
 
 
 def test_bc_090_failed_fsync_of_the_journal_moves_to_a_new_segment(db: Path) -> None:
-    clean(
-        run(
-            """
+    body = """
         import logging; logging.disable()
         true_sync = os.fsync; calls = 0
         def fsync(fd):
@@ -1401,11 +1245,8 @@ def test_bc_090_failed_fsync_of_the_journal_moves_to_a_new_segment(db: Path) -> 
             return true_sync(fd)
         audit = AuditLogger(db, durable=True); os.fsync = fsync
         for n in range(30): log(n)
-    """,
-            db,
-            audit=False,
-        )
-    )
+    """
+    run_clean(body, db, audit=False)
     assert_whole(judge(db), {str(n) for n in range(30)})
 
 
@@ -1485,18 +1326,14 @@ def test_bc_094_burst_loses_nothing_or_says_how_much(
     monkeypatch.setattr(os, "write", write)
 
     def work(thread: int) -> None:
-        for n in range(2000):
+        for n in range(500):
             audit.log_event("cli", "tool", f"{thread}-{n}")
 
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(16)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(16))
     audit.shutdown()
     verdict = judge(db)
     assert verdict.doubled == verdict.torn == 0
-    assert verdict.in_table + verdict.losses == 32000
+    assert verdict.in_table + verdict.losses == 8000
     assert (verdict.losses == 0) == (on_full == "block")
 
 
@@ -1504,7 +1341,7 @@ def test_bc_094_burst_loses_nothing_or_says_how_much(
 
 
 def test_bc_096_killed_ingest_takes_every_event_once(tmp_path: Path) -> None:
-    for round_number in range(6):
+    for round_number in range(4):
         db = tmp_path / f"{round_number}.duckdb"
         for n in range(20):
             write_segment(db, [f"{n}-{line}" for line in range(50)])
@@ -1520,41 +1357,36 @@ def test_bc_096_killed_ingest_takes_every_event_once(tmp_path: Path) -> None:
         assert verdict.in_table == 1000
 
 
-@pytest.mark.parametrize(
-    "bad",
-    [
+def test_bc_099_one_bad_line_costs_one_line(db: Path) -> None:
+    bad: list[bytes | dict[str, Any]] = [
         b'{"broken',
         b'{"unknown": 1}',
         {"duration_ms": "soon"},
         {"seq": None},
-        {"timestamp": "2026-01-31T23:59:60.000000Z"},
-        {"timestamp": "10000-01-01T00:00:00.000000Z"},
-        {"timestamp": ""},
-        {"seq": 10},
-    ],
-    ids=["json", "unknown", "type", "no seq", "leap", "year", "empty", "double"],
-)
-def test_bc_099_one_bad_line_costs_one_line(db: Path, bad: Any) -> None:
-    segment = journal_of(db).open_segment()
-    lines = [journal_line(str(n), n) for n in range(1, 201)]
-    if isinstance(bad, bytes):
-        lines[99] = bad + b"\n"
-    else:
-        lines[99] = journal_line("100", **{"seq": 100, **bad})
-    segment.append(b"".join(lines), 200)
-    segment.seal()
+    ]
+    bad += [{"timestamp": text} for text in ("2026-01-31T23:59:60.000000Z", "")] + [{"seq": 10}]
+    far = {"timestamp": "10000-01-01T00:00:00.000000Z"}  # DuckDB has such a year
+    sound, segments = {"later"}, []
+    for number, change in enumerate([*bad, far]):
+        segments.append(journal_of(db).open_segment())
+        lines = [journal_line(f"{number}-{n}", n) for n in range(1, 101)]
+        if isinstance(change, bytes):
+            lines[49] = change + b"\n"
+        else:
+            lines[49] = journal_line(f"{number}-50", **{"seq": 50, **change})
+        sound |= {f"{number}-{n}" for n in range(1, 101) if n != 50 or change is far}
+        segments[-1].append(b"".join(lines), 100)
+        segments[-1].seal()
     write_segment(db, ["later"])
     told = ingest(db)
     verdict = judge(db)
-    assert verdict.doubled == 0 and verdict.in_table + verdict.losses == 201
-    if bad == {"timestamp": "10000-01-01T00:00:00.000000Z"}:  # DuckDB has such a year
-        assert verdict.in_table == 201
-        return
-    assert verdict.losses == 1 == told.rejected
-    assert not verdict.lost({str(n) for n in range(1, 201) if n != 100} | {"later"})
-    (kept,) = Path(f"{db}.journal").glob("*.rejected")
-    (rejected,) = map(json.loads, kept.read_text().splitlines())
-    assert rejected["line"] == 100 and rejected["reason"]
+    assert verdict.losses == told.rejected == len(bad)
+    assert_whole(verdict, sound)
+    for segment in segments[:-1]:
+        kept = Path(segment.path).with_suffix(".rejected")
+        (rejected,) = map(json.loads, kept.read_text().splitlines())
+        assert rejected["line"] == 50 and rejected["reason"]
+    assert len(list(Path(f"{db}.journal").glob("*.rejected"))) == len(bad)
     assert ingest(db).ingested == 0
 
 
@@ -1707,13 +1539,10 @@ def test_bc_105_reader_against_a_stopped_owner_answers_from_the_journal(db: Path
     write_segment(db, ["table"])
     ingest(db)
     write_segment(db, ["journal"])
-    with started(
-        """
+    body = """
         import duckdb; connection = duckdb.connect(db); print("open", flush=True); time.sleep(600)
-    """,
-        db,
-        audit=False,
-    ) as process:
+    """
+    with started(body, db, audit=False) as process:
         assert process.stdout.readline() == "open\n"
         process.send_signal(signal.SIGSTOP)
         done = cli("log", "--db", str(db), "--json", "--wait", "0.2")
@@ -1763,34 +1592,34 @@ def test_bc_106_forgotten_viewer_delays_only_the_ingest(db: Path, cli: Any, read
 
 
 def test_bc_109_closing_a_descriptor_of_the_database_drops_no_rows(db: Path) -> None:
-    with started(
-        """
+    body = """
         for side in range(3):
-            for n in range(500): log(f"a-{side}-{n}")
+            for n in range(100): log(f"a-{side}-{n}")
             audit.flush(60)
             with open(db, "rb") as file: file.read(16)
             print("turn", flush=True); sys.stdin.readline()
         audit.shutdown()
-    """,
-        db,
-    ) as process:
+    """
+    with started(body, db) as process:
         other = AuditLogger(db)
         for side in range(3):
             assert process.stdout.readline() == "turn\n"
-            for n in range(500):
+            for n in range(100):
                 other.log_event("cli", "tool", f"b-{side}-{n}")
             assert other.flush(SAFETY_SECONDS)
             process.stdin.write("\n")
             process.stdin.flush()
         other.shutdown()
         process.wait(SAFETY_SECONDS)
-    assert_whole(judge(db), {f"{who}-{side}-{n}" for who in "ab" for side in range(3) for n in range(500)})
+    assert_whole(judge(db), {f"{who}-{side}-{n}" for who in "ab" for side in range(3) for n in range(100)})
 
 
 @linux
 @needs["cc"]
 @pytest.mark.parametrize("calls", ["flock", "fcntl", "both"])
-def test_bc_110_file_system_without_locks_still_records_and_shows(db: Path, cli: Any, calls: str) -> None:
+def test_bc_110_file_system_without_locks_still_records_and_shows(
+    db: Path, process_cli: Any, calls: str
+) -> None:
     source = """
         #define _GNU_SOURCE
         #include <errno.h>
@@ -1818,21 +1647,17 @@ def test_bc_110_file_system_without_locks_still_records_and_shows(db: Path, cli:
         text=True,
         check=True,
     )
-    done = run(
-        """
+    body = """
         for n in range(100): log(n)
         audit.flush(1)
-    """,
-        db,
-        LD_PRELOAD=str(library),
-        MXCP_AUDIT_ENGINE="package",
-    )
+    """
+    done = run(body, db, LD_PRELOAD=str(library), MXCP_AUDIT_ENGINE="package")
     assert done.returncode == 0
     assert len(done.stderr.splitlines()) <= 2  # told once, and what is left at the end
     if calls != "fcntl":
         assert "lock" in done.stderr and not db.exists()
     seen = json.loads(
-        cli(
+        process_cli(
             "log", "--db", str(db), "--json", "--limit", "1000", "--wait", "0.1", LD_PRELOAD=str(library)
         ).stdout
     )
@@ -1859,7 +1684,7 @@ def test_bc_113_two_containers_share_one_journal(db: Path) -> None:
     body = """
         assert os.getpid() == 1
         print("ready", flush=True); sys.stdin.readline()
-        for n in range(2000): log(f"{sys.argv[2]}-{n}")
+        for n in range(500): log(f"{sys.argv[2]}-{n}")
         audit.flush(60)
     """
     namespace = ("unshare", "-pf", "--mount-proc")
@@ -1873,19 +1698,16 @@ def test_bc_113_two_containers_share_one_journal(db: Path) -> None:
             Store(mxcp_audit.config_from_arguments(path=str(db))).ingest()
         assert [process.wait(SAFETY_SECONDS) for process in (one, two)] == [0, 0]
     ingest(db)
-    assert_whole(judge(db), {f"{who}-{n}" for who in "ab" for n in range(2000)})
+    assert_whole(judge(db), {f"{who}-{n}" for who in "ab" for n in range(500)})
 
 
 def test_bc_114_locks_and_not_process_ids_tell_who_lives(db: Path) -> None:
-    with started(
-        """
+    body = """
         audit = AuditLogger(db, flush_interval=600); log("live"); log("live too")
         while audit.counters.written < 2: time.sleep(0.01)
         print("logged", flush=True); time.sleep(600)
-    """,
-        db,
-        audit=False,
-    ) as process:
+    """
+    with started(body, db, audit=False) as process:
         assert process.stdout.readline() == "logged\n"
         assert ingest(db).ingested == 0  # alive, so left alone
         process.kill()
@@ -1935,7 +1757,7 @@ def test_bc_121_escape_sequences_reach_no_terminal(db: Path, logger: AuditLogger
     logger.log_event(
         ESCAPES, "tool", f"x{ESCAPES}", {"x": ESCAPES}, status="error", error=ESCAPES, user_id=ESCAPES
     )
-    logger.flush(SAFETY_SECONDS)
+    assert logger.shutdown()
     for done in (
         cli("log", "--db", str(db)),
         cli("log", "--db", str(db), "--since", ESCAPES),
@@ -1995,17 +1817,9 @@ def test_bc_124_every_field_is_shown_before_and_after_ingest(
     )
     audit.shutdown()
     expected = {
-        "caller": "http",
-        "type": "prompt",
-        "name": "the name",
-        "input_json": '{"in":"put"}',
-        "duration_ms": 12,
-        "policy_decision": "warn",
-        "reason": "the reason",
-        "status": "error",
-        "error": "the error",
-        "user_id": "the user",
-        "session_id": "the session",
+        **{"caller": "http", "type": "prompt", "name": "the name", "input_json": '{"in":"put"}'},
+        **{"duration_ms": 12, "policy_decision": "warn", "reason": "the reason", "status": "error"},
+        **{"error": "the error", "user_id": "the user", "session_id": "the session"},
         "trace_id": "the trace",
     }
     views = []
@@ -2020,7 +1834,7 @@ def test_bc_124_every_field_is_shown_before_and_after_ingest(
 
 @pytest.mark.parametrize("since", ["5M x", "5 m m", "-5m", "9999999999d", "1e9h", "", " ", "1y", "fortnight"])
 def test_bc_125_unknown_span_of_time_is_refused_with_an_example(db: Path, cli: Any, since: str) -> None:
-    write_segment(db, ["x"])
+    Path(f"{db}.journal").mkdir()
     done = cli("log", "--db", str(db), f"--since={since}")
     assert done.returncode == 2 and "1d" in done.stderr and "Traceback" not in done.stderr
 
@@ -2029,8 +1843,6 @@ def test_bc_125_unknown_span_of_time_is_refused_with_an_example(db: Path, cli: A
     "since, seconds", [("1d", 86400), ("2w", 1209600), ("1h30m", 5400), ("90m", 5400), ("1d12h", 129600)]
 )
 def test_bc_125_days_and_sums_are_exact(since: str, seconds: int) -> None:
-    import datetime
-
     now = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.timezone.utc)
     assert mxcp_audit.parse_time(since, now=now) == mxcp_audit.sql_time(
         now - datetime.timedelta(seconds=seconds)
@@ -2040,18 +1852,12 @@ def test_bc_125_days_and_sums_are_exact(since: str, seconds: int) -> None:
 @pytest.mark.parametrize(
     "options",
     [
-        "--since 1x",
-        "--since abc",
-        "--limit -1",
-        "--limit 0",
-        "--limit abc",
-        "--status sucess",
-        "--type tol",
-        "--since 1h --until 2h",
+        *("--since 1x", "--since abc", "--limit -1", "--limit 0", "--limit abc", "--status sucess"),
+        *("--type tol", "--since 1h --until 2h"),
     ],
 )
 def test_bc_126_wrong_option_never_looks_like_an_empty_log(db: Path, cli: Any, options: str) -> None:
-    write_segment(db, ["x"])
+    Path(f"{db}.journal").mkdir()
     done = cli("log", "--db", str(db), *options.split())
     assert done.returncode == 2 and done.stdout == "" and done.stderr
 
@@ -2072,9 +1878,7 @@ def test_bc_128_zones_of_a_filter_are_exact_wherever_one_is(db: Path, cli: Any) 
 
 
 def test_bc_130_clock_that_jumps_stops_neither_sealing_nor_ingest(db: Path) -> None:
-    clean(
-        run(
-            """
+    body = """
         import itertools
         true_time = time.time_ns; offset = 0
         audit = AuditLogger(db, flush_interval=0.05)
@@ -2085,11 +1889,8 @@ def test_bc_130_clock_that_jumps_stops_neither_sealing_nor_ingest(db: Path) -> N
             end = time.monotonic() + 60
             while audit.counters.ingested <= n and time.monotonic() < end: time.sleep(0.02)
             assert audit.counters.ingested == n + 1, audit.counters
-    """,
-            db,
-            audit=False,
-        )
-    )
+    """
+    run_clean(body, db, audit=False)
     assert_whole(judge(db), {"0", "1", "2", "3"})
 
 
@@ -2106,44 +1907,6 @@ def test_bc_131_repeated_hour_is_told_apart(db: Path, cli: Any) -> None:
 
 
 # --- export, command line, configuration
-
-
-def test_bc_133_formulas_in_a_csv_export_are_text(db: Path, logger: AuditLogger, cli: Any) -> None:
-    import csv
-
-    formulas = ["=HYPERLINK(1)", "+1", "-2+3", "@SUM(1)", "\t=1", "\r=1", " =1", "|cmd", "\uff1d1"]
-    for formula in formulas:
-        logger.log_event(formula, "tool", formula, {"x": 1}, status="error", error=formula, user_id=formula)
-    logger.flush(SAFETY_SECONDS)
-    assert cli("log", "--db", str(db), "--export", "out.csv").returncode == 0
-    with open(db.parent / "out.csv", newline="", encoding="utf-8") as file:
-        rows = list(csv.reader(file))
-    assert len(rows) == len(formulas) + 1
-    assert not [cell for row in rows for cell in row if re.match(r"\s*[=+\-@|\uff1d]", cell)]
-
-
-@package
-def test_bc_135_csv_reads_back_cell_by_cell(db: Path, logger: AuditLogger, cli: Any) -> None:
-    import csv
-    import random
-
-    import duckdb
-
-    choice = random.Random(7)
-    alphabet = [chr(n) for n in range(1, 128)] + list('"",;\n\r\té😀')
-    texts = ["".join(choice.choices(alphabet, k=choice.randrange(12))) + "." for _ in range(300)]
-    for text in texts:
-        logger.log_event("cli", "tool", "n", None, status="error", error="." + text)
-    logger.flush(SAFETY_SECONDS)
-    assert cli("log", "--db", str(db), "--export", "out.csv").returncode == 0
-    with open(db.parent / "out.csv", newline="", encoding="utf-8") as file:
-        python = [row["error"] for row in csv.DictReader(file)]
-    assert sorted(python) == sorted("." + text for text in texts)
-    read = duckdb.sql(
-        f"SELECT error FROM read_csv('{db.parent}/out.csv', header=true, all_varchar=true, "
-        "quote='\"', escape='\"', delim=',')"
-    )
-    assert sorted(row[0] for row in read.fetchall()) == sorted(python)
 
 
 def test_bc_137_export_is_whole_or_absent(db: Path, cli: Any) -> None:
@@ -2164,28 +1927,26 @@ def test_bc_137_export_is_whole_or_absent(db: Path, cli: Any) -> None:
     assert not list(db.parent.glob(".*.part"))
 
 
-@pytest.mark.parametrize("target", ["full", ".", "missing/out.csv", "log.duckdb", "log.duckdb.journal/x.csv"])
-def test_bc_138_export_that_cannot_be_written_fails_and_destroys_nothing(
-    db: Path, cli: Any, target: str
-) -> None:
+def test_bc_138_export_that_cannot_be_written_fails_and_destroys_nothing(db: Path, cli: Any) -> None:
     write_segment(db, ["table"])
     ingest(db)
     write_segment(db, ["journal"])
     before = db.read_bytes()
-    if target == "full":
-        if os.geteuid():
-            pytest.skip("only root makes devices")
+    targets = [".", "missing/out.csv", "log.duckdb", "log.duckdb.journal/x.csv"]
+    if not os.geteuid():
         os.mknod(db.parent / "full", 0o666 | stat.S_IFCHR, os.makedev(1, 7))  # as /dev/full
-    done = cli("log", "--db", str(db), "--export", target)
-    assert done.returncode and done.stderr and "Traceback" not in done.stderr
-    assert db.read_bytes() == before
-    assert target != "full" or stat.S_ISCHR(os.stat(db.parent / "full").st_mode)
+        targets.append("full")
+    for target in targets:
+        done = cli("log", "--db", str(db), "--export", target)
+        assert done.returncode and done.stderr and "Traceback" not in done.stderr, target
+        assert db.read_bytes() == before, target
+    assert "full" not in targets or stat.S_ISCHR(os.stat(db.parent / "full").st_mode)
     assert_whole(judge(db), {"table", "journal"})
 
 
 def test_bc_139_output_that_nobody_reads_to_the_end(db: Path) -> None:
-    write_segment(db, [str(n) for n in range(20000)])
-    command = f"{sys.executable} -m mxcp_audit log --db {db} --limit 20000"
+    write_segment(db, [str(n) for n in range(4000)])
+    command = f"{sys.executable} -m mxcp_audit log --db {db} --limit 4000"
     environment = child_environment(PYTHONUNBUFFERED="1")
     for line in (
         f"{command} | head -1",
@@ -2222,11 +1983,11 @@ def test_bc_142_read_only_open_with_a_wal_shows_rows_and_changes_nothing(db: Pat
 def test_bc_143_read_only_disk_needs_no_temporary_files_beside_the_data(tmp_path: Path, cli: Any) -> None:
     with tmpfs(tmp_path / "disk", "64m") as _:
         db = tmp_path / "disk" / "log.duckdb"
-        write_segment(db, [os.urandom(20).hex() for _ in range(20000)])
+        write_segment(db, [os.urandom(20).hex() for _ in range(3000)])
         ingest(db)
         write_segment(db, ["journal"])
         subprocess.run(["mount", "-o", "remount,ro", tmp_path / "disk"], check=True)
-        assert len(shown(cli, db)) == 20001
+        assert len(shown(cli, db)) == 3001
 
 
 @pytest.mark.parametrize("value", ["'false'", '"no"', "off", "0", "''", "null", "[]", "False"])
@@ -2281,23 +2042,14 @@ def test_bc_147_files_that_others_hold_open_cannot_be_removed_or_renamed(
 @pytest.mark.parametrize("locale", ["C", "en_US.ISO-8859-1"])
 def test_bc_149_journal_is_utf_8_in_any_locale(db: Path, locale: str) -> None:
     body = 'log("\\U0001f600\\u2260\\u0645"); audit.flush(60)'
-    clean(
-        run(
-            body,
-            db,
-            options=("-W", "error::EncodingWarning"),
-            LC_ALL=locale,
-            PYTHONUTF8="0",
-            PYTHONWARNDEFAULTENCODING="1",
-        )
-    )
+    strict = {"PYTHONUTF8": "0", "PYTHONWARNDEFAULTENCODING": "1"}
+    run_clean(body, db, options=("-W", "error::EncodingWarning"), LC_ALL=locale, **strict)
     assert_whole(judge(db), {"\U0001f600\u2260\u0645"})
 
 
 @pytest.mark.parametrize("trouble", ["journal", "corrupt", "fork", "input", "closed"])
 def test_bc_151_nothing_ever_reaches_standard_output(db: Path, trouble: str) -> None:
-    done = run(
-        """
+    body = """
         trouble = sys.argv[2]
         if trouble == "journal": open(db + ".journal", "w").close()
         if trouble == "corrupt": open(db, "w").write("no database" * 1000)
@@ -2306,10 +2058,8 @@ def test_bc_151_nothing_ever_reaches_standard_output(db: Path, trouble: str) -> 
         if trouble == "fork" and os.fork() == 0: log("child"); sys.exit()
         audit.log_event(object(), 1, [], status={}, duration_ms="soon")
         audit.shutdown(0.3)
-    """,
-        db,
-        trouble,
-    )
+    """
+    done = run(body, db, trouble)
     assert done.returncode in (0, 120) and done.stdout == ""
 
 
@@ -2339,15 +2089,7 @@ def test_bc_038_greenlets_and_real_threads_log_together(db: Path, gevent_python:
     """)
     path = db.parent / "gevented.py"
     path.write_text("\n".join(lines if imported == "before" else lines[1:]) + "\n" + body)
-    clean(
-        subprocess.run(
-            [gevent_python, path, db],
-            env=child_environment(MXCP_AUDIT_ENGINE="package"),
-            capture_output=True,
-            text=True,
-            timeout=SAFETY_SECONDS,
-        )
-    )
+    clean(run_process([gevent_python, path, db], MXCP_AUDIT_ENGINE="package"))
     names = {f"g{t}-{n}" for t in range(100) for n in range(20)} | {
         f"t{t}-{n}" for t in range(8) for n in range(20)
     }
@@ -2356,8 +2098,6 @@ def test_bc_038_greenlets_and_real_threads_log_together(db: Path, gevent_python:
 
 @linux
 def test_bc_039_gunicorn_with_gevent_workers_that_are_renewed(db: Path, gevent_python: str) -> None:
-    import urllib.request
-
     (db.parent / "app.py").write_text(
         textwrap.dedent(f"""
         from mxcp_audit import AuditLogger
@@ -2369,18 +2109,8 @@ def test_bc_039_gunicorn_with_gevent_workers_that_are_renewed(db: Path, gevent_p
         """)
     )
     command = [
-        gevent_python,
-        "-m",
-        "gunicorn",
-        "-k",
-        "gevent",
-        "-w",
-        "2",
-        "--max-requests",
-        "40",
-        "-b",
-        "127.0.0.1:0",
-        "app:app",
+        *(gevent_python, "-m", "gunicorn", "-k", "gevent", "-w", "2", "--max-requests", "40", "-b"),
+        *("127.0.0.1:0", "app:app"),
     ]
     with subprocess.Popen(
         command,

@@ -18,46 +18,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ROOT, Cli, write_table_of_mxcp
+from conftest import ROOT, Cli, words, write_table_of_mxcp
 from forms import CHECKS
 
 from mxcp_audit import AuditLogger
 
 HOSTILE = (
-    "",
-    "x",
-    '"',
-    "\\",
-    "\x01",
-    "\u2028ü😀",
-    "</script><script>alert(1)</script>",
-    '{"a":1}',
-    "null",
-    "::1",
-    "127.0.0.1",
-    "ab" * 16,
-    "a" * 3000,
-    "\ud800",
-    "=1+1",
+    *("", "x", '"', "\\", "\x01", "\u2028ü😀", "</script><script>alert(1)</script>", '{"a":1}', "null"),
+    *("::1", "127.0.0.1", "ab" * 16, "a" * 3000, "\ud800", "=1+1"),
 )
-TEXTS = (
-    "user_id",
-    "session_id",
-    "trace_id",
-    "client",
-    "agent",
-    "address",
-    "server",
-    "request_id",
-    "error_type",
-)
-COUNT = 2000
-
-
-@pytest.fixture
-def cli(run: Any) -> Any:
-    """Nothing here needs a process of its own."""
-    return run
+TEXTS = tuple(words("user_id session_id trace_id client agent address server request_id error_type"))
+COUNT = 800
 
 
 @pytest.fixture(scope="module")
@@ -210,19 +181,11 @@ def test_post_refused_stops_with_the_answer_and_leaves_the_cursor(
 @pytest.mark.parametrize(
     "options",
     [
-        ["file:///tmp/pa55"],
-        ["ftp://127.0.0.1/pa55"],
-        ["http://me:pa55@127.0.0.1/"],
-        ["http://127.0.0.1:pa55/"],
-        ["http://[pa55/"],
-        ["http://127.0.0.1/pa55 x"],
-        ["http://127.0.0.1/pa55ü"],
-        ["http://127.0.0.1:99999/pa55"],
-        ["pa55"],
-        ["http://127.0.0.1/", "--header", "X=TWO_LINES"],
-        ["http://127.0.0.1/", "--header", "X=ABSENT"],
-        ["http://127.0.0.1/", "--header", "X Y=TOKEN"],
-        ["http://127.0.0.1/", "--header", "TOKEN"],
+        *(["file:///tmp/pa55"], ["ftp://127.0.0.1/pa55"], ["http://me:pa55@127.0.0.1/"]),
+        *(["http://127.0.0.1:pa55/"], ["http://[pa55/"], ["http://127.0.0.1/pa55 x"]),
+        *(["http://127.0.0.1/pa55ü"], ["http://127.0.0.1:99999/pa55"], ["pa55"]),
+        *(["http://127.0.0.1/", "--header", "X=TWO_LINES"], ["http://127.0.0.1/", "--header", "X=ABSENT"]),
+        *(["http://127.0.0.1/", "--header", "X Y=TOKEN"], ["http://127.0.0.1/", "--header", "TOKEN"]),
     ],
 )
 def test_post_to_what_is_no_receiver_is_refused_and_shows_no_secret(

@@ -6,13 +6,14 @@ import csv
 import json
 import os
 import re
+import shlex
 import shutil
-import subprocess
-import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import SITE, Cli, child_environment, table_rows
+from conftest import SITE, Cli, table_rows
 
 from mxcp_audit import AuditLogger
 
@@ -27,38 +28,24 @@ EVENTS = (
 OLD = ("data_processor", "tool", "error", "deny")  # ten days ago
 
 
-@pytest.fixture
-def cli(run: Cli) -> Cli:
-    """Nothing here needs a process of its own."""
-    return run
-
-
-@pytest.fixture
-def site(engine: str, tmp_path: Path) -> Path:
-    """A folder with the specification's site file and a log: 120 old events, then EVENTS now."""
-    (tmp_path / "mxcp-site.yml").write_text(SITE)
-    code = (
-        "import sys, mxcp_audit, time\n"
-        "ago = int(sys.argv[2]) * 10**9\n"
-        "audit = mxcp_audit.AuditLogger(sys.argv[1])\n"
-        "audit._encoder._clock = lambda: time.time_ns() - ago\n"
-        "for name, kind, status, policy in eval(sys.argv[3]):\n"
-        "    why, error = 'no' * (policy == 'deny') or None, 'boom' * (status == 'error') or None\n"
-        "    audit.log_event('http', kind, name, {'q': 1, 'password': 'x'}, 5, policy, why, status, error)\n"
-        "audit.shutdown()\n"
-    )
-    for path, ago, events in (
-        ("logs-default.duckdb", 10 * 86400, (OLD,) * 120),
-        ("logs-default.duckdb", 1, EVENTS),
-        ("logs-production.duckdb", 1, EVENTS[:1]),
+def fill(database: Path) -> None:
+    (database.parent / "mxcp-site.yml").write_text(SITE)
+    for profile, ago, events in (
+        ("default", 10 * 86400, (OLD,) * 120),
+        ("default", 1, EVENTS),
+        ("production", 1, EVENTS[:1]),
     ):
-        subprocess.run(
-            [sys.executable, "-c", code, str(tmp_path / path), str(ago), repr(events)],
-            env=child_environment(),
-            check=True,
-            timeout=60,
-        )
-    return tmp_path
+        with AuditLogger(database.parent / f"logs-{profile}.duckdb") as audit:
+            audit._encoder._clock = lambda ago=ago: time.time_ns() - ago * 10**9  # type: ignore[misc]
+            for name, kind, status, policy in events:
+                why, error = "no" * (policy == "deny") or None, "boom" * (status == "error") or None
+                audit.log_event("http", kind, name, {"q": 1, "password": "x"}, 5, policy, why, status, error)
+
+
+@pytest.fixture
+def site(engine: str, copy_of: Callable[..., Path]) -> Path:
+    """A folder with the specification's site file and a log: 120 old events, then EVENTS now."""
+    return copy_of(fill).parent
 
 
 # The command lines of the specification, and how many events each answers with.
@@ -95,8 +82,6 @@ TEN = [
 
 
 def words(line: str) -> list[str]:
-    import shlex
-
     program, *arguments = shlex.split(line)
     assert program == "mxcp"
     return arguments

@@ -29,11 +29,6 @@ from tools.judge import journal_line, judge
 from tools.read_journal import read_journal
 
 
-@pytest.fixture
-def db(tmp_path: Path) -> Path:
-    return tmp_path / "log.duckdb"
-
-
 def store_of(db: Path) -> Store:
     return Store(mxcp_audit.config_from_arguments(path=str(db)), diagnostics=Diagnostics())
 

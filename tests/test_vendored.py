@@ -23,6 +23,9 @@ print(audit.counters.written, audit.counters.ingested)
 """
 
 
+LOG = ("-m", "our_audit", "log", "--db", "log.duckdb")
+
+
 def run(python: str, folder: Path, *arguments: str, **changes: str) -> subprocess.CompletedProcess[str]:
     environment = {**child_environment(), "PATH": os.defpath, **changes}
     del environment["PYTHONPATH"]
@@ -40,7 +43,7 @@ def folder(tmp_path: Path) -> Path:
 def assert_recorded_and_queried(python: str, folder: Path, **changes: str) -> None:
     recorded = run(python, folder, "-W", "error", "-c", RECORD, **changes)
     assert (recorded.returncode, recorded.stdout, recorded.stderr) == (0, "1 1\n", "")
-    queried = run(python, folder, "-m", "our_audit", "log", "--db", "log.duckdb", "--json", **changes)
+    queried = run(python, folder, *LOG, "--json", **changes)
     assert queried.returncode == 0, queried.stderr
     (event,) = json.loads(queried.stdout)
     assert event["name"] == "vendored" and event["input_json"] == '{"password":"[REDACTED]"}'
@@ -68,20 +71,10 @@ def test_vendored_with_neither_records_to_the_journal_and_says_what_to_install(f
     recorded = run(python, folder, "-c", RECORD)
     assert (recorded.returncode, recorded.stdout) == (0, "1 0\n")
     assert recorded.stderr.count("pip install duckdb") == 1  # one warning, however many events
-    queried = run(python, folder, "-m", "our_audit", "log", "--db", "log.duckdb")
+    queried = run(python, folder, *LOG)
     assert queried.returncode == 1 and queried.stdout == ""
     assert "pip install duckdb" in queried.stderr and "Traceback" not in queried.stderr
-    later = run(
-        python,
-        folder,
-        "-m",
-        "our_audit",
-        "log",
-        "--db",
-        "log.duckdb",
-        "--json",
-        MXCP_AUDIT_DUCKDB=find_duckdb_program(),
-    )
+    later = run(python, folder, *LOG, "--json", MXCP_AUDIT_DUCKDB=find_duckdb_program())
     assert [event["name"] for event in json.loads(later.stdout)] == ["vendored"]
 
 
@@ -91,16 +84,7 @@ def test_vendored_with_an_engine_asked_for_that_is_missing_says_so(folder: Path)
         ("cli", "MXCP_AUDIT_DUCKDB"),
         ("oracle", "package or cli"),
     ):
-        queried = run(
-            make_environment("bare"),
-            folder,
-            "-m",
-            "our_audit",
-            "log",
-            "--db",
-            "log.duckdb",
-            MXCP_AUDIT_ENGINE=choice,
-        )
+        queried = run(make_environment("bare"), folder, *LOG, MXCP_AUDIT_ENGINE=choice)
         assert queried.returncode == 1 and word in queried.stderr and "Traceback" not in queried.stderr
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 from conftest import ROOT, Cli, child_environment, wait_until
-from environments import SERVERS, python_with
+from environments import OUTCOMES, SERVERS, outcomes_of, python_with
 
 import mxcp_audit
 
@@ -229,7 +229,7 @@ def calls_of(data: bytes, lines: Iterable[str]) -> list[object]:
 
 def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pytest.MonkeyPatch) -> None:
     """Random streams, in random pieces, against a reader with universal newlines and one with LF alone."""
-    count = int(os.environ.get("MXCP_AUDIT_STREAMS", "3000"))
+    count = int(os.environ.get("MXCP_AUDIT_STREAMS", "1500"))
     dice = random.Random(count)
     for _ in range(count):
         data, number = b"", 0
@@ -471,38 +471,18 @@ def test_wrap_strict_answer_follows_its_row(tmp_path: Path) -> None:
 # --- real servers, real clients
 
 
-def outcomes(python: str, folder: Path, script: str, command: list[str]) -> list[Any]:
-    done = subprocess.run(
-        [python, str(SERVERS / script), "stdio", *command],
-        cwd=folder,
-        env=child_environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-    assert done.returncode == 0, done.stderr
-    found: list[Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
-
-
 @pytest.mark.parametrize("made", ["fastmcp", "fastmcp2"])
 def test_wrap_real_python_server_same_answers_every_call(made: str, tmp_path: Path, cli: Cli) -> None:
     python = python_with(made)
     server = [python, str(SERVERS / "mcp_server.py"), "sdk", str(tmp_path / "inside.duckdb")]
-    alone = outcomes(python, tmp_path, "mcp_client.py", server)
-    assert outcomes(python, tmp_path, "mcp_client.py", wrap(server=server)) == alone
+    outcomes = outcomes_of(python, "mcp_client.py", wrap(server=server), tmp_path)
+    assert [outcome[0] for outcome in outcomes] == OUTCOMES  # as alone, in test_integrations.py
     found = events(cli)
     assert [(event["type"], event["name"], event["status"]) for event in found] == [
-        ("tool", "add", "success"),
-        ("tool", "fail", "error"),
-        ("tool", "refuse", "error"),
-        ("tool", "decide", "success"),
-        ("tool", "nosuch", "error"),
-        ("tool", "add", "error"),
-        ("resource", "reports://7", "success"),
-        ("resource", "nosuch://7", "error"),
-        ("prompt", "greet", "success"),
-        ("prompt", "nosuch", "error"),
+        *(("tool", "add", "success"), ("tool", "fail", "error"), ("tool", "refuse", "error")),
+        *(("tool", "decide", "success"), ("tool", "nosuch", "error"), ("tool", "add", "error")),
+        *(("resource", "reports://7", "success"), ("resource", "nosuch://7", "error")),
+        *(("prompt", "greet", "success"), ("prompt", "nosuch", "error")),
     ]
     assert found[1]["input_json"] == '{"password":"[REDACTED]"}'
     assert found[3]["trace_id"] == "0af7651916cd43dd8448eb211c80319c"
@@ -532,8 +512,8 @@ def node_server() -> list[str]:
 
 def test_wrap_real_node_server_same_answers_every_call(tmp_path: Path, cli: Cli) -> None:
     python, server = python_with("fastmcp"), node_server()
-    alone = outcomes(python, tmp_path, "everything_client.py", server)
-    assert outcomes(python, tmp_path, "everything_client.py", wrap(server=server)) == alone
+    alone = outcomes_of(python, "everything_client.py", server, tmp_path)
+    assert outcomes_of(python, "everything_client.py", wrap(server=server), tmp_path) == alone
     expected = [
         (kind, name, "error" if how in ("raised", "error") else "success") for kind, name, how, _ in alone
     ]

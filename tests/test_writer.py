@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import itertools
 import logging
@@ -10,11 +11,12 @@ import os
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import SAFETY_SECONDS, wait_until
+from conftest import SAFETY_SECONDS, in_threads, wait_until
 
 import mxcp_audit
 from mxcp_audit import Appender, Diagnostics, Ingester, Journal, Writer
@@ -63,6 +65,34 @@ def bench(tmp_path: Path) -> Bench:
     return Bench(tmp_path)
 
 
+def fail_first(patch: pytest.MonkeyPatch, owner: Any, name: str, times: int, error: Exception) -> None:
+    """Let a function raise at its first calls."""
+    true, left = getattr(owner, name), [times]
+
+    def failing(*args: Any, **options: Any) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise error
+        return true(*args, **options)
+
+    patch.setattr(owner, name, failing)
+
+
+@contextlib.contextmanager
+def handling(emit: Callable[[logging.LogRecord], object]) -> Iterator[None]:
+    """Have a handler of our logger."""
+    handler = logging.Handler()
+    handler.emit = emit  # type: ignore[method-assign,assignment]
+    logging.getLogger("mxcp_audit").addHandler(handler)
+    try:
+        yield
+    finally:
+        logging.getLogger("mxcp_audit").removeHandler(handler)
+
+
+FULL = OSError(errno.ENOSPC, "full")
+
+
 def line(n: int) -> bytes:
     return b'{"n":%d' % n
 
@@ -72,11 +102,7 @@ def test_put_many_threads_every_line_once_in_order(bench: Bench) -> None:
         for n in range(2000):
             bench.writer.put(line(thread * 10**6 + n))
 
-    threads = [threading.Thread(target=work, args=(thread,)) for thread in range(4)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    in_threads(work, range(4))
     assert bench.writer.close(SAFETY_SECONDS) == 0
     found = bench.lines()
     for thread in range(4):
@@ -143,15 +169,7 @@ def test_write_interrupted_after_the_segment_took_it_is_not_repeated(
 def test_write_that_fails_is_repeated_until_it_succeeds(
     bench: Bench, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, code: int
 ) -> None:
-    true_write, failures = os.write, [3]
-
-    def write(fd: int, data: Any) -> int:
-        if failures[0]:
-            failures[0] -= 1
-            raise OSError(code, os.strerror(code))
-        return true_write(fd, data)
-
-    monkeypatch.setattr(os, "write", write)
+    fail_first(monkeypatch, os, "write", 3, OSError(code, os.strerror(code)))
     for n in range(10):
         bench.writer.put(line(n))
     assert bench.writer.flush(SAFETY_SECONDS)
@@ -249,17 +267,12 @@ def test_diagnostics_tell_each_kind_once_a_minute_and_count_all(caplog: pytest.L
     assert [record.message for record in caplog.records] == ["mxcp_audit: first: cause", "mxcp_audit: second"]
 
 
-def test_diagnostics_handler_that_raises_reaches_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Broken(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            raise RuntimeError("broken")
+def test_diagnostics_handler_that_raises_reaches_nobody() -> None:
+    def emit(record: logging.LogRecord) -> None:
+        raise RuntimeError("broken")
 
-    handler = Broken()
-    logging.getLogger("mxcp_audit").addHandler(handler)
-    try:
+    with handling(emit):
         Diagnostics().report("kind", "message")
-    finally:
-        logging.getLogger("mxcp_audit").removeHandler(handler)
 
 
 def test_diagnostics_are_told_with_no_lock_held(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -268,26 +281,16 @@ def test_diagnostics_are_told_with_no_lock_held(bench: Bench, monkeypatch: pytes
     bench.writer._drop_when_full = True
     others: list[bool] = []
 
-    class Curious(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            def look() -> None:
-                others.append(bench.writer._lock.acquire(timeout=5))
-                if others[-1]:
-                    bench.writer._lock.release()
+    def look(record: logging.LogRecord) -> None:
+        others.append(bench.writer._lock.acquire(timeout=5))
+        if others[-1]:
+            bench.writer._lock.release()
 
-            thread = threading.Thread(target=look)
-            thread.start()
-            thread.join()
-
-    handler = Curious()
-    logging.getLogger("mxcp_audit").addHandler(handler)
-    try:
+    with handling(lambda record: in_threads(look, [record])):
         Path(bench.journal.directory).write_text("in the way")
         for n in range(20):
             bench.writer.put(line(n))
         bench.writer.close(0.1)
-    finally:
-        logging.getLogger("mxcp_audit").removeHandler(handler)
     assert others and all(others)
 
 
@@ -329,15 +332,7 @@ def test_write_interrupted_at_any_moment_loses_and_repeats_nothing(
 
 
 def test_wait_written_without_a_thread_goes_on_trying(bench: Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    true_append, failures = mxcp_audit.Segment.append, [3]
-
-    def append(self: Any, *args: Any, **options: Any) -> None:
-        if failures[0]:
-            failures[0] -= 1
-            raise OSError(errno.ENOSPC, "full")
-        true_append(self, *args, **options)
-
-    monkeypatch.setattr(mxcp_audit.Segment, "append", append)
+    fail_first(monkeypatch, mxcp_audit.Segment, "append", 3, FULL)
     monkeypatch.setattr(bench.writer, "_start_thread", lambda: False)
     ticket = bench.writer.put(line(1))
     assert bench.writer.wait_written(ticket, SAFETY_SECONDS)
@@ -347,15 +342,7 @@ def test_wait_written_without_a_thread_goes_on_trying(bench: Bench, monkeypatch:
 def test_wait_written_after_the_thread_died_starts_another(
     bench: Bench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    true_append, failures = mxcp_audit.Segment.append, [1]
-
-    def append(self: Any, *args: Any, **options: Any) -> None:
-        if failures[0]:
-            failures[0] -= 1
-            raise ValueError("what nobody foresaw")
-        true_append(self, *args, **options)
-
-    monkeypatch.setattr(mxcp_audit.Segment, "append", append)
+    fail_first(monkeypatch, mxcp_audit.Segment, "append", 1, ValueError("what nobody foresaw"))
     ticket = bench.writer.put(line(1))
     assert bench.writer.wait_written(ticket, SAFETY_SECONDS)
     assert bench.writer.close(SAFETY_SECONDS) == 0
@@ -461,22 +448,17 @@ def test_handler_in_the_writing_thread_never_waits_for_itself(
     monkeypatch.setattr(mxcp_audit, "QUEUE_BYTES", 1)
     said: list[bool] = []
 
-    class Auditing(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            if not said and threading.current_thread() is not threading.main_thread():
-                ticket = bench.writer.put(line(2))  # though the queue is full
-                said.extend([bench.writer.wait_written(ticket), bench.writer.flush(SAFETY_SECONDS)])
-                os.unlink(bench.journal.directory)
+    def emit(record: logging.LogRecord) -> None:
+        if not said and threading.current_thread() is not threading.main_thread():
+            ticket = bench.writer.put(line(2))  # though the queue is full
+            said.extend([bench.writer.wait_written(ticket), bench.writer.flush(SAFETY_SECONDS)])
+            os.unlink(bench.journal.directory)
 
-    handler = Auditing()
-    logging.getLogger("mxcp_audit").addHandler(handler)
-    try:
+    with handling(emit):
         Path(bench.journal.directory).write_text("in the way")
         bench.writer.put(line(1))
         wait_until(lambda: len(said) == 2)
         assert bench.writer.close(SAFETY_SECONDS) == 0
-    finally:
-        logging.getLogger("mxcp_audit").removeHandler(handler)
     assert said == [True, False] and bench.lines() == [line(1), line(2)]
 
 
@@ -551,15 +533,7 @@ def test_deleted_segment_whose_copy_fails_is_tried_again(
 ) -> None:
     bench.writer.wait_written(bench.writer.put(line(1)))
     os.unlink(bench.journal.segments()[0])
-    true, failures = os.write, [2]
-
-    def write(fd: int, data: Any) -> int:
-        if failures[0]:
-            failures[0] -= 1
-            raise OSError(errno.ENOSPC, "full")
-        return true(fd, data)
-
-    monkeypatch.setattr(os, "write", write)
+    fail_first(monkeypatch, os, "write", 2, FULL)
     bench.writer.put(line(2))
     assert bench.writer.flush(SAFETY_SECONDS) and bench.lines() == [line(1), line(2)]
     assert len(bench.journal.segments()) == 1  # what failed left nothing

@@ -6,6 +6,7 @@ tests log each event under a name of its own. `journal_line` writes what docs/jo
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -15,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -44,32 +46,45 @@ class Verdict:
         )
 
 
-def ask(database: str | os.PathLike[str], query: str) -> list[tuple[Any, ...]]:
-    """Return rows of a database, read by the `duckdb` package, or where that is missing by the program."""
+@contextlib.contextmanager
+def asking(database: str | os.PathLike[str]) -> Iterator[Callable[[str], list[tuple[Any, ...]]]]:
+    """Yield a function that returns rows of a database, read by the `duckdb` package, else by the program."""
     if importlib.util.find_spec("duckdb"):
         import duckdb
 
         until = time.monotonic() + LAST_INGEST_SECONDS
         while True:
             try:
-                with duckdb.connect(os.fspath(database), read_only=True) as connection:
-                    return list(connection.execute(query).fetchall())
+                connection = duckdb.connect(os.fspath(database), read_only=True)
+                break
             except duckdb.IOException as error:  # a killed server's ingest goes on without it
                 if "lock" not in str(error) or time.monotonic() > until:
                     raise
             time.sleep(0.1)
+        with connection:
+            yield lambda query: list(connection.execute(query).fetchall())
+        return
     package = importlib.util.find_spec("duckdb_cli")
     folders = package.submodule_search_locations if package else None
     program = shutil.which("duckdb", path=os.pathsep.join([*(folders or ()), os.environ["PATH"]]))
     assert program, "neither the package duckdb nor the program is installed"
-    command = [program, "-init", os.devnull, "-batch", "-readonly", "-json", os.fspath(database), query]
-    answer = subprocess.run(command, capture_output=True, check=True, encoding="utf-8").stdout
+    command = [program, "-init", os.devnull, "-batch", "-readonly", "-json", os.fspath(database)]
 
     def row(pairs: list[tuple[str, Any]]) -> tuple[Any, ...]:
         return tuple(value for _, value in pairs)
 
-    rows = json.loads(answer or "[]", object_pairs_hook=row)
-    return [] if rows == [()] else rows  # `[{}]` and nothing both mean no rows, as the version has it
+    def answer(query: str) -> list[tuple[Any, ...]]:
+        said = subprocess.run([*command, query], capture_output=True, check=True, encoding="utf-8").stdout
+        rows = json.loads(said or "[]", object_pairs_hook=row)
+        return [] if rows == [()] else rows  # `[{}]` and nothing both mean no rows, as the version has it
+
+    yield answer
+
+
+def ask(database: str | os.PathLike[str], query: str) -> list[tuple[Any, ...]]:
+    """Return rows of a database, read without any of our code."""
+    with asking(database) as answer:
+        return answer(query)
 
 
 def judge(database: str | os.PathLike[str], journal: str | os.PathLike[str] | None = None) -> Verdict:
@@ -77,15 +92,15 @@ def judge(database: str | os.PathLike[str], journal: str | os.PathLike[str] | No
     verdict = Verdict()
     known: set[str] = set()
     if os.path.exists(database) and os.stat(database).st_size:
-        tables = {name for (name,) in ask(database, "SELECT table_name FROM duckdb_tables()")}
-        if "logs" in tables:
-            query = "SELECT name, segment || ':' || seq, count(*) FROM logs GROUP BY ALL"
-            for name, event_id, count in ask(database, query):
+        with asking(database) as answer:
+            tables = {name for (name,) in answer("SELECT table_name FROM duckdb_tables()")}
+            rows = "SELECT name, segment || ':' || seq, count(*) FROM logs GROUP BY ALL"
+            for name, event_id, count in answer(rows) if "logs" in tables else ():
                 verdict.names[name] += count
                 verdict.ids[event_id] += count
                 verdict.in_table += count
-        if "ledger" in tables:
-            for kind, segment, events in ask(database, "SELECT kind, segment, events FROM ledger"):
+            entries = "SELECT kind, segment, events FROM ledger"
+            for kind, segment, events in answer(entries) if "ledger" in tables else ():
                 if kind == "segment":
                     known.add(segment)
                 elif kind == "loss":

@@ -1,4 +1,4 @@
-"""A real client of a server that it knows nothing of: `everything_client.py stdio COMMAND …`.
+"""A real client of a server that it knows nothing of: `everything_client.py COMMAND …`.
 
 It echoes, asks for each prompt that takes no arguments and for the first resources, does some of it wrong,
 and prints type, name, how it went and a digest of each answer, as JSON.
@@ -27,7 +27,7 @@ async def outcome(kind: str, name: str, awaitable: Any) -> list[str]:
 
 
 async def main() -> None:
-    transport = StdioTransport(sys.argv[2], sys.argv[3:], env=dict(os.environ), keep_alive=False)
+    transport = StdioTransport(sys.argv[1], sys.argv[2:], env=dict(os.environ), keep_alive=False)
     async with Client(transport) as client:
         quiet = {"raise_on_error": False}
         found = [

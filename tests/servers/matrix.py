@@ -691,12 +691,7 @@ async def tasks(as_client: dict[str, Any], major: int, instrumented: bool) -> No
 
 async def resumed(as_client: dict[str, Any]) -> None:
     from fastmcp import Client, FastMCP
-    from mcp_types import (
-        ElicitRequest,
-        ElicitRequestFormParams,
-        ElicitResult,
-        InputRequiredResult,
-    )
+    from mcp_types import ElicitRequest, ElicitRequestFormParams, ElicitResult, InputRequiredResult
 
     server: Any = FastMCP("shop")
     server.add_middleware(audit.middleware())

@@ -1,4 +1,4 @@
-"""A real MCP client: `mcp_client.py stdio COMMAND …` or `mcp_client.py http URL`.
+"""A real MCP client: `mcp_client.py COMMAND …`, over stdio.
 
 It does everything a server of ours executes, right and wrong, and prints what came of each, as JSON.
 With the environment variable WAITING, a path, it also cancels a call once the server made that file.
@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 from fastmcp import Client
-from fastmcp.client.transports import StdioTransport, StreamableHttpTransport
+from fastmcp.client.transports import StdioTransport
 
 TRACEPARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
@@ -38,12 +38,8 @@ async def cancelled(client: Any) -> list[Any]:
 
 
 async def main() -> None:
-    way, *where = sys.argv[1:]
-    transport = (
-        StdioTransport(where[0], where[1:], env=dict(os.environ), keep_alive=False)
-        if way == "stdio"
-        else StreamableHttpTransport(where[0], headers={"Authorization": "Bearer letmein"})
-    )
+    command, *arguments = sys.argv[1:]
+    transport = StdioTransport(command, arguments, env=dict(os.environ), keep_alive=False)
     async with Client(transport) as client:
         quiet = {"raise_on_error": False}
         outcomes = [
