@@ -1646,7 +1646,7 @@ _REMARKS = _words_in("""
 a an the this that is are was must should may can cannot will not no yes on off too at in of for from to and
 or with field required optional missing invalid incorrect wrong expired empty unset unknown expected
 unexpected got see value string str text int integer bool boolean bytes object array list dict number type any
-strict bearer basic only same different varchar char secretstr uuid float password raise return stored
+strict bearer basic only same all different varchar char secretstr uuid float password raise return stored
 accepted rejected generated created valid using see
 """)
 _HEADER_NAMES = _words_in("authorization proxy-authorization cookie set-cookie")
@@ -1669,6 +1669,7 @@ _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->)|\(|\\&\w|(
   | [A-Za-z_.]+[ ][+%?][ ] | (?<==[ ])[A-Za-z_.]+[ ](?:or|and|if|else|\|\||&&)[ ]
   | (?<=:[ ])[A-Za-z_.]+(?:[ ]=[ ]|(?:\[[^\n]{0,80}\])?(?:[ ]\|[ ][\w.]+(?:\[[^\n]{0,80}\])?){0,4}[ ]\|[ ](?:None|str|bytes)\b)
   | (?<=\w[ ])[a-z]+[ ](?:the|an?|to|is|with|of|for|instead)\b"""
+_SCHEMA = r"(?:description|type|title|name|\$ref):(?![\s\S]*\b(?:value|default|example)s?:)"  # of a field
 _SENTENCE = _words_in("a an the to of for used if is are with from by in as or key token secret password")
 # A name that stands for such a value.
 _REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?[a-z]+(?:_[a-z]+)+"
@@ -1979,8 +1980,6 @@ class _Rules:
             end = text.find("]]>" if lead[0][-1] == "[" else "<", at)
             end = len(text) if end < 0 else end
             shown = text[at : min(end, at + 300)].strip()
-            if lead[0][-1] != "[" and text[end : end + 2] not in ("", "<", "</") and not _looks_secret(shown):
-                return None  # `R. Smith <r@x>`
             label = re.fullmatch("[A-Z]?[a-z]+(?: [A-Za-z]+){0,5}", shown) and self.strength(shown)
             return None if label or self._is_none(shown) else (at, end)
         if kind == "part":  # of a form
@@ -2083,11 +2082,7 @@ class _Rules:
         if quoted or text[at : at + 1] in ("[", "{"):
             if lead == " => " and text[at] == "{":
                 return None  # a function of `token`
-            if (
-                bare_key
-                and re.fullmatch(r"[A-Za-z_.-]*", shown)
-                and (self.strength(shown) or len(shown) < 13)
-            ):
+            if bare_key and re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown):
                 return None  # `key="DbPassword" value="…"`
             if bare_key and not quoted and not any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown))):
                 return None
@@ -2097,6 +2092,8 @@ class _Rules:
             if len(indent) > len(line) or text[at : at + 2] == "- ":
                 more = re.escape(indent) + ("" if len(indent) > len(line) else "[ \t-]")
                 block = re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").match(text, at)
+                if block and re.match(_SCHEMA, block[0]):
+                    return None
                 if block and any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", block[0]))):
                     return block.span()
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
