@@ -1324,7 +1324,7 @@ def _re(pattern: str) -> re.Pattern[str]:
 _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<typed>(?::[ ]?&?|[ ]As[ ])[A-Za-z_][\w.,\[\]]{0,40}(?:[ ]\|[ ]\w{1,20}){0,2}
       [ ]?=[ ]?(?=[bBrRuUfF]{0,2}["'`]))
-  | (?P<assign>\\{0,32}(?:["'`]|\*\*)?\[?\]?[ \t]{0,8}(?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))
+  | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?[ \t]{0,8}(?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))
       (?:\*\*)?\s{0,8}(?:!!\w{1,16}\s{1,4})?)
   | (?P<percent>%(?:25)?3[dD])
   | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?[vV]alue\\{0,32}["']?\s{0,8}[=:]\s{0,8}
@@ -1355,15 +1355,17 @@ _PERCENT_END = r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])"""
 _BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
-    \?|\[\s*\]|\{\s*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*|[\[(][^{}\n]{0,80})?\}|\$(?:env:)?\w+
+    \?|\[\s*\]|\{[\s.]*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*|[\[(][^{}\n]{0,80})?\}|\$(?:env:)?\w+
   | [$#%]\{[^\n]{0,200}|\{\{(?!\s*['"])[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?|\*{2,}|\.{3}
   | \.\*\S*|[xX]{3,}|\[[A-Z]{4,16}\]|!\w+|@[\w.]+@)
   | \{\s*\\{0,8}["']?type\\{0,8}["']?:\s*\\{0,8}["']?(?i:string|integer|number|boolean|array|object)\b
     (?![\s\S]*(?:value|default|example))[\s\S]*  # a schema; a file; an entry of a secret manager
   | [\w.~/-]*\.(?:txt|pem|key|json|ya?ml|conf|cfg|ini|crt|env)|[.~]{0,2}/(?:[a-z._-]+/)+[a-z._-]+
   | (?:env|file|op|vault|ssm|arn|secretref):\S+|projects/[\w-]+/secrets/\S+
-  | (?i:null|none|nil|undefined|true|false|string|(?:your|insert|enter|replace)[_ -][\w -]*)
-  | (?:process|var|self|this|env|os|vars|local)\.[\w.]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*"""
+  | (?i:null|none|nil|undefined|true|false|string|utf-?8|(?:your|insert|enter|replace)[_ -][\w -]*)
+  | (?:process|var|self|this|env|os|vars|local)\.[\w.#]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*
+  | (?=[^\n]*[%{][a-z_])(?:[^\w{}%]|%[sdr]|\{[a-z_][\w.]*(?:[!:\[(][^{}\n]{0,40})?\})+|__\w+__|[$@&][a-z_]+|[\^~v]?[0-9]{1,3}(?:\.[0-9]{1,3}){1,3}|\#[0-9a-fA-F]{1,8}
+  | [^\n]*(?:\[\^|\[a-zA-Z|\(\?[:=!<P]|\\[wdsWDS](?:[+*\])]|\Z))[^\n]*"""
 # Prefixes of issuers, each before a run of at least 16 word characters and dashes.
 TOKEN_PREFIXES = r"""
 gh[opsur]_ github_pat_ gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)- xox[abceoprs]- xapp- xwfp-
@@ -1496,7 +1498,7 @@ a code for one use ~ code=|otp|code is|se code|passcode ~ secret ~ [?&](?:code=(
 what is piped to a prompt ~ cho|printf ~ ~ \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?
  (?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}
  (?:sudo\s+-\w*S|stdin|chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
-what is handed to a prompt ~ <<< ~ ~ <<<[ ]?(?=["'])
+what is handed to a prompt ~ <<< ~ ~ (?<!["'])<<<[ ]?(?=["'])
 IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+
  (?:password\s+)?|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])|\bIDENTIFIED\s+BY\s+([^\s"';(]+)
 an array of characters ~ chararray() ~ secret ~ "([^"\n]{4,200})(?="\.toCharArray\(\))
@@ -1550,7 +1552,7 @@ _REMARKS = _words_in("""
 a an the this that is are was must should may can cannot will not no yes on off too at in of for from to and
 or with field required optional missing invalid incorrect wrong expired empty unset unknown expected
 unexpected got see value string str text int integer bool boolean bytes object array list dict number type any
-strict bearer basic only same different varchar char secretstr uuid float password raise return stored
+strict bearer basic only same all different varchar char secretstr uuid float password raise return stored
 accepted rejected generated created valid using see
 """)
 _HEADER_NAMES = _words_in("authorization proxy-authorization cookie set-cookie")
@@ -1567,7 +1569,17 @@ _SQL_TEXT = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
 _MAX_ECHOES = 64
-_ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential)\w*\("
+_ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential|require)\w*\("
+# Where a bare value would stand: a call or an index, an expression, a type, a sentence.
+_SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->)|\(|\\&\w|(?:new|await|yield|not|async|function)[ ]
+  | [A-Za-z_.]+[ ][+%?][ ] | (?<==[ ])[A-Za-z_.]+[ ](?:or|and|if|else|\|\||&&)[ ]
+  | (?<=:[ ])[A-Za-z_.]+(?:[ ]=[ ]|(?:\[[^\n]{0,80}\])?(?:[ ]\|[ ][\w.]+(?:\[[^\n]{0,80}\])?){0,4}[ ]\|[ ](?:None|str|bytes)\b)
+  | (?<=\w[ ])[a-z]+[ ](?:the|an?|to|is|with|of|for|instead)\b"""
+_SCHEMA = r"(?:description|type|title|name|\$ref):(?![\s\S]*\b(?:value|default|example)s?:)"  # of a field
+_ENUMERATING = r"(?:^|\s)(?:and|or|the|with|us(?:e|ing)|via|by|command) [`'\"*]{0,2}\Z"
+_SENTENCE = _words_in("a an the to of for used if is are with from by in as or key token secret password")
+# A name that stands for such a value.
+_REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?[a-z]+(?:_[a-z]+)+"
 _MAX_DOUBTED = 1000  # longer values are no names and no remarks
 # Bytes as their kinds: of tokens as `w`, digits as `0`.
 _RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
@@ -1786,10 +1798,13 @@ class _Rules:
             columns, before, inner = columns if columns == len(cells) else 0, len(cells), before == len(cells)
             if not columns:
                 hidden = [i for i, cell in enumerate(shown) if len(cell) <= 40 and self.strength(cell)]
-                heads = sum(map(bool, shown)) > 1 and re.fullmatch(r"[\w .()#/\n-]*", "\n".join(shown))
+                signs = " .()" if sign in "|\t" else " "
+                heads = sum(map(bool, shown)) > 1 and re.fullmatch(rf"[\w{signs}#/\n-]*", "\n".join(shown))
                 columns = len(cells) if heads and hidden and not inner else 0
                 value = max(hidden, default=0) + 1  # `| API key | X |`
-                if not hidden or sign != "|" or value >= len(shown) or not _looks_secret(shown[value]):
+                if not hidden or line.lstrip()[:1] != "|" or value >= len(shown):
+                    continue
+                if not _looks_secret(shown[value]):
                     continue
                 hidden, columns = [value], 0
             for index in hidden:
@@ -1829,7 +1844,7 @@ class _Rules:
         if lead.lastgroup == "call":  # `setPassword("X")`
             name = re.sub(r"(?:.*\.)?(?:[sS]et|[wW]ith|[aA]dd|[uU]se)_?(?=\w)", "", name)
             return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.strength(name)
-        word = re.search(r"([a-zA-Z]+)[^a-zA-Z]*[ _]\Z", text[max(0, start - 20) : start])
+        word = re.search(r"([a-zA-Z]+)[^a-zA-Z\n]*[ _]\Z", text[max(0, start - 20) : start])
         opened = word is not None and word[1].lower() in _OPENERS and self.strength(f"{word[1]} {name}")
         return max(self.strength(name), opened)
 
@@ -1840,7 +1855,11 @@ class _Rules:
         line = text[max(0, start - 80) : start].rpartition("\n")[2]
         if kind == "element":
             tag = text[max(0, start - 200) : start]
-            if bare_key or tag.rfind("<") <= tag.rfind(">") or re.search(r"[^<:\"'/ ]\Z|type=\W{1,3}\Z", tag):
+            if (
+                bare_key
+                or tag.rfind("<") <= tag.rfind(">")
+                or re.search(r"[^<:\"'/ ]\Z|(?:type|class)=\W{1,3}\Z", tag)
+            ):
                 return None
             end = self._until(text, at, "]]>" if lead[0][-1] == "[" else "<")
             shown = text[at : min(end, at + 300)].strip()
@@ -1865,14 +1884,20 @@ class _Rules:
                 opened = text[max(0, start - 12) : start].rstrip("\\\"'bu")[-1:]
                 closed = text[value[1] : value[1] + 12].lstrip("\\\"' ,")[:1]
                 pair = flag or (opened in ("(", "[") and closed in (")", "]"))
-                secret = _is_mixed(shown) if bare_key else pair or _looks_secret(shown)
+                word = re.fullmatch("[A-Za-z_]+", shown)
+                secret = _is_mixed(shown) if bare_key else pair or (_looks_secret(shown) and not word)
                 return value if secret else None
             # `secret "prod" not found` names it, `SECRET 'x'` in SQL and `secret "x";` are it.
             weak = bare_key or (strength < 2 and not _looks_secret(shown))
-            names = (weak or (low in _REFERENCES and not name.isupper())) and text[value[1] + 1 :][:1] != ";"
-            return None if kind == "quoted" and names and not flag else value
+            said = shown.count(" ") > 2 and low not in _PASSWORDS
+            said = said or (low == "pass" and (" " in shown or not _looks_secret(shown)))
+            names = weak or said or (low in _REFERENCES and not name.isupper())
+            names = names and text[value[1] + 1 :][:1] != ";" and not flag
+            return None if kind == "quoted" and names else value
         if kind == "prose" or (kind == "option" and not flag):
             return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
+        if kind == "option" and (name[-1] == "." or _re(_ENUMERATING).search(line)):
+            return None  # `--user and --password options`
         if kind == "assign":
             # `input("Password: ")`
             if quote and quote[2] == before and lead["assign"][0] not in "\\\"'`":
@@ -1882,42 +1907,70 @@ class _Rules:
                 return None
             if not quote and text[at : at + 1] not in ("[", "{") and low.replace("_", "-") in _HEADER_NAMES:
                 return self._header(text, at, low.replace("_", "-"), before)
-        return self._assigned(text, line, at, low, strength, text[lead.end("rest") : at])
+        return self._assigned(text, line, at, name, strength, text[lead.end("rest") : at])
 
     def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
         """Return the word behind a name and `is` or a space, where it is no language."""
         shown = text[at : self._bare_end(text, at)].rstrip(".,:;)!")
         size = len(shown)
-        if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]", shown):
+        if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]|[\[(<]", shown):
             return None
         known = strength == 2 or size >= 8 or name == "pin"  # `the password is x`
         if kind == "option":  # `login u password x`, `set NAME x`
             given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
             mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
+            if name == "pass" and shown.isupper():
+                return None  # `pass FLAG_2 to make`
             known = name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
             known = bool(known or given) and size >= 6 and shown.lower() not in _ALGORITHMS
         return (at, at + size) if known else None
 
     def _assigned(self, text: str, line: str, at: int, name: str, strength: int, lead: str) -> _Span | None:
+        other = _re(r"""[\w.]+(?:\([^()\n]{0,80}\))? (?:or|\|\||\?\?|\+) (?=["'`])""").match(text, at)
+        at = other.end() if other else at  # `key or "X"`
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
-        if value[0] > at and _re(_ASKING).search(text[at : value[0]]):
+        wrapper, quoted, own = text[at : value[0]], value[0] > at, name
+        name = name.lower()
+        if _re(_ASKING).search(wrapper):
             return None
         if len(shown) > _MAX_DOUBTED:
             return value
-        compared = value[0] == at and ("==" in lead or "!=" in lead)
-        if self._is_none(shown) or compared or (shown.isupper() and self.strength(shown)):
-            return passed
         bare_key = name in ("key", "keys") and strength < 2
-        if value[0] > at or text[at : at + 1] in ("[", "{"):
+        weak = strength < 2 and not _looks_secret(shown)
+        compared = ("==" in lead or "!=" in lead) and (weak or not quoted)
+        own = shown and re.search(rf"(?:\A|[._-]){re.escape(shown)}\Z", own)
+        own = own and (not quoted or strength < 2 or "(" in wrapper)
+        if self._is_none(shown) or compared or own or (shown.isupper() and self.strength(shown)):
+            return passed
+        if quoted and (shown[-1:] in (" ", ":") or (strength < 2 and re.search(r"%s|\{[a-z_]", shown))):
+            return passed  # the beginning of a text, a template
+        if (len(shown) == 1 and shown != "-") or ((weak or bare_key) and "(" in wrapper):
+            return passed
+        if (
+            lead == ": "
+            and quoted
+            and re.fullmatch(r"_?[A-Z][A-Za-z]+(?: \| None)?", shown)
+            and self.strength(shown.split(" ")[0])
+        ):
+            return passed  # a type
+        if re.match(r"[\\\"'*`]*:\s*\n", lead) and line.strip(" \t-\"'"):
+            return None  # `if password:`
+        if quoted or text[at : at + 1] in ("[", "{"):
+            if lead == " => " and text[at] == "{":
+                return None  # a function of `token`
             if bare_key and re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown):
                 return None  # `key="DbPassword" value="…"`
+            if bare_key and not quoted and not any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown))):
+                return None
             return value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
             if len(indent) > len(line) or text[at : at + 2] == "- ":
                 more = re.escape(indent) + ("" if len(indent) > len(line) else "[ \t-]")
                 block = re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").match(text, at)
+                if block and re.match(_SCHEMA, block[0]):
+                    return None
                 if block and any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", block[0]))):
                     return block.span()
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
@@ -1926,9 +1979,14 @@ class _Rules:
         after = lead.isspace() and re.match(r"\s+(?!-)\S*(?:[0-9]|\[R)", text[value[1] : value[1] + 80])
         if after and self.strength(shown):
             return None  # `--secret dbPassword X`
-        last = shown.rpartition(".")[2] if re.fullmatch(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+", shown) else ""
-        source = re.match(r"[A-Za-z_](?:[\w.]|::|->)*[(\[]|\(", shown)
-        if source or self.strength(last):
+        rest = re.match(r"[A-Z][A-Za-z]*((?:[.,;]? [A-Za-z_/()-]+){3,})", text[at : at + 200])
+        if ":" in lead and rest and not _SENTENCE.isdisjoint([*re.findall(r"\w+", rest[1].lower())]):
+            return None
+        reference = re.fullmatch(_REFERENCE, shown) and self.strength(shown.rpartition(".")[2])
+        reference = reference or (
+            strength < 2 and re.fullmatch(r"(?:[A-Za-z_]\w*\.)+(?:[A-Z][a-z]\w*|[a-z_]+)", shown)
+        )
+        if reference or _re(_SOURCE).match(text, at) or re.search(r"[:@]param [\w ]*\Z", line):
             return None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return passed
@@ -1950,7 +2008,9 @@ class _Rules:
     def _header(self, text: str, at: int, name: str, before: str) -> _Span | None:
         """Return the credentials of an `Authorization:` or `Cookie:` line."""
         words = text[at : at + 256].split(None, 3)
-        if not words or words[0].lower().rstrip(".,;:") in _REMARKS - _SCHEMES:
+        if not words or words[0].lower().rstrip(".,;:") in _REMARKS - _SCHEMES or self._is_none(words[0]):
+            return None
+        if re.match(r"[\w.]+\(", words[0]):
             return None
         if "cookie" in name:
             attribute = re.match("(?i)(?:samesite|path|domain|max-age|expires)=", words[0])
