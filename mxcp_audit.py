@@ -1324,8 +1324,8 @@ def _re(pattern: str) -> re.Pattern[str]:
 _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<typed>(?::[ ]?&?|[ ]As[ ])[A-Za-z_][\w.,\[\]]{0,40}(?:[ ]\|[ ]\w{1,20}){0,2}
       [ ]?=[ ]?(?=[bBrRuUfF]{0,2}["'`]))
-  | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?[ \t]{0,8}(?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))
-      (?:\*\*)?\s{0,8}(?:!!\w{1,16}\s{1,4})?)
+  | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?[ \t]{0,8}
+      (?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))(?:\*\*)?\s{0,8}(?:!!\w{1,16}\s{1,4})?)
   | (?P<percent>%(?:25)?3[dD])
   | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?[vV]alue\\{0,32}["']?\s{0,8}[=:]\s{0,8}
       | </(?:key|name)>\s{0,64}(?:<(?:string|value)>){1,2}
@@ -1364,7 +1364,8 @@ _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
   | (?:env|file|op|vault|ssm|arn|secretref):\S+|projects/[\w-]+/secrets/\S+
   | (?i:null|none|nil|undefined|true|false|string|utf-?8|(?:your|insert|enter|replace)[_ -][\w -]*)
   | (?:process|var|self|this|env|os|vars|local)\.[\w.#]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*
-  | (?=[^\n]*[%{][a-z_])(?:[^\w{}%]|%[sdr]|\{[a-z_][\w.]*(?:[!:\[(][^{}\n]{0,40})?\})+|__\w+__|[$@&][a-z_]+|[\^~v]?[0-9]{1,3}(?:\.[0-9]{1,3}){1,3}|\#[0-9a-fA-F]{1,8}
+  | (?=[^\n]*[%{][a-z_])(?:[^\w{}%]|%[sdr]|\{[a-z_][\w.]*(?:[!:\[(][^{}\n]{0,40})?\})+|__\w+__|[$@&][a-z_]+
+  | [\^~v]?[0-9]{1,3}(?:\.[0-9]{1,3}){1,3}|\#[0-9a-fA-F]{1,8}  # a version, a colour; a pattern
   | [^\n]*(?:\[\^|\[a-zA-Z|\(\?[:=!<P]|\\[wdsWDS](?:[+*\])]|\Z))[^\n]*"""
 # Prefixes of issuers, each before a run of at least 16 word characters and dashes.
 TOKEN_PREFIXES = r"""
@@ -1570,15 +1571,18 @@ _SQL_ROW = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
 _MAX_ECHOES = 64
 _ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential|require)\w*\("
-# Where a bare value would stand: a call or an index, an expression, a type, a sentence.
-_SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->)|\(|\\&\w|(?:new|await|yield|not|async|function)[ ]
-  | [A-Za-z_.]+[ ][+%?][ ] | (?<==[ ])[A-Za-z_.]+[ ](?:or|and|if|else|\|\||&&)[ ]
-  | (?<=:[ ])[A-Za-z_.]+(?:[ ]=[ ]|(?:\[[^\n]{0,80}\])?(?:[ ]\|[ ][\w.]+(?:\[[^\n]{0,80}\])?){0,4}[ ]\|[ ](?:None|str|bytes)\b)
+# Where a bare value would stand: a call or an index; an expression; a type; a sentence.
+_SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->) | \( | \\&\w
+  | (?:new|await|yield|not|async|function)[ ] | [A-Za-z_.]+[ ][+%?][ ]
+  | (?<==[ ])[A-Za-z_.]+[ ](?:or|and|if|else|\|\||&&)[ ]
+  | (?<=:[ ])[A-Za-z_.]+(?:[ ]=[ ]
+      |(?:\[[^\n]{0,80}\])?(?:[ ]\|[ ][\w.]+(?:\[[^\n]{0,80}\])?){0,4}[ ]\|[ ](?:None|str|bytes)\b)
   | (?<=\w[ ])[a-z]+[ ](?:the|an?|to|is|with|of|for|instead)\b"""
 _SCHEMA = r"(?:description|type|title|name|\$ref):(?![\s\S]*\b(?:value|default|example)s?:)"  # of a field
 _ENUMERATING = r"(?:^|\s)(?:and|or|the|with|us(?:e|ing)|via|by|command) [`'\"*]{0,2}\Z"
 _SENTENCE = _words_in("a an the to of for used if is are with from by in as or key token secret password")
-# A name that stands for such a value.
+_TYPE = r"_?[A-Z][A-Za-z]+(?: \| None)?"
+# A name that stands for a value.
 _REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?[a-z]+(?:_[a-z]+)+"
 _MAX_DOUBTED = 1000  # longer values are no names and no remarks
 # Bytes as their kinds: of tokens as `w`, digits as `0`.
@@ -1930,40 +1934,34 @@ class _Rules:
         at = other.end() if other else at  # `key or "X"`
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
-        wrapper, quoted, own = text[at : value[0]], value[0] > at, name
-        name = name.lower()
+        wrapper, quoted, own, name = text[at : value[0]], value[0] > at, name, name.lower()
         if _re(_ASKING).search(wrapper):
             return None
         if len(shown) > _MAX_DOUBTED:
             return value
-        bare_key = name in ("key", "keys") and strength < 2
+        bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
         weak = strength < 2 and not _looks_secret(shown)
-        compared = ("==" in lead or "!=" in lead) and (weak or not quoted)
-        own = shown and re.search(rf"(?:\A|[._-]){re.escape(shown)}\Z", own)
-        own = own and (not quoted or strength < 2 or "(" in wrapper)
-        if self._is_none(shown) or compared or own or (shown.isupper() and self.strength(shown)):
-            return passed
-        if quoted and (shown[-1:] in (" ", ":") or (strength < 2 and re.search(r"%s|\{[a-z_]", shown))):
-            return passed  # the beginning of a text, a template
-        if (len(shown) == 1 and shown != "-") or ((weak or bare_key) and "(" in wrapper):
-            return passed
         if (
-            lead == ": "
-            and quoted
-            and re.fullmatch(r"_?[A-Z][A-Za-z]+(?: \| None)?", shown)
-            and self.strength(shown.split(" ")[0])
+            self._is_none(shown)
+            or (("==" in lead or "!=" in lead) and (weak or not quoted))  # a comparison
+            or (shown.isupper() and self.strength(shown))  # a constant's name
+            or (shown.isalnum() and len(shown) == 1)
+            or (called and (weak or bare_key))
+            or (quoted and shown[-1:] in (" ", ":"))  # the beginning of a text
+            or (quoted and strength < 2 and re.search(r"%s|\{[a-z_]", shown))  # a template
+            or (quoted and lead == ": " and _re(_TYPE).fullmatch(shown) and self.strength(shown.split()[0]))
         ):
-            return passed  # a type
+            return passed
+        own = shown and re.search(rf"(?:\A|[._-]){re.escape(shown)}\Z", own)
+        if own and (not quoted or strength < 2 or called):
+            return passed  # `token=token`
         if re.match(r"[\\\"'*`]*:\s*\n", lead) and line.strip(" \t-\"'"):
             return None  # `if password:`
         if quoted or text[at : at + 1] in ("[", "{"):
-            if lead == " => " and text[at] == "{":
-                return None  # a function of `token`
-            if bare_key and re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown):
-                return None  # `key="DbPassword" value="…"`
-            if bare_key and not quoted and not any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown))):
-                return None
-            return value
+            function = lead == " => " and text[at] == "{"
+            named = re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown)  # `key="DbPassword"`
+            listed = not quoted and not any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown)))
+            return None if function or (bare_key and (named or listed)) else value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
             if len(indent) > len(line) or text[at : at + 2] == "- ":
@@ -1979,14 +1977,17 @@ class _Rules:
         after = lead.isspace() and re.match(r"\s+(?!-)\S*(?:[0-9]|\[R)", text[value[1] : value[1] + 80])
         if after and self.strength(shown):
             return None  # `--secret dbPassword X`
-        rest = re.match(r"[A-Z][A-Za-z]*((?:[.,;]? [A-Za-z_/()-]+){3,})", text[at : at + 200])
-        if ":" in lead and rest and not _SENTENCE.isdisjoint([*re.findall(r"\w+", rest[1].lower())]):
+        last = shown.rpartition(".")[2]
+        if (_re(_REFERENCE).fullmatch(shown) and self.strength(last)) or _re(_SOURCE).match(text, at):
             return None
-        reference = re.fullmatch(_REFERENCE, shown) and self.strength(shown.rpartition(".")[2])
-        reference = reference or (
-            strength < 2 and re.fullmatch(r"(?:[A-Za-z_]\w*\.)+(?:[A-Z][a-z]\w*|[a-z_]+)", shown)
-        )
-        if reference or _re(_SOURCE).match(text, at) or re.search(r"[:@]param [\w ]*\Z", line):
+        if strength < 2 and re.fullmatch(r"(?:[A-Za-z_]\w*\.)+(?:[A-Z][a-z]\w*|[a-z_]+)", shown):
+            return None  # `Name.Builtin`
+        told = ":" in lead and re.match(r"[A-Z][A-Za-z]*((?:[.,;]? [A-Za-z_/()-]+){3,})", text[at : at + 200])
+        if (
+            re.search(r"[:@]param [\w ]*\Z", line)
+            or told
+            and not _SENTENCE.isdisjoint(re.findall(r"\w+", told[1].lower()))
+        ):
             return None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return passed
