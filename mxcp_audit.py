@@ -1934,7 +1934,7 @@ class _Rules:
         at = other.end() if other else at  # `key or "X"`
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
-        wrapper, quoted, own, name = text[at : value[0]], value[0] > at, name, name.lower()
+        wrapper, quoted, full, name = text[at : value[0]], value[0] > at, name, name.lower()
         if _re(_ASKING).search(wrapper):
             return None
         if len(shown) > _MAX_DOUBTED:
@@ -1945,14 +1945,14 @@ class _Rules:
             self._is_none(shown)
             or (("==" in lead or "!=" in lead) and (weak or not quoted))  # a comparison
             or (shown.isupper() and self.strength(shown))  # a constant's name
-            or (shown.isalnum() and len(shown) == 1)
+            or (quoted and len(shown) == 1)
             or (called and (weak or bare_key))
             or (quoted and shown[-1:] in (" ", ":"))  # the beginning of a text
             or (quoted and strength < 2 and re.search(r"%s|\{[a-z_]", shown))  # a template
             or (quoted and lead == ": " and _re(_TYPE).fullmatch(shown) and self.strength(shown.split()[0]))
         ):
             return passed
-        own = shown and re.search(rf"(?:\A|[._-]){re.escape(shown)}\Z", own)
+        own = shown and re.search(rf"(?:\A|[._-]){re.escape(shown)}\Z", full)
         if own and (not quoted or strength < 2 or called):
             return passed  # `token=token`
         if re.match(r"[\\\"'*`]*:\s*\n", lead) and line.strip(" \t-\"'"):
