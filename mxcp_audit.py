@@ -1125,6 +1125,8 @@ def parse_event_id(text: str) -> tuple[str, int]:
 REDACTED = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
 _Check: TypeAlias = "Callable[[str], bool] | None"
+_Echoes: TypeAlias = "list[str] | None"
+_Find: TypeAlias = "Callable[[str], Iterable[_Span]]"
 
 
 # --- what a name says
@@ -1140,28 +1142,41 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
     return {head[:-1]: frozenset(words) for head, *words in rows}
 
 
-# The specification's
-SPEC_NAMES = _words_in("""
-password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
+# The specification's names; secrets wherever they stand, at the end "password" in other languages; behind a
+# secret word what still means the secret itself, any other word is about it (its policy, place, kind); behind
+# `key` a document; before a secret word what makes a switch or a figure of the name, before a strong one only
+# what may (`reset_token` is a token); what is glued to secret words as all above are (`dbpass`); no secrets.
+_NAME_WORDS = _words_by_head("""
+spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
+strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
+  creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig jsessionid
+  phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena contraseña
+  senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码 密碼 口令
+  パスワード 暗証番号 비밀번호 암호 סיסמה
+still: value string str text plain plaintext cleartext base b binary raw hex encoded encrypted hash digest
+  data content body material blob override new old current previous confirm confirmation repeat again
+  verification verify primary secondary main backup default dev prod production test testing staging live
+  sandbox local json pem number num no hint auxiliary env x v wo last block part enc pepper openssh pkcs
+documents: pem material blob wo string plaintext
+flags: is has use using no without with allow allowed require required enable enabled disable disabled show
+  hide prevent ignore skip force forgot detect scan support include want generate regenerate manage mask
+  redact max min always automount ask return reuse persist inject block
+verbs: add change check clear copy create delete deny edit enforce exclude export fetch get import issue list
+  mount prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
+glue: db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack
+  public next page sort
+none: compass bypass trespass surpass overpass underpass encompass
 """)
-# A secret wherever it stands. The last lines are "password" in other languages.
-STRONG_WORDS = _words_in("""
-password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
-creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig jsessionid
-phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena contraseña
-senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码 密碼 口令
-パスワード 暗証番号 비밀번호 암호 סיסמה
-""")
+SPEC_NAMES, STRONG_WORDS, STILL_SECRET, KEY_DOCUMENTS = list(_NAME_WORDS.values())[:4]
+FLAG_WORDS, VERBS, GLUE_WORDS, NO_SECRETS = list(_NAME_WORDS.values())[4:]
 # Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names of secrets.
 _PHRASES = _words_by_head("""
 creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
-  primary+account
-cvv: card+verification  ssn: social+security
-securityanswer: security+answer secret+answer recovery+answer challenge+answer
-codeverifier: code+verifier oauth+verifier  credential: service+json account+json  password: pass+word
-passphrase: pass+phrase snmp+community community+string  passcode: pass+code  motdepasse: de+passe
-apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid  imagepull: image+pull
-idempotency: client+request
+primary+account  cvv: card+verification  ssn: social+security  securityanswer: security+answer secret+answer
+recovery+answer challenge+answer  codeverifier: code+verifier oauth+verifier  credential: service+json
+account+json  password: pass+word  passphrase: pass+phrase snmp+community community+string
+passcode: pass+code  motdepasse: de+passe  apikey: api+key  oauth: o+auth  assertion: saml+response
+sessid: connect+sid  imagepull: image+pull  idempotency: client+request
 """)
 PHRASES = {pair.replace("+", " "): word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only; harmless behind these words.
@@ -1198,38 +1213,9 @@ code: authorization auth oauth mfa otp totp pin recovery backup security secret 
   access device reset login time cvv cvc card token
 cookie: session auth http request set login  signature: amz goog access
 """)
-# After a secret word these still mean the secret itself; any other word says that the name is about it: its
-# policy, place, kind, age.
-STILL_SECRET = _words_in("""
-value string str text plain plaintext cleartext base b binary raw hex encoded encrypted hash digest data
-content body material blob override new old current previous confirm confirmation repeat again verification
-verify primary secondary main backup default dev prod production test testing staging live sandbox local json
-pem number num no hint auxiliary env x v wo last block part enc pepper openssh pkcs
-""")
-# A `key` before these is a document.
-KEY_DOCUMENTS = _words_in("pem material blob wo string plaintext")
-# Before a secret word these make a switch or a figure of the name …
-FLAG_WORDS = _words_in("""
-is has use using no without with allow allowed require required enable enabled disable disabled show hide
-prevent ignore skip force forgot detect scan support include want generate regenerate manage mask redact max
-min always automount ask return reuse persist inject block
-""")
-# … and these before a strong one only (`reset_token` is a token).
-VERBS = _words_in("""
-add change check clear copy create delete deny edit enforce exclude export fetch get import issue list mount
-prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
-""")
-# Glued before a secret word, as all words above (`dbpass`, `ccnum`).
-GLUE_WORDS = _words_in("""
-db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack public next
-page sort
-""")
 # A secret whatever is glued before it (`csrfmiddlewaretoken`), but for a few words.
-GLUED_SUFFIXES = (
-    r"(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret|token|pwd?|psk"
-    r"|(?:access|secret|private|api)key)s?$"
-)
-NO_SECRETS = _words_in("compass bypass trespass surpass overpass underpass encompass")
+GLUED_SUFFIXES = r"""(?x)(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret
+  |token|pwd?|psk|(?:access|secret|private|api)key)s?$"""
 
 _KNOWN_WORDS = STRONG_WORDS.union(WEAK_WORDS, *OPENERS.values(), STILL_SECRET, FLAG_WORDS, VERBS, GLUE_WORDS)
 _CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
@@ -1439,37 +1425,23 @@ _TOKEN = (
 )
 # Formats with other signs, each behind a text that must be there.
 DOTTED_TOKENS = r"""
-eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}
-SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?
-. \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}
-1// \b1//0[\w-]{20,}
-dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}
-sl. \bsl\.(?:u\.)?[\w-]{60,}
-.atlasv1. \w{14}\.atlasv1\.[\w-]{20,}
-pat \bpat\w{14}\.[0-9a-f]{64}\b
-8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}
-dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
-xoxe. \bxoxe\.xox[bp]-[\w-]{16,}
-: [0-9]{8,10}:[\w-]{34,40}(?![\w-])
+eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}  SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?
+. \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}  1// \b1//0[\w-]{20,}  dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}
+sl. \bsl\.(?:u\.)?[\w-]{60,}  .atlasv1. \w{14}\.atlasv1\.[\w-]{20,}  pat \bpat\w{14}\.[0-9a-f]{64}\b
+8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}  dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
+xoxe. \bxoxe\.xox[bp]-[\w-]{16,}  : [0-9]{8,10}:[\w-]{34,40}(?![\w-])
 / \b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b
 . [MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])
 hooks.slack.com/ (?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+
 webhook (?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+
-$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}
-sha256~ \bsha256~[\w-]{43}
-vk1.a. \bvk1\.a\.[\w-]{60,}
--us [0-9a-f]{32}-us[0-9]{1,2}\b
+$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}  sha256~ \bsha256~[\w-]{43}
+vk1.a. \bvk1\.a\.[\w-]{60,}  -us [0-9a-f]{32}-us[0-9]{1,2}\b
 """
 # 4-4-4-4, 4-6-5 and 4-6-4
-_CARD = (
-    r"([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))"
-    r"(?:[0-9]{13,18}|[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})"
-    r"(?![\w-]|\.[0-9]))"
-)
-_SSN = (
-    r"([0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))[0-9]{2}(?<!000)(?<!666)"
-    r"-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-]|\.[0-9]))"
-)
+_CARD = r"""(?x)([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))(?:[0-9]{13,18}
+  |[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})(?![\w-]|\.[0-9]))"""
+_SSN = r"""(?x)([0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))
+  [0-9]{2}(?<!000)(?<!666)-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-]|\.[0-9]))"""
 
 
 def _looks_secret(value: str) -> bool:
@@ -1491,24 +1463,17 @@ def _is_card(number: str) -> bool:
     digits = number.replace(" ", "").replace("-", "")
     total = sum(sum(divmod(int(digit) * (1 + at % 2), 10)) for at, digit in enumerate(digits[::-1]))
     # Visa, Mastercard, American Express, Discover, JCB, Diners Club, UnionPay
-    issued = (
-        r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
-        r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
-    )
+    issued = r"""(?x)4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}
+        |6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"""
     return total % 10 == 0 and _re(issued).fullmatch(digits) is not None
 
 
 _USER = r"[^\s/?#\"'<>\\`:@]{0,200}"
 _STRING = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|[\w.]{1,60})"""
 # Functions whose arguments are secrets if they can't be words.
-_CALL_WORDS = _words_in("""
-auth credential passw crypt cipher hmac jwt keyspec pbkdf2 hs256( bind( login( connect( signer( signwith( pdo(
-aes.new( fernet( hashpw( cookieparser(
-""")
-_CALLS = "(?i)" + "|".join(
-    word.replace("(", r"\(") if "(" in word else rf"{word}\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
-    for word in _CALL_WORDS
-)
+_CALL_WORDS = _words_in("""auth credential passw crypt cipher hmac jwt keyspec pbkdf2 hs256 bind login connect
+signer signwith pdo aes fernet hashpw cookieparser""")
+_CALLS = rf"(?i)(?:{'|'.join(sorted(_CALL_WORDS))})\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
 _LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
 # What has a place of its own: the rule ~ texts one of which must be there in small letters ~ what its last
 # group must pass ~ the pattern. Without a group a quoted value follows.
@@ -1651,7 +1616,7 @@ class _Rules:
         # the start of the longest word
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
-        self._places: list[tuple[str, Iterable[str], Callable[[str], Iterable[_Span]]]] = []
+        self._places: list[tuple[str, Iterable[str], _Find]] = []
         for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
             pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
             find = functools.partial(self._placed, pattern=pattern, accept=_CHECKS.get(check.strip()))
@@ -1662,7 +1627,8 @@ class _Rules:
             ("the head of a table", "\n", self._cells),
             ("a name in the text", ("",), self._named),
         ]
-        self._formats = [row.split() for row in DOTTED_TOKENS.strip().split("\n")]
+        words = DOTTED_TOKENS.split()
+        self._formats = list(zip(words[::2], words[1::2]))
         gates = {gate for row in self._places for gate in row[1] if gate[:1] > " "}
         gates |= {*STEMS, *own, "db2 ", "c alias", "rabbitmqctl"}
         # Few first letters are found faster.
@@ -1720,9 +1686,7 @@ class _Rules:
                 text = text.replace(secret, self.mark(secret))
         return text, taken
 
-    def _sieves(
-        self, text: str, low: str, led: bool
-    ) -> Iterator[tuple[str, Callable[[str], Iterable[_Span]]]]:
+    def _sieves(self, text: str, low: str, led: bool) -> Iterator[tuple[str, _Find]]:
         """Yield what may find secrets in a text, cheaply judged, in this order."""
         if led or " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low:
             # 1. What has a place of its own, and 2. what has a name.
@@ -2087,12 +2051,9 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
             return _declare(inner, depth + 1, budget)
         fields: dict[str, _Declared] = {}
         for group in (parts.get("parameters"), parts.get("properties")):
-            named = group.items() if isinstance(group, dict) else ()
+            named = list(group.items()) if isinstance(group, dict) else []
             for part in group if isinstance(group, (list, tuple)) else ():
-                named = [
-                    *named,
-                    ((part if isinstance(part, dict) else _members(part) or {}).get("name"), part),
-                ]
+                named.append(((part if isinstance(part, dict) else _members(part) or {}).get("name"), part))
             for name, part in named:
                 if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
                     fields[_normal(name)] = declared
@@ -2291,10 +2252,6 @@ class _Walk:
         """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
         return json.loads(_Walk(_Verdicts(self.rules, None)).value(value, None))
 
-    def hide(self, value: object) -> str:
-        """Return the marker for a whole value, whatever it is, as JSON."""
-        return encode_text(self.marker(value))
-
     def marker(self, value: object) -> str:
         """Return what stands in the place of a secret value, and collect what it may echo as."""
         if self.quiet:
@@ -2321,7 +2278,7 @@ class _Walk:
         kind = type(value)
         # A number in the place of an object with a secret part: nobody knows what it means.
         if declared is not None and (declared.sensitive or kind in (int, float)):
-            return self.hide(value)
+            return encode_text(self.marker(value))
         if kind is str:
             return encode_text(self.text(value, declared))
         if kind is dict:
@@ -2352,9 +2309,9 @@ class _Walk:
             shown = hex(value)  # all digits, in the only base without a limit
         return shown if shown.lstrip("-").isdigit() else encode_text(shown)
 
-    def mapping(self, value: dict[Any, Any], declared: _Declared | None) -> str:
+    def mapping(self, value: dict[Any, Any], declared: _Declared | None, ident: int = 0) -> str:
         """Write a mapping; one with a key that is no text, or holds a secret, is renamed first."""
-        opened, ident = self.open, id(value)
+        opened, ident = self.open, ident or id(value)
         value = value.copy()  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
         if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
@@ -2387,7 +2344,8 @@ class _Walk:
                     verdict, item = self.beside(name.lower(), verdict, item, value)
                 hides = verdict > _SENSITIVE or (verdict and kind is not bool and item is not None)
                 inner = declared.fields.get(_normal(name)) if declared else None
-                out.append(f"{encode_text(name)}:{self.hide(item) if hides else self.value(item, inner)}")
+                shown = encode_text(self.marker(item)) if hides else self.value(item, inner)
+                out.append(f"{encode_text(name)}:{shown}")
         opened.pop()
         return "{" + ",".join(out) + "}"
 
@@ -2434,9 +2392,9 @@ class _Walk:
                 words[index] = word[:start] + self.marker(word[start:end]) + word[end:]
         return words
 
-    def sequence(self, value: Any, declared: _Declared | None) -> str:
+    def sequence(self, value: Any, declared: _Declared | None, ident: int = 0) -> str:
         """Write a sequence; `["Authorization", …]` and `["--password", …]` are judged by the sibling."""
-        opened, ident = self.open, id(value)
+        opened, ident = self.open, ident or id(value)
         value = value[:]  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
         if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
@@ -2448,9 +2406,7 @@ class _Walk:
             except (LookupError, TypeError):
                 pass  # not all of them are known, or texts
         opened.append(ident)
-        if len(value) > 9 and declared is None and type(first) is dict and (table := self.table(value)):
-            opened.pop()
-            return table
+        table = self.table(value) if len(value) > 9 and declared is None and type(first) is dict else ""
         items = None if declared is None else declared.items or declared
         texts, is_label = self.rules.harmless, self.verdicts.is_label
         hide_next = len(value) == 2 and is_label(first)
@@ -2463,9 +2419,9 @@ class _Walk:
             if named and not (len(first) == 2 and is_label(first[0])):
                 value = [first, *self.rows(value[1:], first)]
         out: list[str] = []
-        for item in value:
+        for item in () if table else value:
             if hide_next and out:
-                out.append(self.hide(item))
+                out.append(encode_text(self.marker(item)))
                 hide_next = False
             elif type(item) is str and items is None:
                 known = texts.get(item)
@@ -2484,7 +2440,7 @@ class _Walk:
             else:
                 out.append(self.value(item, items))
         opened.pop()
-        return "[" + ",".join(out) + "]"
+        return table or "[" + ",".join(out) + "]"
 
     def table(self, value: list[Any]) -> str:
         """Write mappings with equal, harmless names by columns, which is faster; else ""."""
@@ -2521,14 +2477,11 @@ class _Walk:
             note = f"…[CUT: {len(value)} bytes]"
             return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
         content = _content(value, kind)
-        if not isinstance(content, (dict, list)):
-            return self.value(content, declared)
-        if id(value) in self.open or len(self.open) >= _MAX_DEPTH:
-            return self.refusal(id(value), 0)
-        self.open.append(id(value))
-        out = self.value(content, declared)
-        self.open.pop()
-        return out
+        if type(content) is dict:
+            return self.mapping(content, declared, id(value))
+        if type(content) is list:
+            return self.sequence(content, declared, id(value))
+        return self.value(content, declared)
 
     def text(self, text: str, declared: _Declared | None) -> str:
         """Clean a text; one that holds JSON is walked like the value that it holds."""
@@ -2571,19 +2524,20 @@ class _Walk:
 _MIN_ECHO = 12  # characters of a value's beginning or end
 
 
-def _spellings(text: str) -> tuple[str, ...]:
-    """Return a text as errors, URLs, pages and Base64 write it."""
+def _spellings(text: str) -> dict[str, None]:
+    """Return a text as it is, and as errors, URLs, pages and Base64 write it."""
     from html import escape  # only for errors
     from urllib.parse import quote, quote_plus
 
     raw = text.encode("utf-8", "surrogatepass")
     encoded = binascii.b2a_base64(raw, newline=False).rstrip(b"=").decode(), quote(raw), quote(raw, safe="")
-    return (*encoded, quote_plus(raw), repr(text)[1:-1], json.dumps(text)[1:-1], escape(text))
+    forms = (text, *encoded, quote_plus(raw), repr(text)[1:-1], json.dumps(text)[1:-1], escape(text))
+    return dict.fromkeys(forms)
 
 
 def _without_echo(text: str, form: str, marker: str) -> str:
     """Return a text with a marker for a value, its beginnings and its ends."""
-    text = text.replace(form, marker)
+    text = text if form in REDACTED else text.replace(form, marker)
     if len(form) <= _MIN_ECHO or marker == form:
         return text
     for _ in ("beginnings", "ends, which are beginnings of the reverse"):
@@ -2597,21 +2551,16 @@ def _without_echo(text: str, form: str, marker: str) -> str:
 
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
     """Return a text without the values, whole, cut short or encoded."""
-    forms = set()
-    for echo in echoes:
-        scheme, _, credentials = echo.partition(" ")
-        forms |= {echo, credentials} if scheme.lower() in _SCHEMES else {echo}
+    forms = set(echoes)
+    for scheme, _, credentials in [echo.partition(" ") for echo in forms]:
+        forms |= {credentials} if scheme.lower() in _SCHEMES else set()
     for echo in sorted(forms, key=len, reverse=True):
-        if len(echo) < 4 or echo in REDACTED:
-            continue
-        marker = mark(echo)
-        text = _without_echo(text, echo, marker)
-        for part in {echo[: 1 << 16], echo[-1 << 16 :]}:
+        for part in {echo[: 1 << 16], echo[-1 << 16 :]} if len(echo) >= 4 else ():
             ends = [head[:_MIN_ECHO] for head in _spellings(part[:18])]
             ends += [tail[-_MIN_ECHO:] for tail in _spellings(part[-18:])]
             if len(part) < 64 or any(end in text for end in ends):  # else no need to spell the rest
-                for form in {*_spellings(part)} - {part}:
-                    text = text if form in REDACTED else _without_echo(text, form, marker)
+                for form in _spellings(part):
+                    text = _without_echo(text, form, mark(echo))
     return text
 
 
@@ -2661,12 +2610,7 @@ class Redactor:
         return self._rules.judge(name, _normal(tool or ""))[0] > 0
 
     def redact(
-        self,
-        value: object,
-        *,
-        tool: str | None = None,
-        endpoint_def: object = None,
-        echoes: list[str] | None = None,
+        self, value: object, *, tool: str | None = None, endpoint_def: object = None, echoes: _Echoes = None
     ) -> Any:
         """Return a plain copy of any value in which nothing sensitive is left.
 
@@ -2693,10 +2637,7 @@ class Redactor:
         echoes: list[str] | None = None,
         limit: int = 0,
     ) -> str:
-        """Return what `redact` returns as compact JSON.
-
-        With a `limit` (bytes) what `clip_plain` would cut is not read, and its size stands in its place.
-        """
+        """Return what `redact` returns as compact JSON, without what a `limit` (bytes) would cut."""
         try:
             own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
             declared = None if endpoint_def is None else _declare(endpoint_def)
@@ -2733,19 +2674,17 @@ class Redactor:
     ) -> list[tuple[str, str]]:
         """Return what `redact` takes out of a value and why, as (path, reason)."""
 
-        def compare(
-            before: Any, after: Any, path: str, name: str, declared: _Declared | None
-        ) -> Iterator[tuple[str, str]]:
+        def compare(before: Any, after: Any, path: str, name: str, part: _Declared | None) -> Iterator[Any]:
             if type(before) is type(after) is dict:
                 for (key, old), new in zip(before.items(), after.values()):
-                    inner = declared.fields.get(_normal(key)) if declared else None
+                    inner = part.fields.get(_normal(key)) if part else None
                     yield from compare(old, new, f"{path}.{key}", key, inner)
             elif type(before) is type(after) is list:
-                inner = declared and (declared.items or declared)
+                inner = part and (part.items or part)
                 for index, (old, new) in enumerate(zip(before, after)):
                     yield from compare(old, new, f"{path}[{index}]", "", inner)
             elif before != after:
-                why = "declared sensitive" if declared else self._rules.judge(name, _normal(tool or ""))[1]
+                why = "declared sensitive" if part else self._rules.judge(name, _normal(tool or ""))[1]
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
                 why = why or " and ".join(dict.fromkeys(rule for rule, _ in taken))
                 yield path, why or "what stands beside it names it"
