@@ -1066,12 +1066,14 @@ def parse_event_id(text: str) -> tuple[str, int]:
 #
 # Guarantee: what `Redactor.redact` returns holds no value under a sensitive name, at any depth, and no text
 # in a known secret format; it shares nothing with the caller's objects. Nothing here raises or consumes an
-# input. It fails towards too much: the remedy is `keep:`. Four sieves, cheapest first: an endpoint's
-# declarations, words of names, siblings, texts.
+# input. It fails towards too much: the remedy is `keep:`.
 
 REDACTED = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
 _Check: TypeAlias = "Callable[[str], bool] | None"
+_Names: TypeAlias = "Sequence[str]"
+_Echoes: TypeAlias = "list[str] | None"
+_Find: TypeAlias = "Callable[[str], Iterable[_Span]]"
 
 
 # --- what a name says
@@ -1087,28 +1089,41 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
     return {head[:-1]: frozenset(words) for head, *words in rows}
 
 
-# The specification's
-SPEC_NAMES = _words_in("""
-password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
+# The specification's names; secrets wherever they stand, at the end "password" in other languages; behind a
+# secret word what still means the secret itself, any other word is about it (its policy, place, kind); behind
+# `key` a document; before a secret word what makes a switch or a figure of the name, before a strong one only
+# what may (`reset_token` is a token); what is glued to secret words as all above are (`dbpass`); no secrets.
+_NAME_WORDS = _words_by_head("""
+spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
+strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
+  creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig jsessionid
+  phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena contraseña
+  senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码 密碼 口令
+  パスワード 暗証番号 비밀번호 암호 סיסמה
+still: value string str text plain plaintext cleartext base b binary raw hex encoded encrypted hash digest
+  data content body material blob override new old current previous confirm confirmation repeat again
+  verification verify primary secondary main backup default dev prod production test testing staging live
+  sandbox local json pem number num no hint auxiliary env x v wo last block part enc pepper openssh pkcs
+documents: pem material blob wo string plaintext
+flags: is has use using no without with allow allowed require required enable enabled disable disabled show
+  hide prevent ignore skip force forgot detect scan support include want generate regenerate manage mask
+  redact max min always automount ask return reuse persist inject block
+verbs: add change check clear copy create delete deny edit enforce exclude export fetch get import issue list
+  mount prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
+glue: db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack
+  public next page sort
+none: compass bypass trespass surpass overpass underpass encompass
 """)
-# A secret wherever it stands. The last lines are "password" in other languages.
-STRONG_WORDS = _words_in("""
-password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
-creditcard codeverifier securityanswer assertion psk pfx dockerconfigjson dockercfg kubeconfig jsessionid
-phpsessid sessid privkey requirepass masterauth authtok motdepasse passwort kennwort contrasena contraseña
-senha wachtwoord passord lösenord adgangskode hasło heslo jelszó salasana şifre пароль 密码 密碼 口令
-パスワード 暗証番号 비밀번호 암호 סיסמה
-""")
+SPEC_NAMES, STRONG_WORDS, STILL_SECRET, KEY_DOCUMENTS = list(_NAME_WORDS.values())[:4]
+FLAG_WORDS, VERBS, GLUE_WORDS, NO_SECRETS = list(_NAME_WORDS.values())[4:]
 # Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names of secrets.
 _PHRASES = _words_by_head("""
 creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
-  primary+account
-cvv: card+verification  ssn: social+security
-securityanswer: security+answer secret+answer recovery+answer challenge+answer
-codeverifier: code+verifier oauth+verifier  credential: service+json account+json  password: pass+word
-passphrase: pass+phrase snmp+community community+string  passcode: pass+code  motdepasse: de+passe
-apikey: api+key  oauth: o+auth  assertion: saml+response  sessid: connect+sid  imagepull: image+pull
-idempotency: client+request
+primary+account  cvv: card+verification  ssn: social+security  securityanswer: security+answer secret+answer
+recovery+answer challenge+answer  codeverifier: code+verifier oauth+verifier  credential: service+json
+account+json  password: pass+word  passphrase: pass+phrase snmp+community community+string
+passcode: pass+code  motdepasse: de+passe  apikey: api+key  oauth: o+auth  assertion: saml+response
+sessid: connect+sid  imagepull: image+pull  idempotency: client+request
 """)
 PHRASES = {pair.replace("+", " "): word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only; harmless behind these words.
@@ -1127,8 +1142,7 @@ pin: gpio led gpu map data clock input output board analog digital header reset 
   sda scl mosi miso sck irq rst push
 auth:  authorization:  code: result response error status reason  signature:
 """)
-# With one of these before it `key` opens something, `tokens` are no text, `auth` holds credentials, `code`
-# proves who one is. `Authorization` is a header alone or beside its words, else a decision.
+# A secret behind these words; `Authorization` is a header alone or beside its own words, else a decision.
 OPENERS = _words_by_head("""
 key: access private priv auth authentication authorization encryption encrypt decryption decrypt signing sign
   hmac mac aes rsa cipher crypto master root session shared preshared account storage subscription license
@@ -1145,48 +1159,17 @@ code: authorization auth oauth mfa otp totp pin recovery backup security secret 
   access device reset login time cvv cvc card token
 cookie: session auth http request set login  signature: amz goog access
 """)
-# After a secret word these still mean the secret itself; any other word says that the name is about it: its
-# policy, place, kind, age.
-STILL_SECRET = _words_in("""
-value string str text plain plaintext cleartext base b binary raw hex encoded encrypted hash digest data
-content body material blob override new old current previous confirm confirmation repeat again verification
-verify primary secondary main backup default dev prod production test testing staging live sandbox local json
-pem number num no hint auxiliary env x v wo last block part enc pepper openssh pkcs
-""")
-# A `key` before these is a document.
-KEY_DOCUMENTS = _words_in("pem material blob wo string plaintext")
-# Before a secret word these make a switch or a figure of the name …
-FLAG_WORDS = _words_in("""
-is has use using no without with allow allowed require required enable enabled disable disabled show hide
-prevent ignore skip force forgot detect scan support include want generate regenerate manage mask redact max
-min always automount ask return reuse persist inject block
-""")
-# … and these before a strong one only (`reset_token` is a token).
-VERBS = _words_in("""
-add change check clear copy create delete deny edit enforce exclude export fetch get import issue list mount
-prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
-""")
-# Glued before a secret word, as all words above (`dbpass`, `ccnum`).
-GLUE_WORDS = _words_in("""
-db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack public next
-page sort
-""")
 # A secret whatever is glued before it (`csrfmiddlewaretoken`), but for a few words.
-GLUED_SUFFIXES = (
-    r"(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret|token|pwd?|psk"
-    r"|(?:access|secret|private|api)key)s?$"
-)
-NO_SECRETS = _words_in("compass bypass trespass surpass overpass underpass encompass")
+GLUED_SUFFIXES = r"""(?x)(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret
+  |token|pwd?|psk|(?:access|secret|private|api)key)s?$"""
 
 _KNOWN_WORDS = STRONG_WORDS.union(WEAK_WORDS, *OPENERS.values(), STILL_SECRET, FLAG_WORDS, VERBS, GLUE_WORDS)
 _CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
 _MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 128, 24, 16
-# A secret name holds one of these stems.
 _STEMS = STRONG_WORDS.union(
-    WEAK_WORDS,
-    _words_in("community card ccn cc_n cc-n account.num account_num social verifier answer saml sensitive"),
-    ("connect.sid", "json", "_wo", "sig="),
+    WEAK_WORDS, _words_in("sensitive social verifier answer saml json card ccn cc_n cc-n")
 )
+_STEMS |= _words_in("community account.num account_num connect.sid _wo sig=")
 STEMS = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
 _MAX_VERDICTS = 4096
 _BY_SETTING = "listed under `redact`"
@@ -1208,8 +1191,8 @@ def _unglue(word: str) -> list[str]:
                 splits[start] = [word[start:end], *splits[end]]
                 break
     parts = splits.get(0, [])
-    heads = map(_singular, parts)
-    if " ".join(parts[:2]) in PHRASES or any(head in STRONG_WORDS or head in WEAK_WORDS for head in heads):
+    secret = not STRONG_WORDS.union(WEAK_WORDS).isdisjoint(map(_singular, parts))
+    if secret or " ".join(parts[:2]) in PHRASES:
         return parts
     suffix = re.search(GLUED_SUFFIXES, word)
     return [word[: suffix.start()], *_unglue(suffix[0])] if suffix else [word]
@@ -1231,36 +1214,12 @@ def _name_words(name: str) -> list[str]:
     return words
 
 
-def _judge_weak(head: str, plural: bool, before: list[str], tail: list[str], loud: bool) -> bool:
-    """Return True if a weak word between these is a secret; `loud`: UPPER_CASE or `X-…`."""
-    opened = not OPENERS.get(head, NO_SECRETS).isdisjoint(before)
-    twin = head == "key" and len(before) > 1 and "primary" in before  # an account has two
-    if before and before[-1] in WEAK_WORDS[head] and not twin:
-        return False
-    if not {"no", "num", "number"}.isdisjoint(tail):
-        return False
-    if head == "key":  # a protocol's abbreviation (`ntp_key`), a document, a shouted name
-        short = any(1 < len(word) < 5 and not re.search("[aeiouy]", word) for word in before)
-        document = not KEY_DOCUMENTS.isdisjoint(tail)
-        return opened or twin or short or document or (loud and bool(before) and not plural)
-    return {
-        "token": opened or not plural,
-        "cookie": opened or not plural or not before,
-        "auth": opened or (not before and bool(tail)),
-        "authorization": not plural and OPENERS["authorization"].issuperset(before),
-        "pin": not plural,
-        "code": opened,
-        "signature": opened,
-    }.get(head, True)
-
-
 def _judge_name(name: str) -> tuple[int, str]:
     """Return a name's strength (0: harmless) and the reason."""
     words = _name_words(name)
     # `token_for_x` and `value_of_token` are tokens, `number_of_tokens` is none.
-    about = STILL_SECRET - {"number"}
     ends = (at for at, word in enumerate(words) if at and word in ("for", "of"))
-    words = words[: next((at for at in ends if words[at - 1] not in about), None)]
+    words = words[: next((at for at in ends if words[at - 1] not in STILL_SECRET - {"number"}), None)]
     plain = "".join(words)
     if plain in SPEC_NAMES:
         return (1 if plain in WEAK_WORDS else 2), f"the specification names {plain!r}"
@@ -1280,35 +1239,46 @@ def _judge_name(name: str) -> tuple[int, str]:
         return 0, ""
     if strong or (head != "auth" and not STRONG_WORDS.isdisjoint(before)):
         return 2, f"the word {words[at]!r}"
-    loud = name.isupper() or name[:2] in ("X-", "x-")
-    if not _judge_weak(head, words[at] != head, before, tail, loud):
+    twin = head == "key" and len(before) > 1 and "primary" in before  # an account has two
+    harmless = before[-1:] and before[-1] in WEAK_WORDS[head] and not twin
+    if harmless or not {"no", "num", "number"}.isdisjoint(tail):
         return 0, ""
-    return (2 if before else 1), f"the word {words[at]!r} in {' '.join(words)!r}"
+    opened, plural = not OPENERS.get(head, NO_SECRETS).isdisjoint(before), words[at] != head
+    # A key is a secret behind a protocol's abbreviation (`ntp_key`), as a document, or in capitals.
+    short = any(1 < len(word) < 5 and not re.search("[aeiouy]", word) for word in before)
+    shouted = (name.isupper() or name[:2] in ("X-", "x-")) and before and not plural
+    secret = {
+        "key": opened or twin or short or not KEY_DOCUMENTS.isdisjoint(tail) or shouted,
+        "token": opened or not plural,
+        "cookie": opened or not plural or not before,
+        "auth": opened or (not before and bool(tail)),
+        "authorization": not plural and OPENERS["authorization"].issuperset(before),
+        "pin": not plural,
+        "code": opened,
+        "signature": opened,
+    }.get(head, True)
+    return ((2 if before else 1), f"the word {words[at]!r} in {' '.join(words)!r}") if secret else (0, "")
 
 
 def _normal(name: str) -> str:
-    """Return a name without case and separators."""
     return re.sub(r"[\s_.\-]+|#[0-9]+$", "", name).casefold()
 
 
 def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
     """Read entries into (tool or "", name); `a.b` is both a name and one tool's."""
-    split = [(tool, _normal(name)) for entry in entries for tool, _, name in [entry.rpartition(".")]]
-    own = {(_normal(tool), name) for tool, name in split if _normal(tool) and name}
+    own = {(_normal(tool), _normal(name)) for tool, _, name in (entry.rpartition(".") for entry in entries)}
     return frozenset({("", _normal(entry)) for entry in entries} | own)
 
 
 def _lower(text: str) -> str:
-    """Return a text in small letters and of the same length."""
     return text.lower() if text.isascii() else text.replace("\u0130", "i").lower()
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Compile a search for many words, grouped by first letters: twice as fast."""
-    groups: dict[str, list[str]] = {}
-    for word in sorted(set(words)):
-        groups.setdefault(word[0], []).append(re.escape(word[1:]))
-    return re.compile("|".join(f"{re.escape(first)}(?:{'|'.join(rests)})" for first, rests in groups.items()))
+    """Compile a search for many words, grouped by first letters: the fewer, the faster."""
+    groups = itertools.groupby(sorted(set(words)), key=lambda word: word[0])
+    ends = ((re.escape(first), "|".join(re.escape(word[1:]) for word in group)) for first, group in groups)
+    return re.compile("|".join(f"{first}(?:{rest})" for first, rest in ends))
 
 
 # --- where a text holds a secret
@@ -1326,19 +1296,17 @@ _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
       [ ]?=[ ]?(?=[bBrRuUfF]{0,2}["'`]))
   | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?[ \t]{0,8}
       (?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))(?:\*\*)?\s{0,8}(?:!!\w{1,16}\s{1,4})?)
-  | (?P<percent>%(?:25)?3[dD])
   | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?[vV]alue\\{0,32}["']?\s{0,8}[=:]\s{0,8}
       | </(?:key|name)>\s{0,64}(?:<(?:string|value)>){1,2}
       | ["']\s{0,4}\{(?:\s{0,16}[a-z]{4,12}\s{0,16}=[^\n]{0,200}\n){0,4}?\s{0,16}default\s{0,16}=\s{0,8})
-  | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
+  | (?P<percent>%(?:25)?3[dD]) | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
   | (?P<part>\\{0,8}"(?:\r\n[^\r\n]{1,80}){0,3}(?:\r\n\r\n|\\r\\n\\r\\n|\n\n))
   | (?P<pair>(?:\]?\\{0,8}["']|(?<=[A-Z]))(?:\s{0,2},\s{0,8}|\)\.\w{3,16}\(\s{0,4})(?=b?\\{0,8}["']))
-  | (?P<call>\(\s{0,4}(?=[bBrRuUfF]{0,2}\\{0,8}["'`]))
   | (?P<prose>[ \t](?:for[ ]\S{1,40}(?<!:)[ ])?(?:for[ ]\S{1,40}:[ ]|\(
       |(?:is|was|are|ist|lautet|es|est|è|é|provided|given|(?:(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}))
   | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["']))
   | (?P<element>(?:["']?|["']?\s[^<>]{0,200})>\s{0,8}(?:<!\[CDATA\[|<[vV]alue>)?(?=[^<\s]))
-  | (?P<option>[ \t]{1,4}(?=[^\s-]))
+  | (?P<call>\(\s{0,4}(?=[bBrRuUfF]{0,2}\\{0,8}["'`])) | (?P<option>[ \t]{1,4}(?=[^\s-]))
 )"""
 _QUOTE = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]{1,24}\()?
     [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2{1,2}(?=[\w!@#$%^*+]))?"""
@@ -1389,37 +1357,23 @@ _TOKEN = (
 )
 # Formats with other signs, each behind a text that must be there.
 DOTTED_TOKENS = r"""
-eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}
-SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?
-. \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}
-1// \b1//0[\w-]{20,}
-dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}
-sl. \bsl\.(?:u\.)?[\w-]{60,}
-.atlasv1. \w{14}\.atlasv1\.[\w-]{20,}
-pat \bpat\w{14}\.[0-9a-f]{64}\b
-8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}
-dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
-xoxe. \bxoxe\.xox[bp]-[\w-]{16,}
-: [0-9]{8,10}:[\w-]{34,40}(?![\w-])
+eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}  SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?
+. \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}  1// \b1//0[\w-]{20,}  dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}
+sl. \bsl\.(?:u\.)?[\w-]{60,}  .atlasv1. \w{14}\.atlasv1\.[\w-]{20,}  pat \bpat\w{14}\.[0-9a-f]{64}\b
+8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}  dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
+xoxe. \bxoxe\.xox[bp]-[\w-]{16,}  : [0-9]{8,10}:[\w-]{34,40}(?![\w-])
 / \b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b
 . [MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])
 hooks.slack.com/ (?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+
 webhook (?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+
-$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}
-sha256~ \bsha256~[\w-]{43}
-vk1.a. \bvk1\.a\.[\w-]{60,}
--us [0-9a-f]{32}-us[0-9]{1,2}\b
+$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}  sha256~ \bsha256~[\w-]{43}
+vk1.a. \bvk1\.a\.[\w-]{60,}  -us [0-9a-f]{32}-us[0-9]{1,2}\b
 """
 # 4-4-4-4, 4-6-5 and 4-6-4
-_CARD = (
-    r"([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))"
-    r"(?:[0-9]{13,18}|[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})"
-    r"(?![\w-]|\.[0-9]))"
-)
-_SSN = (
-    r"([0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))[0-9]{2}(?<!000)(?<!666)"
-    r"-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-]|\.[0-9]))"
-)
+_CARD = r"""(?x)([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))(?:[0-9]{13,18}
+  |[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})(?![\w-]|\.[0-9]))"""
+_SSN = r"""(?x)([0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))
+  [0-9]{2}(?<!000)(?<!666)-(?!00)[0-9]{2}-(?!0000)[0-9]{4}(?![\w-]|\.[0-9]))"""
 
 
 def _looks_secret(value: str) -> bool:
@@ -1441,55 +1395,48 @@ def _is_card(number: str) -> bool:
     digits = number.replace(" ", "").replace("-", "")
     total = sum(sum(divmod(int(digit) * (1 + at % 2), 10)) for at, digit in enumerate(digits[::-1]))
     # Visa, Mastercard, American Express, Discover, JCB, Diners Club, UnionPay
-    issued = (
-        r"4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}"
-        r"|6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"
-    )
+    issued = r"""(?x)4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}
+        |6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"""
     return total % 10 == 0 and _re(issued).fullmatch(digits) is not None
 
 
 _USER = r"[^\s/?#\"'<>\\`:@]{0,200}"
 _STRING = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|[\w.]{1,60})"""
 # Functions whose arguments are secrets if they can't be words.
-_CALL_WORDS = _words_in("""
-auth credential passw crypt cipher hmac jwt keyspec pbkdf2 hs256( bind( login( connect( signer( signwith( pdo(
-aes.new( fernet( hashpw( cookieparser(
-""")
-_CALLS = "(?i)" + "|".join(
-    word.replace("(", r"\(") if "(" in word else rf"{word}\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
-    for word in _CALL_WORDS
-)
+_CALL_WORDS = _words_in("""auth credential passw crypt cipher hmac jwt keyspec pbkdf2 hs256 bind login connect
+signer signwith pdo aes fernet hashpw cookieparser""")
+_CALLS = rf"(?i)(?:{'|'.join(sorted(_CALL_WORDS))})\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
 _LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
-# What has a place of its own: the rule ~ texts one of which must be there in small letters ~ what its last
-# group must pass ~ the pattern. Without a group a quoted value follows.
+# What has a place of its own: the rule ~ texts one of which must be there in small letters ~ whether its last
+# group must look like a secret ~ the pattern. Without a group a quoted value follows.
 _PLACES = r"""
 a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
  |[^\s"'<>\\`]{1,300}(?=@))
 a token in a URL ~ :// ~ secret ~ ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
 a private key ~ -----begin ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
  (?:-----END[^\n-]{0,60}--|\Z)-*)
-credentials after Bearer ~ bearer ~ ~ \b[Bb](?:earer|EARER)[ \t]+
- ((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*|[\w.~+/-]{24,}=*)(?![\w=])
-credentials after Basic ~ basic ~ secret ~ \b[Bb](?:asic|ASIC)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
+credentials after Bearer ~ bearer ~ ~ \b(?i:bearer)[ \t]+((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*)
+credentials after Basic ~ basic ~ secret ~ \b(?i:basic)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
 a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~ ~
  :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
  (?=@(?:(?:tcp|unix)\(|localhost\b|1(?:0|27|72|92\.168)\.))
-a password beside its user ~  -u| --user|creds| --proxy-u ~ password ~
- \s(?:-u|-U|--(?:proxy-)?user|--(?:src-|dest-)?creds)[ =]["']?[^\s:'"=/]{1,64}:(?!\S*//)([^\s'"]+)
-a password beside its user ~  -p ~ password ~ \s(?:-u|-U|-l|-n|--user|--username|--login)
- [ =]?["']?[\w.@\\-]{1,64}["']?(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]([^\s'"|:/]{6,64})(?!\S)
+a password beside its user ~  -u| --user|creds| --proxy-u ~ secret ~
+ \s(?:-u|-U|--(?:proxy-)?user|--(?:src-|dest-)?creds)[ =]["']?[^\s:'"=/]{1,64}:
+ (?!\S*//|[0-9]+(?!\S))([^\s'"]+)
+a password beside its user ~  -p ~ secret ~ \s(?:-u|-U|-l|-n|--user|--username|--login)
+ [ =]?["']?[\w.@\\-]{1,64}["']?(?:\s-\S+(?:\s[^\s-]\S*)?){0,4}?\s-(?:p|P|pw|pass)[ ]
+ (?![0-9]+(?!\S))([^\s'"|:/]{6,64})(?!\S)
 a password beside its user ~ sqlplus|expdp|impdp|sqlldr ~ ~ \b(?:sqlplus|expdp|impdp|sqlldr)\s
  (?:-\S+\s){0,4}[\w."]{1,64}/([^\s@/]{1,128})
 a secret of a device ~ community|setuser|on >|secret |password |key  ~ ~ \bcommunity[ ]+(\S{4,64})[ ]+
  (?:R[OW]|authorization)\b|\br[ow]community6?[ ]+(\S{4,64})|\b(?:secret|password|key)[ ][05789][ ](\S{4,128})
  |(?i:\b(?:set)?user\s+\S{1,64}(?:\s+(?:on|off|reset\w*|[~&%+-]\S{1,64})){1,8}\s+>)(\S{1,128})
-a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret ~ (?i)(?:host[ ]\S{1,64}[ ]
- (?:version[ ]\w{1,2}[ ])?|-digest-key[ ]\d{1,3}[ ]md5[ ](?:\d[ ])?|ascii-text[ ]|[ ](?:md5|sha|3?des|aes)
- (?:[ -]?\d\d\d)?[ ]+)["']?([^\s"']{4,128})
-a protocol's line ~ pass |ogin |auth |dentify |:5432:|:*:|:587|:465 ~ password ~ (?m)^(?:
+a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret ~ (?i)(?:host[ ]\S{1,64}[ ](?:
+ version[ ]\w{1,2}[ ])?|ascii-text[ ]|[ ](?:md5|sha|3?des|aes)(?:[ -]?\d+)?[ ]+(?:\d[ ])?)["']?([^\s"']{4,99})
+a protocol's line ~ pass |ogin |auth |dentify |:5432:|:*:|:587|:465 ~ secret ~ (?m)^(?:
  (?:[<>*CS]:?\s)?(?:PASS|AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]
  |[\w.*-]{1,100}:(?:[0-9]{2,5}|\*):[\w*-]{1,64}:[\w*.-]{1,64}:
- |\[[\w.-]{1,100}\]:[0-9]{2,3}[ \t]+[\w.@-]{1,64}:)(\S{4,200})\s*$
+ |\[[\w.-]{1,100}\]:[0-9]{2,3}[ \t]+[\w.@-]{1,64}:)(?![0-9]+\s*$)(\S{4,200})\s*$
 what is sent to a prompt ~ send "|send -- " ~ ~ (?i)ass(?:word|phrase|code)[^"\n]{0,10}"[;\s{}]{1,8}send\s+
  (?:--\s+)?"([^"\n\\]{1,128})
 a code for one use ~ code=|otp|code is|se code|passcode ~ secret ~ [?&](?:code=([\w.~/%+-]{8,})&
@@ -1505,8 +1452,8 @@ IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s
 an array of characters ~ chararray() ~ secret ~ "([^"\n]{4,200})(?="\.toCharArray\(\))
 a function's argument ~ crypt(|connect|sqli|pdo(|jwt.|sp_addl|securestring ~ ~ (?i:
  pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
- |(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*<STRING>\s*,\s*<STRING>\s*,\s*|sp_addlogin\s+<STRING>\s*,\s*
- |\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|securestring\s+(?:-\w+\s+){0,2})(?=["'])
+ |(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*<STRING>\s*,\s*<STRING>\s*,\s*|sp_addlogin\s+<STRING>\s*,
+ \s*|\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|securestring\s+(?:-\w+\s+){0,2})(?=["'])
 credentials of a user ~ auth|ogin|cred ~ ~ (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}login|auth|authenticate
  |\w{0,24}credentials?)\s?[=(][\s(]{0,3}<STRING>\s*,\s*)(?=b?["'])
 a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5
@@ -1514,62 +1461,52 @@ a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?
 a named social security number ~ ssn|social sec ~ ~ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)
  (?:\s{1,4}(?:is|was))?[\s:#=]{0,4})([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
-_CHECKS: dict[str, _Check] = {
-    "secret": _looks_secret,
-    "password": lambda value: _looks_secret(value) and not value.isdigit(),  # no port, no group
-}
 # Where programs take a secret: programs | a word that must be among the arguments | places. `-p` is the
 # option's own word or the next, `-p+` its own only, `-p.` the next only; in `-u:` it stands behind that sign;
 # `#2` is the second word after the required one that is no option.
 _COMMANDS = r"""
 mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
 7z 7za 7zr 7zz rar unrar || -p+ -hp+ ; docker podman buildah nerdctl helm oras crane oc az cf | login | -p
-redis-cli valkey-cli || -a
-ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w
-ldappasswd || -w -s -a ; sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p
 cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget || -p
-sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P ; ssh-keygen || -N -P
-security certutil || -p -w ; openssl | passwd | #1 #2 ; ansible-vault | encrypt_string | #1
-smbclient rpcclient smbget smbcacls net || -U%
+sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p
+sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P
+ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w
+ldappasswd || -w -s -a ; redis-cli valkey-cli || -a ; ssh-keygen || -N -P ; security certutil || -p -w
 snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X
 curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
-curl http https xh || -E: --cert: --bearer. --oauth2-bearer.
-openssl || -k. -K. -hmac. -pass: -passin: -passout: ; influx || -t. ; lftp || -u,
-xfreerdp signtool schtasks || /p /rp ; wpa_passphrase || #2 ; vault | unseal | #1
-aws | SecureString | --value ; gh az flyctl databricks | secret | -b --body --value --string-value
-net | user | #2 ; net | use | #2 #3 ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
-htpasswd mosquitto_passwd | -b | #2 #3 ; isql iusql | -v | #3 ; db2 | using | #1 ; mc mcli | set | #4
-ngrok | add-authtoken | #1 ; poetry composer | http-basic\.[^\x1f]+ | #2
-poetry composer | pypi-token\.[^\x1f]+ | #1 ; cargo vault | login | #1
+curl http https xh || -E: --cert: --bearer. --oauth2-bearer. ; smbclient rpcclient smbget smbcacls net || -U%
+openssl || -k. -K. -hmac. -pass: -passin: -passout: ; openssl | passwd | #1 #2 ; influx || -t. ; lftp || -u,
+xfreerdp signtool schtasks || /p /rp ; aws | SecureString | --value ; wpa_passphrase || #2
+gh az flyctl databricks | secret | -b --body --value --string-value ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
+net | user | #2 ; net | use | #2 #3 ; htpasswd mosquitto_passwd | -b | #2 #3 ; isql iusql | -v | #3
+db2 | using | #1 ; mc mcli | set | #4 ; cargo vault | login | #1 ; vault | unseal | #1
+ansible-vault | encrypt_string | #1 ; ngrok | add-authtoken | #1
+poetry composer | http-basic\.[^\x1f]+ | #2 ; poetry composer | pypi-token\.[^\x1f]+ | #1
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
-_SHOWN_WORD = r",[ ]([^,\]\n]+)"
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
     ((?:[^\s"'`|;&<>()\\]|\\[^\n]|[&;|](?=[^\s&;|])|"(?:[^"\\]|\\.){0,500}"|'[^']{0,500}')+)"""
 _PASSWORDS = _words_in("password passwd pwd passphrase passcode pass pw")
 _REFERENCES = _words_in("secret secrets credential credentials")
 _ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 ed25519")
-_REMARKS = _words_in("""
-a an the this that is are was must should may can cannot will not no yes on off too at in of for from to and
-or with field required optional missing invalid incorrect wrong expired empty unset unknown expected
-unexpected got see value string str text int integer bool boolean bytes object array list dict number type any
-strict bearer basic only same all different varchar char secretstr uuid float password raise return stored
-accepted rejected generated created valid using see
-""")
+_REMARKS = _words_in("""a an the this that is are was must should may can cannot will not no yes on off too at
+in of for from to and or with field required optional missing invalid incorrect wrong expired empty unset
+unknown expected unexpected got see value string str text int integer bool boolean bytes object array list
+dict number type any strict bearer basic only same all different varchar char secretstr uuid float password raise
+return stored accepted rejected generated created valid using see""")
 _HEADER_NAMES = _words_in("authorization proxy-authorization cookie set-cookie")
 _SCHEMES = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
 # In "API key: …" and "verification code is …" the word before belongs to the name.
 _OPENERS = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"], {"api", "de"})
 _NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 _PLAIN_SIGNS = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”‘’", "   ,:===\"\"''")
-# Colours, and escaped quotes.
-_DISGUISES = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)"
+_DISGUISES = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)"  # colours, quotes
 _ECHOED = r"""["']([^"'\\]{4,})\\{0,8}["']"""  # what may be echoed of a list or an object
 _INSERT = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
-_MAX_ECHOES = 64
+_MAX_ECHOES, _MIN_ECHO = 64, 12  # values; characters of a value's beginning or end
 _ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential|require)\w*\("
 # Where a bare value would stand: a call or an index; an expression; a type; a sentence.
 _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->) | \( | \\&\w
@@ -1614,10 +1551,10 @@ class _Rules:
         # the start of the longest word
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
-        self._places: list[tuple[str, Iterable[str], Callable[[str], Iterable[_Span]]]] = []
+        self._places: list[tuple[str, Iterable[str], _Find]] = []
         for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
             pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
-            find = functools.partial(self._placed, pattern=pattern, accept=_CHECKS.get(check.strip()))
+            find = functools.partial(self._placed, pattern=pattern, accept=_looks_secret if check else None)
             self._places.append((rule, gates.split("|"), find))
         self._places += [
             ("a function's argument", _CALL_WORDS, self._literals),
@@ -1625,14 +1562,14 @@ class _Rules:
             ("the head of a table", "\n", self._cells),
             ("a name in the text", ("",), self._named),
         ]
-        self._formats = [row.split() for row in DOTTED_TOKENS.strip().split("\n")]
+        words = DOTTED_TOKENS.split()
+        self._formats = list(zip(words[::2], words[1::2]))
         gates = {gate for row in self._places for gate in row[1] if gate[:1] > " "}
         gates |= {*STEMS, *own, "db2 ", "c alias", "rabbitmqctl"}
-        # Few first letters are found faster.
         self._gate = _any_of(gate.lstrip("fghlnrtux") or gate for gate in gates if gate.isascii())
         # What the joined words hold, where the secret is, whether its look decides.
         self.programs: dict[str, list[tuple[str, str, bool]]] = {}
-        for row in re.findall(r"\S[^;\n]+", _COMMANDS):
+        for row in re.findall(r"[^;\s][^;\n]+", _COMMANDS):
             programs, need, places = map(str.strip, row.split("|"))
             need = f"-[a-zA-Z]*{need[1:]}[a-zA-Z]*" if len(need) == 2 else need and need + "s?"
             need = need and rf"\x1f{need}(?=\x1f|\Z)"
@@ -1656,7 +1593,6 @@ class _Rules:
         if len(text) < 5 or (len(text) < 11 and text.isalnum()):  # the shortest is `pwd=x`
             return text, taken
         low = _lower(text)
-        # Most texts hold nothing that leads to a secret.
         led = self._gate.search(" ".join(set(low.split())) if len(text) > 2000 else low) is not None
         led = led or (not low.isascii() and self.stems.search(low) is not None)
         if "[" in text or not text.isascii() or (led and ("&" in text or "\\u00" in text)):
@@ -1677,18 +1613,14 @@ class _Rules:
                     out += [text[done:start], marker]
                     done = end
             text = "".join([*out, text[done:]]) if out else text
-        # What stands at another place as well.
-        for _, secret in taken:
+        for _, secret in taken:  # it may stand at another place as well
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
                 text = text.replace(secret, self.mark(secret))
         return text, taken
 
-    def _sieves(
-        self, text: str, low: str, led: bool
-    ) -> Iterator[tuple[str, Callable[[str], Iterable[_Span]]]]:
+    def _sieves(self, text: str, low: str, led: bool) -> Iterator[tuple[str, _Find]]:
         """Yield what may find secrets in a text, cheaply judged, in this order."""
         if led or " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low:
-            # 1. What has a place of its own, and 2. what has a name.
             if not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
                 yield "an argument of a command", self._arguments
             for rule, gates, find in self._places:
@@ -1696,7 +1628,7 @@ class _Rules:
                     yield rule, find
         if len(text) < 11:
             return
-        # 3. What has a known format; its shape is found ten times as fast in bytes.
+        # A known format's shape is found ten times as fast in bytes.
         shape, placed = text.encode("utf-8", "surrogatepass"), functools.partial
         if b"w" * 16 in shape.translate(_RUNS):
             for gate, pattern in self._formats:
@@ -1732,7 +1664,6 @@ class _Rules:
         return "[REDACTED" in value or _re(_PLACEHOLDER).fullmatch(value) is not None
 
     def _literals(self, text: str) -> Iterator[_Span]:
-        """Yield what looks like a secret among the arguments of such functions."""
         for call in _re(_CALLS).finditer(text):
             for literal in _re(_LITERAL).finditer(text, call.end(), call.end() + 300):
                 if literal[1] is None:
@@ -1741,14 +1672,15 @@ class _Rules:
                     yield literal.span(1)
 
     def _arguments(self, text: str) -> list[_Span]:
-        """Return the secrets among the arguments of known programs."""
         found: set[_Span] = set()
         done = 0
         for program in self._program.finditer(text):
             if program.start() < done:
                 continue
             words, done = [program.span()], program.end()
-            step = _re({",": _SHOWN_WORD, '"': _LISTED_WORD, "'": _LISTED_WORD}.get(text[done], _SHELL_WORD))
+            step = _re(
+                {",": r",[ ]([^,\]\n]+)", '"': _LISTED_WORD, "'": _LISTED_WORD}.get(text[done], _SHELL_WORD)
+            )
             while word := step.match(text, done):
                 words.append(word.span(1))
                 done = word.end()
@@ -1785,19 +1717,18 @@ class _Rules:
 
     def _cells(self, text: str) -> Iterator[_Span]:
         """Yield the cells under or behind a sensitive name in tables."""
-        at = columns = before = 0  # cells of the table that is read, cells of the line before
+        columns = before = 0  # cells of the table that is read, cells of the line before
         hidden, sign = list[int](), ""
-        for line in text.splitlines(keepends=True):
-            start, at = at, at + len(line)
-            if before and not line.strip("-=+:| \t\r\n"):
+        for row in re.finditer(r"[^\n]+", text):
+            if not row[0].strip("-=+:| \t\r"):
                 continue
-            sign = sign if columns else next((sign for sign in "|\t;," if sign in line), "")
-            if not sign or sign not in line or len(line) > 4000:
+            sign = sign if columns else next((sign for sign in "|\t;," if sign in row[0]), "")
+            if not sign or len(row[0]) > 4000:
                 columns = before = 0
                 continue
             cut = re.escape(sign)
             cell = rf'"(?:[^"]|"")*"(?={cut}|\s*\Z)|[^{cut}\r\n]+|(?<={cut})(?={cut})'
-            cells = list(re.finditer(cell, line))
+            cells = list(_re(cell).finditer(text, *row.span()))
             shown = [cell[0].strip(" \t\"'`*\r\n") for cell in cells]
             columns, before, inner = columns if columns == len(cells) else 0, len(cells), before == len(cells)
             if not columns:
@@ -1814,7 +1745,7 @@ class _Rules:
             for index in hidden:
                 cell = shown[index]
                 if cell and cell.lower().partition("(")[0] not in _REMARKS and not self._is_none(cell):
-                    first = start + cells[index].start() + cells[index][0].index(cell)
+                    first = cells[index].start() + cells[index][0].index(cell)
                     yield first, first + len(cell)
 
     def _named(self, text: str) -> Iterator[_Span]:
@@ -2054,7 +1985,6 @@ class _Rules:
         return at, block.end() if block else self._bare_end(text, at)
 
     def _balanced_end(self, text: str, start: int) -> int:
-        """Return the end of the bracket that opens at `start`."""
         # In `Pwd={a}}b;c}` two braces are one.
         if odbc := _re(r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)").match(text, start):
             return odbc.end()
@@ -2068,12 +1998,8 @@ class _Rules:
 
 # --- what an endpoint declares
 
-_MAX_DEPTH = 64  # arbitrary: deeper than people write
 
-
-class _Declared(NamedTuple):
-    """What an endpoint's definition hides of one parameter."""
-
+class _Declared(NamedTuple):  # what a definition hides of a parameter
     sensitive: bool
     fields: dict[str, _Declared]
     items: _Declared | None
@@ -2095,12 +2021,9 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
             return _declare(inner, depth + 1, budget)
         fields: dict[str, _Declared] = {}
         for group in (parts.get("parameters"), parts.get("properties")):
-            named = group.items() if isinstance(group, dict) else ()
+            named = list(group.items()) if isinstance(group, dict) else []
             for part in group if isinstance(group, (list, tuple)) else ():
-                named = [
-                    *named,
-                    ((part if isinstance(part, dict) else _members(part) or {}).get("name"), part),
-                ]
+                named.append(((part if isinstance(part, dict) else _members(part) or {}).get("name"), part))
             for name, part in named:
                 if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
                     fields[_normal(name)] = declared
@@ -2108,10 +2031,8 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
         says = parts.get("sensitive")
         yes = bool(says) and str(says).strip().lower() not in ("", "false", "no", "off", "0")
         return _Declared(yes, fields, items) if yes or fields or items else None
-    except INTERRUPTS:
-        raise
-    except BaseException:
-        if depth:  # a part
+    except BaseException as error:
+        if depth or isinstance(error, INTERRUPTS):  # a part
             raise
         return _Declared(True, {}, None)
 
@@ -2123,12 +2044,10 @@ _TEXT_MODULES = _words_in("decimal fractions datetime uuid pathlib zoneinfo")
 
 
 def _type_name(value: object) -> str:
-    """Name a type, whatever its metaclass does."""
     return str(type.__dict__["__name__"].__get__(type(value)))
 
 
 def _text_of(value: object, show: Callable[[Any], str] = repr) -> str:
-    """Show any object without memory addresses."""
     try:
         return re.sub(r" at 0x[0-9a-fA-F]{1,16}\b", "", str.__str__(show(value)))
     except BaseException:
@@ -2136,7 +2055,6 @@ def _text_of(value: object, show: Callable[[Any], str] = repr) -> str:
 
 
 def _members(value: object) -> dict[str, Any] | None:
-    """Return an object's fields, or None."""
     kind = type(value)
     keepers = ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
     kept = (getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers))
@@ -2188,12 +2106,10 @@ _CONTENTS: tuple[tuple[Any, Callable[[Any], object]], ...] = (
 
 
 def _content(value: Any, kind: type) -> object:
-    """Return what an object holds, in JSON's types or one step nearer to them."""
     for known, content in _CONTENTS:
         if issubclass(kind, known):
             return content(value)
-    members = _members(value)
-    if members is not None:
+    if (members := _members(value)) is not None:
         return members
     if issubclass(kind, Mapping):  # such as HTTP headers, which may hold a key twice
         return _unlike(list(value.items()))
@@ -2206,23 +2122,20 @@ def _content(value: Any, kind: type) -> object:
 
 # --- the walk
 
+_MAX_DEPTH = 64  # arbitrary: deeper than people write
 _MAX_NODES = 500_000  # more than fit into the default of `max_input_bytes`
 _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
 _CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
-_JSON_STARTS = frozenset('{[" \t\r\n')
 _SLACK = 4096  # characters read beyond what is kept, so that no secret is cut in half
 # A sibling with one of these names names the other.
-_LABELS = _words_in("""
-name key header field param parameter property variable attribute setting label element selector path id type
-column
-""")
+_LABELS = _words_in("""name key header field param parameter property variable attribute setting label element
+selector path id type column""")
 _VALUES = _words_in("value values val default content text newvalue new_value")
 _COLUMN_LISTS = _words_in("columns column_names columnnames headers header fields cols schema")
 _ROW_LISTS = _words_in("rows values data records")
 _PROGRAMS = _words_in("command cmd program executable")
 _ARGUMENTS = _words_in("args argv arguments")
-# What a verdict on a key says: its value goes, booleans and null too where a setting says so; its own
-# text holds a secret, or it is no text; its siblings decide.
+# A key's value goes; booleans too, by a setting; its text holds a secret, or it is no text; siblings decide.
 _SENSITIVE, _LISTED, _CERTAIN, _ODD, _BESIDE = 1, 2, 3, 4, 8
 
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
@@ -2242,9 +2155,7 @@ class _Verdicts(dict[str, int]):
     def __init__(self, rules: _Rules, tool: str | None = "") -> None:
         self.rules, self.tool = rules, tool
         # As JSON: harmless names, hidden ones with a marker, texts that label nothing.
-        self.harmless: dict[str, str] = {}
-        self.hidden: dict[str, str] = {}
-        self.inert: dict[str, str] = {}
+        self.harmless, self.hidden, self.inert = dict[str, str](), dict[str, str](), dict[str, str]()
         self._says = functools.lru_cache(_MAX_VERDICTS)(self._says_secret)
 
     def __missing__(self, name: str) -> int:
@@ -2299,10 +2210,6 @@ class _Walk:
         """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
         return json.loads(_Walk(_Verdicts(self.rules, None)).value(value, None))
 
-    def hide(self, value: object) -> str:
-        """Return the marker for a whole value, whatever it is, as JSON."""
-        return encode_text(self.marker(value))
-
     def marker(self, value: object) -> str:
         """Return what stands in the place of a secret value, and collect what it may echo as."""
         if self.quiet:
@@ -2319,7 +2226,6 @@ class _Walk:
         return self.rules.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
 
     def refusal(self, ident: int, count: int) -> str:
-        """Return what stands for a container that is open already, too deep, or too large."""
         if ident in self.open:
             return '"[CYCLE]"'
         return '"[DEPTH]"' if len(self.open) >= _MAX_DEPTH else encode_text(f"[CUT: {count} items]")
@@ -2329,7 +2235,7 @@ class _Walk:
         kind = type(value)
         # A number in the place of an object with a secret part: nobody knows what it means.
         if declared is not None and (declared.sensitive or kind in (int, float)):
-            return self.hide(value)
+            return encode_text(self.marker(value))
         if kind is str:
             return encode_text(self.text(value, declared))
         if kind is dict:
@@ -2342,27 +2248,23 @@ class _Walk:
             return "true" if value else "false"
         if kind is float:  # what is no number as a text, which differs from null and from 0
             return float.__repr__(value) if value - value == 0.0 else f'"{json.dumps(value)}"'
+        if kind is int and -_CARD_NUMBERS < value < _CARD_NUMBERS:
+            return str(value)
         depth = len(self.open)
         try:
-            return self.integer(value) if kind is int else self.other(value, kind, declared)
+            if kind is not int:
+                return self.other(value, kind, declared)
+            shown = self.text(str(value), None)  # it may be a card's number
+            return shown if shown.lstrip("-").isdigit() else encode_text(shown)
         except INTERRUPTS:
             raise
-        except BaseException:  # whatever an object's own methods raise
+        except BaseException:  # whatever an object's own methods raise; an integer of too many digits
             del self.open[depth:]
-            return encode_text(f"<unprintable {_type_name(value)}>")
+            return encode_text(hex(value) if kind is int else f"<unprintable {_type_name(value)}>")
 
-    def integer(self, value: int) -> str:
-        if -_CARD_NUMBERS < value < _CARD_NUMBERS:
-            return str(value)
-        try:
-            shown = self.text(str(value), None)
-        except ValueError:
-            shown = hex(value)  # all digits, in the only base without a limit
-        return shown if shown.lstrip("-").isdigit() else encode_text(shown)
-
-    def mapping(self, value: dict[Any, Any], declared: _Declared | None) -> str:
+    def mapping(self, value: dict[Any, Any], declared: _Declared | None, ident: int = 0) -> str:
         """Write a mapping; one with a key that is no text, or holds a secret, is renamed first."""
-        opened, ident = self.open, id(value)
+        opened, ident = self.open, ident or id(value)
         value = value.copy()  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
         if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
@@ -2387,20 +2289,19 @@ class _Walk:
             else:
                 verdict = verdicts[name] if type(name) is str else _ODD
                 if verdict & _ODD:
-                    renamed = _unlike([(self.name(key), item) for key, item in value.items()])
-                    whole = self.mapping(renamed, declared)
                     opened.pop()
-                    return whole
+                    renamed = _unlike([(self.name(key), item) for key, item in value.items()])
+                    return self.mapping(renamed, declared, ident)
                 if verdict & _BESIDE:
                     verdict, item = self.beside(name.lower(), verdict, item, value)
                 hides = verdict > _SENSITIVE or (verdict and kind is not bool and item is not None)
                 inner = declared.fields.get(_normal(name)) if declared else None
-                out.append(f"{encode_text(name)}:{self.hide(item) if hides else self.value(item, inner)}")
+                shown = encode_text(self.marker(item)) if hides else self.value(item, inner)
+                out.append(f"{encode_text(name)}:{shown}")
         opened.pop()
         return "{" + ",".join(out) + "}"
 
     def name(self, name: object) -> str:
-        """Return any name of a field as a text without a secret."""
         plain = name if type(name) is str else self.plain(name)
         return self.text(plain if isinstance(plain, str) else json.dumps(plain), None)
 
@@ -2421,14 +2322,12 @@ class _Walk:
         return verdict & _CERTAIN, item
 
     def rows(self, rows: Any, heads: Any) -> Any:
-        """Return rows with markers in the columns whose heads are sensitive names."""
         if not {type(rows), type(heads)} <= {list, tuple}:
             return rows
         names = (head.get("name") if type(head) is dict else head for head in heads[:1000])
         hidden = {at for at, name in enumerate(names) if self.verdicts.is_label(name)}
 
         def hide(at: int, cell: Any) -> Any:
-            # Booleans and null are no secrets.
             return self.marker(cell) if at in hidden and cell is not None and type(cell) is not bool else cell
 
         kinds = (list, tuple) if hidden else ()
@@ -2442,9 +2341,9 @@ class _Walk:
                 words[index] = word[:start] + self.marker(word[start:end]) + word[end:]
         return words
 
-    def sequence(self, value: Any, declared: _Declared | None) -> str:
+    def sequence(self, value: Any, declared: _Declared | None, ident: int = 0) -> str:
         """Write a sequence; `["Authorization", …]` and `["--password", …]` are judged by the sibling."""
-        opened, ident = self.open, id(value)
+        opened, ident = self.open, ident or id(value)
         value = value[:]  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
         if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
@@ -2456,9 +2355,7 @@ class _Walk:
             except (LookupError, TypeError):
                 pass  # not all of them are known, or texts
         opened.append(ident)
-        if len(value) > 9 and declared is None and type(first) is dict and (table := self.table(value)):
-            opened.pop()
-            return table
+        table = self.table(value) if len(value) > 9 and declared is None and type(first) is dict else ""
         items = None if declared is None else declared.items or declared
         texts, is_label = self.rules.harmless, self.verdicts.is_label
         hide_next = len(value) == 2 and is_label(first)
@@ -2471,9 +2368,9 @@ class _Walk:
             if named and not (len(first) == 2 and is_label(first[0])):
                 value = [first, *self.rows(value[1:], first)]
         out: list[str] = []
-        for item in value:
+        for item in () if table else value:
             if hide_next and out:
-                out.append(self.hide(item))
+                out.append(encode_text(self.marker(item)))
                 hide_next = False
             elif type(item) is str and items is None:
                 known = texts.get(item)
@@ -2492,7 +2389,7 @@ class _Walk:
             else:
                 out.append(self.value(item, items))
         opened.pop()
-        return "[" + ",".join(out) + "]"
+        return table or "[" + ",".join(out) + "]"
 
     def table(self, value: list[Any]) -> str:
         """Write mappings with equal, harmless names by columns, which is faster; else ""."""
@@ -2529,14 +2426,11 @@ class _Walk:
             note = f"…[CUT: {len(value)} bytes]"
             return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
         content = _content(value, kind)
-        if not isinstance(content, (dict, list)):
-            return self.value(content, declared)
-        if id(value) in self.open or len(self.open) >= _MAX_DEPTH:
-            return self.refusal(id(value), 0)
-        self.open.append(id(value))
-        out = self.value(content, declared)
-        self.open.pop()
-        return out
+        if type(content) is dict:
+            return self.mapping(content, declared, id(value))
+        if type(content) is list:
+            return self.sequence(content, declared, id(value))
+        return self.value(content, declared)
 
     def text(self, text: str, declared: _Declared | None) -> str:
         """Clean a text; one that holds JSON is walked like the value that it holds."""
@@ -2550,12 +2444,9 @@ class _Walk:
             if len(text) > allowed + _SLACK:
                 size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
                 text, note = text[: allowed + min(allowed, _SLACK)], f"…[CUT: {size} bytes]"
-        if not note and text[:1] in _JSON_STARTS and text.lstrip()[:1] in ("{", "[", '"'):
-            try:
+        if not note and text[:1] in '{[" \t\r\n' and text.lstrip()[:1] in ("{", "[", '"'):
+            with contextlib.suppress(ValueError, RecursionError):  # no JSON after all
                 tree = json.loads(text, object_pairs_hook=_unlike)
-            except (ValueError, RecursionError):
-                pass  # no JSON after all
-            else:
                 walked = json.loads(self.value(tree, declared))
                 return text if walked == tree else json.dumps(walked, ensure_ascii=False)
         if declared is not None:
@@ -2574,24 +2465,20 @@ class _Walk:
         return shown
 
 
-# --- what comes back
-
-_MIN_ECHO = 12  # characters of a value's beginning or end
-
-
-def _spellings(text: str) -> tuple[str, ...]:
-    """Return a text as errors, URLs, pages and Base64 write it."""
+def _spellings(text: str) -> dict[str, None]:
+    """Return a text as it is, and as errors, URLs, pages and Base64 write it."""
     from html import escape  # only for errors
     from urllib.parse import quote, quote_plus
 
     raw = text.encode("utf-8", "surrogatepass")
     encoded = binascii.b2a_base64(raw, newline=False).rstrip(b"=").decode(), quote(raw), quote(raw, safe="")
-    return (*encoded, quote_plus(raw), repr(text)[1:-1], json.dumps(text)[1:-1], escape(text))
+    forms = (text, *encoded, quote_plus(raw), repr(text)[1:-1], json.dumps(text)[1:-1], escape(text))
+    return dict.fromkeys(forms)
 
 
 def _without_echo(text: str, form: str, marker: str) -> str:
     """Return a text with a marker for a value, its beginnings and its ends."""
-    text = text.replace(form, marker)
+    text = text if form in REDACTED else text.replace(form, marker)
     if len(form) <= _MIN_ECHO or marker == form:
         return text
     for _ in ("beginnings", "ends, which are beginnings of the reverse"):
@@ -2605,25 +2492,17 @@ def _without_echo(text: str, form: str, marker: str) -> str:
 
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
     """Return a text without the values, whole, cut short or encoded."""
-    forms = set()
-    for echo in echoes:
-        scheme, _, credentials = echo.partition(" ")
-        forms |= {echo, credentials} if scheme.lower() in _SCHEMES else {echo}
+    forms = set(echoes)
+    for scheme, _, credentials in [echo.partition(" ") for echo in forms]:
+        forms |= {credentials} if scheme.lower() in _SCHEMES else set()
     for echo in sorted(forms, key=len, reverse=True):
-        if len(echo) < 4 or echo in REDACTED:
-            continue
-        marker = mark(echo)
-        text = _without_echo(text, echo, marker)
-        for part in {echo[: 1 << 16], echo[-1 << 16 :]}:
+        for part in {echo[: 1 << 16], echo[-1 << 16 :]} if len(echo) >= 4 else ():
             ends = [head[:_MIN_ECHO] for head in _spellings(part[:18])]
             ends += [tail[-_MIN_ECHO:] for tail in _spellings(part[-18:])]
             if len(part) < 64 or any(end in text for end in ends):  # else no need to spell the rest
-                for form in {*_spellings(part)} - {part}:
-                    text = text if form in REDACTED else _without_echo(text, form, marker)
+                for form in _spellings(part):
+                    text = _without_echo(text, form, mark(echo))
     return text
-
-
-# --- the whole
 
 
 class Redactor:
@@ -2643,16 +2522,12 @@ class Redactor:
     """
 
     def __init__(
-        self,
-        redact: Sequence[str] = (),
-        keep: Sequence[str] = (),
-        *,
-        mode: str = "constant",
-        key: bytes | None = None,
+        self, redact: _Names = (), keep: _Names = (), *, mode: str = "constant", key: bytes | None = None
     ) -> None:
         for setting, entries in (("redact", redact), ("keep", keep)):
-            names = all(isinstance(name, str) and _normal(name) for name in entries)
-            if isinstance(entries, str) or not names:
+            if isinstance(entries, str) or not all(
+                isinstance(each, str) and _normal(each) for each in entries
+            ):
                 reason = "must be a list of names; quote those that YAML reads otherwise"
                 raise ConfigError(reason, trail=(setting,))
         if mode not in ("constant", "hmac"):
@@ -2669,12 +2544,7 @@ class Redactor:
         return self._rules.judge(name, _normal(tool or ""))[0] > 0
 
     def redact(
-        self,
-        value: object,
-        *,
-        tool: str | None = None,
-        endpoint_def: object = None,
-        echoes: list[str] | None = None,
+        self, value: object, *, tool: str | None = None, endpoint_def: object = None, echoes: _Echoes = None
     ) -> Any:
         """Return a plain copy of any value in which nothing sensitive is left.
 
@@ -2701,16 +2571,11 @@ class Redactor:
         echoes: list[str] | None = None,
         limit: int = 0,
     ) -> str:
-        """Return what `redact` returns as compact JSON.
-
-        With a `limit` (bytes) what `clip_plain` would cut is not read, and its size stands in its place.
-        """
+        """Return what `redact` returns as compact JSON, without what a `limit` (bytes) would cut."""
         try:
             own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
             declared = None if endpoint_def is None else _declare(endpoint_def)
             walk = _Walk(self._verdicts if own is None else own, echoes, limit)
-            if type(value) is dict and declared is None:
-                return walk.mapping(value, None)
             return walk.value(value, declared)
         except RecursionError:
             return '"[DEPTH]"'
@@ -2720,10 +2585,7 @@ class Redactor:
             return encode_text(f"<unreadable {_type_name(value)}: {_type_name(error)}>")
 
     def scrub(self, text: str, echoes: Sequence[str] = ()) -> str:
-        """Return a text, or another object's text form, without secrets and without the values in `echoes`.
-
-        Of `echoes`, which `redact` collected, values under 4 characters stay.
-        """
+        """Return a text, or an object's, without secrets and `echoes` of 4 and more characters."""
         try:
             if not echoes and type(text) is str and text in self._rules.harmless:
                 return text
@@ -2741,19 +2603,17 @@ class Redactor:
     ) -> list[tuple[str, str]]:
         """Return what `redact` takes out of a value and why, as (path, reason)."""
 
-        def compare(
-            before: Any, after: Any, path: str, name: str, declared: _Declared | None
-        ) -> Iterator[tuple[str, str]]:
+        def compare(before: Any, after: Any, path: str, name: str, part: _Declared | None) -> Iterator[Any]:
             if type(before) is type(after) is dict:
                 for (key, old), new in zip(before.items(), after.values()):
-                    inner = declared.fields.get(_normal(key)) if declared else None
+                    inner = part.fields.get(_normal(key)) if part else None
                     yield from compare(old, new, f"{path}.{key}", key, inner)
             elif type(before) is type(after) is list:
-                inner = declared and (declared.items or declared)
+                inner = part and (part.items or part)
                 for index, (old, new) in enumerate(zip(before, after)):
                     yield from compare(old, new, f"{path}[{index}]", "", inner)
             elif before != after:
-                why = "declared sensitive" if declared else self._rules.judge(name, _normal(tool or ""))[1]
+                why = "declared sensitive" if part else self._rules.judge(name, _normal(tool or ""))[1]
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
                 why = why or " and ".join(dict.fromkeys(rule for rule, _ in taken))
                 yield path, why or "what stands beside it names it"
