@@ -4849,9 +4849,7 @@ _MAX_CLIENT_CHARS = 128  # arbitrary: a client makes up its name and version
 _MAX_UNFINISHED = 10_000  # arbitrary: some are never resumed
 _RESUME_SECONDS = 600.0  # for which the SDK takes back the state of a call
 _CONNECTION = os.urandom(8).hex()  # the one connection of a stdio server
-_TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?"
-)
+_PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 _NAMES_OF_HEADERS = "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
 _REQUEST_HEADERS = {name.encode(): name for name in _words_in(_NAMES_OF_HEADERS)}
 _META = "io.modelcontextprotocol/"  # before the protocol's own names in `_meta`
@@ -4891,9 +4889,8 @@ class Call:
     error: object = None
     duration_ms = 0
     denied_by: DeniedBy = ()
-    # Of a call by a middleware, within which more may be the same execution: its arguments, and its task.
-    arguments: object = None
-    task: object = None
+    arguments: object = None  # of a call by a middleware, within which more may be the same execution
+    task: object = None  # in which that one runs
     outer: Call | None = None  # another call that is the same execution, and writes the row
     failure: tuple[object, str | None] | None = None  # what failed within, as the arguments of `fail`
     ended = False
@@ -5013,13 +5010,10 @@ class Call:
         except (ValueError, RuntimeError):  # in another context, or again
             pass
 
-    def _enter(self) -> Call:
-        self.waits, self._before = False, _running.set(self)
-        return self
-
     def __enter__(self) -> Call:
         self.begin()
-        return self._enter()
+        self.waits, self._before = False, _running.set(self)
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
@@ -5029,7 +5023,8 @@ class Call:
     async def __aenter__(self) -> Call:
         if self._begin():
             await self._logger.wait_async(self)
-        return self._enter()
+        self.waits, self._before = False, _running.set(self)
+        return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
@@ -5177,9 +5172,7 @@ class Unfinished:
             self.put(_leg_of(call, asked), call, "not resumed: input required", _RESUME_SECONDS)
         elif isinstance(task, str):
             self.put(("task", task), call, "not finished: the task was still running")
-        else:
-            return False
-        return True
+        return bool(asked) or isinstance(task, str)
 
     def take(self, key: object) -> Call | None:
         """Return the oldest call that was kept under this key."""
@@ -5281,13 +5274,11 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
 def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str]) -> tuple[str, str] | None:
     """Put what a request says of its origin there; return trace and span that it names."""
     request, details = getattr(context, "request", None), origin["details"]
-    meta, hello = getattr(context, "meta", None), _get(getattr(context, "session", None), "client_params")
+    meta, init = getattr(context, "meta", None), _get(getattr(context, "session", None), "client_params")
     # Newer clients say with each request who they are, others at `initialize`.
-    client = client_of(_get(meta, _META + "clientInfo")) or client_of(
-        _get(hello, "client_info", "clientInfo")
-    )
+    client = client_of(_get(meta, _META + "clientInfo")) or client_of(_get(init, "client_info", "clientInfo"))
     version = _get(meta, _META + "protocolVersion") or getattr(context, "protocol_version", None)
-    version, trace = version or _get(hello, "protocol_version", "protocolVersion"), parent_of(meta)
+    version, trace = version or _get(init, "protocol_version", "protocolVersion"), parent_of(meta)
     origin.update(client=client, request_id=_text(getattr(context, "request_id", None)))
     if request is None:
         origin.update(caller="stdio", session_id=_CONNECTION)
@@ -5357,7 +5348,7 @@ def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[st
 def parent_of(carrier: object) -> tuple[str, str] | None:
     """Return trace and parent span of a W3C `traceparent` in `_meta` or in headers, or None."""
     parent = _get(carrier, "traceparent")
-    match = _TRACEPARENT.fullmatch(parent) if isinstance(parent, str) else None
+    match = _PARENT.fullmatch(parent) if isinstance(parent, str) else None
     return (match[1], match[2]) if match else None
 
 
@@ -5386,9 +5377,6 @@ def _loaded(module: str, name: str) -> Any:
 def _context_in(module: str, variable: str) -> Any:
     held = _loaded(module, variable)
     return held.get(None) if isinstance(held, contextvars.ContextVar) else None
-
-
-# --- what came of it
 
 
 def error_of_result(result: object) -> str | None:
@@ -5509,8 +5497,7 @@ class Middleware(Exchange):
             try:
                 return await call_next(context)
             except BaseException as error:
-                kinds = (*_kinds(call.denied_by), *self._denied_by)
-                inner = Call(self._logger, event_type, call.name, denied_by=kinds, outer=call)
+                inner = Call(self._logger, event_type, call.name, denied_by=call.denied_by, outer=call)
                 await self._ask_for_refusal(inner, server, error)
                 inner._end(error)
                 raise
@@ -5548,7 +5535,7 @@ class Middleware(Exchange):
 
     async def _ask_for_refusal(self, call: Call, server: object, error: BaseException) -> None:
         """Record a denial, also where FastMCP hides what `auth=` refuses as unknown."""
-        call.denied_by = (*_kinds(call.denied_by), *_refusals())
+        call.denied_by = (*_kinds(call.denied_by), *self._denied_by, *_refusals())
         transport = _loaded("fastmcp.server.context", "_current_transport")
         if server is None or type(error).__name__ != "NotFoundError" or transport is None:
             return
@@ -5617,8 +5604,7 @@ def _refusals() -> tuple[type[BaseException], ...]:
 
 def name_of(message: object) -> str:
     """Return the tool or prompt that a message names, or its URI; "" if it names none."""
-    name = _get(message, "name", "uri")
-    return "" if name is None else str(name)
+    return str(_get(message, "name", "uri") or "")
 
 
 class _AuditedHandlers(dict[Any, Any]):
@@ -5897,7 +5883,7 @@ class AuditLogger:
     handlers and exit handlers may call it. Raises ConfigError for an argument of the wrong type or value.
 
     Args:
-        path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
+        path: the database file, "logs-default.duckdb", or a DuckDB ATTACH target, with the options `attach`.
         enabled, durable: False makes every call return at once; True makes `log_event` wait for the disk.
         log_path: MXCP's own name for `path`; its `x.jsonl` stands for `x.duckdb` beside it.
         journal: the journal's directory; by default `<path>.journal`.
@@ -5909,11 +5895,9 @@ class AuditLogger:
         retention: delete events older than this, such as "90d".
         record_result: what to record of a result: "none", "summary" (bytes, items, kinds), "body" (redacted).
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
-        strict: True, or names with `*`: such a call is executed only once its begin is in the journal, and
-            answered only once its end is. After `strict_timeout`, such as 5 (seconds) or "5s",
-            AuditUnavailableError is raised.
+        strict: True, or names with `*`: such a call runs only once its begin is in the journal, is answered only
+            once its end is. After `strict_timeout` (5 or "5s") seconds AuditUnavailableError is raised.
         group: True lets the users of one group share the log; files get mode 0660 then.
-        attach: options of the ATTACH statement.
     """
 
     _ingest: ClassVar[Callable[..., Mapping[str, Any]] | None] = None  # see Assembly
@@ -6014,9 +5998,9 @@ class AuditLogger:
         result_bytes: int | None = None,
         context: Mapping[str, object] | None = None,
     ) -> None:
-        """Record one event. Never raises; the first ten arguments are those of MXCP's own logger.
+        """Record one event; the first ten arguments are those of MXCP's own logger.
 
-        Ctrl+C and a signal handler's `sys.exit` pass, after the event is recorded.
+        Never raises, but lets Ctrl+C and a signal handler's `sys.exit` pass, once the event is recorded.
 
         Args:
             caller: where the call came from: cli, http, stdio.
@@ -6113,8 +6097,8 @@ class AuditLogger:
         """Count and end a call that could not be put on record; raise AuditUnavailableError."""
         self.refused += 1
         text = f"{call.event_type} {call.name} can't be put on record within {self.config.strict_timeout:g} s"
-        fault = self._diagnostics.last_error
-        self._diagnostics.report("strict", f"{text}; it was refused (last fault: {fault})")
+        told = self._diagnostics
+        told.report("strict", f"{text}; it was refused (last fault: {told.last_error})")
         fate = "it was executed, and its answer is withheld" if call.ended else "it was not executed"
         error = AuditUnavailableError(f"{text}; {fate}")
         call._end(error)
@@ -6186,9 +6170,9 @@ class AuditLogger:
         return Call(self, **given)
 
     def policy(self, decision: str, reason: str | None = None) -> None:
-        """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
+        """Record what a policy decided about the call that runs here (allow, deny or warn), and why.
 
-        That is one of `record`, a decorated function, or a tool under `middleware`. Else `logging` is told.
+        `logging` is told where none runs: by `record`, in a decorated function, in a tool under `middleware`.
         """
         if (call := _running.get()) is not None:
             call.policy(decision, reason)
@@ -6229,9 +6213,8 @@ class AuditLogger:
     ) -> Callable[[Function], Function]:
         """Record each execution of a function of any kind as a tool: `@audit.tool()`.
 
-        It stays what it is; arguments are recorded by name. `name` is by default the function's own, `caller`
-        that of the request it runs in, or `cli`; `denied_by` is that of `middleware`. Raises EventError also
-        where the parentheses are missing.
+        It stays what it is; arguments are recorded by name. `name` is by default its own, `caller` that of
+        the request it runs in, or `cli`; `denied_by` as of `middleware`. EventError without the parentheses.
         """
         return auditing(self, "tool", name, caller, denied_by)
 
@@ -6259,8 +6242,8 @@ class AuditLogger:
     def flush(self, timeout: float = 10.0) -> bool:
         """Return True once every event logged before is in the journal, where `kill -9` can't reach it.
 
-        Within the same limit, in seconds, it then waits for one attempt to move them into the database;
-        `counters` say how it went. False after that time; nothing is lost.
+        Then it waits for one attempt to move them into the database, of which `counters` tell. False after
+        `timeout` seconds; nothing is lost.
         """
         return not self.enabled or self._writer.flush(timeout)
 
@@ -6272,8 +6255,7 @@ class AuditLogger:
         """Write what is queued, ingest, end the thread, all within `timeout` seconds. Harmless to repeat.
 
         It is called at exit. If the database is held until the end, the journal keeps the events for the next
-        start; an event logged later goes to the journal directly. False if events could not even be written
-        there; `logging` says how many.
+        start; later events go there directly. False if some can't be written there; `logging` says how many.
         """
         deadline = time.monotonic() + timeout
         self.unfinished.close()
@@ -6310,8 +6292,7 @@ class AuditLogger:
         parent = _loaded("multiprocessing.process", "parent_process")
         finalize = _loaded("multiprocessing.util", "Finalize")
         if finalize and parent and parent() is not None:
-            # They leave through os._exit: atexit never runs there.
-            finalize(None, self.shutdown, exitpriority=-100)
+            finalize(None, self.shutdown, exitpriority=-100)  # they leave by os._exit, without atexit
         return True
 
 
@@ -10746,8 +10727,7 @@ class StdioAudit(Exchange):
     def __init__(self, logger: AuditLogger) -> None:
         super().__init__(logger)
         self._client_lines, self._server_lines = _Lines(), _Lines()
-        # By id: a call, or the method and parameters of another request that matters.
-        self._pending: dict[object, Call | tuple[str, object]] = {}
+        self._pending: dict[object, Call | tuple[str, object]] = {}  # by id: a call, or method and parameters
         self.client_params: object = None  # so that this is a session to `origin_of`
         self.here = _Here()
 
@@ -10922,10 +10902,7 @@ class _Lines:
                 yield whole
 
 
-# --- the server as a child
-
-_SIGTERM = 15
-_SIGKILL = 9  # on each system with process groups
+_SIGTERM, _SIGKILL = 15, 9  # on each system with process groups
 
 
 class WrappedServer:
@@ -10967,7 +10944,6 @@ class WrappedServer:
         except OSError as error:
             raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
         self._forward_signals()
-
         tasks = self._pass_requests, self._pass_answers, self._process.wait
         _, answers, waiter = threads = [
             threading.Thread(target=task, name=f"mxcp_audit {task.__name__}", daemon=True) for task in tasks
@@ -11045,8 +11021,8 @@ class WrappedServer:
                     *lines, rest = rest.split(b"\n")
                     yield from (bytes(line + b"\n") for line in lines)
                 if len(rest) > MAX_MESSAGE_BYTES:
-                    size = MAX_MESSAGE_BYTES >> 20
-                    self._told.report("strict", f"a message longer than {size} MiB was refused")
+                    size = f"{MAX_MESSAGE_BYTES >> 20} MiB"
+                    self._told.report("strict", f"a message longer than {size} was refused")
                     rest = bytearray(b"too long")  # what follows of it is no message either
         if rest:
             yield bytes(rest + b"\n")  # some servers execute a last line that has no end
@@ -11065,7 +11041,6 @@ class WrappedServer:
         return not (problems and self._strict)
 
     def _refuse_line(self, line: bytes) -> None:
-        """Answer each request of a line that is not passed on."""
         texts = dict(self._stdio.here.problems)
         fault = texts.pop(None, "a call in the same line was refused")
         reason = fault.replace(" passed unaudited", " was refused")
@@ -11079,7 +11054,6 @@ class WrappedServer:
                 self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
 
     def _answer(self, data: bytes) -> None:
-        """Send something to the client, if it is still there."""
         with self._answering:
             if not self._client_gone:
                 try:
@@ -11111,18 +11085,13 @@ def _child_setup() -> Callable[[], object] | None:
     """Return what a child calls first: it leads a process group, and on Linux dies with its parent."""
     if not hasattr(os, "setpgid"):
         return None
-    prctl: Callable[..., object] | None = None
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
+    steps: list[Callable[[], object]] = [functools.partial(os.setpgid, 0, 0)]
+    if sys.platform == "linux":
+        with contextlib.suppress(ImportError, OSError, AttributeError):
+            import ctypes
 
-        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-
-    def _set_up() -> None:
-        os.setpgid(0, 0)
-        if prctl is not None:
-            prctl(1, _SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
-
-    return _set_up
+            steps.append(functools.partial(ctypes.CDLL(None).prctl, 1, _SIGKILL))  # PR_SET_PDEATHSIG
+    return lambda: [step() for step in steps]
 
 
 def _write_all(fd: int, data: bytes) -> None:
