@@ -5895,8 +5895,8 @@ class AuditLogger:
         retention: delete events older than this, such as "90d".
         record_result: what to record of a result: "none", "summary" (bytes, items, kinds), "body" (redacted).
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
-        strict: True, or names with `*`: such a call runs only once its begin is in the journal, is answered only
-            once its end is. After `strict_timeout` (5 or "5s") seconds AuditUnavailableError is raised.
+        strict: True, or names with `*`: such a call runs only once its begin is in the journal, and is
+            answered once its end is. After `strict_timeout` (5 or "5s") seconds AuditUnavailableError is raised.
         group: True lets the users of one group share the log; files get mode 0660 then.
     """
 
