@@ -5896,7 +5896,7 @@ class AuditLogger:
         record_result: what to record of a result: "none", "summary" (bytes, items, kinds), "body" (redacted).
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
         strict: True, or names with `*`: such a call runs only once its begin is in the journal, and is
-            answered once its end is. After `strict_timeout` (5 or "5s") seconds AuditUnavailableError is raised.
+            answered once its end is. After `strict_timeout` seconds (or "5s") it is an AuditUnavailableError.
         group: True lets the users of one group share the log; files get mode 0660 then.
     """
 
