@@ -5243,8 +5243,8 @@ def _get(owner: object, name: str, *others: str) -> Any:
 @functools.lru_cache(10_000)
 def _lacks(kind: Any, name: str) -> bool:
     """Return True for what a model of pydantic, slow to say so, can't have."""
-    fields = getattr(kind, "model_fields", ()) or ()
-    is_closed = fields and kind.model_config.get("extra") != "allow"
+    fields, config = getattr(kind, "model_fields", None) or (), getattr(kind, "model_config", None)
+    is_closed = fields and isinstance(config, dict) and config.get("extra") != "allow"
     return bool(is_closed) and name not in fields and not hasattr(kind, name)
 
 
