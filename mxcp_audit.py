@@ -4525,13 +4525,11 @@ def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
 # === Calls ===
 # depends on: Errors, Events, Redaction, Encoding
 #
-# An execution while it runs: one row, written at its end by the outermost of what records it (middlewares,
-# decorators); those within tell what they know. Each begins in `Call._begin`, before the body, and ends in
-# `Call._end`. What the body raises leaves as the same object, whatever happens while recording.
-# Frameworks are never imported: what they hand over is read by attribute or key.
+# An execution is one row, written at its end by the outermost of what records it (middlewares, decorators);
+# those within tell what they know. What the body raises leaves as the same object, whatever happens while
+# recording. Frameworks are never imported: what they hand over is read by attribute or key.
 
 MCP_METHODS = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
-
 DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -4540,33 +4538,30 @@ _MAX_CLIENT_CHARS = 128  # arbitrary: a client makes up its name and version
 _MAX_UNFINISHED = 10_000  # arbitrary: some are never resumed
 _RESUME_SECONDS = 600.0  # for which the SDK takes back the state of a call
 _CONNECTION = os.urandom(8).hex()  # the one connection of a stdio server
-_TRACEPARENT = re.compile(
-    r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?"
-)
-_REQUEST_HEADERS = {
-    name.encode(): name
-    for name in _words_in(
-        "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
-    )
-}
+_PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
+_NAMES_OF_HEADERS = "mcp-session-id mcp-protocol-version traceparent user-agent x-forwarded-for forwarded"
+_REQUEST_HEADERS = {name.encode(): name for name in _words_in(_NAMES_OF_HEADERS)}
 _META = "io.modelcontextprotocol/"  # before the protocol's own names in `_meta`
-# What runs between a middleware and the tool.
-_FRAMEWORKS = _words_in(
-    "anyio asyncio contextlib docket fastmcp functools mcp pydantic threading uncalled_for"
+_ORIGIN = _words_in("caller user_id session_id trace_id client agent address server request_id")
+# Modules: what runs between a middleware and the tool, but for meta tools; whose objects a tool gets without
+# their having been sent (contexts, servers, dependencies); whose errors stand for others.
+_FRAMEWORKS = re.compile(
+    r"(?!fastmcp\.(server\.transforms|experimental|contrib))"
+    r"(anyio|asyncio|contextlib|docket|fastmcp|functools|mcp|pydantic|threading|uncalled_for)\b"
 )
-# Whose objects a tool gets without their having been sent: contexts, servers, dependencies.
-_INJECTING = _words_in("docket fast_depends fastapi fastmcp mcp starlette uncalled_for")
-_META_TOOLS = ("fastmcp.server.transforms", "fastmcp.experimental", "fastmcp.contrib")  # but for these
+_INJECTING = re.compile(r"(?!mcp\.types)(docket|fast_depends|fastapi|fastmcp|mcp|starlette|uncalled_for)\b")
+_MASKING = re.compile(r"(fastmcp|mcp)\b")
 
 
 class Call:
-    """One execution: times it, records how it ended, and re-raises what it raised.
+    """One execution, for `with` or `async with`: times it, records how it ended, re-raises what it raised.
 
-    Use it as `with` or `async with`. What goes wrong while recording never reaches the body.
-    Attributes may be changed until the end: `caller`, `user_id`, `session_id`, `trace_id`, `client`, `agent`,
-    `address`, `server`, `request_id`, `error_type`, `result_bytes`, and `context`, a dict of anything else.
+    What goes wrong while recording never reaches the body. Attributes may be changed until the end: `caller`,
+    `user_id`, `session_id`, `trace_id`, `client`, `agent`, `address`, `server`, `request_id`, `error_type`,
+    `result_bytes`, and `context`, a dict of anything else.
     """
 
+    caller = "cli"
     user_id: str | None = None
     session_id: str | None = None
     trace_id: str | None = None
@@ -4582,12 +4577,11 @@ class Call:
     status = "success"
     error: object = None
     duration_ms = 0
-    # Of a call by a middleware, within which more may be the same execution: its arguments, and its task.
-    arguments: object = None
-    task: object = None
-    # Of a call within another, as one execution: the other one, which writes the row.
-    outer: Call | None = None
-    failure: Call | None = None  # of the outer one: the one within that failed
+    denied_by: DeniedBy = ()
+    arguments: object = None  # of a call by a middleware, within which more may be the same execution
+    task: object = None  # in which that one runs
+    outer: Call | None = None  # another call that is the same execution, and writes the row
+    failure: tuple[object, str | None] | None = None  # what failed within, as the arguments of `fail`
     ended = False
     waits = False  # it was answered, and goes on
     number = 0  # while it runs
@@ -4595,24 +4589,13 @@ class Call:
     _before: contextvars.Token[Call | None]
 
     def __init__(
-        self,
-        logger: Any,
-        event_type: str,
-        name: str,
-        input_params: object = None,
-        *,
-        caller: str = "cli",
-        endpoint_def: object = None,
-        denied_by: DeniedBy = (),
-        context: Mapping[str, object] | None = None,
-        **origin: Any,
+        self, logger: Any, event_type: str, name: str, input_params: object = None, **known: Any
     ) -> None:
         self.details: dict[str, object] = {}  # what we know ourselves; part of `context`, too
-        self.__dict__.update(origin)
-        self.event_type, self.name, self.caller = event_type, name, caller
-        self.context: dict[str, object] = dict(context) if context else {}
-        self._logger = logger
-        self.denied_by = denied_by
+        self.context: dict[str, object] = dict(known.pop("context", None) or ())
+        endpoint_def = known.pop("endpoint_def", None)
+        self.__dict__.update(known)
+        self._logger, self.event_type, self.name = logger, event_type, name
         self.started = time.perf_counter()
         self.take_input(input_params, endpoint_def)
 
@@ -4644,17 +4627,9 @@ class Call:
         self.status, self.error, self.error_type = "error", error, error_type or self.error_type
 
     def begin(self) -> None:
-        """Put the call on record as running, before its body runs; `with` does it.
-
-        Raises AuditUnavailableError where the logger is `strict` and that can't be done in time.
-        """
-        if self._begin() and not self._logger.wait(self):
-            raise self._logger.refuse(self)
-
-    async def begin_async(self) -> None:
-        """Do so without blocking the event loop."""
-        if self._begin() and not await self._logger.wait_async(self):
-            raise self._logger.refuse(self)
+        """Put the call on record as running; AuditUnavailableError if a strict logger can't in time."""
+        if self._begin():
+            self._logger.wait(self)
 
     def _begin(self) -> bool:
         """Begin, once; return True if the body must wait until the call is on record."""
@@ -4666,8 +4641,9 @@ class Call:
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
-        if not self._logger.wait(self, self._end(error)) and error is None:
-            raise self._logger.refuse(self)
+        ticket = self._end(error)
+        if self.strict or self._logger.config.durable:
+            self._logger.wait(self, ticket, error)
 
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
@@ -4675,57 +4651,46 @@ class Call:
         if not (self.strict or self._logger.config.durable):
             return
         try:
-            is_recorded = await self._logger.wait_async(self, ticket)
+            await self._logger.wait_async(self, ticket, error)
         except BaseException:
             # In a scope that is cancelled, each `await` is cancelled again. The first one leaves.
             if error is None or isinstance(error, Exception):
                 raise
-            return
-        if not is_recorded and error is None:
-            raise self._logger.refuse(self)
-
-    @contextlib.contextmanager
-    def running(self) -> Iterator[None]:
-        """Be the call that `running_call` returns, within the block."""
-        before = _running.set(self)
-        try:
-            yield
-        finally:
-            _running.reset(before)
 
     def _end(self, error: BaseException | None) -> int:
-        """End, once; return the ticket of the line."""
+        """End, once; return the ticket of the line, or 0 if another call writes it."""
         if self.ended:
             return 0
         self.ended = True
         self.duration_ms = round((time.perf_counter() - self.started) * 1000)
         try:
-            self._judge(error)
+            # Whoever closes a generator has all that was wanted of it: no error.
+            if error is not None and not isinstance(error, GeneratorExit):
+                if self.status != "error":  # what is known already was known nearer to the cause
+                    self.fail(describe_exception(error), type_of_error(error))
+                with contextlib.suppress(TypeError):  # of a `denied_by` that holds no exceptions
+                    denial = next((each for each in _causes(error) if isinstance(each, self.denied_by)), None)
+                    if denial is not None and self.policy_decision == "n/a":
+                        self.policy("deny", describe_exception(denial, with_type=False))
         finally:  # an interrupt loses no call
-            ticket = self._hand_over()
+            outer, has_failed = self.outer, self.status == "error"
+            if has_failed and self.failure is not None:
+                self.fail(*self.failure)
+            if outer is not None:
+                outer.failure = (self.error, self.error_type) if has_failed else None  # it may be tried again
+                if self.policy_decision != "n/a":
+                    outer.policy(self.policy_decision, self.reason)
+            ticket: int = self._logger.finish(self)
         return ticket
 
-    def _judge(self, error: BaseException | None) -> None:
-        # Whoever closes a generator has all that was wanted of it: no error.
-        if error is not None and not isinstance(error, GeneratorExit):
-            if self.status != "error":  # what is known already was known nearer to the cause
-                self.fail(describe_exception(error), type_of_error(error))
-            with contextlib.suppress(TypeError):  # of a `denied_by` that holds no exceptions
-                denial = find_cause(error, self.denied_by)
-                if denial is not None and self.policy_decision == "n/a":
-                    self.policy("deny", describe_exception(denial, with_type=False))
-
-    def _hand_over(self) -> int:
-        """Have the call's line queued, unless it is part of an outer one."""
-        within, outer = self.failure, self.outer
-        if within is not None and self.status == "error":
-            self.fail(within.error, within.error_type)
-        if outer is None:
-            return cast(int, self._logger.finish(self))
-        if self.policy_decision != "n/a":
-            outer.policy(self.policy_decision, self.reason)
-        outer.failure = self if self.status == "error" else None  # it may be tried again
-        return 0
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Be the call that runs, within the block."""
+        before = _running.set(self)
+        try:
+            yield
+        finally:
+            _running.reset(before)
 
     def _leave(self) -> None:
         """Be no longer the call that runs; twice is harmless."""
@@ -4734,13 +4699,10 @@ class Call:
         except (ValueError, RuntimeError):  # in another context, or again
             pass
 
-    def _enter(self) -> Call:
-        self.waits, self._before = False, _running.set(self)
-        return self
-
     def __enter__(self) -> Call:
         self.begin()
-        return self._enter()
+        self.waits, self._before = False, _running.set(self)
+        return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
@@ -4748,8 +4710,10 @@ class Call:
             self.end(error)
 
     async def __aenter__(self) -> Call:
-        await self.begin_async()
-        return self._enter()
+        if self._begin():
+            await self._logger.wait_async(self)
+        self.waits, self._before = False, _running.set(self)
+        return self
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
@@ -4765,29 +4729,18 @@ def _json_of(details: tuple[tuple[str, object], ...]) -> Json:
 _running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mxcp_audit", default=None)
 
 
-def running_call() -> Call | None:
-    """Return the innermost call around the code that asks, or None."""
-    return _running.get()
-
-
-def _call_within(logger: Any, event_type: str, arguments: object = None, name: str = "") -> Call | None:
-    """Return the middleware's call that the code which asks belongs to, if any."""
-    # So it is if both run in one task with no tool's own code between, or for the tool that a meta tool names
+def _call_within(logger: Any, event_type: str, message: object = None) -> Call | None:
+    """Return the middleware's call that the code, or message, which asks belongs to, if any."""
+    # It does in one task with no tool's own code between, or as the tool that a meta tool names.
     outer = _running.get()
-    if (
-        outer is None
-        or outer.task is None
-        or outer.ended
-        or outer.event_type != event_type
-        or outer._logger.config.path != logger.config.path
-        or _current_task() not in (None, outer.task)
-    ):
+    if outer is None or outer.task is None or outer.ended or _current_task() not in (None, outer.task):
         return None
-    given = outer.arguments.values() if isinstance(outer.arguments, dict) else ()
-    is_new = name and "mcp.via" not in outer.details
-    if is_new and any(type(value) is str and value == name for value in given):
+    if (outer.event_type, outer._logger.config.path) != (event_type, logger.config.path):
+        return None
+    given, name = outer.arguments if isinstance(outer.arguments, dict) else {}, name_of(message)
+    if name and "mcp.via" not in outer.details and name in (g for g in given.values() if type(g) is str):
         outer.details["mcp.via"], outer.name = outer.name, name
-        outer.take_input(arguments)
+        outer.take_input(_get(message, "arguments"))
     elif not _only_frameworks_between(outer.task):
         return None
     return outer
@@ -4801,15 +4754,24 @@ def _current_task() -> object:
 
 
 def _only_frameworks_between(task: object) -> bool:
-    """Return True if no tool's own code lies between the middleware and what begins now."""
+    """Return True if no tool's own code lies between the middleware, in this task, and what begins now."""
+    frames, frame, waiting = list[Any](), sys._getframe(1), list[Any]()
+    while frame is not None:  # of this thread, from the inside
+        frames.append(frame)
+        frame = frame.f_back  # type: ignore[assignment]
+    get_coro = _get(task, "get_coro")
+    step = get_coro and get_coro()
+    while step:  # of the task, if it waits for this thread, from the outside
+        waiting.append(_get(step, "cr_frame", "gi_frame"))
+        step = _get(step, "cr_await", "gi_yieldfrom")
     # What takes whatever comes (`*args, **kwargs`) is a decorator's, and what takes `call_next` a middleware.
-    for frame in _frames(task):
+    for frame in filter(None, [*frames, *reversed(waiting)]):
         code, module = frame.f_code, str(frame.f_globals.get("__name__"))
         if module == __name__:
-            if code is _MIDDLEWARE_CODE and frame.f_locals.get("call") is not None:
+            if code is Middleware.__call__.__code__ and frame.f_locals.get("call") is not None:
                 return True
         elif (
-            (module.partition(".")[0] not in _FRAMEWORKS or module.startswith(_META_TOOLS))
+            not _FRAMEWORKS.match(module)
             and code.co_flags & 0x0C != 0x0C  # CO_VARARGS, CO_VARKEYWORDS
             and "call_next" not in (code.co_name, *code.co_varnames[: code.co_argcount])
         ):
@@ -4817,24 +4779,11 @@ def _only_frameworks_between(task: object) -> bool:
     return True
 
 
-def _frames(task: object) -> Iterator[Any]:
-    """Yield the frames of this thread from the inside, then those of a task that waits for it."""
-    frame: Any = sys._getframe(1)
-    while (frame := frame.f_back) is not None:
-        yield frame
-    waiting: list[Any] = []
-    get_coro = _get(task, "get_coro")
-    step = get_coro and get_coro()
-    while step:
-        waiting.append(_get(step, "cr_frame") or _get(step, "gi_frame"))
-        step = _get(step, "cr_await") or _get(step, "gi_yieldfrom")
-    yield from filter(None, reversed(waiting))
-
-
 def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
     """Return `Type: message`, and what a group holds or a framework masks, whatever `__str__` does."""
     told, errors = "", [error]
     for each in itertools.islice(errors, _MAX_CAUSES):  # more are appended meanwhile
+        errors += _wrapped_by(each)
         name = type(each).__name__
         try:
             text = str(each)
@@ -4846,7 +4795,6 @@ def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
             told = f"{name}: {text}" if text and with_type else text or name
         elif not text or text not in told:
             told += f"; {name}: {text}" if text else f"; {name}"
-        errors += _wrapped_by(each)
     return told
 
 
@@ -4865,23 +4813,17 @@ def _wrapped_by(error: BaseException) -> list[BaseException]:
     """Return what a group holds, or what an error of a framework stands for."""
     members = _get(error, "exceptions")
     if not isinstance(members, (tuple, list)):
-        members = [error.__cause__] if _package_of(type(error)) in ("fastmcp", "mcp") else []
+        members = [error.__cause__] if _MASKING.match(str(type(error).__module__)) else []
     return [each for each in members if isinstance(each, BaseException)]
 
 
-def _package_of(kind: type) -> str:
-    return str(kind.__module__).partition(".")[0]
-
-
-def find_cause(error: BaseException, kinds: DeniedBy) -> BaseException | None:
-    """Return the error, or a cause or member of it, of these kinds: frameworks wrap what tools raise."""
-    errors: list[object] = [error]
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """Yield an error, its causes and what it wraps: frameworks wrap what tools raise."""
+    errors = [error]
     for each in itertools.islice(errors, _MAX_CAUSES):
-        if isinstance(each, kinds):
-            return each
-        if isinstance(each, BaseException):
-            errors += [each.__cause__ or each.__context__, *_wrapped_by(each)]
-    return None
+        yield each
+        causes = (each.__cause__ or each.__context__, *_wrapped_by(each))
+        errors += [cause for cause in causes if cause is not None]
 
 
 def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
@@ -4902,134 +4844,102 @@ class Unfinished:
 
     def put(self, key: object, call: Call, error: str, seconds: float = inf) -> None:
         """Keep a call, which fails with `error` if nobody takes it within the time."""
-        self._calls[call] = key, time.monotonic() + seconds, error
-        if len(self._calls) > _MAX_UNFINISHED:
-            self._give_up(next(iter(self._calls.copy())))  # other threads put, too
+        calls = self._calls
+        calls[call] = key, time.monotonic() + seconds, error
+        if len(calls) > _MAX_UNFINISHED:
+            oldest = next(iter(calls.copy()))  # other threads put, too
+            _forgotten(oldest, calls.pop(oldest, (None, 0.0, error))[2])
 
     def put_answered(self, call: Call, result: object) -> bool:
         """Keep a call whose answer says that it goes on; return False if it is over."""
         result = _get(result, "root") or result  # the SDK 1 wraps it
-        kind = _either(result, "result_type", "resultType")
-        asked = _get(result, "input_required") or (result if kind == "input_required" else None)
-        meta = _either(result, "_meta", "meta")  # FastMCP 2.14 says it there
-        task = (
-            result if kind == "task" else _get(result, "task") or _get(meta, "modelcontextprotocol.io/task")
-        )
-        task = _either(task, "task_id", "taskId")
-        if asked is not None:
-            leg = _leg_of(call, _either(asked, "request_state", "requestState"))
-            self.put(leg, call, "not resumed: input required", _RESUME_SECONDS)
+        kind, meta = _get(result, "result_type", "resultType"), _get(result, "_meta", "meta")
+        asked = result if kind == "input_required" else _get(result, "input_required")
+        task = result if kind == "task" else _get(result, "task")
+        task = _get(task or _get(meta, "modelcontextprotocol.io/task"), "task_id", "taskId")  # FastMCP 2.14
+        if asked:
+            self.put(_leg_of(call, asked), call, "not resumed: input required", _RESUME_SECONDS)
         elif isinstance(task, str):
             self.put(("task", task), call, "not finished: the task was still running")
-        return asked is not None or isinstance(task, str)
+        return bool(asked) or isinstance(task, str)
 
     def take(self, key: object) -> Call | None:
         """Return the oldest call that was kept under this key."""
-        found = (call for call, kept in self._calls.copy().items() if kept[0] == key)
-        return next((call for call in found if self._calls.pop(call, None)), None)
+        kept = self._calls.copy().items()
+        return next((call for call, (its, *_) in kept if its == key and self._calls.pop(call, False)), None)
 
     def resumed(self, call: Call, message: object) -> Call:
         """Return the call that a message goes on with, else the one that it begins."""
         if not self._calls:
             return call
-        self.expire()
-        state = _either(message, "request_state", "requestState")
-        if state is None and _either(message, "input_responses", "inputResponses") is None:
-            return call
-        return self.take(_leg_of(call, state)) or call
+        self.close(time.monotonic())
+        goes_on = _get(message, "request_state", "requestState", "input_responses", "inputResponses")
+        return call if goes_on is None else self.take(_leg_of(call, message)) or call
 
     def end_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
         """End the call that began a background task, if this state means that the task is over."""
         status = _text(_get(_get(state, "status"), "value") or _get(state, "status"))
-        is_over = task and (is_result or status in ("completed", "failed", "cancelled"))
-        if (call := self.take(("task", task)) if is_over else None) is None:
+        is_over = is_result or status in ("completed", "failed", "cancelled")
+        if not is_over or (call := self.take(("task", task))) is None:
             return
         if status in ("failed", "cancelled"):
             failure = _get(state, "error")
-            told = _get(failure, "message") or _either(state, "status_message", "statusMessage")
+            told = _get(failure, "message") or _get(state, "status_message", "statusMessage")
             call.fail(_text(told) or status, _text(_get(failure, "code")))
         elif (answer := _get(state, "result") or (state if is_result else None)) is not None:
             conclude(call, answer)
         call.end()
 
-    def expire(self) -> None:
-        """Record the calls that nobody took in time; looks at most once a second."""
-        now = time.monotonic()
-        if now - self._looked >= 1:
-            self._looked = now
-            self.close(now)
-
     def close(self, now: float = inf) -> None:
-        """Record the calls that nobody took in time; all of them by default."""
-        for call, (_, deadline, _) in self._calls.copy().items():
-            if deadline <= now:
-                self._give_up(call)
-
-    def _give_up(self, call: Call) -> None:
-        kept = self._calls.pop(call, None)
-        if kept is not None:  # else another thread was faster
-            _forgotten(call, kept[2])
+        """Record the calls that nobody took by now, looking at most once a second; all of them by default."""
+        if now - self._looked >= 1:
+            self._looked = time.monotonic()
+            for call, (_, deadline, error) in self._calls.copy().items():
+                if deadline <= now and self._calls.pop(call, False):  # else another thread was faster
+                    _forgotten(call, error)
 
     def __bool__(self) -> bool:
         return bool(self._calls)
 
 
+def _leg_of(call: Call, message: object) -> object:
+    """Return what a call that waits for input has in common with the one that brings it."""
+    what, who = (call.event_type, call.name, call.input_json), (call.user_id, call.agent, call.client)
+    return what, who, call.session_id, _text(_get(message, "request_state", "requestState"))
+
+
 # --- where a call came from
 
 
-_absent: set[tuple[type, str]] = set()  # what models of pydantic, slow to say so, don't have
-
-
-def _get(owner: object, name: str) -> Any:
-    """Return a key of a mapping, or an attribute, or None, whatever is raised."""
+def _get(owner: object, name: str, *others: str) -> Any:
+    """Return a key of a mapping, or an attribute, the first of these that isn't None, whatever is raised."""
     kind: Any = type(owner)
+    value = None
     if kind is dict:
-        return owner.get(name)  # type: ignore[attr-defined]
-    if owner is None or (kind, name) in _absent:
+        value = owner.get(name)  # type: ignore[attr-defined]
+    elif owner is None:
         return None
-    try:
-        value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
-        if value is None and isinstance(owner, Mapping):
-            return owner.get(name)
-        if value is None and _fields_of(kind) and not hasattr(kind, name) and name not in kind.model_fields:
-            _absent.add((kind, name))
-        return value
-    except Exception:
-        return None
+    else:
+        try:
+            if not _lacks(kind, name):
+                value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
+                value = owner.get(name) if value is None and isinstance(owner, Mapping) else value
+        except Exception:  # noqa: SIM105 - faster
+            pass
+    return _get(owner, *others) if value is None and others else value
 
 
-def _fields_of(kind: Any) -> Collection[str]:
-    """Return the fields of a model of pydantic that has no others."""
-    fields = getattr(kind, "model_fields", None)
-    return fields if fields and kind.model_config.get("extra") != "allow" else ()
-
-
-def _either(owner: object, one: str, other: str) -> Any:
-    value = _get(owner, one)
-    return _get(owner, other) if value is None else value
+@functools.lru_cache(10_000)
+def _lacks(kind: Any, name: str) -> bool:
+    """Return True for what a model of pydantic, slow to say so, can't have."""
+    fields, config = getattr(kind, "model_fields", None) or (), getattr(kind, "model_config", None)
+    is_closed = fields and isinstance(config, dict) and config.get("extra") != "allow"
+    return bool(is_closed) and name not in fields and not hasattr(kind, name)
 
 
 def _text(value: object) -> str | None:
     """Return a text that isn't empty, of a text or a number, else None."""
     return str(value) if isinstance(value, (str, int, float)) and value != "" else None
-
-
-_peers: weakref.WeakKeyDictionary[Any, tuple[str | None, str | None]] = weakref.WeakKeyDictionary()
-
-
-def _peer_of(session: object) -> tuple[str | None, str | None]:
-    """Return client and protocol version as a session knows them."""
-    connection = getattr(session, "_connection", session)  # the SDK 2 makes a session for each request
-    try:
-        return _peers[connection]
-    except (KeyError, TypeError):
-        params = _get(session, "client_params")
-        client = client_of(_either(params, "client_info", "clientInfo"))
-        peer = (client, _text(_either(params, "protocol_version", "protocolVersion")))
-        if client is not None:
-            with contextlib.suppress(TypeError):  # no weak references
-                _peers[connection] = peer
-        return peer
 
 
 def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
@@ -5039,7 +4949,12 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     if context is not None:
         with contextlib.suppress(Exception):  # of a framework that is asked; the rest is known
             trace = _read_request(context, origin, proxies)
-    origin["trace_id"], parent = trace or _active_trace()
+    current_span = _loaded("opentelemetry.trace", "get_current_span")
+    if trace is None and current_span is not None:
+        with contextlib.suppress(Exception):
+            span = current_span().get_span_context()
+            trace = span.trace_id and (f"{span.trace_id:032x}", f"{span.span_id:016x}")
+    origin["trace_id"], parent = trace or (None, None)
     if parent:
         origin["details"]["parent_span_id"] = parent
     return origin
@@ -5048,36 +4963,29 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
 def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str]) -> tuple[str, str] | None:
     """Put what a request says of its origin there; return trace and span that it names."""
     request, details = getattr(context, "request", None), origin["details"]
-    meta = getattr(context, "meta", None)
-    version, client, trace = getattr(context, "protocol_version", None), None, None
-    if meta:  # newer clients say with each request who they are
-        client = client_of(_get(meta, _META + "clientInfo"))
-        version = _get(meta, _META + "protocolVersion") or version
-        trace = parent_of(meta)
-    if client is None:
-        client, known = _peer_of(getattr(context, "session", None))
-        version = version or known
-    origin["client"] = client
-    origin["request_id"] = _text(getattr(context, "request_id", None))
+    meta, init = getattr(context, "meta", None), _get(getattr(context, "session", None), "client_params")
+    # Newer clients say with each request who they are, others at `initialize`.
+    client = client_of(_get(meta, _META + "clientInfo")) or client_of(_get(init, "client_info", "clientInfo"))
+    version = _get(meta, _META + "protocolVersion") or getattr(context, "protocol_version", None)
+    version, trace = version or _get(init, "protocol_version", "protocolVersion"), parent_of(meta)
+    origin.update(client=client, request_id=_text(getattr(context, "request_id", None)))
     if request is None:
-        origin["caller"], origin["session_id"] = "stdio", _CONNECTION
+        origin.update(caller="stdio", session_id=_CONNECTION)
     else:
         scope = _get(request, "scope")
         headers = _headers_of(scope)
         version = version or headers.get("mcp-protocol-version")
         trace = trace or parent_of(headers)
-        origin["caller"] = "http"
-        origin["session_id"] = headers.get("mcp-session-id")
-        if origin["session_id"] is None and _get(scope, "query_string") != b"":  # by SSE
-            origin["session_id"] = _text(_get(_get(request, "query_params"), "session_id"))
+        session = headers.get("mcp-session-id")
+        if session is None and _get(scope, "query_string") != b"":  # by SSE
+            session = _text(_get(_get(request, "query_params"), "session_id"))
+        origin.update(caller="http", session_id=session, address=address_of(request, headers, proxies))
         if agent := headers.get("user-agent"):
             details["user_agent.original"] = agent
-        origin["address"] = address_of(request, headers, proxies)
         token = _get(_get(scope, "user"), "access_token")
-        if token is not None:
-            origin["agent"] = _text(_get(token, "client_id"))
-            subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
-            origin["user_id"] = subject or origin["agent"]
+        origin["agent"] = _text(_get(token, "client_id"))
+        subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
+        origin["user_id"] = subject or origin["agent"]
     if version:
         details["mcp.protocol.version"] = str(version)
     return trace
@@ -5089,10 +4997,8 @@ def _headers_of(scope: object) -> dict[str, str]:
     for name, value in _get(scope, "headers") or ():
         if (known := _REQUEST_HEADERS.get(name)) is not None:
             text = value.decode("latin-1")
-            if known not in headers:
-                headers[known] = text
-            elif known in ("x-forwarded-for", "forwarded"):  # a proxy may add a line behind the client's
-                headers[known] += f",{text}"
+            is_list = known in headers and "forwarded" in known  # a proxy adds a line behind the client's
+            headers[known] = f"{headers[known]},{text}" if is_list else headers.get(known, text)
     return headers
 
 
@@ -5104,10 +5010,8 @@ def client_of(client: object) -> str | None:
 
 def server_of(result: object) -> str | None:
     """Return a server's name, as `initialize` tells it, or with newer ones each result."""
-    info = _either(result, "server_info", "serverInfo")
-    if info is None:
-        info = _get(_either(result, "_meta", "meta"), _META + "serverInfo")
-    return _text(_get(info, "name"))
+    info = _get(result, "server_info", "serverInfo")
+    return _text(_get(info or _get(_get(result, "_meta", "meta"), _META + "serverInfo"), "name"))
 
 
 def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[str]) -> str | None:
@@ -5117,39 +5021,24 @@ def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[st
     if said and _get(peer, "port") == 0:
         host = "127.0.0.1"  # uvicorn has put the proxy's word there, as for this peer only
     if proxies and host:
+        import ipaddress  # lazily: few have proxies
+
+        trusted = [ipaddress.ip_network(each, strict=False) for each in proxies]
         hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', headers.get("forwarded", "")))
-        for hop in reversed(hops.split(",")):
-            if not _is_in(host, proxies):
-                break
-            with_port = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::\d+)?\s*", hop)
-            host = (with_port[1] or with_port[2] if with_port else hop.strip()) or host
+        with contextlib.suppress(ValueError):  # what is no address is nobody's proxy
+            for hop in reversed(hops.split(",")):
+                if not any(ipaddress.ip_address(host) in network for network in trusted):
+                    break
+                with_port = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::\d+)?\s*", hop)
+                host = (with_port[1] or with_port[2] if with_port else hop.strip()) or host
     return _text(host)
-
-
-def _is_in(address: str, networks: Sequence[str]) -> bool:
-    import ipaddress  # lazily: few have proxies
-
-    try:
-        return any(ipaddress.ip_address(address) in ipaddress.ip_network(each, False) for each in networks)
-    except ValueError:
-        return address in networks
 
 
 def parent_of(carrier: object) -> tuple[str, str] | None:
     """Return trace and parent span of a W3C `traceparent` in `_meta` or in headers, or None."""
     parent = _get(carrier, "traceparent")
-    match = _TRACEPARENT.fullmatch(parent) if isinstance(parent, str) else None
+    match = _PARENT.fullmatch(parent) if isinstance(parent, str) else None
     return (match[1], match[2]) if match else None
-
-
-def _active_trace() -> tuple[str | None, str | None]:
-    """Return trace and span that OpenTelemetry is in, if it is loaded."""
-    current_span = _loaded("opentelemetry.trace", "get_current_span")
-    try:
-        span = current_span().get_span_context() if current_span else None
-        return (f"{span.trace_id:032x}", f"{span.span_id:016x}") if span and span.trace_id else (None, None)
-    except Exception:
-        return None, None
 
 
 def _watch_spans() -> None:
@@ -5170,78 +5059,55 @@ def _watch_spans() -> None:
             provider.__mxcp_audit__ = True
 
 
-_ORIGIN = _words_in("caller user_id session_id trace_id client agent address server request_id")
-
-
-def _surroundings() -> dict[str, Any]:
-    """Return the origin of the call, or of the request, around the code that asks."""
-    if (call := running_call()) is not None:
-        return {name: getattr(call.outer or call, name) for name in _ORIGIN}
-    context = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
-    return origin_of(context or _context_in("mcp.server.lowlevel.server", "request_ctx"))
-
-
 def _loaded(module: str, name: str) -> Any:
-    """Return what a module has, or None if it isn't loaded."""
     return getattr(sys.modules.get(module), name, None)
 
 
 def _context_in(module: str, variable: str) -> Any:
-    """Return the value of a framework's context variable, or None."""
     held = _loaded(module, variable)
     return held.get(None) if isinstance(held, contextvars.ContextVar) else None
 
 
-# --- what came of it
-
-
 def error_of_result(result: object) -> str | None:
     """Return the message of a result that is marked as an error, or None."""
-    if _either(result, "is_error", "isError") is not True:
+    if _get(result, "is_error", "isError") is not True:
         return None
     content = _get(result, "content")
     parts = content if isinstance(content, (list, tuple)) else ()
     texts = [_get(part, "text") or _get(_get(part, "resource"), "text") for part in parts]
     text = "\n".join(text for text in texts if isinstance(text, str))
-    structured = _either(result, "structured_content", "structuredContent")
-    if not text and structured:
+    if not text and (structured := _get(result, "structured_content", "structuredContent")):
         text = _sent(structured).decode("utf-8", "replace")
     return text or "the result is marked as an error"
 
 
-def conclude(call: Call, result: object, *, uri: str | None = None) -> None:
+def conclude(call: Call, result: object) -> None:
     """Tell a call whether the answer is an error, and as much of it as `record_result` says."""
-    if not _is_plain(result):
-        result = _get(result, "root") or result  # the SDK 1 wraps it
+    result = _get(result, "root") or result  # the SDK 1 wraps it
     error = error_of_result(result)
     if error is not None and call.status != "error":
         call.fail(error, "tool_error")
     config = call._logger.config
-    if config.record_result == "none":
-        return
-    items = content = _get(result, "content")
+    items = _get(result, "content", "contents", "messages")
     if items is None:
-        items = _either(result, "contents", "messages")
-    items = result if items is None else items
-    if not isinstance(items, (list, tuple)):
+        items, result = result, {"contents": result}
+    if config.record_result == "none" or not isinstance(items, (list, tuple)):
         return
     # Size as it is sent, items, and kinds. FastMCP's classes become the protocol's later.
-    if content is not None and type(result).__module__.startswith("fastmcp"):
+    if type(result).__module__.startswith("fastmcp") and _get(result, "content") is not None:
         structured = _get(result, "structured_content")
         more = {"structuredContent": structured} if structured is not None else {}
-        result = {"content": content, **more, "isError": error is not None}
+        result = {"content": items, **more, "isError": error is not None}
     elif (convert := _get(result, "to_mcp_prompt_result")) is not None:
         result = convert()
     elif (convert := _get(result, "to_mcp_result")) is not None:
-        result = convert(uri)
-    sent = _sent({"contents": items} if result is items else result)
+        result = convert(call.name)
+    sent = _sent(result)
     call.result_bytes = len(sent)
     call.details["mcp.result.items"] = len(items)
-    kinds = {_kind_of(item) for item in items}
-    call.details["mcp.result.kinds"] = tuple(sorted(kinds))
+    call.details["mcp.result.kinds"] = tuple(sorted({_kind_of(item) for item in items}))
     if config.record_result == "body":
-        body = json.loads(sent)
-        most = config.max_result_bytes
+        body, most = json.loads(sent), config.max_result_bytes
         call.context["mcp.result.body"] = body if len(sent) <= most else clip_plain(body, most)
 
 
@@ -5249,88 +5115,100 @@ def _sent(result: object) -> bytes:
     """Return a result as JSON as a server sends it."""
     serializer = sys.modules.get("pydantic_core")  # with every framework, but not in `wrap`
     if serializer is None:
-        return _WIRE.encode(result).encode("utf-8", "surrogatepass")
-    return cast(
-        bytes,
-        serializer.to_json(result, by_alias=True, exclude_none=True, bytes_mode="base64", fallback=vars),
-    )
+        return encode_json(result).encode("utf-8", "surrogatepass")
+    known = {"by_alias": True, "exclude_none": True, "bytes_mode": "base64", "fallback": vars}
+    return cast(bytes, serializer.to_json(result, **known))
 
 
 def _kind_of(item: object) -> str:
-    kind = _get(item, "type")
-    if kind is None:
-        inner = _either(item, "content", "resource")
-        blob = _get(item, "blob") is not None or isinstance(inner, bytes)
-        kind = _get(inner, "type") or ("blob" if blob else "text")
+    if (kind := _get(item, "type")) is None:
+        inner = _get(item, "content", "resource")
+        is_blob = _get(item, "blob") is not None or isinstance(inner, bytes)
+        kind = _get(inner, "type") or ("blob" if is_blob else "text")
     return str(kind)
-
-
-_WIRE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), default=str)
-_TELLING = frozenset(("result_type", "resultType", "input_required", "task", "root", "_meta"))
-_plain: dict[type, bool] = {}
-
-
-def _is_plain(result: object) -> bool:
-    """Return True for a result that can only end its call."""
-    kind = type(result)
-    if kind is dict:
-        return _TELLING.isdisjoint(cast("dict[str, Any]", result))
-    if kind not in _plain:
-        fields = _fields_of(kind)
-        _plain[kind] = bool(fields) and _TELLING.isdisjoint(fields)
-    return _plain[kind]
 
 
 # --- middleware
 
 
-class Middleware:
+class Exchange:
+    """What the middleware and the stdio wrapper do alike with requests and answers. It knows the server."""
+
+    def __init__(self, logger: Any, caller: str | None = None, denied_by: DeniedBy = ()) -> None:
+        self._logger, self._caller, self._denied_by = logger, caller, _kinds(denied_by)
+        self.server: str | None = None
+
+    def call_of(self, event_type: str, context: object, message: object, server: object = None) -> Call:
+        """Return the call that a message makes, or resumes."""
+        origin = origin_of(context, self._logger.config.trusted_proxies)
+        origin["server"] = _text(_get(server, "name")) or self.server
+        origin["caller"] = self._caller or origin["caller"]
+        arguments = _get(message, "arguments")
+        origin.update(arguments=arguments, denied_by=self._denied_by)
+        call = Call(self._logger, event_type, name_of(message), arguments, **origin)
+        return cast(Call, self._logger.unfinished.resumed(call, message))
+
+    def conclude(self, call: Call, result: object) -> None:
+        """Tell a call what was answered; it `waits` if that is no end."""
+        call.waits = self._logger.unfinished.put_answered(call, result)
+        call.server = self.server = call.server or self.server or server_of(result)
+        if not call.waits:
+            conclude(call, result)
+
+    def see(self, method: str, message: object, result: object) -> None:
+        """Take note of what another answer tells: the server's name, and what became of a background task."""
+        self.server = server_of(result) or self.server
+        if method.startswith("tasks/"):
+            task = _text(_get(message, "task_id", "taskId"))
+            is_result, state = method == "tasks/result", _get(result, "root") or result
+            self._logger.unfinished.end_task(task, state, is_result=is_result)
+
+
+class Middleware(Exchange):
     """A middleware `(context, call_next)` that records tool calls, resource reads and prompts."""
 
-    def __init__(
-        self, logger: Any, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
-    ) -> None:
-        self._logger = logger
-        self._caller = caller
-        self._denied_by = _kinds(denied_by)
-        self.server: str | None = None
-        self._inside = 0
+    _inside = 0  # how many calls it is in
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
         """Pass a message on; record it if it is an execution."""
         method = _text(getattr(context, "method", None)) or ""
         event_type = MCP_METHODS.get(method)
-        logger = self._logger
-        if event_type is None or not logger.enabled or _is_notification(context):
+        message, inside = _get(context, "message", "params"), getattr(context, "fastmcp_context", None)
+        server = _get(inside, "fastmcp")
+        self._watch_tasks(server)
+        is_note = getattr(context, "type", "") == "notification" or getattr(context, "request_id", "") is None
+        if event_type is None or is_note or not self._logger.enabled:
             result = await call_next(context)
-            if event_type is None:
-                self._see(method, context, result)
+            self.see(method, message, result)
             return result
-        message = _message_of(context)
-        call = _running.get() and _call_within(
-            logger, event_type, _get(message, "arguments"), name_of(message)
-        )
+        call = _running.get() and _call_within(self._logger, event_type, message)
         if call is not None:  # it is recorded further out
-            call.denied_by = (*_kinds(call.denied_by), *self._denied_by)
             try:
                 return await call_next(context)
             except BaseException as error:
-                inner = Call(logger, event_type, call.name, denied_by=call.denied_by, outer=call)
-                await self._ask_for_refusal(inner, context, error)
+                inner = Call(self._logger, event_type, call.name, denied_by=call.denied_by, outer=call)
+                await self._ask_for_refusal(inner, server, error)
                 inner._end(error)
                 raise
-        call = self._call_of(event_type, context, message)
+        origin = context if inside is None else _get(inside, "request_context")
+        call = self.call_of(event_type, origin, message, server)
+        if call.trace_id is None:
+            _watch_spans()
+        call.task = _current_task() or call
         failure: BaseException | None = None
         self._inside += 1
         try:
             async with call:
                 try:
                     result = await call_next(context)
-                    self._conclude(call, result)
+                    try:
+                        self.conclude(call, result)
+                    except Exception as fault:  # whatever goes wrong, the answer passes
+                        self._logger.report_fault("a result could not be summarized", fault)
                     return result
                 except BaseException as error:
                     failure = error
-                    await self._ask_for_refusal(call, context, error)
+                    await self._ask_for_refusal(call, server, error)
                     raise
         except AuditUnavailableError as error:
             kind = _loaded("mcp.shared.exceptions", "MCPError")
@@ -5344,64 +5222,22 @@ class Middleware:
     async def check_resource_access(self, context: object) -> None:
         """Allow: FastMCP 4 asks each middleware."""
 
-    def _call_of(self, event_type: str, context: object, message: object) -> Call:
-        """Return the call that a message makes, or resumes."""
-        inside = getattr(context, "fastmcp_context", None)
-        server = _get(inside, "fastmcp")
-        self._watch_tasks(server)
-        request_context = context if inside is None else _get(inside, "request_context")
-        origin = origin_of(request_context, self._logger.config.trusted_proxies)
-        origin["server"] = _text(_get(server, "name")) or self.server
-        if self._caller:
-            origin["caller"] = self._caller
-        arguments = _get(message, "arguments")
-        origin.update(arguments=arguments, denied_by=self._denied_by)
-        call = Call(self._logger, event_type, name_of(message), arguments, **origin)
-        if call.trace_id is None:
-            _watch_spans()
-        call = cast(Call, self._logger.unfinished.resumed(call, message))
-        call.task = _current_task() or call
-        return call
-
-    def _conclude(self, call: Call, result: object) -> None:
-        """Tell a call what was answered; whatever goes wrong, the answer passes."""
-        try:
-            if not _is_plain(result):
-                call.waits = self._logger.unfinished.put_answered(call, result)
-                if call.server is None:
-                    call.server = self.server = server_of(result)
-            if not call.waits:
-                conclude(call, result, uri=call.name)
-        except Exception as fault:
-            self._logger.report_fault("a result could not be summarized", fault)
-
-    async def _ask_for_refusal(self, call: Call, context: object, error: BaseException) -> None:
+    async def _ask_for_refusal(self, call: Call, server: object, error: BaseException) -> None:
         """Record a denial, also where FastMCP hides what `auth=` refuses as unknown."""
-        call.denied_by = (*_kinds(call.denied_by), *_refusals())
-        server = _get(_get(context, "fastmcp_context"), "fastmcp")
+        call.denied_by = (*_kinds(call.denied_by), *self._denied_by, *_refusals())
         transport = _loaded("fastmcp.server.context", "_current_transport")
         if server is None or type(error).__name__ != "NotFoundError" or transport is None:
             return
         kind = call.event_type
         before = transport.set("stdio")  # over which FastMCP asks no `auth=`
         try:
-            for find in (f"get_{kind}", "get_resource_template")[: 1 + (kind == "resource")]:
-                if _get(await getattr(server, find)(call.name), "auth") is not None:
-                    call.policy("deny", f"the {kind}'s auth refuses the caller")
-                    break
-        except Exception:  # it is as unknown as it was
-            pass
+            with contextlib.suppress(Exception):  # it is as unknown as it was
+                for find in (f"get_{kind}", "get_resource_template")[: 1 + (kind == "resource")]:
+                    if _get(await getattr(server, find)(call.name), "auth") is not None:
+                        call.policy("deny", f"the {kind}'s auth refuses the caller")
+                        break
         finally:
             transport.reset(before)
-
-    def _see(self, method: str, context: object, result: object) -> None:
-        """Take note of the server's name, its background tasks, and what became of them."""
-        self._watch_tasks(_get(_get(context, "fastmcp_context"), "fastmcp"))
-        self.server = server_of(result) or self.server
-        if method.startswith("tasks/"):
-            task = _text(_either(_message_of(context), "task_id", "taskId"))
-            state = _get(result, "root") or result
-            self._logger.unfinished.end_task(task, state, is_result=method == "tasks/result")
 
     def _watch_tasks(self, server: object) -> None:
         """Hang into what a FastMCP server runs in the background, by docket."""
@@ -5413,89 +5249,57 @@ class Middleware:
                 docket.__mxcp_audit__ = (*watching, path)
                 for key, function in list(functions.items()):
                     if not str(getattr(function, "__module__", "")).startswith("docket"):
-                        functions[key] = self._in_background(str(key), function)
+                        run = functools.partial(self._run_task, str(key), function, _binder(function))
+                        functions[key] = functools.wraps(function)(run)
 
-    def _in_background(self, key: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        input_of = _binder(function)
-
-        @functools.wraps(function)
-        async def _task(*args: Any, **kwargs: Any) -> Any:
-            execution = _context_in("docket.dependencies", "current_execution")
-            task = str(_get(execution, "key") or key)
-            event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
-            name = key.removeprefix(f"{event_type}:")
-            name = name.rpartition("@")[0] or name
-            call = Call(self._logger, event_type, name, input_of(args, kwargs))
-            call.denied_by = (*self._denied_by, *_refusals())
-            call.task = _current_task()
-            failure: BaseException | None = None
-            try:
-                async with call:
-                    call.waits = True
-                    result = function(*args, **kwargs)
-                    result = await result if isinstance(result, Awaitable) else result
-                    if (problem := error_of_result(result)) is not None:
-                        call.fail(problem, "tool_error")
-                    return result
-            except BaseException as error:
-                failure = error
-                raise
-            finally:
-                await self._end_task(call, task, failure)
-
-        return _task
-
-    async def _end_task(self, call: Call, task: str, failure: BaseException | None) -> None:
+    async def _run_task(
+        self, key: str, function: Callable[..., Any], input_of: Any, /, *args: Any, **kwargs: Any
+    ) -> Any:
         """Record a background task, in the row of the call that began it if that one came through here."""
-        unfinished = self._logger.unfinished
-        for _ in range(100):  # the task may be over before the answer is that it began
-            began = next(filter(None, (unfinished.take(("task", part)) for part in task.split(":"))), None)
-            if began is not None or not self._inside:
-                break
-            await sys.modules["asyncio"].sleep(0.005)
-        call.outer = began
-        await call.end_async(failure)
-        if began is not None:
-            if call.status == "error":
-                began.fail(call.error, call.error_type)
-            await began.end_async(failure)
+        task = str(_get(_context_in("docket.dependencies", "current_execution"), "key") or key)
+        event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
+        name = key.removeprefix(f"{event_type}:")
+        call = Call(self._logger, event_type, name.rpartition("@")[0] or name, input_of(args, kwargs))
+        call.denied_by, call.task = (*self._denied_by, *_refusals()), _current_task()
+        failure: BaseException | None = None
+        try:
+            async with call:
+                call.waits = True
+                result = function(*args, **kwargs)
+                result = await result if isinstance(result, Awaitable) else result
+                if (problem := error_of_result(result)) is not None:
+                    call.fail(problem, "tool_error")
+                return result
+        except BaseException as error:
+            failure = error
+            raise
+        finally:
+            take = self._logger.unfinished.take
+            for _ in range(100):  # the task may be over before the answer is that it began
+                call.outer = next(filter(None, (take(("task", part)) for part in task.split(":"))), None)
+                if call.outer is not None or not self._inside:
+                    break
+                await sys.modules["asyncio"].sleep(0.005)
+            await call.end_async(failure)
+            if call.outer is not None:
+                if call.status == "error":
+                    call.outer.fail(call.error, call.error_type)
+                await call.outer.end_async(failure)
 
 
 def _refusals() -> tuple[type[BaseException], ...]:
-    """Return FastMCP's error for what a caller may not do, if loaded."""
     return _kinds(_loaded("fastmcp.exceptions", "AuthorizationError") or ())
-
-
-_MIDDLEWARE_CODE = Middleware.__call__.__code__
-
-
-def _message_of(context: object) -> Any:
-    message = getattr(context, "message", None)
-    return _get(context, "params") if message is None else message
 
 
 def name_of(message: object) -> str:
     """Return the tool or prompt that a message names, or its URI; "" if it names none."""
-    name = _get(message, "name")
-    return str(_get(message, "uri") or "" if name is None else name)
-
-
-def _is_notification(context: object) -> bool:
-    """Return True for a message that wants no answer."""
-    return getattr(context, "type", None) == "notification" or getattr(context, "request_id", "") is None
-
-
-def _leg_of(call: Call, state: object) -> object:
-    """Return what a call that waits for input has in common with the one that brings it."""
-    who = (call.user_id, call.agent, call.client, call.session_id)
-    return (call.event_type, call.name, call.input_json, *who, _text(state))
+    return str(_get(message, "name", "uri") or "")
 
 
 class _AuditedHandlers(dict[Any, Any]):
     """The handlers of an SDK 1 server by type of request, audited."""
 
     def __init__(self, middleware: Middleware, handlers: Mapping[Any, Any]) -> None:
-        super().__init__()
         self._middleware = middleware
         for kind, handler in handlers.items():
             self[kind] = handler
@@ -5508,8 +5312,7 @@ class _AuditedHandlers(dict[Any, Any]):
             known = {**getattr(context, "__dict__", {}), "method": method, "params": _get(request, "params")}
             return await self._middleware(types.SimpleNamespace(**known), lambda _: handler(request))
 
-        is_ours = method in MCP_METHODS or method.startswith("tasks/")
-        super().__setitem__(kind, _audited if is_ours else handler)
+        super().__setitem__(kind, _audited if method in MCP_METHODS or method[:6] == "tasks/" else handler)
 
 
 # --- decorators
@@ -5529,35 +5332,46 @@ def auditing(
             return cast(Function, type(function)(_audited(function.__func__)))
         if not callable(function) or _is_registered(function):
             raise EventError(
-                f"the server has {_get(function, '__name__') or _get(function, 'name')!r} already, without "
-                f"auditing; write @audit.{event_type}(…) below the server's decorator, next to the function",
+                f"the server has {_get(function, '__name__', 'name')!r} already, without auditing; "
+                f"write @audit.{event_type}(…) below the server's decorator, next to the function",
                 field="function",
             )
         bare = function.func if isinstance(function, functools.partial) else function
         own = getattr(bare, "__name__", None) or type(bare).__name__
-        title = name or own
-        input_of = _binder(function)
+        title, input_of = name or own, _binder(function)
 
         def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             outer = _call_within(logger, event_type)
             if outer is None:
-                origin = {"denied_by": denied_by, **_surroundings()}
-                if caller:
-                    origin["caller"] = caller
+                if (around := _running.get()) is not None:
+                    origin = {each: getattr(around.outer or around, each) for each in _ORIGIN}
+                else:
+                    request = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
+                    request = request or _context_in("mcp.server.lowlevel.server", "request_ctx")
+                    origin = origin_of(request)
+                origin.update(caller=caller or origin["caller"], denied_by=denied_by)
                 return Call(logger, event_type, title, input_of(args, kwargs), **origin)
             if event_type == "resource" and outer.arguments is None:
                 outer.name = title  # it knows the URI, and we what that stands for
                 outer.take_input(input_of(args, kwargs))
             return Call(logger, event_type, title, denied_by=denied_by, outer=outer)
 
-        wrapper: Any = functools.wraps(function)(_wrapper(function, _start))
-        if not hasattr(function, "__name__"):  # a partial or an object
-            import inspect
+        import inspect  # lazily: it costs 5 ms
 
+        # The wrapper is of the same kind, which `inspect` and so the frameworks tell apart.
+        bodies = function, function if inspect.isroutine(function) else type(function).__call__
+        kinds: dict[object, Callable[[object], bool]] = {
+            types.AsyncGeneratorType: inspect.isasyncgenfunction,
+            types.GeneratorType: inspect.isgeneratorfunction,
+            types.CoroutineType: inspect.iscoroutinefunction,
+        }
+        kind = next((kind for kind, is_kind in kinds.items() if any(map(is_kind, bodies))), None)
+        wrapper: Any = functools.wraps(function)(_recorded(kind, function, _start))
+        if not hasattr(function, "__name__"):  # a partial or an object
             wrapper.__name__ = wrapper.__qualname__ = own
             wrapper.__annotations__ = {}
             with contextlib.suppress(Exception):
-                body = type(function).__call__ if bare is function else bare
+                body = bodies[1] if bare is function else bare
                 wrapper.__annotations__ = inspect.get_annotations(body, eval_str=True)
         return cast(Function, wrapper)
 
@@ -5584,34 +5398,6 @@ def _is_registered(function: object, depth: int = 2) -> bool:
 _UNHELD = (lambda function: (lambda each: sys.getrefcount(each))(function))(lambda: None)
 
 
-def _wrapper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
-    """Return a function of the same kind, which `inspect` and so the frameworks tell apart."""
-    import inspect  # lazily: it costs 5 ms
-
-    body: Any = function if inspect.isroutine(function) else type(function).__call__
-
-    def _is(kind: Callable[[object], bool]) -> bool:
-        return kind(function) or kind(body)
-
-    if _is(inspect.isasyncgenfunction):
-        return _async_stepper(function, start)
-    if _is(inspect.isgeneratorfunction):
-        return _stepper(function, start)
-    if _is(inspect.iscoroutinefunction):
-
-        async def _coroutine(*args: Any, **kwargs: Any) -> Any:
-            async with start(args, kwargs):
-                return await function(*args, **kwargs)
-
-        return _coroutine
-
-    def _plain(*args: Any, **kwargs: Any) -> Any:
-        with start(args, kwargs) as call:
-            return _followed(call, function(*args, **kwargs))
-
-    return _plain
-
-
 class _Steps(Generator[Any, Any, Any]):
     """The steps of a generator, each part of the call; between them other code runs."""
 
@@ -5627,19 +5413,21 @@ class _Steps(Generator[Any, Any, Any]):
             return self._generator.throw(*error)
 
 
-def _stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
-    """Return a generator function that is recorded."""
+def _recorded(kind: object, function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
+    """Return a function of a kind (what it makes: coroutines, generators, or None) that is recorded."""
+
+    def _plain(*args: Any, **kwargs: Any) -> Any:
+        with start(args, kwargs) as call:
+            return _followed(call, function(*args, **kwargs))
+
+    async def _coroutine(*args: Any, **kwargs: Any) -> Any:
+        async with start(args, kwargs):
+            return await function(*args, **kwargs)
 
     def _generator(*args: Any, **kwargs: Any) -> Any:
         with start(args, kwargs) as call:
             call._leave()
             return (yield from _Steps(call, function(*args, **kwargs)))
-
-    return _generator
-
-
-def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
-    """Return an async generator function that is recorded."""
 
     async def _async_generator(*args: Any, **kwargs: Any) -> Any:
         async with start(args, kwargs) as call:
@@ -5661,12 +5449,18 @@ def _async_stepper(function: Callable[..., Any], start: Callable[..., Call]) -> 
                 except BaseException as error:
                     step, value = generator.athrow, error
 
-    return _async_generator
+    kinds: dict[object, Callable[..., Any]] = {
+        types.CoroutineType: _coroutine,
+        types.GeneratorType: _generator,
+    }
+    kinds[types.AsyncGeneratorType] = _async_generator
+    return kinds.get(kind, _plain)
 
 
 def _followed(call: Call, result: Any) -> Any:
     """Return a function's result; a generator, future or awaitable ends the call when it is over."""
-    if callable(getattr(type(result), "add_done_callback", None)):
+    kind: Any = type(result)
+    if callable(getattr(kind, "add_done_callback", None)):
 
         def _done(future: Any) -> None:
             try:
@@ -5678,15 +5472,14 @@ def _followed(call: Call, result: Any) -> Any:
         call.waits = True
         result.add_done_callback(_done)
         return result
-    if isinstance(result, (types.GeneratorType, types.AsyncGeneratorType)):
-        stepper = _stepper if isinstance(result, types.GeneratorType) else _async_stepper
-        followed, fate = stepper(lambda: result, lambda *_: call)(), "never iterated"
-    elif isinstance(result, Awaitable):
-        is_coroutine, fate = isinstance(result, types.CoroutineType), "never awaited"
-        followed = _awaited(call, result) if is_coroutine else _Awaited(call, result)
+    if kind in (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType):
+        followed = _recorded(kind, lambda: result, lambda *_: call)()
+    elif isinstance(result, Awaitable) and not hasattr(kind, "__aenter__"):
+        followed = _Awaited(call, result)
     else:
         return result
     call.waits = True
+    fate = "never awaited" if isinstance(result, Awaitable) else "never iterated"
     weakref.finalize(followed, _forgotten, call, fate)
     return followed
 
@@ -5697,31 +5490,17 @@ def _forgotten(call: Call, error: str) -> None:
         call._end(None)
 
 
-async def _awaited(call: Call, awaitable: Awaitable[Any], *_held: object) -> Any:
-    async with call:  # what is held can't be forgotten meanwhile
-        return await awaitable
-
-
 class _Awaited:
     """Something to await that is no coroutine: it ends its call when it was awaited."""
 
     def __init__(self, call: Call, awaitable: Any) -> None:
         self._call, self._awaitable = call, awaitable
 
-    def __await__(self) -> Any:
-        return _awaited(self._call, self._awaitable, self).__await__()
+    def __await__(self) -> Any:  # the first lambda holds us, so that we can't be forgotten meanwhile
+        return _recorded(types.CoroutineType, lambda: self._awaitable, lambda *_: self._call)().__await__()
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._awaitable, name)
-
-    async def __aenter__(self) -> Any:
-        return await self._awaitable.__aenter__()
-
-    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> Any:
-        try:
-            return await self._awaitable.__aexit__(kind, error, trace)
-        finally:
-            await self._call.end_async(error)
 
 
 def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
@@ -5735,11 +5514,9 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
     if signature is None:  # some functions in C have none
         return lambda args, kwargs: {"args": args, "kwargs": kwargs}
     parameters = list(signature.parameters.values())
-    owner = getattr(function, "__qualname__", "").rpartition(".")[0]
-    first = next(iter(signature.parameters), None)
-    in_class = owner != "" and not owner.endswith("<locals>")
-    bound = first if in_class and first in ("self", "cls") else None
-    rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), None)
+    in_class = re.search(r"\w\.[^.]+$", getattr(function, "__qualname__", ""))
+    bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
+    rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), "")
     left_out = {bound, rest}
     for each in parameters:
         if any(map(_is_injected, (each.default, *getattr(each.annotation, "__metadata__", ())))):
@@ -5751,9 +5528,7 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
         except TypeError:  # the function will say so itself
             unknown = {name: value for name, value in kwargs.items() if not _is_injected(value)}
             return {"args": args[bound is not None :], "kwargs": unknown}
-        named = {name: value for name, value in given.items() if name not in left_out}
-        if rest is not None:
-            named.update(given.get(rest, {}))
+        named = {name: value for name, value in given.items() if name not in left_out} | given.get(rest, {})
         return {name: value for name, value in named.items() if not _is_injected(value)}
 
     return _input_of
@@ -5761,23 +5536,19 @@ def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str
 
 def _is_injected(value: object) -> bool:
     """Return True for an object of a framework (or of a subclass) that is none of the protocol's data."""
-    return any(
-        _package_of(kind) in _INJECTING and not kind.__module__.startswith("mcp.types")
-        for kind in type(value).__mro__
-    )
+    return any(_INJECTING.match(str(kind.__module__)) for kind in type(value).__mro__)
 
 
 # === Logger ===
 # depends on: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
 #
-# What servers hold. It joins the sections above and adds what belongs to the process: exit, fork, children of
-# multiprocessing. It knows no DuckDB: Assembly sets `_ingest`, and without it events stay in the journal.
-# No signal handlers: they belong to the application. The thread starts at the first event, so that importing
-# the module and making a logger cost nothing and disturb no fork.
+# What servers hold, and what belongs to the process: exit, fork, children of multiprocessing. It knows no
+# DuckDB: Assembly sets `_ingest`, and without it events stay in the journal. No signal handlers: they belong
+# to the application. The thread starts at the first event, so that a logger that is made disturbs no fork.
 
 
 class Counters(NamedTuple):
-    """How a logger is doing, for health checks. Everything counts from the start of this process."""
+    """How a logger is doing, for health checks, since the start of this process."""
 
     accepted: int  # events taken by log_event
     written: int  # of these, in the journal
@@ -5797,33 +5568,25 @@ _NOTHING = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE
 class AuditLogger:
     """Records events: each becomes a line in the journal within milliseconds, and a row in DuckDB soon after.
 
-    `log_event` never raises and, unless `durable` is set or the queue is full, never waits. It may be
-    called from any thread, signal handler or exit handler.
+    `log_event` never raises and, unless `durable` is set or the queue is full, never waits. Threads, signal
+    handlers and exit handlers may call it. Raises ConfigError for an argument of the wrong type or value.
 
     Args:
-        path: the database file, such as "logs-default.duckdb", or a DuckDB ATTACH target.
-        enabled: False makes every call return at once.
-        log_path: MXCP's own name for `path`, so that this class drops in there; `x.jsonl`, the file that
-            MXCP would write, stands for `x.duckdb` beside it.
+        path: the database file, "logs-default.duckdb", or a DuckDB ATTACH target, with the options `attach`.
+        enabled, durable: False makes every call return at once; True makes `log_event` wait for the disk.
+        log_path: MXCP's own name for `path`; its `x.jsonl` stands for `x.duckdb` beside it.
         journal: the journal's directory; by default `<path>.journal`.
         flush_interval: seconds after which events leave the journal for the database.
-        durable: wait in `log_event` until the event is on the disk.
         on_full: what to do when 64 MiB wait in memory: "block" the caller or "drop" the event.
-        max_input_bytes: longer input is cut, visibly.
+        max_input_bytes, max_result_bytes: a longer input, or body of a result, is cut, visibly.
         redact, keep: names, or `tool.parameter`, that are always or never redacted.
         redact_mode: "constant", or "hmac" to tell equal secrets apart from different ones.
         retention: delete events older than this, such as "90d".
         record_result: what to record of a result: "none", "summary" (bytes, items, kinds), "body" (redacted).
-        max_result_bytes: a longer body is cut, visibly.
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
-        strict: True, or names with `*`: such a call is executed only once its begin is in the journal, and
-            answered only once its end is; else AuditUnavailableError is raised.
-        strict_timeout: seconds that such a call waits for that, such as 5 or "5s".
+        strict: True, or names with `*`: such a call runs only once its begin is in the journal, and is
+            answered once its end is. After `strict_timeout` seconds (or "5s") it is an AuditUnavailableError.
         group: True lets the users of one group share the log; files get mode 0660 then.
-        attach: options of the ATTACH statement.
-
-    Raises:
-        ConfigError: an argument has the wrong type or value.
     """
 
     _ingest: ClassVar[Callable[..., Mapping[str, Any]] | None] = None  # see Assembly
@@ -5857,7 +5620,7 @@ class AuditLogger:
             if log_path is None:
                 raise ConfigError("name the database file, such as logs-default.duckdb", trail=("path",))
             settings["path"] = re.sub(r"\.jsonl$", ".duckdb", os.fspath(log_path))
-        self._start(config_from_arguments(**settings))
+        self.__setstate__(config_from_arguments(**settings))
 
     @classmethod
     def from_config(
@@ -5865,38 +5628,28 @@ class AuditLogger:
     ) -> AuditLogger:
         """Return the logger that `mxcp-site.yml` describes; a disabled one if the profile doesn't enable it.
 
-        Args:
-            config: the site file; searched in the working directory and its parents if None.
-            profile: by default `MXCP_PROFILE`, else the file's own `profile`.
-
-        Raises:
-            ConfigError: the file can't be found or says something wrong; path and line are named.
+        `config`, the site file, is searched in the working directory and its parents if None; `profile` is by
+        default `MXCP_PROFILE`, else the file's own. Raises ConfigError, which names path and line.
         """
         self = cls.__new__(cls)
-        self._start(load_config(config=config, profile=profile))
+        self.__setstate__(load_config(config=config, profile=profile))
         return self
 
-    def _start(self, config: Config) -> None:
-        self.config = config
-        self.enabled = config.enabled
+    def __getstate__(self) -> Config:
+        return self.config  # as which it travels to a process that `spawn` starts, or into a copy
+
+    def __setstate__(self, config: Config) -> None:
+        self.config, self.enabled = config, config.enabled
         self._diagnostics = told = Diagnostics()
         self._encoder = Encoder(redactor_of(config), max_input_bytes=config.max_input_bytes)
-        appender = Appender(
-            Journal(config.journal_directory, group=config.group),
-            durable=config.durable,
-            diagnostics=told,
-            encode_begin=self._begin_line,
-        )
+        journal = Journal(config.journal_directory, group=config.group)
+        appender = Appender(journal, durable=config.durable, diagnostics=told, encode_begin=self._begin_line)
         settings = {**config._asdict(), "attach": dict(config.attach), "sources": {}}
-        self._ingester = Ingester(
-            appender, None if self._ingest is None else settings, interval=config.flush_interval
-        )
+        given = None if self._ingest is None else settings
+        self._ingester = Ingester(appender, given, interval=config.flush_interval)
+        drops, at_once = config.on_full == "drop", bool(config.strict)
         self._writer = Writer(
-            appender,
-            self._ingester,
-            drop_when_full=config.on_full == "drop",
-            on_start=self._activate,
-            at_once=bool(config.strict),
+            appender, self._ingester, drop_when_full=drops, on_start=self._activate, at_once=at_once
         )
         self._put = self._writer.put
         strict = "|".join(re.escape(name).replace(r"\*", ".*") for name in config.strict)
@@ -5904,18 +5657,10 @@ class AuditLogger:
         self.refused = 0
         self.unfinished = Unfinished()
         _live.known[id(self)] = self
-        if self.enabled:
-            for place in (config.journal_directory, config.path):
-                problem = None if is_attach_target(place) else place_problem(os.path.abspath(place))
-                if problem is not None:
-                    told.report("place", f"{place} can't be written: {problem}; it is tried again")
-
-    def __getstate__(self) -> Config:
-        """Travel as the configuration: to a process that `spawn` starts, or into a copy."""
-        return self.config
-
-    def __setstate__(self, config: Config) -> None:
-        self._start(config)
+        for place in (config.journal_directory, config.path) if self.enabled else ():
+            problem = None if is_attach_target(place) else place_problem(os.path.abspath(place))
+            if problem is not None:
+                told.report("place", f"{place} can't be written: {problem}; it is tried again")
 
     def log_event(
         self,
@@ -5942,14 +5687,13 @@ class AuditLogger:
         result_bytes: int | None = None,
         context: Mapping[str, object] | None = None,
     ) -> None:
-        """Record one event. Never raises; the first ten arguments are those of MXCP's own logger.
+        """Record one event; the first ten arguments are those of MXCP's own logger.
 
-        Ctrl+C and a signal handler's `sys.exit` pass, after the event is recorded.
+        Never raises, but lets Ctrl+C and a signal handler's `sys.exit` pass, once the event is recorded.
 
         Args:
             caller: where the call came from: cli, http, stdio.
-            event_type: tool, resource or prompt.
-            name: the tool, resource URI or prompt.
+            event_type, name: tool, resource or prompt, and which: its name, or the resource's URI.
             input_params: what it was called with; redacted, and encoded before this returns.
             duration_ms: milliseconds, 0 … 2³¹−1.
             policy_decision: allow, deny, warn or n/a; `reason` says why.
@@ -5958,8 +5702,7 @@ class AuditLogger:
             user_id, session_id, trace_id: who, in which session, in which trace; None where unknown.
             client, agent, address: which program called ("claude-ai/1.2"), as which OAuth client, from where.
             server, request_id: which server took the call, and the call's id in the protocol.
-            error_type: class of the exception, or JSON-RPC code.
-            result_bytes: size of the result, 0 … 2⁶³−1.
+            error_type, result_bytes: class of the exception, or JSON-RPC code; size of the result, 0 … 2⁶³−1.
             context: anything else, by name; redacted like the input.
         """
         if not self.enabled:
@@ -6003,8 +5746,6 @@ class AuditLogger:
         self._diagnostics.report("encode", f"{message} ({type(fault).__name__})")
         return _UNENCODABLE_JSON
 
-    # --- what a Call needs
-
     def take_input(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
         """Encode the input of a call that begins; also return what was redacted in it."""
         echoes: list[str] = []
@@ -6018,7 +5759,6 @@ class AuditLogger:
             return self.report_fault("an input could not be encoded", fault), echoes
 
     def is_strict(self, name: str) -> bool:
-        """Return True for a name that is executed only on record."""
         return bool(self.config.strict) and self._strict.fullmatch(name) is not None
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
@@ -6029,20 +5769,21 @@ class AuditLogger:
         return b'%b,"call":"%b"}\n' % (self._encoder.line(*begun, ago=ago), ref.encode())
 
     def finish(self, call: Call) -> int:
-        """Queue the line of a call that ended, and return its ticket."""
+        """Queue the line of a call that ended, unless it is part of another; return its ticket."""
         if not self.enabled:
             return 0
         begun, ticket = self._writer.begun, 0
         ref = begun.end(call.number) if call.number else None
         try:
-            ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode() if ref else b"")
+            if call.outer is None:
+                ticket = self._record(*call.event(), end=b',"call":"%b"' % ref.encode() if ref else b"")
         finally:
             if ref:  # without a ticket there was an interrupt
                 begun.ended(call.number, ticket or self._writer.accepted)
         return ticket
 
-    def refuse(self, call: Call) -> AuditUnavailableError:
-        """Count and end a call that could not be put on record, and return what is raised."""
+    def _refuse(self, call: Call) -> None:
+        """Count and end a call that could not be put on record; raise AuditUnavailableError."""
         self.refused += 1
         text = f"{call.event_type} {call.name} can't be put on record within {self.config.strict_timeout:g} s"
         told = self._diagnostics
@@ -6050,32 +5791,35 @@ class AuditLogger:
         fate = "it was executed, and its answer is withheld" if call.ended else "it was not executed"
         error = AuditUnavailableError(f"{text}; {fate}")
         call._end(error)
-        return error
+        raise error
 
     def _promised(self, call: Call, ticket: int | None) -> tuple[Callable[[], bool], float | None]:
         """Return what is waited for, and how long: a call's begin or, with a ticket, its line."""
+        timeout = self.config.strict_timeout if call.strict else None
         if ticket is None:
-            return lambda: call.number in self._writer.begun.on_record, self.config.strict_timeout
-        if not self.enabled or not (self.config.durable or call.strict):
-            return lambda: True, None
-        return lambda: self._writer.written >= ticket, self.config.strict_timeout if call.strict else None
+            return lambda: call.number in self._writer.begun.on_record, timeout
+        return lambda: self._writer.written >= ticket, timeout
 
-    def wait(self, call: Call, ticket: int | None = None) -> bool:
-        """Return True when a call's begin or its line is on record; False if that takes long."""
+    def wait(self, call: Call, ticket: int | None = None, error: BaseException | None = None) -> None:
+        """Wait until a call's begin or its line is on record; refuse it after too long, unless it failed."""
         done, timeout = self._promised(call, ticket)
-        return done() or self._writer.wait_for(done, timeout)
+        if not (done() or self._writer.wait_for(done, timeout)) and error is None:
+            self._refuse(call)
 
-    async def wait_async(self, call: Call, ticket: int | None = None) -> bool:
+    async def wait_async(
+        self, call: Call, ticket: int | None = None, error: BaseException | None = None
+    ) -> None:
         """Do the same while the event loop goes on."""
         done, timeout = self._promised(call, ticket)
         if done():
-            return True
+            return
         import asyncio
 
         try:
             loop = asyncio.get_running_loop()
         except RuntimeError:  # another kind of event loop; the promise counts more than its time
-            return self._writer.wait_for(done, timeout)
+            self.wait(call, ticket, error)
+            return
         over = asyncio.Event()
         timer = None if timeout is None else loop.call_later(timeout, over.set)
         self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
@@ -6084,7 +5828,8 @@ class AuditLogger:
         finally:
             if timer is not None:
                 timer.cancel()
-        return done()
+        if not done() and error is None:
+            self._refuse(call)
 
     def record(
         self,
@@ -6105,52 +5850,37 @@ class AuditLogger:
         context: Mapping[str, object] | None = None,
         denied_by: DeniedBy = (),
     ) -> Call:
-        """Return a context manager that times its body, records how it ended, and re-raises.
+        """Return a context manager, for `with` or `async with`, that times its body and records how it ended.
 
-        Arguments are those of `log_event`; exceptions of `denied_by` are recorded as the policy
-        decision `deny`. Works with `with` and `async with`.
+        Arguments are those of `log_event`; exceptions of `denied_by` are recorded as the decision `deny`.
         """
         given = {**locals()}  # the arguments by name, which are those of a Call
         del given["self"]
         return Call(self, **given)
 
     def policy(self, decision: str, reason: str | None = None) -> None:
-        """Record what a policy decided about the call that runs here: allow, deny or warn, and why.
+        """Record what a policy decided about the call that runs here (allow, deny or warn), and why.
 
-        It runs within `record`, in a decorated function, and in a tool under `middleware`; elsewhere
-        `logging` is told.
+        `logging` is told where none runs: by `record`, in a decorated function, in a tool under `middleware`.
         """
-        call = running_call()
-        if call is None:
-            self._diagnostics.report("policy", "a policy decision outside of any call is not recorded")
-        else:
+        if (call := _running.get()) is not None:
             call.policy(decision, reason)
+        else:
+            self._diagnostics.report("policy", "a policy decision outside of any call is not recorded")
 
     def middleware(self, *, caller: str | None = None, denied_by: DeniedBy = PermissionError) -> Middleware:
-        """Return a middleware: `server.add_middleware(audit.middleware())`, or `server.middleware.append(…)`.
+        """Return a middleware that records every tool call, resource read and prompt, refusals included.
 
-        The first is FastMCP 2 to 4, the second the `mcp` SDK 2. Every tool call, resource read and prompt
-        is recorded, failures and refusals included.
-
-        Args:
-            caller: recorded as caller; by default `http` or `stdio`, as the request came.
-            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
-
-        Raises:
-            EventError: `denied_by` holds something else than exceptions.
+        `server.add_middleware(audit.middleware())` of FastMCP 2 to 4, `server.middleware.append(…)` of SDK 2.
+        `caller` is by default `http` or `stdio`, as the request came. Exceptions of `denied_by`, also as a
+        cause, are recorded as the policy decision `deny`; EventError is raised for what are none.
         """
-        return Middleware(self, caller=caller, denied_by=denied_by)
+        return Middleware(self, caller, denied_by)
 
     def instrument(
         self, server: object, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> None:
-        """Record what a server executes: FastMCP, or the `mcp` SDK 2 or 1.
-
-        Of the SDK 1, below FastMCP 2 and 3 as well, the handlers are wrapped, now and later.
-
-        Raises:
-            AuditError: the object is no server that we know.
-        """
+        """Record what a server of FastMCP or of the `mcp` SDK executes. Raises AuditError for another."""
         middleware = self.middleware(caller=caller, denied_by=denied_by)
         middleware.server = _text(_get(server, "name"))
         chain = getattr(server, "middleware", None)
@@ -6158,6 +5888,7 @@ class AuditLogger:
         add = getattr(server, "add_middleware", chain.append if isinstance(chain, list) else None)
         if add is not None:
             add(middleware)
+        # Those of the SDK 1, below FastMCP 2 and 3 as well, are wrapped, now and later.
         if isinstance(getattr(inner, "request_handlers", None), dict):
             inner.request_handlers = _AuditedHandlers(middleware, inner.request_handlers)
         elif add is None:
@@ -6169,18 +5900,10 @@ class AuditLogger:
     def tool(
         self, name: str | None = None, *, caller: str | None = None, denied_by: DeniedBy = PermissionError
     ) -> Callable[[Function], Function]:
-        """Record each execution of a function as a tool: `@audit.tool()`.
+        """Record each execution of a function of any kind as a tool: `@audit.tool()`.
 
-        The function may be of any kind. Its signature, name and docstring stay, and what it raises is raised.
-        Its arguments are recorded by name.
-
-        Args:
-            name: recorded as name; by default the function's own.
-            caller: recorded as caller; by default that of the request it runs in, `cli` without one.
-            denied_by: exceptions that are recorded as the policy decision `deny`, also as a cause.
-
-        Raises:
-            EventError: the parentheses are missing, or `denied_by` holds something else than exceptions.
+        It stays what it is; arguments are recorded by name. `name` is by default its own, `caller` that of
+        the request it runs in, or `cli`; `denied_by` as of `middleware`. EventError without the parentheses.
         """
         return auditing(self, "tool", name, caller, denied_by)
 
@@ -6208,11 +5931,8 @@ class AuditLogger:
     def flush(self, timeout: float = 10.0) -> bool:
         """Return True once every event logged before is in the journal, where `kill -9` can't reach it.
 
-        Then waits, within the same limit, until one attempt was made to move them into the
-        database; `counters` says how it went.
-
-        Args:
-            timeout: seconds. After that the answer is False, and nothing is lost.
+        Then it waits for one attempt to move them into the database, of which `counters` tell. False after
+        `timeout` seconds; nothing is lost.
         """
         return not self.enabled or self._writer.flush(timeout)
 
@@ -6221,16 +5941,10 @@ class AuditLogger:
         return not self.enabled or self._writer.wait_written(self._writer.accepted, timeout)
 
     def shutdown(self, timeout: float = 10.0) -> bool:
-        """Write what is queued, ingest, end the thread. Called at exit; calling it twice is harmless.
+        """Write what is queued, ingest, end the thread, all within `timeout` seconds. Harmless to repeat.
 
-        If the database is held until the end, the journal keeps the events for the next start, and `logging`
-        says how many. An event logged later is written to the journal directly.
-
-        Args:
-            timeout: seconds that writing and ingesting may take together.
-
-        Returns:
-            False if events are left in memory that could not be written; `logging` says how many.
+        It is called at exit. If the database is held until the end, the journal keeps the events for the next
+        start; later events go there directly. False if some can't be written there; `logging` says how many.
         """
         deadline = time.monotonic() + timeout
         self.unfinished.close()
@@ -6242,9 +5956,8 @@ class AuditLogger:
             self._ingester.end_child()
         _live.loggers.discard(self)
         if left:
-            self._diagnostics.note(
-                "left", f"{left} events could not be written to the journal before shutdown"
-            )
+            text = f"{left} events could not be written to the journal before shutdown"
+            self._diagnostics.note("left", text)
         self._diagnostics.tell()
         return not left
 
@@ -6255,8 +5968,6 @@ class AuditLogger:
 
     def __exit__(self, *exc_info: object) -> None:
         self.shutdown()
-
-    # --- the process
 
     def _activate(self) -> bool:
         """Before the first thread: be found by the exit hooks. False while the program ends."""
@@ -6270,17 +5981,13 @@ class AuditLogger:
         parent = _loaded("multiprocessing.process", "parent_process")
         finalize = _loaded("multiprocessing.util", "Finalize")
         if finalize and parent and parent() is not None:
-            # They leave through os._exit: atexit never runs there.
-            finalize(None, self.shutdown, exitpriority=-100)
+            finalize(None, self.shutdown, exitpriority=-100)  # they leave by os._exit, without atexit
         return True
 
 
 def redactor_of(config: Config) -> Redactor:
-    """Return the redactor that a configuration describes."""
-    key = os.environ.get("MXCP_AUDIT_KEY")
-    return Redactor(
-        config.redact, config.keep, mode=config.redact_mode, key=os.fsencode(key) if key else None
-    )
+    key = os.fsencode(os.environ.get("MXCP_AUDIT_KEY", "")) or None
+    return Redactor(config.redact, config.keep, mode=config.redact_mode, key=key)
 
 
 def place_problem(path: str) -> str | None:
@@ -6304,10 +6011,6 @@ class _Live:
         self.loggers: set[AuditLogger] = set()  # with threads; held until shut down, for the exit hook
         self.exiting = False
 
-    def all(self) -> list[AuditLogger]:
-        """Return every logger; other threads may make more meanwhile."""
-        return [logger for reference in self.known.valuerefs() if (logger := reference()) is not None]
-
     def at_exit(self) -> None:
         """Shut every logger down that has had an event."""
         try:
@@ -6326,16 +6029,15 @@ class _Live:
             self.exiting = True
 
     def at_fork(self, step: str) -> None:
-        for logger in self.all():
-            getattr(logger._writer, step)()
-
-    def after_fork_in_child(self) -> None:
-        """Begin anew: what the parent had queued is the parent's."""
-        for logger in self.all():
-            logger.unfinished = Unfinished()
-            logger._diagnostics.start_afresh()
-            logger._writer.start_afresh()
-        self.loggers.clear()
+        """Have each writer take a step; in a child, what the parent had queued or running is the parent's."""
+        for reference in self.known.valuerefs():  # a copy: other threads may make more meanwhile
+            if (logger := reference()) is not None:
+                if step == "start_afresh":
+                    logger.unfinished = Unfinished()
+                    logger._diagnostics.start_afresh()
+                getattr(logger._writer, step)()
+        if step == "start_afresh":
+            self.loggers.clear()
 
 
 _live = _Live()
@@ -6344,7 +6046,7 @@ if hasattr(os, "register_at_fork"):
     os.register_at_fork(
         before=functools.partial(_live.at_fork, "before_fork"),
         after_in_parent=functools.partial(_live.at_fork, "after_fork_in_parent"),
-        after_in_child=_live.after_fork_in_child,
+        after_in_child=functools.partial(_live.at_fork, "start_afresh"),
     )
 
 
@@ -10467,90 +10169,71 @@ class Importer:
 # A stdio server as our child, between it and its client. Bytes pass unchanged whatever the recording does,
 # unless `strict` says otherwise; signals and ends pass too.
 
-
-# --- the stdio wrapper's bookkeeping
-
 MAX_MESSAGE_BYTES = 256 * 2**20  # arbitrary: a message without an end must not take all memory
 
 
-class StdioAudit:
+class StdioAudit(Exchange):
     """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
 
-    Feed a piece *before* it is passed on: then an answer can't overtake its request, and a client
-    that has an answer can be sure of its row. The two sides may be fed from two threads.
+    Feed a piece *before* it is passed on: then no answer overtakes its request, and a client that has an
+    answer can be sure of its row. The two sides may be fed from two threads.
     """
 
-    def __init__(self, record: Callable[..., Call], *, on_fault: Callable[[str], None]) -> None:
-        self._record = record
-        self._on_fault = on_fault
-        self._client_lines = _Lines()
-        self._server_lines = _Lines()
-        self._pending: dict[object, Call] = {}
-        self._asked: dict[object, str] = {}  # requests that name the server, or a task, by id
-        self._unfinished = Unfinished()
+    def __init__(self, logger: AuditLogger) -> None:
+        super().__init__(logger)
+        self._client_lines, self._server_lines = _Lines(), _Lines()
+        self._pending: dict[object, Call | tuple[str, object]] = {}  # by id: a call, or method and parameters
         self.client_params: object = None  # so that this is a session to `origin_of`
-        self._server: str | None = None
-        self.here = _Found()
+        self.here = _Here()
 
     def from_client(self, data: bytes | None) -> None:
         """Take in what the client sends: any piece of it, and None at its end."""
         lines = self._client_lines.feed(data)
-        for message in itertools.chain.from_iterable(
-            self._messages(each, from_client=True) for each in lines
-        ):
+        for message in itertools.chain.from_iterable(self._messages(line, is_client=True) for line in lines):
             key, method, params = _parts_of(message)
-            if method == "initialize":
-                self.client_params, self._asked[key] = params, ""
-                _peers.pop(self, None)  # what an earlier one said
-            elif method.startswith("tasks/"):
-                self._asked[key] = _text(_get(params, "taskId")) or ""
+            if method == "initialize" or method.startswith("tasks/"):
+                self._pending[key] = method, params
+                self.client_params = params if method == "initialize" else self.client_params
             elif method == "notifications/cancelled":
                 texts = "cancelled by the client", _text(_get(params, "reason"))
                 self._finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
             elif method in MCP_METHODS:
-                self._begin(method, params, message)
+                self._begin(key, method, params)
 
     def from_server(self, data: bytes | None) -> None:
         """Take in what the server sends: any piece of it, and None at its end."""
         for line in self._server_lines.feed(data):
-            for message in self._messages(line) if self._pending or self._asked or self._unfinished else ():
-                key, method, params = _parts_of(message)
-                if (
-                    isinstance(key, str)
-                    and key.isdecimal()
-                    and not (key in self._pending or key in self._asked)
-                ):
-                    key = _json_int(key)  # clients of the SDKs take "7" for 7
-                result, failure = message.get("result"), message.get("error")
-                if method:  # the server counts its own ids
-                    self._unfinished.end_task(_text(_get(params, "taskId")), params)
-                elif key in self._asked:
-                    self._server = server_of(result) or self._server
-                    is_result = _get(result, "status") is None
-                    self._unfinished.end_task(self._asked.pop(key), result, is_result=is_result)
-                elif failure is not None:
-                    code = _text(_get(failure, "code"))
-                    text = (
-                        _text(_get(failure, "message"))
-                        or _text(failure)
-                        or "the server answered with an error"
-                    )
-                    self._finish(key, f"{text} ({code})" if code else text, code)
-                elif (call := self._pending.get(key)) is not None:
-                    if self._unfinished.put_answered(call, result):
-                        self._pending.pop(key, None)
-                    else:
-                        self._server = call.server = server_of(result) or self._server
-                        conclude(call, result)
-                        self._finish(key)
+            for message in self._messages(line) if self._pending or self._logger.unfinished else ():
+                self._take_answer(message)
+
+    def _take_answer(self, message: dict[str, Any]) -> None:
+        key, method, params = _parts_of(message)
+        if isinstance(key, str) and key.isdecimal() and key not in self._pending:
+            key = _json_int(key)  # clients of the SDKs take "7" for 7
+        pending, result, failure = self._pending.get(key), message.get("result"), message.get("error")
+        if method:  # the server counts its own ids
+            self._logger.unfinished.end_task(_text(_get(params, "taskId")), params)
+        elif isinstance(pending, tuple):
+            self._pending.pop(key, None)  # another thread may close all
+            self.see(*pending, result)
+        elif failure is not None:
+            code = _text(_get(failure, "code"))
+            text = _text(_get(failure, "message")) or _text(failure) or "the server answered with an error"
+            self._finish(key, f"{text} ({code})" if code else text, code)
+        elif pending is not None:
+            self.conclude(pending, result)
+            if pending.waits:
+                self._pending.pop(key, None)
+            else:
+                self._finish(key)
 
     def close(self, reason: str) -> None:
         """Record every unanswered call, with `reason` as its error."""
         for key in list(self._pending):
             self._finish(key, reason)
-        self._unfinished.close()
+        self._logger.unfinished.close()
 
-    def _messages(self, line: bytes | None, *, from_client: bool = False) -> list[dict[str, Any]]:
+    def _messages(self, line: bytes | None, *, is_client: bool = False) -> list[dict[str, Any]]:
         """Return the messages of a line as any reader may understand it; report what only some can read."""
         twice: list[dict[str, Any]] = []  # objects with a name twice, as readers of the first one see them
 
@@ -10561,83 +10244,77 @@ class StdioAudit:
             return last
 
         value, fault = None, ""
+        text = (line or b"").decode("utf-8", "replace").lstrip("\ufeff")
         try:
-            if line is None:
-                fault = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited"
-            else:
-                text = line.decode("utf-8", "replace").lstrip("\ufeff")
-                value = json.loads(text, parse_int=_json_int, object_pairs_hook=_object)
+            value = json.loads(text, parse_int=_json_int, object_pairs_hook=_object)
         except RecursionError:
             fault = "a message passed unaudited: it is nested too deeply to be read"
         except ValueError:
-            if from_client and text.strip() and not self._client_lines.is_part:
+            if line is None:
+                fault = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited"
+            elif is_client and text.strip() and not self._client_lines.is_part:
                 fault = "a line passed unaudited: it is no JSON, though a lenient server may execute it"
-        if from_client and any("method" in each for each in twice):
+        if is_client and any("method" in each for each in twice):
             fault = "a message names its method twice: servers may differ in what they execute"
         if fault:
-            self._on_fault(fault)
+            self.here.problems[None] = fault
         return [each for each in (value if isinstance(value, list) else [value]) if type(each) is dict]
 
-    def _begin(self, method: str, params: object, message: dict[str, Any]) -> None:
-        key = _key_of(message.get("id"))
-        origin = origin_of(types.SimpleNamespace(meta=_get(params, "_meta"), session=self, request_id=key))
-        origin["server"], details = self._server, origin.pop("details")
-        call = self._record(MCP_METHODS[method], name_of(params), _get(params, "arguments"), **origin)
-        call.details = details
-        call = self._unfinished.resumed(call, params)
+    def _begin(self, key: object, method: str, params: object) -> None:
+        context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self, request_id=key)
+        call = self.call_of(MCP_METHODS[method], context, params)
         if key is None:
             call.fail("sent without an id that could be answered")
             call.end()
             return
         self._finish(key, "its id was used again before it was answered")
-        try:
-            call.begin()
-        except AuditUnavailableError as error:
-            self.here.refused[key] = str(error)
-        else:
-            self._pending[key] = call
+        self._pending[key] = call
+        self._attempt(key, call.begin)
 
     def _finish(self, key: object, error: str | None = None, error_type: str | None = None) -> None:
         call = self._pending.pop(key, None)
-        if call is None:
-            return
-        if error is not None:
-            call.fail(error, error_type)
+        if isinstance(call, Call):
+            if error is not None:
+                call.fail(error, error_type)
+            self._attempt(key, call.end)
+
+    def _attempt(self, key: object, step: Callable[[], object]) -> None:
         try:
-            call.end()
-        except AuditUnavailableError as refusal:
-            self.here.refused[key] = str(refusal)
+            step()
+        except AuditUnavailableError as error:
+            self.here.problems[key] = str(error)
 
     def withdraw(self, line: bytes, reason: str) -> list[object]:
         """Record that a client's line was not passed on; return the ids that wait for an answer."""
         keys = [_parts_of(message)[0] for part in line.splitlines() for message in self._messages(part)]
         for key in keys:
             self._finish(key, reason, "AuditUnavailableError")
-        return [key for key in dict.fromkeys([*self.here.refused, *keys]) if key is not None]
+        return [*dict.fromkeys([*self.here.problems, *keys])]
 
 
-class _Found(threading.local):
-    """What a thread found in its piece: what a strict logger refused, by id, and a fault."""
-
-    fault = ""
+class _Here(threading.local):
+    """What a thread has found in its piece: by id what a strict logger refused, and by None a fault of it."""
 
     def __init__(self) -> None:
-        self.refused: dict[object, str] = {}
+        self.problems: dict[object, str] = {}
 
 
 def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
     """Return id, method ("" without one) and parameters; servers in Go take names in any case."""
-    method, params = message.get("method"), message.get("params")
-    if method is None or params is None:
-        members = {name.lower(): value for name, value in message.items() if value is not None}
-        method = members.get("method") if method is None else method
-        params = members.get("params") if params is None else params
+    members = {name.lower(): value for name, value in message.items() if value is not None}
+    method = message.get("method") or members.get("method")
+    params = message["params"] if message.get("params") is not None else members.get("params")
     return _key_of(message.get("id")), method if isinstance(method, str) else "", params
 
 
 def _key_of(value: object) -> object:
     """Return an id as a key; None for what is no id."""
     return value if type(value) in (str, int, float) else None
+
+
+def _json_int(text: str) -> int | str:
+    """Take a number of any length, as JavaScript does: no call may pass unseen because of one."""
+    return int(text) if len(text) <= 4000 else text  # below Python's limit of digits
 
 
 class _Lines:
@@ -10680,21 +10357,15 @@ class _Lines:
                 yield whole
 
 
-def _json_int(text: str) -> int | str:
-    """Take a number of any length, as JavaScript does: no call may pass unseen because of one."""
-    return int(text) if len(text) <= 4000 else text  # below Python's limit of digits
-
-
-# --- the server as a child
+_SIGTERM, _SIGKILL = 15, 9  # on each system with process groups
 
 
 class WrappedServer:
     """A stdio server as our child. A thread for each direction, and one that waits for the server's end.
 
-    Pieces are passed on as they come: nothing buffers, and a side that doesn't read makes the other wait. A
-    strict logger passes whole lines on, each once it is understood and on record. The child and what it
-    starts (`npx` starts the server itself) are a process group: it gets each signal that comes to us, and
-    nothing of it is left behind.
+    Pieces are passed on as they come; a side that doesn't read makes the other wait. A strict logger passes
+    whole lines on, each once it is understood and on record. The child and what it starts (`npx` starts the
+    server itself) are a process group: it gets each signal that we get, and nothing of it is left behind.
     """
 
     _PIECE_BYTES = 2**16
@@ -10704,11 +10375,10 @@ class WrappedServer:
     _process: subprocess.Popen[bytes]
 
     def __init__(self, command: Sequence[str], audit: AuditLogger) -> None:
-        self._command = list(command)
-        self._audit = audit
+        self._command, self._audit = list(command), audit
         self._strict = bool(audit.config.strict) and audit.enabled
         self._told = Diagnostics()
-        self._stdio = StdioAudit(audit.record, on_fault=self._on_fault)
+        self._stdio = StdioAudit(audit)
         self._client_gone = False
         self._end_at = inf  # when pending calls are recorded as unanswered
         self._pieces = 0  # that the server sent
@@ -10720,31 +10390,25 @@ class WrappedServer:
         import shutil
         import subprocess
 
-        program = shutil.which(self._command[0]) or self._command[0]  # Windows needs it for npx.cmd
+        # Windows needs the whole path for npx.cmd.
+        command = [shutil.which(self._command[0]) or self._command[0], *self._command[1:]]
         try:
-            self._process = subprocess.Popen(
-                [program, *self._command[1:]],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                bufsize=0,
-                preexec_fn=_child_setup(),  # no thread of ours runs yet, so it is safe
+            self._process = subprocess.Popen(  # no thread of ours runs yet, so `preexec_fn` is safe
+                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, preexec_fn=_child_setup()
             )
         except OSError as error:
             raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
         self._forward_signals()
-
-        def _started(task: Callable[[], object]) -> threading.Thread:
-            thread = threading.Thread(target=task, name=f"mxcp_audit {task.__name__}", daemon=True)
+        tasks = self._pass_requests, self._pass_answers, self._process.wait
+        _, answers, waiter = threads = [
+            threading.Thread(target=task, name=f"mxcp_audit {task.__name__}", daemon=True) for task in tasks
+        ]
+        for thread in threads:
             thread.start()
-            return thread
-
-        _started(self._pass_requests)
-        answers, waiter = _started(self._pass_answers), _started(self._process.wait)
         while waiter.is_alive():  # a signal before it sleeps is seen at the next turn
             waiter.join(0.2)
             if time.monotonic() >= self._end_at:
                 self._stdio.close("the client ended the server before it was answered")
-        code = self._process.returncode
         while answers.is_alive():
             before = self._pieces
             answers.join(self.GRACE_SECONDS)
@@ -10753,7 +10417,7 @@ class WrappedServer:
         self._end_group(_SIGTERM, _SIGKILL)
         who = "client" if self._client_gone else "server"
         self._stdio.close(f"the {who} went away before it was answered")
-        return code
+        return self._process.returncode
 
     def _forward_signals(self) -> None:
         import signal
@@ -10764,19 +10428,17 @@ class WrappedServer:
             with contextlib.suppress(OSError):
                 self._signal(number)
 
-        for name in self._SIGNALS:
-            number = getattr(signal, name, None)
-            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
+        for number in filter(None, (getattr(signal, name, None) for name in self._SIGNALS)):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
                 with contextlib.suppress(ValueError, OSError):
                     signal.signal(number, forward)
 
     def _pass_requests(self) -> None:
         assert self._process.stdin is not None
-        sink = self._process.stdin.fileno()
         try:
             for data in self._pieces_of(0):
                 if self._is_admitted(self._stdio.from_client, data):
-                    _write_all(sink, data)
+                    _write_all(self._process.stdin.fileno(), data)
                 else:
                     self._refuse_line(data)
         except OSError:  # the server reads no more: the client sees that, as it would without us
@@ -10796,7 +10458,7 @@ class WrappedServer:
             if self._is_admitted(self._stdio.from_server, data):
                 self._answer(data)
             else:
-                self._refuse(self._stdio.here.refused)
+                self._refuse(self._stdio.here.problems)
             self._is_reading = True
         self._is_admitted(self._stdio.from_server, None)
         _give_up(1)
@@ -10804,18 +10466,19 @@ class WrappedServer:
     def _pieces_of(self, fd: int) -> Iterator[bytes]:
         """Yield what comes, as it comes; for a strict logger in whole lines."""
         rest = bytearray()
-        while data := _read_piece(fd, self._PIECE_BYTES):
-            if not self._strict:
-                yield data
-                continue
-            rest += data
-            if b"\n" in data:
-                *lines, rest = rest.split(b"\n")
-                yield from (bytes(line + b"\n") for line in lines)
-            if len(rest) > MAX_MESSAGE_BYTES:
-                size = MAX_MESSAGE_BYTES >> 20
-                self._told.report("strict", f"a message longer than {size} MiB was refused")
-                rest = bytearray(b"too long")  # what follows of it is no message either
+        with contextlib.suppress(OSError):  # there may be no such file
+            while data := os.read(fd, self._PIECE_BYTES):
+                if not self._strict:
+                    yield data
+                    continue
+                rest += data
+                if b"\n" in data:
+                    *lines, rest = rest.split(b"\n")
+                    yield from (bytes(line + b"\n") for line in lines)
+                if len(rest) > MAX_MESSAGE_BYTES:
+                    size = f"{MAX_MESSAGE_BYTES >> 20} MiB"
+                    self._told.report("strict", f"a message longer than {size} was refused")
+                    rest = bytearray(b"too long")  # what follows of it is no message either
         if rest:
             yield bytes(rest + b"\n")  # some servers execute a last line that has no end
 
@@ -10823,41 +10486,35 @@ class WrappedServer:
         """Feed the bookkeeping; False if a strict logger can't vouch for what it was given."""
         if not self._audit.enabled:
             return True
-        here = self._stdio.here
-        here.fault, here.refused = "", {}
+        problems = self._stdio.here.problems = {}
         try:
             feed(data)
         except Exception as error:
-            self._on_fault(f"a message passed unaudited: {describe_exception(error)}")
-        return not (self._strict and (here.refused or here.fault))
+            problems[None] = f"a message passed unaudited: {describe_exception(error)}"
+        if None in problems and not self._strict:
+            self._told.report("wrap", problems[None])
+        return not (problems and self._strict)
 
     def _refuse_line(self, line: bytes) -> None:
-        """Answer each request of a line that is not passed on."""
-        here = self._stdio.here
-        texts, fault = dict(here.refused), here.fault.replace(" passed unaudited", " was refused")
-        reason = fault or "a call in the same line was refused"
+        texts = dict(self._stdio.here.problems)
+        fault = texts.pop(None, "a call in the same line was refused")
+        reason = fault.replace(" passed unaudited", " was refused")
         self._refuse({key: texts.get(key, reason) for key in self._stdio.withdraw(line, reason)})
         self._told.report("strict", next(iter(texts.values()), reason))
 
-    def _refuse(self, refused: Mapping[object, str]) -> None:
-        for key, text in refused.items():
-            error = {"code": -32000, "message": text}
-            self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
+    def _refuse(self, problems: Mapping[object, str]) -> None:
+        for key, text in problems.items():
+            if key is not None:
+                error = {"code": -32000, "message": text}
+                self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
 
     def _answer(self, data: bytes) -> None:
-        """Send something to the client, if it is still there."""
         with self._answering:
             if not self._client_gone:
                 try:
                     _write_all(1, data)
                 except OSError:  # what comes now is for the record only
                     self._client_gone = True
-
-    def _on_fault(self, problem: str) -> None:
-        if self._strict:
-            self._stdio.here.fault = problem
-        else:
-            self._told.report("wrap", problem)
 
     def _signal(self, number: int) -> None:
         """Send a signal to the server's process group, or where there are none to the server; 0 only asks."""
@@ -10870,45 +10527,26 @@ class WrappedServer:
 
     def _end_group(self, *numbers: int) -> None:
         """Send signals, each if the one before didn't end all: a launcher may be gone before its server."""
-        for number in numbers:
-            deadline = time.monotonic() + self.GRACE_SECONDS * (number != _SIGKILL)
-            try:
+        with contextlib.suppress(OSError):  # nobody is left
+            for number in numbers:
+                deadline = time.monotonic() + self.GRACE_SECONDS * (number != _SIGKILL)
                 self._signal(number)
                 while time.monotonic() < deadline:
                     self._signal(0)
                     time.sleep(0.02)
-            except OSError:  # nobody is left
-                return
-
-
-_SIGTERM = 15
-_SIGKILL = 9  # on each system with process groups
 
 
 def _child_setup() -> Callable[[], object] | None:
     """Return what a child calls first: it leads a process group, and on Linux dies with its parent."""
     if not hasattr(os, "setpgid"):
         return None
-    prctl: Callable[..., object] | None = None
-    with contextlib.suppress(ImportError, OSError, AttributeError):
-        import ctypes
+    steps: list[Callable[[], object]] = [functools.partial(os.setpgid, 0, 0)]
+    if sys.platform == "linux":
+        with contextlib.suppress(ImportError, OSError, AttributeError):
+            import ctypes
 
-        prctl = ctypes.CDLL(None).prctl if sys.platform == "linux" else None
-
-    def _set_up() -> None:
-        os.setpgid(0, 0)
-        if prctl is not None:
-            prctl(1, _SIGKILL)  # PR_SET_PDEATHSIG, prctl(2)
-
-    return _set_up
-
-
-def _read_piece(fd: int, size: int) -> bytes:
-    """Return what can be read, waiting for it; nothing at the end, or without such a file."""
-    try:
-        return os.read(fd, size)
-    except OSError:
-        return b""
+            steps.append(functools.partial(ctypes.CDLL(None).prctl, 1, _SIGKILL))  # PR_SET_PDEATHSIG
+    return lambda: [step() for step in steps]
 
 
 def _write_all(fd: int, data: bytes) -> None:

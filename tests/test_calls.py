@@ -14,6 +14,7 @@ import json
 import pickle
 import sys
 import threading
+import time
 import types
 import typing
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -805,7 +806,7 @@ def test_unfinished_calls_are_taken_oldest_first_and_given_up_when_they_are_too_
     for number, call in enumerate(calls):
         unfinished.put(("key", number % 2), call, f"not resumed {number}", 0.0 if number == 4 else 60.0)
     assert unfinished.take(("key", 0)) is calls[2] and unfinished.take(("key", 3)) is None
-    unfinished.expire()
+    unfinished.close(time.monotonic())
     assert unfinished and unfinished.take(("key", 0)) is None
     assert unfinished.take(("key", 1)) is calls[3] and not unfinished
     for number in (2, 3):
@@ -863,8 +864,7 @@ class Feeder:
 
     def __init__(self, audit: AuditLogger) -> None:
         self.audit = audit
-        self.faults: list[str] = []
-        self.stdio = mxcp_audit.StdioAudit(audit.record, on_fault=self.faults.append)
+        self.stdio = mxcp_audit.StdioAudit(audit)
 
     def client(self, *messages: object) -> None:
         for message in messages:
@@ -1005,7 +1005,8 @@ def test_stdio_lines_that_are_no_calls_pass(feeder: Feeder, line: bytes) -> None
     feeder.server(answer(1))
     assert outcome(feeder.audit) == [("t", "{}", "success", None)]
     is_json = line[:1] in (b"", b"1", b"[", b"{")
-    assert feeder.faults == [] if is_json else "no JSON" in feeder.faults[0]
+    problems = feeder.stdio.here.problems
+    assert not problems if is_json else "no JSON" in problems[None]
 
 
 def test_stdio_number_of_ten_thousand_digits_does_not_hide_a_call(feeder: Feeder) -> None:
@@ -1018,9 +1019,10 @@ def test_stdio_number_of_ten_thousand_digits_does_not_hide_a_call(feeder: Feeder
 
 def test_stdio_too_deep_or_too_long_is_a_fault(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> None:
     feeder.stdio.from_client(b'{"a":' + b"[" * 200_000 + b"\n")
+    assert "nested too deeply" in feeder.stdio.here.problems.pop(None)
     monkeypatch.setattr(mxcp_audit, "MAX_MESSAGE_BYTES", 1000)
     feeder.stdio.from_client(b"x" * 600)
     feeder.stdio.from_client(b"x" * 600 + b"\n" + json.dumps(request(1)).encode() + b"\n")
     feeder.server(answer(1))
-    assert len(feeder.faults) == 2
+    assert "longer than" in feeder.stdio.here.problems[None]
     assert outcome(feeder.audit) == [("t", "{}", "success", None)]

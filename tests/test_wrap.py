@@ -231,6 +231,7 @@ def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pyt
     """Random streams, in random pieces, against a reader with universal newlines and one with LF alone."""
     count = int(os.environ.get("MXCP_AUDIT_STREAMS", "1500"))
     dice = random.Random(count)
+    logger = mxcp_audit.AuditLogger("unused.duckdb", enabled=False)
     for _ in range(count):
         data, number = b"", 0
         for _ in range(dice.randrange(1, 7)):
@@ -243,8 +244,8 @@ def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pyt
                 data += dice.choice((b"x", b" ", b"{", b"}", b"[", b"]", b"null", b'"a\\nb"', b"[]", b","))
             data += dice.choice((b"\n", b"\r", b"\r\n", b"\n\n", b"", b"\r\r"))
         seen: list[object] = []
-        audit = mxcp_audit.StdioAudit(lambda *_, **__: None, on_fault=lambda _: None)  # type: ignore[arg-type, return-value]
-        monkeypatch.setattr(audit, "_begin", lambda method, params, message: seen.append(message["id"]))  # noqa: B023
+        audit = mxcp_audit.StdioAudit(logger)
+        monkeypatch.setattr(audit, "_begin", lambda key, method, params: seen.append(key))  # noqa: B023
         start = 0
         while start < len(data):
             end = start + dice.randrange(1, 40)
@@ -260,11 +261,9 @@ def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pyt
     "line", [b"{'method': 'tools/call'}", b'{"method": "ping", "method": "tools/call", "id": 1}', b"{,}"]
 )
 def test_stdio_what_only_some_servers_can_read_is_told(line: bytes) -> None:
-    faults: list[str] = []
-    audit = mxcp_audit.StdioAudit(lambda *_, **__: None, on_fault=faults.append)  # type: ignore[arg-type, return-value]
-    with contextlib.suppress(AttributeError):
-        audit.from_client(line + b"\n")
-    assert len(faults) == 1
+    audit = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False))
+    audit.from_client(line + b"\n")
+    assert len(audit.here.problems) == 1
 
 
 def test_wrap_signals_reach_the_server(tmp_path: Path) -> None:
@@ -529,7 +528,7 @@ def message(**members: object) -> bytes:
 
 def test_stdio_legs_of_a_call_that_asks_for_input_are_one_row(tmp_path: Path, cli: Cli) -> None:
     with mxcp_audit.AuditLogger(tmp_path / "log.duckdb") as audit:
-        stdio = mxcp_audit.StdioAudit(audit.record, on_fault=pytest.fail)
+        stdio = mxcp_audit.StdioAudit(audit)
         delete = {"name": "delete_user", "arguments": {"id": 7}}
         for key, answers in ((1, True), (3, False)):
             stdio.from_client(message(id=key, method="tools/call", params=delete))
@@ -540,6 +539,7 @@ def test_stdio_legs_of_a_call_that_asks_for_input_are_one_row(tmp_path: Path, cl
                 stdio.from_client(message(id=key + 1, method="tools/call", params=more))
                 stdio.from_server(message(id=key + 1, result={"content": [{"type": "text", "text": "gone"}]}))
         stdio.close("over")
+        assert not stdio.here.problems
     assert [(event["status"], event["error"]) for event in events(cli)] == [
         ("success", None),
         ("error", "not resumed: input required"),
@@ -549,7 +549,7 @@ def test_stdio_legs_of_a_call_that_asks_for_input_are_one_row(tmp_path: Path, cl
 @pytest.mark.parametrize(("status", "expected"), [("completed", "success"), ("failed", "error")])
 def test_stdio_task_is_recorded_when_it_ends(tmp_path: Path, cli: Cli, status: str, expected: str) -> None:
     with mxcp_audit.AuditLogger(tmp_path / "log.duckdb") as audit:
-        stdio = mxcp_audit.StdioAudit(audit.record, on_fault=pytest.fail)
+        stdio = mxcp_audit.StdioAudit(audit)
         info = {"clientInfo": {"name": "vscode", "version": "1.101"}}
         stdio.from_client(message(id=0, method="initialize", params=info))
         stdio.from_server(message(id=0, result={"serverInfo": {"name": "shop"}}))
