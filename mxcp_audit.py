@@ -7066,7 +7066,7 @@ FROM (SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows)"""
 class Filter(NamedTuple):
     """Which events are meant. Everything that is set must hold; within a tuple, any of it.
 
-    Names may hold `*` for any text. Times are naive UTC texts, as `sql_time` returns them.
+    Names may hold `*` for any text. Times are naive UTC texts.
     """
 
     tools: tuple[str, ...] = ()
@@ -7933,8 +7933,8 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
 # == Ledger ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target
 #
-# What is in the database, sealed: docs/security.md says what this proves, to whom, and what it doesn't.
-# Everything that changes `logs` does it in `Ledger.writing`, and enters there what it did.
+# What is in the database, sealed: docs/security.md says what this proves. Everything that changes `logs`
+# does it in `Ledger.writing`, and enters there what it did.
 
 
 class Head(NamedTuple):
@@ -8250,9 +8250,8 @@ class Ingest:
                 entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
                 where = among("segment", known)
                 engine.execute(f"DELETE FROM batch WHERE {where}")
-                # So the next checkpoint writes: after an fsync that failed, the disk may lack what we read.
-                touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
-                if target.is_file:
+                if target.is_file:  # the next checkpoint writes: after a failed fsync the disk may lack it
+                    touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
                     engine.execute(f"{touch} AND {where}")
             losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
@@ -8501,8 +8500,8 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
 
-        It can read the log and nothing else: files, extensions and settings are locked, for the rest of the
-        session. Values are those of JSON; what it lacks (times, intervals, bytes) is text.
+        It can read nothing else: files, extensions and settings are locked for the rest of the session.
+        Values are those of JSON; what it lacks (times, intervals, bytes) is text.
         """
         ask = self.engine.execute
         self.freeze_journal()
@@ -8536,11 +8535,7 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         bom: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Write the matching events to a file, with all columns, and return their number.
-
-        The file appears whole or not at all, with mode 0600; an older one is replaced. A `.duckdb` file has
-        the table `logs`, so that every command can read it by `--db`.
-        """
+        """Write the matching events to a file, whole or not at all, with mode 0600; return their number."""
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
         ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
         expected: int = matching if count is None else min(count, matching)
@@ -8665,8 +8660,8 @@ def interruptible(engine: Engine) -> Iterator[None]:
 # == Evidence ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first: what
-# was changed stays known as changed when it is gone.
+# Recomputes what the ledger says and names the differences. A purge asks here first: what was changed stays
+# known as changed when it is gone.
 
 _MAX_FINDINGS = 1000  # more are counted, not kept
 _MAX_EXPLAINED = 100  # after so many findings no events are named
@@ -9324,11 +9319,7 @@ class Store:
 
     Methods try for `wait` seconds while another process holds the database. They raise StoreError if the
     database can't be used (DatabaseNotFoundError: there is none), and ConfigError if the key file can't.
-
-    Args:
-        config: says where both are.
-        diagnostics: counts what was ingested and rejected.
-        opener: makes engines, for tests.
+    `diagnostics` counts what was ingested and rejected.
     """
 
     def __init__(
@@ -9367,9 +9358,8 @@ class Store:
             self.journal.bind(os.path.realpath(target.path) if target.is_file else target.name)
             problems = self._run_ingest(wait)
             try:
-                target.tend_lake()
-            except DatabaseLockedError:  # somebody else is at it
-                pass
+                with contextlib.suppress(DatabaseLockedError):  # somebody else is at it
+                    target.tend_lake()
             except AuditError as error:
                 self._diagnostics.report("lake", "small files could not be merged", error=error)
             try:
@@ -9395,8 +9385,7 @@ class Store:
                         pass
                 return self._ingest.run()
             except DatabaseCorruptError as error:
-                aside = self.target.set_wal_aside() if DAMAGED_WAL in str(error) else None
-                if aside is None:
+                if not (DAMAGED_WAL in str(error) and (aside := self.target.set_wal_aside())):
                     raise
                 text = (
                     f"the database's WAL was damaged and is {aside} now; what it held is taken in once more"
@@ -9446,12 +9435,10 @@ class Store:
         """Return how many events of a segment are in the database and the time of the last, or None."""
         if self.target.is_absent():
             return None
+        sql = "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') FROM audit.ledger "
+        sql += "WHERE kind = 'segment' AND segment = $segment"
         with self._ledger(0.0) as engine:
-            found = engine and engine.execute(
-                "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') "
-                "FROM audit.ledger WHERE kind = 'segment' AND segment = $segment",
-                {"segment": segment_id},
-            )
+            found = engine and engine.execute(sql, {"segment": segment_id})
         return found[0] if found else None
 
     # --- proving
@@ -9474,7 +9461,7 @@ class Store:
 
         Args:
             checkpoint: heads noted earlier, which the chains must still lead through.
-            since: naive UTC text; older segments are not recomputed, their chain is.
+            since: naive UTC text; of older segments, only the chain is recomputed.
             progress: called with the events done and their total.
         """
         keys = seal_keys()
@@ -9521,7 +9508,7 @@ class Store:
 
         Args:
             before: naive UTC text.
-            archive: a directory; what is deleted is written there first, and read back.
+            archive: a directory, where the events are written first, and read back.
             dry_run: only return what would be deleted.
 
         Raises:
@@ -9534,10 +9521,10 @@ class Store:
             return purge_before(engine, self.target, before, archive)
 
     def backup(self, path: str, *, wait: float = 5.0) -> int:
-        """Copy the whole log into one database file, as of one moment, while servers run.
+        """Copy the whole log, as of one moment, into one database file; return how many events that holds.
 
-        Returns how many events the copy holds. Raises StoreError if `path` exists, or the copy can't be
-        written or differs.
+        Raises:
+            StoreError: `path` exists, or the copy can't be written or differs.
         """
         self._refuse_remote("backup")
         self.refuse_own_files(path)
@@ -9562,8 +9549,8 @@ class Store:
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
         """Put a backup in place of the database, with all that the database holds besides.
 
-        The replaced database stays beside it under another name, and the journal as it is. Events that were
-        purged since the backup return. If the database holds all of the backup, nothing is changed.
+        The old database stays beside it under another name, the journal as it is. Events that were purged
+        since the backup return. If the database holds all of the backup, nothing is changed.
 
         Raises:
             StoreError: nothing was changed, because something would be lost.
@@ -9603,7 +9590,7 @@ class Store:
         return Restored(events, events - before, kept)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
-        """Write the database anew, without the room that purged rows left, and return both sizes in bytes.
+        """Write the database anew, without the room of purged rows, and return both sizes in bytes.
 
         Raises:
             StoreError: the old database is still in place.
