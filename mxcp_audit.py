@@ -7004,14 +7004,10 @@ _INVISIBLE = (
 )
 FORMULA = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
 # What COPY is told for each export format, which is called as the extension of a file.
-_COPY_OPTIONS = {
-    "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
-    "json": "FORMAT json, ARRAY true",
-    "jsonl": "FORMAT json, ARRAY false",
-}
+_CSV = "csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)"
 COPY_OPTIONS = {
-    name + suffix: f"{options}, COMPRESSION {codec}, USE_TMP_FILE false"
-    for name, options in _COPY_OPTIONS.items()
+    name + suffix: f"FORMAT {options}, COMPRESSION {codec}, USE_TMP_FILE false"
+    for name, options in (("csv", _CSV), ("json", "json, ARRAY true"), ("jsonl", "json, ARRAY false"))
     for suffix, codec in (("", "none"), (".gz", "gzip"), (".zst", "zstd"))
 } | {"parquet": "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"}
 EXPORT_FORMATS = (*COPY_OPTIONS, "duckdb", "sqlite")
@@ -7837,10 +7833,8 @@ class Target:
         except QueryError as error:
             if "permission denied" in (reason := str(error).splitlines()[0]):
                 raise
-            text = (
-                f"{self.name}: its table `logs` takes no events of ours ({reason}); put that constraint or "
-            )
-            raise StoreError(text + "view away, or set `path` to a database of our own") from error
+            text = f"its table `logs` takes no events of ours ({reason}); put that constraint or view away, "
+            raise StoreError(f"{self.name}: {text}or set `path` to a database of our own") from error
 
     def create_tables(self, engine: Engine) -> None:
         """Make missing tables and columns, and what lets two ingests of a journal collide."""
@@ -7918,10 +7912,8 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
             file = f"{name}.duckdb_extension"
             source = file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
             if source is None:
-                text = (
-                    f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or pip "
-                )
-                text += f"install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
+                text = f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
+                text += f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
                 raise DatabaseUnreachableError(text)
             source = sql_literal(source)
         if not states.get(name):
@@ -8156,9 +8148,8 @@ class Ingest:
                 self._diagnostics.ingested += claim.lines - faults
                 self._reject(claim, faults)
             if claim.torn:
-                self._diagnostics.report(
-                    "torn", f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
-                )
+                text = f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
+                self._diagnostics.report("torn", text)
             try:
                 os.unlink(claim.path)
             except OSError as error:
@@ -8258,11 +8249,8 @@ class Ingest:
                 target.change_logs(engine, INSERT_ROWS)
                 entries.append(entries_of(fresh))
                 text = "lines that could not be ingested, kept in the journal as .rejected"
-                entries += [
-                    entry_of("loss", losses[segment], text, segment=segment)
-                    for segment in fresh
-                    if losses.get(segment)
-                ]
+                lossy = [segment for segment in fresh if losses.get(segment)]
+                entries += [entry_of("loss", losses[each], text, segment=each) for each in lossy]
             of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
             for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
                 loss = of_writers[segment]
@@ -8322,9 +8310,8 @@ def refuse_fatal_limit() -> None:
 
     fatal = getattr(signal, "SIGXFSZ", None)
     if fatal and signal.getsignal(fatal) is signal.SIG_DFL and file_size_limit() != float("inf"):
-        raise StoreError(
-            "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
-        )
+        text = "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
+        raise StoreError(text)
 
 
 # == Reading ==
@@ -9065,32 +9052,25 @@ HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)
 EXCEPT SELECT segment FROM sound_ledger
 WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
     engine.execute(scope, {"moment": before})
-    digest = hashlib.sha256()
-    found: dict[str, Compared] = {}
-    positions: dict[str, list[int]] = {}
+    digest, found = hashlib.sha256(), dict[str, Compared]()
+    positions = collections.defaultdict[str, list[int]](list)
     wrong: dict[str, tuple[int, str | None, int]] = {}
     for row in verdict.compare(scoped=True):
         if row.segment not in found:  # else it has a second entry
             digest.update((row.digest or "").encode())
         found[row.segment] = row
         if row.position > 0:
-            positions.setdefault(row.journal, []).append(row.position)
+            positions[row.journal].append(row.position)
         if has_ledger and not (row.as_due and (row.journal, row.position) not in verdict.doubted):
             entered = row.entered + wrong.get(row.segment, (0, "", 0))[2]
             wrong[row.segment] = (row.found, row.digest, entered)
     events = sum(row.found for row in found.values())
+    first = min((row.first for row in found.values() if row.first is not None), default=None)
+    last = max((row.last for row in found.values() if row.last is not None), default=None)
+    removed = {journal: list(runs_of(places)) for journal, places in sorted(positions.items())}
     ((old,),) = engine.execute(f"SELECT count(*) {OLD}", {"moment": before})
-    return Removal(
-        before,
-        events,
-        len(found),
-        old - events,
-        min((row.first for row in found.values() if row.first is not None), default=None),
-        max((row.last for row in found.values() if row.last is not None), default=None),
-        digest.hexdigest(),
-        {journal: list(runs_of(places)) for journal, places in sorted(positions.items())},
-        wrong,
-    )
+    kept = old - events
+    return Removal(before, events, len(found), kept, first, last, digest.hexdigest(), removed, wrong)
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
@@ -9106,10 +9086,11 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
             if events != removal.events:
                 raise StoreError(f"{events} events are older than {before}, not {removal.events}; try again")
             engine.execute(f"DELETE {OLD} AND {IN_SCOPE}", {"moment": before})
-            detail = {"before": microseconds(before), "removed": removal.removed, "wrong": removal.wrong}
-            text = json.dumps({**detail, "archive": removal.archive}, separators=(",", ":"))
-            span = {"first_event": removal.first_event, "last_event": removal.last_event}
-            target.enter(engine, [entry_of("purge", events, text, digest=removal.digest, **span)])
+            what = removal._asdict()
+            detail = {name: what[name] for name in ("removed", "wrong", "archive")}
+            text = json.dumps({"before": microseconds(before), **detail}, separators=(",", ":"))
+            span = {name: what[name] for name in ("first_event", "last_event", "digest")}
+            target.enter(engine, [entry_of("purge", events, text, **span)])
     return removal
 
 
@@ -9246,23 +9227,18 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
                 engine.execute(INSERT_ROWS)
                 segments = [segment for (segment,) in engine.execute("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
+                rest = engine.execute(losses + unknown.format("loss"))
                 entries = [entries_of(segments)] if segments else []
-                entries += [
-                    entry_of("loss", events, detail, segment=segment)
-                    for events, detail, segment in engine.execute(losses + unknown.format("loss"))
-                ]
+                entries += [entry_of("loss", *loss, segment=segment) for *loss, segment in rest]
                 if entries:
                     target.enter(engine, entries)
             present_now = sound_rows(target.columns(engine)["logs"])
             ((missing,),) = engine.execute(f"SELECT count(*) FROM ({rows} EXCEPT ALL {present_now})")
             if missing:
-                raise StoreError(
-                    f"{place} holds {counted(missing, 'row')} that would be lost; move it "
-                    "and its .wal aside to restore without them"
-                )
-        ((fresh, old),) = engine.execute(
-            f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))"
-        )
+                text = f"{place} holds {counted(missing, 'row')} that would be lost; "
+                raise StoreError(f"{text}move it and its .wal aside to restore without them")
+        counts = f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))"
+        ((fresh, old),) = engine.execute(counts)
         engine.execute("DETACH ours")
     return fresh, old
 
@@ -9310,6 +9286,7 @@ def _put_in_place(path: str, target: str) -> None:
 #
 # What can be done with the log of a configuration, in the order that keeps others out.
 
+_WRITTEN_MEANWHILE = ": another process wrote to it meanwhile; try again"
 _LOSS_DAYS = 30  # how long lost events are pointed out
 _PROBE_SECONDS = (0.03, 0.6)  # the first and the longest pause between two tries for the database
 
@@ -9387,10 +9364,8 @@ class Store:
             except DatabaseCorruptError as error:
                 if not (DAMAGED_WAL in str(error) and (aside := self.target.set_wal_aside())):
                     raise
-                text = (
-                    f"the database's WAL was damaged and is {aside} now; what it held is taken in once more"
-                )
-                self._diagnostics.report("wal", text)
+                text = f"was damaged and is {aside} now; what it held is taken in once more"
+                self._diagnostics.report("wal", f"the database's WAL {text}")
             except DatabaseLockedError:
                 if time.monotonic() + pause >= end:
                     raise
@@ -9580,9 +9555,7 @@ class Store:
                 kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
                 with target.session(read_only=True, wait=wait):
                     if _stamp_of(os.stat(place)) != _stamp_of(ours):
-                        raise DatabaseLockedError(
-                            f"{place}: another process wrote to it meanwhile; try again"
-                        )
+                        raise DatabaseLockedError(place + _WRITTEN_MEANWHILE)
                     _put_in_place(place, kept)
                     take_after(copy, ours)
                     os.replace(copy, place)
@@ -9605,7 +9578,7 @@ class Store:
             with target.session(read_only=True, wait=wait) as engine:
                 old = os.stat(path)
                 if _size_of(path + ".wal"):
-                    raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
+                    raise DatabaseLockedError(path + _WRITTEN_MEANWHILE)
                 with _scratch(path, f"{path} can't be written anew", name="compact") as scratch:
                     fresh = os.path.join(scratch, "copy")
                     _copy_database(engine, target, fresh)
