@@ -9034,8 +9034,6 @@ class Removal(NamedTuple):
 
 
 _PURGE_RANGE_EVENTS = 200_000  # fewer than _RANGE_EVENTS: a server's guest may purge
-_MANIFEST = "manifest.json"
-_ALIEN = "not-as-entered.parquet"
 
 
 def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
@@ -9106,8 +9104,8 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             give_to_owner(directory)
     except OSError as error:
         raise StoreError(f"{problem}: {error.strerror}") from error
-    files: list[dict[str, object]] = []
-    params = {"wrong": sorted(removal.wrong), "apart": _ALIEN}
+    files: dict[str, dict[str, object]] = {}
+    params = {"wrong": sorted(removal.wrong), "apart": "not-as-entered.parquet"}
     digest = hashlib.sha256()
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
         for file, events in engine.execute(OLD_FILES, params):
@@ -9116,9 +9114,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             rows = bind(OLD_OF_FILE, {**params, "name": file})
             engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
             sync_file(path)
-            files.append({"name": file, "events": events, "sha256": file_digest(path)})
+            files[path] = {"name": file, "events": events, "sha256": file_digest(path)}
         if files:
-            paths = sql_literal([os.path.join(scratch, str(file["name"])) for file in files])
+            paths = sql_literal(list(files))
             rows = digests(f"read_parquet({paths}, hive_partitioning = false)", segment=SEGMENT_OR_DAY)
             for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
                 digest.update(part.encode())
@@ -9132,9 +9130,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             "digest": removal.digest,
             "not_as_entered": sorted(removal.wrong),
             "heads": [head._asdict() for head in chain_heads(engine)],
-            "files": files,
+            "files": list(files.values()),
         }
-        write_file(os.path.join(scratch, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+        write_file(os.path.join(scratch, "manifest.json"), json.dumps(manifest, indent=1).encode() + b"\n")
         sync_directory(scratch)
         os.rename(scratch, os.path.join(directory, name))
         sync_directory(directory)
