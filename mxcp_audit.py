@@ -7456,11 +7456,9 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
 
     # The package's own `duckdb` on PATH is a Python wrapper, which costs an interpreter's start.
     paths = (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe"))
-    return (
-        environ.get("MXCP_AUDIT_DUCKDB")
-        or next((path for path in paths if path and os.access(path, os.X_OK)), None)
-        or shutil.which("duckdb", path=environ.get("PATH"))
-    )
+    ours = next((path for path in paths if path and os.access(path, os.X_OK)), None)
+    named = environ.get("MXCP_AUDIT_DUCKDB")
+    return named or ours or shutil.which("duckdb", path=environ.get("PATH"))
 
 
 def file_of_package(name: str, *parts: str) -> str | None:
@@ -7991,11 +7989,11 @@ def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> s
 
 # --- writing and asking
 
-_LEGACY_ROWS = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
+_LEGACY_ROWS = 250_000  # whose hashes fit a guest's memory
 
 
 class Ledger(Target):
-    """A target with its ledger, in which it continues the chain of one journal."""
+    """A target with its ledger, which continues the chain of one journal."""
 
     head: Head | None = None  # as this process last committed it
     _next_head: Head | None = None  # within a transaction
@@ -8063,7 +8061,6 @@ def is_ledger_empty(engine: Engine) -> bool:
 
 
 def chain_heads(engine: Engine) -> list[Head]:
-    """Return the end of each journal's chain."""
     rows = engine.execute(
         "SELECT journal, max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, "
         "arg_max(seal, position) FROM audit.ledger GROUP BY journal ORDER BY journal"
@@ -8089,7 +8086,7 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 #
 # Moves segments into `logs` exactly once, as docs/design.md tells. The caller holds the ingest lock.
 
-INGEST_BYTES = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
+INGEST_BYTES = 64 * 2**20  # of journal in one transaction: fits a guest's memory
 _LONGEST_READ = 2**28  # a longer line is put aside: DuckDB would need twice its size
 _LEAST_READ = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
@@ -8097,7 +8094,7 @@ _CONFLICT_SECONDS = 1.5  # an ingest is tried again while other hosts write at t
 
 
 class Ingest:
-    """Takes the journal's sealed and orphaned segments, and losses, into the database."""
+    """Takes sealed and orphaned segments, and losses, into the database."""
 
     def __init__(self, target: Ledger, diagnostics: Diagnostics) -> None:
         self._target = target
@@ -8610,7 +8607,6 @@ def _meanwhile(act: Callable[[], object], seconds: float, name: str) -> Iterator
 
 
 def _watched(path: str, progress: Callable[[int], None] | None) -> contextlib.AbstractContextManager[None]:
-    """Report a file's size every half second during the block."""
     if progress is None:
         return contextlib.nullcontext()
     return _meanwhile(lambda: progress(_size_of(path)), 0.5, "progress")
@@ -8982,7 +8978,6 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
 
 
 def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
-    """Run `ssh-keygen -Y` over a checkpoint without its signature."""
     import subprocess
 
     signed = {name: value for name, value in checkpoint.items() if name != "signature"}
@@ -9258,7 +9253,6 @@ def _copy_database(engine: Engine, target: Target, path: str) -> None:
 
 
 def _copy_journal(paths: Iterable[str], directory: str) -> None:
-    """Copy the whole lines of segments into a new directory."""
     os.mkdir(directory, _DIRECTORY_MODE)
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
@@ -9351,7 +9345,7 @@ class Store:
         return {"done": True, "retained": self._retention is None, "head": head}
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
-        """Ingest, and wait for a database that others hold."""
+        """Ingest; wait for a database that others hold."""
         end, pause, is_held = time.monotonic() + wait, _PROBE_SECONDS[0], False
         while True:
             try:
@@ -9855,7 +9849,6 @@ class Checkup:
             pass
 
     def _examine_calls(self, reading: Reading) -> None:
-        """Report calls that hang, and those that a strict logger refused."""
         for row in reading.running(Filter(min_ms=_HANGS_MS)):
             problem = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
             self._fault(problem, "see `log --running`; if it hangs, end it or its server")
