@@ -1737,9 +1737,10 @@ class _Rules:
                 heads = sum(map(bool, shown)) > 1 and re.fullmatch(rf"[\w{signs}#/\n-]*", "\n".join(shown))
                 columns = len(cells) if heads and hidden and not inner else 0
                 value = max(hidden, default=0) + 1  # `| API key | X |`
-                if not hidden or line.lstrip()[:1] != "|" or value >= len(shown):
-                    continue
-                if not _looks_secret(shown[value]):
+                pair = (
+                    hidden and row[0].lstrip()[:1] == "|" and _looks_secret("".join(shown[value : value + 1]))
+                )
+                if not pair:
                     continue
                 hidden, columns = [value], 0
             for index in hidden:
@@ -1891,8 +1892,8 @@ class _Rules:
         if quoted or text[at : at + 1] in ("[", "{"):
             function = lead == " => " and text[at] == "{"
             named = re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown)  # `key="DbPassword"`
-            listed = not quoted and not any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown)))
-            return None if function or (bare_key and (named or listed)) else value
+            words = not quoted and not any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown)))
+            return None if function or (bare_key and (named or words)) else value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
             if len(indent) > len(line) or text[at : at + 2] == "- ":
@@ -6395,14 +6396,10 @@ _INVISIBLE = (
 )
 FORMULA = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
 # What COPY is told for each export format, which is called as the extension of a file.
-_COPY_OPTIONS = {
-    "csv": "FORMAT csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)",
-    "json": "FORMAT json, ARRAY true",
-    "jsonl": "FORMAT json, ARRAY false",
-}
+_CSV = "csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)"
 COPY_OPTIONS = {
-    name + suffix: f"{options}, COMPRESSION {codec}, USE_TMP_FILE false"
-    for name, options in _COPY_OPTIONS.items()
+    name + suffix: f"FORMAT {options}, COMPRESSION {codec}, USE_TMP_FILE false"
+    for name, options in (("csv", _CSV), ("json", "json, ARRAY true"), ("jsonl", "json, ARRAY false"))
     for suffix, codec in (("", "none"), (".gz", "gzip"), (".zst", "zstd"))
 } | {"parquet": "FORMAT parquet, COMPRESSION zstd, USE_TMP_FILE false"}
 EXPORT_FORMATS = (*COPY_OPTIONS, "duckdb", "sqlite")
@@ -6457,7 +6454,7 @@ FROM (SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows)"""
 class Filter(NamedTuple):
     """Which events are meant. Everything that is set must hold; within a tuple, any of it.
 
-    Names may hold `*` for any text. Times are naive UTC texts, as `sql_time` returns them.
+    Names may hold `*` for any text. Times are naive UTC texts.
     """
 
     tools: tuple[str, ...] = ()
@@ -6851,11 +6848,9 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
 
     # The package's own `duckdb` on PATH is a Python wrapper, which costs an interpreter's start.
     paths = (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe"))
-    return (
-        environ.get("MXCP_AUDIT_DUCKDB")
-        or next((path for path in paths if path and os.access(path, os.X_OK)), None)
-        or shutil.which("duckdb", path=environ.get("PATH"))
-    )
+    ours = next((path for path in paths if path and os.access(path, os.X_OK)), None)
+    named = environ.get("MXCP_AUDIT_DUCKDB")
+    return named or ours or shutil.which("duckdb", path=environ.get("PATH"))
 
 
 def file_of_package(name: str, *parts: str) -> str | None:
@@ -7228,10 +7223,8 @@ class Target:
         except QueryError as error:
             if "permission denied" in (reason := str(error).splitlines()[0]):
                 raise
-            text = (
-                f"{self.name}: its table `logs` takes no events of ours ({reason}); put that constraint or "
-            )
-            raise StoreError(text + "view away, or set `path` to a database of our own") from error
+            text = f"its table `logs` takes no events of ours ({reason}); put that constraint or view away, "
+            raise StoreError(f"{self.name}: {text}or set `path` to a database of our own") from error
 
     def create_tables(self, engine: Engine) -> None:
         """Make missing tables and columns, and what lets two ingests of a journal collide."""
@@ -7309,10 +7302,8 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
             file = f"{name}.duckdb_extension"
             source = file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
             if source is None:
-                text = (
-                    f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or pip "
-                )
-                text += f"install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
+                text = f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
+                text += f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
                 raise DatabaseUnreachableError(text)
             source = sql_literal(source)
         if not states.get(name):
@@ -7324,8 +7315,8 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
 # == Ledger ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target
 #
-# What is in the database, sealed: docs/security.md says what this proves, to whom, and what it doesn't.
-# Everything that changes `logs` does it in `Ledger.writing`, and enters there what it did.
+# What is in the database, sealed: docs/security.md says what this proves. Everything that changes `logs`
+# does it in `Ledger.writing`, and enters there what it did.
 
 
 class Head(NamedTuple):
@@ -7390,11 +7381,11 @@ def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> s
 
 # --- writing and asking
 
-_LEGACY_ROWS = 250_000  # arbitrary: how many hashes of old rows a guest's memory takes at once
+_LEGACY_ROWS = 250_000  # whose hashes fit a guest's memory
 
 
 class Ledger(Target):
-    """A target with its ledger, in which it continues the chain of one journal."""
+    """A target with its ledger, which continues the chain of one journal."""
 
     head: Head | None = None  # as this process last committed it
     _next_head: Head | None = None  # within a transaction
@@ -7462,7 +7453,6 @@ def is_ledger_empty(engine: Engine) -> bool:
 
 
 def chain_heads(engine: Engine) -> list[Head]:
-    """Return the end of each journal's chain."""
     rows = engine.execute(
         "SELECT journal, max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, "
         "arg_max(seal, position) FROM audit.ledger GROUP BY journal ORDER BY journal"
@@ -7488,7 +7478,7 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 #
 # Moves segments into `logs` exactly once, as docs/design.md tells. The caller holds the ingest lock.
 
-INGEST_BYTES = 64 * 2**20  # of journal, in one transaction: what fits a guest's memory
+INGEST_BYTES = 64 * 2**20  # of journal in one transaction: fits a guest's memory
 _LONGEST_READ = 2**28  # a longer line is put aside: DuckDB would need twice its size
 _LEAST_READ = 2**20  # fits any memory in which DuckDB works at all
 _LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
@@ -7496,7 +7486,7 @@ _CONFLICT_SECONDS = 1.5  # an ingest is tried again while other hosts write at t
 
 
 class Ingest:
-    """Takes the journal's sealed and orphaned segments, and losses, into the database."""
+    """Takes sealed and orphaned segments, and losses, into the database."""
 
     def __init__(self, target: Ledger, diagnostics: Diagnostics) -> None:
         self._target = target
@@ -7547,9 +7537,8 @@ class Ingest:
                 self._diagnostics.ingested += claim.lines - faults
                 self._reject(claim, faults)
             if claim.torn:
-                self._diagnostics.report(
-                    "torn", f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
-                )
+                text = f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
+                self._diagnostics.report("torn", text)
             try:
                 os.unlink(claim.path)
             except OSError as error:
@@ -7641,20 +7630,16 @@ class Ingest:
                 entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
                 where = among("segment", known)
                 engine.execute(f"DELETE FROM batch WHERE {where}")
-                # So the next checkpoint writes: after an fsync that failed, the disk may lack what we read.
-                touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
-                if target.is_file:
+                if target.is_file:  # the next checkpoint writes: after a failed fsync the disk may lack it
+                    touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
                     engine.execute(f"{touch} AND {where}")
             losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
                 target.change_logs(engine, INSERT_ROWS)
                 entries.append(entries_of(fresh))
                 text = "lines that could not be ingested, kept in the journal as .rejected"
-                entries += [
-                    entry_of("loss", losses[segment], text, segment=segment)
-                    for segment in fresh
-                    if losses.get(segment)
-                ]
+                lossy = [segment for segment in fresh if losses.get(segment)]
+                entries += [entry_of("loss", losses[each], text, segment=each) for each in lossy]
             of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
             for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
                 loss = of_writers[segment]
@@ -7714,9 +7699,8 @@ def refuse_fatal_limit() -> None:
 
     fatal = getattr(signal, "SIGXFSZ", None)
     if fatal and signal.getsignal(fatal) is signal.SIG_DFL and file_size_limit() != float("inf"):
-        raise StoreError(
-            "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
-        )
+        text = "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
+        raise StoreError(text)
 
 
 # == Reading ==
@@ -7892,8 +7876,8 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
 
-        It can read the log and nothing else: files, extensions and settings are locked, for the rest of the
-        session. Values are those of JSON; what it lacks (times, intervals, bytes) is text.
+        It can read nothing else: files, extensions and settings are locked for the rest of the session.
+        Values are those of JSON; what it lacks (times, intervals, bytes) is text.
         """
         ask = self.engine.execute
         self.freeze_journal()
@@ -7927,11 +7911,7 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         bom: bool = False,
         progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Write the matching events to a file, with all columns, and return their number.
-
-        The file appears whole or not at all, with mode 0600; an older one is replaced. A `.duckdb` file has
-        the table `logs`, so that every command can read it by `--db`.
-        """
+        """Write the matching events to a file, whole or not at all, with mode 0600; return their number."""
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
         ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
         expected: int = matching if count is None else min(count, matching)
@@ -8019,7 +7999,6 @@ def _meanwhile(act: Callable[[], object], seconds: float, name: str) -> Iterator
 
 
 def _watched(path: str, progress: Callable[[int], None] | None) -> contextlib.AbstractContextManager[None]:
-    """Report a file's size every half second during the block."""
     if progress is None:
         return contextlib.nullcontext()
     return _meanwhile(lambda: progress(_size_of(path)), 0.5, "progress")
@@ -8056,8 +8035,8 @@ def interruptible(engine: Engine) -> Iterator[None]:
 # == Evidence ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Recomputes what the ledger says, names the differences, and writes nothing. A purge asks here first: what
-# was changed stays known as changed when it is gone.
+# Recomputes what the ledger says and names the differences. A purge asks here first: what was changed stays
+# known as changed when it is gone.
 
 _MAX_FINDINGS = 1000  # more are counted, not kept
 _MAX_EXPLAINED = 100  # after so many findings no events are named
@@ -8391,7 +8370,6 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
 
 
 def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
-    """Run `ssh-keygen -Y` over a checkpoint without its signature."""
     import subprocess
 
     signed = {name: value for name, value in checkpoint.items() if name != "signature"}
@@ -8443,8 +8421,6 @@ class Removal(NamedTuple):
 
 
 _PURGE_RANGE_EVENTS = 200_000  # fewer than _RANGE_EVENTS: a server's guest may purge
-_MANIFEST = "manifest.json"
-_ALIEN = "not-as-entered.parquet"
 
 
 def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
@@ -8461,32 +8437,25 @@ HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)
 EXCEPT SELECT segment FROM sound_ledger
 WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
     engine.execute(scope, {"moment": before})
-    digest = hashlib.sha256()
-    found: dict[str, Compared] = {}
-    positions: dict[str, list[int]] = {}
+    digest, found = hashlib.sha256(), dict[str, Compared]()
+    positions = collections.defaultdict[str, list[int]](list)
     wrong: dict[str, tuple[int, str | None, int]] = {}
     for row in verdict.compare(scoped=True):
         if row.segment not in found:  # else it has a second entry
             digest.update((row.digest or "").encode())
         found[row.segment] = row
         if row.position > 0:
-            positions.setdefault(row.journal, []).append(row.position)
+            positions[row.journal].append(row.position)
         if has_ledger and not (row.as_due and (row.journal, row.position) not in verdict.doubted):
             entered = row.entered + wrong.get(row.segment, (0, "", 0))[2]
             wrong[row.segment] = (row.found, row.digest, entered)
     events = sum(row.found for row in found.values())
+    first = min((row.first for row in found.values() if row.first is not None), default=None)
+    last = max((row.last for row in found.values() if row.last is not None), default=None)
+    removed = {journal: list(runs_of(places)) for journal, places in sorted(positions.items())}
     ((old,),) = engine.execute(f"SELECT count(*) {OLD}", {"moment": before})
-    return Removal(
-        before,
-        events,
-        len(found),
-        old - events,
-        min((row.first for row in found.values() if row.first is not None), default=None),
-        max((row.last for row in found.values() if row.last is not None), default=None),
-        digest.hexdigest(),
-        {journal: list(runs_of(places)) for journal, places in sorted(positions.items())},
-        wrong,
-    )
+    kept = old - events
+    return Removal(before, events, len(found), kept, first, last, digest.hexdigest(), removed, wrong)
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
@@ -8502,10 +8471,11 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
             if events != removal.events:
                 raise StoreError(f"{events} events are older than {before}, not {removal.events}; try again")
             engine.execute(f"DELETE {OLD} AND {IN_SCOPE}", {"moment": before})
-            detail = {"before": microseconds(before), "removed": removal.removed, "wrong": removal.wrong}
-            text = json.dumps({**detail, "archive": removal.archive}, separators=(",", ":"))
-            span = {"first_event": removal.first_event, "last_event": removal.last_event}
-            target.enter(engine, [entry_of("purge", events, text, digest=removal.digest, **span)])
+            what = removal._asdict()
+            detail = {name: what[name] for name in ("removed", "wrong", "archive")}
+            text = json.dumps({"before": microseconds(before), **detail}, separators=(",", ":"))
+            span = {name: what[name] for name in ("first_event", "last_event", "digest")}
+            target.enter(engine, [entry_of("purge", events, text, **span)])
     return removal
 
 
@@ -8521,8 +8491,8 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             give_to_owner(directory)
     except OSError as error:
         raise StoreError(f"{problem}: {error.strerror}") from error
-    files: list[dict[str, object]] = []
-    params = {"wrong": sorted(removal.wrong), "apart": _ALIEN}
+    files: dict[str, dict[str, object]] = {}
+    params = {"wrong": sorted(removal.wrong), "apart": "not-as-entered.parquet"}
     digest = hashlib.sha256()
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
         for file, events in engine.execute(OLD_FILES, params):
@@ -8531,9 +8501,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             rows = bind(OLD_OF_FILE, {**params, "name": file})
             engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
             sync_file(path)
-            files.append({"name": file, "events": events, "sha256": file_digest(path)})
+            files[path] = {"name": file, "events": events, "sha256": file_digest(path)}
         if files:
-            paths = sql_literal([os.path.join(scratch, str(file["name"])) for file in files])
+            paths = sql_literal(list(files))
             rows = digests(f"read_parquet({paths}, hive_partitioning = false)", segment=SEGMENT_OR_DAY)
             for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
                 digest.update(part.encode())
@@ -8547,9 +8517,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             "digest": removal.digest,
             "not_as_entered": sorted(removal.wrong),
             "heads": [head._asdict() for head in chain_heads(engine)],
-            "files": files,
+            "files": list(files.values()),
         }
-        write_file(os.path.join(scratch, _MANIFEST), json.dumps(manifest, indent=1).encode() + b"\n")
+        write_file(os.path.join(scratch, "manifest.json"), json.dumps(manifest, indent=1).encode() + b"\n")
         sync_directory(scratch)
         os.rename(scratch, os.path.join(directory, name))
         sync_directory(directory)
@@ -8642,23 +8612,18 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
                 engine.execute(INSERT_ROWS)
                 segments = [segment for (segment,) in engine.execute("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
+                rest = engine.execute(losses + unknown.format("loss"))
                 entries = [entries_of(segments)] if segments else []
-                entries += [
-                    entry_of("loss", events, detail, segment=segment)
-                    for events, detail, segment in engine.execute(losses + unknown.format("loss"))
-                ]
+                entries += [entry_of("loss", *loss, segment=segment) for *loss, segment in rest]
                 if entries:
                     target.enter(engine, entries)
             present_now = sound_rows(target.columns(engine)["logs"])
             ((missing,),) = engine.execute(f"SELECT count(*) FROM ({rows} EXCEPT ALL {present_now})")
             if missing:
-                raise StoreError(
-                    f"{place} holds {counted(missing, 'row')} that would be lost; move it "
-                    "and its .wal aside to restore without them"
-                )
-        ((fresh, old),) = engine.execute(
-            f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))"
-        )
+                text = f"{place} holds {counted(missing, 'row')} that would be lost; "
+                raise StoreError(f"{text}move it and its .wal aside to restore without them")
+        counts = f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))"
+        ((fresh, old),) = engine.execute(counts)
         engine.execute("DETACH ours")
     return fresh, old
 
@@ -8680,7 +8645,6 @@ def _copy_database(engine: Engine, target: Target, path: str) -> None:
 
 
 def _copy_journal(paths: Iterable[str], directory: str) -> None:
-    """Copy the whole lines of segments into a new directory."""
     os.mkdir(directory, _DIRECTORY_MODE)
     for path in paths:
         with contextlib.suppress(FileNotFoundError):
@@ -8706,6 +8670,7 @@ def _put_in_place(path: str, target: str) -> None:
 #
 # What can be done with the log of a configuration, in the order that keeps others out.
 
+_WRITTEN_MEANWHILE = ": another process wrote to it meanwhile; try again"
 _LOSS_DAYS = 30  # how long lost events are pointed out
 _PROBE_SECONDS = (0.03, 0.6)  # the first and the longest pause between two tries for the database
 
@@ -8715,11 +8680,7 @@ class Store:
 
     Methods try for `wait` seconds while another process holds the database. They raise StoreError if the
     database can't be used (DatabaseNotFoundError: there is none), and ConfigError if the key file can't.
-
-    Args:
-        config: says where both are.
-        diagnostics: counts what was ingested and rejected.
-        opener: makes engines, for tests.
+    `diagnostics` counts what was ingested and rejected.
     """
 
     def __init__(
@@ -8758,9 +8719,8 @@ class Store:
             self.journal.bind(os.path.realpath(target.path) if target.is_file else target.name)
             problems = self._run_ingest(wait)
             try:
-                target.tend_lake()
-            except DatabaseLockedError:  # somebody else is at it
-                pass
+                with contextlib.suppress(DatabaseLockedError):  # somebody else is at it
+                    target.tend_lake()
             except AuditError as error:
                 self._diagnostics.report("lake", "small files could not be merged", error=error)
             try:
@@ -8777,7 +8737,7 @@ class Store:
         return {"done": True, "retained": self._retention is None, "head": head}
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
-        """Ingest, and wait for a database that others hold."""
+        """Ingest; wait for a database that others hold."""
         end, pause, is_held = time.monotonic() + wait, _PROBE_SECONDS[0], False
         while True:
             try:
@@ -8786,13 +8746,10 @@ class Store:
                         pass
                 return self._ingest.run()
             except DatabaseCorruptError as error:
-                aside = self.target.set_wal_aside() if DAMAGED_WAL in str(error) else None
-                if aside is None:
+                if not (DAMAGED_WAL in str(error) and (aside := self.target.set_wal_aside())):
                     raise
-                text = (
-                    f"the database's WAL was damaged and is {aside} now; what it held is taken in once more"
-                )
-                self._diagnostics.report("wal", text)
+                text = f"was damaged and is {aside} now; what it held is taken in once more"
+                self._diagnostics.report("wal", f"the database's WAL {text}")
             except DatabaseLockedError:
                 if time.monotonic() + pause >= end:
                     raise
@@ -8837,12 +8794,10 @@ class Store:
         """Return how many events of a segment are in the database and the time of the last, or None."""
         if self.target.is_absent():
             return None
+        sql = "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') FROM audit.ledger "
+        sql += "WHERE kind = 'segment' AND segment = $segment"
         with self._ledger(0.0) as engine:
-            found = engine and engine.execute(
-                "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') "
-                "FROM audit.ledger WHERE kind = 'segment' AND segment = $segment",
-                {"segment": segment_id},
-            )
+            found = engine and engine.execute(sql, {"segment": segment_id})
         return found[0] if found else None
 
     # --- proving
@@ -8865,7 +8820,7 @@ class Store:
 
         Args:
             checkpoint: heads noted earlier, which the chains must still lead through.
-            since: naive UTC text; older segments are not recomputed, their chain is.
+            since: naive UTC text; of older segments, only the chain is recomputed.
             progress: called with the events done and their total.
         """
         keys = seal_keys()
@@ -8912,7 +8867,7 @@ class Store:
 
         Args:
             before: naive UTC text.
-            archive: a directory; what is deleted is written there first, and read back.
+            archive: a directory, where the events are written first, and read back.
             dry_run: only return what would be deleted.
 
         Raises:
@@ -8925,10 +8880,10 @@ class Store:
             return purge_before(engine, self.target, before, archive)
 
     def backup(self, path: str, *, wait: float = 5.0) -> int:
-        """Copy the whole log into one database file, as of one moment, while servers run.
+        """Copy the whole log, as of one moment, into one database file; return how many events that holds.
 
-        Returns how many events the copy holds. Raises StoreError if `path` exists, or the copy can't be
-        written or differs.
+        Raises:
+            StoreError: `path` exists, or the copy can't be written or differs.
         """
         self._refuse_remote("backup")
         self.refuse_own_files(path)
@@ -8953,8 +8908,8 @@ class Store:
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
         """Put a backup in place of the database, with all that the database holds besides.
 
-        The replaced database stays beside it under another name, and the journal as it is. Events that were
-        purged since the backup return. If the database holds all of the backup, nothing is changed.
+        The old database stays beside it under another name, the journal as it is. Events that were purged
+        since the backup return. If the database holds all of the backup, nothing is changed.
 
         Raises:
             StoreError: nothing was changed, because something would be lost.
@@ -8984,9 +8939,7 @@ class Store:
                 kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
                 with target.session(read_only=True, wait=wait):
                     if _stamp_of(os.stat(place)) != _stamp_of(ours):
-                        raise DatabaseLockedError(
-                            f"{place}: another process wrote to it meanwhile; try again"
-                        )
+                        raise DatabaseLockedError(place + _WRITTEN_MEANWHILE)
                     _put_in_place(place, kept)
                     take_after(copy, ours)
                     os.replace(copy, place)
@@ -8994,7 +8947,7 @@ class Store:
         return Restored(events, events - before, kept)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
-        """Write the database anew, without the room that purged rows left, and return both sizes in bytes.
+        """Write the database anew, without the room of purged rows, and return both sizes in bytes.
 
         Raises:
             StoreError: the old database is still in place.
@@ -9009,7 +8962,7 @@ class Store:
             with target.session(read_only=True, wait=wait) as engine:
                 old = os.stat(path)
                 if _size_of(path + ".wal"):
-                    raise DatabaseLockedError(f"{path}: another process wrote to it meanwhile; try again")
+                    raise DatabaseLockedError(path + _WRITTEN_MEANWHILE)
                 with _scratch(path, f"{path} can't be written anew", name="compact") as scratch:
                     fresh = os.path.join(scratch, "copy")
                     _copy_database(engine, target, fresh)
@@ -9288,7 +9241,6 @@ class Checkup:
             pass
 
     def _examine_calls(self, reading: Reading) -> None:
-        """Report calls that hang, and those that a strict logger refused."""
         for row in reading.running(Filter(min_ms=_HANGS_MS)):
             problem = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
             self._fault(problem, "see `log --running`; if it hangs, end it or its server")
