@@ -104,6 +104,7 @@ FILTERS = {
 }
 
 
+@one_engine
 def test_log_each_filter_finds_its_events(filled: Path, run: Cli) -> None:
     for options, expected in FILTERS.items():
         assert names(run("log", "--json", *DB, *options)) == expected, options
@@ -184,6 +185,7 @@ def test_log_export_bad_targets_exit_with_the_reason(filled: Path, run: Cli) -> 
     )
 
 
+@one_engine
 def test_stats_table_and_json(filled: Path, run: Cli) -> None:
     rows = json.loads(run("stats", *DB, "--json", "--type", "tool").stdout)
     assert [(row["name"], row["calls"], row["errors"], row["denied"], row["max_ms"]) for row in rows] == [
@@ -574,7 +576,7 @@ def test_output_has_the_encoding_of_the_terminal(filled: Path, run_in: Callable[
     (filled / "heads.json").write_text(json.dumps({"journals": [head]}))
     verify = ["verify", "--checkpoint", "heads.json"]
     commands = (["log"], ["log", "--json"], ["stats"], ["sql", "SELECT '日本é' AS \"é\""], verify)
-    for encoding in ("ascii", "latin-1", "utf-8"):
+    for encoding in ("ascii", "latin-1"):
         for command in commands:
             assert run_in(encoding, *command), (encoding, command)
     for command in (verify, [*verify, "--json"], ["backup", "é.duckdb"]):

@@ -77,7 +77,7 @@ def test_parse_yaml_labelled_document_never_differs_from_pyyaml_and_loads_if_it_
 
 
 @oracle
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_parse_yaml_mutants_never_differ_from_pyyaml(seed):
     """A sample; `tools/fuzz_yaml.py` runs 200,000."""
     assert differences(fuzz_yaml.mutants(fuzz_yaml.seeds(), 4000, seed + 1000)) == []
@@ -155,7 +155,7 @@ def test_parse_yaml_dump_of_any_value_loads_to_the_same_value():
         }
     )
 
-    @hypothesis.settings(max_examples=150, derandomize=True, database=None)
+    @hypothesis.settings(max_examples=80, derandomize=True, database=None)
     @hypothesis.given(values, styles)
     def holds(value, style):
         text = yaml.dump(value, Dumper=Dumper, sort_keys=False, **style)

@@ -120,8 +120,7 @@ def test_matrix_every_kind_of_call_has_one_row_that_says_what_it_was(
         [python_with(made), "-W", "ignore", str(SERVERS / "matrix.py"), kind, str(tmp_path)],
         FASTMCP_LOG_ENABLED="false",
     )
-    print(done.stdout)
-    assert done.returncode == 0, done.stderr[-2000:]
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
     assert done.stdout.count("\nok ") > 25
     (log,) = tmp_path.glob("*.duckdb")
     for form, check in CHECKS.items():

@@ -238,6 +238,7 @@ def test_vouched_limit_counts_only_time_that_the_ledger_vouches_for(engine: str)
         ([1] * 2400, 90 * 24),  # busy all the time
         ([24] * 100, 90 * 24),  # an entry a day
         ([24] * 30, None),  # the ledger is younger than that
+        ([24] * 89, None),
         ([10 * 8760] + [24] * 60, None),  # the clock jumped ten years, at last
         ([1] * 48 + [10 * 8760] + [24] * 100, 10 * 8760 + 90 * 24),  # two days ago
         ([720] + [24] * 100, 720 + 90 * 24),  # off for a month: events stay a month longer
@@ -250,7 +251,7 @@ def test_vouched_limit_counts_only_time_that_the_ledger_vouches_for(engine: str)
         times = itertools.accumulate(gaps_hours, lambda at, gap: at - gap * 3600, initial=now)
         rows = [f"('x', {n}, make_timestamp({at * 10**6}))" for n, at in enumerate([*times][1:])]
         # Of the entries that are not believed, one would make the ledger look older than it is.
-        rows.append("('forged', 1, make_timestamp(0))")
+        rows.append(f"('forged', 1, make_timestamp({(now - 90 * 86_400) * 10**6}))")
         session.execute(f"INSERT INTO audit.ledger VALUES {', '.join(rows)}")
         limit = m.vouched_limit(session, utc_text(now), 90 * 24 * 3_600_000_000, {("forged", 1)})
         assert limit == (None if expected_hours is None else utc_text(now - expected_hours * 3600)), (

@@ -218,14 +218,21 @@ def test_log_in_a_form_takes_rows_of_any_time_and_what_is_nearly_json(
     cli: Cli, tmp_path: Path, form: str
 ) -> None:
     duckdb = pytest.importorskip("duckdb")
-    write_table_of_mxcp(tmp_path / "log.duckdb")
-    for column, value in (
-        *(("timestamp", f"{day} 23:59") for day in ("2300-01-01", "9999-12-31", "0001-01-01", "1969-12-31")),
-        *(("input_json", text) for text in ('{"a": NaN}', "[-inf]", '{"inf": "NaN"}', '{"a":\n1}')),
-    ):
-        with duckdb.connect(str(tmp_path / "log.duckdb")) as connection:
-            connection.execute(f"UPDATE logs SET {column} = '{value}'")
-        (line,) = cli("log", "--db", str(tmp_path / "log.duckdb"), "--format", form).stdout.splitlines()
+    database = tmp_path / "log.duckdb"
+    write_table_of_mxcp(database)
+    odd = [
+        f"TIMESTAMP '{day} 23:59' AS timestamp"
+        for day in ("2300-01-01", "9999-12-31", "0001-01-01", "1969-12-31")
+    ]
+    odd += [f"'{text}' AS input_json" for text in ('{"a": NaN}', "[-inf]", '{"inf": "NaN"}', '{"a":\n1}')]
+    with duckdb.connect(str(database)) as connection:
+        for value in odd:
+            connection.execute(
+                f"INSERT INTO logs SELECT * REPLACE ({value}) FROM logs ORDER BY rowid LIMIT 1"
+            )
+    lines = cli("log", "--db", str(database), "--format", form).stdout.splitlines()
+    assert len(lines) == 1 + len(odd)
+    for line in lines:
         event = json.loads(line, parse_constant=pytest.fail)
         for record in event["resourceLogs"][0]["scopeLogs"][0]["logRecords"] if form == "otlp" else ():
             assert 0 <= int(record.get("timeUnixNano", 0)) < 2**64
