@@ -270,6 +270,7 @@ _QUOTED = {
 _PLAIN_OF = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 _BLOCK_HEADER = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
 _LEADING_LINES = re.compile(r"(?:\n *)*")
+_KEY = "a key, a colon and a blank"
 _REFUSALS = {
     "\t": "a tab between tokens; use spaces",
     "&": "an anchor (&name); write the value out, or quote the text",
@@ -317,21 +318,27 @@ class _YamlReader:
         raise ConfigError(problem, **self.place(self.pos if at is None else at))
 
     def refuse(self, expected: str) -> NoReturn:
-        char = self.text[self.pos]
-        self.fail(_REFUSALS.get(char) or f"expected {expected}, found {char!r}; put text in quotes")
+        self.fail(_REFUSALS.get(self.char) or f"expected {expected}, found {self.char!r}; put text in quotes")
+
+    @property
+    def char(self) -> str:
+        return self.text[self.pos]
+
+    def see(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        return pattern.match(self.text, self.pos)
 
     def take(self, pattern: re.Pattern[str]) -> str:
-        match = pattern.match(self.text, self.pos)
+        match = self.see(pattern)
         self.pos = match.end() if match else self.pos
         return match[0] if match else ""
 
     def end_line(self) -> None:
         """Pass the rest of a line, which must hold nothing else, and go to the next token."""
-        if "\n" not in self.take(_BLANKS) and self.text[self.pos] != "\0":
+        if "\n" not in self.take(_BLANKS) and self.char != "\0":
             self.refuse("the end of the line")
 
     def column(self) -> int:
-        return -1 if _END.match(self.text, self.pos) else self.pos - self.text.rfind("\n", 0, self.pos) - 1
+        return -1 if self.see(_END) else self.pos - self.text.rfind("\n", 0, self.pos) - 1
 
     def descend(self) -> None:
         self.depth += 1
@@ -342,16 +349,16 @@ class _YamlReader:
 
     def document(self) -> object:
         self.take(_BLANKS)
-        explicit = self.column() < 0 and self.text[self.pos] == "-"
+        explicit = self.column() < 0 and self.char == "-"
         started = explicit or self.column() >= 0
         self.pos += 3 * explicit
         value = self.node(-1, after_key=explicit)
-        while started and self.column() < 0 and self.text[self.pos] == ".":
+        while started and self.column() < 0 and self.char == ".":
             self.pos += 3
             self.end_line()
         if self.column() >= 0:
             self.fail("text after the end of the value; check the indentation of this line")
-        if self.text[self.pos] != "\0":
+        if self.char != "\0":
             self.fail("a second document; keep one to a file")
         return value
 
@@ -359,18 +366,18 @@ class _YamlReader:
         """The next node if it is deeper than the column `indent`, else None; a key's list may stand at it."""
         same_line = "\n" not in self.take(_BLANKS) and after_key
         start, column = self.pos, self.column()
-        dash = _DASH.match(self.text, start)
+        dash = self.see(_DASH)
         if column <= indent and not (dash and after_key and column == indent):
             return None
         value: object = None
         is_key = False
-        if self.text[start] in "|>":
+        if self.char in "|>":
             value = self.block_scalar(indent)
-        elif self.text[start] in "[{":
+        elif self.char in "[{":
             value = self.flow()
         elif not dash:
             value = self.scalar(indent)
-            is_key = bool(_COLON.match(self.text, self.pos)) and "\n" not in self.text[start : self.pos]
+            is_key = bool(self.see(_COLON)) and "\n" not in self.text[start : self.pos]
         if not (dash or is_key):
             self.end_line()
             return value
@@ -384,18 +391,17 @@ class _YamlReader:
 
     def mapping(self, column: int) -> dict[object, object]:
         mapping: dict[object, object] = {}
-        expected = "a key, a colon and a blank"
         while self.column() == column:
-            start, key = self.pos, self.scalar(column, expected=expected)
+            start, key = self.pos, self.scalar(column, expected=_KEY)
             if not self.take(_COLON):
-                self.refuse(expected)
+                self.refuse(_KEY)
             self.check_key(start)
             self.put(mapping, key, self.node(column, after_key=True), start)
         return mapping
 
     def sequence(self, column: int) -> list[object]:
         sequence: list[object] = []
-        while self.column() == column and _DASH.match(self.text, self.pos):
+        while self.column() == column and self.see(_DASH):
             self.places[id(sequence), len(sequence)] = self.pos
             self.pos += 1
             sequence.append(self.node(column, after_key=False))
@@ -421,7 +427,7 @@ class _YamlReader:
     def flow(self) -> object:
         mapping: dict[object, object] = {}
         sequence: list[object] = []
-        closing = "}" if self.text[self.pos] == "{" else "]"
+        closing = "}" if self.char == "{" else "]"
         self.descend()
         self.pos += 1
         while self.next_in_flow() != closing:
@@ -439,29 +445,29 @@ class _YamlReader:
                 sequence.append(self.put({}, key, value, start) if pair else key)
             if self.next_in_flow() == ",":
                 self.pos += 1
-            elif self.text[self.pos] != closing:
+            elif self.char != closing:
                 self.refuse(f"a comma or {closing}")
         self.pos += 1
         self.depth -= 1
         return mapping if closing == "}" else sequence
 
     def flow_node(self) -> object:
-        return self.flow() if self.text[self.pos] in "[{" else self.scalar(-1, flow=True)
+        return self.flow() if self.char in "[{" else self.scalar(-1, flow=True)
 
     def next_in_flow(self) -> str:
         self.take(_BLANKS)
-        if _END.match(self.text, self.pos):
+        if self.see(_END):
             self.fail("a bracket is not closed before this place; close it")
-        return self.text[self.pos]
+        return self.char
 
     # --- scalars
 
     def scalar(self, indent: int, *, flow: bool = False, expected: str = "a value") -> object:
         """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
-        if self.text[self.pos] in _QUOTED:
+        if self.char in _QUOTED:
             return self.quoted()
         beginning, ending = _PLAIN[flow]
-        if not beginning.match(self.text, self.pos):
+        if not self.see(beginning):
             self.refuse(expected)
         start = here = self.pos
         pieces, gap = [], ""
@@ -471,8 +477,7 @@ class _YamlReader:
                 break
             pieces += [_folded(gap), line]
             self.pos = here + len(line)
-            match = _LINE_GAP.match(self.text, self.pos)
-            if not match:
+            if not (match := self.see(_LINE_GAP)):
                 break
             gap, here = match[0], match.end()
             column = len(gap) - gap.rfind("\n") - 1
@@ -484,9 +489,9 @@ class _YamlReader:
             raise ConfigError(str(error), **self.place(start)) from error
 
     def quoted(self) -> str:
-        quote = self.text[self.pos]
+        quote = self.char
         whole, part = _QUOTED[quote]
-        match = whole.match(self.text, self.pos)
+        match = self.see(whole)
         if not match:
             self.fail(f"the closing {quote} is missing; add it")
         if re.search(r"\n(?:---|\.\.\.)[ \t\n]", match[1]):
@@ -507,7 +512,7 @@ class _YamlReader:
 
     def block_scalar(self, indent: int) -> str:
         """The `|` or `>` scalar at the cursor, inside a collection at the column `indent`."""
-        header = _BLOCK_HEADER.match(self.text, self.pos)
+        header = self.see(_BLOCK_HEADER)
         if not header:
             self.fail("only +, -, a digit and a comment may follow | or >; put text in quotes")
         self.pos = header.end()
@@ -516,12 +521,12 @@ class _YamlReader:
         column = max(indent + 1, 1)
         if digit:
             column += int(digit) - 1
-        elif leading := _LEADING_LINES.match(self.text, self.pos):
+        elif leading := self.see(_LEADING_LINES):
             column = max(column, *map(len, leading[0].split("\n")))
         # 2. Its lines. The cursor stays on the line break before the first line that isn't taken.
         lines = self.take(re.compile(rf"(?:\n(?: {{{column}}}[^\n\0]*| *(?=[\n\0])))*")).split("\n")[1:]
         whole = "\n".join([line[column:] for line in lines])
-        if lines and self.text[self.pos] == "\n":
+        if lines and self.char == "\n":
             whole += "\n"
         # 3. Its line breaks: folded inside, cut or kept at the end.
         text = whole.rstrip("\n")
@@ -3849,8 +3854,7 @@ class Begun:
         self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or nearly: name in lines, call
         self.on_record: set[int] = set()
         self._over: dict[int, int] = {}  # by number, the ticket of its line
-        self._size = 0  # of the file when it was begun
-        self._signed = 0.0
+        self._size, self._signed = 0, 0.0  # of the file when it was begun; the last sign of life
         self.fresh = False  # calls came on record that nobody was told of
 
     def begin(self, call: Any) -> int:
@@ -4259,8 +4263,7 @@ class Ingester:
             self._diagnostics.note("ingest", f"events stay in the journal: {answer['fault']}")
         now = time.monotonic()
         if answer.get("busy"):
-            asked = self.wanted > self.tried
-            self._busy_until = now + (_POLL_SECONDS if asked else _BUSY_PAUSE_SECONDS)
+            self._busy_until = now + (_POLL_SECONDS if self.wanted > self.tried else _BUSY_PAUSE_SECONDS)
             return
         self.tried = self._covers
         pause = min(max(answer.get("cpu", 0.0) / _CPU_SHARE, self._interval), _LONGEST_PAUSE_SECONDS)
@@ -4373,13 +4376,10 @@ class Writer:
         self._wake = threads.Lock()
         self._wake.acquire()
         self._queue: list[bytes] = []
-        self._queued_bytes = 0
-        self._due = 0.0  # seconds until the ingester has something to do
-        self._finished = 0  # lines that left the queue
-        self._look_at = self._step_at = 0.0
+        self._queued_bytes = self._finished = 0  # of the queue; lines that left it
+        self._due = self._look_at = self._step_at = 0.0  # the first: seconds until the ingester's next step
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
-        self._asleep = True
-        self._hurried = False  # somebody waits for the next round
+        self._asleep, self._hurried = True, False  # the second: somebody waits for the next round
         self._closing = self._sealed = self._closed = False
         self._inline = 0  # the other thread that writes, by its number
         self._thread: threading.Thread | None = None
