@@ -3190,7 +3190,6 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
-    """Force the names in a directory to the disk, which Windows neither can nor must."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
@@ -3288,7 +3287,7 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 class Segment(Descriptor):
-    """A journal file of this process: nobody ingests it before `seal`; then it holds what `append` took."""
+    """A journal file of this process: it holds what `append` took, and nobody ingests it before `seal`."""
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd)
@@ -3299,7 +3298,6 @@ class Segment(Descriptor):
 
     @property
     def size(self) -> int:
-        """Bytes of whole lines."""
         return self._end[0]
 
     @property
@@ -3390,7 +3388,7 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
-    """Return lines of calls as they were at a moment, a text as in lines: over, or running with `seq` 0."""
+    """Return lines of calls as they were at a moment: over, or running with `seq` 0."""
     lines: list[bytes] = []
     now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
@@ -3441,7 +3439,7 @@ class Claim:
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
-    """Put small segments, with their names, in one file: DuckDB takes 2 ms a file; return what to read."""
+    """Put small segments into one file, as DuckDB takes 2 ms a file; return what to read."""
     sizes = {path: size for path in paths if (size := _size_of(path))}
     small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
     if len(small) < 8:
@@ -3502,7 +3500,7 @@ class Journal:
             self.check_directory()
 
     def check_directory(self) -> None:
-        """Raise JournalError if the directory is a link or somebody else's, OSError if it is gone."""
+        """Raise JournalError for a link or what is somebody else's, OSError if it is gone."""
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
@@ -3537,7 +3535,7 @@ class Journal:
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
-        """Return this journal's random name in the ledger; the first call makes it, under the ingest lock."""
+        """Return this journal's name in the ledger; hold the ingest lock."""
         path = self._path("journal.id")
         with contextlib.suppress(FileNotFoundError):
             known = read_file(path).decode("utf-8", "replace").strip()
@@ -3548,7 +3546,7 @@ class Journal:
         return fresh
 
     def bind(self, target: str) -> None:
-        """Note, under the ingest lock, which database this journal is of; a copy gets its own identity."""
+        """Note which database this journal is of, and give a copy its own identity; hold the ingest lock."""
         path, mine = self._path("journal.place"), [self.directory, target]
         place = other = ""
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -3654,7 +3652,6 @@ class Journal:
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
-        """Return lines of the calls that run on this host."""
         now = utc_now().strftime(LINE_TIME)
         return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
 
@@ -3668,7 +3665,7 @@ class Journal:
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
 
     def take_unfinished(self) -> bool:
-        """Turn calls of ended processes into segments, after `claim`; return True if there are any."""
+        """Turn calls of ended processes into segments, after `claim`; False without any."""
         made = False
         for path, lines in self.unfinished():
             if lines and not os.path.exists(path):  # else the last attempt ended right here
@@ -3680,7 +3677,7 @@ class Journal:
     def claim(
         self, *, limit_bytes: int, skip: Collection[str] = ()
     ) -> tuple[list[Claim], list[JournalError]]:
-        """Return sealed and orphaned segments, oldest first, of about `limit_bytes`; hold the ingest lock."""
+        """Return sealed and orphaned segments of about `limit_bytes`; hold the ingest lock."""
         claims: list[Claim] = []
         problems: list[JournalError] = []
         for path in self.segments():
@@ -3714,7 +3711,7 @@ class Journal:
         return None
 
     def survey(self) -> dict[str, Any]:
-        """Look at every file, as docs/operations.md tells, disturbing nobody for longer than a moment."""
+        """Look at every file for docs/operations.md."""
         state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
         state["oldest_pending"] = None
@@ -3803,7 +3800,7 @@ class Diagnostics:
         self._telling = threading.local()
 
     def note(self, kind: str, text: str, *, error: BaseException | None = None, level: int = WARNING) -> None:
-        """Count a warning; leave its text to `tell`, unless one of its kind came within the last minute."""
+        """Count a warning; leave its text to `tell`, but once a minute for each kind."""
         text = text if error is None else f"{text}: {error}"
         if level >= WARNING:
             self.errors += 1
@@ -3814,7 +3811,7 @@ class Diagnostics:
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
-        """Log what was noted. Call it with no lock held: a handler has one, too, and may log an event."""
+        """Log what was noted. Hold no lock: a handler has one, too, and may log an event."""
         if not self.untold or self._log is None or getattr(self._telling, "on", False):
             return
         self._telling.on = True
@@ -3907,7 +3904,6 @@ class Begun:
         return [self._encode(call, ref) for ref, call in refs.values()]
 
     def _replace_file(self, lines: list[bytes]) -> None:
-        """Begin another file, which takes the place of the old one in one step."""
         old, file = self._file, self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
         try:
             file.append(b"".join(lines), len(lines), durable=self._durable)
@@ -3972,7 +3968,7 @@ class Appender:
 
     @property
     def done(self) -> int:
-        """Lines that are in the journal, or can be in none; right whenever an interrupt comes."""
+        """Lines that are in the journal, or can be in none."""
         before, segment = self._before, self._segment
         return before if segment is None else before + segment.events
 
@@ -4009,7 +4005,7 @@ class Appender:
         """Return the segment, if there is one; it is open and in place."""
         segment = self._segment
         if segment is not None and (segment.sealed or not segment.is_open()):
-            # An interrupt came within `seal`, or somebody closed our descriptor: the lines are in the file.
+            # An interrupt came within `seal`, or somebody closed our descriptor.
             self._let_go(segment)
         elif segment is not None and not segment.is_in_place():
             fresh = self._replace(segment)
@@ -4048,7 +4044,7 @@ class Appender:
         return fresh
 
     def seal(self) -> bool:
-        """Seal the segment and put losses on record; False if either must be tried again."""
+        """Seal the segment and put losses on record; False if that must be tried again."""
         try:
             segment = self.present()
             self.begun.write(self.done, ends=True)
@@ -4074,7 +4070,7 @@ class Appender:
         return True
 
     def lose(self, events: int, kind: str, reason: str, *, error: BaseException | None = None) -> None:
-        """Count lost events, in any thread; the next `seal` puts them on record."""
+        """Count lost events, in any thread, for the next `seal`."""
         now = sql_time(utc_now())
         with self._losing:
             self.diagnostics.dropped += events
@@ -4116,7 +4112,7 @@ _CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more than th
 _POLL_SECONDS = 0.1
 _BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
 _ANSWER_BYTES = 2**16
-# Loads this very file, whatever its name and package, with the parent's module path.
+# Loads this very file with the parent's module path.
 _CHILD = """
 import json, sys
 work = json.loads(sys.stdin.buffer.read())
@@ -4165,7 +4161,7 @@ class Ingester:
         return max(0.0, max(due, self._busy_until) - time.monotonic())
 
     def step(self) -> float:
-        """Look after the child, or start one if it is time; return the seconds until the next step."""
+        """Look after the child, or start one if it is due; return the seconds until the next step."""
         if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
@@ -4406,7 +4402,7 @@ class Writer:
         return ticket
 
     def begin(self, call: object) -> int:
-        """Have a call put on record, if it still runs when the writer works; return its number."""
+        """Have a call put on record while it runs, and return its number."""
         number = self.begun.begin(call)
         self._rouse_if_asleep()
         return number
@@ -4438,7 +4434,7 @@ class Writer:
         self._call_back()
 
     def flush(self, timeout: float) -> bool:
-        """Write all that was put before, and try once to ingest it; False if it could not be written."""
+        """Write what was put before, and try once to ingest it; False if it could not be written."""
         deadline = time.monotonic() + timeout
         if not self.wait_written(self.accepted, timeout) or self._is_writing_thread():
             return not self.pending
@@ -4452,7 +4448,7 @@ class Writer:
         return True
 
     def close(self, timeout: float) -> int:
-        """Write and seal everything, end the thread, and return how many lines could not be written."""
+        """Write and seal everything, end the thread; return how many lines could not be written."""
         deadline = time.monotonic() + timeout
         with self._lock:
             self._closing = True
@@ -4557,7 +4553,7 @@ class Writer:
         """Do the writer's work here, once; False if lines are left that could not be written."""
         me = self._threads.get_ident()
         if self._inline == me:
-            return True  # a signal handler or destructor within our own write, which goes on afterwards
+            return True  # a signal handler or destructor within our own write
         with self._writing:
             self._inline = me
             try:
@@ -4593,7 +4589,7 @@ class Writer:
                         self._progress.wait(_RETRY_SECONDS)
                     elif not self._queue:
                         self._asleep = True
-                if self._asleep and self._thread is me:  # until there is a line, or something is due
+                if self._asleep and self._thread is me:
                     due = min(self._due, self.begun.due_in(), threading.TIMEOUT_MAX)
                     self._wake.acquire(timeout=due)
         except BaseException as error:
@@ -4609,7 +4605,7 @@ class Writer:
         self._progress.notify_all()
 
     def _work(self) -> bool:
-        """Write what is queued and let the ingester work; False if something is left to be done."""
+        """Write what is queued and let the ingester work; False if something is left to do."""
         done = self._drain()
         if self._closing:
             sealed = self._closed or self._sealed or self._appender.seal()  # if not all is done: to make room
@@ -4628,7 +4624,7 @@ class Writer:
         return done
 
     def _drain(self) -> bool:
-        """Move the queue into the journal; False on a fault, with what is left still queued."""
+        """Move the queue into the journal; False on a fault."""
         self._trim()  # what an interrupt left
         while True:
             batch = self._queue[:]
