@@ -270,6 +270,7 @@ _QUOTED = {
 _PLAIN_OF = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 _BLOCK_HEADER = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
 _LEADING_LINES = re.compile(r"(?:\n *)*")
+_KEY = "a key, a colon and a blank"
 _REFUSALS = {
     "\t": "a tab between tokens; use spaces",
     "&": "an anchor (&name); write the value out, or quote the text",
@@ -317,21 +318,27 @@ class _YamlReader:
         raise ConfigError(problem, **self.place(self.pos if at is None else at))
 
     def refuse(self, expected: str) -> NoReturn:
-        char = self.text[self.pos]
-        self.fail(_REFUSALS.get(char) or f"expected {expected}, found {char!r}; put text in quotes")
+        self.fail(_REFUSALS.get(self.char) or f"expected {expected}, found {self.char!r}; put text in quotes")
+
+    @property
+    def char(self) -> str:
+        return self.text[self.pos]
+
+    def see(self, pattern: re.Pattern[str]) -> re.Match[str] | None:
+        return pattern.match(self.text, self.pos)
 
     def take(self, pattern: re.Pattern[str]) -> str:
-        match = pattern.match(self.text, self.pos)
+        match = self.see(pattern)
         self.pos = match.end() if match else self.pos
         return match[0] if match else ""
 
     def end_line(self) -> None:
         """Pass the rest of a line, which must hold nothing else, and go to the next token."""
-        if "\n" not in self.take(_BLANKS) and self.text[self.pos] != "\0":
+        if "\n" not in self.take(_BLANKS) and self.char != "\0":
             self.refuse("the end of the line")
 
     def column(self) -> int:
-        return -1 if _END.match(self.text, self.pos) else self.pos - self.text.rfind("\n", 0, self.pos) - 1
+        return -1 if self.see(_END) else self.pos - self.text.rfind("\n", 0, self.pos) - 1
 
     def descend(self) -> None:
         self.depth += 1
@@ -342,16 +349,16 @@ class _YamlReader:
 
     def document(self) -> object:
         self.take(_BLANKS)
-        explicit = self.column() < 0 and self.text[self.pos] == "-"
+        explicit = self.column() < 0 and self.char == "-"
         started = explicit or self.column() >= 0
         self.pos += 3 * explicit
         value = self.node(-1, after_key=explicit)
-        while started and self.column() < 0 and self.text[self.pos] == ".":
+        while started and self.column() < 0 and self.char == ".":
             self.pos += 3
             self.end_line()
         if self.column() >= 0:
             self.fail("text after the end of the value; check the indentation of this line")
-        if self.text[self.pos] != "\0":
+        if self.char != "\0":
             self.fail("a second document; keep one to a file")
         return value
 
@@ -359,18 +366,18 @@ class _YamlReader:
         """The next node if it is deeper than the column `indent`, else None; a key's list may stand at it."""
         same_line = "\n" not in self.take(_BLANKS) and after_key
         start, column = self.pos, self.column()
-        dash = _DASH.match(self.text, start)
+        dash = self.see(_DASH)
         if column <= indent and not (dash and after_key and column == indent):
             return None
         value: object = None
         is_key = False
-        if self.text[start] in "|>":
+        if self.char in "|>":
             value = self.block_scalar(indent)
-        elif self.text[start] in "[{":
+        elif self.char in "[{":
             value = self.flow()
         elif not dash:
             value = self.scalar(indent)
-            is_key = bool(_COLON.match(self.text, self.pos)) and "\n" not in self.text[start : self.pos]
+            is_key = bool(self.see(_COLON)) and "\n" not in self.text[start : self.pos]
         if not (dash or is_key):
             self.end_line()
             return value
@@ -384,18 +391,17 @@ class _YamlReader:
 
     def mapping(self, column: int) -> dict[object, object]:
         mapping: dict[object, object] = {}
-        expected = "a key, a colon and a blank"
         while self.column() == column:
-            start, key = self.pos, self.scalar(column, expected=expected)
+            start, key = self.pos, self.scalar(column, expected=_KEY)
             if not self.take(_COLON):
-                self.refuse(expected)
+                self.refuse(_KEY)
             self.check_key(start)
             self.put(mapping, key, self.node(column, after_key=True), start)
         return mapping
 
     def sequence(self, column: int) -> list[object]:
         sequence: list[object] = []
-        while self.column() == column and _DASH.match(self.text, self.pos):
+        while self.column() == column and self.see(_DASH):
             self.places[id(sequence), len(sequence)] = self.pos
             self.pos += 1
             sequence.append(self.node(column, after_key=False))
@@ -421,7 +427,7 @@ class _YamlReader:
     def flow(self) -> object:
         mapping: dict[object, object] = {}
         sequence: list[object] = []
-        closing = "}" if self.text[self.pos] == "{" else "]"
+        closing = "}" if self.char == "{" else "]"
         self.descend()
         self.pos += 1
         while self.next_in_flow() != closing:
@@ -439,29 +445,29 @@ class _YamlReader:
                 sequence.append(self.put({}, key, value, start) if pair else key)
             if self.next_in_flow() == ",":
                 self.pos += 1
-            elif self.text[self.pos] != closing:
+            elif self.char != closing:
                 self.refuse(f"a comma or {closing}")
         self.pos += 1
         self.depth -= 1
         return mapping if closing == "}" else sequence
 
     def flow_node(self) -> object:
-        return self.flow() if self.text[self.pos] in "[{" else self.scalar(-1, flow=True)
+        return self.flow() if self.char in "[{" else self.scalar(-1, flow=True)
 
     def next_in_flow(self) -> str:
         self.take(_BLANKS)
-        if _END.match(self.text, self.pos):
+        if self.see(_END):
             self.fail("a bracket is not closed before this place; close it")
-        return self.text[self.pos]
+        return self.char
 
     # --- scalars
 
     def scalar(self, indent: int, *, flow: bool = False, expected: str = "a value") -> object:
         """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
-        if self.text[self.pos] in _QUOTED:
+        if self.char in _QUOTED:
             return self.quoted()
         beginning, ending = _PLAIN[flow]
-        if not beginning.match(self.text, self.pos):
+        if not self.see(beginning):
             self.refuse(expected)
         start = here = self.pos
         pieces, gap = [], ""
@@ -471,8 +477,7 @@ class _YamlReader:
                 break
             pieces += [_folded(gap), line]
             self.pos = here + len(line)
-            match = _LINE_GAP.match(self.text, self.pos)
-            if not match:
+            if not (match := self.see(_LINE_GAP)):
                 break
             gap, here = match[0], match.end()
             column = len(gap) - gap.rfind("\n") - 1
@@ -484,9 +489,9 @@ class _YamlReader:
             raise ConfigError(str(error), **self.place(start)) from error
 
     def quoted(self) -> str:
-        quote = self.text[self.pos]
+        quote = self.char
         whole, part = _QUOTED[quote]
-        match = whole.match(self.text, self.pos)
+        match = self.see(whole)
         if not match:
             self.fail(f"the closing {quote} is missing; add it")
         if re.search(r"\n(?:---|\.\.\.)[ \t\n]", match[1]):
@@ -507,7 +512,7 @@ class _YamlReader:
 
     def block_scalar(self, indent: int) -> str:
         """The `|` or `>` scalar at the cursor, inside a collection at the column `indent`."""
-        header = _BLOCK_HEADER.match(self.text, self.pos)
+        header = self.see(_BLOCK_HEADER)
         if not header:
             self.fail("only +, -, a digit and a comment may follow | or >; put text in quotes")
         self.pos = header.end()
@@ -516,12 +521,12 @@ class _YamlReader:
         column = max(indent + 1, 1)
         if digit:
             column += int(digit) - 1
-        elif leading := _LEADING_LINES.match(self.text, self.pos):
+        elif leading := self.see(_LEADING_LINES):
             column = max(column, *map(len, leading[0].split("\n")))
         # 2. Its lines. The cursor stays on the line break before the first line that isn't taken.
         lines = self.take(re.compile(rf"(?:\n(?: {{{column}}}[^\n\0]*| *(?=[\n\0])))*")).split("\n")[1:]
         whole = "\n".join([line[column:] for line in lines])
-        if lines and self.text[self.pos] == "\n":
+        if lines and self.char == "\n":
             whole += "\n"
         # 3. Its line breaks: folded inside, cut or kept at the end.
         text = whole.rstrip("\n")
@@ -3023,7 +3028,6 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
-    """Force the names in a directory to the disk, which Windows neither can nor must."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
@@ -3121,7 +3125,7 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 class Segment(Descriptor):
-    """A journal file of this process: nobody ingests it before `seal`; then it holds what `append` took."""
+    """A journal file of this process: it holds what `append` took, and nobody ingests it before `seal`."""
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd)
@@ -3132,7 +3136,6 @@ class Segment(Descriptor):
 
     @property
     def size(self) -> int:
-        """Bytes of whole lines."""
         return self._end[0]
 
     @property
@@ -3223,7 +3226,7 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
-    """Return lines of calls as they were at a moment, a text as in lines: over, or running with `seq` 0."""
+    """Return lines of calls as they were at a moment: over, or running with `seq` 0."""
     lines: list[bytes] = []
     now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
@@ -3274,7 +3277,7 @@ class Claim:
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
-    """Put small segments, with their names, in one file: DuckDB takes 2 ms a file; return what to read."""
+    """Put small segments into one file, as DuckDB takes 2 ms a file; return what to read."""
     sizes = {path: size for path in paths if (size := _size_of(path))}
     small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
     if len(small) < 8:
@@ -3335,7 +3338,7 @@ class Journal:
             self.check_directory()
 
     def check_directory(self) -> None:
-        """Raise JournalError if the directory is a link or somebody else's, OSError if it is gone."""
+        """Raise JournalError for a link or what is somebody else's, OSError if it is gone."""
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
@@ -3370,7 +3373,7 @@ class Journal:
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
-        """Return this journal's random name in the ledger; the first call makes it, under the ingest lock."""
+        """Return this journal's name in the ledger; hold the ingest lock."""
         path = self._path("journal.id")
         with contextlib.suppress(FileNotFoundError):
             known = read_file(path).decode("utf-8", "replace").strip()
@@ -3381,7 +3384,7 @@ class Journal:
         return fresh
 
     def bind(self, target: str) -> None:
-        """Note, under the ingest lock, which database this journal is of; a copy gets its own identity."""
+        """Note which database this journal is of, and give a copy its own identity; hold the ingest lock."""
         path, mine = self._path("journal.place"), [self.directory, target]
         place = other = ""
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -3487,7 +3490,6 @@ class Journal:
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
-        """Return lines of the calls that run on this host."""
         now = utc_now().strftime(LINE_TIME)
         return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
 
@@ -3501,7 +3503,7 @@ class Journal:
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
 
     def take_unfinished(self) -> bool:
-        """Turn calls of ended processes into segments, after `claim`; return True if there are any."""
+        """Turn calls of ended processes into segments, after `claim`; False without any."""
         made = False
         for path, lines in self.unfinished():
             if lines and not os.path.exists(path):  # else the last attempt ended right here
@@ -3513,7 +3515,7 @@ class Journal:
     def claim(
         self, *, limit_bytes: int, skip: Collection[str] = ()
     ) -> tuple[list[Claim], list[JournalError]]:
-        """Return sealed and orphaned segments, oldest first, of about `limit_bytes`; hold the ingest lock."""
+        """Return sealed and orphaned segments of about `limit_bytes`; hold the ingest lock."""
         claims: list[Claim] = []
         problems: list[JournalError] = []
         for path in self.segments():
@@ -3547,7 +3549,7 @@ class Journal:
         return None
 
     def survey(self) -> dict[str, Any]:
-        """Look at every file, as docs/operations.md tells, disturbing nobody for longer than a moment."""
+        """Look at every file for docs/operations.md."""
         state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
         state["oldest_pending"] = None
@@ -3636,7 +3638,7 @@ class Diagnostics:
         self._telling = threading.local()
 
     def note(self, kind: str, text: str, *, error: BaseException | None = None, level: int = WARNING) -> None:
-        """Count a warning; leave its text to `tell`, unless one of its kind came within the last minute."""
+        """Count a warning; leave its text to `tell`, but once a minute for each kind."""
         text = text if error is None else f"{text}: {error}"
         if level >= WARNING:
             self.errors += 1
@@ -3647,7 +3649,7 @@ class Diagnostics:
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
-        """Log what was noted. Call it with no lock held: a handler has one, too, and may log an event."""
+        """Log what was noted. Hold no lock: a handler has one, too, and may log an event."""
         if not self.untold or self._log is None or getattr(self._telling, "on", False):
             return
         self._telling.on = True
@@ -3687,8 +3689,7 @@ class Begun:
         self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or nearly: name in lines, call
         self.on_record: set[int] = set()
         self._over: dict[int, int] = {}  # by number, the ticket of its line
-        self._size = 0  # of the file when it was begun
-        self._signed = 0.0
+        self._size, self._signed = 0, 0.0  # of the file when it was begun; the last sign of life
         self.fresh = False  # calls came on record that nobody was told of
 
     def begin(self, call: Any) -> int:
@@ -3741,7 +3742,6 @@ class Begun:
         return [self._encode(call, ref) for ref, call in refs.values()]
 
     def _replace_file(self, lines: list[bytes]) -> None:
-        """Begin another file, which takes the place of the old one in one step."""
         old, file = self._file, self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
         try:
             file.append(b"".join(lines), len(lines), durable=self._durable)
@@ -3806,7 +3806,7 @@ class Appender:
 
     @property
     def done(self) -> int:
-        """Lines that are in the journal, or can be in none; right whenever an interrupt comes."""
+        """Lines that are in the journal, or can be in none."""
         before, segment = self._before, self._segment
         return before if segment is None else before + segment.events
 
@@ -3843,7 +3843,7 @@ class Appender:
         """Return the segment, if there is one; it is open and in place."""
         segment = self._segment
         if segment is not None and (segment.sealed or not segment.is_open()):
-            # An interrupt came within `seal`, or somebody closed our descriptor: the lines are in the file.
+            # An interrupt came within `seal`, or somebody closed our descriptor.
             self._let_go(segment)
         elif segment is not None and not segment.is_in_place():
             fresh = self._replace(segment)
@@ -3882,7 +3882,7 @@ class Appender:
         return fresh
 
     def seal(self) -> bool:
-        """Seal the segment and put losses on record; False if either must be tried again."""
+        """Seal the segment and put losses on record; False if that must be tried again."""
         try:
             segment = self.present()
             self.begun.write(self.done, ends=True)
@@ -3908,7 +3908,7 @@ class Appender:
         return True
 
     def lose(self, events: int, kind: str, reason: str, *, error: BaseException | None = None) -> None:
-        """Count lost events, in any thread; the next `seal` puts them on record."""
+        """Count lost events, in any thread, for the next `seal`."""
         now = sql_time(utc_now())
         with self._losing:
             self.diagnostics.dropped += events
@@ -3950,7 +3950,7 @@ _CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more than th
 _POLL_SECONDS = 0.1
 _BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
 _ANSWER_BYTES = 2**16
-# Loads this very file, whatever its name and package, with the parent's module path.
+# Loads this very file with the parent's module path.
 _CHILD = """
 import json, sys
 work = json.loads(sys.stdin.buffer.read())
@@ -3999,7 +3999,7 @@ class Ingester:
         return max(0.0, max(due, self._busy_until) - time.monotonic())
 
     def step(self) -> float:
-        """Look after the child, or start one if it is time; return the seconds until the next step."""
+        """Look after the child, or start one if it is due; return the seconds until the next step."""
         if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
@@ -4097,8 +4097,7 @@ class Ingester:
             self._diagnostics.note("ingest", f"events stay in the journal: {answer['fault']}")
         now = time.monotonic()
         if answer.get("busy"):
-            asked = self.wanted > self.tried
-            self._busy_until = now + (_POLL_SECONDS if asked else _BUSY_PAUSE_SECONDS)
+            self._busy_until = now + (_POLL_SECONDS if self.wanted > self.tried else _BUSY_PAUSE_SECONDS)
             return
         self.tried = self._covers
         pause = min(max(answer.get("cpu", 0.0) / _CPU_SHARE, self._interval), _LONGEST_PAUSE_SECONDS)
@@ -4211,13 +4210,10 @@ class Writer:
         self._wake = threads.Lock()
         self._wake.acquire()
         self._queue: list[bytes] = []
-        self._queued_bytes = 0
-        self._due = 0.0  # seconds until the ingester has something to do
-        self._finished = 0  # lines that left the queue
-        self._look_at = self._step_at = 0.0
+        self._queued_bytes = self._finished = 0  # of the queue; lines that left it
+        self._due = self._look_at = self._step_at = 0.0  # the first: seconds until the ingester's next step
         self._waiting: list[tuple[Callable[[], bool], Callable[[], object]]] = []  # what for, callback
-        self._asleep = True
-        self._hurried = False  # somebody waits for the next round
+        self._asleep, self._hurried = True, False  # the second: somebody waits for the next round
         self._closing = self._sealed = self._closed = False
         self._inline = 0  # the other thread that writes, by its number
         self._thread: threading.Thread | None = None
@@ -4244,7 +4240,7 @@ class Writer:
         return ticket
 
     def begin(self, call: object) -> int:
-        """Have a call put on record, if it still runs when the writer works; return its number."""
+        """Have a call put on record while it runs, and return its number."""
         number = self.begun.begin(call)
         self._rouse_if_asleep()
         return number
@@ -4276,7 +4272,7 @@ class Writer:
         self._call_back()
 
     def flush(self, timeout: float) -> bool:
-        """Write all that was put before, and try once to ingest it; False if it could not be written."""
+        """Write what was put before, and try once to ingest it; False if it could not be written."""
         deadline = time.monotonic() + timeout
         if not self.wait_written(self.accepted, timeout) or self._is_writing_thread():
             return not self.pending
@@ -4290,7 +4286,7 @@ class Writer:
         return True
 
     def close(self, timeout: float) -> int:
-        """Write and seal everything, end the thread, and return how many lines could not be written."""
+        """Write and seal everything, end the thread; return how many lines could not be written."""
         deadline = time.monotonic() + timeout
         with self._lock:
             self._closing = True
@@ -4395,7 +4391,7 @@ class Writer:
         """Do the writer's work here, once; False if lines are left that could not be written."""
         me = self._threads.get_ident()
         if self._inline == me:
-            return True  # a signal handler or destructor within our own write, which goes on afterwards
+            return True  # a signal handler or destructor within our own write
         with self._writing:
             self._inline = me
             try:
@@ -4431,7 +4427,7 @@ class Writer:
                         self._progress.wait(_RETRY_SECONDS)
                     elif not self._queue:
                         self._asleep = True
-                if self._asleep and self._thread is me:  # until there is a line, or something is due
+                if self._asleep and self._thread is me:
                     due = min(self._due, self.begun.due_in(), threading.TIMEOUT_MAX)
                     self._wake.acquire(timeout=due)
         except BaseException as error:
@@ -4447,7 +4443,7 @@ class Writer:
         self._progress.notify_all()
 
     def _work(self) -> bool:
-        """Write what is queued and let the ingester work; False if something is left to be done."""
+        """Write what is queued and let the ingester work; False if something is left to do."""
         done = self._drain()
         if self._closing:
             sealed = self._closed or self._sealed or self._appender.seal()  # if not all is done: to make room
@@ -4466,7 +4462,7 @@ class Writer:
         return done
 
     def _drain(self) -> bool:
-        """Move the queue into the journal; False on a fault, with what is left still queued."""
+        """Move the queue into the journal; False on a fault."""
         self._trim()  # what an interrupt left
         while True:
             batch = self._queue[:]
