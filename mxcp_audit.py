@@ -9576,9 +9576,8 @@ def write_stats(
 # == Forms ==
 # depends on: SQL
 #
-# Events as other systems want them. Each line of a form is a place in the JSON object (behind a dot or brace,
-# one beside the last) and the SQL that fills it, if it is not the column of that name; NULL is left out.
-# docs/siem.md describes them.
+# Events as other systems want them (docs/siem.md). Each line of a form is a place in the JSON object (with a
+# dot or brace, one beside the last) and the SQL that fills it, if not the column of that name; no NULLs.
 
 # What words in capitals stand for.
 _FORM_WORDS = {
@@ -9790,7 +9789,7 @@ LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS bucket, CASE WHEN policy_
            THEN 'denied' WHEN status = 'error' THEN status ELSE 'success' END AS outcome FROM events)
       ON bucket = b
 GROUP BY b ORDER BY b"""
-# The tables of the report, each with its title, its columns (# marks numbers), and the query of `events`.
+# Each table's title, columns (# marks numbers), and query of `events`.
 _REPORT_TABLES = """\
 Denials: last at,name,user,reason,#calls
 SELECT max(timestamp)::VARCHAR AS last, name, user_id, reason, count(*)::BIGINT AS calls
@@ -10006,10 +10005,9 @@ class ImportResult(NamedTuple):
 class Importer:
     """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
 
-    A file becomes segments of up to PART_EVENTS events of one day. The id of a part is made of the time of
-    its first event and a digest of the file up to there, so that the ledger knows it again; the next part
-    begins where the ledger says that this one ended. So renamed, compressed and longer files are continued,
-    and a crash only makes a part shorter.
+    A file becomes parts of one day each, in segments. A part's id is its first event's time and a digest of
+    the file up to there. So the ledger knows it again, and tells where the next part begins, in a file that
+    was renamed, compressed or continued, and after a crash.
     """
 
     def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
@@ -10553,10 +10551,7 @@ _SORTS = tuple(name.removesuffix("_ms") for name in STATS_COLUMNS[:7])
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
-    """Return a moment as naive UTC text, from a duration before now or an ISO date or time.
-
-    A time without an offset is UTC, or of this machine's time zone if `local`.
-    """
+    """Return a duration before now, or an ISO date or time (UTC unless `local`), as naive UTC text."""
     now = (now or utc_now()).astimezone(None if local else datetime.timezone.utc)
     day = f"{now - datetime.timedelta(days=text == 'yesterday'):%Y-%m-%d}"
     if text in ("today", "yesterday"):
@@ -10607,9 +10602,8 @@ def _value(metavar: str, text: str, *, local: bool) -> Any:
 
 # --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
 
-# `@` begins a command, with one line about it; then come more about it, examples (`>`), groups of options
-# (`[…]`, or `&` for those of another block) and options: names, metavar or {choices}, `=` a default, and what
-# _MARKS lists; behind `|` the help. A word in braces stands for what _WORDS says.
+# `@` begins a command, with one line about it; then come more about it, examples (`>`), groups (`[…]`, or `&`
+# for those of another) and options: names, metavar or {choices} of _WORDS, `=` a default, _MARKS, the help.
 _OPTIONS = """
 &common
 [which log]
@@ -11203,7 +11197,7 @@ def _line_writer(options: Options) -> Callable[[Iterable[Row]], None]:
     def write(rows: Iterable[Row]) -> None:
         batch: list[str] = []
         size = 0
-        for line, *_ in rows:
+        for line, _ in rows:
             size += len(line.encode()) + 1
             if batch and (len(batch) == _POST_LINES or size > _POST_BYTES):
                 send(batch)

@@ -146,6 +146,15 @@ def environ(**changes: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), **changes}
 
 
+def printed(words: Sequence[str], **changes: str) -> list[str]:
+    """Run a program and return the lines that it prints; RuntimeError says what it complains of."""
+    env = environ(**changes)
+    done = subprocess.run(words, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    return done.stdout.splitlines()
+
+
 def us(nanoseconds: float) -> str:
     """Return microseconds as a table shows them."""
     return figure(nanoseconds / 1000)
@@ -367,12 +376,7 @@ def server(run: Run) -> Iterator[Table]:
                 "clients": 4,
             }
         )
-        load = subprocess.run(
-            [python, str(PEERS_FILE), "load", command], env=environ(), capture_output=True, text=True
-        )
-        if load.returncode:
-            raise RuntimeError(load.stderr.strip().splitlines()[-1])
-        rounds = json.loads(load.stdout.splitlines()[-1])
+        rounds = json.loads(printed([python, str(PEERS_FILE), "load", command])[-1])
     table = Table(
         "A FastMCP server over HTTP on 127.0.0.1, four clients, one small tool",
         ("", "calls/s", "half of the rounds", "p50 ms", "p99 ms", "server CPU ms a call"),
@@ -408,14 +412,12 @@ def server(run: Run) -> Iterator[Table]:
 def middleware(run: Run) -> Iterator[Table]:
     """How long a middleware itself keeps a tool call: all of its own code, before the body and behind it."""
     words = [str(PEERS_FILE), "middleware", str(run.place("middleware")), str(run.pick(5, 300, 2000))]
-    done = subprocess.run([run.python(), *words], env=environ(), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
+    *_, answer = printed([run.python(), *words])
     table = Table(
         "The middleware's own time in a FastMCP server: microseconds a call, less one that does nothing",
         ("", "p50", "half of the calls", "p99", "`log_event` there, p50"),
     )
-    for name, took in json.loads(done.stdout.splitlines()[-1]).items():
+    for name, took in json.loads(answer).items():
         where, how = name.split(", ")
         title = f"{where}, {'the first time in its request' if how == 'first' else 'again, same request'}"
         own, logged = zip(*took)
@@ -609,16 +611,7 @@ print(json.dumps({"before": before, "ms": took, "ingested": audit.counters.inges
 
 def _script(run: Run, code: str, *arguments: str, **changes: str) -> Any:
     """Run Python code in the main environment and return what it prints last, as JSON."""
-    done = subprocess.run(
-        [run.python(), "-c", code, *arguments],
-        cwd=ROOT,
-        env=environ(**changes),
-        capture_output=True,
-        text=True,
-    )
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(printed([run.python(), "-c", code, *arguments], **changes)[-1])
 
 
 def footprint(run: Run) -> Iterator[Table]:
@@ -746,10 +739,7 @@ def query(run: Run) -> Iterator[Table]:
     """How fast `log`, `stats` and others read a large log, against plain DuckDB; see bench_read.py."""
     rows, rounds = run.pick("2000", "1000000", "10000000"), run.pick("1", "3", "3")
     words = [run.python(), str(READ_FILE), "query", "--rows", rows, "--rounds", rounds]
-    done = subprocess.run(words, env=environ(), capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr.strip().splitlines()[-1])
-    about, *lines = done.stdout.splitlines()
+    about, *lines = printed(words)
     table = Table(
         f"Reading: whole processes against plain DuckDB. {about}",
         ("command", "engine", "ms", "plain DuckDB, ms", "ratio"),

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from tools.judge import find_pythons, journal_line, judge  # noqa: E402
 
+OURS = (sys.executable, "-m", "mxcp_audit")
 LIMIT_SECONDS = 300  # for any one child; arbitrary, far beyond what any needs
 
 # What children share. `log` measures itself; `promise` writes down what a flush has promised.
@@ -180,7 +181,7 @@ class Torture:
 
     def ingest_command(self, db: Path) -> list[str]:
         """Return the command that takes the journal in."""
-        return [sys.executable, "-m", "mxcp_audit", "ingest", "--db", str(db)]
+        return [*OURS, "ingest", "--db", str(db)]
 
     def check(
         self, db: Path, expected: set[str] | None = None, *, ingest: bool = True, where: str = ""
@@ -206,6 +207,18 @@ class Torture:
                 self.figure.blame(
                     f"{where} {stage}: lost {len(lost)} {sorted(lost)[:2]}, doubled {verdict.doubled}"
                 )
+
+    def point(self, db: Path, where: str) -> None:
+        """Count one fault at one point, check what it left, and remove it."""
+        self.figure.faults += 1
+        self.figure.points += 1
+        self.check(db, where=where)
+        self.clean(db)
+
+    def finish(self, process: subprocess.Popen[str], said: str | None = None) -> None:
+        """Let a child go on to its end, and look at that."""
+        out, err = process.communicate(said, timeout=LIMIT_SECONDS)
+        self.look_at(subprocess.CompletedProcess(process.args, process.returncode, out, err))
 
     def clean(self, db: Path) -> None:
         """Remove a run's files: thousands of runs must not fill the disk."""
@@ -283,10 +296,7 @@ def s1_kill_writer(t: Torture) -> None:
         time.sleep(0.15 + t.random.random() * 0.4)
         process.kill()
         process.communicate()
-        t.figure.faults += 1
-        t.figure.points += 1
-        t.check(db, where="random kill")
-        t.clean(db)
+        t.point(db, "random kill")
     if shutil.which("strace"):
         injection = Injection(WRITE_CALLS, "signal=KILL", 14, "call")
         each_call(t, t.database, lambda db: t.command(WRITING, db), injection)
@@ -439,10 +449,7 @@ def s4_disk_errors(t: Torture) -> None:
     for call, code, number, lasting, durable in chosen:
         db = t.database()
         t.run(t.command(FAULTY, db, "e", call, str(number), code, str(int(lasting)), str(int(durable))))
-        t.figure.faults += 1
-        t.figure.points += 1
-        t.check(db, where=f"{call} {code} {number} lasting={lasting} durable={durable}")
-        t.clean(db)
+        t.point(db, f"{call} {code} {number} lasting={lasting} durable={durable}")
     if shutil.which("strace"):
         for code in ("ENOSPC",) if t.quick else ("ENOSPC", "EIO", "EROFS"):
             injection = Injection("pwrite64,ftruncate", f"error={code}", 4, code)
@@ -455,13 +462,19 @@ def s5_failed_fsync(t: Torture) -> None:
         for lasting in "01":
             db = t.database()
             t.run(t.command(FAULTY, db, "e", "fsync", str(number), "EIO", lasting, "1"))
-            t.figure.faults += 1
-            t.figure.points += 1
-            t.check(db, where=f"journal fsync {number}")
-            t.clean(db)
+            t.point(db, f"journal fsync {number}")
     if shutil.which("strace"):
         injection = Injection("fsync,fdatasync", "error=EIO", 4, "database")
         each_call(t, lambda: prepared(t)[0], t.ingest_command, injection)
+
+
+FULL_DISK = """
+import logging; logging.disable()
+audit = AuditLogger(db, flush_interval=0.05)
+for n in range(10000): log(n, text=os.urandom(200).hex())
+print(audit.flush(1), flush=True); sys.stdin.readline()
+assert promise()
+"""
 
 
 def s6_full_disk(t: Torture) -> None:
@@ -477,29 +490,41 @@ def s6_full_disk(t: Torture) -> None:
             return
         try:
             inside = disk / "log.duckdb"
-            process = t.start(
-                t.command(
-                    """
-                import logging; logging.disable()
-                audit = AuditLogger(db, flush_interval=0.05)
-                for n in range(10000): log(n, text=os.urandom(200).hex())
-                print(audit.flush(1), flush=True); sys.stdin.readline()
-                assert promise()
-            """,
-                    inside,
-                )
-            )
+            process = t.start(t.command(FULL_DISK, inside))
             assert process.stdout is not None
             full = process.stdout.readline() == "False\n"
             t.figure.faults += full
             t.figure.points += 1
             subprocess.run(["mount", "-o", "remount,size=200m", disk], check=True)
-            out, err = process.communicate("\n", timeout=LIMIT_SECONDS)
-            t.look_at(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+            t.finish(process, "\n")
             t.check(inside, where=f"full disk {size}")
         finally:
             subprocess.run(["umount", "-l", disk], check=True)
         t.clean(db)
+
+
+FORKS = """
+audit = AuditLogger(db, flush_interval=0.01)
+stop = False; counts = [0, 0, 0]
+def work(thread):
+    while not stop:
+        log(f"{thread}-{counts[thread]}"); counts[thread] += 1; time.sleep(0.001)
+threads = [threading.Thread(target=work, args=(thread,)) for thread in range(3)]
+for thread in threads: thread.start()
+for child in range(int(sys.argv[3])):
+    pid = os.fork()
+    if pid == 0:
+        tag = f"c{child}"; said.clear()
+        for n in range(2): log(n)
+        if child % 3 == 0: promise(); os._exit(0)
+        if child % 3 == 1: promise(); log("last"); write_down(); sys.exit(0)
+        write_down(); sys.exit(0)
+    if child % 20 == 0: time.sleep(0.02)
+    assert os.waitpid(pid, 0)[1] == 0, child
+stop = True
+for thread in threads: thread.join()
+assert promise()
+"""
 
 
 def s7_forks(t: Torture) -> None:
@@ -507,35 +532,7 @@ def s7_forks(t: Torture) -> None:
     forks = 15 if t.quick else 100
     for _ in range(1 if t.quick else 10):
         db = t.database()
-        t.run(
-            t.command(
-                """
-            audit = AuditLogger(db, flush_interval=0.01)
-            stop = False; counts = [0, 0, 0]
-            def work(thread):
-                while not stop:
-                    log(f"{thread}-{counts[thread]}"); counts[thread] += 1; time.sleep(0.001)
-            threads = [threading.Thread(target=work, args=(thread,)) for thread in range(3)]
-            for thread in threads: thread.start()
-            for child in range(int(sys.argv[3])):
-                pid = os.fork()
-                if pid == 0:
-                    tag = f"c{child}"; said.clear()
-                    for n in range(2): log(n)
-                    if child % 3 == 0: promise(); os._exit(0)
-                    if child % 3 == 1: promise(); log("last"); write_down(); sys.exit(0)
-                    write_down(); sys.exit(0)
-                if child % 20 == 0: time.sleep(0.02)
-                assert os.waitpid(pid, 0)[1] == 0, child
-            stop = True
-            for thread in threads: thread.join()
-            assert promise()
-        """,
-                db,
-                "p",
-                str(forks),
-            )
-        )
+        t.run(t.command(FORKS, db, "p", str(forks)))
         t.figure.faults += forks
         t.figure.points += forks
         t.check(db, where="forks")
@@ -553,31 +550,15 @@ def s8_many_writers(t: Torture) -> None:
         """
         count = "400" if t.quick else "1500"
         children = [t.start(t.command(body, db, f"w{n}", count)) for n in range(writers)]
-        command = [
-            sys.executable,
-            "-m",
-            "mxcp_audit",
-            "log",
-            "--db",
-            str(db),
-            "--json",
-            "--limit",
-            "100000",
-            "--wait",
-            "60",
-        ]
+        command = [*OURS, "log", "--db", str(db), "--json", "--limit", "100000", "--wait", "60"]
         readers = [threading.Thread(target=keep_reading, args=(t, command, children)) for _ in range(3)]
         for reader in readers:
             reader.start()
         for reader in readers:
             reader.join()
         for child in children:
-            out, err = child.communicate()
-            t.look_at(subprocess.CompletedProcess(child.args, child.returncode, out, err))
-            t.figure.faults += 1
-        t.figure.points += 1
-        t.check(db, where=f"{writers} writers")
-        t.clean(db)
+            t.finish(child)
+            t.point(db, f"{writers} writers")
 
 
 def keep_reading(t: Torture, command: list[str], children: list[subprocess.Popen[str]]) -> None:
@@ -602,6 +583,17 @@ HOLDERS = {
 }
 
 
+LOCKS = """
+import logging; logging.disable()
+audit = AuditLogger(db, flush_interval=0.02)
+for n in range(100): log(n); time.sleep(0.002)
+while audit.counters.written < 100: time.sleep(0.01)
+write_down(); print("half", flush=True); sys.stdin.readline()
+for n in range(100, 200): log(n)
+promise()
+"""
+
+
 def s9_locks(t: Torture) -> None:
     """the database held by a writer, a reader, a stopped owner"""
     for name, code in HOLDERS.items():
@@ -614,20 +606,7 @@ def s9_locks(t: Torture) -> None:
             assert holder.stdout is not None and holder.stdout.readline() == b"held\n"
             if stopped:
                 holder.send_signal(signal.SIGSTOP)
-            process = t.start(
-                t.command(
-                    """
-                import logging; logging.disable()
-                audit = AuditLogger(db, flush_interval=0.02)
-                for n in range(100): log(n); time.sleep(0.002)
-                while audit.counters.written < 100: time.sleep(0.01)
-                write_down(); print("half", flush=True); sys.stdin.readline()
-                for n in range(100, 200): log(n)
-                promise()
-            """,
-                    db,
-                )
-            )
+            process = t.start(t.command(LOCKS, db))
             assert process.stdout is not None
             process.stdout.readline()
             t.figure.faults += 1
@@ -636,8 +615,7 @@ def s9_locks(t: Torture) -> None:
                 t.check(db, ingest=False, where=f"held by {name}")
             holder.kill()
             holder.wait()
-            out, err = process.communicate("\n", timeout=LIMIT_SECONDS)
-            t.look_at(subprocess.CompletedProcess(process.args, process.returncode, out, err))
+            t.finish(process, "\n")
             t.check(db, where=f"after {name}")
             t.clean(db)
 
@@ -700,38 +678,34 @@ def s10_damage(t: Torture) -> None:
         t.clean(db)
 
 
+HOSTILE_INPUT = """
+import logging; logging.disable()
+audit = AuditLogger(db, flush_interval=0.02)
+class Evil:
+    def __repr__(self): raise ValueError
+    def __getattr__(self, name): raise RuntimeError(name)
+loop = {}; loop["me"] = loop
+deep = []
+for _ in range(5000): deep = [deep]
+forged = 'x\\n{"timestamp":"2026-01-31T12:00:00.000000Z","name":"forged","seq":1}\\n'
+hostile = [
+    Evil(), loop, deep, "\\ud83d", "\\0", forged, 10**5000, float("nan"), b"\\xff\\n", {1: 1, "1": 2},
+    {"a" * 10**6: 1}, "x" * 3 * 10**6, {Evil: Evil()}, {("a",): object()}, "\\x1b[2J",
+    "'; DROP TABLE logs; --", "$name", "\\r\\n",
+]
+def poke(value):
+    audit.log_event(value, value, f"{tag}-h{n}", *[value] * 6, None, *[value] * 3)
+for n in range(int(sys.argv[3])):
+    log(n); poke(hostile[n % len(hostile)])
+assert promise()
+"""
+
+
 def s12_hostile_input(t: Torture) -> None:
     """hostile input between good events"""
     db = t.database()
     rounds = 40 if t.quick else 400
-    t.run(
-        t.command(
-            """
-        import logging; logging.disable()
-        audit = AuditLogger(db, flush_interval=0.02)
-        class Evil:
-            def __repr__(self): raise ValueError
-            def __getattr__(self, name): raise RuntimeError(name)
-        loop = {}; loop["me"] = loop
-        deep = []
-        for _ in range(5000): deep = [deep]
-        forged = 'x\\n{"timestamp":"2026-01-31T12:00:00.000000Z","name":"forged","seq":1}\\n'
-        hostile = [
-            Evil(), loop, deep, "\\ud83d", "\\0", forged, 10**5000, float("nan"), b"\\xff\\n", {1: 1, "1": 2},
-            {"a" * 10**6: 1}, "x" * 3 * 10**6, {Evil: Evil()}, {("a",): object()}, "\\x1b[2J",
-            "'; DROP TABLE logs; --", "$name", "\\r\\n",
-        ]
-        def poke(value):
-            audit.log_event(value, value, f"{tag}-h{n}", *[value] * 6, None, *[value] * 3)
-        for n in range(int(sys.argv[3])):
-            log(n); poke(hostile[n % len(hostile)])
-        assert promise()
-    """,
-            db,
-            "e",
-            str(rounds),
-        )
-    )
+    t.run(t.command(HOSTILE_INPUT, db, "e", str(rounds)))
     t.figure.faults += rounds
     t.figure.points += rounds
     t.check(db, where="hostile input")
@@ -762,6 +736,35 @@ def s12_hostile_input(t: Torture) -> None:
     t.clean(db)
 
 
+LIMITS = """
+import logging, resource; logging.disable()
+import signal, tempfile, ctypes
+audit = AuditLogger(db, flush_interval=0.05)
+kind = getattr(resource, sys.argv[3]); old = resource.getrlimit(kind)
+if sys.argv[3] != "RLIMIT_NOFILE": audit.flush(1)
+resource.setrlimit(kind, (int(sys.argv[4]), old[1]))
+for n in range(500): log(n, text="x" * 200)
+audit.flush(1)
+resource.setrlimit(kind, old)
+for n in range(500, 600): log(n)
+assert promise(), audit.counters
+"""
+
+
+NO_THREADS = """
+import logging; logging.disable()
+start, count = threading.Thread.start, [0]
+def denied(self):
+    count[0] += 1
+    if count[0] <= int(sys.argv[3]) * 20: raise RuntimeError("can't start new thread")
+    start(self)
+threading.Thread.start = denied
+audit = AuditLogger(db)
+for n in range(100): log(n)
+assert promise()
+"""
+
+
 def s13_limits(t: Torture) -> None:
     """limits of descriptors, processes, memory and file sizes"""
     limits = [
@@ -773,79 +776,49 @@ def s13_limits(t: Torture) -> None:
     ]
     for name, value in limits:
         db = t.database()
-        t.run(
-            t.command(
-                """
-            import logging, resource; logging.disable()
-            import signal, tempfile, ctypes
-            audit = AuditLogger(db, flush_interval=0.05)
-            kind = getattr(resource, sys.argv[3]); old = resource.getrlimit(kind)
-            if sys.argv[3] != "RLIMIT_NOFILE": audit.flush(1)
-            resource.setrlimit(kind, (int(sys.argv[4]), old[1]))
-            for n in range(500): log(n, text="x" * 200)
-            audit.flush(1)
-            resource.setrlimit(kind, old)
-            for n in range(500, 600): log(n)
-            assert promise(), audit.counters
-        """,
-                db,
-                "e",
-                name,
-                str(value),
-            )
-        )
-        t.figure.faults += 1
-        t.figure.points += 1
-        t.check(db, where=f"{name} {value}")
-        t.clean(db)
+        t.run(t.command(LIMITS, db, "e", name, str(value)))
+        t.point(db, f"{name} {value}")
     for program, when in (("no threads", "1"), ("no threads later", "3")):
         db = t.database()
-        t.run(
-            t.command(
-                """
-            import logging; logging.disable()
-            start, count = threading.Thread.start, [0]
-            def denied(self):
-                count[0] += 1
-                if count[0] <= int(sys.argv[3]) * 20: raise RuntimeError("can't start new thread")
-                start(self)
-            threading.Thread.start = denied
-            audit = AuditLogger(db)
-            for n in range(100): log(n)
-            assert promise()
-        """,
-                db,
-                "e",
-                when,
-            )
-        )
-        t.figure.faults += 1
-        t.figure.points += 1
-        t.check(db, where=program)
-        t.clean(db)
+        t.run(t.command(NO_THREADS, db, "e", when))
+        t.point(db, program)
+
+
+CLOCK = """
+true_time, offset = time.time_ns, [0]
+audit = AuditLogger(db, flush_interval=0.02)
+def clock(): return 0 if offset[0] is None else true_time() + offset[0]
+audit._encoder._clock = audit._writer._appender.journal._clock = clock
+for step, offset[0] in enumerate([0, -86400 * 10**9, 86400 * 3650 * 10**9, None, -3600 * 10**9, 0]):
+    for n in range(50): log(f"{step}-{n}"); time.sleep(0.002)
+    assert promise()
+"""
 
 
 def s14_clock(t: Torture) -> None:
     """a clock that steps back, ahead and stands still"""
     db = t.database()
-    t.run(
-        t.command(
-            """
-        true_time, offset = time.time_ns, [0]
-        audit = AuditLogger(db, flush_interval=0.02)
-        def clock(): return 0 if offset[0] is None else true_time() + offset[0]
-        audit._encoder._clock = audit._writer._appender.journal._clock = clock
-        for step, offset[0] in enumerate([0, -86400 * 10**9, 86400 * 3650 * 10**9, None, -3600 * 10**9, 0]):
-            for n in range(50): log(f"{step}-{n}"); time.sleep(0.002)
-            assert promise()
-    """,
-            db,
-        )
-    )
+    t.run(t.command(CLOCK, db))
     t.figure.faults += 5
     t.figure.points += 6
     t.check(db, where="clock")
     t.clean(db)
+
+
+OVERLOAD = """
+import logging; logging.disable()
+mxcp_audit.QUEUE_BYTES = 100_000
+audit = AuditLogger(db, on_full=sys.argv[3])
+def work(thread):
+    for n in range(int(sys.argv[4])):
+        audit.log_event("cli", "tool", f"{tag}-{thread}-{n}", {"text": "x" * 100})
+threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
+with audit._writer._writing:  # a disk that stands still until the queue has been full
+    for thread in threads: thread.start()
+    while not audit.counters.errors: time.sleep(0.001)
+for thread in threads: thread.join()
+assert promise()
+"""
 
 
 def s15_overload(t: Torture) -> None:
@@ -853,28 +826,7 @@ def s15_overload(t: Torture) -> None:
     events = 4000 if t.quick else 60000
     for on_full in ("block", "drop"):
         db = t.database()
-        t.run(
-            t.command(
-                """
-            import logging; logging.disable()
-            mxcp_audit.QUEUE_BYTES = 100_000
-            audit = AuditLogger(db, on_full=sys.argv[3])
-            def work(thread):
-                for n in range(int(sys.argv[4])):
-                    audit.log_event("cli", "tool", f"{tag}-{thread}-{n}", {"text": "x" * 100})
-            threads = [threading.Thread(target=work, args=(thread,)) for thread in range(8)]
-            with audit._writer._writing:  # a disk that stands still until the queue has been full
-                for thread in threads: thread.start()
-                while not audit.counters.errors: time.sleep(0.001)
-            for thread in threads: thread.join()
-            assert promise()
-        """,
-                db,
-                "e",
-                on_full,
-                str(events // 8),
-            )
-        )
+        t.run(t.command(OVERLOAD, db, "e", on_full, str(events // 8)))
         t.run(t.ingest_command(db))
         verdict = judge(db)
         missing = events - verdict.in_table - verdict.losses
@@ -975,7 +927,7 @@ def s17_neighbours(t: Torture) -> None:
                 if act == "command":
                     words = t.random.choice(COMMANDS).split()
                     acts[-1] = words[0]
-                    command = [sys.executable, "-m", "mxcp_audit", *words, "--db", str(db)]
+                    command = [*OURS, *words, "--db", str(db)]
                     t.look_at(run_quietly(t, command))
                 elif act in ("kill", "clock"):
                     victim = servers.pop(0)
@@ -1003,7 +955,7 @@ def s17_neighbours(t: Torture) -> None:
                     t.random.choice((os.mkfifo, os.mkdir, lambda path: os.symlink("/etc/passwd", path)))(name)
                 elif act == "copy":
                     copy = home / f"copy{step}"
-                    command = [sys.executable, "-m", "mxcp_audit", "backup", str(copy), "--db", str(db)]
+                    command = [*OURS, "backup", str(copy), "--db", str(db)]
                     t.look_at(run_quietly(t, command))
                     copy.unlink(missing_ok=True)
                 else:
@@ -1026,7 +978,7 @@ def s17_neighbours(t: Torture) -> None:
                 os.rmdir(name) if name.is_dir() and not name.is_symlink() else name.unlink()
             t.figure.points += 1
             t.check(db, where=f"after {', '.join(acts)}")
-            done = run_quietly(t, [sys.executable, "-m", "mxcp_audit", "verify", "--db", str(db)])
+            done = run_quietly(t, [*OURS, "verify", "--db", str(db)])
             if done.returncode:
                 t.figure.torn += 1
                 t.figure.blame(f"after {', '.join(acts)}: {done.stdout}")
@@ -1054,11 +1006,7 @@ def run_quietly(t: Torture, command: list[str]) -> subprocess.CompletedProcess[s
 def s18_stream(t: Torture) -> None:
     """a stream with its cursor, killed at random moments while four servers log and purges run"""
     db = t.database()
-    cursor, out, module = (
-        db.parent / "cursor.json",
-        db.parent / "out.jsonl",
-        [sys.executable, "-m", "mxcp_audit"],
-    )
+    cursor, out, module = (db.parent / "cursor.json", db.parent / "out.jsonl", [*OURS])
     stream = [*module, "log", "--format", "jsonl", "--cursor-file", str(cursor), "--db", str(db)]
     script = SERVING.replace("time.sleep(0.001)", "time.sleep(0.01)")
     servers = [t.start(t.command(script, db, tag)) for tag in "abcd"]
@@ -1126,23 +1074,21 @@ def s18_stream(t: Torture) -> None:
     t.clean(db)
 
 
+WINDOW = """
+audit = AuditLogger(db)
+times = os.open(db + ".times", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+for n in range(10**9):
+    log(n)
+    os.write(times, f"{tag}-{n} {time.monotonic()}\\n".encode())
+    time.sleep(0.0002)
+"""
+
+
 def w_window(t: Torture) -> None:
     """how long after log_event returned kill -9 can still lose an event ("worst ms" is that window)"""
     for _ in range(10 if t.quick else 200):
         db = t.database()
-        process = t.start(
-            t.command(
-                """
-                audit = AuditLogger(db)
-                times = os.open(db + ".times", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-                for n in range(10**9):
-                    log(n)
-                    os.write(times, f"{tag}-{n} {time.monotonic()}\\n".encode())
-                    time.sleep(0.0002)
-                """,
-                db,
-            )
-        )
+        process = t.start(t.command(WINDOW, db))
         while not Path(f"{db}.times").exists():
             time.sleep(0.01)
         time.sleep(0.3 + t.random.random() * 0.3)
