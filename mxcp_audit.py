@@ -1374,7 +1374,6 @@ webhook (?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+
 $ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}  sha256~ \bsha256~[\w-]{43}
 vk1.a. \bvk1\.a\.[\w-]{60,}  -us [0-9a-f]{32}-us[0-9]{1,2}\b
 """
-# 4-4-4-4, 4-6-5 and 4-6-4
 _CARD = r"""(?x)([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))(?:[0-9]{13,18}
   |[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})(?![\w-]|\.[0-9]))"""
 _SSN = r"""(?x)([0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))
@@ -1485,8 +1484,7 @@ xfreerdp signtool schtasks || /p /rp ; aws | SecureString | --value ; wpa_passph
 gh az flyctl databricks | secret | -b --body --value --string-value ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
 net | user | #2 ; net | use | #2 #3 ; htpasswd mosquitto_passwd | -b | #2 #3 ; isql iusql | -v | #3
 db2 | using | #1 ; mc mcli | set | #4 ; cargo vault | login | #1 ; vault | unseal | #1
-ansible-vault | encrypt_string | #1 ; ngrok | add-authtoken | #1
-poetry composer | http-basic\.[^\x1f]+ | #2 ; poetry composer | pypi-token\.[^\x1f]+ | #1
+ansible-vault | encrypt_string | #1 ; poetry composer | http-basic\.[^\x1f]+ | #2
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
@@ -2002,9 +2000,6 @@ class _Rules:
         return len(text)
 
 
-# --- what an endpoint declares
-
-
 class _Declared(NamedTuple):  # what a definition hides of a parameter
     sensitive: bool
     fields: dict[str, _Declared]
@@ -2045,8 +2040,7 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
 
 # --- what an object holds
 
-# Modules of types whose `str` says all; importing them takes 15 ms.
-_TEXT_MODULES = _words_in("decimal fractions datetime uuid pathlib zoneinfo")
+_TEXT_MODULES = _words_in("decimal fractions datetime uuid pathlib zoneinfo")  # whose types' `str` says all
 
 
 def _type_name(value: object) -> str:
@@ -2133,7 +2127,6 @@ _MAX_NODES = 500_000  # more than fit into the default of `max_input_bytes`
 _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
 _CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
 _SLACK = 4096  # characters read beyond what is kept, so that no secret is cut in half
-# A sibling with one of these names names the other.
 _LABELS = _words_in("""name key header field param parameter property variable attribute setting label element
 selector path id type column""")
 _VALUES = _words_in("value values val default content text newvalue new_value")
@@ -2411,18 +2404,22 @@ class _Walk:
         texts, columns = self.rules.harmless, list[Iterable[str]]()
         for column in zip(*map(dict.values, rows)):
             kinds = set(map(type, column))
-            if kinds <= {int, float} and max(map(abs, column)) < _CARD_NUMBERS and all(map(isfinite, column)):
+            if kinds == {int} and min(column) >= 0 and max(column) < _CARD_NUMBERS:
+                columns.append(map(str, column))
+            elif kinds == {float} and all(map(isfinite, column)):
                 columns.append(map(repr, column))
             elif kinds == {bool}:
                 columns.append(["true" if item else "false" for item in column])
             elif kinds == {str}:
                 columns.append([texts.get(item) or encode_text(self.text(item, None)) for item in column])
             else:
+                write = self.sequence if kinds == {list} else self.value
                 columns.append(written := list[str]())
+                opened.append(0)
                 for ident, item in zip(idents, column):
-                    opened.append(ident)
-                    written.append(self.value(item, None))
-                    opened.pop()
+                    opened[-1] = ident
+                    written.append(write(item, None))
+                opened.pop()
         row = "{" + ",".join(str(key).replace("%", "%%") + "%s" for key in keys) + "}"
         return "[" + ",".join(map(row.__mod__, zip(*columns))) + "]"
 
@@ -2582,6 +2579,8 @@ class Redactor:
             own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
             declared = None if endpoint_def is None else _declare(endpoint_def)
             walk = _Walk(self._verdicts if own is None else own, echoes, limit)
+            if type(value) is dict and declared is None:
+                return walk.mapping(value, None)
             return walk.value(value, declared)
         except RecursionError:
             return '"[DEPTH]"'
