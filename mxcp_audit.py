@@ -12497,7 +12497,7 @@ def cmd_wrap(options: Options) -> int:
 
 _COMPLETION = """\
 # Completion of mxcp-audit, made by `mxcp-audit completion`.
-if [ -n "$ZSH_VERSION" ]; then
+if [ -n "${{ZSH_VERSION-}}" ]; then
     (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit; }}
     autoload -Uz bashcompinit && bashcompinit
 fi
