@@ -12412,7 +12412,7 @@ def _verdict_summary(verdict: Verdict, since: str | None = None) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _read_checkpoint(path: str, signers: str | None) -> list[Head]:
+def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
