@@ -11535,7 +11535,7 @@ def _verdict_summary(verdict: Verdict, since: str | None = None) -> str:
     return "; ".join(part for part in parts if part)
 
 
-def _read_checkpoint(path: str, signers: str | None) -> list[Head]:
+def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
     try:
         with open(path, encoding="utf-8") as file:
             text = file.read()
@@ -11620,7 +11620,7 @@ def cmd_wrap(options: Options) -> int:
 
 _COMPLETION = """\
 # Completion of mxcp-audit, made by `mxcp-audit completion`.
-if [ -n "$ZSH_VERSION" ]; then
+if [ -n "${{ZSH_VERSION-}}" ]; then
     (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit; }}
     autoload -Uz bashcompinit && bashcompinit
 fi

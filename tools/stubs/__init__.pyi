@@ -6,7 +6,7 @@ import threading
 import time
 import weakref
 from collections.abc import Awaitable, Callable, Collection, Generator, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, NoReturn, Protocol, TextIO, TypeAlias, TypeVar
+from typing import Any, NamedTuple, NoReturn, Protocol, TypeAlias, TypeVar
 
 from _typeshed import Incomplete
 
@@ -869,21 +869,6 @@ class Checkup:
     faults: list[Fault]
     report: dict[str, Any]
     def __init__(self, config: Config, *, wait: float) -> None: ...
-
-class EventTable:
-    def __init__(
-        self,
-        file: TextIO,
-        *,
-        columns: Sequence[str] = ...,
-        width: int | None,
-        colour: bool,
-        with_reasons: bool = True,
-        with_input: bool = False,
-        grows: bool = False,
-        local: bool = False,
-    ) -> None: ...
-    def write(self, rows: Sequence[Row]) -> None: ...
 
 class ImportResult(NamedTuple):
     events: int
