@@ -11248,6 +11248,8 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
                         return
                     told = f"{shown} answered {answer.status}"
                     is_final = answer.status != 429 and answer.status < 500
+                    asked = answer.headers.get("Retry-After", "").strip()
+                    pause = max(pause, min(float(asked), 300.0)) if asked.isdecimal() else pause
                     with contextlib.suppress(OSError, http.client.HTTPException):  # while it says why
                         told += f": {answer.read(500).decode(errors='replace').strip()}"
             except (OSError, http.client.HTTPException) as error:
