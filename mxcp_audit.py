@@ -1172,9 +1172,10 @@ _KNOWN_WORDS = STRONG_WORDS.union(WEAK_WORDS, *OPENERS.values(), STILL_SECRET, F
 _CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
 _MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 128, 24, 16
 _STEMS = STRONG_WORDS.union(
-    WEAK_WORDS, _words_in("sensitive social verifier answer saml json card ccn cc_n cc-n")
+    WEAK_WORDS,
+    _words_in("""sensitive social verifier answer saml json card ccn cc_n cc-n
+community account.num account_num connect.sid _wo sig="""),
 )
-_STEMS |= _words_in("community account.num account_num connect.sid _wo sig=")
 STEMS = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
 _MAX_VERDICTS = 4096
 _BY_SETTING = "listed under `redact`"
@@ -1419,7 +1420,8 @@ a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'
 a token in a URL ~ :// ~ secret ~ ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
 a private key ~ -----begin ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
  (?:-----END[^\n-]{0,60}--|\Z)-*)
-credentials after Bearer ~ bearer ~ ~ \b(?i:bearer)[ \t]+((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*)
+credentials after Bearer ~ bearer ~ ~ \b(?i:bearer)[ \t]+((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*
+ |[\w.~+/-]{24,}=*)
 credentials after Basic ~ basic ~ secret ~ \b(?i:basic)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
 a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~ ~
  :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
@@ -1487,6 +1489,7 @@ db2 | using | #1 ; mc mcli | set | #4 ; cargo vault | login | #1 ; vault | unsea
 ansible-vault | encrypt_string | #1 ; poetry composer | http-basic\.[^\x1f]+ | #2
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
+_SHOWN_WORD = r",[ ]([^,\]\n]+)"
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
     ((?:[^\s"'`|;&<>()\\]|\\[^\n]|[&;|](?=[^\s&;|])|"(?:[^"\\]|\\.){0,500}"|'[^']{0,500}')+)"""
 _PASSWORDS = _words_in("password passwd pwd passphrase passcode pass pw")
@@ -1495,8 +1498,8 @@ _ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 ba
 _REMARKS = _words_in("""a an the this that is are was must should may can cannot will not no yes on off too at
 in of for from to and or with field required optional missing invalid incorrect wrong expired empty unset
 unknown expected unexpected got see value string str text int integer bool boolean bytes object array list
-dict number type any strict bearer basic only same all different varchar char secretstr uuid float password raise
-return stored accepted rejected generated created valid using see""")
+dict number type any strict bearer basic only same all different varchar char secretstr uuid float password
+raise return stored accepted rejected generated created valid using see""")
 _HEADER_NAMES = _words_in("authorization proxy-authorization cookie set-cookie")
 _SCHEMES = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
 # In "API key: …" and "verification code is …" the word before belongs to the name.
@@ -1519,7 +1522,6 @@ _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->) | \( | \\&
       |(?:\[[^\n]{0,80}\])?(?:[ ]\|[ ][\w.]+(?:\[[^\n]{0,80}\])?){0,4}[ ]\|[ ](?:None|str|bytes)\b)
   | (?<=\w[ ])[a-z]+[ ](?:the|an?|to|is|with|of|for|instead)\b"""
 _SCHEMA = r"(?:description|type|title|name|\$ref):(?![\s\S]*\b(?:value|default|example)s?:)"  # of a field
-_ENUMERATING = r"(?:^|\s)(?:and|or|the|with|us(?:e|ing)|via|by|command) [`'\"*]{0,2}\Z"
 _SENTENCE = _words_in("a an the to of for used if is are with from by in as or key token secret password")
 _TYPE = r"_?[A-Z][A-Za-z]+(?: \| None)?"
 # A name that stands for a value.
@@ -1682,7 +1684,7 @@ class _Rules:
                 continue
             words, done = [program.span()], program.end()
             step = _re(
-                {",": r",[ ]([^,\]\n]+)", '"': _LISTED_WORD, "'": _LISTED_WORD}.get(text[done], _SHELL_WORD)
+                _LISTED_WORD if text[done] in "\"'" else _SHOWN_WORD if text[done] == "," else _SHELL_WORD
             )
             while word := step.match(text, done):
                 words.append(word.span(1))
@@ -1739,11 +1741,8 @@ class _Rules:
                 signs = " .()" if sign in "|\t" else " "
                 heads = sum(map(bool, shown)) > 1 and re.fullmatch(rf"[\w{signs}#/\n-]*", "\n".join(shown))
                 columns = len(cells) if heads and hidden and not inner else 0
-                value = max(hidden, default=0) + 1  # `| API key | X |`
-                pair = (
-                    hidden and row[0].lstrip()[:1] == "|" and _looks_secret("".join(shown[value : value + 1]))
-                )
-                if not pair:
+                value = max(hidden, default=-2) + 1  # `| API key | X |`
+                if row[0].lstrip()[:1] != "|" or not any(map(_looks_secret, shown[value:][:1])) or value < 0:
                     continue
                 hidden, columns = [value], 0
             for index in hidden:
@@ -1777,6 +1776,8 @@ class _Rules:
 
     def _strength(self, text: str, start: int, name: str, lead: re.Match[str]) -> int:
         """Judge a name in a text; the word before it may belong to it (`API key: …`)."""
+        if name[-1] == "." and lead.lastgroup == "option":
+            return 0  # the end of a sentence
         if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
             return 2  # of a pre-signed URL; elsewhere it may be anything
         name = name.strip("-.是为は")
@@ -1794,11 +1795,8 @@ class _Rules:
         line = text[max(0, start - 80) : start].rpartition("\n")[2]
         if kind == "element":
             tag = text[max(0, start - 200) : start]
-            if (
-                bare_key
-                or tag.rfind("<") <= tag.rfind(">")
-                or re.search(r"[^<:\"'/ ]\Z|(?:type|class)=\W{1,3}\Z", tag)
-            ):
+            within = tag.rfind("<") > tag.rfind(">")
+            if bare_key or not within or re.search(r"[^<:\"'/ ]\Z|(?:type|class)=\W{1,3}\Z", tag):
                 return None
             end = self._until(text, at, "]]>" if lead[0][-1] == "[" else "<")
             shown = text[at : min(end, at + 300)].strip()
@@ -1823,8 +1821,8 @@ class _Rules:
                 opened = text[max(0, start - 12) : start].rstrip("\\\"'bu")[-1:]
                 closed = text[value[1] : value[1] + 12].lstrip("\\\"' ,")[:1]
                 pair = flag or (opened in ("(", "[") and closed in (")", "]"))
-                word = re.fullmatch("[A-Za-z_]+", shown)
-                secret = _is_mixed(shown) if bare_key else pair or (_looks_secret(shown) and not word)
+                odd = _looks_secret(shown) and not re.fullmatch("[A-Za-z_]+", shown)
+                secret = _is_mixed(shown) if bare_key else pair or odd
                 return value if secret else None
             # `secret "prod" not found` names it, `SECRET 'x'` in SQL and `secret "x";` are it.
             weak = bare_key or (strength < 2 and not _looks_secret(shown))
@@ -1835,8 +1833,6 @@ class _Rules:
             return None if kind == "quoted" and names else value
         if kind == "prose" or (kind == "option" and not flag):
             return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
-        if kind == "option" and (name[-1] == "." or _re(_ENUMERATING).search(line)):
-            return None  # `--user and --password options`
         if kind == "assign":
             # `input("Password: ")`
             if quote and quote[2] == before and lead["assign"][0] not in "\\\"'`":
@@ -1913,10 +1909,9 @@ class _Rules:
         if after and self.strength(shown):
             return None  # `--secret dbPassword X`
         last = shown.rpartition(".")[2]
-        if (_re(_REFERENCE).fullmatch(shown) and self.strength(last)) or _re(_SOURCE).match(text, at):
+        named = _re(_REFERENCE).fullmatch(shown) and (self.strength(last) or (strength < 2 and "." in shown))
+        if named or _re(_SOURCE).match(text, at):
             return None
-        if strength < 2 and re.fullmatch(r"(?:[A-Za-z_]\w*\.)+(?:[A-Z][a-z]\w*|[a-z_]+)", shown):
-            return None  # `Name.Builtin`
         told = ":" in lead and re.match(r"[A-Z][A-Za-z]*((?:[.,;]? [A-Za-z_/()-]+){3,})", text[at : at + 200])
         if (
             re.search(r"[:@]param [\w ]*\Z", line)
@@ -2015,11 +2010,9 @@ def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = 
         parts = definition if issubclass(type(definition), dict) else _members(definition)
         if not isinstance(parts, dict):
             return None
-        inner = next(
-            (parts[key] for key in ("tool", "resource", "prompt") if depth == 0 and parts.get(key)), ""
-        )
-        if not isinstance(inner, str):
-            return _declare(inner, depth + 1, budget)
+        wrapped = [parts[key] for key in ("tool", "resource", "prompt") if not depth and parts.get(key)]
+        if wrapped and not isinstance(wrapped[0], str):
+            return _declare(wrapped[0], depth + 1, budget)
         fields: dict[str, _Declared] = {}
         for group in (parts.get("parameters"), parts.get("properties")):
             named = list(group.items()) if isinstance(group, dict) else []
@@ -2528,9 +2521,8 @@ class Redactor:
         self, redact: _Names = (), keep: _Names = (), *, mode: str = "constant", key: bytes | None = None
     ) -> None:
         for setting, entries in (("redact", redact), ("keep", keep)):
-            if isinstance(entries, str) or not all(
-                isinstance(each, str) and _normal(each) for each in entries
-            ):
+            names = all(isinstance(each, str) and _normal(each) for each in entries)
+            if isinstance(entries, str) or not names:
                 reason = "must be a list of names; quote those that YAML reads otherwise"
                 raise ConfigError(reason, trail=(setting,))
         if mode not in ("constant", "hmac"):
