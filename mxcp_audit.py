@@ -1395,6 +1395,13 @@ def _is_mixed(value: str) -> bool:
     return _re(r"(?=.*[a-z])(?=.*[A-Z!#$%^&*+=?~])(?=.*[0-9]).{8,}").match(value) is not None
 
 
+def _is_basic(credentials: str) -> bool:
+    """Return True if a text is `user:password` in Base64; `basic JavaScript` is none."""
+    with contextlib.suppress(ValueError):
+        return b":" in binascii.a2b_base64(credentials)
+    return False
+
+
 def _is_card(number: str) -> bool:
     """Return True if digits pass for a payment card's: issuer, length, check digit."""
     digits = number.replace(" ", "").replace("-", "")
@@ -1412,8 +1419,8 @@ _CALL_WORDS = _words_in("""auth credential passw crypt cipher hmac jwt keyspec p
 signer signwith pdo aes fernet hashpw cookieparser""")
 _CALLS = rf"(?i)(?:{'|'.join(sorted(_CALL_WORDS))})\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
 _LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
-# What has a place of its own: the rule ~ texts one of which must be there in small letters ~ whether its last
-# group must look like a secret ~ the pattern. Without a group a quoted value follows.
+# What has a place of its own: the rule ~ texts one of which must be there in small letters ~ what its last
+# group must pass ~ the pattern. Without a group a quoted value follows.
 _PLACES = r"""
 a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
  |[^\s"'<>\\`]{1,300}(?=@))
@@ -1422,7 +1429,7 @@ a private key ~ -----begin ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}
  (?:-----END[^\n-]{0,60}--|\Z)-*)
 credentials after Bearer ~ bearer ~ ~ \b(?i:bearer)[ \t]+((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*
  |[\w.~+/-]{24,}=*)
-credentials after Basic ~ basic ~ secret ~ \b(?i:basic)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
+credentials after Basic ~ basic ~ basic ~ \b(?i:basic)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
 a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~ ~
  :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
  (?=@(?:(?:tcp|unix)\(|localhost\b|1(?:0|27|72|92\.168)\.))
@@ -1467,6 +1474,7 @@ a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?
 a named social security number ~ ssn|social sec ~ ~ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)
  (?:\s{1,4}(?:is|was))?[\s:#=]{0,4})([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
+_CHECKS = {"secret": _looks_secret, "basic": _is_basic}
 # Where programs take a secret: programs | a word that must be among the arguments | places. `-p` is the
 # option's own word or the next, `-p+` its own only, `-p.` the next only; in `-u:` it stands behind that sign;
 # `#2` is the second word after the required one that is no option.
@@ -1559,7 +1567,7 @@ class _Rules:
         self._places: list[tuple[str, Iterable[str], _Find]] = []
         for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
             pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
-            find = functools.partial(self._placed, pattern=pattern, accept=_looks_secret if check else None)
+            find = functools.partial(self._placed, pattern=pattern, accept=_CHECKS.get(check.strip()))
             self._places.append((rule, gates.split("|"), find))
         self._places += [
             ("a function's argument", _CALL_WORDS, self._literals),
@@ -1826,11 +1834,10 @@ class _Rules:
                 return value if secret else None
             # `secret "prod" not found` names it, `SECRET 'x'` in SQL and `secret "x";` are it.
             weak = bare_key or (strength < 2 and not _looks_secret(shown))
-            said = shown.count(" ") > 2 and low not in _PASSWORDS
-            said = said or (low == "pass" and (" " in shown or not _looks_secret(shown)))
-            names = weak or said or (low in _REFERENCES and not name.isupper())
-            names = names and text[value[1] + 1 :][:1] != ";" and not flag
-            return None if kind == "quoted" and names else value
+            verb = low == "pass" and (" " in shown or not _looks_secret(shown))
+            said = verb or (shown.count(" ") > 2 and low not in _PASSWORDS)
+            names = (weak or said or (low in _REFERENCES and not name.isupper())) and not flag
+            return None if kind == "quoted" and names and text[value[1] + 1 :][:1] != ";" else value
         if kind == "prose" or (kind == "option" and not flag):
             return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
         if kind == "assign":
@@ -1876,9 +1883,8 @@ class _Rules:
             self._is_none(shown)
             or (("==" in lead or "!=" in lead) and (weak or not quoted))  # a comparison
             or (shown.isupper() and self.strength(shown))  # a constant's name
-            or (quoted and len(shown) == 1)
             or (called and (weak or bare_key))
-            or (quoted and shown[-1:] in (" ", ":"))  # the beginning of a text
+            or (quoted and (len(shown) == 1 or shown[-1:] in (" ", ":")))  # the beginning of a text
             or (quoted and strength < 2 and re.search(r"%s|\{[a-z_]", shown))  # a template
             or (quoted and lead == ": " and _re(_TYPE).fullmatch(shown) and self.strength(shown.split()[0]))
         ):
@@ -1898,10 +1904,9 @@ class _Rules:
             if len(indent) > len(line) or text[at : at + 2] == "- ":
                 more = re.escape(indent) + ("" if len(indent) > len(line) else "[ \t-]")
                 block = re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").match(text, at)
-                if block and re.match(_SCHEMA, block[0]):
-                    return None
-                if block and any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", block[0]))):
-                    return block.span()
+                schema = block and re.match(_SCHEMA, block[0])
+                if block and (schema or any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", block[0])))):
+                    return None if schema else block.span()
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
                 return None  # the next entry
         # No value: source text such as `= f(x)`, `= config.password`, a remark.
@@ -1913,11 +1918,8 @@ class _Rules:
         if named or _re(_SOURCE).match(text, at):
             return None
         told = ":" in lead and re.match(r"[A-Z][A-Za-z]*((?:[.,;]? [A-Za-z_/()-]+){3,})", text[at : at + 200])
-        if (
-            re.search(r"[:@]param [\w ]*\Z", line)
-            or told
-            and not _SENTENCE.isdisjoint(re.findall(r"\w+", told[1].lower()))
-        ):
+        said = told and not _SENTENCE.isdisjoint(re.findall(r"\w+", told[1].lower()))
+        if said or re.search(r"[:@]param [\w ]*\Z", line):
             return None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return passed
@@ -2401,8 +2403,6 @@ class _Walk:
                 columns.append(map(str, column))
             elif kinds == {float} and all(map(isfinite, column)):
                 columns.append(map(repr, column))
-            elif kinds == {bool}:
-                columns.append(["true" if item else "false" for item in column])
             elif kinds == {str}:
                 columns.append([texts.get(item) or encode_text(self.text(item, None)) for item in column])
             else:
@@ -2504,14 +2504,14 @@ def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str])
 class Redactor:
     """Returns plain copies of values and texts in which no secret is left, and never raises.
 
-    One Redactor serves any number of threads; its caches are bounded and hold no secret.
+    One serves any number of threads; its caches are bounded and hold no secret.
 
     Args:
         redact: more sensitive names, in any spelling; `tool_name.param` for one tool.
-        keep: names that are not sensitive here, in the same forms. `redact` wins over `keep`, one tool's
-            entry over that for all, a declaration and a secret's own form over both.
-        mode: "constant" writes `[REDACTED]`, "hmac" `[REDACTED:<8 hex>]`, the same for the same secret.
-        key: the key for "hmac".
+        keep: names that are not sensitive here. `redact` wins over `keep`, one tool's entry over that for
+            all, a declaration and a secret's own form over both.
+        mode: "constant" writes `[REDACTED]`; "hmac", which needs a `key`, `[REDACTED:<8 hex>]`, the same for
+            the same secret.
 
     Raises:
         ConfigError: an entry is no text, the mode is unknown, or "hmac" has no key.
@@ -2543,9 +2543,8 @@ class Redactor:
     ) -> Any:
         """Return a plain copy of any value in which nothing sensitive is left.
 
-        The copy consists of dict (text keys), list, str, int, finite float, bool and None. Cycles become
-        `[CYCLE]`, what lies too deep `[DEPTH]`, what can't be shown `<unprintable Type>`; generators and
-        files are not read.
+        It consists of dict (text keys), list, str, int, finite float, bool and None, with `[CYCLE]`,
+        `[DEPTH]` and `<unprintable Type>` where need be; generators and files are not read.
 
         Args:
             tool: the tool whose input the value is.
