@@ -4898,27 +4898,30 @@ def _leg_of(call: Call, message: object) -> object:
 # --- where a call came from
 
 
+_absent: set[tuple[type, str]] = set()  # what models of pydantic, slow to say so, don't have
+
+
 def _get(owner: object, name: str, *others: str) -> Any:
     """Return a key of a mapping, or an attribute, the first of these that isn't None, whatever is raised."""
-    kind: Any = type(owner)
-    value = None
+    kind, value = type(owner), None
+    if owner is None:
+        return None
     if kind is dict:
         value = owner.get(name)  # type: ignore[attr-defined]
-    elif owner is None:
-        return None
-    else:
+    elif (kind, name) not in _absent:
         try:
-            if not _lacks(kind, name):
-                value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
-                value = owner.get(name) if value is None and isinstance(owner, Mapping) else value
+            value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
+            if value is None and isinstance(owner, Mapping):
+                value = owner.get(name)
+            elif value is None and _lacks(kind, name):
+                _absent.add((kind, name))
         except Exception:  # noqa: SIM105 - faster
             pass
     return _get(owner, *others) if value is None and others else value
 
 
-@functools.lru_cache(10_000)
 def _lacks(kind: Any, name: str) -> bool:
-    """Return True for what a model of pydantic, slow to say so, can't have."""
+    """Return True if a type is a model of pydantic that can't have this field."""
     fields, config = getattr(kind, "model_fields", None) or (), getattr(kind, "model_config", None)
     is_closed = fields and isinstance(config, dict) and config.get("extra") != "allow"
     return bool(is_closed) and name not in fields and not hasattr(kind, name)
@@ -4947,14 +4950,34 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     return origin
 
 
+_peers: weakref.WeakKeyDictionary[Any, tuple[str | None, str | None]] = weakref.WeakKeyDictionary()
+
+
+def _peer_of(session: object) -> tuple[str | None, str | None]:
+    """Return client and protocol version as a session knows them."""
+    connection = getattr(session, "_connection", session)  # the SDK 2 makes a session for each request
+    with contextlib.suppress(KeyError, TypeError):  # no weak references
+        return _peers[connection]
+    init = _get(session, "client_params")
+    version = _text(_get(init, "protocol_version", "protocolVersion"))
+    peer = client_of(_get(init, "client_info", "clientInfo")), version
+    with contextlib.suppress(TypeError):
+        if peer[0] is not None:
+            _peers[connection] = peer
+    return peer
+
+
 def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str]) -> tuple[str, str] | None:
     """Put what a request says of its origin there; return trace and span that it names."""
     request, details = getattr(context, "request", None), origin["details"]
-    meta, init = getattr(context, "meta", None), _get(getattr(context, "session", None), "client_params")
-    # Newer clients say with each request who they are, others at `initialize`.
-    client = client_of(_get(meta, _META + "clientInfo")) or client_of(_get(init, "client_info", "clientInfo"))
-    version = _get(meta, _META + "protocolVersion") or getattr(context, "protocol_version", None)
-    version, trace = version or _get(init, "protocol_version", "protocolVersion"), parent_of(meta)
+    meta, client, trace = getattr(context, "meta", None), None, None
+    version = getattr(context, "protocol_version", None)
+    if meta:  # newer clients say with each request who they are, others at `initialize`
+        client, trace = client_of(_get(meta, _META + "clientInfo")), parent_of(meta)
+        version = _get(meta, _META + "protocolVersion") or version
+    if client is None:
+        client, known = _peer_of(getattr(context, "session", None))
+        version = version or known
     origin.update(client=client, request_id=_text(getattr(context, "request_id", None)))
     if request is None:
         origin.update(caller="stdio", session_id=_CONNECTION)
@@ -4969,10 +4992,10 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
         origin.update(caller="http", session_id=session, address=address_of(request, headers, proxies))
         if agent := headers.get("user-agent"):
             details["user_agent.original"] = agent
-        token = _get(_get(scope, "user"), "access_token")
-        origin["agent"] = _text(_get(token, "client_id"))
-        subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
-        origin["user_id"] = subject or origin["agent"]
+        if (token := _get(_get(scope, "user"), "access_token")) is not None:
+            origin["agent"] = _text(_get(token, "client_id"))
+            subject = _text(_get(token, "subject")) or _text(_get(_get(token, "claims"), "sub"))
+            origin["user_id"] = subject or origin["agent"]
     if version:
         details["mcp.protocol.version"] = str(version)
     return trace
@@ -5070,7 +5093,8 @@ def error_of_result(result: object) -> str | None:
 
 def conclude(call: Call, result: object) -> None:
     """Tell a call whether the answer is an error, and as much of it as `record_result` says."""
-    result = _get(result, "root") or result  # the SDK 1 wraps it
+    if not _is_plain(result):
+        result = _get(result, "root") or result  # the SDK 1 wraps it
     error = error_of_result(result)
     if error is not None and call.status != "error":
         call.fail(error, "tool_error")
@@ -5096,6 +5120,18 @@ def conclude(call: Call, result: object) -> None:
     if config.record_result == "body":
         body, most = json.loads(sent), config.max_result_bytes
         call.context["mcp.result.body"] = body if len(sent) <= most else clip_plain(body, most)
+
+
+_TELLING = ("result_type", "input_required", "task", "root", "_meta")
+_plain: dict[type, bool] = {}
+
+
+def _is_plain(result: object) -> bool:
+    """Return True for a result of a type that can only end its call."""
+    kind = type(result)
+    if kind not in _plain:
+        _plain[kind] = all(_lacks(kind, name) for name in _TELLING)
+    return _plain[kind]
 
 
 def _sent(result: object) -> bytes:
@@ -5137,8 +5173,9 @@ class Exchange:
 
     def conclude(self, call: Call, result: object) -> None:
         """Tell a call what was answered; it `waits` if that is no end."""
-        call.waits = self._logger.unfinished.put_answered(call, result)
-        call.server = self.server = call.server or self.server or server_of(result)
+        if not _is_plain(result):
+            call.waits = self._logger.unfinished.put_answered(call, result)
+            call.server = self.server = call.server or self.server or server_of(result)
         if not call.waits:
             conclude(call, result)
 
@@ -10119,7 +10156,7 @@ class StdioAudit(Exchange):
         super().__init__(logger)
         self._client_lines, self._server_lines = _Lines(), _Lines()
         self._pending: dict[object, Call | tuple[str, object]] = {}  # by id: a call, or method and parameters
-        self.client_params: object = None  # so that this is a session to `origin_of`
+        self._session = types.SimpleNamespace(client_params=None)  # as `origin_of` reads one
         self.here = _Here()
 
     def from_client(self, data: bytes | None) -> None:
@@ -10129,7 +10166,8 @@ class StdioAudit(Exchange):
             key, method, params = _parts_of(message)
             if method == "initialize" or method.startswith("tasks/"):
                 self._pending[key] = method, params
-                self.client_params = params if method == "initialize" else self.client_params
+                if method == "initialize":
+                    self._session = types.SimpleNamespace(client_params=params)
             elif method == "notifications/cancelled":
                 texts = "cancelled by the client", _text(_get(params, "reason"))
                 self._finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
@@ -10197,7 +10235,7 @@ class StdioAudit(Exchange):
         return [each for each in (value if isinstance(value, list) else [value]) if type(each) is dict]
 
     def _begin(self, key: object, method: str, params: object) -> None:
-        context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self, request_id=key)
+        context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)
         call = self.call_of(MCP_METHODS[method], context, params)
         if key is None:
             call.fail("sent without an id that could be answered")
