@@ -311,6 +311,7 @@ class _YamlReader:
     # --- the cursor
 
     def place(self, at: int) -> dict[str, Any]:
+        """A position as arguments of ConfigError."""
         line, column = self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
         return {"path": self.path, "line": line, "column": column}
 
@@ -328,6 +329,7 @@ class _YamlReader:
         return pattern.match(self.text, self.pos)
 
     def take(self, pattern: re.Pattern[str]) -> str:
+        """Pass and return what matches at the cursor, "" if nothing does."""
         match = self.see(pattern)
         self.pos = match.end() if match else self.pos
         return match[0] if match else ""
@@ -408,10 +410,12 @@ class _YamlReader:
         return sequence
 
     def check_key(self, start: int) -> None:
+        """Refuse what PyYAML refuses as a key, from `start` to the colon before the cursor."""
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
     def put(self, mapping: dict[object, object], key: object, value: object, at: int) -> object:
+        """Enter a pair that starts at `at` and return the mapping."""
         if isinstance(key, (dict, list)):
             self.fail("a collection as a key; use text", at)
         if isinstance(key, int) and abs(key) >= MAX_KEY_INTEGER:
@@ -622,6 +626,7 @@ class Config(NamedTuple):
 
     @property
     def journal_directory(self) -> str:
+        """Where the journal is: `journal`, or beside a database file."""
         return self.journal or self.path + ".journal"
 
 
@@ -847,6 +852,7 @@ class _SiteFile(_YamlReader):
         return {**self.place(position), "trail": (*keys[:-1], _trail_end(keys[-1], entry))}
 
     def source(self, *keys: object) -> str:
+        """File and line of a key, as `Config.sources` has them."""
         return f"{os.path.basename(self.path or '')}:{self.at(*keys)['line']}"
 
     def section(self, *keys: str) -> dict[object, Any]:
@@ -859,6 +865,7 @@ class _SiteFile(_YamlReader):
         return value
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
+        """The name of the profile that holds, and who chose it."""
         name: object
         if argument is not None or environ.get("MXCP_PROFILE"):
             source = "MXCP_PROFILE" if argument is None else "argument"
@@ -969,6 +976,8 @@ def find_site_file(folder: str) -> str | None:
 
 
 class Column(NamedTuple):
+    """A column of `logs`: its name and its type in DuckDB."""
+
     name: str
     sql_type: str
 
@@ -1007,6 +1016,7 @@ def _stamp(second: int) -> str:
 
 
 def utc_now() -> datetime.datetime:
+    """Return the present moment, aware, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc)
 
 
@@ -1055,6 +1065,7 @@ LINE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
 def is_segment_id(text: str) -> bool:
+    """Return True if `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
 
 
@@ -1656,6 +1667,7 @@ class _Rules:
                 yield "a social security number", placed(self._placed, pattern=_SSN)
 
     def mark(self, secret: str) -> str:
+        """Return what stands in the place of a secret."""
         if _re(_MARKED).fullmatch(secret):
             return secret
         if self.key is None:
@@ -2221,6 +2233,7 @@ class _Walk:
         return self.rules.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
 
     def refusal(self, ident: int, count: int) -> str:
+        """Return what stands for a container that is open already, too deep, or too large."""
         if ident in self.open:
             return '"[CYCLE]"'
         return '"[DEPTH]"' if len(self.open) >= _MAX_DEPTH else encode_text(f"[CUT: {count} items]")
@@ -2297,6 +2310,7 @@ class _Walk:
         return "{" + ",".join(out) + "}"
 
     def name(self, name: object) -> str:
+        """Return any name of a field as a text without a secret."""
         plain = name if type(name) is str else self.plain(name)
         return self.text(plain if isinstance(plain, str) else json.dumps(plain), None)
 
@@ -2317,6 +2331,7 @@ class _Walk:
         return verdict & _CERTAIN, item
 
     def rows(self, rows: Any, heads: Any) -> Any:
+        """Return rows with markers in the columns whose heads are sensitive names."""
         if not {type(rows), type(heads)} <= {list, tuple}:
             return rows
         names = (head.get("name") if type(head) is dict else head for head in heads[:1000])
@@ -2860,6 +2875,7 @@ class Encoder:
 
 
 def finish_line(line: bytes, seq: int) -> bytes:
+    """Return the complete line, with `seq` and a line feed."""
     return b'%b,"seq":%d}\n' % (line, seq)
 
 
@@ -2991,6 +3007,7 @@ class Descriptor:
             return error.errno != errno.EBADF  # a stale network handle is ours
 
     def leads_to(self, path: str) -> bool:
+        """Return True if `path` names this file."""
         return _key_at(path) == self._key
 
     def close(self) -> None:
@@ -3019,6 +3036,7 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
+    """Force the names in a directory to the disk; Windows neither can nor needs to."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
@@ -3044,10 +3062,12 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
 
 
 def is_for_group(directory: str) -> bool:
+    """Return True for the directory of a journal with `group`, in which each file is the group's."""
     return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
 
 
 def open_file(path: str) -> IO[bytes]:
+    """Open a file that may be somebody else's, to read it."""
     return open(path, "rb", opener=lambda name, flags: os.open(name, flags | _NO_FOLLOW))
 
 
@@ -3127,6 +3147,7 @@ class Segment(Descriptor):
 
     @property
     def size(self) -> int:
+        """Bytes of whole lines."""
         return self._end[0]
 
     @property
@@ -3187,11 +3208,13 @@ class Segment(Descriptor):
             self.close()
 
     def close(self) -> None:
+        """Close the file as it is, and release its lock."""
         with contextlib.suppress(OSError):
             unlock(self.number())
         super().close()
 
     def discard(self) -> None:
+        """Delete the file."""
         with contextlib.suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
@@ -3257,6 +3280,7 @@ class Claim:
             self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
+        """Keep lines that can't be ingested in a file of their own, `.rejected`, for whoever repairs them."""
         lines = [
             json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
             for number, reason, line in faults
@@ -3287,6 +3311,8 @@ def named_lines(segment: str, lines: bytes) -> bytes:
 
 
 class Loss(NamedTuple):
+    """Events that were lost."""
+
     events: int
     first: str  # naive UTC text, as `sql_time` returns it
     last: str
@@ -3315,6 +3341,7 @@ class Journal:
         return os.path.join(self.directory, name)
 
     def make_directory(self, *, durable: bool = False) -> None:
+        """Make the journal's directory, or check the existing one."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3361,6 +3388,7 @@ class Journal:
             raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
 
     def segments(self) -> list[str]:
+        """Return the paths of all segments, oldest first."""
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
@@ -3481,6 +3509,7 @@ class Journal:
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
+        """Return lines of the calls that run on this host."""
         now = utc_now().strftime(LINE_TIME)
         return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
 
@@ -3564,6 +3593,7 @@ class Journal:
         return state
 
     def waiting_bytes(self) -> int:
+        """Return the size of all segments: what is not in the database yet."""
         return sum(map(_size_of, self.segments()))
 
 
@@ -3622,6 +3652,7 @@ class Diagnostics:
         self.start_afresh()
 
     def start_afresh(self) -> None:
+        """Begin anew, as in a child after a fork."""
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
@@ -3672,6 +3703,7 @@ class Begun:
         self.start_afresh()
 
     def start_afresh(self) -> None:
+        """Begin anew, as in a child after a fork."""
         if self._file is not None:
             self._file.forget()
         self._file = None
@@ -3684,6 +3716,7 @@ class Begun:
         self.fresh = False  # calls came on record that nobody was told of
 
     def begin(self, call: Any) -> int:
+        """Return the number of a call that begins."""
         number = next(self._numbers)
         self._running[number] = call
         return number
@@ -3756,6 +3789,7 @@ class Begun:
                 yield 0.0 if call.strict else call.started - brief, number, call
 
     def due_in(self) -> float:
+        """Return the seconds until `write` has something to do."""
         sign = self._signed + _SIGN_SECONDS - time.monotonic() if self.on_record else inf
         return max(0.0, min([sign, *(due for due, _, _ in self._waiting())]))
 
@@ -3784,6 +3818,7 @@ class Appender:
         self.start_afresh()
 
     def start_afresh(self) -> None:
+        """Begin anew, as in a child after a fork."""
         self.begun.start_afresh()
         self._before = 0  # lines that were done before those in `_segment`
         segment, self._segment = self._segment, None
@@ -3885,6 +3920,7 @@ class Appender:
             return False
 
     def record_losses(self) -> bool:
+        """Put losses on record; False if it must be tried again."""
         self.recorded = time.monotonic()
         while self._lost:
             with self._losing:
@@ -3929,6 +3965,7 @@ class Appender:
         return bool(self.sealed)
 
     def forget(self, paths: Iterable[str]) -> None:
+        """Let go of files that were ingested, or can't be deleted."""
         for path in paths:
             if segment := self.sealed.pop(path, None):
                 segment.close()
@@ -3964,6 +4001,7 @@ class Ingester:
         self.start_afresh()
 
     def start_afresh(self) -> None:
+        """Begin anew, as in a child after a fork."""
         if self._child is not None:
             self._child.returncode = 0  # so that nothing waits for it here, or warns
             self._pipe.close()
@@ -4244,6 +4282,7 @@ class Writer:
                 pass
 
     def wait_written(self, ticket: int, timeout: float | None = None) -> bool:
+        """Return True when the line with this ticket is in the journal; see `wait_for`."""
         return self.wait_for(lambda: self.written >= ticket, timeout)
 
     def wait_for(self, done: Callable[[], bool], timeout: float | None = None) -> bool:
@@ -5784,6 +5823,7 @@ class AuditLogger:
             return self.report_fault("an input could not be encoded", fault), echoes
 
     def is_strict(self, name: str) -> bool:
+        """Return True for a name that is executed only on record."""
         return bool(self.config.strict) and self._strict.fullmatch(name) is not None
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
@@ -6011,6 +6051,7 @@ class AuditLogger:
 
 
 def redactor_of(config: Config) -> Redactor:
+    """Return the redactor that a configuration describes."""
     key = os.fsencode(os.environ.get("MXCP_AUDIT_KEY", "")) or None
     return Redactor(config.redact, config.keep, mode=config.redact_mode, key=key)
 
@@ -6358,6 +6399,7 @@ FULL JOIN ({found}) AS found ON found.segment = entered.segment
 
 
 def numeric_times(columns: Sequence[Column]) -> str:
+    """Return the SELECT list of columns, with timestamps in microseconds."""
     time = _TIME_NUMBER + " AS {0}"
     return ", ".join((time if sql_type == "TIMESTAMP" else "{0}").format(name) for name, sql_type in columns)
 
@@ -6394,6 +6436,7 @@ EVENT_ID = "segment || ':' || seq::VARCHAR"
 
 
 def public_select(**more: bool) -> str:
+    """Return `public_values` as the SELECT list of every output."""
     return ", ".join(f"{value} AS {name}" for name, value in public_values(**more))
 
 
@@ -6503,6 +6546,7 @@ class Filter(NamedTuple):
     min_ms: int | None = None
 
     def where(self) -> str:
+        """Return the WHERE condition, `true` if everything is meant."""
         named = [
             f"(type = '{kind[:-1]}' AND {_has_name('name', name)})"
             for kind in ("tools", "resources", "prompts")
@@ -6630,6 +6674,7 @@ class Engine(Protocol):
         return str(self.execute("SELECT version() AS version")[0][0]).lstrip("v")
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
+        """Run one statement and return its rows."""
         return list(self.stream(sql, params))
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
@@ -6772,6 +6817,7 @@ class CliEngine(Engine):
                 self.close()
 
     def interrupt(self) -> None:
+        """Kill the child; the transaction that it was in never happened."""
         if process := self._process:
             process.kill()
 
@@ -7290,6 +7336,7 @@ class Target:
 
 
 def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, str]]:
+    """Return types of columns, by table and name."""
     types: dict[str, dict[str, str]] = {}
     for table, column, sql_type in engine.execute(sql):
         types.setdefault(table, {})[column] = sql_type
@@ -7380,6 +7427,7 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
 
 
 def make_seal(previous: str, row: str, key: bytes | None) -> str:
+    """Return the seal of an entry."""
     import hashlib
     import hmac
 
@@ -7477,6 +7525,7 @@ def is_ledger_empty(engine: Engine) -> bool:
 
 
 def chain_heads(engine: Engine) -> list[Head]:
+    """Return the end of each journal's chain; the target is attached and has a ledger."""
     rows = engine.execute(
         "SELECT journal, max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, "
         "arg_max(seal, position) FROM audit.ledger GROUP BY journal ORDER BY journal"
@@ -7518,6 +7567,7 @@ class Ingest:
         self._diagnostics = diagnostics
 
     def run(self) -> list[JournalError]:
+        """Ingest everything that can be claimed, in transactions of up to INGEST_BYTES."""
         seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
@@ -8182,6 +8232,7 @@ class Verdict:
             self.more_findings += 1
 
     def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> None:
+        """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
                 sql = f"""\
@@ -9132,6 +9183,7 @@ class Follower:
         return self._engine
 
     def close(self) -> None:
+        """End the session with DuckDB, if there is one."""
         engine, self._engine = self._engine, None
         if engine is not None:
             engine.close()

@@ -216,7 +216,7 @@ def check(source: str) -> list[str]:
     return sorted(set(faults))
 
 
-BUDGET_BYTES = 562_900
+BUDGET_BYTES = 566_300
 
 
 def sizes(source: str) -> str:
