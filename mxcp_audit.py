@@ -1080,14 +1080,14 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # === Redaction ===
 # depends on: Errors
 #
-# Guarantee: what `Redactor.redact` returns holds no value under a sensitive name, at any depth, and no text
-# in a known secret format; it shares nothing with the caller's objects. Nothing here raises or consumes an
-# input. It fails towards too much: the remedy is `keep:`.
+# Guarantee: what `Redactor.redact` returns holds no value under a sensitive name and no text in a known secret
+# format, and shares nothing with its input. Nothing here raises. It rather takes too much: then use `keep:`.
 
 REDACTED = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
 _Names: TypeAlias = "Sequence[str]"
-_Echoes: TypeAlias = "list[str] | None"
+_Tool: TypeAlias = "str | None"
+_Texts: TypeAlias = "list[str] | None"
 _Strings: TypeAlias = tuple[str, str]
 _Find: TypeAlias = "Callable[[str], Iterable[_Span]]"
 
@@ -1103,10 +1103,9 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
     return {head: _words_in(words) for head, words in re.findall(r"(\w+):([^:]*)(?=\s\w+:|\Z)", text)}
 
 
-# The specification's names; secrets wherever they stand, at the end "password" in other languages; behind a
-# secret word what still means the secret itself, any other word is about it (its policy, place, kind); behind
-# `key` a document; before a secret word what makes a switch or a figure of the name, before a strong one only
-# what may (`reset_token` is a token); what is glued to secret words as all above are (`dbpass`); no secrets.
+# The specification's names; secrets anywhere; what behind these still means the secret, where other words are
+# about it (its policy, place, kind); behind `key` a document; what before a secret makes a switch or a figure,
+# before a strong one only; what is glued to secrets, as all above are (`dbpass`); no secrets; what to look for.
 _NAME_WORDS = _words_by_head("""
 spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
@@ -1181,10 +1180,9 @@ GLUED_SUFFIXES = r"""(?x)(?:密[码碼]|パスワード|비밀번호|pass(?:phra
 
 _KNOWN_WORDS = STRONG_WORDS.union(WEAK_WORDS, *OPENERS.values(), STILL_SECRET, FLAG_WORDS, VERBS, GLUE_WORDS)
 _CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
-_MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 128, 24, 16
+_MAX_VERDICTS, _MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 4096, 128, 24, 16
 _STEMS = _STEMS.union(STRONG_WORDS, WEAK_WORDS)
 STEMS = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
-_MAX_VERDICTS = 4096
 
 
 def _singular(word: str) -> str:
@@ -1241,8 +1239,7 @@ def _judge_name(name: str) -> int:
     heads = [at for at, word in enumerate(singular) if word in STRONG_WORDS or word in WEAK_WORDS]
     if not heads:
         return 0
-    at = heads[-1]
-    head, before, tail = singular[at], singular[:at], singular[at + 1 :]
+    head, before, tail = singular[at := heads[-1]], singular[:at], singular[at + 1 :]
     strong = head in STRONG_WORDS
     # "auth header" is what it holds, "api key header" what it is called.
     held = ("header",) if head in ("auth", "authorization", "cookie") else ()
@@ -1325,13 +1322,10 @@ _QUOTE = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]{1,24}\()?
     [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2{1,2}(?=[\w!@#$%^*+]))?"""
 _MARKED = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 # A bare value ends at a space or at what separates it from the next.
-_BARE = (
-    rf"(?x)(?:{_MARKED}|"
-    + r"""(?:[^\s,;&'"`<>)\]}\\]
-  |,(?!\s|[A-Za-z_][A-Za-z_.\-]{1,40}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{1,40}[0-9]?=|\Z)
-  |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{1,64}[0-9]{0,2})?=|amp;)
-  |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+)"""
-)
+_BARE = rf"""(?x)(?:{_MARKED}|(?:[^\s,;&'"`<>)\]}}\\]
+  |,(?!\s|[A-Za-z_][A-Za-z_.\-]{{1,40}}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{{1,40}}[0-9]?=|\Z)
+  |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{{1,64}}[0-9]{{0,2}})?=|amp;)
+  |[)\]}}>"'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))*)"""
 _PERCENT_END = r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])"""
 _BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
 # What stands for a secret, or says something about it, is none.
@@ -1364,23 +1358,19 @@ bb_live_ sgp_ sq[apu]_ pnu_ dbt[cu]_ duffel_(?:live|test)_ dnkey- fio-u- y0_A FL
 cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
 """
 # In `\nghp_…` and `%3Dghp_…` an escape's end comes first.
-_TOKEN = (
-    r"(?<![A-Za-z0-9_\-])(?=[A-Za-z0-9_\-]{16})(?:(?<=\\)[nrtfb]|(?<=%)..)?"
-    rf"((?:{'|'.join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}})"
-)
+_TOKEN = rf"""(?x)(?<![A-Za-z0-9_\-])(?=[A-Za-z0-9_\-]{{16}})(?:(?<=\\)[nrtfb]|(?<=%)..)?
+  ((?:{"|".join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}})"""
 # Formats with other signs, each behind a text that must be there.
 DOTTED_TOKENS = r"""
-eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}  SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?
-. \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}  1// \b1//0[\w-]{20,}  dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}
-sl. \bsl\.(?:u\.)?[\w-]{60,}  .atlasv1. \w{14}\.atlasv1\.[\w-]{20,}  pat \bpat\w{14}\.[0-9a-f]{64}\b
-8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}  dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
-xoxe. \bxoxe\.xox[bp]-[\w-]{16,}  : [0-9]{8,10}:[\w-]{34,40}(?![\w-])
-/ \b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b
-. [MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])
-hooks.slack.com/ (?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+
-webhook (?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+
-$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}  sha256~ \bsha256~[\w-]{43}
-vk1.a. \bvk1\.a\.[\w-]{60,}  -us [0-9a-f]{32}-us[0-9]{1,2}\b
+eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}  8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}
+hooks.slack.com/ (?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+  sl. \bsl\.(?:u\.)?[\w-]{60,}
+webhook (?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+  .atlasv1. \w{14}\.atlasv1\.[\w-]{20,}
+. [MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])  . \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}
+$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}  : [0-9]{8,10}:[\w-]{34,40}(?![\w-])
+/ \b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b  dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
+dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}  SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?  1// \b1//0[\w-]{20,}
+xoxe. \bxoxe\.xox[bp]-[\w-]{16,}  pat \bpat\w{14}\.[0-9a-f]{64}\b  -us [0-9a-f]{32}-us[0-9]{1,2}\b
+vk1.a. \bvk1\.a\.[\w-]{60,}  sha256~ \bsha256~[\w-]{43}
 """
 _CARD = r"""(?x)([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))(?:[0-9]{13,18}
   |[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})(?![\w-]|\.[0-9]))"""
@@ -1424,8 +1414,8 @@ _CALL_WORDS = _words_in("""auth credential passw crypt cipher hmac jwt keyspec p
 signer signwith pdo aes fernet hashpw cookieparser""")
 _CALLS = rf"(?i)(?:{'|'.join(sorted(_CALL_WORDS))})\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
 _LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
-# What has a place of its own: the rule ~ texts one of which must be there in small letters ~ what its last
-# group must pass ~ the pattern. Without a group a quoted value follows.
+# The rule ~ texts of which one must be there ~ what the last group must pass ~ the pattern: without a group a
+# quoted value follows.
 _PLACES = r"""
 a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
  |[^\s"'<>\\`]{1,300}(?=@))
@@ -1479,26 +1469,24 @@ a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?
 a named social security number ~ ssn|social sec ~ ~ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)
  (?:\s{1,4}(?:is|was))?[\s:#=]{0,4})([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
-# Where programs take a secret: programs | a word that must be among the arguments | places. `-p` is the
-# option's own word or the next, `-p+` its own only, `-p.` the next only; in `-u:` it stands behind that sign;
-# `#2` is the second word after the required one that is no option.
+# Programs | a word that must be among the arguments | places of secrets: `-p` in its own word or the next, `-p+`
+# in its own, `-p.` in the next, `-u:` behind that sign, `#2` the second word after the required, no option.
 _COMMANDS = r"""
 mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
-7z 7za 7zr 7zz rar unrar || -p+ -hp+ ; docker podman buildah nerdctl helm oras crane oc az cf | login | -p
-cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget || -p
-sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p
-sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P
-ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w
-ldappasswd || -w -s -a ; redis-cli valkey-cli || -a ; ssh-keygen || -N -P ; security certutil || -p -w
-snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X
 curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
+ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w ; ldappasswd || -w -s -a
+snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X ; openssl | passwd | #1 #2
+cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget || -p ; aws | SecureString | --value
+sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P ; redis-cli valkey-cli || -a
+sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p ; security certutil || -p -w
+docker podman buildah nerdctl helm oras crane oc az cf | login | -p ; htpasswd mosquitto_passwd | -b | #2 #3
+gh az flyctl databricks | secret | -b --body --value --string-value ; 7z 7za 7zr 7zz rar unrar || -p+ -hp+
 curl http https xh || -E: --cert: --bearer. --oauth2-bearer. ; smbclient rpcclient smbget smbcacls net || -U%
-openssl || -k. -K. -hmac. -pass: -passin: -passout: ; openssl | passwd | #1 #2 ; influx || -t. ; lftp || -u,
-xfreerdp signtool schtasks || /p /rp ; aws | SecureString | --value ; wpa_passphrase || #2
-gh az flyctl databricks | secret | -b --body --value --string-value ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
-net | user | #2 ; net | use | #2 #3 ; htpasswd mosquitto_passwd | -b | #2 #3 ; isql iusql | -v | #3
-db2 | using | #1 ; mc mcli | set | #4 ; cargo vault | login | #1 ; vault | unseal | #1
-ansible-vault | encrypt_string | #1 ; poetry composer | http-basic\.[^\x1f]+ | #2
+openssl || -k. -K. -hmac. -pass: -passin: -passout: ; poetry composer | http-basic\.[^\x1f]+ | #2
+xfreerdp signtool schtasks || /p /rp ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2 ; cargo vault | login | #1
+ansible-vault | encrypt_string | #1 ; wpa_passphrase || #2 ; isql iusql | -v | #3 ; ssh-keygen || -N -P
+vault | unseal | #1 ; mc mcli | set | #4 ; net | use | #2 #3 ; db2 | using | #1 ; net | user | #2
+influx || -t. ; lftp || -u,
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
@@ -1539,7 +1527,7 @@ _REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?
 _MAX_DOUBTED = 1000  # longer values are no names and no remarks
 # Bytes as their kinds: of tokens as `w`, digits as `0`.
 _RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
-_DIGITS = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 
 
 def _argument_pattern(place: str, need: str) -> str:
@@ -1606,25 +1594,24 @@ class _Rules:
         if len(text) < 5 or (len(text) < 11 and text.isalnum()):  # the shortest is `pwd=x`
             return text, taken
         low = _lower(text)
-        led = self._gate.search(" ".join(set(low.split())) if len(text) > 2000 else low) is not None
-        led = led or (not low.isascii() and self.stems.search(low) is not None)
+        led = bool(self._gate.search(" ".join(set(low.split())) if len(text) > 2000 else low))
+        led = led or (not low.isascii() and bool(self.stems.search(low)))
         if "[" in text or not text.isascii() or (led and ("&" in text or "\\u00" in text)):
             plain = _re(_DISGUISES).sub(lambda sign: '\\"' if sign[1] else "", text).translate(_PLAIN_SIGNS)
             if plain != text:
                 cleaned, taken = self.clean(plain)
                 return (text if cleaned == plain else cleaned), taken
         for rule, find in self._sieves(text, low, led):
-            out: list[str] = []
-            done = 0
+            out, done = list[str](), 0
             for start, end in find(text):
-                if done <= start < end:
-                    secret = text[start:end]
-                    marker = self.mark(secret)
-                    if marker != secret and len(taken) < _MAX_ECHOES:
-                        inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
-                        taken.extend((rule, part) for part in [secret, *inner[:_MAX_ECHOES]])
-                    out += [text[done:start], marker]
-                    done = end
+                if not done <= start < end:
+                    continue
+                secret = text[start:end]
+                out += [text[done:start], self.mark(secret)]
+                done = end
+                if out[-1] != secret and len(taken) < _MAX_ECHOES:
+                    inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
+                    taken += [(rule, part) for part in [secret, *inner[:_MAX_ECHOES]]]
             text = "".join([*out, text[done:]]) if out else text
         for _, secret in taken:  # it may stand at another place as well
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
@@ -1639,9 +1626,7 @@ class _Rules:
             for rule, gates, find in self._places:
                 if any(gate in low for gate in gates):
                     yield rule, find
-        if len(text) < 11:
-            return
-        # A known format's shape is found ten times as fast in bytes.
+        # Shapes are found ten times as fast in bytes.
         shape, placed = text.encode("utf-8", "surrogatepass"), functools.partial
         if b"w" * 16 in shape.translate(_RUNS):
             for gate, pattern in self._formats:
@@ -1685,14 +1670,11 @@ class _Rules:
                     yield literal.span(1)
 
     def _arguments(self, text: str) -> list[_Span]:
-        found: set[_Span] = set()
-        at = 0
+        found, at = set[_Span](), 0
         while program := self._program.search(text, at):
             words, at = [program.span()], program.end()
-            step = _re(
-                _LISTED_WORD if text[at] in "\"'" else r",[ ]([^,\]\n]+)" if text[at] == "," else _SHELL_WORD
-            )
-            while word := step.match(text, at):
+            step = {",": r",[ ]([^,\]\n]+)", "'": _LISTED_WORD, '"': _LISTED_WORD}.get(text[at], _SHELL_WORD)
+            while word := _re(step).match(text, at):
                 words.append(word.span(1))
                 at = word.end()
             for index, start, end in self.command_secrets([text[slice(*word)] for word in words]):
@@ -1729,9 +1711,7 @@ class _Rules:
         """Yield a table's cells under or behind a sensitive name."""
         columns = before = 0  # cells of the table that is read, cells of the line before
         hidden, sign = list[int](), ""
-        for row in re.finditer(r"[^\n]+", text):
-            if not row[0].strip("-=+:| \t\r"):
-                continue
+        for row in re.finditer(r"(?m)^(?=.*[^-=+:| \t\r\n]).+", text):
             sign = sign if columns else next((sign for sign in "|\t;," if sign in row[0]), "")
             if not sign or len(row[0]) > 4000:
                 columns = before = 0
@@ -1758,12 +1738,10 @@ class _Rules:
 
     def _named(self, text: str) -> Iterator[_Span]:
         """Find a stem, widen it to a name, judge it, yield its value."""
-        low, separator = _lower(text), _re(_SEPARATOR)
-        done = at = 0
+        low, done, at = _lower(text), 0, 0
         while stem := self.stems.search(low, at):
             at = stem.end() - (text[stem.end() - 1] == "=")  # of `sig=`
-            lead = separator.match(text, at)
-            if lead is None:
+            if (lead := _re(_SEPARATOR).match(text, at)) is None:
                 continue
             at = lead.end("rest")
             left = text[max(done, stem.start() - 64) : stem.start()]
@@ -1772,8 +1750,7 @@ class _Rules:
                 start = min(escape.end(), stem.start())
             name = text[start:at]
             strength = self._strength(text, start, name, lead)
-            span = self._value(text, start, lead, name, strength) if strength else None
-            if span is not None:
+            if strength and (span := self._value(text, start, lead, name, strength)):
                 if span[0] < span[1] and _re("(?:[A-Za-z]+[0-9]+){3}").search(name):
                     span = start, span[1]  # a secret with a colon
                 yield span  # an empty one passes it
@@ -1815,8 +1792,8 @@ class _Rules:
             shown = text[slice(*value)]
             if len(shown) > _MAX_DOUBTED:
                 return value
-            listed = kind in ("pair", "call") and (self.strength(shown) or shown[-1:] in (":", " "))
-            if listed or self._is_none(shown):  # a list of names, a prompt
+            named = kind in ("pair", "call") and (self.strength(shown) or shown[-1:] in (":", " "))
+            if named or self._is_none(shown):  # a list of names, a prompt
                 return None
             if kind == "pair":
                 opened, closed = (
@@ -1851,14 +1828,13 @@ class _Rules:
         size = len(shown)
         if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]|[\[(<]", shown):
             return None
-        known = strength > 1 or size >= 8 or name == "pin"  # `the password is x`
+        known: object = strength > 1 or size >= 8 or name == "pin"  # `the password is x`
         if kind == "option":  # `login u password x`, `set NAME x`
+            if size < 6 or shown.lower() in _ALGORITHMS or (name == "pass" and shown.isupper()):
+                return None  # `pass FLAG_2 to make`
             given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
             mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
-            if name == "pass" and shown.isupper():
-                return None  # `pass FLAG_2 to make`
-            known = name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
-            known = bool(known or given) and size >= 6 and shown.lower() not in _ALGORITHMS
+            known = given or name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
         return (at, at + size) if known else None
 
     def _assigned(self, text: str, line: str, at: int, name: str, strength: int, lead: str) -> _Span | None:
@@ -1873,6 +1849,8 @@ class _Rules:
             return value
         bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
         weak = strength < 2 and not _looks_secret(shown)
+        typed = quoted and lead == ": " and re.fullmatch(r"_?[A-Z][A-Za-z]+(?: \| None)?", shown)
+        own = shown and f"_{full}".endswith(tuple(sign + shown for sign in "._-"))  # `token=token`
         if (
             self._is_none(shown)
             or (("==" in lead or "!=" in lead) and (weak or not quoted))  # a comparison
@@ -1880,20 +1858,13 @@ class _Rules:
             or (called and (weak or bare_key))
             or (quoted and (len(shown) == 1 or shown[-1:] in (" ", ":")))  # the beginning of a text
             or (quoted and strength < 2 and re.search(r"%s|\{[a-z_]", shown))  # a template
-            or (
-                quoted
-                and lead == ": "
-                and re.fullmatch(r"_?[A-Z][A-Za-z]+(?: \| None)?", shown)
-                and self.strength(shown.split()[0])
-            )
+            or (typed and self.strength(shown.split()[0]))
+            or (own and (not quoted or strength < 2 or called))
         ):
             return passed
-        own = shown and re.search(rf"(?:\A|[._-]){re.escape(shown)}\Z", full)
-        if own and (not quoted or strength < 2 or called):
-            return passed  # `token=token`
         if re.match(r"[\\\"'*`]*:\s*\n", lead) and line.strip(" \t-\"'"):
             return None  # `if password:`
-        if quoted or text[at : at + 1] in ("[", "{"):
+        if quoted or text.startswith(("[", "{"), at):
             function = lead == " => " and text[at] == "{"
             named = re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown)  # `key="DbPassword"`
             named = named or not (quoted or any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown))))
@@ -1910,17 +1881,14 @@ class _Rules:
                     return at, end
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
                 return None  # the next entry
-        # No value: source text such as `= f(x)`, `= config.password`, a remark.
+        # No value: `--secret dbPassword X`, source text such as `= f(x)`, `= config.password`, a remark.
         after = lead.isspace() and re.match(r"\s+(?!-)\S*(?:[0-9]|\[R)", text[value[1] : value[1] + 80])
-        if after and self.strength(shown):
-            return None  # `--secret dbPassword X`
         last = shown.rpartition(".")[2]
         named = _re(_REFERENCE).fullmatch(shown) and (self.strength(last) or (strength < 2 and "." in shown))
-        if named or _re(_SOURCE).match(text, at):
-            return None
         told = ":" in lead and re.match(r"[A-Z][A-Za-z]*((?:[.,;]? [A-Za-z_/()-]+){3,})", text[at : at + 200])
         said = told and not _SENTENCE.isdisjoint(re.findall(r"\w+", told[1].lower()))
-        if said or re.search(r"[:@]param [\w ]*\Z", line):
+        option = after and self.strength(shown)
+        if option or named or said or _re(_SOURCE).match(text, at) or re.search(r"[:@]param [\w ]*\Z", line):
             return None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return passed
@@ -1968,8 +1936,7 @@ class _Rules:
         return next(_re(rf"{pattern}|\Z").finditer(text, at)).start()
 
     def _bare_end(self, text: str, at: int) -> int:
-        bare = _re(_BARE).match(text, at)
-        return bare.end() if bare else at
+        return next(_re(_BARE).finditer(text, at)).end()
 
     def _extent(self, text: str, at: int) -> _Span:
         """Return a value's place: quoted, bracketed, a YAML block, or bare."""
@@ -1980,21 +1947,18 @@ class _Rules:
             end = body.end() if body else text.find(quote[1] + own, quote.end())
             return quote.end(), len(text) if end < 0 else end
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
-            end = self._balanced_end(text, at)  # `{SSHA}X` goes on
+            # In `Pwd={a}}b;c}` two braces are one.
+            odbc = _re(r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)").match(text, at)
+            end, depth = odbc.end() if odbc else len(text), 0
+            for sign in () if odbc else _re(_BRACKETS).finditer(text, at):
+                depth += (sign[0] in "([{") - (sign[0] in ")]}")
+                if depth == 0:
+                    end = sign.end()
+                    break
+            # `{SSHA}X` goes on
             return at, self._bare_end(text, end) if re.match(r"\w", text[end : end + 1]) else end
         block = _re(r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*").match(text, at)
         return at, block.end() if block else self._bare_end(text, at)
-
-    def _balanced_end(self, text: str, start: int) -> int:
-        # In `Pwd={a}}b;c}` two braces are one.
-        if odbc := _re(r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)").match(text, start):
-            return odbc.end()
-        depth = 0
-        for sign in _re(_BRACKETS).finditer(text, start):
-            depth += (sign[0] in "([{") - (sign[0] in ")]}")
-            if depth == 0:
-                return sign.end()
-        return len(text)
 
 
 class _Declared(NamedTuple):  # what a definition hides of a parameter
@@ -2045,16 +2009,16 @@ def _text_of(value: object, show: Callable[[Any], str] = repr) -> str:
 
 def _members(value: object) -> dict[str, Any] | None:
     kind = type(value)
-    keepers = ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
-    kept = (getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers))
+    keepers = "__dataclass_fields__ __attrs_attrs__ __struct_fields__".split()
+    kept = (getattr(kind, keeper, None) for keeper in (["_fields"] if issubclass(kind, tuple) else keepers))
     fields = next((fields for fields in kept if isinstance(fields, (dict, tuple))), None)
-    if fields is None:
+    if fields is None and not issubclass(kind, tuple):
         pydantic = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None)
-        plain = issubclass(kind, types.SimpleNamespace) or isinstance(pydantic, dict)
-        if issubclass(kind, tuple) or not plain:
-            return None
-        data, extra = object.__getattribute__(value, "__dict__"), getattr(value, "__pydantic_extra__", None)
-        return {**data, **extra} if isinstance(extra, dict) else dict(data)
+        if issubclass(kind, types.SimpleNamespace) or isinstance(pydantic, dict):
+            extra = getattr(value, "__pydantic_extra__", None)
+            return {**object.__getattribute__(value, "__dict__"), **(extra if type(extra) is dict else {})}
+    if fields is None:
+        return None
     members = {}
     for field in fields:
         name = field if isinstance(field, str) else field.name  # attrs describes them by objects
@@ -2126,14 +2090,15 @@ _ARGUMENTS = _words_in("args argv arguments")
 # A key's value goes; booleans too, by a setting; its text holds a secret, or it is no text; siblings decide.
 _SENSITIVE, _CERTAIN, _ODD, _BESIDE = 1, 3, 4, 8
 
+_CONSTANTS = {None: "null", True: "true", False: "false"}
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 encode_text: Callable[[str], str] = json.encoder.encode_basestring
 
 
 def _label(value: object) -> str:
-    if type(value) is bytes:
-        return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
-    return value if type(value) is str else ""
+    return (
+        value if type(value) is str else value[:256].decode(errors="replace") if type(value) is bytes else ""
+    )
 
 
 class _Verdicts(dict[str, int]):
@@ -2183,17 +2148,19 @@ class _Walk:
     def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None:
         self.verdicts, self.rules, self.echoes, self.limit = verdicts, verdicts.rules, echoes, limit
         self.quiet = echoes is None and self.rules.key is None
-        self.inert = verdicts.inert.__getitem__
         self.open: list[int] = []  # ids of the containers around the present value
         if 0 < limit < 2 * _MAX_NODES:  # an element takes two bytes at least
             self.max_nodes = limit // 2
 
-    def plain(self, value: object, limit: int = 0) -> Any:
+    def plain(self, value: object) -> Any:
         """Convert a value without redacting it; never record what comes of it."""
-        return json.loads(_Walk(_Verdicts(self.rules, None), None, limit).value(value, None))
+        return json.loads(_Walk(_Verdicts(self.rules, None)).value(value, None))
 
     def declared(self, definition: object) -> _Declared | None:
-        return None if definition is None else _declare(self.plain(definition, 200_000))
+        """Return what a definition hides; most are JSON, and hide nothing."""
+        with contextlib.suppress(Exception):
+            return _declare(json.loads(text)) if '"sensitive"' in (text := encode_json(definition)) else None
+        return _declare(self.plain(definition))
 
     def marker(self, value: object) -> str:
         """Return a secret's marker, and collect what it may echo as."""
@@ -2227,10 +2194,8 @@ class _Walk:
             return self.mapping(value, declared)
         if kind is list or kind is tuple:
             return self.sequence(value, declared)
-        if value is None:
-            return "null"
-        if kind is bool:
-            return "true" if value else "false"
+        if value is None or kind is bool:
+            return _CONSTANTS[value]
         if kind is float:  # what is no number as a text, which differs from null and from 0
             return float.__repr__(value) if value - value == 0.0 else f'"{json.dumps(value)}"'
         if kind is int and -_CARD_NUMBERS < value < _CARD_NUMBERS:
@@ -2333,9 +2298,10 @@ class _Walk:
         if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
             return self.refusal(ident, len(value))
         first: Any = value[0] if value else None
+        inert = self.verdicts.inert
         if declared is None and type(first) is str:
             try:
-                return f"[{','.join(map(self.inert, value))}]"
+                return f"[{','.join(map(inert.__getitem__, value))}]"
             except (LookupError, TypeError):
                 pass  # not all of them are known, or texts
         opened.append(ident)
@@ -2361,11 +2327,13 @@ class _Walk:
                 out.append(known or encode_text(self.text(item, None)))
                 if item[:1] == "-":
                     hide_next = "=" not in item and is_label(item)
+                elif item in inert:
+                    continue
                 elif not is_label(item):
                     if known and item[:1] != "/" and item not in self.rules.programs:
-                        if len(self.verdicts.inert) >= _MAX_HARMLESS:
-                            self.verdicts.inert.clear()
-                        self.verdicts.inert[item] = known
+                        if len(inert) >= _MAX_HARMLESS:
+                            inert.clear()
+                        inert[item] = known
                 elif pairs and len(out) % 2:
                     following = _label(value[len(out)])
                     secret = _looks_secret(following) and not is_label(following)
@@ -2412,11 +2380,9 @@ class _Walk:
             note = f"…[CUT: {len(value)} bytes]"
             return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
         content = _content(value, kind)
-        if type(content) is dict:
-            return self.mapping(content, declared, id(value))
-        if type(content) is list:
-            return self.sequence(content, declared, id(value))
-        return self.value(content, declared)
+        writers: dict[Any, Any] = {dict: self.mapping, list: self.sequence}
+        write = writers.get(type(content))
+        return str(write(content, declared, id(value)) if write else self.value(content, declared))
 
     def text(self, text: str, declared: _Declared | None) -> str:
         """Clean a text; one that holds JSON is walked as what it holds."""
@@ -2478,8 +2444,7 @@ def _without_echo(text: str, form: str, marker: str) -> str:
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
     """Return a text without the values, whole, cut short or encoded."""
     forms = set(echoes)
-    for scheme, _, credentials in [echo.partition(" ") for echo in forms]:
-        forms |= {credentials} if scheme.lower() in _SCHEMES else set()
+    forms |= {echo.partition(" ")[2] for echo in forms if echo.partition(" ")[0].lower() in _SCHEMES}
     for echo in sorted(forms, key=len, reverse=True):
         for part in {echo[: 1 << 16], echo[-1 << 16 :]} if len(echo) >= 4 else ():
             ends = [head[:_MIN_ECHO] for head in _spellings(part[:18])]
@@ -2510,8 +2475,7 @@ class Redactor:
         self, redact: _Names = (), keep: _Names = (), *, mode: str = "constant", key: bytes | None = None
     ) -> None:
         for setting, entries in (("redact", redact), ("keep", keep)):
-            names = all(isinstance(each, str) and _normal(each) for each in entries)
-            if isinstance(entries, str) or not names:
+            if isinstance(entries, str) or not all(isinstance(one, str) and _normal(one) for one in entries):
                 reason = "must be a list of names; quote those that YAML reads otherwise"
                 raise ConfigError(reason, trail=(setting,))
         if mode not in ("constant", "hmac"):
@@ -2523,12 +2487,12 @@ class Redactor:
         tools = {tool for tool, _ in self._rules.redact | self._rules.keep if tool}
         self._of_tool = {tool: _Verdicts(self._rules, tool) for tool in tools}
 
-    def is_sensitive(self, name: str, tool: str | None = None) -> bool:
+    def is_sensitive(self, name: str, tool: _Tool = None) -> bool:
         """Return True if a name is sensitive in the input of a tool, or of any."""
         return self._rules.judge(name, _normal(tool or "")) > 0
 
     def redact(
-        self, value: object, *, tool: str | None = None, endpoint_def: object = None, echoes: _Echoes = None
+        self, value: object, *, tool: _Tool = None, endpoint_def: object = None, echoes: _Texts = None
     ) -> Any:
         """Return a plain copy of any value in which nothing sensitive is left.
 
@@ -2547,18 +2511,18 @@ class Redactor:
 
     def redact_json(
         self,
-        value: object,
+        value: Any,
         *,
-        tool: str | None = None,
-        endpoint_def: object = None,
-        echoes: list[str] | None = None,
+        tool: _Tool = None,
+        endpoint_def: Any = None,
+        echoes: _Texts = None,
         limit: int = 0,
     ) -> str:
         """Return what `redact` returns as compact JSON, without what a `limit` (bytes) would cut."""
         try:
             own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
             walk = _Walk(self._verdicts if own is None else own, echoes, limit)
-            declared = walk.declared(endpoint_def)
+            declared = None if endpoint_def is None else walk.declared(endpoint_def)
             if type(value) is dict and declared is None:
                 return walk.mapping(value, None)
             return walk.value(value, declared)
@@ -2583,9 +2547,7 @@ class Redactor:
         except BaseException as error:
             return f"<unreadable text: {_type_name(error)}>"
 
-    def explain(
-        self, value: object, *, tool: str | None = None, endpoint_def: object = None
-    ) -> list[_Strings]:
+    def explain(self, value: object, *, tool: _Tool = None, endpoint_def: object = None) -> list[_Strings]:
         """Return what `redact` takes out of a value and why, as (path, reason)."""
 
         def compare(before: Any, after: Any, path: str, name: str, part: _Declared | None) -> Iterator[Any]:
@@ -2598,12 +2560,13 @@ class Redactor:
                 for index, (old, new) in enumerate(zip(before, after)):
                     yield from compare(old, new, f"{path}[{index}]", "", inner)
             elif before != after:
-                named = ("", "its name", "its name", "listed under `redact`")
                 strength = self._rules.judge(name, _normal(tool or ""))
-                why = "declared sensitive" if part else named[strength]
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
-                why = why or " and ".join(dict.fromkeys(rule for rule, _ in taken))
-                yield path, why or "what stands beside it names it"
+                rules = (
+                    " and ".join(dict.fromkeys(rule for rule, _ in taken)) or "what stands beside it names it"
+                )
+                why = (rules, "its name", "its name", "listed under `redact`")[strength]
+                yield path, "declared sensitive" if part else why
 
         after, walk = self.redact(value, tool=tool, endpoint_def=endpoint_def), _Walk(self._verdicts)
         return list(compare(walk.plain(value), after, "$", "", walk.declared(endpoint_def)))
