@@ -1087,7 +1087,7 @@ REDACTED = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
 _Names: TypeAlias = "Sequence[str]"
 _Tool: TypeAlias = "str | None"
-_Texts: TypeAlias = "list[str] | None"
+_Echo: TypeAlias = "list[str] | None"
 _Strings: TypeAlias = tuple[str, str]
 _Find: TypeAlias = "Callable[[str], Iterable[_Span]]"
 
@@ -1230,8 +1230,7 @@ def _judge_name(name: str) -> int:
     # `token_for_x` and `value_of_token` are tokens, `number_of_tokens` is none.
     ends = (at for at, word in enumerate(words) if at and word in ("for", "of"))
     words = words[: next((at for at in ends if words[at - 1] not in STILL_SECRET - {"number"}), None)]
-    plain = "".join(words)
-    if plain in SPEC_NAMES:
+    if (plain := "".join(words)) in SPEC_NAMES:
         return 1 if plain in WEAK_WORDS else 2
     if words[:1] == ["sensitive"] or words[1:][-1:] == ["wo"]:  # Terraform's write-only attributes
         return 2
@@ -1258,14 +1257,10 @@ def _judge_name(name: str) -> int:
     shouted = (name.isupper() or name[:2] in ("X-", "x-")) and before and not plural
     secret = {
         "key": opened or twin or short or not KEY_DOCUMENTS.isdisjoint(tail) or shouted,
-        "token": opened or not plural,
         "cookie": opened or not plural or not before,
         "auth": opened or (not before and bool(tail)),
         "authorization": not plural and OPENERS["authorization"].issuperset(before),
-        "pin": not plural,
-        "code": opened,
-        "signature": opened,
-    }.get(head, True)
+    }.get(head, opened or head in ("jwt", "pass") or (head in ("token", "pin") and not plural))
     return (2 if before else 1) if secret else 0
 
 
@@ -1326,7 +1321,6 @@ _BARE = rf"""(?x)(?:{_MARKED}|(?:[^\s,;&'"`<>)\]}}\\]
   |,(?!\s|[A-Za-z_][A-Za-z_.\-]{{1,40}}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{{1,40}}[0-9]?=|\Z)
   |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{{1,64}}[0-9]{{0,2}})?=|amp;)
   |[)\]}}>"'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))*)"""
-_PERCENT_END = r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])"""
 _BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
@@ -1506,12 +1500,12 @@ _OPENERS = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"],
 _NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 _PLAIN_SIGNS = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”‘’", "   ,:===\"\"''")
 _DISGUISES = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)"  # colours, quotes
-_ECHOED = r"""["']([^"'\\]{4,})\\{0,8}["']"""  # what may be echoed of a list or an object
 _INSERT = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
-_MAX_ECHOES, _MIN_ECHO = 64, 12  # values; characters of a value's beginning or end
+# Values; characters of a value's beginning or end; longer values are no names and no remarks.
+_MAX_ECHOES, _MIN_ECHO, _MAX_DOUBTED = 64, 12, 1000
 _ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential|require)\w*\("
 # Where a bare value would stand: a call or an index; an expression; a type; a sentence.
 _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->) | \( | \\&\w
@@ -1524,7 +1518,6 @@ _SCHEMA = r"(?:description|type|title|name|\$ref):(?![\s\S]*\b(?:value|default|e
 _SENTENCE = _words_in("a an the to of for used if is are with from by in as or key token secret password")
 # A name that stands for a value.
 _REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?[a-z]+(?:_[a-z]+)+"
-_MAX_DOUBTED = 1000  # longer values are no names and no remarks
 # Bytes as their kinds: of tokens as `w`, digits as `0`.
 _RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
@@ -1610,7 +1603,9 @@ class _Rules:
                 out += [text[done:start], self.mark(secret)]
                 done = end
                 if out[-1] != secret and len(taken) < _MAX_ECHOES:
-                    inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
+                    inner = (
+                        re.findall(r"""["']([^"'\\]{4,})\\{0,8}["']""", secret) if secret[0] in "[{" else []
+                    )
                     taken += [(rule, part) for part in [secret, *inner[:_MAX_ECHOES]]]
             text = "".join([*out, text[done:]]) if out else text
         for _, secret in taken:  # it may stand at another place as well
@@ -1640,7 +1635,7 @@ class _Rules:
                 yield "a social security number", placed(self._placed, pattern=_SSN)
 
     def mark(self, secret: str) -> str:
-        if _re(_MARKED).fullmatch(secret):
+        if secret[:1] == "[" and _re(_MARKED).fullmatch(secret):
             return secret
         if self.key is None:
             return REDACTED
@@ -1709,8 +1704,8 @@ class _Rules:
 
     def _cells(self, text: str) -> Iterator[_Span]:
         """Yield a table's cells under or behind a sensitive name."""
-        columns = before = 0  # cells of the table that is read, cells of the line before
-        hidden, sign = list[int](), ""
+        # Cells of the table that is read, cells of the line before, columns that are hidden.
+        columns, before, hidden, sign = 0, 0, list[int](), ""
         for row in re.finditer(r"(?m)^(?=.*[^-=+:| \t\r\n]).+", text):
             sign = sign if columns else next((sign for sign in "|\t;," if sign in row[0]), "")
             if not sign or len(row[0]) > 4000:
@@ -1785,7 +1780,7 @@ class _Rules:
         if kind == "part":  # of a form
             return (at, self._until(text, at)) if re.search(r' name=[\\"]*\Z', left) else None
         if kind == "percent":
-            return at, self._until(text, at, _PERCENT_END)
+            return at, self._until(text, at, r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])""")
         quote = _re(_QUOTE).match(text, at)
         if kind in ("pair", "quoted", "call", "typed") or (kind == "prose" and quote and strength > 1):
             value = self._extent(text, at)
@@ -1920,8 +1915,7 @@ class _Rules:
         elif len(words) > 1 and first.lower() in _SCHEMES:
             at = text.index(words[1], at + len(first))
             end = self._bare_end(text, at)
-            shown = text[at:end]
-            return (end if self._is_none(shown) or re.match(r"\w+\(", shown) else at), end
+            return (end if self._is_none(text[at:end]) or re.match(r"\w+\(", text[at:end]) else at), end
         elif len(words) == 1 or before in ("?", "&"):
             return at, self._bare_end(text, at)
         elif not any(map(_looks_secret, words[:2])):
@@ -1947,7 +1941,7 @@ class _Rules:
             end = body.end() if body else text.find(quote[1] + own, quote.end())
             return quote.end(), len(text) if end < 0 else end
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
-            # In `Pwd={a}}b;c}` two braces are one.
+            # In `Pwd={a}}b;c}` two braces are one; `{SSHA}X` goes on.
             odbc = _re(r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)").match(text, at)
             end, depth = odbc.end() if odbc else len(text), 0
             for sign in () if odbc else _re(_BRACKETS).finditer(text, at):
@@ -1955,7 +1949,6 @@ class _Rules:
                 if depth == 0:
                     end = sign.end()
                     break
-            # `{SSHA}X` goes on
             return at, self._bare_end(text, end) if re.match(r"\w", text[end : end + 1]) else end
         block = _re(r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*").match(text, at)
         return at, block.end() if block else self._bare_end(text, at)
@@ -1992,8 +1985,6 @@ def _declare(plain: Any, outer: bool = True) -> _Declared | None:
 
 
 # --- what an object holds
-
-_TEXT_MODULES = _words_in("decimal fractions datetime uuid pathlib zoneinfo")  # whose types' `str` says all
 
 
 def _type_name(value: object) -> str:
@@ -2067,7 +2058,7 @@ def _content(value: Any, kind: type) -> object:
     if issubclass(kind, Mapping):  # such as HTTP headers, which may hold a key twice
         return _unlike(list(value.items()))
     modules = {base.__module__.partition(".")[0] for base in kind.__mro__}
-    if not _TEXT_MODULES.isdisjoint(modules):
+    if not modules.isdisjoint("decimal fractions datetime uuid pathlib zoneinfo".split()):
         return str.__str__(str(value))
     array = "numpy" in modules and hasattr(kind, "tolist") and value.size <= 10_000
     return value.tolist() if array else _text_of(value)
@@ -2075,8 +2066,7 @@ def _content(value: Any, kind: type) -> object:
 
 # --- the walk
 
-_MAX_DEPTH = 64  # arbitrary: deeper than people write
-_MAX_NODES = 500_000  # more than fit into the default of `max_input_bytes`
+_MAX_DEPTH, _MAX_NODES = 64, 500_000  # deeper than people write; more than `max_input_bytes` takes
 _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
 _CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
 _SLACK = 4096  # characters read beyond what is kept, so that no secret is cut in half
@@ -2141,8 +2131,7 @@ class _Verdicts(dict[str, int]):
 class _Walk:
     """Writes one value as JSON, redacted unless the verdicts are none."""
 
-    nodes = 0  # elements read so far
-    spent = 0  # characters of long texts read so far
+    nodes = spent = 0  # elements, and characters of long texts, read so far
     max_nodes = _MAX_NODES
 
     def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None:
@@ -2158,8 +2147,10 @@ class _Walk:
 
     def declared(self, definition: object) -> _Declared | None:
         """Return what a definition hides; most are JSON, and hide nothing."""
-        with contextlib.suppress(Exception):
-            return _declare(json.loads(text)) if '"sensitive"' in (text := encode_json(definition)) else None
+        if type(definition) is dict:
+            with contextlib.suppress(Exception):
+                text = encode_json(definition)
+                return _declare(json.loads(text)) if '"sensitive"' in text else None
         return _declare(self.plain(definition))
 
     def marker(self, value: object) -> str:
@@ -2230,8 +2221,6 @@ class _Walk:
                     out.append(key + (texts.get(item) or encode_text(self.text(item, None))))
                 elif kind is int and -1 < item < _CARD_NUMBERS:
                     out.append(f"{key}{item}")
-                elif kind is dict:
-                    out.append(key + self.mapping(item, None))
                 else:
                     out.append(key + self.value(item, None))
             elif kind is str and self.quiet and known and (key := verdicts.hidden.get(name)):
@@ -2300,10 +2289,10 @@ class _Walk:
         first: Any = value[0] if value else None
         inert = self.verdicts.inert
         if declared is None and type(first) is str:
-            try:
+            try:  # all of them may be known
                 return f"[{','.join(map(inert.__getitem__, value))}]"
             except (LookupError, TypeError):
-                pass  # not all of them are known, or texts
+                pass
         opened.append(ident)
         table = self.table(value) if len(value) > 9 and declared is None and type(first) is dict else ""
         items = None if declared is None else declared.items or declared
@@ -2325,10 +2314,10 @@ class _Walk:
             elif type(item) is str and items is None:
                 known = texts.get(item)
                 out.append(known or encode_text(self.text(item, None)))
+                if item in inert:
+                    continue
                 if item[:1] == "-":
                     hide_next = "=" not in item and is_label(item)
-                elif item in inert:
-                    continue
                 elif not is_label(item):
                     if known and item[:1] != "/" and item not in self.rules.programs:
                         if len(inert) >= _MAX_HARMLESS:
@@ -2492,7 +2481,7 @@ class Redactor:
         return self._rules.judge(name, _normal(tool or "")) > 0
 
     def redact(
-        self, value: object, *, tool: _Tool = None, endpoint_def: object = None, echoes: _Texts = None
+        self, value: object, *, tool: _Tool = None, endpoint_def: object = None, echoes: _Echo = None
     ) -> Any:
         """Return a plain copy of any value in which nothing sensitive is left.
 
@@ -2515,7 +2504,7 @@ class Redactor:
         *,
         tool: _Tool = None,
         endpoint_def: Any = None,
-        echoes: _Texts = None,
+        echoes: _Echo = None,
         limit: int = 0,
     ) -> str:
         """Return what `redact` returns as compact JSON, without what a `limit` (bytes) would cut."""
@@ -2523,8 +2512,6 @@ class Redactor:
             own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
             walk = _Walk(self._verdicts if own is None else own, echoes, limit)
             declared = None if endpoint_def is None else walk.declared(endpoint_def)
-            if type(value) is dict and declared is None:
-                return walk.mapping(value, None)
             return walk.value(value, declared)
         except RecursionError:
             return '"[DEPTH]"'
@@ -2562,9 +2549,7 @@ class Redactor:
             elif before != after:
                 strength = self._rules.judge(name, _normal(tool or ""))
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
-                rules = (
-                    " and ".join(dict.fromkeys(rule for rule, _ in taken)) or "what stands beside it names it"
-                )
+                rules = " and ".join(dict.fromkeys(rule for rule, _ in taken)) or "what stands beside it"
                 why = (rules, "its name", "its name", "listed under `redact`")[strength]
                 yield path, "declared sensitive" if part else why
 
