@@ -2000,8 +2000,8 @@ def _text_of(value: object, show: Callable[[Any], str] = repr) -> str:
 
 def _members(value: object) -> dict[str, Any] | None:
     kind = type(value)
-    keepers = "__dataclass_fields__ __attrs_attrs__ __struct_fields__".split()
-    kept = (getattr(kind, keeper, None) for keeper in (["_fields"] if issubclass(kind, tuple) else keepers))
+    keepers = ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
+    kept = (getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers))
     fields = next((fields for fields in kept if isinstance(fields, (dict, tuple))), None)
     if fields is None and not issubclass(kind, tuple):
         pydantic = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None)
@@ -2058,7 +2058,7 @@ def _content(value: Any, kind: type) -> object:
     if issubclass(kind, Mapping):  # such as HTTP headers, which may hold a key twice
         return _unlike(list(value.items()))
     modules = {base.__module__.partition(".")[0] for base in kind.__mro__}
-    if not modules.isdisjoint("decimal fractions datetime uuid pathlib zoneinfo".split()):
+    if not modules.isdisjoint(("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")):
         return str.__str__(str(value))
     array = "numpy" in modules and hasattr(kind, "tolist") and value.size <= 10_000
     return value.tolist() if array else _text_of(value)
