@@ -1104,8 +1104,8 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
 
 
 # The specification's names; secrets anywhere; what behind these still means the secret, where other words are
-# about it (its policy, place, kind); behind `key` a document; what before a secret makes a switch or a figure,
-# before a strong one only; what is glued to secrets, as all above are (`dbpass`); no secrets; what to look for.
+# about it (its policy, place, kind); behind `key` a document; what before a secret makes a switch of it, before
+# a strong one only; what is glued to secrets, as all above are (`dbpass`); no secrets; what to look for.
 _NAME_WORDS = _words_by_head("""
 spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
@@ -1463,8 +1463,8 @@ a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?
 a named social security number ~ ssn|social sec ~ ~ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)
  (?:\s{1,4}(?:is|was))?[\s:#=]{0,4})([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
-# Programs | a word that must be among the arguments | places of secrets: `-p` in its own word or the next, `-p+`
-# in its own, `-p.` in the next, `-u:` behind that sign, `#2` the second word after the required, no option.
+# Programs | a word that must be an argument | places of secrets: `-p` in its word or the next, `-p+` in its
+# own, `-p.` in the next, `-u:` behind that sign, `#2` the second word after the required that is no option.
 _COMMANDS = r"""
 mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
 curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
@@ -2086,9 +2086,8 @@ encode_text: Callable[[str], str] = json.encoder.encode_basestring
 
 
 def _label(value: object) -> str:
-    return (
-        value if type(value) is str else value[:256].decode(errors="replace") if type(value) is bytes else ""
-    )
+    text = value[:256].decode(errors="replace") if type(value) is bytes else value
+    return text if type(text) is str else ""
 
 
 class _Verdicts(dict[str, int]):
