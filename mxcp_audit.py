@@ -1080,8 +1080,9 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # === Redaction ===
 # depends on: Errors
 #
-# Guarantee: what `Redactor.redact` returns holds no value under a sensitive name and no text in a known secret
-# format, and shares nothing with its input. Nothing here raises. It rather takes too much: then use `keep:`.
+# Guarantee: what `Redactor.redact` returns holds no value under a sensitive name and no text in a known
+# secret format, and shares nothing with its input. Nothing raises. It rather takes too much; then use
+# `keep:`.
 
 REDACTED = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
@@ -1103,9 +1104,10 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
     return {head: _words_in(words) for head, words in re.findall(r"(\w+):([^:]*)(?=\s\w+:|\Z)", text)}
 
 
-# The specification's names; secrets anywhere; what behind these still means the secret, where other words are
-# about it (its policy, place, kind); behind `key` a document; what before a secret makes a switch of it, before
-# a strong one only; what is glued to secrets, as all above are (`dbpass`); no secrets; what to look for.
+# The specification's names; secrets anywhere; what still means the secret behind these, where other words
+# tell of it (its policy, place); behind `key` a document; what before a secret makes a switch of it, or
+# only before a strong one; what is glued to secrets, as all above are (`dbpass`); no secrets; what to look
+# for.
 _NAME_WORDS = _words_by_head("""
 spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
