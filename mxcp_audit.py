@@ -1081,8 +1081,7 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # depends on: Errors
 #
 # Guarantee: what `Redactor.redact` returns holds no value under a sensitive name and no text in a known
-# secret format, and shares nothing with its input. Nothing raises. It rather takes too much; then use
-# `keep:`.
+# secret format, and shares nothing with its input. Nothing raises. It errs towards too much; use `keep:`.
 
 REDACTED = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
@@ -1106,8 +1105,7 @@ def _words_by_head(text: str) -> dict[str, frozenset[str]]:
 
 # The specification's names; secrets anywhere; what still means the secret behind these, where other words
 # tell of it (its policy, place); behind `key` a document; what before a secret makes a switch of it, or
-# only before a strong one; what is glued to secrets, as all above are (`dbpass`); no secrets; what to look
-# for.
+# only before a strong one; what is glued to secrets, as all above are (`dbpass`); no secrets; other stems.
 _NAME_WORDS = _words_by_head("""
 spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
@@ -1755,8 +1753,8 @@ class _Rules:
 
     def _strength(self, text: str, start: int, name: str, lead: re.Match[str]) -> int:
         """Judge a name, to which the word before may belong (`API key: …`)."""
-        if name[-1] == "." and lead.lastgroup == "option":
-            return 0  # the end of a sentence
+        if name[-1] == "." and lead.lastgroup == "option":  # the end of a sentence
+            return 0
         if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
             return 2  # of a pre-signed URL; elsewhere it may be anything
         name = name.strip("-.是为は")
@@ -2343,8 +2341,7 @@ class _Walk:
         nodes, idents = self.nodes + len(rows) * len(names), list(map(id, value))
         if list(map(list, rows)).count(names) < len(rows) or nodes > self.max_nodes or {*idents} & {*opened}:
             return ""
-        self.nodes = nodes
-        texts, columns = self.rules.harmless, list[Iterable[str]]()
+        self.nodes, texts, columns = nodes, self.rules.harmless, list[Iterable[str]]()
         for column in zip(*map(dict.values, rows)):
             kinds = set(map(type, column))
             if kinds == {int} and min(column) >= 0 and max(column) < _CARD_NUMBERS:
