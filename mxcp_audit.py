@@ -1080,15 +1080,15 @@ def parse_event_id(text: str) -> tuple[str, int]:
 # === Redaction ===
 # depends on: Errors
 #
-# Guarantee: what `Redactor.redact` returns holds no value under a sensitive name, at any depth, and no text
-# in a known secret format; it shares nothing with the caller's objects. Nothing here raises or consumes an
-# input. It fails towards too much: the remedy is `keep:`.
+# Guarantee: what `Redactor.redact` returns holds no value under a sensitive name and no text in a known
+# secret format, and shares nothing with its input. Nothing raises. It errs towards too much; use `keep:`.
 
 REDACTED = "[REDACTED]"
 _Span: TypeAlias = tuple[int, int]  # start and end in a text
-_Check: TypeAlias = "Callable[[str], bool] | None"
 _Names: TypeAlias = "Sequence[str]"
-_Echoes: TypeAlias = "list[str] | None"
+_Tool: TypeAlias = "str | None"
+_Echo: TypeAlias = "list[str] | None"
+_Strings: TypeAlias = tuple[str, str]
 _Find: TypeAlias = "Callable[[str], Iterable[_Span]]"
 
 
@@ -1100,15 +1100,12 @@ def _words_in(text: str) -> frozenset[str]:
 
 
 def _words_by_head(text: str) -> dict[str, frozenset[str]]:
-    """Return words by their heads, which end in a colon."""
-    rows = (row.split() for row in re.findall(r"\w+:[^:]*(?=\s\w+:|$)", text.strip()))
-    return {head[:-1]: frozenset(words) for head, *words in rows}
+    return {head: _words_in(words) for head, words in re.findall(r"(\w+):([^:]*)(?=\s\w+:|\Z)", text)}
 
 
-# The specification's names; secrets wherever they stand, at the end "password" in other languages; behind a
-# secret word what still means the secret itself, any other word is about it (its policy, place, kind); behind
-# `key` a document; before a secret word what makes a switch or a figure of the name, before a strong one only
-# what may (`reset_token` is a token); what is glued to secret words as all above are (`dbpass`); no secrets.
+# The specification's names; secrets anywhere; what still means the secret behind these, where other words
+# tell of it (its policy, place); behind `key` a document; what before a secret makes a switch of it, or
+# only before a strong one; what is glued to secrets, as all above are (`dbpass`); no secrets; other stems.
 _NAME_WORDS = _words_by_head("""
 spec: password passwd pwd secret token key apikey auth authorization credential ssn creditcard cardnumber
 strong: password passwd pwd pw passphrase passcode secret credential cred apikey ssn cvv cvc csc otp totp pat
@@ -1129,9 +1126,11 @@ verbs: add change check clear copy create delete deny edit enforce exclude expor
 glue: db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack
   public next page sort
 none: compass bypass trespass surpass overpass underpass encompass
+stems: sensitive social verifier answer saml json card ccn cc_n cc-n community account.num account_num
+  connect.sid _wo sig=
 """)
 SPEC_NAMES, STRONG_WORDS, STILL_SECRET, KEY_DOCUMENTS = list(_NAME_WORDS.values())[:4]
-FLAG_WORDS, VERBS, GLUE_WORDS, NO_SECRETS = list(_NAME_WORDS.values())[4:]
+FLAG_WORDS, VERBS, GLUE_WORDS, NO_SECRETS, _STEMS = list(_NAME_WORDS.values())[4:]
 # Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names of secrets.
 _PHRASES = _words_by_head("""
 creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
@@ -1141,7 +1140,7 @@ account+json  password: pass+word  passphrase: pass+phrase snmp+community commun
 passcode: pass+code  motdepasse: de+passe  apikey: api+key  oauth: o+auth  assertion: saml+response
 sessid: connect+sid  imagepull: image+pull  idempotency: client+request
 """)
-PHRASES = {pair.replace("+", " "): word for word, pairs in _PHRASES.items() for pair in pairs}
+PHRASES = {pair: word for word, pairs in _PHRASES.items() for pair in pairs}
 # A secret in some company only; harmless behind these words.
 WEAK_WORDS = _words_by_head("""
 token: next starting page paging pagination continuation continue cursor sync delta resume forward position
@@ -1181,15 +1180,9 @@ GLUED_SUFFIXES = r"""(?x)(?:密[码碼]|パスワード|비밀번호|pass(?:phra
 
 _KNOWN_WORDS = STRONG_WORDS.union(WEAK_WORDS, *OPENERS.values(), STILL_SECRET, FLAG_WORDS, VERBS, GLUE_WORDS)
 _CAMEL = r"[A-Z]+(?=[A-Z][a-z])|[A-Z]?[a-z]+|[A-Z]+|[^\W\d_A-Za-z]+"
-_MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 128, 24, 16
-_STEMS = STRONG_WORDS.union(
-    WEAK_WORDS,
-    _words_in("""sensitive social verifier answer saml json card ccn cc_n cc-n
-community account.num account_num connect.sid _wo sig="""),
-)
+_MAX_VERDICTS, _MAX_NAME_CHARS, _MAX_GLUED_CHARS, _LONGEST_WORD = 4096, 128, 24, 16
+_STEMS = _STEMS.union(STRONG_WORDS, WEAK_WORDS)
 STEMS = [stem for stem in _STEMS if not any(part in stem and part != stem for part in _STEMS)]
-_MAX_VERDICTS = 4096
-_BY_SETTING = "listed under `redact`"
 
 
 def _singular(word: str) -> str:
@@ -1209,14 +1202,14 @@ def _unglue(word: str) -> list[str]:
                 break
     parts = splits.get(0, [])
     secret = not STRONG_WORDS.union(WEAK_WORDS).isdisjoint(map(_singular, parts))
-    if secret or " ".join(parts[:2]) in PHRASES:
+    if secret or "+".join(parts[:2]) in PHRASES:
         return parts
     suffix = re.search(GLUED_SUFFIXES, word)
     return [word[: suffix.start()], *_unglue(suffix[0])] if suffix else [word]
 
 
 def _name_words(name: str) -> list[str]:
-    """Split a name into lower-case words: `X-API-Key`, `JWTSecret`, `password2`."""
+    """Split names such as `X-API-Key`, `JWTSecret`, `password2`."""
     if not name.isascii():
         import unicodedata  # takes 1 ms
 
@@ -1224,57 +1217,51 @@ def _name_words(name: str) -> list[str]:
     words: list[str] = []
     for piece in re.findall(_CAMEL if name.isascii() else r"[^\W\d_]+", name[-_MAX_NAME_CHARS:]):
         for word in _unglue(piece.lower()):
-            if words and (joined := PHRASES.get(f"{words[-1]} {_singular(word)}")):
+            if words and (joined := PHRASES.get(f"{words[-1]}+{_singular(word)}")):
                 words[-1] = joined
             else:
                 words.append(word)
     return words
 
 
-def _judge_name(name: str) -> tuple[int, str]:
-    """Return a name's strength (0: harmless) and the reason."""
+def _judge_name(name: str) -> int:
+    """Return how surely a name is a secret's: 0 (harmless), 1 or 2."""
     words = _name_words(name)
     # `token_for_x` and `value_of_token` are tokens, `number_of_tokens` is none.
     ends = (at for at, word in enumerate(words) if at and word in ("for", "of"))
     words = words[: next((at for at in ends if words[at - 1] not in STILL_SECRET - {"number"}), None)]
-    plain = "".join(words)
-    if plain in SPEC_NAMES:
-        return (1 if plain in WEAK_WORDS else 2), f"the specification names {plain!r}"
+    if (plain := "".join(words)) in SPEC_NAMES:
+        return 1 if plain in WEAK_WORDS else 2
     if words[:1] == ["sensitive"] or words[1:][-1:] == ["wo"]:  # Terraform's write-only attributes
-        return 2, f"the words {' '.join(words)!r}"
+        return 2
     singular = list(map(_singular, words))
     heads = [at for at, word in enumerate(singular) if word in STRONG_WORDS or word in WEAK_WORDS]
     if not heads:
-        return 0, ""
-    at = heads[-1]
-    head, before, tail = singular[at], singular[:at], singular[at + 1 :]
+        return 0
+    head, before, tail = singular[at := heads[-1]], singular[:at], singular[at + 1 :]
     strong = head in STRONG_WORDS
     # "auth header" is what it holds, "api key header" what it is called.
     held = ("header",) if head in ("auth", "authorization", "cookie") else ()
     flags = FLAG_WORDS | VERBS if strong else FLAG_WORDS
     if not flags.isdisjoint(before) or not STILL_SECRET.union(held).issuperset(tail):
-        return 0, ""
+        return 0
     if strong or (head != "auth" and not STRONG_WORDS.isdisjoint(before)):
-        return 2, f"the word {words[at]!r}"
+        return 2
     twin = head == "key" and len(before) > 1 and "primary" in before  # an account has two
-    harmless = before[-1:] and before[-1] in WEAK_WORDS[head] and not twin
+    harmless = not WEAK_WORDS[head].isdisjoint(before[-1:]) and not twin
     if harmless or not {"no", "num", "number"}.isdisjoint(tail):
-        return 0, ""
+        return 0
     opened, plural = not OPENERS.get(head, NO_SECRETS).isdisjoint(before), words[at] != head
     # A key is a secret behind a protocol's abbreviation (`ntp_key`), as a document, or in capitals.
     short = any(1 < len(word) < 5 and not re.search("[aeiouy]", word) for word in before)
     shouted = (name.isupper() or name[:2] in ("X-", "x-")) and before and not plural
     secret = {
         "key": opened or twin or short or not KEY_DOCUMENTS.isdisjoint(tail) or shouted,
-        "token": opened or not plural,
         "cookie": opened or not plural or not before,
         "auth": opened or (not before and bool(tail)),
         "authorization": not plural and OPENERS["authorization"].issuperset(before),
-        "pin": not plural,
-        "code": opened,
-        "signature": opened,
-    }.get(head, True)
-    return ((2 if before else 1), f"the word {words[at]!r} in {' '.join(words)!r}") if secret else (0, "")
+    }.get(head, opened or head in ("jwt", "pass") or (head in ("token", "pin") and not plural))
+    return (2 if before else 1) if secret else 0
 
 
 def _normal(name: str) -> str:
@@ -1282,9 +1269,9 @@ def _normal(name: str) -> str:
 
 
 def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
-    """Read entries into (tool or "", name); `a.b` is both a name and one tool's."""
-    own = {(_normal(tool), _normal(name)) for tool, _, name in (entry.rpartition(".") for entry in entries)}
-    return frozenset({("", _normal(entry)) for entry in entries} | own)
+    """Read (tool or "", name); `a.b` is a name and one tool's."""
+    parts = (part for entry in entries for part in (entry.rpartition("."), ("", "", entry)))
+    return frozenset((_normal(tool), _normal(name)) for tool, _, name in parts)
 
 
 def _lower(text: str) -> str:
@@ -1292,10 +1279,10 @@ def _lower(text: str) -> str:
 
 
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Compile a search for many words, grouped by first letters: the fewer, the faster."""
+    """Compile a search for words, grouped by first letters for speed."""
     groups = itertools.groupby(sorted(set(words)), key=lambda word: word[0])
-    ends = ((re.escape(first), "|".join(re.escape(word[1:]) for word in group)) for first, group in groups)
-    return re.compile("|".join(f"{first}(?:{rest})" for first, rest in ends))
+    ends = ((first, "|".join(re.escape(word[1:]) for word in group)) for first, group in groups)
+    return re.compile("|".join(f"{re.escape(first)}(?:{rest})" for first, rest in ends))
 
 
 # --- where a text holds a secret
@@ -1330,14 +1317,10 @@ _QUOTE = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]{1,24}\()?
     [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2{1,2}(?=[\w!@#$%^*+]))?"""
 _MARKED = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 # A bare value ends at a space or at what separates it from the next.
-_BARE = (
-    rf"(?x)(?:{_MARKED}|"
-    + r"""(?:[^\s,;&'"`<>)\]}\\]
-  |,(?!\s|[A-Za-z_][A-Za-z_.\-]{1,40}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{1,40}[0-9]?=|\Z)
-  |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{1,64}[0-9]{0,2})?=|amp;)
-  |[)\]}>](?=[\w!@#$%^*+]) | ["'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))+)"""
-)
-_PERCENT_END = r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])"""
+_BARE = rf"""(?x)(?:{_MARKED}|(?:[^\s,;&'"`<>)\]}}\\]
+  |,(?!\s|[A-Za-z_][A-Za-z_.\-]{{1,40}}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{{1,40}}[0-9]?=|\Z)
+  |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{{1,64}}[0-9]{{0,2}})?=|amp;)
+  |[)\]}}>"'](?=[\w!@#$%^*+]) | \\(?!["'nrt\\]) | <(?![/A-Za-z]))*)"""
 _BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'|\Z)"""
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
@@ -1369,23 +1352,19 @@ bb_live_ sgp_ sq[apu]_ pnu_ dbt[cu]_ duffel_(?:live|test)_ dnkey- fio-u- y0_A FL
 cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
 """
 # In `\nghp_…` and `%3Dghp_…` an escape's end comes first.
-_TOKEN = (
-    r"(?<![A-Za-z0-9_\-])(?=[A-Za-z0-9_\-]{16})(?:(?<=\\)[nrtfb]|(?<=%)..)?"
-    rf"((?:{'|'.join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}})"
-)
+_TOKEN = rf"""(?x)(?<![A-Za-z0-9_\-])(?=[A-Za-z0-9_\-]{{16}})(?:(?<=\\)[nrtfb]|(?<=%)..)?
+  ((?:{"|".join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}})"""
 # Formats with other signs, each behind a text that must be there.
 DOTTED_TOKENS = r"""
-eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}  SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?
-. \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}  1// \b1//0[\w-]{20,}  dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}
-sl. \bsl\.(?:u\.)?[\w-]{60,}  .atlasv1. \w{14}\.atlasv1\.[\w-]{20,}  pat \bpat\w{14}\.[0-9a-f]{64}\b
-8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}  dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
-xoxe. \bxoxe\.xox[bp]-[\w-]{16,}  : [0-9]{8,10}:[\w-]{34,40}(?![\w-])
-/ \b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b
-. [MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])
-hooks.slack.com/ (?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+
-webhook (?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+
-$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}  sha256~ \bsha256~[\w-]{43}
-vk1.a. \bvk1\.a\.[\w-]{60,}  -us [0-9a-f]{32}-us[0-9]{1,2}\b
+eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}  8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}
+hooks.slack.com/ (?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+  sl. \bsl\.(?:u\.)?[\w-]{60,}
+webhook (?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+  .atlasv1. \w{14}\.atlasv1\.[\w-]{20,}
+. [MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])  . \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}
+$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}  : [0-9]{8,10}:[\w-]{34,40}(?![\w-])
+/ \b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b  dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
+dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}  SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?  1// \b1//0[\w-]{20,}
+xoxe. \bxoxe\.xox[bp]-[\w-]{16,}  pat \bpat\w{14}\.[0-9a-f]{64}\b  -us [0-9a-f]{32}-us[0-9]{1,2}\b
+vk1.a. \bvk1\.a\.[\w-]{60,}  sha256~ \bsha256~[\w-]{43}
 """
 _CARD = r"""(?x)([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))(?:[0-9]{13,18}
   |[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})(?![\w-]|\.[0-9]))"""
@@ -1403,20 +1382,18 @@ def _looks_secret(value: str) -> bool:
 
 
 def _is_mixed(value: str) -> bool:
-    """Return True if a literal can't be a word, an algorithm or an address."""
     return _re(r"(?=.*[a-z])(?=.*[A-Z!#$%^&*+=?~])(?=.*[0-9]).{8,}").match(value) is not None
 
 
 def _is_basic(credentials: str) -> bool:
-    """Return True if a text is `user:password` in Base64; `basic JavaScript` is none."""
+    """Return True for `user:password` in Base64."""
     with contextlib.suppress(ValueError):
         return b":" in binascii.a2b_base64(credentials)
     return False
 
 
 def _is_card(number: str) -> bool:
-    """Return True if digits pass for a payment card's: issuer, length, check digit."""
-    digits = number.replace(" ", "").replace("-", "")
+    digits = re.sub("[ -]", "", number)
     total = sum(sum(divmod(int(digit) * (1 + at % 2), 10)) for at, digit in enumerate(digits[::-1]))
     # Visa, Mastercard, American Express, Discover, JCB, Diners Club, UnionPay
     issued = r"""(?x)4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}
@@ -1431,8 +1408,8 @@ _CALL_WORDS = _words_in("""auth credential passw crypt cipher hmac jwt keyspec p
 signer signwith pdo aes fernet hashpw cookieparser""")
 _CALLS = rf"(?i)(?:{'|'.join(sorted(_CALL_WORDS))})\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
 _LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
-# What has a place of its own: the rule ~ texts one of which must be there in small letters ~ what its last
-# group must pass ~ the pattern. Without a group a quoted value follows.
+# The rule ~ texts of which one must be there ~ what the last group must pass ~ the pattern: without a group a
+# quoted value follows.
 _PLACES = r"""
 a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'<>\\`]+(?=@)
  |[^\s"'<>\\`]{1,300}(?=@))
@@ -1486,30 +1463,26 @@ a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?
 a named social security number ~ ssn|social sec ~ ~ (?i:\b(?:ssn|social security(?: (?:number|num|no\.?))?)
  (?:\s{1,4}(?:is|was))?[\s:#=]{0,4})([0-9]{3}[ -]?[0-9]{2}[ -]?[0-9]{4})(?![\w-])
 """
-_CHECKS = {"secret": _looks_secret, "basic": _is_basic}
-# Where programs take a secret: programs | a word that must be among the arguments | places. `-p` is the
-# option's own word or the next, `-p+` its own only, `-p.` the next only; in `-u:` it stands behind that sign;
-# `#2` is the second word after the required one that is no option.
+# Programs | a word that must be an argument | places of secrets: `-p` in its word or the next, `-p+` in its
+# own, `-p.` in the next, `-u:` behind that sign, `#2` the second word after the required that is no option.
 _COMMANDS = r"""
 mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
-7z 7za 7zr 7zz rar unrar || -p+ -hp+ ; docker podman buildah nerdctl helm oras crane oc az cf | login | -p
-cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget || -p
-sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p
-sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P
-ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w
-ldappasswd || -w -s -a ; redis-cli valkey-cli || -a ; ssh-keygen || -N -P ; security certutil || -p -w
-snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X
 curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
+ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w ; ldappasswd || -w -s -a
+snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X ; openssl | passwd | #1 #2
+cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget || -p ; aws | SecureString | --value
+sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P ; redis-cli valkey-cli || -a
+sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p ; security certutil || -p -w
+docker podman buildah nerdctl helm oras crane oc az cf | login | -p ; htpasswd mosquitto_passwd | -b | #2 #3
+gh az flyctl databricks | secret | -b --body --value --string-value ; 7z 7za 7zr 7zz rar unrar || -p+ -hp+
 curl http https xh || -E: --cert: --bearer. --oauth2-bearer. ; smbclient rpcclient smbget smbcacls net || -U%
-openssl || -k. -K. -hmac. -pass: -passin: -passout: ; openssl | passwd | #1 #2 ; influx || -t. ; lftp || -u,
-xfreerdp signtool schtasks || /p /rp ; aws | SecureString | --value ; wpa_passphrase || #2
-gh az flyctl databricks | secret | -b --body --value --string-value ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2
-net | user | #2 ; net | use | #2 #3 ; htpasswd mosquitto_passwd | -b | #2 #3 ; isql iusql | -v | #3
-db2 | using | #1 ; mc mcli | set | #4 ; cargo vault | login | #1 ; vault | unseal | #1
-ansible-vault | encrypt_string | #1 ; poetry composer | http-basic\.[^\x1f]+ | #2
+openssl || -k. -K. -hmac. -pass: -passin: -passout: ; poetry composer | http-basic\.[^\x1f]+ | #2
+xfreerdp signtool schtasks || /p /rp ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2 ; cargo vault | login | #1
+ansible-vault | encrypt_string | #1 ; wpa_passphrase || #2 ; isql iusql | -v | #3 ; ssh-keygen || -N -P
+vault | unseal | #1 ; mc mcli | set | #4 ; net | use | #2 #3 ; db2 | using | #1 ; net | user | #2
+influx || -t. ; lftp || -u,
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
-_SHOWN_WORD = r",[ ]([^,\]\n]+)"
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
     ((?:[^\s"'`|;&<>()\\]|\\[^\n]|[&;|](?=[^\s&;|])|"(?:[^"\\]|\\.){0,500}"|'[^']{0,500}')+)"""
 _PASSWORDS = _words_in("password passwd pwd passphrase passcode pass pw")
@@ -1527,12 +1500,12 @@ _OPENERS = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"],
 _NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
 _PLAIN_SIGNS = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”‘’", "   ,:===\"\"''")
 _DISGUISES = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)"  # colours, quotes
-_ECHOED = r"""["']([^"'\\]{4,})\\{0,8}["']"""  # what may be echoed of a list or an object
 _INSERT = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
-_MAX_ECHOES, _MIN_ECHO = 64, 12  # values; characters of a value's beginning or end
+# Values; characters of a value's beginning or end; longer values are no names and no remarks.
+_MAX_ECHOES, _MIN_ECHO, _MAX_DOUBTED = 64, 12, 1000
 _ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential|require)\w*\("
 # Where a bare value would stand: a call or an index; an expression; a type; a sentence.
 _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->) | \( | \\&\w
@@ -1543,17 +1516,15 @@ _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->) | \( | \\&
   | (?<=\w[ ])[a-z]+[ ](?:the|an?|to|is|with|of|for|instead)\b"""
 _SCHEMA = r"(?:description|type|title|name|\$ref):(?![\s\S]*\b(?:value|default|example)s?:)"  # of a field
 _SENTENCE = _words_in("a an the to of for used if is are with from by in as or key token secret password")
-_TYPE = r"_?[A-Z][A-Za-z]+(?: \| None)?"
 # A name that stands for a value.
 _REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?[a-z]+(?:_[a-z]+)+"
-_MAX_DOUBTED = 1000  # longer values are no names and no remarks
 # Bytes as their kinds: of tokens as `w`, digits as `0`.
 _RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
-_DIGITS = bytes(48 if 48 <= byte < 58 else byte for byte in range(256))
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")
 
 
 def _argument_pattern(place: str, need: str) -> str:
-    """Return the pattern of a place among words joined by U+001F."""
+    """Return the pattern of a place in words joined by U+001F."""
     if place[0] == "#":  # `-x` and `/x` are no plain words, `/etc/x` is one
         flag = r"(?:-|/\w+(?::[^\x1f]*)?(?:\x1f|\Z))"
         skip, plain = rf"(?:\x1f(?={flag})[^\x1f]*)*", rf"\x1f(?!{flag})[^\x1f]+"
@@ -1567,11 +1538,9 @@ def _argument_pattern(place: str, need: str) -> str:
 
 
 class _Rules:
-    """What is a secret in names and texts under one Redactor's settings."""
-
     def __init__(self, redact: Iterable[str], keep: Iterable[str], key: bytes | None) -> None:
         self.redact, self.keep, self.key = _read_names(redact), _read_names(keep), key
-        self.strength = functools.lru_cache(_MAX_VERDICTS)(lambda name: self.judge(name)[0])
+        self.strength = functools.lru_cache(_MAX_VERDICTS)(self.judge)
         self.harmless: dict[str, str] = {}  # short texts without a secret, as JSON
         # the start of the longest word
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
@@ -1579,7 +1548,8 @@ class _Rules:
         self._places: list[tuple[str, Iterable[str], _Find]] = []
         for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
             pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
-            find = functools.partial(self._placed, pattern=pattern, accept=_CHECKS.get(check.strip()))
+            accept = {"secret ": _looks_secret, "basic ": _is_basic}.get(check)
+            find = functools.partial(self._placed, pattern=pattern, accept=accept)
             self._places.append((rule, gates.split("|"), find))
         self._places += [
             ("a function's argument", _CALL_WORDS, self._literals),
@@ -1587,8 +1557,7 @@ class _Rules:
             ("the head of a table", "\n", self._cells),
             ("a name in the text", ("",), self._named),
         ]
-        words = DOTTED_TOKENS.split()
-        self._formats = list(zip(words[::2], words[1::2]))
+        self._formats: list[_Strings] = re.findall(r"(\S+)\s(\S+)", DOTTED_TOKENS)
         gates = {gate for row in self._places for gate in row[1] if gate[:1] > " "}
         gates |= {*STEMS, *own, "db2 ", "c alias", "rabbitmqctl"}
         self._gate = _any_of(gate.lstrip("fghlnrtux") or gate for gate in gates if gate.isascii())
@@ -1604,39 +1573,40 @@ class _Rules:
         any_program = "|".join(sorted(map(re.escape, self.programs), reverse=True))
         self._program = re.compile(rf"\b(?<![.-])(?:{any_program})(?:\.exe)?(?=[\s\"',])")
 
-    def judge(self, name: str, tool: str = "") -> tuple[int, str]:
-        """Return what `_judge_name` does, after the settings for a (normal) tool or all."""
+    def judge(self, name: str, tool: str = "") -> int:
+        """Return what `_judge_name` does, or 3, after the settings."""
         normal = _normal(name)
         for entry in ((tool, normal), ("", normal)) if self.redact or self.keep else ():
             if entry in self.redact or entry in self.keep:
-                return (2, _BY_SETTING) if entry in self.redact else (0, "")
-        return (0, "") if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
+                return 3 if entry in self.redact else 0
+        return 0 if name.isascii() and not self.stems.search(name.lower()) else _judge_name(name)
 
-    def clean(self, text: str) -> tuple[str, list[tuple[str, str]]]:
+    def clean(self, text: str) -> tuple[str, list[_Strings]]:
         """Return a text without its secrets, and these with their rules."""
-        taken: list[tuple[str, str]] = []
+        taken: list[_Strings] = []
         if len(text) < 5 or (len(text) < 11 and text.isalnum()):  # the shortest is `pwd=x`
             return text, taken
         low = _lower(text)
-        led = self._gate.search(" ".join(set(low.split())) if len(text) > 2000 else low) is not None
-        led = led or (not low.isascii() and self.stems.search(low) is not None)
+        led = bool(self._gate.search(" ".join(set(low.split())) if len(text) > 2000 else low))
+        led = led or (not low.isascii() and bool(self.stems.search(low)))
         if "[" in text or not text.isascii() or (led and ("&" in text or "\\u00" in text)):
             plain = _re(_DISGUISES).sub(lambda sign: '\\"' if sign[1] else "", text).translate(_PLAIN_SIGNS)
             if plain != text:
                 cleaned, taken = self.clean(plain)
                 return (text if cleaned == plain else cleaned), taken
         for rule, find in self._sieves(text, low, led):
-            out: list[str] = []
-            done = 0
+            out, done = list[str](), 0
             for start, end in find(text):
-                if done <= start < end:
-                    secret = text[start:end]
-                    marker = self.mark(secret)
-                    if marker != secret and len(taken) < _MAX_ECHOES:
-                        inner = re.findall(_ECHOED, secret) if secret[0] in "[{" else []
-                        taken.extend((rule, part) for part in [secret, *inner[:_MAX_ECHOES]])
-                    out += [text[done:start], marker]
-                    done = end
+                if not done <= start < end:
+                    continue
+                secret = text[start:end]
+                out += [text[done:start], self.mark(secret)]
+                done = end
+                if out[-1] != secret and len(taken) < _MAX_ECHOES:
+                    inner = (
+                        re.findall(r"""["']([^"'\\]{4,})\\{0,8}["']""", secret) if secret[0] in "[{" else []
+                    )
+                    taken += [(rule, part) for part in [secret, *inner[:_MAX_ECHOES]]]
             text = "".join([*out, text[done:]]) if out else text
         for _, secret in taken:  # it may stand at another place as well
             if len(secret) >= 8 and secret in text and _looks_secret(secret):
@@ -1644,16 +1614,14 @@ class _Rules:
         return text, taken
 
     def _sieves(self, text: str, low: str, led: bool) -> Iterator[tuple[str, _Find]]:
-        """Yield what may find secrets in a text, cheaply judged, in this order."""
+        """Yield what may find secrets in a text, in this order."""
         if led or " -" in text or " /" in text or '"-' in text or "'-" in text or "net us" in low:
             if not self.programs.keys().isdisjoint(_re(r"[a-z0-9][\w-]+").findall(low)):
                 yield "an argument of a command", self._arguments
             for rule, gates, find in self._places:
                 if any(gate in low for gate in gates):
                     yield rule, find
-        if len(text) < 11:
-            return
-        # A known format's shape is found ten times as fast in bytes.
+        # Shapes are found ten times as fast in bytes.
         shape, placed = text.encode("utf-8", "surrogatepass"), functools.partial
         if b"w" * 16 in shape.translate(_RUNS):
             for gate, pattern in self._formats:
@@ -1667,8 +1635,7 @@ class _Rules:
                 yield "a social security number", placed(self._placed, pattern=_SSN)
 
     def mark(self, secret: str) -> str:
-        """Return what stands in the place of a secret."""
-        if _re(_MARKED).fullmatch(secret):
+        if secret[:1] == "[" and _re(_MARKED).fullmatch(secret):
             return secret
         if self.key is None:
             return REDACTED
@@ -1677,8 +1644,8 @@ class _Rules:
         digest = hmac.new(self.key, secret.encode("utf-8", "surrogatepass"), "sha256").hexdigest()
         return f"[REDACTED:{digest[:8]}]"
 
-    def _placed(self, text: str, pattern: str, accept: _Check = None) -> Iterator[_Span]:
-        """Yield what a pattern says: its last group, or what follows it."""
+    def _placed(self, text: str, pattern: str, accept: Callable[..., bool] | None = None) -> Iterator[_Span]:
+        """Yield a pattern's last group, or the value behind it."""
         for match in _re(pattern).finditer(text):
             span = match.span(match.lastindex) if match.lastindex else self._extent(text, match.end())
             value = text[slice(*span)]
@@ -1698,28 +1665,23 @@ class _Rules:
                     yield literal.span(1)
 
     def _arguments(self, text: str) -> list[_Span]:
-        found: set[_Span] = set()
-        done = 0
-        for program in self._program.finditer(text):
-            if program.start() < done:
-                continue
-            words, done = [program.span()], program.end()
-            step = _re(
-                _LISTED_WORD if text[done] in "\"'" else _SHOWN_WORD if text[done] == "," else _SHELL_WORD
-            )
-            while word := step.match(text, done):
+        found, at = set[_Span](), 0
+        while program := self._program.search(text, at):
+            words, at = [program.span()], program.end()
+            step = {",": r",[ ]([^,\]\n]+)", "'": _LISTED_WORD, '"': _LISTED_WORD}.get(text[at], _SHELL_WORD)
+            while word := _re(step).match(text, at):
                 words.append(word.span(1))
-                done = word.end()
+                at = word.end()
             for index, start, end in self.command_secrets([text[slice(*word)] for word in words]):
                 found.add((words[index][0] + start, words[index][0] + end))
         return sorted(found)
 
     def command_secrets(self, words: list[str]) -> Iterator[tuple[int, int, int]]:
-        """Yield the secrets of a command line as (word, start in it, end in it)."""
+        """Yield secret arguments as (word, start in it, end in it)."""
         for at, word in enumerate(words):
-            rules = self.programs.get(re.split(r"[/\\]", word)[-1].removesuffix(".exe"))
+            rules = self.programs.get(re.split(r"[/\\]", word)[-1].removesuffix(".exe"), ())
             line = "\x1f".join(words[at : at + 64]) if rules else ""  # arbitrary
-            for need, place, doubtful in rules or ():
+            for need, place, doubtful in rules:
                 for match in _re(place).finditer(line) if _re(need).search(line) else ():
                     value = match[1].strip("\"'")
                     if value and not self._is_none(value) and (not doubtful or _looks_secret(value)):
@@ -1728,7 +1690,6 @@ class _Rules:
                         yield at + line.count("\x1f", 0, start), first, first + len(value)
 
     def _inserted(self, text: str) -> Iterator[_Span]:
-        """Yield the values of sensitive columns in `INSERT INTO t (columns) VALUES (…), (…)`."""
         at = 0
         for insert in _re(_INSERT).finditer(text):
             columns = [self.strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
@@ -1742,12 +1703,10 @@ class _Rules:
                 at = row.end()
 
     def _cells(self, text: str) -> Iterator[_Span]:
-        """Yield the cells under or behind a sensitive name in tables."""
-        columns = before = 0  # cells of the table that is read, cells of the line before
-        hidden, sign = list[int](), ""
-        for row in re.finditer(r"[^\n]+", text):
-            if not row[0].strip("-=+:| \t\r"):
-                continue
+        """Yield a table's cells under or behind a sensitive name."""
+        # Cells of the table that is read, cells of the line before, columns that are hidden.
+        columns, before, hidden, sign = 0, 0, list[int](), ""
+        for row in re.finditer(r"(?m)^(?=.*[^-=+:| \t\r\n]).+", text):
             sign = sign if columns else next((sign for sign in "|\t;," if sign in row[0]), "")
             if not sign or len(row[0]) > 4000:
                 columns = before = 0
@@ -1773,13 +1732,11 @@ class _Rules:
                     yield first, first + len(cell)
 
     def _named(self, text: str) -> Iterator[_Span]:
-        """Find a stem, widen it to a name with a separator, judge it, yield the value."""
-        low, separator = _lower(text), _re(_SEPARATOR)
-        done = at = 0
+        """Find a stem, widen it to a name, judge it, yield its value."""
+        low, done, at = _lower(text), 0, 0
         while stem := self.stems.search(low, at):
             at = stem.end() - (text[stem.end() - 1] == "=")  # of `sig=`
-            lead = separator.match(text, at)
-            if lead is None:
+            if (lead := _re(_SEPARATOR).match(text, at)) is None:
                 continue
             at = lead.end("rest")
             left = text[max(done, stem.start() - 64) : stem.start()]
@@ -1788,17 +1745,16 @@ class _Rules:
                 start = min(escape.end(), stem.start())
             name = text[start:at]
             strength = self._strength(text, start, name, lead)
-            span = self._value(text, start, lead, name, strength) if strength else None
-            if span is not None:
+            if strength and (span := self._value(text, start, lead, name, strength)):
                 if span[0] < span[1] and _re("(?:[A-Za-z]+[0-9]+){3}").search(name):
                     span = start, span[1]  # a secret with a colon
                 yield span  # an empty one passes it
                 done = at = max(at, span[1])
 
     def _strength(self, text: str, start: int, name: str, lead: re.Match[str]) -> int:
-        """Judge a name in a text; the word before it may belong to it (`API key: …`)."""
-        if name[-1] == "." and lead.lastgroup == "option":
-            return 0  # the end of a sentence
+        """Judge a name, to which the word before may belong (`API key: …`)."""
+        if name[-1] == "." and lead.lastgroup == "option":  # the end of a sentence
+            return 0
         if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
             return 2  # of a pre-signed URL; elsewhere it may be anything
         name = name.strip("-.是为は")
@@ -1810,79 +1766,75 @@ class _Rules:
         return max(self.strength(name), opened)
 
     def _value(self, text: str, start: int, lead: re.Match[str], name: str, strength: int) -> _Span | None:
-        kind, at, low = lead.lastgroup or "", lead.end(), name.lower()
-        before, flag = text[start - 1 : start], name[:1] == "-"
-        bare_key = low.rstrip("0123456789") in ("key", "keys")
-        line = text[max(0, start - 80) : start].rpartition("\n")[2]
+        kind, at, low, flag = lead.lastgroup, lead.end(), name.lower(), name[:1] == "-"
+        left, before = text[max(0, start - 200) : start], text[start - 1 : start]
+        line, bare_key = left[-80:].rpartition("\n")[2], low.rstrip("0123456789") in ("key", "keys")
         if kind == "element":
-            tag = text[max(0, start - 200) : start]
-            within = tag.rfind("<") > tag.rfind(">")
-            if bare_key or not within or re.search(r"[^<:\"'/ ]\Z|(?:type|class)=\W{1,3}\Z", tag):
+            within = left.rfind("<") > left.rfind(">")
+            if bare_key or not within or re.search(r"[^<:\"'/ ]\Z|(?:type|class)=\W{1,3}\Z", left):
                 return None
             end = self._until(text, at, "]]>" if lead[0][-1] == "[" else "<")
             shown = text[at : min(end, at + 300)].strip()
             label = re.fullmatch("[A-Z]?[a-z]+(?: [A-Za-z]+){0,5}", shown) and self.strength(shown)
             return None if label or self._is_none(shown) else (at, end)
         if kind == "part":  # of a form
-            named = re.search(r' name=[\\"]*\Z', text[max(0, start - 12) : start])
-            return (at, self._until(text, at)) if named else None
+            return (at, self._until(text, at)) if re.search(r' name=[\\"]*\Z', left) else None
         if kind == "percent":
-            return at, self._until(text, at, _PERCENT_END)
+            return at, self._until(text, at, r"""[\s&;'"<>]|%(?:25)?(?:26|3[bB]|0[aAdD]|2[27]|7[dD])""")
         quote = _re(_QUOTE).match(text, at)
-        if kind in ("pair", "quoted", "call", "typed") or (kind == "prose" and quote and strength == 2):
+        if kind in ("pair", "quoted", "call", "typed") or (kind == "prose" and quote and strength > 1):
             value = self._extent(text, at)
             shown = text[slice(*value)]
             if len(shown) > _MAX_DOUBTED:
                 return value
-            if self._is_none(shown):
+            named = kind in ("pair", "call") and (self.strength(shown) or shown[-1:] in (":", " "))
+            if named or self._is_none(shown):  # a list of names, a prompt
                 return None
-            if kind in ("pair", "call") and (self.strength(shown) or shown[-1:] in (":", " ")):
-                return None  # a list of names, a prompt
             if kind == "pair":
-                opened = text[max(0, start - 12) : start].rstrip("\\\"'bu")[-1:]
-                closed = text[value[1] : value[1] + 12].lstrip("\\\"' ,")[:1]
+                opened, closed = (
+                    left.rstrip("\\\"'bu")[-1:],
+                    text[value[1] : value[1] + 12].lstrip("\\\"' ,")[:1],
+                )
                 pair = flag or (opened in ("(", "[") and closed in (")", "]"))
                 odd = _looks_secret(shown) and not re.fullmatch("[A-Za-z_]+", shown)
-                secret = _is_mixed(shown) if bare_key else pair or odd
-                return value if secret else None
+                return value if (_is_mixed(shown) if bare_key else pair or odd) else None
+            if kind != "quoted" or flag or text.startswith(";", value[1] + 1):
+                return value
             # `secret "prod" not found` names it, `SECRET 'x'` in SQL and `secret "x";` are it.
-            weak = bare_key or (strength < 2 and not _looks_secret(shown))
-            verb = low == "pass" and (" " in shown or not _looks_secret(shown))
-            said = verb or (shown.count(" ") > 2 and low not in _PASSWORDS)
-            names = (weak or said or (low in _REFERENCES and not name.isupper())) and not flag
-            return None if kind == "quoted" and names and text[value[1] + 1 :][:1] != ";" else value
+            doubtful = strength < 2 or low == "pass"
+            names = bare_key or (doubtful and not _looks_secret(shown)) or (low == "pass" and " " in shown)
+            said = shown.count(" ") > 2 and low not in _PASSWORDS
+            return None if names or said or (low in _REFERENCES and not name.isupper()) else value
         if kind == "prose" or (kind == "option" and not flag):
             return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
-        if kind == "assign":
-            # `input("Password: ")`
-            if quote and quote[2] == before and lead["assign"][0] not in "\\\"'`":
-                return None
-            # `arn:aws:…:secret:prod-db`
-            if not quote and re.search(r"\barn:\S*:\Z", text[max(0, at - 200) : at]):
-                return None
-            if not quote and text[at : at + 1] not in ("[", "{") and low.replace("_", "-") in _HEADER_NAMES:
-                return self._header(text, at, low.replace("_", "-"), before)
+        if kind == "assign" and quote:
+            if quote[2] == before and lead["assign"][0] not in "\\\"'`":
+                return None  # `input("Password: ")`
+        elif kind == "assign":
+            if re.search(r"\barn:\S*:\Z", text[max(0, at - 200) : at]):
+                return None  # `arn:aws:…:secret:prod-db`
+            if (header := low.replace("_", "-")) in _HEADER_NAMES and not text.startswith(("[", "{"), at):
+                return self._header(text, at, header, before)
         return self._assigned(text, line, at, name, strength, text[lead.end("rest") : at])
 
     def _spoken(self, text: str, line: str, at: int, kind: str, name: str, strength: int) -> _Span | None:
-        """Return the word behind a name and `is` or a space, where it is no language."""
+        """Return the word behind a name and `is` or a space, or None."""
         shown = text[at : self._bare_end(text, at)].rstrip(".,:;)!")
         size = len(shown)
         if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]|[\[(<]", shown):
             return None
-        known = strength == 2 or size >= 8 or name == "pin"  # `the password is x`
+        known: object = strength > 1 or size >= 8 or name == "pin"  # `the password is x`
         if kind == "option":  # `login u password x`, `set NAME x`
+            if size < 6 or shown.lower() in _ALGORITHMS or (name == "pass" and shown.isupper()):
+                return None  # `pass FLAG_2 to make`
             given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
             mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
-            if name == "pass" and shown.isupper():
-                return None  # `pass FLAG_2 to make`
-            known = name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
-            known = bool(known or given) and size >= 6 and shown.lower() not in _ALGORITHMS
+            known = given or name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
         return (at, at + size) if known else None
 
     def _assigned(self, text: str, line: str, at: int, name: str, strength: int, lead: str) -> _Span | None:
-        other = _re(r"""[\w.]+(?:\([^()\n]{0,80}\))? (?:or|\|\||\?\?|\+) (?=["'`])""").match(text, at)
-        at = other.end() if other else at  # `key or "X"`
+        if other := _re(r"""[\w.]+(?:\([^()\n]{0,80}\))? (?:or|\|\||\?\?|\+) (?=["'`])""").match(text, at):
+            at = other.end()  # `key or "X"`
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
         wrapper, quoted, full, name = text[at : value[0]], value[0] > at, name, name.lower()
@@ -1892,6 +1844,8 @@ class _Rules:
             return value
         bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
         weak = strength < 2 and not _looks_secret(shown)
+        typed = quoted and lead == ": " and re.fullmatch(r"_?[A-Z][A-Za-z]+(?: \| None)?", shown)
+        own = shown and f"_{full}".endswith(tuple(sign + shown for sign in "._-"))  # `token=token`
         if (
             self._is_none(shown)
             or (("==" in lead or "!=" in lead) and (weak or not quoted))  # a comparison
@@ -1899,50 +1853,47 @@ class _Rules:
             or (called and (weak or bare_key))
             or (quoted and (len(shown) == 1 or shown[-1:] in (" ", ":")))  # the beginning of a text
             or (quoted and strength < 2 and re.search(r"%s|\{[a-z_]", shown))  # a template
-            or (quoted and lead == ": " and _re(_TYPE).fullmatch(shown) and self.strength(shown.split()[0]))
+            or (typed and self.strength(shown.split()[0]))
+            or (own and (not quoted or strength < 2 or called))
         ):
             return passed
-        own = shown and re.search(rf"(?:\A|[._-]){re.escape(shown)}\Z", full)
-        if own and (not quoted or strength < 2 or called):
-            return passed  # `token=token`
         if re.match(r"[\\\"'*`]*:\s*\n", lead) and line.strip(" \t-\"'"):
             return None  # `if password:`
-        if quoted or text[at : at + 1] in ("[", "{"):
+        if quoted or text.startswith(("[", "{"), at):
             function = lead == " => " and text[at] == "{"
             named = re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown)  # `key="DbPassword"`
-            words = not quoted and not any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown)))
-            return None if function or (bare_key and (named or words)) else value
+            named = named or not (quoted or any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown))))
+            return None if function or (bare_key and named) else value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
-            if len(indent) > len(line) or text[at : at + 2] == "- ":
-                more = re.escape(indent) + ("" if len(indent) > len(line) else "[ \t-]")
-                block = re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").match(text, at)
-                schema = block and re.match(_SCHEMA, block[0])
-                if block and (schema or any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", block[0])))):
-                    return None if schema else block.span()
+            inner = len(indent) > len(line)
+            if inner or text[at : at + 2] == "- ":
+                more = re.escape(indent) + ("" if inner else "[ \t-]")
+                end = next(re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").finditer(text, at)).end()
+                if re.match(_SCHEMA, text[at:end]):
+                    return None
+                if any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", text[at:end]))):
+                    return at, end
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
                 return None  # the next entry
-        # No value: source text such as `= f(x)`, `= config.password`, a remark.
+        # No value: `--secret dbPassword X`, source text such as `= f(x)`, `= config.password`, a remark.
         after = lead.isspace() and re.match(r"\s+(?!-)\S*(?:[0-9]|\[R)", text[value[1] : value[1] + 80])
-        if after and self.strength(shown):
-            return None  # `--secret dbPassword X`
         last = shown.rpartition(".")[2]
         named = _re(_REFERENCE).fullmatch(shown) and (self.strength(last) or (strength < 2 and "." in shown))
-        if named or _re(_SOURCE).match(text, at):
-            return None
         told = ":" in lead and re.match(r"[A-Z][A-Za-z]*((?:[.,;]? [A-Za-z_/()-]+){3,})", text[at : at + 200])
         said = told and not _SENTENCE.isdisjoint(re.findall(r"\w+", told[1].lower()))
-        if said or re.search(r"[:@]param [\w ]*\Z", line):
+        option = after and self.strength(shown)
+        if option or named or said or _re(_SOURCE).match(text, at) or re.search(r"[:@]param [\w ]*\Z", line):
             return None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return passed
         queried = line[-1:] in ("?", "&") and lead == "="
         entry = name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown)  # `credentials: username=u`
         directory = name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown)
-        if entry or directory or (bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown))):
-            return None
+        short = bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown))
         asked = (lead[-1:] != "=" or name in ("key", "pass", "pin", "auth")) and not queried
-        if strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown))):
+        word = strength < 2 and (shown.lower() in _ALGORITHMS or (asked and not _looks_secret(shown)))
+        if entry or directory or short or word:
             return None
         # A value of several words ends with its line, where the line holds nothing else.
         alone = not line.strip(" \t-") and ("=" in lead or "\n" in text)
@@ -1952,24 +1903,22 @@ class _Rules:
         return value
 
     def _header(self, text: str, at: int, name: str, before: str) -> _Span | None:
-        """Return the credentials of an `Authorization:` or `Cookie:` line."""
         words = text[at : at + 256].split(None, 3)
-        if not words or words[0].lower().rstrip(".,;:") in _REMARKS - _SCHEMES or self._is_none(words[0]):
-            return None
-        if re.match(r"[\w.]+\(", words[0]):
+        first = words[0] if words else "a"
+        remark = first.lower().rstrip(".,;:") in _REMARKS - _SCHEMES
+        if remark or self._is_none(first) or re.match(r"[\w.]+\(", first):
             return None
         if "cookie" in name:
-            attribute = re.match("(?i)(?:samesite|path|domain|max-age|expires)=", words[0])
-            if attribute or ("=" not in words[0] and not _looks_secret(words[0])):
+            attribute = re.match("(?i)(?:samesite|path|domain|max-age|expires)=", first)
+            if attribute or ("=" not in first and not _looks_secret(first)):
                 return None
-        elif len(words) > 1 and words[0].lower() in _SCHEMES:
-            at = text.index(words[1], at + len(words[0]))
+        elif len(words) > 1 and first.lower() in _SCHEMES:
+            at = text.index(words[1], at + len(first))
             end = self._bare_end(text, at)
-            shown = text[at:end]
-            return (end if self._is_none(shown) or re.match(r"\w+\(", shown) else at), end
+            return (end if self._is_none(text[at:end]) or re.match(r"\w+\(", text[at:end]) else at), end
         elif len(words) == 1 or before in ("?", "&"):
             return at, self._bare_end(text, at)
-        elif not any(_looks_secret(word) for word in words[:2]):
+        elif not any(map(_looks_secret, words[:2])):
             return None
         stop = r"\\[rn]|[\r\n]" + (f"|{before}" if before in ("'", '"') else "")
         if name == "set-cookie":  # behind a semicolon are the cookie's attributes
@@ -1977,15 +1926,14 @@ class _Rules:
         return at, self._until(text, at, stop)
 
     def _until(self, text: str, at: int, pattern: str = r"\\[rn]|[\r\n]") -> int:
-        """Return the place of a pattern, by default an end of line, or the end of the text."""
+        """Return where a pattern (an end of line) or the text's end is."""
         return next(_re(rf"{pattern}|\Z").finditer(text, at)).start()
 
     def _bare_end(self, text: str, at: int) -> int:
-        bare = _re(_BARE).match(text, at)
-        return bare.end() if bare else at
+        return next(_re(_BARE).finditer(text, at)).end()
 
     def _extent(self, text: str, at: int) -> _Span:
-        """Return where a value starts and ends: quoted, bracketed, a YAML block, or bare."""
+        """Return a value's place: quoted, bracketed, a YAML block, or bare."""
         if quote := _re(_QUOTE).match(text, at):
             own, twice = quote[2], "|''" if quote[2] == "'" else ""
             inner = rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*"
@@ -1993,21 +1941,17 @@ class _Rules:
             end = body.end() if body else text.find(quote[1] + own, quote.end())
             return quote.end(), len(text) if end < 0 else end
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
-            end = self._balanced_end(text, at)  # `{SSHA}X` goes on
+            # In `Pwd={a}}b;c}` two braces are one; `{SSHA}X` goes on.
+            odbc = _re(r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)").match(text, at)
+            end, depth = odbc.end() if odbc else len(text), 0
+            for sign in () if odbc else _re(_BRACKETS).finditer(text, at):
+                depth += (sign[0] in "([{") - (sign[0] in ")]}")
+                if depth == 0:
+                    end = sign.end()
+                    break
             return at, self._bare_end(text, end) if re.match(r"\w", text[end : end + 1]) else end
         block = _re(r"[|>][+-]?[ \t]*\n([ \t]+)[^\n]*(?:\n\1[^\n]*)*").match(text, at)
         return at, block.end() if block else self._bare_end(text, at)
-
-    def _balanced_end(self, text: str, start: int) -> int:
-        # In `Pwd={a}}b;c}` two braces are one.
-        if odbc := _re(r"\{(?:[^{}\s;]|\}\}|;(?=[^{}\s]*\}))*\}(?=;|\Z)").match(text, start):
-            return odbc.end()
-        depth = 0
-        for sign in _re(_BRACKETS).finditer(text, start):
-            depth += (sign[0] in "([{") - (sign[0] in ")]}")
-            if depth == 0:
-                return sign.end()
-        return len(text)
 
 
 class _Declared(NamedTuple):  # what a definition hides of a parameter
@@ -2016,39 +1960,31 @@ class _Declared(NamedTuple):  # what a definition hides of a parameter
     items: _Declared | None
 
 
-def _declare(definition: object, depth: int = 0, budget: Iterator[int] | None = None) -> _Declared | None:
-    """Read what a definition hides, None if nothing; one that can't be read hides all."""
-    budget = budget or iter(range(10_000))
-    try:
-        if next(budget, None) is None or depth > _MAX_DEPTH:
-            return _Declared(True, {}, None)
-        parts = definition if issubclass(type(definition), dict) else _members(definition)
-        if not isinstance(parts, dict):
-            return None
-        wrapped = [parts[key] for key in ("tool", "resource", "prompt") if not depth and parts.get(key)]
-        if wrapped and not isinstance(wrapped[0], str):
-            return _declare(wrapped[0], depth + 1, budget)
-        fields: dict[str, _Declared] = {}
-        for group in (parts.get("parameters"), parts.get("properties")):
-            named = list(group.items()) if isinstance(group, dict) else []
-            for part in group if isinstance(group, (list, tuple)) else ():
-                named.append(((part if isinstance(part, dict) else _members(part) or {}).get("name"), part))
-            for name, part in named:
-                if isinstance(name, str) and (declared := _declare(part, depth + 1, budget)):
-                    fields[_normal(name)] = declared
-        items = _declare(parts.get("items") or parts.get("additionalProperties"), depth + 1, budget)
-        says = parts.get("sensitive")
-        yes = bool(says) and str(says).strip().lower() not in ("", "false", "no", "off", "0")
-        return _Declared(yes, fields, items) if yes or fields or items else None
-    except BaseException as error:
-        if depth or isinstance(error, INTERRUPTS):  # a part
-            raise
-        return _Declared(True, {}, None)
+def _declare(plain: Any, outer: bool = True) -> _Declared | None:
+    """Return what a plain definition hides; what can't be read hides all."""
+    if not isinstance(plain, dict):
+        unread = isinstance(plain, str) and re.match(r"<un(?:readable|printable)\b|\[[CD][A-Z]+[]:]", plain)
+        return _Declared(True, {}, None) if unread else None
+    wrapped = [plain[key] for key in ("tool", "resource", "prompt") if outer and plain.get(key)]
+    if wrapped and not isinstance(wrapped[0], str):
+        return _declare(wrapped[0], False)
+    fields: dict[str, _Declared] = {}
+    for group in (plain.get("parameters"), plain.get("properties")):
+        parts = group if isinstance(group, list) else [group]
+        named = [(part.get("name") if isinstance(part, dict) else None, part) for part in parts]
+        for name, part in group.items() if isinstance(group, dict) else named:
+            declared = _declare(part, False)
+            if declared and isinstance(name, str):
+                fields[_normal(name)] = declared
+            elif declared and isinstance(part, str):
+                return declared
+    items = _declare(plain.get("items") or plain.get("additionalProperties"), False)
+    says = plain.get("sensitive")
+    yes = bool(says) and str(says).strip().lower() not in ("", "false", "no", "off", "0")
+    return _Declared(yes, fields, items) if yes or fields or items else None
 
 
 # --- what an object holds
-
-_TEXT_MODULES = _words_in("decimal fractions datetime uuid pathlib zoneinfo")  # whose types' `str` says all
 
 
 def _type_name(value: object) -> str:
@@ -2067,13 +2003,13 @@ def _members(value: object) -> dict[str, Any] | None:
     keepers = ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
     kept = (getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers))
     fields = next((fields for fields in kept if isinstance(fields, (dict, tuple))), None)
-    if fields is None:
+    if fields is None and not issubclass(kind, tuple):
         pydantic = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None)
-        plain = issubclass(kind, types.SimpleNamespace) or kind.__module__ == "argparse"
-        if issubclass(kind, tuple) or not (plain or isinstance(pydantic, dict)):
-            return None
-        data, extra = object.__getattribute__(value, "__dict__"), getattr(value, "__pydantic_extra__", None)
-        return {**data, **extra} if isinstance(extra, dict) else dict(data)
+        if issubclass(kind, types.SimpleNamespace) or isinstance(pydantic, dict):
+            extra = getattr(value, "__pydantic_extra__", None)
+            return {**object.__getattribute__(value, "__dict__"), **(extra if type(extra) is dict else {})}
+    if fields is None:
+        return None
     members = {}
     for field in fields:
         name = field if isinstance(field, str) else field.name  # attrs describes them by objects
@@ -2085,7 +2021,7 @@ def _members(value: object) -> dict[str, Any] | None:
 
 
 def _unlike(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    """Return items as a dict; where a key is there already, the second gets `#2`."""
+    """Return a dict; of two equal keys, the second gets `#2`."""
     if len(made := dict(items)) == len(items):
         return made
     made, numbers = {}, collections.Counter[Any]()
@@ -2122,7 +2058,7 @@ def _content(value: Any, kind: type) -> object:
     if issubclass(kind, Mapping):  # such as HTTP headers, which may hold a key twice
         return _unlike(list(value.items()))
     modules = {base.__module__.partition(".")[0] for base in kind.__mro__}
-    if not _TEXT_MODULES.isdisjoint(modules):
+    if not modules.isdisjoint(("decimal", "fractions", "datetime", "uuid", "pathlib", "zoneinfo")):
         return str.__str__(str(value))
     array = "numpy" in modules and hasattr(kind, "tolist") and value.size <= 10_000
     return value.tolist() if array else _text_of(value)
@@ -2130,8 +2066,7 @@ def _content(value: Any, kind: type) -> object:
 
 # --- the walk
 
-_MAX_DEPTH = 64  # arbitrary: deeper than people write
-_MAX_NODES = 500_000  # more than fit into the default of `max_input_bytes`
+_MAX_DEPTH, _MAX_NODES = 64, 500_000  # deeper than people write; more than `max_input_bytes` takes
 _MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
 _CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
 _SLACK = 4096  # characters read beyond what is kept, so that no secret is cut in half
@@ -2143,33 +2078,30 @@ _ROW_LISTS = _words_in("rows values data records")
 _PROGRAMS = _words_in("command cmd program executable")
 _ARGUMENTS = _words_in("args argv arguments")
 # A key's value goes; booleans too, by a setting; its text holds a secret, or it is no text; siblings decide.
-_SENSITIVE, _LISTED, _CERTAIN, _ODD, _BESIDE = 1, 2, 3, 4, 8
+_SENSITIVE, _CERTAIN, _ODD, _BESIDE = 1, 3, 4, 8
 
+_CONSTANTS = {None: "null", True: "true", False: "false"}
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 encode_text: Callable[[str], str] = json.encoder.encode_basestring
 
 
 def _label(value: object) -> str:
-    """Return a text or bytes as text; anything else labels nothing."""
-    if type(value) is bytes:
-        return value[: 2 * _MAX_NAME_CHARS].decode("utf-8", "replace")
-    return value if type(value) is str else ""
+    text = value[:256].decode(errors="replace") if type(value) is bytes else value
+    return text if type(text) is str else ""
 
 
 class _Verdicts(dict[str, int]):
-    """The verdicts on the names of fields, for all tools or for one; bounded. Without a tool: none."""
+    """Verdicts on names of fields, for all tools (""), one, or none."""
 
     def __init__(self, rules: _Rules, tool: str | None = "") -> None:
         self.rules, self.tool = rules, tool
         # As JSON: harmless names, hidden ones with a marker, texts that label nothing.
         self.harmless, self.hidden, self.inert = dict[str, str](), dict[str, str](), dict[str, str]()
-        self._says = functools.lru_cache(_MAX_VERDICTS)(self._says_secret)
 
     def __missing__(self, name: str) -> int:
         if self.tool is None:
             return 0
-        strength, reason = self.rules.judge(name, self.tool)
-        verdict = (_SENSITIVE | (_LISTED if reason == _BY_SETTING else 0)) if strength else 0
+        verdict = (0, _SENSITIVE, _SENSITIVE, _CERTAIN)[self.rules.judge(name, self.tool)]
         low = name.lower()
         if low in _VALUES | _ROW_LISTS | _ARGUMENTS or (low == "key" and verdict == _SENSITIVE):
             verdict |= _BESIDE
@@ -2187,38 +2119,41 @@ class _Verdicts(dict[str, int]):
         return verdict
 
     def is_label(self, item: object) -> bool:
-        """Return True if a text or bytes are a sensitive name, be it of a `Password field` on a page."""
+        """Return True for a sensitive name, or a `Password field` of a page."""
         said = _label(item)
-        return 2 < len(said) <= _MAX_NAME_CHARS and self._says(said)
-
-    def _says_secret(self, said: str) -> bool:
-        if not self.rules.stems.search(_lower(said)):
+        if not 2 < len(said) <= _MAX_NAME_CHARS or not self.rules.stems.search(_lower(said)):
             return False
         said = re.sub(r"(?i)\s+(?:input|text)?\s*(?:field|input|box|entry|value)$", "", said.strip("-"))
         return self[said] & _SENSITIVE > 0
 
 
 class _Walk:
-    """One walk through one value: writes it as JSON, redacted unless the walk is blind."""
+    """Writes one value as JSON, redacted unless the verdicts are none."""
 
-    nodes = 0  # elements read so far
-    spent = 0  # characters of long texts read so far
+    nodes = spent = 0  # elements, and characters of long texts, read so far
     max_nodes = _MAX_NODES
 
     def __init__(self, verdicts: _Verdicts, echoes: list[str] | None = None, limit: int = 0) -> None:
         self.verdicts, self.rules, self.echoes, self.limit = verdicts, verdicts.rules, echoes, limit
         self.quiet = echoes is None and self.rules.key is None
-        self.inert = verdicts.inert.__getitem__
         self.open: list[int] = []  # ids of the containers around the present value
         if 0 < limit < 2 * _MAX_NODES:  # an element takes two bytes at least
             self.max_nodes = limit // 2
 
     def plain(self, value: object) -> Any:
-        """Convert a value without redacting it; what comes of it is compared or hashed, never recorded."""
+        """Convert a value without redacting it; never record what comes of it."""
         return json.loads(_Walk(_Verdicts(self.rules, None)).value(value, None))
 
+    def declared(self, definition: object) -> _Declared | None:
+        """Return what a definition hides; most are JSON, and hide nothing."""
+        if type(definition) is dict:
+            with contextlib.suppress(Exception):
+                text = encode_json(definition)
+                return _declare(json.loads(text)) if '"sensitive"' in text else None
+        return _declare(self.plain(definition))
+
     def marker(self, value: object) -> str:
-        """Return what stands in the place of a secret value, and collect what it may echo as."""
+        """Return a secret's marker, and collect what it may echo as."""
         if self.quiet:
             return REDACTED
         plain = value if type(value) is str else self.plain(value)
@@ -2233,13 +2168,12 @@ class _Walk:
         return self.rules.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
 
     def refusal(self, ident: int, count: int) -> str:
-        """Return what stands for a container that is open already, too deep, or too large."""
         if ident in self.open:
             return '"[CYCLE]"'
         return '"[DEPTH]"' if len(self.open) >= _MAX_DEPTH else encode_text(f"[CUT: {count} items]")
 
     def value(self, value: Any, declared: _Declared | None) -> str:
-        """Write and redact one value by its exact type; unusual types take the slow way."""
+        """Write one value by its exact type; unusual types take longer."""
         kind = type(value)
         # A number in the place of an object with a secret part: nobody knows what it means.
         if declared is not None and (declared.sensitive or kind in (int, float)):
@@ -2250,10 +2184,8 @@ class _Walk:
             return self.mapping(value, declared)
         if kind is list or kind is tuple:
             return self.sequence(value, declared)
-        if value is None:
-            return "null"
-        if kind is bool:
-            return "true" if value else "false"
+        if value is None or kind is bool:
+            return _CONSTANTS[value]
         if kind is float:  # what is no number as a text, which differs from null and from 0
             return float.__repr__(value) if value - value == 0.0 else f'"{json.dumps(value)}"'
         if kind is int and -_CARD_NUMBERS < value < _CARD_NUMBERS:
@@ -2271,7 +2203,7 @@ class _Walk:
             return encode_text(hex(value) if kind is int else f"<unprintable {_type_name(value)}>")
 
     def mapping(self, value: dict[Any, Any], declared: _Declared | None, ident: int = 0) -> str:
-        """Write a mapping; one with a key that is no text, or holds a secret, is renamed first."""
+        """Write a mapping; one with odd keys is renamed first."""
         opened, ident = self.open, ident or id(value)
         value = value.copy()  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
@@ -2288,8 +2220,6 @@ class _Walk:
                     out.append(key + (texts.get(item) or encode_text(self.text(item, None))))
                 elif kind is int and -1 < item < _CARD_NUMBERS:
                     out.append(f"{key}{item}")
-                elif kind is dict:
-                    out.append(key + self.mapping(item, None))
                 else:
                     out.append(key + self.value(item, None))
             elif kind is str and self.quiet and known and (key := verdicts.hidden.get(name)):
@@ -2310,12 +2240,11 @@ class _Walk:
         return "{" + ",".join(out) + "}"
 
     def name(self, name: object) -> str:
-        """Return any name of a field as a text without a secret."""
         plain = name if type(name) is str else self.plain(name)
         return self.text(plain if isinstance(plain, str) else json.dumps(plain), None)
 
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
-        """Return a field's verdict and value after a look at its siblings, which may hide parts of it."""
+        """Return a field's verdict and value after a look at its siblings."""
         for key, said in value.items():
             label = _label(key).lower()
             # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
@@ -2331,7 +2260,6 @@ class _Walk:
         return verdict & _CERTAIN, item
 
     def rows(self, rows: Any, heads: Any) -> Any:
-        """Return rows with markers in the columns whose heads are sensitive names."""
         if not {type(rows), type(heads)} <= {list, tuple}:
             return rows
         names = (head.get("name") if type(head) is dict else head for head in heads[:1000])
@@ -2344,7 +2272,6 @@ class _Walk:
         return [list(map(hide, range(len(row)), row)) if type(row) in kinds else row for row in rows]
 
     def arguments(self, words: list[Any]) -> list[Any]:
-        """Return the words of a command with markers where its program takes a secret."""
         if len(words) <= 1000 and all(type(word) is str for word in words):
             for index, start, end in list(self.rules.command_secrets(words)):
                 word = words[index]
@@ -2352,18 +2279,19 @@ class _Walk:
         return words
 
     def sequence(self, value: Any, declared: _Declared | None, ident: int = 0) -> str:
-        """Write a sequence; `["Authorization", …]` and `["--password", …]` are judged by the sibling."""
+        """Write a sequence, in which an item may name the next."""
         opened, ident = self.open, ident or id(value)
         value = value[:]  # another thread may change it
         self.nodes = nodes = self.nodes + len(value)
         if ident in opened or len(opened) >= _MAX_DEPTH or nodes > self.max_nodes:
             return self.refusal(ident, len(value))
         first: Any = value[0] if value else None
+        inert = self.verdicts.inert
         if declared is None and type(first) is str:
-            try:
-                return f"[{','.join(map(self.inert, value))}]"
+            try:  # all of them may be known
+                return f"[{','.join(map(inert.__getitem__, value))}]"
             except (LookupError, TypeError):
-                pass  # not all of them are known, or texts
+                pass
         opened.append(ident)
         table = self.table(value) if len(value) > 9 and declared is None and type(first) is dict else ""
         items = None if declared is None else declared.items or declared
@@ -2385,13 +2313,15 @@ class _Walk:
             elif type(item) is str and items is None:
                 known = texts.get(item)
                 out.append(known or encode_text(self.text(item, None)))
+                if item in inert:
+                    continue
                 if item[:1] == "-":
                     hide_next = "=" not in item and is_label(item)
                 elif not is_label(item):
                     if known and item[:1] != "/" and item not in self.rules.programs:
-                        if len(self.verdicts.inert) >= _MAX_HARMLESS:
-                            self.verdicts.inert.clear()
-                        self.verdicts.inert[item] = known
+                        if len(inert) >= _MAX_HARMLESS:
+                            inert.clear()
+                        inert[item] = known
                 elif pairs and len(out) % 2:
                     following = _label(value[len(out)])
                     secret = _looks_secret(following) and not is_label(following)
@@ -2402,7 +2332,7 @@ class _Walk:
         return table or "[" + ",".join(out) + "]"
 
     def table(self, value: list[Any]) -> str:
-        """Write mappings with equal, harmless names by columns, which is faster; else ""."""
+        """Write mappings of equal, harmless names by columns, for speed."""
         names, opened = list(value[0]), self.open
         keys = [self.verdicts.harmless.get(name) for name in names]
         if None in keys or set(map(type, value)) != {dict} or len(opened) >= _MAX_DEPTH:
@@ -2411,8 +2341,7 @@ class _Walk:
         nodes, idents = self.nodes + len(rows) * len(names), list(map(id, value))
         if list(map(list, rows)).count(names) < len(rows) or nodes > self.max_nodes or {*idents} & {*opened}:
             return ""
-        self.nodes = nodes
-        texts, columns = self.rules.harmless, list[Iterable[str]]()
+        self.nodes, texts, columns = nodes, self.rules.harmless, list[Iterable[str]]()
         for column in zip(*map(dict.values, rows)):
             kinds = set(map(type, column))
             if kinds == {int} and min(column) >= 0 and max(column) < _CARD_NUMBERS:
@@ -2433,19 +2362,17 @@ class _Walk:
         return "[" + ",".join(map(row.__mod__, zip(*columns))) + "]"
 
     def other(self, value: Any, kind: type, declared: _Declared | None) -> str:
-        """Write what is not of JSON's own types by what it holds, itself guarded against cycles."""
+        """Write what is not of JSON's own types by what it holds."""
         if issubclass(kind, (bytes, bytearray)) and self.limit and len(value) > self.limit + _SLACK:
             note = f"…[CUT: {len(value)} bytes]"
             return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
         content = _content(value, kind)
-        if type(content) is dict:
-            return self.mapping(content, declared, id(value))
-        if type(content) is list:
-            return self.sequence(content, declared, id(value))
-        return self.value(content, declared)
+        writers: dict[Any, Any] = {dict: self.mapping, list: self.sequence}
+        write = writers.get(type(content))
+        return str(write(content, declared, id(value)) if write else self.value(content, declared))
 
     def text(self, text: str, declared: _Declared | None) -> str:
-        """Clean a text; one that holds JSON is walked like the value that it holds."""
+        """Clean a text; one that holds JSON is walked as what it holds."""
         if self.verdicts.tool is None:
             return text
         note = ""
@@ -2478,7 +2405,7 @@ class _Walk:
 
 
 def _spellings(text: str) -> dict[str, None]:
-    """Return a text as it is, and as errors, URLs, pages and Base64 write it."""
+    """Return a text as it is, and as errors, URLs and Base64 write it."""
     from html import escape  # only for errors
     from urllib.parse import quote, quote_plus
 
@@ -2489,7 +2416,6 @@ def _spellings(text: str) -> dict[str, None]:
 
 
 def _without_echo(text: str, form: str, marker: str) -> str:
-    """Return a text with a marker for a value, its beginnings and its ends."""
     text = text if form in REDACTED else text.replace(form, marker)
     if len(form) <= _MIN_ECHO or marker == form:
         return text
@@ -2505,8 +2431,7 @@ def _without_echo(text: str, form: str, marker: str) -> str:
 def without_echoes(text: str, echoes: Iterable[str], mark: Callable[[str], str]) -> str:
     """Return a text without the values, whole, cut short or encoded."""
     forms = set(echoes)
-    for scheme, _, credentials in [echo.partition(" ") for echo in forms]:
-        forms |= {credentials} if scheme.lower() in _SCHEMES else set()
+    forms |= {echo.partition(" ")[2] for echo in forms if echo.partition(" ")[0].lower() in _SCHEMES}
     for echo in sorted(forms, key=len, reverse=True):
         for part in {echo[: 1 << 16], echo[-1 << 16 :]} if len(echo) >= 4 else ():
             ends = [head[:_MIN_ECHO] for head in _spellings(part[:18])]
@@ -2537,8 +2462,7 @@ class Redactor:
         self, redact: _Names = (), keep: _Names = (), *, mode: str = "constant", key: bytes | None = None
     ) -> None:
         for setting, entries in (("redact", redact), ("keep", keep)):
-            names = all(isinstance(each, str) and _normal(each) for each in entries)
-            if isinstance(entries, str) or not names:
+            if isinstance(entries, str) or not all(isinstance(one, str) and _normal(one) for one in entries):
                 reason = "must be a list of names; quote those that YAML reads otherwise"
                 raise ConfigError(reason, trail=(setting,))
         if mode not in ("constant", "hmac"):
@@ -2550,12 +2474,12 @@ class Redactor:
         tools = {tool for tool, _ in self._rules.redact | self._rules.keep if tool}
         self._of_tool = {tool: _Verdicts(self._rules, tool) for tool in tools}
 
-    def is_sensitive(self, name: str, tool: str | None = None) -> bool:
+    def is_sensitive(self, name: str, tool: _Tool = None) -> bool:
         """Return True if a name is sensitive in the input of a tool, or of any."""
-        return self._rules.judge(name, _normal(tool or ""))[0] > 0
+        return self._rules.judge(name, _normal(tool or "")) > 0
 
     def redact(
-        self, value: object, *, tool: str | None = None, endpoint_def: object = None, echoes: _Echoes = None
+        self, value: object, *, tool: _Tool = None, endpoint_def: object = None, echoes: _Echo = None
     ) -> Any:
         """Return a plain copy of any value in which nothing sensitive is left.
 
@@ -2574,20 +2498,18 @@ class Redactor:
 
     def redact_json(
         self,
-        value: object,
+        value: Any,
         *,
-        tool: str | None = None,
-        endpoint_def: object = None,
-        echoes: list[str] | None = None,
+        tool: _Tool = None,
+        endpoint_def: Any = None,
+        echoes: _Echo = None,
         limit: int = 0,
     ) -> str:
         """Return what `redact` returns as compact JSON, without what a `limit` (bytes) would cut."""
         try:
             own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
-            declared = None if endpoint_def is None else _declare(endpoint_def)
             walk = _Walk(self._verdicts if own is None else own, echoes, limit)
-            if type(value) is dict and declared is None:
-                return walk.mapping(value, None)
+            declared = None if endpoint_def is None else walk.declared(endpoint_def)
             return walk.value(value, declared)
         except RecursionError:
             return '"[DEPTH]"'
@@ -2610,9 +2532,7 @@ class Redactor:
         except BaseException as error:
             return f"<unreadable text: {_type_name(error)}>"
 
-    def explain(
-        self, value: object, *, tool: str | None = None, endpoint_def: object = None
-    ) -> list[tuple[str, str]]:
+    def explain(self, value: object, *, tool: _Tool = None, endpoint_def: object = None) -> list[_Strings]:
         """Return what `redact` takes out of a value and why, as (path, reason)."""
 
         def compare(before: Any, after: Any, path: str, name: str, part: _Declared | None) -> Iterator[Any]:
@@ -2625,13 +2545,14 @@ class Redactor:
                 for index, (old, new) in enumerate(zip(before, after)):
                     yield from compare(old, new, f"{path}[{index}]", "", inner)
             elif before != after:
-                why = "declared sensitive" if part else self._rules.judge(name, _normal(tool or ""))[1]
+                strength = self._rules.judge(name, _normal(tool or ""))
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
-                why = why or " and ".join(dict.fromkeys(rule for rule, _ in taken))
-                yield path, why or "what stands beside it names it"
+                rules = " and ".join(dict.fromkeys(rule for rule, _ in taken)) or "what stands beside it"
+                why = (rules, "its name", "its name", "listed under `redact`")[strength]
+                yield path, "declared sensitive" if part else why
 
-        after = self.redact(value, tool=tool, endpoint_def=endpoint_def)
-        return list(compare(_Walk(self._verdicts).plain(value), after, "$", "", _declare(endpoint_def)))
+        after, walk = self.redact(value, tool=tool, endpoint_def=endpoint_def), _Walk(self._verdicts)
+        return list(compare(walk.plain(value), after, "$", "", walk.declared(endpoint_def)))
 
 
 # === Encoding ===

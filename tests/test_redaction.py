@@ -319,27 +319,39 @@ def test_redact_list_under_a_definition_that_hides_nothing_is_judged_as_without_
     assert Redactor().redact(given, endpoint_def={"parameters": []}) == ["x", "--password", REDACTED]
 
 
-def test_declared_by_what_cannot_be_read_hides_everything(redactor: Redactor) -> None:
-    class Unreadable(dict[str, Any]):
-        def get(self, *args: Any) -> Any:
-            raise RuntimeError
+class Unreadable:
+    __struct_fields__ = ("parameters", "items")
 
-    assert redactor.redact({"a": 1}, endpoint_def=Unreadable()) == REDACTED
+    @property
+    def parameters(self) -> Any:
+        raise RuntimeError
+
+    items = parameters
 
 
-def test_definition_with_a_part_that_cant_be_read_hides_everything() -> None:
-    class Broken(dict[str, object]):
-        def get(self, *_: object) -> object:
-            raise RuntimeError
+class Unprintable:
+    def __repr__(self) -> str:
+        raise RuntimeError
 
-    definition = {"parameters": [{"name": "a"}, {"name": "b", "items": Broken(type="string")}]}
-    assert Redactor().redact({"a": "x", "b": "y"}, endpoint_def=definition) == REDACTED
+
+@pytest.mark.parametrize("definition", [Unreadable(), Unprintable(), {"parameters": Unprintable()}])
+def test_declared_by_what_cannot_be_read_hides_everything(redactor: Redactor, definition: Any) -> None:
+    assert redactor.redact({"a": 1}, endpoint_def=definition) == REDACTED
+
+
+@pytest.mark.parametrize("part", [Unreadable(), Unprintable(), {"items": Unprintable()}])
+def test_definition_with_a_part_that_cant_be_read_hides_that_part(redactor: Redactor, part: Any) -> None:
+    definition = {"parameters": [{"name": "a"}, {"name": "b", "items": part}]}
+    assert redactor.redact({"a": "x", "b": ["y"]}, endpoint_def=definition) == {"a": "x", "b": [REDACTED]}
+    definition = {"properties": {"a": {}, "b": part}}
+    shown = redactor.redact({"a": "x", "b": "y"}, endpoint_def=definition)
+    assert shown == {"a": "x", "b": REDACTED}
 
 
 def test_declared_cycle_ends(redactor: Redactor) -> None:
     definition: dict[str, Any] = {"properties": {}}
     definition["properties"].update(a=definition, b=definition)
-    assert redactor.redact({"a": {"b": 1}}, endpoint_def=definition) == {"a": {"b": REDACTED}}
+    assert redactor.redact({"a": {"b": 1}, "c": 1}, endpoint_def=definition) == {"a": REDACTED, "c": 1}
 
 
 # Structure.
@@ -1001,7 +1013,7 @@ def test_explain_says_where_and_why(redactor: Redactor) -> None:
     assert [path for path, _ in rows] == ["$.a.password", "$.city", "$.note[0]", "$.env[0].value"]
     reasons = dict(rows)
     assert "text" in reasons["$.note[0]"] and "beside" in reasons["$.env[0].value"]
-    assert "specification" in reasons["$.a.password"] and "declared" in reasons["$.city"]
+    assert "its name" in reasons["$.a.password"] and "declared" in reasons["$.city"]
     assert "abc" not in repr(rows) and "Bern" not in repr(rows)
 
 
