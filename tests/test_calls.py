@@ -1000,13 +1000,12 @@ def test_stdio_who_and_trace_known(feeder: Feeder) -> None:
 )
 def test_stdio_lines_that_are_no_calls_pass(feeder: Feeder, line: bytes) -> None:
     feeder.client(request(1))
-    feeder.stdio.from_client(line + b"\n")
-    feeder.stdio.from_server(line + b"\n")
+    problem = feeder.stdio.from_client(line + b"\n")
+    assert feeder.stdio.from_server(line + b"\n") is None
     feeder.server(answer(1))
     assert outcome(feeder.audit) == [("t", "{}", "success", None)]
     is_json = line[:1] in (b"", b"1", b"[", b"{")
-    problems = feeder.stdio.here.problems
-    assert not problems if is_json else "no JSON" in problems[None]
+    assert problem is None if is_json else "no JSON" in str(problem)
 
 
 def test_stdio_number_of_ten_thousand_digits_does_not_hide_a_call(feeder: Feeder) -> None:
@@ -1018,11 +1017,11 @@ def test_stdio_number_of_ten_thousand_digits_does_not_hide_a_call(feeder: Feeder
 
 
 def test_stdio_too_deep_or_too_long_is_a_fault(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> None:
-    feeder.stdio.from_client(b'{"a":' + b"[" * 200_000 + b"\n")
-    assert "nested too deeply" in feeder.stdio.here.problems.pop(None)
+    problem = feeder.stdio.from_client(b'{"a":' + b"[" * 200_000 + b"\n")
+    assert "nested too deeply" in str(problem)
     monkeypatch.setattr(mxcp_audit, "MAX_MESSAGE_BYTES", 1000)
-    feeder.stdio.from_client(b"x" * 600)
-    feeder.stdio.from_client(b"x" * 600 + b"\n" + json.dumps(request(1)).encode() + b"\n")
+    assert feeder.stdio.from_client(b"x" * 600) is None
+    problem = feeder.stdio.from_client(b"x" * 600 + b"\n" + json.dumps(request(1)).encode() + b"\n")
     feeder.server(answer(1))
-    assert "longer than" in feeder.stdio.here.problems[None]
+    assert "longer than" in str(problem)
     assert outcome(feeder.audit) == [("t", "{}", "success", None)]
