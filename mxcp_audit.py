@@ -4560,7 +4560,7 @@ MCP_METHODS = {"tools/call": "tool", "resources/read": "resource", "prompts/get"
 DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_MAX_CAUSES = 64  # arbitrary; chains may be circular
+_MAX_CAUSES = 64  # chains may be circular
 _MAX_UNFINISHED = 10_000  # arbitrary: some are never resumed
 _RESUME_SECONDS = 600.0  # for which the SDK takes back the state of a call
 _CONNECTION = os.urandom(8).hex()  # the one connection of a stdio server
@@ -4623,7 +4623,9 @@ class Call:
     def event(self) -> tuple[Any, ...]:
         """Return the arguments of `Encoder.line`."""
         details = self.details
-        context = {**details, **self.context} if self.context else _json_of(tuple(details.items()))
+        context: object = {**details, **self.context} if self.context else None
+        if details and context is None:
+            context = _json_of(tuple(details.items()))
         return (
             *(self.caller, self.event_type, self.name, self.input_json, self.duration_ms),
             *(self.policy_decision, self.reason, self.status, self.error),
@@ -4652,7 +4654,11 @@ class Call:
             return None
         self.strict = logger.is_strict(self.name)
         self.number = logger._writer.begin(self)
-        return (lambda: self.number in logger._writer.begun.on_record) if self.strict else None
+        return (
+            functools.partial(logger._writer.begun.on_record.__contains__, self.number)
+            if self.strict
+            else None
+        )
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
@@ -4696,11 +4702,10 @@ class Call:
             ticket = logger.finish(self)
         if outer is not None and outer.waits:  # for this, which it began
             return outer._end(error)
-        return (lambda: logger._writer.written >= ticket) if self.strict or logger.config.durable else None
+        return functools.partial(logger.is_written, ticket) if self.strict or logger.config.durable else None
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Be the call that runs, within the block."""
         before = _running.set(self)
         try:
             yield
@@ -4719,10 +4724,10 @@ class Call:
         self.waits, self._before = False, _running.set(self)
         return self
 
-    def __exit__(self, *raised: Any) -> None:
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
         if not self.waits:
-            self.end(raised[1])
+            self.end(error)
 
     async def __aenter__(self) -> Call:
         if (is_done := self._begin()) is not None:
@@ -4730,15 +4735,15 @@ class Call:
         self.waits, self._before = False, _running.set(self)
         return self
 
-    async def __aexit__(self, *raised: Any) -> None:
+    async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
         if not self.waits:
-            await self.end_async(raised[1])
+            await self.end_async(error)
 
 
 @functools.lru_cache(1024)  # most calls of a session are alike in this
-def _json_of(details: tuple[tuple[str, object], ...]) -> Json | None:
-    return Json(encode_json(dict(details))) if details else None
+def _json_of(details: tuple[tuple[str, object], ...]) -> Json:
+    return Json(encode_json(dict(details)))
 
 
 _running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mxcp_audit", default=None)
@@ -4973,10 +4978,10 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     return origin
 
 
-_peers: weakref.WeakKeyDictionary[Any, tuple[str | None, str | None]] = weakref.WeakKeyDictionary()
+_peers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def _peer_of(session: object) -> tuple[str | None, str | None]:
+def _peer_of(session: object) -> Any:
     """Return client and protocol version as a session knows them."""
     connection = getattr(session, "_connection", session)  # the SDK 2 makes a session for each request
     with contextlib.suppress(KeyError, TypeError):  # no weak references
@@ -5193,13 +5198,12 @@ class Middleware(Exchange):
     _inside = 0  # how many calls it is in
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-        """Pass a message on; record it if it is an execution."""
         method = str(getattr(context, "method", ""))
         event_type = MCP_METHODS.get(method)
         message, inside = _get(context, "message", "params"), getattr(context, "fastmcp_context", None)
         server = _get(inside, "fastmcp")
         self._watch_tasks(server)
-        is_note = getattr(context, "type", "") == "notification" or getattr(context, "request_id", "") is None
+        is_note = getattr(context, "request_id", "") is None
         if event_type is None or is_note or not self._logger.enabled:
             result = await call_next(context)
             self.see(method, message, result)
@@ -5283,7 +5287,6 @@ class Middleware(Exchange):
 
 
 def name_of(message: object) -> str:
-    """Return the name or URI in a message; "" if there is none."""
     return str(_get(message, "name", "uri") or "")
 
 
@@ -5323,7 +5326,7 @@ def auditing(
             return cast(Function, type(function)(_audited(function.__func__)))
         if not callable(function) or _is_registered(function):
             named = f"{_get(function, '__name__', 'name')!r} already, without auditing"
-            remedy = f"write @audit.{event_type}(…) below the server's decorator, next to the function"
+            remedy = f"write @audit.{event_type}(…) below the server's decorator"
             raise EventError(f"the server has {named}; {remedy}", field="function")
         bare = function.func if isinstance(function, functools.partial) else function
         own = getattr(bare, "__name__", None) or type(bare).__name__
@@ -5426,7 +5429,7 @@ def _recorded(kind: object, function: Callable[..., Any], start: Callable[..., C
                     return
                 try:
                     step, value = generator.asend, (yield item)
-                except GeneratorExit:  # of aclose; a loop that ends may have closed `generator` first
+                except GeneratorExit:  # of aclose; the loop may have closed `generator` first
                     with call.running():
                         await generator.aclose()
                     raise
@@ -5468,12 +5471,12 @@ def _forgotten(call: Call, error: str) -> None:
         call._end(None)
 
 
-def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
+def _binder(function: Callable[..., Any]) -> Callable[..., object]:
     """Return what names a call's arguments, without instance and context."""
     import inspect
 
     signature = None
-    for eval_str in (False, True):  # the latter fails where an annotation can't be evaluated
+    for eval_str in (False, True):  # True fails on some annotations
         with contextlib.suppress(Exception):
             signature = inspect.signature(function, eval_str=eval_str)
     if signature is None:  # some functions in C have none
@@ -5519,8 +5522,8 @@ class Counters(NamedTuple):
     accepted: int  # events taken by log_event
     written: int  # of these, in the journal
     ingested: int  # moved into the database by this process, other processes' included
-    dropped: int  # lost because the queue was full (on_full: drop)
-    rejected: int  # journal lines that could not be ingested and are kept aside
+    dropped: int  # lost: the queue was full (on_full: drop)
+    rejected: int  # journal lines kept aside: they could not be ingested
     errors: int  # faults of any kind
     last_error: str | None
     refused: int = 0  # strict calls that could not be put on record
@@ -5580,7 +5583,7 @@ class AuditLogger:
         group: bool = False,
         attach: Mapping[str, object] | None = None,
     ) -> None:
-        settings = {**locals()}  # the arguments by name, which are those of the configuration
+        settings = {**locals()}  # the arguments by name, as in the configuration
         del settings["self"], settings["log_path"]
         if path is None:
             if log_path is None:
@@ -5602,7 +5605,7 @@ class AuditLogger:
         return self
 
     def __getstate__(self) -> Config:
-        return self.config  # as which it travels to a process that `spawn` starts, or into a copy
+        return self.config  # what travels to another process, or into a copy
 
     def __setstate__(self, config: Config) -> None:
         self.config, self.enabled = config, config.enabled
@@ -5719,6 +5722,9 @@ class AuditLogger:
         except BaseException as fault:
             return self.report_fault("an input could not be encoded", fault), echoes
 
+    def is_written(self, ticket: int) -> bool:
+        return self._writer.written >= ticket
+
     def is_strict(self, name: str) -> bool:
         """Return True for a name that is executed only on record."""
         return bool(self.config.strict) and self._strict.fullmatch(name) is not None
@@ -5807,7 +5813,7 @@ class AuditLogger:
 
         Arguments are those of `log_event`; exceptions of `denied_by` mean the decision `deny`.
         """
-        given = {**locals()}  # the arguments by name, which are those of a Call
+        given = {**locals()}  # the arguments by name, as of a Call
         del given["self"]
         return Call(self, **given)
 
@@ -5967,7 +5973,7 @@ class _Live:
             self.exiting = True
 
     def at_fork(self, step: str) -> None:
-        """Have each writer take a step; what is queued or runs is the parent's."""
+        """Have each writer take a step; a child has nothing queued or running."""
         for reference in self.known.valuerefs():  # a copy: other threads may make more meanwhile
             if (logger := reference()) is not None:
                 if step == "start_afresh":
@@ -10129,10 +10135,7 @@ class StdioAudit(Exchange):
             self._finish(key, f"{text} ({code})" if code else text, code)
         elif pending is not None:
             self.conclude(pending, result)
-            if pending.waits:
-                self._pending.pop(key, None)
-            else:
-                self._finish(key)
+            self._pending.pop(key, None) if pending.waits else self._finish(key)
 
     def close(self, reason: str) -> None:
         """Record every unanswered call, with `reason` as its error."""
@@ -10146,13 +10149,13 @@ class StdioAudit(Exchange):
         text = (line or b"").strip().decode("utf-8", "replace").lstrip("\ufeff")
         fault = f"{_MAX_MESSAGE} passed unaudited" if line is None else None
         if is_client and text:
-            fault = "a line passed unaudited: it is no JSON, though a lenient server may execute it"
+            fault = "a line passed unaudited: it is no JSON"
         # Node's SDK ends lines at LF, Python's at CR as well.
         for reading in [*text.split("\r"), text] if "\r" in text else [text]:
             try:
                 value = json.loads(reading, parse_int=_json_int)
             except RecursionError:
-                fault = "a message passed unaudited: it is nested too deeply to be read"
+                fault = "a message passed unaudited: it is nested too deeply"
             except ValueError:
                 continue
             else:
@@ -10198,7 +10201,6 @@ def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
 
 
 def _key_of(value: object) -> object:
-    """Return an id as a key; None for what is no id."""
     return value if type(value) in (str, int, float) else None
 
 
@@ -10208,8 +10210,6 @@ def _json_int(text: str) -> int | str:
 
 
 class _Lines:
-    """Puts pieces of bytes together into lines."""
-
     def __init__(self) -> None:
         self._line = bytearray()
 
@@ -10236,7 +10236,7 @@ class WrappedServer:
     and nothing of it is left behind.
     """
 
-    GRACE_SECONDS = 2.0  # as MCP's own SDK ends a stdio server
+    GRACE_SECONDS = 2.0  # as the SDKs give a server
     _process: Any
 
     def __init__(self, command: Sequence[str], audit: AuditLogger) -> None:
@@ -10245,15 +10245,15 @@ class WrappedServer:
         self._told = Diagnostics()
         self._stdio = StdioAudit(audit)
         self._client_gone = False
-        self._reading_since = 0.0  # from the server; inf while recording, or waiting for the client
-        self._answering = threading.Lock()  # refusals go to the client as well
+        self._reading_since = 0.0  # inf while a piece is recorded and passed on
+        self._answering = threading.Lock()  # refusals, too
 
     def run(self) -> int:
         """Run the server; return its exit code, negative if a signal ended it."""
         import shutil
         import subprocess
 
-        # Windows needs the whole path for npx.cmd.
+        # Windows needs the path of npx.cmd.
         command = [shutil.which(self._command[0]) or self._command[0], *self._command[1:]]
         try:
             self._process = subprocess.Popen(  # no thread of ours runs yet, so `preexec_fn` is safe
@@ -10283,7 +10283,7 @@ class WrappedServer:
             with contextlib.suppress(OSError):
                 self._signal(number)
 
-        for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+        for name in _words_in("SIGTERM SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2"):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
                 with contextlib.suppress(ValueError, OSError):
@@ -10294,7 +10294,7 @@ class WrappedServer:
             for data in self._pieces_of(0):
                 if self._is_admitted(data, is_client=True):
                     _write_all(self._process.stdin.fileno(), data)
-        except OSError:  # the server reads no more: the client sees that, as it would without us
+        except OSError:  # the server reads no more, as the client shall see
             _give_up(0)
             return
         self._is_admitted(None, is_client=True)
