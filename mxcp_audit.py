@@ -4696,7 +4696,8 @@ class Call:
             if has_failed and self.failure is not None:
                 self.fail(*self.failure)
             if outer is not None:
-                outer.failure = (self.error, self.error_type) if has_failed else None  # it may be tried again
+                if has_failed or self.task is None:  # a function may be tried again
+                    outer.failure = (self.error, self.error_type) if has_failed else None
                 if self.policy_decision != "n/a":
                     outer.policy(self.policy_decision, self.reason)
             ticket = logger.finish(self)
@@ -4749,11 +4750,16 @@ def _json_of(details: tuple[tuple[str, object], ...]) -> Json:
 _running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mxcp_audit", default=None)
 
 
+def _execution() -> Call | None:
+    """Return the call that will write the row of what runs here."""
+    call = _running.get()
+    return call and (call.outer or call)
+
+
 def _call_within(logger: Any, event_type: str, message: object = None) -> Call | None:
     """Return the middleware's call that the caller, or a message, belongs to."""
     # It does in the same task without a tool's code between, or as the tool that a meta tool names.
-    outer = _running.get()
-    outer = outer and (outer.outer or outer)
+    outer = _execution()
     if outer is None or outer.task is None or outer.ended or _current_task() not in (None, outer.task):
         return None
     if (outer.event_type, outer._logger.config.path) != (event_type, logger.config.path):
@@ -5077,7 +5083,7 @@ def _watch_spans() -> None:
         return
 
     def on_start(self: object, span: Any, parent_context: object = None) -> None:
-        call = _running.get()
+        call = _execution()
         if call is not None and call.trace_id is None:
             call.trace_id = f"{span.get_span_context().trace_id:032x}"
 
@@ -5165,10 +5171,8 @@ class Exchange:
 
     def call_of(self, event_type: str, context: object, message: object, server: object = None) -> Call:
         """Return the call that a message makes, or resumes."""
-        arguments, origin = (
-            _get(message, "arguments"),
-            origin_of(context, self._logger.config.trusted_proxies),
-        )
+        arguments = _get(message, "arguments")
+        origin = origin_of(context, self._logger.config.trusted_proxies)
         origin.update(arguments=arguments, denied_by=self._denied_by, caller=self._caller or origin["caller"])
         origin["server"] = _text(_get(server, "name")) or self.server
         call = Call(self._logger, event_type, name_of(message), arguments, **origin)
@@ -5214,9 +5218,9 @@ class Middleware(Exchange):
         else:
             origin = context if inside is None else _get(inside, "request_context")
             call = self.call_of(event_type, origin, message, server)
-            call.task = _current_task() or call
             if call.trace_id is None:
                 _watch_spans()
+        call.task = _current_task() or call
         self._inside += 1
         try:
             async with call:
@@ -5335,8 +5339,8 @@ def auditing(
         def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             outer = _call_within(logger, event_type)
             if outer is None:
-                if (around := _running.get()) is not None:
-                    origin = {each: getattr(around.outer or around, each) for each in _ORIGIN}
+                if (around := _execution()) is not None:
+                    origin = {each: getattr(around, each) for each in _ORIGIN}
                 else:
                     request = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
                     origin = origin_of(request or _context_in("mcp.server.lowlevel.server", "request_ctx"))

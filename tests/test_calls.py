@@ -559,7 +559,8 @@ def test_middleware_other_methods_pass_unrecorded(audit: AuditLogger) -> None:
     assert recorded(audit) == []
 
 
-def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger) -> None:
+@pytest.mark.parametrize("nested", [False, True])
+def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger, nested: bool) -> None:
     """The SDK makes a result of what a tool raises; the decorator saw it."""
 
     @audit.tool()
@@ -578,7 +579,11 @@ def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger) ->
             refuse(1)
         return {"isError": True, "content": [{"type": "text", "text": "Error executing tool"}]}
 
-    asyncio.run(audit.middleware()(context_of("tools/call", name="refuse", arguments={"a": 1}), call_next))
+    async def call_inner(context: object, call_next: Any = call_next) -> object:
+        return await audit.middleware()(context, call_next)
+
+    given = context_of("tools/call", name="refuse", arguments={"a": 1})
+    asyncio.run(audit.middleware()(given, call_inner if nested else call_next))
     found = [(e["name"], e["policy_decision"], e["reason"], e["error"]) for e in recorded(audit)]
     denied = ("refuse", "deny", "not an admin", "PermissionError: not an admin")
     helped = ("helper", "n/a", None, None)
