@@ -4561,7 +4561,7 @@ DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
 _MAX_CAUSES = 64  # chains may be circular
-_MAX_UNFINISHED = 10_000  # arbitrary: some are never resumed
+_MAX_UNFINISHED = 10_000  # arbitrary
 _RESUME_SECONDS = 600.0  # for which the SDK takes back the state of a call
 _CONNECTION = os.urandom(8).hex()  # the one connection of a stdio server
 _PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
@@ -4788,7 +4788,7 @@ def _only_frameworks_between(task: object) -> bool:
         frame = frame.f_back
     get_coro = _get(task, "get_coro")
     step = get_coro and get_coro()
-    while step:  # of the task, if it waits for this thread, from the outside
+    while step:  # of the task that waits for it, from the outside
         waiting.append(_get(step, "cr_frame", "gi_frame"))
         step = _get(step, "cr_await", "gi_yieldfrom")
     # `*args, **kwargs` mean a decorator, `call_next` a middleware.
@@ -4971,7 +4971,7 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     origin: dict[str, Any] = {"caller": "cli", "details": {}}
     trace = None
     if context is not None:
-        with contextlib.suppress(Exception):  # of a framework that is asked; the rest is known
+        with contextlib.suppress(Exception):  # of the framework; the rest is known
             trace = _read_request(context, origin, proxies)
     current_span = _loaded("opentelemetry.trace", "get_current_span")
     if trace is None and current_span is not None:
@@ -5107,7 +5107,7 @@ def conclude(call: Call, result: object) -> None:
     """Tell a call if the answer is an error, and what `record_result` says."""
     try:
         _summarize(call, result)
-    except Exception as fault:  # whatever goes wrong, the answer passes
+    except Exception as fault:  # the answer passes
         call._logger.report_fault("a result could not be summarized", fault)
 
 
@@ -5485,25 +5485,25 @@ def _binder(function: Callable[..., Any]) -> Callable[..., object]:
             signature = inspect.signature(function, eval_str=eval_str)
     if signature is None:  # some functions in C have none
         return lambda args, kwargs: {"args": args, "kwargs": kwargs}
-    parameters = list(signature.parameters.values())
+    parameters, first = signature.parameters.values(), next(iter(signature.parameters), None)
     in_class = re.search(r"\w\.[^.]+$", getattr(function, "__qualname__", ""))
-    bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
+    bound = first if in_class and first in ("self", "cls") else None
     rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), "")
-    left_out = {bound, rest}
+    left_out = {bound}
     for each in parameters:
         if any(map(_is_injected, (each.default, *getattr(each.annotation, "__metadata__", ())))):
             left_out.add(each.name)
+
+    def _given(given: dict[str, Any]) -> dict[str, Any]:
+        return {name: each for name, each in given.items() if name not in left_out and not _is_injected(each)}
 
     def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:  # the function will say so itself
-            unknown = {name: value for name, value in kwargs.items() if not _is_injected(value)}
-            return {"args": args[bound is not None :], "kwargs": unknown}
-        named = {**given, **given.pop(rest, {})}
-        return {
-            name: value for name, value in named.items() if name not in left_out and not _is_injected(value)
-        }
+            return {"args": args[bound is not None :], "kwargs": _given(kwargs)}
+        more = given.pop(rest, {})
+        return _given({**given, **more})
 
     return _input_of
 
@@ -10260,7 +10260,7 @@ class WrappedServer:
         # Windows needs the path of npx.cmd.
         command = [shutil.which(self._command[0]) or self._command[0], *self._command[1:]]
         try:
-            self._process = subprocess.Popen(  # no thread of ours runs yet, so `preexec_fn` is safe
+            self._process = subprocess.Popen(  # safe: no thread of ours runs yet
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, preexec_fn=_child_setup()
             )
         except OSError as error:
@@ -10272,7 +10272,7 @@ class WrappedServer:
             thread.start()
         while waiter.is_alive():  # a signal before it sleeps is seen at the next turn
             waiter.join(0.2)
-        ended = time.monotonic()  # later all has passed, and a grandchild holds the pipe open
+        ended = time.monotonic()  # after that a grandchild may hold the pipe open
         while answers.is_alive() and time.monotonic() < max(ended, self._reading_since) + self.GRACE_SECONDS:
             answers.join(0.1)
         self._end_group(_SIGTERM, _SIGKILL)

@@ -280,9 +280,11 @@ def test_tool_function_stays_what_it_was(audit: AuditLogger) -> None:
     assert inspect.signature(wrapped) == inspect.signature(get_user)
     assert (wrapped.__name__, wrapped.__doc__) == ("get_user", "Return a user.")
     assert inspect.get_annotations(wrapped) == inspect.get_annotations(get_user)
-    assert wrapped(7, "a", "b", deep=True, api_key="k") == get_user(7, "a", "b", deep=True, api_key="k")
+    more = {"api_key": "k", "more": "m"}
+    assert wrapped(7, "a", "b", deep=True, **more) == get_user(7, "a", "b", deep=True, **more)
     ((name, input_json, status, error),) = outcome(audit)
-    assert json.loads(input_json) == {"user_id": 7, "tags": ["a", "b"], "deep": True, "api_key": "[REDACTED]"}
+    given = {"user_id": 7, "tags": ["a", "b"], "deep": True, "api_key": "[REDACTED]", "more": "m"}
+    assert json.loads(input_json) == given
     assert (name, status, error) == ("get_user", "success", None)
 
 
