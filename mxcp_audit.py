@@ -5103,10 +5103,14 @@ def _context_in(module: str, variable: str) -> Any:
     return held.get(None) if isinstance(held, contextvars.ContextVar) else None
 
 
-def conclude(call: Call, result: object) -> None:
-    """Tell a call if the answer is an error, and what `record_result` says."""
+def conclude(call: Call, result: object, exchange: Exchange | None = None) -> None:
+    """Tell a call its result; an answer in an exchange may make it wait."""
     try:
-        _summarize(call, result)
+        if exchange is not None and not _is_plain(type(result)):
+            call.waits = call._logger.unfinished.put_answered(call, result)
+            call.server = exchange.server = call.server or exchange.server or server_of(result)
+        if exchange is None or not call.waits:
+            _summarize(call, result)
     except Exception as fault:  # the answer passes
         call._logger.report_fault("a result could not be summarized", fault)
 
@@ -5178,14 +5182,6 @@ class Exchange:
         call = Call(self._logger, event_type, name_of(message), arguments, **origin)
         return cast(Call, self._logger.unfinished.resumed(call, message))
 
-    def conclude(self, call: Call, result: object) -> None:
-        """Tell a call what was answered; it `waits` if that is no end."""
-        if not _is_plain(type(result)):
-            call.waits = self._logger.unfinished.put_answered(call, result)
-            call.server = self.server = call.server or self.server or server_of(result)
-        if not call.waits:
-            conclude(call, result)
-
     def see(self, method: str, message: object, result: object) -> None:
         """Take the server's name, or the state of a task, from another answer."""
         self.server = server_of(result) or self.server
@@ -5230,7 +5226,7 @@ class Middleware(Exchange):
                     await self._ask_for_refusal(call, server, error)
                     raise
                 if outer is None:
-                    self.conclude(call, result)
+                    conclude(call, result, self)
                 return result
         finally:
             self._inside -= 1
@@ -10138,7 +10134,7 @@ class StdioAudit(Exchange):
             text = _text(_get(failure, "message")) or _text(failure) or "the server answered with an error"
             self._finish(key, f"{text} ({code})" if code else text, code)
         elif pending is not None:
-            self.conclude(pending, result)
+            conclude(pending, result, self)
             self._pending.pop(key, None) if pending.waits else self._finish(key)
 
     def close(self, reason: str) -> None:
