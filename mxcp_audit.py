@@ -10090,7 +10090,7 @@ class StdioAudit(Exchange):
         self._pending: dict[object, Call | tuple[str, object]] = {}  # by id: a call, or method and parameters
         self._session: object = None  # as `origin_of` reads one
 
-    def _take_in(self, data: bytes | None, *, is_client: bool) -> str | None:
+    def _take_piece(self, data: bytes | None, *, is_client: bool) -> str | None:
         """Take in a piece from a side, or its end as None; return what is wrong with it."""
         problem = None
         for line in (self._client_lines if is_client else self._server_lines).feed(data):
@@ -10104,8 +10104,8 @@ class StdioAudit(Exchange):
                         problem = str(error)
         return problem
 
-    from_client = functools.partialmethod(_take_in, is_client=True)
-    from_server = functools.partialmethod(_take_in, is_client=False)
+    from_client = functools.partialmethod(_take_piece, is_client=True)
+    from_server = functools.partialmethod(_take_piece, is_client=False)
 
     def _take_request(self, message: dict[str, Any]) -> None:
         key, method, params = _parts_of(message)
@@ -10283,7 +10283,7 @@ class WrappedServer:
             with contextlib.suppress(OSError):
                 self._signal(number)
 
-        for name in _words_in("SIGTERM SIGHUP SIGINT SIGQUIT SIGUSR1 SIGUSR2"):
+        for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
                 with contextlib.suppress(ValueError, OSError):
