@@ -5131,6 +5131,15 @@ def _summarize(call: Call, result: object) -> None:
         items, result = result, {"contents": result}
     if config.record_result == "none" or not isinstance(items, (list, tuple)):
         return
+    # FastMCP's classes become the protocol's later.
+    if type(result).__module__.startswith("fastmcp") and _get(result, "content") is not None:
+        structured = _get(result, "structured_content")
+        more = {"structuredContent": structured} if structured is not None else {}
+        result = {"content": items, **more, "isError": _get(result, "is_error") is True}
+    elif (convert := _get(result, "to_mcp_prompt_result")) is not None:
+        result = convert()
+    elif (convert := _get(result, "to_mcp_result")) is not None:
+        result = convert(call.name)
     sent = _sent(result)
     call.result_bytes = len(sent)
     call.details["mcp.result.items"] = len(items)
@@ -5147,7 +5156,7 @@ _is_plain: Callable[[type], bool] = functools.lru_cache(1024)(  # for a type who
 
 
 def _sent(result: object) -> bytes:
-    """Return a result as JSON, as it is sent but for FastMCP's own names."""
+    """Return a result as JSON, as a server sends it."""
     core: Any = sys.modules.get("pydantic_core")  # with every framework, but not in `wrap`
     if core is None:
         return encode_json(result).encode("utf-8", "surrogatepass")
@@ -5218,16 +5227,24 @@ class Middleware(Exchange):
                 _watch_spans()
         call.task = _current_task() or call
         self._inside += 1
+        failure: BaseException | None = None
         try:
             async with call:
                 try:
                     result = await call_next(context)
                 except BaseException as error:
+                    failure = error
                     await self._ask_for_refusal(call, server, error)
                     raise
                 if outer is None:
                     conclude(call, result, self)
                 return result
+        except AuditUnavailableError as error:
+            kind = _loaded("mcp.shared.exceptions", "MCPError")
+            if kind is None or error is failure:  # of another call, which the body made
+                raise
+            # The SDK 2 tells a client this; of any other error it hides the text.
+            raise kind(code=-32000, message=str(error)) from error
         finally:
             self._inside -= 1
 
@@ -10146,23 +10163,32 @@ class StdioAudit(Exchange):
     def _messages(self, line: bytes | None, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
         """Return the messages of a line, as any reader may take it, and what is wrong with it."""
         messages: list[dict[str, Any]] = []
+        twice: list[dict[str, Any]] = []  # objects with a name twice, as readers of the first one see them
+        faults: list[str] = []
+
+        def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            last = dict(pairs)
+            if len(last) < len(pairs):
+                twice.append(dict(reversed(pairs)))
+            return last
+
         text = (line or b"").strip().decode("utf-8", "replace").lstrip("\ufeff")
-        fault = f"{_MAX_MESSAGE} passed unaudited" if line is None else None
-        if is_client and text:
-            fault = "a line passed unaudited: it is no JSON"
         # Node's SDK ends lines at LF, Python's at CR as well.
-        for reading in [*text.split("\r"), text] if "\r" in text else [text]:
+        for reading in filter(str.strip, [*text.split("\r"), text] if "\r" in text else [text]):
             try:
-                value = json.loads(reading, parse_int=_json_int)
+                value = json.loads(reading, parse_int=_json_int, object_pairs_hook=_object)
             except RecursionError:
-                fault = "a message passed unaudited: it is nested too deeply"
+                return messages, "a message passed unaudited: it is nested too deeply"
             except ValueError:
-                continue
+                faults.append("a line passed unaudited: it is no JSON" if is_client else "")
             else:
-                fault = None
+                faults.append("")
                 batch, known = value if isinstance(value, list) else [value], list(messages)
                 messages += [each for each in batch if type(each) is dict and each not in known]
-        return messages, fault
+        fault = faults and faults[-1] and next(filter(None, faults[:-1] or faults), "")
+        if is_client and any("method" in each for each in twice):
+            fault = "a message names its method twice: servers may differ in what they execute"
+        return messages, f"{_MAX_MESSAGE} passed unaudited" if line is None else fault or None
 
     def _begin(self, key: object, method: str, params: object) -> None:
         context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)

@@ -255,7 +255,17 @@ def test_stdio_whatever_a_reader_would_execute_is_recorded_once(monkeypatch: pyt
         assert sorted(map(str, seen)) == sorted(map(str, expected)), data
 
 
-@pytest.mark.parametrize("line", [b"{'method': 'tools/call'}", b"{'a':\r'b'}", b"{,}"])
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"{'method': 'tools/call'}",
+        b'{"method": "ping", "method": "tools/call", "id": 1}',
+        b"{'a':\r'b'}",
+        b"{,}",
+        b"{'method': 'tools/call'}\r{}",
+        b"[" * 200_000 + b"\r{}",
+    ],
+)
 def test_stdio_what_only_some_servers_can_read_is_told(line: bytes) -> None:
     audit = mxcp_audit.StdioAudit(mxcp_audit.AuditLogger("unused.duckdb", enabled=False))
     assert audit.from_client(line + b"\n")
