@@ -4473,17 +4473,16 @@ def _pieces(batch: list[bytes]) -> Iterator[list[bytes]]:
 # === Calls ===
 # depends on: Errors, Events, Redaction, Encoding
 #
-# An execution is one row, written at its end by the outermost of what records it (middlewares, decorators);
-# those within tell what they know. What the body raises leaves as the same object, whatever happens while
-# recording. Frameworks are never imported: what they hand over is read by attribute or key.
+# An execution is one row, written at its end by the outermost middleware or decorator; those within tell
+# what they know. What the body raises leaves as the same object. Frameworks are never imported: what they
+# hand over is read by attribute or key.
 
 MCP_METHODS = {"tools/call": "tool", "resources/read": "resource", "prompts/get": "prompt"}
 DeniedBy: TypeAlias = type[BaseException] | tuple[type[BaseException], ...]
 Function = TypeVar("Function", bound=Callable[..., Any])
 
-_MAX_CAUSES = 64  # arbitrary; chains may be circular
-_MAX_CLIENT_CHARS = 128  # arbitrary: a client makes up its name and version
-_MAX_UNFINISHED = 10_000  # arbitrary: some are never resumed
+_MAX_CAUSES = 64  # chains may be circular
+_MAX_UNFINISHED = 10_000  # arbitrary
 _RESUME_SECONDS = 600.0  # for which the SDK takes back the state of a call
 _CONNECTION = os.urandom(8).hex()  # the one connection of a stdio server
 _PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
@@ -4491,14 +4490,15 @@ _NAMES_OF_HEADERS = "mcp-session-id mcp-protocol-version traceparent user-agent 
 _REQUEST_HEADERS = {name.encode(): name for name in _words_in(_NAMES_OF_HEADERS)}
 _META = "io.modelcontextprotocol/"  # before the protocol's own names in `_meta`
 _ORIGIN = _words_in("caller user_id session_id trace_id client agent address server request_id")
-# Modules: what runs between a middleware and the tool, but for meta tools; whose objects a tool gets without
-# their having been sent (contexts, servers, dependencies); whose errors stand for others.
+# Modules: between a middleware and the tool; whose objects a tool gets unsent (contexts, servers,
+# dependencies); whose errors stand for others.
 _FRAMEWORKS = re.compile(
     r"(?!fastmcp\.(server\.transforms|experimental|contrib))"
     r"(anyio|asyncio|contextlib|docket|fastmcp|functools|mcp|pydantic|threading|uncalled_for)\b"
 )
 _INJECTING = re.compile(r"(?!mcp\.types)(docket|fast_depends|fastapi|fastmcp|mcp|starlette|uncalled_for)\b")
 _MASKING = re.compile(r"(fastmcp|mcp)\b")
+_UNKNOWN = cast("str | None", None)
 
 
 class Call:
@@ -4509,27 +4509,17 @@ class Call:
     `result_bytes`, and `context`, a dict of anything else.
     """
 
-    caller = "cli"
-    user_id: str | None = None
-    session_id: str | None = None
-    trace_id: str | None = None
-    client: str | None = None
-    agent: str | None = None
-    address: str | None = None
-    server: str | None = None
-    request_id: str | None = None
-    error_type: str | None = None
+    caller, policy_decision, status = "cli", "n/a", "success"
+    user_id = session_id = trace_id = client = agent = address = server = request_id = error_type = _UNKNOWN
     result_bytes: int | None = None
-    policy_decision = "n/a"
     reason: object = None
-    status = "success"
     error: object = None
     duration_ms = 0
     denied_by: DeniedBy = ()
-    arguments: object = None  # of a call by a middleware, within which more may be the same execution
+    arguments: object = None  # of a middleware's call; more within may be the same execution
     task: object = None  # in which that one runs
-    outer: Call | None = None  # another call that is the same execution, and writes the row
-    failure: tuple[object, str | None] | None = None  # what failed within, as the arguments of `fail`
+    outer: Call | None = None  # of the same execution; it writes the row
+    failure: tuple[object, str | None] | None = None  # what failed within
     ended = False
     waits = False  # it was answered, and goes on
     number = 0  # while it runs
@@ -4548,16 +4538,15 @@ class Call:
         self.take_input(input_params, endpoint_def)
 
     def take_input(self, input_params: object, endpoint_def: object = None) -> None:
-        """Encode the input, redacted by the rules of the tool that the call has become."""
+        """Encode the input, redacted by the rules for the call's name."""
         self.input_json, self.echoes = self._logger.take_input(input_params, self.name, endpoint_def)
 
     def event(self) -> tuple[Any, ...]:
         """Return the arguments of `Encoder.line`."""
-        context: object = None
-        if self.context:
-            context = {**self.details, **self.context}
-        elif self.details:
-            context = _json_of(tuple(self.details.items()))
+        details = self.details
+        context: object = {**details, **self.context} if self.context else None
+        if details and context is None:
+            context = _json_of(tuple(details.items()))
         return (
             *(self.caller, self.event_type, self.name, self.input_json, self.duration_ms),
             *(self.policy_decision, self.reason, self.status, self.error),
@@ -4575,49 +4564,52 @@ class Call:
         self.status, self.error, self.error_type = "error", error, error_type or self.error_type
 
     def begin(self) -> None:
-        """Put the call on record as running; AuditUnavailableError if a strict logger can't in time."""
-        if self._begin():
-            self._logger.wait(self)
+        """Put the call on record as running; AuditUnavailableError if `strict` and too late."""
+        if (is_done := self._begin()) is not None:
+            self._logger.wait(self, is_done)
 
-    def _begin(self) -> bool:
-        """Begin, once; return True if the body must wait until the call is on record."""
-        if self.number or self.outer is not None or not self._logger.enabled:
-            return False
-        self.strict = self._logger.is_strict(self.name)
-        self.number = self._logger._writer.begin(self)
-        return self.strict
+    def _begin(self) -> Callable[[], bool] | None:
+        """Begin, once; return what the body must wait for, if anything."""
+        logger = self._logger
+        if self.number or self.outer is not None or not logger.enabled:
+            return None
+        self.strict = logger.is_strict(self.name)
+        self.number = logger._writer.begin(self)
+        return (
+            functools.partial(logger._writer.begun.on_record.__contains__, self.number)
+            if self.strict
+            else None
+        )
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
-        ticket = self._end(error)
-        if self.strict or self._logger.config.durable:
-            self._logger.wait(self, ticket, error)
+        if (is_done := self._end(error)) is not None:
+            self._logger.wait(self, is_done, error)
 
     async def end_async(self, error: BaseException | None = None) -> None:
         """Record the call, once, without blocking the event loop."""
-        ticket = self._end(error)
-        if not (self.strict or self._logger.config.durable):
-            return
-        try:
-            await self._logger.wait_async(self, ticket, error)
-        except BaseException:
-            # In a scope that is cancelled, each `await` is cancelled again. The first one leaves.
-            if error is None or isinstance(error, Exception):
-                raise
+        if (is_done := self._end(error)) is not None:
+            try:
+                await self._logger.wait_async(self, is_done, error)
+            except BaseException:
+                # A cancelled scope cancels each `await` again; the first error leaves.
+                if error is None or isinstance(error, Exception):
+                    raise
 
-    def _end(self, error: BaseException | None) -> int:
-        """End, once; return the ticket of the line, or 0 if another call writes it."""
+    def _end(self, error: BaseException | None) -> Callable[[], bool] | None:
+        """End, once; return what the answer must wait for, if anything."""
         if self.ended:
-            return 0
-        self.ended = True
+            return None
+        self.ended, logger = True, self._logger
         self.duration_ms = round((time.perf_counter() - self.started) * 1000)
         try:
-            # Whoever closes a generator has all that was wanted of it: no error.
+            # To close a generator is no error.
             if error is not None and not isinstance(error, GeneratorExit):
-                if self.status != "error":  # what is known already was known nearer to the cause
+                if self.status != "error":  # else it is known from nearer to the cause
                     self.fail(describe_exception(error), type_of_error(error))
                 with contextlib.suppress(TypeError):  # of a `denied_by` that holds no exceptions
-                    denial = next((each for each in _causes(error) if isinstance(each, self.denied_by)), None)
+                    causes = _errors_in(error, with_causes=True)
+                    denial = next((each for each in causes if isinstance(each, self.denied_by)), None)
                     if denial is not None and self.policy_decision == "n/a":
                         self.policy("deny", describe_exception(denial, with_type=False))
         finally:  # an interrupt loses no call
@@ -4625,15 +4617,17 @@ class Call:
             if has_failed and self.failure is not None:
                 self.fail(*self.failure)
             if outer is not None:
-                outer.failure = (self.error, self.error_type) if has_failed else None  # it may be tried again
+                if has_failed or self.task is None:  # a function may be tried again
+                    outer.failure = (self.error, self.error_type) if has_failed else None
                 if self.policy_decision != "n/a":
                     outer.policy(self.policy_decision, self.reason)
-            ticket: int = self._logger.finish(self)
-        return ticket
+            ticket = logger.finish(self)
+        if outer is not None and outer.waits:  # for this, which it began
+            return outer._end(error)
+        return functools.partial(logger.is_written, ticket) if self.strict or logger.config.durable else None
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Be the call that runs, within the block."""
         before = _running.set(self)
         try:
             yield
@@ -4658,8 +4652,8 @@ class Call:
             self.end(error)
 
     async def __aenter__(self) -> Call:
-        if self._begin():
-            await self._logger.wait_async(self)
+        if (is_done := self._begin()) is not None:
+            await self._logger.wait_async(self, is_done)
         self.waits, self._before = False, _running.set(self)
         return self
 
@@ -4669,7 +4663,7 @@ class Call:
             await self.end_async(error)
 
 
-@functools.lru_cache(1024)  # most calls of a session differ in nothing here, but for those in a trace
+@functools.lru_cache(1024)  # most calls of a session are alike in this
 def _json_of(details: tuple[tuple[str, object], ...]) -> Json:
     return Json(encode_json(dict(details)))
 
@@ -4677,10 +4671,16 @@ def _json_of(details: tuple[tuple[str, object], ...]) -> Json:
 _running: contextvars.ContextVar[Call | None] = contextvars.ContextVar("mxcp_audit", default=None)
 
 
+def _execution() -> Call | None:
+    """Return the call that will write the row of what runs here."""
+    call = _running.get()
+    return call and (call.outer or call)
+
+
 def _call_within(logger: Any, event_type: str, message: object = None) -> Call | None:
-    """Return the middleware's call that the code, or message, which asks belongs to, if any."""
-    # It does in one task with no tool's own code between, or as the tool that a meta tool names.
-    outer = _running.get()
+    """Return the middleware's call that the caller, or a message, belongs to."""
+    # It does in the same task without a tool's code between, or as the tool that a meta tool names.
+    outer = _execution()
     if outer is None or outer.task is None or outer.ended or _current_task() not in (None, outer.task):
         return None
     if (outer.event_type, outer._logger.config.path) != (event_type, logger.config.path):
@@ -4697,22 +4697,22 @@ def _call_within(logger: Any, event_type: str, message: object = None) -> Call |
 def _current_task() -> object:
     try:
         return sys.modules["asyncio"].current_task()
-    except (KeyError, RuntimeError):  # in a thread without an event loop, or another kind of loop
+    except (KeyError, RuntimeError):  # no event loop, or another kind
         return None
 
 
 def _only_frameworks_between(task: object) -> bool:
-    """Return True if no tool's own code lies between the middleware, in this task, and what begins now."""
-    frames, frame, waiting = list[Any](), sys._getframe(1), list[Any]()
+    """Return True if the middleware's call reached us without a tool's code."""
+    frames, waiting, frame = list[Any](), list[Any](), cast(Any, sys._getframe(1))
     while frame is not None:  # of this thread, from the inside
         frames.append(frame)
-        frame = frame.f_back  # type: ignore[assignment]
+        frame = frame.f_back
     get_coro = _get(task, "get_coro")
     step = get_coro and get_coro()
-    while step:  # of the task, if it waits for this thread, from the outside
+    while step:  # of the task that waits for it, from the outside
         waiting.append(_get(step, "cr_frame", "gi_frame"))
         step = _get(step, "cr_await", "gi_yieldfrom")
-    # What takes whatever comes (`*args, **kwargs`) is a decorator's, and what takes `call_next` a middleware.
+    # `*args, **kwargs` mean a decorator, `call_next` a middleware.
     for frame in filter(None, [*frames, *reversed(waiting)]):
         code, module = frame.f_code, str(frame.f_globals.get("__name__"))
         if module == __name__:
@@ -4728,26 +4728,26 @@ def _only_frameworks_between(task: object) -> bool:
 
 
 def describe_exception(error: BaseException, *, with_type: bool = True) -> str:
-    """Return `Type: message`, and what a group holds or a framework masks, whatever `__str__` does."""
-    told, errors = "", [error]
-    for each in itertools.islice(errors, _MAX_CAUSES):  # more are appended meanwhile
-        errors += _wrapped_by(each)
+    """Return `Type: message`, also of what a group holds or a framework masks."""
+    told = ""
+    for each in _errors_in(error):
         name = type(each).__name__
         try:
             text = str(each)
         except BaseException:
             text = "(its message can't be shown)"
+        shown = f"{name}: {text}" if text else name
         if name in ("CancelledError", "Cancelled"):  # asyncio's and trio's
             told = told or "cancelled"
         elif not told:
-            told = f"{name}: {text}" if text and with_type else text or name
+            told = shown if with_type else text or name
         elif not text or text not in told:
-            told += f"; {name}: {text}" if text else f"; {name}"
+            told += f"; {shown}"
     return told
 
 
 def type_of_error(error: BaseException) -> str:
-    """Return the JSON-RPC code of an error, else the class of what a framework's error wraps."""
+    """Return an error's JSON-RPC code, else the class of what it stands for."""
     code = _get(_get(error, "error"), "code")
     if type(code) is int:
         return str(code)
@@ -4765,17 +4765,18 @@ def _wrapped_by(error: BaseException) -> list[BaseException]:
     return [each for each in members if isinstance(each, BaseException)]
 
 
-def _causes(error: BaseException) -> Iterator[BaseException]:
-    """Yield an error, its causes and what it wraps: frameworks wrap what tools raise."""
+def _errors_in(error: BaseException, *, with_causes: bool = False) -> Iterator[BaseException]:
+    """Yield an error and what it wraps; frameworks wrap what tools raise."""
     errors = [error]
-    for each in itertools.islice(errors, _MAX_CAUSES):
+    for each in itertools.islice(errors, _MAX_CAUSES):  # more are appended meanwhile
         yield each
-        causes = (each.__cause__ or each.__context__, *_wrapped_by(each))
-        errors += [cause for cause in causes if cause is not None]
+        cause = each.__cause__ or each.__context__
+        errors += [cause] if with_causes and cause is not None else []
+        errors += _wrapped_by(each)
 
 
 def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
-    """Return a tuple of classes; raise EventError for what no exception is an instance of."""
+    """Return a tuple of classes; EventError for what isn't exceptions."""
     try:
         isinstance(None, denied_by)
     except TypeError as error:
@@ -4784,22 +4785,23 @@ def _kinds(denied_by: DeniedBy) -> tuple[type[BaseException], ...]:
 
 
 class Unfinished:
-    """Calls that were answered and go on, resumed by a request or in the background, by any key."""
+    """Calls that were answered and go on, by any key."""
 
     def __init__(self) -> None:
         self._calls: dict[Call, tuple[object, float, str]] = {}  # key, deadline, error; oldest first
-        self._looked = 0.0
 
     def put(self, key: object, call: Call, error: str, seconds: float = inf) -> None:
-        """Keep a call, which fails with `error` if nobody takes it within the time."""
-        calls = self._calls
-        calls[call] = key, time.monotonic() + seconds, error
-        if len(calls) > _MAX_UNFINISHED:
-            oldest = next(iter(calls.copy()))  # other threads put, too
-            _forgotten(oldest, calls.pop(oldest, (None, 0.0, error))[2])
+        """Keep a call; it fails with `error` if nobody takes it in time."""
+        self._calls[call] = key, time.monotonic() + seconds, error
+        if len(self._calls) > _MAX_UNFINISHED:
+            self._give_up(next(iter(self._calls.copy())))  # other threads put, too
+
+    def _give_up(self, call: Call) -> None:
+        if kept := self._calls.pop(call, None):  # else another thread was faster
+            _forgotten(call, kept[2])
 
     def put_answered(self, call: Call, result: object) -> bool:
-        """Keep a call whose answer says that it goes on; return False if it is over."""
+        """Keep a call if its answer says that it goes on; else return False."""
         result = _get(result, "root") or result  # the SDK 1 wraps it
         kind, meta = _get(result, "result_type", "resultType"), _get(result, "_meta", "meta")
         asked = result if kind == "input_required" else _get(result, "input_required")
@@ -4817,41 +4819,37 @@ class Unfinished:
         return next((call for call, (its, *_) in kept if its == key and self._calls.pop(call, False)), None)
 
     def resumed(self, call: Call, message: object) -> Call:
-        """Return the call that a message goes on with, else the one that it begins."""
+        """Return the call that a message resumes, else `call`."""
         if not self._calls:
             return call
         self.close(time.monotonic())
         goes_on = _get(message, "request_state", "requestState", "input_responses", "inputResponses")
         return call if goes_on is None else self.take(_leg_of(call, message)) or call
 
-    def end_task(self, task: str | None, state: object, *, is_result: bool = False) -> None:
-        """End the call that began a background task, if this state means that the task is over."""
-        status = _text(_get(_get(state, "status"), "value") or _get(state, "status"))
-        is_over = is_result or status in ("completed", "failed", "cancelled")
-        if not is_over or (call := self.take(("task", task))) is None:
-            return
-        if status in ("failed", "cancelled"):
-            failure = _get(state, "error")
-            told = _get(failure, "message") or _get(state, "status_message", "statusMessage")
-            call.fail(_text(told) or status, _text(_get(failure, "code")))
-        elif (answer := _get(state, "result") or (state if is_result else None)) is not None:
-            conclude(call, answer)
-        call.end()
+    def end_task(self, task: str | None, state: object) -> None:
+        """End the call that began a background task, if the task is over."""
+        status, answer, failure = _get(state, "status"), _get(state, "result"), _get(state, "error")
+        is_over = status in ("completed", "failed", "cancelled")
+        if is_over and (call := self.take(("task", task))) is not None:
+            if status != "completed":
+                told = _get(failure, "message") or _get(state, "status_message", "statusMessage")
+                call.fail(_text(told) or str(status), _text(_get(failure, "code")))
+            elif answer is not None:
+                conclude(call, answer)
+            call.end()
 
     def close(self, now: float = inf) -> None:
-        """Record the calls that nobody took by now, looking at most once a second; all of them by default."""
-        if now - self._looked >= 1:
-            self._looked = time.monotonic()
-            for call, (_, deadline, error) in self._calls.copy().items():
-                if deadline <= now and self._calls.pop(call, False):  # else another thread was faster
-                    _forgotten(call, error)
+        """Record the calls that are overdue by now, or all."""
+        for call, (_, deadline, _) in self._calls.copy().items():
+            if deadline <= now:
+                self._give_up(call)
 
     def __bool__(self) -> bool:
         return bool(self._calls)
 
 
 def _leg_of(call: Call, message: object) -> object:
-    """Return what a call that waits for input has in common with the one that brings it."""
+    """Return what a call that waits for input shares with its resumption."""
     what, who = (call.event_type, call.name, call.input_json), (call.user_id, call.agent, call.client)
     return what, who, call.session_id, _text(_get(message, "request_state", "requestState"))
 
@@ -4859,46 +4857,42 @@ def _leg_of(call: Call, message: object) -> object:
 # --- where a call came from
 
 
-_absent: set[tuple[type, str]] = set()  # what models of pydantic, slow to say so, don't have
-
-
 def _get(owner: object, name: str, *others: str) -> Any:
-    """Return a key of a mapping, or an attribute, the first of these that isn't None, whatever is raised."""
-    kind, value = type(owner), None
-    if owner is None:
-        return None
+    """Return the first key or attribute that isn't None. Never raises."""
+    kind: Any = type(owner)
+    value: Any = None
     if kind is dict:
-        value = owner.get(name)  # type: ignore[attr-defined]
-    elif (kind, name) not in _absent:
+        value = cast("dict[str, Any]", owner).get(name)
+    elif owner is not None:
         try:
-            value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
-            if value is None and isinstance(owner, Mapping):
-                value = owner.get(name)
-            elif value is None and _lacks(kind, name):
-                _absent.add((kind, name))
+            if not _lacks(kind, name):
+                value = getattr(owner, name, None)  # first: Starlette's Request is a mapping too
+                if value is None and isinstance(owner, Mapping):
+                    value = owner.get(name)
         except Exception:  # noqa: SIM105 - faster
             pass
     return _get(owner, *others) if value is None and others else value
 
 
+@functools.lru_cache(4096)
 def _lacks(kind: Any, name: str) -> bool:
-    """Return True if a type is a model of pydantic that can't have this field."""
+    """Return True for a model of pydantic, slow to say so, that can't have this field."""
     fields, config = getattr(kind, "model_fields", None) or (), getattr(kind, "model_config", None)
     is_closed = fields and isinstance(config, dict) and config.get("extra") != "allow"
     return bool(is_closed) and name not in fields and not hasattr(kind, name)
 
 
 def _text(value: object) -> str | None:
-    """Return a text that isn't empty, of a text or a number, else None."""
+    """Return a text or number as a text; None if empty or another type."""
     return str(value) if isinstance(value, (str, int, float)) and value != "" else None
 
 
 def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
-    """Return where a request came from, as attributes of a Call; `cli` for a call within the program."""
+    """Return where a request came from, as attributes of a Call."""
     origin: dict[str, Any] = {"caller": "cli", "details": {}}
     trace = None
     if context is not None:
-        with contextlib.suppress(Exception):  # of a framework that is asked; the rest is known
+        with contextlib.suppress(Exception):  # of the framework; the rest is known
             trace = _read_request(context, origin, proxies)
     current_span = _loaded("opentelemetry.trace", "get_current_span")
     if trace is None and current_span is not None:
@@ -4911,10 +4905,10 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     return origin
 
 
-_peers: weakref.WeakKeyDictionary[Any, tuple[str | None, str | None]] = weakref.WeakKeyDictionary()
+_peers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 
 
-def _peer_of(session: object) -> tuple[str | None, str | None]:
+def _peer_of(session: object) -> Any:
     """Return client and protocol version as a session knows them."""
     connection = getattr(session, "_connection", session)  # the SDK 2 makes a session for each request
     with contextlib.suppress(KeyError, TypeError):  # no weak references
@@ -4929,11 +4923,11 @@ def _peer_of(session: object) -> tuple[str | None, str | None]:
 
 
 def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str]) -> tuple[str, str] | None:
-    """Put what a request says of its origin there; return trace and span that it names."""
+    """Put what a request says into `origin`; return its trace and span."""
     request, details = getattr(context, "request", None), origin["details"]
     meta, client, trace = getattr(context, "meta", None), None, None
     version = getattr(context, "protocol_version", None)
-    if meta:  # newer clients say with each request who they are, others at `initialize`
+    if meta:  # of newer clients; others say it at `initialize`
         client, trace = client_of(_get(meta, _META + "clientInfo")), parent_of(meta)
         version = _get(meta, _META + "protocolVersion") or version
     if client is None:
@@ -4944,7 +4938,11 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
         origin.update(caller="stdio", session_id=_CONNECTION)
     else:
         scope = _get(request, "scope")
-        headers = _headers_of(scope)
+        headers: dict[str, str] = {}
+        for name, value in _get(scope, "headers") or ():  # Starlette's look-up would decode them all
+            if (known := _REQUEST_HEADERS.get(name)) is not None:
+                text = value.decode("latin-1")
+                headers[known] = f"{headers[known]},{text}" if known in headers else text
         version = version or headers.get("mcp-protocol-version")
         trace = trace or parent_of(headers)
         session = headers.get("mcp-session-id")
@@ -4962,68 +4960,55 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
     return trace
 
 
-def _headers_of(scope: object) -> dict[str, str]:
-    """Return the headers that are read here; Starlette's own look-up decodes all of them each time."""
-    headers: dict[str, str] = {}
-    for name, value in _get(scope, "headers") or ():
-        if (known := _REQUEST_HEADERS.get(name)) is not None:
-            text = value.decode("latin-1")
-            is_list = known in headers and "forwarded" in known  # a proxy adds a line behind the client's
-            headers[known] = f"{headers[known]},{text}" if is_list else headers.get(known, text)
-    return headers
-
-
 def client_of(client: object) -> str | None:
-    """Return a client's name and version, as it calls itself: "claude-ai/1.2"."""
-    name, version = _text(_get(client, "name")), _text(_get(client, "version"))
-    return f"{name}/{version}"[:_MAX_CLIENT_CHARS] if name and version else (name or version)
+    """Return a client's name and version: "claude-ai/1.2"."""
+    return "/".join(filter(None, (_text(_get(client, name)) for name in ("name", "version")))) or None
 
 
 def server_of(result: object) -> str | None:
-    """Return a server's name, as `initialize` tells it, or with newer ones each result."""
+    """Return the server's name in an answer: of `initialize`, or newer ones."""
     info = _get(result, "server_info", "serverInfo")
     return _text(_get(info or _get(_get(result, "_meta", "meta"), _META + "serverInfo"), "name"))
 
 
 def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[str]) -> str | None:
-    """Return the client's address: the peer's, or whom proxies that are trusted say they forward for."""
+    """Return the peer's address, or the one that trusted proxies forward for."""
     peer = _get(request, "client")
     host, said = _get(peer, "host"), headers.get("x-forwarded-for")
     if said and _get(peer, "port") == 0:
-        host = "127.0.0.1"  # uvicorn has put the proxy's word there, as for this peer only
+        host = "127.0.0.1"  # uvicorn believed this peer
     if proxies and host:
         import ipaddress  # lazily: few have proxies
 
         trusted = [ipaddress.ip_network(each, strict=False) for each in proxies]
-        hops = said or ",".join(re.findall(r'(?i)\bfor="?\[?([^\];,"]+)', headers.get("forwarded", "")))
+        place = r"(?:^|,)\s*\[?([^\],\s]+)" if said else r'(?i)\bfor="?\[?([^\];,"\s]+)'
         with contextlib.suppress(ValueError):  # what is no address is nobody's proxy
-            for hop in reversed(hops.split(",")):
+            for hop in reversed(re.findall(place, said or headers.get("forwarded", ""))):
                 if not any(ipaddress.ip_address(host) in network for network in trusted):
                     break
-                with_port = re.fullmatch(r"\s*(?:\[([^\]]*)\]|([^:]*))(?::\d+)?\s*", hop)
-                host = (with_port[1] or with_port[2] if with_port else hop.strip()) or host
+                host = re.sub(r"^([^:]+):\d+$", r"\1", hop)
     return _text(host)
 
 
 def parent_of(carrier: object) -> tuple[str, str] | None:
-    """Return trace and parent span of a W3C `traceparent` in `_meta` or in headers, or None."""
+    """Return trace and parent span of a W3C `traceparent`."""
     parent = _get(carrier, "traceparent")
     match = _PARENT.fullmatch(parent) if isinstance(parent, str) else None
     return (match[1], match[2]) if match else None
 
 
 def _watch_spans() -> None:
-    """Have OpenTelemetry tell the running call of a trace that begins within it."""
+    """Have OpenTelemetry give the running call the trace that begins in it."""
     kind = _loaded("opentelemetry.sdk.trace", "SpanProcessor")
     if kind is None:
         return
 
     def on_start(self: object, span: Any, parent_context: object = None) -> None:
-        call = _running.get()
+        call = _execution()
         if call is not None and call.trace_id is None:
             call.trace_id = f"{span.get_span_context().trace_id:032x}"
 
-    with contextlib.suppress(Exception):  # another provider than the SDK's takes none
+    with contextlib.suppress(Exception):  # of another provider than the SDK's
         provider = sys.modules["opentelemetry.trace"].get_tracer_provider()
         if not hasattr(provider, "__mxcp_audit__"):
             provider.add_span_processor(type("Spans", (kind,), {"on_start": on_start})())
@@ -5039,37 +5024,39 @@ def _context_in(module: str, variable: str) -> Any:
     return held.get(None) if isinstance(held, contextvars.ContextVar) else None
 
 
-def error_of_result(result: object) -> str | None:
-    """Return the message of a result that is marked as an error, or None."""
-    if _get(result, "is_error", "isError") is not True:
-        return None
-    content = _get(result, "content")
-    parts = content if isinstance(content, (list, tuple)) else ()
-    texts = [_get(part, "text") or _get(_get(part, "resource"), "text") for part in parts]
-    text = "\n".join(text for text in texts if isinstance(text, str))
-    if not text and (structured := _get(result, "structured_content", "structuredContent")):
-        text = _sent(structured).decode("utf-8", "replace")
-    return text or "the result is marked as an error"
+def conclude(call: Call, result: object, exchange: Exchange | None = None) -> None:
+    """Tell a call its result; an answer in an exchange may make it wait."""
+    try:
+        if exchange is not None and not _is_plain(type(result)):
+            call.waits = call._logger.unfinished.put_answered(call, result)
+            call.server = exchange.server = call.server or exchange.server or server_of(result)
+        if exchange is None or not call.waits:
+            _summarize(call, result)
+    except Exception as fault:  # the answer passes
+        call._logger.report_fault("a result could not be summarized", fault)
 
 
-def conclude(call: Call, result: object) -> None:
-    """Tell a call whether the answer is an error, and as much of it as `record_result` says."""
-    if not _is_plain(result):
+def _summarize(call: Call, result: object) -> None:
+    if not _is_plain(type(result)):
         result = _get(result, "root") or result  # the SDK 1 wraps it
-    error = error_of_result(result)
-    if error is not None and call.status != "error":
-        call.fail(error, "tool_error")
-    config = call._logger.config
     items = _get(result, "content", "contents", "messages")
-    if items is None:
+    if _get(result, "is_error", "isError") is True and call.status != "error":
+        parts = items if isinstance(items, (list, tuple)) else ()
+        texts = [_get(part, "text") or _get(_get(part, "resource"), "text") for part in parts]
+        text = "\n".join(text for text in texts if isinstance(text, str))
+        if not text and (structured := _get(result, "structured_content", "structuredContent")):
+            text = _sent(structured).decode("utf-8", "replace")
+        call.fail(text or "the result is marked as an error", "tool_error")
+    config = call._logger.config
+    if items is None:  # the contents of a resource
         items, result = result, {"contents": result}
     if config.record_result == "none" or not isinstance(items, (list, tuple)):
         return
-    # Size as it is sent, items, and kinds. FastMCP's classes become the protocol's later.
+    # FastMCP's classes become the protocol's later.
     if type(result).__module__.startswith("fastmcp") and _get(result, "content") is not None:
         structured = _get(result, "structured_content")
         more = {"structuredContent": structured} if structured is not None else {}
-        result = {"content": items, **more, "isError": error is not None}
+        result = {"content": items, **more, "isError": _get(result, "is_error") is True}
     elif (convert := _get(result, "to_mcp_prompt_result")) is not None:
         result = convert()
     elif (convert := _get(result, "to_mcp_result")) is not None:
@@ -5084,24 +5071,17 @@ def conclude(call: Call, result: object) -> None:
 
 
 _TELLING = ("result_type", "input_required", "task", "root", "_meta")
-_plain: dict[type, bool] = {}
-
-
-def _is_plain(result: object) -> bool:
-    """Return True for a result of a type that can only end its call."""
-    kind = type(result)
-    if kind not in _plain:
-        _plain[kind] = all(_lacks(kind, name) for name in _TELLING)
-    return _plain[kind]
+_is_plain: Callable[[type], bool] = functools.lru_cache(1024)(  # for a type whose objects only end a call
+    lambda kind: all(_lacks(kind, name) for name in _TELLING)
+)
 
 
 def _sent(result: object) -> bytes:
-    """Return a result as JSON as a server sends it."""
-    serializer = sys.modules.get("pydantic_core")  # with every framework, but not in `wrap`
-    if serializer is None:
+    """Return a result as JSON, as a server sends it."""
+    core: Any = sys.modules.get("pydantic_core")  # with every framework, but not in `wrap`
+    if core is None:
         return encode_json(result).encode("utf-8", "surrogatepass")
-    known = {"by_alias": True, "exclude_none": True, "bytes_mode": "base64", "fallback": vars}
-    return cast(bytes, serializer.to_json(result, **known))
+    return bytes(core.to_json(result, by_alias=True, exclude_none=True, bytes_mode="base64", fallback=vars))
 
 
 def _kind_of(item: object) -> str:
@@ -5116,37 +5096,30 @@ def _kind_of(item: object) -> str:
 
 
 class Exchange:
-    """What the middleware and the stdio wrapper do alike with requests and answers. It knows the server."""
+    """What the middleware and the stdio wrapper do alike."""
 
     def __init__(self, logger: Any, caller: str | None = None, denied_by: DeniedBy = ()) -> None:
-        self._logger, self._caller, self._denied_by = logger, caller, _kinds(denied_by)
+        refusal = _loaded("fastmcp.exceptions", "AuthorizationError") or ()
+        self._logger, self._caller, self._denied_by = logger, caller, _kinds(denied_by) + _kinds(refusal)
         self.server: str | None = None
 
     def call_of(self, event_type: str, context: object, message: object, server: object = None) -> Call:
         """Return the call that a message makes, or resumes."""
-        origin = origin_of(context, self._logger.config.trusted_proxies)
-        origin["server"] = _text(_get(server, "name")) or self.server
-        origin["caller"] = self._caller or origin["caller"]
         arguments = _get(message, "arguments")
-        origin.update(arguments=arguments, denied_by=self._denied_by)
+        origin = origin_of(context, self._logger.config.trusted_proxies)
+        origin.update(arguments=arguments, denied_by=self._denied_by, caller=self._caller or origin["caller"])
+        origin["server"] = _text(_get(server, "name")) or self.server
         call = Call(self._logger, event_type, name_of(message), arguments, **origin)
         return cast(Call, self._logger.unfinished.resumed(call, message))
 
-    def conclude(self, call: Call, result: object) -> None:
-        """Tell a call what was answered; it `waits` if that is no end."""
-        if not _is_plain(result):
-            call.waits = self._logger.unfinished.put_answered(call, result)
-            call.server = self.server = call.server or self.server or server_of(result)
-        if not call.waits:
-            conclude(call, result)
-
     def see(self, method: str, message: object, result: object) -> None:
-        """Take note of what another answer tells: the server's name, and what became of a background task."""
+        """Take the server's name, or the state of a task, from another answer."""
         self.server = server_of(result) or self.server
         if method.startswith("tasks/"):
-            task = _text(_get(message, "task_id", "taskId"))
-            is_result, state = method == "tasks/result", _get(result, "root") or result
-            self._logger.unfinished.end_task(task, state, is_result=is_result)
+            state = _get(result, "root") or result
+            if method == "tasks/result":
+                state = {"status": "completed", "result": state}
+            self._logger.unfinished.end_task(_text(_get(message, "task_id", "taskId")), state)
 
 
 class Middleware(Exchange):
@@ -5155,46 +5128,38 @@ class Middleware(Exchange):
     _inside = 0  # how many calls it is in
 
     async def __call__(self, context: Any, call_next: Callable[[Any], Awaitable[Any]]) -> Any:
-        """Pass a message on; record it if it is an execution."""
-        method = _text(getattr(context, "method", None)) or ""
+        method = str(getattr(context, "method", ""))
         event_type = MCP_METHODS.get(method)
         message, inside = _get(context, "message", "params"), getattr(context, "fastmcp_context", None)
         server = _get(inside, "fastmcp")
         self._watch_tasks(server)
-        is_note = getattr(context, "type", "") == "notification" or getattr(context, "request_id", "") is None
+        is_note = getattr(context, "request_id", "") is None
         if event_type is None or is_note or not self._logger.enabled:
             result = await call_next(context)
             self.see(method, message, result)
             return result
-        call = _running.get() and _call_within(self._logger, event_type, message)
-        if call is not None:  # it is recorded further out
-            try:
-                return await call_next(context)
-            except BaseException as error:
-                inner = Call(self._logger, event_type, call.name, denied_by=call.denied_by, outer=call)
-                await self._ask_for_refusal(inner, server, error)
-                inner._end(error)
-                raise
-        origin = context if inside is None else _get(inside, "request_context")
-        call = self.call_of(event_type, origin, message, server)
-        if call.trace_id is None:
-            _watch_spans()
+        outer = _running.get() and _call_within(self._logger, event_type, message)
+        if outer is not None:  # it is recorded further out
+            call = Call(self._logger, event_type, outer.name, denied_by=self._denied_by, outer=outer)
+        else:
+            origin = context if inside is None else _get(inside, "request_context")
+            call = self.call_of(event_type, origin, message, server)
+            if call.trace_id is None:
+                _watch_spans()
         call.task = _current_task() or call
-        failure: BaseException | None = None
         self._inside += 1
+        failure: BaseException | None = None
         try:
             async with call:
                 try:
                     result = await call_next(context)
-                    try:
-                        self.conclude(call, result)
-                    except Exception as fault:  # whatever goes wrong, the answer passes
-                        self._logger.report_fault("a result could not be summarized", fault)
-                    return result
                 except BaseException as error:
                     failure = error
                     await self._ask_for_refusal(call, server, error)
                     raise
+                if outer is None:
+                    conclude(call, result, self)
+                return result
         except AuditUnavailableError as error:
             kind = _loaded("mcp.shared.exceptions", "MCPError")
             if kind is None or error is failure:  # of another call, which the body made
@@ -5208,8 +5173,7 @@ class Middleware(Exchange):
         """Allow: FastMCP 4 asks each middleware."""
 
     async def _ask_for_refusal(self, call: Call, server: object, error: BaseException) -> None:
-        """Record a denial, also where FastMCP hides what `auth=` refuses as unknown."""
-        call.denied_by = (*_kinds(call.denied_by), *self._denied_by, *_refusals())
+        """Record a denial, also where FastMCP says "unknown" instead."""
         transport = _loaded("fastmcp.server.context", "_current_transport")
         if server is None or type(error).__name__ != "NotFoundError" or transport is None:
             return
@@ -5225,59 +5189,42 @@ class Middleware(Exchange):
             transport.reset(before)
 
     def _watch_tasks(self, server: object) -> None:
-        """Hang into what a FastMCP server runs in the background, by docket."""
+        """Wrap what a FastMCP server runs in the background, by docket."""
         docket: Any = getattr(server, "_docket", None)
         functions = _get(docket, "tasks")
         path, watching = self._logger.config.path, getattr(docket, "__mxcp_audit__", ())
         if type(functions) is dict and path not in watching:
             with contextlib.suppress(AttributeError):
                 docket.__mxcp_audit__ = (*watching, path)
-                for key, function in list(functions.items()):
-                    if not str(getattr(function, "__module__", "")).startswith("docket"):
-                        run = functools.partial(self._run_task, str(key), function, _binder(function))
-                        functions[key] = functools.wraps(function)(run)
+                for key, function in functions.items():
+                    run = functools.partial(self._run_task, str(key), function, _binder(function))
+                    functions[key] = functools.wraps(function)(run)
 
     async def _run_task(
         self, key: str, function: Callable[..., Any], input_of: Any, /, *args: Any, **kwargs: Any
     ) -> Any:
-        """Record a background task, in the row of the call that began it if that one came through here."""
+        """Record a background task, in the row of the call that began it if known."""
         task = str(_get(_context_in("docket.dependencies", "current_execution"), "key") or key)
         event_type = next((t for t in EVENT_TYPES if f":{t}:" in task), "tool")
         name = key.removeprefix(f"{event_type}:")
         call = Call(self._logger, event_type, name.rpartition("@")[0] or name, input_of(args, kwargs))
-        call.denied_by, call.task = (*self._denied_by, *_refusals()), _current_task()
-        failure: BaseException | None = None
-        try:
-            async with call:
-                call.waits = True
+        call.denied_by, call.task = self._denied_by, _current_task()
+        take = self._logger.unfinished.take
+        async with call:
+            try:
                 result = function(*args, **kwargs)
                 result = await result if isinstance(result, Awaitable) else result
-                if (problem := error_of_result(result)) is not None:
-                    call.fail(problem, "tool_error")
-                return result
-        except BaseException as error:
-            failure = error
-            raise
-        finally:
-            take = self._logger.unfinished.take
-            for _ in range(100):  # the task may be over before the answer is that it began
-                call.outer = next(filter(None, (take(("task", part)) for part in task.split(":"))), None)
-                if call.outer is not None or not self._inside:
-                    break
-                await sys.modules["asyncio"].sleep(0.005)
-            await call.end_async(failure)
-            if call.outer is not None:
-                if call.status == "error":
-                    call.outer.fail(call.error, call.error_type)
-                await call.outer.end_async(failure)
-
-
-def _refusals() -> tuple[type[BaseException], ...]:
-    return _kinds(_loaded("fastmcp.exceptions", "AuthorizationError") or ())
+            finally:
+                for _ in range(100):  # the task may be over before the answer is that it began
+                    call.outer = next(filter(None, (take(("task", part)) for part in task.split(":"))), None)
+                    if call.outer is not None or not self._inside:
+                        break
+                    await sys.modules["asyncio"].sleep(0.005)
+            conclude(call.outer or call, result)
+            return result
 
 
 def name_of(message: object) -> str:
-    """Return the tool or prompt that a message names, or its URI; "" if it names none."""
     return str(_get(message, "name", "uri") or "")
 
 
@@ -5306,7 +5253,7 @@ class _AuditedHandlers(dict[Any, Any]):
 def auditing(
     logger: Any, event_type: str, name: str | None, caller: str | None, denied_by: DeniedBy
 ) -> Callable[[Function], Function]:
-    """Return a decorator: what it makes is recorded, and keeps signature, name and kind."""
+    """Return a decorator that records and keeps signature, name and kind."""
     denied_by = _kinds(denied_by)
     if name is not None and not isinstance(name, str):  # Python hands over what stands below the `@`
         example = '("reports/{id}")' if event_type == "resource" else "()"
@@ -5316,11 +5263,9 @@ def auditing(
         if isinstance(function, (classmethod, staticmethod)):
             return cast(Function, type(function)(_audited(function.__func__)))
         if not callable(function) or _is_registered(function):
-            raise EventError(
-                f"the server has {_get(function, '__name__', 'name')!r} already, without auditing; "
-                f"write @audit.{event_type}(…) below the server's decorator, next to the function",
-                field="function",
-            )
+            named = f"{_get(function, '__name__', 'name')!r} already, without auditing"
+            remedy = f"write @audit.{event_type}(…) below the server's decorator"
+            raise EventError(f"the server has {named}; {remedy}", field="function")
         bare = function.func if isinstance(function, functools.partial) else function
         own = getattr(bare, "__name__", None) or type(bare).__name__
         title, input_of = name or own, _binder(function)
@@ -5328,12 +5273,11 @@ def auditing(
         def _start(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
             outer = _call_within(logger, event_type)
             if outer is None:
-                if (around := _running.get()) is not None:
-                    origin = {each: getattr(around.outer or around, each) for each in _ORIGIN}
+                if (around := _execution()) is not None:
+                    origin = {each: getattr(around, each) for each in _ORIGIN}
                 else:
                     request = _context_in("fastmcp.server.dependencies", "fastmcp_request_ctx")
-                    request = request or _context_in("mcp.server.lowlevel.server", "request_ctx")
-                    origin = origin_of(request)
+                    origin = origin_of(request or _context_in("mcp.server.lowlevel.server", "request_ctx"))
                 origin.update(caller=caller or origin["caller"], denied_by=denied_by)
                 return Call(logger, event_type, title, input_of(args, kwargs), **origin)
             if event_type == "resource" and outer.arguments is None:
@@ -5343,15 +5287,10 @@ def auditing(
 
         import inspect  # lazily: it costs 5 ms
 
-        # The wrapper is of the same kind, which `inspect` and so the frameworks tell apart.
+        # Frameworks ask `inspect` for the kind.
         bodies = function, function if inspect.isroutine(function) else type(function).__call__
-        kinds: dict[object, Callable[[object], bool]] = {
-            types.AsyncGeneratorType: inspect.isasyncgenfunction,
-            types.GeneratorType: inspect.isgeneratorfunction,
-            types.CoroutineType: inspect.iscoroutinefunction,
-        }
-        kind = next((kind for kind, is_kind in kinds.items() if any(map(is_kind, bodies))), None)
-        wrapper: Any = functools.wraps(function)(_recorded(kind, function, _start))
+        kinds = (kind for kind, test in _TESTS.items() if any(map(getattr(inspect, test), bodies)))
+        wrapper: Any = functools.wraps(function)(_recorded(next(kinds, None), function, _start))
         if not hasattr(function, "__name__"):  # a partial or an object
             wrapper.__name__ = wrapper.__qualname__ = own
             wrapper.__annotations__ = {}
@@ -5363,28 +5302,22 @@ def auditing(
     return _audited
 
 
-def _is_registered(function: object, depth: int = 2) -> bool:
-    """Return True for a function that a server holds already, wrapped or not."""
+def _is_registered(function: object) -> bool:
+    """Return True for a function that a server holds already."""
     if not {"mcp", "fastmcp"}.intersection(sys.modules) or sys.getrefcount(function) <= _UNHELD:
         return False  # nobody holds what is new; the collector takes 10 ms
     import gc
 
-    for owner in gc.get_referrers(function):
-        held = owner if type(owner) is dict else getattr(owner, "__dict__", {})
-        if held.get("fn") is function and held.keys() & {"name", "uri", "uri_template"}:
-            return True
-        if held.get("__wrapped__") is function and depth:
-            wrappers = [each for each in gc.get_referrers(held) if getattr(each, "__dict__", None) is held]
-            if any(_is_registered(wrapper, depth - 1) for wrapper in wrappers):
-                return True
-    return False
+    owners = (getattr(each, "__dict__", each) for each in gc.get_referrers(function))
+    held = (each for each in owners if type(each) is dict and each.get("fn") is function)
+    return any(each.keys() & {"name", "uri", "uri_template"} for each in held)
 
 
 _UNHELD = (lambda function: (lambda each: sys.getrefcount(each))(function))(lambda: None)
 
 
 class _Steps(Generator[Any, Any, Any]):
-    """The steps of a generator, each part of the call; between them other code runs."""
+    """A generator whose steps are part of a call; other code runs between."""
 
     def __init__(self, call: Call, generator: Any) -> None:
         self._call, self._generator = call, generator
@@ -5398,8 +5331,15 @@ class _Steps(Generator[Any, Any, Any]):
             return self._generator.throw(*error)
 
 
+_TESTS: dict[object, str] = {
+    types.AsyncGeneratorType: "isasyncgenfunction",
+    types.GeneratorType: "isgeneratorfunction",
+    types.CoroutineType: "iscoroutinefunction",
+}
+
+
 def _recorded(kind: object, function: Callable[..., Any], start: Callable[..., Call]) -> Callable[..., Any]:
-    """Return a function of a kind (what it makes: coroutines, generators, or None) that is recorded."""
+    """Return a recorded function that makes what `kind` says, if anything."""
 
     def _plain(*args: Any, **kwargs: Any) -> Any:
         with start(args, kwargs) as call:
@@ -5427,23 +5367,18 @@ def _recorded(kind: object, function: Callable[..., Any], start: Callable[..., C
                     return
                 try:
                     step, value = generator.asend, (yield item)
-                except GeneratorExit:  # of aclose; a loop that ends may have closed `generator` first
+                except GeneratorExit:  # of aclose; the loop may have closed `generator` first
                     with call.running():
                         await generator.aclose()
                     raise
                 except BaseException as error:
                     step, value = generator.athrow, error
 
-    kinds: dict[object, Callable[..., Any]] = {
-        types.CoroutineType: _coroutine,
-        types.GeneratorType: _generator,
-    }
-    kinds[types.AsyncGeneratorType] = _async_generator
-    return kinds.get(kind, _plain)
+    return dict(zip(_TESTS, (_async_generator, _generator, _coroutine))).get(kind, _plain)
 
 
 def _followed(call: Call, result: Any) -> Any:
-    """Return a function's result; a generator, future or awaitable ends the call when it is over."""
+    """Return a function's result; what goes on later ends the call then."""
     kind: Any = type(result)
     if callable(getattr(kind, "add_done_callback", None)):
 
@@ -5457,15 +5392,14 @@ def _followed(call: Call, result: Any) -> Any:
         call.waits = True
         result.add_done_callback(_done)
         return result
-    if kind in (types.GeneratorType, types.AsyncGeneratorType, types.CoroutineType):
-        followed = _recorded(kind, lambda: result, lambda *_: call)()
-    elif isinstance(result, Awaitable) and not hasattr(kind, "__aenter__"):
-        followed = _Awaited(call, result)
-    else:
-        return result
+    is_awaitable = isinstance(result, Awaitable)
+    if kind not in _TESTS:
+        if not is_awaitable or hasattr(kind, "__aenter__"):
+            return result
+        kind = types.CoroutineType
+    followed = _recorded(kind, lambda: result, lambda *_: call)()
     call.waits = True
-    fate = "never awaited" if isinstance(result, Awaitable) else "never iterated"
-    weakref.finalize(followed, _forgotten, call, fate)
+    weakref.finalize(followed, _forgotten, call, "never awaited" if is_awaitable else "never iterated")
     return followed
 
 
@@ -5475,61 +5409,49 @@ def _forgotten(call: Call, error: str) -> None:
         call._end(None)
 
 
-class _Awaited:
-    """Something to await that is no coroutine: it ends its call when it was awaited."""
-
-    def __init__(self, call: Call, awaitable: Any) -> None:
-        self._call, self._awaitable = call, awaitable
-
-    def __await__(self) -> Any:  # the first lambda holds us, so that we can't be forgotten meanwhile
-        return _recorded(types.CoroutineType, lambda: self._awaitable, lambda *_: self._call)().__await__()
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._awaitable, name)
-
-
-def _binder(function: Callable[..., Any]) -> Callable[[tuple[Any, ...], dict[str, Any]], object]:
-    """Return what makes the input of arguments: by name, without instance and context."""
+def _binder(function: Callable[..., Any]) -> Callable[..., object]:
+    """Return what names a call's arguments, without instance and context."""
     import inspect
 
     signature = None
-    for eval_str in (False, True):  # the latter fails where an annotation can't be evaluated
+    for eval_str in (False, True):  # True fails on some annotations
         with contextlib.suppress(Exception):
             signature = inspect.signature(function, eval_str=eval_str)
     if signature is None:  # some functions in C have none
         return lambda args, kwargs: {"args": args, "kwargs": kwargs}
-    parameters = list(signature.parameters.values())
+    parameters, first = signature.parameters.values(), next(iter(signature.parameters), None)
     in_class = re.search(r"\w\.[^.]+$", getattr(function, "__qualname__", ""))
-    bound = parameters[0].name if in_class and parameters and parameters[0].name in ("self", "cls") else None
+    bound = first if in_class and first in ("self", "cls") else None
     rest = next((each.name for each in parameters if each.kind is each.VAR_KEYWORD), "")
-    left_out = {bound, rest}
+    left_out = {bound}
     for each in parameters:
         if any(map(_is_injected, (each.default, *getattr(each.annotation, "__metadata__", ())))):
             left_out.add(each.name)
+
+    def _given(given: dict[str, Any]) -> dict[str, Any]:
+        return {name: each for name, each in given.items() if name not in left_out and not _is_injected(each)}
 
     def _input_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> object:
         try:
             given = signature.bind(*args, **kwargs).arguments
         except TypeError:  # the function will say so itself
-            unknown = {name: value for name, value in kwargs.items() if not _is_injected(value)}
-            return {"args": args[bound is not None :], "kwargs": unknown}
-        named = {name: value for name, value in given.items() if name not in left_out} | given.get(rest, {})
-        return {name: value for name, value in named.items() if not _is_injected(value)}
+            return {"args": args[bound is not None :], "kwargs": _given(kwargs)}
+        more = given.pop(rest, {})
+        return _given({**given, **more})
 
     return _input_of
 
 
 def _is_injected(value: object) -> bool:
-    """Return True for an object of a framework (or of a subclass) that is none of the protocol's data."""
+    """Return True for an object of a framework that isn't the protocol's data."""
     return any(_INJECTING.match(str(kind.__module__)) for kind in type(value).__mro__)
 
 
 # === Logger ===
 # depends on: Errors, Config, Redaction, Encoding, Journal, Writer, Calls
 #
-# What servers hold, and what belongs to the process: exit, fork, children of multiprocessing. It knows no
-# DuckDB: Assembly sets `_ingest`, and without it events stay in the journal. No signal handlers: they belong
-# to the application. The thread starts at the first event, so that a logger that is made disturbs no fork.
+# What servers hold, and what belongs to the process: exit, fork, children of multiprocessing. The thread
+# starts at the first event, so that a new logger disturbs no fork. Signal handlers are the application's.
 
 
 class Counters(NamedTuple):
@@ -5537,9 +5459,9 @@ class Counters(NamedTuple):
 
     accepted: int  # events taken by log_event
     written: int  # of these, in the journal
-    ingested: int  # events that this process moved into the database, other processes' included
-    dropped: int  # lost because the queue was full (on_full: drop)
-    rejected: int  # journal lines that could not be ingested and are kept aside
+    ingested: int  # moved into the database by this process, other processes' included
+    dropped: int  # lost: the queue was full (on_full: drop)
+    rejected: int  # journal lines kept aside: they could not be ingested
     errors: int  # faults of any kind
     last_error: str | None
     refused: int = 0  # strict calls that could not be put on record
@@ -5551,30 +5473,30 @@ _NOTHING = ("", "", "", _UNENCODABLE_JSON, 0, "n/a", None, "error", _UNENCODABLE
 
 
 class AuditLogger:
-    """Records events: each becomes a line in the journal within milliseconds, and a row in DuckDB soon after.
+    """Records events: each is a line in the journal within milliseconds, and a row in DuckDB soon after.
 
     `log_event` never raises and, unless `durable` is set or the queue is full, never waits. Threads, signal
-    handlers and exit handlers may call it. Raises ConfigError for an argument of the wrong type or value.
+    and exit handlers may call it. Raises ConfigError for a wrong argument.
 
     Args:
-        path: the database file, "logs-default.duckdb", or a DuckDB ATTACH target, with the options `attach`.
+        path: the database file, or a DuckDB ATTACH target with the options `attach`.
         enabled, durable: False makes every call return at once; True makes `log_event` wait for the disk.
-        log_path: MXCP's own name for `path`; its `x.jsonl` stands for `x.duckdb` beside it.
+        log_path: MXCP's name for `path`; `x.jsonl` stands for `x.duckdb` beside it.
         journal: the journal's directory; by default `<path>.journal`.
         flush_interval: seconds after which events leave the journal for the database.
-        on_full: what to do when 64 MiB wait in memory: "block" the caller or "drop" the event.
+        on_full: when 64 MiB wait in memory: "block" the caller or "drop" the event.
         max_input_bytes, max_result_bytes: a longer input, or body of a result, is cut, visibly.
         redact, keep: names, or `tool.parameter`, that are always or never redacted.
         redact_mode: "constant", or "hmac" to tell equal secrets apart from different ones.
         retention: delete events older than this, such as "90d".
-        record_result: what to record of a result: "none", "summary" (bytes, items, kinds), "body" (redacted).
+        record_result: "none", "summary" (bytes, items, kinds of a result), "body" (redacted, too).
         trusted_proxies: addresses and networks of proxies whose X-Forwarded-For or Forwarded counts.
-        strict: True, or names with `*`: such a call runs only once its begin is in the journal, and is
-            answered once its end is. After `strict_timeout` seconds (or "5s") it is an AuditUnavailableError.
-        group: True lets the users of one group share the log; files get mode 0660 then.
+        strict: True, or names with `*`: such a call runs once its begin is in the journal, and is answered
+            once its end is; after `strict_timeout` seconds (or "5s") it is an AuditUnavailableError.
+        group: True lets the users of one group share the log, with mode 0660.
     """
 
-    _ingest: ClassVar[Callable[..., Mapping[str, Any]] | None] = None  # see Assembly
+    _ingest: ClassVar[Callable[..., Mapping[str, Any]] | None] = None  # set by Assembly
 
     def __init__(
         self,
@@ -5599,7 +5521,7 @@ class AuditLogger:
         group: bool = False,
         attach: Mapping[str, object] | None = None,
     ) -> None:
-        settings = {**locals()}  # the arguments by name, which are those of the configuration
+        settings = {**locals()}  # the arguments by name, as in the configuration
         del settings["self"], settings["log_path"]
         if path is None:
             if log_path is None:
@@ -5611,17 +5533,17 @@ class AuditLogger:
     def from_config(
         cls, config: str | os.PathLike[str] | None = None, *, profile: str | None = None
     ) -> AuditLogger:
-        """Return the logger that `mxcp-site.yml` describes; a disabled one if the profile doesn't enable it.
+        """Return the logger that `mxcp-site.yml` describes, disabled if the profile doesn't enable it.
 
-        `config`, the site file, is searched in the working directory and its parents if None; `profile` is by
-        default `MXCP_PROFILE`, else the file's own. Raises ConfigError, which names path and line.
+        `config`, the site file, is searched from the working directory upwards; `profile` is `MXCP_PROFILE`
+        or the file's own. Raises ConfigError, which names path and line.
         """
         self = cls.__new__(cls)
         self.__setstate__(load_config(config=config, profile=profile))
         return self
 
     def __getstate__(self) -> Config:
-        return self.config  # as which it travels to a process that `spawn` starts, or into a copy
+        return self.config  # what travels to another process, or into a copy
 
     def __setstate__(self, config: Config) -> None:
         self.config, self.enabled = config, config.enabled
@@ -5631,21 +5553,16 @@ class AuditLogger:
         appender = Appender(journal, durable=config.durable, diagnostics=told, encode_begin=self._begin_line)
         settings = {**config._asdict(), "attach": dict(config.attach), "sources": {}}
         given = None if self._ingest is None else settings
-        self._ingester = Ingester(appender, given, interval=config.flush_interval)
+        self._ingester = ingester = Ingester(appender, given, interval=config.flush_interval)
         drops, at_once = config.on_full == "drop", bool(config.strict)
-        self._writer = Writer(
-            appender, self._ingester, drop_when_full=drops, on_start=self._activate, at_once=at_once
-        )
+        start = self._activate
+        self._writer = Writer(appender, ingester, drop_when_full=drops, on_start=start, at_once=at_once)
         self._put = self._writer.put
         strict = "|".join(re.escape(name).replace(r"\*", ".*") for name in config.strict)
         self._strict = re.compile(strict or "(?!)", re.DOTALL)
         self.refused = 0
         self.unfinished = Unfinished()
         _live.known[id(self)] = self
-        for place in (config.journal_directory, config.path) if self.enabled else ():
-            problem = None if is_attach_target(place) else place_problem(os.path.abspath(place))
-            if problem is not None:
-                told.report("place", f"{place} can't be written: {problem}; it is tried again")
 
     def log_event(
         self,
@@ -5678,16 +5595,16 @@ class AuditLogger:
 
         Args:
             caller: where the call came from: cli, http, stdio.
-            event_type, name: tool, resource or prompt, and which: its name, or the resource's URI.
+            event_type, name: tool, resource or prompt, and its name or URI.
             input_params: what it was called with; redacted, and encoded before this returns.
             duration_ms: milliseconds, 0 … 2³¹−1.
             policy_decision: allow, deny, warn or n/a; `reason` says why.
             status: success or error; `error` is the message.
             endpoint_def: MXCP's definition of the endpoint: parameters marked `sensitive: true` are redacted.
-            user_id, session_id, trace_id: who, in which session, in which trace; None where unknown.
-            client, agent, address: which program called ("claude-ai/1.2"), as which OAuth client, from where.
-            server, request_id: which server took the call, and the call's id in the protocol.
-            error_type, result_bytes: class of the exception, or JSON-RPC code; size of the result, 0 … 2⁶³−1.
+            user_id, session_id, trace_id: who, in which session and trace; None where unknown.
+            client, agent, address: the program ("claude-ai/1.2"), its OAuth client, where from.
+            server, request_id: the server, and the call's id in the protocol.
+            error_type, result_bytes: exception class or JSON-RPC code; size of the result, 0 … 2⁶³−1.
             context: anything else, by name; redacted like the input.
         """
         if not self.enabled:
@@ -5710,7 +5627,7 @@ class AuditLogger:
             self._writer.wait_written(ticket)
 
     def _record(self, *event: Any, end: bytes = b"") -> int:
-        """Queue an event, without its content if it can't be encoded, and return the ticket of its line."""
+        """Queue an event, if need be without its content; return its ticket."""
         try:
             line = self._encoder.line(*event)
         except INTERRUPTS:  # they pass, after the event is recorded
@@ -5727,12 +5644,12 @@ class AuditLogger:
             return 0
 
     def report_fault(self, message: str, fault: BaseException) -> str:
-        """Report a fault by its type, as its text may hold content; return what is recorded instead."""
+        """Report a fault by its type; return what is recorded instead."""
         self._diagnostics.report("encode", f"{message} ({type(fault).__name__})")
         return _UNENCODABLE_JSON
 
     def take_input(self, input_params: object, name: object, endpoint_def: object) -> tuple[str, list[str]]:
-        """Encode the input of a call that begins; also return what was redacted in it."""
+        """Return a call's encoded input, and what was redacted in it."""
         echoes: list[str] = []
         if not self.enabled:
             return "null", echoes
@@ -5743,19 +5660,22 @@ class AuditLogger:
         except BaseException as fault:
             return self.report_fault("an input could not be encoded", fault), echoes
 
+    def is_written(self, ticket: int) -> bool:
+        return self._writer.written >= ticket
+
     def is_strict(self, name: str) -> bool:
         """Return True for a name that is executed only on record."""
         return bool(self.config.strict) and self._strict.fullmatch(name) is not None
 
     def _begin_line(self, call: Call, ref: str) -> bytes:
-        """Return the begin of a call for the record: the event that it is, should nothing follow."""
+        """Return a call as the event that it is, should nothing follow."""
         event = call.event()
         begun = (*event[:4], 0, "n/a", None, "error", UNFINISHED, *event[9:12], (), event[13])
         ago = int((time.perf_counter() - call.started) * 1e9)
         return b'%b,"call":"%b"}\n' % (self._encoder.line(*begun, ago=ago), ref.encode())
 
     def finish(self, call: Call) -> int:
-        """Queue the line of a call that ended, unless it is part of another; return its ticket."""
+        """Queue the line of a call, unless it is part of another."""
         if not self.enabled:
             return 0
         begun, ticket = self._writer.begun, 0
@@ -5769,45 +5689,36 @@ class AuditLogger:
         return ticket
 
     def _refuse(self, call: Call) -> None:
-        """Count and end a call that could not be put on record; raise AuditUnavailableError."""
+        """Count and end a call that isn't on record; raise AuditUnavailableError."""
         self.refused += 1
-        text = f"{call.event_type} {call.name} can't be put on record within {self.config.strict_timeout:g} s"
-        told = self._diagnostics
-        told.report("strict", f"{text}; it was refused (last fault: {told.last_error})")
-        fate = "it was executed, and its answer is withheld" if call.ended else "it was not executed"
-        error = AuditUnavailableError(f"{text}; {fate}")
+        what, seconds = f"{call.event_type} {call.name}", f"{self.config.strict_timeout:g} s"
+        fate = "executed, and its answer is withheld" if call.ended else "not executed"
+        error = AuditUnavailableError(f"{what} can't be put on record within {seconds}; it was {fate}")
+        self._diagnostics.report("strict", str(error))
         call._end(error)
         raise error
 
-    def _promised(self, call: Call, ticket: int | None) -> tuple[Callable[[], bool], float | None]:
-        """Return what is waited for, and how long: a call's begin or, with a ticket, its line."""
+    def wait(self, call: Call, done: Callable[[], bool], error: BaseException | None = None) -> None:
+        """Wait for a call's begin or line; refuse it if late, unless it failed."""
         timeout = self.config.strict_timeout if call.strict else None
-        if ticket is None:
-            return lambda: call.number in self._writer.begun.on_record, timeout
-        return lambda: self._writer.written >= ticket, timeout
-
-    def wait(self, call: Call, ticket: int | None = None, error: BaseException | None = None) -> None:
-        """Wait until a call's begin or its line is on record; refuse it after too long, unless it failed."""
-        done, timeout = self._promised(call, ticket)
         if not (done() or self._writer.wait_for(done, timeout)) and error is None:
             self._refuse(call)
 
     async def wait_async(
-        self, call: Call, ticket: int | None = None, error: BaseException | None = None
+        self, call: Call, done: Callable[[], bool], error: BaseException | None = None
     ) -> None:
         """Do the same while the event loop goes on."""
-        done, timeout = self._promised(call, ticket)
         if done():
             return
         import asyncio
 
         try:
             loop = asyncio.get_running_loop()
-        except RuntimeError:  # another kind of event loop; the promise counts more than its time
-            self.wait(call, ticket, error)
+        except RuntimeError:  # another kind of event loop
+            self.wait(call, done, error)
             return
         over = asyncio.Event()
-        timer = None if timeout is None else loop.call_later(timeout, over.set)
+        timer = loop.call_later(self.config.strict_timeout, over.set) if call.strict else None
         self._writer.call_when(done, lambda: loop.call_soon_threadsafe(over.set))
         try:
             await over.wait()
@@ -5836,19 +5747,16 @@ class AuditLogger:
         context: Mapping[str, object] | None = None,
         denied_by: DeniedBy = (),
     ) -> Call:
-        """Return a context manager, for `with` or `async with`, that times its body and records how it ended.
+        """Return a context manager, also for `async with`, that times its body and records how it ended.
 
-        Arguments are those of `log_event`; exceptions of `denied_by` are recorded as the decision `deny`.
+        Arguments are those of `log_event`; exceptions of `denied_by` mean the decision `deny`.
         """
-        given = {**locals()}  # the arguments by name, which are those of a Call
+        given = {**locals()}  # the arguments by name, as of a Call
         del given["self"]
         return Call(self, **given)
 
     def policy(self, decision: str, reason: str | None = None) -> None:
-        """Record what a policy decided about the call that runs here (allow, deny or warn), and why.
-
-        `logging` is told where none runs: by `record`, in a decorated function, in a tool under `middleware`.
-        """
+        """Record what a policy decided about the call that runs here: allow, deny or warn, and why."""
         if (call := _running.get()) is not None:
             call.policy(decision, reason)
         else:
@@ -5859,7 +5767,7 @@ class AuditLogger:
 
         `server.add_middleware(audit.middleware())` of FastMCP 2 to 4, `server.middleware.append(…)` of SDK 2.
         `caller` is by default `http` or `stdio`, as the request came. Exceptions of `denied_by`, also as a
-        cause, are recorded as the policy decision `deny`; EventError is raised for what are none.
+        cause, mean the policy decision `deny`; EventError for what are none.
         """
         return Middleware(self, caller, denied_by)
 
@@ -5874,7 +5782,7 @@ class AuditLogger:
         add = getattr(server, "add_middleware", chain.append if isinstance(chain, list) else None)
         if add is not None:
             add(middleware)
-        # Those of the SDK 1, below FastMCP 2 and 3 as well, are wrapped, now and later.
+        # The SDK 1 is below FastMCP 2 and 3, too.
         if isinstance(getattr(inner, "request_handlers", None), dict):
             inner.request_handlers = _AuditedHandlers(middleware, inner.request_handlers)
         elif add is None:
@@ -5888,8 +5796,8 @@ class AuditLogger:
     ) -> Callable[[Function], Function]:
         """Record each execution of a function of any kind as a tool: `@audit.tool()`.
 
-        It stays what it is; arguments are recorded by name. `name` is by default its own, `caller` that of
-        the request it runs in, or `cli`; `denied_by` as of `middleware`. EventError without the parentheses.
+        `name` is by default the function's, `caller` that of the request it runs in, or `cli`; `denied_by` as
+        of `middleware`. EventError without the parentheses.
         """
         return auditing(self, "tool", name, caller, denied_by)
 
@@ -5917,8 +5825,7 @@ class AuditLogger:
     def flush(self, timeout: float = 10.0) -> bool:
         """Return True once every event logged before is in the journal, where `kill -9` can't reach it.
 
-        Then it waits for one attempt to move them into the database, of which `counters` tell. False after
-        `timeout` seconds; nothing is lost.
+        Then it waits for one attempt to ingest them; see `counters`. False after `timeout` seconds.
         """
         return not self.enabled or self._writer.flush(timeout)
 
@@ -5929,8 +5836,8 @@ class AuditLogger:
     def shutdown(self, timeout: float = 10.0) -> bool:
         """Write what is queued, ingest, end the thread, all within `timeout` seconds. Harmless to repeat.
 
-        It is called at exit. If the database is held until the end, the journal keeps the events for the next
-        start; later events go there directly. False if some can't be written there; `logging` says how many.
+        It is called at exit. If the database is held, the journal keeps the events for the next start; later
+        events go there directly. False if some can't be written there; `logging` says how many.
         """
         deadline = time.monotonic() + timeout
         self.unfinished.close()
@@ -5942,8 +5849,9 @@ class AuditLogger:
             self._ingester.end_child()
         _live.loggers.discard(self)
         if left:
-            text = f"{left} events could not be written to the journal before shutdown"
-            self._diagnostics.note("left", text)
+            self._diagnostics.note(
+                "left", f"{left} events could not be written to the journal before shutdown"
+            )
         self._diagnostics.tell()
         return not left
 
@@ -5956,7 +5864,7 @@ class AuditLogger:
         self.shutdown()
 
     def _activate(self) -> bool:
-        """Before the first thread: be found by the exit hooks. False while the program ends."""
+        """Be found by the exit hooks; return False while the program ends."""
         if _live.exiting:
             return False
         if self in _live.loggers:  # an earlier thread ended, or could not be started
@@ -5977,23 +5885,10 @@ def redactor_of(config: Config) -> Redactor:
     return Redactor(config.redact, config.keep, mode=config.redact_mode, key=key)
 
 
-def place_problem(path: str) -> str | None:
-    """Return why nothing could be written at a path, or None; nothing is made."""
-    if os.path.exists(path) and not os.access(path, os.W_OK):
-        return "this user may not write it"
-    folder = os.path.dirname(path)
-    while not os.path.exists(folder) and folder != os.path.dirname(folder):
-        folder = os.path.dirname(folder)
-    if not os.path.isdir(folder):
-        return f"{folder} is no directory"
-    return None if os.access(folder, os.W_OK | os.X_OK) else f"this user may not write in {folder}"
-
-
 class _Live:
-    """The loggers of this process. Hooks are methods: a reload leaves the older loggers theirs."""
+    """The loggers of this process. A reload leaves the older loggers theirs."""
 
     def __init__(self) -> None:
-        # All, for the fork hooks: a thread may be inside of one that never started.
         self.known: weakref.WeakValueDictionary[int, AuditLogger] = weakref.WeakValueDictionary()
         self.loggers: set[AuditLogger] = set()  # with threads; held until shut down, for the exit hook
         self.exiting = False
@@ -6006,7 +5901,7 @@ class _Live:
                     logger.shutdown()
                 except Exception as error:  # the others have events, too
                     logger._diagnostics.report("exit", "a logger could not be shut down", error=error)
-        except KeyboardInterrupt:  # a second Ctrl+C: leave at once, and say what is left
+        except KeyboardInterrupt:  # a second Ctrl+C
             for logger in list(self.loggers):
                 if left := logger._writer.pending:
                     text = f"interrupted at exit; {counted(left, 'event')} were not written"
@@ -6016,7 +5911,7 @@ class _Live:
             self.exiting = True
 
     def at_fork(self, step: str) -> None:
-        """Have each writer take a step; in a child, what the parent had queued or running is the parent's."""
+        """Have each writer take a step; a child has nothing queued or running."""
         for reference in self.known.valuerefs():  # a copy: other threads may make more meanwhile
             if (logger := reference()) is not None:
                 if step == "start_afresh":
@@ -10113,46 +10008,54 @@ class Importer:
 # == Wrap ==
 # depends on: Errors, Writer, Calls, Logger
 #
-# A stdio server as our child, between it and its client. Bytes pass unchanged whatever the recording does,
-# unless `strict` says otherwise; signals and ends pass too.
+# A stdio server as our child, between it and its client. Bytes, signals and ends pass unchanged whatever the
+# recording does, unless `strict` says otherwise.
 
 MAX_MESSAGE_BYTES = 256 * 2**20  # arbitrary: a message without an end must not take all memory
+_MAX_MESSAGE = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB"
 
 
 class StdioAudit(Exchange):
     """Matches JSON-RPC requests with their responses, in the bytes between a client and a server.
 
-    Feed a piece *before* it is passed on: then no answer overtakes its request, and a client that has an
-    answer can be sure of its row. The two sides may be fed from two threads.
+    Feed a piece *before* it is passed on: then no answer overtakes its request, or its row. Two threads may
+    feed the two sides.
     """
 
     def __init__(self, logger: AuditLogger) -> None:
         super().__init__(logger)
         self._client_lines, self._server_lines = _Lines(), _Lines()
         self._pending: dict[object, Call | tuple[str, object]] = {}  # by id: a call, or method and parameters
-        self._session = types.SimpleNamespace(client_params=None)  # as `origin_of` reads one
-        self.here = _Here()
+        self._session: object = None  # as `origin_of` reads one
 
-    def from_client(self, data: bytes | None) -> None:
-        """Take in what the client sends: any piece of it, and None at its end."""
-        lines = self._client_lines.feed(data)
-        for message in itertools.chain.from_iterable(self._messages(line, is_client=True) for line in lines):
-            key, method, params = _parts_of(message)
-            if method == "initialize" or method.startswith("tasks/"):
-                self._pending[key] = method, params
-                if method == "initialize":
-                    self._session = types.SimpleNamespace(client_params=params)
-            elif method == "notifications/cancelled":
-                texts = "cancelled by the client", _text(_get(params, "reason"))
-                self._finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
-            elif method in MCP_METHODS:
-                self._begin(key, method, params)
+    def _take_piece(self, data: bytes | None, *, is_client: bool) -> str | None:
+        """Take in a piece from a side, or its end as None; return what is wrong with it."""
+        problem = None
+        for line in (self._client_lines if is_client else self._server_lines).feed(data):
+            if is_client or self._pending or self._logger.unfinished:
+                messages, fault = self._messages(line, is_client=is_client)
+                problem = fault or problem
+                for message in messages:
+                    try:
+                        self._take_request(message) if is_client else self._take_answer(message)
+                    except AuditUnavailableError as error:
+                        problem = str(error)
+        return problem
 
-    def from_server(self, data: bytes | None) -> None:
-        """Take in what the server sends: any piece of it, and None at its end."""
-        for line in self._server_lines.feed(data):
-            for message in self._messages(line) if self._pending or self._logger.unfinished else ():
-                self._take_answer(message)
+    from_client = functools.partialmethod(_take_piece, is_client=True)
+    from_server = functools.partialmethod(_take_piece, is_client=False)
+
+    def _take_request(self, message: dict[str, Any]) -> None:
+        key, method, params = _parts_of(message)
+        if method == "initialize" or method.startswith("tasks/"):
+            self._pending[key] = method, params
+            if method == "initialize":
+                self._session = types.SimpleNamespace(client_params=params)
+        elif method == "notifications/cancelled":
+            texts = "cancelled by the client", _text(_get(params, "reason"))
+            self._finish(_key_of(_get(params, "requestId")), ": ".join(filter(None, texts)))
+        elif method in MCP_METHODS:
+            self._begin(key, method, params)
 
     def _take_answer(self, message: dict[str, Any]) -> None:
         key, method, params = _parts_of(message)
@@ -10169,21 +10072,20 @@ class StdioAudit(Exchange):
             text = _text(_get(failure, "message")) or _text(failure) or "the server answered with an error"
             self._finish(key, f"{text} ({code})" if code else text, code)
         elif pending is not None:
-            self.conclude(pending, result)
-            if pending.waits:
-                self._pending.pop(key, None)
-            else:
-                self._finish(key)
+            conclude(pending, result, self)
+            self._pending.pop(key, None) if pending.waits else self._finish(key)
 
     def close(self, reason: str) -> None:
         """Record every unanswered call, with `reason` as its error."""
         for key in list(self._pending):
-            self._finish(key, reason)
+            self._finish(key, reason, waits=False)
         self._logger.unfinished.close()
 
-    def _messages(self, line: bytes | None, *, is_client: bool = False) -> list[dict[str, Any]]:
-        """Return the messages of a line as any reader may understand it; report what only some can read."""
+    def _messages(self, line: bytes | None, *, is_client: bool) -> tuple[list[dict[str, Any]], str | None]:
+        """Return the messages of a line, as any reader may take it, and what is wrong with it."""
+        messages: list[dict[str, Any]] = []
         twice: list[dict[str, Any]] = []  # objects with a name twice, as readers of the first one see them
+        faults: list[str] = []
 
         def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             last = dict(pairs)
@@ -10191,64 +10093,54 @@ class StdioAudit(Exchange):
                 twice.append(dict(reversed(pairs)))
             return last
 
-        value, fault = None, ""
-        text = (line or b"").decode("utf-8", "replace").lstrip("\ufeff")
-        try:
-            value = json.loads(text, parse_int=_json_int, object_pairs_hook=_object)
-        except RecursionError:
-            fault = "a message passed unaudited: it is nested too deeply to be read"
-        except ValueError:
-            if line is None:
-                fault = f"a message longer than {MAX_MESSAGE_BYTES >> 20} MiB passed unaudited"
-            elif is_client and text.strip() and not self._client_lines.is_part:
-                fault = "a line passed unaudited: it is no JSON, though a lenient server may execute it"
+        text = (line or b"").strip().decode("utf-8", "replace").lstrip("\ufeff")
+        # Node's SDK ends lines at LF, Python's at CR as well.
+        for reading in filter(str.strip, [*text.split("\r"), text] if "\r" in text else [text]):
+            try:
+                value = json.loads(reading, parse_int=_json_int, object_pairs_hook=_object)
+            except RecursionError:
+                return messages, "a message passed unaudited: it is nested too deeply"
+            except ValueError:
+                faults.append("a line passed unaudited: it is no JSON" if is_client else "")
+            else:
+                faults.append("")
+                batch, known = value if isinstance(value, list) else [value], list(messages)
+                messages += [each for each in batch if type(each) is dict and each not in known]
+        fault = faults and faults[-1] and next(filter(None, faults[:-1] or faults), "")
         if is_client and any("method" in each for each in twice):
             fault = "a message names its method twice: servers may differ in what they execute"
-        if fault:
-            self.here.problems[None] = fault
-        return [each for each in (value if isinstance(value, list) else [value]) if type(each) is dict]
+        return messages, f"{_MAX_MESSAGE} passed unaudited" if line is None else fault or None
 
     def _begin(self, key: object, method: str, params: object) -> None:
         context = types.SimpleNamespace(meta=_get(params, "_meta"), session=self._session, request_id=key)
         call = self.call_of(MCP_METHODS[method], context, params)
-        if key is None:
-            call.fail("sent without an id that could be answered")
-            call.end()
-            return
         self._finish(key, "its id was used again before it was answered")
         self._pending[key] = call
-        self._attempt(key, call.begin)
+        if key is None:
+            self._finish(key, "sent without an id that could be answered")
+        else:
+            call.begin()
 
-    def _finish(self, key: object, error: str | None = None, error_type: str | None = None) -> None:
+    def _finish(
+        self, key: object, error: str | None = None, error_type: str | None = None, *, waits: bool = True
+    ) -> None:
         call = self._pending.pop(key, None)
         if isinstance(call, Call):
             if error is not None:
                 call.fail(error, error_type)
-            self._attempt(key, call.end)
+            call.end() if waits else call._end(None)
 
-    def _attempt(self, key: object, step: Callable[[], object]) -> None:
-        try:
-            step()
-        except AuditUnavailableError as error:
-            self.here.problems[key] = str(error)
-
-    def withdraw(self, line: bytes, reason: str) -> list[object]:
-        """Record that a client's line was not passed on; return the ids that wait for an answer."""
-        keys = [_parts_of(message)[0] for part in line.splitlines() for message in self._messages(part)]
+    def withdraw(self, line: bytes, reason: str, *, is_client: bool) -> list[object]:
+        """Record that a line is not passed on; return the ids that the client waits for."""
+        parts = map(_parts_of, self._messages(line, is_client=is_client)[0])
+        keys = [key for key, method, _ in parts if key is not None and bool(method) is is_client]
         for key in keys:
-            self._finish(key, reason, "AuditUnavailableError")
-        return [*dict.fromkeys([*self.here.problems, *keys])]
-
-
-class _Here(threading.local):
-    """What a thread has found in its piece: by id what a strict logger refused, and by None a fault of it."""
-
-    def __init__(self) -> None:
-        self.problems: dict[object, str] = {}
+            self._finish(key, reason, "AuditUnavailableError", waits=False)
+        return keys
 
 
 def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
-    """Return id, method ("" without one) and parameters; servers in Go take names in any case."""
+    """Return id, method and parameters; servers in Go take any case."""
     members = {name.lower(): value for name, value in message.items() if value is not None}
     method = message.get("method") or members.get("method")
     params = message["params"] if message.get("params") is not None else members.get("params")
@@ -10256,71 +10148,43 @@ def _parts_of(message: Mapping[str, Any]) -> tuple[object, str, Any]:
 
 
 def _key_of(value: object) -> object:
-    """Return an id as a key; None for what is no id."""
     return value if type(value) in (str, int, float) else None
 
 
 def _json_int(text: str) -> int | str:
-    """Take a number of any length, as JavaScript does: no call may pass unseen because of one."""
+    """Take a number of any length, as JavaScript does."""
     return int(text) if len(text) <= 4000 else text  # below Python's limit of digits
 
 
 class _Lines:
-    """Puts pieces of bytes together into lines, which end at LF (Node's SDK) or at CR as well (Python's).
-
-    So what stands between two CRs is yielded, and then a whole line with CRs inside, where CR may be a blank.
-    """
-
     def __init__(self) -> None:
         self._line = bytearray()
-        self._size = 0  # of the line; one that is too long is not kept
-        self._start = 0  # of the last part
-        self.is_part = False  # what was yielded last may be a piece of a line
 
     def feed(self, data: bytes | None) -> Iterator[bytes | None]:
-        """Yield the lines that `data`, or the end, completes; None for one that is too long to be kept."""
-        if data is None and self._size:  # some take a last line that has no end
-            yield from self._ended(is_line=True)
-        for end in (data or b"").splitlines(keepends=True):  # after CR, LF and CRLF
-            self._size += len(end)
-            if self._size <= MAX_MESSAGE_BYTES:
-                self._line += end
-            else:
-                self._line.clear()
-            if end[-1:] in b"\r\n":
-                yield from self._ended(is_line=end[-1:] == b"\n")
-
-    def _ended(self, *, is_line: bool) -> Iterator[bytes | None]:
-        self.is_part = not is_line or self._start > 0
-        part = bytes(self._line[self._start :]).strip()
-        self._start = len(self._line)
-        if part:
-            yield part
-        if is_line:
-            whole, size = bytes(self._line).strip(), self._size
-            self._line, self._size, self._start = bytearray(), 0, 0
-            if size > MAX_MESSAGE_BYTES:
-                yield None
-            elif b"\r" in whole:
-                yield whole
+        """Yield the lines that `data`, or the end, completes; None if too long."""
+        if data is None:  # some take a last line that has no end
+            data = b"\n" if self._line else b""
+        for number, piece in enumerate(data.split(b"\n")):
+            if number:
+                yield bytes(self._line) if len(self._line) <= MAX_MESSAGE_BYTES else None
+                self._line = bytearray()
+            if len(self._line) <= MAX_MESSAGE_BYTES:
+                self._line += piece
 
 
 _SIGTERM, _SIGKILL = 15, 9  # on each system with process groups
 
 
 class WrappedServer:
-    """A stdio server as our child. A thread for each direction, and one that waits for the server's end.
+    """A stdio server as our child, with a thread for each direction, and one that waits for its end.
 
-    Pieces are passed on as they come; a side that doesn't read makes the other wait. A strict logger passes
-    whole lines on, each once it is understood and on record. The child and what it starts (`npx` starts the
-    server itself) are a process group: it gets each signal that we get, and nothing of it is left behind.
+    Pieces pass as they come; for a strict logger whole lines, each once it is understood and on record. The
+    child and what it starts (`npx` starts the server) are a process group: it gets the signals that we get,
+    and nothing of it is left behind.
     """
 
-    _PIECE_BYTES = 2**16
-    GRACE_SECONDS = 2.0  # as MCP's own SDK ends a stdio server
-    _ANSWER_SECONDS = 1.0  # after SIGTERM: MCP's SDKs kill us two seconds later
-    _SIGNALS = ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2")
-    _process: subprocess.Popen[bytes]
+    GRACE_SECONDS = 2.0  # as the SDKs give a server
+    _process: Any
 
     def __init__(self, command: Sequence[str], audit: AuditLogger) -> None:
         self._command, self._audit = list(command), audit
@@ -10328,133 +10192,104 @@ class WrappedServer:
         self._told = Diagnostics()
         self._stdio = StdioAudit(audit)
         self._client_gone = False
-        self._end_at = inf  # when pending calls are recorded as unanswered
-        self._pieces = 0  # that the server sent
-        self._is_reading = False  # not recording, nor waiting for the client
-        self._answering = threading.Lock()  # refusals go to the client as well
+        self._reading_since = 0.0  # inf while a piece is recorded and passed on
+        self._answering = threading.Lock()  # refusals, too
 
     def run(self) -> int:
-        """Run the server to its end and return its exit code, negative if a signal ended it."""
+        """Run the server; return its exit code, negative if a signal ended it."""
         import shutil
         import subprocess
 
-        # Windows needs the whole path for npx.cmd.
+        # Windows needs the path of npx.cmd.
         command = [shutil.which(self._command[0]) or self._command[0], *self._command[1:]]
         try:
-            self._process = subprocess.Popen(  # no thread of ours runs yet, so `preexec_fn` is safe
+            self._process = subprocess.Popen(  # safe: no thread of ours runs yet
                 command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, bufsize=0, preexec_fn=_child_setup()
             )
         except OSError as error:
             raise AuditError(f"{self._command[0]} can't be started: {error.strerror}") from error
         self._forward_signals()
         tasks = self._pass_requests, self._pass_answers, self._process.wait
-        _, answers, waiter = threads = [
-            threading.Thread(target=task, name=f"mxcp_audit {task.__name__}", daemon=True) for task in tasks
-        ]
+        _, answers, waiter = threads = [threading.Thread(target=task, daemon=True) for task in tasks]
         for thread in threads:
             thread.start()
         while waiter.is_alive():  # a signal before it sleeps is seen at the next turn
             waiter.join(0.2)
-            if time.monotonic() >= self._end_at:
-                self._stdio.close("the client ended the server before it was answered")
-        while answers.is_alive():
-            before = self._pieces
-            answers.join(self.GRACE_SECONDS)
-            if self._is_reading and self._pieces == before:
-                break  # all has passed; a grandchild holds the pipe open
+        ended = time.monotonic()  # after that a grandchild may hold the pipe open
+        while answers.is_alive() and time.monotonic() < max(ended, self._reading_since) + self.GRACE_SECONDS:
+            answers.join(0.1)
         self._end_group(_SIGTERM, _SIGKILL)
         who = "client" if self._client_gone else "server"
         self._stdio.close(f"the {who} went away before it was answered")
-        return self._process.returncode
+        return int(self._process.returncode)
 
     def _forward_signals(self) -> None:
         import signal
 
         def forward(number: int, frame: object) -> None:
-            if not signal.Signals(number).name.startswith("SIGUSR"):
-                self._end_at = min(self._end_at, time.monotonic() + self._ANSWER_SECONDS)
             with contextlib.suppress(OSError):
                 self._signal(number)
 
-        for number in filter(None, (getattr(signal, name, None) for name in self._SIGNALS)):
-            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
+        for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
+            number = getattr(signal, name, None)
+            if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
                 with contextlib.suppress(ValueError, OSError):
                     signal.signal(number, forward)
 
     def _pass_requests(self) -> None:
-        assert self._process.stdin is not None
         try:
             for data in self._pieces_of(0):
-                if self._is_admitted(self._stdio.from_client, data):
+                if self._is_admitted(data, is_client=True):
                     _write_all(self._process.stdin.fileno(), data)
-                else:
-                    self._refuse_line(data)
-        except OSError:  # the server reads no more: the client sees that, as it would without us
+        except OSError:  # the server reads no more, as the client shall see
             _give_up(0)
             return
-        self._is_admitted(self._stdio.from_client, None)
+        self._is_admitted(None, is_client=True)
         self._process.stdin.close()
         if _reader_is_gone(1):
             self._client_gone = True
             self._end_group(0, _SIGTERM, _SIGKILL)
 
     def _pass_answers(self) -> None:
-        assert self._process.stdout is not None
         for data in self._pieces_of(self._process.stdout.fileno()):
-            self._is_reading = False
-            self._pieces += 1
-            if self._is_admitted(self._stdio.from_server, data):
+            self._reading_since = inf
+            if self._is_admitted(data, is_client=False):
                 self._answer(data)
-            else:
-                self._refuse(self._stdio.here.problems)
-            self._is_reading = True
-        self._is_admitted(self._stdio.from_server, None)
+            self._reading_since = time.monotonic()
+        self._is_admitted(None, is_client=False)
         _give_up(1)
 
     def _pieces_of(self, fd: int) -> Iterator[bytes]:
         """Yield what comes, as it comes; for a strict logger in whole lines."""
-        rest = bytearray()
-        with contextlib.suppress(OSError):  # there may be no such file
-            while data := os.read(fd, self._PIECE_BYTES):
-                if not self._strict:
-                    yield data
-                    continue
-                rest += data
-                if b"\n" in data:
-                    *lines, rest = rest.split(b"\n")
-                    yield from (bytes(line + b"\n") for line in lines)
-                if len(rest) > MAX_MESSAGE_BYTES:
-                    size = f"{MAX_MESSAGE_BYTES >> 20} MiB"
-                    self._told.report("strict", f"a message longer than {size} was refused")
-                    rest = bytearray(b"too long")  # what follows of it is no message either
-        if rest:
-            yield bytes(rest + b"\n")  # some servers execute a last line that has no end
+        reads, lines = iter(functools.partial(_read, fd), b""), _Lines()
+        if not self._strict:
+            yield from reads
+            return
+        for line in itertools.chain.from_iterable(map(lines.feed, itertools.chain(reads, [None]))):
+            if line is not None:
+                yield line + b"\n"
+            else:
+                self._told.report("strict", f"{_MAX_MESSAGE} was refused")
 
-    def _is_admitted(self, feed: Callable[[bytes | None], None], data: bytes | None) -> bool:
-        """Feed the bookkeeping; False if a strict logger can't vouch for what it was given."""
+    def _is_admitted(self, data: bytes | None, *, is_client: bool) -> bool:
+        """Record a piece; return False if a strict logger refuses it, and answer so."""
         if not self._audit.enabled:
             return True
-        problems = self._stdio.here.problems = {}
         try:
-            feed(data)
-        except Exception as error:
-            problems[None] = f"a message passed unaudited: {describe_exception(error)}"
-        if None in problems and not self._strict:
-            self._told.report("wrap", problems[None])
-        return not (problems and self._strict)
-
-    def _refuse_line(self, line: bytes) -> None:
-        texts = dict(self._stdio.here.problems)
-        fault = texts.pop(None, "a call in the same line was refused")
-        reason = fault.replace(" passed unaudited", " was refused")
-        self._refuse({key: texts.get(key, reason) for key in self._stdio.withdraw(line, reason)})
-        self._told.report("strict", next(iter(texts.values()), reason))
-
-    def _refuse(self, problems: Mapping[object, str]) -> None:
-        for key, text in problems.items():
-            if key is not None:
-                error = {"code": -32000, "message": text}
-                self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
+            problem = (self._stdio.from_client if is_client else self._stdio.from_server)(data)
+        except Exception as fault:
+            problem = f"a message passed unaudited: {describe_exception(fault)}"
+        if problem is None:
+            return True
+        if not self._strict:
+            self._told.report("wrap", problem)
+            return True
+        reason = problem.replace(" passed unaudited", " was refused")
+        self._told.report("strict", reason)
+        for key in self._stdio.withdraw(data or b"", reason, is_client=is_client):
+            error = {"code": -32000, "message": reason}
+            self._answer(json.dumps({"jsonrpc": "2.0", "id": key, "error": error}).encode() + b"\n")
+        return False
 
     def _answer(self, data: bytes) -> None:
         with self._answering:
@@ -10465,7 +10300,7 @@ class WrappedServer:
                     self._client_gone = True
 
     def _signal(self, number: int) -> None:
-        """Send a signal to the server's process group, or where there are none to the server; 0 only asks."""
+        """Send a signal to the server's group, or to the server; 0 only asks."""
         if hasattr(os, "killpg"):
             os.killpg(self._process.pid, number)
         elif self._process.poll() is not None:
@@ -10474,7 +10309,7 @@ class WrappedServer:
             self._process.send_signal(number)
 
     def _end_group(self, *numbers: int) -> None:
-        """Send signals, each if the one before didn't end all: a launcher may be gone before its server."""
+        """Send signals, each if the one before didn't end the whole group."""
         with contextlib.suppress(OSError):  # nobody is left
             for number in numbers:
                 deadline = time.monotonic() + self.GRACE_SECONDS * (number != _SIGKILL)
@@ -10485,7 +10320,7 @@ class WrappedServer:
 
 
 def _child_setup() -> Callable[[], object] | None:
-    """Return what a child calls first: it leads a process group, and on Linux dies with its parent."""
+    """Return what a child calls first: to lead a group, and die with us."""
     if not hasattr(os, "setpgid"):
         return None
     steps: list[Callable[[], object]] = [functools.partial(os.setpgid, 0, 0)]
@@ -10497,6 +10332,13 @@ def _child_setup() -> Callable[[], object] | None:
     return lambda: [step() for step in steps]
 
 
+def _read(fd: int) -> bytes:
+    try:
+        return os.read(fd, 2**16)
+    except OSError:  # there may be no such file
+        return b""
+
+
 def _write_all(fd: int, data: bytes) -> None:
     rest = memoryview(data)
     while rest:
@@ -10504,21 +10346,21 @@ def _write_all(fd: int, data: bytes) -> None:
 
 
 def _give_up(fd: int) -> None:
-    """Close our end of a pipe but keep its number, lest a segment become standard output."""
+    """Close a pipe but keep its number, lest a segment become stdout."""
     null = os.open(os.devnull, os.O_RDWR)
     os.dup2(null, fd)
     os.close(null)
 
 
 def _reader_is_gone(fd: int) -> bool:
-    """Return True once nobody can read what is written to `fd`; False if that can't be told."""
+    """Return True once nobody reads `fd` any more; False if unknown."""
     import select
 
     if not hasattr(select, "poll"):
         return False
     poll = select.poll()
     poll.register(fd, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll())
+    return bool(poll.poll())
 
 
 def end_like(code: int) -> int:

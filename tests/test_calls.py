@@ -280,9 +280,11 @@ def test_tool_function_stays_what_it_was(audit: AuditLogger) -> None:
     assert inspect.signature(wrapped) == inspect.signature(get_user)
     assert (wrapped.__name__, wrapped.__doc__) == ("get_user", "Return a user.")
     assert inspect.get_annotations(wrapped) == inspect.get_annotations(get_user)
-    assert wrapped(7, "a", "b", deep=True, api_key="k") == get_user(7, "a", "b", deep=True, api_key="k")
+    more = {"api_key": "k", "more": "m"}
+    assert wrapped(7, "a", "b", deep=True, **more) == get_user(7, "a", "b", deep=True, **more)
     ((name, input_json, status, error),) = outcome(audit)
-    assert json.loads(input_json) == {"user_id": 7, "tags": ["a", "b"], "deep": True, "api_key": "[REDACTED]"}
+    given = {"user_id": 7, "tags": ["a", "b"], "deep": True, "api_key": "[REDACTED]", "more": "m"}
+    assert json.loads(input_json) == given
     assert (name, status, error) == ("get_user", "success", None)
 
 
@@ -559,7 +561,8 @@ def test_middleware_other_methods_pass_unrecorded(audit: AuditLogger) -> None:
     assert recorded(audit) == []
 
 
-def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger) -> None:
+@pytest.mark.parametrize("nested", [False, True])
+def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger, nested: bool) -> None:
     """The SDK makes a result of what a tool raises; the decorator saw it."""
 
     @audit.tool()
@@ -578,7 +581,11 @@ def test_middleware_decorated_tool_one_row_with_the_cause(audit: AuditLogger) ->
             refuse(1)
         return {"isError": True, "content": [{"type": "text", "text": "Error executing tool"}]}
 
-    asyncio.run(audit.middleware()(context_of("tools/call", name="refuse", arguments={"a": 1}), call_next))
+    async def call_inner(context: object, call_next: Any = call_next) -> object:
+        return await audit.middleware()(context, call_next)
+
+    given = context_of("tools/call", name="refuse", arguments={"a": 1})
+    asyncio.run(audit.middleware()(given, call_inner if nested else call_next))
     found = [(e["name"], e["policy_decision"], e["reason"], e["error"]) for e in recorded(audit)]
     denied = ("refuse", "deny", "not an admin", "PermissionError: not an admin")
     helped = ("helper", "n/a", None, None)
@@ -1000,13 +1007,12 @@ def test_stdio_who_and_trace_known(feeder: Feeder) -> None:
 )
 def test_stdio_lines_that_are_no_calls_pass(feeder: Feeder, line: bytes) -> None:
     feeder.client(request(1))
-    feeder.stdio.from_client(line + b"\n")
-    feeder.stdio.from_server(line + b"\n")
+    problem = feeder.stdio.from_client(line + b"\n")
+    assert feeder.stdio.from_server(line + b"\n") is None
     feeder.server(answer(1))
     assert outcome(feeder.audit) == [("t", "{}", "success", None)]
     is_json = line[:1] in (b"", b"1", b"[", b"{")
-    problems = feeder.stdio.here.problems
-    assert not problems if is_json else "no JSON" in problems[None]
+    assert problem is None if is_json else "no JSON" in str(problem)
 
 
 def test_stdio_number_of_ten_thousand_digits_does_not_hide_a_call(feeder: Feeder) -> None:
@@ -1018,11 +1024,11 @@ def test_stdio_number_of_ten_thousand_digits_does_not_hide_a_call(feeder: Feeder
 
 
 def test_stdio_too_deep_or_too_long_is_a_fault(feeder: Feeder, monkeypatch: pytest.MonkeyPatch) -> None:
-    feeder.stdio.from_client(b'{"a":' + b"[" * 200_000 + b"\n")
-    assert "nested too deeply" in feeder.stdio.here.problems.pop(None)
+    problem = feeder.stdio.from_client(b'{"a":' + b"[" * 200_000 + b"\n")
+    assert "nested too deeply" in str(problem)
     monkeypatch.setattr(mxcp_audit, "MAX_MESSAGE_BYTES", 1000)
-    feeder.stdio.from_client(b"x" * 600)
-    feeder.stdio.from_client(b"x" * 600 + b"\n" + json.dumps(request(1)).encode() + b"\n")
+    assert feeder.stdio.from_client(b"x" * 600) is None
+    problem = feeder.stdio.from_client(b"x" * 600 + b"\n" + json.dumps(request(1)).encode() + b"\n")
     feeder.server(answer(1))
-    assert "longer than" in feeder.stdio.here.problems[None]
+    assert "longer than" in str(problem)
     assert outcome(feeder.audit) == [("t", "{}", "success", None)]
