@@ -3140,10 +3140,10 @@ class Segment(Descriptor):
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd)
-        self.path, self.id, self.opened, self.sealed = path, segment_id_of(path), time.monotonic(), False
+        self.path, self.id, self.opened, self.closed = path, segment_id_of(path), time.monotonic(), False
         self._dirty = False  # there may be bytes behind the end
         self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
-        self._limit, self._place = file_size_limit(), _key_at(os.path.dirname(path))
+        self._limit = file_size_limit()
 
     @property
     def size(self) -> int:
@@ -3187,28 +3187,17 @@ class Segment(Descriptor):
     def is_usable(self) -> bool:
         return self.is_open() and self.is_in_place()
 
-    def is_taken_away(self) -> bool:
-        """Return True for a file whose directory was moved or unmounted."""
-        if _key_at(os.path.dirname(self.path)) == self._place:
-            return False
-        with contextlib.suppress(OSError):
-            return os.fstat(self.number()).st_nlink > 0
-        return self.is_open()  # a stale network handle
-
-    def seal(self, *, keep: bool = False) -> None:
-        """Release the lock, so that anybody may ingest the file; close it unless `keep`."""
-        if self._fd >= 0 and not self.sealed:
-            self._mend()
-            self.sealed = True
-        if not self.size:
-            self.discard()
-        elif keep and self.is_open():
-            unlock(self.number())
-        else:
+    def seal(self) -> None:
+        """Close the file, or delete an empty one, so that anybody may ingest it."""
+        self._mend()
+        if self.size:
             self.close()
+        else:
+            self.discard()
 
     def close(self) -> None:
         """Close the file as it is, and release its lock."""
+        self.closed = True  # an interrupt may come before it is
         with contextlib.suppress(OSError):
             unlock(self.number())
         super().close()
@@ -3611,7 +3600,6 @@ _PIECE_BYTES = 2**20  # arbitrary: of one write
 _GATHER_SECONDS = 0.02  # in which `kill -9` loses events
 _RETRY_SECONDS = 0.1  # arbitrary: after a failed write
 _REPORT_SECONDS = 60.0  # between two logs of the same fault
-_MOST_KEPT = 16  # arbitrary: sealed segments that stay open
 
 INFO, WARNING = 20, 30  # the levels of `logging`
 
@@ -3814,18 +3802,17 @@ class Appender:
         self.journal, self.durable, self.diagnostics = journal, durable, diagnostics
         self.begun = Begun(journal, durable, encode_begin)
         self._segment: Segment | None = None
-        self.sealed: dict[str, Segment | None] = {}  # files that wait for an ingest; None for a loss
         self.start_afresh()
 
     def start_afresh(self) -> None:
         """Begin anew, as in a child after a fork."""
         self.begun.start_afresh()
+        if self._segment is not None:
+            self._segment.forget()
+        self._segment = None
         self._before = 0  # lines that were done before those in `_segment`
-        segment, self._segment = self._segment, None
-        for ours in (segment, *self.sealed.values()):
-            if ours is not None:
-                ours.forget()
-        self.sealed.clear()
+        self.sealed: dict[str, int] = {}  # files that wait for an ingest, each with its events
+        self._place: tuple[int, int] | None = None  # device and inode of their directory
         self._lost: list[Loss] = []
         self.recorded = 0.0  # when losses were
         self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
@@ -3844,7 +3831,7 @@ class Appender:
         """Write lines; after an error, `done` says which were written."""
         segment = self.present()
         if segment is None:
-            segment = self._segment = self.journal.open_segment(durable=self.durable)
+            segment = self._segment = self._open()
         before = segment.events
         lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
         try:
@@ -3868,44 +3855,46 @@ class Appender:
     def present(self) -> Segment | None:
         """Return the segment, if there is one; it is open and in place."""
         segment = self._segment
-        if segment is not None and (segment.sealed or not segment.is_open()):
+        if segment is not None and (segment.closed or not segment.is_open()):
             # An interrupt came within `seal`, or somebody closed our descriptor.
             self._let_go(segment)
         elif segment is not None and not segment.is_in_place():
-            fresh = self._replace(segment)
-            lost = 0 if fresh else segment.events
-            self._before, self._segment = self._before + lost, fresh
+            self._write_again(segment)
         return self._segment
 
+    def _open(self) -> Segment:
+        segment = self.journal.open_segment(durable=self.durable)
+        self.left()
+        self._place = _key_at(self.journal.directory)
+        return segment
+
     def _let_go(self, segment: Segment) -> None:
-        keep = os.name == "posix" and len(self.sealed) < _MOST_KEPT  # else it can't be deleted
         if segment.is_open():
-            segment.seal(keep=keep)
+            segment.seal()
         if segment.events:
-            self.sealed[segment.path] = segment
+            self.sealed[segment.path] = segment.events
         self._before, self._segment = self.done, None
 
-    def _replace(self, segment: Segment, *, named: str | None = None) -> Segment | None:
-        """Write a segment again that was moved; unless `named`, empty the old one, which may come back."""
+    def _write_again(self, segment: Segment) -> None:
+        """Write a segment again that was moved or deleted; empty the old one, which may come back."""
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
+            self._before, self._segment = self.done, None
             reason = "their segment was taken away and can't be read any more"
             self.lose(segment.events, "moved", reason, error=error)
-            segment.close()
-            return None
-        self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-        fresh = self.journal.open_segment(durable=self.durable, named=named)
-        try:
-            fresh.append(held, segment.events, durable=self.durable)
-        except BaseException:
-            fresh.discard()
-            raise
-        if named is None:
+        else:
+            self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
+            fresh = self._open()
+            try:
+                fresh.append(held, segment.events, durable=self.durable)
+            except BaseException:
+                fresh.discard()
+                raise
+            self._segment = fresh
             with contextlib.suppress(OSError):
                 os.ftruncate(segment.number(), 0)
         segment.close()
-        return fresh
 
     def seal(self) -> bool:
         """Seal the segment and put losses on record; False if that must be tried again."""
@@ -3926,7 +3915,7 @@ class Appender:
             with self._losing:
                 loss = self._lost.pop(0)
             try:
-                self.sealed[self.journal.record_loss(loss)] = None
+                self.sealed[self.journal.record_loss(loss)] = 0
             except (OSError, JournalError) as error:
                 with self._losing:
                     self._lost.insert(0, loss)
@@ -3948,27 +3937,13 @@ class Appender:
 
     def left(self) -> bool:
         """Return True if something that was sealed waits for an ingest."""
-        for path, segment in list(self.sealed.items()):
-            if os.path.exists(path):
-                continue
-            try:
-                fresh = segment and segment.is_taken_away() and self._replace(segment, named=segment.id)
-                if fresh:
-                    fresh.seal(keep=True)
-                    self.sealed[path] = fresh
-                    continue
-            except (OSError, JournalError) as error:
-                self.diagnostics.note("moved", f"{path} can't be written again yet", error=error)
-                if segment and segment.is_open():
-                    continue
-            self.forget([path])  # it was ingested
+        gone = [path for path in self.sealed if not os.path.exists(path)]  # else it was ingested
+        events = sum([self.sealed.pop(path) for path in gone])
+        with contextlib.suppress(OSError):
+            if events and _key_at(self.journal.directory) != self._place:
+                text = f"{counted(events, 'event')} went away with the directory {self.journal.directory}"
+                self.diagnostics.note("away", f"{text}; put its files back to have them")
         return bool(self.sealed)
-
-    def forget(self, paths: Iterable[str]) -> None:
-        """Let go of files that were ingested, or can't be deleted."""
-        for path in paths:
-            if segment := self.sealed.pop(path, None):
-                segment.close()
 
 
 _CPU_SHARE = 0.01  # of one core
@@ -4040,7 +4015,7 @@ class Ingester:
     def _begin(self) -> None:
         """Seal and start a child, unless another process ingests."""
         appender = self._appender
-        if not appender.sealed and appender.waiting_since() == inf and not self._is_daily():
+        if not appender.sealed and appender.waiting_since() == inf and self._retention() is None:
             self.tried = self.wanted
             return
         self._covers = self.wanted
@@ -4071,7 +4046,7 @@ class Ingester:
             module.threading = native_threads()
         folders = [os.path.abspath(folder) for folder in sys.path if folder and isinstance(folder, str)]
         work = {
-            "settings": self._due_settings(),
+            "settings": {**self._settings, "retention": self._retention()},
             "python": (folders, sys.pycache_prefix, sys.dont_write_bytecode),
             "file": os.path.abspath(__file__),
             "wait": _CHILD_WAIT_SECONDS,
@@ -4121,10 +4096,20 @@ class Ingester:
         return {"cpu": time.monotonic() - self._started, **answer}
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
-        self._account(answer)
+        told, now = self._diagnostics, time.monotonic()
+        told.ingested += answer.get("ingested", 0)
+        told.rejected += answer.get("rejected", 0)
+        for level, kind, text in answer.get("log", ()):
+            told.note(kind, text, level=level)
         if "fault" in answer:
-            self._diagnostics.note("ingest", f"events stay in the journal: {answer['fault']}")
-        now = time.monotonic()
+            told.note("ingest", f"events stay in the journal: {answer['fault']}")
+        self._head = answer.get("head") or self._head
+        if answer.get("done"):
+            for path in self._taken:
+                self._appender.sealed.pop(path, None)  # also what can't be deleted
+            if now >= self._next_daily:
+                self._next_daily = now + 3600 * (24 if answer.get("retained") else 1)
+                self._tell_head()
         if answer.get("busy"):
             self._busy_until = now + (_POLL_SECONDS if self.wanted > self.tried else _BUSY_PAUSE_SECONDS)
             return
@@ -4133,25 +4118,9 @@ class Ingester:
         away = 0.0 if answer.get("done") else _LOCKED_PAUSE_SECONDS if answer.get("locked") else pause
         self._not_before, self._away_until = now + pause, now + away
 
-    def _account(self, answer: Mapping[str, Any]) -> None:
-        told = self._diagnostics
-        told.ingested += answer.get("ingested", 0)
-        told.rejected += answer.get("rejected", 0)
-        for level, kind, text in answer.get("log", ()):
-            told.note(kind, text, level=level)
-        self._head = answer.get("head") or self._head
-        if answer.get("done"):
-            self._appender.forget(filter(os.path.exists, self._taken))  # what can't be deleted
-            if time.monotonic() >= self._next_daily:
-                self._next_daily = time.monotonic() + 3600 * (24 if answer.get("retained") else 1)
-                self._tell_head()
-
-    def _is_daily(self) -> bool:
-        return bool(self._settings["retention"]) and time.monotonic() >= self._next_daily
-
-    def _due_settings(self) -> dict[str, object]:
-        """Return the settings for an ingest, with `retention` only once a day."""
-        return {**self._settings, **({} if self._is_daily() else {"retention": None})}
+    def _retention(self) -> object:
+        """Return the setting, once a day; else None."""
+        return self._settings["retention"] if time.monotonic() >= self._next_daily else None
 
     def _tell_head(self) -> None:
         if self._head != self._told_head:
@@ -4161,27 +4130,25 @@ class Ingester:
     def finish(self, ingest: Callable[..., Mapping[str, Any]], deadline: float) -> None:
         """After the last line: wait for the child, then ingest while there is time."""
         self.stopped = True
-        appender = self._appender
+        appender, why = self._appender, "there was no time left"
         if self._child is not None:
             self._answered(self._await_child((time.monotonic() + deadline) / 2))
-        why = "there was no time left"
         while appender.left():
-            settings = self._due_settings()
-            if is_attach_target(str(settings["path"])) and not no_python():
+            self._taken = list(appender.sealed)
+            if is_attach_target(str(self._settings["path"])) and not no_python():
                 self._start()  # waiting for a server can't be interrupted
                 answer = self._await_child(deadline)
             else:
+                settings = {**self._settings, "retention": self._retention()}
                 answer = ingest(settings, wait=max(0.0, deadline - time.monotonic()))
+            self._answered(answer)
             why = answer.get("fault") or "another process is ingesting"
-            self._taken = list(appender.sealed)
-            self._account(answer)
             if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
                 break
-            time.sleep(0.02 + os.urandom(1)[0] / 5000 if answer.get("busy") else 0)
+            time.sleep(0.05 if answer.get("busy") else 0)
         appender.left()
-        if events := sum(segment.events for segment in appender.sealed.values() if segment):
-            reason = "" if (self._diagnostics.last_error or "").endswith(why) else f": {why}"
-            self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
+        if events := sum(appender.sealed.values()):
+            self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}: {why}")
         self._tell_head()
 
     def _await_child(self, deadline: float) -> Mapping[str, Any]:
