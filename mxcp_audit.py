@@ -288,7 +288,7 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
 
 
 class _YamlReader:
-    """Reads one YAML document. `places`: where entries start, by id of the collection and key or index."""
+    """Reads one YAML document. `places`: where pairs start, by id of the mapping and key."""
 
     def __init__(self, text: str | bytes, path: str | None) -> None:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
@@ -404,7 +404,6 @@ class _YamlReader:
     def sequence(self, column: int) -> list[object]:
         sequence: list[object] = []
         while self.column() == column and self.see(_DASH):
-            self.places[id(sequence), len(sequence)] = self.pos
             self.pos += 1
             sequence.append(self.node(column, after_key=False))
         return sequence
@@ -445,7 +444,6 @@ class _YamlReader:
             if closing == "}":
                 self.put(mapping, key, value, start)
             else:
-                self.places[id(sequence), len(sequence)] = start
                 sequence.append(self.put({}, key, value, start) if pair else key)
             if self.next_in_flow() == ",":
                 self.pos += 1
@@ -686,8 +684,7 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
 
 class Setting(NamedTuple):
     must_be: str
-    # Returns the value as `Config` has it, or None; ValueError has a problem and, in a collection, the entry.
-    check: Callable[[Any], object]
+    check: Callable[[Any], object]  # returns the value as `Config` has it, or None, or raises ValueError
 
 
 def _described(value: object) -> str:
@@ -730,9 +727,9 @@ def _duration(value: Any) -> float | None:
 def _names(value: object) -> tuple[str, ...] | None:
     if not isinstance(value, (list, tuple)):
         return None
-    for index, name in enumerate(value):
+    for number, name in enumerate(value, 1):
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"must be a name, not {_described(name)}; put it in quotes", index)
+            raise ValueError(f"entry {number} must be a name, not {_described(name)}; put it in quotes")
     return tuple(value)
 
 
@@ -740,12 +737,8 @@ def _networks(value: object) -> tuple[str, ...] | None:
     import ipaddress  # lazily: few have proxies
 
     names = _names(value)
-    for index, name in enumerate(names or ()):
-        try:
-            ipaddress.ip_network(name, strict=False)
-        except ValueError as error:
-            problem = f"must be an address such as 10.0.0.1 or a network such as 10.0.0.0/8: {error}"
-            raise ValueError(problem, index) from error
+    for name in names or ():
+        ipaddress.ip_network(name, strict=False)
     return names
 
 
@@ -754,9 +747,9 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
         raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")  # it may hold a secret
     for name, option in value.items():
         if not isinstance(name, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError("the name of an option has letters, digits and _ only; correct it", name)
+            raise ValueError(f"{name!r:.60}: the name of an option has letters, digits and _ only")
         if not isinstance(option, (str, int, float)) or (isinstance(option, float) and not isfinite(option)):
-            raise ValueError(f"must be text, a number or a boolean, not {_described(option)}", name)
+            raise ValueError(f"{name} must be text, a number or a boolean, not {_described(option)}")
     return dict(value)
 
 
@@ -783,7 +776,7 @@ SETTINGS = {
     "retention": Setting('a duration such as "90d"', _duration),
     "record_result": _one_of("none, summary or body"),
     "max_result_bytes": _SIZE,
-    "trusted_proxies": Setting("a list of addresses and networks", _networks),
+    "trusted_proxies": Setting("a list of addresses and networks such as [10.0.0.0/8]", _networks),
     "strict": Setting(
         "true, false, or a list of names such as [delete_*]",
         lambda value: ("*",) * value if isinstance(value, bool) else _names(value),
@@ -793,13 +786,9 @@ SETTINGS = {
 }
 
 
-def _trail_end(name: object, entry: object = None) -> str:
-    return str(name) if entry is None else f"{name}[{entry}]" if isinstance(entry, int) else f"{name}.{entry}"
-
-
 def check_settings(
     settings: Mapping[str, object],
-    place: Callable[..., Mapping[str, Any]] = lambda *name: {"trail": (_trail_end(*name),)},
+    place: Callable[[str], Mapping[str, Any]] = lambda name: {"trail": (name,)},
 ) -> dict[str, Any]:
     """Return the settings as `Config` holds them, paths as they are; `place` says where a setting stands."""
     checked = {}
@@ -817,8 +806,7 @@ def check_settings(
             if checked[name] is None:
                 raise ValueError(f"must be {SETTINGS[name].must_be}, not {_described(value)}")
         except ValueError as error:
-            problem, *entry = error.args
-            raise ConfigError(problem, **place(name, *entry)) from error
+            raise ConfigError(str(error), **place(name)) from error
     return checked
 
 
@@ -842,14 +830,14 @@ class _SiteFile(_YamlReader):
             self.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
         self.root: dict[object, Any] = root or {}
 
-    def at(self, *keys: object, entry: object = None) -> dict[str, Any]:
-        """Return the arguments of ConfigError for a key, or an entry in its value; they may be missing."""
+    def at(self, *keys: object) -> dict[str, Any]:
+        """Return the arguments of ConfigError for a key, or for the last one that there is."""
         position, value = 0, self.root
-        for key in keys if entry is None else (*keys, entry):
+        for key in keys:
             if (id(value), key) not in self.places:
                 break
             position, value = self.places[id(value), key], value[key]
-        return {**self.place(position), "trail": (*keys[:-1], _trail_end(keys[-1], entry))}
+        return {**self.place(position), "trail": tuple(map(str, keys))}
 
     def source(self, *keys: object) -> str:
         """File and line of a key, as `Config.sources` has them."""
@@ -866,24 +854,22 @@ class _SiteFile(_YamlReader):
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
         """The name of the profile that holds, and who chose it."""
-        name: object
-        if argument is not None or environ.get("MXCP_PROFILE"):
-            source = "MXCP_PROFILE" if argument is None else "argument"
-            name = environ["MXCP_PROFILE"] if argument is None else argument
-            where: dict[str, Any] = {"path": self.path, "trail": ("profile",)}
-        elif (name := self.root.get("profile")) is not None:
-            source, where = self.source("profile"), self.at("profile")
-        else:
-            name, source, where = "default", "default", self.at("profiles")
-        problem, profiles = "", self.section("profiles")
+        chosen: dict[str, object] = {
+            "argument": argument,
+            "MXCP_PROFILE": environ.get("MXCP_PROFILE") or None,
+            self.source("profile"): self.root.get("profile"),
+            "default": "default",
+        }
+        source, name = next((source, name) for source, name in chosen.items() if name is not None)
+        profiles = self.section("profiles")
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
-        elif profiles and name not in profiles:
+            raise ConfigError(problem, **self.at("profile"))
+        if profiles and name not in profiles:
             known = [key if isinstance(key, str) else f"{_described(key)} (quote it)" for key in profiles]
             problem = f"there is no profile {name!r:.60} (chosen by {source}); known are {', '.join(known)}"
-        if problem:
-            raise ConfigError(problem, **where)
-        return str(name), source
+            raise ConfigError(problem, **self.at("profiles"))
+        return name, source
 
     def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
         keys = ("profiles", profile, "audit")
@@ -892,7 +878,7 @@ class _SiteFile(_YamlReader):
         if type(ours.get("retention")) in (int, float):
             problem = 'needs a unit in this file; write "90d" for 90 days'
             raise ConfigError(problem, **self.at(*keys, "retention"))
-        checked = check_settings(ours, lambda name, entry=None: self.at(*keys, name, entry=entry))
+        checked = check_settings(ours, lambda name: self.at(*keys, name))
         return checked, {name: self.source(*keys, name) for name in ours}
 
 
