@@ -115,7 +115,7 @@ INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 class AuditError(Exception):
-    """The root of every error that this module raises on purpose."""
+    """The root of the errors that this module raises on purpose."""
 
 
 class ConfigError(AuditError, ValueError):
@@ -143,7 +143,7 @@ class ConfigError(AuditError, ValueError):
 
 
 class EventError(AuditError, ValueError):
-    """An event with a field that can't be used; `field` names it."""
+    """A field of an event that can't be used; `field` names it."""
 
     def __init__(self, problem: str, *, field: str) -> None:
         self.field = field
@@ -151,7 +151,7 @@ class EventError(AuditError, ValueError):
 
 
 class JournalError(AuditError):
-    """A journal directory or segment that can't be used; `path` names it."""
+    """A journal that can't be used; `path` names the directory or file."""
 
     def __init__(self, problem: str, *, path: str) -> None:
         self.path = path
@@ -159,11 +159,11 @@ class JournalError(AuditError):
 
 
 class AuditUnavailableError(AuditError):
-    """With `strict`: a call that could not be put on record was not executed, or its answer is withheld."""
+    """With `strict`: a call that can't be put on record is not executed, or its answer withheld."""
 
 
 class StoreError(AuditError):
-    """The database side failed; events stay in the journal until it works again."""
+    """The database side failed; events stay in the journal."""
 
 
 class EngineNotFoundError(StoreError):
@@ -171,7 +171,7 @@ class EngineNotFoundError(StoreError):
 
 
 class DatabaseNotFoundError(StoreError):
-    """There is no audit database and no journal at the place asked."""
+    """There is neither an audit database nor a journal."""
 
 
 class DatabaseLockedError(StoreError):
@@ -179,11 +179,11 @@ class DatabaseLockedError(StoreError):
 
 
 class DatabaseUnreachableError(StoreError):
-    """A target that is no file can't be reached, or refused us; events wait in the journal."""
+    """A target that is no file can't be reached, or refused us."""
 
 
 class DatabaseCorruptError(StoreError):
-    """The file is damaged or no DuckDB database. Nothing is deleted or overwritten."""
+    """The file is damaged or no DuckDB database; it is left as it is."""
 
 
 class QueryError(StoreError):
@@ -191,12 +191,12 @@ class QueryError(StoreError):
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, as messages tell it: in the plural unless it is one."""
+    """Return a number with its noun, such as "2 events"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def no_python() -> str | None:
-    """Return why this process can't start a Python with this file, or None if it can."""
+    """Return why no child can run this file, or None if one can."""
     if getattr(sys, "frozen", False) or not re.match(
         r"(?i)(python|pypy)", os.path.basename(sys.executable or "")
     ):
@@ -288,7 +288,7 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
 
 
 class _YamlReader:
-    """Reads one YAML document. `places`: where pairs start, by id of the mapping and key."""
+    """Reads one YAML document. `places`: of pairs, by id of the mapping and key."""
 
     def __init__(self, text: str | bytes, path: str | None) -> None:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
@@ -311,7 +311,6 @@ class _YamlReader:
     # --- the cursor
 
     def place(self, at: int) -> dict[str, Any]:
-        """A position as arguments of ConfigError."""
         line, column = self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
         return {"path": self.path, "line": line, "column": column}
 
@@ -329,13 +328,13 @@ class _YamlReader:
         return pattern.match(self.text, self.pos)
 
     def take(self, pattern: re.Pattern[str]) -> str:
-        """Pass and return what matches at the cursor, "" if nothing does."""
+        """Pass and return what matches at the cursor, or ""."""
         match = self.see(pattern)
         self.pos = match.end() if match else self.pos
         return match[0] if match else ""
 
     def end_line(self) -> None:
-        """Pass the rest of a line, which must hold nothing else, and go to the next token."""
+        """Pass the rest of a line, which must be empty, to the next token."""
         if "\n" not in self.take(_BLANKS) and self.char != "\0":
             self.refuse("the end of the line")
 
@@ -365,7 +364,7 @@ class _YamlReader:
         return value
 
     def node(self, indent: int, *, after_key: bool) -> object:
-        """The next node if it is deeper than the column `indent`, else None; a key's list may stand at it."""
+        """The next node if deeper than `indent`, else None; a key's list may be at it."""
         same_line = "\n" not in self.take(_BLANKS) and after_key
         start, column = self.pos, self.column()
         dash = self.see(_DASH)
@@ -409,7 +408,7 @@ class _YamlReader:
         return sequence
 
     def check_key(self, start: int) -> None:
-        """Refuse what PyYAML refuses as a key, from `start` to the colon before the cursor."""
+        """Refuse what PyYAML refuses as a key between `start` and the colon."""
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
@@ -465,7 +464,7 @@ class _YamlReader:
     # --- scalars
 
     def scalar(self, indent: int, *, flow: bool = False, expected: str = "a value") -> object:
-        """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
+        """The scalar at the cursor; only lines deeper than `indent` continue it."""
         if self.char in _QUOTED:
             return self.quoted()
         beginning, ending = _PLAIN[flow]
@@ -513,7 +512,7 @@ class _YamlReader:
         return chr(int(part[2:], 16))
 
     def block_scalar(self, indent: int) -> str:
-        """The `|` or `>` scalar at the cursor, inside a collection at the column `indent`."""
+        """The `|` or `>` scalar at the cursor, in a collection at `indent`."""
         header = self.see(_BLOCK_HEADER)
         if not header:
             self.fail("only +, -, a digit and a comment may follow | or >; put text in quotes")
@@ -541,13 +540,13 @@ class _YamlReader:
 
 
 def _folded(blanks: str) -> str:
-    """What a run of blanks in a wrapped scalar stands for: one line break is a space, n are n - 1."""
+    """Blanks of a wrapped scalar: a line break is a space, n are n - 1."""
     breaks = blanks.count("\n")
     return "\n" * (breaks - 1) or " " if breaks else blanks
 
 
 def _plain_value(text: str) -> object:
-    """The value of a plain scalar by YAML 1.1, as PyYAML understands it; ValueError where it has none."""
+    """The value of a plain scalar in YAML 1.1; ValueError if it has none."""
     if text in _YAML_WORDS:
         return _YAML_WORDS[text]
     if text in ("<<", "="):
@@ -629,7 +628,7 @@ class Config(NamedTuple):
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of a text such as "10m" or "1h30m": units are ms, s, m (minutes), h, d and w."""
+    """Return the seconds of a text such as "10m" or "1h30m"."""
     is_duration = isinstance(text, str) and re.fullmatch(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
     parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
     seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
@@ -640,7 +639,7 @@ def parse_duration(text: str) -> float:
 
 
 def is_attach_target(path: str) -> bool:
-    """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
+    """True for "ducklake:…", "postgres:…" and the like, False for a file."""
     return re.match("[A-Za-z0-9_]{2,}:", path) is not None  # DuckDB's own rule; C: is a drive
 
 
@@ -655,7 +654,7 @@ _PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
 
 
 def public_target(target: str) -> str:
-    """Return the path of a file as it is, and an ATTACH target without what may be secret in it."""
+    """Return a path as it is, an ATTACH target without its secrets."""
     if not is_attach_target(target):
         return target
     prefix: str = _PREFIXES.findall(target)[0]
@@ -670,7 +669,7 @@ def public_target(target: str) -> str:
 
 
 def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
-    """Return what an engine says; if it repeats what may be secret in target or options, without that."""
+    """Return an engine's message, unless it repeats secrets of the target."""
     public, start = public_target(target), len(_PREFIXES.findall(target)[0])
     if target[start:]:
         text = text.replace(target[start:], public[start:])
@@ -688,7 +687,7 @@ class Setting(NamedTuple):
 
 
 def _described(value: object) -> str:
-    """Return a value with its kind, because YAML's is often a surprise: no is False, 1.10 is 1.1."""
+    """Return a value with its kind: in YAML no is False and 1.10 is 1.1."""
     kinds = {str: "text", bool: "boolean", int: "number", float: "number", dict: "mapping"}
     return f"the {kinds.get(type(value), type(value).__name__)} {value!r:.60}"
 
@@ -790,7 +789,7 @@ def check_settings(
     settings: Mapping[str, object],
     place: Callable[[str], Mapping[str, Any]] = lambda name: {"trail": (name,)},
 ) -> dict[str, Any]:
-    """Return the settings as `Config` holds them, paths as they are; `place` says where a setting stands."""
+    """Return the settings as `Config` holds them; `place` tells their places."""
     checked = {}
     for name, value in settings.items():
         try:
@@ -831,7 +830,7 @@ class _SiteFile(_YamlReader):
         self.root: dict[object, Any] = root or {}
 
     def at(self, *keys: object) -> dict[str, Any]:
-        """Return the arguments of ConfigError for a key, or for the last one that there is."""
+        """Return the place of a key, or of the last one that exists."""
         position, value = 0, self.root
         for key in keys:
             if (id(value), key) not in self.places:
@@ -840,11 +839,10 @@ class _SiteFile(_YamlReader):
         return {**self.place(position), "trail": tuple(map(str, keys))}
 
     def source(self, *keys: object) -> str:
-        """File and line of a key, as `Config.sources` has them."""
         return f"{os.path.basename(self.path or '')}:{self.at(*keys)['line']}"
 
     def section(self, *keys: str) -> dict[object, Any]:
-        """Return the mapping that these keys lead to; empty where a key, or what follows it, is missing."""
+        """Return the mapping at these keys; empty where one is missing."""
         value = self.root
         for depth, key in enumerate(keys, 1):
             value = {} if value.get(key) is None else value[key]
@@ -883,7 +881,7 @@ class _SiteFile(_YamlReader):
 
 
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
-    """Return the settings given as keyword arguments, checked like those of a site file."""
+    """Return the settings of keyword arguments."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
     checked = check_settings(given)
     if not is_attach_target(checked["path"]):
@@ -946,7 +944,7 @@ def load_config(
 
 
 def find_site_file(folder: str) -> str | None:
-    """Return the path of the site file in a folder or the nearest above it, or None."""
+    """Return the site file in a folder or the nearest above it, or None."""
     while not os.path.lexists(path := os.path.join(folder, SITE_FILE)):
         folder, below = os.path.dirname(folder), folder
         if folder == below:
@@ -962,8 +960,6 @@ def find_site_file(folder: str) -> str | None:
 
 
 class Column(NamedTuple):
-    """A column of `logs`: its name and its type in DuckDB."""
-
     name: str
     sql_type: str
 
@@ -991,7 +987,7 @@ _SEGMENT_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
 
 def new_segment_id(now_ns: int) -> str:
-    """Return a segment id, `<UTC to the microsecond>-<8 hex>`: sortable by age and unguessable."""
+    """Return `<UTC to the microsecond>-<8 hex>`: sorted by age, unguessable."""
     second, ns = divmod(now_ns, 1_000_000_000)
     return f"{_stamp(second)}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
 
@@ -1002,12 +998,11 @@ def _stamp(second: int) -> str:
 
 
 def utc_now() -> datetime.datetime:
-    """Return the present moment, aware, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc)
 
 
 def sql_time(moment: datetime.datetime) -> str:
-    """Return an aware moment as DuckDB reads it: naive UTC text."""
+    """Return an aware moment as naive UTC text for DuckDB."""
     return moment.astimezone(datetime.timezone.utc).replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
@@ -1015,12 +1010,12 @@ _EPOCH_START = datetime.datetime(1970, 1, 1)
 
 
 def microseconds(moment: str) -> int:
-    """Return naive UTC text, as `sql_time` returns it, as microseconds since the epoch."""
+    """Return text of `sql_time` as microseconds since the epoch."""
     return (datetime.datetime.fromisoformat(moment) - _EPOCH_START) // datetime.timedelta(microseconds=1)
 
 
 def iso_time(us: int | None) -> str | None:
-    """Return microseconds since the epoch as ISO 8601 text; those of no year that has one, as a number."""
+    """Return microseconds since the epoch as ISO 8601, if a year has them."""
     if us is None:
         return None
     try:
@@ -1035,7 +1030,7 @@ _ISO_8601 = re.compile(
 
 
 def parse_iso(text: object, *, local: bool = False) -> datetime.datetime:
-    """Return the moment of an ISO 8601 date or time; one that names no zone is UTC, or local time."""
+    """Return the moment of ISO 8601 text; without a zone it is UTC or `local`."""
     match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError("is no time")
@@ -1051,7 +1046,6 @@ LINE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
 def is_segment_id(text: str) -> bool:
-    """Return True if `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
 
 
@@ -2631,7 +2625,7 @@ class Redactor:
 
 
 def clip_plain(plain: Any, max_bytes: int) -> Any:
-    """Return a plain value cut so that its JSON, written in any style, takes at most `max_bytes`."""
+    """Return a plain value cut so that its JSON takes at most `max_bytes`."""
     size = len(json.dumps(plain))
     if size <= max_bytes:
         return plain
@@ -2666,7 +2660,7 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
 
 
 def _clip_text(text: str, max_bytes: int) -> str:
-    """Cut a text so that its ASCII JSON takes at most `max_bytes`; the mark names its size."""
+    """Cut a text so that its ASCII JSON takes at most `max_bytes`."""
     if len(json.dumps(text)) <= max_bytes:
         return text
     marker = f"…[CUT: {len(text.encode('utf-8', 'surrogatepass'))} bytes]"
@@ -2698,7 +2692,7 @@ class Json(str):
 
 
 class Encoder:
-    """Turns events into lines; whatever it is given, it raises nothing but MemoryError."""
+    """Turns events into lines; it raises nothing but MemoryError."""
 
     def __init__(
         self, redactor: Redactor, *, max_input_bytes: int, clock: Callable[[], int] = wall_clock_ns
@@ -2712,7 +2706,7 @@ class Encoder:
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
     ) -> str:
-        """Return the input as it is recorded: JSON text inside of a JSON text, or `null`."""
+        """Return the redacted input as a JSON text in JSON, or `null`."""
         if input_params is None:
             return "null"
         tool = name if type(name) is str else None
@@ -2781,7 +2775,7 @@ class Encoder:
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
-        """Return what surrounds the changing parts of a line, and what `reason` must say."""
+        """Return what surrounds the changing parts, and what `reason` must say."""
         texts, flag = [], ""
         for argument, part in zip(_FRAME, parts, strict=True):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
@@ -2799,7 +2793,7 @@ class Encoder:
         return frame
 
     def _more(self, more: Sequence[object]) -> tuple[str, str]:
-        """Return the members of a line for NEW_COLUMNS, and what `reason` must say."""
+        """Return the members for NEW_COLUMNS, and what `reason` must say."""
         parties = tuple(more[:4])  # who calls which server, the same for a session
         try:
             text = self._cache[parties]
@@ -2838,7 +2832,7 @@ class Encoder:
         return "null" if value is None else encode_text(self._clean(value))
 
     def _clean(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
-        """Return a text of at most `limit` bytes, without secrets; a mark names the size of what was cut."""
+        """Return a text without secrets, cut to `limit` bytes."""
         if type(value) is str:
             whole = value
         else:
@@ -2854,19 +2848,18 @@ class Encoder:
         return data[: limit - len(mark.encode())].decode("utf-8", "ignore") + mark
 
     def _clipped(self, text: str) -> str:
-        """Return JSON of at most `max_input_bytes` and without NUL."""
+        """Return JSON of at most `max_input_bytes`, without NUL."""
         if len(text.encode("utf-8", "surrogatepass")) > self._max_input_bytes:
             text = encode_json(clip_plain(json.loads(text), self._max_input_bytes))
         return _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
 
 
 def finish_line(line: bytes, seq: int) -> bytes:
-    """Return the complete line, with `seq` and a line feed."""
     return b'%b,"seq":%d}\n' % (line, seq)
 
 
 def _clamped(duration_ms: Any) -> int | None:
-    """Return `duration_ms` as an integer of 0 … 2³¹−1; None if it is no number."""
+    """Return an integer of 0 … 2³¹−1, or None for what is no number."""
     try:
         return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS))  # in this order NaN becomes 0
     except OverflowError:  # an integer that is no float
@@ -2887,7 +2880,7 @@ def _json_object(line: bytes) -> dict[str, Any]:
 
 
 def event_of_line(line: bytes) -> dict[str, Any]:
-    """Return the event of a journal line; ValueError says why DuckDB can't use it."""
+    """Return the event of a line; ValueError says why DuckDB can't use it."""
     event = _json_object(line)
     for name, sql_type in COLUMNS:
         value, largest = event.get(name), LARGEST.get(sql_type)
@@ -2949,14 +2942,24 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def unlock(fd: int) -> None:
-    """Release the lock, even if a child that was forked behind Python's back has the file open."""
+    """Release a lock, even one that a child of a foreign fork shares."""
     if sys.platform != "win32":
         with contextlib.suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
 
 
+@contextlib.contextmanager
+def trying_lock(fd: int, *, shared: bool = False) -> Iterator[bool]:
+    """Try the lock of an open file, and close the file in the end."""
+    try:
+        yield try_lock(fd, shared=shared)
+    finally:
+        unlock(fd)
+        os.close(fd)
+
+
 def _key_at(path: str) -> tuple[int, int] | None:
-    """Return device and inode of a file, links not followed; None if there is none."""
+    """Return device and inode of a file, or None; links are not followed."""
     try:
         found = os.lstat(path)
     except OSError as error:
@@ -2971,14 +2974,14 @@ def _os_error(code: int, path: str | None = None) -> OSError:
 
 
 class Descriptor:
-    """An open file of ours. If somebody closes it and another file gets its number, that is left alone."""
+    """An open file of ours. Another file that got its number is left alone."""
 
     def __init__(self, fd: int) -> None:
         found = os.fstat(fd)
         self._fd, self._key = fd, (found.st_dev, found.st_ino)
 
     def number(self) -> int:
-        """Return the descriptor's number. Raises OSError if it is closed, or another file's by now."""
+        """Return its number; OSError if it is closed, or is not ours any more."""
         found = os.fstat(self._fd)
         if (found.st_dev, found.st_ino) != self._key:
             raise _os_error(errno.EBADF)
@@ -2993,7 +2996,6 @@ class Descriptor:
             return error.errno != errno.EBADF  # a stale network handle is ours
 
     def leads_to(self, path: str) -> bool:
-        """Return True if `path` names this file."""
         return _key_at(path) == self._key
 
     def close(self) -> None:
@@ -3003,7 +3005,7 @@ class Descriptor:
 
 
 def file_size_limit() -> float:
-    """Return how many bytes a file may have: a write beyond may kill the process (SIGXFSZ)."""
+    """Return the size beyond which a write may kill the process (SIGXFSZ)."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -3013,7 +3015,7 @@ def file_size_limit() -> float:
 
 
 def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
-    """Force a file to the disk. Not the database: closing it drops DuckDB's lock."""
+    """Force a file to the disk; never a database: closing drops its lock."""
     fd = os.open(path, flags)
     try:
         os.fsync(fd)
@@ -3022,7 +3024,7 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
-    """Force the names in a directory to the disk; Windows neither can nor needs to."""
+    """Force names in a directory to the disk; Windows needs no such thing."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
@@ -3039,7 +3041,7 @@ def segment_id_of(path: str) -> str:
 
 
 def give_to_owner(path: str, fd: int | None = None) -> None:
-    """Give what root has made to the owner of its directory: the service must be able to use it."""
+    """Give what root made to the directory's owner, who must use it."""
     if getattr(os, "geteuid", lambda: -1)() == 0:
         owner = os.stat(os.path.dirname(path) or os.curdir)
         made = os.lstat(path) if fd is None else os.fstat(fd)
@@ -3048,7 +3050,7 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
 
 
 def is_for_group(directory: str) -> bool:
-    """Return True for the directory of a journal with `group`, in which each file is the group's."""
+    """Return True for the directory of a journal with `group`."""
     return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
 
 
@@ -3069,7 +3071,7 @@ def read_lines(path: str) -> bytes:
 
 
 def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
-    """Open a file, new or not, with mode 0600, or 0660 for a group; links are not followed."""
+    """Open a file, new or not, with our mode; links are not followed."""
     group = is_for_group(os.path.dirname(path)) if group is None else group
     fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, FILE_MODES[group])
     try:
@@ -3084,14 +3086,14 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
 
 
 def take_after(path: str, old: os.stat_result) -> None:
-    """Give a file the mode and, if possible, the owner of the one that it replaces."""
+    """Give a file the mode and owner of the one that it replaces."""
     os.chmod(path, stat.S_IMODE(old.st_mode))
     with contextlib.suppress(AttributeError, PermissionError):
         os.chown(path, old.st_uid, old.st_gid)
 
 
 def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file. Not of a database that may be open: closing it drops locks."""
+    """Return the SHA-256 of a file; never of an open database: see `sync_file`."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -3102,7 +3104,7 @@ def file_digest(path: str) -> str:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a new file and force it to the disk; an existing one is an OSError."""
+    """Write a new file and force it to the disk."""
     with open(make_file(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
         file.write(data)
         file.flush()
@@ -3122,7 +3124,7 @@ def replace_file(path: str, data: bytes) -> None:
 
 
 class Segment(Descriptor):
-    """A journal file of this process: it holds what `append` took, and nobody ingests it before `seal`."""
+    """A journal file of this process. Nobody ingests it before `seal`."""
 
     def __init__(self, fd: int, path: str) -> None:
         super().__init__(fd)
@@ -3141,7 +3143,7 @@ class Segment(Descriptor):
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines, all or none; with `durable`, to the disk. Ask `is_open` right before."""
+        """Write whole lines, all or none. Ask `is_open` right before."""
         self._mend()
         fd, (size, count) = self._fd, self._end
         if size + len(data) > self._limit:
@@ -3174,7 +3176,7 @@ class Segment(Descriptor):
         return self.is_open() and self.is_in_place()
 
     def seal(self) -> None:
-        """Close the file, or delete an empty one, so that anybody may ingest it."""
+        """Close the file, or delete an empty one: anybody may ingest it."""
         self._mend()
         if self.size:
             self.close()
@@ -3182,14 +3184,12 @@ class Segment(Descriptor):
             self.discard()
 
     def close(self) -> None:
-        """Close the file as it is, and release its lock."""
         self.closed = True  # an interrupt may come before it is
         with contextlib.suppress(OSError):
             unlock(self.number())
         super().close()
 
     def discard(self) -> None:
-        """Delete the file."""
         with contextlib.suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
@@ -3215,7 +3215,7 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
-    """Return lines of calls as they were at a moment: over, or running with `seq` 0."""
+    """Return lines of calls at a moment: over, or running with `seq` 0."""
     lines: list[bytes] = []
     now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
@@ -3236,7 +3236,7 @@ def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) ->
 
 
 class Claim:
-    """A sealed or orphaned segment: its lock was free, and the ingest lock keeps other ingests away."""
+    """A segment without a writer; the ingest lock keeps others away."""
 
     def __init__(self, path: str) -> None:
         self.path, self.id = path, segment_id_of(path)
@@ -3255,7 +3255,7 @@ class Claim:
             self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
-        """Keep lines that can't be ingested in a file of their own, `.rejected`, for whoever repairs them."""
+        """Keep lines that can't be ingested in `.rejected`, to be repaired."""
         lines = [
             json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
             for number, reason, line in faults
@@ -3267,7 +3267,7 @@ class Claim:
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
-    """Put small segments into one file, as DuckDB takes 2 ms a file; return what to read."""
+    """Put small segments into one file, as DuckDB takes 2 ms for each."""
     sizes = {path: size for path in paths if (size := _size_of(path))}
     small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
     if len(small) < 8:
@@ -3281,7 +3281,7 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
 
 
 def named_lines(segment: str, lines: bytes) -> bytes:
-    """Return whole lines of a segment, each with the segment as its first member."""
+    """Return lines of a segment, each with the segment as first member."""
     return (b"\n" + lines).replace(b"\n{", b'\n{"segment":"%b",' % segment.encode())[1:]
 
 
@@ -3316,7 +3316,7 @@ class Journal:
         return os.path.join(self.directory, name)
 
     def make_directory(self, *, durable: bool = False) -> None:
-        """Make the journal's directory, or check the existing one."""
+        """Make the directory, or check the existing one."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3331,7 +3331,7 @@ class Journal:
             self.check_directory()
 
     def check_directory(self) -> None:
-        """Raise JournalError for a link or what is somebody else's, OSError if it is gone."""
+        """Raise JournalError if it is a link or somebody else's."""
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
@@ -3363,7 +3363,6 @@ class Journal:
             raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
 
     def segments(self) -> list[str]:
-        """Return the paths of all segments, oldest first."""
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
@@ -3378,7 +3377,7 @@ class Journal:
         return fresh
 
     def bind(self, target: str) -> None:
-        """Note which database this journal is of, and give a copy its own identity; hold the ingest lock."""
+        """Note the database, and give a copy its own identity; hold the ingest lock."""
         path, mine = self._path("journal.place"), [self.directory, target]
         place = other = ""
         with contextlib.suppress(OSError, ValueError, TypeError):
@@ -3396,22 +3395,21 @@ class Journal:
         replace_file(path, json.dumps(mine).encode())
 
     def ask_readers(self) -> None:
-        """Have new readers wait for this ingest; hold the ingest lock."""
+        """Have new readers wait for this ingest."""
         with contextlib.suppress(OSError):
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
         """Return True if an ingest that asked for its turn lately goes on."""
-        with contextlib.suppress(OSError), open_file(self._lock_path) as file:
-            if 0 <= self._clock() - os.fstat(file.fileno()).st_mtime_ns < _TURN_SECONDS * 1e9:
-                is_free = try_lock(file.fileno(), shared=True)
-                unlock(file.fileno())
-                return not is_free
+        with contextlib.suppress(OSError, JournalError):
+            if 0 <= self._clock() - os.lstat(self._lock_path).st_mtime_ns < _TURN_SECONDS * 1e9:
+                with self.ingest_lock(shared=True) as is_free:
+                    return not is_free
         return False
 
     @contextlib.contextmanager
     def ingest_lock(self, *, shared: bool = False) -> Iterator[bool]:
-        """Hold the lock of an ingest, or with `shared` keep ingests out; yield False if another has it."""
+        """Hold the lock of an ingest, or with `shared` keep ingests out."""
         with contextlib.ExitStack() as stack:
             try:
                 if shared:
@@ -3419,9 +3417,7 @@ class Journal:
                 else:
                     self.check_directory()
                     fd = make_file(self._lock_path, os.O_RDWR)
-                stack.callback(os.close, fd)
-                locked = try_lock(fd, shared=shared)
-                stack.callback(unlock, fd)
+                locked = stack.enter_context(trying_lock(fd, shared=shared))
             except FileNotFoundError:
                 locked = shared  # readers don't make it, and without it nobody ingests yet
             except OSError as error:
@@ -3430,25 +3426,22 @@ class Journal:
             yield locked
 
     def record_loss(self, loss: Loss) -> str:
-        """Put a loss on record, durably, and return its path."""
         self.make_directory()
         path = self._path(new_segment_id(self._clock()) + _LOSS_SUFFIX)
-        write_file(path, json.dumps(loss._asdict()).encode() + b"\n")
+        replace_file(path, json.dumps(loss._asdict()).encode() + b"\n")
         return path
 
     def losses(self) -> dict[str, Loss]:
-        """Return the losses that the ledger does not have yet, by the path of their record."""
+        """Return the losses that wait for an ingest, by the path of their record."""
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
-            try:
-                loss = Loss(**json.loads(read_file(path)))
-                if loss.events >> 62 or "\0" in "".join(loss[1:]):
-                    raise ValueError
-                losses[path] = loss
-            except OSError:  # gone, or not ours to read
-                pass
-            except (ValueError, TypeError):  # not written yet, or damaged
-                if self._clock() - os.lstat(path).st_mtime_ns > _ORPHAN_SECONDS * 1e9:
+            with contextlib.suppress(OSError):  # gone, or not ours to read
+                data = read_file(path)
+                try:
+                    losses[path] = loss = Loss(**json.loads(data))
+                    if loss.events >> 62 or "\0" in "".join(loss[1:]):
+                        raise ValueError
+                except (ValueError, TypeError):
                     text = "a record of lost events was damaged"
                     losses[path] = Loss(0, "an unknown time", "an unknown time", text)
         return losses
@@ -3474,7 +3467,7 @@ class Journal:
                     return segment
 
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
-        """Yield path, last sign of life and calls of processes that live, or have ended: then locked."""
+        """Yield path, last sign of life and calls of processes that live, or ended."""
         for path in self._files(_BEGUN_SUFFIX):
             # An OSError: gone, not ours to read, or no locks, so that nobody can tell.
             with contextlib.suppress(OSError), open_file(path) as file:
@@ -3489,7 +3482,7 @@ class Journal:
         return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
-        """Yield path and lines, perhaps none, of the segment that each ended process leaves."""
+        """Yield path and lines of the segment that each ended process leaves."""
         for path, last_sign, calls in self.begun(live=False):
             for segment in self.segments() if calls else ():
                 with contextlib.suppress(OSError):
@@ -3498,7 +3491,7 @@ class Journal:
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
 
     def take_unfinished(self) -> bool:
-        """Turn calls of ended processes into segments, after `claim`; False without any."""
+        """Turn calls of ended processes into segments, after `claim`."""
         made = False
         for path, lines in self.unfinished():
             if lines and not os.path.exists(path):  # else the last attempt ended right here
@@ -3510,7 +3503,7 @@ class Journal:
     def claim(
         self, *, limit_bytes: int, skip: Collection[str] = ()
     ) -> tuple[list[Claim], list[JournalError]]:
-        """Return sealed and orphaned segments of about `limit_bytes`; hold the ingest lock."""
+        """Return segments without a writer, about `limit_bytes`; hold the ingest lock."""
         claims: list[Claim] = []
         problems: list[JournalError] = []
         for path in self.segments():
@@ -3531,11 +3524,9 @@ class Journal:
         return claims, problems
 
     def _claim_one(self, path: str) -> Claim | None:
-        with contextlib.ExitStack() as stack:
-            fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
-            stack.callback(os.close, fd)
-            stack.callback(unlock, fd)
-            if try_lock(fd) and Descriptor(fd).leads_to(path):
+        fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+        with trying_lock(fd) as is_free:
+            if is_free and Descriptor(fd).leads_to(path):
                 claim = Claim(path)
                 claim.inspect(fd)
                 if claim.lines:
@@ -3544,7 +3535,7 @@ class Journal:
         return None
 
     def survey(self) -> dict[str, Any]:
-        """Look at every file for docs/operations.md."""
+        """Count the files by state, for `doctor`."""
         state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
         state["oldest_pending"] = None
@@ -3568,7 +3559,7 @@ class Journal:
         return state
 
     def waiting_bytes(self) -> int:
-        """Return the size of all segments: what is not in the database yet."""
+        """Return the size of all segments."""
         return sum(map(_size_of, self.segments()))
 
 
@@ -3601,7 +3592,7 @@ def _fresh_copy(name: str) -> Any:
 
 
 def native_threads() -> Any:
-    """Return `threading`; under gevent a copy with real threads: a greenlet ends with its thread."""
+    """Return `threading` with real threads: under gevent they end with theirs."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return threading
@@ -3615,7 +3606,7 @@ def native_threads() -> Any:
 
 
 class Diagnostics:
-    """Counts faults for health checks, and logs each kind once a minute, unless `silent`. Never raises."""
+    """Counts faults, and logs each kind once a minute. Never raises."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self._log: Any = None
@@ -3626,7 +3617,6 @@ class Diagnostics:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
@@ -3634,7 +3624,7 @@ class Diagnostics:
         self._telling = threading.local()
 
     def note(self, kind: str, text: str, *, error: BaseException | None = None, level: int = WARNING) -> None:
-        """Count a warning; leave its text to `tell`, but once a minute for each kind."""
+        """Count a warning; once a minute for each kind leave its text to `tell`."""
         text = text if error is None else f"{text}: {error}"
         if level >= WARNING:
             self.errors += 1
@@ -3645,7 +3635,7 @@ class Diagnostics:
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
-        """Log what was noted. Hold no lock: a handler has one, too, and may log an event."""
+        """Log what was noted. Hold no lock: handlers have one, and log events."""
         if not self.untold or self._log is None or getattr(self._telling, "on", False):
             return
         self._telling.on = True
@@ -3791,7 +3781,6 @@ class Appender:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.begun.start_afresh()
         if self._segment is not None:
             self._segment.forget()
@@ -3810,7 +3799,7 @@ class Appender:
         return before if segment is None else before + segment.events
 
     def waiting_since(self) -> float:
-        """Return the monotonic time of the first event or loss that is not sealed, or `inf`."""
+        """Return the time of the first event or loss not sealed, or `inf`."""
         return self._segment.opened if self._segment is not None else 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
@@ -3839,7 +3828,7 @@ class Appender:
             self.seal()
 
     def present(self) -> Segment | None:
-        """Return the segment, if there is one; it is open and in place."""
+        """Return the segment, open and in place, if there is one."""
         segment = self._segment
         if segment is not None and (segment.closed or not segment.is_open()):
             # An interrupt came within `seal`, or somebody closed our descriptor.
@@ -3862,7 +3851,7 @@ class Appender:
         self._before, self._segment = self.done, None
 
     def _write_again(self, segment: Segment) -> None:
-        """Write a segment again that was moved or deleted; empty the old one, which may come back."""
+        """Write a segment again that was moved; empty the old one."""
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
@@ -3883,7 +3872,7 @@ class Appender:
         segment.close()
 
     def seal(self) -> bool:
-        """Seal the segment and put losses on record; False if that must be tried again."""
+        """Seal the segment and record losses; False if to be tried again."""
         try:
             segment = self.present()
             self.begun.write(self.done, ends=True)
@@ -3895,7 +3884,6 @@ class Appender:
             return False
 
     def record_losses(self) -> bool:
-        """Put losses on record; False if it must be tried again."""
         self.recorded = time.monotonic()
         while self._lost:
             with self._losing:
@@ -3922,7 +3910,7 @@ class Appender:
         self.diagnostics.note(kind, f"events are lost: {reason}", error=error)
 
     def left(self) -> bool:
-        """Return True if something that was sealed waits for an ingest."""
+        """Return True if something sealed waits for an ingest."""
         gone = [path for path in self.sealed if not os.path.exists(path)]  # else it was ingested
         events = sum([self.sealed.pop(path) for path in gone])
         with contextlib.suppress(OSError):
@@ -3953,7 +3941,7 @@ module.ingest_child(**work)
 
 
 class Ingester:
-    """Has children ingest. A segment is sealed only once the one before is gone."""
+    """Has children ingest; seals a segment once the one before is gone."""
 
     def __init__(self, appender: Appender, settings: Mapping[str, object] | None, *, interval: float) -> None:
         self._appender, self._diagnostics = appender, appender.diagnostics
@@ -3962,7 +3950,6 @@ class Ingester:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         if self._child is not None:
             self._child.returncode = 0  # so that nothing waits for it here, or warns
             self._pipe.close()
@@ -3989,7 +3976,7 @@ class Ingester:
         return max(0.0, max(due, self._busy_until) - time.monotonic())
 
     def step(self) -> float:
-        """Look after the child, or start one if it is due; return the seconds until the next step."""
+        """Look after the child, or start one if due; return the seconds to the next."""
         if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
@@ -4105,7 +4092,7 @@ class Ingester:
         self._not_before, self._away_until = now + pause, now + away
 
     def _retention(self) -> object:
-        """Return the setting, once a day; else None."""
+        """Return the setting once a day, else None."""
         return self._settings["retention"] if time.monotonic() >= self._next_daily else None
 
     def _tell_head(self) -> None:
@@ -4114,7 +4101,7 @@ class Ingester:
             self._diagnostics.untold.append((INFO, "checkpoint", f"checkpoint {self._head}"))
 
     def finish(self, ingest: Callable[..., Mapping[str, Any]], deadline: float) -> None:
-        """After the last line: wait for the child, then ingest while there is time."""
+        """Wait for the child, then ingest while there is time."""
         self.stopped = True
         appender, why = self._appender, "there was no time left"
         if self._child is not None:
@@ -4146,7 +4133,7 @@ class Ingester:
         return {"fault": "an ingest took too long"}
 
     def end_child(self) -> None:
-        """Kill the child and its engine; the next ingest repeats what it was doing."""
+        """Kill the child; the next ingest repeats what it was doing."""
         child, self._child = self._child, None
         if child is None:
             return
