@@ -2958,50 +2958,22 @@ def trying_lock(fd: int, *, shared: bool = False) -> Iterator[bool]:
         os.close(fd)
 
 
+def _key(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
 def _key_at(path: str) -> tuple[int, int] | None:
     """Return device and inode of a file, or None; links are not followed."""
     try:
-        found = os.lstat(path)
+        return _key(os.lstat(path))
     except OSError as error:
         if error.errno in _GONE:
             return None
         raise
-    return found.st_dev, found.st_ino
 
 
 def _os_error(code: int, path: str | None = None) -> OSError:
     return OSError(code, os.strerror(code), path)
-
-
-class Descriptor:
-    """An open file of ours. Another file that got its number is left alone."""
-
-    def __init__(self, fd: int) -> None:
-        found = os.fstat(fd)
-        self._fd, self._key = fd, (found.st_dev, found.st_ino)
-
-    def number(self) -> int:
-        """Return its number; OSError if it is closed, or is not ours any more."""
-        found = os.fstat(self._fd)
-        if (found.st_dev, found.st_ino) != self._key:
-            raise _os_error(errno.EBADF)
-        return self._fd
-
-    def is_open(self) -> bool:
-        try:
-            return self.number() >= 0
-        except OSError as error:
-            if error.errno not in {errno.EBADF, *_GONE}:
-                raise
-            return error.errno != errno.EBADF  # a stale network handle is ours
-
-    def leads_to(self, path: str) -> bool:
-        return _key_at(path) == self._key
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self.number())
-        self._fd = -1
 
 
 def file_size_limit() -> float:
@@ -3123,11 +3095,11 @@ def replace_file(path: str, data: bytes) -> None:
         raise
 
 
-class Segment(Descriptor):
+class Segment:
     """A journal file of this process. Nobody ingests it before `seal`."""
 
     def __init__(self, fd: int, path: str) -> None:
-        super().__init__(fd)
+        self._fd, self._key = fd, _key(os.fstat(fd))
         self.path, self.id, self.opened, self.closed = path, segment_id_of(path), time.monotonic(), False
         self._dirty = False  # there may be bytes behind the end
         self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
@@ -3169,8 +3141,22 @@ class Segment(Descriptor):
             os.ftruncate(self.number(), self.size)
             self._dirty = False
 
+    def number(self) -> int:
+        """Return the descriptor; OSError if it is closed, or is another file's by now."""
+        if _key(os.fstat(self._fd)) != self._key:
+            raise _os_error(errno.EBADF)
+        return self._fd
+
+    def is_open(self) -> bool:
+        try:
+            return self.number() >= 0
+        except OSError as error:
+            if error.errno not in {errno.EBADF, *_GONE}:
+                raise
+            return error.errno != errno.EBADF  # a stale network handle is ours
+
     def is_in_place(self) -> bool:
-        return self.leads_to(self.path)
+        return _key_at(self.path) == self._key
 
     def is_usable(self) -> bool:
         return self.is_open() and self.is_in_place()
@@ -3187,7 +3173,7 @@ class Segment(Descriptor):
         self.closed = True  # an interrupt may come before it is
         with contextlib.suppress(OSError):
             unlock(self.number())
-        super().close()
+        self.forget()
 
     def discard(self) -> None:
         with contextlib.suppress(OSError):
@@ -3196,8 +3182,10 @@ class Segment(Descriptor):
         self.close()
 
     def forget(self) -> None:
-        """Close a descriptor that a fork copied; the lock stays the parent's."""
-        super().close()
+        """Close the descriptor; the lock stays with a parent that has it, too."""
+        with contextlib.suppress(OSError):
+            os.close(self.number())
+        self._fd = -1
 
 
 def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
@@ -3472,8 +3460,9 @@ class Journal:
             # An OSError: gone, not ours to read, or no locks, so that nobody can tell.
             with contextlib.suppress(OSError), open_file(path) as file:
                 fd = file.fileno()
-                if try_lock(fd) is not live and Descriptor(fd).leads_to(path):
-                    sign = datetime.datetime.fromtimestamp(os.fstat(fd).st_mtime, datetime.timezone.utc)
+                found = os.fstat(fd)
+                if try_lock(fd) is not live and _key_at(path) == _key(found):
+                    sign = datetime.datetime.fromtimestamp(found.st_mtime, datetime.timezone.utc)
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
@@ -3526,7 +3515,7 @@ class Journal:
     def _claim_one(self, path: str) -> Claim | None:
         fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
         with trying_lock(fd) as is_free:
-            if is_free and Descriptor(fd).leads_to(path):
+            if is_free and _key_at(path) == _key(os.fstat(fd)):
                 claim = Claim(path)
                 claim.inspect(fd)
                 if claim.lines:
@@ -3946,20 +3935,20 @@ class Ingester:
     def __init__(self, appender: Appender, settings: Mapping[str, object] | None, *, interval: float) -> None:
         self._appender, self._diagnostics = appender, appender.diagnostics
         self._settings, self._interval = settings or {}, interval
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Any = None  # subprocess.Popen
         self.start_afresh()
 
     def start_afresh(self) -> None:
         if self._child is not None:
             self._child.returncode = 0  # so that nothing waits for it here, or warns
-            self._pipe.close()
+            self._child.stdout.close()
         self._child = None
         self.stopped = not self._settings  # no further child
         self.wanted = self.tried = self._covers = 0  # attempts that `flush` asked for
         # The next attempt: by the budget; after a failure; while another process ingests.
         self._not_before = self._away_until = self._busy_until = self._next_daily = 0.0
         self._taken: list[str] = []
-        self._head = self._told_head = None  # JSON
+        self._head: object = None  # JSON
 
     def due_in(self) -> float:
         """Return the seconds until `step` has something to do."""
@@ -3987,26 +3976,23 @@ class Ingester:
 
     def _begin(self) -> None:
         """Seal and start a child, unless another process ingests."""
-        appender = self._appender
+        appender, self._covers = self._appender, self.wanted
         if not appender.sealed and appender.waiting_since() == inf and self._retention() is None:
             self.tried = self.wanted
             return
-        self._covers = self.wanted
         try:
             if reason := no_python():
                 self.stopped = True
                 raise JournalError(f"{reason}: only shutdown ingests", path=appender.journal.directory)
-            with appender.journal.ingest_lock() as free:
+            with appender.journal.ingest_lock() as is_free:
                 pass
-            if not free:
-                if time.monotonic() - appender.recorded > _REPORT_SECONDS:
-                    appender.record_losses()
-                self._answered({"busy": True})
-            elif appender.sealed or appender.seal():
+            if is_free and (appender.sealed or appender.seal()):
                 self._taken = list(appender.sealed)
                 self._start()
-            else:
-                self._answered({})
+                return
+            if not is_free and time.monotonic() - appender.recorded > _REPORT_SECONDS:
+                appender.record_losses()
+            self._answered({"busy": not is_free})
         except Exception as error:  # whatever keeps a child from being started
             self._answered({"fault": str(error)})
 
@@ -4024,41 +4010,32 @@ class Ingester:
             "file": os.path.abspath(__file__),
             "wait": _CHILD_WAIT_SECONDS,
         }
-        text = json.dumps(work, default=str).encode()
-        reading, writing = os.pipe()
-        self._pipe, self._said, self._started = Descriptor(reading), b"", time.monotonic()
-        try:
-            if os.name == "posix":
-                os.set_blocking(reading, False)
-            self._child = child = module.Popen(
-                [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
-                stdin=subprocess.PIPE,
-                stdout=writing,
-                stderr=writing,
-                start_new_session=True,  # Ctrl+C is for the server
-            )
-        except BaseException:
-            self._pipe.close()
-            raise
-        finally:
-            os.close(writing)
+        self._said, self._started = b"", time.monotonic()
+        self._child = child = module.Popen(
+            [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl+C is for the server
+        )
         with contextlib.suppress(OSError), child.stdin as pipe:  # it may have ended already
-            pipe.write(text)
+            if os.name == "posix":
+                os.set_blocking(child.stdout.fileno(), False)
+            pipe.write(json.dumps(work, default=str).encode())
 
     def _look(self) -> Mapping[str, Any] | None:
         """Return the child's answer, or None while it runs."""
-        child, pipe = self._child, self._pipe
-        assert child is not None
+        child = self._child
         code = child.poll()
         if code is None and os.name != "posix":
             return None
-        with contextlib.suppress(OSError):  # nothing to read for now, or somebody closed the pipe
-            while data := os.read(pipe.number(), _ANSWER_BYTES):
+        with contextlib.suppress(OSError):  # somebody closed the pipe
+            while data := child.stdout.read(_ANSWER_BYTES):
                 self._said = (self._said + data)[-_ANSWER_BYTES:]
         if code is None:
             return None
-        self._child = None
-        pipe.close()
+        self._close(child)
         text = self._said.decode("utf-8", "replace").strip().rpartition("\n")[2]
         try:
             answer = json.loads(text)
@@ -4096,9 +4073,8 @@ class Ingester:
         return self._settings["retention"] if time.monotonic() >= self._next_daily else None
 
     def _tell_head(self) -> None:
-        if self._head != self._told_head:
-            self._told_head = self._head
-            self._diagnostics.untold.append((INFO, "checkpoint", f"checkpoint {self._head}"))
+        if self._head:
+            self._diagnostics.note(f"checkpoint {self._head}", f"checkpoint {self._head}", level=INFO)
 
     def finish(self, ingest: Callable[..., Mapping[str, Any]], deadline: float) -> None:
         """Wait for the child, then ingest while there is time."""
@@ -4134,7 +4110,7 @@ class Ingester:
 
     def end_child(self) -> None:
         """Kill the child; the next ingest repeats what it was doing."""
-        child, self._child = self._child, None
+        child = self._child
         if child is None:
             return
         with contextlib.suppress(OSError):
@@ -4143,7 +4119,12 @@ class Ingester:
             else:
                 child.kill()
         child.wait()
-        self._pipe.close()
+        self._close(child)
+
+    def _close(self, child: Any) -> None:
+        self._child = None
+        with contextlib.suppress(OSError):
+            child.stdout.close()
 
 
 class Writer:
