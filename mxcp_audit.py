@@ -207,18 +207,15 @@ def no_python() -> str | None:
 # === Config ===
 # depends on: Errors
 #
-# `parse_yaml` returns exactly what PyYAML's `safe_load` returns (MXCP uses it), or raises ConfigError, in a
-# time linear in the size. docs/configuration.md lists what is refused; tools/fuzz_yaml.py compares the two.
-#
-# A cursor walks over the text once. After a block node it stands on the first token of a later line, whose
-# column says whether the collection goes on (same), has ended (smaller) or is broken (larger). The end of the
-# text, `---` and `...` count as column -1. Flow collections ignore columns.
+# `parse_yaml` returns what PyYAML's `safe_load` returns, as in MXCP, or raises ConfigError:
+# tools/fuzz_yaml.py compares the two. A cursor walks over the text once. After a block node it stands on the
+# first token of a later line, whose column says whether the collection goes on (same), has ended (smaller) or
+# is broken (larger). The end of the text, `---` and `...` count as column -1.
 
 MAX_SITE_FILE_BYTES = 16 * 2**20  # arbitrary
 MAX_DEPTH = 100  # arbitrary; PyYAML takes about 500
-MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
-MAX_NUMBER_CHARS = 4300  # Python's limit for digits; it also keeps 1:1:1:… linear
-MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and a dict of them is quadratic
+MAX_KEY_CHARS = 1024  # PyYAML's, up to the colon
+MAX_NUMBER_CHARS = 4300  # Python's, for digits; 1:1:1:… would be quadratic
 
 _YAML_WORDS: Mapping[str, object] = {
     spelled: value
@@ -231,7 +228,7 @@ _YAML_WORDS: Mapping[str, object] = {
     )
     for word in words.split()
     for spelled in (word, word.title(), word.upper())
-} | dict.fromkeys((".nan", ".NaN", ".NAN"), nan)  # one object, as in PyYAML: two such keys are duplicates
+} | dict.fromkeys((".nan", ".NaN", ".NAN"), nan)  # one object: two such keys are duplicates
 _INTEGER = re.compile(
     r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
 )
@@ -244,13 +241,13 @@ _DATE = re.compile(
     r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
 
-# The text ends in a NUL, which can't occur elsewhere: no look-ahead runs off the end.
+# The text ends in a NUL, which occurs nowhere else.
 _BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
 _END = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH = re.compile(r"-(?=[ \t\n\0])")
 _COLON = re.compile(r" *:(?=[ \t\n\0])")
 _LINE_GAP = re.compile(r" *\n[ \n]*")
-# How plain text begins, and what ends it on its line: in blocks, and between brackets.
+# By "between brackets": how plain text begins, and what ends it on its line.
 _PLAIN_START = r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]"
 _PLAIN = {
     False: (re.compile(_PLAIN_START + r"|[-?:](?=[^ \t\n\0])"), re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")),
@@ -259,7 +256,7 @@ _PLAIN = {
         re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
     ),
 }
-# Quoted text, and what in it doesn't stand for itself.
+# Quoted text, and what in it is replaced.
 _QUOTED = {
     "'": (re.compile(r"'([^']*(?:''[^']*)*)'"), re.compile(r"''|[ \t\n]+")),
     '"': (
@@ -270,7 +267,6 @@ _QUOTED = {
 _PLAIN_OF = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 _BLOCK_HEADER = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
 _LEADING_LINES = re.compile(r"(?:\n *)*")
-_KEY = "a key, a colon and a blank"
 _REFUSALS = {
     "\t": "a tab between tokens; use spaces",
     "&": "an anchor (&name); write the value out, or quote the text",
@@ -300,12 +296,11 @@ class _YamlReader:
             except UnicodeDecodeError as error:
                 self.text, byte = error.object[: error.start].decode(encoding), error.object[error.start]
                 problem = f"byte 0x{byte:02X} is not {encoding.upper()}; save the file as UTF-8"
-                raise ConfigError(problem, **self.place(len(self.text))) from error
-        self.text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
+                self.fail(problem, len(self.text))
+        self.text = re.sub("\r\n?", "\n", text).removeprefix("\ufeff")
         refused = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
         if bad := re.search(refused, self.text):
-            problem = f"the character U+{ord(bad[0]):04X}; remove it, or escape it in double quotes"
-            self.fail(problem, bad.start())
+            self.fail(f"the character U+{ord(bad[0]):04X}; escape it in double quotes", bad.start())
         self.text += "\0"
 
     # --- the cursor
@@ -370,19 +365,12 @@ class _YamlReader:
         dash = self.see(_DASH)
         if column <= indent and not (dash and after_key and column == indent):
             return None
-        value: object = None
-        is_key = False
-        if self.char in "|>":
-            value = self.block_scalar(indent)
-        elif self.char in "[{":
-            value = self.flow()
-        elif not dash:
-            value = self.scalar(indent)
-            is_key = bool(self.see(_COLON)) and "\n" not in self.text[start : self.pos]
-        if not (dash or is_key):
-            self.end_line()
-            return value
-        self.pos = start
+        if not dash:
+            value = self.block_scalar(indent) if self.char in "|>" else self.flow_node(indent)
+            if self.text[start] in "|>[{" or not self.see(_COLON) or "\n" in self.text[start : self.pos]:
+                self.end_line()
+                return value
+            self.pos = start
         if same_line:
             self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
         self.descend()
@@ -393,9 +381,9 @@ class _YamlReader:
     def mapping(self, column: int) -> dict[object, object]:
         mapping: dict[object, object] = {}
         while self.column() == column:
-            start, key = self.pos, self.scalar(column, expected=_KEY)
+            start, key = self.pos, self.scalar(column)
             if not self.take(_COLON):
-                self.refuse(_KEY)
+                self.refuse("a key, a colon and a blank")
             self.check_key(start)
             self.put(mapping, key, self.node(column, after_key=True), start)
         return mapping
@@ -416,8 +404,6 @@ class _YamlReader:
         """Enter a pair that starts at `at` and return the mapping."""
         if isinstance(key, (dict, list)):
             self.fail("a collection as a key; use text", at)
-        if isinstance(key, int) and abs(key) >= MAX_KEY_INTEGER:
-            self.fail("an integer key of more than 60 bits; put it in quotes", at)
         if key in mapping:  # 1, 1.0 and true are equal
             self.fail(f"the key {key!r:.60} is here a second time; keep one", at)
         mapping[key] = value
@@ -433,13 +419,13 @@ class _YamlReader:
         self.descend()
         self.pos += 1
         while self.next_in_flow() != closing:
-            start, key, value = self.pos, self.flow_node(), None
+            start, key, value = self.pos, self.flow_node(flow=True), None
             pair = self.next_in_flow() == ":"
             if pair:
                 self.pos += 1
                 self.check_key(start)
                 if self.next_in_flow() not in ",]}":
-                    value = self.flow_node()
+                    value = self.flow_node(flow=True)
             if closing == "}":
                 self.put(mapping, key, value, start)
             else:
@@ -452,8 +438,8 @@ class _YamlReader:
         self.depth -= 1
         return mapping if closing == "}" else sequence
 
-    def flow_node(self) -> object:
-        return self.flow() if self.char in "[{" else self.scalar(-1, flow=True)
+    def flow_node(self, indent: int = -1, *, flow: bool = False) -> object:
+        return self.flow() if self.char in "[{" else self.scalar(indent, flow=flow)
 
     def next_in_flow(self) -> str:
         self.take(_BLANKS)
@@ -463,13 +449,13 @@ class _YamlReader:
 
     # --- scalars
 
-    def scalar(self, indent: int, *, flow: bool = False, expected: str = "a value") -> object:
+    def scalar(self, indent: int, *, flow: bool = False) -> object:
         """The scalar at the cursor; only lines deeper than `indent` continue it."""
         if self.char in _QUOTED:
             return self.quoted()
         beginning, ending = _PLAIN[flow]
         if not self.see(beginning):
-            self.refuse(expected)
+            self.refuse("a key or a value")
         start = here = self.pos
         pieces, gap = [], ""
         while end := ending.search(self.text, here):  # always: the NUL ends everything
