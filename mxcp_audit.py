@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """An audit log for any MCP server: who called what, with which input, how it ended.
 
-Every tool, resource and prompt execution becomes a row in a DuckDB file that can
-be queried while the server runs.
+Each call becomes a row in a DuckDB file that can be queried while the server runs.
 
     from mxcp_audit import AuditLogger
 
@@ -17,10 +16,8 @@ Then, from any shell:
     python -m mxcp_audit log --status error --since 1h
 
 Copy this file into your project: it needs the standard library and the `duckdb` package
-or program. `python mxcp_audit.py --version` says what a copy is (docs/vendoring.md).
-
-Promised are the ten documented columns of `logs`, the names in `__all__` and the exit
-codes; private names, the wording of messages and the order of equal timestamps are not.
+or program (docs/vendoring.md). Promised are the ten documented columns of `logs`, the names
+in `__all__` and the exit codes; not the wording of messages or the order of equal timestamps.
 """
 
 from __future__ import annotations
@@ -273,7 +270,7 @@ _REFUSALS = {
     "*": "an alias (*name); write the value out, or quote the text",
     "!": "a tag (!name); remove it, or quote the text",
     "%": "a directive (%NAME); remove it, or quote the text",
-    "?": "a complex key (?), or a question mark in [] or {}; quote the text",
+    "?": "a complex key (?); quote the text",
     "\0": "the text ends too early",
 }
 
@@ -567,18 +564,16 @@ _UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 class Config(NamedTuple):
-    """The settings that hold, validated, each with its source; made by `load_config`.
+    """The settings that hold, validated; made by `load_config`. `AuditLogger` says what each means.
 
-    `AuditLogger` and docs/configuration.md say what each means. Durations are seconds, lists are tuples.
+    Durations are seconds, lists are tuples. `repr` leaves out `path` and `attach`, which may hold secrets.
 
     Args:
-        path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given;
-            `repr` leaves it out, as it may hold a password.
-        site_file: absolute path of the site file, None without one.
-        journal: absolute path of the journal directory; None is "<path>.journal" beside a database file.
-        attach: options for ATTACH by name; `repr` leaves them out, as they may hold secrets.
-        sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
-            "mxcp-site.yml:12" (file and line).
+        path: absolute path of the database file, or an ATTACH target such as "postgres:…".
+        site_file: absolute path of the site file, or None.
+        journal: absolute path of the journal directory; None is "<path>.journal".
+        sources: where each of the others came from: "default", "argument", "MXCP_PROFILE", or file and
+            line such as "mxcp-site.yml:12".
     """
 
     path: str
@@ -619,8 +614,8 @@ def parse_duration(text: str) -> float:
     parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
     seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
     if not 0 < seconds <= MAX_DURATION_S:
-        problem = f"{text!r:.60} is no duration; write whole numbers with a unit (ms, s, m, h, d, w),"
-        raise ValueError(f'{problem} such as "10m" or "1h30m", more than 0 and at most 100 years')
+        problem = f'{text!r:.60} is no duration such as "10m" or "1h30m"; write whole numbers with a unit'
+        raise ValueError(f"{problem} (ms, s, m, h, d, w), more than 0 and at most 100 years")
     return seconds
 
 
@@ -629,7 +624,7 @@ def is_attach_target(path: str) -> bool:
     return re.match("[A-Za-z0-9_]{2,}:", path) is not None  # DuckDB's own rule; C: is a drive
 
 
-# What may be shown of a connection string and of `attach`; everything else may be secret.
+# What is no secret in a connection string and in `attach`.
 _PUBLIC_KEYS = re.compile(
     "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
 )
@@ -681,9 +676,9 @@ def _described(value: object) -> str:
 def _path(value: object) -> str:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str) or not path.strip():
-        raise ValueError(f"must be a path, not {_described(value)}; name a file, and put text in quotes")
+        raise ValueError(f"must be a path, not {_described(value)}; put text in quotes")
     if re.search(r"[\0\ud800-\udfff]", path):
-        raise ValueError("a path can't hold NUL or what is no UTF-8 (half a character); name another")
+        raise ValueError("a path can't hold NUL or half a character; name another")
     if re.search(r"[?\\]" if os.sep == "/" else r"\?", path) and not is_attach_target(path):
         raise ValueError("DuckDB can't write where a path holds ? or \\; name another")
     return path
@@ -692,8 +687,8 @@ def _path(value: object) -> str:
 def _database(value: object) -> str:
     path = _path(value)
     if path.lower().endswith(".jsonl"):
-        text = "a .jsonl file is the log of newer MXCP versions, not a database; name a .duckdb file here"
-        raise ValueError(f"{text} and take the old log in with `mxcp-audit import FILE`")
+        text = "a .jsonl file is the log of newer MXCP versions; name a .duckdb file here"
+        raise ValueError(f"{text} and take the log in with `mxcp-audit import FILE`")
     if path == ":memory:":
         raise ValueError("a database in memory would be lost; name a file")
     return path
@@ -807,8 +802,7 @@ class _SiteFile(_YamlReader):
                 raise ValueError(f"it has more than {MAX_SITE_FILE_BYTES} bytes")
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path, too
             reason = getattr(error, "strerror", None) or error
-            problem = f"the site file can't be read: {reason}; name another with --config"
-            raise ConfigError(problem, path=path) from error
+            raise ConfigError(f"the site file can't be read: {reason}", path=path) from error
         super().__init__(data, path)
         root = self.document()
         if root is not None and not isinstance(root, dict):
@@ -855,29 +849,17 @@ class _SiteFile(_YamlReader):
             raise ConfigError(problem, **self.at("profiles"))
         return name, source
 
-    def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
-        keys = ("profiles", profile, "audit")
-        ours: dict[Any, Any] = {**self.section(*keys)}
-        ours.pop("max_file_size", None)  # MXCP's own, of its JSONL log
-        if type(ours.get("retention")) in (int, float):
-            problem = 'needs a unit in this file; write "90d" for 90 days'
-            raise ConfigError(problem, **self.at(*keys, "retention"))
-        checked = check_settings(ours, lambda name: self.at(*keys, name))
-        return checked, {name: self.source(*keys, name) for name in ours}
-
 
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
     """Return the settings of keyword arguments."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
     checked = check_settings(given)
-    if not is_attach_target(checked["path"]):
-        checked["path"] = os.path.abspath(checked["path"])
-    elif "journal" not in checked:
-        shown = public_target(checked["path"])
-        problem = f"{shown} is no file, so there is no place beside it; name a directory"
-        raise ConfigError(problem, trail=("journal",))
-    if "journal" in checked:
-        checked["journal"] = os.path.abspath(checked["journal"])
+    is_remote = is_attach_target(checked["path"])
+    if is_remote and "journal" not in checked:
+        problem = f"{public_target(checked['path'])} is no file, so there is no place beside it"
+        raise ConfigError(f"{problem}; name a directory", trail=("journal",))
+    for name in checked.keys() & ({"journal"} if is_remote else {"path", "journal"}):
+        checked[name] = os.path.abspath(checked[name])
     return Config(**{"enabled": True, **checked}, sources=dict.fromkeys(given, "argument"))
 
 
@@ -888,9 +870,7 @@ def load_config(
     cwd: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Config:
-    """Return the settings of one profile of `mxcp-site.yml`, or raise; no setting is silently wrong.
-
-    A file without `profiles`, and a profile without `audit`, mean: not enabled.
+    """Return the settings of one profile of `mxcp-site.yml`; without `audit` there it is not enabled.
 
     Args:
         config: the site file; by default `mxcp-site.yml` in `cwd`, or in the nearest parent that has one.
@@ -899,8 +879,7 @@ def load_config(
         environ: by default `os.environ`.
 
     Raises:
-        ConfigError: no site file, one that can't be read, an unknown profile, or a wrong setting;
-            with file, line, column and the keys that lead there.
+        ConfigError: no site file, an unreadable one, an unknown profile, or a wrong setting; with its place.
     """
     try:
         start = os.path.abspath(cwd if cwd is not None else os.getcwd())
@@ -908,24 +887,30 @@ def load_config(
         raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
     if site_file is None:
-        text = f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
-        text += " do without by --db or AuditLogger(path), or create one that says:"
-        raise ConfigError(f"{text} profiles: {{default: {{audit: {{enabled: true}}}}}}", path=start)
+        text = f"there is no {SITE_FILE} here or above; name one with --config or config=, do without by --db"
+        text += " or AuditLogger(path), or create one: profiles: {default: {audit: {enabled: true}}}"
+        raise ConfigError(text, path=start)
     site = _SiteFile(site_file)
-    name, name_source = site.profile(profile, os.environ if environ is None else environ)
-    settings, sources = site.settings(name)
+    name, chosen_by = site.profile(profile, os.environ if environ is None else environ)
+    keys = ("profiles", name, "audit")
+    given: dict[Any, Any] = {**site.section(*keys)}
+    given.pop("max_file_size", None)  # MXCP's own
+    if type(given.get("retention")) in (int, float):
+        problem = 'needs a unit in this file; write "90d" for 90 days'
+        raise ConfigError(problem, **site.at(*keys, "retention"))
+    settings = check_settings(given, lambda name: site.at(*keys, name))
     settings.setdefault("path", f"logs-{name}.duckdb")
-    remote = is_attach_target(settings["path"])
-    if remote:
+    is_remote = is_attach_target(settings["path"])
+    if is_remote:
         settings.setdefault("journal", f"logs-{name}.journal")
-    for setting in filter(settings.__contains__, ("path", "journal")):
-        if setting not in sources and re.search(r"[/\\\0\ud800-\udfff]", name):
+    for setting in settings.keys() & {"path", "journal"}:
+        if setting not in given and re.search(r"[/\\\0\ud800-\udfff]", name):
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
-            raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
-        if setting == "journal" or not remote:
+            raise ConfigError(problem, path=site_file, trail=(*keys, setting))
+        if setting == "journal" or not is_remote:
             settings[setting] = os.path.join(os.path.dirname(site_file), settings[setting].removeprefix("./"))
-    sources = {**dict.fromkeys((*SETTINGS, "profile"), "default"), **sources, "profile": name_source}
-    sources["site_file"] = "found" if config is None else "argument"
+    sources = dict.fromkeys(SETTINGS, "default") | {key: site.source(*keys, key) for key in given}
+    sources |= {"profile": chosen_by, "site_file": "found" if config is None else "argument"}
     return Config(profile=name, site_file=site_file, sources=sources, **settings)
 
 
@@ -941,8 +926,7 @@ def find_site_file(folder: str) -> str | None:
 # === Events ===
 # depends on: Errors
 #
-# COLUMNS is the only place that knows the columns. The first ten are the specification's and never change;
-# new ones go to NEW_COLUMNS, before `segment` and `seq`.
+# Only COLUMNS knows the columns. The first ten are the specification's; new ones go to NEW_COLUMNS.
 
 
 class Column(NamedTuple):
@@ -959,7 +943,7 @@ COLUMNS = tuple(
         "context segment seq:i",
     )
 )
-# Since 0.2: a line leaves them out, and a row's hash is as it was, where they are NULL.
+# Since 0.2; where they are NULL, lines and hashes of rows are as without them.
 NEW_COLUMNS = COLUMNS[13:-2]
 EVENT_TYPES = ("tool", "resource", "prompt")
 POLICY_DECISIONS = ("allow", "deny", "warn", "n/a")
@@ -967,7 +951,7 @@ STATUSES = ("success", "error")
 MAX_DURATION_MS = 2**31 - 1  # DuckDB refuses a whole segment for one more
 LARGEST = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
 
-wall_clock_ns = time.time_ns  # the clock that is recorded; intervals use the monotonic one
+wall_clock_ns = time.time_ns  # recorded; intervals use the monotonic clock
 
 _SEGMENT_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
@@ -2603,9 +2587,8 @@ class Redactor:
 # === Encoding ===
 # depends on: Events, Redaction
 #
-# Event → line (docs/journal-format.md), line → event. `seq` comes last, because only the writer knows it.
-# DuckDB's JSON reader rejects a whole file for one lone surrogate, one invalid UTF-8 byte or one integer past
-# INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
+# Event → line (docs/journal-format.md), line → event. Only the writer knows `seq`, which comes last. Lone
+# surrogates, invalid UTF-8, NUL and integers past INTEGER never pass: DuckDB would reject the whole file.
 
 # --- what is too large
 
@@ -2618,31 +2601,31 @@ def clip_plain(plain: Any, max_bytes: int) -> Any:
     if not isinstance(plain, (dict, list)):
         return _clip_text(plain if isinstance(plain, str) else str(plain), max_bytes)
     note = f"…[CUT: {size} bytes, {len(plain)} items]"
-    room = left = max_bytes - 2 - len(json.dumps(note)) - 12
+    room = left = max_bytes - 14 - len(json.dumps(note))
     if room < 64:
         return _clip_text(note, max_bytes)
     # 1. The last entries go, until each of the rest has room for a marker at least.
-    entries: list[list[Any]] = []  # key, item, size
-    for key, item in plain.items() if isinstance(plain, dict) else (("", item) for item in plain):
-        key, item_size = _clip_text(key, 256), len(json.dumps(item))
-        overhead = len(json.dumps(key)) + 4 if isinstance(plain, dict) else 2  # the key and commas
+    is_list = isinstance(plain, list)
+    pairs: Any = enumerate(plain) if is_list else plain.items()  # type: ignore[union-attr]
+    out: dict[Any, Any] = {}
+    sizes: dict[Any, int] = {}
+    for key, item in pairs:
+        if not is_list and (key := _clip_text(key, 256)) in out:
+            key += f"#{len(out)}"
+        item_size, overhead = len(json.dumps(item)), 2 if is_list else len(json.dumps(key)) + 4
         room -= overhead + min(item_size, 64)
         if room < 0:
             break
         left -= overhead
-        entries.append([key, item, item_size])
+        out[key], sizes[key] = item, item_size
     # 2. The small ones take what they need, the large ones share the rest.
-    for rank, entry in enumerate(sorted(entries, key=lambda entry: entry[2])):
-        share = min(entry[2], left // (len(entries) - rank))
+    for rank, key in enumerate(sorted(out, key=sizes.__getitem__)):
+        share = min(sizes[key], left // (len(out) - rank))
         left -= share
-        entry[1] = clip_plain(entry[1], share)
-    is_cut = len(entries) < len(plain)
-    if isinstance(plain, list):
-        return [item for _, item, _ in entries] + [note] * is_cut
-    out: dict[str, Any] = {}
-    for key, item, _ in entries:
-        out[key if key not in out else f"{key}#{len(out)}"] = item
-    return {**out, "…": note} if is_cut else out
+        out[key] = clip_plain(out[key], share)
+    if len(out) < len(plain):
+        out["…"] = note
+    return list(out.values()) if is_list else out
 
 
 def _clip_text(text: str, max_bytes: int) -> str:
@@ -2661,7 +2644,7 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # arbitrary: servers have tens of names; made-up ones must not stay
+_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # arbitrary: a server has tens of names, callers make up more
 _NAME_BYTES = 1024  # of a name or an id
 _TEXT_BYTES = 2**16  # of an error or a reason
 REPLACEMENT = "\ufffd"
@@ -2695,13 +2678,11 @@ class Encoder:
         """Return the redacted input as a JSON text in JSON, or `null`."""
         if input_params is None:
             return "null"
-        tool = name if type(name) is str else None
+        tool, limit = name if type(name) is str else None, self._max_input_bytes
         text = self._redactor.redact_json(
-            input_params, tool=tool, endpoint_def=endpoint_def, echoes=echoes, limit=self._max_input_bytes
+            input_params, tool=tool, endpoint_def=endpoint_def, echoes=echoes, limit=limit
         )
-        if len(text) * 4 > self._max_input_bytes or "\\u0000" in text:
-            text = self._clipped(text)
-        return encode_text(text)
+        return encode_text(self._clipped(text) if len(text) * 4 > limit or "\\u0000" in text else text)
 
     def line(
         self,
@@ -2722,9 +2703,9 @@ class Encoder:
         *,
         ago: int = 0,
     ) -> bytes:
-        """Return the line of an event `ago` nanoseconds before now, for `finish_line` to complete.
+        """Return the line of an event `ago` ns before now, for `finish_line`; `more`: of NEW_COLUMNS.
 
-        `more` is for NEW_COLUMNS. Values that are not allowed are recorded as given, and `reason` says so.
+        Values that are not allowed are recorded as given, and `reason` says so.
         """
         second, ns = divmod(self._clock() - ago, 1_000_000_000)
         stamp = self._second
@@ -2768,13 +2749,8 @@ class Encoder:
             texts.append(encode_text(text))
             if text not in _ALLOWED.get(argument, (text,)):
                 flag += f"; mxcp_audit: {argument} is none of {', '.join(_ALLOWED[argument])}"
-        caller, event_type, name, policy_decision, status = texts
-        frame = (
-            f'Z","caller":{caller},"type":{event_type},"name":{name},"input_json":',
-            f',"policy_decision":{policy_decision},"reason":',
-            f',"status":{status},"error":',
-            flag,
-        )
+        head = f'Z","caller":{texts[0]},"type":{texts[1]},"name":{texts[2]},"input_json":'
+        frame = head, f',"policy_decision":{texts[3]},"reason":', f',"status":{texts[4]},"error":', flag
         self._keep(parts, frame)
         return frame
 
@@ -2824,7 +2800,7 @@ class Encoder:
         else:
             whole = self._redactor.redact_json(value)
             whole = json.loads(whole) if whole[0] == '"' else whole
-        # Only twice the limit is redacted; a secret that is cut there is not recognized.
+        # Only twice the limit is redacted; its end goes, as a secret that is cut there is not recognized.
         text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
         fits = len(whole) <= 2 * limit
         data = (text if fits else text[:-limit]).encode("utf-8", "surrogatepass")
@@ -2857,24 +2833,21 @@ def _clamped(duration_ms: Any) -> int | None:
 def _json_object(line: bytes) -> dict[str, Any]:
     """Return the JSON object of a line; ValueError says why there is none."""
     try:
-        event = json.loads(line.decode())
+        if isinstance(event := json.loads(line.decode()), dict):
+            return event
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON in UTF-8: {error}") from error
-    if not isinstance(event, dict):
-        raise ValueError("no JSON object")
-    return event
+    raise ValueError("no JSON object")
 
 
 def event_of_line(line: bytes) -> dict[str, Any]:
     """Return the event of a line; ValueError says why DuckDB can't use it."""
     event = _json_object(line)
-    for name, sql_type in COLUMNS:
+    for name, sql_type in COLUMNS[:-2] + COLUMNS[-1:]:  # without `segment`
         value, largest = event.get(name), LARGEST.get(sql_type)
-        if value is None or name == "segment":
-            continue
-        if largest is None and not isinstance(value, str):
+        if largest is None and not isinstance(value, str | None):
             raise ValueError(f"{name} is no text")
-        if largest is not None and (type(value) is not int or not 0 <= value <= largest):
+        if largest and value is not None and (type(value) is not int or not 0 <= value <= largest):
             raise ValueError(f"{name} is no integer from 0 to {largest}")
     if not event.get("seq"):
         raise ValueError("seq is missing")
@@ -2886,14 +2859,13 @@ def event_of_line(line: bytes) -> dict[str, Any]:
 
 
 # === Journal ===
-# depends on: Errors, Events
+# depends on: Errors, Events, Encoding
 #
 # The append-only files between server and database (docs/journal-format.md). A process writes its own
-# segments only. Live = its writer holds the lock; sealed or orphaned = the lock is free. A lock belongs to
-# the open file (flock), not to the process: pids are reused. A name never changes: a rename makes a reader's
-# query fail. Without locks nobody can tell a live segment from an orphan, and nothing is ingested.
+# segments only, and holds their locks (flock: pids are reused) while it does. A name never changes, as a
+# rename makes a reader's query fail. Without locks nobody knows who lives, and nothing is ingested.
 
-JOURNAL_FORMAT = 2  # of names and lines; docs/journal-format.md describes it
+JOURNAL_FORMAT = 2  # of names and lines
 SEGMENT_SUFFIX = ".jsonl"
 _LOSS_SUFFIX = ".loss"
 _BEGUN_SUFFIX = ".begun"
@@ -2902,16 +2874,16 @@ _ENDED = b'{"ended":'
 CALL_OF_LINE = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
 _DIRECTORY_MODE = 0o700
 FILE_MODES = {False: 0o600, True: 0o660}  # True: for a group
-_GROUP_MODE = 0o2770  # of a journal for a group, whose files are the group's
+_GROUP_MODE = 0o2770
 # Follow no link, and wait for no other end of a FIFO.
 _NO_FOLLOW = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _MOST_CLAIMS = 4096  # arbitrary: segments in one transaction
-_SMALL_BYTES = 2**18  # arbitrary: of segments that are put together in COMBINED before DuckDB reads them
+_SMALL_BYTES = 2**18  # arbitrary: of segments that are combined
 COMBINED = "combined"
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
-_TURN_SECONDS = 5.0  # how long readers let an ingest pass that asks
+_TURN_SECONDS = 5.0  # in which an ingest that asks goes first
 _ORPHAN_SECONDS = 60.0  # arbitrary
-_LOCK_OFFSET = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
+_LOCK_OFFSET = 2**62  # Windows locks bytes against reading: one that never exists
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
@@ -2958,7 +2930,7 @@ def _key_at(path: str) -> tuple[int, int] | None:
         raise
 
 
-def _os_error(code: int, path: str | None = None) -> OSError:
+def _os_error(code: int, path: str) -> OSError:
     return OSError(code, os.strerror(code), path)
 
 
@@ -3088,7 +3060,7 @@ class Segment:
         self._fd, self._key = fd, _key(os.fstat(fd))
         self.path, self.id, self.opened, self.closed = path, segment_id_of(path), time.monotonic(), False
         self._dirty = False  # there may be bytes behind the end
-        self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
+        self._end = (0, 0)  # bytes and events; an interrupt never sees half of a tuple
         self._limit = file_size_limit()
 
     @property
@@ -3130,7 +3102,7 @@ class Segment:
     def number(self) -> int:
         """Return the descriptor; OSError if it is closed, or is another file's by now."""
         if _key(os.fstat(self._fd)) != self._key:
-            raise _os_error(errno.EBADF)
+            raise _os_error(errno.EBADF, self.path)
         return self._fd
 
     def is_open(self) -> bool:
@@ -3193,19 +3165,17 @@ def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) ->
     lines: list[bytes] = []
     now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
-        try:
+        with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged, or not ours
             begun = datetime.datetime.strptime(event["timestamp"], LINE_TIME)
             context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
-        except (ValueError, LookupError, TypeError):  # damaged, or not ours
-            continue
-        passed = min(max(0, round((now - begun).total_seconds() * 1000)), MAX_DURATION_MS)
-        line = {**event, "duration_ms": passed, "context": json.dumps(context)}
-        if over:
-            line |= {"timestamp": max(begun, now).strftime(LINE_TIME), "seq": len(lines) + 1}
-        else:
-            line |= {"status": "running", "error": None, "seq": 0}
-        del line["call"]
-        lines.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            line = {**event, "duration_ms": _clamped((now - begun).total_seconds() * 1000)}
+            line |= {"context": json.dumps(context), "seq": (len(lines) + 1) * over}
+            del line["call"]
+            if over:
+                line["timestamp"] = max(begun, now).strftime(LINE_TIME)
+            else:
+                line |= {"status": "running", "error": None}
+            lines.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
     return b"".join(lines)
 
 
@@ -3213,9 +3183,7 @@ class Claim:
     """A segment without a writer; the ingest lock keeps others away."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.id = path, segment_id_of(path)
-        self.lines = self.size = self.torn = 0
-        self.calls: dict[str, int] = {}  # whose begin was put on record: the number of the line
+        self.path, self.id, self._stem = path, segment_id_of(path), path.removesuffix(SEGMENT_SUFFIX)
 
     def inspect(self, fd: int) -> None:
         """Count the lines and move a torn tail into `.torn`."""
@@ -3223,10 +3191,11 @@ class Claim:
         self.lines, self.size = data.count(b"\n"), data.rfind(b"\n") + 1
         self.torn = len(data) - self.size
         if self.torn:
-            self._put_aside(".torn", data[self.size :])
+            replace_file(self._stem + ".torn", data[self.size :])
             os.ftruncate(fd, self.size)
-        if b'"call":"' in data:
-            self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
+        # Whose begin was put on record: the number of the line.
+        found = CALL_OF_LINE.findall(data) if b'"call":"' in data else ()
+        self.calls = {call.decode(): int(seq or 0) for call, seq in found}
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
         """Keep lines that can't be ingested in `.rejected`, to be repaired."""
@@ -3234,10 +3203,7 @@ class Claim:
             json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
             for number, reason, line in faults
         ]
-        self._put_aside(".rejected", "".join(f"{line}\n" for line in lines).encode())
-
-    def _put_aside(self, suffix: str, data: bytes) -> None:
-        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + suffix, data)
+        replace_file(self._stem + ".rejected", "".join(f"{line}\n" for line in lines).encode())
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
@@ -3260,8 +3226,6 @@ def named_lines(segment: str, lines: bytes) -> bytes:
 
 
 class Loss(NamedTuple):
-    """Events that were lost."""
-
     events: int
     first: str  # naive UTC text, as `sql_time` returns it
     last: str
@@ -3284,7 +3248,7 @@ class Journal:
         self._group, self._clock = group, clock
         self.directory = os.path.abspath(directory)
         self._lock_path = self._path("ingest.lock")
-        self.wal_mark = self._path("journal.wal")  # there while the database's WAL holds only what we wrote
+        self.wal_mark = self._path("journal.wal")  # exists while the WAL holds only what we wrote
 
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
@@ -3309,17 +3273,15 @@ class Journal:
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
-            text = f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`"
-            raise JournalError(text, path=self.directory)
+            raise JournalError(f"is {kind}; remove it, or set `journal`", path=self.directory)
         if not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0):
             return
         if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
         # Root works for the owner of the whole place, not for who put a directory there.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
-            text = f"belongs to user {found.st_uid}, who could read and change what is recorded; "
-            text += "work as that user, make it your own, or set `journal`"
-            raise JournalError(text, path=self.directory)
+            text = f"belongs to user {found.st_uid}, who could change what is recorded; work as that user"
+            raise JournalError(f"{text}, make it your own, or set `journal`", path=self.directory)
 
     def _files(self, suffix: str) -> list[str]:
         """Return the files of a kind, oldest first."""
@@ -3352,7 +3314,7 @@ class Journal:
 
     def bind(self, target: str) -> None:
         """Note the database, and give a copy its own identity; hold the ingest lock."""
-        path, mine = self._path("journal.place"), [self.directory, target]
+        path, ours, mine = self._path("journal.place"), self._path("journal.id"), [self.directory, target]
         place = other = ""
         with contextlib.suppress(OSError, ValueError, TypeError):
             place, other = map(str, json.loads(read_file(path)))
@@ -3362,10 +3324,13 @@ class Journal:
             text = f"holds the events of {other}; {target} needs one of its own: set `journal`"
             raise JournalError(text, path=self.directory)
         with contextlib.suppress(OSError):
-            # Not the same directory under another name: by a link, or mounted twice.
-            elsewhere = place and not os.path.samefile(place, self.directory)
-            if elsewhere and read_file(os.path.join(place, "journal.id")).decode().strip() == self.identity():
-                os.unlink(self._path("journal.id"))
+            original = os.path.join(place, "journal.id")  # a link or a second mount is no copy
+            if (
+                place
+                and not os.path.samefile(place, self.directory)
+                and read_file(original) == read_file(ours)
+            ):
+                os.unlink(ours)
         replace_file(path, json.dumps(mine).encode())
 
     def ask_readers(self) -> None:
@@ -3431,10 +3396,9 @@ class Journal:
             with contextlib.ExitStack() as stack:
                 stack.callback(os.close, fd)
                 segment, is_locked = Segment(fd, path), True
-                with contextlib.suppress(OSError):  # no locks here: claimers notice it, and claim nothing
+                with contextlib.suppress(OSError):  # no locks here: nobody will claim it
                     is_locked = try_lock(fd)
-                # A claimer may have come first, and deleted the empty file.
-                if is_locked and segment.is_in_place():
+                if is_locked and segment.is_in_place():  # else a claimer deleted the empty file
                     if durable:
                         sync_directory(self.directory)
                     stack.pop_all()
@@ -3443,8 +3407,7 @@ class Journal:
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
         """Yield path, last sign of life and calls of processes that live, or ended."""
         for path in self._files(_BEGUN_SUFFIX):
-            # An OSError: gone, not ours to read, or no locks, so that nobody can tell.
-            with contextlib.suppress(OSError), open_file(path) as file:
+            with contextlib.suppress(OSError), open_file(path) as file:  # gone, not ours, or no locks
                 fd = file.fileno()
                 found = os.fstat(fd)
                 if try_lock(fd) is not live and _key_at(path) == _key(found):
@@ -3493,8 +3456,7 @@ class Journal:
             except FileNotFoundError:
                 pass
             except OSError as error:
-                text = f"can't be claimed: {error.strerror}; it waits until it can (on a file system without "
-                text += "locks for ever: set `journal`)"
+                text = f"can't be claimed: {error.strerror}; where there are no locks, set `journal`"
                 problems.append(JournalError(text, path=path))
         return claims, problems
 
@@ -3541,10 +3503,10 @@ class Journal:
 # === Writer ===
 # depends on: Errors, Config, Events, Encoding, Journal
 #
-# The first event starts a daemon thread; where none can be started, or after `close`, callers write. A line
-# stays in the queue until it is in the journal, as `Appender.done` counts: an interrupt, a fork or a failed
-# write neither loses nor repeats one. `_writing` is held while the disk works, `_lock` for moments within;
-# both are re-entrant, because `put` runs in signal handlers and destructors.
+# The first event starts a daemon thread; without one, or after `close`, callers write. A line stays in the
+# queue until `Appender.done` counts it: an interrupt, a fork or a failed write neither loses nor repeats one.
+# `_writing` is held while the disk works, `_lock` for moments within; both are re-entrant, because `put` runs
+# in signal handlers and destructors.
 
 QUEUE_BYTES = 64 * 2**20
 SEGMENT_BYTES = 8 * 2**20
@@ -3595,7 +3557,7 @@ class Diagnostics:
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
-        self._told: dict[str, float] = {}
+        self._next: dict[str, float] = {}  # when a kind may be told again
         self._telling = threading.local()
 
     def note(self, kind: str, text: str, *, error: BaseException | None = None, level: int = WARNING) -> None:
@@ -3605,13 +3567,13 @@ class Diagnostics:
             self.errors += 1
             self.last_error = text
         now = time.monotonic()
-        if now - self._told.get(kind, -_REPORT_SECONDS) >= _REPORT_SECONDS:
-            self._told[kind] = now
+        if now >= self._next.get(kind, now):
+            self._next[kind] = now + _REPORT_SECONDS
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
         """Log what was noted. Hold no lock: handlers have one, and log events."""
-        if not self.untold or self._log is None or getattr(self._telling, "on", False):
+        if not self.untold or self._log is None or hasattr(self._telling, "on"):
             return
         self._telling.on = True
         try:
@@ -3621,10 +3583,10 @@ class Diagnostics:
                     level, _, text = self.untold.pop(0)
                     self._log.log(level, "mxcp_audit: %s", text)
         finally:
-            self._telling.on = False
+            del self._telling.on
 
-    def report(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
-        self.note(kind, message, error=error)
+    def report(self, kind: str, text: str, *, error: BaseException | None = None) -> None:
+        self.note(kind, text, error=error)
         self.tell()
 
 
@@ -3760,9 +3722,8 @@ class Appender:
         if self._segment is not None:
             self._segment.forget()
         self._segment = None
-        self._before = 0  # lines that were done before those in `_segment`
-        self.sealed: dict[str, int] = {}  # files that wait for an ingest, each with its events
-        self._place: tuple[int, int] | None = None  # device and inode of their directory
+        self._before = 0  # lines done before `_segment`
+        self.sealed: dict[str, int] = {}  # files that wait for an ingest, and their events
         self._lost: list[Loss] = []
         self.recorded = 0.0  # when losses were
         self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
@@ -3781,7 +3742,7 @@ class Appender:
         """Write lines; after an error, `done` says which were written."""
         segment = self.present()
         if segment is None:
-            segment = self._segment = self._open()
+            segment = self._segment = self.journal.open_segment(durable=self.durable)
         before = segment.events
         lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
         try:
@@ -3790,33 +3751,24 @@ class Appender:
             self.seal()
             if error.errno != errno.EFBIG:
                 raise
-            # Beyond the limit of file sizes: to a new segment, or in halves.
-            if before:
-                self.append(piece)
-            elif half := len(piece) // 2:
-                self.append(piece[:half])
-                self.append(piece[half:])
-            else:
+            if not before and len(piece) == 1:
                 self._before += 1
                 self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
+                return
+            half = 0 if before else len(piece) // 2  # a new segment may hold all
+            for part in filter(None, (piece[:half], piece[half:])):
+                self.append(part)
         if segment.size >= SEGMENT_BYTES:
             self.seal()
 
     def present(self) -> Segment | None:
         """Return the segment, open and in place, if there is one."""
         segment = self._segment
-        if segment is not None and (segment.closed or not segment.is_open()):
-            # An interrupt came within `seal`, or somebody closed our descriptor.
+        if segment and (segment.closed or not segment.is_open()):  # by an interrupt, or by somebody else
             self._let_go(segment)
-        elif segment is not None and not segment.is_in_place():
+        elif segment and not segment.is_in_place():
             self._write_again(segment)
         return self._segment
-
-    def _open(self) -> Segment:
-        segment = self.journal.open_segment(durable=self.durable)
-        self.left()
-        self._place = _key_at(self.journal.directory)
-        return segment
 
     def _let_go(self, segment: Segment) -> None:
         if segment.is_open():
@@ -3834,8 +3786,15 @@ class Appender:
             reason = "their segment was taken away and can't be read any more"
             self.lose(segment.events, "moved", reason, error=error)
         else:
-            self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-            fresh = self._open()
+            text, waited = (
+                f"{segment.path} was deleted or replaced; it is written again",
+                sum(self.sealed.values()),
+            )
+            self.left()
+            if gone := waited - sum(self.sealed.values()):
+                text += f", but not {counted(gone, 'event')} that waited beside it; put them back"
+            self.diagnostics.note("moved", text)
+            fresh = self.journal.open_segment(durable=self.durable)
             try:
                 fresh.append(held, segment.events, durable=self.durable)
             except BaseException:
@@ -3886,19 +3845,15 @@ class Appender:
 
     def left(self) -> bool:
         """Return True if something sealed waits for an ingest."""
-        gone = [path for path in self.sealed if not os.path.exists(path)]  # else it was ingested
-        events = sum([self.sealed.pop(path) for path in gone])
-        with contextlib.suppress(OSError):
-            if events and _key_at(self.journal.directory) != self._place:
-                text = f"{counted(events, 'event')} went away with the directory {self.journal.directory}"
-                self.diagnostics.note("away", f"{text}; put its files back to have them")
+        for path in [path for path in self.sealed if not os.path.exists(path)]:
+            del self.sealed[path]
         return bool(self.sealed)
 
 
 _CPU_SHARE = 0.01  # of one core
 _LONGEST_PAUSE_SECONDS = 60.0
 _LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
-_CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more than that
+_CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more
 _POLL_SECONDS = 0.1
 _BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
 _ANSWER_BYTES = 2**16
@@ -3963,7 +3918,7 @@ class Ingester:
     def _begin(self) -> None:
         """Seal and start a child, unless another process ingests."""
         appender, self._covers = self._appender, self.wanted
-        if not appender.sealed and appender.waiting_since() == inf and self._retention() is None:
+        if not (appender.sealed or appender.waiting_since() < inf or self._due_settings()["retention"]):
             self.tried = self.wanted
             return
         try:
@@ -3991,7 +3946,7 @@ class Ingester:
             module.threading = native_threads()
         folders = [os.path.abspath(folder) for folder in sys.path if folder and isinstance(folder, str)]
         work = {
-            "settings": {**self._settings, "retention": self._retention()},
+            "settings": self._due_settings(),
             "python": (folders, sys.pycache_prefix, sys.dont_write_bytecode),
             "file": os.path.abspath(__file__),
             "wait": _CHILD_WAIT_SECONDS,
@@ -4054,9 +4009,9 @@ class Ingester:
         away = 0.0 if answer.get("done") else _LOCKED_PAUSE_SECONDS if answer.get("locked") else pause
         self._not_before, self._away_until = now + pause, now + away
 
-    def _retention(self) -> object:
-        """Return the setting once a day, else None."""
-        return self._settings["retention"] if time.monotonic() >= self._next_daily else None
+    def _due_settings(self) -> dict[str, object]:
+        """Return the settings, `retention` among them once a day."""
+        return {**self._settings, **({} if time.monotonic() >= self._next_daily else {"retention": None})}
 
     def _tell_head(self) -> None:
         if self._head:
@@ -4074,8 +4029,7 @@ class Ingester:
                 self._start()  # waiting for a server can't be interrupted
                 answer = self._await_child(deadline)
             else:
-                settings = {**self._settings, "retention": self._retention()}
-                answer = ingest(settings, wait=max(0.0, deadline - time.monotonic()))
+                answer = ingest(self._due_settings(), wait=max(0.0, deadline - time.monotonic()))
             self._answered(answer)
             why = answer.get("fault") or "another process is ingesting"
             if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
