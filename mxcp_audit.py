@@ -2650,10 +2650,10 @@ _TEXT_BYTES = 2**16  # of an error or a reason
 REPLACEMENT = "\ufffd"
 _NO_IDS = ',"user_id":null,"session_id":null,"trace_id":null'
 _NO_MORE = (None,) * len(NEW_COLUMNS)
-_PLAIN_ID = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret, nothing to escape
+_PLAIN_ID = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret; needs no escape
 _FRAME = ("caller", "event_type", "name", "policy_decision", "status")
 _ALLOWED = {"event_type": EVENT_TYPES, "policy_decision": POLICY_DECISIONS, "status": STATUSES}
-_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
+_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # behind an even number of backslashes
 
 
 class Json(str):
@@ -2669,7 +2669,7 @@ class Encoder:
         self._redactor = redactor
         self._max_input_bytes = max_input_bytes
         self._clock = clock
-        self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
+        self._second = (-1, "")  # threads never see half of a tuple
         self._cache: dict[tuple[object, ...], Any] = {}  # frames and parties
 
     def input_json(
@@ -2721,10 +2721,8 @@ class Encoder:
                 duration_ms, flag = "null", flag + "; mxcp_audit: duration_ms is no number"
         ids, rest = _NO_IDS, ""
         if user_id is not None or session_id is not None or trace_id is not None:
-            ids = (
-                f',"user_id":{self._json(user_id)},"session_id":{self._json(session_id)}'
-                f',"trace_id":{self._json(trace_id)}'
-            )
+            ids = f',"user_id":{self._json(user_id)},"session_id":{self._json(session_id)}'
+            ids += f',"trace_id":{self._json(trace_id)}'
         if more != _NO_MORE:
             rest, more_flag = self._more(more)
             flag += more_flag
@@ -2744,7 +2742,7 @@ class Encoder:
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
         """Return what surrounds the changing parts, and what `reason` must say."""
         texts, flag = [], ""
-        for argument, part in zip(_FRAME, parts, strict=True):
+        for argument, part in zip(_FRAME, parts):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
             texts.append(encode_text(text))
             if text not in _ALLOWED.get(argument, (text,)):
@@ -3217,7 +3215,7 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
         for path in small:
             with contextlib.suppress(FileNotFoundError):
                 combined.write(named_lines(segment_id_of(path), read_lines(path)))
-    return [*(path for path, size in sizes.items() if size > _SMALL_BYTES), target]
+    return [*sorted({*sizes} - {*small}), target]
 
 
 def named_lines(segment: str, lines: bytes) -> bytes:
@@ -3450,26 +3448,23 @@ class Journal:
             if segment_id_of(path) in skip:
                 continue
             try:
-                if claim := self._claim_one(path):
-                    claims.append(claim)
-                    limit_bytes -= claim.size
+                fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+                with trying_lock(fd) as is_free:
+                    if not is_free or _key_at(path) != _key(os.fstat(fd)):
+                        continue
+                    claim = Claim(path)
+                    claim.inspect(fd)
+                    if claim.lines:
+                        claims.append(claim)
+                        limit_bytes -= claim.size
+                    else:
+                        os.unlink(path)
             except FileNotFoundError:
                 pass
             except OSError as error:
                 text = f"can't be claimed: {error.strerror}; where there are no locks, set `journal`"
                 problems.append(JournalError(text, path=path))
         return claims, problems
-
-    def _claim_one(self, path: str) -> Claim | None:
-        fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
-        with trying_lock(fd) as is_free:
-            if is_free and _key_at(path) == _key(os.fstat(fd)):
-                claim = Claim(path)
-                claim.inspect(fd)
-                if claim.lines:
-                    return claim
-                os.unlink(path)
-        return None
 
     def survey(self) -> dict[str, Any]:
         """Count the files by state, for `doctor`."""
@@ -3786,13 +3781,10 @@ class Appender:
             reason = "their segment was taken away and can't be read any more"
             self.lose(segment.events, "moved", reason, error=error)
         else:
-            text, waited = (
-                f"{segment.path} was deleted or replaced; it is written again",
-                sum(self.sealed.values()),
-            )
-            self.left()
-            if gone := waited - sum(self.sealed.values()):
-                text += f", but not {counted(gone, 'event')} that waited beside it; put them back"
+            text = f"{segment.path} was deleted or replaced; it is written again"
+            gone = [events for path, events in self.sealed.items() if events and not os.path.exists(path)]
+            if gone:
+                text += f", but not {counted(sum(gone), 'event')} that waited beside it; put them back"
             self.diagnostics.note("moved", text)
             fresh = self.journal.open_segment(durable=self.durable)
             try:
