@@ -107,7 +107,7 @@ __all__ = [
 #
 # A message says what is wrong, where, and what to do; a cause is kept (`raise … from`).
 
-# What Ctrl+C and servers' signal handlers raise: passed on, once the event is queued.
+# Ctrl+C, and what signal handlers of servers raise: passed on, once the event is queued.
 INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
@@ -215,17 +215,11 @@ MAX_KEY_CHARS = 1024  # PyYAML's, up to the colon
 MAX_NUMBER_CHARS = 4300  # Python's, for digits; 1:1:1:… would be quadratic
 
 _YAML_WORDS: Mapping[str, object] = {
-    spelled: value
-    for value, words in (
-        (None, "~ null"),
-        (True, "yes true on"),
-        (False, "no false off"),
-        (inf, ".inf +.inf"),
-        (-inf, "-.inf"),
-    )
-    for word in words.split()
-    for spelled in (word, word.title(), word.upper())
-} | dict.fromkeys((".nan", ".NaN", ".NAN"), nan)  # one object: two such keys are duplicates
+    **dict.fromkeys(("~", "null")),
+    **dict.fromkeys(("yes", "true", "on"), True),
+    **dict.fromkeys(("no", "false", "off"), False),
+    **{".inf": inf, "+.inf": inf, "-.inf": -inf, ".nan": nan},
+}
 _INTEGER = re.compile(
     r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
 )
@@ -530,8 +524,9 @@ def _folded(blanks: str) -> str:
 
 def _plain_value(text: str) -> object:
     """The value of a plain scalar in YAML 1.1; ValueError if it has none."""
-    if text in _YAML_WORDS:
-        return _YAML_WORDS[text]
+    word = text.lower()
+    if word in _YAML_WORDS and text in {word, word.title(), word.upper(), ".NaN"} - {".Nan"}:
+        return _YAML_WORDS[word]
     if text in ("<<", "="):
         raise ValueError(f"a merge key or value sign ({text}); put it in quotes")
     if _DATE.fullmatch(text):
@@ -775,7 +770,7 @@ def check_settings(
     for name, value in settings.items():
         try:
             if name not in SETTINGS:
-                import difflib  # here, because it costs 5 ms that only an error needs
+                import difflib  # 5 ms that only an error needs
 
                 near = difflib.get_close_matches(str(name), SETTINGS, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SETTINGS)}"
