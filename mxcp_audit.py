@@ -357,7 +357,7 @@ class _YamlReader:
         if column <= indent and not (dash and after_key and column == indent):
             return None
         if not dash:
-            value = self.block_scalar(indent) if self.char in "|>" else self.flow_node(indent)
+            value = self.block_scalar(indent) if self.char in "|>" else self.inline_node(indent)
             if self.text[start] in "|>[{" or not self.see(_COLON) or "\n" in self.text[start : self.pos]:
                 self.end_line()
                 return value
@@ -410,13 +410,13 @@ class _YamlReader:
         self.descend()
         self.pos += 1
         while self.next_in_flow() != closing:
-            start, key, value = self.pos, self.flow_node(flow=True), None
+            start, key, value = self.pos, self.inline_node(flow=True), None
             pair = self.next_in_flow() == ":"
             if pair:
                 self.pos += 1
                 self.check_key(start)
                 if self.next_in_flow() not in ",]}":
-                    value = self.flow_node(flow=True)
+                    value = self.inline_node(flow=True)
             if closing == "}":
                 self.put(mapping, key, value, start)
             else:
@@ -429,7 +429,7 @@ class _YamlReader:
         self.depth -= 1
         return mapping if closing == "}" else sequence
 
-    def flow_node(self, indent: int = -1, *, flow: bool = False) -> object:
+    def inline_node(self, indent: int = -1, *, flow: bool = False) -> object:
         return self.flow() if self.char in "[{" else self.scalar(indent, flow=flow)
 
     def next_in_flow(self) -> str:
@@ -594,8 +594,10 @@ class Config(NamedTuple):
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
-        shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
-        return f"Config({', '.join(part for part in shown if not part.startswith(('path=', 'attach=')))})"
+        shown = [
+            f"{name}={value!r}" for name, value in self._asdict().items() if name not in ("path", "attach")
+        ]
+        return f"Config({', '.join(shown)})"
 
     @property
     def journal_directory(self) -> str:
@@ -3715,7 +3717,6 @@ class Appender:
         self._before = 0  # lines done before `_segment`
         self.sealed: dict[str, int] = {}  # files that wait for an ingest, and their events
         self._lost: list[Loss] = []
-        self.recorded = 0.0  # when losses were
         self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
 
     @property
@@ -3805,7 +3806,6 @@ class Appender:
             return False
 
     def record_losses(self) -> bool:
-        self.recorded = time.monotonic()
         while self._lost:
             with self._losing:
                 loss = self._lost.pop(0)
@@ -3918,7 +3918,7 @@ class Ingester:
                 self._taken = list(appender.sealed)
                 self._start()
                 return
-            if not is_free and time.monotonic() - appender.recorded > _REPORT_SECONDS:
+            if not is_free:  # perhaps for long
                 appender.record_losses()
             self._answered({"busy": not is_free})
         except Exception as error:  # whatever keeps a child from being started
