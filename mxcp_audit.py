@@ -2718,8 +2718,10 @@ class Encoder:
                 duration_ms, flag = "null", flag + "; mxcp_audit: duration_ms is no number"
         ids, rest = _NO_IDS, ""
         if user_id is not None or session_id is not None or trace_id is not None:
-            ids = f',"user_id":{self._json(user_id)},"session_id":{self._json(session_id)}'
-            ids += f',"trace_id":{self._json(trace_id)}'
+            ids = (
+                f',"user_id":{self._json(user_id)},"session_id":{self._json(session_id)}'
+                f',"trace_id":{self._json(trace_id)}'
+            )
         if more != _NO_MORE:
             rest, more_flag = self._more(more)
             flag += more_flag
