@@ -53,6 +53,7 @@ from collections.abc import (
     MappingView,
     Sequence,
 )
+from contextlib import suppress
 from math import inf, isfinite, nan
 from typing import (
     IO,
@@ -344,7 +345,7 @@ class _YamlReader:
             self.pos += 3
             self.end_line()
         if self.column() >= 0:
-            self.fail("text after the end of the value; check the indentation of this line")
+            self.fail("text after the end of the value; check the indentation")
         if self.char != "\0":
             self.fail("a second document; keep one to a file")
         return value
@@ -363,7 +364,7 @@ class _YamlReader:
                 return value
             self.pos = start
         if same_line:
-            self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
+            self.fail("a collection on the line of its key; begin a line, or quote the text")
         self.descend()
         value = self.sequence(column) if dash else self.mapping(column)
         self.depth -= 1
@@ -485,14 +486,14 @@ class _YamlReader:
         if part[1] in _PLAIN_OF:
             return _PLAIN_OF[part[1]]
         if len(part) == 2 or int(part[2:], 16) > sys.maxunicode:
-            self.fail(f"{part} is no escape; write \\\\ for a backslash, or use single quotes", at)
+            self.fail(f"{part} is no escape; write \\\\, or use single quotes", at)
         return chr(int(part[2:], 16))
 
     def block_scalar(self, indent: int) -> str:
         """The `|` or `>` scalar at the cursor, in a collection at `indent`."""
         header = self.see(_BLOCK_HEADER)
         if not header:
-            self.fail("only +, -, a digit and a comment may follow | or >; put text in quotes")
+            self.fail("only +, -, a digit and a comment may follow | or >; quote text")
         self.pos = header.end()
         digit, chomping = header[2].strip("+-"), header[2].strip("123456789")
         # 1. The column of the text: given, or the deepest up to its first character.
@@ -655,7 +656,7 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
     given = [target, *map(str, options.values())]
     secret = {*_PIECE.findall(" ".join(given))} - {*_PIECE.findall(" ".join(shown))}
     if any(piece in text for piece in secret):
-        return "what the engine says is withheld, because it repeats something that may be secret"
+        return "what the engine says is withheld, because it repeats what may be secret"
     return text
 
 
@@ -881,7 +882,7 @@ def load_config(
     try:
         start = os.path.abspath(cwd if cwd is not None else os.getcwd())
     except OSError as error:
-        raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
+        raise ConfigError(f"the working directory is gone ({error.strerror})") from error
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
     if site_file is None:
         text = f"there is no {SITE_FILE} here or above; name one with --config or config=, do without by --db"
@@ -2899,7 +2900,7 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 def unlock(fd: int) -> None:
     """Release a lock, even one that a child of a foreign fork shares."""
     if sys.platform != "win32":
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
 
 
@@ -3004,7 +3005,7 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
     try:
         give_to_owner(path, fd)
         if group:
-            with contextlib.suppress(PermissionError):  # somebody else made it, and did this
+            with suppress(PermissionError):  # somebody else made it, and did this
                 os.fchmod(fd, FILE_MODES[True])  # whatever the umask says
     except OSError:
         os.close(fd)
@@ -3015,7 +3016,7 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
 def take_after(path: str, old: os.stat_result) -> None:
     """Give a file the mode and owner of the one that it replaces."""
     os.chmod(path, stat.S_IMODE(old.st_mode))
-    with contextlib.suppress(AttributeError, PermissionError):
+    with suppress(AttributeError, PermissionError):
         os.chown(path, old.st_uid, old.st_gid)
 
 
@@ -3045,7 +3046,7 @@ def replace_file(path: str, data: bytes) -> None:
         write_file(scratch, data)
         os.replace(scratch, path)
     except OSError:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.unlink(scratch)
         raise
 
@@ -3126,19 +3127,19 @@ class Segment:
 
     def close(self) -> None:
         self.closed = True  # an interrupt may come before it is
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             unlock(self.number())
         self.forget()
 
     def discard(self) -> None:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
         self.close()
 
     def forget(self) -> None:
         """Close the descriptor; the lock stays with a parent that has it, too."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.close(self.number())
         self._fd = -1
 
@@ -3147,7 +3148,7 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
     """Return the events of a `.begun` file that have no end in it, by call."""
     calls: dict[str, dict[str, Any]] = {}
     for line in data.split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
+        with suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
             said = json.loads(line)
             if line.startswith(_ENDED):
                 for call in said["ended"]:
@@ -3162,7 +3163,7 @@ def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) ->
     lines: list[bytes] = []
     now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged, or not ours
+        with suppress(ValueError, LookupError, TypeError):  # damaged, or not ours
             begun = datetime.datetime.strptime(event["timestamp"], LINE_TIME)
             context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
             line = {**event, "duration_ms": _clamped((now - begun).total_seconds() * 1000)}
@@ -3212,7 +3213,7 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
     target = os.path.join(directory, COMBINED + SEGMENT_SUFFIX)
     with open(make_file(target, os.O_WRONLY | os.O_TRUNC), "wb") as combined:
         for path in small:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 combined.write(named_lines(segment_id_of(path), read_lines(path)))
     return [*sorted({*sizes} - {*small}), target]
 
@@ -3301,7 +3302,7 @@ class Journal:
     def identity(self) -> str:
         """Return this journal's name in the ledger; hold the ingest lock."""
         path = self._path("journal.id")
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             known = read_file(path).decode("utf-8", "replace").strip()
             if re.fullmatch("[0-9a-f]{1,64}", known):
                 return known
@@ -3313,14 +3314,14 @@ class Journal:
         """Note the database, and give a copy its own identity; hold the ingest lock."""
         path, ours, mine = self._path("journal.place"), self._path("journal.id"), [self.directory, target]
         place = other = ""
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError):
             place, other = map(str, json.loads(read_file(path)))
         if [place, other] == mine:
             return
         if place == self.directory and os.path.isfile(other) and _key_at(other) != _key_at(target):
             text = f"holds the events of {other}; {target} needs one of its own: set `journal`"
             raise JournalError(text, path=self.directory)
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             original = os.path.join(place, "journal.id")  # a link or a second mount is no copy
             if (
                 place
@@ -3332,12 +3333,12 @@ class Journal:
 
     def ask_readers(self) -> None:
         """Have new readers wait for this ingest."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
         """Return True if an ingest that asked for its turn lately goes on."""
-        with contextlib.suppress(OSError, JournalError):
+        with suppress(OSError, JournalError):
             if 0 <= self._clock() - os.lstat(self._lock_path).st_mtime_ns < _TURN_SECONDS * 1e9:
                 with self.ingest_lock(shared=True) as is_free:
                     return not is_free
@@ -3371,15 +3372,15 @@ class Journal:
         """Return the losses that wait for an ingest, by the path of their record."""
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
-            with contextlib.suppress(OSError):  # gone, or not ours to read
+            with suppress(OSError):  # gone, or not ours to read
                 data = read_file(path)
                 try:
                     losses[path] = loss = Loss(**json.loads(data))
                     if loss.events >> 62 or "\0" in "".join(loss[1:]):
                         raise ValueError
                 except (ValueError, TypeError):
-                    text = "a record of lost events was damaged"
-                    losses[path] = Loss(0, "an unknown time", "an unknown time", text)
+                    when = "an unknown time"
+                    losses[path] = Loss(0, when, when, "a record of lost events was damaged")
         return losses
 
     def open_segment(
@@ -3393,7 +3394,7 @@ class Journal:
             with contextlib.ExitStack() as stack:
                 stack.callback(os.close, fd)
                 segment, is_locked = Segment(fd, path), True
-                with contextlib.suppress(OSError):  # no locks here: nobody will claim it
+                with suppress(OSError):  # no locks here: nobody will claim it
                     is_locked = try_lock(fd)
                 if is_locked and segment.is_in_place():  # else a claimer deleted the empty file
                     if durable:
@@ -3404,7 +3405,7 @@ class Journal:
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
         """Yield path, last sign of life and calls of processes that live, or ended."""
         for path in self._files(_BEGUN_SUFFIX):
-            with contextlib.suppress(OSError), open_file(path) as file:  # gone, not ours, or no locks
+            with suppress(OSError), open_file(path) as file:  # gone, not ours, or no locks
                 fd = file.fileno()
                 found = os.fstat(fd)
                 if try_lock(fd) is not live and _key_at(path) == _key(found):
@@ -3420,7 +3421,7 @@ class Journal:
         """Yield path and lines of the segment that each ended process leaves."""
         for path, last_sign, calls in self.begun(live=False):
             for segment in self.segments() if calls else ():
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     for call, _ in CALL_OF_LINE.findall(read_file(segment)):
                         calls.pop(call.decode(), None)
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
@@ -3571,7 +3572,7 @@ class Diagnostics:
             return
         self._telling.on = True
         try:
-            with contextlib.suppress(Exception):  # there is nobody to tell of a broken handler
+            with suppress(Exception):  # there is nobody to tell of a broken handler
                 self._log.disabled = False  # dictConfig disables what it doesn't name
                 while self.untold:
                     level, _, text = self.untold.pop(0)
@@ -3776,7 +3777,7 @@ class Appender:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
             self._before, self._segment = self.done, None
-            reason = "their segment was taken away and can't be read any more"
+            reason = "their segment was taken away and can't be read"
             self.lose(segment.events, "moved", reason, error=error)
         else:
             text = f"{segment.path} was deleted or replaced; it is written again"
@@ -3791,7 +3792,7 @@ class Appender:
                 fresh.discard()
                 raise
             self._segment = fresh
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 os.ftruncate(segment.number(), 0)
         segment.close()
 
@@ -3949,7 +3950,7 @@ class Ingester:
             stderr=subprocess.STDOUT,
             start_new_session=True,  # Ctrl+C is for the server
         )
-        with contextlib.suppress(OSError), child.stdin as pipe:  # it may have ended already
+        with suppress(OSError), child.stdin as pipe:  # it may have ended already
             if os.name == "posix":
                 os.set_blocking(child.stdout.fileno(), False)
             pipe.write(json.dumps(work, default=str).encode())
@@ -3960,7 +3961,7 @@ class Ingester:
         code = child.poll()
         if code is None and os.name != "posix":
             return None
-        with contextlib.suppress(OSError):  # somebody closed the pipe
+        with suppress(OSError):  # somebody closed the pipe
             while data := child.stdout.read(_ANSWER_BYTES):
                 self._said = (self._said + data)[-_ANSWER_BYTES:]
         if code is None:
@@ -4042,7 +4043,7 @@ class Ingester:
         child = self._child
         if child is None:
             return
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if os.name == "posix":
                 os.killpg(child.pid, 9)  # SIGKILL: a transaction that is killed never happened
             else:
@@ -4052,7 +4053,7 @@ class Ingester:
 
     def _close(self, child: Any) -> None:
         self._child = None
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             child.stdout.close()
 
 
