@@ -265,7 +265,7 @@ _REFUSALS = {
     "*": "an alias (*name); write the value out, or quote the text",
     "!": "a tag (!name); remove it, or quote the text",
     "%": "a directive (%NAME); remove it, or quote the text",
-    "?": "a complex key (?); quote the text",
+    "?": "a complex key (?), or a question mark in [] or {}; quote the text",
     "\0": "the text ends too early",
 }
 
@@ -3719,6 +3719,7 @@ class Appender:
         self._segment = None
         self._before = 0  # lines done before `_segment`
         self.sealed: dict[str, int] = {}  # files that wait for an ingest, and their events
+        self._place: tuple[int, int] | None = None  # of their directory
         self._lost: list[Loss] = []
         self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
 
@@ -3736,7 +3737,7 @@ class Appender:
         """Write lines; after an error, `done` says which were written."""
         segment = self.present()
         if segment is None:
-            segment = self._segment = self.journal.open_segment(durable=self.durable)
+            segment = self._segment = self._open()
         before = segment.events
         lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
         try:
@@ -3764,6 +3765,12 @@ class Appender:
             self._write_again(segment)
         return self._segment
 
+    def _open(self) -> Segment:
+        segment = self.journal.open_segment(durable=self.durable)
+        self.left()
+        self._place = _key_at(self.journal.directory)
+        return segment
+
     def _let_go(self, segment: Segment) -> None:
         if segment.is_open():
             segment.seal()
@@ -3780,12 +3787,8 @@ class Appender:
             reason = "their segment was taken away and can't be read"
             self.lose(segment.events, "moved", reason, error=error)
         else:
-            text = f"{segment.path} was deleted or replaced; it is written again"
-            gone = [events for path, events in self.sealed.items() if events and not os.path.exists(path)]
-            if gone:
-                text += f", but not {counted(sum(gone), 'event')} that waited beside it; put them back"
-            self.diagnostics.note("moved", text)
-            fresh = self.journal.open_segment(durable=self.durable)
+            self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
+            fresh = self._open()
             try:
                 fresh.append(held, segment.events, durable=self.durable)
             except BaseException:
@@ -3835,8 +3838,12 @@ class Appender:
 
     def left(self) -> bool:
         """Return True if something sealed waits for an ingest."""
-        for path in [path for path in self.sealed if not os.path.exists(path)]:
-            del self.sealed[path]
+        gone = [path for path in self.sealed if not os.path.exists(path)]  # most were ingested
+        events = sum([self.sealed.pop(path) for path in gone])
+        with suppress(OSError):
+            if events and _key_at(self.journal.directory) != self._place:
+                text = f"{counted(events, 'event')} went away with {self.journal.directory}; put them back"
+                self.diagnostics.note("away", text)
         return bool(self.sealed)
 
 
@@ -4027,7 +4034,8 @@ class Ingester:
             time.sleep(0.05 if answer.get("busy") else 0)
         appender.left()
         if events := sum(appender.sealed.values()):
-            self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}: {why}")
+            reason = "" if (self._diagnostics.last_error or "").endswith(why) else f": {why}"
+            self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
         self._tell_head()
 
     def _await_child(self, deadline: float) -> Mapping[str, Any]:
