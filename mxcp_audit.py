@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: MIT
 """An audit log for any MCP server: who called what, with which input, how it ended.
 
-Every tool, resource and prompt execution becomes a row in a DuckDB file that can
-be queried while the server runs.
+Each call becomes a row in a DuckDB file that can be queried while the server runs.
 
     from mxcp_audit import AuditLogger
 
@@ -17,10 +16,8 @@ Then, from any shell:
     python -m mxcp_audit log --status error --since 1h
 
 Copy this file into your project: it needs the standard library and the `duckdb` package
-or program. `python mxcp_audit.py --version` says what a copy is (docs/vendoring.md).
-
-Promised are the ten documented columns of `logs`, the names in `__all__` and the exit
-codes; private names, the wording of messages and the order of equal timestamps are not.
+or program (docs/vendoring.md). Promised are the ten documented columns of `logs`, the names
+in `__all__` and the exit codes; not the wording of messages or the order of equal timestamps.
 """
 
 from __future__ import annotations
@@ -56,6 +53,7 @@ from collections.abc import (
     MappingView,
     Sequence,
 )
+from contextlib import suppress
 from math import inf, isfinite, nan
 from typing import (
     IO,
@@ -110,12 +108,12 @@ __all__ = [
 #
 # A message says what is wrong, where, and what to do; a cause is kept (`raise … from`).
 
-# What Ctrl+C and servers' signal handlers raise: passed on, once the event is queued.
+# Ctrl+C, and what signal handlers of servers raise: passed on, once the event is queued.
 INTERRUPTS = (KeyboardInterrupt, SystemExit)
 
 
 class AuditError(Exception):
-    """The root of every error that this module raises on purpose."""
+    """The root of the errors that this module raises on purpose."""
 
 
 class ConfigError(AuditError, ValueError):
@@ -143,7 +141,7 @@ class ConfigError(AuditError, ValueError):
 
 
 class EventError(AuditError, ValueError):
-    """An event with a field that can't be used; `field` names it."""
+    """A field of an event that can't be used; `field` names it."""
 
     def __init__(self, problem: str, *, field: str) -> None:
         self.field = field
@@ -151,7 +149,7 @@ class EventError(AuditError, ValueError):
 
 
 class JournalError(AuditError):
-    """A journal directory or segment that can't be used; `path` names it."""
+    """A journal that can't be used; `path` names the directory or file."""
 
     def __init__(self, problem: str, *, path: str) -> None:
         self.path = path
@@ -159,11 +157,11 @@ class JournalError(AuditError):
 
 
 class AuditUnavailableError(AuditError):
-    """With `strict`: a call that could not be put on record was not executed, or its answer is withheld."""
+    """With `strict`: a call that can't be put on record is not executed, or its answer withheld."""
 
 
 class StoreError(AuditError):
-    """The database side failed; events stay in the journal until it works again."""
+    """The database side failed; events stay in the journal."""
 
 
 class EngineNotFoundError(StoreError):
@@ -171,7 +169,7 @@ class EngineNotFoundError(StoreError):
 
 
 class DatabaseNotFoundError(StoreError):
-    """There is no audit database and no journal at the place asked."""
+    """There is neither an audit database nor a journal."""
 
 
 class DatabaseLockedError(StoreError):
@@ -179,11 +177,11 @@ class DatabaseLockedError(StoreError):
 
 
 class DatabaseUnreachableError(StoreError):
-    """A target that is no file can't be reached, or refused us; events wait in the journal."""
+    """A target that is no file can't be reached, or refused us."""
 
 
 class DatabaseCorruptError(StoreError):
-    """The file is damaged or no DuckDB database. Nothing is deleted or overwritten."""
+    """The file is damaged or no DuckDB database; it is left as it is."""
 
 
 class QueryError(StoreError):
@@ -191,12 +189,12 @@ class QueryError(StoreError):
 
 
 def counted(count: int, noun: str) -> str:
-    """Return a number with its noun, as messages tell it: in the plural unless it is one."""
+    """Return a number with its noun, such as "2 events"."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def no_python() -> str | None:
-    """Return why this process can't start a Python with this file, or None if it can."""
+    """Return why no child can run this file, or None if one can."""
     if getattr(sys, "frozen", False) or not re.match(
         r"(?i)(python|pypy)", os.path.basename(sys.executable or "")
     ):
@@ -207,31 +205,22 @@ def no_python() -> str | None:
 # === Config ===
 # depends on: Errors
 #
-# `parse_yaml` returns exactly what PyYAML's `safe_load` returns (MXCP uses it), or raises ConfigError, in a
-# time linear in the size. docs/configuration.md lists what is refused; tools/fuzz_yaml.py compares the two.
-#
-# A cursor walks over the text once. After a block node it stands on the first token of a later line, whose
-# column says whether the collection goes on (same), has ended (smaller) or is broken (larger). The end of the
-# text, `---` and `...` count as column -1. Flow collections ignore columns.
+# `parse_yaml` returns what PyYAML's `safe_load` returns, as in MXCP, or raises ConfigError:
+# tools/fuzz_yaml.py compares the two. A cursor walks over the text once. After a block node it stands on the
+# first token of a later line, whose column says whether the collection goes on (same), has ended (smaller) or
+# is broken (larger). The end of the text, `---` and `...` count as column -1.
 
 MAX_SITE_FILE_BYTES = 16 * 2**20  # arbitrary
 MAX_DEPTH = 100  # arbitrary; PyYAML takes about 500
-MAX_KEY_CHARS = 1024  # PyYAML's limit; blanks before the colon count
-MAX_NUMBER_CHARS = 4300  # Python's limit for digits; it also keeps 1:1:1:… linear
-MAX_KEY_INTEGER = 2**61 - 1  # multiples of it hash alike, and a dict of them is quadratic
+MAX_KEY_CHARS = 1024  # PyYAML's, up to the colon
+MAX_NUMBER_CHARS = 4300  # Python's, for digits; 1:1:1:… would be quadratic
 
 _YAML_WORDS: Mapping[str, object] = {
-    spelled: value
-    for value, words in (
-        (None, "~ null"),
-        (True, "yes true on"),
-        (False, "no false off"),
-        (inf, ".inf +.inf"),
-        (-inf, "-.inf"),
-    )
-    for word in words.split()
-    for spelled in (word, word.title(), word.upper())
-} | dict.fromkeys((".nan", ".NaN", ".NAN"), nan)  # one object, as in PyYAML: two such keys are duplicates
+    **dict.fromkeys(("~", "null")),
+    **dict.fromkeys(("yes", "true", "on"), True),
+    **dict.fromkeys(("no", "false", "off"), False),
+    **{".inf": inf, "+.inf": inf, "-.inf": -inf, ".nan": nan},
+}
 _INTEGER = re.compile(
     r"[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*(?::[0-5]?[0-9])*)"  # 1:10 is 70
 )
@@ -244,13 +233,13 @@ _DATE = re.compile(
     r":[0-9]{2}:[0-9]{2}(?:\.[0-9]*)?(?:[ \t]*(?:Z|[-+][0-9]{1,2}(?::[0-9]{2})?))?"
 )
 
-# The text ends in a NUL, which can't occur elsewhere: no look-ahead runs off the end.
+# The text ends in a NUL, which occurs nowhere else.
 _BLANKS = re.compile(r"[ \n]*(?:#[^\n\0]*[ \n]*)*")
 _END = re.compile(r"\0|^(?:---|\.\.\.)(?=[ \t\n\0])", re.MULTILINE)
 _DASH = re.compile(r"-(?=[ \t\n\0])")
 _COLON = re.compile(r" *:(?=[ \t\n\0])")
 _LINE_GAP = re.compile(r" *\n[ \n]*")
-# How plain text begins, and what ends it on its line: in blocks, and between brackets.
+# By "between brackets": how plain text begins, and what ends it on its line.
 _PLAIN_START = r"[^ \t\n\0\-?:,\[\]{}#&*!|>'\"%@`]"
 _PLAIN = {
     False: (re.compile(_PLAIN_START + r"|[-?:](?=[^ \t\n\0])"), re.compile(r"[\t\n\0]|:(?=[ \t\n\0])| #")),
@@ -259,7 +248,7 @@ _PLAIN = {
         re.compile(r"[\t\n\0,?\[\]{}]|:(?=[ \t\n\0,\[\]{}])| #"),
     ),
 }
-# Quoted text, and what in it doesn't stand for itself.
+# Quoted text, and what in it is replaced.
 _QUOTED = {
     "'": (re.compile(r"'([^']*(?:''[^']*)*)'"), re.compile(r"''|[ \t\n]+")),
     '"': (
@@ -270,7 +259,6 @@ _QUOTED = {
 _PLAIN_OF = dict(zip('0abt\tnvfre "\\/N_LP', '\0\a\b\t\t\n\v\f\r\x1b "\\/\x85\xa0\u2028\u2029'))
 _BLOCK_HEADER = re.compile(r"([|>])([+-]?[1-9]?|[1-9][+-])(?: +#[^\n\0]*| *)(?=[\n\0])")
 _LEADING_LINES = re.compile(r"(?:\n *)*")
-_KEY = "a key, a colon and a blank"
 _REFUSALS = {
     "\t": "a tab between tokens; use spaces",
     "&": "an anchor (&name); write the value out, or quote the text",
@@ -288,7 +276,7 @@ def parse_yaml(text: str | bytes, *, path: str | None = None) -> object:
 
 
 class _YamlReader:
-    """Reads one YAML document. `places`: where entries start, by id of the collection and key or index."""
+    """Reads one YAML document. `places`: of pairs, by id of the mapping and key."""
 
     def __init__(self, text: str | bytes, path: str | None) -> None:
         self.path, self.pos, self.depth, self.text = path, 0, 0, ""
@@ -300,18 +288,16 @@ class _YamlReader:
             except UnicodeDecodeError as error:
                 self.text, byte = error.object[: error.start].decode(encoding), error.object[error.start]
                 problem = f"byte 0x{byte:02X} is not {encoding.upper()}; save the file as UTF-8"
-                raise ConfigError(problem, **self.place(len(self.text))) from error
-        self.text = text.replace("\r\n", "\n").replace("\r", "\n").removeprefix("\ufeff")
+                self.fail(problem, len(self.text))
+        self.text = re.sub("\r\n?", "\n", text).removeprefix("\ufeff")
         refused = r"[\0-\x08\x0b-\x1f\x7f-\x9f\u2028\u2029\ud800-\udfff\ufeff\ufffe\uffff]"
         if bad := re.search(refused, self.text):
-            problem = f"the character U+{ord(bad[0]):04X}; remove it, or escape it in double quotes"
-            self.fail(problem, bad.start())
+            self.fail(f"the character U+{ord(bad[0]):04X}; escape it in double quotes", bad.start())
         self.text += "\0"
 
     # --- the cursor
 
     def place(self, at: int) -> dict[str, Any]:
-        """A position as arguments of ConfigError."""
         line, column = self.text.count("\n", 0, at) + 1, at - self.text.rfind("\n", 0, at)
         return {"path": self.path, "line": line, "column": column}
 
@@ -329,13 +315,13 @@ class _YamlReader:
         return pattern.match(self.text, self.pos)
 
     def take(self, pattern: re.Pattern[str]) -> str:
-        """Pass and return what matches at the cursor, "" if nothing does."""
+        """Pass and return what matches at the cursor, or ""."""
         match = self.see(pattern)
         self.pos = match.end() if match else self.pos
         return match[0] if match else ""
 
     def end_line(self) -> None:
-        """Pass the rest of a line, which must hold nothing else, and go to the next token."""
+        """Pass the rest of a line, which must be empty, to the next token."""
         if "\n" not in self.take(_BLANKS) and self.char != "\0":
             self.refuse("the end of the line")
 
@@ -359,33 +345,26 @@ class _YamlReader:
             self.pos += 3
             self.end_line()
         if self.column() >= 0:
-            self.fail("text after the end of the value; check the indentation of this line")
+            self.fail("text after the end of the value; check the indentation")
         if self.char != "\0":
             self.fail("a second document; keep one to a file")
         return value
 
     def node(self, indent: int, *, after_key: bool) -> object:
-        """The next node if it is deeper than the column `indent`, else None; a key's list may stand at it."""
+        """The next node if deeper than `indent`, else None; a key's list may be at it."""
         same_line = "\n" not in self.take(_BLANKS) and after_key
         start, column = self.pos, self.column()
         dash = self.see(_DASH)
         if column <= indent and not (dash and after_key and column == indent):
             return None
-        value: object = None
-        is_key = False
-        if self.char in "|>":
-            value = self.block_scalar(indent)
-        elif self.char in "[{":
-            value = self.flow()
-        elif not dash:
-            value = self.scalar(indent)
-            is_key = bool(self.see(_COLON)) and "\n" not in self.text[start : self.pos]
-        if not (dash or is_key):
-            self.end_line()
-            return value
-        self.pos = start
+        if not dash:
+            value = self.block_scalar(indent) if self.char in "|>" else self.inline_node(indent)
+            if self.text[start] in "|>[{" or not self.see(_COLON) or "\n" in self.text[start : self.pos]:
+                self.end_line()
+                return value
+            self.pos = start
         if same_line:
-            self.fail("a collection on the line of its key; begin it on the next line, or quote the text")
+            self.fail("a collection on the line of its key; begin a line, or quote the text")
         self.descend()
         value = self.sequence(column) if dash else self.mapping(column)
         self.depth -= 1
@@ -394,9 +373,9 @@ class _YamlReader:
     def mapping(self, column: int) -> dict[object, object]:
         mapping: dict[object, object] = {}
         while self.column() == column:
-            start, key = self.pos, self.scalar(column, expected=_KEY)
+            start, key = self.pos, self.scalar(column)
             if not self.take(_COLON):
-                self.refuse(_KEY)
+                self.refuse("a key, a colon and a blank")
             self.check_key(start)
             self.put(mapping, key, self.node(column, after_key=True), start)
         return mapping
@@ -404,13 +383,12 @@ class _YamlReader:
     def sequence(self, column: int) -> list[object]:
         sequence: list[object] = []
         while self.column() == column and self.see(_DASH):
-            self.places[id(sequence), len(sequence)] = self.pos
             self.pos += 1
             sequence.append(self.node(column, after_key=False))
         return sequence
 
     def check_key(self, start: int) -> None:
-        """Refuse what PyYAML refuses as a key, from `start` to the colon before the cursor."""
+        """Refuse what PyYAML refuses as a key between `start` and the colon."""
         if self.pos - 1 - start > MAX_KEY_CHARS or "\n" in self.text[start : self.pos]:
             self.fail(f"a key of several lines or more than {MAX_KEY_CHARS} characters; shorten it", start)
 
@@ -418,8 +396,6 @@ class _YamlReader:
         """Enter a pair that starts at `at` and return the mapping."""
         if isinstance(key, (dict, list)):
             self.fail("a collection as a key; use text", at)
-        if isinstance(key, int) and abs(key) >= MAX_KEY_INTEGER:
-            self.fail("an integer key of more than 60 bits; put it in quotes", at)
         if key in mapping:  # 1, 1.0 and true are equal
             self.fail(f"the key {key!r:.60} is here a second time; keep one", at)
         mapping[key] = value
@@ -435,17 +411,16 @@ class _YamlReader:
         self.descend()
         self.pos += 1
         while self.next_in_flow() != closing:
-            start, key, value = self.pos, self.flow_node(), None
+            start, key, value = self.pos, self.inline_node(flow=True), None
             pair = self.next_in_flow() == ":"
             if pair:
                 self.pos += 1
                 self.check_key(start)
                 if self.next_in_flow() not in ",]}":
-                    value = self.flow_node()
+                    value = self.inline_node(flow=True)
             if closing == "}":
                 self.put(mapping, key, value, start)
             else:
-                self.places[id(sequence), len(sequence)] = start
                 sequence.append(self.put({}, key, value, start) if pair else key)
             if self.next_in_flow() == ",":
                 self.pos += 1
@@ -455,8 +430,8 @@ class _YamlReader:
         self.depth -= 1
         return mapping if closing == "}" else sequence
 
-    def flow_node(self) -> object:
-        return self.flow() if self.char in "[{" else self.scalar(-1, flow=True)
+    def inline_node(self, indent: int = -1, *, flow: bool = False) -> object:
+        return self.flow() if self.char in "[{" else self.scalar(indent, flow=flow)
 
     def next_in_flow(self) -> str:
         self.take(_BLANKS)
@@ -466,13 +441,13 @@ class _YamlReader:
 
     # --- scalars
 
-    def scalar(self, indent: int, *, flow: bool = False, expected: str = "a value") -> object:
-        """The quoted or plain scalar at the cursor; only lines deeper than `indent` continue it."""
+    def scalar(self, indent: int, *, flow: bool = False) -> object:
+        """The scalar at the cursor; only lines deeper than `indent` continue it."""
         if self.char in _QUOTED:
             return self.quoted()
         beginning, ending = _PLAIN[flow]
         if not self.see(beginning):
-            self.refuse(expected)
+            self.refuse("a key or a value")
         start = here = self.pos
         pieces, gap = [], ""
         while end := ending.search(self.text, here):  # always: the NUL ends everything
@@ -511,14 +486,14 @@ class _YamlReader:
         if part[1] in _PLAIN_OF:
             return _PLAIN_OF[part[1]]
         if len(part) == 2 or int(part[2:], 16) > sys.maxunicode:
-            self.fail(f"{part} is no escape; write \\\\ for a backslash, or use single quotes", at)
+            self.fail(f"{part} is no escape; write \\\\, or use single quotes", at)
         return chr(int(part[2:], 16))
 
     def block_scalar(self, indent: int) -> str:
-        """The `|` or `>` scalar at the cursor, inside a collection at the column `indent`."""
+        """The `|` or `>` scalar at the cursor, in a collection at `indent`."""
         header = self.see(_BLOCK_HEADER)
         if not header:
-            self.fail("only +, -, a digit and a comment may follow | or >; put text in quotes")
+            self.fail("only +, -, a digit and a comment may follow | or >; quote text")
         self.pos = header.end()
         digit, chomping = header[2].strip("+-"), header[2].strip("123456789")
         # 1. The column of the text: given, or the deepest up to its first character.
@@ -543,15 +518,16 @@ class _YamlReader:
 
 
 def _folded(blanks: str) -> str:
-    """What a run of blanks in a wrapped scalar stands for: one line break is a space, n are n - 1."""
+    """Blanks of a wrapped scalar: a line break is a space, n are n - 1."""
     breaks = blanks.count("\n")
     return "\n" * (breaks - 1) or " " if breaks else blanks
 
 
 def _plain_value(text: str) -> object:
-    """The value of a plain scalar by YAML 1.1, as PyYAML understands it; ValueError where it has none."""
-    if text in _YAML_WORDS:
-        return _YAML_WORDS[text]
+    """The value of a plain scalar in YAML 1.1; ValueError if it has none."""
+    word = text.lower()
+    if word in _YAML_WORDS and text in {word, word.title(), word.upper(), ".NaN"} - {".Nan"}:
+        return _YAML_WORDS[word]
     if text in ("<<", "="):
         raise ValueError(f"a merge key or value sign ({text}); put it in quotes")
     if _DATE.fullmatch(text):
@@ -584,18 +560,16 @@ _UNITS_S = {"ms": 0.001, "s": 1, "m": 60, "h": 3600, "d": 86400, "w": 604800}
 
 
 class Config(NamedTuple):
-    """The settings that hold, validated, each with its source; made by `load_config`.
+    """The settings that hold, validated; made by `load_config`. `AuditLogger` says what each means.
 
-    `AuditLogger` and docs/configuration.md say what each means. Durations are seconds, lists are tuples.
+    Durations are seconds, lists are tuples. `repr` leaves out `path` and `attach`, which may hold secrets.
 
     Args:
-        path: absolute path of the database file, or an ATTACH target such as "postgres:…" as it was given;
-            `repr` leaves it out, as it may hold a password.
-        site_file: absolute path of the site file, None without one.
-        journal: absolute path of the journal directory; None is "<path>.journal" beside a database file.
-        attach: options for ATTACH by name; `repr` leaves them out, as they may hold secrets.
-        sources: where each of the others came from: "default", "argument", "MXCP_PROFILE",
-            "mxcp-site.yml:12" (file and line).
+        path: absolute path of the database file, or an ATTACH target such as "postgres:…".
+        site_file: absolute path of the site file, or None.
+        journal: absolute path of the journal directory; None is "<path>.journal".
+        sources: where each of the others came from: "default", "argument", "MXCP_PROFILE", or file and
+            line such as "mxcp-site.yml:12".
     """
 
     path: str
@@ -621,8 +595,10 @@ class Config(NamedTuple):
     sources: Mapping[str, str] = types.MappingProxyType({})
 
     def __repr__(self) -> str:
-        shown = [f"{name}={value!r}" for name, value in zip(self._fields, self)]
-        return f"Config({', '.join(part for part in shown if not part.startswith(('path=', 'attach=')))})"
+        shown = [
+            f"{name}={value!r}" for name, value in self._asdict().items() if name not in ("path", "attach")
+        ]
+        return f"Config({', '.join(shown)})"
 
     @property
     def journal_directory(self) -> str:
@@ -631,22 +607,22 @@ class Config(NamedTuple):
 
 
 def parse_duration(text: str) -> float:
-    """Return the seconds of a text such as "10m" or "1h30m": units are ms, s, m (minutes), h, d and w."""
+    """Return the seconds of a text such as "10m" or "1h30m"."""
     is_duration = isinstance(text, str) and re.fullmatch(r"(?:[0-9]{1,12}(?:ms|[smhdw]))+", text)
     parts = re.findall("([0-9]+)([a-z]+)", text) if is_duration else ()
     seconds = float(sum(int(number) * _UNITS_S[unit] for number, unit in parts))
     if not 0 < seconds <= MAX_DURATION_S:
-        problem = f"{text!r:.60} is no duration; write whole numbers with a unit (ms, s, m, h, d, w),"
-        raise ValueError(f'{problem} such as "10m" or "1h30m", more than 0 and at most 100 years')
+        problem = f'{text!r:.60} is no duration such as "10m" or "1h30m"; write whole numbers with a unit'
+        raise ValueError(f"{problem} (ms, s, m, h, d, w), more than 0 and at most 100 years")
     return seconds
 
 
 def is_attach_target(path: str) -> bool:
-    """True for "ducklake:…", "postgres:…", "md:…" and the like, False for the path of a file."""
+    """True for "ducklake:…", "postgres:…" and the like, False for a file."""
     return re.match("[A-Za-z0-9_]{2,}:", path) is not None  # DuckDB's own rule; C: is a drive
 
 
-# What may be shown of a connection string and of `attach`; everything else may be secret.
+# What is no secret in a connection string and in `attach`.
 _PUBLIC_KEYS = re.compile(
     "dbname|host|hostaddr|port|user|service|sslmode|application_name|connect_timeout", re.IGNORECASE
 )
@@ -657,7 +633,7 @@ _PIECE = re.compile(r"[^\s=:/@?&;,'\"]{3,}")
 
 
 def public_target(target: str) -> str:
-    """Return the path of a file as it is, and an ATTACH target without what may be secret in it."""
+    """Return a path as it is, an ATTACH target without its secrets."""
     if not is_attach_target(target):
         return target
     prefix: str = _PREFIXES.findall(target)[0]
@@ -672,7 +648,7 @@ def public_target(target: str) -> str:
 
 
 def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
-    """Return what an engine says; if it repeats what may be secret in target or options, without that."""
+    """Return an engine's message, unless it repeats secrets of the target."""
     public, start = public_target(target), len(_PREFIXES.findall(target)[0])
     if target[start:]:
         text = text.replace(target[start:], public[start:])
@@ -680,18 +656,17 @@ def hide_secrets(text: str, target: str, options: Mapping[str, object]) -> str:
     given = [target, *map(str, options.values())]
     secret = {*_PIECE.findall(" ".join(given))} - {*_PIECE.findall(" ".join(shown))}
     if any(piece in text for piece in secret):
-        return "what the engine says is withheld, because it repeats something that may be secret"
+        return "what the engine says is withheld, because it repeats what may be secret"
     return text
 
 
 class Setting(NamedTuple):
     must_be: str
-    # Returns the value as `Config` has it, or None; ValueError has a problem and, in a collection, the entry.
-    check: Callable[[Any], object]
+    check: Callable[[Any], object]  # returns the value as `Config` has it, or None, or raises ValueError
 
 
 def _described(value: object) -> str:
-    """Return a value with its kind, because YAML's is often a surprise: no is False, 1.10 is 1.1."""
+    """Return a value with its kind: in YAML no is False and 1.10 is 1.1."""
     kinds = {str: "text", bool: "boolean", int: "number", float: "number", dict: "mapping"}
     return f"the {kinds.get(type(value), type(value).__name__)} {value!r:.60}"
 
@@ -699,9 +674,9 @@ def _described(value: object) -> str:
 def _path(value: object) -> str:
     path = os.fspath(value) if isinstance(value, os.PathLike) else value
     if not isinstance(path, str) or not path.strip():
-        raise ValueError(f"must be a path, not {_described(value)}; name a file, and put text in quotes")
+        raise ValueError(f"must be a path, not {_described(value)}; put text in quotes")
     if re.search(r"[\0\ud800-\udfff]", path):
-        raise ValueError("a path can't hold NUL or what is no UTF-8 (half a character); name another")
+        raise ValueError("a path can't hold NUL or half a character; name another")
     if re.search(r"[?\\]" if os.sep == "/" else r"\?", path) and not is_attach_target(path):
         raise ValueError("DuckDB can't write where a path holds ? or \\; name another")
     return path
@@ -710,8 +685,8 @@ def _path(value: object) -> str:
 def _database(value: object) -> str:
     path = _path(value)
     if path.lower().endswith(".jsonl"):
-        text = "a .jsonl file is the log of newer MXCP versions, not a database; name a .duckdb file here"
-        raise ValueError(f"{text} and take the old log in with `mxcp-audit import FILE`")
+        text = "a .jsonl file is the log of newer MXCP versions; name a .duckdb file here"
+        raise ValueError(f"{text} and take the log in with `mxcp-audit import FILE`")
     if path == ":memory:":
         raise ValueError("a database in memory would be lost; name a file")
     return path
@@ -730,9 +705,9 @@ def _duration(value: Any) -> float | None:
 def _names(value: object) -> tuple[str, ...] | None:
     if not isinstance(value, (list, tuple)):
         return None
-    for index, name in enumerate(value):
+    for number, name in enumerate(value, 1):
         if not isinstance(name, str) or not name.strip():
-            raise ValueError(f"must be a name, not {_described(name)}; put it in quotes", index)
+            raise ValueError(f"entry {number} must be a name, not {_described(name)}; put it in quotes")
     return tuple(value)
 
 
@@ -740,12 +715,8 @@ def _networks(value: object) -> tuple[str, ...] | None:
     import ipaddress  # lazily: few have proxies
 
     names = _names(value)
-    for index, name in enumerate(names or ()):
-        try:
-            ipaddress.ip_network(name, strict=False)
-        except ValueError as error:
-            problem = f"must be an address such as 10.0.0.1 or a network such as 10.0.0.0/8: {error}"
-            raise ValueError(problem, index) from error
+    for name in names or ():
+        ipaddress.ip_network(name, strict=False)
     return names
 
 
@@ -754,9 +725,9 @@ def _options(value: object) -> dict[str, str | int | float | bool]:
         raise ValueError("must be a mapping of options, such as {DATA_PATH: lake/}")  # it may hold a secret
     for name, option in value.items():
         if not isinstance(name, str) or not re.fullmatch("[A-Za-z_][A-Za-z0-9_]*", name):
-            raise ValueError("the name of an option has letters, digits and _ only; correct it", name)
+            raise ValueError(f"{name!r:.60}: the name of an option has letters, digits and _ only")
         if not isinstance(option, (str, int, float)) or (isinstance(option, float) and not isfinite(option)):
-            raise ValueError(f"must be text, a number or a boolean, not {_described(option)}", name)
+            raise ValueError(f"{name} must be text, a number or a boolean, not {_described(option)}")
     return dict(value)
 
 
@@ -783,7 +754,7 @@ SETTINGS = {
     "retention": Setting('a duration such as "90d"', _duration),
     "record_result": _one_of("none, summary or body"),
     "max_result_bytes": _SIZE,
-    "trusted_proxies": Setting("a list of addresses and networks", _networks),
+    "trusted_proxies": Setting("a list of addresses and networks such as [10.0.0.0/8]", _networks),
     "strict": Setting(
         "true, false, or a list of names such as [delete_*]",
         lambda value: ("*",) * value if isinstance(value, bool) else _names(value),
@@ -793,20 +764,16 @@ SETTINGS = {
 }
 
 
-def _trail_end(name: object, entry: object = None) -> str:
-    return str(name) if entry is None else f"{name}[{entry}]" if isinstance(entry, int) else f"{name}.{entry}"
-
-
 def check_settings(
     settings: Mapping[str, object],
-    place: Callable[..., Mapping[str, Any]] = lambda *name: {"trail": (_trail_end(*name),)},
+    place: Callable[[str], Mapping[str, Any]] = lambda name: {"trail": (name,)},
 ) -> dict[str, Any]:
-    """Return the settings as `Config` holds them, paths as they are; `place` says where a setting stands."""
+    """Return the settings as `Config` holds them; `place` tells their places."""
     checked = {}
     for name, value in settings.items():
         try:
             if name not in SETTINGS:
-                import difflib  # here, because it costs 5 ms that only an error needs
+                import difflib  # 5 ms that only an error needs
 
                 near = difflib.get_close_matches(str(name), SETTINGS, n=1, cutoff=0.5)
                 hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(SETTINGS)}"
@@ -817,8 +784,7 @@ def check_settings(
             if checked[name] is None:
                 raise ValueError(f"must be {SETTINGS[name].must_be}, not {_described(value)}")
         except ValueError as error:
-            problem, *entry = error.args
-            raise ConfigError(problem, **place(name, *entry)) from error
+            raise ConfigError(str(error), **place(name)) from error
     return checked
 
 
@@ -834,29 +800,27 @@ class _SiteFile(_YamlReader):
                 raise ValueError(f"it has more than {MAX_SITE_FILE_BYTES} bytes")
         except (OSError, ValueError) as error:  # ValueError: a NUL in the path, too
             reason = getattr(error, "strerror", None) or error
-            problem = f"the site file can't be read: {reason}; name another with --config"
-            raise ConfigError(problem, path=path) from error
+            raise ConfigError(f"the site file can't be read: {reason}", path=path) from error
         super().__init__(data, path)
         root = self.document()
         if root is not None and not isinstance(root, dict):
             self.fail(f"must hold keys such as `profiles:`, not {_described(root)}", 0)
         self.root: dict[object, Any] = root or {}
 
-    def at(self, *keys: object, entry: object = None) -> dict[str, Any]:
-        """Return the arguments of ConfigError for a key, or an entry in its value; they may be missing."""
+    def at(self, *keys: object) -> dict[str, Any]:
+        """Return the place of a key, or of the last one that exists."""
         position, value = 0, self.root
-        for key in keys if entry is None else (*keys, entry):
+        for key in keys:
             if (id(value), key) not in self.places:
                 break
             position, value = self.places[id(value), key], value[key]
-        return {**self.place(position), "trail": (*keys[:-1], _trail_end(keys[-1], entry))}
+        return {**self.place(position), "trail": tuple(map(str, keys))}
 
     def source(self, *keys: object) -> str:
-        """File and line of a key, as `Config.sources` has them."""
         return f"{os.path.basename(self.path or '')}:{self.at(*keys)['line']}"
 
     def section(self, *keys: str) -> dict[object, Any]:
-        """Return the mapping that these keys lead to; empty where a key, or what follows it, is missing."""
+        """Return the mapping at these keys; empty where one is missing."""
         value = self.root
         for depth, key in enumerate(keys, 1):
             value = {} if value.get(key) is None else value[key]
@@ -866,48 +830,34 @@ class _SiteFile(_YamlReader):
 
     def profile(self, argument: str | None, environ: Mapping[str, str]) -> tuple[str, str]:
         """The name of the profile that holds, and who chose it."""
-        name: object
-        if argument is not None or environ.get("MXCP_PROFILE"):
-            source = "MXCP_PROFILE" if argument is None else "argument"
-            name = environ["MXCP_PROFILE"] if argument is None else argument
-            where: dict[str, Any] = {"path": self.path, "trail": ("profile",)}
-        elif (name := self.root.get("profile")) is not None:
-            source, where = self.source("profile"), self.at("profile")
-        else:
-            name, source, where = "default", "default", self.at("profiles")
-        problem, profiles = "", self.section("profiles")
+        chosen: dict[str, object] = {
+            "argument": argument,
+            "MXCP_PROFILE": environ.get("MXCP_PROFILE") or None,
+            self.source("profile"): self.root.get("profile"),
+            "default": "default",
+        }
+        source, name = next((source, name) for source, name in chosen.items() if name is not None)
+        profiles = self.section("profiles")
         if not isinstance(name, str) or not name:
             problem = f"must be the name of a profile, not {_described(name)}; put text in quotes"
-        elif profiles and name not in profiles:
+            raise ConfigError(problem, **self.at("profile"))
+        if profiles and name not in profiles:
             known = [key if isinstance(key, str) else f"{_described(key)} (quote it)" for key in profiles]
             problem = f"there is no profile {name!r:.60} (chosen by {source}); known are {', '.join(known)}"
-        if problem:
-            raise ConfigError(problem, **where)
-        return str(name), source
-
-    def settings(self, profile: str) -> tuple[dict[str, Any], dict[str, str]]:
-        keys = ("profiles", profile, "audit")
-        ours: dict[Any, Any] = {**self.section(*keys)}
-        ours.pop("max_file_size", None)  # MXCP's own, of its JSONL log
-        if type(ours.get("retention")) in (int, float):
-            problem = 'needs a unit in this file; write "90d" for 90 days'
-            raise ConfigError(problem, **self.at(*keys, "retention"))
-        checked = check_settings(ours, lambda name, entry=None: self.at(*keys, name, entry=entry))
-        return checked, {name: self.source(*keys, name) for name in ours}
+            raise ConfigError(problem, **self.at("profiles"))
+        return name, source
 
 
 def config_from_arguments(path: str | os.PathLike[str], **settings: object) -> Config:
-    """Return the settings given as keyword arguments, checked like those of a site file."""
+    """Return the settings of keyword arguments."""
     given = {"path": path, **{name: value for name, value in settings.items() if value is not None}}
     checked = check_settings(given)
-    if not is_attach_target(checked["path"]):
-        checked["path"] = os.path.abspath(checked["path"])
-    elif "journal" not in checked:
-        shown = public_target(checked["path"])
-        problem = f"{shown} is no file, so there is no place beside it; name a directory"
-        raise ConfigError(problem, trail=("journal",))
-    if "journal" in checked:
-        checked["journal"] = os.path.abspath(checked["journal"])
+    is_remote = is_attach_target(checked["path"])
+    if is_remote and "journal" not in checked:
+        problem = f"{public_target(checked['path'])} is no file, so there is no place beside it"
+        raise ConfigError(f"{problem}; name a directory", trail=("journal",))
+    for name in checked.keys() & ({"journal"} if is_remote else {"path", "journal"}):
+        checked[name] = os.path.abspath(checked[name])
     return Config(**{"enabled": True, **checked}, sources=dict.fromkeys(given, "argument"))
 
 
@@ -918,9 +868,7 @@ def load_config(
     cwd: str | os.PathLike[str] | None = None,
     environ: Mapping[str, str] | None = None,
 ) -> Config:
-    """Return the settings of one profile of `mxcp-site.yml`, or raise; no setting is silently wrong.
-
-    A file without `profiles`, and a profile without `audit`, mean: not enabled.
+    """Return the settings of one profile of `mxcp-site.yml`; without `audit` there it is not enabled.
 
     Args:
         config: the site file; by default `mxcp-site.yml` in `cwd`, or in the nearest parent that has one.
@@ -929,38 +877,43 @@ def load_config(
         environ: by default `os.environ`.
 
     Raises:
-        ConfigError: no site file, one that can't be read, an unknown profile, or a wrong setting;
-            with file, line, column and the keys that lead there.
+        ConfigError: no site file, an unreadable one, an unknown profile, or a wrong setting; with its place.
     """
     try:
         start = os.path.abspath(cwd if cwd is not None else os.getcwd())
     except OSError as error:
-        raise ConfigError(f"the working directory is gone ({error.strerror}); change to another") from error
+        raise ConfigError(f"the working directory is gone ({error.strerror})") from error
     site_file = find_site_file(start) if config is None else os.path.join(start, config)
     if site_file is None:
-        text = f"there is no {SITE_FILE} here or in a parent directory; name one with --config or config=,"
-        text += " do without by --db or AuditLogger(path), or create one that says:"
-        raise ConfigError(f"{text} profiles: {{default: {{audit: {{enabled: true}}}}}}", path=start)
+        text = f"there is no {SITE_FILE} here or above; name one with --config or config=, do without by --db"
+        text += " or AuditLogger(path), or create one: profiles: {default: {audit: {enabled: true}}}"
+        raise ConfigError(text, path=start)
     site = _SiteFile(site_file)
-    name, name_source = site.profile(profile, os.environ if environ is None else environ)
-    settings, sources = site.settings(name)
+    name, chosen_by = site.profile(profile, os.environ if environ is None else environ)
+    keys = ("profiles", name, "audit")
+    given: dict[Any, Any] = {**site.section(*keys)}
+    given.pop("max_file_size", None)  # MXCP's own
+    if type(given.get("retention")) in (int, float):
+        problem = 'needs a unit in this file; write "90d" for 90 days'
+        raise ConfigError(problem, **site.at(*keys, "retention"))
+    settings = check_settings(given, lambda name: site.at(*keys, name))
     settings.setdefault("path", f"logs-{name}.duckdb")
-    remote = is_attach_target(settings["path"])
-    if remote:
+    is_remote = is_attach_target(settings["path"])
+    if is_remote:
         settings.setdefault("journal", f"logs-{name}.journal")
-    for setting in filter(settings.__contains__, ("path", "journal")):
-        if setting not in sources and re.search(r"[/\\\0\ud800-\udfff]", name):
+    for setting in settings.keys() & {"path", "journal"}:
+        if setting not in given and re.search(r"[/\\\0\ud800-\udfff]", name):
             problem = f"the profile's name {name!r:.60} can't be part of a file name; set {setting}"
-            raise ConfigError(problem, path=site_file, trail=("profiles", name, "audit", setting))
-        if setting == "journal" or not remote:
+            raise ConfigError(problem, path=site_file, trail=(*keys, setting))
+        if setting == "journal" or not is_remote:
             settings[setting] = os.path.join(os.path.dirname(site_file), settings[setting].removeprefix("./"))
-    sources = {**dict.fromkeys((*SETTINGS, "profile"), "default"), **sources, "profile": name_source}
-    sources["site_file"] = "found" if config is None else "argument"
+    sources = dict.fromkeys(SETTINGS, "default") | {key: site.source(*keys, key) for key in given}
+    sources |= {"profile": chosen_by, "site_file": "found" if config is None else "argument"}
     return Config(profile=name, site_file=site_file, sources=sources, **settings)
 
 
 def find_site_file(folder: str) -> str | None:
-    """Return the path of the site file in a folder or the nearest above it, or None."""
+    """Return the site file in a folder or the nearest above it, or None."""
     while not os.path.lexists(path := os.path.join(folder, SITE_FILE)):
         folder, below = os.path.dirname(folder), folder
         if folder == below:
@@ -971,13 +924,10 @@ def find_site_file(folder: str) -> str | None:
 # === Events ===
 # depends on: Errors
 #
-# COLUMNS is the only place that knows the columns. The first ten are the specification's and never change;
-# new ones go to NEW_COLUMNS, before `segment` and `seq`.
+# Only COLUMNS knows the columns. The first ten are the specification's; new ones go to NEW_COLUMNS.
 
 
 class Column(NamedTuple):
-    """A column of `logs`: its name and its type in DuckDB."""
-
     name: str
     sql_type: str
 
@@ -991,7 +941,7 @@ COLUMNS = tuple(
         "context segment seq:i",
     )
 )
-# Since 0.2: a line leaves them out, and a row's hash is as it was, where they are NULL.
+# Since 0.2; where they are NULL, lines and hashes of rows are as without them.
 NEW_COLUMNS = COLUMNS[13:-2]
 EVENT_TYPES = ("tool", "resource", "prompt")
 POLICY_DECISIONS = ("allow", "deny", "warn", "n/a")
@@ -999,13 +949,13 @@ STATUSES = ("success", "error")
 MAX_DURATION_MS = 2**31 - 1  # DuckDB refuses a whole segment for one more
 LARGEST = {"INTEGER": MAX_DURATION_MS, "BIGINT": 2**63 - 1}
 
-wall_clock_ns = time.time_ns  # the clock that is recorded; intervals use the monotonic one
+wall_clock_ns = time.time_ns  # recorded; intervals use the monotonic clock
 
 _SEGMENT_ID = re.compile(r"\d{8}T\d{12}Z-[0-9a-f]{8}")
 
 
 def new_segment_id(now_ns: int) -> str:
-    """Return a segment id, `<UTC to the microsecond>-<8 hex>`: sortable by age and unguessable."""
+    """Return `<UTC to the microsecond>-<8 hex>`: sorted by age, unguessable."""
     second, ns = divmod(now_ns, 1_000_000_000)
     return f"{_stamp(second)}{ns // 1000:06d}Z-{os.urandom(4).hex()}"
 
@@ -1016,12 +966,11 @@ def _stamp(second: int) -> str:
 
 
 def utc_now() -> datetime.datetime:
-    """Return the present moment, aware, in UTC."""
     return datetime.datetime.now(datetime.timezone.utc)
 
 
 def sql_time(moment: datetime.datetime) -> str:
-    """Return an aware moment as DuckDB reads it: naive UTC text."""
+    """Return an aware moment as naive UTC text for DuckDB."""
     return moment.astimezone(datetime.timezone.utc).replace(tzinfo=None).isoformat(" ", "microseconds")
 
 
@@ -1029,12 +978,12 @@ _EPOCH_START = datetime.datetime(1970, 1, 1)
 
 
 def microseconds(moment: str) -> int:
-    """Return naive UTC text, as `sql_time` returns it, as microseconds since the epoch."""
+    """Return text of `sql_time` as microseconds since the epoch."""
     return (datetime.datetime.fromisoformat(moment) - _EPOCH_START) // datetime.timedelta(microseconds=1)
 
 
 def iso_time(us: int | None) -> str | None:
-    """Return microseconds since the epoch as ISO 8601 text; those of no year that has one, as a number."""
+    """Return microseconds since the epoch as ISO 8601, if a year has them."""
     if us is None:
         return None
     try:
@@ -1049,7 +998,7 @@ _ISO_8601 = re.compile(
 
 
 def parse_iso(text: object, *, local: bool = False) -> datetime.datetime:
-    """Return the moment of an ISO 8601 date or time; one that names no zone is UTC, or local time."""
+    """Return the moment of ISO 8601 text; without a zone it is UTC or `local`."""
     match = _ISO_8601.fullmatch(text) if isinstance(text, str) else None
     if match is None:
         raise ValueError("is no time")
@@ -1065,7 +1014,6 @@ LINE_TIME = "%Y-%m-%dT%H:%M:%S.%fZ"  # of lines, for `strptime`
 
 
 def is_segment_id(text: str) -> bool:
-    """Return True if `text` has the form of a segment id."""
     return _SEGMENT_ID.fullmatch(text) is not None
 
 
@@ -2558,50 +2506,49 @@ class Redactor:
 # === Encoding ===
 # depends on: Events, Redaction
 #
-# Event → line (docs/journal-format.md), line → event. `seq` comes last, because only the writer knows it.
-# DuckDB's JSON reader rejects a whole file for one lone surrogate, one invalid UTF-8 byte or one integer past
-# INTEGER, and PostgreSQL has no NUL: the encoder lets none through.
+# Event → line (docs/journal-format.md), line → event. Only the writer knows `seq`, which comes last. Lone
+# surrogates, invalid UTF-8, NUL and integers past INTEGER never pass: DuckDB would reject the whole file.
 
 # --- what is too large
 
 
 def clip_plain(plain: Any, max_bytes: int) -> Any:
-    """Return a plain value cut so that its JSON, written in any style, takes at most `max_bytes`."""
+    """Return a plain value cut so that its JSON takes at most `max_bytes`."""
     size = len(json.dumps(plain))
     if size <= max_bytes:
         return plain
     if not isinstance(plain, (dict, list)):
         return _clip_text(plain if isinstance(plain, str) else str(plain), max_bytes)
     note = f"…[CUT: {size} bytes, {len(plain)} items]"
-    room = left = max_bytes - 2 - len(json.dumps(note)) - 12
+    room = left = max_bytes - 14 - len(json.dumps(note))
     if room < 64:
         return _clip_text(note, max_bytes)
     # 1. The last entries go, until each of the rest has room for a marker at least.
-    entries: list[list[Any]] = []  # key, item, size
-    for key, item in plain.items() if isinstance(plain, dict) else (("", item) for item in plain):
-        key, item_size = _clip_text(key, 256), len(json.dumps(item))
-        overhead = len(json.dumps(key)) + 4 if isinstance(plain, dict) else 2  # the key and commas
+    is_list = isinstance(plain, list)
+    pairs: Any = enumerate(plain) if is_list else plain.items()  # type: ignore[union-attr]
+    out: dict[Any, Any] = {}
+    sizes: dict[Any, int] = {}
+    for key, item in pairs:
+        if not is_list and (key := _clip_text(key, 256)) in out:
+            key += f"#{len(out)}"
+        item_size, overhead = len(json.dumps(item)), 2 if is_list else len(json.dumps(key)) + 4
         room -= overhead + min(item_size, 64)
         if room < 0:
             break
         left -= overhead
-        entries.append([key, item, item_size])
+        out[key], sizes[key] = item, item_size
     # 2. The small ones take what they need, the large ones share the rest.
-    for rank, entry in enumerate(sorted(entries, key=lambda entry: entry[2])):
-        share = min(entry[2], left // (len(entries) - rank))
+    for rank, key in enumerate(sorted(out, key=sizes.__getitem__)):
+        share = min(sizes[key], left // (len(out) - rank))
         left -= share
-        entry[1] = clip_plain(entry[1], share)
-    is_cut = len(entries) < len(plain)
-    if isinstance(plain, list):
-        return [item for _, item, _ in entries] + [note] * is_cut
-    out: dict[str, Any] = {}
-    for key, item, _ in entries:
-        out[key if key not in out else f"{key}#{len(out)}"] = item
-    return {**out, "…": note} if is_cut else out
+        out[key] = clip_plain(out[key], share)
+    if len(out) < len(plain):
+        out["…"] = note
+    return list(out.values()) if is_list else out
 
 
 def _clip_text(text: str, max_bytes: int) -> str:
-    """Cut a text so that its ASCII JSON takes at most `max_bytes`; the mark names its size."""
+    """Cut a text so that its ASCII JSON takes at most `max_bytes`."""
     if len(json.dumps(text)) <= max_bytes:
         return text
     marker = f"…[CUT: {len(text.encode('utf-8', 'surrogatepass'))} bytes]"
@@ -2616,16 +2563,16 @@ def _clip_text(text: str, max_bytes: int) -> str:
 
 # --- lines
 
-_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # arbitrary: servers have tens of names; made-up ones must not stay
+_CACHE_SIZE, _CACHED_CHARS = 1024, 512  # arbitrary: a server has tens of names, callers make up more
 _NAME_BYTES = 1024  # of a name or an id
 _TEXT_BYTES = 2**16  # of an error or a reason
 REPLACEMENT = "\ufffd"
 _NO_IDS = ',"user_id":null,"session_id":null,"trace_id":null'
 _NO_MORE = (None,) * len(NEW_COLUMNS)
-_PLAIN_ID = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret, nothing to escape
+_PLAIN_ID = re.compile(r"[0-9a-f-]{1,64}|[A-Za-z0-9_.@-]{1,15}")  # no secret; needs no escape
 _FRAME = ("caller", "event_type", "name", "policy_decision", "status")
 _ALLOWED = {"event_type": EVENT_TYPES, "policy_decision": POLICY_DECISIONS, "status": STATUSES}
-_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # an even number of backslashes before it
+_ESCAPED_NUL = re.compile(r"(?<!\\)((?:\\\\)*)\\u0000")  # behind an even number of backslashes
 
 
 class Json(str):
@@ -2633,7 +2580,7 @@ class Json(str):
 
 
 class Encoder:
-    """Turns events into lines; whatever it is given, it raises nothing but MemoryError."""
+    """Turns events into lines; it raises nothing but MemoryError."""
 
     def __init__(
         self, redactor: Redactor, *, max_input_bytes: int, clock: Callable[[], int] = wall_clock_ns
@@ -2641,22 +2588,20 @@ class Encoder:
         self._redactor = redactor
         self._max_input_bytes = max_input_bytes
         self._clock = clock
-        self._second: tuple[int, str] = (-1, "")  # one tuple, so that threads never see half of it
+        self._second = (-1, "")  # threads never see half of a tuple
         self._cache: dict[tuple[object, ...], Any] = {}  # frames and parties
 
     def input_json(
         self, input_params: object, name: object, endpoint_def: object, echoes: list[str] | None
     ) -> str:
-        """Return the input as it is recorded: JSON text inside of a JSON text, or `null`."""
+        """Return the redacted input as a JSON text in JSON, or `null`."""
         if input_params is None:
             return "null"
-        tool = name if type(name) is str else None
+        tool, limit = name if type(name) is str else None, self._max_input_bytes
         text = self._redactor.redact_json(
-            input_params, tool=tool, endpoint_def=endpoint_def, echoes=echoes, limit=self._max_input_bytes
+            input_params, tool=tool, endpoint_def=endpoint_def, echoes=echoes, limit=limit
         )
-        if len(text) * 4 > self._max_input_bytes or "\\u0000" in text:
-            text = self._clipped(text)
-        return encode_text(text)
+        return encode_text(self._clipped(text) if len(text) * 4 > limit or "\\u0000" in text else text)
 
     def line(
         self,
@@ -2677,9 +2622,9 @@ class Encoder:
         *,
         ago: int = 0,
     ) -> bytes:
-        """Return the line of an event `ago` nanoseconds before now, for `finish_line` to complete.
+        """Return the line of an event `ago` ns before now, for `finish_line`; `more`: of NEW_COLUMNS.
 
-        `more` is for NEW_COLUMNS. Values that are not allowed are recorded as given, and `reason` says so.
+        Values that are not allowed are recorded as given, and `reason` says so.
         """
         second, ns = divmod(self._clock() - ago, 1_000_000_000)
         stamp = self._second
@@ -2716,25 +2661,20 @@ class Encoder:
             return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").encode()
 
     def _frame(self, *parts: object) -> tuple[str, str, str, str]:
-        """Return what surrounds the changing parts of a line, and what `reason` must say."""
+        """Return what surrounds the changing parts, and what `reason` must say."""
         texts, flag = [], ""
-        for argument, part in zip(_FRAME, parts, strict=True):
+        for argument, part in zip(_FRAME, parts):
             text = self._clean("n/a" if part is None and argument == "policy_decision" else part)
             texts.append(encode_text(text))
             if text not in _ALLOWED.get(argument, (text,)):
                 flag += f"; mxcp_audit: {argument} is none of {', '.join(_ALLOWED[argument])}"
-        caller, event_type, name, policy_decision, status = texts
-        frame = (
-            f'Z","caller":{caller},"type":{event_type},"name":{name},"input_json":',
-            f',"policy_decision":{policy_decision},"reason":',
-            f',"status":{status},"error":',
-            flag,
-        )
+        head = f'Z","caller":{texts[0]},"type":{texts[1]},"name":{texts[2]},"input_json":'
+        frame = head, f',"policy_decision":{texts[3]},"reason":', f',"status":{texts[4]},"error":', flag
         self._keep(parts, frame)
         return frame
 
     def _more(self, more: Sequence[object]) -> tuple[str, str]:
-        """Return the members of a line for NEW_COLUMNS, and what `reason` must say."""
+        """Return the members for NEW_COLUMNS, and what `reason` must say."""
         parties = tuple(more[:4])  # who calls which server, the same for a session
         try:
             text = self._cache[parties]
@@ -2773,13 +2713,13 @@ class Encoder:
         return "null" if value is None else encode_text(self._clean(value))
 
     def _clean(self, value: object, echoes: Sequence[str] = (), limit: int = _NAME_BYTES) -> str:
-        """Return a text of at most `limit` bytes, without secrets; a mark names the size of what was cut."""
+        """Return a text without secrets, cut to `limit` bytes."""
         if type(value) is str:
             whole = value
         else:
             whole = self._redactor.redact_json(value)
             whole = json.loads(whole) if whole[0] == '"' else whole
-        # Only twice the limit is redacted; a secret that is cut there is not recognized.
+        # Only twice the limit is redacted; its end goes, as a secret that is cut there is not recognized.
         text = self._redactor.scrub(whole[: 2 * limit], echoes).replace("\0", REPLACEMENT)
         fits = len(whole) <= 2 * limit
         data = (text if fits else text[:-limit]).encode("utf-8", "surrogatepass")
@@ -2789,19 +2729,18 @@ class Encoder:
         return data[: limit - len(mark.encode())].decode("utf-8", "ignore") + mark
 
     def _clipped(self, text: str) -> str:
-        """Return JSON of at most `max_input_bytes` and without NUL."""
+        """Return JSON of at most `max_input_bytes`, without NUL."""
         if len(text.encode("utf-8", "surrogatepass")) > self._max_input_bytes:
             text = encode_json(clip_plain(json.loads(text), self._max_input_bytes))
         return _ESCAPED_NUL.sub(r"\1" + REPLACEMENT, text)
 
 
 def finish_line(line: bytes, seq: int) -> bytes:
-    """Return the complete line, with `seq` and a line feed."""
     return b'%b,"seq":%d}\n' % (line, seq)
 
 
 def _clamped(duration_ms: Any) -> int | None:
-    """Return `duration_ms` as an integer of 0 … 2³¹−1; None if it is no number."""
+    """Return an integer of 0 … 2³¹−1, or None for what is no number."""
     try:
         return round(min(max(0.0, float(duration_ms)), MAX_DURATION_MS))  # in this order NaN becomes 0
     except OverflowError:  # an integer that is no float
@@ -2813,24 +2752,21 @@ def _clamped(duration_ms: Any) -> int | None:
 def _json_object(line: bytes) -> dict[str, Any]:
     """Return the JSON object of a line; ValueError says why there is none."""
     try:
-        event = json.loads(line.decode())
+        if isinstance(event := json.loads(line.decode()), dict):
+            return event
     except (ValueError, RecursionError) as error:
         raise ValueError(f"no JSON in UTF-8: {error}") from error
-    if not isinstance(event, dict):
-        raise ValueError("no JSON object")
-    return event
+    raise ValueError("no JSON object")
 
 
 def event_of_line(line: bytes) -> dict[str, Any]:
-    """Return the event of a journal line; ValueError says why DuckDB can't use it."""
+    """Return the event of a line; ValueError says why DuckDB can't use it."""
     event = _json_object(line)
-    for name, sql_type in COLUMNS:
+    for name, sql_type in COLUMNS[:-2] + COLUMNS[-1:]:  # without `segment`
         value, largest = event.get(name), LARGEST.get(sql_type)
-        if value is None or name == "segment":
-            continue
-        if largest is None and not isinstance(value, str):
+        if largest is None and not isinstance(value, str | None):
             raise ValueError(f"{name} is no text")
-        if largest is not None and (type(value) is not int or not 0 <= value <= largest):
+        if largest and value is not None and (type(value) is not int or not 0 <= value <= largest):
             raise ValueError(f"{name} is no integer from 0 to {largest}")
     if not event.get("seq"):
         raise ValueError("seq is missing")
@@ -2842,14 +2778,13 @@ def event_of_line(line: bytes) -> dict[str, Any]:
 
 
 # === Journal ===
-# depends on: Errors, Events
+# depends on: Errors, Events, Encoding
 #
 # The append-only files between server and database (docs/journal-format.md). A process writes its own
-# segments only. Live = its writer holds the lock; sealed or orphaned = the lock is free. A lock belongs to
-# the open file (flock), not to the process: pids are reused. A name never changes: a rename makes a reader's
-# query fail. Without locks nobody can tell a live segment from an orphan, and nothing is ingested.
+# segments only, and holds their locks (flock: pids are reused) while it does. A name never changes, as a
+# rename makes a reader's query fail. Without locks nobody knows who lives, and nothing is ingested.
 
-JOURNAL_FORMAT = 2  # of names and lines; docs/journal-format.md describes it
+JOURNAL_FORMAT = 2  # of names and lines
 SEGMENT_SUFFIX = ".jsonl"
 _LOSS_SUFFIX = ".loss"
 _BEGUN_SUFFIX = ".begun"
@@ -2858,16 +2793,16 @@ _ENDED = b'{"ended":'
 CALL_OF_LINE = re.compile(rb'"call":"([^"]{1,60})"(?:,"seq":([0-9]+))?\}$', re.MULTILINE)
 _DIRECTORY_MODE = 0o700
 FILE_MODES = {False: 0o600, True: 0o660}  # True: for a group
-_GROUP_MODE = 0o2770  # of a journal for a group, whose files are the group's
+_GROUP_MODE = 0o2770
 # Follow no link, and wait for no other end of a FIFO.
 _NO_FOLLOW = sum(getattr(os, name, 0) for name in ("O_NOFOLLOW", "O_NONBLOCK", "O_CLOEXEC", "O_BINARY"))
 _MOST_CLAIMS = 4096  # arbitrary: segments in one transaction
-_SMALL_BYTES = 2**18  # arbitrary: of segments that are put together in COMBINED before DuckDB reads them
+_SMALL_BYTES = 2**18  # arbitrary: of segments that are combined
 COMBINED = "combined"
 _GONE = {errno.ENOENT, errno.ENOTDIR, getattr(errno, "ESTALE", errno.ENOENT)}
-_TURN_SECONDS = 5.0  # how long readers let an ingest pass that asks
+_TURN_SECONDS = 5.0  # in which an ingest that asks goes first
 _ORPHAN_SECONDS = 60.0  # arbitrary
-_LOCK_OFFSET = 2**62  # Windows locks bytes, and a locked byte can't be read: one that never exists
+_LOCK_OFFSET = 2**62  # Windows locks bytes against reading: one that never exists
 
 
 def try_lock(fd: int, *, shared: bool = False) -> bool:
@@ -2884,61 +2819,42 @@ def try_lock(fd: int, *, shared: bool = False) -> bool:
 
 
 def unlock(fd: int) -> None:
-    """Release the lock, even if a child that was forked behind Python's back has the file open."""
+    """Release a lock, even one that a child of a foreign fork shares."""
     if sys.platform != "win32":
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             fcntl.flock(fd, fcntl.LOCK_UN)
 
 
-def _key_at(path: str) -> tuple[int, int] | None:
-    """Return device and inode of a file, links not followed; None if there is none."""
+@contextlib.contextmanager
+def trying_lock(fd: int, *, shared: bool = False) -> Iterator[bool]:
+    """Try the lock of an open file, and close the file in the end."""
     try:
-        found = os.lstat(path)
+        yield try_lock(fd, shared=shared)
+    finally:
+        unlock(fd)
+        os.close(fd)
+
+
+def _key(found: os.stat_result) -> tuple[int, int]:
+    return found.st_dev, found.st_ino
+
+
+def _key_at(path: str) -> tuple[int, int] | None:
+    """Return device and inode of a file, or None; links are not followed."""
+    try:
+        return _key(os.lstat(path))
     except OSError as error:
         if error.errno in _GONE:
             return None
         raise
-    return found.st_dev, found.st_ino
 
 
-def _os_error(code: int, path: str | None = None) -> OSError:
+def _os_error(code: int, path: str) -> OSError:
     return OSError(code, os.strerror(code), path)
 
 
-class Descriptor:
-    """An open file of ours. If somebody closes it and another file gets its number, that is left alone."""
-
-    def __init__(self, fd: int) -> None:
-        found = os.fstat(fd)
-        self._fd, self._key = fd, (found.st_dev, found.st_ino)
-
-    def number(self) -> int:
-        """Return the descriptor's number. Raises OSError if it is closed, or another file's by now."""
-        found = os.fstat(self._fd)
-        if (found.st_dev, found.st_ino) != self._key:
-            raise _os_error(errno.EBADF)
-        return self._fd
-
-    def is_open(self) -> bool:
-        try:
-            return self.number() >= 0
-        except OSError as error:
-            if error.errno not in {errno.EBADF, *_GONE}:
-                raise
-            return error.errno != errno.EBADF  # a stale network handle is ours
-
-    def leads_to(self, path: str) -> bool:
-        """Return True if `path` names this file."""
-        return _key_at(path) == self._key
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            os.close(self.number())
-        self._fd = -1
-
-
 def file_size_limit() -> float:
-    """Return how many bytes a file may have: a write beyond may kill the process (SIGXFSZ)."""
+    """Return the size beyond which a write may kill the process (SIGXFSZ)."""
     try:
         import resource
     except ImportError:  # not on Windows
@@ -2948,7 +2864,7 @@ def file_size_limit() -> float:
 
 
 def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
-    """Force a file to the disk. Not the database: closing it drops DuckDB's lock."""
+    """Force a file to the disk; never a database: closing drops its lock."""
     fd = os.open(path, flags)
     try:
         os.fsync(fd)
@@ -2957,7 +2873,7 @@ def sync_file(path: str, flags: int = os.O_RDWR | _NO_FOLLOW) -> None:
 
 
 def sync_directory(directory: str) -> None:
-    """Force the names in a directory to the disk; Windows neither can nor needs to."""
+    """Force names in a directory to the disk; Windows needs no such thing."""
     if sys.platform != "win32":
         sync_file(directory, os.O_RDONLY)
 
@@ -2974,7 +2890,7 @@ def segment_id_of(path: str) -> str:
 
 
 def give_to_owner(path: str, fd: int | None = None) -> None:
-    """Give what root has made to the owner of its directory: the service must be able to use it."""
+    """Give what root made to the directory's owner, who must use it."""
     if getattr(os, "geteuid", lambda: -1)() == 0:
         owner = os.stat(os.path.dirname(path) or os.curdir)
         made = os.lstat(path) if fd is None else os.fstat(fd)
@@ -2983,7 +2899,7 @@ def give_to_owner(path: str, fd: int | None = None) -> None:
 
 
 def is_for_group(directory: str) -> bool:
-    """Return True for the directory of a journal with `group`, in which each file is the group's."""
+    """Return True for the directory of a journal with `group`."""
     return os.stat(directory or os.curdir).st_mode & _GROUP_MODE == _GROUP_MODE
 
 
@@ -3004,13 +2920,13 @@ def read_lines(path: str) -> bytes:
 
 
 def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
-    """Open a file, new or not, with mode 0600, or 0660 for a group; links are not followed."""
+    """Open a file, new or not, with our mode; links are not followed."""
     group = is_for_group(os.path.dirname(path)) if group is None else group
     fd = os.open(path, flags | os.O_CREAT | _NO_FOLLOW, FILE_MODES[group])
     try:
         give_to_owner(path, fd)
         if group:
-            with contextlib.suppress(PermissionError):  # somebody else made it, and did this
+            with suppress(PermissionError):  # somebody else made it, and did this
                 os.fchmod(fd, FILE_MODES[True])  # whatever the umask says
     except OSError:
         os.close(fd)
@@ -3019,14 +2935,14 @@ def make_file(path: str, flags: int, *, group: bool | None = None) -> int:
 
 
 def take_after(path: str, old: os.stat_result) -> None:
-    """Give a file the mode and, if possible, the owner of the one that it replaces."""
+    """Give a file the mode and owner of the one that it replaces."""
     os.chmod(path, stat.S_IMODE(old.st_mode))
-    with contextlib.suppress(AttributeError, PermissionError):
+    with suppress(AttributeError, PermissionError):
         os.chown(path, old.st_uid, old.st_gid)
 
 
 def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file. Not of a database that may be open: closing it drops locks."""
+    """Return the SHA-256 of a file; never of an open database: see `sync_file`."""
     import hashlib
 
     digest = hashlib.sha256()
@@ -3037,7 +2953,7 @@ def file_digest(path: str) -> str:
 
 
 def write_file(path: str, data: bytes) -> None:
-    """Write a new file and force it to the disk; an existing one is an OSError."""
+    """Write a new file and force it to the disk."""
     with open(make_file(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
         file.write(data)
         file.flush()
@@ -3051,20 +2967,20 @@ def replace_file(path: str, data: bytes) -> None:
         write_file(scratch, data)
         os.replace(scratch, path)
     except OSError:
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.unlink(scratch)
         raise
 
 
-class Segment(Descriptor):
-    """A journal file of this process: it holds what `append` took, and nobody ingests it before `seal`."""
+class Segment:
+    """A journal file of this process. Nobody ingests it before `seal`."""
 
     def __init__(self, fd: int, path: str) -> None:
-        super().__init__(fd)
-        self.path, self.id, self.opened, self.sealed = path, segment_id_of(path), time.monotonic(), False
+        self._fd, self._key = fd, _key(os.fstat(fd))
+        self.path, self.id, self.opened, self.closed = path, segment_id_of(path), time.monotonic(), False
         self._dirty = False  # there may be bytes behind the end
-        self._end = (0, 0)  # bytes and events; one tuple, so that an interrupt never sees half of it
-        self._limit, self._place = file_size_limit(), _key_at(os.path.dirname(path))
+        self._end = (0, 0)  # bytes and events; an interrupt never sees half of a tuple
+        self._limit = file_size_limit()
 
     @property
     def size(self) -> int:
@@ -3076,7 +2992,7 @@ class Segment(Descriptor):
         return self._end[1]
 
     def append(self, data: bytes, events: int, *, durable: bool = False) -> None:
-        """Write whole lines, all or none; with `durable`, to the disk. Ask `is_open` right before."""
+        """Write whole lines, all or none. Ask `is_open` right before."""
         self._mend()
         fd, (size, count) = self._fd, self._end
         if size + len(data) > self._limit:
@@ -3102,55 +3018,58 @@ class Segment(Descriptor):
             os.ftruncate(self.number(), self.size)
             self._dirty = False
 
+    def number(self) -> int:
+        """Return the descriptor; OSError if it is closed, or is another file's by now."""
+        if _key(os.fstat(self._fd)) != self._key:
+            raise _os_error(errno.EBADF, self.path)
+        return self._fd
+
+    def is_open(self) -> bool:
+        try:
+            return self.number() >= 0
+        except OSError as error:
+            if error.errno not in {errno.EBADF, *_GONE}:
+                raise
+            return error.errno != errno.EBADF  # a stale network handle is ours
+
     def is_in_place(self) -> bool:
-        return self.leads_to(self.path)
+        return _key_at(self.path) == self._key
 
     def is_usable(self) -> bool:
         return self.is_open() and self.is_in_place()
 
-    def is_taken_away(self) -> bool:
-        """Return True for a file whose directory was moved or unmounted."""
-        if _key_at(os.path.dirname(self.path)) == self._place:
-            return False
-        with contextlib.suppress(OSError):
-            return os.fstat(self.number()).st_nlink > 0
-        return self.is_open()  # a stale network handle
-
-    def seal(self, *, keep: bool = False) -> None:
-        """Release the lock, so that anybody may ingest the file; close it unless `keep`."""
-        if self._fd >= 0 and not self.sealed:
-            self._mend()
-            self.sealed = True
-        if not self.size:
-            self.discard()
-        elif keep and self.is_open():
-            unlock(self.number())
-        else:
+    def seal(self) -> None:
+        """Close the file, or delete an empty one: anybody may ingest it."""
+        self._mend()
+        if self.size:
             self.close()
+        else:
+            self.discard()
 
     def close(self) -> None:
-        """Close the file as it is, and release its lock."""
-        with contextlib.suppress(OSError):
+        self.closed = True  # an interrupt may come before it is
+        with suppress(OSError):
             unlock(self.number())
-        super().close()
+        self.forget()
 
     def discard(self) -> None:
-        """Delete the file."""
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
         self.close()
 
     def forget(self) -> None:
-        """Close a descriptor that a fork copied; the lock stays the parent's."""
-        super().close()
+        """Close the descriptor; the lock stays with a parent that has it, too."""
+        with suppress(OSError):
+            os.close(self.number())
+        self._fd = -1
 
 
 def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
     """Return the events of a `.begun` file that have no end in it, by call."""
     calls: dict[str, dict[str, Any]] = {}
     for line in data.split(b"\n")[:-1]:
-        with contextlib.suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
+        with suppress(ValueError, LookupError, TypeError):  # damaged by a power loss
             said = json.loads(line)
             if line.startswith(_ENDED):
                 for call in said["ended"]:
@@ -3161,33 +3080,29 @@ def calls_in(data: bytes) -> dict[str, dict[str, Any]]:
 
 
 def lines_of(calls: Mapping[str, dict[str, Any]], moment: str, *, over: bool) -> bytes:
-    """Return lines of calls as they were at a moment: over, or running with `seq` 0."""
+    """Return lines of calls at a moment: over, or running with `seq` 0."""
     lines: list[bytes] = []
     now = datetime.datetime.strptime(moment, LINE_TIME)
     for call, event in sorted(calls.items()):
-        try:
+        with suppress(ValueError, LookupError, TypeError):  # damaged, or not ours
             begun = datetime.datetime.strptime(event["timestamp"], LINE_TIME)
             context = {**json.loads(event.get("context") or "{}"), "mxcp.call": call}
-        except (ValueError, LookupError, TypeError):  # damaged, or not ours
-            continue
-        passed = min(max(0, round((now - begun).total_seconds() * 1000)), MAX_DURATION_MS)
-        line = {**event, "duration_ms": passed, "context": json.dumps(context)}
-        if over:
-            line |= {"timestamp": max(begun, now).strftime(LINE_TIME), "seq": len(lines) + 1}
-        else:
-            line |= {"status": "running", "error": None, "seq": 0}
-        del line["call"]
-        lines.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
+            line = {**event, "duration_ms": _clamped((now - begun).total_seconds() * 1000)}
+            line |= {"context": json.dumps(context), "seq": (len(lines) + 1) * over}
+            del line["call"]
+            if over:
+                line["timestamp"] = max(begun, now).strftime(LINE_TIME)
+            else:
+                line |= {"status": "running", "error": None}
+            lines.append(json.dumps(line, separators=(",", ":")).encode() + b"\n")
     return b"".join(lines)
 
 
 class Claim:
-    """A sealed or orphaned segment: its lock was free, and the ingest lock keeps other ingests away."""
+    """A segment without a writer; the ingest lock keeps others away."""
 
     def __init__(self, path: str) -> None:
-        self.path, self.id = path, segment_id_of(path)
-        self.lines = self.size = self.torn = 0
-        self.calls: dict[str, int] = {}  # whose begin was put on record: the number of the line
+        self.path, self.id, self._stem = path, segment_id_of(path), path.removesuffix(SEGMENT_SUFFIX)
 
     def inspect(self, fd: int) -> None:
         """Count the lines and move a torn tail into `.torn`."""
@@ -3195,25 +3110,23 @@ class Claim:
         self.lines, self.size = data.count(b"\n"), data.rfind(b"\n") + 1
         self.torn = len(data) - self.size
         if self.torn:
-            self._put_aside(".torn", data[self.size :])
+            replace_file(self._stem + ".torn", data[self.size :])
             os.ftruncate(fd, self.size)
-        if b'"call":"' in data:
-            self.calls = {call.decode(): int(seq or 0) for call, seq in CALL_OF_LINE.findall(data)}
+        # Whose begin was put on record: the number of the line.
+        found = CALL_OF_LINE.findall(data) if b'"call":"' in data else ()
+        self.calls = {call.decode(): int(seq or 0) for call, seq in found}
 
     def reject(self, faults: Iterable[tuple[int, str, bytes]]) -> None:
-        """Keep lines that can't be ingested in a file of their own, `.rejected`, for whoever repairs them."""
+        """Keep lines that can't be ingested in `.rejected`, to be repaired."""
         lines = [
             json.dumps({"line": number, "reason": reason, "text": line.decode("utf-8", "surrogateescape")})
             for number, reason, line in faults
         ]
-        self._put_aside(".rejected", "".join(f"{line}\n" for line in lines).encode())
-
-    def _put_aside(self, suffix: str, data: bytes) -> None:
-        replace_file(self.path.removesuffix(SEGMENT_SUFFIX) + suffix, data)
+        replace_file(self._stem + ".rejected", "".join(f"{line}\n" for line in lines).encode())
 
 
 def combine(paths: Iterable[str], directory: str) -> list[str]:
-    """Put small segments into one file, as DuckDB takes 2 ms a file; return what to read."""
+    """Put small segments into one file, as DuckDB takes 2 ms for each."""
     sizes = {path: size for path in paths if (size := _size_of(path))}
     small = [path for path, size in sizes.items() if size <= _SMALL_BYTES]
     if len(small) < 8:
@@ -3221,19 +3134,17 @@ def combine(paths: Iterable[str], directory: str) -> list[str]:
     target = os.path.join(directory, COMBINED + SEGMENT_SUFFIX)
     with open(make_file(target, os.O_WRONLY | os.O_TRUNC), "wb") as combined:
         for path in small:
-            with contextlib.suppress(FileNotFoundError):
+            with suppress(FileNotFoundError):
                 combined.write(named_lines(segment_id_of(path), read_lines(path)))
-    return [*(path for path, size in sizes.items() if size > _SMALL_BYTES), target]
+    return [*sorted({*sizes} - {*small}), target]
 
 
 def named_lines(segment: str, lines: bytes) -> bytes:
-    """Return whole lines of a segment, each with the segment as its first member."""
+    """Return lines of a segment, each with the segment as first member."""
     return (b"\n" + lines).replace(b"\n{", b'\n{"segment":"%b",' % segment.encode())[1:]
 
 
 class Loss(NamedTuple):
-    """Events that were lost."""
-
     events: int
     first: str  # naive UTC text, as `sql_time` returns it
     last: str
@@ -3256,13 +3167,13 @@ class Journal:
         self._group, self._clock = group, clock
         self.directory = os.path.abspath(directory)
         self._lock_path = self._path("ingest.lock")
-        self.wal_mark = self._path("journal.wal")  # there while the database's WAL holds only what we wrote
+        self.wal_mark = self._path("journal.wal")  # exists while the WAL holds only what we wrote
 
     def _path(self, name: str) -> str:
         return os.path.join(self.directory, name)
 
     def make_directory(self, *, durable: bool = False) -> None:
-        """Make the journal's directory, or check the existing one."""
+        """Make the directory, or check the existing one."""
         parent = os.path.dirname(self.directory)
         try:
             os.makedirs(parent, exist_ok=True)
@@ -3277,21 +3188,19 @@ class Journal:
             self.check_directory()
 
     def check_directory(self) -> None:
-        """Raise JournalError for a link or what is somebody else's, OSError if it is gone."""
+        """Raise JournalError if it is a link or somebody else's."""
         found = os.lstat(self.directory)
         if not stat.S_ISDIR(found.st_mode):
             kind = "a symbolic link" if stat.S_ISLNK(found.st_mode) else "no directory"
-            text = f"is {kind}; the journal needs a directory of its own: remove it, or set `journal`"
-            raise JournalError(text, path=self.directory)
+            raise JournalError(f"is {kind}; remove it, or set `journal`", path=self.directory)
         if not hasattr(os, "geteuid") or found.st_uid in (os.geteuid(), 0):
             return
         if self._group and found.st_gid in (os.getegid(), *os.getgroups()) and is_for_group(self.directory):
             return
         # Root works for the owner of the whole place, not for who put a directory there.
         if os.geteuid() or found.st_uid != os.stat(os.path.dirname(self.directory)).st_uid:
-            text = f"belongs to user {found.st_uid}, who could read and change what is recorded; "
-            text += "work as that user, make it your own, or set `journal`"
-            raise JournalError(text, path=self.directory)
+            text = f"belongs to user {found.st_uid}, who could change what is recorded; work as that user"
+            raise JournalError(f"{text}, make it your own, or set `journal`", path=self.directory)
 
     def _files(self, suffix: str) -> list[str]:
         """Return the files of a kind, oldest first."""
@@ -3309,13 +3218,12 @@ class Journal:
             raise JournalError(f"can't be read: {error.strerror or error}", path=self.directory) from error
 
     def segments(self) -> list[str]:
-        """Return the paths of all segments, oldest first."""
         return self._files(SEGMENT_SUFFIX)
 
     def identity(self) -> str:
         """Return this journal's name in the ledger; hold the ingest lock."""
         path = self._path("journal.id")
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             known = read_file(path).decode("utf-8", "replace").strip()
             if re.fullmatch("[0-9a-f]{1,64}", known):
                 return known
@@ -3324,40 +3232,42 @@ class Journal:
         return fresh
 
     def bind(self, target: str) -> None:
-        """Note which database this journal is of, and give a copy its own identity; hold the ingest lock."""
-        path, mine = self._path("journal.place"), [self.directory, target]
+        """Note the database, and give a copy its own identity; hold the ingest lock."""
+        path, ours, mine = self._path("journal.place"), self._path("journal.id"), [self.directory, target]
         place = other = ""
-        with contextlib.suppress(OSError, ValueError, TypeError):
+        with suppress(OSError, ValueError, TypeError):
             place, other = map(str, json.loads(read_file(path)))
         if [place, other] == mine:
             return
         if place == self.directory and os.path.isfile(other) and _key_at(other) != _key_at(target):
             text = f"holds the events of {other}; {target} needs one of its own: set `journal`"
             raise JournalError(text, path=self.directory)
-        with contextlib.suppress(OSError):
-            # Not the same directory under another name: by a link, or mounted twice.
-            elsewhere = place and not os.path.samefile(place, self.directory)
-            if elsewhere and read_file(os.path.join(place, "journal.id")).decode().strip() == self.identity():
-                os.unlink(self._path("journal.id"))
+        with suppress(OSError):
+            original = os.path.join(place, "journal.id")  # a link or a second mount is no copy
+            if (
+                place
+                and not os.path.samefile(place, self.directory)
+                and read_file(original) == read_file(ours)
+            ):
+                os.unlink(ours)
         replace_file(path, json.dumps(mine).encode())
 
     def ask_readers(self) -> None:
-        """Have new readers wait for this ingest; hold the ingest lock."""
-        with contextlib.suppress(OSError):
+        """Have new readers wait for this ingest."""
+        with suppress(OSError):
             os.utime(self._lock_path)
 
     def is_ingest_waiting(self) -> bool:
         """Return True if an ingest that asked for its turn lately goes on."""
-        with contextlib.suppress(OSError), open_file(self._lock_path) as file:
-            if 0 <= self._clock() - os.fstat(file.fileno()).st_mtime_ns < _TURN_SECONDS * 1e9:
-                is_free = try_lock(file.fileno(), shared=True)
-                unlock(file.fileno())
-                return not is_free
+        with suppress(OSError, JournalError):
+            if 0 <= self._clock() - os.lstat(self._lock_path).st_mtime_ns < _TURN_SECONDS * 1e9:
+                with self.ingest_lock(shared=True) as is_free:
+                    return not is_free
         return False
 
     @contextlib.contextmanager
     def ingest_lock(self, *, shared: bool = False) -> Iterator[bool]:
-        """Hold the lock of an ingest, or with `shared` keep ingests out; yield False if another has it."""
+        """Hold the lock of an ingest, or with `shared` keep ingests out."""
         with contextlib.ExitStack() as stack:
             try:
                 if shared:
@@ -3365,9 +3275,7 @@ class Journal:
                 else:
                     self.check_directory()
                     fd = make_file(self._lock_path, os.O_RDWR)
-                stack.callback(os.close, fd)
-                locked = try_lock(fd, shared=shared)
-                stack.callback(unlock, fd)
+                locked = stack.enter_context(trying_lock(fd, shared=shared))
             except FileNotFoundError:
                 locked = shared  # readers don't make it, and without it nobody ingests yet
             except OSError as error:
@@ -3376,27 +3284,24 @@ class Journal:
             yield locked
 
     def record_loss(self, loss: Loss) -> str:
-        """Put a loss on record, durably, and return its path."""
         self.make_directory()
         path = self._path(new_segment_id(self._clock()) + _LOSS_SUFFIX)
-        write_file(path, json.dumps(loss._asdict()).encode() + b"\n")
+        replace_file(path, json.dumps(loss._asdict()).encode() + b"\n")
         return path
 
     def losses(self) -> dict[str, Loss]:
-        """Return the losses that the ledger does not have yet, by the path of their record."""
+        """Return the losses that wait for an ingest, by the path of their record."""
         losses = {}
         for path in self._files(_LOSS_SUFFIX):
-            try:
-                loss = Loss(**json.loads(read_file(path)))
-                if loss.events >> 62 or "\0" in "".join(loss[1:]):
-                    raise ValueError
-                losses[path] = loss
-            except OSError:  # gone, or not ours to read
-                pass
-            except (ValueError, TypeError):  # not written yet, or damaged
-                if self._clock() - os.lstat(path).st_mtime_ns > _ORPHAN_SECONDS * 1e9:
-                    text = "a record of lost events was damaged"
-                    losses[path] = Loss(0, "an unknown time", "an unknown time", text)
+            with suppress(OSError):  # gone, or not ours to read
+                data = read_file(path)
+                try:
+                    losses[path] = loss = Loss(**json.loads(data))
+                    if loss.events >> 62 or "\0" in "".join(loss[1:]):
+                        raise ValueError
+                except (ValueError, TypeError):
+                    when = "an unknown time"
+                    losses[path] = Loss(0, when, when, "a record of lost events was damaged")
         return losses
 
     def open_segment(
@@ -3410,23 +3315,22 @@ class Journal:
             with contextlib.ExitStack() as stack:
                 stack.callback(os.close, fd)
                 segment, is_locked = Segment(fd, path), True
-                with contextlib.suppress(OSError):  # no locks here: claimers notice it, and claim nothing
+                with suppress(OSError):  # no locks here: nobody will claim it
                     is_locked = try_lock(fd)
-                # A claimer may have come first, and deleted the empty file.
-                if is_locked and segment.is_in_place():
+                if is_locked and segment.is_in_place():  # else a claimer deleted the empty file
                     if durable:
                         sync_directory(self.directory)
                     stack.pop_all()
                     return segment
 
     def begun(self, *, live: bool) -> Iterator[tuple[str, str, dict[str, dict[str, Any]]]]:
-        """Yield path, last sign of life and calls of processes that live, or have ended: then locked."""
+        """Yield path, last sign of life and calls of processes that live, or ended."""
         for path in self._files(_BEGUN_SUFFIX):
-            # An OSError: gone, not ours to read, or no locks, so that nobody can tell.
-            with contextlib.suppress(OSError), open_file(path) as file:
+            with suppress(OSError), open_file(path) as file:  # gone, not ours, or no locks
                 fd = file.fileno()
-                if try_lock(fd) is not live and Descriptor(fd).leads_to(path):
-                    sign = datetime.datetime.fromtimestamp(os.fstat(fd).st_mtime, datetime.timezone.utc)
+                found = os.fstat(fd)
+                if try_lock(fd) is not live and _key_at(path) == _key(found):
+                    sign = datetime.datetime.fromtimestamp(found.st_mtime, datetime.timezone.utc)
                     yield path, sign.strftime(LINE_TIME), calls_in(file.read())
 
     def running(self) -> bytes:
@@ -3435,16 +3339,16 @@ class Journal:
         return b"".join(lines_of(calls, now, over=False) for _, _, calls in self.begun(live=True))
 
     def unfinished(self) -> Iterator[tuple[str, bytes]]:
-        """Yield path and lines, perhaps none, of the segment that each ended process leaves."""
+        """Yield path and lines of the segment that each ended process leaves."""
         for path, last_sign, calls in self.begun(live=False):
             for segment in self.segments() if calls else ():
-                with contextlib.suppress(OSError):
+                with suppress(OSError):
                     for call, _ in CALL_OF_LINE.findall(read_file(segment)):
                         calls.pop(call.decode(), None)
             yield path.removesuffix(_BEGUN_SUFFIX) + SEGMENT_SUFFIX, lines_of(calls, last_sign, over=True)
 
     def take_unfinished(self) -> bool:
-        """Turn calls of ended processes into segments, after `claim`; False without any."""
+        """Turn calls of ended processes into segments, after `claim`."""
         made = False
         for path, lines in self.unfinished():
             if lines and not os.path.exists(path):  # else the last attempt ended right here
@@ -3456,7 +3360,7 @@ class Journal:
     def claim(
         self, *, limit_bytes: int, skip: Collection[str] = ()
     ) -> tuple[list[Claim], list[JournalError]]:
-        """Return sealed and orphaned segments of about `limit_bytes`; hold the ingest lock."""
+        """Return segments without a writer, about `limit_bytes`; hold the ingest lock."""
         claims: list[Claim] = []
         problems: list[JournalError] = []
         for path in self.segments():
@@ -3465,32 +3369,26 @@ class Journal:
             if segment_id_of(path) in skip:
                 continue
             try:
-                if claim := self._claim_one(path):
-                    claims.append(claim)
-                    limit_bytes -= claim.size
+                fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
+                with trying_lock(fd) as is_free:
+                    if not is_free or _key_at(path) != _key(os.fstat(fd)):
+                        continue
+                    claim = Claim(path)
+                    claim.inspect(fd)
+                    if claim.lines:
+                        claims.append(claim)
+                        limit_bytes -= claim.size
+                    else:
+                        os.unlink(path)
             except FileNotFoundError:
                 pass
             except OSError as error:
-                text = f"can't be claimed: {error.strerror}; it waits until it can (on a file system without "
-                text += "locks for ever: set `journal`)"
+                text = f"can't be claimed: {error.strerror}; where there are no locks, set `journal`"
                 problems.append(JournalError(text, path=path))
         return claims, problems
 
-    def _claim_one(self, path: str) -> Claim | None:
-        with contextlib.ExitStack() as stack:
-            fd = os.open(path, os.O_RDWR | _NO_FOLLOW)
-            stack.callback(os.close, fd)
-            stack.callback(unlock, fd)
-            if try_lock(fd) and Descriptor(fd).leads_to(path):
-                claim = Claim(path)
-                claim.inspect(fd)
-                if claim.lines:
-                    return claim
-                os.unlink(path)
-        return None
-
     def survey(self) -> dict[str, Any]:
-        """Look at every file for docs/operations.md."""
+        """Count the files by state, for `doctor`."""
         state: dict[str, Any] = dict.fromkeys(("live", "sealed", "orphaned", "bytes"), 0)
         state |= {kind: len(self._files("." + kind)) for kind in ("torn", "rejected")}
         state["oldest_pending"] = None
@@ -3514,17 +3412,17 @@ class Journal:
         return state
 
     def waiting_bytes(self) -> int:
-        """Return the size of all segments: what is not in the database yet."""
+        """Return the size of all segments."""
         return sum(map(_size_of, self.segments()))
 
 
 # === Writer ===
 # depends on: Errors, Config, Events, Encoding, Journal
 #
-# The first event starts a daemon thread; where none can be started, or after `close`, callers write. A line
-# stays in the queue until it is in the journal, as `Appender.done` counts: an interrupt, a fork or a failed
-# write neither loses nor repeats one. `_writing` is held while the disk works, `_lock` for moments within;
-# both are re-entrant, because `put` runs in signal handlers and destructors.
+# The first event starts a daemon thread; without one, or after `close`, callers write. A line stays in the
+# queue until `Appender.done` counts it: an interrupt, a fork or a failed write neither loses nor repeats one.
+# `_writing` is held while the disk works, `_lock` for moments within; both are re-entrant, because `put` runs
+# in signal handlers and destructors.
 
 QUEUE_BYTES = 64 * 2**20
 SEGMENT_BYTES = 8 * 2**20
@@ -3532,7 +3430,6 @@ _PIECE_BYTES = 2**20  # arbitrary: of one write
 _GATHER_SECONDS = 0.02  # in which `kill -9` loses events
 _RETRY_SECONDS = 0.1  # arbitrary: after a failed write
 _REPORT_SECONDS = 60.0  # between two logs of the same fault
-_MOST_KEPT = 16  # arbitrary: sealed segments that stay open
 
 INFO, WARNING = 20, 30  # the levels of `logging`
 
@@ -3548,7 +3445,7 @@ def _fresh_copy(name: str) -> Any:
 
 
 def native_threads() -> Any:
-    """Return `threading`; under gevent a copy with real threads: a greenlet ends with its thread."""
+    """Return `threading` with real threads: under gevent they end with theirs."""
     monkey = sys.modules.get("gevent.monkey")
     if monkey is None or not monkey.is_module_patched("threading"):
         return threading
@@ -3562,7 +3459,7 @@ def native_threads() -> Any:
 
 
 class Diagnostics:
-    """Counts faults for health checks, and logs each kind once a minute, unless `silent`. Never raises."""
+    """Counts faults, and logs each kind once a minute. Never raises."""
 
     def __init__(self, *, silent: bool = False) -> None:
         self._log: Any = None
@@ -3573,40 +3470,39 @@ class Diagnostics:
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
-        self._told: dict[str, float] = {}
+        self._next: dict[str, float] = {}  # when a kind may be told again
         self._telling = threading.local()
 
     def note(self, kind: str, text: str, *, error: BaseException | None = None, level: int = WARNING) -> None:
-        """Count a warning; leave its text to `tell`, but once a minute for each kind."""
+        """Count a warning; once a minute for each kind leave its text to `tell`."""
         text = text if error is None else f"{text}: {error}"
         if level >= WARNING:
             self.errors += 1
             self.last_error = text
         now = time.monotonic()
-        if now - self._told.get(kind, -_REPORT_SECONDS) >= _REPORT_SECONDS:
-            self._told[kind] = now
+        if now >= self._next.get(kind, now):
+            self._next[kind] = now + _REPORT_SECONDS
             self.untold.append((level, kind, text))
 
     def tell(self) -> None:
-        """Log what was noted. Hold no lock: a handler has one, too, and may log an event."""
-        if not self.untold or self._log is None or getattr(self._telling, "on", False):
+        """Log what was noted. Hold no lock: handlers have one, and log events."""
+        if not self.untold or self._log is None or hasattr(self._telling, "on"):
             return
         self._telling.on = True
         try:
-            with contextlib.suppress(Exception):  # there is nobody to tell of a broken handler
+            with suppress(Exception):  # there is nobody to tell of a broken handler
                 self._log.disabled = False  # dictConfig disables what it doesn't name
                 while self.untold:
                     level, _, text = self.untold.pop(0)
                     self._log.log(level, "mxcp_audit: %s", text)
         finally:
-            self._telling.on = False
+            del self._telling.on
 
-    def report(self, kind: str, message: str, *, error: BaseException | None = None) -> None:
-        self.note(kind, message, error=error)
+    def report(self, kind: str, text: str, *, error: BaseException | None = None) -> None:
+        self.note(kind, text, error=error)
         self.tell()
 
 
@@ -3735,20 +3631,17 @@ class Appender:
         self.journal, self.durable, self.diagnostics = journal, durable, diagnostics
         self.begun = Begun(journal, durable, encode_begin)
         self._segment: Segment | None = None
-        self.sealed: dict[str, Segment | None] = {}  # files that wait for an ingest; None for a loss
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         self.begun.start_afresh()
-        self._before = 0  # lines that were done before those in `_segment`
-        segment, self._segment = self._segment, None
-        for ours in (segment, *self.sealed.values()):
-            if ours is not None:
-                ours.forget()
-        self.sealed.clear()
+        if self._segment is not None:
+            self._segment.forget()
+        self._segment = None
+        self._before = 0  # lines done before `_segment`
+        self.sealed: dict[str, int] = {}  # files that wait for an ingest, and their events
+        self._place: tuple[int, int] | None = None  # of their directory
         self._lost: list[Loss] = []
-        self.recorded = 0.0  # when losses were
         self._losing = native_threads().RLock()  # callers lose events too, even in signal handlers
 
     @property
@@ -3758,14 +3651,14 @@ class Appender:
         return before if segment is None else before + segment.events
 
     def waiting_since(self) -> float:
-        """Return the monotonic time of the first event or loss that is not sealed, or `inf`."""
+        """Return the time of the first event or loss not sealed, or `inf`."""
         return self._segment.opened if self._segment is not None else 0.0 if self._lost else inf
 
     def append(self, piece: list[bytes]) -> None:
         """Write lines; after an error, `done` says which were written."""
         segment = self.present()
         if segment is None:
-            segment = self._segment = self.journal.open_segment(durable=self.durable)
+            segment = self._segment = self._open()
         before = segment.events
         lines = b"".join([finish_line(line, seq) for seq, line in enumerate(piece, before + 1)])
         try:
@@ -3774,62 +3667,61 @@ class Appender:
             self.seal()
             if error.errno != errno.EFBIG:
                 raise
-            # Beyond the limit of file sizes: to a new segment, or in halves.
-            if before:
-                self.append(piece)
-            elif half := len(piece) // 2:
-                self.append(piece[:half])
-                self.append(piece[half:])
-            else:
+            if not before and len(piece) == 1:
                 self._before += 1
                 self.lose(1, "limit", "the event is larger than a file may be (RLIMIT_FSIZE)")
+                return
+            half = 0 if before else len(piece) // 2  # a new segment may hold all
+            for part in filter(None, (piece[:half], piece[half:])):
+                self.append(part)
         if segment.size >= SEGMENT_BYTES:
             self.seal()
 
     def present(self) -> Segment | None:
-        """Return the segment, if there is one; it is open and in place."""
+        """Return the segment, open and in place, if there is one."""
         segment = self._segment
-        if segment is not None and (segment.sealed or not segment.is_open()):
-            # An interrupt came within `seal`, or somebody closed our descriptor.
+        if segment and (segment.closed or not segment.is_open()):  # by an interrupt, or by somebody else
             self._let_go(segment)
-        elif segment is not None and not segment.is_in_place():
-            fresh = self._replace(segment)
-            lost = 0 if fresh else segment.events
-            self._before, self._segment = self._before + lost, fresh
+        elif segment and not segment.is_in_place():
+            self._write_again(segment)
         return self._segment
 
+    def _open(self) -> Segment:
+        segment = self.journal.open_segment(durable=self.durable)
+        self.left()
+        self._place = _key_at(self.journal.directory)
+        return segment
+
     def _let_go(self, segment: Segment) -> None:
-        keep = os.name == "posix" and len(self.sealed) < _MOST_KEPT  # else it can't be deleted
         if segment.is_open():
-            segment.seal(keep=keep)
+            segment.seal()
         if segment.events:
-            self.sealed[segment.path] = segment
+            self.sealed[segment.path] = segment.events
         self._before, self._segment = self.done, None
 
-    def _replace(self, segment: Segment, *, named: str | None = None) -> Segment | None:
-        """Write a segment again that was moved; unless `named`, empty the old one, which may come back."""
+    def _write_again(self, segment: Segment) -> None:
+        """Write a segment again that was moved; empty the old one."""
         try:
             held = os.pread(segment.number(), segment.size, 0)
         except OSError as error:  # a stale network handle
-            reason = "their segment was taken away and can't be read any more"
+            self._before, self._segment = self.done, None
+            reason = "their segment was taken away and can't be read"
             self.lose(segment.events, "moved", reason, error=error)
-            segment.close()
-            return None
-        self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
-        fresh = self.journal.open_segment(durable=self.durable, named=named)
-        try:
-            fresh.append(held, segment.events, durable=self.durable)
-        except BaseException:
-            fresh.discard()
-            raise
-        if named is None:
-            with contextlib.suppress(OSError):
+        else:
+            self.diagnostics.note("moved", f"{segment.path} was deleted or replaced; it is written again")
+            fresh = self._open()
+            try:
+                fresh.append(held, segment.events, durable=self.durable)
+            except BaseException:
+                fresh.discard()
+                raise
+            self._segment = fresh
+            with suppress(OSError):
                 os.ftruncate(segment.number(), 0)
         segment.close()
-        return fresh
 
     def seal(self) -> bool:
-        """Seal the segment and put losses on record; False if that must be tried again."""
+        """Seal the segment and record losses; False if to be tried again."""
         try:
             segment = self.present()
             self.begun.write(self.done, ends=True)
@@ -3841,13 +3733,11 @@ class Appender:
             return False
 
     def record_losses(self) -> bool:
-        """Put losses on record; False if it must be tried again."""
-        self.recorded = time.monotonic()
         while self._lost:
             with self._losing:
                 loss = self._lost.pop(0)
             try:
-                self.sealed[self.journal.record_loss(loss)] = None
+                self.sealed[self.journal.record_loss(loss)] = 0
             except (OSError, JournalError) as error:
                 with self._losing:
                     self._lost.insert(0, loss)
@@ -3868,34 +3758,20 @@ class Appender:
         self.diagnostics.note(kind, f"events are lost: {reason}", error=error)
 
     def left(self) -> bool:
-        """Return True if something that was sealed waits for an ingest."""
-        for path, segment in list(self.sealed.items()):
-            if os.path.exists(path):
-                continue
-            try:
-                fresh = segment and segment.is_taken_away() and self._replace(segment, named=segment.id)
-                if fresh:
-                    fresh.seal(keep=True)
-                    self.sealed[path] = fresh
-                    continue
-            except (OSError, JournalError) as error:
-                self.diagnostics.note("moved", f"{path} can't be written again yet", error=error)
-                if segment and segment.is_open():
-                    continue
-            self.forget([path])  # it was ingested
+        """Return True if something sealed waits for an ingest."""
+        gone = [path for path in self.sealed if not os.path.exists(path)]  # most were ingested
+        events = sum([self.sealed.pop(path) for path in gone])
+        with suppress(OSError):
+            if events and _key_at(self.journal.directory) != self._place:
+                text = f"{counted(events, 'event')} went away with {self.journal.directory}; put them back"
+                self.diagnostics.note("away", text)
         return bool(self.sealed)
-
-    def forget(self, paths: Iterable[str]) -> None:
-        """Let go of files that were ingested, or can't be deleted."""
-        for path in paths:
-            if segment := self.sealed.pop(path, None):
-                segment.close()
 
 
 _CPU_SHARE = 0.01  # of one core
 _LONGEST_PAUSE_SECONDS = 60.0
 _LOCKED_PAUSE_SECONDS = 5.0  # after an ingest that waited in vain for the database
-_CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more than that
+_CHILD_WAIT_SECONDS = 30.0  # for the database: another child costs more
 _POLL_SECONDS = 0.1
 _BUSY_PAUSE_SECONDS = 1.0  # until the ingest lock is tried again
 _ANSWER_BYTES = 2**16
@@ -3913,26 +3789,25 @@ module.ingest_child(**work)
 
 
 class Ingester:
-    """Has children ingest. A segment is sealed only once the one before is gone."""
+    """Has children ingest; seals a segment once the one before is gone."""
 
     def __init__(self, appender: Appender, settings: Mapping[str, object] | None, *, interval: float) -> None:
         self._appender, self._diagnostics = appender, appender.diagnostics
         self._settings, self._interval = settings or {}, interval
-        self._child: subprocess.Popen[bytes] | None = None
+        self._child: Any = None  # subprocess.Popen
         self.start_afresh()
 
     def start_afresh(self) -> None:
-        """Begin anew, as in a child after a fork."""
         if self._child is not None:
             self._child.returncode = 0  # so that nothing waits for it here, or warns
-            self._pipe.close()
+            self._child.stdout.close()
         self._child = None
         self.stopped = not self._settings  # no further child
         self.wanted = self.tried = self._covers = 0  # attempts that `flush` asked for
         # The next attempt: by the budget; after a failure; while another process ingests.
         self._not_before = self._away_until = self._busy_until = self._next_daily = 0.0
         self._taken: list[str] = []
-        self._head = self._told_head = None  # JSON
+        self._head: object = None  # JSON
 
     def due_in(self) -> float:
         """Return the seconds until `step` has something to do."""
@@ -3949,7 +3824,7 @@ class Ingester:
         return max(0.0, max(due, self._busy_until) - time.monotonic())
 
     def step(self) -> float:
-        """Look after the child, or start one if it is due; return the seconds until the next step."""
+        """Look after the child, or start one if due; return the seconds to the next."""
         if self._child is not None:
             self._appender.left()
             if (answer := self._look()) is not None:
@@ -3960,26 +3835,23 @@ class Ingester:
 
     def _begin(self) -> None:
         """Seal and start a child, unless another process ingests."""
-        appender = self._appender
-        if not appender.sealed and appender.waiting_since() == inf and not self._is_daily():
+        appender, self._covers = self._appender, self.wanted
+        if not (appender.sealed or appender.waiting_since() < inf or self._due_settings()["retention"]):
             self.tried = self.wanted
             return
-        self._covers = self.wanted
         try:
             if reason := no_python():
                 self.stopped = True
                 raise JournalError(f"{reason}: only shutdown ingests", path=appender.journal.directory)
-            with appender.journal.ingest_lock() as free:
+            with appender.journal.ingest_lock() as is_free:
                 pass
-            if not free:
-                if time.monotonic() - appender.recorded > _REPORT_SECONDS:
-                    appender.record_losses()
-                self._answered({"busy": True})
-            elif appender.sealed or appender.seal():
+            if is_free and (appender.sealed or appender.seal()):
                 self._taken = list(appender.sealed)
                 self._start()
-            else:
-                self._answered({})
+                return
+            if not is_free:  # perhaps for long
+                appender.record_losses()
+            self._answered({"busy": not is_free})
         except Exception as error:  # whatever keeps a child from being started
             self._answered({"fault": str(error)})
 
@@ -3997,41 +3869,32 @@ class Ingester:
             "file": os.path.abspath(__file__),
             "wait": _CHILD_WAIT_SECONDS,
         }
-        text = json.dumps(work, default=str).encode()
-        reading, writing = os.pipe()
-        self._pipe, self._said, self._started = Descriptor(reading), b"", time.monotonic()
-        try:
+        self._said, self._started = b"", time.monotonic()
+        self._child = child = module.Popen(
+            [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
+            bufsize=0,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # Ctrl+C is for the server
+        )
+        with suppress(OSError), child.stdin as pipe:  # it may have ended already
             if os.name == "posix":
-                os.set_blocking(reading, False)
-            self._child = child = module.Popen(
-                [sys.executable, "-I", "-S", "-X", "utf8", "-c", _CHILD, "ingest"],
-                stdin=subprocess.PIPE,
-                stdout=writing,
-                stderr=writing,
-                start_new_session=True,  # Ctrl+C is for the server
-            )
-        except BaseException:
-            self._pipe.close()
-            raise
-        finally:
-            os.close(writing)
-        with contextlib.suppress(OSError), child.stdin as pipe:  # it may have ended already
-            pipe.write(text)
+                os.set_blocking(child.stdout.fileno(), False)
+            pipe.write(json.dumps(work, default=str).encode())
 
     def _look(self) -> Mapping[str, Any] | None:
         """Return the child's answer, or None while it runs."""
-        child, pipe = self._child, self._pipe
-        assert child is not None
+        child = self._child
         code = child.poll()
         if code is None and os.name != "posix":
             return None
-        with contextlib.suppress(OSError):  # nothing to read for now, or somebody closed the pipe
-            while data := os.read(pipe.number(), _ANSWER_BYTES):
+        with suppress(OSError):  # somebody closed the pipe
+            while data := child.stdout.read(_ANSWER_BYTES):
                 self._said = (self._said + data)[-_ANSWER_BYTES:]
         if code is None:
             return None
-        self._child = None
-        pipe.close()
+        self._close(child)
         text = self._said.decode("utf-8", "replace").strip().rpartition("\n")[2]
         try:
             answer = json.loads(text)
@@ -4042,10 +3905,20 @@ class Ingester:
         return {"cpu": time.monotonic() - self._started, **answer}
 
     def _answered(self, answer: Mapping[str, Any]) -> None:
-        self._account(answer)
+        told, now = self._diagnostics, time.monotonic()
+        told.ingested += answer.get("ingested", 0)
+        told.rejected += answer.get("rejected", 0)
+        for level, kind, text in answer.get("log", ()):
+            told.note(kind, text, level=level)
         if "fault" in answer:
-            self._diagnostics.note("ingest", f"events stay in the journal: {answer['fault']}")
-        now = time.monotonic()
+            told.note("ingest", f"events stay in the journal: {answer['fault']}")
+        self._head = answer.get("head") or self._head
+        if answer.get("done"):
+            for path in self._taken:
+                self._appender.sealed.pop(path, None)  # also what can't be deleted
+            if now >= self._next_daily:
+                self._next_daily = now + 3600 * (24 if answer.get("retained") else 1)
+                self._tell_head()
         if answer.get("busy"):
             self._busy_until = now + (_POLL_SECONDS if self.wanted > self.tried else _BUSY_PAUSE_SECONDS)
             return
@@ -4054,53 +3927,34 @@ class Ingester:
         away = 0.0 if answer.get("done") else _LOCKED_PAUSE_SECONDS if answer.get("locked") else pause
         self._not_before, self._away_until = now + pause, now + away
 
-    def _account(self, answer: Mapping[str, Any]) -> None:
-        told = self._diagnostics
-        told.ingested += answer.get("ingested", 0)
-        told.rejected += answer.get("rejected", 0)
-        for level, kind, text in answer.get("log", ()):
-            told.note(kind, text, level=level)
-        self._head = answer.get("head") or self._head
-        if answer.get("done"):
-            self._appender.forget(filter(os.path.exists, self._taken))  # what can't be deleted
-            if time.monotonic() >= self._next_daily:
-                self._next_daily = time.monotonic() + 3600 * (24 if answer.get("retained") else 1)
-                self._tell_head()
-
-    def _is_daily(self) -> bool:
-        return bool(self._settings["retention"]) and time.monotonic() >= self._next_daily
-
     def _due_settings(self) -> dict[str, object]:
-        """Return the settings for an ingest, with `retention` only once a day."""
-        return {**self._settings, **({} if self._is_daily() else {"retention": None})}
+        """Return the settings, `retention` among them once a day."""
+        return {**self._settings, **({} if time.monotonic() >= self._next_daily else {"retention": None})}
 
     def _tell_head(self) -> None:
-        if self._head != self._told_head:
-            self._told_head = self._head
-            self._diagnostics.untold.append((INFO, "checkpoint", f"checkpoint {self._head}"))
+        if self._head:
+            self._diagnostics.note(f"checkpoint {self._head}", f"checkpoint {self._head}", level=INFO)
 
     def finish(self, ingest: Callable[..., Mapping[str, Any]], deadline: float) -> None:
-        """After the last line: wait for the child, then ingest while there is time."""
+        """Wait for the child, then ingest while there is time."""
         self.stopped = True
-        appender = self._appender
+        appender, why = self._appender, "there was no time left"
         if self._child is not None:
             self._answered(self._await_child((time.monotonic() + deadline) / 2))
-        why = "there was no time left"
         while appender.left():
-            settings = self._due_settings()
-            if is_attach_target(str(settings["path"])) and not no_python():
+            self._taken = list(appender.sealed)
+            if is_attach_target(str(self._settings["path"])) and not no_python():
                 self._start()  # waiting for a server can't be interrupted
                 answer = self._await_child(deadline)
             else:
-                answer = ingest(settings, wait=max(0.0, deadline - time.monotonic()))
+                answer = ingest(self._due_settings(), wait=max(0.0, deadline - time.monotonic()))
+            self._answered(answer)
             why = answer.get("fault") or "another process is ingesting"
-            self._taken = list(appender.sealed)
-            self._account(answer)
             if not (answer.get("busy") or answer.get("done")) or time.monotonic() >= deadline:
                 break
-            time.sleep(0.02 + os.urandom(1)[0] / 5000 if answer.get("busy") else 0)
+            time.sleep(0.05 if answer.get("busy") else 0)
         appender.left()
-        if events := sum(segment.events for segment in appender.sealed.values() if segment):
+        if events := sum(appender.sealed.values()):
             reason = "" if (self._diagnostics.last_error or "").endswith(why) else f": {why}"
             self._diagnostics.note("waiting", f"the journal keeps {counted(events, 'event')}{reason}")
         self._tell_head()
@@ -4114,17 +3968,22 @@ class Ingester:
         return {"fault": "an ingest took too long"}
 
     def end_child(self) -> None:
-        """Kill the child and its engine; the next ingest repeats what it was doing."""
-        child, self._child = self._child, None
+        """Kill the child; the next ingest repeats what it was doing."""
+        child = self._child
         if child is None:
             return
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if os.name == "posix":
                 os.killpg(child.pid, 9)  # SIGKILL: a transaction that is killed never happened
             else:
                 child.kill()
         child.wait()
-        self._pipe.close()
+        self._close(child)
+
+    def _close(self, child: Any) -> None:
+        self._child = None
+        with suppress(OSError):
+            child.stdout.close()
 
 
 class Writer:

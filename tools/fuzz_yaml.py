@@ -240,7 +240,6 @@ HOSTILE: dict[str, Callable[[int], str]] = {
     "wrapped text": lambda size: "a:\n" + " b\n" * (size // 3),
     "comments": lambda size: "# c\n" * (size // 4),
     "keys": lambda size: "".join(f"{number}: {number}\n" for number in range(size // 14)),
-    "colliding keys": lambda size: "".join(f"{number * (2**61 - 1)}:\n" for number in range(size // 22)),
     "literal": lambda size: "a: |\n" + "  b\n" * (size // 4),
     "literals": lambda size: "- |\n b\n" * (size // 7),
     "empty literal lines": lambda size: "a: |\n" + "\n" * size,

@@ -1155,7 +1155,7 @@ MUTANTS = (
     Mutant(
         "child writes into the parent's segment",
         "S7",
-        (("        segment, self._segment = self._segment, None\n", "        segment = None\n"),),
+        (("            self._segment.forget()\n        self._segment = None\n", "            pass\n"),),
     ),
     Mutant(
         "glue to a torn tail",
@@ -1211,7 +1211,7 @@ MUTANTS = (
     Mutant(
         "losses off the record",
         "S15",
-        (("                self.sealed[self.journal.record_loss(loss)] = None\n", "                pass\n"),),
+        (("                self.sealed[self.journal.record_loss(loss)] = 0\n", "                pass\n"),),
     ),
 )
 
