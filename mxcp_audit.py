@@ -1250,7 +1250,7 @@ _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
       (?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))(?:\*\*)?
       (?:[ \t]{9,40}(?=\S)|\s{0,8})(?:!!\w{1,16}\s{1,4})?)
   | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?[vV]alue\\{0,32}["']?\s{0,8}[=:]\s{0,8}
-      | </(?:key|name)>\s{0,64}(?:<(?:string|value)>){1,2}
+      | ["']?[ \t]{1,4}-[vV]alue[ \t]{1,4} | </(?:key|name)>\s{0,64}(?:<(?:string|value)>){1,2}
       | ["']\s{0,4}\{(?:\s{0,16}[a-z]{4,12}\s{0,16}=[^\n]{0,200}\n){0,4}?\s{0,16}default\s{0,16}=\s{0,8})
   | (?P<percent>%(?:25)?3[dD]) | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
   | (?P<part>\\{0,8}"(?:\r\n[^\r\n]{1,80}){0,3}(?:\r\n\r\n|\\r\\n\\r\\n|\n\n))
@@ -1273,16 +1273,19 @@ _BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'
 # What stands for a secret, or says something about it, is none.
 _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
     \?|\[\s*\]|\{[\s.]*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*|[\[(][^{}\n]{0,80})?\}|\$(?:env:)?\w+
-  | [$#%]\{[^\n]{0,200}|\{\{(?!\s*['"])[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?|\*{2,}|\.{3}
-  | \.\*\S*|[xX]{3,}|\[[A-Z]{4,16}\]|!\w+|@[\w.]+@)
+  | [$#%]\{[^\n]{0,200}|\{\{(?!\s*['"])[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?
+  | <[%?]=?|~|[*•●]{2,}|\.\*\S*|DEFAULT
+  | (?:\w{1,12}[-_])?(?:[xX]{3,}|\.{3}|…)|\[(?:[A-Z]{4,16}|\w{2,12}(?:ed|den))\]|!\w+|@[\w.]+@)
+  | \{\s*\\{0,8}["']?\$ref\\{0,8}["']?:[^\n]*
   | \{\s*\\{0,8}["']?type\\{0,8}["']?:\s*\\{0,8}["']?(?i:string|integer|number|boolean|array|object)\b
     (?![\s\S]*(?:value|default|example))[\s\S]*  # a schema; a file; an entry of a secret manager
   | [\w.~/-]*\.(?:txt|pem|key|json|ya?ml|conf|cfg|ini|crt|env)|[.~]{0,2}/(?:[a-z._-]+/)+[a-z._-]+
   | (?:env|file|op|vault|ssm|arn|secretref):\S+|projects/[\w-]+/secrets/\S+
-  | (?i:null|none|nil|undefined|true|false|string|utf-?8|(?:your|insert|enter|replace)[_ -][\w -]*)
+  | (?i:null|none|nil|undefined|true|false|string|utf-?8|include|inherit|same-origin|[a-z]+(?:error|exception)
+    |(?:your|insert|enter|replace|change)[_ -][\w -]*)
   | (?:process|var|self|this|env|os|vars|local)\.[\w.#]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*
-  | (?=[^\n]*[%{][a-z_])(?:[^\w{}%]|%[sdr]|\{[a-z_][\w.]*(?:[!:\[(][^{}\n]{0,40})?\})+|__\w+__|[$@&][a-z_]+
-  | [\^~v]?[0-9]{1,3}(?:\.[0-9]{1,3}){1,3}|\#[0-9a-fA-F]{1,8}  # a version, a colour; a pattern
+  | (?=[^\n]*[%{][a-z_])(?:[^\w{}%]|%[sdr]|\{[a-z_][\w.]*(?:[!:\[(][^{}\n]{0,40})?\})+|__\w+__|[$@&:][a-z_]+
+  | [\^~v]?[0-9]{1,3}(?:\.[0-9]{1,3}){1,3}|\#[0-9a-fA-F]{0,8}|//  # a version, a colour; a pattern
   | [^\n]*(?:\[\^|\[a-zA-Z|\(\?[:=!<P]|\\[wdsWDS](?:[+*\])]|\Z))[^\n]*"""
 # Prefixes of issuers, each before a run of at least 16 word characters and dashes.
 TOKEN_PREFIXES = r"""
@@ -1343,7 +1346,6 @@ def _is_basic(credentials: str) -> bool:
 def _is_card(number: str) -> bool:
     digits = re.sub("[ -]", "", number)
     total = sum(sum(divmod(int(digit) * (1 + at % 2), 10)) for at, digit in enumerate(digits[::-1]))
-    # Visa, Mastercard, American Express, Discover, JCB, Diners Club, UnionPay
     issued = r"""(?x)4\d{15}|5[1-5]\d{14}|2(?:22[1-9]|2[3-9]\d|[3-6]\d\d|7[01]\d|720)\d{12}|3[47]\d{13}
         |6(?:011|5\d\d|4[4-9]\d)\d{12}|35(?:2[89]|[3-8]\d)\d{12}|3(?:0[0-5]|[689]\d)\d{11}|62\d{14,17}"""
     return total % 10 == 0 and _re(issued).fullmatch(digits) is not None
@@ -1384,7 +1386,8 @@ a secret of a device ~ community|setuser|on >|secret |password |key  ~ ~ \bcommu
 a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret ~ (?i)(?:host[ ]\S{1,64}[ ](?:
  version[ ]\w{1,2}[ ])?|ascii-text[ ]|[ ](?:md5|sha|3?des|aes)(?:[ -]?\d+)?[ ]+(?:\d[ ])?)["']?([^\s"']{4,99})
 a protocol's line ~ pass |ogin |auth |dentify |:5432:|:*:|:587|:465 ~ secret ~ (?m)^(?:
- (?:[<>*CS]:?\s)?(?:PASS|AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]
+ (?:[<>*CS]:?\s)?(?:PASS(?![ ]\S+/\S+\.[a-z]{1,4}\b)
+ |AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]
  |[\w.*-]{1,100}:(?:[0-9]{2,5}|\*):[\w*-]{1,64}:[\w*.-]{1,64}:
  |\[[\w.-]{1,100}\]:[0-9]{2,3}[ \t]+[\w.@-]{1,64}:)(?![0-9]+\s*$)(\S{4,200})\s*$
 what is sent to a prompt ~ send "|send -- " ~ ~ (?i)ass(?:word|phrase|code)[^"\n]{0,10}"[;\s{}]{1,8}send\s+
@@ -1393,9 +1396,13 @@ a code for one use ~ code=|otp|code is|se code|passcode ~ secret ~ [?&](?:code=(
  (?=(?:state|scope|iss|session_state)=)|state=[\w.%~+-]{1,200}&code=([\w.~/%+-]{8,}))|(?i:\b(?:otp|passcode|
  (?:verification|one-time|security|login|access|2fa|mfa|your|use)[ ]code)(?:[ ]is)?[ :]{1,3})
  ((?:[A-Z]-)?[0-9]{3}[ -]?[0-9]{1,5})\b
+a password beside its user ~ login: |credentials|creds ~ secret ~ (?i)\b(?:login|credentials?|creds)
+ (?:[ ](?:are|is))?[ :]{1,3}[\w.@-]{1,64}[ ]/[ ](\S{6,64})
+what shall be a password ~ as the |as your |as my ~ secret ~ (?i)\buse[ ]([^\s"']{6,64})[ ]as
+ [ ](?:the|your|my)[ ](?:\w{1,12}[ ])?(?:password|passphrase|token|key|secret|pin)\b
 what is piped to a prompt ~ cho|printf ~ ~ \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?
  (?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}
- (?:sudo\s+-\w*S|stdin|chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
+ (?:sudo\s+-\w*S|stdin|-with-token|chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
 what is handed to a prompt ~ <<< ~ ~ (?<!["'])<<<[ ]?(?=["'])
 IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+
  (?:password\s+)?|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])|\bIDENTIFIED\s+BY\s+([^\s"';(]+)
@@ -1428,7 +1435,7 @@ openssl || -k. -K. -hmac. -pass: -passin: -passout: ; poetry composer | http-bas
 xfreerdp signtool schtasks || /p /rp ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2 ; cargo vault | login | #1
 ansible-vault | encrypt_string | #1 ; wpa_passphrase || #2 ; isql iusql | -v | #3 ; ssh-keygen || -N -P
 vault | unseal | #1 ; mc mcli | set | #4 ; net | use | #2 #3 ; db2 | using | #1 ; net | user | #2
-influx || -t. ; lftp || -u,
+influx doctl || -t. ; lftp || -u, ; poetry | pypi-token\.[^\x1f]+ | #1
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
@@ -1436,18 +1443,20 @@ _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
 _PASSWORDS = _words_in("password passwd pwd passphrase passcode pass pw")
 _REFERENCES = _words_in("secret secrets credential credentials")
 _ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 ed25519")
-_REMARKS = _words_in("""a an the this that is are was must should may can cannot will not no yes on off too at
-in of for from to and or with field required optional missing invalid incorrect wrong expired empty unset
-unknown expected unexpected got see value string str text int integer bool boolean bytes object array list
-dict number type any strict bearer basic only same all different varchar char secretstr uuid float password
-raise return stored accepted rejected generated created valid using see""")
+_REMARKS = _words_in("""a an the this that is are was must should may can cannot will not no yes on off too
+at in of for from to and or with field required optional missing invalid incorrect wrong expired empty unset
+unknown expected unexpected got see value string str text int integer bool boolean bytes object read write
+option options flag flags argument arguments parameter array list dict number type any strict bearer basic
+only same all different varchar char secretstr uuid float password raise return stored accepted rejected
+generated created valid using""")
 _HEADER_NAMES = _words_in("authorization proxy-authorization cookie set-cookie")
 _SCHEMES = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
 # In "API key: …" and "verification code is …" the word before belongs to the name.
 _OPENERS = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"], {"api", "de"})
+_KEY_WORDS = (*OPENERS["key"], *STRONG_WORDS, "api")
 _NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
-_PLAIN_SIGNS = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”‘’", "   ,:===\"\"''")
-_DISGUISES = r"(?:\x1b|\\x1b|\\u001b|\\033|\\e)\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)"  # colours, quotes
+_PLAIN_SIGNS = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”‘’", "   ,:===\"\"''", "\0")
+_DISGUISES = r"(?:\x1b|\\(?:x1b|u001b|033|e))\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)|\\u00(26|3[a-eA-E])"
 _INSERT = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
@@ -1456,7 +1465,7 @@ _SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
 _MAX_ECHOES, _MIN_ECHO, _MAX_DOUBTED = 64, 12, 1000
 _ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential|require)\w*\("
 # Where a bare value would stand: a call or an index; an expression; a type; a sentence.
-_SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->) | \( | \\&\w
+_SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|\?\.|::|->)*(?:(?:<[\w, ]{1,40}>)?[(\[]|->) | \( | \\&\w
   | (?:new|await|yield|not|async|function)[ ] | [A-Za-z_.]+[ ][+%?][ ]
   | (?<==[ ])[A-Za-z_.]+[ ](?:or|and|if|else|\|\||&&)[ ]
   | (?<=:[ ])[A-Za-z_.]+(?:[ ]=[ ]
@@ -1465,7 +1474,7 @@ _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|::|->)*(?:[(\[]|->) | \( | \\&
 _SCHEMA = r"(?:description|type|title|name|\$ref):(?![\s\S]*\b(?:value|default|example)s?:)"  # of a field
 _SENTENCE = _words_in("a an the to of for used if is are with from by in as or key token secret password")
 # A name that stands for a value.
-_REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?[a-z]+(?:_[a-z]+)+"
+_REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?[a-z]+(?:[_-][a-z]+)+"
 # Bytes as their kinds: of tokens as `w`, digits as `0`.
 _RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
 _DIGITS = bytes.maketrans(b"123456789", b"000000000")
@@ -1490,7 +1499,6 @@ class _Rules:
         self.redact, self.keep, self.key = _read_names(redact), _read_names(keep), key
         self.strength = functools.lru_cache(_MAX_VERDICTS)(self.judge)
         self.harmless: dict[str, str] = {}  # short texts without a secret, as JSON
-        # the start of the longest word
         own = {max(re.findall(_CAMEL, name) or [name], key=len)[:4].lower() for _, name in self.redact}
         self.stems = _any_of((*STEMS, *own))
         self._places: list[tuple[str, Iterable[str], _Find]] = []
@@ -1538,7 +1546,8 @@ class _Rules:
         led = bool(self._gate.search(" ".join(set(low.split())) if len(text) > 2000 else low))
         led = led or (not low.isascii() and bool(self.stems.search(low)))
         if "[" in text or not text.isascii() or (led and ("&" in text or "\\u00" in text)):
-            plain = _re(_DISGUISES).sub(lambda sign: '\\"' if sign[1] else "", text).translate(_PLAIN_SIGNS)
+            plain = _re(_DISGUISES).sub(lambda sign: '\\"' if sign[1] else chr(int(sign[2] or "0", 16)), text)
+            plain = plain.translate(_PLAIN_SIGNS)
             if plain != text:
                 cleaned, taken = self.clean(plain)
                 return (text if cleaned == plain else cleaned), taken
@@ -1551,9 +1560,8 @@ class _Rules:
                 out += [text[done:start], self.mark(secret)]
                 done = end
                 if out[-1] != secret and len(taken) < _MAX_ECHOES:
-                    inner = (
-                        re.findall(r"""["']([^"'\\]{4,})\\{0,8}["']""", secret) if secret[0] in "[{" else []
-                    )
+                    pattern = r"""["']([^"'\\]{4,})\\{0,8}["']""" if secret[0] in "[{" else "(?!)"
+                    inner = re.findall(pattern, secret)
                     taken += [(rule, part) for part in [secret, *inner[:_MAX_ECHOES]]]
             text = "".join([*out, text[done:]]) if out else text
         for _, secret in taken:  # it may stand at another place as well
@@ -1569,7 +1577,6 @@ class _Rules:
             for rule, gates, find in self._places:
                 if any(gate in low for gate in gates):
                     yield rule, find
-        # Shapes are found ten times as fast in bytes.
         shape, placed = text.encode("utf-8", "surrogatepass"), functools.partial
         if b"w" * 16 in shape.translate(_RUNS):
             for gate, pattern in self._formats:
@@ -1645,7 +1652,7 @@ class _Rules:
             while row := _re(_SQL_ROW).match(text, at):
                 items = _re(_SQL_ITEM).finditer(text, row.start(1), row.end(1))
                 for item, hidden in zip(items, columns, strict=False):
-                    if hidden and item[1].strip():
+                    if hidden and item[1].strip() and not self._is_none(item[1].rstrip()):
                         quoted = item[1][0] in "'\""
                         yield item.start(1) + quoted, item.start(1) + len(item[1].rstrip()) - quoted
                 at = row.end()
@@ -1708,7 +1715,8 @@ class _Rules:
         name = name.strip("-.是为は")
         if lead.lastgroup == "call":  # `setPassword("X")`
             name = re.sub(r"(?:.*\.)?(?:[sS]et|[wW]ith|[aA]dd|[uU]se)_?(?=\w)", "", name)
-            return 0 if re.search(r"(?i)(?:auth|credentials?)$", name) else self.strength(name)
+            is_no_name = re.search(r"(?i)(?:auth|credentials?)$|^(?:invalid|missing|expired)", name)
+            return 0 if is_no_name else self.strength(name)
         word = re.search(r"([a-zA-Z]+)[^a-zA-Z\n]*[ _]\Z", text[max(0, start - 20) : start])
         opened = word is not None and word[1].lower() in _OPENERS and self.strength(f"{word[1]} {name}")
         return max(self.strength(name), opened)
@@ -1719,12 +1727,12 @@ class _Rules:
         line, bare_key = left[-80:].rpartition("\n")[2], low.rstrip("0123456789") in ("key", "keys")
         if kind == "element":
             within = left.rfind("<") > left.rfind(">")
-            if bare_key or not within or re.search(r"[^<:\"'/ ]\Z|(?:type|class)=\W{1,3}\Z", left):
+            if bare_key or not within or re.search(r"[^<:\"'/ ]\Z|(?:type|class)=\W{1,3}\Z|[:/]<\w*\Z", left):
                 return None
             end = self._until(text, at, "]]>" if lead[0][-1] == "[" else "<")
             shown = text[at : min(end, at + 300)].strip()
             label = re.fullmatch("[A-Z]?[a-z]+(?: [A-Za-z]+){0,5}", shown) and self.strength(shown)
-            return None if label or self._is_none(shown) else (at, end)
+            return None if label or self._is_none(shown) or shown in left else (at, end)
         if kind == "part":  # of a form
             return (at, self._until(text, at)) if re.search(r' name=[\\"]*\Z', left) else None
         if kind == "percent":
@@ -1736,13 +1744,12 @@ class _Rules:
             if len(shown) > _MAX_DOUBTED:
                 return value
             named = kind in ("pair", "call") and (self.strength(shown) or shown[-1:] in (":", " "))
+            named = named or (kind == "typed" and self._is_key_name(low, shown))
             if named or self._is_none(shown):  # a list of names, a prompt
                 return None
             if kind == "pair":
-                opened, closed = (
-                    left.rstrip("\\\"'bu")[-1:],
-                    text[value[1] : value[1] + 12].lstrip("\\\"' ,")[:1],
-                )
+                opened = left.rstrip("\\\"'bu")[-1:]
+                closed = text[value[1] : value[1] + 12].lstrip("\\\"' ,")[:1]
                 pair = flag or (opened in ("(", "[") and closed in (")", "]"))
                 odd = _looks_secret(shown) and not re.fullmatch("[A-Za-z_]+", shown)
                 return value if (_is_mixed(shown) if bare_key else pair or odd) else None
@@ -1773,8 +1780,9 @@ class _Rules:
             return None
         known: object = strength > 1 or size >= 8 or name == "pin"  # `the password is x`
         if kind == "option":  # `login u password x`, `set NAME x`
-            if size < 6 or shown.lower() in _ALGORITHMS or (name == "pass" and shown.isupper()):
-                return None  # `pass FLAG_2 to make`
+            passes = name == "pass" and (shown.isupper() or re.search(r"/.*\.\w", shown))
+            if size < 6 or passes or shown.lower() in _ALGORITHMS:  # `pass FLAG_2 to make`, `PASS tests/x.py`
+                return None
             given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
             mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
             known = given or name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
@@ -1785,7 +1793,7 @@ class _Rules:
             at = other.end()  # `key or "X"`
         value = self._extent(text, at)
         shown, passed = text[slice(*value)], (value[1], value[1])
-        wrapper, quoted, full, name = text[at : value[0]], value[0] > at, name, name.lower()
+        wrapper, quoted, name = text[at : value[0]], value[0] > at, name.lower()
         if _re(_ASKING).search(wrapper):
             return None
         if len(shown) > _MAX_DOUBTED:
@@ -1793,12 +1801,13 @@ class _Rules:
         bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
         weak = strength < 2 and not _looks_secret(shown)
         typed = quoted and lead == ": " and re.fullmatch(r"_?[A-Z][A-Za-z]+(?: \| None)?", shown)
-        own = shown and f"_{full}".endswith(tuple(sign + shown for sign in "._-"))  # `token=token`
+        own = shown and f"_{name}".endswith(tuple(sign + shown.lower() for sign in "._-"))  # `token=token`
         if (
             self._is_none(shown)
             or (("==" in lead or "!=" in lead) and (weak or not quoted))  # a comparison
             or (shown.isupper() and self.strength(shown))  # a constant's name
             or (called and (weak or bare_key))
+            or (quoted and lead == "=" and text[at] == "`" and " " in shown)  # a command's output
             or (quoted and (len(shown) == 1 or shown[-1:] in (" ", ":")))  # the beginning of a text
             or (quoted and strength < 2 and re.search(r"%s|\{[a-z_]", shown))  # a template
             or (typed and self.strength(shown.split()[0]))
@@ -1809,29 +1818,29 @@ class _Rules:
             return None  # `if password:`
         if quoted or text.startswith(("[", "{"), at):
             function = lead == " => " and text[at] == "{"
-            named = re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown)  # `key="DbPassword"`
+            named = re.fullmatch(r"[A-Za-z_.-]*", shown) and self.strength(shown)
             named = named or not (quoted or any(map(_is_mixed, re.findall(r"[^\s\"',]+", shown))))
-            return None if function or (bare_key and named) else value
+            return None if function or (bare_key and named) or self._is_key_name(name, shown) else value
         if ":" in lead and "\n" in lead:  # lines of YAML
             indent = lead.rpartition("\n")[2]
             inner = len(indent) > len(line)
             if inner or text[at : at + 2] == "- ":
                 more = re.escape(indent) + ("" if inner else "[ \t-]")
                 end = next(re.compile(rf"[^\n]*(?:\n{more}[^\n]*)*").finditer(text, at)).end()
-                if re.match(_SCHEMA, text[at:end]):
-                    return None
-                if any(map(_looks_secret, re.findall(r"(\S+)(?:\n|\Z)", text[at:end]))):
+                if self._holds_secret(text[at:end]):
                     return at, end
+                if re.match(r"- |[\w.-]+:\s", text[at:end]):
+                    return None
             elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
                 return None  # the next entry
         # No value: `--secret dbPassword X`, source text such as `= f(x)`, `= config.password`, a remark.
         after = lead.isspace() and re.match(r"\s+(?!-)\S*(?:[0-9]|\[R)", text[value[1] : value[1] + 80])
-        last = shown.rpartition(".")[2]
-        named = _re(_REFERENCE).fullmatch(shown) and (self.strength(last) or (strength < 2 and "." in shown))
         told = ":" in lead and re.match(r"[A-Z][A-Za-z]*((?:[.,;]? [A-Za-z_/()-]+){3,})", text[at : at + 200])
         said = told and not _SENTENCE.isdisjoint(re.findall(r"\w+", told[1].lower()))
         option = after and self.strength(shown)
-        if option or named or said or _re(_SOURCE).match(text, at) or re.search(r"[:@]param [\w ]*\Z", line):
+        annotated = re.fullmatch("[A-Za-z_.]+", shown) and re.search(r"\b(?:def|fn|func\w*) \w+\(", line)
+        remark = said or re.search(r"[:@]param [\w ]*\Z|(?i:\bno )\Z", line)
+        if option or annotated or remark or self._is_name(shown, strength) or _re(_SOURCE).match(text, at):
             return None
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return passed
@@ -1850,6 +1859,24 @@ class _Rules:
             return value if re.search(r"[\w.] ?=|[#(]", text[value[1] : end]) else (at, end)
         return value
 
+    def _is_key_name(self, name: str, shown: str) -> bool:
+        """Return True for what a key is called, as in `key="theme"` and `STATS_KEY = "stats"`."""
+        key = re.fullmatch(r"(?:.*?([a-z]*)[_-]?)?keys?[0-9]*", name)
+        known = key and key[1] and key[1].endswith(_KEY_WORDS)
+        own = _re(r"[-_{]?[a-z]{1,14}(?:[._:{}-]+[a-z]{1,14})*\}?").fullmatch(shown)
+        return bool(key and own and not known)
+
+    def _is_name(self, shown: str, strength: int = 2) -> bool:
+        """Return True for what names a secret, such as `config.password` and `db_password`."""
+        *parts, last = shown.split(".")
+        named = strength < 2 and parts or self.strength(last)
+        named = named or any("_" in part and self.strength(part) for part in parts)
+        return bool(named and _re(_REFERENCE).fullmatch(shown))
+
+    def _holds_secret(self, block: str) -> bool:
+        words = [] if re.match(_SCHEMA, block) else re.findall(r"(?<!: (?=[0-9]))(\S*[^\s:])(?:\n|\Z)", block)
+        return any(_looks_secret(word) and not (self._is_none(word) or self._is_name(word)) for word in words)
+
     def _header(self, text: str, at: int, name: str, before: str) -> _Span | None:
         words = text[at : at + 256].split(None, 3)
         first = words[0] if words else "a"
@@ -1865,7 +1892,8 @@ class _Rules:
             end = self._bare_end(text, at)
             return (end if self._is_none(text[at:end]) or re.match(r"\w+\(", text[at:end]) else at), end
         elif len(words) == 1 or before in ("?", "&"):
-            return at, self._bare_end(text, at)
+            end = self._bare_end(text, at)
+            return (end if text[at:end].lower() in _SCHEMES else at), end
         elif not any(map(_looks_secret, words[:2])):
             return None
         stop = r"\\[rn]|[\r\n]" + (f"|{before}" if before in ("'", '"') else "")
@@ -1982,7 +2010,6 @@ def _unlike(items: list[tuple[Any, Any]]) -> dict[Any, Any]:
     return made
 
 
-# What a value of a type becomes.
 _CONTENTS: tuple[tuple[Any, Callable[[Any], object]], ...] = (
     (str, str.__str__),
     (int, int.__int__),
@@ -2399,8 +2426,7 @@ class Redactor:
         redact: more sensitive names, in any spelling; `tool_name.param` for one tool.
         keep: names that are not sensitive here. `redact` wins over `keep`, one tool's entry over that for
             all, a declaration and a secret's own form over both.
-        mode: "constant" writes `[REDACTED]`; "hmac", which needs a `key`, `[REDACTED:<8 hex>]`, the same for
-            the same secret.
+        mode: "constant" writes `[REDACTED]`; "hmac", with a `key`, `[REDACTED:<8 hex>]`, one for each secret.
 
     Raises:
         ConfigError: an entry is no text, the mode is unknown, or "hmac" has no key.
@@ -2445,13 +2471,7 @@ class Redactor:
             return "[DEPTH]"
 
     def redact_json(
-        self,
-        value: Any,
-        *,
-        tool: _Tool = None,
-        endpoint_def: Any = None,
-        echoes: _Echo = None,
-        limit: int = 0,
+        self, value: Any, tool: _Tool = None, endpoint_def: Any = None, echoes: _Echo = None, limit: int = 0
     ) -> str:
         """Return what `redact` returns as compact JSON, without what a `limit` (bytes) would cut."""
         try:
