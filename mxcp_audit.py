@@ -3789,7 +3789,7 @@ class Appender:
         with suppress(OSError):
             if events and _key_at(self.journal.directory) != self._place:
                 text = f"{counted(events, 'event')} went away with {self.journal.directory}; put them back"
-                self.diagnostics.note("away", text)
+                self.lose(events, "away", text)
         return bool(self.sealed)
 
 
