@@ -6323,15 +6323,6 @@ SELECT relname AS name, CASE WHEN relkind NOT IN ('r', 'p') THEN 'is no table'
     AND (atthasdef OR attcollation NOT IN (0, (SELECT oid FROM pg_collation WHERE collname = 'default'))))
   THEN 'has a column that is computed, or has a default or a collation' END AS what
 FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({{0}})"""
-# Who holds a lock that a statement of ours may have waited for; `{0}` is the attached PostgreSQL.
-LOCK_HOLDER = """\
-SELECT holder FROM postgres_query('{0}', $$
-SELECT concat('PID ', pid, ', ', usename, ', ', nullif(application_name, '') || ', ', state, ' since ',
-  to_char(state_change AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')) AS holder
-FROM pg_stat_activity JOIN pg_locks USING (pid)
-WHERE granted AND relation >= 16384 AND mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareLock',
-  'ShareRowExclusiveLock') AND pid <> pg_backend_pid() AND datname = current_database()
-ORDER BY xact_start LIMIT 1$$)"""
 
 
 def sound_rows(
@@ -6680,9 +6671,6 @@ class Engine(Protocol):
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
         """Run one statement and yield its rows; exhaust or close it before the next statement."""
 
-    def interrupt(self) -> None:
-        """Make a running statement fail soon, from any thread."""
-
     def close(self) -> None:
         """End the session. Twice is harmless."""
 
@@ -6730,10 +6718,6 @@ class PackageEngine(Engine):
             if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes a RuntimeError
                 raise KeyboardInterrupt from error
             raise
-
-    def interrupt(self) -> None:
-        with contextlib.suppress(Exception):  # there is none, or it is closed at this moment
-            self._connection.interrupt()
 
     def close(self) -> None:
         """Close the database; in a forked child, which lacks its threads, keep it for ever."""
@@ -6814,12 +6798,8 @@ class CliEngine(Engine):
             raise store_error(self._complaint or "the duckdb program ended without a word (was it killed?)")
         finally:
             if not finished:
+                process.kill()  # the transaction that it was in never happened
                 self.close()
-
-    def interrupt(self) -> None:
-        """Kill the child; the transaction that it was in never happened."""
-        if process := self._process:
-            process.kill()
 
     def close(self) -> None:
         """End the child, kill it if it goes on computing, and keep its complaint."""
@@ -7149,7 +7129,7 @@ class Target:
                         engine.execute("DETACH audit")
             except BaseException as error:
                 engine.close()
-                explained = self._explained(error, read_only) if isinstance(error, StoreError) else error
+                explained = self._explained(error) if isinstance(error, StoreError) else error
                 if explained is error:
                     raise
                 # Causes repeat connection strings, and with them passwords.
@@ -7174,7 +7154,7 @@ class Target:
         if read_only:
             engine.execute("BEGIN")
 
-    def _explained(self, error: StoreError, read_only: bool) -> StoreError:
+    def _explained(self, error: StoreError) -> StoreError:
         """Add name and remedy to an engine's error, and hide its secrets."""
         text, kind = str(error), type(error)
         remedy = _REMEDIES.get(kind, _EVENTS_WAIT)
@@ -7189,12 +7169,6 @@ class Target:
         if self.name in text:
             return kind(text)
         text = postgres_message(text)
-        if "due to lock timeout" in text:
-            catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
-            with contextlib.suppress(StoreError), contextlib.closing(self.open_engine()) as engine:
-                attach(engine, self.path, "audit", self._attach_options(read_only))
-                for (holder,) in engine.execute(LOCK_HOLDER.format(catalogue)):
-                    text += f" (held by {holder})"
         remedy = next((helps for sign, helps in _RIGHTS.items() if sign in text), remedy)
         return kind(f"{self.name}: {text}{remedy and '; '}{remedy}")
 
@@ -7345,42 +7319,28 @@ def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, 
 
 # --- targets that are no file
 
-_EXTENSIONS = {  # and the words before a target's colons that need them
-    "ducklake": "ducklake",
-    "postgres_scanner": "postgres postgresql",
-    "mysql_scanner": "mysql",
-    "sqlite_scanner": "sqlite",
-    "httpfs": "quack s3 gs gcs r2 https",
-    "quack": "quack",
-    "motherduck": "md motherduck",
-    "azure": "az abfss",
-}
+# What words before a colon mean, besides what `duckdb_extensions()` knows.
+_EXTENSIONS = {"postgresql": "postgres", "quack": "httpfs", "gs": "httpfs", "gcs": "httpfs", "r2": "httpfs"}
 
 
 def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
     """Load what a target needs: what DuckDB installed, or a `duckdb-extension-*` package."""
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
+    words += [_EXTENSIONS[word] for word in words if word in _EXTENSIONS]
     engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
-    rows = engine.execute("SELECT extension_name, loaded FROM duckdb_extensions() WHERE loaded OR installed")
-    states: dict[str, bool] = dict(rows)
-    for name, schemes in _EXTENSIONS.items():
-        if set(schemes.split()).isdisjoint(words):
-            continue
-        source: str | None = name
-        if name not in states:
-            ((version,),) = engine.execute("SELECT library_version FROM pragma_version()")
-            file = f"{name}.duckdb_extension"
-            source = file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
-            if source is None:
-                text = f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
-                text += f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
-                raise DatabaseUnreachableError(text)
-            source = sql_literal(source)
-        if not states.get(name):
-            engine.execute(f"LOAD {source}")
-        if name == "postgres_scanner":  # it refuses a batch for one NUL, which a foreign journal may hold
-            engine.execute("SET pg_null_byte_replacement = chr(65533)")
+    sql = f"""\
+SELECT extension_name, installed, library_version FROM duckdb_extensions(), pragma_version()
+WHERE NOT loaded AND list_has_any([extension_name] || aliases, {sql_literal(words)}) ORDER BY ALL"""
+    for name, is_installed, version in engine.execute(sql):
+        file = file_of_package(f"duckdb_extension_{name}", "extensions", version, f"{name}.duckdb_extension")
+        if not (is_installed or file):
+            text = f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
+            text += f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
+            raise DatabaseUnreachableError(text)
+        engine.execute(f"LOAD {name if is_installed else sql_literal(file)}")
+    if "postgres" in words:  # it refuses a batch for one NUL, which a foreign journal may hold
+        engine.execute("SET pg_null_byte_replacement = chr(65533)")
 
 
 # == Ledger ==
@@ -7552,8 +7512,7 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 # Moves segments into `logs` exactly once, as docs/design.md tells. The caller holds the ingest lock.
 
 INGEST_BYTES = 64 * 2**20  # of journal in one transaction: fits a guest's memory
-_LONGEST_READ = 2**28  # a longer line is put aside: DuckDB would need twice its size
-_LEAST_READ = 2**20  # fits any memory in which DuckDB works at all
+_LONGEST_READ = 2**25  # a longer line is put aside: DuckDB needs several times its size
 _LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
 _CONFLICT_SECONDS = 1.5  # an ingest is tried again while other hosts write at the same time
 
@@ -7593,7 +7552,7 @@ class Ingest:
                 contextlib.closing(target.open_engine(guest=True)) as engine,
                 scratch_folder(self._journal.directory) as folder,
             ):
-                is_large = sum(claim.size for claim in claims) > _LEAST_READ
+                is_large = sum(claim.size for claim in claims) > 2**20
                 if is_large and target.is_file and not target.is_absent():
                     with target.attached(engine, read_only=False):
                         pass  # it is free: to read so much in vain costs more
@@ -7631,62 +7590,47 @@ class Ingest:
     def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
         """Read the segments into `batch`; return how many lines each lost."""
         wanted = {claim.id: [claim.lines] * 3 for claim in claims}
-        if not claims or self._read(engine, combine([claim.path for claim in claims], folder), wanted):
-            return {}
+        try:
+            if not claims or self._read(engine, combine([claim.path for claim in claims], folder)) == wanted:
+                return {}
+        except QueryError as error:
+            if not is_data_fault(error):
+                raise
         if len(claims) > 1:
             raise QueryError("Invalid Input Error: a segment holds lines that can't be read")
         return {claims[0].id: self._salvage(engine, claims[0], folder)}
 
-    def _read(self, engine: Engine, files: Sequence[str], wanted: Mapping[str, Sequence[int]]) -> bool:
-        """Stage files; False if a line can't be read, or seqs are missing or doubled."""
-        size = max(os.stat(path).st_size + 1 for path in files)
-        longest = min(max(LONGEST_LINE, size), _LONGEST_READ)
-        try:
-            engine.execute(STAGE, {"files": files, "longest": longest, "lenient": False})
-        except QueryError as error:
-            # Where a small file needs too much memory, its lines are not at fault.
-            if not is_data_fault(error) or ("out of memory" in str(error).lower() and size < _LEAST_READ):
-                raise
-            return False
+    def _read(self, engine: Engine, files: Sequence[str], *, lenient: bool = False) -> dict[str, list[int]]:
+        """Stage files; return of each segment how many seqs, different seqs and times it has."""
+        longest = min(max(LONGEST_LINE, *(os.stat(path).st_size + 1 for path in files)), _LONGEST_READ)
+        engine.execute(STAGE, {"files": files, "longest": longest, "lenient": lenient})
         sql = "SELECT segment, count(seq), count(DISTINCT seq), count(timestamp) FROM batch GROUP BY ALL"
-        return {segment: counts for segment, *counts in engine.execute(sql)} == wanted
+        return {segment: counts for segment, *counts in engine.execute(sql)}
 
     def _salvage(self, engine: Engine, claim: Claim, folder: str) -> int:
         """Stage the good lines of a segment, put the others aside, and return how many those are."""
-        good: dict[int, bytes] = {}
+        good: dict[int, tuple[int, bytes]] = {}  # by seq
         faults: list[tuple[int, str, bytes]] = []
-        seen: set[object] = set()
         # A power loss may leave NULs where blocks never reached the disk; the line after them stands apart.
         lines = re.split(rb"\n|\0(?=\{)", read_file(claim.path))[:-1]
         claim.lines = len(lines)
         for number, line in enumerate(lines, 1):
             try:
                 seq = event_of_line(line)["seq"]
-                if seq in seen:
+                if seq in good:
                     raise ValueError(f"seq {seq} stands twice")
+                if len(line) > _LONGEST_READ:
+                    raise ValueError("it is too long for DuckDB's memory")
+                good[seq] = number, line
             except ValueError as error:
                 faults.append((number, str(error), line))
-            else:
-                seen.add(seq)
-                good[number] = line
         scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
-
-        def unreadable(numbers: list[int]) -> list[int]:
-            """Return the lines that DuckDB can't read; without any, all are staged."""
-            text = b"".join(good[number] + b"\n" for number in numbers)
-            replace_file(scratch, named_lines(claim.id, text))
-            if not numbers or self._read(engine, [scratch], {claim.id: [len(numbers)] * 3}):
-                return []
-            half = len(numbers) // 2
-            return unreadable(numbers[:half]) + unreadable(numbers[half:]) if half else numbers
-
-        bad = unreadable(list(good))
-        reason = "DuckDB can't read it, or needs too much memory to"
-        faults += [(number, reason, good.pop(number)) for number in bad]
-        if bad and unreadable(list(good)):
-            raise QueryError(f"{claim.path}: its lines can't be read together; they stay in the journal")
-        if not good:
-            engine.execute(STAGE_NOTHING)
+        replace_file(scratch, named_lines(claim.id, b"".join(line + b"\n" for _, line in good.values())))
+        self._read(engine, [scratch], lenient=True)  # what DuckDB can't read has no seq
+        engine.execute(f"DELETE FROM batch WHERE timestamp IS NULL OR ({among('seq', good)}) IS NOT TRUE")
+        for (seq,) in engine.execute("SELECT seq FROM batch"):
+            good.pop(seq, None)
+        faults += [(number, "DuckDB can't read it", line) for number, line in good.values()]
         if faults:
             claim.reject(sorted(faults))
         return len(faults)
@@ -7983,7 +7927,6 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         oldest_first: bool = False,
         raw: bool = False,
         bom: bool = False,
-        progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write the matching events to a file, whole or not at all, with mode 0600; return their number."""
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
@@ -7999,8 +7942,7 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         with _scratch(path, problem) as scratch:
             target = os.path.join(scratch, "export")
             try:
-                with _watched(target, progress):
-                    written = self._write(sql, target, form)
+                written = self._write(sql, target, form)
             except QueryError as error:
                 raise StoreError(f"{problem}: {error}") from error
             if written not in (expected, None):
@@ -8049,61 +7991,6 @@ def journal_rows(files: Sequence[str], size: int) -> str:
     """Return the SELECT of the events in segment files, the largest of which has `size` bytes."""
     longest = max(LONGEST_LINE, size + 1)
     return bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else NO_ROWS
-
-
-# --- beside a query
-
-
-@contextlib.contextmanager
-def _meanwhile(act: Callable[[], object], seconds: float, name: str) -> Iterator[None]:
-    """Call `act` again and again in a thread while the block runs."""
-    done = threading.Event()
-
-    def repeat() -> None:
-        while not done.wait(seconds):
-            act()
-
-    thread = threading.Thread(target=repeat, name=f"mxcp_audit {name}", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _watched(path: str, progress: Callable[[int], None] | None) -> contextlib.AbstractContextManager[None]:
-    if progress is None:
-        return contextlib.nullcontext()
-    return _meanwhile(lambda: progress(_size_of(path)), 0.5, "progress")
-
-
-@contextlib.contextmanager
-def interruptible(engine: Engine) -> Iterator[None]:
-    """Let Ctrl+C end a running query, in the main thread, where signals arrive."""
-    # Python runs a signal handler only after the call into DuckDB. So a thread looks for the byte that tells
-    # of a signal, and goes on interrupting, because a query that just begins forgets an interrupt.
-    import signal
-    import socket
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    here, there = socket.socketpair()
-    here.setblocking(False)
-    there.setblocking(False)
-
-    def look() -> None:
-        with contextlib.suppress(BlockingIOError):
-            here.recv(1, socket.MSG_PEEK)
-            engine.interrupt()
-
-    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-    with here, there, _meanwhile(look, 0.05, "interrupt"):
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(before)
 
 
 # == Evidence ==
@@ -11065,14 +10952,14 @@ def _config_of(options: Options) -> Config:
         raise _UsageError(f"there is no {SITE_FILE} here or above; say --db {logs[0]}") from None
 
 
-def _store_of(options: Options) -> Store:
+def _store_of(options: Options, opener: Callable[..., Engine] = open_engine) -> Store:
     config = _config_of(options)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         raise _UsageError(
             f"audit logging is not enabled for profile {config.profile!r}; add to {config.site_file}:\n"
             f"profiles:\n  {config.profile}:\n    audit:\n      enabled: true"
         )
-    return Store(config)
+    return Store(config, opener=opener)
 
 
 @contextlib.contextmanager
@@ -11081,8 +10968,7 @@ def _whole_log(store: Store, options: Options) -> Iterator[Reading]:
     with store.reading(wait=options.wait) as reading:
         if reading.problem is not None:
             raise reading.problem
-        with interruptible(reading.engine):
-            yield reading
+        yield reading
 
 
 def _filter_of(options: Options) -> Filter:
@@ -11365,11 +11251,8 @@ def _export(options: Options, store: Store, what: Filter) -> None:
         else:
             store.refuse_own_files(path)
         chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
-        progress = _progress if sys.stderr.isatty() else None
         with _whole_log(store, options) as reading:
-            count = reading.export(what, path, form=form, count=options.limit, progress=progress, **chosen)
-        if progress:
-            print("\r\x1b[K", end="", file=sys.stderr)
+            count = reading.export(what, path, form=form, count=options.limit, **chosen)
         if to_stdout:
             file = stack.enter_context(open(path, "rb"))
             if is_terminal:  # here it is text
@@ -11447,7 +11330,9 @@ def cmd_stats(options: Options) -> None:
 def cmd_sql(options: Options) -> None:
     statement = _standard_input() if options.statement == "-" else options.statement
     try:
-        with _whole_log(_store_of(options), options) as reading:
+        # Python hears no Ctrl+C during a call into DuckDB, and a query of somebody's own may be endless.
+        store = _store_of(options, functools.partial(open_engine, apart=True))
+        with _whole_log(store, options) as reading:
             names, rows = reading.query(statement)
             if options.json:
                 write_json(sys.stdout, rows, names)
