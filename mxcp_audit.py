@@ -6697,17 +6697,14 @@ class PackageEngine(Engine):
         self._connection: Any = None
         self._process_id = 0
 
-    def _open(self, duckdb: Any) -> None:
-        self._process_id, self._connection = os.getpid(), duckdb.connect(":memory:")
-        self._connection.execute(_session_settings(guest=self._guest))
-        with contextlib.suppress(duckdb.Error):  # some builds know no time zones
-            self._connection.execute("SET TimeZone = 'UTC'")
-
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
         duckdb, text = _duckdb(), bind(sql, params)
         try:
             if self._connection is None:
-                self._open(duckdb)
+                self._process_id, self._connection = os.getpid(), duckdb.connect(":memory:")
+                self._connection.execute(_session_settings(guest=self._guest))
+                with contextlib.suppress(duckdb.Error):  # some builds know no time zones
+                    self._connection.execute("SET TimeZone = 'UTC'")
             result = self._connection.execute(text)
             while rows := result.fetchmany(1000):
                 yield from rows
@@ -6746,17 +6743,21 @@ _COLOUR = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line th
 
 
 class CliEngine(Engine):
-    """DuckDB's program as a child; a `.print` of a random word ends the rows of a statement."""
+    """DuckDB in a child: its program, or Python with the package, which lies in a folder `package`.
 
-    name = "cli"
+    The latter is for targets that are no file, forked processes and subinterpreters. A `.print` of a random
+    word ends the rows of a statement.
+    """
 
-    def __init__(self, program: str, *, guest: bool) -> None:
-        self.program = program
-        # An empty `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`.
-        self._options: Sequence[str] = ("-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
-        self._guest = guest
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, program: str, *, guest: bool, package: str = "") -> None:
+        self.program, self._guest = program, guest
+        self.name = "package" if package else "cli"
         self._mark = os.urandom(8).hex()
+        # An empty `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`.
+        ours = ("-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
+        words = ("-X", "utf8", "-c", _APART, self._mark, package) if package else ours
+        self._command = (program, *words)
+        self._process: subprocess.Popen[bytes] | None = None
 
     def _open(self) -> subprocess.Popen[bytes]:
         import subprocess
@@ -6765,9 +6766,14 @@ class CliEngine(Engine):
         self._complaints = tempfile.TemporaryFile(dir=temporary_place() or "/dev/shm")
         try:
             return subprocess.Popen(
-                [self.program, *self._options],
-                # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
-                env={"PGOPTIONS": "-c lock_timeout=3000", **os.environ, "TZ": "UTC"},
+                self._command,
+                # Neither PostgreSQL nor anybody's lock on its tables is to hold us up for ever.
+                env={
+                    "PGOPTIONS": "-c lock_timeout=3000",
+                    "PGCONNECT_TIMEOUT": "10",
+                    **os.environ,
+                    "TZ": "UTC",
+                },
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
@@ -6821,22 +6827,7 @@ class CliEngine(Engine):
             self._complaint = complaints.read().decode("utf-8", "replace").strip()
 
 
-class ApartEngine(CliEngine):
-    """The package in a child: for targets that are no file, forked processes and subinterpreters."""
-
-    name = "package"
-
-    def __init__(self, *, guest: bool) -> None:
-        """Raises ImportError if there is no such package, which isn't imported here."""
-        package = file_of_package("duckdb", "__init__.py")
-        if package is None:
-            raise ImportError("No module named 'duckdb'")
-        super().__init__(sys.executable, guest=guest)
-        folder = os.path.dirname(os.path.dirname(package))
-        self._options = ("-X", "utf8", "-c", _APART, self._mark, folder)
-
-
-# Run by ApartEngine. The current directory must not shadow modules.
+# The program of CliEngine's Python. The current directory must not shadow modules.
 _APART = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
@@ -6934,8 +6925,11 @@ def open_engine(
             if not (apart or os.getpid() != _PROCESS or _in_subinterpreter()):
                 _duckdb()  # raises ImportError
                 return PackageEngine(guest=guest)
+            if (package := file_of_package("duckdb", "__init__.py")) is None:
+                raise ImportError("No module named 'duckdb'")
             if (reason := no_python()) is None:  # a frozen program would be started once more
-                return ApartEngine(guest=guest)
+                folder = os.path.dirname(os.path.dirname(package))
+                return CliEngine(sys.executable, guest=guest, package=folder)
             reason += ", which DuckDB needs here: put its program on PATH"
         except ImportError as error:
             reason = f"the duckdb package can't be loaded ({error}): pip install duckdb"
@@ -7040,14 +7034,8 @@ def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]
     """Attach a database under a name: a file, which NEW_FILE makes, or something else."""
     if is_attach_target(target):
         load_extensions(engine, target, options)
-        scheme, is_uri = target.lower(), "://" in target
-        if re.match("postgres(ql)?://", scheme):
+        if re.match("postgres(ql)?://", target.lower()):
             options = {"TYPE": "postgres", **options}
-        if re.match("(ducklake:)?postgres(:|ql://)", scheme) and "connect_timeout" not in target:
-            # libpq waits for ever by default, and nothing can interrupt it meanwhile.
-            patience = "connect_timeout=10 tcp_user_timeout=30000"
-            target += (" ", "?", "&")[is_uri + ("?" in target and is_uri)]
-            target += patience.replace(" ", "&") if is_uri else patience
     else:  # without the type DuckDB would look for an extension that reads SQLite
         options = {**options, "TYPE": "duckdb"}
         if "ENCRYPTION_KEY" in options and "READ_ONLY" not in options:
@@ -7260,16 +7248,6 @@ class Target:
                 if not others or chore not in LAKE_CLEANING:
                     engine.execute(chore)
 
-    def change_logs(self, engine: Engine, statement: str) -> None:
-        """Run a statement that a foreign table may refuse."""
-        try:
-            engine.execute(statement)
-        except QueryError as error:
-            if "permission denied" in (reason := str(error).splitlines()[0]):
-                raise
-            text = f"its table `logs` takes no events of ours ({reason}); put that constraint or view away, "
-            raise StoreError(f"{self.name}: {text}or set `path` to a database of our own") from error
-
     def create_tables(self, engine: Engine) -> None:
         """Make missing tables and columns, and what lets two ingests of a journal collide."""
         present = self.columns(engine)
@@ -7277,7 +7255,7 @@ class Target:
             engine.execute(CREATE_LOGS)
         for name, sql_type in COLUMNS[10:] if "logs" in present else ():
             if name not in present["logs"]:
-                self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
+                engine.execute(f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
             if self.is_postgres:
@@ -7552,10 +7530,6 @@ class Ingest:
                 contextlib.closing(target.open_engine(guest=True)) as engine,
                 scratch_folder(self._journal.directory) as folder,
             ):
-                is_large = sum(claim.size for claim in claims) > 2**20
-                if is_large and target.is_file and not target.is_absent():
-                    with target.attached(engine, read_only=False):
-                        pass  # it is free: to read so much in vain costs more
                 losses, fresh = patiently(move, 0.0 if target.is_file else _CONFLICT_SECONDS)
         except QueryError as error:
             if not is_data_fault(error) or len(claims) < 2:
@@ -7653,7 +7627,7 @@ class Ingest:
                     engine.execute(f"{touch} AND {where}")
             losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
-                target.change_logs(engine, INSERT_ROWS)
+                engine.execute(INSERT_ROWS)
                 entries.append(entries_of(fresh))
                 text = "lines that could not be ingested, kept in the journal as .rejected"
                 lossy = [segment for segment in fresh if losses.get(segment)]
