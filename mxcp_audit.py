@@ -6273,7 +6273,6 @@ INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 
 # --- entering: first into the temporary table `entries`, in order
 
-SEAL_AT = "SELECT max(seal) FROM audit.ledger WHERE journal = $journal AND position = $position"
 PREPARE_LEGACY = f"""\
 INSERT INTO entries BY NAME
 SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest FROM ({
@@ -7346,20 +7345,20 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
     """Return the keys of the chain, of which the first one seals."""
     import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
 
-    path = environ.get("MXCP_AUDIT_KEY_FILE")
+    path, problem = environ.get("MXCP_AUDIT_KEY_FILE"), None
     lines = [environ.get("MXCP_AUDIT_KEY", "").encode("utf-8", "surrogateescape")]
     if path:
         try:
             with open(path, "rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                lines = [line.strip() for line in file.read().splitlines()]
+                lines = [line.strip() for line in file]
+                if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
+                    problem = "others may read the key file; run chmod 600 on it"
         except OSError as error:
-            text = f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE"
-            raise ConfigError(text, path=path) from error
-        if os.name == "posix" and mode & 0o077:
-            raise ConfigError("others may read the key file; run chmod 600 on it", path=path)
-        if not any(lines):
-            raise ConfigError("the key file is empty; write a key on its first line", path=path)
+            problem = f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE"
+        if not (problem or any(lines)):
+            problem = "the key file is empty; write a key on its first line"
+        if problem:
+            raise ConfigError(problem, path=path)
     # Not the keys themselves: redaction shows HMACs with the first, of texts that callers choose.
     return tuple(hashlib.sha256(b"mxcp_audit seal\0" + line).digest() for line in lines if line)
 
@@ -7421,14 +7420,7 @@ class Ledger(Target):
         keys = seal_keys()
         journal = self.journal.identity()
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
-        common = {"journal": journal, "host": host, "now": sql_time(utc_now())}
-        ((position, events),) = engine.execute(
-            "SELECT coalesce(max(position), 0), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)"
-            "::BIGINT FROM audit.ledger WHERE journal = $journal",
-            common,
-        )
-        ((seal,),) = engine.execute(SEAL_AT, {**common, "position": position})
-        head = Head(journal, position, events, seal or "")
+        (head,) = chain_heads(engine, journal) or [Head(journal, 0, 0, "")]
         if head.seal.startswith(_KEYED) and not keys:
             text = "the ledger is sealed with a key, and an entry without it would look forged: "
             raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
@@ -7443,7 +7435,7 @@ class Ledger(Target):
             "CREATE OR REPLACE TEMP TABLE numbered AS SELECT * REPLACE ($journal AS journal, "
             "$position + row_number() OVER (ORDER BY rowid) AS position, $host AS host, "
             "$now::TIMESTAMP AS ingested_at) FROM entries",
-            {**common, "position": position},
+            {"journal": journal, "position": head.position, "host": host, "now": sql_time(utc_now())},
         )
         seals = []
         numbered = f"SELECT position, kind, events, {ENTRY_HASH} FROM numbered ORDER BY position"
@@ -7462,13 +7454,13 @@ def is_ledger_empty(engine: Engine) -> bool:
     return bool(engine.execute("SELECT count(*) = 0 FROM audit.ledger")[0][0])
 
 
-def chain_heads(engine: Engine) -> list[Head]:
-    """Return the end of each journal's chain; the target is attached and has a ledger."""
-    rows = engine.execute(
-        "SELECT journal, max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, "
-        "arg_max(seal, position) FROM audit.ledger GROUP BY journal ORDER BY journal"
-    )
-    return [Head(name or "", *rest) for name, *rest in rows]
+def chain_heads(engine: Engine, journal: str | None = None) -> list[Head]:
+    """Return the end of each journal's chain, or of one's; the target is attached and has a ledger."""
+    sql = """\
+SELECT coalesce(journal, ''), max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT,
+  coalesce(arg_max(seal, position), '')
+FROM audit.ledger WHERE $journal IS NULL OR journal = $journal GROUP BY ALL ORDER BY ALL"""
+    return [Head(*row) for row in engine.execute(sql, {"journal": journal})]
 
 
 def known_segments(engine: Engine, segments: Collection[str], *, kind: str = "segment") -> set[str]:
@@ -7542,24 +7534,22 @@ class Ingest:
             faults = losses.get(claim.id, 0)
             if claim.id in fresh:
                 self._diagnostics.ingested += claim.lines - faults
-                self._reject(claim, faults)
+                if faults:
+                    self._reject(claim, faults)
             if claim.torn:
                 text = f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
                 self._diagnostics.report("torn", text)
+        for path in [*(claim.path for claim in claims), *lost]:
             try:
-                os.unlink(claim.path)
-            except OSError as error:
-                text = "an ingested segment can't be deleted; it is not ingested again"
-                self._diagnostics.report("delete", text, error=error)
-        for path in lost:
-            with contextlib.suppress(OSError):
                 os.unlink(path)
+            except OSError as error:
+                text = f"{path} can't be deleted; it is not ingested again"
+                self._diagnostics.report("delete", text, error=error)
 
     def _reject(self, claim: Claim, faults: int) -> None:
-        if faults:
-            self._diagnostics.rejected += faults
-            text = f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
-            self._diagnostics.report("rejected", text)
+        self._diagnostics.rejected += faults
+        text = f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
+        self._diagnostics.report("rejected", text)
 
     def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
         """Read the segments into `batch`; return how many lines each lost."""
@@ -7737,18 +7727,14 @@ class Reading:
     def _open_both(self) -> contextlib.ExitStack:
         target = self._target
         with contextlib.ExitStack() as stack:
-            if target.is_absent():
-                segments = self._segments()  # first, so that there is something to lock if there are any
-                if not self._keep_segments(stack) and segments:
-                    raise DatabaseLockedError(f"{target.path} is being made by another process")
+            if not target.is_file or target.is_absent():  # there is no lock of DuckDB's on it
+                if not self._keep_segments(stack):
+                    raise DatabaseLockedError(
+                        f"{target.name}: this host's journal is being ingested; try again"
+                    )
                 if target.is_absent():
-                    if not all(map(os.path.exists, segments)):
-                        raise DatabaseNotFoundError(f"{target.path} is being made at this moment; try again")
-                    self.open_views(None, segments)
+                    self.open_views(None, self._segments())
                     return stack.pop_all()
-                stack.close()
-            if not target.is_file and not self._keep_segments(stack):
-                raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
             stack.enter_context(target.attached(self.engine, read_only=True))
             segments = self._segments()
             self._is_attached = True
@@ -7905,7 +7891,6 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         """Write the matching events to a file, whole or not at all, with mode 0600; return their number."""
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
         ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
-        expected: int = matching if count is None else min(count, matching)
         columns = _NAMES
         if form != "duckdb":
             columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
@@ -7916,18 +7901,16 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         with _scratch(path, problem) as scratch:
             target = os.path.join(scratch, "export")
             try:
-                written = self._write(sql, target, form)
+                self._write(sql, target, form)
             except QueryError as error:
                 raise StoreError(f"{problem}: {error}") from error
-            if written not in (expected, None):
-                raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
             os.chmod(target, FILE_MODES[False])
             give_to_owner(target)
             os.replace(target, path)
-        return expected
+        return int(matching if count is None else min(count, matching))
 
-    def _write(self, sql: str, target: str, form: str) -> int | None:
-        """Write a query's rows to a new file; return their number if it is known."""
+    def _write(self, sql: str, target: str, form: str) -> None:
+        """Write a query's rows to a new file."""
         execute = self.engine.execute
         if form == "sqlite":
             import sqlite3
@@ -7935,21 +7918,19 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
             marks = ", ".join("?" * len(PUBLIC_COLUMNS))
             with contextlib.closing(sqlite3.connect(target)) as file, file:
                 file.execute(f"CREATE TABLE logs ({', '.join(PUBLIC_COLUMNS)})")
-                rows = self.engine.stream(sql)
-                return file.executemany(f"INSERT INTO logs VALUES ({marks})", rows).rowcount
-        if form == "duckdb":
+                file.executemany(f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql))
+        elif form == "duckdb":
             if self._is_attached and not self._target.is_file:
                 # Others go on writing to it: in its transaction nothing but a temporary table can be made.
                 execute(f"CREATE TEMP TABLE exported AS {sql}")
                 execute("COMMIT")
                 sql = "SELECT * FROM exported"
             attach(self.engine, target, "copy", NEW_FILE)
-            told = execute(f"CREATE TABLE copy.logs AS {sql}")
+            execute(f"CREATE TABLE copy.logs AS {sql}")
             execute("CHECKPOINT copy")
             execute("DETACH copy")
         else:
-            told = execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
-        return told[0][0] if told else None
+            execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
 
 
 def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
