@@ -6119,8 +6119,8 @@ if hasattr(os, "register_at_fork"):
 # === SQL ===
 # depends on: Errors, Events, Journal
 #
-# Everything above records, everything below reads. A statement has `$name` parameters or literals, never
-# both, because a literal may hold a `$name`. The target is attached as `audit`.
+# A statement has `$name` parameters or literals, never both, because a literal may hold a `$name`. The target
+# is attached as `audit`.
 
 
 def sql_literal(value: object) -> str:
@@ -6192,7 +6192,7 @@ LAKE_CLEANING = (
 
 
 def lake_chores(commit: int) -> list[str]:
-    """Return the chores after a commit of a lake: every 256th merges small files, every 4,096th larger."""
+    """Return the chores after a commit: each 256th merges small files, each 4,096th larger."""
     if commit % 256:
         return []
     size, chores = (2**20, []) if commit % 4096 else (2**26, [*LAKE_CLEANING])
@@ -6209,7 +6209,7 @@ _TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VA
 
 
 def row_hash(columns: Sequence[Column]) -> str:
-    """Return the SQL of a row's hash (docs/security.md); an event's lacks the segment: a tenth less work."""
+    """Return the SQL of a row's hash (docs/security.md); an event's lacks the segment."""
     new = NEW_COLUMNS if columns is COLUMNS else ()
     numbers = {"TIMESTAMP": _TIME_NUMBER, "VARCHAR": "strlen({0})"}
     old = [column for column in columns if column not in new]
@@ -6228,7 +6228,7 @@ ENTRY_HASH = row_hash(LEDGER_COLUMNS[:-1])
 def digests(
     source: str, condition: str = "true", *, segment: str = "segment", order: str = "seq, hash"
 ) -> str:
-    """Return the SELECT of what the ledger says of segments; of unique seqs, `order` is seq: a tenth less."""
+    """Return the SELECT of what the ledger says of segments."""
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
   CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
@@ -6282,10 +6282,6 @@ SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest FROM (
         segment=SEGMENT_OR_DAY,
     )
 }) ORDER BY segment"""
-PREPARE_SEGMENTS = f"""\
-INSERT INTO entries BY NAME SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events,
-  first_event, last_event, digest, marks
-FROM ({{}}) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed ORDER BY claimed"""
 CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
 
@@ -6367,7 +6363,7 @@ WHERE kind IN ('segment', 'legacy')
 
 
 def comparison(*, scoped: bool) -> str:
-    """Return the SELECT that compares segments of ledger and `logs`; only differences if not `scoped`."""
+    """Return the SELECT that compares segments of ledger and `logs`, all if `scoped`."""
     inside = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
     inside += " AND {0} IN (SELECT segment FROM scope)" if scoped else ""
     found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
@@ -6415,10 +6411,6 @@ SAME_CONTENT = {
 # --- reading: the views `table_rows` and `journal_rows` together are the log
 
 JOURNAL_ROWS = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
-# When lost events were entered, how many, and why.
-LOSSES = f"""\
-SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events, coalesce(detail, '') AS detail
-FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
 NEWEST_FIRST = "timestamp DESC, segment DESC, seq DESC"
 OLDEST_FIRST = "timestamp, segment, seq"
 PUBLIC_COLUMNS = (*(column.name for column in COLUMNS[:-2]), "event_id")
@@ -6476,17 +6468,6 @@ STATS_BY = {
     "hour": ("date_trunc('hour', timestamp)", "strftime(k, '%Y-%m-%dT%H:00Z')"),
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
 }
-_STATS = """\
-SELECT {shown} AS k, calls, errors, denied, q[1] AS p50_ms, q[2] AS p95_ms, q[3] AS p99_ms, max_ms,
-  strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen, running
-FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
-        count(*) FILTER (WHERE status = 'error') AS errors,
-        count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
-        quantile_disc(nullif(over_ms, -1), [0.5, 0.95, 0.99]) AS q, max(nullif(over_ms, -1)) AS max_ms,
-        min(timestamp) AS first_at, max(timestamp) AS last_at
-      FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
-            FROM ({source})) GROUP BY ALL)
-ORDER BY {order} LIMIT {count}"""
 _FIGURES = ("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms")
 STATS_COLUMNS = (*_FIGURES, "first_seen", "last_seen", "running")
 
@@ -6495,14 +6476,17 @@ def stats_query(source: str, by: str, sort: str, count: int) -> str:
     """Return the query of one row a group: the group as text, then STATS_COLUMNS."""
     group, shown = STATS_BY[by]
     order = "k DESC" if by in ("hour", "day") else f"{sort} DESC NULLS LAST, k"
-    return _STATS.format(shown=shown, group=group, source=source, order=order, count=count, iso=_ISO_FORMAT)
-
-
-# What a person's own SQL may see.
-SQL_VIEW = f"""\
-CREATE OR REPLACE TEMP VIEW logs AS
-SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {EVENT_ID} AS event_id
-FROM (SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows)"""
+    return f"""\
+SELECT {shown} AS k, calls, errors, denied, q[1] AS p50_ms, q[2] AS p95_ms, q[3] AS p99_ms, max_ms,
+  strftime(first_at, {_ISO_FORMAT}) AS first_seen, strftime(last_at, {_ISO_FORMAT}) AS last_seen, running
+FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
+        count(*) FILTER (WHERE status = 'error') AS errors,
+        count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
+        quantile_disc(nullif(over_ms, -1), [0.5, 0.95, 0.99]) AS q, max(nullif(over_ms, -1)) AS max_ms,
+        min(timestamp) AS first_at, max(timestamp) AS last_at
+      FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
+            FROM ({source})) GROUP BY ALL)
+ORDER BY {order} LIMIT {count}"""
 
 
 # --- filters: which events are meant
@@ -6542,13 +6526,13 @@ class Filter(NamedTuple):
             for kind in ("tools", "resources", "prompts")
             for name in getattr(self, kind)
         ]
+        given = {field: value for field, value in self._asdict().items() if value is not None}
         conditions = [f"({' OR '.join(named)})"] if named else []
-        for field, condition in _FILTERS.items():
-            if (value := getattr(self, field)) is not None:
-                conditions.append(condition.format(sql_literal(value)))
-        for field in ("client", "agent", "address", "server", "error_type"):
-            if (value := getattr(self, field)) is not None:
-                conditions.append(_has_name(field, value))
+        conditions += [
+            text.format(sql_literal(given[field])) for field, text in _FILTERS.items() if field in given
+        ]
+        names = ("client", "agent", "address", "server", "error_type")
+        conditions += [_has_name(field, given[field]) for field in names if field in given]
         if self.event_id is not None:
             conditions.append("segment = '{}' AND seq = {}".format(*parse_event_id(self.event_id)))
         if self.text is not None:
@@ -6585,8 +6569,8 @@ def _has_name(column: str, name: str) -> str:
 # === Engines ===
 # depends on: Errors, SQL
 #
-# The ways to DuckDB, which take the same statements and return the same values. A session begins at the
-# first `execute`; `close` or the first error ends it, with all that was attached or begun.
+# The ways to DuckDB: same statements, same values. A session begins at the first `execute`; `close` or the
+# first error ends it, with all that was attached or begun.
 
 Params: TypeAlias = Mapping[str, object]
 Row: TypeAlias = tuple[Any, ...]
@@ -6628,7 +6612,7 @@ def postgres_message(text: str) -> str:
 
 
 def is_data_fault(error: QueryError) -> bool:
-    """Return True if a statement failed because of its input: its form, or the memory it takes."""
+    """Return True if a statement failed because of its input."""
     kinds = ("invalid input error", "conversion error", "out of range error", "out of memory")
     return str(error).lower().startswith(kinds)
 
@@ -6668,7 +6652,7 @@ class Engine(Protocol):
         return list(self.stream(sql, params))
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        """Run one statement and yield its rows; exhaust or close it before the next statement."""
+        """Run one statement and yield its rows; end it before the next statement."""
 
     def close(self) -> None:
         """End the session. Twice is harmless."""
@@ -6866,9 +6850,9 @@ def _scratch_directory() -> str:
     """Return where DuckDB may spill: a directory that it makes itself, in a private one."""
     import tempfile
 
-    owner, place = getattr(os, "getuid", int)(), temporary_place()
-    if not place:
+    if not (place := temporary_place()):
         return ""  # it keeps to its memory
+    owner = getattr(os, "getuid", int)()
     private = os.path.join(place, f"mxcp_audit-{owner}")
     with contextlib.suppress(OSError):  # where it can't be made, it may not be needed
         with contextlib.suppress(FileExistsError):
@@ -6883,7 +6867,7 @@ def _scratch_directory() -> str:
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of the `duckdb` program: MXCP_AUDIT_DUCKDB, the `duckdb_cli` package's, or PATH's."""
+    """Return the path of the `duckdb` program, None if there is none."""
     import shutil
 
     # The package's own `duckdb` on PATH is a Python wrapper, which costs an interpreter's start.
@@ -6894,7 +6878,7 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def file_of_package(name: str, *parts: str) -> str | None:
-    """Return the path of a file in a Python package without importing that; None if it isn't there."""
+    """Return the path of a file in a Python package, which isn't imported, or None."""
     import importlib.util
 
     package = importlib.util.find_spec(name)
@@ -6915,7 +6899,7 @@ def _in_subinterpreter() -> bool:
 def open_engine(
     *, guest: bool = False, apart: bool = False, environ: Mapping[str, str] = os.environ
 ) -> Engine:
-    """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default what is there."""
+    """Return the engine that MXCP_AUDIT_ENGINE names, by default what is there."""
     choice = environ.get("MXCP_AUDIT_ENGINE") or "auto"
     if choice not in ("auto", "package", "cli"):
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
@@ -6954,11 +6938,11 @@ def open_engine(
 # The database itself, a file or what else DuckDB can attach: makes it, attaches and detaches it.
 #
 # Closing any descriptor of the file drops DuckDB's POSIX lock: it is never opened here, and attached once at
-# a time in a process. A half-made file stays damaged: it is made under another name, and renamed when whole.
+# a time in a process. It is made under another name, because a half-made file stays damaged.
 
 
 def tries(wait: float) -> Iterator[bool]:
-    """Yield for each attempt within `wait` seconds whether it is the last, with random pauses between."""
+    """Yield for each attempt within `wait` seconds whether it is the last."""
     end = time.monotonic() + wait
     while time.monotonic() < end:
         yield False
@@ -6986,7 +6970,7 @@ def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
-    """Make a private directory beside `path` for a block; with a `name`, in place of a killed process's."""
+    """Make a private directory beside `path`; with a `name`, in place of a killed process's."""
     import shutil
 
     folder, file = os.path.split(os.path.abspath(path))
@@ -7020,11 +7004,6 @@ _REMEDIES: Mapping[type[StoreError], str] = {
     DatabaseNotFoundError: "it vanished while it was opened; try again",
     QueryError: "",
 }
-_RIGHTS = {  # what PostgreSQL says, and what helps
-    "authentication failed": "correct the user, or its password in PGPASSWORD or ~/.pgpass; events wait",
-    "no password supplied": "set PGPASSWORD, or write the password into ~/.pgpass; events wait",
-    "permission denied": "give the role this right (hosts: SELECT, INSERT; a purge: DELETE too); events wait",
-}
 DAMAGED_WAL = "replaying WAL"
 NEW_FILE = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
 
@@ -7048,7 +7027,7 @@ _ATTACHED: dict[tuple[int, str], object] = {}  # by process, because a fork copi
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Let one thread attach a file: DuckDB's lock is the process's, and its first reader ends it."""
+    """Let one thread attach a file: DuckDB's lock is the process's, not the reader's."""
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
         raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
@@ -7102,7 +7081,7 @@ class Target:
 
     @contextlib.contextmanager
     def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        """Attach the target as `audit`, for writing also an absent file; an error ends the session."""
+        """Attach the target as `audit`; writing makes an absent file."""
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
                 self._attach(engine, read_only=read_only)
@@ -7156,7 +7135,6 @@ class Target:
         if self.name in text:
             return kind(text)
         text = postgres_message(text)
-        remedy = next((helps for sign, helps in _RIGHTS.items() if sign in text), remedy)
         return kind(f"{self.name}: {text}{remedy and '; '}{remedy}")
 
     @contextlib.contextmanager
@@ -7217,7 +7195,7 @@ class Target:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
     def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
-        """Return the column types of `logs` and `ledger`, as far as these exist."""
+        """Return the column types of `logs` and `ledger`, if they exist."""
         if not self._is_quack:
             return column_types(engine)
         columns = "column_name, column_type FROM (DESCRIBE audit."  # duckdb_columns() lists none there
@@ -7235,7 +7213,8 @@ class Target:
 
     def tend_lake(self) -> None:
         """Keep a lake's files few and large, if it is this process's turn."""
-        chores, self.commits = [chore for commit in self.commits for chore in lake_chores(commit)], []
+        chores = dict.fromkeys(chore for commit in self.commits for chore in lake_chores(commit))
+        self.commits = []
         if not chores:
             return
         with self.session(read_only=False, wait=0.0, guest=True) as engine:
@@ -7243,7 +7222,7 @@ class Target:
                 "SELECT count(*) FROM duckdb_tables() WHERE database_name = 'audit' "
                 "AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"
             )
-            for chore in dict.fromkeys(chores):
+            for chore in chores:
                 if not others or chore not in LAKE_CLEANING:
                     engine.execute(chore)
 
@@ -7265,20 +7244,15 @@ class Target:
             turn = f"audit.turn_{self.journal.identity()}"
             engine.execute(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
 
-    def take_turn(self, engine: Engine) -> None:
-        """Let only one transaction of this journal's succeed at a time."""
-        if self.is_lake:
-            engine.execute(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
-
     def signature(self) -> object:
-        """Return what differs after every ingest; None while file times are too coarse to tell."""
+        """Return what differs after every ingest; None while that can't be told."""
         if not self.is_file:  # it doesn't show from outside whether it changed: look every 2 s
             return time.monotonic() // 2
         stamps = []
         for path in (self.path, self.path + ".wal"):
             with contextlib.suppress(OSError):
                 found = os.stat(path)
-                # Kernels keep file times to 1 … 10 ms, some file systems whole seconds, or even ones.
+                # Kernels keep times to 1 … 10 ms, some file systems to one or two seconds.
                 tick_ns = 50_000_000 if found.st_mtime_ns % 1_000_000_000 else 2_100_000_000
                 if abs(wall_clock_ns() - found.st_mtime_ns) < tick_ns:
                     return None
@@ -7376,7 +7350,11 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
 
 def entries_of(segments: Iterable[str]) -> str:
     """Return the statement that prepares the entries of staged segments."""
-    return PREPARE_SEGMENTS.format(listed("claimed VARCHAR", [(segment,) for segment in segments]))
+    return f"""\
+INSERT INTO entries BY NAME SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events,
+  first_event, last_event, digest, marks
+FROM (SELECT unnest({sql_literal(list(segments))}) AS claimed)
+LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed ORDER BY claimed"""
 
 
 def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> str:
@@ -7401,10 +7379,11 @@ class Ledger(Target):
 
     @contextlib.contextmanager
     def writing(self, engine: Engine) -> Iterator[None]:
-        """Run the block as one transaction, of which a journal has one at a time, and make it durable."""
+        """Run the block as one durable transaction; a journal has one at a time."""
         self.create_tables(engine)
         engine.execute("BEGIN")
-        self.take_turn(engine)
+        if self.is_lake:
+            engine.execute(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
         self._next_head = self.head
         yield
         engine.execute("COMMIT")
@@ -7416,7 +7395,7 @@ class Ledger(Target):
             engine.execute("CHECKPOINT audit")
 
     def enter(self, engine: Engine, entries: Iterable[str]) -> None:
-        """Append entries to the chain, in `writing`; the rows of an older table come first."""
+        """Append entries to the chain; the rows of an older table come first."""
         keys = seal_keys()
         journal = self.journal.identity()
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
@@ -7455,7 +7434,7 @@ def is_ledger_empty(engine: Engine) -> bool:
 
 
 def chain_heads(engine: Engine, journal: str | None = None) -> list[Head]:
-    """Return the end of each journal's chain, or of one's; the target is attached and has a ledger."""
+    """Return the end of each journal's chain, or of one's."""
     sql = """\
 SELECT coalesce(journal, ''), max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT,
   coalesce(arg_max(seal, position), '')
@@ -7496,7 +7475,7 @@ class Ingest:
         self._diagnostics = diagnostics
 
     def run(self) -> list[JournalError]:
-        """Ingest everything that can be claimed, in transactions of up to INGEST_BYTES."""
+        """Ingest everything that can be claimed."""
         seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
@@ -7572,10 +7551,10 @@ class Ingest:
         return {segment: counts for segment, *counts in engine.execute(sql)}
 
     def _salvage(self, engine: Engine, claim: Claim, folder: str) -> int:
-        """Stage the good lines of a segment, put the others aside, and return how many those are."""
+        """Stage the good lines of a segment, put the others aside and count those."""
         good: dict[int, tuple[int, bytes]] = {}  # by seq
         faults: list[tuple[int, str, bytes]] = []
-        # A power loss may leave NULs where blocks never reached the disk; the line after them stands apart.
+        # A power loss leaves NULs for blocks that never reached the disk; the line after them is whole.
         lines = re.split(rb"\n|\0(?=\{)", read_file(claim.path))[:-1]
         claim.lines = len(lines)
         for number, line in enumerate(lines, 1):
@@ -7591,7 +7570,9 @@ class Ingest:
         scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
         replace_file(scratch, named_lines(claim.id, b"".join(line + b"\n" for _, line in good.values())))
         self._read(engine, [scratch], lenient=True)  # what DuckDB can't read has no seq
-        engine.execute(f"DELETE FROM batch WHERE timestamp IS NULL OR ({among('seq', good)}) IS NOT TRUE")
+        engine.execute(
+            f"DELETE FROM batch WHERE timestamp IS NULL OR ({among('seq', [0, *good])}) IS NOT TRUE"
+        )
         for (seq,) in engine.execute("SELECT seq FROM batch"):
             good.pop(seq, None)
         faults += [(number, "DuckDB can't read it", line) for number, line in good.values()]
@@ -7796,7 +7777,7 @@ class Reading:
     def _source(
         self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
     ) -> str:
-        """Return the query of the filtered events, with `running` of running calls, with None of both."""
+        """Return the query of the events; `running`: of running calls, None: of both."""
         # The limit is in each part: on the union alone it is 40 times slower on 10 million rows.
         where, table, tail = what.where(), "table_rows", ""
         if count is not None:
@@ -7843,13 +7824,16 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         return self.ask(Filter(session=session), sql)
 
     def ids_like(self, part: str) -> list[Row]:
-        """Return up to three event ids that begin with `part`, or that have it behind the time."""
+        """Return up to three event ids that begin with `part`, or have it after the time."""
         condition = f"event_id LIKE {sql_literal(f'{part}%')} OR event_id LIKE {sql_literal(f'%-{part}')}"
         return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
 
     def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
-        return self.engine.execute(LOSSES, {"since": since}) if self.has_ledger else []
+        sql = f"""\
+SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events, coalesce(detail, '') AS detail
+FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
+        return self.engine.execute(sql, {"since": since}) if self.has_ledger else []
 
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
@@ -7859,7 +7843,9 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         """
         ask = self.engine.execute
         self.freeze_journal()
-        ask(SQL_VIEW)
+        columns = ", ".join(PUBLIC_COLUMNS[:-1])
+        rows = "SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows"
+        self._define("logs", f"SELECT {columns}, {EVENT_ID} AS event_id FROM ({rows})")
         if self._is_attached and self._target.is_lake:
             metadata = "__ducklake_metadata_audit.ducklake_metadata"
             for (path,) in ask(f"SELECT value FROM {metadata} WHERE key = 'data_path'"):
@@ -7869,13 +7855,14 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         params = {"statement": statement}
         described = "SELECT column_name, column_type FROM (DESCRIBE SELECT * FROM query($statement))"
         names, types = zip(*ask(described, params))
-        columns = [f"c{number}" for number in range(len(names))]
+        places = [f"c{number}" for number in range(len(names))]
         texts = ["::VARCHAR" if sql_type in ("BLOB", "BIT") else "" for sql_type in types]  # for DuckDB 1.2
-        values = ", ".join(f"to_json({name}{text})::VARCHAR AS {name}" for name, text in zip(columns, texts))
-        result = f"(SELECT * FROM query($statement)) AS result({', '.join(columns)})"
-        rows = self.engine.stream(f"SELECT {values} FROM {result}", params)
-        decoded = (tuple(text if text is None else decode_json(text) for text in row) for row in rows)
-        return list(names), decoded
+        values = ", ".join(
+            f"to_json({place}{text})::VARCHAR AS {place}" for place, text in zip(places, texts)
+        )
+        sql = f"SELECT {values} FROM (SELECT * FROM query($statement)) AS result({', '.join(places)})"
+        found = self.engine.stream(sql, params)
+        return list(names), (tuple(text and decode_json(text) for text in row) for row in found)
 
     def export(
         self,
@@ -7888,7 +7875,7 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         raw: bool = False,
         bom: bool = False,
     ) -> int:
-        """Write the matching events to a file, whole or not at all, with mode 0600; return their number."""
+        """Write matching events to a file, whole or not at all; return their number."""
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
         ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
         columns = _NAMES
