@@ -6128,7 +6128,7 @@ def sql_literal(value: object) -> str:
     if value is None:
         return "NULL"
     if isinstance(value, int):
-        return str(value).lower()  # of a bool, too
+        return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(sql_literal, value)) + "]" + ("" if value else "::VARCHAR[]")
     if not isinstance(value, str):
@@ -6158,7 +6158,7 @@ def among(column: str, values: Iterable[object]) -> str:
 _NAMES = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
 _ISO_FORMAT = "'%Y-%m-%dT%H:%M:%S.%fZ'"
-# The lines of segments. Nothing is detected: versions differ in types, and `name=x` in a path is no value.
+# Nothing is detected: versions differ in types, and `name=x` in a path is no value.
 _LINES = f"""\
 SELECT * EXCLUDE (filename) REPLACE
   (CASE parse_filename(filename, true) WHEN '{COMBINED}' THEN segment ELSE parse_filename(filename, true) END
@@ -6166,17 +6166,17 @@ SELECT * EXCLUDE (filename) REPLACE
 FROM read_json($files, format = 'newline_delimited', filename = true, hive_partitioning = false,
   columns = {{{", ".join(f"{name}: '{sql_type}'" for name, sql_type in COLUMNS)}}},
   maximum_object_size = $longest, ignore_errors = $lenient)"""
-LONGEST_LINE = 2**20  # DuckDB sets aside twice this; more where a segment has a longer line
+LONGEST_LINE = 2**20  # more where a segment has a longer line
 
 
-# --- tables: making and finding them, in a file or elsewhere
+# --- tables
 
 # Other schemas of a shared target may have tables of the same names.
 _OUR_TABLES = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
 CREATE_LOGS = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
-# docs/security.md tells what these columns mean, and tools/verify_independently.py knows it from there.
+# docs/security.md tells what these columns mean.
 LEDGER_DEFINITIONS = (
     "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
     "last_event TIMESTAMP, digest VARCHAR, marks VARCHAR, detail VARCHAR, host VARCHAR, "
@@ -6184,7 +6184,7 @@ LEDGER_DEFINITIONS = (
 )
 LEDGER_COLUMNS = tuple(Column(*words.split()) for words in LEDGER_DEFINITIONS.split(", "))
 CREATE_LEDGER = f"CREATE TABLE IF NOT EXISTS audit.ledger ({LEDGER_DEFINITIONS})"
-# Somebody may still read what was replaced. Only of a lake that has no other tables.
+# Somebody may still read what was replaced.
 LAKE_CLEANING = (
     "CALL ducklake_expire_snapshots('audit', older_than => now() - INTERVAL 7 DAYS)",
     "CALL ducklake_cleanup_old_files('audit', older_than => now() - INTERVAL 2 DAYS)",
@@ -6202,7 +6202,7 @@ def lake_chores(commit: int) -> list[str]:
     return chores
 
 
-# --- digests: what the ledger knows a row, and a segment, by
+# --- digests
 
 # An infinity has no microseconds, and must not look like NULL.
 _TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
@@ -6238,7 +6238,7 @@ FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event,
       GROUP BY part)"""
 
 
-# Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
+# A day of rows of an older table is taken for a segment, `legacy-2026-01-31`.
 SEGMENT_OR_DAY = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
 
 
@@ -6251,10 +6251,10 @@ SELECT min(key), max(key) FROM (
 GROUP BY part ORDER BY part"""
 
 
-# --- ingest: segments go into the temporary table `batch`, and from there into `logs`
+# --- ingest: through the temporary table `batch`
 
 STAGE = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
-# Of known segments: how many events the ledger has, and whether these are the first lines.
+# How many events of a known segment the ledger has, and whether these are the first lines.
 KNOWN_LINES = f"""\
 SELECT staged.segment, entered.events,
   (staged.events = entered.events AND staged.digest = entered.digest) AS same
@@ -6271,26 +6271,17 @@ STAGE_NOTHING = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
 INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 
 
-# --- entering: first into the temporary table `entries`, in order
+# --- entering: through the temporary table `entries`
 
-PREPARE_LEGACY = f"""\
-INSERT INTO entries BY NAME
-SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest FROM ({
-    digests(
-        "sound_logs",
-        f"segment IS NULL AND {SEGMENT_OR_DAY} BETWEEN $first_day AND $last_day",
-        segment=SEGMENT_OR_DAY,
-    )
-}) ORDER BY segment"""
 CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
 
-# --- verifying: the tables are read through views of known columns and types, whatever somebody made of them
+# --- verifying: through views of known columns and types
 
 TABLE_TYPES = f"""\
 SELECT lower(table_name), lower(column_name), data_type FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
-# Other types that hold the same values, as in tables that MXCP or a person made.
+# Types of columns that hold the same values.
 SAME_VALUES = {
     "TIMESTAMP": {"TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS"},
     "INTEGER": {"INTEGER", "BIGINT", "SMALLINT"},
@@ -6301,7 +6292,7 @@ SAME_VALUES = {
 
 VIEW = "is a view"
 _OUR_COLUMNS = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))  # others may be there
-# What keeps a table from being a plain one; a collation shows in the table's text alone.
+# What keeps a table from being a plain one.
 ODDITIES = f"""\
 SELECT view_name AS name, '{VIEW}' AS what FROM duckdb_views()
 WHERE {_OUR_TABLES.replace("table_name", "view_name")}
@@ -6408,7 +6399,7 @@ SAME_CONTENT = {
 }
 
 
-# --- reading: the views `table_rows` and `journal_rows` together are the log
+# --- reading
 
 JOURNAL_ROWS = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
 NEWEST_FIRST = "timestamp DESC, segment DESC, seq DESC"
@@ -6436,15 +6427,15 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # --- exports, figures, and SQL of a person's own
 
-# What spreadsheets take for a formula, also behind what is invisible, and the apostrophe itself, so that
-# removing one leading apostrophe gives every cell back as it was.
+# What spreadsheets take for a formula, also behind what is invisible, and the apostrophe, so that a cell
+# without its first one is as it was.
 _INVISIBLE = (
     r"\x01-\x20\x7f-\xa0\xad"
     "\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
     "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
 )
 FORMULA = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
-# What COPY is told for each export format, which is called as the extension of a file.
+# What COPY is told for each export format.
 _CSV = "csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)"
 COPY_OPTIONS = {
     name + suffix: f"FORMAT {options}, COMPRESSION {codec}, USE_TMP_FILE false"
@@ -6460,7 +6451,7 @@ def export_format(path: str) -> str | None:
     return next((form for form in EXPORT_FORMATS if name.endswith("." + form)), None)
 
 
-# What `stats` groups by: what is grouped, and how the group is written. Texts are grouped as they are.
+# What `stats` groups by, and how the group is written.
 _TEXT_GROUPS = "name type caller status user_id client agent address server error_type policy_decision"
 STATS_BY = {
     re.sub("_id$|_decision$", "", name).replace("_", "-"): (name, "k") for name in _TEXT_GROUPS.split()
@@ -6489,7 +6480,7 @@ FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS
 ORDER BY {order} LIMIT {count}"""
 
 
-# --- filters: which events are meant
+# --- filters
 
 
 class Filter(NamedTuple):
@@ -6629,8 +6620,7 @@ _PROCESS = os.getpid()
 
 
 def _session_settings(*, guest: bool) -> str:
-    # A guest is beside a server; its memory takes a batch of 64 MiB. The package writes a progress bar to
-    # standard output, which may be a protocol.
+    # A guest's memory takes a batch of 64 MiB. A progress bar goes to standard output: perhaps a protocol.
     return (
         "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
         f"SET enable_progress_bar = false; SET temp_directory = {sql_literal(_scratch_directory())}; "
@@ -6671,7 +6661,7 @@ def _duckdb() -> Any:
 
 
 class PackageEngine(Engine):
-    """The `duckdb` package in this process; a `guest` gets one thread and little memory."""
+    """The package in this process; a `guest` gets one thread and little memory."""
 
     name = "package"
 
@@ -6700,7 +6690,7 @@ class PackageEngine(Engine):
             raise
 
     def close(self) -> None:
-        """Close the database; in a forked child, which lacks its threads, keep it for ever."""
+        """Close the database; a forked child lacks its threads and keeps it."""
         connection, self._connection = self._connection, None
         if connection is not None and self._process_id == os.getpid():
             connection.close()
@@ -6722,6 +6712,7 @@ def decode_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=members, parse_constant=lambda name: None)
 
 
+_PATIENCE = {"PGOPTIONS": "-c lock_timeout=3000", "PGCONNECT_TIMEOUT": "10"}  # with PostgreSQL
 _COLOUR = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line that follows it
 
 
@@ -6736,7 +6727,7 @@ class CliEngine(Engine):
         self.program, self._guest = program, guest
         self.name = "package" if package else "cli"
         self._mark = os.urandom(8).hex()
-        # An empty `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`.
+        # `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`.
         ours = ("-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
         words = ("-X", "utf8", "-c", _APART, self._mark, package) if package else ours
         self._command = (program, *words)
@@ -6750,18 +6741,12 @@ class CliEngine(Engine):
         try:
             return subprocess.Popen(
                 self._command,
-                # Neither PostgreSQL nor anybody's lock on its tables is to hold us up for ever.
-                env={
-                    "PGOPTIONS": "-c lock_timeout=3000",
-                    "PGCONNECT_TIMEOUT": "10",
-                    **os.environ,
-                    "TZ": "UTC",
-                },
+                env={**_PATIENCE, **os.environ, "TZ": "UTC"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
                 umask=0o077 if hasattr(os, "fork") else -1,
-                start_new_session=not self._guest,  # Ctrl+C is ours to handle; a guest ends with its process
+                start_new_session=not self._guest,  # Ctrl+C is for us; a guest ends with its process
             )
         except OSError as error:
             raise EngineNotFoundError(f"{self.program} can't be run: {error.strerror}") from error
@@ -6810,7 +6795,7 @@ class CliEngine(Engine):
             self._complaint = complaints.read().decode("utf-8", "replace").strip()
 
 
-# The program of CliEngine's Python. The current directory must not shadow modules.
+# Run by CliEngine's Python. The current directory must not shadow modules.
 _APART = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
@@ -6847,19 +6832,19 @@ def temporary_place() -> str:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill: a directory that it makes itself, in a private one."""
+    """Return where DuckDB may spill: a directory that it makes in a private one."""
     import tempfile
 
     if not (place := temporary_place()):
         return ""  # it keeps to its memory
     owner = getattr(os, "getuid", int)()
     private = os.path.join(place, f"mxcp_audit-{owner}")
-    with contextlib.suppress(OSError):  # where it can't be made, it may not be needed
+    with contextlib.suppress(OSError):  # it may not be needed
         with contextlib.suppress(FileExistsError):
             os.mkdir(private, 0o700)
         found = os.lstat(private)
         if os.name == "posix" and (found.st_uid != owner or not stat.S_ISDIR(found.st_mode)):
-            private = tempfile.mkdtemp(prefix="mxcp_audit-")  # somebody else was there first
+            private = tempfile.mkdtemp(prefix="mxcp_audit-")
     return os.path.join(private, f"{os.getpid()}-{os.urandom(4).hex()}")
 
 
@@ -6870,7 +6855,7 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     """Return the path of the `duckdb` program, None if there is none."""
     import shutil
 
-    # The package's own `duckdb` on PATH is a Python wrapper, which costs an interpreter's start.
+    # The package's own `duckdb` on PATH is a wrapper in Python, and slow.
     paths = (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe"))
     ours = next((path for path in paths if path and os.access(path, os.X_OK)), None)
     named = environ.get("MXCP_AUDIT_DUCKDB")
@@ -6929,8 +6914,8 @@ def open_engine(
 # === Store ===
 # depends on: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines
 #
-# The log as a whole: table and journal. Every event gets into the table exactly once, is seen exactly once
-# while it does, and leaves only by a purge that is entered.
+# Table and journal as one log. An event gets into the table once, is seen once meanwhile, and leaves by a
+# purge that is entered.
 
 # == Target ==
 # depends on: Errors, Config, Events, Journal, SQL, Engines
@@ -6987,7 +6972,7 @@ def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
 
 
 def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManager[str]:
-    """Make a private temporary directory, in `beside` if the system has no place for such."""
+    """Make a private temporary directory, in `beside` if there is no place for such."""
     import tempfile
 
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
@@ -7014,22 +6999,22 @@ def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]
         load_extensions(engine, target, options)
         if re.match("postgres(ql)?://", target.lower()):
             options = {"TYPE": "postgres", **options}
-    else:  # without the type DuckDB would look for an extension that reads SQLite
+    else:  # without the type DuckDB would look for SQLite's extension
         options = {**options, "TYPE": "duckdb"}
         if "ENCRYPTION_KEY" in options and "READ_ONLY" not in options:
-            load_extensions(engine, "https:", {})  # DuckDB itself only reads what is encrypted
+            load_extensions(engine, "https:", {})  # DuckDB itself only decrypts
     words = ", ".join(f"{option} {sql_literal(value)}" for option, value in options.items())
     engine.execute(f"ATTACH {sql_literal(target)} AS {name}{f' ({words})' if words else ''}")
 
 
-_ATTACHED: dict[tuple[int, str], object] = {}  # by process, because a fork copies it
+_ATTACHED: dict[tuple[int, str], object] = {}  # by process
 
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
     """Let one thread attach a file: DuckDB's lock is the process's, not the reader's."""
     key, mine = (os.getpid(), os.path.realpath(path)), object()
-    if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
+    if _ATTACHED.setdefault(key, mine) is not mine:  # in one step
         raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
     try:
         yield
@@ -7052,7 +7037,7 @@ class Target:
         self.options = {name.upper(): value for name, value in config.attach.items()}
         self.new_file = {**({} if "ENCRYPTION_KEY" in self.options else NEW_FILE), **self.options}
         self._group = config.group
-        self.commits: list[int] = []  # of a lake, by their numbers, since it was tended
+        self.commits: list[int] = []  # of a lake, since it was tended
         if not self.is_file:
             opener = functools.partial(opener, apart=True)
         self.open_engine: Callable[..., Engine] = opener
@@ -7098,7 +7083,7 @@ class Target:
                 explained = self._explained(error) if isinstance(error, StoreError) else error
                 if explained is error:
                     raise
-                # Causes repeat connection strings, and with them passwords.
+                # Causes may repeat passwords.
                 raise explained from (error if self.is_file else None)
 
     def _attach(self, engine: Engine, *, read_only: bool) -> None:
@@ -7151,7 +7136,7 @@ class Target:
         with contextlib.suppress(OSError):
             if not _size_of(wal):
                 os.unlink(mark)
-                os.unlink(wal)  # nothing was written: leave nothing behind
+                os.unlink(wal)  # nothing was written
 
     def set_wal_aside(self) -> str | None:
         """Rename a damaged WAL whose content is in the journal; None if it holds more."""
@@ -7163,12 +7148,12 @@ class Target:
         return None
 
     def _attach_options(self, read_only: bool) -> dict[str, object]:
-        # What adds fewer rows stays in the catalogue of a lake at first.
+        # Fewer rows stay in the catalogue of a lake at first.
         ours = {"DATA_INLINING_ROW_LIMIT": 1000} if self.is_lake and not read_only else {}
         return {**ours, **self.options, **({"READ_ONLY": True} if read_only else {})}
 
     def _make_file(self, engine: Engine) -> None:
-        """Make an empty database; the ingest lock keeps others from the scratch name."""
+        """Make an empty database; the caller holds the ingest lock."""
         if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
         place = os.path.realpath(self.path)  # a link stays one
@@ -7203,7 +7188,7 @@ class Target:
         return column_types(engine, sql)
 
     def oddities(self, engine: Engine) -> list[str]:
-        """Return why our tables aren't plain ones and may show what nobody recorded."""
+        """Return why our tables may show what nobody recorded."""
         sql = ODDITIES
         if self.is_postgres:
             asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self.schema)))
@@ -7227,7 +7212,7 @@ class Target:
                     engine.execute(chore)
 
     def create_tables(self, engine: Engine) -> None:
-        """Make missing tables and columns, and what lets two ingests of a journal collide."""
+        """Make missing tables and columns, and what two ingests of a journal collide at."""
         present = self.columns(engine)
         if "logs" not in present:
             engine.execute(CREATE_LOGS)
@@ -7246,7 +7231,7 @@ class Target:
 
     def signature(self) -> object:
         """Return what differs after every ingest; None while that can't be told."""
-        if not self.is_file:  # it doesn't show from outside whether it changed: look every 2 s
+        if not self.is_file:  # a change doesn't show from outside: look every 2 s
             return time.monotonic() // 2
         stamps = []
         for path in (self.path, self.path + ".wal"):
@@ -7270,7 +7255,7 @@ def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, 
 
 # --- targets that are no file
 
-# What words before a colon mean, besides what `duckdb_extensions()` knows.
+# What `duckdb_extensions()` doesn't know of words before a colon.
 _EXTENSIONS = {"postgresql": "postgres", "quack": "httpfs", "gs": "httpfs", "gcs": "httpfs", "r2": "httpfs"}
 
 
@@ -7279,26 +7264,26 @@ def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) 
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
     words += [_EXTENSIONS[word] for word in words if word in _EXTENSIONS]
-    engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
+    engine.execute("SET autoload_known_extensions = true")  # for what these load in turn
     sql = f"""\
 SELECT extension_name, installed, library_version FROM duckdb_extensions(), pragma_version()
 WHERE NOT loaded AND list_has_any([extension_name] || aliases, {sql_literal(words)}) ORDER BY ALL"""
     for name, is_installed, version in engine.execute(sql):
         file = file_of_package(f"duckdb_extension_{name}", "extensions", version, f"{name}.duckdb_extension")
         if not (is_installed or file):
-            text = f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
-            text += f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
-            raise DatabaseUnreachableError(text)
+            package = f"duckdb-extension-{name.replace('_', '-')}=={version[1:]}"
+            text = f"lacks its extension {name}: run `INSTALL {name}` in it once, or pip install {package}"
+            raise DatabaseUnreachableError(f"DuckDB {version} {text}")
         engine.execute(f"LOAD {name if is_installed else sql_literal(file)}")
-    if "postgres" in words:  # it refuses a batch for one NUL, which a foreign journal may hold
+    if "postgres" in words:  # it would refuse a batch for one NUL
         engine.execute("SET pg_null_byte_replacement = chr(65533)")
 
 
 # == Ledger ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target
 #
-# What is in the database, sealed: docs/security.md says what this proves. Everything that changes `logs`
-# does it in `Ledger.writing`, and enters there what it did.
+# What is in the database, sealed (docs/security.md). What changes `logs` does it in `Ledger.writing`, and
+# enters what it did.
 
 
 class Head(NamedTuple):
@@ -7317,7 +7302,7 @@ _KEYED = "k:"  # marks a seal that was made with a key
 
 def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
     """Return the keys of the chain, of which the first one seals."""
-    import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
+    import hashlib  # it loads OpenSSL, which takes 4 ms
 
     path, problem = environ.get("MXCP_AUDIT_KEY_FILE"), None
     lines = [environ.get("MXCP_AUDIT_KEY", "").encode("utf-8", "surrogateescape")]
@@ -7333,7 +7318,7 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
             problem = "the key file is empty; write a key on its first line"
         if problem:
             raise ConfigError(problem, path=path)
-    # Not the keys themselves: redaction shows HMACs with the first, of texts that callers choose.
+    # Not the keys themselves: redaction shows HMACs with the first.
     return tuple(hashlib.sha256(b"mxcp_audit seal\0" + line).digest() for line in lines if line)
 
 
@@ -7407,7 +7392,12 @@ class Ledger(Target):
         if is_ledger_empty(engine):
             engine.execute(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
             for first, last in engine.execute(ranges("segment IS NULL"), {"size": _LEGACY_ROWS}):
-                engine.execute(PREPARE_LEGACY, {"first_day": first, "last_day": last})
+                days = f"segment IS NULL AND {SEGMENT_OR_DAY} BETWEEN '{first}' AND '{last}'"
+                legacy = digests("sound_logs", days, segment=SEGMENT_OR_DAY)
+                engine.execute(
+                    "INSERT INTO entries BY NAME SELECT 'legacy' AS kind, segment, events, first_event, "
+                    f"last_event, digest FROM ({legacy}) ORDER BY segment"
+                )
         for sql in entries:
             engine.execute(sql)
         engine.execute(
@@ -7458,12 +7448,12 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 # == Ingest ==
 # depends on: Errors, Encoding, Journal, Writer, SQL, Engines, Target, Ledger
 #
-# Moves segments into `logs` exactly once, as docs/design.md tells. The caller holds the ingest lock.
+# Moves segments into `logs` exactly once (docs/design.md). The caller holds the ingest lock.
 
-INGEST_BYTES = 64 * 2**20  # of journal in one transaction: fits a guest's memory
+INGEST_BYTES = 64 * 2**20  # in one transaction: fits a guest's memory
 _LONGEST_READ = 2**25  # a longer line is put aside: DuckDB needs several times its size
 _LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
-_CONFLICT_SECONDS = 1.5  # an ingest is tried again while other hosts write at the same time
+_CONFLICT_SECONDS = 1.5  # tries while other hosts write, too
 
 
 class Ingest:
@@ -7476,7 +7466,7 @@ class Ingest:
 
     def run(self) -> list[JournalError]:
         """Ingest everything that can be claimed."""
-        seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
+        seen: set[str] = set()  # an undeletable one would be claimed for ever
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
             is_more = self._journal.take_unfinished()
@@ -7505,7 +7495,7 @@ class Ingest:
         except QueryError as error:
             if not is_data_fault(error) or len(claims) < 2:
                 raise
-            half = len(claims) // 2  # one of them needs too much memory, or is damaged beyond counting
+            half = len(claims) // 2  # one of them is damaged, or needs too much memory
             self._take(claims[:half], lost)
             self._take(claims[half:], {})
             return
@@ -7593,7 +7583,7 @@ class Ingest:
                 entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
                 where = among("segment", known)
                 engine.execute(f"DELETE FROM batch WHERE {where}")
-                if target.is_file:  # the next checkpoint writes: after a failed fsync the disk may lack it
+                if target.is_file:  # let the checkpoint write: after a failed fsync the disk may lack it
                     touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
                     engine.execute(f"{touch} AND {where}")
             losses = {**losses, **self._put_aside_late(engine, claims)}
@@ -7613,7 +7603,7 @@ class Ingest:
         return set(fresh)
 
     def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Put aside the ends of calls on record as unfinished; return how many of each segment."""
+        """Put aside the ends of calls on record as unfinished; count them by segment."""
         calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
         if not calls:
             return {}
@@ -7662,14 +7652,13 @@ def refuse_fatal_limit() -> None:
 
     fatal = getattr(signal, "SIGXFSZ", None)
     if fatal and signal.getsignal(fatal) is signal.SIG_DFL and file_size_limit() != float("inf"):
-        text = "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
-        raise StoreError(text)
+        raise StoreError("RLIMIT_FSIZE is set and SIGXFSZ kills; lift one. Events wait in the journal")
 
 
 # == Reading ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Table and journal as one log, in which every event is seen once, as docs/design.md tells.
+# Table and journal as one log, in which every event is seen once (docs/design.md).
 
 
 class Reading:
@@ -7681,8 +7670,8 @@ class Reading:
         self._target = target
         self._journal = target.journal
         self.problem: StoreError | None = None
-        self.schema: str | None = None  # of a PostgreSQL table whose first rows PostgreSQL itself selects
-        self.oddities: list[str] = []  # as `Target.oddities`
+        self.schema: str | None = None  # in which PostgreSQL itself selects first rows
+        self.oddities: list[str] = []
         self.has_table = self.has_journal = self.has_ledger = self.has_running = self._is_attached = False
 
     def open(self, wait: float) -> contextlib.ExitStack:
@@ -7691,12 +7680,10 @@ class Reading:
             try:
                 self.problem = None
                 return self._open_both()
-            except DatabaseNotFoundError as error:
-                if not self._target.is_file:
+            except (DatabaseLockedError, DatabaseNotFoundError) as error:
+                if isinstance(error, DatabaseNotFoundError) and not self._target.is_file:
                     break
-                self.problem = error  # the file appeared, or vanished, between our look and DuckDB's
-            except DatabaseLockedError as error:
-                self.problem = error
+                self.problem = error  # a file may appear, or vanish, between our look and DuckDB's
             except (DatabaseCorruptError, DatabaseUnreachableError) as error:
                 self.problem = error
                 break
@@ -7722,7 +7709,7 @@ class Reading:
             self.schema = target.schema if target.is_postgres else None
             present = target.columns(self.engine)
             self.oddities = target.oddities(self.engine)
-            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file of this user
+            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
                 present = {}
                 self.problem = StoreError(f"{target.name}: what should be a table is a view, and is not read")
             self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
@@ -7730,26 +7717,26 @@ class Reading:
             return stack.pop_all()
 
     def _segments(self) -> list[str]:
-        """Return the segments, and files of what the next ingest adds for unfinished calls."""
+        """Return the segments, and files of ends that unfinished calls will get."""
         left = {}
         for path, lines in self._journal.unfinished():
             if lines:
                 left[path] = os.path.join(self._folder, os.path.basename(path))
                 replace_file(left[path], lines)
-        segments = self._journal.segments()  # later, so that a call that ends in between is seen once
+        segments = self._journal.segments()  # later: a call may end in between
         return [*segments, *(left[path] for path in left.keys() - set(segments))]
 
     def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
         """Keep ingests out where no lock on the database does; False if one runs."""
         try:
             return stack.enter_context(self._journal.ingest_lock(shared=True))
-        except JournalError:  # this user may only read the journal; go on without a lock
+        except JournalError:  # this user may only read the journal
             return True
 
     # --- asking and exporting
 
     def open_running(self, lines: bytes) -> None:
-        """Define the view `running_rows` of calls that run, with status running and seq 0."""
+        """Define the view `running_rows` of calls that run, with seq 0."""
         self.has_running = bool(lines)
         path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
         if lines:
@@ -7760,7 +7747,7 @@ class Reading:
         """Define the views `table_rows` and `journal_rows`."""
         self.has_table = table is not None
         if table is None or dict(COLUMNS) != table:
-            self.schema = None  # PostgreSQL knows no columns that are converted, or missing
+            self.schema = None  # PostgreSQL lacks what is converted
         files = combine(segments, self._folder)
         self.has_journal = bool(files)
         self._define("table_rows", sound_rows(table or {}))
@@ -7778,7 +7765,7 @@ class Reading:
         self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
     ) -> str:
         """Return the query of the events; `running`: of running calls, None: of both."""
-        # The limit is in each part: on the union alone it is 40 times slower on 10 million rows.
+        # A limit on the union alone is 40 times slower on 10 million rows.
         where, table, tail = what.where(), "table_rows", ""
         if count is not None:
             tail = f" ORDER BY {order} LIMIT {count}"
@@ -7810,12 +7797,12 @@ class Reading:
         return self.engine.execute(stats_query(self._source(what, running=None), by, sort, count))
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
-        """Run a query of ours over `events`, the matching ones with all columns and their id."""
+        """Run a query over `events`, the matching ones with their ids."""
         events = f"WITH events AS (SELECT *, {EVENT_ID} AS event_id FROM ({self._source(what)}))"
         return self.engine.execute(f"{events} {sql}")
 
     def around(self, session: str, event_id: str, count: int) -> list[Row]:
-        """Return an event with up to `count` events of its session before and after it."""
+        """Return an event and up to `count` of its session before and after it."""
         sql = f"""\
 SELECT {public_select()} FROM (
   SELECT *, max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine
@@ -7876,7 +7863,7 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
         bom: bool = False,
     ) -> int:
         """Write matching events to a file, whole or not at all; return their number."""
-        self.freeze_journal()  # or the two queries below would see two ends of a live segment
+        self.freeze_journal()  # two queries see the same
         ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
         columns = _NAMES
         if form != "duckdb":
@@ -7908,7 +7895,7 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
                 file.executemany(f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql))
         elif form == "duckdb":
             if self._is_attached and not self._target.is_file:
-                # Others go on writing to it: in its transaction nothing but a temporary table can be made.
+                # In its transaction nothing but a temporary table can be made.
                 execute(f"CREATE TEMP TABLE exported AS {sql}")
                 execute("COMMIT")
                 sql = "SELECT * FROM exported"
@@ -7921,7 +7908,7 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
 
 
 def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
-    """Return the first rows by PostgreSQL, which DuckDB hands no ORDER BY and no LIMIT."""
+    """Return the first rows by PostgreSQL: DuckDB hands it no ORDER BY and no LIMIT."""
     table = f'''SELECT * FROM "{schema.replace('"', '""')}".logs WHERE {where} AND timestamp IS'''
     way = "" if oldest_first else " DESC"
     order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
@@ -7930,7 +7917,7 @@ def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -
 
 
 def journal_rows(files: Sequence[str], size: int) -> str:
-    """Return the SELECT of the events in segment files, the largest of which has `size` bytes."""
+    """Return the SELECT of the events in files of up to `size` bytes."""
     longest = max(LONGEST_LINE, size + 1)
     return bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else NO_ROWS
 
