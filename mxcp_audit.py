@@ -6254,19 +6254,16 @@ GROUP BY part ORDER BY part"""
 # --- ingest: through the temporary table `batch`
 
 STAGE = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
-# How many events of a known segment the ledger has, and whether these are the first lines.
+# How many events of a known segment the ledger has, if these are its first lines.
 KNOWN_LINES = f"""\
-SELECT staged.segment, entered.events,
-  (staged.events = entered.events AND staged.digest = entered.digest) AS same
-FROM ({
+SELECT segment, events FROM ({
     digests(
         "batch JOIN (SELECT segment AS known, max(events) AS most FROM audit.ledger WHERE kind = 'segment' "
         "AND segment IN (SELECT unnest($segments)) GROUP BY segment) ON segment = known",
         "seq <= most",
         order="seq",
     )
-}) AS staged
-JOIN audit.ledger AS entered ON entered.segment = staged.segment AND entered.kind = 'segment'"""
+}) SEMI JOIN (SELECT segment, digest FROM audit.ledger WHERE kind = 'segment') USING (segment, digest)"""
 STAGE_NOTHING = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
 INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 
@@ -7051,7 +7048,7 @@ class Target:
 
             def enter() -> None:
                 if self.is_absent():
-                    text = "correct the path, or run `ingest` if events wait in its journal"
+                    text = "correct the path, or run `ingest` if events wait"
                     raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
                 stack.enter_context(self.attached(engine, read_only=read_only))
 
@@ -7087,12 +7084,14 @@ class Target:
                 raise explained from (error if self.is_file else None)
 
     def _attach(self, engine: Engine, *, read_only: bool) -> None:
-        options = self._attach_options(read_only)
+        options = {**self.options, **({"READ_ONLY": True} if read_only else {})}
         if self.is_file:
             if not read_only and self.is_absent():
                 self._make_file(engine)
             attach(engine, self.path, "audit", options)
             return
+        if self.is_lake and not read_only:  # fewer rows stay in its catalogue at first
+            options = {"DATA_INLINING_ROW_LIMIT": 1000, **options}
         if self._is_quack and not read_only:
             text = "it has no transactions; write to a file, DuckLake or PostgreSQL"
             raise StoreError(f"quack: is for reading only: {text}")
@@ -7146,11 +7145,6 @@ class Target:
             os.rename(self.path + ".wal", aside)
             return aside
         return None
-
-    def _attach_options(self, read_only: bool) -> dict[str, object]:
-        # Fewer rows stay in the catalogue of a lake at first.
-        ours = {"DATA_INLINING_ROW_LIMIT": 1000} if self.is_lake and not read_only else {}
-        return {**ours, **self.options, **({"READ_ONLY": True} if read_only else {})}
 
     def _make_file(self, engine: Engine) -> None:
         """Make an empty database; the caller holds the ingest lock."""
@@ -7627,18 +7621,17 @@ SELECT DISTINCT {call_of} AS call FROM audit.logs WHERE timestamp >= coalesce({s
 
     def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[str]:
         """Keep lines of known segments that the ledger lacks: a cloned host continues a copy."""
-        asked = {"segments": [claim.id for claim in claims]}
-        same = {segment: (events, is_same) for segment, events, is_same in engine.execute(KNOWN_LINES, asked)}
+        same: dict[str, int] = dict(engine.execute(KNOWN_LINES, {"segments": [claim.id for claim in claims]}))
         for claim in claims:
             lines = read_file(claim.path).split(b"\n")[:-1]
-            events, is_same = same.get(claim.id, (0, False))
-            if is_same and len(lines) > events:
+            events = same.get(claim.id)
+            if events is not None and len(lines) > events:
                 more = self._journal.open_segment()
                 rest = [_LINE_SEQ.sub(b"", line) for line in lines[events:]]
                 numbered = [finish_line(line, seq) for seq, line in enumerate(rest, 1)]
                 more.append(b"".join(numbered), len(rest), durable=True)
                 more.seal()
-            elif not is_same and lines:
+            elif events is None and lines:
                 reason = "the ledger knows a segment of this name with other lines"
                 claim.reject((number, reason, line) for number, line in enumerate(lines, 1))
                 text = f"{reason}; these are kept in the journal as .rejected"
@@ -7775,10 +7768,12 @@ class Reading:
         views += [] if running is False else ["running_rows"]
         return " UNION ALL BY NAME ".join(f"(SELECT * FROM {view} WHERE {where}{tail})" for view in views)
 
-    def _select(self, columns: str, what: Filter, count: int | None, oldest_first: bool) -> str:
+    def _select(
+        self, columns: str, what: Filter, count: int | None, oldest_first: bool, *, running: bool = False
+    ) -> str:
         order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
         tail = "" if count is None else f" LIMIT {count}"
-        source = self._source(what, count, order)
+        source = self._source(what, count, order, running=running)
         return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})"
 
     def rows(
@@ -7789,8 +7784,7 @@ class Reading:
 
     def running(self, what: Filter, *, count: int = 100) -> list[Row]:
         """Return matching calls that run on this host, oldest first."""
-        source = self._source(what, count, OLDEST_FIRST, running=True)
-        return self.engine.execute(f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}")
+        return self.engine.execute(self._select(public_select(), what, count, True, running=True))
 
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
         """Return a row for each group of events: its name, then STATS_COLUMNS."""
