@@ -7019,6 +7019,17 @@ def _alone_in_process(path: str) -> Iterator[None]:
         del _ATTACHED[key]
 
 
+# Who holds up what ended by PostgreSQL's lock timeout: `pg_blocking_pids` tells only while we wait.
+LOCK_HOLDER = """\
+FROM postgres_query('{0}', $$
+SELECT concat_ws(', ', 'PID ' || pid, usename, nullif(application_name, ''),
+  state || ' since ' || state_change::timestamptz(0))
+FROM pg_stat_activity JOIN pg_locks USING (pid)
+WHERE granted AND relation::regclass::text ~ 'logs|ledger|ducklake' AND pid <> pg_backend_pid()
+  AND mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock')
+  AND datname = current_database() ORDER BY xact_start LIMIT 1$$)"""
+
+
 class Target:
     """The database of a configuration."""
 
@@ -7119,6 +7130,12 @@ class Target:
         if self.name in text:
             return kind(text)
         text = postgres_message(text)
+        if "due to lock timeout" in text:
+            catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
+            with contextlib.suppress(StoreError), contextlib.closing(self.open_engine()) as engine:
+                attach(engine, self.path, "audit", {**self.options, "READ_ONLY": True})
+                for (holder,) in engine.execute(LOCK_HOLDER.format(catalogue)):
+                    text += f" (held by {holder})"
         return kind(f"{self.name}: {text}{remedy and '; '}{remedy}")
 
     @contextlib.contextmanager

@@ -618,6 +618,7 @@ def test_lock_of_somebody_else_holds_nothing_up(
         for command in ("ingest --wait 0", "stats --wait 0"):
             done = host.cli(*command.split())
             assert done.returncode == 75 and "lock timeout" in done.stderr, done
+            assert re.search(r"held by PID \d+, audit, psql, idle in transaction since 2", done.stderr), done
     finally:
         holder.kill()
         holder.communicate()
