@@ -5827,8 +5827,8 @@ if hasattr(os, "register_at_fork"):
 # === SQL ===
 # depends on: Errors, Events, Journal
 #
-# Everything above records, everything below reads. A statement has `$name` parameters or literals, never
-# both, because a literal may hold a `$name`. The target is attached as `audit`.
+# A statement has `$name` parameters or literals, never both, because a literal may hold a `$name`. The target
+# is attached as `audit`.
 
 
 def sql_literal(value: object) -> str:
@@ -5836,7 +5836,7 @@ def sql_literal(value: object) -> str:
     if value is None:
         return "NULL"
     if isinstance(value, int):
-        return str(value).lower()  # of a bool, too
+        return str(value).lower()
     if isinstance(value, (list, tuple)):
         return "[" + ", ".join(map(sql_literal, value)) + "]" + ("" if value else "::VARCHAR[]")
     if not isinstance(value, str):
@@ -5866,7 +5866,7 @@ def among(column: str, values: Iterable[object]) -> str:
 _NAMES = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
 _ISO_FORMAT = "'%Y-%m-%dT%H:%M:%S.%fZ'"
-# The lines of segments. Nothing is detected: versions differ in types, and `name=x` in a path is no value.
+# Nothing is detected: versions differ in types, and `name=x` in a path is no value.
 _LINES = f"""\
 SELECT * EXCLUDE (filename) REPLACE
   (CASE parse_filename(filename, true) WHEN '{COMBINED}' THEN segment ELSE parse_filename(filename, true) END
@@ -5874,17 +5874,17 @@ SELECT * EXCLUDE (filename) REPLACE
 FROM read_json($files, format = 'newline_delimited', filename = true, hive_partitioning = false,
   columns = {{{", ".join(f"{name}: '{sql_type}'" for name, sql_type in COLUMNS)}}},
   maximum_object_size = $longest, ignore_errors = $lenient)"""
-LONGEST_LINE = 2**20  # DuckDB sets aside twice this; more where a segment has a longer line
+LONGEST_LINE = 2**20  # more where a segment has a longer line
 
 
-# --- tables: making and finding them, in a file or elsewhere
+# --- tables
 
 # Other schemas of a shared target may have tables of the same names.
 _OUR_TABLES = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
 CREATE_LOGS = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
-# docs/security.md tells what these columns mean, and tools/verify_independently.py knows it from there.
+# docs/security.md tells what these columns mean.
 LEDGER_DEFINITIONS = (
     "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
     "last_event TIMESTAMP, digest VARCHAR, marks VARCHAR, detail VARCHAR, host VARCHAR, "
@@ -5892,7 +5892,7 @@ LEDGER_DEFINITIONS = (
 )
 LEDGER_COLUMNS = tuple(Column(*words.split()) for words in LEDGER_DEFINITIONS.split(", "))
 CREATE_LEDGER = f"CREATE TABLE IF NOT EXISTS audit.ledger ({LEDGER_DEFINITIONS})"
-# Somebody may still read what was replaced. Only of a lake that has no other tables.
+# Somebody may still read what was replaced.
 LAKE_CLEANING = (
     "CALL ducklake_expire_snapshots('audit', older_than => now() - INTERVAL 7 DAYS)",
     "CALL ducklake_cleanup_old_files('audit', older_than => now() - INTERVAL 2 DAYS)",
@@ -5900,7 +5900,7 @@ LAKE_CLEANING = (
 
 
 def lake_chores(commit: int) -> list[str]:
-    """Return the chores after a commit of a lake: every 256th merges small files, every 4,096th larger."""
+    """Return the chores after a commit: each 256th merges small files, each 4,096th larger."""
     if commit % 256:
         return []
     size, chores = (2**20, []) if commit % 4096 else (2**26, [*LAKE_CLEANING])
@@ -5910,14 +5910,14 @@ def lake_chores(commit: int) -> list[str]:
     return chores
 
 
-# --- digests: what the ledger knows a row, and a segment, by
+# --- digests
 
 # An infinity has no microseconds, and must not look like NULL.
 _TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
 
 
 def row_hash(columns: Sequence[Column]) -> str:
-    """Return the SQL of a row's hash (docs/security.md); an event's lacks the segment: a tenth less work."""
+    """Return the SQL of a row's hash (docs/security.md); an event's lacks the segment."""
     new = NEW_COLUMNS if columns is COLUMNS else ()
     numbers = {"TIMESTAMP": _TIME_NUMBER, "VARCHAR": "strlen({0})"}
     old = [column for column in columns if column not in new]
@@ -5936,7 +5936,7 @@ ENTRY_HASH = row_hash(LEDGER_COLUMNS[:-1])
 def digests(
     source: str, condition: str = "true", *, segment: str = "segment", order: str = "seq, hash"
 ) -> str:
-    """Return the SELECT of what the ledger says of segments; of unique seqs, `order` is seq: a tenth less."""
+    """Return the SELECT of what the ledger says of segments."""
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
   CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
@@ -5946,7 +5946,7 @@ FROM (SELECT part AS segment, count(*) AS events, min(timestamp) AS first_event,
       GROUP BY part)"""
 
 
-# Rows of an older table belong to no segment: a day of them is taken for one, `legacy-2026-01-31`.
+# A day of rows of an older table is taken for a segment, `legacy-2026-01-31`.
 SEGMENT_OR_DAY = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'legacy-')"
 
 
@@ -5959,51 +5959,34 @@ SELECT min(key), max(key) FROM (
 GROUP BY part ORDER BY part"""
 
 
-# --- ingest: segments go into the temporary table `batch`, and from there into `logs`
+# --- ingest: through the temporary table `batch`
 
 STAGE = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
-# Of known segments: how many events the ledger has, and whether these are the first lines.
+# How many events of a known segment the ledger has, if these are its first lines.
 KNOWN_LINES = f"""\
-SELECT staged.segment, entered.events,
-  (staged.events = entered.events AND staged.digest = entered.digest) AS same
-FROM ({
+SELECT segment, events FROM ({
     digests(
         "batch JOIN (SELECT segment AS known, max(events) AS most FROM audit.ledger WHERE kind = 'segment' "
         "AND segment IN (SELECT unnest($segments)) GROUP BY segment) ON segment = known",
         "seq <= most",
         order="seq",
     )
-}) AS staged
-JOIN audit.ledger AS entered ON entered.segment = staged.segment AND entered.kind = 'segment'"""
+}) SEMI JOIN (SELECT segment, digest FROM audit.ledger WHERE kind = 'segment') USING (segment, digest)"""
 STAGE_NOTHING = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
 INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 
 
-# --- entering: first into the temporary table `entries`, in order
+# --- entering: through the temporary table `entries`
 
-SEAL_AT = "SELECT max(seal) FROM audit.ledger WHERE journal = $journal AND position = $position"
-PREPARE_LEGACY = f"""\
-INSERT INTO entries BY NAME
-SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest FROM ({
-    digests(
-        "sound_logs",
-        f"segment IS NULL AND {SEGMENT_OR_DAY} BETWEEN $first_day AND $last_day",
-        segment=SEGMENT_OR_DAY,
-    )
-}) ORDER BY segment"""
-PREPARE_SEGMENTS = f"""\
-INSERT INTO entries BY NAME SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events,
-  first_event, last_event, digest, marks
-FROM ({{}}) LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed ORDER BY claimed"""
 CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
 
-# --- verifying: the tables are read through views of known columns and types, whatever somebody made of them
+# --- verifying: through views of known columns and types
 
 TABLE_TYPES = f"""\
 SELECT lower(table_name), lower(column_name), data_type FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
-# Other types that hold the same values, as in tables that MXCP or a person made.
+# Types of columns that hold the same values.
 SAME_VALUES = {
     "TIMESTAMP": {"TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS"},
     "INTEGER": {"INTEGER", "BIGINT", "SMALLINT"},
@@ -6014,7 +5997,7 @@ SAME_VALUES = {
 
 VIEW = "is a view"
 _OUR_COLUMNS = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))  # others may be there
-# What keeps a table from being a plain one; a collation shows in the table's text alone.
+# What keeps a table from being a plain one.
 ODDITIES = f"""\
 SELECT view_name AS name, '{VIEW}' AS what FROM duckdb_views()
 WHERE {_OUR_TABLES.replace("table_name", "view_name")}
@@ -6031,15 +6014,6 @@ SELECT relname AS name, CASE WHEN relkind NOT IN ('r', 'p') THEN 'is no table'
     AND (atthasdef OR attcollation NOT IN (0, (SELECT oid FROM pg_collation WHERE collname = 'default'))))
   THEN 'has a column that is computed, or has a default or a collation' END AS what
 FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnamespace({{0}})"""
-# Who holds a lock that a statement of ours may have waited for; `{0}` is the attached PostgreSQL.
-LOCK_HOLDER = """\
-SELECT holder FROM postgres_query('{0}', $$
-SELECT concat('PID ', pid, ', ', usename, ', ', nullif(application_name, '') || ', ', state, ' since ',
-  to_char(state_change AT TIME ZONE 'UTC', 'YYYY-MM-DD"T"HH24:MI:SS"Z"')) AS holder
-FROM pg_stat_activity JOIN pg_locks USING (pid)
-WHERE granted AND relation >= 16384 AND mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareLock',
-  'ShareRowExclusiveLock') AND pid <> pg_backend_pid() AND datname = current_database()
-ORDER BY xact_start LIMIT 1$$)"""
 
 
 def sound_rows(
@@ -6085,7 +6059,7 @@ WHERE kind IN ('segment', 'legacy')
 
 
 def comparison(*, scoped: bool) -> str:
-    """Return the SELECT that compares segments of ledger and `logs`; only differences if not `scoped`."""
+    """Return the SELECT that compares segments of ledger and `logs`, all if `scoped`."""
     inside = "($low IS NULL OR {0} > $low) AND ($high IS NULL OR {0} <= $high)"
     inside += " AND {0} IN (SELECT segment FROM scope)" if scoped else ""
     found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
@@ -6130,13 +6104,9 @@ SAME_CONTENT = {
 }
 
 
-# --- reading: the views `table_rows` and `journal_rows` together are the log
+# --- reading
 
 JOURNAL_ROWS = f"SELECT * FROM ({_LINES}) WHERE seq IS NOT NULL AND timestamp IS NOT NULL"
-# When lost events were entered, how many, and why.
-LOSSES = f"""\
-SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events, coalesce(detail, '') AS detail
-FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
 NEWEST_FIRST = "timestamp DESC, segment DESC, seq DESC"
 OLDEST_FIRST = "timestamp, segment, seq"
 PUBLIC_COLUMNS = (*(column.name for column in COLUMNS[:-2]), "event_id")
@@ -6162,15 +6132,15 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # --- exports, figures, and SQL of a person's own
 
-# What spreadsheets take for a formula, also behind what is invisible, and the apostrophe itself, so that
-# removing one leading apostrophe gives every cell back as it was.
+# What spreadsheets take for a formula, also behind what is invisible, and the apostrophe, so that a cell
+# without its first one is as it was.
 _INVISIBLE = (
     r"\x01-\x20\x7f-\xa0\xad"
     "\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
     "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
 )
 FORMULA = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
-# What COPY is told for each export format, which is called as the extension of a file.
+# What COPY is told for each export format.
 _CSV = "csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)"
 COPY_OPTIONS = {
     name + suffix: f"FORMAT {options}, COMPRESSION {codec}, USE_TMP_FILE false"
@@ -6186,7 +6156,7 @@ def export_format(path: str) -> str | None:
     return next((form for form in EXPORT_FORMATS if name.endswith("." + form)), None)
 
 
-# What `stats` groups by: what is grouped, and how the group is written. Texts are grouped as they are.
+# What `stats` groups by, and how the group is written.
 _TEXT_GROUPS = "name type caller status user_id client agent address server error_type policy_decision"
 STATS_BY = {
     re.sub("_id$|_decision$", "", name).replace("_", "-"): (name, "k") for name in _TEXT_GROUPS.split()
@@ -6194,17 +6164,6 @@ STATS_BY = {
     "hour": ("date_trunc('hour', timestamp)", "strftime(k, '%Y-%m-%dT%H:00Z')"),
     "day": ("date_trunc('day', timestamp)", "strftime(k, '%Y-%m-%d')"),
 }
-_STATS = """\
-SELECT {shown} AS k, calls, errors, denied, q[1] AS p50_ms, q[2] AS p95_ms, q[3] AS p99_ms, max_ms,
-  strftime(first_at, {iso}) AS first_seen, strftime(last_at, {iso}) AS last_seen, running
-FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
-        count(*) FILTER (WHERE status = 'error') AS errors,
-        count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
-        quantile_disc(nullif(over_ms, -1), [0.5, 0.95, 0.99]) AS q, max(nullif(over_ms, -1)) AS max_ms,
-        min(timestamp) AS first_at, max(timestamp) AS last_at
-      FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
-            FROM ({source})) GROUP BY ALL)
-ORDER BY {order} LIMIT {count}"""
 _FIGURES = ("calls", "errors", "denied", "p50_ms", "p95_ms", "p99_ms", "max_ms")
 STATS_COLUMNS = (*_FIGURES, "first_seen", "last_seen", "running")
 
@@ -6213,17 +6172,20 @@ def stats_query(source: str, by: str, sort: str, count: int) -> str:
     """Return the query of one row a group: the group as text, then STATS_COLUMNS."""
     group, shown = STATS_BY[by]
     order = "k DESC" if by in ("hour", "day") else f"{sort} DESC NULLS LAST, k"
-    return _STATS.format(shown=shown, group=group, source=source, order=order, count=count, iso=_ISO_FORMAT)
+    return f"""\
+SELECT {shown} AS k, calls, errors, denied, q[1] AS p50_ms, q[2] AS p95_ms, q[3] AS p99_ms, max_ms,
+  strftime(first_at, {_ISO_FORMAT}) AS first_seen, strftime(last_at, {_ISO_FORMAT}) AS last_seen, running
+FROM (SELECT {group} AS k, count(over_ms) AS calls, count(*) - count(over_ms) AS running,
+        count(*) FILTER (WHERE status = 'error') AS errors,
+        count(*) FILTER (WHERE policy_decision = 'deny') AS denied,
+        quantile_disc(nullif(over_ms, -1), [0.5, 0.95, 0.99]) AS q, max(nullif(over_ms, -1)) AS max_ms,
+        min(timestamp) AS first_at, max(timestamp) AS last_at
+      FROM (SELECT *, CASE WHEN seq IS DISTINCT FROM 0 THEN coalesce(duration_ms, -1) END AS over_ms
+            FROM ({source})) GROUP BY ALL)
+ORDER BY {order} LIMIT {count}"""
 
 
-# What a person's own SQL may see.
-SQL_VIEW = f"""\
-CREATE OR REPLACE TEMP VIEW logs AS
-SELECT {", ".join(PUBLIC_COLUMNS[:-1])}, {EVENT_ID} AS event_id
-FROM (SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows)"""
-
-
-# --- filters: which events are meant
+# --- filters
 
 
 class Filter(NamedTuple):
@@ -6260,13 +6222,13 @@ class Filter(NamedTuple):
             for kind in ("tools", "resources", "prompts")
             for name in getattr(self, kind)
         ]
+        given = {field: value for field, value in self._asdict().items() if value is not None}
         conditions = [f"({' OR '.join(named)})"] if named else []
-        for field, condition in _FILTERS.items():
-            if (value := getattr(self, field)) is not None:
-                conditions.append(condition.format(sql_literal(value)))
-        for field in ("client", "agent", "address", "server", "error_type"):
-            if (value := getattr(self, field)) is not None:
-                conditions.append(_has_name(field, value))
+        conditions += [
+            text.format(sql_literal(given[field])) for field, text in _FILTERS.items() if field in given
+        ]
+        names = ("client", "agent", "address", "server", "error_type")
+        conditions += [_has_name(field, given[field]) for field in names if field in given]
         if self.event_id is not None:
             conditions.append("segment = '{}' AND seq = {}".format(*parse_event_id(self.event_id)))
         if self.text is not None:
@@ -6303,8 +6265,8 @@ def _has_name(column: str, name: str) -> str:
 # === Engines ===
 # depends on: Errors, SQL
 #
-# The ways to DuckDB, which take the same statements and return the same values. A session begins at the
-# first `execute`; `close` or the first error ends it, with all that was attached or begun.
+# The ways to DuckDB: same statements, same values. A session begins at the first `execute`; `close` or the
+# first error ends it, with all that was attached or begun.
 
 Params: TypeAlias = Mapping[str, object]
 Row: TypeAlias = tuple[Any, ...]
@@ -6346,7 +6308,7 @@ def postgres_message(text: str) -> str:
 
 
 def is_data_fault(error: QueryError) -> bool:
-    """Return True if a statement failed because of its input: its form, or the memory it takes."""
+    """Return True if a statement failed because of its input."""
     kinds = ("invalid input error", "conversion error", "out of range error", "out of memory")
     return str(error).lower().startswith(kinds)
 
@@ -6363,8 +6325,7 @@ _PROCESS = os.getpid()
 
 
 def _session_settings(*, guest: bool) -> str:
-    # A guest is beside a server; its memory takes a batch of 64 MiB. The package writes a progress bar to
-    # standard output, which may be a protocol.
+    # A guest's memory takes a batch of 64 MiB. A progress bar goes to standard output: perhaps a protocol.
     return (
         "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
         f"SET enable_progress_bar = false; SET temp_directory = {sql_literal(_scratch_directory())}; "
@@ -6386,10 +6347,7 @@ class Engine(Protocol):
         return list(self.stream(sql, params))
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        """Run one statement and yield its rows; exhaust or close it before the next statement."""
-
-    def interrupt(self) -> None:
-        """Make a running statement fail soon, from any thread."""
+        """Run one statement and yield its rows; end it before the next statement."""
 
     def close(self) -> None:
         """End the session. Twice is harmless."""
@@ -6408,7 +6366,7 @@ def _duckdb() -> Any:
 
 
 class PackageEngine(Engine):
-    """The `duckdb` package in this process; a `guest` gets one thread and little memory."""
+    """The package in this process; a `guest` gets one thread and little memory."""
 
     name = "package"
 
@@ -6417,17 +6375,14 @@ class PackageEngine(Engine):
         self._connection: Any = None
         self._process_id = 0
 
-    def _open(self, duckdb: Any) -> None:
-        self._process_id, self._connection = os.getpid(), duckdb.connect(":memory:")
-        self._connection.execute(_session_settings(guest=self._guest))
-        with contextlib.suppress(duckdb.Error):  # some builds know no time zones
-            self._connection.execute("SET TimeZone = 'UTC'")
-
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
         duckdb, text = _duckdb(), bind(sql, params)
         try:
             if self._connection is None:
-                self._open(duckdb)
+                self._process_id, self._connection = os.getpid(), duckdb.connect(":memory:")
+                self._connection.execute(_session_settings(guest=self._guest))
+                with contextlib.suppress(duckdb.Error):  # some builds know no time zones
+                    self._connection.execute("SET TimeZone = 'UTC'")
             result = self._connection.execute(text)
             while rows := result.fetchmany(1000):
                 yield from rows
@@ -6439,12 +6394,8 @@ class PackageEngine(Engine):
                 raise KeyboardInterrupt from error
             raise
 
-    def interrupt(self) -> None:
-        with contextlib.suppress(Exception):  # there is none, or it is closed at this moment
-            self._connection.interrupt()
-
     def close(self) -> None:
-        """Close the database; in a forked child, which lacks its threads, keep it for ever."""
+        """Close the database; a forked child lacks its threads and keeps it."""
         connection, self._connection = self._connection, None
         if connection is not None and self._process_id == os.getpid():
             connection.close()
@@ -6466,21 +6417,26 @@ def decode_json(text: str) -> Any:
     return json.loads(text, object_pairs_hook=members, parse_constant=lambda name: None)
 
 
+_PATIENCE = {"PGOPTIONS": "-c lock_timeout=3000", "PGCONNECT_TIMEOUT": "10"}  # with PostgreSQL
 _COLOUR = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line that follows it
 
 
 class CliEngine(Engine):
-    """DuckDB's program as a child; a `.print` of a random word ends the rows of a statement."""
+    """DuckDB in a child: its program, or Python with the package, which lies in a folder `package`.
 
-    name = "cli"
+    The latter is for targets that are no file, forked processes and subinterpreters. A `.print` of a random
+    word ends the rows of a statement.
+    """
 
-    def __init__(self, program: str, *, guest: bool) -> None:
-        self.program = program
-        # An empty `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`.
-        self._options: Sequence[str] = ("-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
-        self._guest = guest
-        self._process: subprocess.Popen[bytes] | None = None
+    def __init__(self, program: str, *, guest: bool, package: str = "") -> None:
+        self.program, self._guest = program, guest
+        self.name = "package" if package else "cli"
         self._mark = os.urandom(8).hex()
+        # `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`.
+        ours = ("-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
+        words = ("-X", "utf8", "-c", _APART, self._mark, package) if package else ours
+        self._command = (program, *words)
+        self._process: subprocess.Popen[bytes] | None = None
 
     def _open(self) -> subprocess.Popen[bytes]:
         import subprocess
@@ -6489,14 +6445,13 @@ class CliEngine(Engine):
         self._complaints = tempfile.TemporaryFile(dir=temporary_place() or "/dev/shm")
         try:
             return subprocess.Popen(
-                [self.program, *self._options],
-                # Nobody's lock on a table of PostgreSQL is to hold us up for ever.
-                env={"PGOPTIONS": "-c lock_timeout=3000", **os.environ, "TZ": "UTC"},
+                self._command,
+                env={**_PATIENCE, **os.environ, "TZ": "UTC"},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
                 umask=0o077 if hasattr(os, "fork") else -1,
-                start_new_session=not self._guest,  # Ctrl+C is ours to handle; a guest ends with its process
+                start_new_session=not self._guest,  # Ctrl+C is for us; a guest ends with its process
             )
         except OSError as error:
             raise EngineNotFoundError(f"{self.program} can't be run: {error.strerror}") from error
@@ -6522,12 +6477,8 @@ class CliEngine(Engine):
             raise store_error(self._complaint or "the duckdb program ended without a word (was it killed?)")
         finally:
             if not finished:
+                process.kill()  # the transaction that it was in never happened
                 self.close()
-
-    def interrupt(self) -> None:
-        """Kill the child; the transaction that it was in never happened."""
-        if process := self._process:
-            process.kill()
 
     def close(self) -> None:
         """End the child, kill it if it goes on computing, and keep its complaint."""
@@ -6549,22 +6500,7 @@ class CliEngine(Engine):
             self._complaint = complaints.read().decode("utf-8", "replace").strip()
 
 
-class ApartEngine(CliEngine):
-    """The package in a child: for targets that are no file, forked processes and subinterpreters."""
-
-    name = "package"
-
-    def __init__(self, *, guest: bool) -> None:
-        """Raises ImportError if there is no such package, which isn't imported here."""
-        package = file_of_package("duckdb", "__init__.py")
-        if package is None:
-            raise ImportError("No module named 'duckdb'")
-        super().__init__(sys.executable, guest=guest)
-        folder = os.path.dirname(os.path.dirname(package))
-        self._options = ("-X", "utf8", "-c", _APART, self._mark, folder)
-
-
-# Run by ApartEngine. The current directory must not shadow modules.
+# Run by CliEngine's Python. The current directory must not shadow modules.
 _APART = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
@@ -6601,19 +6537,19 @@ def temporary_place() -> str:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill: a directory that it makes itself, in a private one."""
+    """Return where DuckDB may spill: a directory that it makes in a private one."""
     import tempfile
 
-    owner, place = getattr(os, "getuid", int)(), temporary_place()
-    if not place:
+    if not (place := temporary_place()):
         return ""  # it keeps to its memory
+    owner = getattr(os, "getuid", int)()
     private = os.path.join(place, f"mxcp_audit-{owner}")
-    with contextlib.suppress(OSError):  # where it can't be made, it may not be needed
+    with contextlib.suppress(OSError):  # it may not be needed
         with contextlib.suppress(FileExistsError):
             os.mkdir(private, 0o700)
         found = os.lstat(private)
         if os.name == "posix" and (found.st_uid != owner or not stat.S_ISDIR(found.st_mode)):
-            private = tempfile.mkdtemp(prefix="mxcp_audit-")  # somebody else was there first
+            private = tempfile.mkdtemp(prefix="mxcp_audit-")
     return os.path.join(private, f"{os.getpid()}-{os.urandom(4).hex()}")
 
 
@@ -6621,10 +6557,10 @@ def _scratch_directory() -> str:
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of the `duckdb` program: MXCP_AUDIT_DUCKDB, the `duckdb_cli` package's, or PATH's."""
+    """Return the path of the `duckdb` program, None if there is none."""
     import shutil
 
-    # The package's own `duckdb` on PATH is a Python wrapper, which costs an interpreter's start.
+    # The package's own `duckdb` on PATH is a wrapper in Python, and slow.
     paths = (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe"))
     ours = next((path for path in paths if path and os.access(path, os.X_OK)), None)
     named = environ.get("MXCP_AUDIT_DUCKDB")
@@ -6632,7 +6568,7 @@ def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
 
 
 def file_of_package(name: str, *parts: str) -> str | None:
-    """Return the path of a file in a Python package without importing that; None if it isn't there."""
+    """Return the path of a file in a Python package, which isn't imported, or None."""
     import importlib.util
 
     package = importlib.util.find_spec(name)
@@ -6653,7 +6589,7 @@ def _in_subinterpreter() -> bool:
 def open_engine(
     *, guest: bool = False, apart: bool = False, environ: Mapping[str, str] = os.environ
 ) -> Engine:
-    """Return the engine that `MXCP_AUDIT_ENGINE` names: `package`, `cli`, or by default what is there."""
+    """Return the engine that MXCP_AUDIT_ENGINE names, by default what is there."""
     choice = environ.get("MXCP_AUDIT_ENGINE") or "auto"
     if choice not in ("auto", "package", "cli"):
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
@@ -6662,8 +6598,11 @@ def open_engine(
             if not (apart or os.getpid() != _PROCESS or _in_subinterpreter()):
                 _duckdb()  # raises ImportError
                 return PackageEngine(guest=guest)
+            if (package := file_of_package("duckdb", "__init__.py")) is None:
+                raise ImportError("No module named 'duckdb'")
             if (reason := no_python()) is None:  # a frozen program would be started once more
-                return ApartEngine(guest=guest)
+                folder = os.path.dirname(os.path.dirname(package))
+                return CliEngine(sys.executable, guest=guest, package=folder)
             reason += ", which DuckDB needs here: put its program on PATH"
         except ImportError as error:
             reason = f"the duckdb package can't be loaded ({error}): pip install duckdb"
@@ -6680,8 +6619,8 @@ def open_engine(
 # === Store ===
 # depends on: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines
 #
-# The log as a whole: table and journal. Every event gets into the table exactly once, is seen exactly once
-# while it does, and leaves only by a purge that is entered.
+# Table and journal as one log. An event gets into the table once, is seen once meanwhile, and leaves by a
+# purge that is entered.
 
 # == Target ==
 # depends on: Errors, Config, Events, Journal, SQL, Engines
@@ -6689,11 +6628,11 @@ def open_engine(
 # The database itself, a file or what else DuckDB can attach: makes it, attaches and detaches it.
 #
 # Closing any descriptor of the file drops DuckDB's POSIX lock: it is never opened here, and attached once at
-# a time in a process. A half-made file stays damaged: it is made under another name, and renamed when whole.
+# a time in a process. It is made under another name, because a half-made file stays damaged.
 
 
 def tries(wait: float) -> Iterator[bool]:
-    """Yield for each attempt within `wait` seconds whether it is the last, with random pauses between."""
+    """Yield for each attempt within `wait` seconds whether it is the last."""
     end = time.monotonic() + wait
     while time.monotonic() < end:
         yield False
@@ -6721,7 +6660,7 @@ def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
-    """Make a private directory beside `path` for a block; with a `name`, in place of a killed process's."""
+    """Make a private directory beside `path`; with a `name`, in place of a killed process's."""
     import shutil
 
     folder, file = os.path.split(os.path.abspath(path))
@@ -6738,7 +6677,7 @@ def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
 
 
 def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManager[str]:
-    """Make a private temporary directory, in `beside` if the system has no place for such."""
+    """Make a private temporary directory, in `beside` if there is no place for such."""
     import tempfile
 
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
@@ -6755,11 +6694,6 @@ _REMEDIES: Mapping[type[StoreError], str] = {
     DatabaseNotFoundError: "it vanished while it was opened; try again",
     QueryError: "",
 }
-_RIGHTS = {  # what PostgreSQL says, and what helps
-    "authentication failed": "correct the user, or its password in PGPASSWORD or ~/.pgpass; events wait",
-    "no password supplied": "set PGPASSWORD, or write the password into ~/.pgpass; events wait",
-    "permission denied": "give the role this right (hosts: SELECT, INSERT; a purge: DELETE too); events wait",
-}
 DAMAGED_WAL = "replaying WAL"
 NEW_FILE = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5 can't read it
 
@@ -6768,35 +6702,40 @@ def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]
     """Attach a database under a name: a file, which NEW_FILE makes, or something else."""
     if is_attach_target(target):
         load_extensions(engine, target, options)
-        scheme, is_uri = target.lower(), "://" in target
-        if re.match("postgres(ql)?://", scheme):
+        if re.match("postgres(ql)?://", target.lower()):
             options = {"TYPE": "postgres", **options}
-        if re.match("(ducklake:)?postgres(:|ql://)", scheme) and "connect_timeout" not in target:
-            # libpq waits for ever by default, and nothing can interrupt it meanwhile.
-            patience = "connect_timeout=10 tcp_user_timeout=30000"
-            target += (" ", "?", "&")[is_uri + ("?" in target and is_uri)]
-            target += patience.replace(" ", "&") if is_uri else patience
-    else:  # without the type DuckDB would look for an extension that reads SQLite
+    else:  # without the type DuckDB would look for SQLite's extension
         options = {**options, "TYPE": "duckdb"}
         if "ENCRYPTION_KEY" in options and "READ_ONLY" not in options:
-            load_extensions(engine, "https:", {})  # DuckDB itself only reads what is encrypted
+            load_extensions(engine, "https:", {})  # DuckDB itself only decrypts
     words = ", ".join(f"{option} {sql_literal(value)}" for option, value in options.items())
     engine.execute(f"ATTACH {sql_literal(target)} AS {name}{f' ({words})' if words else ''}")
 
 
-_ATTACHED: dict[tuple[int, str], object] = {}  # by process, because a fork copies it
+_ATTACHED: dict[tuple[int, str], object] = {}  # by process
 
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Let one thread attach a file: DuckDB's lock is the process's, and its first reader ends it."""
+    """Let one thread attach a file: DuckDB's lock is the process's, not the reader's."""
     key, mine = (os.getpid(), os.path.realpath(path)), object()
-    if _ATTACHED.setdefault(key, mine) is not mine:  # one step, so that no two threads get in
+    if _ATTACHED.setdefault(key, mine) is not mine:  # in one step
         raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
     try:
         yield
     finally:
         del _ATTACHED[key]
+
+
+# Who holds up what ended by PostgreSQL's lock timeout: `pg_blocking_pids` tells only while we wait.
+LOCK_HOLDER = """\
+FROM postgres_query('{0}', $$
+SELECT concat_ws(', ', 'PID ' || pid, usename, nullif(application_name, ''),
+  state || ' since ' || state_change::timestamptz(0))
+FROM pg_stat_activity JOIN pg_locks USING (pid)
+WHERE granted AND relation::regclass::text ~ 'logs|ledger|ducklake' AND pid <> pg_backend_pid()
+  AND mode IN ('AccessExclusiveLock', 'ExclusiveLock', 'ShareLock', 'ShareRowExclusiveLock')
+  AND datname = current_database() ORDER BY xact_start LIMIT 1$$)"""
 
 
 class Target:
@@ -6814,7 +6753,7 @@ class Target:
         self.options = {name.upper(): value for name, value in config.attach.items()}
         self.new_file = {**({} if "ENCRYPTION_KEY" in self.options else NEW_FILE), **self.options}
         self._group = config.group
-        self.commits: list[int] = []  # of a lake, by their numbers, since it was tended
+        self.commits: list[int] = []  # of a lake, since it was tended
         if not self.is_file:
             opener = functools.partial(opener, apart=True)
         self.open_engine: Callable[..., Engine] = opener
@@ -6828,7 +6767,7 @@ class Target:
 
             def enter() -> None:
                 if self.is_absent():
-                    text = "correct the path, or run `ingest` if events wait in its journal"
+                    text = "correct the path, or run `ingest` if events wait"
                     raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
                 stack.enter_context(self.attached(engine, read_only=read_only))
 
@@ -6843,7 +6782,7 @@ class Target:
 
     @contextlib.contextmanager
     def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
-        """Attach the target as `audit`, for writing also an absent file; an error ends the session."""
+        """Attach the target as `audit`; writing makes an absent file."""
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
                 self._attach(engine, read_only=read_only)
@@ -6857,19 +6796,21 @@ class Target:
                         engine.execute("DETACH audit")
             except BaseException as error:
                 engine.close()
-                explained = self._explained(error, read_only) if isinstance(error, StoreError) else error
+                explained = self._explained(error) if isinstance(error, StoreError) else error
                 if explained is error:
                     raise
-                # Causes repeat connection strings, and with them passwords.
+                # Causes may repeat passwords.
                 raise explained from (error if self.is_file else None)
 
     def _attach(self, engine: Engine, *, read_only: bool) -> None:
-        options = self._attach_options(read_only)
+        options = {**self.options, **({"READ_ONLY": True} if read_only else {})}
         if self.is_file:
             if not read_only and self.is_absent():
                 self._make_file(engine)
             attach(engine, self.path, "audit", options)
             return
+        if self.is_lake and not read_only:  # fewer rows stay in its catalogue at first
+            options = {"DATA_INLINING_ROW_LIMIT": 1000, **options}
         if self._is_quack and not read_only:
             text = "it has no transactions; write to a file, DuckLake or PostgreSQL"
             raise StoreError(f"quack: is for reading only: {text}")
@@ -6882,7 +6823,7 @@ class Target:
         if read_only:
             engine.execute("BEGIN")
 
-    def _explained(self, error: StoreError, read_only: bool) -> StoreError:
+    def _explained(self, error: StoreError) -> StoreError:
         """Add name and remedy to an engine's error, and hide its secrets."""
         text, kind = str(error), type(error)
         remedy = _REMEDIES.get(kind, _EVENTS_WAIT)
@@ -6900,10 +6841,9 @@ class Target:
         if "due to lock timeout" in text:
             catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
             with contextlib.suppress(StoreError), contextlib.closing(self.open_engine()) as engine:
-                attach(engine, self.path, "audit", self._attach_options(read_only))
+                attach(engine, self.path, "audit", {**self.options, "READ_ONLY": True})
                 for (holder,) in engine.execute(LOCK_HOLDER.format(catalogue)):
                     text += f" (held by {holder})"
-        remedy = next((helps for sign, helps in _RIGHTS.items() if sign in text), remedy)
         return kind(f"{self.name}: {text}{remedy and '; '}{remedy}")
 
     @contextlib.contextmanager
@@ -6920,7 +6860,7 @@ class Target:
         with contextlib.suppress(OSError):
             if not _size_of(wal):
                 os.unlink(mark)
-                os.unlink(wal)  # nothing was written: leave nothing behind
+                os.unlink(wal)  # nothing was written
 
     def set_wal_aside(self) -> str | None:
         """Rename a damaged WAL whose content is in the journal; None if it holds more."""
@@ -6931,13 +6871,8 @@ class Target:
             return aside
         return None
 
-    def _attach_options(self, read_only: bool) -> dict[str, object]:
-        # What adds fewer rows stays in the catalogue of a lake at first.
-        ours = {"DATA_INLINING_ROW_LIMIT": 1000} if self.is_lake and not read_only else {}
-        return {**ours, **self.options, **({"READ_ONLY": True} if read_only else {})}
-
     def _make_file(self, engine: Engine) -> None:
-        """Make an empty database; the ingest lock keeps others from the scratch name."""
+        """Make an empty database; the caller holds the ingest lock."""
         if _size_of(self.path + ".wal"):
             raise DatabaseCorruptError("the database is gone, but its .wal is there: put both back")
         place = os.path.realpath(self.path)  # a link stays one
@@ -6964,7 +6899,7 @@ class Target:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
     def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
-        """Return the column types of `logs` and `ledger`, as far as these exist."""
+        """Return the column types of `logs` and `ledger`, if they exist."""
         if not self._is_quack:
             return column_types(engine)
         columns = "column_name, column_type FROM (DESCRIBE audit."  # duckdb_columns() lists none there
@@ -6972,7 +6907,7 @@ class Target:
         return column_types(engine, sql)
 
     def oddities(self, engine: Engine) -> list[str]:
-        """Return why our tables aren't plain ones and may show what nobody recorded."""
+        """Return why our tables may show what nobody recorded."""
         sql = ODDITIES
         if self.is_postgres:
             asked = sql_literal(POSTGRES_ODDITIES.format(sql_literal(self.schema)))
@@ -6982,7 +6917,8 @@ class Target:
 
     def tend_lake(self) -> None:
         """Keep a lake's files few and large, if it is this process's turn."""
-        chores, self.commits = [chore for commit in self.commits for chore in lake_chores(commit)], []
+        chores = dict.fromkeys(chore for commit in self.commits for chore in lake_chores(commit))
+        self.commits = []
         if not chores:
             return
         with self.session(read_only=False, wait=0.0, guest=True) as engine:
@@ -6990,28 +6926,18 @@ class Target:
                 "SELECT count(*) FROM duckdb_tables() WHERE database_name = 'audit' "
                 "AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"
             )
-            for chore in dict.fromkeys(chores):
+            for chore in chores:
                 if not others or chore not in LAKE_CLEANING:
                     engine.execute(chore)
 
-    def change_logs(self, engine: Engine, statement: str) -> None:
-        """Run a statement that a foreign table may refuse."""
-        try:
-            engine.execute(statement)
-        except QueryError as error:
-            if "permission denied" in (reason := str(error).splitlines()[0]):
-                raise
-            text = f"its table `logs` takes no events of ours ({reason}); put that constraint or view away, "
-            raise StoreError(f"{self.name}: {text}or set `path` to a database of our own") from error
-
     def create_tables(self, engine: Engine) -> None:
-        """Make missing tables and columns, and what lets two ingests of a journal collide."""
+        """Make missing tables and columns, and what two ingests of a journal collide at."""
         present = self.columns(engine)
         if "logs" not in present:
             engine.execute(CREATE_LOGS)
         for name, sql_type in COLUMNS[10:] if "logs" in present else ():
             if name not in present["logs"]:
-                self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
+                engine.execute(f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
             if self.is_postgres:
@@ -7022,20 +6948,15 @@ class Target:
             turn = f"audit.turn_{self.journal.identity()}"
             engine.execute(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
 
-    def take_turn(self, engine: Engine) -> None:
-        """Let only one transaction of this journal's succeed at a time."""
-        if self.is_lake:
-            engine.execute(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
-
     def signature(self) -> object:
-        """Return what differs after every ingest; None while file times are too coarse to tell."""
-        if not self.is_file:  # it doesn't show from outside whether it changed: look every 2 s
+        """Return what differs after every ingest; None while that can't be told."""
+        if not self.is_file:  # a change doesn't show from outside: look every 2 s
             return time.monotonic() // 2
         stamps = []
         for path in (self.path, self.path + ".wal"):
             with contextlib.suppress(OSError):
                 found = os.stat(path)
-                # Kernels keep file times to 1 … 10 ms, some file systems whole seconds, or even ones.
+                # Kernels keep times to 1 … 10 ms, some file systems to one or two seconds.
                 tick_ns = 50_000_000 if found.st_mtime_ns % 1_000_000_000 else 2_100_000_000
                 if abs(wall_clock_ns() - found.st_mtime_ns) < tick_ns:
                     return None
@@ -7053,49 +6974,35 @@ def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, 
 
 # --- targets that are no file
 
-_EXTENSIONS = {  # and the words before a target's colons that need them
-    "ducklake": "ducklake",
-    "postgres_scanner": "postgres postgresql",
-    "mysql_scanner": "mysql",
-    "sqlite_scanner": "sqlite",
-    "httpfs": "quack s3 gs gcs r2 https",
-    "quack": "quack",
-    "motherduck": "md motherduck",
-    "azure": "az abfss",
-}
+# What `duckdb_extensions()` doesn't know of words before a colon.
+_EXTENSIONS = {"postgresql": "postgres", "quack": "httpfs", "gs": "httpfs", "gcs": "httpfs", "r2": "httpfs"}
 
 
 def load_extensions(engine: Engine, target: str, options: Mapping[str, object]) -> None:
     """Load what a target needs: what DuckDB installed, or a `duckdb-extension-*` package."""
     texts = " ".join([target, *map(str, options.values())]).lower()
     words = re.findall(r"(?<![a-z0-9])([a-z0-9]{2,}):", texts)
-    engine.execute("SET autoload_known_extensions = true")  # for what these load in turn, such as aws
-    rows = engine.execute("SELECT extension_name, loaded FROM duckdb_extensions() WHERE loaded OR installed")
-    states: dict[str, bool] = dict(rows)
-    for name, schemes in _EXTENSIONS.items():
-        if set(schemes.split()).isdisjoint(words):
-            continue
-        source: str | None = name
-        if name not in states:
-            ((version,),) = engine.execute("SELECT library_version FROM pragma_version()")
-            file = f"{name}.duckdb_extension"
-            source = file_of_package(f"duckdb_extension_{name}", "extensions", version, file)
-            if source is None:
-                text = f"DuckDB {version} lacks its extension {name}: run `INSTALL {name}` in it once, or "
-                text += f"pip install duckdb-extension-{name.replace('_', '-')}=={version.lstrip('v')}"
-                raise DatabaseUnreachableError(text)
-            source = sql_literal(source)
-        if not states.get(name):
-            engine.execute(f"LOAD {source}")
-        if name == "postgres_scanner":  # it refuses a batch for one NUL, which a foreign journal may hold
-            engine.execute("SET pg_null_byte_replacement = chr(65533)")
+    words += [_EXTENSIONS[word] for word in words if word in _EXTENSIONS]
+    engine.execute("SET autoload_known_extensions = true")  # for what these load in turn
+    sql = f"""\
+SELECT extension_name, installed, library_version FROM duckdb_extensions(), pragma_version()
+WHERE NOT loaded AND list_has_any([extension_name] || aliases, {sql_literal(words)}) ORDER BY ALL"""
+    for name, is_installed, version in engine.execute(sql):
+        file = file_of_package(f"duckdb_extension_{name}", "extensions", version, f"{name}.duckdb_extension")
+        if not (is_installed or file):
+            package = f"duckdb-extension-{name.replace('_', '-')}=={version[1:]}"
+            text = f"lacks its extension {name}: run `INSTALL {name}` in it once, or pip install {package}"
+            raise DatabaseUnreachableError(f"DuckDB {version} {text}")
+        engine.execute(f"LOAD {name if is_installed else sql_literal(file)}")
+    if "postgres" in words:  # it would refuse a batch for one NUL
+        engine.execute("SET pg_null_byte_replacement = chr(65533)")
 
 
 # == Ledger ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target
 #
-# What is in the database, sealed: docs/security.md says what this proves. Everything that changes `logs`
-# does it in `Ledger.writing`, and enters there what it did.
+# What is in the database, sealed (docs/security.md). What changes `logs` does it in `Ledger.writing`, and
+# enters what it did.
 
 
 class Head(NamedTuple):
@@ -7114,23 +7021,23 @@ _KEYED = "k:"  # marks a seal that was made with a key
 
 def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
     """Return the keys of the chain, of which the first one seals."""
-    import hashlib  # lazily, as all of its kind: it loads OpenSSL, which takes 4 ms
+    import hashlib  # it loads OpenSSL, which takes 4 ms
 
-    path = environ.get("MXCP_AUDIT_KEY_FILE")
+    path, problem = environ.get("MXCP_AUDIT_KEY_FILE"), None
     lines = [environ.get("MXCP_AUDIT_KEY", "").encode("utf-8", "surrogateescape")]
     if path:
         try:
             with open(path, "rb") as file:
-                mode = os.fstat(file.fileno()).st_mode
-                lines = [line.strip() for line in file.read().splitlines()]
+                lines = [line.strip() for line in file]
+                if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
+                    problem = "others may read the key file; run chmod 600 on it"
         except OSError as error:
-            text = f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE"
-            raise ConfigError(text, path=path) from error
-        if os.name == "posix" and mode & 0o077:
-            raise ConfigError("others may read the key file; run chmod 600 on it", path=path)
-        if not any(lines):
-            raise ConfigError("the key file is empty; write a key on its first line", path=path)
-    # Not the keys themselves: redaction shows HMACs with the first, of texts that callers choose.
+            problem = f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE"
+        if not (problem or any(lines)):
+            problem = "the key file is empty; write a key on its first line"
+        if problem:
+            raise ConfigError(problem, path=path)
+    # Not the keys themselves: redaction shows HMACs with the first.
     return tuple(hashlib.sha256(b"mxcp_audit seal\0" + line).digest() for line in lines if line)
 
 
@@ -7147,7 +7054,11 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
 
 def entries_of(segments: Iterable[str]) -> str:
     """Return the statement that prepares the entries of staged segments."""
-    return PREPARE_SEGMENTS.format(listed("claimed VARCHAR", [(segment,) for segment in segments]))
+    return f"""\
+INSERT INTO entries BY NAME SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events,
+  first_event, last_event, digest, marks
+FROM (SELECT unnest({sql_literal(list(segments))}) AS claimed)
+LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed ORDER BY claimed"""
 
 
 def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> str:
@@ -7172,10 +7083,11 @@ class Ledger(Target):
 
     @contextlib.contextmanager
     def writing(self, engine: Engine) -> Iterator[None]:
-        """Run the block as one transaction, of which a journal has one at a time, and make it durable."""
+        """Run the block as one durable transaction; a journal has one at a time."""
         self.create_tables(engine)
         engine.execute("BEGIN")
-        self.take_turn(engine)
+        if self.is_lake:
+            engine.execute(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
         self._next_head = self.head
         yield
         engine.execute("COMMIT")
@@ -7187,18 +7099,11 @@ class Ledger(Target):
             engine.execute("CHECKPOINT audit")
 
     def enter(self, engine: Engine, entries: Iterable[str]) -> None:
-        """Append entries to the chain, in `writing`; the rows of an older table come first."""
+        """Append entries to the chain; the rows of an older table come first."""
         keys = seal_keys()
         journal = self.journal.identity()
         host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
-        common = {"journal": journal, "host": host, "now": sql_time(utc_now())}
-        ((position, events),) = engine.execute(
-            "SELECT coalesce(max(position), 0), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)"
-            "::BIGINT FROM audit.ledger WHERE journal = $journal",
-            common,
-        )
-        ((seal,),) = engine.execute(SEAL_AT, {**common, "position": position})
-        head = Head(journal, position, events, seal or "")
+        (head,) = chain_heads(engine, journal) or [Head(journal, 0, 0, "")]
         if head.seal.startswith(_KEYED) and not keys:
             text = "the ledger is sealed with a key, and an entry without it would look forged: "
             raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
@@ -7206,14 +7111,19 @@ class Ledger(Target):
         if is_ledger_empty(engine):
             engine.execute(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
             for first, last in engine.execute(ranges("segment IS NULL"), {"size": _LEGACY_ROWS}):
-                engine.execute(PREPARE_LEGACY, {"first_day": first, "last_day": last})
+                days = f"segment IS NULL AND {SEGMENT_OR_DAY} BETWEEN '{first}' AND '{last}'"
+                legacy = digests("sound_logs", days, segment=SEGMENT_OR_DAY)
+                engine.execute(
+                    "INSERT INTO entries BY NAME SELECT 'legacy' AS kind, segment, events, first_event, "
+                    f"last_event, digest FROM ({legacy}) ORDER BY segment"
+                )
         for sql in entries:
             engine.execute(sql)
         engine.execute(
             "CREATE OR REPLACE TEMP TABLE numbered AS SELECT * REPLACE ($journal AS journal, "
             "$position + row_number() OVER (ORDER BY rowid) AS position, $host AS host, "
             "$now::TIMESTAMP AS ingested_at) FROM entries",
-            {**common, "position": position},
+            {"journal": journal, "position": head.position, "host": host, "now": sql_time(utc_now())},
         )
         seals = []
         numbered = f"SELECT position, kind, events, {ENTRY_HASH} FROM numbered ORDER BY position"
@@ -7232,13 +7142,13 @@ def is_ledger_empty(engine: Engine) -> bool:
     return bool(engine.execute("SELECT count(*) = 0 FROM audit.ledger")[0][0])
 
 
-def chain_heads(engine: Engine) -> list[Head]:
-    """Return the end of each journal's chain; the target is attached and has a ledger."""
-    rows = engine.execute(
-        "SELECT journal, max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT, "
-        "arg_max(seal, position) FROM audit.ledger GROUP BY journal ORDER BY journal"
-    )
-    return [Head(name or "", *rest) for name, *rest in rows]
+def chain_heads(engine: Engine, journal: str | None = None) -> list[Head]:
+    """Return the end of each journal's chain, or of one's."""
+    sql = """\
+SELECT coalesce(journal, ''), max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT,
+  coalesce(arg_max(seal, position), '')
+FROM audit.ledger WHERE $journal IS NULL OR journal = $journal GROUP BY ALL ORDER BY ALL"""
+    return [Head(*row) for row in engine.execute(sql, {"journal": journal})]
 
 
 def known_segments(engine: Engine, segments: Collection[str], *, kind: str = "segment") -> set[str]:
@@ -7257,13 +7167,12 @@ def unknown_segments(engine: Engine, paths: Sequence[str], tables: Collection[st
 # == Ingest ==
 # depends on: Errors, Encoding, Journal, Writer, SQL, Engines, Target, Ledger
 #
-# Moves segments into `logs` exactly once, as docs/design.md tells. The caller holds the ingest lock.
+# Moves segments into `logs` exactly once (docs/design.md). The caller holds the ingest lock.
 
-INGEST_BYTES = 64 * 2**20  # of journal in one transaction: fits a guest's memory
-_LONGEST_READ = 2**28  # a longer line is put aside: DuckDB would need twice its size
-_LEAST_READ = 2**20  # fits any memory in which DuckDB works at all
+INGEST_BYTES = 64 * 2**20  # in one transaction: fits a guest's memory
+_LONGEST_READ = 2**25  # a longer line is put aside: DuckDB needs several times its size
 _LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
-_CONFLICT_SECONDS = 1.5  # an ingest is tried again while other hosts write at the same time
+_CONFLICT_SECONDS = 1.5  # tries while other hosts write, too
 
 
 class Ingest:
@@ -7275,8 +7184,8 @@ class Ingest:
         self._diagnostics = diagnostics
 
     def run(self) -> list[JournalError]:
-        """Ingest everything that can be claimed, in transactions of up to INGEST_BYTES."""
-        seen: set[str] = set()  # some may be undeletable, and would be claimed for ever
+        """Ingest everything that can be claimed."""
+        seen: set[str] = set()  # an undeletable one would be claimed for ever
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
             is_more = self._journal.take_unfinished()
@@ -7301,15 +7210,11 @@ class Ingest:
                 contextlib.closing(target.open_engine(guest=True)) as engine,
                 scratch_folder(self._journal.directory) as folder,
             ):
-                is_large = sum(claim.size for claim in claims) > _LEAST_READ
-                if is_large and target.is_file and not target.is_absent():
-                    with target.attached(engine, read_only=False):
-                        pass  # it is free: to read so much in vain costs more
                 losses, fresh = patiently(move, 0.0 if target.is_file else _CONFLICT_SECONDS)
         except QueryError as error:
             if not is_data_fault(error) or len(claims) < 2:
                 raise
-            half = len(claims) // 2  # one of them needs too much memory, or is damaged beyond counting
+            half = len(claims) // 2  # one of them is damaged, or needs too much memory
             self._take(claims[:half], lost)
             self._take(claims[half:], {})
             return
@@ -7317,84 +7222,69 @@ class Ingest:
             faults = losses.get(claim.id, 0)
             if claim.id in fresh:
                 self._diagnostics.ingested += claim.lines - faults
-                self._reject(claim, faults)
+                if faults:
+                    self._reject(claim, faults)
             if claim.torn:
                 text = f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
                 self._diagnostics.report("torn", text)
+        for path in [*(claim.path for claim in claims), *lost]:
             try:
-                os.unlink(claim.path)
-            except OSError as error:
-                text = "an ingested segment can't be deleted; it is not ingested again"
-                self._diagnostics.report("delete", text, error=error)
-        for path in lost:
-            with contextlib.suppress(OSError):
                 os.unlink(path)
+            except OSError as error:
+                text = f"{path} can't be deleted; it is not ingested again"
+                self._diagnostics.report("delete", text, error=error)
 
     def _reject(self, claim: Claim, faults: int) -> None:
-        if faults:
-            self._diagnostics.rejected += faults
-            text = f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
-            self._diagnostics.report("rejected", text)
+        self._diagnostics.rejected += faults
+        text = f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
+        self._diagnostics.report("rejected", text)
 
     def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
         """Read the segments into `batch`; return how many lines each lost."""
         wanted = {claim.id: [claim.lines] * 3 for claim in claims}
-        if not claims or self._read(engine, combine([claim.path for claim in claims], folder), wanted):
-            return {}
+        try:
+            if not claims or self._read(engine, combine([claim.path for claim in claims], folder)) == wanted:
+                return {}
+        except QueryError as error:
+            if not is_data_fault(error):
+                raise
         if len(claims) > 1:
             raise QueryError("Invalid Input Error: a segment holds lines that can't be read")
         return {claims[0].id: self._salvage(engine, claims[0], folder)}
 
-    def _read(self, engine: Engine, files: Sequence[str], wanted: Mapping[str, Sequence[int]]) -> bool:
-        """Stage files; False if a line can't be read, or seqs are missing or doubled."""
-        size = max(os.stat(path).st_size + 1 for path in files)
-        longest = min(max(LONGEST_LINE, size), _LONGEST_READ)
-        try:
-            engine.execute(STAGE, {"files": files, "longest": longest, "lenient": False})
-        except QueryError as error:
-            # Where a small file needs too much memory, its lines are not at fault.
-            if not is_data_fault(error) or ("out of memory" in str(error).lower() and size < _LEAST_READ):
-                raise
-            return False
+    def _read(self, engine: Engine, files: Sequence[str], *, lenient: bool = False) -> dict[str, list[int]]:
+        """Stage files; return of each segment how many seqs, different seqs and times it has."""
+        longest = min(max(LONGEST_LINE, *(os.stat(path).st_size + 1 for path in files)), _LONGEST_READ)
+        engine.execute(STAGE, {"files": files, "longest": longest, "lenient": lenient})
         sql = "SELECT segment, count(seq), count(DISTINCT seq), count(timestamp) FROM batch GROUP BY ALL"
-        return {segment: counts for segment, *counts in engine.execute(sql)} == wanted
+        return {segment: counts for segment, *counts in engine.execute(sql)}
 
     def _salvage(self, engine: Engine, claim: Claim, folder: str) -> int:
-        """Stage the good lines of a segment, put the others aside, and return how many those are."""
-        good: dict[int, bytes] = {}
+        """Stage the good lines of a segment, put the others aside and count those."""
+        good: dict[int, tuple[int, bytes]] = {}  # by seq
         faults: list[tuple[int, str, bytes]] = []
-        seen: set[object] = set()
-        # A power loss may leave NULs where blocks never reached the disk; the line after them stands apart.
+        # A power loss leaves NULs for blocks that never reached the disk; the line after them is whole.
         lines = re.split(rb"\n|\0(?=\{)", read_file(claim.path))[:-1]
         claim.lines = len(lines)
         for number, line in enumerate(lines, 1):
             try:
                 seq = event_of_line(line)["seq"]
-                if seq in seen:
+                if seq in good:
                     raise ValueError(f"seq {seq} stands twice")
+                if len(line) > _LONGEST_READ:
+                    raise ValueError("it is too long for DuckDB's memory")
+                good[seq] = number, line
             except ValueError as error:
                 faults.append((number, str(error), line))
-            else:
-                seen.add(seq)
-                good[number] = line
         scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
-
-        def unreadable(numbers: list[int]) -> list[int]:
-            """Return the lines that DuckDB can't read; without any, all are staged."""
-            text = b"".join(good[number] + b"\n" for number in numbers)
-            replace_file(scratch, named_lines(claim.id, text))
-            if not numbers or self._read(engine, [scratch], {claim.id: [len(numbers)] * 3}):
-                return []
-            half = len(numbers) // 2
-            return unreadable(numbers[:half]) + unreadable(numbers[half:]) if half else numbers
-
-        bad = unreadable(list(good))
-        reason = "DuckDB can't read it, or needs too much memory to"
-        faults += [(number, reason, good.pop(number)) for number in bad]
-        if bad and unreadable(list(good)):
-            raise QueryError(f"{claim.path}: its lines can't be read together; they stay in the journal")
-        if not good:
-            engine.execute(STAGE_NOTHING)
+        replace_file(scratch, named_lines(claim.id, b"".join(line + b"\n" for _, line in good.values())))
+        self._read(engine, [scratch], lenient=True)  # what DuckDB can't read has no seq
+        engine.execute(
+            f"DELETE FROM batch WHERE timestamp IS NULL OR ({among('seq', [0, *good])}) IS NOT TRUE"
+        )
+        for (seq,) in engine.execute("SELECT seq FROM batch"):
+            good.pop(seq, None)
+        faults += [(number, "DuckDB can't read it", line) for number, line in good.values()]
         if faults:
             claim.reject(sorted(faults))
         return len(faults)
@@ -7412,12 +7302,12 @@ class Ingest:
                 entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
                 where = among("segment", known)
                 engine.execute(f"DELETE FROM batch WHERE {where}")
-                if target.is_file:  # the next checkpoint writes: after a failed fsync the disk may lack it
+                if target.is_file:  # let the checkpoint write: after a failed fsync the disk may lack it
                     touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
                     engine.execute(f"{touch} AND {where}")
             losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
-                target.change_logs(engine, INSERT_ROWS)
+                engine.execute(INSERT_ROWS)
                 entries.append(entries_of(fresh))
                 text = "lines that could not be ingested, kept in the journal as .rejected"
                 lossy = [segment for segment in fresh if losses.get(segment)]
@@ -7432,7 +7322,7 @@ class Ingest:
         return set(fresh)
 
     def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Put aside the ends of calls on record as unfinished; return how many of each segment."""
+        """Put aside the ends of calls on record as unfinished; count them by segment."""
         calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
         if not calls:
             return {}
@@ -7456,18 +7346,17 @@ SELECT DISTINCT {call_of} AS call FROM audit.logs WHERE timestamp >= coalesce({s
 
     def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[str]:
         """Keep lines of known segments that the ledger lacks: a cloned host continues a copy."""
-        asked = {"segments": [claim.id for claim in claims]}
-        same = {segment: (events, is_same) for segment, events, is_same in engine.execute(KNOWN_LINES, asked)}
+        same: dict[str, int] = dict(engine.execute(KNOWN_LINES, {"segments": [claim.id for claim in claims]}))
         for claim in claims:
             lines = read_file(claim.path).split(b"\n")[:-1]
-            events, is_same = same.get(claim.id, (0, False))
-            if is_same and len(lines) > events:
+            events = same.get(claim.id)
+            if events is not None and len(lines) > events:
                 more = self._journal.open_segment()
                 rest = [_LINE_SEQ.sub(b"", line) for line in lines[events:]]
                 numbered = [finish_line(line, seq) for seq, line in enumerate(rest, 1)]
                 more.append(b"".join(numbered), len(rest), durable=True)
                 more.seal()
-            elif not is_same and lines:
+            elif events is None and lines:
                 reason = "the ledger knows a segment of this name with other lines"
                 claim.reject((number, reason, line) for number, line in enumerate(lines, 1))
                 text = f"{reason}; these are kept in the journal as .rejected"
@@ -7481,14 +7370,13 @@ def refuse_fatal_limit() -> None:
 
     fatal = getattr(signal, "SIGXFSZ", None)
     if fatal and signal.getsignal(fatal) is signal.SIG_DFL and file_size_limit() != float("inf"):
-        text = "RLIMIT_FSIZE is set and SIGXFSZ kills; lift one of them. Events wait in the journal"
-        raise StoreError(text)
+        raise StoreError("RLIMIT_FSIZE is set and SIGXFSZ kills; lift one. Events wait in the journal")
 
 
 # == Reading ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Table and journal as one log, in which every event is seen once, as docs/design.md tells.
+# Table and journal as one log, in which every event is seen once (docs/design.md).
 
 
 class Reading:
@@ -7500,8 +7388,8 @@ class Reading:
         self._target = target
         self._journal = target.journal
         self.problem: StoreError | None = None
-        self.schema: str | None = None  # of a PostgreSQL table whose first rows PostgreSQL itself selects
-        self.oddities: list[str] = []  # as `Target.oddities`
+        self.schema: str | None = None  # in which PostgreSQL itself selects first rows
+        self.oddities: list[str] = []
         self.has_table = self.has_journal = self.has_ledger = self.has_running = self._is_attached = False
 
     def open(self, wait: float) -> contextlib.ExitStack:
@@ -7510,12 +7398,10 @@ class Reading:
             try:
                 self.problem = None
                 return self._open_both()
-            except DatabaseNotFoundError as error:
-                if not self._target.is_file:
+            except (DatabaseLockedError, DatabaseNotFoundError) as error:
+                if isinstance(error, DatabaseNotFoundError) and not self._target.is_file:
                     break
-                self.problem = error  # the file appeared, or vanished, between our look and DuckDB's
-            except DatabaseLockedError as error:
-                self.problem = error
+                self.problem = error  # a file may appear, or vanish, between our look and DuckDB's
             except (DatabaseCorruptError, DatabaseUnreachableError) as error:
                 self.problem = error
                 break
@@ -7527,25 +7413,21 @@ class Reading:
     def _open_both(self) -> contextlib.ExitStack:
         target = self._target
         with contextlib.ExitStack() as stack:
-            if target.is_absent():
-                segments = self._segments()  # first, so that there is something to lock if there are any
-                if not self._keep_segments(stack) and segments:
-                    raise DatabaseLockedError(f"{target.path} is being made by another process")
+            if not target.is_file or target.is_absent():  # there is no lock of DuckDB's on it
+                if not self._keep_segments(stack):
+                    raise DatabaseLockedError(
+                        f"{target.name}: this host's journal is being ingested; try again"
+                    )
                 if target.is_absent():
-                    if not all(map(os.path.exists, segments)):
-                        raise DatabaseNotFoundError(f"{target.path} is being made at this moment; try again")
-                    self.open_views(None, segments)
+                    self.open_views(None, self._segments())
                     return stack.pop_all()
-                stack.close()
-            if not target.is_file and not self._keep_segments(stack):
-                raise DatabaseLockedError(f"{target.name}: this host's journal is being ingested; try again")
             stack.enter_context(target.attached(self.engine, read_only=True))
             segments = self._segments()
             self._is_attached = True
             self.schema = target.schema if target.is_postgres else None
             present = target.columns(self.engine)
             self.oddities = target.oddities(self.engine)
-            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file of this user
+            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
                 present = {}
                 self.problem = StoreError(f"{target.name}: what should be a table is a view, and is not read")
             self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
@@ -7553,26 +7435,26 @@ class Reading:
             return stack.pop_all()
 
     def _segments(self) -> list[str]:
-        """Return the segments, and files of what the next ingest adds for unfinished calls."""
+        """Return the segments, and files of ends that unfinished calls will get."""
         left = {}
         for path, lines in self._journal.unfinished():
             if lines:
                 left[path] = os.path.join(self._folder, os.path.basename(path))
                 replace_file(left[path], lines)
-        segments = self._journal.segments()  # later, so that a call that ends in between is seen once
+        segments = self._journal.segments()  # later: a call may end in between
         return [*segments, *(left[path] for path in left.keys() - set(segments))]
 
     def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
         """Keep ingests out where no lock on the database does; False if one runs."""
         try:
             return stack.enter_context(self._journal.ingest_lock(shared=True))
-        except JournalError:  # this user may only read the journal; go on without a lock
+        except JournalError:  # this user may only read the journal
             return True
 
     # --- asking and exporting
 
     def open_running(self, lines: bytes) -> None:
-        """Define the view `running_rows` of calls that run, with status running and seq 0."""
+        """Define the view `running_rows` of calls that run, with seq 0."""
         self.has_running = bool(lines)
         path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
         if lines:
@@ -7583,7 +7465,7 @@ class Reading:
         """Define the views `table_rows` and `journal_rows`."""
         self.has_table = table is not None
         if table is None or dict(COLUMNS) != table:
-            self.schema = None  # PostgreSQL knows no columns that are converted, or missing
+            self.schema = None  # PostgreSQL lacks what is converted
         files = combine(segments, self._folder)
         self.has_journal = bool(files)
         self._define("table_rows", sound_rows(table or {}))
@@ -7600,8 +7482,8 @@ class Reading:
     def _source(
         self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
     ) -> str:
-        """Return the query of the filtered events, with `running` of running calls, with None of both."""
-        # The limit is in each part: on the union alone it is 40 times slower on 10 million rows.
+        """Return the query of the events; `running`: of running calls, None: of both."""
+        # A limit on the union alone is 40 times slower on 10 million rows.
         where, table, tail = what.where(), "table_rows", ""
         if count is not None:
             tail = f" ORDER BY {order} LIMIT {count}"
@@ -7611,10 +7493,12 @@ class Reading:
         views += [] if running is False else ["running_rows"]
         return " UNION ALL BY NAME ".join(f"(SELECT * FROM {view} WHERE {where}{tail})" for view in views)
 
-    def _select(self, columns: str, what: Filter, count: int | None, oldest_first: bool) -> str:
+    def _select(
+        self, columns: str, what: Filter, count: int | None, oldest_first: bool, *, running: bool = False
+    ) -> str:
         order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
         tail = "" if count is None else f" LIMIT {count}"
-        source = self._source(what, count, order)
+        source = self._source(what, count, order, running=running)
         return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})"
 
     def rows(
@@ -7625,20 +7509,19 @@ class Reading:
 
     def running(self, what: Filter, *, count: int = 100) -> list[Row]:
         """Return matching calls that run on this host, oldest first."""
-        source = self._source(what, count, OLDEST_FIRST, running=True)
-        return self.engine.execute(f"SELECT {public_select()} FROM ({source}) ORDER BY {OLDEST_FIRST}")
+        return self.engine.execute(self._select(public_select(), what, count, True, running=True))
 
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
         """Return a row for each group of events: its name, then STATS_COLUMNS."""
         return self.engine.execute(stats_query(self._source(what, running=None), by, sort, count))
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
-        """Run a query of ours over `events`, the matching ones with all columns and their id."""
+        """Run a query over `events`, the matching ones with their ids."""
         events = f"WITH events AS (SELECT *, {EVENT_ID} AS event_id FROM ({self._source(what)}))"
         return self.engine.execute(f"{events} {sql}")
 
     def around(self, session: str, event_id: str, count: int) -> list[Row]:
-        """Return an event with up to `count` events of its session before and after it."""
+        """Return an event and up to `count` of its session before and after it."""
         sql = f"""\
 SELECT {public_select()} FROM (
   SELECT *, max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine
@@ -7647,13 +7530,16 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         return self.ask(Filter(session=session), sql)
 
     def ids_like(self, part: str) -> list[Row]:
-        """Return up to three event ids that begin with `part`, or that have it behind the time."""
+        """Return up to three event ids that begin with `part`, or have it after the time."""
         condition = f"event_id LIKE {sql_literal(f'{part}%')} OR event_id LIKE {sql_literal(f'%-{part}')}"
         return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
 
     def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
-        return self.engine.execute(LOSSES, {"since": since}) if self.has_ledger else []
+        sql = f"""\
+SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events, coalesce(detail, '') AS detail
+FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
+        return self.engine.execute(sql, {"since": since}) if self.has_ledger else []
 
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
@@ -7663,7 +7549,9 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         """
         ask = self.engine.execute
         self.freeze_journal()
-        ask(SQL_VIEW)
+        columns = ", ".join(PUBLIC_COLUMNS[:-1])
+        rows = "SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows"
+        self._define("logs", f"SELECT {columns}, {EVENT_ID} AS event_id FROM ({rows})")
         if self._is_attached and self._target.is_lake:
             metadata = "__ducklake_metadata_audit.ducklake_metadata"
             for (path,) in ask(f"SELECT value FROM {metadata} WHERE key = 'data_path'"):
@@ -7673,13 +7561,14 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         params = {"statement": statement}
         described = "SELECT column_name, column_type FROM (DESCRIBE SELECT * FROM query($statement))"
         names, types = zip(*ask(described, params))
-        columns = [f"c{number}" for number in range(len(names))]
+        places = [f"c{number}" for number in range(len(names))]
         texts = ["::VARCHAR" if sql_type in ("BLOB", "BIT") else "" for sql_type in types]  # for DuckDB 1.2
-        values = ", ".join(f"to_json({name}{text})::VARCHAR AS {name}" for name, text in zip(columns, texts))
-        result = f"(SELECT * FROM query($statement)) AS result({', '.join(columns)})"
-        rows = self.engine.stream(f"SELECT {values} FROM {result}", params)
-        decoded = (tuple(text if text is None else decode_json(text) for text in row) for row in rows)
-        return list(names), decoded
+        values = ", ".join(
+            f"to_json({place}{text})::VARCHAR AS {place}" for place, text in zip(places, texts)
+        )
+        sql = f"SELECT {values} FROM (SELECT * FROM query($statement)) AS result({', '.join(places)})"
+        found = self.engine.stream(sql, params)
+        return list(names), (tuple(text and decode_json(text) for text in row) for row in found)
 
     def export(
         self,
@@ -7691,12 +7580,10 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         oldest_first: bool = False,
         raw: bool = False,
         bom: bool = False,
-        progress: Callable[[int], None] | None = None,
     ) -> int:
-        """Write the matching events to a file, whole or not at all, with mode 0600; return their number."""
-        self.freeze_journal()  # or the two queries below would see two ends of a live segment
+        """Write matching events to a file, whole or not at all; return their number."""
+        self.freeze_journal()  # two queries see the same
         ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
-        expected: int = matching if count is None else min(count, matching)
         columns = _NAMES
         if form != "duckdb":
             columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
@@ -7707,19 +7594,16 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         with _scratch(path, problem) as scratch:
             target = os.path.join(scratch, "export")
             try:
-                with _watched(target, progress):
-                    written = self._write(sql, target, form)
+                self._write(sql, target, form)
             except QueryError as error:
                 raise StoreError(f"{problem}: {error}") from error
-            if written not in (expected, None):
-                raise StoreError(f"{path}: {written} of {counted(expected, 'event')} written; try again")
             os.chmod(target, FILE_MODES[False])
             give_to_owner(target)
             os.replace(target, path)
-        return expected
+        return int(matching if count is None else min(count, matching))
 
-    def _write(self, sql: str, target: str, form: str) -> int | None:
-        """Write a query's rows to a new file; return their number if it is known."""
+    def _write(self, sql: str, target: str, form: str) -> None:
+        """Write a query's rows to a new file."""
         execute = self.engine.execute
         if form == "sqlite":
             import sqlite3
@@ -7727,25 +7611,23 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
             marks = ", ".join("?" * len(PUBLIC_COLUMNS))
             with contextlib.closing(sqlite3.connect(target)) as file, file:
                 file.execute(f"CREATE TABLE logs ({', '.join(PUBLIC_COLUMNS)})")
-                rows = self.engine.stream(sql)
-                return file.executemany(f"INSERT INTO logs VALUES ({marks})", rows).rowcount
-        if form == "duckdb":
+                file.executemany(f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql))
+        elif form == "duckdb":
             if self._is_attached and not self._target.is_file:
-                # Others go on writing to it: in its transaction nothing but a temporary table can be made.
+                # In its transaction nothing but a temporary table can be made.
                 execute(f"CREATE TEMP TABLE exported AS {sql}")
                 execute("COMMIT")
                 sql = "SELECT * FROM exported"
             attach(self.engine, target, "copy", NEW_FILE)
-            told = execute(f"CREATE TABLE copy.logs AS {sql}")
+            execute(f"CREATE TABLE copy.logs AS {sql}")
             execute("CHECKPOINT copy")
             execute("DETACH copy")
         else:
-            told = execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
-        return told[0][0] if told else None
+            execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
 
 
 def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
-    """Return the first rows by PostgreSQL, which DuckDB hands no ORDER BY and no LIMIT."""
+    """Return the first rows by PostgreSQL: DuckDB hands it no ORDER BY and no LIMIT."""
     table = f'''SELECT * FROM "{schema.replace('"', '""')}".logs WHERE {where} AND timestamp IS'''
     way = "" if oldest_first else " DESC"
     order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
@@ -7754,64 +7636,9 @@ def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -
 
 
 def journal_rows(files: Sequence[str], size: int) -> str:
-    """Return the SELECT of the events in segment files, the largest of which has `size` bytes."""
+    """Return the SELECT of the events in files of up to `size` bytes."""
     longest = max(LONGEST_LINE, size + 1)
     return bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else NO_ROWS
-
-
-# --- beside a query
-
-
-@contextlib.contextmanager
-def _meanwhile(act: Callable[[], object], seconds: float, name: str) -> Iterator[None]:
-    """Call `act` again and again in a thread while the block runs."""
-    done = threading.Event()
-
-    def repeat() -> None:
-        while not done.wait(seconds):
-            act()
-
-    thread = threading.Thread(target=repeat, name=f"mxcp_audit {name}", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        done.set()
-        thread.join()
-
-
-def _watched(path: str, progress: Callable[[int], None] | None) -> contextlib.AbstractContextManager[None]:
-    if progress is None:
-        return contextlib.nullcontext()
-    return _meanwhile(lambda: progress(_size_of(path)), 0.5, "progress")
-
-
-@contextlib.contextmanager
-def interruptible(engine: Engine) -> Iterator[None]:
-    """Let Ctrl+C end a running query, in the main thread, where signals arrive."""
-    # Python runs a signal handler only after the call into DuckDB. So a thread looks for the byte that tells
-    # of a signal, and goes on interrupting, because a query that just begins forgets an interrupt.
-    import signal
-    import socket
-
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    here, there = socket.socketpair()
-    here.setblocking(False)
-    there.setblocking(False)
-
-    def look() -> None:
-        with contextlib.suppress(BlockingIOError):
-            here.recv(1, socket.MSG_PEEK)
-            engine.interrupt()
-
-    before = signal.set_wakeup_fd(there.fileno(), warn_on_full_buffer=False)
-    with here, there, _meanwhile(look, 0.05, "interrupt"):
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(before)
 
 
 # == Evidence ==
@@ -10720,14 +10547,14 @@ def _config_of(options: Options) -> Config:
         raise _UsageError(f"there is no {SITE_FILE} here or above; say --db {logs[0]}") from None
 
 
-def _store_of(options: Options) -> Store:
+def _store_of(options: Options, opener: Callable[..., Engine] = open_engine) -> Store:
     config = _config_of(options)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
         raise _UsageError(
             f"audit logging is not enabled for profile {config.profile!r}; add to {config.site_file}:\n"
             f"profiles:\n  {config.profile}:\n    audit:\n      enabled: true"
         )
-    return Store(config)
+    return Store(config, opener=opener)
 
 
 @contextlib.contextmanager
@@ -10736,8 +10563,7 @@ def _whole_log(store: Store, options: Options) -> Iterator[Reading]:
     with store.reading(wait=options.wait) as reading:
         if reading.problem is not None:
             raise reading.problem
-        with interruptible(reading.engine):
-            yield reading
+        yield reading
 
 
 def _filter_of(options: Options) -> Filter:
@@ -11020,11 +10846,8 @@ def _export(options: Options, store: Store, what: Filter) -> None:
         else:
             store.refuse_own_files(path)
         chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
-        progress = _progress if sys.stderr.isatty() else None
         with _whole_log(store, options) as reading:
-            count = reading.export(what, path, form=form, count=options.limit, progress=progress, **chosen)
-        if progress:
-            print("\r\x1b[K", end="", file=sys.stderr)
+            count = reading.export(what, path, form=form, count=options.limit, **chosen)
         if to_stdout:
             file = stack.enter_context(open(path, "rb"))
             if is_terminal:  # here it is text
@@ -11102,7 +10925,9 @@ def cmd_stats(options: Options) -> None:
 def cmd_sql(options: Options) -> None:
     statement = _standard_input() if options.statement == "-" else options.statement
     try:
-        with _whole_log(_store_of(options), options) as reading:
+        # Python hears no Ctrl+C during a call into DuckDB, and a query of somebody's own may be endless.
+        store = _store_of(options, functools.partial(open_engine, apart=True))
+        with _whole_log(store, options) as reading:
             names, rows = reading.query(statement)
             if options.json:
                 write_json(sys.stdout, rows, names)

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
-import time
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -106,23 +104,8 @@ def test_stream_that_is_abandoned_harms_no_later_statement(session: Any) -> None
     assert session.execute("SELECT 1::BIGINT AS one") == [(1,)]
 
 
-def test_interrupt_from_another_thread_ends_a_long_statement(session: Any) -> None:
-    timer = threading.Timer(0.3, session.interrupt)
-    timer.start()
-    begun = time.monotonic()
-    with pytest.raises(StoreError) as caught:
-        while time.monotonic() - begun < 60:
-            session.execute(
-                "SELECT count(*)::BIGINT AS n FROM range(100000000) a(i), range(1000) b(j) WHERE i + j = 7"
-            )
-    timer.join()
-    assert not isinstance(caught.value, QueryError) or not mxcp_audit.is_data_fault(caught.value)
-    assert session.execute("SELECT 1::BIGINT AS one") == [(1,)]
-
-
-def test_interrupt_and_close_without_a_session_do_nothing(engine: str) -> None:
+def test_close_without_a_session_does_nothing(engine: str) -> None:
     session = open_engine()
-    session.interrupt()
     session.close()
     session.close()
     assert session.execute("SELECT 1::BIGINT AS one") == [(1,)]

@@ -255,7 +255,8 @@ class Tamperer:
         """Append an entry to a journal's chain, or to one of its own, over a query of `digests`."""
         journals = self.engine.execute(m.CHAIN_ENDS)
         journal, last = self.random.choice([*journals, ("f" * 16, 0)])
-        ((previous,),) = self.engine.execute(m.SEAL_AT, {"journal": journal, "position": last})
+        sql = "SELECT max(seal) FROM audit.ledger WHERE journal = $journal AND position = $position"
+        ((previous,),) = self.engine.execute(sql, {"journal": journal, "position": last})
         values = {
             **{"journal": m.sql_literal(journal), "position": str(int(str(last)) + 1)},
             **{"kind": m.sql_literal(kind), "segment": m.sql_literal(segment), "events": events},

