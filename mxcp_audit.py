@@ -544,6 +544,7 @@ def _plain_value(text: str) -> object:
     try:
         for part in reversed(digits.split(":")):  # in this order PyYAML rounds
             value, weight = value + (int(part, base) if integer else float(part)) * weight, weight * 60
+        str(value)  # as messages show it
     except (ValueError, OverflowError) as error:  # 0x_, 1:0:0:….5, more digits than this Python takes
         raise ValueError("a number that has no value; put it in quotes") from error
     return -value if text[0] == "-" else value

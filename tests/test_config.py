@@ -214,6 +214,7 @@ def test_parse_yaml_integers_of_all_bases_have_their_yaml_1_1_value():
 def test_parse_yaml_integer_of_more_digits_than_python_takes_is_refused():
     assert parse_yaml("9" * 4300) == int("9" * 4300)
     assert "4300" in str(refusal(parse_yaml, "9" * 4301))
+    assert "has no value" in str(refusal(parse_yaml, "0x" + "f" * 4200))  # messages can't show it
 
 
 def test_parse_yaml_number_past_a_smaller_limit_of_this_python_is_refused():
