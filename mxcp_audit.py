@@ -1474,7 +1474,6 @@ _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|\?\.|::|->)*(?:(?:<[\w, ]{1,40
   | (?<=\w[ ])[a-z]+[ ](?:the|an?|to|is|with|of|for|instead)\b"""
 _SCHEMA = r"(?:description|type|title|name|\$ref):(?![\s\S]*\b(?:value|default|example)s?:)"  # of a field
 _SENTENCE = _words_in("a an the to of for used if is are with from by in as or key token secret password")
-# A name that stands for a value.
 _REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?[a-z]+(?:[_-][a-z]+)+"
 # Bytes as their kinds: of tokens as `w`, digits as `0`.
 _RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
@@ -2478,8 +2477,7 @@ class Redactor:
         try:
             own = self._of_tool.get(_normal(tool or "")) if self._of_tool else None
             walk = _Walk(self._verdicts if own is None else own, echoes, limit)
-            declared = None if endpoint_def is None else walk.declared(endpoint_def)
-            return walk.value(value, declared)
+            return walk.value(value, None if endpoint_def is None else walk.declared(endpoint_def))
         except RecursionError:
             return '"[DEPTH]"'
         except INTERRUPTS:
@@ -2507,8 +2505,7 @@ class Redactor:
         def compare(before: Any, after: Any, path: str, name: str, part: _Declared | None) -> Iterator[Any]:
             if type(before) is type(after) is dict:
                 for (key, old), new in zip(before.items(), after.values()):
-                    inner = part.fields.get(_normal(key)) if part else None
-                    yield from compare(old, new, f"{path}.{key}", key, inner)
+                    yield from compare(old, new, f"{path}.{key}", key, part and part.fields.get(_normal(key)))
             elif type(before) is type(after) is list:
                 inner = part and (part.items or part)
                 for index, (old, new) in enumerate(zip(before, after)):
@@ -2517,7 +2514,12 @@ class Redactor:
                 strength = self._rules.judge(name, _normal(tool or ""))
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
                 rules = " and ".join(dict.fromkeys(rule for rule, _ in taken)) or "what stands beside it"
-                why = (rules, "its name", "its name", "listed under `redact`")[strength]
+                words, judge = _name_words(name), self._rules.strength
+                parts = (
+                    " ".join(words[at:end]) for end in range(len(words) + 1) for at in reversed(range(end))
+                )
+                named = f"{next((each for each in parts if judge(each) >= strength), name)!r} in its name"
+                why = (rules, named, named, "listed under `redact`")[strength]
                 yield path, "declared sensitive" if part else why
 
         after, walk = self.redact(value, tool=tool, endpoint_def=endpoint_def), _Walk(self._verdicts)
