@@ -9380,14 +9380,14 @@ class Checkup:
 
 
 def printable(text: str) -> str:
-    """Return the text as one line that no terminal acts on: what is not printable becomes an escape."""
+    """Return the text as one line; what is not printable becomes an escape."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def display_width(text: str) -> int:
-    """Return the terminal cells of a printable text: wide characters have two, combining ones none."""
+    """Return the terminal cells of a text: wide characters have two, combining ones none."""
     if text.isascii():
         return len(text)
     from unicodedata import category, east_asian_width
@@ -9405,7 +9405,7 @@ def fit(text: str, width: int, *, right: bool = False) -> str:
 
 
 def wrap(text: str, width: int) -> Iterator[str]:
-    """Yield the text in pieces of at most `width` cells; nothing is left out."""
+    """Yield the text in pieces of at most `width` cells."""
     while text:
         piece = _head(text, max(2, width))
         yield piece
@@ -9413,26 +9413,24 @@ def wrap(text: str, width: int) -> Iterator[str]:
 
 
 def _head(text: str, width: int) -> str:
-    """Return what fits into `width` cells. Combining characters stay where they belong."""
+    """Return what fits into `width` cells, with the combining characters."""
     if text[: width + 1].isascii():
         return text[:width]
     ends = itertools.accumulate(map(display_width, text))
-    return text[: sum(1 for _ in itertools.takewhile(lambda end: end <= width, ends))]
+    return text[: sum(end <= width for end in ends)]
 
 
 def takes_unicode(file: TextIO) -> bool:
-    return (file.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+    return (file.encoding or "utf-8").lower().startswith("utf")
 
 
 def _write(file: TextIO, line: str) -> None:
     """Write a line; what the file's encoding lacks as escapes."""
     encoding = file.encoding or "utf-8"
-    line = line if takes_unicode(file) else line.replace("…", "~")
     file.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def write_text(file: TextIO, text: str) -> None:
-    """Write a text with its line breaks, and nothing else that a terminal acts on."""
     for line in text.split("\n"):
         _write(file, printable(line))
 
@@ -9441,23 +9439,19 @@ def write_text(file: TextIO, text: str) -> None:
 
 
 def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
-    """Return JSON that no terminal acts on, because what is not printable is escaped."""
     return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent), ascii_only=ascii_only)
-
-
-_PRINTABLE = bytes((10, *range(32, 127)))
 
 
 def harmless_json(text: str, *, ascii_only: bool = False) -> str:
     """Return JSON text with escapes for what is not printable, or no ASCII."""
-    if text.isascii() and not text.encode().translate(None, _PRINTABLE):  # faster
+    if text.isprintable() and (text.isascii() or not ascii_only):
         return text
-    if text.isprintable() and not ascii_only:
-        return text
-    return "".join(
-        c if c == "\n" or (c.isprintable() and (c.isascii() or not ascii_only)) else json.dumps(c)[1:-1]
-        for c in text
-    )
+
+    def escaped(match: re.Match[str]) -> str:
+        char = match[0]
+        return char if char.isprintable() and not ascii_only else json.dumps(char)[1:-1]
+
+    return re.sub(r"[^\n -~]" if ascii_only else r"[^\n\w -~]", escaped, text)
 
 
 def write_json(
@@ -9468,7 +9462,7 @@ def write_json(
     columns: Sequence[str] | None = None,
     by_line: bool = False,
 ) -> None:
-    """Write rows as objects with these names, or some of them: one JSON array, or one object a line."""
+    """Write rows as objects of all or some names: a JSON array, or one a line."""
     ascii_only, mark = not takes_unicode(file), "["
     for row in rows:
         event = dict(zip(names, row))
@@ -9483,7 +9477,7 @@ _JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]
 
 
 def indented_json(text: str) -> str:
-    """Return JSON text with a line for each value, each as it is spelled; other text unchanged."""
+    """Return JSON text with a line for each value, as it is spelled; other text unchanged."""
     try:
         json.loads(text)
     except (ValueError, RecursionError):
@@ -9492,8 +9486,8 @@ def indented_json(text: str) -> str:
     for token in _JSON_TOKEN.findall(text):
         depth += (token in "[{") - (token in "]}")
         line_break = "\n" + "  " * depth
-        before, after = line_break * (token in "]}"), line_break * (token in "[{,") + " " * (token == ":")
-        shown += before + (token if token[0] not in "[{" else token[0] + token[1:].strip()) + after
+        shown += line_break * (token in "]}") + (re.sub(r"\s", "", token) if token[0] in "[{" else token)
+        shown += line_break * (token in "[{,") + " " * (token == ":")
     return shown
 
 
@@ -9533,7 +9527,7 @@ def write_events(
     local: bool = False,
     widths: list[int] | None = None,
 ) -> None:
-    """Write events as a table, in the order given; with the same `widths`, first empty, it goes on."""
+    """Write events as a table; with the same `widths`, first empty, it goes on."""
     events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
     cells = [[_cell(event[name], name, local) for name in columns] for event in events]
     if not widths:
@@ -9549,10 +9543,10 @@ def write_events(
         for label in ("reason", "error") if with_reasons else ():
             if event.get(label):
                 text = f"    {label}: {printable(event[label])}"
-                _write(file, (text if width is None else fit(text, width)).rstrip())
+                _write(file, text if width is None else fit(text, width).rstrip())
         if with_input and event:
             text = printable(event["input_json"] or "-")
-            for piece in wrap(text, 2 * len(text) if width is None else width - 4):
+            for piece in [text] if width is None else wrap(text, width - 4):
                 _write(file, "    " + piece)
 
 
@@ -9569,7 +9563,7 @@ def summary(rows: Sequence[Row], count: int | None) -> str:
 
 
 def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
-    """Write rows of any values as a table. Numbers go to the right, long text is cut to what fits."""
+    """Write rows of any values as a table."""
     columns = list(zip(*rows)) or [("",)] * len(heads)
     are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
     cells = [[*map(printable, heads)], *([*map(_cell, row)] for row in rows)]
@@ -9578,18 +9572,17 @@ def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width
 
 
 def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None:
-    """Write names and values, a line each; the further lines of a value are indented."""
+    """Write names and values, a line each; several lines of a value are indented."""
     for name, value in fields:
-        lines = ["-"] if value is None else value.split("\n")
-        lines = [name, *(f"  {line}" for line in lines)] if len(lines) > 1 else [f"{name:16} {lines[0]}"]
-        for line in lines:
+        first, *rest = ["-"] if value is None else value.split("\n")
+        for line in [name, f"  {first}", *(f"  {line}" for line in rest)] if rest else [f"{name:16} {first}"]:
             _write(file, printable(line).rstrip())
 
 
 def _aligned(
     rows: Sequence[Sequence[str]], alignment: str, width: int | None, widths: list[int] | None = None
 ) -> Iterator[str]:
-    """Yield rows as lines that fit `width`. `widths` of columns, if given, grow to the widest cells."""
+    """Yield rows as lines that fit `width`; `widths` grow to the widest cells."""
     widths = [0] * len(alignment) if widths is None else widths
     for index, column in enumerate(zip(*rows)):
         widths[index] = max(widths[index], *map(display_width, column))
@@ -9603,15 +9596,15 @@ def _aligned(
             excess -= cut
     for row in rows:
         cells = (
-            fit(cell, size if width is not None else max(size, display_width(cell)), right=side == ">")
+            fit(cell, size if width else max(size, display_width(cell)), right=side == ">")
             for cell, size, side in zip(row, widths, alignment)
         )
         line = "  ".join(cells).rstrip()
-        yield line if width is None else fit(line, width).rstrip()
+        yield fit(line, width).rstrip() if width else line
 
 
 def local_time(text: str) -> str:
-    """Return an ISO time in UTC as one of this machine's time zone, with its offset."""
+    """Return an ISO time in this machine's time zone, with its offset."""
     with contextlib.suppress(ValueError, OverflowError):  # of a foreign table
         return parse_iso(text).astimezone().isoformat()
     return text
@@ -9794,7 +9787,7 @@ STREAM_FORMS = ("jsonl", *FORMS)
 
 
 def form_sql(form: str) -> str:
-    """Return the SQL expression of one line: an event as JSON, in a form of FORMS or as `jsonl`, our own."""
+    """Return the SQL of an event as a line of JSON, in a form of FORMS or as `jsonl`."""
     if form == "jsonl":
         fields = ", ".join(f"'{name}': {sql}" for name, sql in public_values())
         return f"to_json({{{fields}}})::VARCHAR"
@@ -9815,7 +9808,7 @@ def form_sql(form: str) -> str:
 
 
 def _json_sql(node: Any) -> str:
-    """Return the SQL of a JSON value as text; it is NULL where there is nothing in it."""
+    """Return the SQL of a JSON value as text, NULL where nothing is in it."""
     if isinstance(node, str):
         return f"to_json({node})::VARCHAR"
     parts, brackets = [], "{}"
@@ -9844,8 +9837,8 @@ table{border-collapse:collapse;font-size:.9rem}
 th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
 border-bottom:1px solid #8886;overflow-wrap:anywhere;max-width:30rem}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
-svg{width:100%;height:auto}svg text{fill:CanvasText;opacity:.7;font-size:11px}line{stroke:#8886}
-.success{fill:#56b4e9}.error{fill:#d55e00}.denied{fill:url(#hatch);stroke:CanvasText}#hatch *{fill:CanvasText}
+svg{width:100%;height:12rem;background:#8882}.axis{display:flex;justify-content:space-between;margin:0}
+.success{fill:#56b4e9;color:#56b4e9}.error{fill:#d55e00;color:#d55e00}.denied{fill:CanvasText}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
 _OUTCOMES = ("success", "error", "denied")
 _BUCKETS = (  # of time: up to how many seconds, and the label
@@ -9857,36 +9850,33 @@ _BUCKETS = (  # of time: up to how many seconds, and the label
 )
 _FINITE = "(SELECT * REPLACE (CASE WHEN isfinite(timestamp) THEN timestamp END AS timestamp) FROM events)"
 _REPORT_FACTS = f"""\
-SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last,
-       epoch(max(timestamp) - min(timestamp))::BIGINT AS span
+SELECT count(*), min(timestamp)::VARCHAR, max(timestamp)::VARCHAR,
+  epoch(max(timestamp) - min(timestamp))::BIGINT
 FROM {_FINITE}"""
 _REPORT_BUCKETS = f"""\
-SELECT strftime(b, '{{form}}') AS label,
-       {", ".join(f"count(*) FILTER (WHERE outcome = '{name}') AS {name}" for name in _OUTCOMES)}
+SELECT strftime(b, '{{form}}'), {", ".join(f"count(*) FILTER (outcome = '{name}')" for name in _OUTCOMES)}
 FROM (SELECT unnest(generate_series(date_trunc('{{unit}}', min(timestamp)), max(timestamp),
-                                    INTERVAL 1 {{unit}})) AS b FROM {_FINITE})
-LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS bucket, CASE WHEN policy_decision = 'deny'
-           THEN 'denied' WHEN status = 'error' THEN status ELSE 'success' END AS outcome FROM events)
-      ON bucket = b
+    INTERVAL 1 {{unit}})) AS b FROM {_FINITE})
+  LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS b, CASE WHEN policy_decision = 'deny' THEN 'denied'
+    WHEN status = 'error' THEN status ELSE 'success' END AS outcome FROM events) USING (b)
 GROUP BY b ORDER BY b"""
 # Each table's title, columns (# marks numbers), and query of `events`.
 _REPORT_TABLES = """\
 Denials: last at,name,user,reason,#calls
-SELECT max(timestamp)::VARCHAR AS last, name, user_id, reason, count(*)::BIGINT AS calls
-FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY calls DESC, 2, 3, 4 LIMIT 50
+SELECT max(timestamp)::VARCHAR, name, user_id, reason, count(*)
+FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY 5 DESC, 2, 3, 4 LIMIT 50
 
 Errors by class: class,#calls,last at,name,example
-SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''), 'unknown')
-       AS class, count(*)::BIGINT AS calls, max(timestamp)::VARCHAR AS last,
-       arg_max(name, timestamp) AS name, left(arg_max(error, timestamp), 500) AS example
-FROM events WHERE status = 'error' GROUP BY class ORDER BY 2 DESC, 1 LIMIT 50
+SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''), 'unknown'),
+  count(*), max(timestamp)::VARCHAR, arg_max(name, timestamp), left(arg_max(error, timestamp), 500)
+FROM events WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 50
 
 Slowest calls: #ms,at,name,user,event id
-SELECT duration_ms::BIGINT AS ms, timestamp::VARCHAR AS at_, name, user_id, event_id
+SELECT duration_ms, timestamp::VARCHAR, name, user_id, event_id
 FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10
 
 Unfinished calls: at,name,user,error,event id
-SELECT timestamp::VARCHAR AS at_, name, user_id, left(error, 200) AS error, event_id FROM events
+SELECT timestamp::VARCHAR, name, user_id, left(error, 200), event_id FROM events
 WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50"""
 
 
@@ -9895,15 +9885,13 @@ def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
     kinds = [' class="n"' if name.startswith("#") else "" for name in heads.split(",")]
 
     def line(tag: str, cells: Iterable[object]) -> str:
-        texts = (f"<{tag}{kind}>{_html(cell)}</{tag}>" for kind, cell in zip(kinds, cells))
-        return f"<tr>{''.join(texts)}</tr>"
+        return f"<tr>{''.join(f'<{tag}{kind}>{_html(cell)}' for kind, cell in zip(kinds, cells))}</tr>"
 
-    head, body = line("th", heads.replace("#", "").split(",")), "\n".join(line("td", row) for row in rows)
-    return f'<div class="scroll"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
+    lines = [line("th", heads.replace("#", "").split(",")), *(line("td", row) for row in rows)]
+    return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
 
 
 def _html(value: object) -> str:
-    """Return a value as HTML text that no browser acts on, with what a terminal would act on made visible."""
     import html
 
     text = f"{value:,}" if isinstance(value, int) else "" if value is None else printable(str(value))
@@ -9911,35 +9899,21 @@ def _html(value: object) -> str:
 
 
 def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[str]:
-    """Yield a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
-    left, base, height = 55, 200, 180
-    top = max(sum(counts) for _, *counts in buckets)
-    steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
-    step = next(step for step in steps if top <= 6 * step)
-    limit = -(-top // step) * step
-    bar, every = (900 - left) / len(buckets), -(-len(buckets) // 8)
-    yield f"""<svg viewBox="0 0 900 240" role="img" aria-label="Calls per {unit}, by outcome"><defs>\
-<pattern id="hatch" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">\
-<rect width="2" height="4"/></pattern></defs>"""
-    for mark in range(0, limit + 1, step):
-        y = base - height * mark / limit
-        yield f'<line x1="{left}" x2="900" y1="{y:.1f}" y2="{y:.1f}"/>'
-        yield f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:,}</text>'
-    for number, (label, *counts) in enumerate(buckets):
-        x, y = left + number * bar, float(base)
+    """Yield a bar chart of calls a bucket of time, stacked by outcome, as SVG with a legend."""
+    top = max(sum(counts) for _, *counts in buckets)  # the picture's units are buckets and calls
+    yield f'<svg viewBox="0 0 {len(buckets)} {top}" preserveAspectRatio="none" role="img" '
+    yield f'aria-label="Calls per {unit}, by outcome">'
+    for x, (label, *counts) in enumerate(buckets):
         title = ", ".join(f"{count:,} {name}" for count, name in zip(counts, _OUTCOMES))
         yield f"<g><title>{label}: {title}</title>"
+        y = top
         for count, name in zip(counts, _OUTCOMES):
-            tall = height * count / limit
-            y -= tall
-            if count:
-                yield f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
-                yield f'height="{tall:.1f}"/>'
-        yield "</g>" if number % every else f'</g><text x="{x:.1f}" y="{base + 16}">{label}</text>'
-    for x, name in zip((left, left + 90, left + 180), _OUTCOMES):
-        yield f'<rect class="{name}" x="{x}" y="226" width="12" height="12"/>'
-        yield f'<text x="{x + 17}" y="236">{name}</text>'
-    yield "</svg>"
+            y -= count
+            yield f'<rect class="{name}" x="{x}" y="{y}" width=".85" height="{count}"/>'
+        yield "</g>"
+    legend = " ".join(f'<b class="{name}">■</b> {name}' for name in _OUTCOMES)
+    words = (buckets[0][0], f"up to {top:,} calls per {unit}: {legend}", buckets[-1][0])
+    yield f'</svg><p class="axis">{"".join(f"<span>{each}</span>" for each in words)}</p>'
 
 
 def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, newest: int) -> Iterator[str]:
