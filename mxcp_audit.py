@@ -8113,7 +8113,6 @@ def interruptible(engine: Engine) -> Iterator[None]:
 # known as changed when it is gone.
 
 _MAX_FINDINGS = 1000  # more are counted, not kept
-_MAX_EXPLAINED = 100  # after so many findings no events are named
 _RANGE_EVENTS = 1_000_000  # their hashes, 100 to 300 bytes each, are held at once
 
 
@@ -8123,12 +8122,12 @@ class Finding(NamedTuple):
     kind: str  # changed, removed, inserted (events); chain, cut (the ledger); table (its form)
     text: str
     segment: str | None = None
-    seqs: tuple[int, ...] = ()  # which events of the segment, as far as that can be known
+    seqs: tuple[int, ...] = ()  # of the segment's events, as far as that can be known
     journal: str | None = None  # whose chain
 
 
 class Compared(NamedTuple):
-    """A segment in the ledger and in `logs`."""
+    """A segment in the ledger and in `logs`, as `comparison` selects it."""
 
     journal: str
     position: int  # -1: it is not in the ledger
@@ -8145,8 +8144,8 @@ class Compared(NamedTuple):
 def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Yield numbers as the first and last of each run."""
     for _, run in itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0]):
-        members = [number for _, number in run]
-        yield members[0], members[-1]
+        (_, first), *rest = run
+        yield first, first + len(rest)
 
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
@@ -8159,12 +8158,12 @@ def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
 
 
 class Taken(NamedTuple):
-    """What a purge says that it took: entries; by one of 0.1, the old ones of their events."""
+    """What a purge says that it took: entries; in the form of 0.1, the old ones of their events."""
 
-    is_old: bool = True
+    is_old: bool = True  # of the form of 0.1
     before: int = 0
     spans: Sequence[tuple[str, int, int]] = ()  # of a chain, from and to
-    kept: Sequence[tuple[str, int, str]] = ()  # by one of 0.1, of a segment: how many events, their digest
+    kept: Sequence[tuple[str, int, str]] = ()  # by an old one, of a segment: how many events, their digest
     wrong: Sequence[tuple[str, int, int]] = ()  # segment, events found, events entered
 
 
@@ -8193,7 +8192,7 @@ def taken_by(detail: str | None) -> Taken | None:
 
 
 class Verdict:
-    """What `verify` finds: it recomputes everything that the ledger says of the attached target."""
+    """What `verify` finds when it recomputes all that the ledger says."""
 
     more_findings = 0  # beyond those that are listed
     entries = segments = purged = lost = 0
@@ -8209,11 +8208,8 @@ class Verdict:
         progress: Callable[[int, int], None] = lambda done, total: None,
         range_events: int = _RANGE_EVENTS,
     ) -> None:
-        self._engine = engine
-        self._target = target
-        self._range_events = range_events
-        self._keys = keys
-        self._progress = progress
+        self._engine, self._target, self._keys = engine, target, keys
+        self._progress, self._range_events = progress, range_events
         self._covered: dict[str, int] = {}  # by journal: the last position that a checkpoint covers
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.findings: list[Finding] = []
@@ -8238,7 +8234,7 @@ class Verdict:
                 sql = f"""\
 CREATE OR REPLACE TEMP TABLE scope AS
 SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
-UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
+UNION SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
                 self._engine.execute(sql, {"moment": since})
             for row in self.compare(scoped=since is not None):
                 if not row.as_due:
@@ -8246,8 +8242,7 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
         elif self._keys or checkpoint:
             self._add("table", "there is no ledger, so that nothing can be proved")
         if self._keys and not checkpoint:
-            text = "whether the end of the log was cut off, or all of it"
-            self.notes.append(f"without a checkpoint it can't be known {text}")
+            self.notes.append("without a checkpoint it can't be known whether the end, or all, was cut off")
 
     def open(self, checkpoint: Sequence[Head] = ()) -> bool:
         """Check the tables' form, the chains and the purges; False if there is no ledger."""
@@ -8257,12 +8252,12 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
             self._add("table", text)
         logs = COLUMNS if has_ledger else COLUMNS[:10]
         for table, columns in (("logs", logs), ("ledger", LEDGER_COLUMNS)):
-            for name, sql_type in columns if types[table] else ():
+            for column in columns if types[table] else ():
+                name, sql_type = column
                 given = types[table].get(name)
+                same = SAME_VALUES[sql_type] if table == "logs" else {sql_type}
                 # A column that a table of 0.1 lacks is NULL, which leaves the hash as it was.
-                is_new = given is None and (name, sql_type) in NEW_COLUMNS
-                is_same = table == "logs" and (given in SAME_VALUES[sql_type] or is_new)
-                if given != sql_type and not is_same:
+                if given not in same and (given or column not in NEW_COLUMNS):
                     self._add("table", f"{table}.{name} is {given or 'missing'}, not {sql_type}")
         if not has_ledger:
             ((self.legacy,),) = self._engine.execute("SELECT count(*) FROM sound_logs")
@@ -8278,7 +8273,7 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
         for name, entries in itertools.groupby(self._engine.stream(CHAIN), key=lambda row: row[0]):
             head, unkeyed = Head(name, 0, 0, ""), list[tuple[str, int]]()
             for _, position, kind, events, seal, row in entries:
-                faults = []
+                place, faults = (name, position), []
                 if position != head.position + 1:
                     faults = [f" comes after {head.position}: removed or added"]
                 keys: Sequence[bytes | None] = self._keys if seal.startswith(_KEYED) else [None]
@@ -8287,13 +8282,13 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
                 elif all(make_seal(head.seal, row, key) != seal for key in keys):
                     faults += [", or the one before, was changed"]
                 elif self._keys and keys == [None]:
-                    unkeyed.append((name, position))
+                    unkeyed.append(place)
                 for fault in faults:
-                    self.doubted.add((name, position))
+                    self.doubted.add(place)
                     self._add("chain", f"entry {position} of journal {name}{fault}", journal=name)
-                head = Head(name, position, head.events + (events if kind == "segment" else 0), seal)
-                if wanted.get((name, position)) == head:
-                    del wanted[name, position]
+                head = Head(name, position, head.events + events * (kind == "segment"), seal)
+                if wanted.get(place) == head:
+                    del wanted[place]
                     unkeyed = []  # the checkpoint saw these
                     self._covered[name] = position
                 self.entries += 1
@@ -8302,8 +8297,8 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
             self.heads.append(head)
             if unkeyed:
                 self.doubted.update(unkeyed)
-                text = f"entries of journal {name} sealed without the key: {len(unkeyed)}; "
-                text += "if they are older than the key, a checkpoint of that time settles it"
+                text = "a checkpoint of that time settles it if they are older than the key"
+                text = f"entries of journal {name} sealed without the key: {len(unkeyed)}; {text}"
                 self._add("chain", text, journal=name)
         self.events, self.lost = totals["segment"], totals["loss"]
         self.legacy += totals["legacy"]
@@ -8315,8 +8310,8 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
 
     def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Compare each purge that is believed with the entries that it names."""
-        purges: list[tuple[dict[str, Any], Taken, str]] = []
-        for *values, detail in self._engine.execute(PURGES):
+        purges: list[tuple[int, dict[str, Any], Taken, str]] = []
+        for number, (*values, detail) in enumerate(self._engine.execute(PURGES)):
             entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
             if (entry["journal"], entry["position"]) in self.doubted:
                 continue
@@ -8328,32 +8323,30 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
                 text = "kept parts of segments, as earlier versions did, but is newer than the checkpoint"
             else:
                 self.purged += entry["events"]
-                self.purges += [entry] if is_newer else []
-            purges.append((entry, Taken() if text or taken is None else taken, text))
-        numbered = [(number, taken) for number, (_, taken, _) in enumerate(purges)]
-        spans = [(number, *taken[:2], *span) for number, taken in numbered for span in taken.spans]
-        kept = [(number, *left) for number, taken in numbered for left in taken.kept]
+                self.purges += [entry] * is_newer
+            purges.append((number, entry, Taken() if text or taken is None else taken, text))
+        spans = [(number, *taken[:2], *span) for number, _, taken, _ in purges for span in taken.spans]
+        kept = [(number, *left) for number, _, taken, _ in purges for left in taken.kept]
         spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
         kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
         self._engine.execute(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
         sums = "least(sum(held), 2::HUGEINT**62)::BIGINT, bool_and(is_past)"
         rows = self._engine.execute(f"SELECT number, {sums} FROM gone GROUP BY number")
         named = {number: rest for number, *rest in rows}
-        for number, (entry, taken, text) in enumerate(purges):
+        for number, entry, taken, text in purges:
             held, is_past = named.get(number, (0, True))
             held += sum(found - entered for _, found, entered in taken.wrong)
             if not taken.is_old and not (is_past and held == entry["events"]):
-                text = f"says that {entry['events']} events went; "
-                text += f"the entries that it names held {held}, or younger ones"
+                text = f"took {entry['events']} events by its own words, but names {held}, or younger ones"
             if text:
                 text = f"purge {entry['position']} of journal {entry['journal']} {text}"
                 self._add("chain", text, journal=entry["journal"])
-        for segment, found, _ in itertools.chain(*(taken.wrong for _, taken, _ in purges)):
-            text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
-            self._add("changed", text, segment=segment)
-        if parts := sum(bool(taken.kept) for _, taken in numbered):
-            text = "kept parts of segments: what those parts should hold is known from the purge alone"
-            self.notes.append(f"{counted(parts, 'purge')} by an earlier version {text}")
+            for segment, found, _ in taken.wrong:
+                text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
+                self._add("changed", text, segment=segment)
+        if kept:
+            text = "purges by an earlier version kept parts of segments, of which nothing else is known"
+            self.notes.append(text)
 
     # --- the segments
 
@@ -8368,47 +8361,41 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
 
     def _judge(self, row: Compared) -> None:
         """Report a segment that differs: its events if it has marks, else how many."""
-        if not self.entries and row.segment.startswith("legacy-"):
-            self.legacy += row.found  # an older table, of which nothing was entered yet
+        segment, found, due = row.segment, row.found, row.due
+        if not self.entries and segment.startswith("legacy-"):
+            self.legacy += found  # an older table, of which nothing was entered yet
             return
-        marked: dict[str, list[int]] = {}
-        if row.found and row.due and len(self.findings) < _MAX_EXPLAINED:
-            marked = self._marked(row)
-        for kind, seqs in marked.items():
+        marked = self._marked(row) if found and due and not self.more_findings else {}
+        for kind, seqs in sorted(marked.items()):
             names = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs_of(seqs))
-            text = f"segment {row.segment}: {kind} {names}"
-            self._add(kind, text, segment=row.segment, seqs=tuple(sorted(seqs)))
+            self._add(kind, f"segment {segment}: {kind} {names}", segment=segment, seqs=tuple(sorted(seqs)))
         if not marked:
-            kind = "removed" if row.found < row.due else "inserted" if row.found > row.due else "changed"
-            due = f"not {row.due} as recorded" if row.position >= 0 else "which is not in the ledger"
-            text = f"segment {row.segment}: {counted(row.found, 'event')}, {due}"
-            self._add(kind, text, segment=row.segment)
+            kind = "removed" if found < due else "inserted" if found > due else "changed"
+            text = f"not {due} as recorded" if row.position >= 0 else "which is not in the ledger"
+            self._add(kind, f"segment {segment}: {counted(found, 'event')}, {text}", segment=segment)
 
     def _marked(self, row: Compared) -> dict[str, list[int]]:
         """Return which events were changed, inserted or removed, as far as marks tell."""
-        asked = {"segment": row.segment}
-        where = "WHERE segment = $segment"
-        sql = f"SELECT coalesce(max(marks), '') FROM sound_ledger {where} AND kind = 'segment'"
-        ((text,),) = self._engine.execute(sql, asked)
-        due = dict(enumerate(re.findall("(?s)....", text), 1))
+        ask = functools.partial(self._engine.execute, params={"segment": row.segment})
+        ((text,),) = ask("SELECT max(marks) FROM sound_ledger WHERE kind = 'segment' AND segment = $segment")
+        due = dict(enumerate(re.findall("(?s)....", text or ""), 1))
         left, states = dict(due), collections.defaultdict[str, list[int]](list)
-        sql = f"SELECT coalesce(seq, -1), {EVENT_HASH}[1:4] FROM sound_logs {where}"
-        rows = self._engine.execute(sql, asked) if due else []
-        for seq, mark in sorted(rows, key=lambda pair: due.get(pair[0]) != pair[1]):
+        sql = f"SELECT coalesce(seq, -1), {EVENT_HASH}[1:4] FROM sound_logs WHERE segment = $segment"
+        for seq, mark in sorted(ask(sql) if due else (), key=lambda pair: due.get(pair[0]) != pair[1]):
             if seq not in left:
                 states["inserted"].append(seq)
             elif left.pop(seq) != mark:
                 states["changed"].append(seq)
         if left and len(due) == row.due:
             states["removed"] = list(left)
-        return {kind: states[kind] for kind in ("changed", "inserted", "removed") if kind in states}
+        return states
 
 
 # --- one event, for somebody who has no database
 
 
 def plain_seals(engine: Engine) -> dict[str, str]:
-    """Return the end of each journal's chain as it would be sealed without a key."""
+    """Return the end of each journal's chain as if sealed without a key."""
     view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
@@ -8423,21 +8410,20 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
 
     def first(columns: Sequence[Column], rest: str) -> dict[str, Any]:
-        rows = engine.execute(f"SELECT {numeric_times(columns)} FROM {rest} AND segment = $segment", asked)
-        if not rows:
-            raise StoreError(f"{event_id} is in no segment of the ledger; the journal proves nothing")
-        return dict(zip((column.name for column in columns), rows[0]))
+        for row in engine.execute(f"SELECT {numeric_times(columns)} {rest} AND segment = $segment", asked):
+            return dict(zip((column.name for column in columns), row))
+        raise StoreError(f"{event_id} is in no segment of the ledger; the journal proves nothing")
 
-    event = first(COLUMNS, "sound_logs WHERE seq = $seq")
-    entry = first(LEDGER_COLUMNS[:-1], "sound_ledger WHERE kind = 'segment'")
+    event = first(COLUMNS, "FROM sound_logs WHERE seq = $seq")
+    entry = first(LEDGER_COLUMNS[:-1], "FROM sound_ledger WHERE kind = 'segment'")
     hashes = f"SELECT {EVENT_HASH} AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"
+    rows = [row for (row,) in engine.execute(hashes, asked)]
     before, after = "", []
     for name, place, *_, row in engine.stream(CHAIN):
         if name == entry["journal"] and place < entry["position"]:
             before = make_seal(before, row, None)
         elif name == entry["journal"] and place > entry["position"]:
             after.append(row)
-    rows = [row for (row,) in engine.execute(hashes, asked)]
     return {"event": event, "entry": entry, "hashes": rows, "before": before, "after": after}
 
 
@@ -8449,14 +8435,14 @@ def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
 
     signed = {name: value for name, value in checkpoint.items() if name != "signature"}
     text = json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
+    command = ["ssh-keygen", "-Y", *arguments, "-n", "mxcp_audit"]
     try:
-        command = ["ssh-keygen", "-Y", *arguments, "-n", "mxcp_audit"]
-        done = subprocess.run(command, input=text, capture_output=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise StoreError(f"ssh-keygen can't be run: {error}") from error
-    if done.returncode:
-        raise StoreError(f"ssh-keygen: {done.stderr.decode(errors='replace').strip() or 'failed'}")
-    return done.stdout.decode(errors="replace")
+        return subprocess.run(
+            command, input=text, capture_output=True, check=True, timeout=60
+        ).stdout.decode()
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace")
+        raise StoreError(f"ssh-keygen: {said.strip() or error}") from error
 
 
 def sign_checkpoint(key: str, checkpoint: Mapping[str, Any]) -> str:
@@ -8495,14 +8481,11 @@ class Removal(NamedTuple):
     archive: str | None = None
 
 
-_PURGE_RANGE_EVENTS = 200_000  # fewer than _RANGE_EVENTS: a server's guest may purge
-
-
 def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
     """Compare the segments whose last event is older than a moment with the ledger."""
     import hashlib
 
-    verdict = Verdict(engine, target, seal_keys(), range_events=_PURGE_RANGE_EVENTS)
+    verdict = Verdict(engine, target, seal_keys(), range_events=200_000)  # a server's guest may purge
     has_ledger = verdict.open()
     # Segments whose rows are all older, and were so when they were entered.
     scope = f"""\
@@ -8525,16 +8508,15 @@ WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
             entered = row.entered + wrong.get(row.segment, (0, "", 0))[2]
             wrong[row.segment] = (row.found, row.digest, entered)
     events = sum(row.found for row in found.values())
-    first = min((row.first for row in found.values() if row.first is not None), default=None)
-    last = max((row.last for row in found.values() if row.last is not None), default=None)
+    times = [time for row in found.values() for time in (row.first, row.last) if time is not None]
+    span = min(times, default=None), max(times, default=None)
     removed = {journal: list(runs_of(places)) for journal, places in sorted(positions.items())}
     ((old,),) = engine.execute(f"SELECT count(*) {OLD}", {"moment": before})
-    kept = old - events
-    return Removal(before, events, len(found), kept, first, last, digest.hexdigest(), removed, wrong)
+    return Removal(before, events, len(found), old - events, *span, digest.hexdigest(), removed, wrong)
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
-    """Do what `Store.purge` says. What was changed stays known as changed, apart in an archive."""
+    """Do what `Store.purge` says. What was changed stays known as changed."""
     with target.writing(engine):
         if is_ledger_empty(engine):
             target.enter(engine, [])  # the rows of an older table
@@ -8546,11 +8528,10 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
             if events != removal.events:
                 raise StoreError(f"{events} events are older than {before}, not {removal.events}; try again")
             engine.execute(f"DELETE {OLD} AND {IN_SCOPE}", {"moment": before})
-            what = removal._asdict()
-            detail = {name: what[name] for name in ("removed", "wrong", "archive")}
-            text = json.dumps({"before": microseconds(before), **detail}, separators=(",", ":"))
+            what = {**removal._asdict(), "before": microseconds(before)}
+            detail = {name: what[name] for name in ("before", "removed", "wrong", "archive")}
             span = {name: what[name] for name in ("first_event", "last_event", "digest")}
-            target.enter(engine, [entry_of("purge", events, text, **span)])
+            target.enter(engine, [entry_of("purge", events, json.dumps(detail), **span)])
     return removal
 
 
@@ -8567,8 +8548,8 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     except OSError as error:
         raise StoreError(f"{problem}: {error.strerror}") from error
     files: dict[str, dict[str, object]] = {}
-    params = {"wrong": sorted(removal.wrong), "apart": "not-as-entered.parquet"}
-    digest = hashlib.sha256()
+    wrong, digest = sorted(removal.wrong), hashlib.sha256()
+    params = {"wrong": wrong, "apart": "not-as-entered.parquet"}
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
         for file, events in engine.execute(OLD_FILES, params):
             path = os.path.join(scratch, file)
@@ -8578,8 +8559,8 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             sync_file(path)
             files[path] = {"name": file, "events": events, "sha256": file_digest(path)}
         if files:
-            paths = sql_literal(list(files))
-            rows = digests(f"read_parquet({paths}, hive_partitioning = false)", segment=SEGMENT_OR_DAY)
+            source = f"read_parquet({sql_literal(list(files))}, hive_partitioning = false)"
+            rows = digests(source, segment=SEGMENT_OR_DAY)
             for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
                 digest.update(part.encode())
         if digest.hexdigest() != removal.digest:
@@ -8590,11 +8571,11 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             "first_event": iso_time(removal.first_event),
             "last_event": iso_time(removal.last_event),
             "digest": removal.digest,
-            "not_as_entered": sorted(removal.wrong),
+            "not_as_entered": wrong,
             "heads": [head._asdict() for head in chain_heads(engine)],
             "files": list(files.values()),
         }
-        write_file(os.path.join(scratch, "manifest.json"), json.dumps(manifest, indent=1).encode() + b"\n")
+        write_file(os.path.join(scratch, "manifest.json"), json.dumps(manifest, indent=1).encode())
         sync_directory(scratch)
         os.rename(scratch, os.path.join(directory, name))
         sync_directory(directory)
@@ -8607,19 +8588,14 @@ _SILENCE = 25 * 3_600_000_000  # longer ones don't count as time that passed; re
 
 
 def retain(engine: Engine, target: Ledger, retention: float) -> str:
-    """Purge what is older than the retention by the ledger's time, and return a text of what went.
-
-    A clock that jumped forward makes everything look old: only time counts in which the ledger grew.
-    """
+    """Purge what is older than the retention; return a text of what went."""
     none = "retention: nothing is old enough"
     target.create_tables(engine)
     verdict = Verdict(engine, target, seal_keys())
     verdict.open()
     limit = vouched_limit(engine, sql_time(utc_now()), int(retention * 1e6), verdict.doubted)
-    if limit:
-        removal = purge_before(engine, target, limit)
-        if removal.events:
-            return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
+    if limit and (events := purge_before(engine, target, limit).events):
+        return f"retention: {counted(events, 'event')} before {limit} purged"
     # So that a log without events doesn't look as if it had been off.
     with target.writing(engine):
         target.enter(engine, [entry_of("check", 0, none)])
@@ -8627,28 +8603,28 @@ def retain(engine: Engine, target: Ledger, retention: float) -> str:
 
 
 def vouched_limit(engine: Engine, now: str, left: int, doubted: Collection[tuple[str, int]]) -> str | None:
-    """Return the moment since which the ledger shows the log alive for `left` microseconds, if any."""
+    """Return the moment since which the log was alive for `left` microseconds."""
+    # A clock that jumped forward makes everything look old: only time counts in which the ledger grew.
     hours = f"""\
 SELECT DISTINCT epoch_us(date_trunc('hour', ingested_at)) AS hour FROM audit.ledger
 ANTI JOIN ({listed("journal VARCHAR, position BIGINT", doubted)}) USING (journal, position)
 WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORDER BY hour DESC"""
     later = microseconds(now)
     for (hour,) in engine.execute(hours):
-        alive = later - hour
-        if alive <= _SILENCE:
-            if alive >= left:
-                moment = _EPOCH_START + datetime.timedelta(microseconds=later - left)
-                return moment.isoformat(" ", "microseconds")
-            left -= alive
-        later = hour
+        alive, later = later - hour, hour
+        if alive > _SILENCE:
+            continue
+        left -= alive
+        if left <= 0:
+            moment = _EPOCH_START + datetime.timedelta(microseconds=hour - left)
+            return moment.isoformat(" ", "microseconds")
     return None
 
 
 # == Copies ==
 # depends on: Errors, Config, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
 #
-# Copies of the whole log. A copy is read back before it gets its name, appears whole or not at all, and
-# overwrites nothing else.
+# Copies of the whole log: each is read back before it gets its name, and overwrites nothing else.
 
 
 class Restored(NamedTuple):
@@ -8660,46 +8636,45 @@ class Restored(NamedTuple):
 
 
 def _take_in(path: str, directory: str, like: Target) -> int:
-    """Ingest a copied journal, which must not overwrite live segments, into a copy; count its events."""
+    """Ingest a copied journal into a copy of the database, and count its events."""
     journal = Journal(directory)
     target = Ledger(Config(path, attach=like.options), journal)
     if journal.segments():
         with journal.ingest_lock():
             Ingest(target, Diagnostics(silent=True)).run()
     with target.session(read_only=True, wait=0.0) as engine:
-        ((events,),) = engine.execute("SELECT count(*) FROM audit.logs")
-        return int(events)
+        return int(engine.execute("SELECT count(*) FROM audit.logs")[0][0])
 
 
 def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
-    """Add to a copy what it lacks of the database at `place`; return how many events each has then."""
+    """Add to a copy what it lacks of the database at `place`; count the events of each."""
     target = Ledger(Config(path, attach=mine.options), mine.journal)
     with target.session(read_only=False, wait=0.0) as engine:
+        ask = engine.execute
         attach(engine, place, "ours", {**mine.options, "READ_ONLY": True})
         present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
         rows = sound_rows(present.get("logs", {}), "ours.logs")
         unknown = "segment NOT IN (SELECT coalesce(segment, '') FROM audit.ledger WHERE kind = '{}')"
         unknown += " AND segment IS NOT NULL"
         with target.writing(engine):
-            engine.execute(STAGE_NOTHING)
             if {"logs", "ledger"} <= present.keys():
-                engine.execute(f"INSERT INTO batch BY NAME {rows} WHERE {unknown.format('segment')}")
-                engine.execute(INSERT_ROWS)
-                segments = [segment for (segment,) in engine.execute("SELECT DISTINCT segment FROM batch")]
+                ask(STAGE_NOTHING)
+                ask(f"INSERT INTO batch BY NAME {rows} WHERE {unknown.format('segment')}")
+                ask(INSERT_ROWS)
+                segments = [segment for (segment,) in ask("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
-                rest = engine.execute(losses + unknown.format("loss"))
                 entries = [entries_of(segments)] if segments else []
-                entries += [entry_of("loss", *loss, segment=segment) for *loss, segment in rest]
+                for *loss, segment in ask(losses + unknown.format("loss")):
+                    entries.append(entry_of("loss", *loss, segment=segment))
                 if entries:
                     target.enter(engine, entries)
-            present_now = sound_rows(target.columns(engine)["logs"])
-            ((missing,),) = engine.execute(f"SELECT count(*) FROM ({rows} EXCEPT ALL {present_now})")
+            now = sound_rows(target.columns(engine)["logs"])
+            ((missing,),) = ask(f"SELECT count(*) FROM ({rows} EXCEPT ALL {now})")
             if missing:
                 text = f"{place} holds {counted(missing, 'row')} that would be lost; "
                 raise StoreError(f"{text}move it and its .wal aside to restore without them")
-        counts = f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))"
-        ((fresh, old),) = engine.execute(counts)
-        engine.execute("DETACH ours")
+        ((fresh, old),) = ask(f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))")
+        ask("DETACH ours")
     return fresh, old
 
 
@@ -8707,14 +8682,12 @@ def _copy_database(engine: Engine, target: Target, path: str) -> None:
     """Copy the attached target into a new file, and read that back."""
     attach(engine, path, "fresh", target.new_file)
     os.chmod(path, FILE_MODES[False])
-    engine.execute("COPY FROM DATABASE audit TO fresh")
-    engine.execute("CHECKPOINT fresh")
-    engine.execute("DETACH fresh")
+    for statement in ("COPY FROM DATABASE audit TO fresh", "CHECKPOINT fresh", "DETACH fresh"):
+        engine.execute(statement)
     sync_file(path)
     attach(engine, path, "fresh", {**target.options, "READ_ONLY": True})
-    for table in sorted(target.columns(engine)):
-        ((same,),) = engine.execute(SAME_CONTENT[table])
-        if not same:
+    for table in target.columns(engine):
+        if engine.execute(SAME_CONTENT[table]) != [(True,)]:
             raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
     engine.execute("DETACH fresh")
 
@@ -8733,10 +8706,10 @@ def _put_in_place(path: str, target: str) -> None:
     give_to_owner(path)
     try:
         os.link(path, target)
-    except OSError:  # some file systems have no links
+    except OSError as error:
         if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
-        os.rename(path, target)
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
+        os.rename(path, target)  # a file system without links
 
 
 # == Operations ==
@@ -8747,7 +8720,6 @@ def _put_in_place(path: str, target: str) -> None:
 
 _WRITTEN_MEANWHILE = ": another process wrote to it meanwhile; try again"
 _LOSS_DAYS = 30  # how long lost events are pointed out
-_PROBE_SECONDS = (0.03, 0.6)  # the first and the longest pause between two tries for the database
 
 
 class Store:
@@ -8793,19 +8765,15 @@ class Store:
             target = self.target
             self.journal.bind(os.path.realpath(target.path) if target.is_file else target.name)
             problems = self._run_ingest(wait)
-            try:
-                with contextlib.suppress(DatabaseLockedError):  # somebody else is at it
-                    target.tend_lake()
-            except AuditError as error:
-                self._diagnostics.report("lake", "small files could not be merged", error=error)
-            try:
-                if self._retention is not None and not target.is_absent():
-                    with target.session(read_only=False, wait=0.0, guest=True) as engine:
-                        news = retain(engine, target, self._retention)
-                    self._diagnostics.note("retention", news, level=INFO)
-                    self._retention = None
-            except AuditError as error:
-                self._diagnostics.report("retention", "old events could not be purged", error=error)
+            for chore, fault in (
+                (target.tend_lake, "small files could not be merged"),
+                (self._retain, "old events could not be purged"),
+            ):
+                try:
+                    with contextlib.suppress(DatabaseLockedError):  # the next ingest does it
+                        chore()
+                except AuditError as error:
+                    self._diagnostics.report(fault, fault, error=error)
         if problems:
             raise problems[0]
         head = target.head and json.dumps({"journals": [target.head._asdict()]})
@@ -8813,7 +8781,7 @@ class Store:
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
         """Ingest; wait for a database that others hold."""
-        end, pause, is_held = time.monotonic() + wait, _PROBE_SECONDS[0], False
+        end, pause, is_held = time.monotonic() + wait, 0.03, False
         while True:
             try:
                 if is_held:  # reading the journal in vain costs more
@@ -8832,7 +8800,14 @@ class Store:
                     self.journal.ask_readers()
                 is_held = self.target.is_file
                 time.sleep(pause * (1 + os.urandom(1)[0] / 256))
-                pause = min(1.5 * pause, _PROBE_SECONDS[1])
+                pause = min(1.5 * pause, 0.6)
+
+    def _retain(self) -> None:
+        if self._retention is not None and not self.target.is_absent():
+            with self.target.session(read_only=False, wait=0.0, guest=True) as engine:
+                news = retain(engine, self.target, self._retention)
+            self._diagnostics.note("retention", news, level=INFO)
+            self._retention = None
 
     # --- reading
 
@@ -8844,15 +8819,16 @@ class Store:
             DatabaseNotFoundError: there is neither a database nor a journal.
             JournalError: the journal can't be read.
         """
-        self.target.let_ingest_pass(wait)
-        place, engine = self.journal.directory, self.target.open_engine()
-        with scratch_folder(place) as folder, contextlib.closing(engine):
-            reading = Reading(engine, folder, self.target)
+        target, journal = self.target, self.journal
+        target.let_ingest_pass(wait)
+        engine = target.open_engine()
+        with scratch_folder(journal.directory) as folder, contextlib.closing(engine):
+            reading = Reading(engine, folder, target)
             with reading.open(wait):
-                reading.open_running(self.journal.running())
+                reading.open_running(journal.running())
                 if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
                     raise DatabaseNotFoundError(
-                        f"{_NOT_FOUND}{self.target.name}. Either audit logging is not enabled for the "
+                        f"{_NOT_FOUND}{target.name}. Either audit logging is not enabled for the "
                         "profile, or no events have been logged yet (the database is created on first write)."
                     )
                 for text in reading.oddities:
@@ -8860,26 +8836,25 @@ class Store:
                 yield reading
 
     def losses(self, reading: Reading) -> list[tuple[int, str]]:
-        """Return the losses of the last 30 days: how many events each time, and when and why."""
+        """Return the losses of the last 30 days: how many events each time, and why."""
         since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
         found = [(events, detail) for _, events, detail in reading.losses(since)]
         return found + [(loss.events, str(loss)) for loss in self.journal.losses().values()]
 
     def imported(self, segment_id: str) -> tuple[int, str] | None:
-        """Return how many events of a segment are in the database and the time of the last, or None."""
-        if self.target.is_absent():
-            return None
+        """Return how many events of a segment are ingested and the time of the last, or None."""
         sql = "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') FROM audit.ledger "
         sql += "WHERE kind = 'segment' AND segment = $segment"
-        with self._ledger(0.0) as engine:
-            found = engine and engine.execute(sql, {"segment": segment_id})
-        return found[0] if found else None
+        with contextlib.suppress(DatabaseNotFoundError), self._ledger(0.0) as engine:
+            for row in engine.execute(sql, {"segment": segment_id}) if engine else ():
+                return row
+        return None
 
     # --- proving
 
     @contextlib.contextmanager
     def _ledger(self, wait: float) -> Iterator[Engine | None]:
-        """Attach the target for reading; the block gets None if it has no ledger."""
+        """Attach the target for reading; None for the block if it has no ledger."""
         with self.target.session(read_only=True, wait=wait) as engine:
             yield engine if "ledger" in self.target.columns(engine) else None
 
@@ -8962,13 +8937,12 @@ class Store:
         """
         self._refuse_remote("backup")
         self.refuse_own_files(path)
-        for name in (path, path + ".wal", path + ".journal"):
+        place, target = os.path.abspath(path), self.target
+        for name in (place, place + ".wal", place + ".journal"):
             if os.path.lexists(name):
-                name = os.path.abspath(name)
                 raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
         with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
             self.ingest()
-        place, target = os.path.abspath(path), self.target
         with _scratch(place, f"{path} can't be written") as scratch:
             copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
             with target.session(read_only=True, wait=wait) as engine:
@@ -8989,8 +8963,7 @@ class Store:
         Raises:
             StoreError: nothing was changed, because something would be lost.
         """
-        self._refuse_remote("restore")
-        target, place = self.target, os.path.realpath(self.target.path)
+        place, target = self._refuse_remote("restore"), self.target
         old = Journal(path + ".journal")  # of backups by earlier versions
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
         with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
@@ -9004,9 +8977,7 @@ class Store:
             if target.is_absent():
                 _put_in_place(copy, place)
             else:
-                with target.session(read_only=False, wait=wait) as engine:
-                    engine.execute("CHECKPOINT audit")
-                ours = os.stat(place)
+                ours = self._settled(place, wait)
                 events, before = _merge(copy, place, target)
                 if events == before:
                     return Restored(events, 0, None)
@@ -9027,13 +8998,11 @@ class Store:
         Raises:
             StoreError: the old database is still in place.
         """
-        self._refuse_remote("compact")
-        target, path = self.target, os.path.realpath(self.target.path)
+        path, target = self._refuse_remote("compact"), self.target
         with self._alone(wait):
-            with target.session(read_only=False, wait=wait) as engine:
-                engine.execute("CHECKPOINT audit")
-            # Read-only, DuckDB keeps other writers out and leaves the WAL alone: detaching the old file can't
-            # harm the new one.
+            self._settled(path, wait)
+            # Read-only, DuckDB keeps writers out and leaves the WAL alone: detaching the old file can't harm
+            # the new one.
             with target.session(read_only=True, wait=wait) as engine:
                 old = os.stat(path)
                 if _size_of(path + ".wal"):
@@ -9046,10 +9015,18 @@ class Store:
                     sync_directory(os.path.dirname(path))
                 return old.st_size, os.stat(path).st_size
 
-    def _refuse_remote(self, command: str) -> None:
+    def _settled(self, path: str, wait: float) -> os.stat_result:
+        """Write the WAL into the database file, and return the file's state."""
+        with self.target.session(read_only=False, wait=wait) as engine:
+            engine.execute("CHECKPOINT audit")
+        return os.stat(path)
+
+    def _refuse_remote(self, command: str) -> str:
+        """Return the database file. Raises StoreError if the target is none."""
         if not self.target.is_file:
             system = self.target.path.partition(":")[0]
             raise StoreError(f"{command} is for database files; use what {system} has for it")
+        return os.path.realpath(self.target.path)
 
     def refuse_journal(self, path: str) -> None:
         """Raise StoreError if `path` lies in the journal, where nothing else belongs."""
@@ -9059,25 +9036,20 @@ class Store:
 
     def refuse_own_files(self, path: str) -> None:
         """Raise StoreError if an export can't be written to `path`, or would destroy the log."""
-        folder, name = os.path.split(os.path.abspath(path))
+        own = os.path.realpath(self.target.path)
         try:
-            folder = os.path.realpath(folder)
-            found = os.lstat(path) if os.path.lexists(path) else None
             self.refuse_journal(path)
+            place = os.path.realpath(path)
+            is_new, folder = not os.path.lexists(path), os.path.dirname(place)
+            is_regular = is_new or stat.S_ISREG(os.lstat(path).st_mode)
         except (OSError, ValueError) as error:  # ValueError: a NUL
             raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
-        is_file, own = self.target.is_file, os.path.realpath(self.target.path)
-        if is_file and os.path.join(folder, name) in (own, own + ".wal"):
+        if self.target.is_file and place in (own, own + ".wal"):
             raise StoreError(f"{path} is the audit database itself; name another file")
         if not os.path.isdir(folder):
             raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
-        if found is None:
-            return
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
-            raise StoreError(f"{path} is {kind}; name a file (`log` writes to standard output by --export -)")
-        if is_file and not self.target.is_absent() and os.path.samefile(path, own):
-            raise StoreError(f"{path} is the audit database under another name; name another file")
+        if not is_regular:
+            raise StoreError(f"{path} is no file; name one (`log` writes to standard output by --export -)")
 
 
 # == Follow ==
@@ -9473,22 +9445,14 @@ def write_json(
         file.write("]\n" if mark != "[" else "[]\n")
 
 
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+')
-
-
 def indented_json(text: str) -> str:
-    """Return JSON text with a line for each value, as it is spelled; other text unchanged."""
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    shown, depth = "", 0
-    for token in _JSON_TOKEN.findall(text):
-        depth += (token in "[{") - (token in "]}")
-        line_break = "\n" + "  " * depth
-        shown += line_break * (token in "]}") + (re.sub(r"\s", "", token) if token[0] in "[{" else token)
-        shown += line_break * (token in "[{,") + " " * (token == ":")
-    return shown
+    """Return JSON text with a line for each value; unchanged what Python would spell otherwise."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        dump = functools.partial(json.dumps, value, ensure_ascii=text.isascii())
+        if text in (dump(separators=(",", ":")), dump()):
+            return dump(indent=2)
+    return text
 
 
 def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
