@@ -6409,12 +6409,7 @@ def numeric_times(columns: Sequence[Column]) -> str:
 # What a purge takes, and what `verify --since` looks at.
 OLD = "FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
 IN_SCOPE = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
-# An archive has a file for each day, and one for what is not as it was entered.
-_FILE_OF = f"""\
-FROM (SELECT *, CASE WHEN {SEGMENT_OR_DAY} IN (SELECT unnest($wrong)) THEN $apart
-                ELSE strftime(timestamp, '%Y-%m-%d.parquet') END AS file FROM audit.logs WHERE {IN_SCOPE})"""
-OLD_FILES = f"SELECT file, count(*) {_FILE_OF} GROUP BY file ORDER BY file"
-OLD_OF_FILE = f"SELECT {_NAMES} {_FILE_OF} WHERE file = $name ORDER BY timestamp, segment, seq"
+OLD_ROWS = f"SELECT {_NAMES} FROM audit.logs WHERE {IN_SCOPE}"
 _CONTENT = "SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM"
 SAME_CONTENT = {
     table: f"SELECT count(*) = 1 FROM (({_CONTENT} audit.{table} t) UNION ({_CONTENT} fresh.{table} t))"
@@ -8536,7 +8531,7 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
 
 
 def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
-    """Write the events as Parquet, a file a day, with a manifest, and read them back."""
+    """Write the events as Parquet with a manifest, and read them back."""
     import hashlib
 
     problem = f"{directory}: no archive can be written"
@@ -8549,15 +8544,18 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
         raise StoreError(f"{problem}: {error.strerror}") from error
     files: dict[str, dict[str, object]] = {}
     wrong, digest = sorted(removal.wrong), hashlib.sha256()
-    params = {"wrong": wrong, "apart": "not-as-entered.parquet"}
+    changed = sum(found for found, *_ in removal.wrong.values())
+    kinds = {"events": ("NOT", removal.events - changed), "not-as-entered": ("", changed)}
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
-        for file, events in engine.execute(OLD_FILES, params):
-            path = os.path.join(scratch, file)
+        for kind, (negation, events) in kinds.items():
+            if not events:
+                continue
+            path = os.path.join(scratch, f"{kind}.parquet")
             os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
-            rows = bind(OLD_OF_FILE, {**params, "name": file})
+            rows = f"{OLD_ROWS} AND {negation} {among(SEGMENT_OR_DAY, wrong)} ORDER BY {OLDEST_FIRST}"
             engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
             sync_file(path)
-            files[path] = {"name": file, "events": events, "sha256": file_digest(path)}
+            files[path] = {"name": f"{kind}.parquet", "events": events, "sha256": file_digest(path)}
         if files:
             source = f"read_parquet({sql_literal(list(files))}, hive_partitioning = false)"
             rows = digests(source, segment=SEGMENT_OR_DAY)
@@ -9098,14 +9096,15 @@ class Follower:
     ) -> None:
         self._target, self._journal, self._what = store.target, store.journal, what
         self._columns = columns or public_select()
-        self._notices = cursor is not None  # losses and gaps are returned too
-        self._positions: dict[str, int] = dict((cursor or {}).get("journals", {}))  # by journal
-        self._tails: dict[str, int] = dict((cursor or {}).get("segments", {}))  # by segment: its last event
+        self._notices, cursor = cursor is not None, cursor or {}  # losses and gaps are returned too
+        self._positions: dict[str, int] = dict(cursor.get("journals", {}))
+        self._tails: dict[str, int] = dict(cursor.get("segments", {}))  # by segment: its last event
         self._sizes: dict[str, int] = {}
         self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
         self._signature: object = None
         self.is_behind = False  # the last look left entries of the ledger to the next
-        self._engine: Engine | None = None
+        self._engine = store.target.open_engine()
+        self.close = self._engine.close
 
     def start(self, reading: Reading) -> None:
         """Count everything in an open log as seen."""
@@ -9146,23 +9145,13 @@ class Follower:
         if not lines:
             return []
         with scratch_folder(self._journal.directory) as folder:
-            reading = Reading(self._session(), folder, self._target)
+            reading = Reading(self._engine, folder, self._target)
             reading.open_running(lines)
             return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
 
-    def _session(self) -> Engine:
-        self._engine = self._engine or self._target.open_engine()
-        return self._engine
-
-    def close(self) -> None:
-        """End the session with DuckDB, if there is one."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
-
     def _new_table_rows(self) -> list[Row]:
         """Return what the ledger entered and the journal didn't show before."""
-        engine = self._session()
+        target, ask = self._target, self._engine.execute
         asked = _NEW_ENTRIES.format(
             positions=listed("known VARCHAR, last BIGINT", self._positions.items()),
             tails=listed(_TAILS, self._tails.items()),
@@ -9170,12 +9159,12 @@ class Follower:
         )
         entries: list[Row] = []
         rows: list[Row] = []
-        with self._target.attached(engine, read_only=True):
-            signature = self._target.signature()  # nobody can ingest now
-            present = self._target.columns(engine)
+        with target.attached(self._engine, read_only=True):
+            signature = target.signature()  # nobody can ingest now
+            present = target.columns(self._engine)
             if "ledger" in present:
-                engine.execute(asked)
-                entries = engine.execute("SELECT journal, position, kind, segment, waiting FROM entries")
+                ask(asked)
+                entries = ask("SELECT journal, position, kind, segment, waiting FROM entries")
             if entries:
                 rows = self._matching(sound_rows(present.get("logs", {})), _ENTERED)
         for journal, position, kind, segment, _ in entries:
@@ -9184,8 +9173,6 @@ class Follower:
                 self._tails[segment] = _SETTLED
         self.is_behind = bool(entries) and (len(entries) < entries[0][-1] or entries[0][-1] == _LOOK_ENTRIES)
         self._signature = None if self.is_behind else signature
-        if engine.name == "cli" and self._target.is_file:  # a process for nothing, until then
-            self.close()
         return rows
 
     def _new_lines(self) -> list[Row]:
@@ -9203,26 +9190,25 @@ class Follower:
                 rows = journal_rows(combine(files, folder), max(sizes[each] for each in grown))
                 matching = self._matching(rows, tails)
         except QueryError:
-            self.close()
             if all(map(os.path.exists, files)):
                 raise
             return []  # ingested at this moment: the ledger tells the next look
-        self._tails.update(self._session().execute("SELECT segment, max(seq) FROM fresh GROUP BY segment"))
+        self._tails.update(self._engine.execute("SELECT segment, max(seq) FROM fresh GROUP BY segment"))
         self._sizes = sizes
         return matching
 
     def _matching(self, rows: str, tails: str) -> list[Row]:
-        """Put the rows behind the tails into the table `fresh`, and return those that match."""
-        engine, where = self._session(), f"({self._what.where()})"
-        engine.execute(_FRESH.format(rows=rows, tails=tails))
+        """Put the rows behind the tails into `fresh`, and return those that match."""
+        ask, where = self._engine.execute, f"({self._what.where()})"
+        ask(_FRESH.format(rows=rows, tails=tails))
         if self._notices and tails == _ENTERED:
-            engine.execute(_NOTICES)
+            ask(_NOTICES)
             where += " OR type IN ('loss', 'gap')"
-        return engine.execute(f"SELECT {self._columns} FROM fresh WHERE {where} ORDER BY {OLDEST_FIRST}")
+        return ask(f"SELECT {self._columns} FROM fresh WHERE {where} ORDER BY {OLDEST_FIRST}")
 
 
 # == Health ==
-# depends on: Errors, Config, Events, SQL, Engines, Reading, Operations
+# depends on: Errors, Config, Events, Journal, SQL, Engines, Reading, Operations
 #
 # What `doctor` looks at; it changes nothing.
 
@@ -9244,42 +9230,41 @@ class Checkup:
     def __init__(self, config: Config, *, wait: float) -> None:
         self.faults: list[Fault] = []
         self.report: dict[str, Any] = {"healthy": False, "faults": [], "profile": config.profile}
-        self._config = config
-        self._store = Store(config)
+        store = Store(config)
         if not config.enabled:
-            problem = f"audit logging is not enabled for profile {config.profile!r}"
-            self._fault(problem, "set `enabled: true` in its `audit` section")
-        self._examine_journal()
+            text = f"audit logging is not enabled for profile {config.profile!r}"
+            self._fault(text, "set `enabled: true` in its `audit` section")
+        self._examine_journal(store.journal)
         self.report["engine"] = None
         try:
             with contextlib.closing(open_engine()) as engine:
                 self.report["engine"] = {"name": engine.name, "version": engine.version()}
-            self._examine_database(wait)
+            self._examine_database(store, wait)
         except StoreError as error:
             self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
-        if self._store.target.is_file:
-            self._examine_access()
+        if store.target.is_file:
+            self._examine_files(store.target.path, store.journal.directory, 0o007 if config.group else 0o077)
         self.report |= {"healthy": not self.faults, "faults": [fault._asdict() for fault in self.faults]}
 
     def _fault(self, problem: str, remedy: str) -> None:
         self.faults.append(Fault(problem, remedy))
 
-    def _examine_database(self, wait: float) -> None:
-        state: dict[str, Any] = {"path": self._store.target.name, "readable": False, "events": None}
+    def _examine_database(self, store: Store, wait: float) -> None:
+        state: dict[str, Any] = {"path": store.target.name, "readable": False, "events": None}
         self.report["database"] = state
         try:
-            with self._store.reading(wait=wait) as reading:
+            with store.reading(wait=wait) as reading:
                 if reading.problem is not None:
                     raise reading.problem
                 state["readable"] = reading.has_table
                 ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
                 for text in reading.oddities:
-                    problem = f"{text}: what is shown may not be what was recorded"
-                    self._fault(problem, "see what `verify` finds")
+                    text += ": what is shown may not be what was recorded"
+                    self._fault(text, "see what `verify` finds")
                 self._examine_calls(reading)
-                for _, text in self._store.losses(reading):
-                    remedy = "they are gone; mend the reason. 30 days on it counts as healthy"
-                    self._fault(f"events were lost: {text}", remedy)
+                for _, text in store.losses(reading):
+                    text = f"events were lost: {text}"
+                    self._fault(text, "they are gone; mend the reason. 30 days on it counts as healthy")
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
         except StoreError as error:
@@ -9290,42 +9275,37 @@ class Checkup:
 
     def _examine_calls(self, reading: Reading) -> None:
         for row in reading.running(Filter(min_ms=_HANGS_MS)):
-            problem = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
-            self._fault(problem, "see `log --running`; if it hangs, end it or its server")
+            text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
+            self._fault(text, "see `log --running`; if it hangs, end it or its server")
         since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
         refused = Filter(since=since, error_type="AuditUnavailableError")
         ((count, first, last),) = reading.ask(refused, _REFUSED)
         self.report["refused"] = count
         if count:
-            self._fault(
-                f"{counted(count, 'call')} refused since {first} because they could not be recorded: {last}",
-                "make room or mend the journal's disk; 30 days on it counts as healthy",
+            text = (
+                f"{counted(count, 'call')} refused since {first} because they could not be recorded: {last}"
             )
+            self._fault(text, "make room or mend the journal's disk; 30 days on it counts as healthy")
 
-    def _examine_journal(self) -> None:
-        journal = self._store.journal
+    def _examine_journal(self, journal: Journal) -> None:
         state = self.report["journal"] = {"path": journal.directory}
         try:
             state |= journal.survey()
         except JournalError as error:
             self._fault(str(error), "check its permissions, and whether its file system has locks")
             return
-        if state["orphaned"]:
-            problem = f"{counted(state['orphaned'], 'segment')} since {state['oldest_pending']}"
-            remedy = "run `python -m mxcp_audit ingest`; if that fails, it says why"
-            self._fault(f"{problem}, taken in by nobody", remedy)
-        if state["rejected"]:
-            problem = f"lines could not be ingested: {counted(state['rejected'], 'file')}"
-            remedy = "read the .rejected files, keep what matters, and remove them"
-            self._fault(f"{problem} in {journal.directory}", remedy)
+        if orphaned := state["orphaned"]:
+            text = f"{counted(orphaned, 'segment')} since {state['oldest_pending']}, taken in by nobody"
+            self._fault(text, "run `python -m mxcp_audit ingest`; if that fails, it says why")
+        if rejected := state["rejected"]:
+            text = f"lines could not be ingested: {counted(rejected, 'file')} in {journal.directory}"
+            self._fault(text, "read the .rejected files, keep what matters, and remove them")
         if state["torn"]:
             state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
 
-    def _examine_access(self) -> None:
+    def _examine_files(self, database: str, journal: str, others: int) -> None:
         import shutil
 
-        database, journal = self._store.target.path, self._store.journal.directory
-        others = 0o007 if self._config.group else 0o077
         for path in (database, database + ".wal", journal):
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
@@ -9584,30 +9564,16 @@ def _cell(value: object, column: str = "", local: bool = False) -> str:
 
 
 def write_stats(
-    file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
+    file: TextIO, by: str, rows: Sequence[Row], *, width: int | None, local: bool = False
 ) -> None:
-    """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
-    heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
-    heads += ["RUNNING"] * any(row[10] for row in rows)
-    count = len(heads)
-    table = [[*heads, "FIRST SEEN", "LAST SEEN"]]
+    """Write rows of a group's name and STATS_COLUMNS; what doesn't fit is cut on the right."""
+    heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS", "RUNNING"]
+    end = 8 + any(row[10] for row in rows)
+    table = []
     for row in rows:
-        seen = [_cell(value, "timestamp", local) for value in row[8:10]]
-        table.append([*map(_cell, (row[:8] + row[10:])[:count]), *seen])
-    sizes = [max(map(display_width, column)) + 2 for column in zip(*table)]
-    room = width or sum(sizes)
-    sizes[0] = min(sizes[0], max(_NARROWEST + 2, room - sum(sizes[1:count]) + 2))
-    while len(sizes) > count and sum(sizes) - 2 > room:  # "first seen", then "last seen" gives way
-        table = [cells[:count] + cells[count + 1 :] for cells in table]
-        del sizes[count]
-    bars = min(40, room - sum(sizes))  # a bar takes what is left
-    shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
-    block = "█" if takes_unicode(file) else "#"
-    alignment = "~" + ">" * (count - 1) + "<" * (len(sizes) - count)
-    for line, value in zip(_aligned(table, alignment, width), [0, *shown]):
-        if bars > 3:
-            line = fit(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
-        _write(file, line.rstrip())
+        seen = (_cell(value, "timestamp", local) for value in (row[9], row[8]))
+        table.append((*(*row[:8], row[10])[:end], *seen))
+    write_grid(file, [*heads[:end], "LAST SEEN", "FIRST SEEN"], table, width=width)
 
 
 # == Forms ==
@@ -9922,18 +9888,13 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
 
 
 def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> Iterator[str]:
-    """Yield the numbers of a report of `doctor` as gauges in the text format of Prometheus."""
+    """Yield the numbers of a report of `doctor` in the text format of Prometheus."""
     for name, value in report.items():
-        metric = f"{prefix}_{name}"
-        if isinstance(value, Mapping) and not all(map(os.path.isabs, value)):
-            yield from prometheus_text(value, metric)
-            continue
-        samples = value if isinstance(value, Mapping) else {"": len(value) if name == "faults" else value}
-        if all(isinstance(number, (bool, int, float)) for number in samples.values()):
-            yield f"# TYPE {metric} gauge"
-            for path, number in samples.items():
-                labels = f"{{path={json.dumps(printable(path), ensure_ascii=False)}}}" if path else ""
-                yield f"{metric}{labels} {int(number) if isinstance(number, bool) else number}"
+        label = f"{{path={json_text(name)}}}" if os.path.isabs(name) else f"_{name}"
+        if isinstance(value, Mapping):
+            yield from prometheus_text(value, prefix + label)
+        elif isinstance(value, (int, float, list)):
+            yield f"{prefix}{label} {len(value) if isinstance(value, list) else +value}"
 
 
 # === Assembly ===
@@ -9945,15 +9906,14 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
 def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
     """Ingest in this process, and return what became of it as JSON values."""
     told = Diagnostics(silent=True)
-    answer: dict[str, Any] = {"done": False}
     try:
-        answer |= Store(Config(**settings), diagnostics=told).ingest_for_logger(wait=wait)
+        answer = Store(Config(**settings), diagnostics=told).ingest_for_logger(wait=wait)
     except AuditError as error:
-        answer |= {"fault": str(error), "locked": isinstance(error, DatabaseLockedError)}
+        answer = {"done": False, "fault": str(error), "locked": isinstance(error, DatabaseLockedError)}
     except Exception as error:  # whatever it is, the server goes on
-        answer["fault"] = f"{type(error).__name__}: {error}"
-    answer |= {"ingested": told.ingested, "rejected": told.rejected, "log": told.untold}
-    return {**answer, "cpu": sum(os.times()[:4])}
+        answer = {"done": False, "fault": f"{type(error).__name__}: {error}"}
+    counts = {"ingested": told.ingested, "rejected": told.rejected, "log": told.untold}
+    return {**answer, **counts, "cpu": sum(os.times()[:4])}
 
 
 def ingest_child(settings: Mapping[str, Any], wait: float) -> None:
@@ -9967,37 +9927,38 @@ AuditLogger._ingest = staticmethod(ingest_once)
 
 # --- MXCP's own logs
 
-# Where arguments of `log_event` have other names: in MXCP 0.1 to 0.3, and in newer ones.
-_OLDER_NAMES = {"event_type": "type", "input_params": "input_json"}
-_NEWER_NAMES = {
-    "caller": "caller_type",
-    "event_type": "operation_type",
-    "name": "operation_name",
-    "input_params": "input_data",
-    "reason": "policy_reason",
-    "status": "operation_status",
-}
+# The arguments of `log_event`, and their names in MXCP 0.1 to 0.3 and in newer ones.
+_MXCP_NAMES = """\
+caller caller caller_type
+event_type type operation_type
+name name operation_name
+input_params input_json input_data
+reason reason policy_reason
+status status operation_status"""
 _SAME_NAMES = ("duration_ms", "policy_decision", "error", "user_id", "session_id", "trace_id")
 
 
 def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """Return the event of a line of MXCP's log: nanoseconds since the epoch, and arguments of `log_event`."""
+    """Return the event of a line of MXCP's log: its time in ns, and arguments of `log_event`."""
     record = _json_object(line)
-    names = _NEWER_NAMES if "operation_type" in record else _OLDER_NAMES
-    if names["event_type"] not in record:
+    is_new = "operation_type" in record
+    if not is_new and "type" not in record:
         if "schema_name" in record and "fields" in record:
             return None
         raise ValueError("no event: it has neither type nor operation_type")
-    event = {name: record.get(names.get(name, name)) for name in (*_NEWER_NAMES, *_SAME_NAMES)}
-    if names is _OLDER_NAMES and isinstance(event["input_params"], str):
+    event = {name: record.get(name) for name in _SAME_NAMES}
+    for name, *names in map(str.split, _MXCP_NAMES.splitlines()):
+        event[name] = record.get(names[is_new])
+    if not is_new and isinstance(event["input_params"], str):
         with contextlib.suppress(ValueError, RecursionError):  # else it is a text
             event["input_params"] = json.loads(event["input_params"])
+    moment = record.get("timestamp")
     try:
-        us = microseconds(sql_time(parse_iso(record.get("timestamp"))))
+        us = microseconds(sql_time(parse_iso(moment)))
         if us < 0:
             raise ValueError("is before 1970")
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"timestamp {record.get('timestamp')!r:.60} {error}") from None
+        raise ValueError(f"timestamp {moment!r:.60} {error}") from None
     return us * 1000, event
 
 
@@ -10007,9 +9968,7 @@ PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
 PART_BYTES = 32 * 2**20
 _DAY_NS = 86_400 * 10**9
 IMPORT_LINE_BYTES = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
-
-
-_Imported: TypeAlias = tuple[bytes, int, dict[str, Any]]  # an event's line, its time in ns, its values
+_Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
 
 
 class ImportResult(NamedTuple):
@@ -10043,9 +10002,9 @@ class Importer:
         self._bad = events = ingested = known = 0
         self._digest = hashlib.sha256()
         file = self._read(path)
-        for _, day in itertools.groupby(file, lambda event: event[1] // _DAY_NS):
+        for _, day in itertools.groupby(file, lambda event: event[0] // _DAY_NS):
             for first in day:
-                part = f"{new_segment_id(first[1]).rpartition('-')[0]}-{self._digest.hexdigest()[:8]}"
+                part = f"{new_segment_id(first[0]).rpartition('-')[0]}-{self._digest.hexdigest()[:8]}"
                 # Parts are ingested one after the other: after a new one, all are new.
                 ask = functools.partial(self._store.imported, part)
                 if not events and (found := patiently(ask, self._wait)):
@@ -10080,10 +10039,10 @@ class Importer:
                     continue
                 if found is not None:
                     self._digest.update(line)
-                    yield line, *found
+                    yield found
 
     def _write(self, part: str, events: Iterator[_Imported]) -> int:
-        """Write a part into the journal, what precedes damage too; return how many events it has."""
+        """Write a part into the journal, what precedes damage too; count its events."""
         try:
             segment = self._store.journal.open_segment(named=part)
         except FileExistsError as error:
@@ -10091,12 +10050,10 @@ class Importer:
         lines: list[bytes] = []
         size = 0
         try:
-            for _, self._now_ns, values in events:
-                echoes: list[str] = []
-                input_json = self._encoder.input_json(
-                    values.pop("input_params"), values["name"], None, echoes
-                )
-                line = self._encoder.line(**values, input_json=input_json, echoes=echoes)
+            for self._now_ns, values in events:
+                encoder, echoes = self._encoder, list[str]()
+                text = encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
+                line = encoder.line(**values, input_json=text, echoes=echoes)
                 lines.append(finish_line(line, len(lines) + 1))
                 size += len(lines[-1])
                 if len(lines) == PART_EVENTS or size >= PART_BYTES:
@@ -10111,13 +10068,11 @@ class Importer:
         return len(lines)
 
     def _skip(self, path: str, file: Iterator[_Imported], events: int, last: str) -> int:
-        """Pass over a part that is in the database; return how many events of it the file has."""
-        times = [now_ns for _, now_ns, _ in itertools.islice(file, events)]
+        """Pass over a part that is in the database; count its events in the file."""
+        times = [now_ns for now_ns, _ in itertools.islice(file, events)]
         if len(times) == events and max(times) // 1000 != microseconds(last):
-            raise StoreError(
-                f"{path} begins like a file that was imported before, but goes on differently: it was "
-                "edited, or is a copy that went its own way; import the events that are missing as a file"
-            )
+            text = f"{path} begins like a file that was imported before, but goes on differently; "
+            raise StoreError(text + "import the events that are missing as a file of their own")
         return len(times)
 
 
@@ -10702,7 +10657,7 @@ A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 [what is shown]
 &times
 --by {groups} =name | what makes a group (default: name)
---sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
+--sort {sorts} =calls | what is largest first (default: calls); hours and days go by time
 -n --limit N =100 | at most N groups (default: 100)
 --json | print a JSON array of objects
 
@@ -11377,7 +11332,7 @@ def cmd_stats(options: Options) -> None:
     if options.json:
         write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
     else:
-        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal()[0], local=options.local)
+        write_stats(sys.stdout, options.by, rows, width=_terminal()[0], local=options.local)
         sys.stdout.flush()
         _say(counted(len(rows), "group") + more_hint(len(rows), options.limit))
 

@@ -221,7 +221,7 @@ def test_archive_that_cannot_be_written_purges_nothing(log: Path, tmp_path: Path
 def test_archive_that_reads_back_differently_purges_nothing(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(m, "OLD_OF_FILE", m.OLD_OF_FILE.replace("ORDER BY", "AND seq > 1 ORDER BY"))
+    monkeypatch.setattr(m, "OLD_ROWS", m.OLD_ROWS + " AND seq > 1")
     with pytest.raises(m.StoreError, match="read back"):
         store_of(log).purge(moment(START_NS + DAY_NS), archive=str(tmp_path / "archive"))
     assert count(log) == 12 and intact(log) and not list((tmp_path / "archive").iterdir())
