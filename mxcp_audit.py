@@ -8633,9 +8633,14 @@ class Restored(NamedTuple):
     kept: str | None  # where the replaced database is; None if there was none
 
 
-def _take_in(path: str, directory: str, like: Target) -> int:
-    """Ingest a copied journal into a copy of the database, and count its events."""
-    journal = Journal(directory)
+def _take_in(segments: Iterable[str], path: str, like: Target) -> int:
+    """Ingest copies of segments into a copy of the database, and count its events."""
+    journal = Journal(path + ".journal")
+    journal.make_directory()
+    for segment in segments:
+        with contextlib.suppress(FileNotFoundError):
+            if lines := read_lines(segment):
+                write_file(os.path.join(journal.directory, os.path.basename(segment)), lines)
     target = Ledger(Config(path, attach=like.options), journal)
     if journal.segments():
         with journal.ingest_lock():
@@ -8690,23 +8695,14 @@ def _copy_database(engine: Engine, target: Target, path: str) -> None:
     engine.execute("DETACH fresh")
 
 
-def _copy_journal(paths: Iterable[str], directory: str) -> None:
-    os.mkdir(directory, _DIRECTORY_MODE)
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            if lines := read_lines(path):
-                write_file(os.path.join(directory, os.path.basename(path)), lines)
-    sync_directory(directory)
-
-
 def _put_in_place(path: str, target: str) -> None:
     """Rename a file, but never overwrite another."""
     give_to_owner(path)
     try:
         os.link(path, target)
-    except OSError as error:
+    except OSError:
         if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from error
+            raise
         os.rename(path, target)  # a file system without links
 
 
@@ -8723,9 +8719,8 @@ _LOSS_DAYS = 30  # how long lost events are pointed out
 class Store:
     """The log of a configuration: its database (`target`) and its journal (`journal`) as one.
 
-    Methods try for `wait` seconds while another process holds the database. They raise StoreError if the
-    database can't be used (DatabaseNotFoundError: there is none), and ConfigError if the key file can't.
-    `diagnostics` counts what was ingested and rejected.
+    Methods try for `wait` seconds while another process holds the database. They raise StoreError if it
+    can't be used (DatabaseNotFoundError: there is none), and ConfigError if the key file can't.
     """
 
     def __init__(
@@ -8744,9 +8739,9 @@ class Store:
     # --- ingesting
 
     def ingest(self, *, wait: float = 0.0) -> bool:
-        """Move every sealed and orphaned segment into the database; True if no retry could move more.
+        """Move all sealed and orphaned segments into the database; True if no retry could move more.
 
-        The first time, the retention is applied too.
+        The first time, apply the retention too.
 
         Raises:
             JournalError: a segment can't be claimed; the others are done.
@@ -8867,8 +8862,8 @@ class Store:
         """Recompute the ledger from `logs` and return what isn't as it was recorded.
 
         Args:
-            checkpoint: heads noted earlier, which the chains must still lead through.
-            since: naive UTC text; of older segments, only the chain is recomputed.
+            checkpoint: heads noted earlier, which the chains must lead through.
+            since: naive UTC text; of older segments only the chain is recomputed.
             progress: called with the events done and their total.
         """
         keys = seal_keys()
@@ -8911,11 +8906,10 @@ class Store:
     def purge(
         self, before: str, *, archive: str | None = None, dry_run: bool = False, wait: float = 5.0
     ) -> Removal:
-        """Delete every segment whose events are all older than a moment, in one transaction, and enter that.
+        """Delete the segments whose events are all older than `before`, a naive UTC text.
 
         Args:
-            before: naive UTC text.
-            archive: a directory, where the events are written first, and read back.
+            archive: a directory where the events are written first, and read back.
             dry_run: only return what would be deleted.
 
         Raises:
@@ -8928,7 +8922,7 @@ class Store:
             return purge_before(engine, self.target, before, archive)
 
     def backup(self, path: str, *, wait: float = 5.0) -> int:
-        """Copy the whole log, as of one moment, into one database file; return how many events that holds.
+        """Copy the whole log into a new database file; return how many events that holds.
 
         Raises:
             StoreError: `path` exists, or the copy can't be written or differs.
@@ -8942,12 +8936,12 @@ class Store:
         with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
             self.ingest()
         with _scratch(place, f"{path} can't be written") as scratch:
-            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
+            copy = os.path.join(scratch, "copy")
             with target.session(read_only=True, wait=wait) as engine:
-                tables = target.columns(engine)
                 _copy_database(engine, target, copy)
-                _copy_journal(unknown_segments(engine, self.journal.segments(), tables), waiting)
-            events = _take_in(copy, waiting, target)
+                tables = target.columns(engine)
+                waiting = unknown_segments(engine, self.journal.segments(), tables)
+                events = _take_in(waiting, copy, target)
             _put_in_place(copy, place)
             sync_directory(os.path.dirname(place))
         return events
@@ -8955,8 +8949,8 @@ class Store:
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
         """Put a backup in place of the database, with all that the database holds besides.
 
-        The old database stays beside it under another name, the journal as it is. Events that were purged
-        since the backup return. If the database holds all of the backup, nothing is changed.
+        The old database stays beside it under another name. Events that were purged since the backup return.
+        If the database holds all of the backup, nothing is changed.
 
         Raises:
             StoreError: nothing was changed, because something would be lost.
@@ -8965,13 +8959,12 @@ class Store:
         old = Journal(path + ".journal")  # of backups by earlier versions
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
         with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
-            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
+            copy = os.path.join(scratch, "copy")
             with source.session(read_only=True, wait=wait) as engine:
                 if "logs" not in source.columns(engine):
                     raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
                 _copy_database(engine, source, copy)
-            _copy_journal(old.segments(), waiting)
-            events, before, kept = _take_in(copy, waiting, target), 0, None
+            events, before, kept = _take_in(old.segments(), copy, target), 0, None
             if target.is_absent():
                 _put_in_place(copy, place)
             else:
@@ -8991,7 +8984,7 @@ class Store:
         return Restored(events, events - before, kept)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
-        """Write the database anew, without the room of purged rows, and return both sizes in bytes.
+        """Write the database anew, without the room of purged rows; return both sizes in bytes.
 
         Raises:
             StoreError: the old database is still in place.
@@ -8999,8 +8992,7 @@ class Store:
         path, target = self._refuse_remote("compact"), self.target
         with self._alone(wait):
             self._settled(path, wait)
-            # Read-only, DuckDB keeps writers out and leaves the WAL alone: detaching the old file can't harm
-            # the new one.
+            # Read-only, DuckDB keeps writers out and leaves the WAL alone, that of the new file too.
             with target.session(read_only=True, wait=wait) as engine:
                 old = os.stat(path)
                 if _size_of(path + ".wal"):
@@ -9038,14 +9030,12 @@ class Store:
         try:
             self.refuse_journal(path)
             place = os.path.realpath(path)
-            is_new, folder = not os.path.lexists(path), os.path.dirname(place)
-            is_regular = is_new or stat.S_ISREG(os.lstat(path).st_mode)
+            os.stat(os.path.join(os.path.dirname(place), ""))  # there must be such a directory
+            is_regular = not os.path.lexists(path) or stat.S_ISREG(os.lstat(path).st_mode)
         except (OSError, ValueError) as error:  # ValueError: a NUL
             raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
         if self.target.is_file and place in (own, own + ".wal"):
             raise StoreError(f"{path} is the audit database itself; name another file")
-        if not os.path.isdir(folder):
-            raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
         if not is_regular:
             raise StoreError(f"{path} is no file; name one (`log` writes to standard output by --export -)")
 
@@ -9080,9 +9070,8 @@ _NOTICES = f"""\
 INSERT INTO fresh BY NAME
 SELECT now()::TIMESTAMP AS timestamp, '' AS caller, if(kind = 'loss', 'loss', 'gap') AS type, type AS name,
   '{{"events":' || missing || '}}' AS input_json, 0 AS duration_ms, 'n/a' AS policy_decision,
-  'error' AS status, if(kind = 'loss', detail, missing || if(missing = 1, ' event', ' events')
-    || ' left the table before they were read, by a purge perhaps') AS error, journal AS segment,
-  position AS seq
+  'error' AS status, if(kind = 'loss', detail, 'events that left the table unread, by a purge perhaps: '
+    || missing) AS error, journal AS segment, position AS seq
 FROM (SELECT *, if(kind = 'loss', events, events - tail - coalesce(came, 0)) AS missing FROM entries
   LEFT JOIN (SELECT {SEGMENT_OR_DAY} AS wanted, count(*) AS came FROM fresh GROUP BY ALL) ON wanted = segment)
 WHERE kind = 'loss' OR (kind IN ('segment', 'legacy') AND missing > 0)"""
@@ -9114,13 +9103,9 @@ class Follower:
             self._signature = self._target.signature()
             self._positions = dict(reading.engine.execute(CHAIN_ENDS))
         if reading.has_journal:
+            reading.freeze_journal()  # so that later queries show nothing that isn't counted here
             ends = reading.engine.execute("SELECT segment, max(seq) FROM journal_rows GROUP BY segment")
             self._tails = dict(ends)
-
-    def is_seen(self, row: Row) -> bool:
-        """Return True if `start` counted an event as seen."""
-        segment, _, seq = (row[-1] or "").rpartition(":")
-        return int(seq or 0) <= self._tails.get(segment, _SETTLED)
 
     def cursor(self) -> dict[str, Any]:
         """Return where the next look goes on, for JSON."""
@@ -9301,7 +9286,7 @@ class Checkup:
             text = f"lines could not be ingested: {counted(rejected, 'file')} in {journal.directory}"
             self._fault(text, "read the .rejected files, keep what matters, and remove them")
         if state["torn"]:
-            state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
+            state["torn_note"] = "half lines of killed processes; remove the .torn files when read"
 
     def _examine_files(self, database: str, journal: str, others: int) -> None:
         import shutil
@@ -9354,14 +9339,6 @@ def fit(text: str, width: int, *, right: bool = False) -> str:
         text = _head(text, width - 1) + "…" if width > 0 else ""
     blanks = " " * (width - display_width(text))
     return blanks + text if right else text + blanks
-
-
-def wrap(text: str, width: int) -> Iterator[str]:
-    """Yield the text in pieces of at most `width` cells."""
-    while text:
-        piece = _head(text, max(2, width))
-        yield piece
-        text = text[len(piece) :]
 
 
 def _head(text: str, width: int) -> str:
@@ -9489,21 +9466,11 @@ def write_events(
                 text = f"    {label}: {printable(event[label])}"
                 _write(file, text if width is None else fit(text, width).rstrip())
         if with_input and event:
-            text = printable(event["input_json"] or "-")
-            for piece in [text] if width is None else wrap(text, width - 4):
-                _write(file, "    " + piece)
+            _write(file, "    " + printable(event["input_json"] or "-"))
 
 
-def more_hint(shown: int, limit: int | None) -> str:
-    return " (there may be more: --limit)" if shown == limit else ""
-
-
-def summary(rows: Sequence[Row], count: int | None) -> str:
-    """Return one line on what was shown, and what `count` left out."""
-    errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
-    denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
-    parts = [counted(len(rows), "event"), errors and counted(errors, "error"), denied and f"{denied} denied"]
-    return ", ".join(part for part in parts if part) + more_hint(len(rows), count)
+def summary(shown: int, noun: str, limit: int | None) -> str:
+    return counted(shown, noun) + (" (there may be more: --limit)" if shown == limit else "")
 
 
 def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
@@ -9771,20 +9738,15 @@ svg{width:100%;height:12rem;background:#8882}.axis{display:flex;justify-content:
 .success{fill:#56b4e9;color:#56b4e9}.error{fill:#d55e00;color:#d55e00}.denied{fill:CanvasText}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
 _OUTCOMES = ("success", "error", "denied")
-_BUCKETS = (  # of time: up to how many seconds, and the label
-    ("minute", 2 * 3600, "%H:%M"),
-    ("hour", 4 * 86400, "%m-%d %H:00"),
-    ("day", 120 * 86400, "%Y-%m-%d"),
-    ("month", 40 * 366 * 86400, "%Y-%m"),
-    ("year", inf, "%Y"),
-)
+# Of the chart: up to how many seconds it covers.
+_BUCKETS = {"minute": 2 * 3600, "hour": 4 * 86400, "day": 120 * 86400, "month": 40 * 366 * 86400, "year": inf}
 _FINITE = "(SELECT * REPLACE (CASE WHEN isfinite(timestamp) THEN timestamp END AS timestamp) FROM events)"
 _REPORT_FACTS = f"""\
 SELECT count(*), min(timestamp)::VARCHAR, max(timestamp)::VARCHAR,
   epoch(max(timestamp) - min(timestamp))::BIGINT
 FROM {_FINITE}"""
 _REPORT_BUCKETS = f"""\
-SELECT strftime(b, '{{form}}'), {", ".join(f"count(*) FILTER (outcome = '{name}')" for name in _OUTCOMES)}
+SELECT b::VARCHAR, {", ".join(f"count(*) FILTER (outcome = '{name}')" for name in _OUTCOMES)}
 FROM (SELECT unnest(generate_series(date_trunc('{{unit}}', min(timestamp)), max(timestamp),
     INTERVAL 1 {{unit}})) AS b FROM {_FINITE})
   LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS b, CASE WHEN policy_decision = 'deny' THEN 'denied'
@@ -9859,9 +9821,9 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
     facts = {**facts, "calls": f"{calls:,}", "first event": first, "last event": last}
     yield _html_table("what,value", list(facts.items()))
     if span is not None:
-        unit, form = next((name, form) for name, seconds, form in _BUCKETS if span <= seconds)
+        unit = next(unit for unit, seconds in _BUCKETS.items() if span <= seconds)
         yield f"<h2>Calls per {unit} (UTC)</h2>"
-        yield from _chart(unit, ask(_REPORT_BUCKETS.format(unit=unit, form=form)))
+        yield from _chart(unit, ask(_REPORT_BUCKETS.format(unit=unit)))
     heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
     for by in ("name", "user", "client", "server"):
         groups = reading.stats(what, by=by, count=50)
@@ -9880,8 +9842,7 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
     yield "<h2>Newest events</h2>"
     for row in reading.rows(what, count=newest):
         event = {name: _html(value) for name, value in zip(PUBLIC_COLUMNS, row) if value is not None}
-        values = map(event.get, ("timestamp", "name", "status", "policy_decision"))
-        head = " · ".join(value for value in values if value)
+        head = " · ".join(event.get(name, "") for name in ("timestamp", "name", "status", "policy_decision"))
         body = "\n".join(f"{name}: {value}" for name, value in event.items())
         yield f"<details><summary>{head}</summary><pre>{body}</pre></details>\n"
     yield "</body></html>\n"
@@ -9971,20 +9932,11 @@ IMPORT_LINE_BYTES = 64 * 2**20  # arbitrary: a file without line breaks must not
 _Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
 
 
-class ImportResult(NamedTuple):
-    """What became of one file."""
-
-    events: int  # new in the log
-    known: int  # from an earlier import
-    bad: int  # lines that are no events
-
-
 class Importer:
     """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
 
-    A file becomes parts of one day each, in segments. A part's id is its first event's time and a digest of
-    the file up to there. So the ledger knows it again, and tells where the next part begins, in a file that
-    was renamed, compressed or continued, and after a crash.
+    A file becomes parts of a day at most, in segments. A part's id is its first event's time and a digest of
+    the file up to there: the ledger knows it again in a file that was renamed, compressed or continued.
     """
 
     def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
@@ -9994,8 +9946,8 @@ class Importer:
         )
         self._store, self._on_bad_line, self._wait = Store(config), on_bad_line, wait
 
-    def take(self, path: str) -> ImportResult:
-        """Import a file, gzip or plain."""
+    def take(self, path: str) -> tuple[int, int, int]:
+        """Import a file, gzip or plain; return its numbers of new events, known ones, and bad lines."""
         import hashlib  # lazily: it loads OpenSSL
 
         self._ingest()  # the ledger does not know a part that waits in the journal
@@ -10015,7 +9967,7 @@ class Importer:
                     self._ingest()
                     ingested = events
         self._ingest()
-        return ImportResult(events, known, self._bad)
+        return events, known, self._bad
 
     def _ingest(self) -> None:
         patiently(self._store.ingest, self._wait)
@@ -11014,7 +10966,7 @@ def cmd_log(options: Options) -> int | None:
             shown = list(rows)
             _event_table(options)(shown)
             sys.stdout.flush()
-            _say(summary(shown, count))
+            _say(summary(len(shown), "event", count))
         if problem := reading.problem:
             _say(f"only events of the journal are shown: {problem}")
             return EXIT_LOCKED if isinstance(problem, DatabaseLockedError) else EXIT_FAILED
@@ -11093,7 +11045,7 @@ def _past(options: Options, store: Store, what: Filter, follower: Follower, colu
                 past = [*reading.rows(what, count=options.limit or 100, columns=columns)]
     except DatabaseNotFoundError:
         _say(f"there is no log at {store.target.name} yet; waiting for the first event")
-    return [row for row in reversed(past) if follower.is_seen(row)]
+    return past[::-1]
 
 
 def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Row]], None]:
@@ -11334,7 +11286,7 @@ def cmd_stats(options: Options) -> None:
     else:
         write_stats(sys.stdout, options.by, rows, width=_terminal()[0], local=options.local)
         sys.stdout.flush()
-        _say(counted(len(rows), "group") + more_hint(len(rows), options.limit))
+        _say(summary(len(rows), "group", options.limit))
 
 
 def cmd_sql(options: Options) -> None:
