@@ -8542,36 +8542,28 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             give_to_owner(directory)
     except OSError as error:
         raise StoreError(f"{problem}: {error.strerror}") from error
-    files: dict[str, dict[str, object]] = {}
-    wrong, digest = sorted(removal.wrong), hashlib.sha256()
-    changed = sum(found for found, *_ in removal.wrong.values())
-    kinds = {"events": ("NOT", removal.events - changed), "not-as-entered": ("", changed)}
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
-        for kind, (negation, events) in kinds.items():
-            if not events:
-                continue
-            path = os.path.join(scratch, f"{kind}.parquet")
-            os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
-            rows = f"{OLD_ROWS} AND {negation} {among(SEGMENT_OR_DAY, wrong)} ORDER BY {OLDEST_FIRST}"
-            engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
-            sync_file(path)
-            files[path] = {"name": f"{kind}.parquet", "events": events, "sha256": file_digest(path)}
-        if files:
-            source = f"read_parquet({sql_literal(list(files))}, hive_partitioning = false)"
-            rows = digests(source, segment=SEGMENT_OR_DAY)
-            for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
-                digest.update(part.encode())
+        path, digest = os.path.join(scratch, "events.parquet"), hashlib.sha256()
+        os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
+        rows = f"{OLD_ROWS} ORDER BY {OLDEST_FIRST}"
+        engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
+        sync_file(path)
+        source = f"read_parquet({sql_literal(path)}, hive_partitioning = false)"
+        rows = digests(source, segment=SEGMENT_OR_DAY)
+        for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
+            digest.update(part.encode())
         if digest.hexdigest() != removal.digest:
             raise StoreError(f"{scratch}: the archive doesn't read back as written; nothing was purged")
+        file = {"name": "events.parquet", "events": removal.events, "sha256": file_digest(path)}
         manifest = {
             "filter": {"before": iso_time(microseconds(removal.before))},
             "events": removal.events,
             "first_event": iso_time(removal.first_event),
             "last_event": iso_time(removal.last_event),
             "digest": removal.digest,
-            "not_as_entered": wrong,
+            "not_as_entered": sorted(removal.wrong),
             "heads": [head._asdict() for head in chain_heads(engine)],
-            "files": list(files.values()),
+            "files": [file],
         }
         write_file(os.path.join(scratch, "manifest.json"), json.dumps(manifest, indent=1).encode())
         sync_directory(scratch)
@@ -9729,11 +9721,11 @@ def _json_sql(node: Any) -> str:
 _REPORT_STYLE = """\
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem}
+h2{font-size:1.15rem;margin:2rem 0 .5rem}
+table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
 th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
 border-bottom:1px solid #8886;overflow-wrap:anywhere;max-width:30rem}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 svg{width:100%;height:12rem;background:#8882}.axis{display:flex;justify-content:space-between;margin:0}
 .success{fill:#56b4e9;color:#56b4e9}.error{fill:#d55e00;color:#d55e00}.denied{fill:CanvasText}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
@@ -9780,7 +9772,7 @@ def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
         return f"<tr>{''.join(f'<{tag}{kind}>{_html(cell)}' for kind, cell in zip(kinds, cells))}</tr>"
 
     lines = [line("th", heads.replace("#", "").split(",")), *(line("td", row) for row in rows)]
-    return '<div class="scroll"><table>' + "\n".join(lines) + "</table></div>"
+    return "<table>" + "\n".join(lines) + "</table>"
 
 
 def _html(value: object) -> str:

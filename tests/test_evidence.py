@@ -435,7 +435,7 @@ def test_purge_launders_nothing(log: Path, tmp_path: Path, monkeypatch: pytest.M
     folder = tmp_path / "archive" / str(removal.archive)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert manifest["not_as_entered"] == [segment]
-    assert [file["name"] for file in manifest["files"]] == ["not-as-entered.parquet"]
+    assert [file["name"] for file in manifest["files"]] == ["events.parquet"]
 
 
 @one_engine
