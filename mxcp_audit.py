@@ -8316,10 +8316,11 @@ UNION SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMEST
                 text = "can't be read"
             elif taken.kept and is_newer and has_checkpoint and not self._keys:
                 text = "kept parts of segments, as earlier versions did, but is newer than the checkpoint"
+                taken = None
             else:
                 self.purged += entry["events"]
                 self.purges += [entry] * is_newer
-            purges.append((number, entry, Taken() if text or taken is None else taken, text))
+            purges.append((number, entry, taken or Taken(), text))
         spans = [(number, *taken[:2], *span) for number, _, taken, _ in purges for span in taken.spans]
         kept = [(number, *left) for number, _, taken, _ in purges for left in taken.kept]
         spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
@@ -8673,8 +8674,9 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
     return fresh, old
 
 
-def _copy_database(engine: Engine, target: Target, path: str) -> None:
-    """Copy the attached target into a new file, and read that back."""
+def _copy_database(engine: Engine, target: Target, folder: str) -> str:
+    """Copy the attached target into a new file, read that back, and return its path."""
+    path = os.path.join(folder, "copy")
     attach(engine, path, "fresh", target.new_file)
     os.chmod(path, FILE_MODES[False])
     for statement in ("COPY FROM DATABASE audit TO fresh", "CHECKPOINT fresh", "DETACH fresh"):
@@ -8685,10 +8687,11 @@ def _copy_database(engine: Engine, target: Target, path: str) -> None:
         if engine.execute(SAME_CONTENT[table]) != [(True,)]:
             raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
     engine.execute("DETACH fresh")
+    return path
 
 
 def _put_in_place(path: str, target: str) -> None:
-    """Rename a file, but never overwrite another."""
+    """Give a file another name, but never overwrite another file."""
     give_to_owner(path)
     try:
         os.link(path, target)
@@ -8696,6 +8699,13 @@ def _put_in_place(path: str, target: str) -> None:
         if os.path.lexists(target):
             raise
         os.rename(path, target)  # a file system without links
+    sync_directory(os.path.dirname(target))
+
+
+def _replace(path: str, place: str, old: os.stat_result) -> None:
+    take_after(path, old)
+    os.replace(path, place)
+    sync_directory(os.path.dirname(place))
 
 
 # == Operations ==
@@ -8928,14 +8938,12 @@ class Store:
         with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
             self.ingest()
         with _scratch(place, f"{path} can't be written") as scratch:
-            copy = os.path.join(scratch, "copy")
             with target.session(read_only=True, wait=wait) as engine:
-                _copy_database(engine, target, copy)
+                copy = _copy_database(engine, target, scratch)
                 tables = target.columns(engine)
                 waiting = unknown_segments(engine, self.journal.segments(), tables)
                 events = _take_in(waiting, copy, target)
             _put_in_place(copy, place)
-            sync_directory(os.path.dirname(place))
         return events
 
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
@@ -8951,28 +8959,25 @@ class Store:
         old = Journal(path + ".journal")  # of backups by earlier versions
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
         with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
-            copy = os.path.join(scratch, "copy")
             with source.session(read_only=True, wait=wait) as engine:
                 if "logs" not in source.columns(engine):
                     raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
-                _copy_database(engine, source, copy)
-            events, before, kept = _take_in(old.segments(), copy, target), 0, None
+                copy = _copy_database(engine, source, scratch)
+            events = _take_in(old.segments(), copy, target)
             if target.is_absent():
                 _put_in_place(copy, place)
-            else:
-                ours = self._settled(place, wait)
-                events, before = _merge(copy, place, target)
-                if events == before:
-                    return Restored(events, 0, None)
-                give_to_owner(copy)
-                kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
-                with target.session(read_only=True, wait=wait):
-                    if _stamp_of(os.stat(place)) != _stamp_of(ours):
-                        raise DatabaseLockedError(place + _WRITTEN_MEANWHILE)
-                    _put_in_place(place, kept)
-                    take_after(copy, ours)
-                    os.replace(copy, place)
-            sync_directory(os.path.dirname(place))
+                return Restored(events, events, None)
+            ours = self._settled(place, wait)
+            events, before = _merge(copy, place, target)
+            if events == before:
+                return Restored(events, 0, None)
+            give_to_owner(copy)
+            kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
+            with target.session(read_only=True, wait=wait):
+                if _stamp_of(os.stat(place)) != _stamp_of(ours):
+                    raise DatabaseLockedError(place + _WRITTEN_MEANWHILE)
+                _put_in_place(place, kept)
+                _replace(copy, place, ours)
         return Restored(events, events - before, kept)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
@@ -8990,11 +8995,7 @@ class Store:
                 if _size_of(path + ".wal"):
                     raise DatabaseLockedError(path + _WRITTEN_MEANWHILE)
                 with _scratch(path, f"{path} can't be written anew", name="compact") as scratch:
-                    fresh = os.path.join(scratch, "copy")
-                    _copy_database(engine, target, fresh)
-                    take_after(fresh, old)
-                    os.replace(fresh, path)
-                    sync_directory(os.path.dirname(path))
+                    _replace(_copy_database(engine, target, scratch), path, old)
                 return old.st_size, os.stat(path).st_size
 
     def _settled(self, path: str, wait: float) -> os.stat_result:
@@ -9189,15 +9190,6 @@ class Follower:
 #
 # What `doctor` looks at; it changes nothing.
 
-_HANGS_MS = 3_600_000
-_REFUSED = """\
-SELECT count(*), strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC'), arg_max(error, timestamp) FROM events"""
-
-
-class Fault(NamedTuple):
-    problem: str
-    remedy: str
-
 
 class Checkup:
     """The state of a log: `report`, an object for JSON, and `faults`."""
@@ -9205,8 +9197,8 @@ class Checkup:
     _LITTLE_SPACE_BYTES = 256 * 2**20
 
     def __init__(self, config: Config, *, wait: float) -> None:
-        self.faults: list[Fault] = []
-        self.report: dict[str, Any] = {"healthy": False, "faults": [], "profile": config.profile}
+        self.faults: list[dict[str, str]] = []
+        self.report: dict[str, Any] = {"healthy": False, "faults": self.faults, "profile": config.profile}
         store = Store(config)
         if not config.enabled:
             text = f"audit logging is not enabled for profile {config.profile!r}"
@@ -9221,10 +9213,10 @@ class Checkup:
             self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
         if store.target.is_file:
             self._examine_files(store.target.path, store.journal.directory, 0o007 if config.group else 0o077)
-        self.report |= {"healthy": not self.faults, "faults": [fault._asdict() for fault in self.faults]}
+        self.report["healthy"] = not self.faults
 
     def _fault(self, problem: str, remedy: str) -> None:
-        self.faults.append(Fault(problem, remedy))
+        self.faults.append({"problem": problem, "remedy": remedy})
 
     def _examine_database(self, store: Store, wait: float) -> None:
         state: dict[str, Any] = {"path": store.target.name, "readable": False, "events": None}
@@ -9240,8 +9232,7 @@ class Checkup:
                     self._fault(text, "see what `verify` finds")
                 self._examine_calls(reading)
                 for _, text in store.losses(reading):
-                    text = f"events were lost: {text}"
-                    self._fault(text, "they are gone; mend the reason. 30 days on it counts as healthy")
+                    self._fault(f"events were lost: {text}", "mend the reason; it is shown for 30 days")
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
         except StoreError as error:
@@ -9251,18 +9242,16 @@ class Checkup:
             pass
 
     def _examine_calls(self, reading: Reading) -> None:
-        for row in reading.running(Filter(min_ms=_HANGS_MS)):
+        for row in reading.running(Filter(min_ms=3_600_000)):
             text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
             self._fault(text, "see `log --running`; if it hangs, end it or its server")
         since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
         refused = Filter(since=since, error_type="AuditUnavailableError")
-        ((count, first, last),) = reading.ask(refused, _REFUSED)
+        ((count, last),) = reading.ask(refused, "SELECT count(*), arg_max(error, timestamp) FROM events")
         self.report["refused"] = count
         if count:
-            text = (
-                f"{counted(count, 'call')} refused since {first} because they could not be recorded: {last}"
-            )
-            self._fault(text, "make room or mend the journal's disk; 30 days on it counts as healthy")
+            text = f"{counted(count, 'call')} refused in 30 days because they could not be recorded: {last}"
+            self._fault(text, "make room, or mend the journal's disk")
 
     def _examine_journal(self, journal: Journal) -> None:
         state = self.report["journal"] = {"path": journal.directory}
@@ -9277,8 +9266,6 @@ class Checkup:
         if rejected := state["rejected"]:
             text = f"lines could not be ingested: {counted(rejected, 'file')} in {journal.directory}"
             self._fault(text, "read the .rejected files, keep what matters, and remove them")
-        if state["torn"]:
-            state["torn_note"] = "half lines of killed processes; remove the .torn files when read"
 
     def _examine_files(self, database: str, journal: str, others: int) -> None:
         import shutil
@@ -9421,11 +9408,7 @@ SHORT_COLUMNS = ("timestamp", "type", "name", "status", "policy_decision", "dura
 WIDE_COLUMNS = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
 _HEADERS = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
 _FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
-# How columns are aligned: numbers to the right, and what is `~` shrinks where there is no room.
-_ALIGNED = {"duration_ms": ">", "result_bytes": ">"}
-_ALIGNED |= dict.fromkeys(("timestamp", "type", "status", "policy_decision"), "<")
 _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
-_NARROWEST = 12  # arbitrary: cells that a column keeps
 
 
 def write_events(
@@ -9449,8 +9432,8 @@ def write_events(
         events.insert(0, {})
     if widths == []:
         widths += [_FIRST_WIDTHS.get(column, 0) for column in columns]
-    alignment = "".join(_ALIGNED.get(column, "~") for column in columns)
-    for event, line in zip(events, _aligned(cells, alignment, width, widths)):
+    are_numbers = [column in ("duration_ms", "result_bytes") for column in columns]
+    for event, line in zip(events, _aligned(cells, are_numbers, width, widths)):
         style = _STYLES.get(event.get("status", "")) or _STYLES.get(event.get("policy_decision", ""))
         _write(file, f"{style}{line}\x1b[0m" if style and colour else line)
         for label in ("reason", "error") if with_reasons else ():
@@ -9470,7 +9453,7 @@ def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width
     columns = list(zip(*rows)) or [("",)] * len(heads)
     are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
     cells = [[*map(printable, heads)], *([*map(_cell, row)] for row in rows)]
-    for line in _aligned(cells, "".join("~>"[is_number] for is_number in are_numbers), width):
+    for line in _aligned(cells, are_numbers, width):
         _write(file, line)
 
 
@@ -9483,24 +9466,26 @@ def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None
 
 
 def _aligned(
-    rows: Sequence[Sequence[str]], alignment: str, width: int | None, widths: list[int] | None = None
+    rows: Sequence[Sequence[str]],
+    are_numbers: Sequence[bool],
+    width: int | None,
+    widths: list[int] | None = None,
 ) -> Iterator[str]:
     """Yield rows as lines that fit `width`; `widths` grow to the widest cells."""
-    widths = [0] * len(alignment) if widths is None else widths
+    widths = [0] * len(are_numbers) if widths is None else widths
     for index, column in enumerate(zip(*rows)):
         widths[index] = max(widths[index], *map(display_width, column))
     if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
         widths[:] = [min(size, 80) for size in widths]
     excess = 0 if width is None else sum(widths) + 2 * (len(widths) - 1) - width
-    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
-        if alignment[index] == "~" and excess > 0:
-            cut = min(excess, max(0, widths[index] - _NARROWEST))
-            widths[index] -= cut
-            excess -= cut
+    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):  # texts shrink to 12 cells
+        cut = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 12))
+        widths[index] -= cut
+        excess -= cut
     for row in rows:
         cells = (
-            fit(cell, size if width else max(size, display_width(cell)), right=side == ">")
-            for cell, size, side in zip(row, widths, alignment)
+            fit(cell, size if width else max(size, display_width(cell)), right=is_number)
+            for cell, size, is_number in zip(row, widths, are_numbers)
         )
         line = "  ".join(cells).rstrip()
         yield fit(line, width).rstrip() if width else line
@@ -9527,11 +9512,10 @@ def write_stats(
 ) -> None:
     """Write rows of a group's name and STATS_COLUMNS; what doesn't fit is cut on the right."""
     heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS", "RUNNING"]
-    end = 8 + any(row[10] for row in rows)
-    table = []
-    for row in rows:
-        seen = (_cell(value, "timestamp", local) for value in (row[9], row[8]))
-        table.append((*(*row[:8], row[10])[:end], *seen))
+    end, table = 8 + any(row[10] for row in rows), []
+    for *numbers, first, last, running in rows:
+        seen = (_cell(time, "timestamp", local) for time in (last, first))
+        table.append((*[*numbers, running][:end], *seen))
     write_grid(file, [*heads[:end], "LAST SEEN", "FIRST SEEN"], table, width=width)
 
 
@@ -11386,7 +11370,7 @@ def cmd_doctor(options: Options) -> int:
                 text = ", ".join(f"{key} {value}" for key, value in state.items() if value is not None)
                 _print(f"{part}: {text}")
         for fault in checkup.faults:
-            _print(f"fault: {fault.problem}; remedy: {fault.remedy}")
+            _print("fault: {problem}; remedy: {remedy}".format(**fault))
         _print("not healthy" if checkup.faults else "healthy")
     return EXIT_FAILED if checkup.faults else 0
 
