@@ -3104,17 +3104,6 @@ def take_after(path: str, old: os.stat_result) -> None:
         os.chown(path, old.st_uid, old.st_gid)
 
 
-def file_digest(path: str) -> str:
-    """Return the SHA-256 of a file. Not of a database that may be open: closing it drops locks."""
-    import hashlib
-
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(2**20):
-            digest.update(block)
-    return digest.hexdigest()
-
-
 def write_file(path: str, data: bytes) -> None:
     """Write a new file and force it to the disk; an existing one is an OSError."""
     with open(make_file(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
@@ -8108,7 +8097,9 @@ def interruptible(engine: Engine) -> Iterator[None]:
 # known as changed when it is gone.
 
 _MAX_FINDINGS = 1000  # more are counted, not kept
-_RANGE_EVENTS = 1_000_000  # their hashes, 100 to 300 bytes each, are held at once
+_SCOPE = "CREATE OR REPLACE TEMP TABLE scope AS"
+_YOUNGER = """\
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
 
 
 class Finding(NamedTuple):
@@ -8194,6 +8185,7 @@ class Verdict:
     events = 0  # purged ones included
     legacy = 0  # rows that are older than the ledger
     waiting_bytes = 0  # in the journal, not sealed yet
+    range_events = 1_000_000  # whose hashes, 100 to 300 bytes each, are held at once
 
     def __init__(
         self,
@@ -8201,10 +8193,8 @@ class Verdict:
         target: Target,
         keys: Sequence[bytes] = (),
         progress: Callable[[int, int], None] = lambda done, total: None,
-        range_events: int = _RANGE_EVENTS,
     ) -> None:
-        self._engine, self._target, self._keys = engine, target, keys
-        self._progress, self._range_events = progress, range_events
+        self._engine, self._target, self._keys, self._progress = engine, target, keys, progress
         self._covered: dict[str, int] = {}  # by journal: the last position that a checkpoint covers
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.findings: list[Finding] = []
@@ -8226,11 +8216,8 @@ class Verdict:
         """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
-                sql = f"""\
-CREATE OR REPLACE TEMP TABLE scope AS
-SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
-UNION SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
-                self._engine.execute(sql, {"moment": since})
+                rows = f"SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"
+                self._engine.execute(f"{_SCOPE} {_YOUNGER} UNION {rows}", {"moment": since})
             for row in self.compare(scoped=since is not None):
                 if not row.as_due:
                     self._judge(row)
@@ -8292,9 +8279,8 @@ UNION SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMEST
             self.heads.append(head)
             if unkeyed:
                 self.doubted.update(unkeyed)
-                text = "a checkpoint of that time settles it if they are older than the key"
-                text = f"entries of journal {name} sealed without the key: {len(unkeyed)}; {text}"
-                self._add("chain", text, journal=name)
+                text = f"{len(unkeyed)}; if they are older than it, a checkpoint of that time settles it"
+                self._add("chain", f"entries of journal {name} sealed without the key: {text}", journal=name)
         self.events, self.lost = totals["segment"], totals["loss"]
         self.legacy += totals["legacy"]
         for name, position in wanted:
@@ -8348,12 +8334,11 @@ UNION SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMEST
 
     def compare(self, *, scoped: bool) -> Iterator[Compared]:
         """Yield the segments in scope; without a scope, those that differ."""
-        splits = self._engine.execute(ranges(), {"size": self._range_events})
-        ends = [last for _, last in splits][:-1]  # the last range is open
-        sql = comparison(scoped=scoped)
+        ask, size, sql = self._engine.execute, self.range_events, comparison(scoped=scoped)
+        ends = [last for _, last in ask(ranges(), {"size": size})][:-1]  # the last range is open
         for number, (low, high) in enumerate(zip([None, *ends], [*ends, None]), 1):
-            yield from (Compared(*row) for row in self._engine.execute(sql, {"low": low, "high": high}))
-            self._progress(min(number * self._range_events, self.events), self.events)
+            yield from itertools.starmap(Compared, ask(sql, {"low": low, "high": high}))
+            self._progress(min(number * size, self.events), self.events)
 
     def _judge(self, row: Compared) -> None:
         """Report a segment that differs: its events if it has marks, else how many."""
@@ -8481,16 +8466,13 @@ def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
     """Compare the segments whose last event is older than a moment with the ledger."""
     import hashlib
 
-    verdict = Verdict(engine, target, seal_keys(), range_events=200_000)  # a server's guest may purge
+    verdict = Verdict(engine, target, seal_keys())
+    verdict.range_events = 200_000  # a server's guest may purge
     has_ledger = verdict.open()
     # Segments whose rows are all older, and were so when they were entered.
-    scope = f"""\
-CREATE OR REPLACE TEMP TABLE scope AS
-SELECT {SEGMENT_OR_DAY} AS segment FROM sound_logs GROUP BY ALL
-HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)
-EXCEPT SELECT segment FROM sound_ledger
-WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
-    engine.execute(scope, {"moment": before})
+    older = f"SELECT {SEGMENT_OR_DAY} AS segment FROM sound_logs GROUP BY ALL "
+    older += "HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)"
+    engine.execute(f"{_SCOPE} {older} EXCEPT {_YOUNGER}", {"moment": before})
     digest, found = hashlib.sha256(), dict[str, Compared]()
     positions = collections.defaultdict[str, list[int]](list)
     wrong: dict[str, tuple[int, str | None, int]] = {}
@@ -8506,7 +8488,7 @@ WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
     events = sum(row.found for row in found.values())
     times = [time for row in found.values() for time in (row.first, row.last) if time is not None]
     span = min(times, default=None), max(times, default=None)
-    removed = {journal: list(runs_of(places)) for journal, places in sorted(positions.items())}
+    removed = {journal: [*runs_of(places)] for journal, places in sorted(positions.items())}
     ((old,),) = engine.execute(f"SELECT count(*) {OLD}", {"moment": before})
     return Removal(before, events, len(found), old - events, *span, digest.hexdigest(), removed, wrong)
 
@@ -8524,19 +8506,19 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
             if events != removal.events:
                 raise StoreError(f"{events} events are older than {before}, not {removal.events}; try again")
             engine.execute(f"DELETE {OLD} AND {IN_SCOPE}", {"moment": before})
-            what = {**removal._asdict(), "before": microseconds(before)}
-            detail = {name: what[name] for name in ("before", "removed", "wrong", "archive")}
-            span = {name: what[name] for name in ("first_event", "last_event", "digest")}
-            target.enter(engine, [entry_of("purge", events, json.dumps(detail), **span)])
+            *_, first, last, digest, removed, wrong, archive = removal
+            detail = {"before": microseconds(before), "removed": removed, "wrong": wrong, "archive": archive}
+            more = {"first_event": first, "last_event": last, "digest": digest}
+            target.enter(engine, [entry_of("purge", events, json.dumps(detail), **more)])
     return removal
 
 
 def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
-    """Write the events as Parquet with a manifest, and read them back."""
+    """Write the events into a Parquet file, and read them back."""
     import hashlib
 
     problem = f"{directory}: no archive can be written"
-    name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
+    name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}.parquet"
     try:
         if not os.path.isdir(directory):
             os.makedirs(directory, mode=_DIRECTORY_MODE)
@@ -8544,7 +8526,7 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     except OSError as error:
         raise StoreError(f"{problem}: {error.strerror}") from error
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
-        path, digest = os.path.join(scratch, "events.parquet"), hashlib.sha256()
+        path, digest = os.path.join(scratch, name), hashlib.sha256()
         os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
         rows = f"{OLD_ROWS} ORDER BY {OLDEST_FIRST}"
         engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
@@ -8555,20 +8537,7 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             digest.update(part.encode())
         if digest.hexdigest() != removal.digest:
             raise StoreError(f"{scratch}: the archive doesn't read back as written; nothing was purged")
-        file = {"name": "events.parquet", "events": removal.events, "sha256": file_digest(path)}
-        manifest = {
-            "filter": {"before": iso_time(microseconds(removal.before))},
-            "events": removal.events,
-            "first_event": iso_time(removal.first_event),
-            "last_event": iso_time(removal.last_event),
-            "digest": removal.digest,
-            "not_as_entered": sorted(removal.wrong),
-            "heads": [head._asdict() for head in chain_heads(engine)],
-            "files": [file],
-        }
-        write_file(os.path.join(scratch, "manifest.json"), json.dumps(manifest, indent=1).encode())
-        sync_directory(scratch)
-        os.rename(scratch, os.path.join(directory, name))
+        os.rename(path, os.path.join(directory, name))
         sync_directory(directory)
     return removal._replace(archive=name)
 
@@ -8635,9 +8604,8 @@ def _take_in(segments: Iterable[str], path: str, like: Target) -> int:
             if lines := read_lines(segment):
                 write_file(os.path.join(journal.directory, os.path.basename(segment)), lines)
     target = Ledger(Config(path, attach=like.options), journal)
-    if journal.segments():
-        with journal.ingest_lock():
-            Ingest(target, Diagnostics(silent=True)).run()
+    with journal.ingest_lock():
+        Ingest(target, Diagnostics(silent=True)).run()
     with target.session(read_only=True, wait=0.0) as engine:
         return int(engine.execute("SELECT count(*) FROM audit.logs")[0][0])
 
@@ -8715,7 +8683,11 @@ def _replace(path: str, place: str, old: os.stat_result) -> None:
 # What can be done with the log of a configuration, in the order that keeps others out.
 
 _WRITTEN_MEANWHILE = ": another process wrote to it meanwhile; try again"
-_LOSS_DAYS = 30  # how long lost events are pointed out
+
+
+def month_ago() -> str:
+    """Return since when faults are pointed out."""
+    return sql_time(utc_now() - datetime.timedelta(days=30))
 
 
 class Store:
@@ -8794,8 +8766,8 @@ class Store:
                 if not is_held:
                     self.journal.ask_readers()
                 is_held = self.target.is_file
-                time.sleep(pause * (1 + os.urandom(1)[0] / 256))
-                pause = min(1.5 * pause, 0.6)
+                time.sleep(pause)
+                pause = min(1.5 * pause, 1.0)
 
     def _retain(self) -> None:
         if self._retention is not None and not self.target.is_absent():
@@ -8832,8 +8804,7 @@ class Store:
 
     def losses(self, reading: Reading) -> list[tuple[int, str]]:
         """Return the losses of the last 30 days: how many events each time, and why."""
-        since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
-        found = [(events, detail) for _, events, detail in reading.losses(since)]
+        found = [(events, detail) for _, events, detail in reading.losses(month_ago())]
         return found + [(loss.events, str(loss)) for loss in self.journal.losses().values()]
 
     def imported(self, segment_id: str) -> tuple[int, str] | None:
@@ -9186,7 +9157,7 @@ class Follower:
 
 
 # == Health ==
-# depends on: Errors, Config, Events, Journal, SQL, Engines, Reading, Operations
+# depends on: Errors, Config, Journal, SQL, Engines, Reading, Operations
 #
 # What `doctor` looks at; it changes nothing.
 
@@ -9237,7 +9208,7 @@ class Checkup:
             state["events"] = 0  # nothing was logged yet: no fault
         except StoreError as error:
             text, _, remedy = str(error).rpartition("; ")  # as `Target.attached` puts it
-            self._fault(text or remedy, remedy if text else "run with --debug for the whole story")
+            self._fault(text or remedy, remedy if text else "run with --debug")
         except JournalError:  # a fault already
             pass
 
@@ -9245,8 +9216,7 @@ class Checkup:
         for row in reading.running(Filter(min_ms=3_600_000)):
             text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
             self._fault(text, "see `log --running`; if it hangs, end it or its server")
-        since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
-        refused = Filter(since=since, error_type="AuditUnavailableError")
+        refused = Filter(since=month_ago(), error_type="AuditUnavailableError")
         ((count, last),) = reading.ask(refused, "SELECT count(*), arg_max(error, timestamp) FROM events")
         self.report["refused"] = count
         if count:
@@ -9354,12 +9324,10 @@ def harmless_json(text: str, *, ascii_only: bool = False) -> str:
     """Return JSON text with escapes for what is not printable, or no ASCII."""
     if text.isprintable() and (text.isascii() or not ascii_only):
         return text
-
-    def escaped(match: re.Match[str]) -> str:
-        char = match[0]
-        return char if char.isprintable() and not ascii_only else json.dumps(char)[1:-1]
-
-    return re.sub(r"[^\n -~]" if ascii_only else r"[^\n\w -~]", escaped, text)
+    return "".join(
+        c if c == "\n" or (c.isprintable() and (c.isascii() or not ascii_only)) else json.dumps(c)[1:-1]
+        for c in text
+    )
 
 
 def write_json(
@@ -9686,14 +9654,14 @@ def _json_sql(node: Any) -> str:
         return f"to_json({node})::VARCHAR"
     parts, brackets = [], "{}"
     for name, child in node.items():
+        before, after = f'"{name}":', ""
         if name.startswith("{"):  # an attribute of OpenTelemetry
-            kind, cast = ("intValue", "BIGINT") if "#" in name else ("stringValue", "VARCHAR")
-            value, brackets = f"to_json(({child})::{cast})::VARCHAR", "[]"
-            parts.append(f"""'{{"key":"{name.strip("{#}")}","value":{{"{kind}":' || {value} || '}}}}'""")
+            kind, sql_type = ("intValue", "BIGINT") if "#" in name else ("stringValue", "VARCHAR")
+            before, after = f'{{"key":"{name.strip("{#}")}","value":{{"{kind}":', "}}"
+            child, brackets = f"({child})::{sql_type}", "[]"
         elif name.endswith("[]"):
-            parts.append(f"""'"{name[:-2]}":[' || {_json_sql(child)} || ']'""")
-        else:
-            parts.append(f"""'"{name}":' || {_json_sql(child)}""")
+            before, after = f'"{name[:-2]}":[', "]"
+        parts.append(f"'{before}' || {_json_sql(child)} || '{after}'")
     return f"'{brackets[0]}' || nullif(concat_ws(',', {', '.join(parts)}), '') || '{brackets[1]}'"
 
 
@@ -9716,15 +9684,13 @@ pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
 _OUTCOMES = ("success", "error", "denied")
 # Of the chart: up to how many seconds it covers.
 _BUCKETS = {"minute": 2 * 3600, "hour": 4 * 86400, "day": 120 * 86400, "month": 40 * 366 * 86400, "year": inf}
-_FINITE = "(SELECT * REPLACE (CASE WHEN isfinite(timestamp) THEN timestamp END AS timestamp) FROM events)"
-_REPORT_FACTS = f"""\
-SELECT count(*), min(timestamp)::VARCHAR, max(timestamp)::VARCHAR,
-  epoch(max(timestamp) - min(timestamp))::BIGINT
-FROM {_FINITE}"""
+_REPORT_FACTS = """\
+SELECT count(*), min(t)::VARCHAR, max(t)::VARCHAR, epoch(max(t) - min(t))::BIGINT
+FROM (SELECT CASE WHEN isfinite(timestamp) THEN timestamp END AS t FROM events)"""
 _REPORT_BUCKETS = f"""\
 SELECT b::VARCHAR, {", ".join(f"count(*) FILTER (outcome = '{name}')" for name in _OUTCOMES)}
 FROM (SELECT unnest(generate_series(date_trunc('{{unit}}', min(timestamp)), max(timestamp),
-    INTERVAL 1 {{unit}})) AS b FROM {_FINITE})
+    INTERVAL 1 {{unit}})) AS b FROM events WHERE isfinite(timestamp))
   LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS b, CASE WHEN policy_decision = 'deny' THEN 'denied'
     WHEN status = 'error' THEN status ELSE 'success' END AS outcome FROM events) USING (b)
 GROUP BY b ORDER BY b"""
@@ -9741,11 +9707,7 @@ FROM events WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 50
 
 Slowest calls: #ms,at,name,user,event id
 SELECT duration_ms, timestamp::VARCHAR, name, user_id, event_id
-FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10
-
-Unfinished calls: at,name,user,error,event id
-SELECT timestamp::VARCHAR, name, user_id, left(error, 200), event_id FROM events
-WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50"""
+FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10"""
 
 
 def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
@@ -9774,10 +9736,8 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[
     for x, (label, *counts) in enumerate(buckets):
         title = ", ".join(f"{count:,} {name}" for count, name in zip(counts, _OUTCOMES))
         yield f"<g><title>{label}: {title}</title>"
-        y = top
-        for count, name in zip(counts, _OUTCOMES):
-            y -= count
-            yield f'<rect class="{name}" x="{x}" y="{y}" width=".85" height="{count}"/>'
+        for name, count, end in zip(_OUTCOMES, counts, itertools.accumulate(counts)):
+            yield f'<rect class="{name}" x="{x}" y="{top - end}" width=".85" height="{count}"/>'
         yield "</g>"
     legend = " ".join(f'<b class="{name}">■</b> {name}' for name in _OUTCOMES)
     words = (buckets[0][0], f"up to {top:,} calls per {unit}: {legend}", buckets[-1][0])
@@ -9849,8 +9809,8 @@ def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
         answer = {"done": False, "fault": str(error), "locked": isinstance(error, DatabaseLockedError)}
     except Exception as error:  # whatever it is, the server goes on
         answer = {"done": False, "fault": f"{type(error).__name__}: {error}"}
-    counts = {"ingested": told.ingested, "rejected": told.rejected, "log": told.untold}
-    return {**answer, **counts, "cpu": sum(os.times()[:4])}
+    answer |= {"ingested": told.ingested, "rejected": told.rejected, "log": told.untold}
+    return {**answer, "cpu": sum(os.times()[:4])}
 
 
 def ingest_child(settings: Mapping[str, Any], wait: float) -> None:

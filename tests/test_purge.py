@@ -5,7 +5,6 @@ from __future__ import annotations
 import datetime
 import errno
 import itertools
-import json
 import os
 import shutil
 import stat
@@ -191,23 +190,15 @@ def test_archive_holds_what_went_and_says_so(log: Path, tmp_path: Path) -> None:
     limit = moment(START_NS + 2 * DAY_NS)
     removal = store_of(log).purge(limit, archive=str(tmp_path / "archive"))
     assert removal.archive is not None
-    folder = tmp_path / "archive" / removal.archive
-    manifest = json.loads((folder / "manifest.json").read_text())
-    assert (manifest["events"], manifest["digest"]) == (8, removal.digest)
-    assert manifest["heads"][0]["position"] == 3
-    files = sorted(folder.glob("*.parquet"))
-    assert [(file["name"], file["sha256"]) for file in manifest["files"]] == [
-        (path.name, m.file_digest(str(path))) for path in files
-    ]
+    file = tmp_path / "archive" / removal.archive
     with duckdb.connect() as connection:
         rows = connection.execute(
-            "SELECT * FROM read_parquet(?) ORDER BY timestamp, segment, seq", [list(map(str, files))]
+            "SELECT * FROM read_parquet(?) ORDER BY timestamp, segment, seq", [str(file)]
         ).fetchall()
     assert rows == before[:8] and table_rows(log) == before[8:]
     assert intact(log)
     if os.name == "posix":
-        assert mode(folder) == mode(folder.parent) == 0o700
-        assert {mode(path) for path in folder.iterdir()} == {0o600}
+        assert (mode(file.parent), mode(file)) == (0o700, 0o600)
 
 
 @one_engine
