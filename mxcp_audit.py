@@ -8431,7 +8431,7 @@ def sign_checkpoint(key: str, checkpoint: Mapping[str, Any]) -> str:
 
 
 def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
-    """Return who of the allowed signers signed a checkpoint. Raises StoreError if nobody did."""
+    """Return which allowed signer signed a checkpoint. Raises StoreError if none did."""
     with scratch_folder() as folder:
         path = os.path.join(folder, "signature")
         write_file(path, str(checkpoint.get("signature", "")).encode())
@@ -8463,7 +8463,7 @@ class Removal(NamedTuple):
 
 
 def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
-    """Compare the segments whose last event is older than a moment with the ledger."""
+    """Compare the segments that are older than a moment with the ledger."""
     import hashlib
 
     verdict = Verdict(engine, target, seal_keys())
@@ -8748,12 +8748,9 @@ class Store:
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
         """Ingest; wait for a database that others hold."""
-        end, pause, is_held = time.monotonic() + wait, 0.03, False
+        end, pause = time.monotonic() + wait, 0.0
         while True:
             try:
-                if is_held:  # reading the journal in vain costs more
-                    with self.target.session(read_only=False, wait=0.0, guest=True):
-                        pass
                 return self._ingest.run()
             except DatabaseCorruptError as error:
                 if not (DAMAGED_WAL in str(error) and (aside := self.target.set_wal_aside())):
@@ -8763,11 +8760,10 @@ class Store:
             except DatabaseLockedError:
                 if time.monotonic() + pause >= end:
                     raise
-                if not is_held:
+                if not pause:
                     self.journal.ask_readers()
-                is_held = self.target.is_file
+                pause = min(1.5 * pause or 0.03, 1.0)
                 time.sleep(pause)
-                pause = min(1.5 * pause, 1.0)
 
     def _retain(self) -> None:
         if self._retention is not None and not self.target.is_absent():
@@ -8852,7 +8848,7 @@ class Store:
             return chain_heads(engine) if engine else []
 
     def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
-        """Return the heads, and seals for those who have no key, as an object for JSON."""
+        """Return the heads, with seals for those who have no key, for JSON."""
         with self._ledger(wait) as engine:
             plain, heads = (plain_seals(engine), chain_heads(engine)) if engine else ({}, [])
         journals = [{**head._asdict(), "plain": plain.get(head.journal)} for head in heads]
@@ -8906,8 +8902,6 @@ class Store:
         for name in (place, place + ".wal", place + ".journal"):
             if os.path.lexists(name):
                 raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
-        with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
-            self.ingest()
         with _scratch(place, f"{path} can't be written") as scratch:
             with target.session(read_only=True, wait=wait) as engine:
                 copy = _copy_database(engine, target, scratch)
@@ -8920,8 +8914,8 @@ class Store:
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
         """Put a backup in place of the database, with all that the database holds besides.
 
-        The old database stays beside it under another name. Events that were purged since the backup return.
-        If the database holds all of the backup, nothing is changed.
+        The old database stays beside it, and purged events return. If it holds all of the backup, nothing is
+        changed.
 
         Raises:
             StoreError: nothing was changed, because something would be lost.
@@ -8989,7 +8983,7 @@ class Store:
             raise StoreError(f"{path} lies in the journal; name a place elsewhere")
 
     def refuse_own_files(self, path: str) -> None:
-        """Raise StoreError if an export can't be written to `path`, or would destroy the log."""
+        """Raise StoreError if an export to `path` is impossible, or would destroy the log."""
         own = os.path.realpath(self.target.path)
         try:
             self.refuse_journal(path)
@@ -9007,8 +9001,8 @@ class Store:
 # == Follow ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
 #
-# New events as they come, known by position: of entries in the ledger, and of lines in segments it lacks.
-# Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
+# New events as they come, known by position in the ledger, and in the segments that it lacks: late ingests,
+# other hosts and clocks that jump lose nothing.
 
 _LOOK_EVENTS = 20_000  # of the table, in one look: bounds memory and time
 _LOOK_ENTRIES = 1000  # of the ledger, likewise
@@ -9157,7 +9151,7 @@ class Follower:
 
 
 # == Health ==
-# depends on: Errors, Config, Journal, SQL, Engines, Reading, Operations
+# depends on: Errors, Config, Journal, SQL, Engines, Operations
 #
 # What `doctor` looks at; it changes nothing.
 
@@ -9170,12 +9164,12 @@ class Checkup:
     def __init__(self, config: Config, *, wait: float) -> None:
         self.faults: list[dict[str, str]] = []
         self.report: dict[str, Any] = {"healthy": False, "faults": self.faults, "profile": config.profile}
+        self.report["engine"] = None
         store = Store(config)
         if not config.enabled:
             text = f"audit logging is not enabled for profile {config.profile!r}"
             self._fault(text, "set `enabled: true` in its `audit` section")
         self._examine_journal(store.journal)
-        self.report["engine"] = None
         try:
             with contextlib.closing(open_engine()) as engine:
                 self.report["engine"] = {"name": engine.name, "version": engine.version()}
@@ -9201,7 +9195,16 @@ class Checkup:
                 for text in reading.oddities:
                     text += ": what is shown may not be what was recorded"
                     self._fault(text, "see what `verify` finds")
-                self._examine_calls(reading)
+                for row in reading.running(Filter(min_ms=3_600_000)):
+                    text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
+                    self._fault(text, "see `log --running`; if it hangs, end it or its server")
+                refused = Filter(since=month_ago(), error_type="AuditUnavailableError")
+                sql = "SELECT count(*), arg_max(error, timestamp) FROM events"
+                ((count, last),) = reading.ask(refused, sql)
+                self.report["refused"] = count
+                if count:
+                    text = f"{counted(count, 'call')} refused in 30 days, as no record could be made: {last}"
+                    self._fault(text, "make room, or mend the journal's disk")
                 for _, text in store.losses(reading):
                     self._fault(f"events were lost: {text}", "mend the reason; it is shown for 30 days")
         except DatabaseNotFoundError:
@@ -9211,17 +9214,6 @@ class Checkup:
             self._fault(text or remedy, remedy if text else "run with --debug")
         except JournalError:  # a fault already
             pass
-
-    def _examine_calls(self, reading: Reading) -> None:
-        for row in reading.running(Filter(min_ms=3_600_000)):
-            text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
-            self._fault(text, "see `log --running`; if it hangs, end it or its server")
-        refused = Filter(since=month_ago(), error_type="AuditUnavailableError")
-        ((count, last),) = reading.ask(refused, "SELECT count(*), arg_max(error, timestamp) FROM events")
-        self.report["refused"] = count
-        if count:
-            text = f"{counted(count, 'call')} refused in 30 days because they could not be recorded: {last}"
-            self._fault(text, "make room, or mend the journal's disk")
 
     def _examine_journal(self, journal: Journal) -> None:
         state = self.report["journal"] = {"path": journal.directory}
@@ -9258,8 +9250,8 @@ class Checkup:
 # === Output ===
 # depends on: Errors, Events, SQL, Engines, Store
 #
-# Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
-# characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
+# Rows → what people and programs read. Nothing that was recorded can act on a terminal: what is not
+# printable becomes an escape. Data formats keep the original.
 
 # == Text ==
 # depends on: Errors, Events, SQL, Engines
@@ -9677,10 +9669,10 @@ h2{font-size:1.15rem;margin:2rem 0 .5rem}
 table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
 th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
 border-bottom:1px solid #8886;overflow-wrap:anywhere;max-width:30rem}
-.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.n{text-align:right;white-space:nowrap}
 svg{width:100%;height:12rem;background:#8882}.axis{display:flex;justify-content:space-between;margin:0}
 .success{fill:#56b4e9;color:#56b4e9}.error{fill:#d55e00;color:#d55e00}.denied{fill:CanvasText}
-pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
+pre{white-space:pre-wrap;overflow-wrap:anywhere}"""
 _OUTCOMES = ("success", "error", "denied")
 # Of the chart: up to how many seconds it covers.
 _BUCKETS = {"minute": 2 * 3600, "hour": 4 * 86400, "day": 120 * 86400, "month": 40 * 366 * 86400, "year": inf}
@@ -9745,7 +9737,7 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[
 
 
 def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, newest: int) -> Iterator[str]:
-    """Yield the report of the matching events: the same text for the same events and facts."""
+    """Yield the report of the matching events."""
     ask = functools.partial(reading.ask, what)
     ((calls, first, last, span),) = ask(_REPORT_FACTS)
     yield f"""<!DOCTYPE html>
@@ -9814,7 +9806,7 @@ def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
 
 
 def ingest_child(settings: Mapping[str, Any], wait: float) -> None:
-    """Be the child that a logger started: ingest, and print the answer as a line."""
+    """Ingest in a child that a logger started, and print the answer as a line."""
     sys.stdout.write(f"\n{json.dumps(ingest_once(settings, wait=wait))}\n")
     sys.stdout.flush()
 
@@ -9871,8 +9863,8 @@ _Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and 
 class Importer:
     """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
 
-    A file becomes parts of a day at most, in segments. A part's id is its first event's time and a digest of
-    the file up to there: the ledger knows it again in a file that was renamed, compressed or continued.
+    A file becomes segments of a day at most, named by their first event's time and a digest of the file up to
+    there: the ledger knows them again in a file that was renamed, compressed or continued.
     """
 
     def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
@@ -9883,7 +9875,7 @@ class Importer:
         self._store, self._on_bad_line, self._wait = Store(config), on_bad_line, wait
 
     def take(self, path: str) -> tuple[int, int, int]:
-        """Import a file, gzip or plain; return its numbers of new events, known ones, and bad lines."""
+        """Import a file; return its numbers of new events, known ones, and bad lines."""
         import hashlib  # lazily: it loads OpenSSL
 
         self._ingest()  # the ledger does not know a part that waits in the journal
@@ -9909,7 +9901,7 @@ class Importer:
         patiently(self._store.ingest, self._wait)
 
     def _read(self, path: str) -> Iterator[_Imported]:
-        """Yield each event, entered into the digest. Damage raises OSError, EOFError or zlib.error."""
+        """Yield the events. Damage raises OSError, EOFError or zlib.error."""
         import gzip  # lazily: few need it
 
         with open(path, "rb") as raw:
