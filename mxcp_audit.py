@@ -8146,7 +8146,7 @@ def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
 class Taken(NamedTuple):
     """What a purge says that it took: entries; in the form of 0.1, the old ones of their events."""
 
-    is_old: bool = True  # of the form of 0.1
+    is_old: bool = True
     before: int = 0
     spans: Sequence[tuple[str, int, int]] = ()  # of a chain, from and to
     kept: Sequence[tuple[str, int, str]] = ()  # by an old one, of a segment: how many events, their digest
@@ -8418,9 +8418,8 @@ def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
     text = json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
     command = ["ssh-keygen", "-Y", *arguments, "-n", "mxcp_audit"]
     try:
-        return subprocess.run(
-            command, input=text, capture_output=True, check=True, timeout=60
-        ).stdout.decode()
+        done = subprocess.run(command, input=text, capture_output=True, check=True, timeout=60)
+        return done.stdout.decode()
     except (OSError, subprocess.SubprocessError) as error:
         said = (getattr(error, "stderr", None) or b"").decode(errors="replace")
         raise StoreError(f"ssh-keygen: {said.strip() or error}") from error
@@ -8519,12 +8518,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
 
     problem = f"{directory}: no archive can be written"
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}.parquet"
-    try:
-        if not os.path.isdir(directory):
-            os.makedirs(directory, mode=_DIRECTORY_MODE)
-            give_to_owner(directory)
-    except OSError as error:
-        raise StoreError(f"{problem}: {error.strerror}") from error
+    with contextlib.suppress(OSError):  # it exists; or `_scratch` says that it doesn't
+        os.makedirs(directory, mode=_DIRECTORY_MODE)
+        give_to_owner(directory)
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
         path, digest = os.path.join(scratch, name), hashlib.sha256()
         os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
@@ -8686,7 +8682,6 @@ _WRITTEN_MEANWHILE = ": another process wrote to it meanwhile; try again"
 
 
 def month_ago() -> str:
-    """Return since when faults are pointed out."""
     return sql_time(utc_now() - datetime.timedelta(days=30))
 
 
@@ -8707,7 +8702,6 @@ class Store:
         self.journal: Journal = Journal(config.journal_directory, group=config.group)
         self.target: Ledger = Ledger(config, self.journal, opener)
         self._diagnostics = diagnostics or Diagnostics()
-        self._ingest = Ingest(self.target, self._diagnostics)
         self._retention = config.retention
 
     # --- ingesting
@@ -8751,7 +8745,7 @@ class Store:
         end, pause = time.monotonic() + wait, 0.0
         while True:
             try:
-                return self._ingest.run()
+                return Ingest(self.target, self._diagnostics).run()
             except DatabaseCorruptError as error:
                 if not (DAMAGED_WAL in str(error) and (aside := self.target.set_wal_aside())):
                     raise
@@ -9399,7 +9393,7 @@ def write_events(
         for label in ("reason", "error") if with_reasons else ():
             if event.get(label):
                 text = f"    {label}: {printable(event[label])}"
-                _write(file, text if width is None else fit(text, width).rstrip())
+                _write(file, fit(text, width).rstrip() if width else text)
         if with_input and event:
             _write(file, "    " + printable(event["input_json"] or "-"))
 
@@ -9437,7 +9431,7 @@ def _aligned(
         widths[index] = max(widths[index], *map(display_width, column))
     if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
         widths[:] = [min(size, 80) for size in widths]
-    excess = 0 if width is None else sum(widths) + 2 * (len(widths) - 1) - width
+    excess = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
     for index in sorted(range(len(widths)), key=lambda n: -widths[n]):  # texts shrink to 12 cells
         cut = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 12))
         widths[index] -= cut
@@ -9665,7 +9659,6 @@ def _json_sql(node: Any) -> str:
 _REPORT_STYLE = """\
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-h2{font-size:1.15rem;margin:2rem 0 .5rem}
 table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
 th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
 border-bottom:1px solid #8886;overflow-wrap:anywhere;max-width:30rem}
@@ -9823,8 +9816,13 @@ event_type type operation_type
 name name operation_name
 input_params input_json input_data
 reason reason policy_reason
-status status operation_status"""
-_SAME_NAMES = ("duration_ms", "policy_decision", "error", "user_id", "session_id", "trace_id")
+status status operation_status
+duration_ms
+policy_decision
+error
+user_id
+session_id
+trace_id"""
 
 
 def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
@@ -9835,8 +9833,9 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
         if "schema_name" in record and "fields" in record:
             return None
         raise ValueError("no event: it has neither type nor operation_type")
-    event = {name: record.get(name) for name in _SAME_NAMES}
-    for name, *names in map(str.split, _MXCP_NAMES.splitlines()):
+    event = {}
+    for line_of_names in _MXCP_NAMES.splitlines():
+        name, *names = (line_of_names.split() * 3)[:3]  # one word: the same everywhere
         event[name] = record.get(names[is_new])
     if not is_new and isinstance(event["input_params"], str):
         with contextlib.suppress(ValueError, RecursionError):  # else it is a text
@@ -9927,11 +9926,10 @@ class Importer:
             segment = self._store.journal.open_segment(named=part)
         except FileExistsError as error:
             raise StoreError(f"{part} is being imported by another process; try again later") from error
-        lines: list[bytes] = []
-        size = 0
+        encoder, lines, size = self._encoder, list[bytes](), 0
         try:
             for self._now_ns, values in events:
-                encoder, echoes = self._encoder, list[str]()
+                echoes: list[str] = []
                 text = encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
                 line = encoder.line(**values, input_json=text, echoes=echoes)
                 lines.append(finish_line(line, len(lines) + 1))
