@@ -9432,8 +9432,8 @@ def _aligned(
     if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
         widths[:] = [min(size, 80) for size in widths]
     excess = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
-    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):  # texts shrink to 12 cells
-        cut = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 12))
+    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):  # texts shrink to a time's 19 cells
+        cut = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 19))
         widths[index] -= cut
         excess -= cut
     for row in rows:
