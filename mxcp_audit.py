@@ -9659,21 +9659,27 @@ def _json_sql(node: Any) -> str:
 _REPORT_STYLE = """\
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
+h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
 table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
 th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
 border-bottom:1px solid #8886;overflow-wrap:anywhere;max-width:30rem}
-.n{text-align:right;white-space:nowrap}
-svg{width:100%;height:12rem;background:#8882}.axis{display:flex;justify-content:space-between;margin:0}
-.success{fill:#56b4e9;color:#56b4e9}.error{fill:#d55e00;color:#d55e00}.denied{fill:CanvasText}
-pre{white-space:pre-wrap;overflow-wrap:anywhere}"""
+.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+svg{width:100%;height:auto}svg text{fill:CanvasText;opacity:.7;font-size:11px}line{stroke:#8886}
+.success{fill:#56b4e9}.error{fill:#d55e00}.denied{fill:url(#hatch);stroke:CanvasText}#hatch *{fill:CanvasText}
+pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
 _OUTCOMES = ("success", "error", "denied")
-# Of the chart: up to how many seconds it covers.
-_BUCKETS = {"minute": 2 * 3600, "hour": 4 * 86400, "day": 120 * 86400, "month": 40 * 366 * 86400, "year": inf}
+_BUCKETS = (  # of time: up to how many seconds, and the label
+    ("minute", 2 * 3600, "%H:%M"),
+    ("hour", 4 * 86400, "%m-%d %H:00"),
+    ("day", 120 * 86400, "%Y-%m-%d"),
+    ("month", 40 * 366 * 86400, "%Y-%m"),
+    ("year", inf, "%Y"),
+)
 _REPORT_FACTS = """\
 SELECT count(*), min(t)::VARCHAR, max(t)::VARCHAR, epoch(max(t) - min(t))::BIGINT
 FROM (SELECT CASE WHEN isfinite(timestamp) THEN timestamp END AS t FROM events)"""
 _REPORT_BUCKETS = f"""\
-SELECT b::VARCHAR, {", ".join(f"count(*) FILTER (outcome = '{name}')" for name in _OUTCOMES)}
+SELECT strftime(b, '{{form}}'), {", ".join(f"count(*) FILTER (outcome = '{name}')" for name in _OUTCOMES)}
 FROM (SELECT unnest(generate_series(date_trunc('{{unit}}', min(timestamp)), max(timestamp),
     INTERVAL 1 {{unit}})) AS b FROM events WHERE isfinite(timestamp))
   LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS b, CASE WHEN policy_decision = 'deny' THEN 'denied'
@@ -9714,19 +9720,35 @@ def _html(value: object) -> str:
 
 
 def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[str]:
-    """Yield a bar chart of calls a bucket of time, stacked by outcome, as SVG with a legend."""
-    top = max(sum(counts) for _, *counts in buckets)  # the picture's units are buckets and calls
-    yield f'<svg viewBox="0 0 {len(buckets)} {top}" preserveAspectRatio="none" role="img" '
-    yield f'aria-label="Calls per {unit}, by outcome">'
-    for x, (label, *counts) in enumerate(buckets):
+    """Yield a bar chart of calls a bucket of time, stacked by outcome, as SVG with axes and a legend."""
+    left, base, height = 55, 200, 180
+    top = max(sum(counts) for _, *counts in buckets)
+    steps = (digit * 10**power for power in itertools.count() for digit in (1, 2, 5))
+    step = next(step for step in steps if top <= 6 * step)
+    limit = -(-top // step) * step
+    bar, every = (900 - left) / len(buckets), -(-len(buckets) // 8)
+    yield f"""<svg viewBox="0 0 900 240" role="img" aria-label="Calls per {unit}, by outcome"><defs>\
+<pattern id="hatch" width="4" height="4" patternUnits="userSpaceOnUse" patternTransform="rotate(45)">\
+<rect width="2" height="4"/></pattern></defs>"""
+    for mark in range(0, limit + 1, step):
+        y = base - height * mark / limit
+        yield f'<line x1="{left}" x2="900" y1="{y:.1f}" y2="{y:.1f}"/>'
+        yield f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{mark:,}</text>'
+    for number, (label, *counts) in enumerate(buckets):
+        x, y = left + number * bar, float(base)
         title = ", ".join(f"{count:,} {name}" for count, name in zip(counts, _OUTCOMES))
         yield f"<g><title>{label}: {title}</title>"
-        for name, count, end in zip(_OUTCOMES, counts, itertools.accumulate(counts)):
-            yield f'<rect class="{name}" x="{x}" y="{top - end}" width=".85" height="{count}"/>'
-        yield "</g>"
-    legend = " ".join(f'<b class="{name}">■</b> {name}' for name in _OUTCOMES)
-    words = (buckets[0][0], f"up to {top:,} calls per {unit}: {legend}", buckets[-1][0])
-    yield f'</svg><p class="axis">{"".join(f"<span>{each}</span>" for each in words)}</p>'
+        for count, name in zip(counts, _OUTCOMES):
+            tall = height * count / limit
+            y -= tall
+            if count:
+                yield f'<rect class="{name}" x="{x:.1f}" y="{y:.1f}" width="{max(bar * 0.85, 0.5):.1f}" '
+                yield f'height="{tall:.1f}"/>'
+        yield "</g>" if number % every else f'</g><text x="{x:.1f}" y="{base + 16}">{label}</text>'
+    for x, name in zip((left, left + 90, left + 180), _OUTCOMES):
+        yield f'<rect class="{name}" x="{x}" y="226" width="12" height="12"/>'
+        yield f'<text x="{x + 17}" y="236">{name}</text>'
+    yield "</svg>"
 
 
 def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, newest: int) -> Iterator[str]:
@@ -9742,9 +9764,9 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
     facts = {**facts, "calls": f"{calls:,}", "first event": first, "last event": last}
     yield _html_table("what,value", list(facts.items()))
     if span is not None:
-        unit = next(unit for unit, seconds in _BUCKETS.items() if span <= seconds)
+        unit, form = next((name, form) for name, seconds, form in _BUCKETS if span <= seconds)
         yield f"<h2>Calls per {unit} (UTC)</h2>"
-        yield from _chart(unit, ask(_REPORT_BUCKETS.format(unit=unit)))
+        yield from _chart(unit, ask(_REPORT_BUCKETS.format(unit=unit, form=form)))
     heads = "{},#calls,#errors,#denied,#p50 ms,#p95 ms,#p99 ms,#max ms,first,last"
     for by in ("name", "user", "client", "server"):
         groups = reading.stats(what, by=by, count=50)
