@@ -9698,7 +9698,11 @@ FROM events WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 50
 
 Slowest calls: #ms,at,name,user,event id
 SELECT duration_ms, timestamp::VARCHAR, name, user_id, event_id
-FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10"""
+FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10
+
+Unfinished calls: at,name,user,error,event id
+SELECT timestamp::VARCHAR, name, user_id, left(error, 200), event_id FROM events
+WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50"""
 
 
 def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
