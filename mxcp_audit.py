@@ -9796,13 +9796,19 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
 
 
 def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> Iterator[str]:
-    """Yield the numbers of a report of `doctor` in the text format of Prometheus."""
+    """Yield the numbers of a report of `doctor` as gauges in the text format of Prometheus."""
     for name, value in report.items():
-        label = f"{{path={json_text(name)}}}" if os.path.isabs(name) else f"_{name}"
-        if isinstance(value, Mapping):
-            yield from prometheus_text(value, prefix + label)
-        elif isinstance(value, (int, float, list)):
-            yield f"{prefix}{label} {len(value) if isinstance(value, list) else +value}"
+        metric = f"{prefix}_{name}"
+        samples = {"": len(value) if isinstance(value, list) else value}
+        if isinstance(value, Mapping) and all(map(os.path.isabs, value)):
+            samples = dict(value)
+        elif isinstance(value, Mapping):
+            yield from prometheus_text(value, metric)
+        if all(isinstance(number, (int, float)) for number in samples.values()):
+            yield f"# TYPE {metric} gauge"
+            for path, number in samples.items():
+                label = f"{{path={json.dumps(printable(path), ensure_ascii=False)}}}" if path else ""
+                yield f"{metric}{label} {+number}"
 
 
 # === Assembly ===

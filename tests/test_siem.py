@@ -357,8 +357,9 @@ def test_doctor_prometheus_is_parsed_by_its_client(cli: Cli, log: Path) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     done = cli("doctor", "--db", str(log), "--prometheus")
     assert done.returncode == 0, done.stderr
-    families = parser.text_string_to_metric_families(done.stdout)
+    families = [*parser.text_string_to_metric_families(done.stdout)]
     found = [sample for family in families for sample in family.samples]
+    assert {family.type for family in families} == {"gauge"} and len({f.name for f in families}) > 5
     samples = {sample.name: sample.value for sample in found}
     assert str(log.parent) in {sample.labels.get("path") for sample in found}
     assert samples["mxcp_audit_database_events"] == COUNT
