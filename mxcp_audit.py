@@ -9462,15 +9462,29 @@ def _cell(value: object, column: str = "", local: bool = False) -> str:
 
 
 def write_stats(
-    file: TextIO, by: str, rows: Sequence[Row], *, width: int | None, local: bool = False
+    file: TextIO, by: str, rows: Sequence[Row], *, bar: str, width: int | None, local: bool = False
 ) -> None:
-    """Write rows of a group's name and STATS_COLUMNS; what doesn't fit is cut on the right."""
-    heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS", "RUNNING"]
-    end, table = 8 + any(row[10] for row in rows), []
+    """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
+    heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
+    heads += ["RUNNING"] * any(row[10] for row in rows)
+    count, table = len(heads), [[*heads, "FIRST SEEN", "LAST SEEN"]]
     for *numbers, first, last, running in rows:
-        seen = (_cell(time, "timestamp", local) for time in (last, first))
-        table.append((*[*numbers, running][:end], *seen))
-    write_grid(file, [*heads[:end], "LAST SEEN", "FIRST SEEN"], table, width=width)
+        seen = (_cell(time, "timestamp", local) for time in (first, last))
+        table.append([*map(_cell, [*numbers, running][:count]), *seen])
+    sizes = [max(map(display_width, column)) + 2 for column in zip(*table)]
+    room = width or sum(sizes)
+    sizes[0] = min(sizes[0], max(21, room - sum(sizes[1:count]) + 2))
+    while len(sizes) > count and sum(sizes) - 2 > room:  # "first seen", then "last seen" gives way
+        table = [cells[:count] + cells[count + 1 :] for cells in table]
+        del sizes[count]
+    bars = min(40, room - sum(sizes))  # a bar takes what is left
+    shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
+    block = "█" if takes_unicode(file) else "#"
+    are_numbers = [0 < index < count for index in range(len(sizes))]
+    for line, value in zip(_aligned(table, are_numbers, width), [0, *shown]):
+        if bars > 3:
+            line = fit(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
+        _write(file, line.rstrip())
 
 
 # == Forms ==
@@ -10567,7 +10581,7 @@ A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 [what is shown]
 &times
 --by {groups} =name | what makes a group (default: name)
---sort {sorts} =calls | what is largest first (default: calls); hours and days go by time
+--sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
 -n --limit N =100 | at most N groups (default: 100)
 --json | print a JSON array of objects
 
@@ -11242,7 +11256,7 @@ def cmd_stats(options: Options) -> None:
     if options.json:
         write_json(sys.stdout, rows, (options.by, *STATS_COLUMNS))
     else:
-        write_stats(sys.stdout, options.by, rows, width=_terminal()[0], local=options.local)
+        write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal()[0], local=options.local)
         sys.stdout.flush()
         _say(summary(len(rows), "group", options.limit))
 

@@ -194,7 +194,7 @@ def test_stats_table_and_json(filled: Path, run: Cli) -> None:
     ]
     for by in mxcp_audit.STATS_BY:
         done = run("stats", *DB, "--by", by, "--sort", "p95", COLUMNS="120")
-        assert done.returncode == 0 and by.upper() in done.stdout, by
+        assert done.returncode == 0 and by.upper() in done.stdout and "█" in done.stdout, by
     assert json.loads(run("stats", *DB, "--by", "hour", "--json").stdout)[0]["hour"].endswith(":00Z")
 
 

@@ -201,28 +201,31 @@ STATS = [
 
 
 @pytest.mark.parametrize("width", [40, 80, 100, 120, 200])
-def test_stats_fit_the_terminal(width: int) -> None:
+def test_stats_bars_fit_the_terminal(width: int) -> None:
     file = Text()
-    write_stats(file, "name", STATS, width=width)
+    write_stats(file, "name", STATS, bar="calls", width=width)
     lines = file.getvalue().splitlines()
-    assert len(lines) == 4 and all(display_width(line) <= width for line in lines)
-    assert lines[1].split()[:2] == ["slow", "1000"]
-    assert ("LAST SEEN" in lines[0]) is (width >= 80)
+    assert len(lines) == 4
+    if width >= 80:
+        assert all(display_width(line) <= width for line in lines)
+        bars = [line.count("█") for line in lines]
+        assert bars[1] > 3 and bars[2] == 1 and bars[3] == bars[0] == 0
+    assert ("FIRST SEEN" in lines[0], "LAST SEEN" in lines[0]) == (width >= 100, width >= 80)
 
 
 def test_stats_show_what_runs_only_where_something_does() -> None:
     for running in (0, 3):
         file = Text()
-        write_stats(file, "name", [(*STATS[0][:10], running), *STATS[1:]], width=120)
+        write_stats(file, "name", [(*STATS[0][:10], running), *STATS[1:]], bar="calls", width=100)
         assert ("RUNNING" in file.getvalue()) is bool(running)
 
 
 def test_stats_ascii_terminal_and_pipe() -> None:
     ascii_file, pipe = Text("ascii"), Text()
-    write_stats(ascii_file, "name", STATS, width=100)
-    assert ascii_file.getvalue().isascii()
-    write_stats(pipe, "name", STATS, width=None)
-    assert "FIRST SEEN" in pipe.getvalue()
+    write_stats(ascii_file, "name", STATS, bar="p95_ms", width=100)
+    assert ascii_file.getvalue().isascii() and "####" in ascii_file.getvalue()
+    write_stats(pipe, "name", STATS, bar="calls", width=None)
+    assert "FIRST SEEN" in pipe.getvalue() and "█" not in pipe.getvalue()
 
 
 def test_csv_reads_back_equal_and_neutralises_formulas() -> None:
