@@ -3104,6 +3104,17 @@ def take_after(path: str, old: os.stat_result) -> None:
         os.chown(path, old.st_uid, old.st_gid)
 
 
+def file_digest(path: str) -> str:
+    """Return the SHA-256 of a file. Not of a database that may be open: closing it drops locks."""
+    import hashlib
+
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while block := file.read(2**20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def write_file(path: str, data: bytes) -> None:
     """Write a new file and force it to the disk; an existing one is an OSError."""
     with open(make_file(path, os.O_WRONLY | os.O_EXCL), "wb") as file:
@@ -6398,7 +6409,12 @@ def numeric_times(columns: Sequence[Column]) -> str:
 # What a purge takes, and what `verify --since` looks at.
 OLD = "FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
 IN_SCOPE = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
-OLD_ROWS = f"SELECT {_NAMES} FROM audit.logs WHERE {IN_SCOPE}"
+# An archive has a file for each day, and one for what is not as it was entered.
+_FILE_OF = f"""\
+FROM (SELECT *, CASE WHEN {SEGMENT_OR_DAY} IN (SELECT unnest($wrong)) THEN $apart
+                ELSE strftime(timestamp, '%Y-%m-%d.parquet') END AS file FROM audit.logs WHERE {IN_SCOPE})"""
+OLD_FILES = f"SELECT file, count(*) {_FILE_OF} GROUP BY file ORDER BY file"
+OLD_OF_FILE = f"SELECT {_NAMES} {_FILE_OF} WHERE file = $name ORDER BY timestamp, segment, seq"
 _CONTENT = "SELECT count(*) AS rows, sum(hash(t)::HUGEINT) AS hash FROM"
 SAME_CONTENT = {
     table: f"SELECT count(*) = 1 FROM (({_CONTENT} audit.{table} t) UNION ({_CONTENT} fresh.{table} t))"
@@ -8493,7 +8509,7 @@ def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
-    """Do what `Store.purge` says. What was changed stays known as changed."""
+    """Do what `Store.purge` says. What was changed stays known as changed, apart in an archive."""
     with target.writing(engine):
         if is_ledger_empty(engine):
             target.enter(engine, [])  # the rows of an older table
@@ -8513,27 +8529,44 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
 
 
 def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
-    """Write the events into a Parquet file, and read them back."""
+    """Write the events as Parquet, a file a day, with a manifest, and read them back."""
     import hashlib
 
     problem = f"{directory}: no archive can be written"
-    name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}.parquet"
+    name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
     with contextlib.suppress(OSError):  # it exists; or `_scratch` says that it doesn't
         os.makedirs(directory, mode=_DIRECTORY_MODE)
         give_to_owner(directory)
+    files: dict[str, dict[str, object]] = {}
+    params = {"wrong": sorted(removal.wrong), "apart": "not-as-entered.parquet"}
+    digest = hashlib.sha256()
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
-        path, digest = os.path.join(scratch, name), hashlib.sha256()
-        os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
-        rows = f"{OLD_ROWS} ORDER BY {OLDEST_FIRST}"
-        engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
-        sync_file(path)
-        source = f"read_parquet({sql_literal(path)}, hive_partitioning = false)"
+        for file, events in engine.execute(OLD_FILES, params):
+            path = os.path.join(scratch, file)
+            os.close(make_file(path, os.O_WRONLY | os.O_EXCL))
+            rows = bind(OLD_OF_FILE, {**params, "name": file})
+            engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
+            sync_file(path)
+            files[path] = {"name": file, "events": events, "sha256": file_digest(path)}
+        source = f"read_parquet({sql_literal(list(files))}, hive_partitioning = false)"
         rows = digests(source, segment=SEGMENT_OR_DAY)
-        for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
+        for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment") if files else ():
             digest.update(part.encode())
         if digest.hexdigest() != removal.digest:
             raise StoreError(f"{scratch}: the archive doesn't read back as written; nothing was purged")
-        os.rename(path, os.path.join(directory, name))
+        manifest = {
+            "filter": {"before": iso_time(microseconds(removal.before))},
+            "events": removal.events,
+            "first_event": iso_time(removal.first_event),
+            "last_event": iso_time(removal.last_event),
+            "digest": removal.digest,
+            "not_as_entered": params["wrong"],
+            "heads": [head._asdict() for head in chain_heads(engine)],
+            "files": [*files.values()],
+        }
+        write_file(os.path.join(scratch, "manifest.json"), json.dumps(manifest, indent=1).encode() + b"\n")
+        sync_directory(scratch)
+        os.rename(scratch, os.path.join(directory, name))
         sync_directory(directory)
     return removal._replace(archive=name)
 

@@ -432,7 +432,10 @@ def test_purge_launders_nothing(log: Path, tmp_path: Path, monkeypatch: pytest.M
     change(database, "DELETE FROM ledger WHERE journal = 'f'")
     findings = store_of(database).verify(checkpoint=noted).findings
     assert [finding.segment for finding in findings] == [segment]
-    assert (tmp_path / "archive" / str(removal.archive)).exists()
+    folder = tmp_path / "archive" / str(removal.archive)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert manifest["not_as_entered"] == [segment]
+    assert [file["name"] for file in manifest["files"]] == ["not-as-entered.parquet"]
 
 
 @one_engine

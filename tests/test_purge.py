@@ -5,6 +5,7 @@ from __future__ import annotations
 import datetime
 import errno
 import itertools
+import json
 import os
 import shutil
 import stat
@@ -190,15 +191,23 @@ def test_archive_holds_what_went_and_says_so(log: Path, tmp_path: Path) -> None:
     limit = moment(START_NS + 2 * DAY_NS)
     removal = store_of(log).purge(limit, archive=str(tmp_path / "archive"))
     assert removal.archive is not None
-    file = tmp_path / "archive" / removal.archive
+    folder = tmp_path / "archive" / removal.archive
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert (manifest["events"], manifest["digest"]) == (8, removal.digest)
+    assert manifest["heads"][0]["position"] == 3
+    files = sorted(folder.glob("*.parquet"))
+    assert [(file["name"], file["sha256"]) for file in manifest["files"]] == [
+        (path.name, m.file_digest(str(path))) for path in files
+    ]
     with duckdb.connect() as connection:
         rows = connection.execute(
-            "SELECT * FROM read_parquet(?) ORDER BY timestamp, segment, seq", [str(file)]
+            "SELECT * FROM read_parquet(?) ORDER BY timestamp, segment, seq", [list(map(str, files))]
         ).fetchall()
     assert rows == before[:8] and table_rows(log) == before[8:]
     assert intact(log)
     if os.name == "posix":
-        assert (mode(file.parent), mode(file)) == (0o700, 0o600)
+        assert mode(folder) == mode(folder.parent) == 0o700
+        assert {mode(path) for path in folder.iterdir()} == {0o600}
 
 
 @one_engine
@@ -212,7 +221,7 @@ def test_archive_that_cannot_be_written_purges_nothing(log: Path, tmp_path: Path
 def test_archive_that_reads_back_differently_purges_nothing(
     log: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(m, "OLD_ROWS", m.OLD_ROWS + " AND seq > 1")
+    monkeypatch.setattr(m, "OLD_OF_FILE", m.OLD_OF_FILE.replace("ORDER BY", "AND seq > 1 ORDER BY"))
     with pytest.raises(m.StoreError, match="read back"):
         store_of(log).purge(moment(START_NS + DAY_NS), archive=str(tmp_path / "archive"))
     assert count(log) == 12 and intact(log) and not list((tmp_path / "archive").iterdir())
