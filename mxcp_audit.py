@@ -7651,8 +7651,9 @@ def journal_rows(files: Sequence[str], size: int) -> str:
 # known as changed when it is gone.
 
 _MAX_FINDINGS = 1000  # more are counted, not kept
-_MAX_EXPLAINED = 100  # after so many findings no events are named
-_RANGE_EVENTS = 1_000_000  # their hashes, 100 to 300 bytes each, are held at once
+_SCOPE = "CREATE OR REPLACE TEMP TABLE scope AS"
+_YOUNGER = """\
+SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
 
 
 class Finding(NamedTuple):
@@ -7661,12 +7662,12 @@ class Finding(NamedTuple):
     kind: str  # changed, removed, inserted (events); chain, cut (the ledger); table (its form)
     text: str
     segment: str | None = None
-    seqs: tuple[int, ...] = ()  # which events of the segment, as far as that can be known
+    seqs: tuple[int, ...] = ()  # of the segment's events, as far as that can be known
     journal: str | None = None  # whose chain
 
 
 class Compared(NamedTuple):
-    """A segment in the ledger and in `logs`."""
+    """A segment in the ledger and in `logs`, as `comparison` selects it."""
 
     journal: str
     position: int  # -1: it is not in the ledger
@@ -7683,8 +7684,8 @@ class Compared(NamedTuple):
 def runs_of(numbers: Iterable[int]) -> Iterator[tuple[int, int]]:
     """Yield numbers as the first and last of each run."""
     for _, run in itertools.groupby(enumerate(sorted(set(numbers))), lambda pair: pair[1] - pair[0]):
-        members = [number for _, number in run]
-        yield members[0], members[-1]
+        (_, first), *rest = run
+        yield first, first + len(rest)
 
 
 def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
@@ -7697,12 +7698,12 @@ def view_tables(engine: Engine) -> dict[str, dict[str, str]]:
 
 
 class Taken(NamedTuple):
-    """What a purge says that it took: entries; by one of 0.1, the old ones of their events."""
+    """What a purge says that it took: entries; in the form of 0.1, the old ones of their events."""
 
     is_old: bool = True
     before: int = 0
     spans: Sequence[tuple[str, int, int]] = ()  # of a chain, from and to
-    kept: Sequence[tuple[str, int, str]] = ()  # by one of 0.1, of a segment: how many events, their digest
+    kept: Sequence[tuple[str, int, str]] = ()  # by an old one, of a segment: how many events, their digest
     wrong: Sequence[tuple[str, int, int]] = ()  # segment, events found, events entered
 
 
@@ -7731,13 +7732,14 @@ def taken_by(detail: str | None) -> Taken | None:
 
 
 class Verdict:
-    """What `verify` finds: it recomputes everything that the ledger says of the attached target."""
+    """What `verify` finds when it recomputes all that the ledger says."""
 
     more_findings = 0  # beyond those that are listed
     entries = segments = purged = lost = 0
     events = 0  # purged ones included
     legacy = 0  # rows that are older than the ledger
     waiting_bytes = 0  # in the journal, not sealed yet
+    range_events = 1_000_000  # whose hashes, 100 to 300 bytes each, are held at once
 
     def __init__(
         self,
@@ -7745,13 +7747,8 @@ class Verdict:
         target: Target,
         keys: Sequence[bytes] = (),
         progress: Callable[[int, int], None] = lambda done, total: None,
-        range_events: int = _RANGE_EVENTS,
     ) -> None:
-        self._engine = engine
-        self._target = target
-        self._range_events = range_events
-        self._keys = keys
-        self._progress = progress
+        self._engine, self._target, self._keys, self._progress = engine, target, keys, progress
         self._covered: dict[str, int] = {}  # by journal: the last position that a checkpoint covers
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.findings: list[Finding] = []
@@ -7773,19 +7770,15 @@ class Verdict:
         """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
-                sql = f"""\
-CREATE OR REPLACE TEMP TABLE scope AS
-SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP
-UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"""
-                self._engine.execute(sql, {"moment": since})
+                rows = f"SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"
+                self._engine.execute(f"{_SCOPE} {_YOUNGER} UNION {rows}", {"moment": since})
             for row in self.compare(scoped=since is not None):
                 if not row.as_due:
                     self._judge(row)
         elif self._keys or checkpoint:
             self._add("table", "there is no ledger, so that nothing can be proved")
         if self._keys and not checkpoint:
-            text = "whether the end of the log was cut off, or all of it"
-            self.notes.append(f"without a checkpoint it can't be known {text}")
+            self.notes.append("without a checkpoint it can't be known whether the end, or all, was cut off")
 
     def open(self, checkpoint: Sequence[Head] = ()) -> bool:
         """Check the tables' form, the chains and the purges; False if there is no ledger."""
@@ -7795,12 +7788,12 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
             self._add("table", text)
         logs = COLUMNS if has_ledger else COLUMNS[:10]
         for table, columns in (("logs", logs), ("ledger", LEDGER_COLUMNS)):
-            for name, sql_type in columns if types[table] else ():
+            for column in columns if types[table] else ():
+                name, sql_type = column
                 given = types[table].get(name)
+                same = SAME_VALUES[sql_type] if table == "logs" else {sql_type}
                 # A column that a table of 0.1 lacks is NULL, which leaves the hash as it was.
-                is_new = given is None and (name, sql_type) in NEW_COLUMNS
-                is_same = table == "logs" and (given in SAME_VALUES[sql_type] or is_new)
-                if given != sql_type and not is_same:
+                if given not in same and (given or column not in NEW_COLUMNS):
                     self._add("table", f"{table}.{name} is {given or 'missing'}, not {sql_type}")
         if not has_ledger:
             ((self.legacy,),) = self._engine.execute("SELECT count(*) FROM sound_logs")
@@ -7816,7 +7809,7 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
         for name, entries in itertools.groupby(self._engine.stream(CHAIN), key=lambda row: row[0]):
             head, unkeyed = Head(name, 0, 0, ""), list[tuple[str, int]]()
             for _, position, kind, events, seal, row in entries:
-                faults = []
+                place, faults = (name, position), []
                 if position != head.position + 1:
                     faults = [f" comes after {head.position}: removed or added"]
                 keys: Sequence[bytes | None] = self._keys if seal.startswith(_KEYED) else [None]
@@ -7825,13 +7818,13 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
                 elif all(make_seal(head.seal, row, key) != seal for key in keys):
                     faults += [", or the one before, was changed"]
                 elif self._keys and keys == [None]:
-                    unkeyed.append((name, position))
+                    unkeyed.append(place)
                 for fault in faults:
-                    self.doubted.add((name, position))
+                    self.doubted.add(place)
                     self._add("chain", f"entry {position} of journal {name}{fault}", journal=name)
-                head = Head(name, position, head.events + (events if kind == "segment" else 0), seal)
-                if wanted.get((name, position)) == head:
-                    del wanted[name, position]
+                head = Head(name, position, head.events + events * (kind == "segment"), seal)
+                if wanted.get(place) == head:
+                    del wanted[place]
                     unkeyed = []  # the checkpoint saw these
                     self._covered[name] = position
                 self.entries += 1
@@ -7840,9 +7833,8 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
             self.heads.append(head)
             if unkeyed:
                 self.doubted.update(unkeyed)
-                text = f"entries of journal {name} sealed without the key: {len(unkeyed)}; "
-                text += "if they are older than the key, a checkpoint of that time settles it"
-                self._add("chain", text, journal=name)
+                text = f"{len(unkeyed)}; if they are older than it, a checkpoint of that time settles it"
+                self._add("chain", f"entries of journal {name} sealed without the key: {text}", journal=name)
         self.events, self.lost = totals["segment"], totals["loss"]
         self.legacy += totals["legacy"]
         for name, position in wanted:
@@ -7853,8 +7845,8 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
 
     def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Compare each purge that is believed with the entries that it names."""
-        purges: list[tuple[dict[str, Any], Taken, str]] = []
-        for *values, detail in self._engine.execute(PURGES):
+        purges: list[tuple[int, dict[str, Any], Taken, str]] = []
+        for number, (*values, detail) in enumerate(self._engine.execute(PURGES)):
             entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
             if (entry["journal"], entry["position"]) in self.doubted:
                 continue
@@ -7864,89 +7856,81 @@ UNION SELECT DISTINCT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $momen
                 text = "can't be read"
             elif taken.kept and is_newer and has_checkpoint and not self._keys:
                 text = "kept parts of segments, as earlier versions did, but is newer than the checkpoint"
+                taken = None
             else:
                 self.purged += entry["events"]
-                self.purges += [entry] if is_newer else []
-            purges.append((entry, Taken() if text or taken is None else taken, text))
-        numbered = [(number, taken) for number, (_, taken, _) in enumerate(purges)]
-        spans = [(number, *taken[:2], *span) for number, taken in numbered for span in taken.spans]
-        kept = [(number, *left) for number, taken in numbered for left in taken.kept]
+                self.purges += [entry] * is_newer
+            purges.append((number, entry, taken or Taken(), text))
+        spans = [(number, *taken[:2], *span) for number, _, taken, _ in purges for span in taken.spans]
+        kept = [(number, *left) for number, _, taken, _ in purges for left in taken.kept]
         spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
         kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
         self._engine.execute(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
         sums = "least(sum(held), 2::HUGEINT**62)::BIGINT, bool_and(is_past)"
         rows = self._engine.execute(f"SELECT number, {sums} FROM gone GROUP BY number")
         named = {number: rest for number, *rest in rows}
-        for number, (entry, taken, text) in enumerate(purges):
+        for number, entry, taken, text in purges:
             held, is_past = named.get(number, (0, True))
             held += sum(found - entered for _, found, entered in taken.wrong)
             if not taken.is_old and not (is_past and held == entry["events"]):
-                text = f"says that {entry['events']} events went; "
-                text += f"the entries that it names held {held}, or younger ones"
+                text = f"took {entry['events']} events by its own words, but names {held}, or younger ones"
             if text:
                 text = f"purge {entry['position']} of journal {entry['journal']} {text}"
                 self._add("chain", text, journal=entry["journal"])
-        for segment, found, _ in itertools.chain(*(taken.wrong for _, taken, _ in purges)):
-            text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
-            self._add("changed", text, segment=segment)
-        if parts := sum(bool(taken.kept) for _, taken in numbered):
-            text = "kept parts of segments: what those parts should hold is known from the purge alone"
-            self.notes.append(f"{counted(parts, 'purge')} by an earlier version {text}")
+            for segment, found, _ in taken.wrong:
+                text = f"segment {segment} was not as recorded when it was purged: {counted(found, 'event')}"
+                self._add("changed", text, segment=segment)
+        if kept:
+            text = "purges by an earlier version kept parts of segments, of which nothing else is known"
+            self.notes.append(text)
 
     # --- the segments
 
     def compare(self, *, scoped: bool) -> Iterator[Compared]:
         """Yield the segments in scope; without a scope, those that differ."""
-        splits = self._engine.execute(ranges(), {"size": self._range_events})
-        ends = [last for _, last in splits][:-1]  # the last range is open
-        sql = comparison(scoped=scoped)
+        ask, size, sql = self._engine.execute, self.range_events, comparison(scoped=scoped)
+        ends = [last for _, last in ask(ranges(), {"size": size})][:-1]  # the last range is open
         for number, (low, high) in enumerate(zip([None, *ends], [*ends, None]), 1):
-            yield from (Compared(*row) for row in self._engine.execute(sql, {"low": low, "high": high}))
-            self._progress(min(number * self._range_events, self.events), self.events)
+            yield from itertools.starmap(Compared, ask(sql, {"low": low, "high": high}))
+            self._progress(min(number * size, self.events), self.events)
 
     def _judge(self, row: Compared) -> None:
         """Report a segment that differs: its events if it has marks, else how many."""
-        if not self.entries and row.segment.startswith("legacy-"):
-            self.legacy += row.found  # an older table, of which nothing was entered yet
+        segment, found, due = row.segment, row.found, row.due
+        if not self.entries and segment.startswith("legacy-"):
+            self.legacy += found  # an older table, of which nothing was entered yet
             return
-        marked: dict[str, list[int]] = {}
-        if row.found and row.due and len(self.findings) < _MAX_EXPLAINED:
-            marked = self._marked(row)
-        for kind, seqs in marked.items():
+        marked = self._marked(row) if found and due and not self.more_findings else {}
+        for kind, seqs in sorted(marked.items()):
             names = ", ".join(f"{a}-{b}" if a < b else str(a) for a, b in runs_of(seqs))
-            text = f"segment {row.segment}: {kind} {names}"
-            self._add(kind, text, segment=row.segment, seqs=tuple(sorted(seqs)))
+            self._add(kind, f"segment {segment}: {kind} {names}", segment=segment, seqs=tuple(sorted(seqs)))
         if not marked:
-            kind = "removed" if row.found < row.due else "inserted" if row.found > row.due else "changed"
-            due = f"not {row.due} as recorded" if row.position >= 0 else "which is not in the ledger"
-            text = f"segment {row.segment}: {counted(row.found, 'event')}, {due}"
-            self._add(kind, text, segment=row.segment)
+            kind = "removed" if found < due else "inserted" if found > due else "changed"
+            text = f"not {due} as recorded" if row.position >= 0 else "which is not in the ledger"
+            self._add(kind, f"segment {segment}: {counted(found, 'event')}, {text}", segment=segment)
 
     def _marked(self, row: Compared) -> dict[str, list[int]]:
         """Return which events were changed, inserted or removed, as far as marks tell."""
-        asked = {"segment": row.segment}
-        where = "WHERE segment = $segment"
-        sql = f"SELECT coalesce(max(marks), '') FROM sound_ledger {where} AND kind = 'segment'"
-        ((text,),) = self._engine.execute(sql, asked)
-        due = dict(enumerate(re.findall("(?s)....", text), 1))
+        ask = functools.partial(self._engine.execute, params={"segment": row.segment})
+        ((text,),) = ask("SELECT max(marks) FROM sound_ledger WHERE kind = 'segment' AND segment = $segment")
+        due = dict(enumerate(re.findall("(?s)....", text or ""), 1))
         left, states = dict(due), collections.defaultdict[str, list[int]](list)
-        sql = f"SELECT coalesce(seq, -1), {EVENT_HASH}[1:4] FROM sound_logs {where}"
-        rows = self._engine.execute(sql, asked) if due else []
-        for seq, mark in sorted(rows, key=lambda pair: due.get(pair[0]) != pair[1]):
+        sql = f"SELECT coalesce(seq, -1), {EVENT_HASH}[1:4] FROM sound_logs WHERE segment = $segment"
+        for seq, mark in sorted(ask(sql) if due else (), key=lambda pair: due.get(pair[0]) != pair[1]):
             if seq not in left:
                 states["inserted"].append(seq)
             elif left.pop(seq) != mark:
                 states["changed"].append(seq)
         if left and len(due) == row.due:
             states["removed"] = list(left)
-        return {kind: states[kind] for kind in ("changed", "inserted", "removed") if kind in states}
+        return states
 
 
 # --- one event, for somebody who has no database
 
 
 def plain_seals(engine: Engine) -> dict[str, str]:
-    """Return the end of each journal's chain as it would be sealed without a key."""
+    """Return the end of each journal's chain as if sealed without a key."""
     view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
@@ -7961,21 +7945,20 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
 
     def first(columns: Sequence[Column], rest: str) -> dict[str, Any]:
-        rows = engine.execute(f"SELECT {numeric_times(columns)} FROM {rest} AND segment = $segment", asked)
-        if not rows:
-            raise StoreError(f"{event_id} is in no segment of the ledger; the journal proves nothing")
-        return dict(zip((column.name for column in columns), rows[0]))
+        for row in engine.execute(f"SELECT {numeric_times(columns)} {rest} AND segment = $segment", asked):
+            return dict(zip((column.name for column in columns), row))
+        raise StoreError(f"{event_id} is in no segment of the ledger; the journal proves nothing")
 
-    event = first(COLUMNS, "sound_logs WHERE seq = $seq")
-    entry = first(LEDGER_COLUMNS[:-1], "sound_ledger WHERE kind = 'segment'")
+    event = first(COLUMNS, "FROM sound_logs WHERE seq = $seq")
+    entry = first(LEDGER_COLUMNS[:-1], "FROM sound_ledger WHERE kind = 'segment'")
     hashes = f"SELECT {EVENT_HASH} AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"
+    rows = [row for (row,) in engine.execute(hashes, asked)]
     before, after = "", []
     for name, place, *_, row in engine.stream(CHAIN):
         if name == entry["journal"] and place < entry["position"]:
             before = make_seal(before, row, None)
         elif name == entry["journal"] and place > entry["position"]:
             after.append(row)
-    rows = [row for (row,) in engine.execute(hashes, asked)]
     return {"event": event, "entry": entry, "hashes": rows, "before": before, "after": after}
 
 
@@ -7987,14 +7970,13 @@ def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
 
     signed = {name: value for name, value in checkpoint.items() if name != "signature"}
     text = json.dumps(signed, sort_keys=True, separators=(",", ":")).encode()
+    command = ["ssh-keygen", "-Y", *arguments, "-n", "mxcp_audit"]
     try:
-        command = ["ssh-keygen", "-Y", *arguments, "-n", "mxcp_audit"]
-        done = subprocess.run(command, input=text, capture_output=True, timeout=60)
-    except (OSError, subprocess.TimeoutExpired) as error:
-        raise StoreError(f"ssh-keygen can't be run: {error}") from error
-    if done.returncode:
-        raise StoreError(f"ssh-keygen: {done.stderr.decode(errors='replace').strip() or 'failed'}")
-    return done.stdout.decode(errors="replace")
+        done = subprocess.run(command, input=text, capture_output=True, check=True, timeout=60)
+        return done.stdout.decode()
+    except (OSError, subprocess.SubprocessError) as error:
+        said = (getattr(error, "stderr", None) or b"").decode(errors="replace")
+        raise StoreError(f"ssh-keygen: {said.strip() or error}") from error
 
 
 def sign_checkpoint(key: str, checkpoint: Mapping[str, Any]) -> str:
@@ -8002,7 +7984,7 @@ def sign_checkpoint(key: str, checkpoint: Mapping[str, Any]) -> str:
 
 
 def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
-    """Return who of the allowed signers signed a checkpoint. Raises StoreError if nobody did."""
+    """Return which allowed signer signed a checkpoint. Raises StoreError if none did."""
     with scratch_folder() as folder:
         path = os.path.join(folder, "signature")
         write_file(path, str(checkpoint.get("signature", "")).encode())
@@ -8033,23 +8015,17 @@ class Removal(NamedTuple):
     archive: str | None = None
 
 
-_PURGE_RANGE_EVENTS = 200_000  # fewer than _RANGE_EVENTS: a server's guest may purge
-
-
 def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
-    """Compare the segments whose last event is older than a moment with the ledger."""
+    """Compare the segments that are older than a moment with the ledger."""
     import hashlib
 
-    verdict = Verdict(engine, target, seal_keys(), range_events=_PURGE_RANGE_EVENTS)
+    verdict = Verdict(engine, target, seal_keys())
+    verdict.range_events = 200_000  # a server's guest may purge
     has_ledger = verdict.open()
     # Segments whose rows are all older, and were so when they were entered.
-    scope = f"""\
-CREATE OR REPLACE TEMP TABLE scope AS
-SELECT {SEGMENT_OR_DAY} AS segment FROM sound_logs GROUP BY ALL
-HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)
-EXCEPT SELECT segment FROM sound_ledger
-WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
-    engine.execute(scope, {"moment": before})
+    older = f"SELECT {SEGMENT_OR_DAY} AS segment FROM sound_logs GROUP BY ALL "
+    older += "HAVING max(timestamp) < $moment::TIMESTAMP AND count(timestamp) = count(*)"
+    engine.execute(f"{_SCOPE} {older} EXCEPT {_YOUNGER}", {"moment": before})
     digest, found = hashlib.sha256(), dict[str, Compared]()
     positions = collections.defaultdict[str, list[int]](list)
     wrong: dict[str, tuple[int, str | None, int]] = {}
@@ -8063,12 +8039,11 @@ WHERE kind IN ('segment', 'legacy') AND last_event >= $moment::TIMESTAMP"""
             entered = row.entered + wrong.get(row.segment, (0, "", 0))[2]
             wrong[row.segment] = (row.found, row.digest, entered)
     events = sum(row.found for row in found.values())
-    first = min((row.first for row in found.values() if row.first is not None), default=None)
-    last = max((row.last for row in found.values() if row.last is not None), default=None)
-    removed = {journal: list(runs_of(places)) for journal, places in sorted(positions.items())}
+    times = [time for row in found.values() for time in (row.first, row.last) if time is not None]
+    span = min(times, default=None), max(times, default=None)
+    removed = {journal: [*runs_of(places)] for journal, places in sorted(positions.items())}
     ((old,),) = engine.execute(f"SELECT count(*) {OLD}", {"moment": before})
-    kept = old - events
-    return Removal(before, events, len(found), kept, first, last, digest.hexdigest(), removed, wrong)
+    return Removal(before, events, len(found), old - events, *span, digest.hexdigest(), removed, wrong)
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
@@ -8084,11 +8059,10 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
             if events != removal.events:
                 raise StoreError(f"{events} events are older than {before}, not {removal.events}; try again")
             engine.execute(f"DELETE {OLD} AND {IN_SCOPE}", {"moment": before})
-            what = removal._asdict()
-            detail = {name: what[name] for name in ("removed", "wrong", "archive")}
-            text = json.dumps({"before": microseconds(before), **detail}, separators=(",", ":"))
-            span = {name: what[name] for name in ("first_event", "last_event", "digest")}
-            target.enter(engine, [entry_of("purge", events, text, **span)])
+            *_, first, last, digest, removed, wrong, archive = removal
+            detail = {"before": microseconds(before), "removed": removed, "wrong": wrong, "archive": archive}
+            more = {"first_event": first, "last_event": last, "digest": digest}
+            target.enter(engine, [entry_of("purge", events, json.dumps(detail), **more)])
     return removal
 
 
@@ -8098,12 +8072,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
 
     problem = f"{directory}: no archive can be written"
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
-    try:
-        if not os.path.isdir(directory):
-            os.makedirs(directory, mode=_DIRECTORY_MODE)
-            give_to_owner(directory)
-    except OSError as error:
-        raise StoreError(f"{problem}: {error.strerror}") from error
+    with contextlib.suppress(OSError):  # it exists; or `_scratch` says that it doesn't
+        os.makedirs(directory, mode=_DIRECTORY_MODE)
+        give_to_owner(directory)
     files: dict[str, dict[str, object]] = {}
     params = {"wrong": sorted(removal.wrong), "apart": "not-as-entered.parquet"}
     digest = hashlib.sha256()
@@ -8115,11 +8086,10 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
             sync_file(path)
             files[path] = {"name": file, "events": events, "sha256": file_digest(path)}
-        if files:
-            paths = sql_literal(list(files))
-            rows = digests(f"read_parquet({paths}, hive_partitioning = false)", segment=SEGMENT_OR_DAY)
-            for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment"):
-                digest.update(part.encode())
+        source = f"read_parquet({sql_literal(list(files))}, hive_partitioning = false)"
+        rows = digests(source, segment=SEGMENT_OR_DAY)
+        for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment") if files else ():
+            digest.update(part.encode())
         if digest.hexdigest() != removal.digest:
             raise StoreError(f"{scratch}: the archive doesn't read back as written; nothing was purged")
         manifest = {
@@ -8128,9 +8098,9 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             "first_event": iso_time(removal.first_event),
             "last_event": iso_time(removal.last_event),
             "digest": removal.digest,
-            "not_as_entered": sorted(removal.wrong),
+            "not_as_entered": params["wrong"],
             "heads": [head._asdict() for head in chain_heads(engine)],
-            "files": list(files.values()),
+            "files": [*files.values()],
         }
         write_file(os.path.join(scratch, "manifest.json"), json.dumps(manifest, indent=1).encode() + b"\n")
         sync_directory(scratch)
@@ -8145,19 +8115,14 @@ _SILENCE = 25 * 3_600_000_000  # longer ones don't count as time that passed; re
 
 
 def retain(engine: Engine, target: Ledger, retention: float) -> str:
-    """Purge what is older than the retention by the ledger's time, and return a text of what went.
-
-    A clock that jumped forward makes everything look old: only time counts in which the ledger grew.
-    """
+    """Purge what is older than the retention; return a text of what went."""
     none = "retention: nothing is old enough"
     target.create_tables(engine)
     verdict = Verdict(engine, target, seal_keys())
     verdict.open()
     limit = vouched_limit(engine, sql_time(utc_now()), int(retention * 1e6), verdict.doubted)
-    if limit:
-        removal = purge_before(engine, target, limit)
-        if removal.events:
-            return f"retention: {counted(removal.events, 'event')} before {removal.before} purged"
+    if limit and (events := purge_before(engine, target, limit).events):
+        return f"retention: {counted(events, 'event')} before {limit} purged"
     # So that a log without events doesn't look as if it had been off.
     with target.writing(engine):
         target.enter(engine, [entry_of("check", 0, none)])
@@ -8165,28 +8130,28 @@ def retain(engine: Engine, target: Ledger, retention: float) -> str:
 
 
 def vouched_limit(engine: Engine, now: str, left: int, doubted: Collection[tuple[str, int]]) -> str | None:
-    """Return the moment since which the ledger shows the log alive for `left` microseconds, if any."""
+    """Return the moment since which the log was alive for `left` microseconds."""
+    # A clock that jumped forward makes everything look old: only time counts in which the ledger grew.
     hours = f"""\
 SELECT DISTINCT epoch_us(date_trunc('hour', ingested_at)) AS hour FROM audit.ledger
 ANTI JOIN ({listed("journal VARCHAR, position BIGINT", doubted)}) USING (journal, position)
 WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORDER BY hour DESC"""
     later = microseconds(now)
     for (hour,) in engine.execute(hours):
-        alive = later - hour
-        if alive <= _SILENCE:
-            if alive >= left:
-                moment = _EPOCH_START + datetime.timedelta(microseconds=later - left)
-                return moment.isoformat(" ", "microseconds")
-            left -= alive
-        later = hour
+        alive, later = later - hour, hour
+        if alive > _SILENCE:
+            continue
+        left -= alive
+        if left <= 0:
+            moment = _EPOCH_START + datetime.timedelta(microseconds=hour - left)
+            return moment.isoformat(" ", "microseconds")
     return None
 
 
 # == Copies ==
 # depends on: Errors, Config, Journal, Writer, SQL, Engines, Target, Ledger, Ingest
 #
-# Copies of the whole log. A copy is read back before it gets its name, appears whole or not at all, and
-# overwrites nothing else.
+# Copies of the whole log: each is read back before it gets its name, and overwrites nothing else.
 
 
 class Restored(NamedTuple):
@@ -8197,84 +8162,85 @@ class Restored(NamedTuple):
     kept: str | None  # where the replaced database is; None if there was none
 
 
-def _take_in(path: str, directory: str, like: Target) -> int:
-    """Ingest a copied journal, which must not overwrite live segments, into a copy; count its events."""
-    journal = Journal(directory)
+def _take_in(segments: Iterable[str], path: str, like: Target) -> int:
+    """Ingest copies of segments into a copy of the database, and count its events."""
+    journal = Journal(path + ".journal")
+    journal.make_directory()
+    for segment in segments:
+        with contextlib.suppress(FileNotFoundError):
+            if lines := read_lines(segment):
+                write_file(os.path.join(journal.directory, os.path.basename(segment)), lines)
     target = Ledger(Config(path, attach=like.options), journal)
-    if journal.segments():
-        with journal.ingest_lock():
-            Ingest(target, Diagnostics(silent=True)).run()
+    with journal.ingest_lock():
+        Ingest(target, Diagnostics(silent=True)).run()
     with target.session(read_only=True, wait=0.0) as engine:
-        ((events,),) = engine.execute("SELECT count(*) FROM audit.logs")
-        return int(events)
+        return int(engine.execute("SELECT count(*) FROM audit.logs")[0][0])
 
 
 def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
-    """Add to a copy what it lacks of the database at `place`; return how many events each has then."""
+    """Add to a copy what it lacks of the database at `place`; count the events of each."""
     target = Ledger(Config(path, attach=mine.options), mine.journal)
     with target.session(read_only=False, wait=0.0) as engine:
+        ask = engine.execute
         attach(engine, place, "ours", {**mine.options, "READ_ONLY": True})
         present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
         rows = sound_rows(present.get("logs", {}), "ours.logs")
         unknown = "segment NOT IN (SELECT coalesce(segment, '') FROM audit.ledger WHERE kind = '{}')"
         unknown += " AND segment IS NOT NULL"
         with target.writing(engine):
-            engine.execute(STAGE_NOTHING)
             if {"logs", "ledger"} <= present.keys():
-                engine.execute(f"INSERT INTO batch BY NAME {rows} WHERE {unknown.format('segment')}")
-                engine.execute(INSERT_ROWS)
-                segments = [segment for (segment,) in engine.execute("SELECT DISTINCT segment FROM batch")]
+                ask(STAGE_NOTHING)
+                ask(f"INSERT INTO batch BY NAME {rows} WHERE {unknown.format('segment')}")
+                ask(INSERT_ROWS)
+                segments = [segment for (segment,) in ask("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
-                rest = engine.execute(losses + unknown.format("loss"))
                 entries = [entries_of(segments)] if segments else []
-                entries += [entry_of("loss", *loss, segment=segment) for *loss, segment in rest]
+                for *loss, segment in ask(losses + unknown.format("loss")):
+                    entries.append(entry_of("loss", *loss, segment=segment))
                 if entries:
                     target.enter(engine, entries)
-            present_now = sound_rows(target.columns(engine)["logs"])
-            ((missing,),) = engine.execute(f"SELECT count(*) FROM ({rows} EXCEPT ALL {present_now})")
+            now = sound_rows(target.columns(engine)["logs"])
+            ((missing,),) = ask(f"SELECT count(*) FROM ({rows} EXCEPT ALL {now})")
             if missing:
                 text = f"{place} holds {counted(missing, 'row')} that would be lost; "
                 raise StoreError(f"{text}move it and its .wal aside to restore without them")
-        counts = f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))"
-        ((fresh, old),) = engine.execute(counts)
-        engine.execute("DETACH ours")
+        ((fresh, old),) = ask(f"SELECT (SELECT count(*) FROM audit.logs), (SELECT count(*) FROM ({rows}))")
+        ask("DETACH ours")
     return fresh, old
 
 
-def _copy_database(engine: Engine, target: Target, path: str) -> None:
-    """Copy the attached target into a new file, and read that back."""
+def _copy_database(engine: Engine, target: Target, folder: str) -> str:
+    """Copy the attached target into a new file, read that back, and return its path."""
+    path = os.path.join(folder, "copy")
     attach(engine, path, "fresh", target.new_file)
     os.chmod(path, FILE_MODES[False])
-    engine.execute("COPY FROM DATABASE audit TO fresh")
-    engine.execute("CHECKPOINT fresh")
-    engine.execute("DETACH fresh")
+    for statement in ("COPY FROM DATABASE audit TO fresh", "CHECKPOINT fresh", "DETACH fresh"):
+        engine.execute(statement)
     sync_file(path)
     attach(engine, path, "fresh", {**target.options, "READ_ONLY": True})
-    for table in sorted(target.columns(engine)):
-        ((same,),) = engine.execute(SAME_CONTENT[table])
-        if not same:
+    for table in target.columns(engine):
+        if engine.execute(SAME_CONTENT[table]) != [(True,)]:
             raise StoreError(f"{path}: the copy of {table} differs; nothing was changed, look at the disk")
     engine.execute("DETACH fresh")
-
-
-def _copy_journal(paths: Iterable[str], directory: str) -> None:
-    os.mkdir(directory, _DIRECTORY_MODE)
-    for path in paths:
-        with contextlib.suppress(FileNotFoundError):
-            if lines := read_lines(path):
-                write_file(os.path.join(directory, os.path.basename(path)), lines)
-    sync_directory(directory)
+    return path
 
 
 def _put_in_place(path: str, target: str) -> None:
-    """Rename a file, but never overwrite another."""
+    """Give a file another name, but never overwrite another file."""
     give_to_owner(path)
     try:
         os.link(path, target)
-    except OSError:  # some file systems have no links
+    except OSError:
         if os.path.lexists(target):
-            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), target) from None
-        os.rename(path, target)
+            raise
+        os.rename(path, target)  # a file system without links
+    sync_directory(os.path.dirname(target))
+
+
+def _replace(path: str, place: str, old: os.stat_result) -> None:
+    take_after(path, old)
+    os.replace(path, place)
+    sync_directory(os.path.dirname(place))
 
 
 # == Operations ==
@@ -8284,16 +8250,17 @@ def _put_in_place(path: str, target: str) -> None:
 # What can be done with the log of a configuration, in the order that keeps others out.
 
 _WRITTEN_MEANWHILE = ": another process wrote to it meanwhile; try again"
-_LOSS_DAYS = 30  # how long lost events are pointed out
-_PROBE_SECONDS = (0.03, 0.6)  # the first and the longest pause between two tries for the database
+
+
+def month_ago() -> str:
+    return sql_time(utc_now() - datetime.timedelta(days=30))
 
 
 class Store:
     """The log of a configuration: its database (`target`) and its journal (`journal`) as one.
 
-    Methods try for `wait` seconds while another process holds the database. They raise StoreError if the
-    database can't be used (DatabaseNotFoundError: there is none), and ConfigError if the key file can't.
-    `diagnostics` counts what was ingested and rejected.
+    Methods try for `wait` seconds while another process holds the database. They raise StoreError if it
+    can't be used (DatabaseNotFoundError: there is none), and ConfigError if the key file can't.
     """
 
     def __init__(
@@ -8306,15 +8273,14 @@ class Store:
         self.journal: Journal = Journal(config.journal_directory, group=config.group)
         self.target: Ledger = Ledger(config, self.journal, opener)
         self._diagnostics = diagnostics or Diagnostics()
-        self._ingest = Ingest(self.target, self._diagnostics)
         self._retention = config.retention
 
     # --- ingesting
 
     def ingest(self, *, wait: float = 0.0) -> bool:
-        """Move every sealed and orphaned segment into the database; True if no retry could move more.
+        """Move all sealed and orphaned segments into the database; True if no retry could move more.
 
-        The first time, the retention is applied too.
+        The first time, apply the retention too.
 
         Raises:
             JournalError: a segment can't be claimed; the others are done.
@@ -8331,19 +8297,15 @@ class Store:
             target = self.target
             self.journal.bind(os.path.realpath(target.path) if target.is_file else target.name)
             problems = self._run_ingest(wait)
-            try:
-                with contextlib.suppress(DatabaseLockedError):  # somebody else is at it
-                    target.tend_lake()
-            except AuditError as error:
-                self._diagnostics.report("lake", "small files could not be merged", error=error)
-            try:
-                if self._retention is not None and not target.is_absent():
-                    with target.session(read_only=False, wait=0.0, guest=True) as engine:
-                        news = retain(engine, target, self._retention)
-                    self._diagnostics.note("retention", news, level=INFO)
-                    self._retention = None
-            except AuditError as error:
-                self._diagnostics.report("retention", "old events could not be purged", error=error)
+            for chore, fault in (
+                (target.tend_lake, "small files could not be merged"),
+                (self._retain, "old events could not be purged"),
+            ):
+                try:
+                    with contextlib.suppress(DatabaseLockedError):  # the next ingest does it
+                        chore()
+                except AuditError as error:
+                    self._diagnostics.report(fault, fault, error=error)
         if problems:
             raise problems[0]
         head = target.head and json.dumps({"journals": [target.head._asdict()]})
@@ -8351,13 +8313,10 @@ class Store:
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
         """Ingest; wait for a database that others hold."""
-        end, pause, is_held = time.monotonic() + wait, _PROBE_SECONDS[0], False
+        end, pause = time.monotonic() + wait, 0.0
         while True:
             try:
-                if is_held:  # reading the journal in vain costs more
-                    with self.target.session(read_only=False, wait=0.0, guest=True):
-                        pass
-                return self._ingest.run()
+                return Ingest(self.target, self._diagnostics).run()
             except DatabaseCorruptError as error:
                 if not (DAMAGED_WAL in str(error) and (aside := self.target.set_wal_aside())):
                     raise
@@ -8366,11 +8325,17 @@ class Store:
             except DatabaseLockedError:
                 if time.monotonic() + pause >= end:
                     raise
-                if not is_held:
+                if not pause:
                     self.journal.ask_readers()
-                is_held = self.target.is_file
-                time.sleep(pause * (1 + os.urandom(1)[0] / 256))
-                pause = min(1.5 * pause, _PROBE_SECONDS[1])
+                pause = min(1.5 * pause or 0.03, 1.0)
+                time.sleep(pause)
+
+    def _retain(self) -> None:
+        if self._retention is not None and not self.target.is_absent():
+            with self.target.session(read_only=False, wait=0.0, guest=True) as engine:
+                news = retain(engine, self.target, self._retention)
+            self._diagnostics.note("retention", news, level=INFO)
+            self._retention = None
 
     # --- reading
 
@@ -8382,15 +8347,16 @@ class Store:
             DatabaseNotFoundError: there is neither a database nor a journal.
             JournalError: the journal can't be read.
         """
-        self.target.let_ingest_pass(wait)
-        place, engine = self.journal.directory, self.target.open_engine()
-        with scratch_folder(place) as folder, contextlib.closing(engine):
-            reading = Reading(engine, folder, self.target)
+        target, journal = self.target, self.journal
+        target.let_ingest_pass(wait)
+        engine = target.open_engine()
+        with scratch_folder(journal.directory) as folder, contextlib.closing(engine):
+            reading = Reading(engine, folder, target)
             with reading.open(wait):
-                reading.open_running(self.journal.running())
+                reading.open_running(journal.running())
                 if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
                     raise DatabaseNotFoundError(
-                        f"{_NOT_FOUND}{self.target.name}. Either audit logging is not enabled for the "
+                        f"{_NOT_FOUND}{target.name}. Either audit logging is not enabled for the "
                         "profile, or no events have been logged yet (the database is created on first write)."
                     )
                 for text in reading.oddities:
@@ -8398,26 +8364,24 @@ class Store:
                 yield reading
 
     def losses(self, reading: Reading) -> list[tuple[int, str]]:
-        """Return the losses of the last 30 days: how many events each time, and when and why."""
-        since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
-        found = [(events, detail) for _, events, detail in reading.losses(since)]
+        """Return the losses of the last 30 days: how many events each time, and why."""
+        found = [(events, detail) for _, events, detail in reading.losses(month_ago())]
         return found + [(loss.events, str(loss)) for loss in self.journal.losses().values()]
 
     def imported(self, segment_id: str) -> tuple[int, str] | None:
-        """Return how many events of a segment are in the database and the time of the last, or None."""
-        if self.target.is_absent():
-            return None
+        """Return how many events of a segment are ingested and the time of the last, or None."""
         sql = "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') FROM audit.ledger "
         sql += "WHERE kind = 'segment' AND segment = $segment"
-        with self._ledger(0.0) as engine:
-            found = engine and engine.execute(sql, {"segment": segment_id})
-        return found[0] if found else None
+        with contextlib.suppress(DatabaseNotFoundError), self._ledger(0.0) as engine:
+            for row in engine.execute(sql, {"segment": segment_id}) if engine else ():
+                return row
+        return None
 
     # --- proving
 
     @contextlib.contextmanager
     def _ledger(self, wait: float) -> Iterator[Engine | None]:
-        """Attach the target for reading; the block gets None if it has no ledger."""
+        """Attach the target for reading; None for the block if it has no ledger."""
         with self.target.session(read_only=True, wait=wait) as engine:
             yield engine if "ledger" in self.target.columns(engine) else None
 
@@ -8432,8 +8396,8 @@ class Store:
         """Recompute the ledger from `logs` and return what isn't as it was recorded.
 
         Args:
-            checkpoint: heads noted earlier, which the chains must still lead through.
-            since: naive UTC text; of older segments, only the chain is recomputed.
+            checkpoint: heads noted earlier, which the chains must lead through.
+            since: naive UTC text; of older segments only the chain is recomputed.
             progress: called with the events done and their total.
         """
         keys = seal_keys()
@@ -8449,7 +8413,7 @@ class Store:
             return chain_heads(engine) if engine else []
 
     def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
-        """Return the heads, and seals for those who have no key, as an object for JSON."""
+        """Return the heads, with seals for those who have no key, for JSON."""
         with self._ledger(wait) as engine:
             plain, heads = (plain_seals(engine), chain_heads(engine)) if engine else ({}, [])
         journals = [{**head._asdict(), "plain": plain.get(head.journal)} for head in heads]
@@ -8476,11 +8440,10 @@ class Store:
     def purge(
         self, before: str, *, archive: str | None = None, dry_run: bool = False, wait: float = 5.0
     ) -> Removal:
-        """Delete every segment whose events are all older than a moment, in one transaction, and enter that.
+        """Delete the segments whose events are all older than `before`, a naive UTC text.
 
         Args:
-            before: naive UTC text.
-            archive: a directory, where the events are written first, and read back.
+            archive: a directory where the events are written first, and read back.
             dry_run: only return what would be deleted.
 
         Raises:
@@ -8493,101 +8456,90 @@ class Store:
             return purge_before(engine, self.target, before, archive)
 
     def backup(self, path: str, *, wait: float = 5.0) -> int:
-        """Copy the whole log, as of one moment, into one database file; return how many events that holds.
+        """Copy the whole log into a new database file; return how many events that holds.
 
         Raises:
             StoreError: `path` exists, or the copy can't be written or differs.
         """
         self._refuse_remote("backup")
         self.refuse_own_files(path)
-        for name in (path, path + ".wal", path + ".journal"):
-            if os.path.lexists(name):
-                name = os.path.abspath(name)
-                raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
-        with contextlib.suppress(AuditError):  # what stays in the journal is copied as such
-            self.ingest()
         place, target = os.path.abspath(path), self.target
+        for name in (place, place + ".wal", place + ".journal"):
+            if os.path.lexists(name):
+                raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
         with _scratch(place, f"{path} can't be written") as scratch:
-            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
             with target.session(read_only=True, wait=wait) as engine:
+                copy = _copy_database(engine, target, scratch)
                 tables = target.columns(engine)
-                _copy_database(engine, target, copy)
-                _copy_journal(unknown_segments(engine, self.journal.segments(), tables), waiting)
-            events = _take_in(copy, waiting, target)
+                waiting = unknown_segments(engine, self.journal.segments(), tables)
+                events = _take_in(waiting, copy, target)
             _put_in_place(copy, place)
-            sync_directory(os.path.dirname(place))
         return events
 
     def restore(self, path: str, *, wait: float = 5.0) -> Restored:
         """Put a backup in place of the database, with all that the database holds besides.
 
-        The old database stays beside it under another name, the journal as it is. Events that were purged
-        since the backup return. If the database holds all of the backup, nothing is changed.
+        The old database stays beside it, and purged events return. If it holds all of the backup, nothing is
+        changed.
 
         Raises:
             StoreError: nothing was changed, because something would be lost.
         """
-        self._refuse_remote("restore")
-        target, place = self.target, os.path.realpath(self.target.path)
+        place, target = self._refuse_remote("restore"), self.target
         old = Journal(path + ".journal")  # of backups by earlier versions
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
         with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
-            copy, waiting = os.path.join(scratch, "copy"), os.path.join(scratch, "journal")
             with source.session(read_only=True, wait=wait) as engine:
                 if "logs" not in source.columns(engine):
                     raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
-                _copy_database(engine, source, copy)
-            _copy_journal(old.segments(), waiting)
-            events, before, kept = _take_in(copy, waiting, target), 0, None
+                copy = _copy_database(engine, source, scratch)
+            events = _take_in(old.segments(), copy, target)
             if target.is_absent():
                 _put_in_place(copy, place)
-            else:
-                with target.session(read_only=False, wait=wait) as engine:
-                    engine.execute("CHECKPOINT audit")
-                ours = os.stat(place)
-                events, before = _merge(copy, place, target)
-                if events == before:
-                    return Restored(events, 0, None)
-                give_to_owner(copy)
-                kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
-                with target.session(read_only=True, wait=wait):
-                    if _stamp_of(os.stat(place)) != _stamp_of(ours):
-                        raise DatabaseLockedError(place + _WRITTEN_MEANWHILE)
-                    _put_in_place(place, kept)
-                    take_after(copy, ours)
-                    os.replace(copy, place)
-            sync_directory(os.path.dirname(place))
+                return Restored(events, events, None)
+            ours = self._settled(place, wait)
+            events, before = _merge(copy, place, target)
+            if events == before:
+                return Restored(events, 0, None)
+            give_to_owner(copy)
+            kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
+            with target.session(read_only=True, wait=wait):
+                if _stamp_of(os.stat(place)) != _stamp_of(ours):
+                    raise DatabaseLockedError(place + _WRITTEN_MEANWHILE)
+                _put_in_place(place, kept)
+                _replace(copy, place, ours)
         return Restored(events, events - before, kept)
 
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
-        """Write the database anew, without the room of purged rows, and return both sizes in bytes.
+        """Write the database anew, without the room of purged rows; return both sizes in bytes.
 
         Raises:
             StoreError: the old database is still in place.
         """
-        self._refuse_remote("compact")
-        target, path = self.target, os.path.realpath(self.target.path)
+        path, target = self._refuse_remote("compact"), self.target
         with self._alone(wait):
-            with target.session(read_only=False, wait=wait) as engine:
-                engine.execute("CHECKPOINT audit")
-            # Read-only, DuckDB keeps other writers out and leaves the WAL alone: detaching the old file can't
-            # harm the new one.
+            self._settled(path, wait)
+            # Read-only, DuckDB keeps writers out and leaves the WAL alone, that of the new file too.
             with target.session(read_only=True, wait=wait) as engine:
                 old = os.stat(path)
                 if _size_of(path + ".wal"):
                     raise DatabaseLockedError(path + _WRITTEN_MEANWHILE)
                 with _scratch(path, f"{path} can't be written anew", name="compact") as scratch:
-                    fresh = os.path.join(scratch, "copy")
-                    _copy_database(engine, target, fresh)
-                    take_after(fresh, old)
-                    os.replace(fresh, path)
-                    sync_directory(os.path.dirname(path))
+                    _replace(_copy_database(engine, target, scratch), path, old)
                 return old.st_size, os.stat(path).st_size
 
-    def _refuse_remote(self, command: str) -> None:
+    def _settled(self, path: str, wait: float) -> os.stat_result:
+        """Write the WAL into the database file, and return the file's state."""
+        with self.target.session(read_only=False, wait=wait) as engine:
+            engine.execute("CHECKPOINT audit")
+        return os.stat(path)
+
+    def _refuse_remote(self, command: str) -> str:
+        """Return the database file. Raises StoreError if the target is none."""
         if not self.target.is_file:
             system = self.target.path.partition(":")[0]
             raise StoreError(f"{command} is for database files; use what {system} has for it")
+        return os.path.realpath(self.target.path)
 
     def refuse_journal(self, path: str) -> None:
         """Raise StoreError if `path` lies in the journal, where nothing else belongs."""
@@ -8596,33 +8548,26 @@ class Store:
             raise StoreError(f"{path} lies in the journal; name a place elsewhere")
 
     def refuse_own_files(self, path: str) -> None:
-        """Raise StoreError if an export can't be written to `path`, or would destroy the log."""
-        folder, name = os.path.split(os.path.abspath(path))
+        """Raise StoreError if an export to `path` is impossible, or would destroy the log."""
+        own = os.path.realpath(self.target.path)
         try:
-            folder = os.path.realpath(folder)
-            found = os.lstat(path) if os.path.lexists(path) else None
             self.refuse_journal(path)
+            place = os.path.realpath(path)
+            os.stat(os.path.join(os.path.dirname(place), ""))  # there must be such a directory
+            is_regular = not os.path.lexists(path) or stat.S_ISREG(os.lstat(path).st_mode)
         except (OSError, ValueError) as error:  # ValueError: a NUL
             raise StoreError(f"{path} can't be written: {getattr(error, 'strerror', error)}") from error
-        is_file, own = self.target.is_file, os.path.realpath(self.target.path)
-        if is_file and os.path.join(folder, name) in (own, own + ".wal"):
+        if self.target.is_file and place in (own, own + ".wal"):
             raise StoreError(f"{path} is the audit database itself; name another file")
-        if not os.path.isdir(folder):
-            raise StoreError(f"{path} can't be written: there is no directory {folder}; make it first")
-        if found is None:
-            return
-        if not stat.S_ISREG(found.st_mode):
-            kind = "a directory" if stat.S_ISDIR(found.st_mode) else "no regular file"
-            raise StoreError(f"{path} is {kind}; name a file (`log` writes to standard output by --export -)")
-        if is_file and not self.target.is_absent() and os.path.samefile(path, own):
-            raise StoreError(f"{path} is the audit database under another name; name another file")
+        if not is_regular:
+            raise StoreError(f"{path} is no file; name one (`log` writes to standard output by --export -)")
 
 
 # == Follow ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
 #
-# New events as they come, known by position: of entries in the ledger, and of lines in segments it lacks.
-# Time plays no part, so that late ingests, other hosts and clocks that jump lose nothing.
+# New events as they come, known by position in the ledger, and in the segments that it lacks: late ingests,
+# other hosts and clocks that jump lose nothing.
 
 _LOOK_EVENTS = 20_000  # of the table, in one look: bounds memory and time
 _LOOK_ENTRIES = 1000  # of the ledger, likewise
@@ -8648,9 +8593,8 @@ _NOTICES = f"""\
 INSERT INTO fresh BY NAME
 SELECT now()::TIMESTAMP AS timestamp, '' AS caller, if(kind = 'loss', 'loss', 'gap') AS type, type AS name,
   '{{"events":' || missing || '}}' AS input_json, 0 AS duration_ms, 'n/a' AS policy_decision,
-  'error' AS status, if(kind = 'loss', detail, missing || if(missing = 1, ' event', ' events')
-    || ' left the table before they were read, by a purge perhaps') AS error, journal AS segment,
-  position AS seq
+  'error' AS status, if(kind = 'loss', detail, 'events that left the table unread, by a purge perhaps: '
+    || missing) AS error, journal AS segment, position AS seq
 FROM (SELECT *, if(kind = 'loss', events, events - tail - coalesce(came, 0)) AS missing FROM entries
   LEFT JOIN (SELECT {SEGMENT_OR_DAY} AS wanted, count(*) AS came FROM fresh GROUP BY ALL) ON wanted = segment)
 WHERE kind = 'loss' OR (kind IN ('segment', 'legacy') AND missing > 0)"""
@@ -8664,14 +8608,15 @@ class Follower:
     ) -> None:
         self._target, self._journal, self._what = store.target, store.journal, what
         self._columns = columns or public_select()
-        self._notices = cursor is not None  # losses and gaps are returned too
-        self._positions: dict[str, int] = dict((cursor or {}).get("journals", {}))  # by journal
-        self._tails: dict[str, int] = dict((cursor or {}).get("segments", {}))  # by segment: its last event
+        self._notices, cursor = cursor is not None, cursor or {}  # losses and gaps are returned too
+        self._positions: dict[str, int] = dict(cursor.get("journals", {}))
+        self._tails: dict[str, int] = dict(cursor.get("segments", {}))  # by segment: its last event
         self._sizes: dict[str, int] = {}
         self._since = "0001-01-01 00:00:00"  # when entries must have been made to count
         self._signature: object = None
         self.is_behind = False  # the last look left entries of the ledger to the next
-        self._engine: Engine | None = None
+        self._engine = store.target.open_engine()
+        self.close = self._engine.close
 
     def start(self, reading: Reading) -> None:
         """Count everything in an open log as seen."""
@@ -8681,13 +8626,9 @@ class Follower:
             self._signature = self._target.signature()
             self._positions = dict(reading.engine.execute(CHAIN_ENDS))
         if reading.has_journal:
+            reading.freeze_journal()  # so that later queries show nothing that isn't counted here
             ends = reading.engine.execute("SELECT segment, max(seq) FROM journal_rows GROUP BY segment")
             self._tails = dict(ends)
-
-    def is_seen(self, row: Row) -> bool:
-        """Return True if `start` counted an event as seen."""
-        segment, _, seq = (row[-1] or "").rpartition(":")
-        return int(seq or 0) <= self._tails.get(segment, _SETTLED)
 
     def cursor(self) -> dict[str, Any]:
         """Return where the next look goes on, for JSON."""
@@ -8712,23 +8653,13 @@ class Follower:
         if not lines:
             return []
         with scratch_folder(self._journal.directory) as folder:
-            reading = Reading(self._session(), folder, self._target)
+            reading = Reading(self._engine, folder, self._target)
             reading.open_running(lines)
             return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
 
-    def _session(self) -> Engine:
-        self._engine = self._engine or self._target.open_engine()
-        return self._engine
-
-    def close(self) -> None:
-        """End the session with DuckDB, if there is one."""
-        engine, self._engine = self._engine, None
-        if engine is not None:
-            engine.close()
-
     def _new_table_rows(self) -> list[Row]:
         """Return what the ledger entered and the journal didn't show before."""
-        engine = self._session()
+        target, ask = self._target, self._engine.execute
         asked = _NEW_ENTRIES.format(
             positions=listed("known VARCHAR, last BIGINT", self._positions.items()),
             tails=listed(_TAILS, self._tails.items()),
@@ -8736,12 +8667,12 @@ class Follower:
         )
         entries: list[Row] = []
         rows: list[Row] = []
-        with self._target.attached(engine, read_only=True):
-            signature = self._target.signature()  # nobody can ingest now
-            present = self._target.columns(engine)
+        with target.attached(self._engine, read_only=True):
+            signature = target.signature()  # nobody can ingest now
+            present = target.columns(self._engine)
             if "ledger" in present:
-                engine.execute(asked)
-                entries = engine.execute("SELECT journal, position, kind, segment, waiting FROM entries")
+                ask(asked)
+                entries = ask("SELECT journal, position, kind, segment, waiting FROM entries")
             if entries:
                 rows = self._matching(sound_rows(present.get("logs", {})), _ENTERED)
         for journal, position, kind, segment, _ in entries:
@@ -8750,8 +8681,6 @@ class Follower:
                 self._tails[segment] = _SETTLED
         self.is_behind = bool(entries) and (len(entries) < entries[0][-1] or entries[0][-1] == _LOOK_ENTRIES)
         self._signature = None if self.is_behind else signature
-        if engine.name == "cli" and self._target.is_file:  # a process for nothing, until then
-            self.close()
         return rows
 
     def _new_lines(self) -> list[Row]:
@@ -8769,37 +8698,27 @@ class Follower:
                 rows = journal_rows(combine(files, folder), max(sizes[each] for each in grown))
                 matching = self._matching(rows, tails)
         except QueryError:
-            self.close()
             if all(map(os.path.exists, files)):
                 raise
             return []  # ingested at this moment: the ledger tells the next look
-        self._tails.update(self._session().execute("SELECT segment, max(seq) FROM fresh GROUP BY segment"))
+        self._tails.update(self._engine.execute("SELECT segment, max(seq) FROM fresh GROUP BY segment"))
         self._sizes = sizes
         return matching
 
     def _matching(self, rows: str, tails: str) -> list[Row]:
-        """Put the rows behind the tails into the table `fresh`, and return those that match."""
-        engine, where = self._session(), f"({self._what.where()})"
-        engine.execute(_FRESH.format(rows=rows, tails=tails))
+        """Put the rows behind the tails into `fresh`, and return those that match."""
+        ask, where = self._engine.execute, f"({self._what.where()})"
+        ask(_FRESH.format(rows=rows, tails=tails))
         if self._notices and tails == _ENTERED:
-            engine.execute(_NOTICES)
+            ask(_NOTICES)
             where += " OR type IN ('loss', 'gap')"
-        return engine.execute(f"SELECT {self._columns} FROM fresh WHERE {where} ORDER BY {OLDEST_FIRST}")
+        return ask(f"SELECT {self._columns} FROM fresh WHERE {where} ORDER BY {OLDEST_FIRST}")
 
 
 # == Health ==
-# depends on: Errors, Config, Events, SQL, Engines, Reading, Operations
+# depends on: Errors, Config, Journal, SQL, Engines, Operations
 #
 # What `doctor` looks at; it changes nothing.
-
-_HANGS_MS = 3_600_000
-_REFUSED = """\
-SELECT count(*), strftime(min(timestamp), '%Y-%m-%d %H:%M:%S UTC'), arg_max(error, timestamp) FROM events"""
-
-
-class Fault(NamedTuple):
-    problem: str
-    remedy: str
 
 
 class Checkup:
@@ -8808,90 +8727,76 @@ class Checkup:
     _LITTLE_SPACE_BYTES = 256 * 2**20
 
     def __init__(self, config: Config, *, wait: float) -> None:
-        self.faults: list[Fault] = []
-        self.report: dict[str, Any] = {"healthy": False, "faults": [], "profile": config.profile}
-        self._config = config
-        self._store = Store(config)
-        if not config.enabled:
-            problem = f"audit logging is not enabled for profile {config.profile!r}"
-            self._fault(problem, "set `enabled: true` in its `audit` section")
-        self._examine_journal()
+        self.faults: list[dict[str, str]] = []
+        self.report: dict[str, Any] = {"healthy": False, "faults": self.faults, "profile": config.profile}
         self.report["engine"] = None
+        store = Store(config)
+        if not config.enabled:
+            text = f"audit logging is not enabled for profile {config.profile!r}"
+            self._fault(text, "set `enabled: true` in its `audit` section")
+        self._examine_journal(store.journal)
         try:
             with contextlib.closing(open_engine()) as engine:
                 self.report["engine"] = {"name": engine.name, "version": engine.version()}
-            self._examine_database(wait)
+            self._examine_database(store, wait)
         except StoreError as error:
             self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
-        if self._store.target.is_file:
-            self._examine_access()
-        self.report |= {"healthy": not self.faults, "faults": [fault._asdict() for fault in self.faults]}
+        if store.target.is_file:
+            self._examine_files(store.target.path, store.journal.directory, 0o007 if config.group else 0o077)
+        self.report["healthy"] = not self.faults
 
     def _fault(self, problem: str, remedy: str) -> None:
-        self.faults.append(Fault(problem, remedy))
+        self.faults.append({"problem": problem, "remedy": remedy})
 
-    def _examine_database(self, wait: float) -> None:
-        state: dict[str, Any] = {"path": self._store.target.name, "readable": False, "events": None}
+    def _examine_database(self, store: Store, wait: float) -> None:
+        state: dict[str, Any] = {"path": store.target.name, "readable": False, "events": None}
         self.report["database"] = state
         try:
-            with self._store.reading(wait=wait) as reading:
+            with store.reading(wait=wait) as reading:
                 if reading.problem is not None:
                     raise reading.problem
                 state["readable"] = reading.has_table
                 ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
                 for text in reading.oddities:
-                    problem = f"{text}: what is shown may not be what was recorded"
-                    self._fault(problem, "see what `verify` finds")
-                self._examine_calls(reading)
-                for _, text in self._store.losses(reading):
-                    remedy = "they are gone; mend the reason. 30 days on it counts as healthy"
-                    self._fault(f"events were lost: {text}", remedy)
+                    text += ": what is shown may not be what was recorded"
+                    self._fault(text, "see what `verify` finds")
+                for row in reading.running(Filter(min_ms=3_600_000)):
+                    text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
+                    self._fault(text, "see `log --running`; if it hangs, end it or its server")
+                refused = Filter(since=month_ago(), error_type="AuditUnavailableError")
+                sql = "SELECT count(*), arg_max(error, timestamp) FROM events"
+                ((count, last),) = reading.ask(refused, sql)
+                self.report["refused"] = count
+                if count:
+                    text = f"{counted(count, 'call')} refused in 30 days, as no record could be made: {last}"
+                    self._fault(text, "make room, or mend the journal's disk")
+                for _, text in store.losses(reading):
+                    self._fault(f"events were lost: {text}", "mend the reason; it is shown for 30 days")
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
         except StoreError as error:
             text, _, remedy = str(error).rpartition("; ")  # as `Target.attached` puts it
-            self._fault(text or remedy, remedy if text else "run with --debug for the whole story")
+            self._fault(text or remedy, remedy if text else "run with --debug")
         except JournalError:  # a fault already
             pass
 
-    def _examine_calls(self, reading: Reading) -> None:
-        for row in reading.running(Filter(min_ms=_HANGS_MS)):
-            problem = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
-            self._fault(problem, "see `log --running`; if it hangs, end it or its server")
-        since = sql_time(utc_now() - datetime.timedelta(days=_LOSS_DAYS))
-        refused = Filter(since=since, error_type="AuditUnavailableError")
-        ((count, first, last),) = reading.ask(refused, _REFUSED)
-        self.report["refused"] = count
-        if count:
-            self._fault(
-                f"{counted(count, 'call')} refused since {first} because they could not be recorded: {last}",
-                "make room or mend the journal's disk; 30 days on it counts as healthy",
-            )
-
-    def _examine_journal(self) -> None:
-        journal = self._store.journal
+    def _examine_journal(self, journal: Journal) -> None:
         state = self.report["journal"] = {"path": journal.directory}
         try:
             state |= journal.survey()
         except JournalError as error:
             self._fault(str(error), "check its permissions, and whether its file system has locks")
             return
-        if state["orphaned"]:
-            problem = f"{counted(state['orphaned'], 'segment')} since {state['oldest_pending']}"
-            remedy = "run `python -m mxcp_audit ingest`; if that fails, it says why"
-            self._fault(f"{problem}, taken in by nobody", remedy)
-        if state["rejected"]:
-            problem = f"lines could not be ingested: {counted(state['rejected'], 'file')}"
-            remedy = "read the .rejected files, keep what matters, and remove them"
-            self._fault(f"{problem} in {journal.directory}", remedy)
-        if state["torn"]:
-            state["torn_note"] = "half lines of killed processes in .torn files; remove them when read"
+        if orphaned := state["orphaned"]:
+            text = f"{counted(orphaned, 'segment')} since {state['oldest_pending']}, taken in by nobody"
+            self._fault(text, "run `python -m mxcp_audit ingest`; if that fails, it says why")
+        if rejected := state["rejected"]:
+            text = f"lines could not be ingested: {counted(rejected, 'file')} in {journal.directory}"
+            self._fault(text, "read the .rejected files, keep what matters, and remove them")
 
-    def _examine_access(self) -> None:
+    def _examine_files(self, database: str, journal: str, others: int) -> None:
         import shutil
 
-        database, journal = self._store.target.path, self._store.journal.directory
-        others = 0o007 if self._config.group else 0o077
         for path in (database, database + ".wal", journal):
             with contextlib.suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
@@ -8910,22 +8815,22 @@ class Checkup:
 # === Output ===
 # depends on: Errors, Events, SQL, Engines, Store
 #
-# Rows → what people and programs read. Nothing that was recorded can act on a terminal: control
-# characters, line breaks and direction marks are shown as escapes. Data formats keep the original.
+# Rows → what people and programs read. Nothing that was recorded can act on a terminal: what is not
+# printable becomes an escape. Data formats keep the original.
 
 # == Text ==
 # depends on: Errors, Events, SQL, Engines
 
 
 def printable(text: str) -> str:
-    """Return the text as one line that no terminal acts on: what is not printable becomes an escape."""
+    """Return the text as one line; what is not printable becomes an escape."""
     if text.isprintable():
         return text
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def display_width(text: str) -> int:
-    """Return the terminal cells of a printable text: wide characters have two, combining ones none."""
+    """Return the terminal cells of a text: wide characters have two, combining ones none."""
     if text.isascii():
         return len(text)
     from unicodedata import category, east_asian_width
@@ -8942,35 +8847,25 @@ def fit(text: str, width: int, *, right: bool = False) -> str:
     return blanks + text if right else text + blanks
 
 
-def wrap(text: str, width: int) -> Iterator[str]:
-    """Yield the text in pieces of at most `width` cells; nothing is left out."""
-    while text:
-        piece = _head(text, max(2, width))
-        yield piece
-        text = text[len(piece) :]
-
-
 def _head(text: str, width: int) -> str:
-    """Return what fits into `width` cells. Combining characters stay where they belong."""
+    """Return what fits into `width` cells, with the combining characters."""
     if text[: width + 1].isascii():
         return text[:width]
     ends = itertools.accumulate(map(display_width, text))
-    return text[: sum(1 for _ in itertools.takewhile(lambda end: end <= width, ends))]
+    return text[: sum(end <= width for end in ends)]
 
 
 def takes_unicode(file: TextIO) -> bool:
-    return (file.encoding or "utf-8").lower().replace("-", "").startswith("utf")
+    return (file.encoding or "utf-8").lower().startswith("utf")
 
 
 def _write(file: TextIO, line: str) -> None:
     """Write a line; what the file's encoding lacks as escapes."""
     encoding = file.encoding or "utf-8"
-    line = line if takes_unicode(file) else line.replace("…", "~")
     file.write(line.encode(encoding, "backslashreplace").decode(encoding) + "\n")
 
 
 def write_text(file: TextIO, text: str) -> None:
-    """Write a text with its line breaks, and nothing else that a terminal acts on."""
     for line in text.split("\n"):
         _write(file, printable(line))
 
@@ -8979,18 +8874,12 @@ def write_text(file: TextIO, text: str) -> None:
 
 
 def json_text(value: object, *, indent: int | None = None, ascii_only: bool = False) -> str:
-    """Return JSON that no terminal acts on, because what is not printable is escaped."""
     return harmless_json(json.dumps(value, ensure_ascii=False, indent=indent), ascii_only=ascii_only)
-
-
-_PRINTABLE = bytes((10, *range(32, 127)))
 
 
 def harmless_json(text: str, *, ascii_only: bool = False) -> str:
     """Return JSON text with escapes for what is not printable, or no ASCII."""
-    if text.isascii() and not text.encode().translate(None, _PRINTABLE):  # faster
-        return text
-    if text.isprintable() and not ascii_only:
+    if text.isprintable() and (text.isascii() or not ascii_only):
         return text
     return "".join(
         c if c == "\n" or (c.isprintable() and (c.isascii() or not ascii_only)) else json.dumps(c)[1:-1]
@@ -9006,7 +8895,7 @@ def write_json(
     columns: Sequence[str] | None = None,
     by_line: bool = False,
 ) -> None:
-    """Write rows as objects with these names, or some of them: one JSON array, or one object a line."""
+    """Write rows as objects of all or some names: a JSON array, or one a line."""
     ascii_only, mark = not takes_unicode(file), "["
     for row in rows:
         event = dict(zip(names, row))
@@ -9017,22 +8906,14 @@ def write_json(
         file.write("]\n" if mark != "[" else "[]\n")
 
 
-_JSON_TOKEN = re.compile(r'"(?:[^"\\]|\\.)*"|\[\s*\]|\{\s*\}|[\[\]{},:]|[^\s\[\]{},:"]+')
-
-
 def indented_json(text: str) -> str:
-    """Return JSON text with a line for each value, each as it is spelled; other text unchanged."""
-    try:
-        json.loads(text)
-    except (ValueError, RecursionError):
-        return text
-    shown, depth = "", 0
-    for token in _JSON_TOKEN.findall(text):
-        depth += (token in "[{") - (token in "]}")
-        line_break = "\n" + "  " * depth
-        before, after = line_break * (token in "]}"), line_break * (token in "[{,") + " " * (token == ":")
-        shown += before + (token if token[0] not in "[{" else token[0] + token[1:].strip()) + after
-    return shown
+    """Return JSON text with a line for each value; unchanged what Python would spell otherwise."""
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(text)
+        dump = functools.partial(json.dumps, value, ensure_ascii=text.isascii())
+        if text in (dump(separators=(",", ":")), dump()):
+            return dump(indent=2)
+    return text
 
 
 def write_csv(file: TextIO, names: Sequence[str], rows: Iterable[Row], *, raw: bool) -> None:
@@ -9052,11 +8933,7 @@ SHORT_COLUMNS = ("timestamp", "type", "name", "status", "policy_decision", "dura
 WIDE_COLUMNS = (*SHORT_COLUMNS, *(c.name for c in COLUMNS[10:-2] if c.name != "context"), "event_id")
 _HEADERS = {"timestamp": "TIME (UTC)", "policy_decision": "POLICY", "duration_ms": "MS"}
 _FIRST_WIDTHS = {"timestamp": 19, "name": 16, "status": 7}  # before anything is known, when following
-# How columns are aligned: numbers to the right, and what is `~` shrinks where there is no room.
-_ALIGNED = {"duration_ms": ">", "result_bytes": ">"}
-_ALIGNED |= dict.fromkeys(("timestamp", "type", "status", "policy_decision"), "<")
 _STYLES = {"error": "\x1b[31m", "deny": "\x1b[31m", "warn": "\x1b[33m"}
-_NARROWEST = 12  # arbitrary: cells that a column keeps
 
 
 def write_events(
@@ -9071,7 +8948,7 @@ def write_events(
     local: bool = False,
     widths: list[int] | None = None,
 ) -> None:
-    """Write events as a table, in the order given; with the same `widths`, first empty, it goes on."""
+    """Write events as a table; with the same `widths`, first empty, it goes on."""
     events = [dict(zip(PUBLIC_COLUMNS, row)) for row in rows]
     cells = [[_cell(event[name], name, local) for name in columns] for event in events]
     if not widths:
@@ -9080,76 +8957,67 @@ def write_events(
         events.insert(0, {})
     if widths == []:
         widths += [_FIRST_WIDTHS.get(column, 0) for column in columns]
-    alignment = "".join(_ALIGNED.get(column, "~") for column in columns)
-    for event, line in zip(events, _aligned(cells, alignment, width, widths)):
+    are_numbers = [column in ("duration_ms", "result_bytes") for column in columns]
+    for event, line in zip(events, _aligned(cells, are_numbers, width, widths)):
         style = _STYLES.get(event.get("status", "")) or _STYLES.get(event.get("policy_decision", ""))
         _write(file, f"{style}{line}\x1b[0m" if style and colour else line)
         for label in ("reason", "error") if with_reasons else ():
             if event.get(label):
                 text = f"    {label}: {printable(event[label])}"
-                _write(file, (text if width is None else fit(text, width)).rstrip())
+                _write(file, fit(text, width).rstrip() if width else text)
         if with_input and event:
-            text = printable(event["input_json"] or "-")
-            for piece in wrap(text, 2 * len(text) if width is None else width - 4):
-                _write(file, "    " + piece)
+            _write(file, "    " + printable(event["input_json"] or "-"))
 
 
-def more_hint(shown: int, limit: int | None) -> str:
-    return " (there may be more: --limit)" if shown == limit else ""
-
-
-def summary(rows: Sequence[Row], count: int | None) -> str:
-    """Return one line on what was shown, and what `count` left out."""
-    errors = sum(row[PUBLIC_COLUMNS.index("status")] == "error" for row in rows)
-    denied = sum(row[PUBLIC_COLUMNS.index("policy_decision")] == "deny" for row in rows)
-    parts = [counted(len(rows), "event"), errors and counted(errors, "error"), denied and f"{denied} denied"]
-    return ", ".join(part for part in parts if part) + more_hint(len(rows), count)
+def summary(shown: int, noun: str, limit: int | None) -> str:
+    return counted(shown, noun) + (" (there may be more: --limit)" if shown == limit else "")
 
 
 def write_grid(file: TextIO, heads: Sequence[str], rows: Sequence[Row], *, width: int | None) -> None:
-    """Write rows of any values as a table. Numbers go to the right, long text is cut to what fits."""
+    """Write rows of any values as a table."""
     columns = list(zip(*rows)) or [("",)] * len(heads)
     are_numbers = [all(isinstance(value, (int, float, type(None))) for value in column) for column in columns]
     cells = [[*map(printable, heads)], *([*map(_cell, row)] for row in rows)]
-    for line in _aligned(cells, "".join("~>"[is_number] for is_number in are_numbers), width):
+    for line in _aligned(cells, are_numbers, width):
         _write(file, line)
 
 
 def write_fields(file: TextIO, fields: Iterable[tuple[str, str | None]]) -> None:
-    """Write names and values, a line each; the further lines of a value are indented."""
+    """Write names and values, a line each; several lines of a value are indented."""
     for name, value in fields:
-        lines = ["-"] if value is None else value.split("\n")
-        lines = [name, *(f"  {line}" for line in lines)] if len(lines) > 1 else [f"{name:16} {lines[0]}"]
-        for line in lines:
+        first, *rest = ["-"] if value is None else value.split("\n")
+        for line in [name, f"  {first}", *(f"  {line}" for line in rest)] if rest else [f"{name:16} {first}"]:
             _write(file, printable(line).rstrip())
 
 
 def _aligned(
-    rows: Sequence[Sequence[str]], alignment: str, width: int | None, widths: list[int] | None = None
+    rows: Sequence[Sequence[str]],
+    are_numbers: Sequence[bool],
+    width: int | None,
+    widths: list[int] | None = None,
 ) -> Iterator[str]:
-    """Yield rows as lines that fit `width`. `widths` of columns, if given, grow to the widest cells."""
-    widths = [0] * len(alignment) if widths is None else widths
+    """Yield rows as lines that fit `width`; `widths` grow to the widest cells."""
+    widths = [0] * len(are_numbers) if widths is None else widths
     for index, column in enumerate(zip(*rows)):
         widths[index] = max(widths[index], *map(display_width, column))
     if width is None:  # nothing is cut, but one long cell doesn't pad all other rows
         widths[:] = [min(size, 80) for size in widths]
-    excess = 0 if width is None else sum(widths) + 2 * (len(widths) - 1) - width
-    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):
-        if alignment[index] == "~" and excess > 0:
-            cut = min(excess, max(0, widths[index] - _NARROWEST))
-            widths[index] -= cut
-            excess -= cut
+    excess = sum(widths) + 2 * (len(widths) - 1) - width if width else 0
+    for index in sorted(range(len(widths)), key=lambda n: -widths[n]):  # texts shrink to a time's 19 cells
+        cut = 0 if are_numbers[index] else max(0, min(excess, widths[index] - 19))
+        widths[index] -= cut
+        excess -= cut
     for row in rows:
         cells = (
-            fit(cell, size if width is not None else max(size, display_width(cell)), right=side == ">")
-            for cell, size, side in zip(row, widths, alignment)
+            fit(cell, size if width else max(size, display_width(cell)), right=is_number)
+            for cell, size, is_number in zip(row, widths, are_numbers)
         )
         line = "  ".join(cells).rstrip()
-        yield line if width is None else fit(line, width).rstrip()
+        yield fit(line, width).rstrip() if width else line
 
 
 def local_time(text: str) -> str:
-    """Return an ISO time in UTC as one of this machine's time zone, with its offset."""
+    """Return an ISO time in this machine's time zone, with its offset."""
     with contextlib.suppress(ValueError, OverflowError):  # of a foreign table
         return parse_iso(text).astimezone().isoformat()
     return text
@@ -9170,22 +9038,21 @@ def write_stats(
     """Write rows of a group's name and STATS_COLUMNS as a table with bars."""
     heads = [by.upper(), "CALLS", "ERRORS", "DENIED", "P50", "P95", "P99", "MAX MS"]
     heads += ["RUNNING"] * any(row[10] for row in rows)
-    count = len(heads)
-    table = [[*heads, "FIRST SEEN", "LAST SEEN"]]
-    for row in rows:
-        seen = [_cell(value, "timestamp", local) for value in row[8:10]]
-        table.append([*map(_cell, (row[:8] + row[10:])[:count]), *seen])
+    count, table = len(heads), [[*heads, "FIRST SEEN", "LAST SEEN"]]
+    for *numbers, first, last, running in rows:
+        seen = (_cell(time, "timestamp", local) for time in (first, last))
+        table.append([*map(_cell, [*numbers, running][:count]), *seen])
     sizes = [max(map(display_width, column)) + 2 for column in zip(*table)]
     room = width or sum(sizes)
-    sizes[0] = min(sizes[0], max(_NARROWEST + 2, room - sum(sizes[1:count]) + 2))
+    sizes[0] = min(sizes[0], max(21, room - sum(sizes[1:count]) + 2))
     while len(sizes) > count and sum(sizes) - 2 > room:  # "first seen", then "last seen" gives way
         table = [cells[:count] + cells[count + 1 :] for cells in table]
         del sizes[count]
     bars = min(40, room - sum(sizes))  # a bar takes what is left
     shown = [row[1 + STATS_COLUMNS.index(bar)] or 0 for row in rows]
     block = "█" if takes_unicode(file) else "#"
-    alignment = "~" + ">" * (count - 1) + "<" * (len(sizes) - count)
-    for line, value in zip(_aligned(table, alignment, width), [0, *shown]):
+    are_numbers = [0 < index < count for index in range(len(sizes))]
+    for line, value in zip(_aligned(table, are_numbers, width), [0, *shown]):
         if bars > 3:
             line = fit(line, room - bars) + block * -(-value * bars // max([*shown, 1]))
         _write(file, line.rstrip())
@@ -9332,7 +9199,7 @@ STREAM_FORMS = ("jsonl", *FORMS)
 
 
 def form_sql(form: str) -> str:
-    """Return the SQL expression of one line: an event as JSON, in a form of FORMS or as `jsonl`, our own."""
+    """Return the SQL of an event as a line of JSON, in a form of FORMS or as `jsonl`."""
     if form == "jsonl":
         fields = ", ".join(f"'{name}': {sql}" for name, sql in public_values())
         return f"to_json({{{fields}}})::VARCHAR"
@@ -9353,19 +9220,19 @@ def form_sql(form: str) -> str:
 
 
 def _json_sql(node: Any) -> str:
-    """Return the SQL of a JSON value as text; it is NULL where there is nothing in it."""
+    """Return the SQL of a JSON value as text, NULL where nothing is in it."""
     if isinstance(node, str):
         return f"to_json({node})::VARCHAR"
     parts, brackets = [], "{}"
     for name, child in node.items():
+        before, after = f'"{name}":', ""
         if name.startswith("{"):  # an attribute of OpenTelemetry
-            kind, cast = ("intValue", "BIGINT") if "#" in name else ("stringValue", "VARCHAR")
-            value, brackets = f"to_json(({child})::{cast})::VARCHAR", "[]"
-            parts.append(f"""'{{"key":"{name.strip("{#}")}","value":{{"{kind}":' || {value} || '}}}}'""")
+            kind, sql_type = ("intValue", "BIGINT") if "#" in name else ("stringValue", "VARCHAR")
+            before, after = f'{{"key":"{name.strip("{#}")}","value":{{"{kind}":', "}}"
+            child, brackets = f"({child})::{sql_type}", "[]"
         elif name.endswith("[]"):
-            parts.append(f"""'"{name[:-2]}":[' || {_json_sql(child)} || ']'""")
-        else:
-            parts.append(f"""'"{name}":' || {_json_sql(child)}""")
+            before, after = f'"{name[:-2]}":[', "]"
+        parts.append(f"'{before}' || {_json_sql(child)} || '{after}'")
     return f"'{brackets[0]}' || nullif(concat_ws(',', {', '.join(parts)}), '') || '{brackets[1]}'"
 
 
@@ -9377,11 +9244,11 @@ def _json_sql(node: Any) -> str:
 _REPORT_STYLE = """\
 :root{color-scheme:light dark}
 body{font:15px/1.5 system-ui,sans-serif;max-width:70rem;margin:2rem auto;padding:0 1rem}
-h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-size:.9rem}
+h1{font-size:1.6rem;margin:0}h2{font-size:1.15rem;margin:2rem 0 .5rem}
+table{border-collapse:collapse;font-size:.9rem;display:block;overflow-x:auto}
 th,td{text-align:left;vertical-align:top;padding:.2rem .8rem .2rem 0;
 border-bottom:1px solid #8886;overflow-wrap:anywhere;max-width:30rem}
-td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 svg{width:100%;height:auto}svg text{fill:CanvasText;opacity:.7;font-size:11px}line{stroke:#8886}
 .success{fill:#56b4e9}.error{fill:#d55e00}.denied{fill:url(#hatch);stroke:CanvasText}#hatch *{fill:CanvasText}
 pre{white-space:pre-wrap;overflow-wrap:anywhere}summary{cursor:pointer}"""
@@ -9393,38 +9260,33 @@ _BUCKETS = (  # of time: up to how many seconds, and the label
     ("month", 40 * 366 * 86400, "%Y-%m"),
     ("year", inf, "%Y"),
 )
-_FINITE = "(SELECT * REPLACE (CASE WHEN isfinite(timestamp) THEN timestamp END AS timestamp) FROM events)"
-_REPORT_FACTS = f"""\
-SELECT count(*)::BIGINT AS n, min(timestamp)::VARCHAR AS first, max(timestamp)::VARCHAR AS last,
-       epoch(max(timestamp) - min(timestamp))::BIGINT AS span
-FROM {_FINITE}"""
+_REPORT_FACTS = """\
+SELECT count(*), min(t)::VARCHAR, max(t)::VARCHAR, epoch(max(t) - min(t))::BIGINT
+FROM (SELECT CASE WHEN isfinite(timestamp) THEN timestamp END AS t FROM events)"""
 _REPORT_BUCKETS = f"""\
-SELECT strftime(b, '{{form}}') AS label,
-       {", ".join(f"count(*) FILTER (WHERE outcome = '{name}') AS {name}" for name in _OUTCOMES)}
+SELECT strftime(b, '{{form}}'), {", ".join(f"count(*) FILTER (outcome = '{name}')" for name in _OUTCOMES)}
 FROM (SELECT unnest(generate_series(date_trunc('{{unit}}', min(timestamp)), max(timestamp),
-                                    INTERVAL 1 {{unit}})) AS b FROM {_FINITE})
-LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS bucket, CASE WHEN policy_decision = 'deny'
-           THEN 'denied' WHEN status = 'error' THEN status ELSE 'success' END AS outcome FROM events)
-      ON bucket = b
+    INTERVAL 1 {{unit}})) AS b FROM events WHERE isfinite(timestamp))
+  LEFT JOIN (SELECT date_trunc('{{unit}}', timestamp) AS b, CASE WHEN policy_decision = 'deny' THEN 'denied'
+    WHEN status = 'error' THEN status ELSE 'success' END AS outcome FROM events) USING (b)
 GROUP BY b ORDER BY b"""
 # Each table's title, columns (# marks numbers), and query of `events`.
 _REPORT_TABLES = """\
 Denials: last at,name,user,reason,#calls
-SELECT max(timestamp)::VARCHAR AS last, name, user_id, reason, count(*)::BIGINT AS calls
-FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY calls DESC, 2, 3, 4 LIMIT 50
+SELECT max(timestamp)::VARCHAR, name, user_id, reason, count(*)
+FROM events WHERE policy_decision = 'deny' GROUP BY 2, 3, 4 ORDER BY 5 DESC, 2, 3, 4 LIMIT 50
 
 Errors by class: class,#calls,last at,name,example
-SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''), 'unknown')
-       AS class, count(*)::BIGINT AS calls, max(timestamp)::VARCHAR AS last,
-       arg_max(name, timestamp) AS name, left(arg_max(error, timestamp), 500) AS example
-FROM events WHERE status = 'error' GROUP BY class ORDER BY 2 DESC, 1 LIMIT 50
+SELECT coalesce(error_type, nullif(regexp_extract(error, '^([A-Za-z_][A-Za-z0-9_.]*): ', 1), ''), 'unknown'),
+  count(*), max(timestamp)::VARCHAR, arg_max(name, timestamp), left(arg_max(error, timestamp), 500)
+FROM events WHERE status = 'error' GROUP BY 1 ORDER BY 2 DESC, 1 LIMIT 50
 
 Slowest calls: #ms,at,name,user,event id
-SELECT duration_ms::BIGINT AS ms, timestamp::VARCHAR AS at_, name, user_id, event_id
+SELECT duration_ms, timestamp::VARCHAR, name, user_id, event_id
 FROM events WHERE duration_ms IS NOT NULL ORDER BY duration_ms DESC, timestamp, event_id LIMIT 10
 
 Unfinished calls: at,name,user,error,event id
-SELECT timestamp::VARCHAR AS at_, name, user_id, left(error, 200) AS error, event_id FROM events
+SELECT timestamp::VARCHAR, name, user_id, left(error, 200), event_id FROM events
 WHERE status = 'error' AND starts_with(error, 'unfinished:') ORDER BY timestamp DESC, event_id LIMIT 50"""
 
 
@@ -9433,15 +9295,13 @@ def _html_table(heads: str, rows: Iterable[Sequence[object]]) -> str:
     kinds = [' class="n"' if name.startswith("#") else "" for name in heads.split(",")]
 
     def line(tag: str, cells: Iterable[object]) -> str:
-        texts = (f"<{tag}{kind}>{_html(cell)}</{tag}>" for kind, cell in zip(kinds, cells))
-        return f"<tr>{''.join(texts)}</tr>"
+        return f"<tr>{''.join(f'<{tag}{kind}>{_html(cell)}' for kind, cell in zip(kinds, cells))}</tr>"
 
-    head, body = line("th", heads.replace("#", "").split(",")), "\n".join(line("td", row) for row in rows)
-    return f'<div class="scroll"><table><thead>{head}</thead>\n<tbody>{body}</tbody></table></div>'
+    lines = [line("th", heads.replace("#", "").split(",")), *(line("td", row) for row in rows)]
+    return "<table>" + "\n".join(lines) + "</table>"
 
 
 def _html(value: object) -> str:
-    """Return a value as HTML text that no browser acts on, with what a terminal would act on made visible."""
     import html
 
     text = f"{value:,}" if isinstance(value, int) else "" if value is None else printable(str(value))
@@ -9481,7 +9341,7 @@ def _chart(unit: str, buckets: Sequence[tuple[str, int, int, int]]) -> Iterator[
 
 
 def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, newest: int) -> Iterator[str]:
-    """Yield the report of the matching events: the same text for the same events and facts."""
+    """Yield the report of the matching events."""
     ask = functools.partial(reading.ask, what)
     ((calls, first, last, span),) = ask(_REPORT_FACTS)
     yield f"""<!DOCTYPE html>
@@ -9514,8 +9374,7 @@ def report_html(reading: Reading, what: Filter, facts: Mapping[str, str], *, new
     yield "<h2>Newest events</h2>"
     for row in reading.rows(what, count=newest):
         event = {name: _html(value) for name, value in zip(PUBLIC_COLUMNS, row) if value is not None}
-        values = map(event.get, ("timestamp", "name", "status", "policy_decision"))
-        head = " · ".join(value for value in values if value)
+        head = " · ".join(event.get(name, "") for name in ("timestamp", "name", "status", "policy_decision"))
         body = "\n".join(f"{name}: {value}" for name, value in event.items())
         yield f"<details><summary>{head}</summary><pre>{body}</pre></details>\n"
     yield "</body></html>\n"
@@ -9525,15 +9384,16 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
     """Yield the numbers of a report of `doctor` as gauges in the text format of Prometheus."""
     for name, value in report.items():
         metric = f"{prefix}_{name}"
-        if isinstance(value, Mapping) and not all(map(os.path.isabs, value)):
+        samples = {"": len(value) if isinstance(value, list) else value}
+        if isinstance(value, Mapping) and all(map(os.path.isabs, value)):
+            samples = dict(value)
+        elif isinstance(value, Mapping):
             yield from prometheus_text(value, metric)
-            continue
-        samples = value if isinstance(value, Mapping) else {"": len(value) if name == "faults" else value}
-        if all(isinstance(number, (bool, int, float)) for number in samples.values()):
+        if all(isinstance(number, (int, float)) for number in samples.values()):
             yield f"# TYPE {metric} gauge"
             for path, number in samples.items():
-                labels = f"{{path={json.dumps(printable(path), ensure_ascii=False)}}}" if path else ""
-                yield f"{metric}{labels} {int(number) if isinstance(number, bool) else number}"
+                label = f"{{path={json.dumps(printable(path), ensure_ascii=False)}}}" if path else ""
+                yield f"{metric}{label} {+number}"
 
 
 # === Assembly ===
@@ -9545,19 +9405,18 @@ def prometheus_text(report: Mapping[str, Any], prefix: str = "mxcp_audit") -> It
 def ingest_once(settings: Mapping[str, Any], *, wait: float) -> dict[str, Any]:
     """Ingest in this process, and return what became of it as JSON values."""
     told = Diagnostics(silent=True)
-    answer: dict[str, Any] = {"done": False}
     try:
-        answer |= Store(Config(**settings), diagnostics=told).ingest_for_logger(wait=wait)
+        answer = Store(Config(**settings), diagnostics=told).ingest_for_logger(wait=wait)
     except AuditError as error:
-        answer |= {"fault": str(error), "locked": isinstance(error, DatabaseLockedError)}
+        answer = {"done": False, "fault": str(error), "locked": isinstance(error, DatabaseLockedError)}
     except Exception as error:  # whatever it is, the server goes on
-        answer["fault"] = f"{type(error).__name__}: {error}"
+        answer = {"done": False, "fault": f"{type(error).__name__}: {error}"}
     answer |= {"ingested": told.ingested, "rejected": told.rejected, "log": told.untold}
     return {**answer, "cpu": sum(os.times()[:4])}
 
 
 def ingest_child(settings: Mapping[str, Any], wait: float) -> None:
-    """Be the child that a logger started: ingest, and print the answer as a line."""
+    """Ingest in a child that a logger started, and print the answer as a line."""
     sys.stdout.write(f"\n{json.dumps(ingest_once(settings, wait=wait))}\n")
     sys.stdout.flush()
 
@@ -9567,37 +9426,44 @@ AuditLogger._ingest = staticmethod(ingest_once)
 
 # --- MXCP's own logs
 
-# Where arguments of `log_event` have other names: in MXCP 0.1 to 0.3, and in newer ones.
-_OLDER_NAMES = {"event_type": "type", "input_params": "input_json"}
-_NEWER_NAMES = {
-    "caller": "caller_type",
-    "event_type": "operation_type",
-    "name": "operation_name",
-    "input_params": "input_data",
-    "reason": "policy_reason",
-    "status": "operation_status",
-}
-_SAME_NAMES = ("duration_ms", "policy_decision", "error", "user_id", "session_id", "trace_id")
+# The arguments of `log_event`, and their names in MXCP 0.1 to 0.3 and in newer ones.
+_MXCP_NAMES = """\
+caller caller caller_type
+event_type type operation_type
+name name operation_name
+input_params input_json input_data
+reason reason policy_reason
+status status operation_status
+duration_ms
+policy_decision
+error
+user_id
+session_id
+trace_id"""
 
 
 def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
-    """Return the event of a line of MXCP's log: nanoseconds since the epoch, and arguments of `log_event`."""
+    """Return the event of a line of MXCP's log: its time in ns, and arguments of `log_event`."""
     record = _json_object(line)
-    names = _NEWER_NAMES if "operation_type" in record else _OLDER_NAMES
-    if names["event_type"] not in record:
+    is_new = "operation_type" in record
+    if not is_new and "type" not in record:
         if "schema_name" in record and "fields" in record:
             return None
         raise ValueError("no event: it has neither type nor operation_type")
-    event = {name: record.get(names.get(name, name)) for name in (*_NEWER_NAMES, *_SAME_NAMES)}
-    if names is _OLDER_NAMES and isinstance(event["input_params"], str):
+    event = {}
+    for line_of_names in _MXCP_NAMES.splitlines():
+        name, *names = (line_of_names.split() * 3)[:3]  # one word: the same everywhere
+        event[name] = record.get(names[is_new])
+    if not is_new and isinstance(event["input_params"], str):
         with contextlib.suppress(ValueError, RecursionError):  # else it is a text
             event["input_params"] = json.loads(event["input_params"])
+    moment = record.get("timestamp")
     try:
-        us = microseconds(sql_time(parse_iso(record.get("timestamp"))))
+        us = microseconds(sql_time(parse_iso(moment)))
         if us < 0:
             raise ValueError("is before 1970")
     except (ValueError, OverflowError) as error:
-        raise ValueError(f"timestamp {record.get('timestamp')!r:.60} {error}") from None
+        raise ValueError(f"timestamp {moment!r:.60} {error}") from None
     return us * 1000, event
 
 
@@ -9607,25 +9473,14 @@ PART_EVENTS = 20_000  # arbitrary: of an imported file, in one segment
 PART_BYTES = 32 * 2**20
 _DAY_NS = 86_400 * 10**9
 IMPORT_LINE_BYTES = 64 * 2**20  # arbitrary: a file without line breaks must not take all memory
-
-
-_Imported: TypeAlias = tuple[bytes, int, dict[str, Any]]  # an event's line, its time in ns, its values
-
-
-class ImportResult(NamedTuple):
-    """What became of one file."""
-
-    events: int  # new in the log
-    known: int  # from an earlier import
-    bad: int  # lines that are no events
+_Imported: TypeAlias = tuple[int, dict[str, Any]]  # an event's time in ns, and its values
 
 
 class Importer:
     """Takes MXCP's JSONL logs in: each event once, however often a file is given and however it grew.
 
-    A file becomes parts of one day each, in segments. A part's id is its first event's time and a digest of
-    the file up to there. So the ledger knows it again, and tells where the next part begins, in a file that
-    was renamed, compressed or continued, and after a crash.
+    A file becomes segments of a day at most, named by their first event's time and a digest of the file up to
+    there: the ledger knows them again in a file that was renamed, compressed or continued.
     """
 
     def __init__(self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float) -> None:
@@ -9635,17 +9490,17 @@ class Importer:
         )
         self._store, self._on_bad_line, self._wait = Store(config), on_bad_line, wait
 
-    def take(self, path: str) -> ImportResult:
-        """Import a file, gzip or plain."""
+    def take(self, path: str) -> tuple[int, int, int]:
+        """Import a file; return its numbers of new events, known ones, and bad lines."""
         import hashlib  # lazily: it loads OpenSSL
 
         self._ingest()  # the ledger does not know a part that waits in the journal
         self._bad = events = ingested = known = 0
         self._digest = hashlib.sha256()
         file = self._read(path)
-        for _, day in itertools.groupby(file, lambda event: event[1] // _DAY_NS):
+        for _, day in itertools.groupby(file, lambda event: event[0] // _DAY_NS):
             for first in day:
-                part = f"{new_segment_id(first[1]).rpartition('-')[0]}-{self._digest.hexdigest()[:8]}"
+                part = f"{new_segment_id(first[0]).rpartition('-')[0]}-{self._digest.hexdigest()[:8]}"
                 # Parts are ingested one after the other: after a new one, all are new.
                 ask = functools.partial(self._store.imported, part)
                 if not events and (found := patiently(ask, self._wait)):
@@ -9656,13 +9511,13 @@ class Importer:
                     self._ingest()
                     ingested = events
         self._ingest()
-        return ImportResult(events, known, self._bad)
+        return events, known, self._bad
 
     def _ingest(self) -> None:
         patiently(self._store.ingest, self._wait)
 
     def _read(self, path: str) -> Iterator[_Imported]:
-        """Yield each event, entered into the digest. Damage raises OSError, EOFError or zlib.error."""
+        """Yield the events. Damage raises OSError, EOFError or zlib.error."""
         import gzip  # lazily: few need it
 
         with open(path, "rb") as raw:
@@ -9680,23 +9535,20 @@ class Importer:
                     continue
                 if found is not None:
                     self._digest.update(line)
-                    yield line, *found
+                    yield found
 
     def _write(self, part: str, events: Iterator[_Imported]) -> int:
-        """Write a part into the journal, what precedes damage too; return how many events it has."""
+        """Write a part into the journal, what precedes damage too; count its events."""
         try:
             segment = self._store.journal.open_segment(named=part)
         except FileExistsError as error:
             raise StoreError(f"{part} is being imported by another process; try again later") from error
-        lines: list[bytes] = []
-        size = 0
+        encoder, lines, size = self._encoder, list[bytes](), 0
         try:
-            for _, self._now_ns, values in events:
+            for self._now_ns, values in events:
                 echoes: list[str] = []
-                input_json = self._encoder.input_json(
-                    values.pop("input_params"), values["name"], None, echoes
-                )
-                line = self._encoder.line(**values, input_json=input_json, echoes=echoes)
+                text = encoder.input_json(values.pop("input_params"), values["name"], None, echoes)
+                line = encoder.line(**values, input_json=text, echoes=echoes)
                 lines.append(finish_line(line, len(lines) + 1))
                 size += len(lines[-1])
                 if len(lines) == PART_EVENTS or size >= PART_BYTES:
@@ -9711,13 +9563,11 @@ class Importer:
         return len(lines)
 
     def _skip(self, path: str, file: Iterator[_Imported], events: int, last: str) -> int:
-        """Pass over a part that is in the database; return how many events of it the file has."""
-        times = [now_ns for _, now_ns, _ in itertools.islice(file, events)]
+        """Pass over a part that is in the database; count its events in the file."""
+        times = [now_ns for now_ns, _ in itertools.islice(file, events)]
         if len(times) == events and max(times) // 1000 != microseconds(last):
-            raise StoreError(
-                f"{path} begins like a file that was imported before, but goes on differently: it was "
-                "edited, or is a copy that went its own way; import the events that are missing as a file"
-            )
+            text = f"{path} begins like a file that was imported before, but goes on differently; "
+            raise StoreError(text + "import the events that are missing as a file of their own")
         return len(times)
 
 
@@ -10605,7 +10455,7 @@ def cmd_log(options: Options) -> int | None:
             shown = list(rows)
             _event_table(options)(shown)
             sys.stdout.flush()
-            _say(summary(shown, count))
+            _say(summary(len(shown), "event", count))
         if problem := reading.problem:
             _say(f"only events of the journal are shown: {problem}")
             return EXIT_LOCKED if isinstance(problem, DatabaseLockedError) else EXIT_FAILED
@@ -10684,7 +10534,7 @@ def _past(options: Options, store: Store, what: Filter, follower: Follower, colu
                 past = [*reading.rows(what, count=options.limit or 100, columns=columns)]
     except DatabaseNotFoundError:
         _say(f"there is no log at {store.target.name} yet; waiting for the first event")
-    return [row for row in reversed(past) if follower.is_seen(row)]
+    return past[::-1]
 
 
 def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Row]], None]:
@@ -10922,7 +10772,7 @@ def cmd_stats(options: Options) -> None:
     else:
         write_stats(sys.stdout, options.by, rows, bar=sort, width=_terminal()[0], local=options.local)
         sys.stdout.flush()
-        _say(counted(len(rows), "group") + more_hint(len(rows), options.limit))
+        _say(summary(len(rows), "group", options.limit))
 
 
 def cmd_sql(options: Options) -> None:
@@ -11032,7 +10882,7 @@ def cmd_doctor(options: Options) -> int:
                 text = ", ".join(f"{key} {value}" for key, value in state.items() if value is not None)
                 _print(f"{part}: {text}")
         for fault in checkup.faults:
-            _print(f"fault: {fault.problem}; remedy: {fault.remedy}")
+            _print("fault: {problem}; remedy: {remedy}".format(**fault))
         _print("not healthy" if checkup.faults else "healthy")
     return EXIT_FAILED if checkup.faults else 0
 

@@ -19,7 +19,6 @@ from mxcp_audit import (
     json_text,
     printable,
     summary,
-    wrap,
     write_csv,
     write_events,
     write_fields,
@@ -81,16 +80,13 @@ def test_display_width_counts_cells(text: str, width: int) -> None:
     assert display_width(text) == width
 
 
-def test_fit_and_wrap_fill_exactly_and_lose_nothing() -> None:
+def test_fit_fills_exactly() -> None:
     chance = random.Random(3)
     for _ in range(2000):
         text = "".join(chance.choices("abc 日本語é🦆\u0301\u0327ｶ", k=chance.randint(0, 30)))
         for width in (1, 2, 3, 7, 20):
             assert display_width(fit(text, width)) == width
             assert display_width(fit(text, width, right=True)) >= width
-        pieces = list(wrap(text, 5))
-        assert "".join(pieces) == text
-        assert all(display_width(piece) <= 5 for piece in pieces)
     assert fit("abcdef", 4) == "abc…"
     assert fit("x", 0) == ""
 
@@ -142,11 +138,10 @@ def test_table_ascii_terminal_gets_ascii() -> None:
     assert "日本" in table([row(name="日本")])
 
 
-def test_table_input_is_wrapped_and_whole() -> None:
+def test_table_input_is_whole() -> None:
     text = json.dumps({"key": "long " * 50})
-    lines = table([row(input_json=text)], width=60, with_input=True).split("\n")
-    assert all(display_width(line) <= 60 for line in lines)
-    assert "".join(line[4:] for line in lines[2:]) == text
+    lines = table([row(input_json=text)], width=60, with_input=True).splitlines()
+    assert lines[2:] == [f"    {text}"]
 
 
 @pytest.mark.parametrize("encoding", ["utf-8", "ascii", "latin-1"])
@@ -171,20 +166,18 @@ def test_json_lines_are_one_object_a_line() -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        *('{"a":1,"b":[1,{},[],{"c":"d,:[]{}\\"\\\\"}],"e":null}', "[]", "{}", "1.50", '"text"'),
-        *('{"a":1,"a":2}', "[123456789012345678901234567890,1e400]", "[" * 50 + "]" * 50),
+        *('{"a":1,"b":[1,{},[],{"c":"d,:[]{}\\"\\\\"}],"e":null}', "[]", "{}", "1.5", '"text"'),
+        *('{"é": [1, 2.5]}', r'{"\u00e9": "a"}', "[123456789012345678901234567890]", "[" * 50 + "]" * 50),
     ],
 )
 def test_indented_json_changes_nothing_but_blanks(text: str) -> None:
-    shown = indented_json(text)
-    squeezed = "".join(line.strip() for line in shown.split("\n")).replace('": ', '":')
-    assert squeezed == text
-    if "400" not in text and '"a":2' not in text:
-        assert shown == json.dumps(json.loads(text), indent=2).replace("1.5", "1.50")
+    assert indented_json(text) == json.dumps(json.loads(text), indent=2, ensure_ascii=text.isascii())
 
 
-@pytest.mark.parametrize("text", ["", "no JSON", '{"a":', "[" * 100_000])
-def test_indented_json_leaves_what_is_none(text: str) -> None:
+@pytest.mark.parametrize(
+    "text", ["", "no JSON", '{"a":', "[" * 100_000, "1.50", '{"a":1,"a":2}', "[1e400]", '{"a":1, "b":2}']
+)
+def test_indented_json_leaves_what_it_would_change(text: str) -> None:
     assert indented_json(text) == text
 
 
@@ -261,10 +254,8 @@ def test_json_text_escapes_in_every_place() -> None:
 
 
 def test_summary_counts() -> None:
-    assert summary([], 100) == "0 events"
-    rows = [row(status="error"), row(policy_decision="deny")]
-    assert summary(rows, 100) == "2 events, 1 error, 1 denied"
-    assert summary(rows, 2) == "2 events, 1 error, 1 denied (there may be more: --limit)"
+    assert summary(0, "event", 100) == "0 events"
+    assert summary(2, "group", 2) == "2 groups (there may be more: --limit)"
 
 
 def test_display_width_agrees_with_the_database_of_unicode() -> None:

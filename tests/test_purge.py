@@ -335,7 +335,7 @@ def test_retention_of_a_logger_goes_by_its_setting(
 def test_backup_is_one_file_with_what_running_servers_have_written(
     log: Path, tmp_path: Path, cli: Any
 ) -> None:
-    write_segment(log, START_NS + 3 * DAY_NS, 2)  # sealed: it is ingested first
+    write_segment(log, START_NS + 3 * DAY_NS, 2)  # sealed
     live_segment = m.Journal(f"{log}.journal").open_segment()
     line = b'{"timestamp":"2026-06-01T00:00:00.000000Z","name":"live","input_json":"{}"'
     live_segment.append(m.finish_line(line, 1) + b'{"half', 1)
@@ -344,7 +344,7 @@ def test_backup_is_one_file_with_what_running_servers_have_written(
     done = cli("backup", "--db", str(log), str(copy))
     assert done.returncode == 0 and "15 events copied" in done.stdout, done
     assert count(copy) == 15 and intact(copy) and len(store_of(copy).heads()) == 2
-    assert table_rows(copy)[:14] == table_rows(log)
+    assert table_rows(copy)[:12] == table_rows(log)
     assert mode(copy) == 0o600 and [path.name for path in copy.parent.iterdir()] == ["b.duckdb"]
     live_segment.forget()
 
@@ -383,7 +383,7 @@ def test_backup_where_there_are_no_links_overwrites_nothing_either(
     store_of(log).backup(str(place))
     assert table_rows(place) == table_rows(log)
     (tmp_path / "mine").write_text("mine")
-    with pytest.raises(FileExistsError):
+    with pytest.raises(OSError, match="no links here"):
         m._put_in_place(str(place), str(tmp_path / "mine"))
     assert (tmp_path / "mine").read_text() == "mine"
 

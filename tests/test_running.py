@@ -255,7 +255,7 @@ def test_doctor_names_calls_that_hang_and_calls_that_were_refused(db: Path, cli:
         assert m.try_lock(file.fileno())
         done = cli("doctor", "--db", str(db))
     assert done.returncode == 1 and "tool hangs has run since 2026-01-01T00:00:00" in done.stdout
-    assert "1 call refused since" in done.stdout and "told" in done.stdout
+    assert "1 call refused in 30 days" in done.stdout and "told" in done.stdout
 
 
 def now() -> str:

@@ -289,6 +289,9 @@ def test_report_counts_what_stats_counts_and_shows_text_as_text(cli: Cli, log: P
     report = report_of(cli, log)
     assert not report.tags & {"script", "link", "img", "iframe", "form", "object", "embed"}
     assert report.head["calls"] == f"{COUNT:,}" and report.head["verify"].startswith("intact")
+    text = (log.parent / "report.html").read_text(encoding="utf-8")
+    for sign in ('<pattern id="hatch"', ">error</text>", ">denied</text>", 'text-anchor="end">0</text>'):
+        assert sign in text  # axes, a legend, and a series that differs by more than its colour
     stats = json.loads(cli("stats", "--db", str(log), "--by", "user", "--json").stdout)
     shown = sorted(int(row[1].replace(",", "")) for row in report.tables["Users"][1:])
     assert shown == sorted(row["calls"] for row in stats)
@@ -354,8 +357,9 @@ def test_doctor_prometheus_is_parsed_by_its_client(cli: Cli, log: Path) -> None:
     parser = pytest.importorskip("prometheus_client.parser")
     done = cli("doctor", "--db", str(log), "--prometheus")
     assert done.returncode == 0, done.stderr
-    families = parser.text_string_to_metric_families(done.stdout)
+    families = [*parser.text_string_to_metric_families(done.stdout)]
     found = [sample for family in families for sample in family.samples]
+    assert {family.type for family in families} == {"gauge"} and len({f.name for f in families}) > 5
     samples = {sample.name: sample.value for sample in found}
     assert str(log.parent) in {sample.labels.get("path") for sample in found}
     assert samples["mxcp_audit_database_events"] == COUNT

