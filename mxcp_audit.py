@@ -10589,15 +10589,18 @@ def _give_up(fd: int) -> None:
     os.close(null)
 
 
-def _reader_is_gone(fd: int) -> bool:
-    """Return True once nobody can read what is written to `fd`; False if that can't be told."""
+def _reader_is_gone(fd: int, seconds: float | None = None) -> bool:
+    """Return True once nobody can read what is written to `fd`; False if that can't be told in time."""
     import select
 
     if not hasattr(select, "poll"):
+        time.sleep(seconds or 0)
         return False
     poll = select.poll()
     poll.register(fd, 0)
-    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll())
+    return any(
+        event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(seconds and 1000 * seconds)
+    )
 
 
 def end_like(code: int) -> int:
@@ -10617,9 +10620,7 @@ def end_like(code: int) -> int:
 # One table says what each command is for and takes; its `cmd_…` does it and returns an exit status.
 
 Options: TypeAlias = "argparse.Namespace"
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_LOCKED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_FAILED, EXIT_USAGE, EXIT_LOCKED = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
 class _UsageError(AuditError):
@@ -10648,36 +10649,31 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
         raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
 
 
+_NUMBERS: Mapping[str, tuple[type, str, str]] = {
+    "N": (int, "0*[1-9][0-9]{,17}", "whole number above 0"),
+    "SECONDS": (float, r"[0-9]{1,5}(\.[0-9]*)?", "number of seconds below 100000"),
+}
+
+
 def _value(metavar: str, text: str, *, local: bool) -> Any:
     """Return what the text behind an option with this metavar means."""
-    import argparse
-
-    try:
-        if metavar == "COMMAND":
-            return text
-        if metavar in ("FILE", "DIR", "KEY", "TARGET"):  # it may be no UTF-8
-            if not text:
-                raise ValueError("the file name is empty")
-            return text
-        if re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{text!r} is no UTF-8")
-        if metavar == "WHEN":
-            return parse_time(text, local=local)
-        if metavar == "N":
-            if not re.fullmatch("0*[1-9][0-9]{,17}", text):
-                raise ValueError(f"{text!r} is no whole number above 0")
-            return int(text)
-        if metavar == "SECONDS":
-            if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?", text) or float(text) > 86_400:
-                raise ValueError(f"{text!r} is no number of seconds from 0 to 86400")
-            return float(text)
-        if metavar == "A,B,...":
-            names = dict.fromkeys(name.strip() for name in text.split(","))
-            for name in names.keys() - set(PUBLIC_COLUMNS):
-                raise ValueError(f"there is no column {name!r}; there are {', '.join(PUBLIC_COLUMNS)}")
-            return tuple(names)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    if metavar in ("FILE", "DIR", "KEY", "TARGET"):  # it may be no UTF-8
+        if not text:
+            raise ValueError("the file name is empty")
+    elif metavar != "COMMAND" and re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{text!r} is no UTF-8")
+    elif metavar == "WHEN":
+        return parse_time(text, local=local)
+    elif metavar in _NUMBERS:
+        kind, form, meaning = _NUMBERS[metavar]
+        if not re.fullmatch(form, text):
+            raise ValueError(f"{text!r} is no {meaning}")
+        return kind(text)
+    elif metavar == "A,B,...":
+        names = dict.fromkeys(map(str.strip, text.split(",")))
+        for name in names.keys() - set(PUBLIC_COLUMNS):
+            raise ValueError(f"there is no column {name!r}; there are {', '.join(PUBLIC_COLUMNS)}")
+        return tuple(names)
     return text
 
 
@@ -10915,6 +10911,14 @@ def _worded(text: str) -> str:
 
 def _add_option(place: Any, line: str, local: bool) -> None:
     """Add one line of _OPTIONS to a parser or a group of one."""
+    import argparse
+
+    def value(text: str) -> Any:
+        try:
+            return _value(settings["metavar"], text, local=local)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
     form, _, text = line.partition(" | ")
     names: list[str] = []
     settings: dict[str, Any] = {}
@@ -10926,7 +10930,6 @@ def _add_option(place: Any, line: str, local: bool) -> None:
         elif word.startswith("="):
             settings["default"] = word[1:]
         else:
-            value = functools.partial(_value, word, local=local)
             settings |= _MARKS.get(word) or {"metavar": word, "type": value}
     if not settings and form.startswith("-"):
         settings["action"] = "store_true"
@@ -10951,35 +10954,35 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
             raise _UsageError(f"{message}; see {self.prog} --help")
 
     form: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser(
-        **form,
-        prog="mxcp-audit",
-        description="Query the audit log of an MCP server, while the server runs.",
-        epilog="examples:\n  mxcp-audit log --follow\n  mxcp-audit COMMAND --help\n",
-    )
+    about = "Query the audit log of an MCP server, while the server runs."
+    examples = "examples:\n  mxcp-audit log --follow\n  mxcp-audit COMMAND --help\n"
+    parser = Parser(**form, prog="mxcp-audit", description=about, epilog=examples)
     parser.add_argument("--version", action="version", help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     blocks = option_blocks()
-    for name, (one_line, *lines) in [(name[1:], lines) for name, lines in blocks.items() if name[0] == "@"]:
-        more = "" if lines[0].startswith(">") else " " + lines.pop(0)
+    for name, (brief, *lines) in blocks.items():
+        if name[0] == "&":
+            continue
+        about = f"{brief[0].upper()}{brief[1:]}."
+        if not lines[0].startswith(">"):
+            about += f" {_worded(lines.pop(0))}"
         command = commands.add_parser(
-            name,
+            name[1:],
             **form,
-            help=one_line,
-            description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), 78),
+            help=brief,
+            description=textwrap.fill(about, 78),
             epilog="examples:\n" + "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line[0] == ">"),
         )
-        if name not in ("config", "redact", "wrap", "completion"):  # they open no database
-            lines.insert(0, "&waiting")
-        if name != "completion":
-            lines.insert(0, "&common")
+        opens_none = name in ("@config", "@redact", "@wrap")
+        common = ["&common"] if opens_none else ["&common", "&waiting"]
         place: Any = command
-        for line in itertools.chain.from_iterable(blocks.get(line, ["", line])[1:] for line in lines):
-            if line.startswith("["):
-                place = command.add_argument_group(line[1:-1]) if line != "[]" else command
-            elif not line.startswith(">"):
-                _add_option(place, line, local)
-        command.set_defaults(run=globals()[f"cmd_{name}"])
+        for part in [*common, *lines] if name != "@completion" else lines:
+            for line in blocks[part][1:] if part[0] == "&" else [part]:
+                if line.startswith("["):
+                    place = command.add_argument_group(line[1:-1]) if line != "[]" else command
+                elif not line.startswith(">"):
+                    _add_option(place, line, local)
+        command.set_defaults(run=globals()[f"cmd_{name[1:]}"])
     return parser
 
 
@@ -11023,13 +11026,6 @@ def _say(text: str) -> None:
         print("\n".join(map(printable, text.splitlines())), file=sys.stderr, flush=True)
 
 
-def _progress(done: int, total: int | None = None) -> None:
-    text = f"written {done >> 20} MiB" if total is None else f"verified {done} of {counted(total, 'event')}"
-    if sys.stderr.isatty():
-        with contextlib.suppress(OSError, ValueError):
-            print(f"\r{text}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
-
-
 def _terminal() -> tuple[int | None, bool]:
     """Return the width to fit to, None for a pipe, and whether to use colour (no-color.org)."""
     is_terminal = sys.stdout.isatty()
@@ -11052,17 +11048,11 @@ def _standard_input() -> str:
 
 
 def _config_of(options: Options) -> Config:
-    if options.db is not None:
-        # Beside a target that is no file there is no place: look for the default profile's journal here.
-        journal = "logs-default.journal" if is_attach_target(options.db) else None
-        return config_from_arguments(path=options.db, journal=journal)
-    try:
+    if options.db is None:
         return load_config(config=options.config, profile=options.profile)
-    except ConfigError:
-        logs = [name for name in os.listdir() if os.path.isdir(f"{name}.journal")]
-        if options.config or len(logs) != 1 or find_site_file(os.getcwd()):
-            raise
-        raise _UsageError(f"there is no {SITE_FILE} here or above; say --db {logs[0]}") from None
+    # Beside a target that is no file there is no place: look for the default profile's journal here.
+    journal = "logs-default.journal" if is_attach_target(options.db) else None
+    return config_from_arguments(path=options.db, journal=journal)
 
 
 def _store_of(options: Options) -> Store:
@@ -11148,16 +11138,18 @@ def _event_table(options: Options) -> Callable[[Sequence[Row]], None]:
 
 def _stream(options: Options, store: Store, what: Filter) -> None:
     """Show events in a form; or new ones, or those since a cursor, which moves when they are written."""
+    show: Callable[[list[Row]], None]
     columns, place = "", options.cursor_file
     if options.format:
         if options.format not in STREAM_FORMS:
             known = ", ".join(STREAM_FORMS)
             raise _UsageError(f"--format {options.format} needs --export; lines have {known}")
-        columns, show = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id", _line_writer(options)
+        columns = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id"
+        show = write = _line_writer(options)
         if not (place or options.follow):
             with _whole_log(store, options) as reading:
                 count, order = options.limit or 100, options.oldest_first
-                show(reading.rows(what, count=count, oldest_first=order, columns=columns))
+                write(reading.rows(what, count=count, oldest_first=order, columns=columns))
             return
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
     past = [] if place else _past(options, store, what, follower, columns)
@@ -11184,8 +11176,10 @@ def _stream(options: Options, store: Store, what: Filter) -> None:
                 if not (options.follow or fresh or follower.is_behind):
                     return
             sys.stdout.flush()
-            if options.follow and not follower.is_behind:  # 1 % of a core, within half a second
-                _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
+            if options.follow and not follower.is_behind:
+                pause = min(0.4, max(0.1, 100 * (time.monotonic() - begun)))  # 1 % of a core
+                if _reader_is_gone(sys.stdout.fileno(), pause):
+                    raise BrokenPipeError
 
 
 def _past(options: Options, store: Store, what: Filter, follower: Follower, columns: str) -> list[Row]:
@@ -11203,33 +11197,24 @@ def _past(options: Options, store: Store, what: Filter, follower: Follower, colu
     return [row for row in reversed(past) if follower.is_seen(row)]
 
 
-def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Row]], None]:
-    """Return what shows rows as JSON, or as a table; on a terminal the running calls stay below it."""
-    write, is_terminal, width = _event_table(options), sys.stdout.isatty(), _terminal()[0] or 200
-    due, below = 0.0, list[str]()
+def _table_writer(options: Options, follower: Follower) -> Callable[[Sequence[Row]], None]:
+    """Return what shows rows as JSON, or as a table with a line for each call that has run for a second."""
+    if options.json:
+        return lambda rows: write_json(sys.stdout, rows, columns=options.columns, by_line=True)
+    write, due, known = _event_table(options), 0.0, set[str]()
 
-    def show(rows: Iterable[Row]) -> None:
-        nonlocal due, below
-        if options.json:
-            write_json(sys.stdout, rows, columns=options.columns, by_line=True)
-            return
-        running = below
-        if is_terminal:
-            sys.stdout.write("\x1b[1F\x1b[2K" * len(below))
-            below = []
+    def show(rows: Sequence[Row]) -> None:
+        nonlocal due, known
         if rows:
-            write(list(rows))
+            write(rows)
         if time.monotonic() >= due:
-            due, running = time.monotonic() + 1, []
-            for row in follower.running():
-                call = dict(zip(PUBLIC_COLUMNS, row))
-                passed = f", {int(call['duration_ms']) // 1000} s" if is_terminal else ""
-                text = f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}"
-                running.append(fit(printable(text), width).rstrip())
-        for line in running:
-            if line not in below:
+            due = time.monotonic() + 1
+            running = {
+                f"running since {moment}: {kind} {name}" for moment, _, kind, name, *_ in follower.running()
+            }
+            for line in sorted(running - known):
                 _print(line)
-        below = running
+            known = running
 
     return show
 
@@ -11237,28 +11222,15 @@ def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Ro
 def _read_cursor(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            cursor = json.load(file)
+            cursor: dict[str, Any] = json.load(file)
         places = [*cursor["journals"].values(), *cursor["segments"].values()]
         if cursor["version"] != 1 or not all(type(each) is int for each in places):
             raise ValueError("of another version")
-        return dict(cursor)
+        return cursor
     except FileNotFoundError:
         return {}
     except Exception as error:  # whatever somebody edited
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
-
-
-def _pause(seconds: float) -> None:
-    """Wait, but not longer than there is somebody to write for: then BrokenPipeError."""
-    import select
-
-    if not hasattr(select, "poll"):
-        time.sleep(seconds)
-        return
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), 0)
-    if watch.poll(1000 * seconds):  # an error, or nobody at the other end
-        raise BrokenPipeError
 
 
 _POST_LINES = 500  # of a batch
@@ -11310,10 +11282,8 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
     for header in options.header or ():
         name, _, variable = header.partition("=")
         headers[name] = value = os.environ.get(variable, "").strip()
-        if not value:
-            raise _UsageError(f"--header {header}: the environment has no variable {variable!r}")
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
-            raise _UsageError(f"--header {header}: the name or the value can't stand in a header")
+            raise _UsageError(f"--header {header}: the variable is not set, or no header can be made of this")
     opener = urllib.request.build_opener(AsItComes)
 
     def post(lines: Sequence[str]) -> None:
@@ -11326,20 +11296,18 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
         while True:
             try:
                 with opener.open(request, timeout=30) as answer:
-                    if 200 <= answer.status < 300:
+                    code = answer.status
+                    if 200 <= code < 300:
                         return
-                    told = f"{shown} answered {answer.status}"
-                    is_final = answer.status != 429 and answer.status < 500
+                    told, is_final = f"{shown} answered {code}", code != 429 and code < 500
                     asked = answer.headers.get("Retry-After", "").strip()
                     pause = max(pause, min(float(asked), 300.0)) if asked.isdecimal() else pause
                     with contextlib.suppress(OSError, http.client.HTTPException):  # while it says why
                         told += f": {answer.read(500).decode(errors='replace').strip()}"
             except (OSError, http.client.HTTPException) as error:
                 told, is_final = f"{shown} can't be reached: {getattr(error, 'reason', error)}", False
-            if is_final:
+            if is_final or not (options.follow or time.monotonic() + pause <= end):
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
-            if not options.follow and time.monotonic() + pause > end:
-                raise AuditError(f"{told}; the cursor stays, try again later")
             _say(f"{told}; trying again in {pause:.0f} s")
             time.sleep(pause)
             pause = min(pause * 2, 60.0)
@@ -11349,15 +11317,15 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
 
 def _export(options: Options, store: Store, what: Filter) -> None:
     path: str = options.export
-    to_stdout, is_terminal = path == "-", sys.stdout.isatty()
+    to_stdout = path == "-"
     form = options.format or ("csv" if to_stdout else export_format(path))
     if form not in EXPORT_FORMATS:
         known = ", ".join(EXPORT_FORMATS)
         raise _UsageError(f"{path}: the extension, or --format, must be one of {known}")
     if options.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
-    if to_stdout and is_terminal and form not in ("csv", "json", "jsonl"):
-        raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
+    if to_stdout and sys.stdout.isatty():
+        raise _UsageError("an export is not for a terminal: write to a file, or into a pipe")
     with contextlib.ExitStack() as stack:
         if to_stdout:
             folder = stack.enter_context(scratch_folder(store.journal.directory))
@@ -11365,18 +11333,11 @@ def _export(options: Options, store: Store, what: Filter) -> None:
         else:
             store.refuse_own_files(path)
         chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
-        progress = _progress if sys.stderr.isatty() else None
         with _whole_log(store, options) as reading:
-            count = reading.export(what, path, form=form, count=options.limit, progress=progress, **chosen)
-        if progress:
-            print("\r\x1b[K", end="", file=sys.stderr)
+            count = reading.export(what, path, form=form, count=options.limit, **chosen)
         if to_stdout:
             file = stack.enter_context(open(path, "rb"))
-            if is_terminal:  # here it is text
-                for line in file:
-                    _print(line.decode().removesuffix("\n"))
-            else:
-                sys.stdout.buffer.writelines(iter(functools.partial(file.read, 1 << 20), b""))
+            sys.stdout.buffer.writelines(iter(functools.partial(file.read, 1 << 20), b""))
     _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
 
 
@@ -11478,23 +11439,23 @@ def cmd_config(options: Options) -> None:
 
 
 def cmd_redact(options: Options) -> None:
-    if options.db is None and not (options.config or options.profile or find_site_file(os.getcwd())):
-        redactor, limit = Redactor(), 1 << 20
-    else:
+    if options.db or options.config or options.profile or find_site_file(os.getcwd()):
         config = _config_of(options)
-        redactor, limit = redactor_of(config), config.max_input_bytes
+    else:
+        config = config_from_arguments("none")  # the default rules
+    redactor = redactor_of(config)
     try:
         value = json.loads(_standard_input())
     except (ValueError, RecursionError) as error:
         raise _UsageError(f"standard input is no JSON: {error}") from error
-    encoder = Encoder(redactor, max_input_bytes=limit)
-    recorded = json.loads(encoder.input_json(value, options.tool, None, None))
+    encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes)
+    recorded = encoder.input_json(value, options.tool, None, None)
     reasons = redactor.explain(value, tool=options.tool)
     if options.json:
         redacted = [{"path": path, "reason": reason} for path, reason in reasons]
-        _print_json({"recorded": json.loads(recorded), "redacted": redacted})
+        _print_json({"recorded": json.loads(json.loads(recorded)), "redacted": redacted})
         return
-    _print(indented_json(recorded))
+    _print(indented_json(json.loads(recorded)))
     if reasons:
         _print()
         write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)
@@ -11578,7 +11539,7 @@ def cmd_report(options: Options) -> None:
 def cmd_verify(options: Options) -> int:
     checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
     store = Store(_config_of(options))
-    verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress)
+    verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait)
     if options.json:
         _print_json(_verdict_object(verdict), indent=None)
     else:
@@ -11628,10 +11589,9 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
             Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
             for head in said["journals"]
         ]
-    except OSError as error:
-        raise _UsageError(f"{path} can't be read: {error.strerror}") from error
     except Exception as error:
-        raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
+        problem = f"{path} is no checkpoint that can be read ({error})"
+        raise _UsageError(f"{problem}; `mxcp-audit checkpoint` prints one") from error
     if signers:
         _say(f"the checkpoint is signed by {check_signature(signers, said)}")
     return heads
@@ -11657,10 +11617,10 @@ def cmd_purge(options: Options) -> None:
             raise _UsageError(f"{archive} is no directory; name one for --archive")
         store.refuse_journal(archive)
     removal = store.purge(options.older_than, archive=archive, dry_run=dry_run, wait=options.wait)
-    span = (
-        f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
-    )
-    _print(f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged{span}")
+    text = f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged"
+    if removal.events:
+        text += f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}"
+    _print(text)
     if removal.kept:
         _print(f"{counted(removal.kept, 'event')} as old stay until the last event of their segment is")
     if removal.archive:
@@ -11721,16 +11681,12 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 
 
 def cmd_completion(options: Options) -> None:
+    words = {
+        f'*" {name}"': _WORDS[kind] for name, kind in re.findall(r"(--\w+)(?: [A-Z]+)? \{(\w+)\}", _OPTIONS)
+    }
     actions = {action.dest: action for action in build_parser()._actions}
     commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
-    words: dict[str, Iterable[str]] = {}
-    for name, command in commands.items():
-        flags: list[str] = []
-        for action in command._actions:
-            flags += action.option_strings or action.choices or ()
-            if action.choices:
-                words |= {f'*" {name} {flag}"': action.choices for flag in action.option_strings}
-        words[f'*" {name} "*'] = flags
+    words |= {f'*" {name} "*': command._option_string_actions for name, command in commands.items()}
     cases = "\n".join(f'        {case}) words="{" ".join(each)}" ;;' for case, each in words.items())
     print(_COMPLETION.format(commands=" ".join(commands), cases=cases))
 
