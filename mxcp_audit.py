@@ -7938,11 +7938,6 @@ SELECT {public_select()} FROM (
 WHERE abs(place - mine) <= {count} ORDER BY place"""
         return self.ask(Filter(session=session), sql)
 
-    def ids_like(self, part: str) -> list[Row]:
-        """Return up to three event ids that begin with `part`, or that have it behind the time."""
-        condition = f"event_id LIKE {sql_literal(f'{part}%')} OR event_id LIKE {sql_literal(f'%-{part}')}"
-        return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
-
     def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
         return self.engine.execute(LOSSES, {"since": since}) if self.has_ledger else []
@@ -7983,7 +7978,6 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         oldest_first: bool = False,
         raw: bool = False,
         bom: bool = False,
-        progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write the matching events to a file, whole or not at all, with mode 0600; return their number."""
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
@@ -7999,8 +7993,7 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         with _scratch(path, problem) as scratch:
             target = os.path.join(scratch, "export")
             try:
-                with _watched(target, progress):
-                    written = self._write(sql, target, form)
+                written = self._write(sql, target, form)
             except QueryError as error:
                 raise StoreError(f"{problem}: {error}") from error
             if written not in (expected, None):
@@ -8070,12 +8063,6 @@ def _meanwhile(act: Callable[[], object], seconds: float, name: str) -> Iterator
     finally:
         done.set()
         thread.join()
-
-
-def _watched(path: str, progress: Callable[[int], None] | None) -> contextlib.AbstractContextManager[None]:
-    if progress is None:
-        return contextlib.nullcontext()
-    return _meanwhile(lambda: progress(_size_of(path)), 0.5, "progress")
 
 
 @contextlib.contextmanager
@@ -10691,8 +10678,8 @@ _OPTIONS = """
 --debug | show tracebacks and what is going on
 
 &times
---utc | read and show times in UTC (the default); JSON, exports and the groups of `stats` are always UTC
---local | read and show times in the time zone of this machine
+--utc | times are UTC (the default), as in JSON, exports and groups of `stats` always
+--local | times are those of this machine's time zone
 
 &waiting
 --wait SECONDS =5.0 | how long to try again while another process holds the database (default: 5)
@@ -10705,8 +10692,8 @@ _OPTIONS = """
 --type {types} | of this type
 --policy {policies} | with this decision; denied means deny, and so on
 --status {statuses} | that ended so
---since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or since an ISO date or time
---until WHEN | before that long ago, or before an ISO time
+--since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or an ISO date or time
+--until WHEN | before such a time
 --caller NAME | from this caller: http, stdio, cli ...
 --user ID | by this user
 --session ID | in this session
@@ -10728,45 +10715,43 @@ _OPTIONS = """
 &times
 -n --limit N | at most N events (default: 100)
 --running | the calls that run on this host instead, longest first; MS is for how long
---oldest-first | the other order, from the other end of the log
+--oldest-first | the oldest events, oldest first
 --json | a JSON array of objects; with -f one a line
 --columns A,B,... | these of: {columns}
 --wide | more columns, nothing cut to the terminal
 --input | the redacted input under each event
--f --follow | go on with new events as they happen; past ones come first with --limit or --since
+-f --follow | new events as they happen; past ones first with --limit or --since
 [export]
---export FILE | write every match (or --limit) with all columns; the extension is one of {exports}; \
+--export FILE | write every match (or --limit) with all columns, as the extension says: {exports}; \
 - is standard output
 --format FORMAT {formats} | of an export, instead of its extension; without one, print lines of {streams}
 --cursor-file FILE | print what is new since the last run with this file
---post URL | send the lines there instead, in batches
+--post URL | send the lines there, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
 --raw | no apostrophe in CSV before what a spreadsheet takes for a formula
---bom | begin CSV with a byte order mark, so that Excel reads it as UTF-8
+--bom | begin CSV with a byte order mark: for Excel
 
 @show show one event in full
-`log --wide` and `log --json` tell its event_id.
-> show 1f2e3d4c:17 --around 5
-event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
---around N | a table of N events of the same session before it, the event, and N after it
+> show 20261125T010203123456Z-1f2e3d4c:17 --around 5
+event EVENT_ID | as log --wide shows it
+--around N | a table of N events of its session before it, the event, and N after it
 &times
 --json | print a JSON object
 
 @stats count calls, errors and denials; find what is slow
 A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 > stats --type tool --sort p95
-> stats --by user --policy denied --json
 &filters
 [what is shown]
 &times
 --by {groups} =name | what makes a group (default: name)
---sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
+--sort {sorts} =calls | what is largest first, and what bars show (default: calls); not for hours and days
 -n --limit N =100 | at most N groups (default: 100)
 --json | print a JSON array of objects
 
 @sql ask in SQL, read-only
-Run one SELECT of DuckDB's SQL over the view `logs`, which has every event with the columns {columns}. \
-It can write nothing and read nothing else. While it runs, servers keep their events in the journal.
+Run one SELECT of DuckDB over the view `logs`, which has every event with the columns {columns}. \
+It can write nothing and read nothing else.
 > sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
 > sql - --csv < question.sql
 statement SELECT | the statement; - reads it from standard input
@@ -10803,8 +10788,7 @@ It loads nothing and has no script.
 -n --limit N | the newest N events in full (default: 100)
 
 @import take in MXCP's own JSONL logs
-Any version, plain or gzip. What was imported before is not imported again, so a log that grew can be \
-given again.
+Any version, plain or gzip. A log that grew can be given again: nothing is imported twice.
 > import logs-2025.jsonl.gz logs-2026.jsonl
 files FILE + | a JSONL log of MXCP's
 
@@ -10824,19 +10808,18 @@ Recompute the ledger from the events. Exit status: 0 intact, 1 not.
 --signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
 
 @checkpoint print where the ledger ends, to be kept elsewhere
-Kept where nobody who can write the database can, it lets \
-`verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.
+Kept out of reach of who can write the database, it lets `verify --checkpoint FILE` tell whether \
+anything up to it was cut off or rewritten.
 > checkpoint --sign ~/.ssh/id_ed25519 > heads.json
 --sign KEY | sign it with a private key of OpenSSH
 
 @prove print what shows somebody else that one event is in the log
-With a checkpoint that was made since, whoever has no access to the log \
-can check it by tools/verify_independently.py.
+With a checkpoint made since, it can be checked without the log, by tools/verify_independently.py.
 > prove 20260101T120000000000Z-1a2b3c4d:17 > proof.json
-event EVENT_ID | as `log --json` shows it
+event EVENT_ID | as log --wide shows it
 
 @purge delete old events, so that the rest still verifies
-Delete every segment whose last event is older than that, and enter into the ledger what went.
+Delete every segment whose last event is older, and enter into the ledger what went.
 > purge --older-than 90d --archive archive
 &times
 --older-than WHEN ! | 90d, or before an ISO date or time
@@ -10857,7 +10840,6 @@ The database is written anew and takes the place of the old one.
 > compact
 
 @completion print what makes a shell complete this program's words
-Load it from your shell's start file.
 > completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
 > completion zsh >> ~/.zshrc
 shell {shells} | which shell
@@ -10897,12 +10879,8 @@ _NEEDS = "header post, post format, cursor-file format, bom export, raw export, 
 
 def option_blocks() -> dict[str, list[str]]:
     """Return the lines of each block of _OPTIONS by its first word; the first line is what follows it."""
-    blocks: dict[str, list[str]] = {}
-    for block in _OPTIONS.replace("\\\n", "").strip().split("\n\n"):
-        head, *lines = block.split("\n")
-        name, _, one_line = head.partition(" ")
-        blocks[name] = [one_line, *lines]
-    return blocks
+    blocks = (block.split("\n") for block in _OPTIONS.replace("\\\n", "").strip().split("\n\n"))
+    return {head.split(" ")[0]: [head.partition(" ")[2], *lines] for head, *lines in blocks}
 
 
 def _worded(text: str) -> str:
@@ -10944,12 +10922,6 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
     class Parser(argparse.ArgumentParser):
         version = property(lambda self: version_text())  # made only when asked for
 
-        def parse_known_args(self, *args: Any, **named: Any) -> Any:
-            options, unknown = super().parse_known_args(*args, **named)
-            if unknown:  # here, so that the command's own help is named
-                self.error(f"unrecognized arguments: {' '.join(unknown)}")
-            return options, unknown
-
         def error(self, message: str) -> NoReturn:
             raise _UsageError(f"{message}; see {self.prog} --help")
 
@@ -10964,24 +10936,21 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
         if name[0] == "&":
             continue
         about = f"{brief[0].upper()}{brief[1:]}."
-        if not lines[0].startswith(">"):
+        if lines[0][0] != ">":
             about += f" {_worded(lines.pop(0))}"
-        command = commands.add_parser(
-            name[1:],
-            **form,
-            help=brief,
-            description=textwrap.fill(about, 78),
-            epilog="examples:\n" + "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line[0] == ">"),
-        )
-        opens_none = name in ("@config", "@redact", "@wrap")
-        common = ["&common"] if opens_none else ["&common", "&waiting"]
+        examples = "".join(f"\n  mxcp-audit {line[2:]}" for line in lines if line[0] == ">")
+        about, examples = textwrap.fill(about, 78), f"examples:{examples}\n"
+        command = commands.add_parser(name[1:], **form, help=brief, description=about, epilog=examples)
+        if name not in ("@config", "@redact", "@wrap", "@completion"):  # they open no database
+            lines.insert(0, "&waiting")
+        if name != "@completion":
+            lines.insert(0, "&common")
         place: Any = command
-        for part in [*common, *lines] if name != "@completion" else lines:
-            for line in blocks[part][1:] if part[0] == "&" else [part]:
-                if line.startswith("["):
-                    place = command.add_argument_group(line[1:-1]) if line != "[]" else command
-                elif not line.startswith(">"):
-                    _add_option(place, line, local)
+        for line in itertools.chain.from_iterable(blocks.get(line, ["", line])[1:] for line in lines):
+            if line[0] == "[":
+                place = command.add_argument_group(line[1:-1]) if line != "[]" else command
+            elif line[0] != ">":
+                _add_option(place, line, local)
         command.set_defaults(run=globals()[f"cmd_{name[1:]}"])
     return parser
 
@@ -11002,11 +10971,9 @@ def version_text() -> str:
     """Return the version, the journal's format and what this very file is, so that an edited copy shows."""
     import hashlib
 
-    try:
-        with open(__file__, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()[:12]
-    except OSError:  # inside of an archive
-        digest = "unknown"
+    digest = "unknown"
+    with contextlib.suppress(OSError), open(__file__, "rb") as file:  # else inside of an archive
+        digest = hashlib.sha256(file.read()).hexdigest()[:12]
     return f"mxcp_audit {__version__}, journal format {JOURNAL_FORMAT}, file {digest}"
 
 
@@ -11098,20 +11065,20 @@ def cmd_log(options: Options) -> int | None:
     if options.export or options.format or options.follow:
         (_export if options.export else _stream)(options, store, what)
         return None
+    count = options.limit or 100
     with store.reading(wait=options.wait) as reading:
-        count = options.limit or 100
-        rows: Iterable[Row] = (
-            reading.running(what, count=count)
-            if options.running
-            else reading.rows(what, count=count, oldest_first=options.oldest_first)
-        )
+        rows: Iterable[Row]
+        if options.running:
+            rows = reading.running(what, count=count)
+        else:
+            rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
         if options.json:
             write_json(sys.stdout, rows, columns=options.columns)
         else:
-            shown = list(rows)
-            _event_table(options)(shown)
+            rows = list(rows)
+            _event_table(options)(rows)
             sys.stdout.flush()
-            _say(summary(shown, count))
+            _say(summary(rows, count))
         if problem := reading.problem:
             _say(f"only events of the journal are shown: {problem}")
             return EXIT_LOCKED if isinstance(problem, DatabaseLockedError) else EXIT_FAILED
@@ -11139,7 +11106,7 @@ def _event_table(options: Options) -> Callable[[Sequence[Row]], None]:
 def _stream(options: Options, store: Store, what: Filter) -> None:
     """Show events in a form; or new ones, or those since a cursor, which moves when they are written."""
     show: Callable[[list[Row]], None]
-    columns, place = "", options.cursor_file
+    columns, place, wait = "", options.cursor_file, 0 if options.follow else options.wait
     if options.format:
         if options.format not in STREAM_FORMS:
             known = ", ".join(STREAM_FORMS)
@@ -11147,20 +11114,20 @@ def _stream(options: Options, store: Store, what: Filter) -> None:
         columns = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id"
         show = write = _line_writer(options)
         if not (place or options.follow):
+            count, order = options.limit or 100, options.oldest_first
             with _whole_log(store, options) as reading:
-                count, order = options.limit or 100, options.oldest_first
                 write(reading.rows(what, count=count, oldest_first=order, columns=columns))
             return
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
     past = [] if place else _past(options, store, what, follower, columns)
     if not options.format:
         show = _table_writer(options, follower)
-    told, saved = "", None
+    told = saved = ""
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
             try:
-                fresh, past = past or follower.look(wait=0 if options.follow else options.wait), []
+                fresh, past = past or follower.look(wait=wait), []
                 show(fresh)
             except (JournalError, StoreError) as error:
                 if not options.follow:
@@ -11300,8 +11267,6 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
                     if 200 <= code < 300:
                         return
                     told, is_final = f"{shown} answered {code}", code != 429 and code < 500
-                    asked = answer.headers.get("Retry-After", "").strip()
-                    pause = max(pause, min(float(asked), 300.0)) if asked.isdecimal() else pause
                     with contextlib.suppress(OSError, http.client.HTTPException):  # while it says why
                         told += f": {answer.read(500).decode(errors='replace').strip()}"
             except (OSError, http.client.HTTPException) as error:
@@ -11341,55 +11306,44 @@ def _export(options: Options, store: Store, what: Filter) -> None:
     _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
 
 
-# How `show` groups what it shows: what happened, who did it, where, with what, what came of it.
-_SHOWN = """\
-event_id timestamp type name status duration_ms policy_decision reason error error_type
-caller user_id agent client address
-server session_id request_id trace_id
-input_json
-result_bytes context"""
+_SHOWN = (
+    "event_id timestamp type name status duration_ms policy_decision reason error error_type",
+    "caller user_id agent client address",
+    "server session_id request_id trace_id",
+    "input_json",
+    "result_bytes context",
+)
 
 
 def cmd_show(options: Options) -> int | None:
-    ids, is_whole = [options.event.strip()], True
-    try:
-        parse_event_id(ids[0])
-    except EventError:
-        if not re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", ids[0]):
-            raise
-        is_whole = False  # its beginning, or what follows the time
+    name, count = options.event.strip(), options.around
+    parse_event_id(name)
     with _store_of(options).reading(wait=options.wait) as reading:
-        if not is_whole:
-            ids = [str(name) for (name,) in reading.ids_like(ids[0])]
-        if len(ids) > 1:
-            raise _UsageError(f"{options.event} may be any of {', '.join(ids)} …")
-        rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
+        rows = list(reading.rows(Filter(event_id=name), count=1))
         if not rows:
             if reading.problem is not None:
                 raise reading.problem
-            _say(f"there is no event {options.event}")
+            _say(f"there is no event {name}")
             return EXIT_FAILED
         event = dict(zip(PUBLIC_COLUMNS, rows[0]))
-        if options.around:
+        if count:
             if event["session_id"] is None:
-                raise _UsageError(f"{ids[0]} has no session; leave --around out")
-            rows = reading.around(event["session_id"], ids[0], options.around)
-    width, colour = _terminal()
-    if options.around and options.json:
-        write_json(sys.stdout, rows)
-    elif options.around:
+                raise _UsageError(f"{name} has no session; leave --around out")
+            rows = reading.around(event["session_id"], name, count)
+    if options.json:
+        write_json(sys.stdout, rows) if count else _print_json(event)
+    elif count:
+        width, colour = _terminal()
         columns = ("event_id", *SHORT_COLUMNS[:-1])
         write_events(sys.stdout, rows, columns=columns, width=width, colour=colour, local=options.local)
-    elif options.json:
-        _print_json(event)
     else:
         fields = {name: None if value is None else str(value) for name, value in event.items()}
         fields |= {name: indented_json(event[name] or "null") for name in ("input_json", "context")}
         if options.local:
             fields["timestamp"] = local_time(event["timestamp"])
-        for number, names in enumerate(_SHOWN.splitlines()):
+        for number, group in enumerate(_SHOWN):
             sys.stdout.write("\n" * (number > 0))
-            write_fields(sys.stdout, [(name, fields[name]) for name in names.split()])
+            write_fields(sys.stdout, [(name, fields[name]) for name in group.split()])
     return None
 
 
@@ -11491,10 +11445,12 @@ def cmd_import(options: Options) -> int:
             _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
             code = EXIT_FAILED
             continue
-        more = f", {known} known already" if known else ""
+        text = f"{path}: {counted(events, 'event')} imported"
+        text += f", {known} known already" if known else ""
         if bad:
-            code, more = EXIT_FAILED, f"{more}, {counted(bad, 'bad line')} left out"
-        _say(f"{path}: {counted(events, 'event')} imported{more}")
+            code = EXIT_FAILED
+            text += f", {counted(bad, 'bad line')} left out"
+        _say(text)
     return code
 
 
@@ -11547,11 +11503,10 @@ def cmd_verify(options: Options) -> int:
         if verdict.more_findings:
             lines.append(f"and {verdict.more_findings} more")
         for purge in verdict.purges if checkpoint else ():
-            text = f"{counted(purge['events'], 'event')} at {purge['moment']} by {purge['host']}"
-            lines.append(f"purge     {text}, newer than the checkpoint")
+            text = "purge     {} at {moment} by {host}, newer than the checkpoint"
+            lines.append(text.format(counted(purge["events"], "event"), **purge))
         lines += [f"note      {note}" for note in verdict.notes]
-        for line in [*lines, _verdict_summary(verdict, options.since)]:
-            _print(line)
+        _print("\n".join([*lines, _verdict_summary(verdict, options.since)]))
     return 0 if verdict.intact else EXIT_FAILED
 
 
@@ -11566,14 +11521,14 @@ def _verdict_object(verdict: Verdict) -> dict[str, object]:
 
 def _verdict_summary(verdict: Verdict, since: str | None = None) -> str:
     found, waiting = len(verdict.findings) + verdict.more_findings, verdict.waiting_bytes
+    events, segments = counted(verdict.events, "event"), counted(verdict.segments, "segment")
+    legacy = "older than the ledger: what they were before it began is not proved"
     parts = (
-        "intact" if verdict.intact else f"NOT intact, {counted(found, 'finding')}",
-        f"{counted(verdict.events, 'event')} in {counted(verdict.segments, 'segment')} "
-        f"of {counted(len(verdict.heads), 'journal')}",
+        f"NOT intact, {counted(found, 'finding')}" if found else "intact",
+        f"{events} in {segments} of {counted(len(verdict.heads), 'journal')}",
         verdict.purged and f"{verdict.purged} purged since",
         verdict.lost and f"{verdict.lost} lost, as the ledger says",
-        verdict.legacy
-        and f"{verdict.legacy} older than the ledger: what they were before it began is not proved",
+        verdict.legacy and f"{verdict.legacy} {legacy}",
         waiting and f"{counted(waiting, 'byte')} in the journal, not sealed yet",
         since and f"segments before {since} UTC were not recomputed",
     )
@@ -11692,10 +11647,9 @@ def cmd_completion(options: Options) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; never a traceback, except with --debug.
+    """Run a command with arguments, by default the process's; return its exit code.
 
-    Args:
-        argv: the arguments without the program's name; those of the process if None.
+    Never a traceback, except with --debug.
     """
     if sys.stdout is None or sys.stderr is None:  # >&-
         sink = open(os.devnull, "w")
@@ -11712,9 +11666,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(options.run(options) or 0)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # What reads us has seen enough. Nothing more may be flushed into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nothing more may be flushed into the pipe at exit
+        _give_up(sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130

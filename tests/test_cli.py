@@ -382,7 +382,7 @@ def test_wrong_usage_exits_2_without_a_traceback(run: Cli, tmp_path: Path) -> No
         done = run(*arguments, *(DB if arguments[:1] in (["log"], ["show"], ["stats"], ["sql"]) else ()))
         assert done.returncode == 2, (arguments, done.stderr)
         assert done.stdout == "" and "Traceback" not in done.stderr, arguments
-    assert "see mxcp-audit log --help" in run("log", "--nothing").stderr
+    assert "see mxcp-audit log --help" in run("log", "--limit", "0").stderr
 
 
 def test_help_teaches_and_needs_no_duckdb(run: Cli) -> None:
@@ -663,15 +663,8 @@ def test_terminal_follow_shows_new_events_until_ctrl_c(filled: Path) -> None:
 
 
 @one_engine
-def test_terminal_export_to_it_is_harmless_and_binary_is_refused(filled: Path) -> None:
-    with AuditLogger(filled / "log.duckdb") as audit:
-        audit.log_event("http", "tool", NASTY)
-    session = Session([sys.executable, "-m", "mxcp_audit", "log", *DB, "--export", "-"], filled)
-    assert session.end() == 0
-    assert "get_user" in session.text and "\x1b[2J" not in session.text and "\x9b" not in session.text
-    refused = Session(
-        [sys.executable, "-m", "mxcp_audit", "log", *DB, "--export", "-", "--format", "parquet"], filled
-    )
+def test_terminal_export_to_it_is_refused(filled: Path) -> None:
+    refused = Session([sys.executable, "-m", "mxcp_audit", "log", *DB, "--export", "-"], filled)
     assert refused.end() == 2 and "not for a terminal" in refused.text
 
 
@@ -735,7 +728,6 @@ def test_completion_completes_commands_options_and_values(run: Cli, tmp_path: Pa
     assert complete("mxcp-audit", "log", "--status", "") == ["success", "error"]
     assert complete("mxcp-audit", "stats", "--by", "ho") == ["hour"]
     assert complete("mxcp-audit", "log", "--export", "x") == []
-    assert complete("mxcp-audit", "completion", "") == ["-h", "--help", "bash", "zsh"]
     assert "bashcompinit" in run("completion", "zsh").stdout
 
 
@@ -915,14 +907,12 @@ def test_commands_of_a_program_answer_in_any_of_its_threads(filled: Path, run: C
 
 
 @one_engine
-def test_terminal_csv_and_progress_of_verify(filled: Path) -> None:
+def test_terminal_csv_is_harmless(filled: Path) -> None:
     with AuditLogger(filled / "log.duckdb") as audit:
         audit.log_event("http", "tool", NASTY)
-    module = [sys.executable, "-m", "mxcp_audit"]
-    shown = Session([*module, "sql", "SELECT name FROM logs", "--csv", *DB], filled)
+    command = [sys.executable, "-m", "mxcp_audit", "sql", "SELECT name FROM logs", "--csv", *DB]
+    shown = Session(command, filled)
     assert shown.end() == 0 and "get_user" in shown.text and "\x1b[2J" not in shown.text
-    verified = Session([*module, "verify", *DB], filled)
-    assert verified.end() == 0 and re.search(r"\rverified (\d+) of \1 events\S*\r\n", verified.text)
 
 
 def test_version_of_a_module_inside_of_an_archive(tmp_path: Path, process_cli: Cli) -> None:
