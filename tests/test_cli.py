@@ -118,12 +118,8 @@ def test_log_event_filter_and_show_find_the_same_event(filled: Path, run: Cli) -
     done = run("show", *DB, event["event_id"])
     assert done.returncode == 0 and done.stderr == ""
     assert '    "password": "[REDACTED]"' in done.stdout and "session_id       s1" in done.stdout
-    groups = [
-        [line.split()[0] for line in group.splitlines() if line[0] != " "]
-        for group in done.stdout.split("\n\n")
-    ]
-    assert [group[0] for group in groups] == ["event_id", "caller", "server", "input_json", "result_bytes"]
-    assert sorted(sum(groups, [])) == sorted(mxcp_audit.PUBLIC_COLUMNS)
+    shown = [line.split()[0] for line in done.stdout.splitlines() if line[0] != " "]
+    assert shown[0] == "event_id" and sorted(shown) == sorted(mxcp_audit.PUBLIC_COLUMNS)
 
 
 @one_engine
@@ -349,7 +345,6 @@ WRONG: list[list[str]] = [
     ["log", "--limit", "0"],
     ["log", "--limit", "x"],
     ["log", "--since", "fortnight"],
-    ["log", "--since", "1h", "--until", "2h"],
     ["log", "--type", "tools"],
     ["log", "--policy", "maybe"],
     ["log", "--event", "no id"],
