@@ -10690,7 +10690,7 @@ _OPTIONS = """
 --resource URI * | likewise
 --prompt NAME * | likewise
 --type {types} | of this type
---policy {policies} | with this decision; denied means deny, and so on
+--policy {policies} | with this decision (denied means deny)
 --status {statuses} | that ended so
 --since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or an ISO date or time
 --until WHEN | before such a time
@@ -11035,18 +11035,13 @@ def _whole_log(store: Store, options: Options) -> Iterator[Reading]:
 
 
 def _filter_of(options: Options) -> Filter:
+    if options.since and options.until and options.until <= options.since:
+        raise _UsageError("--until is not after --since, so nothing can match")
     if options.event is not None:
         parse_event_id(options.event)
     fields = {**vars(options), "event_type": options.type, "event_id": options.event, "text": options.grep}
     fields |= {f"{name}s": tuple(fields[name] or ()) for name in EVENT_TYPES}
     return Filter(**{name: fields[name] for name in Filter._fields if fields[name] is not None})
-
-
-def _write_whole(path: str, text: str) -> None:
-    try:
-        replace_file(path, text.encode("utf-8", "backslashreplace"))
-    except OSError as error:
-        raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
 def cmd_log(options: Options) -> int | None:
@@ -11127,7 +11122,7 @@ def _stream(options: Options, store: Store, what: Filter) -> None:
             else:
                 reached = json.dumps(follower.cursor())
                 if place and reached != saved:
-                    _write_whole(place, reached + "\n")
+                    replace_file(place, reached.encode() + b"\n")
                     saved = reached
                 if not (options.follow or fresh or follower.is_behind):
                     return
@@ -11470,7 +11465,7 @@ def cmd_report(options: Options) -> None:
         facts["verify"] = str(error)
     with _whole_log(store, options) as reading:
         text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
-    _write_whole(options.out, text)
+    replace_file(options.out, text.encode("utf-8", "backslashreplace"))
     _say(f"report written to {options.out}")
 
 

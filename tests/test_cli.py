@@ -35,7 +35,7 @@ COMMANDS = (
     *("log", "show", "stats", "sql", "config", "redact", "completion", "ingest", "doctor", "import"),
     *("wrap", "verify", "checkpoint", "purge", "backup", "compact"),
 )
-NASTY = "x\x1b[2J\x1b]0;title\x07\x9b31m\n\u202e"
+NASTY = "x\x1b[2J\x1b]0;title\x07\x1b]52;c;aGk=\x07\r\x08\x9b31m\n\u202e"
 
 
 def fill(path: Path) -> None:
@@ -344,6 +344,9 @@ WRONG: list[list[str]] = [
     ["log", "--lim", "3"],
     ["log", "--limit", "0"],
     ["log", "--limit", "x"],
+    ["log", "--limit", "-1"],
+    ["log", "--since", "1h", "--until", "2h"],
+    ["log", "--status", "sucess"],
     ["log", "--since", "fortnight"],
     ["log", "--type", "tools"],
     ["log", "--policy", "maybe"],
@@ -762,8 +765,15 @@ def test_completion_works_in_a_real_zsh(run: Cli, tmp_path: Path) -> None:
     ("text", "expected"),
     [
         ("10m", "2026-01-02 02:54:05.000000"),
+        ("90min", "2026-01-02 01:34:05.000000"),
         ("1h30m", "2026-01-02 01:34:05.000000"),
-        ("1w", "2025-12-26 03:04:05.000000"),
+        ("1d12h", "2025-12-31 15:04:05.000000"),
+        ("2w", "2025-12-19 03:04:05.000000"),
+        ("today", "2026-01-02 00:00:00.000000"),
+        ("yesterday", "2026-01-01 00:00:00.000000"),
+        ("15:00:30+02:00", "2026-01-02 13:00:30.000000"),
+        ("2026-01-31t12:00:00.123456789z", "2026-01-31 12:00:00.123456"),
+        ("2026-01-31 12:00:00,5", "2026-01-31 12:00:00.500000"),
         ("2026-01-31", "2026-01-31 00:00:00.000000"),
         ("0999-01-31", "0999-01-31 00:00:00.000000"),
         ("2026-01-31T12:00", "2026-01-31 12:00:00.000000"),
@@ -778,7 +788,22 @@ def test_parse_time_durations_and_iso(text: str, expected: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "x", "10", "-1h", "2026-13-01", "2026-01-31T25:00", "9999999d", "2026-01-31T12", "1h 30m x"]
+    "text",
+    [
+        *(
+            "",
+            " ",
+            "x",
+            "10",
+            "-1h",
+            "2026-13-01",
+            "2026-01-31T25:00",
+            "9999999d",
+            "2026-01-31T12",
+            "1h 30m x",
+        ),
+        *("5M x", "5 m m", "1e9h", "1y", "fortnight"),
+    ],
 )
 def test_parse_time_anything_else_is_refused_with_examples(text: str) -> None:
     with pytest.raises(ValueError, match="10m, 2h"):

@@ -21,7 +21,6 @@ import os
 import re
 import shutil
 import signal
-import stat
 import subprocess
 import sys
 import tempfile
@@ -1750,24 +1749,6 @@ def test_bc_119_line_breaks_forge_no_event(stored: Any, db: Path) -> None:
     assert judge(db).in_table == 6 and "forged" not in judge(db).names
 
 
-ESCAPES = "\x1b[2J \x1b]0;t\x07 \x1b]52;c;aGk=\x07 \r \x08 \x9b \u202e"
-
-
-def test_bc_121_escape_sequences_reach_no_terminal(db: Path, logger: AuditLogger, cli: Any) -> None:
-    logger.log_event(
-        ESCAPES, "tool", f"x{ESCAPES}", {"x": ESCAPES}, status="error", error=ESCAPES, user_id=ESCAPES
-    )
-    assert logger.shutdown()
-    for done in (
-        cli("log", "--db", str(db)),
-        cli("log", "--db", str(db), "--since", ESCAPES),
-        cli("log", "--db", f"{db}{ESCAPES}"),
-    ):
-        assert not set(done.stdout + done.stderr) & set("\x1b\x07\r\x08\x9b\u202e")
-    (event,) = shown(cli, db)
-    assert event["name"] == f"x{ESCAPES}"
-
-
 @linux
 @root
 @needs["chattr"]
@@ -1830,36 +1811,6 @@ def test_bc_124_every_field_is_shown_before_and_after_ingest(
         views.append((event, (db.parent / f"{step}.csv").read_text()))
         ingest(db)
     assert views[0] == views[1]
-
-
-@pytest.mark.parametrize("since", ["5M x", "5 m m", "-5m", "9999999999d", "1e9h", "", " ", "1y", "fortnight"])
-def test_bc_125_unknown_span_of_time_is_refused_with_an_example(db: Path, cli: Any, since: str) -> None:
-    Path(f"{db}.journal").mkdir()
-    done = cli("log", "--db", str(db), f"--since={since}")
-    assert done.returncode == 2 and "1d" in done.stderr and "Traceback" not in done.stderr
-
-
-@pytest.mark.parametrize(
-    "since, seconds", [("1d", 86400), ("2w", 1209600), ("1h30m", 5400), ("90m", 5400), ("1d12h", 129600)]
-)
-def test_bc_125_days_and_sums_are_exact(since: str, seconds: int) -> None:
-    now = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.timezone.utc)
-    assert mxcp_audit.parse_time(since, now=now) == mxcp_audit.sql_time(
-        now - datetime.timedelta(seconds=seconds)
-    )
-
-
-@pytest.mark.parametrize(
-    "options",
-    [
-        *("--since 1x", "--since abc", "--limit -1", "--limit 0", "--limit abc", "--status sucess"),
-        *("--type tol", "--since 1h --until 2h"),
-    ],
-)
-def test_bc_126_wrong_option_never_looks_like_an_empty_log(db: Path, cli: Any, options: str) -> None:
-    Path(f"{db}.journal").mkdir()
-    done = cli("log", "--db", str(db), *options.split())
-    assert done.returncode == 2 and done.stdout == "" and done.stderr
 
 
 def test_bc_128_zones_of_a_filter_are_exact_wherever_one_is(db: Path, cli: Any) -> None:
@@ -1925,44 +1876,6 @@ def test_bc_137_export_is_whole_or_absent(db: Path, cli: Any) -> None:
     else:
         assert len(target.read_text().splitlines()) == 5001
     assert not list(db.parent.glob(".*.part"))
-
-
-def test_bc_138_export_that_cannot_be_written_fails_and_destroys_nothing(db: Path, cli: Any) -> None:
-    write_segment(db, ["table"])
-    ingest(db)
-    write_segment(db, ["journal"])
-    before = db.read_bytes()
-    targets = [".", "missing/out.csv", "log.duckdb", "log.duckdb.journal/x.csv"]
-    if not os.geteuid():
-        os.mknod(db.parent / "full", 0o666 | stat.S_IFCHR, os.makedev(1, 7))  # as /dev/full
-        targets.append("full")
-    for target in targets:
-        done = cli("log", "--db", str(db), "--export", target)
-        assert done.returncode and done.stderr and "Traceback" not in done.stderr, target
-        assert db.read_bytes() == before, target
-    assert "full" not in targets or stat.S_ISCHR(os.stat(db.parent / "full").st_mode)
-    assert_whole(judge(db), {"table", "journal"})
-
-
-def test_bc_139_output_that_nobody_reads_to_the_end(db: Path) -> None:
-    write_segment(db, [str(n) for n in range(4000)])
-    command = f"{sys.executable} -m mxcp_audit log --db {db} --limit 4000"
-    environment = child_environment(PYTHONUNBUFFERED="1")
-    for line in (
-        f"{command} | head -1",
-        f"{command} --json | head -c 10",
-        f"{command} >&-",
-        f"{command} --json >&-",
-    ):
-        done = subprocess.run(
-            ["bash", "-c", f"set -o pipefail; {line}"],
-            env=environment,
-            capture_output=True,
-            text=True,
-            timeout=SAFETY_SECONDS,
-        )
-        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
-        assert done.returncode in (0, 1, 141)
 
 
 @package
