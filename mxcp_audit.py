@@ -10617,6 +10617,8 @@ class _UsageError(AuditError):
 # --- words: what options mean
 
 _SORTS = tuple(name.removesuffix("_ms") for name in STATS_COLUMNS[:7])
+_FORMATS = sorted({*EXPORT_FORMATS, *STREAM_FORMS})
+_SHELLS = ("bash", "zsh")
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
@@ -10667,7 +10669,7 @@ def _value(metavar: str, text: str, *, local: bool) -> Any:
 # --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
 
 # `@` begins a command, with one line about it; then come more about it, examples (`>`), groups (`[…]`, or `&`
-# for those of another) and options: names, metavar or {choices} of _WORDS, `=` a default, _MARKS, the help.
+# for those of another) and options: names, metavar or {constant} of choices, `=` a default, _MARKS, the help.
 _OPTIONS = """
 &common
 [which log]
@@ -10689,9 +10691,9 @@ _OPTIONS = """
 --tool NAME * | of this tool; repeated: of any of these
 --resource URI * | likewise
 --prompt NAME * | likewise
---type {types} | of this type
---policy {policies} | with this decision (denied means deny)
---status {statuses} | that ended so
+--type {EVENT_TYPES} | of this type
+--policy {POLICY_DECISIONS} | with this decision (denied means deny)
+--status {STATUSES} | that ended so
 --since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or an ISO date or time
 --until WHEN | before such a time
 --caller NAME | from this caller: http, stdio, cli ...
@@ -10716,15 +10718,15 @@ _OPTIONS = """
 -n --limit N | at most N events (default: 100)
 --running | the calls that run on this host instead, longest first; MS is for how long
 --oldest-first | the oldest events, oldest first
---json | a JSON array of objects; with -f one a line
---columns A,B,... | these of: {columns}
+--json | JSON; with -f an object a line
+--columns A,B,... | these of: {PUBLIC_COLUMNS}
 --wide | more columns, nothing cut to the terminal
 --input | the redacted input under each event
 -f --follow | new events as they happen; past ones first with --limit or --since
 [export]
---export FILE | write every match (or --limit) with all columns, as the extension says: {exports}; \
+--export FILE | write every match (or --limit) with all columns, as the extension says: {EXPORT_FORMATS}; \
 - is standard output
---format FORMAT {formats} | of an export, instead of its extension; without one, print lines of {streams}
+--format FORMAT {_FORMATS} | of an export, instead of its extension; else of lines: {STREAM_FORMS}
 --cursor-file FILE | print what is new since the last run with this file
 --post URL | send the lines there, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
@@ -10736,7 +10738,7 @@ _OPTIONS = """
 event EVENT_ID | as log --wide shows it
 --around N | a table of N events of its session before it, the event, and N after it
 &times
---json | a JSON object
+--json | JSON
 
 @stats count calls, errors and denials; find what is slow
 A line for each group of events; P50, P95, P99 and MAX are milliseconds.
@@ -10744,40 +10746,36 @@ A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 &filters
 [what is shown]
 &times
---by {groups} =name | what makes a group (default: name)
---sort {sorts} =calls | what is largest first, and what bars show (default: calls); not for hours and days
+--by {STATS_BY} =name | what makes a group (default: name)
+--sort {_SORTS} =calls | what is largest first, and what bars show (default: calls); not for hours and days
 -n --limit N =100 | at most N groups (default: 100)
---json | a JSON array of objects
+--json | JSON
 
 @sql ask in SQL, read-only
-Run one SELECT of DuckDB over the view `logs`, which has every event with the columns {columns}. \
+Run one SELECT of DuckDB over the view `logs`, which has every event with the columns {PUBLIC_COLUMNS}. \
 It can write nothing and read nothing else.
 > sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
-> sql - --csv < question.sql
 statement SELECT | the statement; - reads it from standard input
---json | a JSON array of objects
+--json | JSON
 --csv | CSV
 --raw | no apostrophe in CSV before what a spreadsheet takes for a formula
 
 @config show the settings that hold, and who set them
-Secrets are left out.
---json | JSON, of value and source
+--json | JSON
 
 @redact show what would be recorded of an input, and why
 Read JSON on standard input. Without a site file the default rules hold.
 > redact --tool login --json < input.json
 --tool NAME | as the input of this tool
---json | JSON: recorded, redacted
+--json | JSON
 
 @ingest move what no running server writes from the journal into the database
 
 @doctor say how the log is doing, and what to do about it
-Exit status: 0 healthy, 1 not.
---json | a JSON object
+--json | JSON
 --prometheus | the numbers as gauges of Prometheus
 
 @report write a report as one HTML file
-It loads nothing and has no script.
 > report --out report.html --since 30d
 &filters
 &times
@@ -10790,16 +10788,16 @@ Any version, plain or gzip. A log that grew can be given again: nothing is impor
 files FILE + | a JSONL log of MXCP's
 
 @wrap run any stdio MCP server and record what it executes
-COMMAND talks over standard input and output, in any language. Every byte passes unchanged.
+COMMAND talks over standard input and output, in any language.
 > wrap --profile production -- npx -y @modelcontextprotocol/server-everything
 --strict | refuse each call that can't be recorded (default: as the site file says)
 server COMMAND … | the server's command with its arguments, behind --
 
 @verify prove that nothing was changed, removed or inserted
-Recompute the ledger from the events. Exit status: 0 intact, 1 not.
+Recompute the ledger from the events.
 > verify --checkpoint heads.json
 &times
---json | JSON, of all that is known
+--json | JSON
 --since WHEN | recompute segments with events since then only
 --checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
 --signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
@@ -10833,25 +10831,11 @@ The backup takes the place of the database; what only the database holds is adde
 file FILE | what `backup` made
 
 @compact give the space of purged events back to the file system
-The database is written anew and takes the place of the old one.
 
 @completion print what makes a shell complete this program's words
 > completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
-> completion zsh >> ~/.zshrc
-shell {shells} | which shell
+shell {_SHELLS} | which shell
 """
-_WORDS: Mapping[str, Collection[str]] = {
-    "types": EVENT_TYPES,
-    "policies": POLICY_DECISIONS,
-    "statuses": STATUSES,
-    "columns": PUBLIC_COLUMNS,
-    "exports": EXPORT_FORMATS,
-    "streams": STREAM_FORMS,
-    "formats": sorted({*EXPORT_FORMATS, *STREAM_FORMS}),
-    "groups": tuple(STATS_BY),
-    "sorts": _SORTS,
-    "shells": ("bash", "zsh"),
-}
 _SAME_WORDS = {"denied": "deny", "allowed": "allow", "warned": "warn"}
 _MARKS: Mapping[str, Mapping[str, Any]] = {
     "!": {"required": True},
@@ -10879,7 +10863,7 @@ def option_blocks() -> dict[str, list[str]]:
 
 
 def _worded(text: str) -> str:
-    return re.sub(r"\{(\w+)\}", lambda match: ", ".join(_WORDS[match[1]]), text)
+    return re.sub(r"\{(\w+)\}", lambda match: ", ".join(globals()[match[1]]), text)
 
 
 def _add_option(place: Any, line: str, local: bool) -> None:
@@ -10899,7 +10883,7 @@ def _add_option(place: Any, line: str, local: bool) -> None:
         if word.startswith("-") or not names:
             names.append(word)
         elif word.startswith("{"):
-            settings |= {"choices": _WORDS[word[1:-1]], "type": lambda word: _SAME_WORDS.get(word, word)}
+            settings |= {"choices": globals()[word[1:-1]], "type": lambda word: _SAME_WORDS.get(word, word)}
         elif word.startswith("="):
             settings["default"] = word[1:]
         else:
@@ -11011,7 +10995,7 @@ def _standard_input() -> str:
 def _config_of(options: Options) -> Config:
     if options.db is None:
         return load_config(config=options.config, profile=options.profile)
-    # Beside a target that is no file there is no place: look for the default profile's journal here.
+    # Of a target that is no file: the default profile's, here.
     journal = "logs-default.journal" if is_attach_target(options.db) else None
     return config_from_arguments(path=options.db, journal=journal)
 
@@ -11026,7 +11010,7 @@ def _store_of(options: Options) -> Store:
 
 @contextlib.contextmanager
 def _whole_log(store: Store, options: Options) -> Iterator[Reading]:
-    """Open table and journal; raise where only half of the log can be had, which must not look like all."""
+    """Open the whole log, or raise: half of it must not look like all."""
     with store.reading(wait=options.wait) as reading:
         if reading.problem is not None:
             raise reading.problem
@@ -11245,16 +11229,16 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
         request = urllib.request.Request(options.post, text.encode(), headers, method="POST")
         pause, end = 1.0, time.monotonic() + _POST_SECONDS
         while True:
+            told, is_final = "", False
             try:
                 with opener.open(request, timeout=30) as answer:
                     code = answer.status
                     if 200 <= code < 300:
                         return
-                    told, is_final = f"{shown} answered {code}", code != 429 and code < 500
-                    with contextlib.suppress(OSError, http.client.HTTPException):  # while it says why
-                        told += f": {answer.read(500).decode(errors='replace').strip()}"
+                    told, is_final = f"{shown} answered {code}: ", code != 429 and code < 500
+                    told += answer.read(500).decode(errors="replace").strip()
             except (OSError, http.client.HTTPException) as error:
-                told, is_final = f"{shown} can't be reached: {getattr(error, 'reason', error)}", False
+                told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
             if is_final or not (options.follow or time.monotonic() + pause <= end):
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
             _say(f"{told}; trying again in {pause:.0f} s")
@@ -11265,6 +11249,8 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
 
 
 def _export(options: Options, store: Store, what: Filter) -> None:
+    import shutil
+
     path: str = options.export
     to_stdout = path == "-"
     form = options.format or ("csv" if to_stdout else export_format(path))
@@ -11286,7 +11272,7 @@ def _export(options: Options, store: Store, what: Filter) -> None:
             count = reading.export(what, path, form=form, count=options.limit, **chosen)
         if to_stdout:
             file = stack.enter_context(open(path, "rb"))
-            sys.stdout.buffer.writelines(iter(functools.partial(file.read, 1 << 20), b""))
+            shutil.copyfileobj(file, sys.stdout.buffer)
     _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
 
 
@@ -11582,7 +11568,7 @@ def cmd_wrap(options: Options) -> int:
     if not config.enabled:
         problem = f"audit logging is not enabled for profile {config.profile!r}"
         if options.strict:
-            raise _UsageError(f"{problem}; enable it in {config.site_file}, or leave --strict out")
+            raise _UsageError(f"{problem} in {config.site_file}")
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
     audit = AuditLogger.__new__(AuditLogger)
     audit.__setstate__(config._replace(strict=("*",)) if options.strict else config)
@@ -11609,7 +11595,8 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 
 def cmd_completion(options: Options) -> None:
     words = {
-        f'*" {name}"': _WORDS[kind] for name, kind in re.findall(r"(--\w+)(?: [A-Z]+)? \{(\w+)\}", _OPTIONS)
+        f'*" {name}"': globals()[kind]
+        for name, kind in re.findall(r"(--\w+)(?: [A-Z]+)? \{(\w+)\}", _OPTIONS)
     }
     actions = {action.dest: action for action in build_parser()._actions}
     commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
