@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import datetime
 import errno
@@ -120,6 +121,8 @@ def test_log_event_filter_and_show_find_the_same_event(filled: Path, run: Cli) -
     assert '    "password": "[REDACTED]"' in done.stdout and "session_id       s1" in done.stdout
     shown = [line.split()[0] for line in done.stdout.splitlines() if line[0] != " "]
     assert shown[0] == "event_id" and sorted(shown) == sorted(mxcp_audit.PUBLIC_COLUMNS)
+    done = run("show", "20260131T120000000000Z-00000000:1", *DB)
+    assert (done.returncode, done.stdout) == (1, "") and "there is no event 20260131T" in done.stderr
 
 
 @one_engine
@@ -211,6 +214,8 @@ def test_commands_without_a_log_say_why(engine: str, run: Cli) -> None:
         done = run(*command, "--db", "none.duckdb", "--wait", "0")
         assert done.returncode == 1 and "Audit database not found" in done.stderr, command
         assert done.stdout == ""
+    with pytest.raises(mxcp_audit.DatabaseNotFoundError):
+        run("log", "--db", "none.duckdb", "--debug")
 
 
 @pytest.fixture
@@ -242,37 +247,30 @@ def test_commands_while_locked_name_the_holder_and_exit_75(held: int, filled: Pa
     assert not (filled / "x.csv").exists()
 
 
-def test_ingest_wait_tries_again_until_the_database_is_free(
-    filled: Path, run: Cli, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    with held_database(filled / "log.duckdb") as holder:
-        done = run("ingest", *DB, "--wait", "0")
-        assert done.returncode == 75 and f"PID {holder.pid}" in done.stderr
-
-        def tries(wait: float) -> Iterator[bool]:
-            yield False
-            holder.kill()
-            holder.wait()
-            yield True
-
-        monkeypatch.setattr(mxcp_audit, "tries", tries)
-        done = run("ingest", *DB)
-        assert (done.returncode, done.stderr) == (0, "2 events ingested\n")
-
-
+@pytest.mark.parametrize("held", ["database", "lock"])
 @one_engine
-def test_ingest_wait_tries_again_while_another_process_ingests(
-    filled: Path, run: Cli, monkeypatch: pytest.MonkeyPatch
+def test_ingest_wait_tries_again_until_it_can(
+    filled: Path, run: Cli, monkeypatch: pytest.MonkeyPatch, held: str
 ) -> None:
     fcntl = pytest.importorskip("fcntl")
-    with open(filled / "log.duckdb.journal" / "ingest.lock", "a") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+    with contextlib.ExitStack() as stack:
+        if held == "database":
+            holder = stack.enter_context(held_database(filled / "log.duckdb"))
+            said = f"PID {holder.pid}"
+        else:
+            lock = stack.enter_context(open(filled / "log.duckdb.journal" / "ingest.lock", "a"))
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            said = "another process is ingesting"
         done = run("ingest", *DB, "--wait", "0")
-        assert done.returncode == 75 and "another process is ingesting" in done.stderr
+        assert done.returncode == 75 and said in done.stderr
 
         def tries(wait: float) -> Iterator[bool]:
             yield False
-            fcntl.flock(lock, fcntl.LOCK_UN)
+            if held == "database":
+                holder.kill()
+                holder.wait()
+            else:
+                fcntl.flock(lock, fcntl.LOCK_UN)
             yield True
 
         monkeypatch.setattr(mxcp_audit, "tries", tries)
@@ -881,18 +879,6 @@ def test_docs_page_has_the_options_of_every_command(tmp_path: Path) -> None:
             assert f"<!-- options: {name[1:]} -->" in page
     flags = set(re.findall(r" (--?[a-z][a-z-]*)", "\n ".join(mxcp_audit._OPTIONS.split("\n"))))
     assert set(re.findall(r"`(--?[a-z][a-z-]*)", page)) <= flags | {"--help", "--version"}
-
-
-@one_engine
-def test_show_unknown_event_is_none(filled: Path, run: Cli) -> None:
-    done = run("show", "20260131T120000000000Z-00000000:1", *DB)
-    assert (done.returncode, done.stdout) == (1, "") and "there is no event 20260131T" in done.stderr
-
-
-@one_engine
-def test_debug_lets_errors_through_with_their_story(filled: Path, run: Cli) -> None:
-    with pytest.raises(mxcp_audit.DatabaseNotFoundError):
-        run("log", "--db", "none.duckdb", "--debug")
 
 
 @one_engine
