@@ -9155,16 +9155,6 @@ class Follower:
                     raise
         return rows if rows or self.is_behind else self._new_lines()
 
-    def running(self) -> list[Row]:
-        """Return the matching calls that have run for a second on this host."""
-        lines = self._journal.running()
-        if not lines:
-            return []
-        with scratch_folder(self._journal.directory) as folder:
-            reading = Reading(self._session(), folder, self._target)
-            reading.open_running(lines)
-            return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
-
     def _session(self) -> Engine:
         self._engine = self._engine or self._target.open_engine()
         return self._engine
@@ -10734,7 +10724,7 @@ _OPTIONS = """
 --bom | begin CSV with a byte order mark: for Excel
 
 @show show one event in full
-> show 20261125T010203123456Z-1f2e3d4c:17 --around 5
+> show EVENT_ID --around 5
 event EVENT_ID | as log --wide shows it
 --around N | a table of N events of its session before it, the event, and N after it
 &times
@@ -10789,7 +10779,7 @@ files FILE + | a JSONL log of MXCP's
 
 @wrap run any stdio MCP server and record what it executes
 COMMAND talks over standard input and output, in any language.
-> wrap --profile production -- npx -y @modelcontextprotocol/server-everything
+> wrap -- npx -y @modelcontextprotocol/server-everything
 --strict | refuse each call that can't be recorded (default: as the site file says)
 server COMMAND … | the server's command with its arguments, behind --
 
@@ -10800,7 +10790,7 @@ Recompute the ledger from the events.
 --json | JSON
 --since WHEN | recompute segments with events since then only
 --checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
---signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
+--signed-by FILE | it must be signed by one of these allowed signers of OpenSSH
 
 @checkpoint print where the ledger ends, to be kept elsewhere
 Kept out of reach of who can write the database, it lets `verify --checkpoint FILE` tell whether \
@@ -10810,7 +10800,7 @@ anything up to it was cut off or rewritten.
 
 @prove print what shows somebody else that one event is in the log
 With a checkpoint made since, it can be checked without the log, by tools/verify_independently.py.
-> prove 20260101T120000000000Z-1a2b3c4d:17 > proof.json
+> prove EVENT_ID > proof.json
 event EVENT_ID | as log --wide shows it
 
 @purge delete old events, so that the rest still verifies
@@ -10822,12 +10812,12 @@ Delete every segment whose last event is older, and enter into the ledger what w
 --archive DIR | write what goes as Parquet into DIR first
 
 @backup copy the log while the server runs
-> backup /backup/audit-2026-11-25.duckdb
+> backup copy.duckdb
 file FILE | a new file; nothing is overwritten
 
 @restore put a backup back, without losing what came after it
 The backup takes the place of the database; what only the database holds is added.
-> restore /backup/audit-2026-11-25.duckdb
+> restore copy.duckdb
 file FILE | what `backup` made
 
 @compact give the space of purged events back to the file system
@@ -11040,11 +11030,12 @@ def cmd_log(options: Options) -> int | None:
             rows = reading.running(what, count=count)
         else:
             rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
+        write = _event_writer(options)
         if options.json:
-            write_json(sys.stdout, rows, columns=options.columns)
+            write(rows)
         else:
             rows = list(rows)
-            _event_table(options)(rows)
+            write(rows)
             sys.stdout.flush()
             _say(summary(rows, count))
         if problem := reading.problem:
@@ -11055,8 +11046,10 @@ def cmd_log(options: Options) -> int | None:
     return None
 
 
-def _event_table(options: Options) -> Callable[[Sequence[Row]], None]:
-    """Return what writes events as a table, and more of it when it is called again to follow."""
+def _event_writer(options: Options) -> Callable[..., None]:
+    """Return what writes events as JSON or a table, and more of it when it is called again to follow."""
+    if options.json:
+        return functools.partial(write_json, sys.stdout, columns=options.columns, by_line=options.follow)
     width, colour = _terminal()
     return functools.partial(
         write_events,
@@ -11073,30 +11066,30 @@ def _event_table(options: Options) -> Callable[[Sequence[Row]], None]:
 
 def _stream(options: Options, store: Store, what: Filter) -> None:
     """Show events in a form; or new ones, or those since a cursor, which moves when they are written."""
-    show: Callable[[list[Row]], None]
     columns, place, wait = "", options.cursor_file, 0 if options.follow else options.wait
     if options.format:
         if options.format not in STREAM_FORMS:
             known = ", ".join(STREAM_FORMS)
             raise _UsageError(f"--format {options.format} needs --export; lines have {known}")
         columns = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id"
-        show = write = _line_writer(options)
+        write = _line_writer(options)
         if not (place or options.follow):
             count, order = options.limit or 100, options.oldest_first
             with _whole_log(store, options) as reading:
                 write(reading.rows(what, count=count, oldest_first=order, columns=columns))
             return
+    else:
+        write = _event_writer(options)
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
     past = [] if place else _past(options, store, what, follower, columns)
-    if not options.format:
-        show = _table_writer(options, follower)
     told = saved = ""
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
             try:
                 fresh, past = past or follower.look(wait=wait), []
-                show(fresh)
+                if fresh:
+                    write(fresh)
             except (JournalError, StoreError) as error:
                 if not options.follow:
                     raise
@@ -11130,28 +11123,6 @@ def _past(options: Options, store: Store, what: Filter, follower: Follower, colu
     except DatabaseNotFoundError:
         _say(f"there is no log at {store.target.name} yet; waiting for the first event")
     return [row for row in reversed(past) if follower.is_seen(row)]
-
-
-def _table_writer(options: Options, follower: Follower) -> Callable[[Sequence[Row]], None]:
-    """Return what shows rows as JSON, or as a table with a line for each call that has run for a second."""
-    if options.json:
-        return lambda rows: write_json(sys.stdout, rows, columns=options.columns, by_line=True)
-    write, due, known = _event_table(options), 0.0, set[str]()
-
-    def show(rows: Sequence[Row]) -> None:
-        nonlocal due, known
-        if rows:
-            write(rows)
-        if time.monotonic() >= due:
-            due = time.monotonic() + 1
-            running = {
-                f"running since {moment}: {kind} {name}" for moment, _, kind, name, *_ in follower.running()
-            }
-            for line in sorted(running - known):
-                _print(line)
-            known = running
-
-    return show
 
 
 def _read_cursor(path: str) -> dict[str, Any]:
@@ -11441,7 +11412,7 @@ def cmd_report(options: Options) -> None:
     facts = {
         "log": store.target.name,
         "made at": sql_time(utc_now())[:19] + " UTC",
-        "filter": json.dumps(chosen, ensure_ascii=False) if chosen else "none: all events",
+        "filter": json.dumps(chosen, ensure_ascii=False),
     }
     try:
         verdict = store.verify(wait=options.wait)
@@ -11606,10 +11577,7 @@ def cmd_completion(options: Options) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command with arguments, by default the process's; return its exit code.
-
-    Never a traceback, except with --debug.
-    """
+    """Run a command and return its exit code; never a traceback, except with --debug."""
     if sys.stdout is None or sys.stderr is None:  # >&-
         sink = open(os.devnull, "w")
         sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
