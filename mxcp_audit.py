@@ -11339,13 +11339,13 @@ def cmd_redact(options: Options) -> None:
     except (ValueError, RecursionError) as error:
         raise _UsageError(f"standard input is no JSON: {error}") from error
     encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes)
-    recorded = encoder.input_json(value, options.tool, None, None)
+    recorded = json.loads(encoder.input_json(value, options.tool, None, None)) or "null"
     reasons = redactor.explain(value, tool=options.tool)
     if options.json:
         redacted = [{"path": path, "reason": reason} for path, reason in reasons]
-        _print_json({"recorded": json.loads(json.loads(recorded)), "redacted": redacted})
+        _print_json({"recorded": json.loads(recorded), "redacted": redacted})
         return
-    _print(indented_json(json.loads(recorded)))
+    _print(indented_json(recorded))
     if reasons:
         _print()
         write_grid(sys.stdout, ("REDACTED", "BECAUSE"), reasons, width=None)

@@ -475,6 +475,7 @@ def test_redact_shows_what_would_be_recorded_and_why(
         answer = json.loads(redact('{"nickname": "al"}', "--json", *options).stdout)
         assert answer["recorded"] == {"nickname": expected}
         assert len(answer["redacted"]) == (expected != "al")
+    assert redact("null").stdout == "null\n"
     wrong = redact("no JSON")
     assert wrong.returncode == 2 and "no JSON" in wrong.stderr
 
