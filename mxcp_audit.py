@@ -11069,8 +11069,7 @@ def _stream(options: Options, store: Store, what: Filter) -> None:
     columns, place, wait = "", options.cursor_file, 0 if options.follow else options.wait
     if options.format:
         if options.format not in STREAM_FORMS:
-            known = ", ".join(STREAM_FORMS)
-            raise _UsageError(f"--format {options.format} needs --export; lines have {known}")
+            raise _UsageError(f"--format {options.format} needs --export; else: {', '.join(STREAM_FORMS)}")
         columns = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id"
         write = _line_writer(options)
         if not (place or options.follow):
@@ -11226,8 +11225,7 @@ def _export(options: Options, store: Store, what: Filter) -> None:
     to_stdout = path == "-"
     form = options.format or ("csv" if to_stdout else export_format(path))
     if form not in EXPORT_FORMATS:
-        known = ", ".join(EXPORT_FORMATS)
-        raise _UsageError(f"{path}: the extension, or --format, must be one of {known}")
+        raise _UsageError(f"{path}: the extension, or --format, must be of {', '.join(EXPORT_FORMATS)}")
     if options.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
     if to_stdout and sys.stdout.isatty():
@@ -11379,12 +11377,10 @@ def cmd_import(options: Options) -> int:
             _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
             code = EXIT_FAILED
             continue
-        text = f"{path}: {counted(events, 'event')} imported"
-        text += f", {known} known already" if known else ""
-        if bad:
-            code = EXIT_FAILED
-            text += f", {counted(bad, 'bad line')} left out"
-        _say(text)
+        code = EXIT_FAILED if bad else code
+        more = f", {known} known already" if known else ""
+        more += f", {counted(bad, 'bad line')} left out" if bad else ""
+        _say(f"{path}: {counted(events, 'event')} imported{more}")
     return code
 
 
