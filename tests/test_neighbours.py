@@ -433,8 +433,6 @@ def test_csv_is_harmless_whatever_cannot_be_seen_before_a_formula(tmp_path: Path
         ).stdout
         head, *cells = out.splitlines()
         assert head == f"'{start}=2" and sorted(cells) == sorted(f"'{start}=1+1" for start in starts)
-    done = cli("log", "--db", database, "--export", str(tmp_path / "t.json"), "--bom")
-    assert done.returncode == 2 and "--bom is for CSV" in done.stderr
 
 
 # --- users and groups

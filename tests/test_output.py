@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import random
-import unicodedata
 from typing import Any
 
 import pytest
@@ -265,10 +264,3 @@ def test_summary_counts() -> None:
     rows = [row(status="error"), row(policy_decision="deny")]
     assert summary(rows, 100) == "2 events, 1 error, 1 denied"
     assert summary(rows, 2) == "2 events, 1 error, 1 denied (there may be more: --limit)"
-
-
-def test_display_width_agrees_with_the_database_of_unicode() -> None:
-    for code in range(0x20, 0x30000):
-        character = chr(code)
-        if character.isprintable() and unicodedata.east_asian_width(character) == "W":
-            assert display_width(character) in (0, 2)
