@@ -55,7 +55,7 @@ root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 package = pytest.mark.skipif(not importlib.util.find_spec("duckdb"), reason="needs the duckdb package")
 needs = {
     tool: pytest.mark.skipif(not shutil.which(tool), reason=f"needs {tool}")
-    for tool in ("strace", "unshare", "chattr", "cc")
+    for tool in ("unshare", "chattr", "cc")
 }
 
 PREAMBLE = """\
