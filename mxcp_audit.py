@@ -11547,6 +11547,7 @@ def cmd_wrap(options: Options) -> int:
 _COMPLETION = """\
 # Completion of mxcp-audit, made by `mxcp-audit completion`.
 if [ -n "${{ZSH_VERSION-}}" ]; then
+    (( $+functions[compdef] )) || {{ autoload -Uz compinit && compinit; }}
     autoload -Uz bashcompinit && bashcompinit
 fi
 _mxcp_audit() {{
