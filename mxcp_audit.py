@@ -11018,6 +11018,13 @@ def _filter_of(options: Options) -> Filter:
     return Filter(**{name: fields[name] for name in Filter._fields if fields[name] is not None})
 
 
+def _write_whole(path: str, text: str) -> None:
+    try:
+        replace_file(path, text.encode("utf-8", "backslashreplace"))
+    except OSError as error:
+        raise AuditError(f"{path} can't be written: {error.strerror}") from error
+
+
 def cmd_log(options: Options) -> int | None:
     what, store = _filter_of(options), _store_of(options)
     if options.export or options.format or options.follow:
@@ -11098,7 +11105,7 @@ def _stream(options: Options, store: Store, what: Filter) -> None:
             else:
                 reached = json.dumps(follower.cursor())
                 if place and reached != saved:
-                    replace_file(place, reached.encode() + b"\n")
+                    _write_whole(place, reached + "\n")
                     saved = reached
                 if not (options.follow or fresh or follower.is_behind):
                     return
@@ -11418,7 +11425,7 @@ def cmd_report(options: Options) -> None:
         facts["verify"] = str(error)
     with _whole_log(store, options) as reading:
         text = "".join(report_html(reading, what, facts, newest=options.limit or 100))
-    replace_file(options.out, text.encode("utf-8", "backslashreplace"))
+    _write_whole(options.out, text)
     _say(f"report written to {options.out}")
 
 
