@@ -21,6 +21,7 @@ import os
 import re
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import tempfile
@@ -55,7 +56,7 @@ root = pytest.mark.skipif(os.geteuid() != 0, reason="needs root")
 package = pytest.mark.skipif(not importlib.util.find_spec("duckdb"), reason="needs the duckdb package")
 needs = {
     tool: pytest.mark.skipif(not shutil.which(tool), reason=f"needs {tool}")
-    for tool in ("unshare", "chattr", "cc")
+    for tool in ("strace", "unshare", "chattr", "cc")
 }
 
 PREAMBLE = """\
@@ -887,6 +888,24 @@ def test_bc_063_everyday_objects_that_json_does_not_know(stored: Any) -> None:
     assert len(found) == 14 and "1.10" in str(found["decimal"])
 
 
+MARKER = "hunter2-ZzQ9-marker"
+
+
+def test_bc_064_secret_several_levels_down_is_nowhere(tmp_path: Path) -> None:
+    secret: dict[str, Any] = {"password": MARKER}
+    values = ({"b": secret}, [[secret]], ((secret,),), json.dumps(secret))
+    audit = AuditLogger(tmp_path / "log.duckdb")
+    for _ in range(2):  # in the table and in the journal
+        audit.flush(SAFETY_SECONDS)
+        for value in values:
+            audit.log_event("cli", "tool", "x", {"a": value})
+    assert audit.wait_written()
+    assert len(table_rows(tmp_path / "log.duckdb")) == 4
+    for path in tmp_path.rglob("*"):
+        assert path.is_dir() or MARKER.encode() not in path.read_bytes(), path
+    audit.shutdown()
+
+
 def test_bc_065_short_secret_under_a_telling_name(stored: Any) -> None:
     keys = [
         *("password", "PASSWORD", "passWord", "db_password", "apiKey", "API-KEY", "x-api-key"),
@@ -1197,6 +1216,41 @@ def test_bc_086_full_disk_blocks_no_caller_and_needs_no_restart(tmp_path: Path) 
 
 
 @linux
+@needs["strace"]
+@pytest.mark.parametrize("when", [1, 2, 3])
+def test_bc_090_failed_fsync_loses_nothing(db: Path, when: int) -> None:
+    write_segment(db, [str(n) for n in range(100)])
+    command = [sys.executable, "-m", "mxcp_audit", "ingest", "--db", str(db)]
+    inject = ["strace", "-f", "-o", os.devnull, "-e", f"inject=fsync,fdatasync:error=EIO:when={when}"]
+    subprocess.run(
+        [*inject, *command],
+        env=child_environment(MXCP_AUDIT_ENGINE="package"),
+        capture_output=True,
+        timeout=SAFETY_SECONDS,
+    )
+    assert_whole(judge(db), 100)
+    ingest(db)
+    verdict = judge(db)
+    assert_whole(verdict, 100)
+    assert verdict.in_table == 100
+
+
+def test_bc_090_failed_fsync_of_the_journal_moves_to_a_new_segment(db: Path) -> None:
+    body = """
+        import logging; logging.disable()
+        true_sync = os.fsync; calls = 0
+        def fsync(fd):
+            global calls; calls += 1
+            if calls % 3 == 0: raise OSError(5, "EIO")
+            return true_sync(fd)
+        audit = AuditLogger(db, durable=True); os.fsync = fsync
+        for n in range(30): log(n)
+    """
+    run_clean(body, db, audit=False)
+    assert_whole(judge(db), {str(n) for n in range(30)})
+
+
+@linux
 def test_bc_091_full_database_volume_loses_nothing(tmp_path: Path, cli: Any) -> None:
     with tmpfs(tmp_path / "disk", "1m") as resize:
         db, journal = tmp_path / "disk" / "log.duckdb", tmp_path / "journal"
@@ -1284,6 +1338,23 @@ def test_bc_094_burst_loses_nothing_or_says_how_much(
 
 
 # --- ingest
+
+
+def test_bc_096_killed_ingest_takes_every_event_once(tmp_path: Path) -> None:
+    for round_number in range(4):
+        db = tmp_path / f"{round_number}.duckdb"
+        for n in range(20):
+            write_segment(db, [f"{n}-{line}" for line in range(50)])
+        command = [sys.executable, "-m", "mxcp_audit", "ingest", "--db", str(db)]
+        process = subprocess.Popen(command, env=child_environment(), stderr=subprocess.DEVNULL)
+        wait_until(lambda db=db, process=process: db.exists() or process.poll() is not None)
+        time.sleep(0.004 * round_number)
+        process.kill()
+        process.wait()
+        ingest(db)
+        verdict = judge(db)
+        assert_whole(verdict, 1000)
+        assert verdict.in_table == 1000
 
 
 def test_bc_099_one_bad_line_costs_one_line(db: Path) -> None:
@@ -1679,6 +1750,24 @@ def test_bc_119_line_breaks_forge_no_event(stored: Any, db: Path) -> None:
     assert judge(db).in_table == 6 and "forged" not in judge(db).names
 
 
+ESCAPES = "\x1b[2J \x1b]0;t\x07 \x1b]52;c;aGk=\x07 \r \x08 \x9b \u202e"
+
+
+def test_bc_121_escape_sequences_reach_no_terminal(db: Path, logger: AuditLogger, cli: Any) -> None:
+    logger.log_event(
+        ESCAPES, "tool", f"x{ESCAPES}", {"x": ESCAPES}, status="error", error=ESCAPES, user_id=ESCAPES
+    )
+    assert logger.shutdown()
+    for done in (
+        cli("log", "--db", str(db)),
+        cli("log", "--db", str(db), "--since", ESCAPES),
+        cli("log", "--db", f"{db}{ESCAPES}"),
+    ):
+        assert not set(done.stdout + done.stderr) & set("\x1b\x07\r\x08\x9b\u202e")
+    (event,) = shown(cli, db)
+    assert event["name"] == f"x{ESCAPES}"
+
+
 @linux
 @root
 @needs["chattr"]
@@ -1725,6 +1814,36 @@ def test_bc_124_every_field_is_shown_before_and_after_ingest(
         views.append((event, (db.parent / f"{step}.csv").read_text()))
         ingest(db)
     assert views[0] == views[1]
+
+
+@pytest.mark.parametrize("since", ["5M x", "5 m m", "-5m", "9999999999d", "1e9h", "", " ", "1y", "fortnight"])
+def test_bc_125_unknown_span_of_time_is_refused_with_an_example(db: Path, cli: Any, since: str) -> None:
+    Path(f"{db}.journal").mkdir()
+    done = cli("log", "--db", str(db), f"--since={since}")
+    assert done.returncode == 2 and "1d" in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    "since, seconds", [("1d", 86400), ("2w", 1209600), ("1h30m", 5400), ("90m", 5400), ("1d12h", 129600)]
+)
+def test_bc_125_days_and_sums_are_exact(since: str, seconds: int) -> None:
+    now = datetime.datetime(2026, 1, 31, 12, tzinfo=datetime.timezone.utc)
+    assert mxcp_audit.parse_time(since, now=now) == mxcp_audit.sql_time(
+        now - datetime.timedelta(seconds=seconds)
+    )
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        *("--since 1x", "--since abc", "--limit -1", "--limit 0", "--limit abc", "--status sucess"),
+        *("--type tol", "--since 1h --until 2h"),
+    ],
+)
+def test_bc_126_wrong_option_never_looks_like_an_empty_log(db: Path, cli: Any, options: str) -> None:
+    Path(f"{db}.journal").mkdir()
+    done = cli("log", "--db", str(db), *options.split())
+    assert done.returncode == 2 and done.stdout == "" and done.stderr
 
 
 def test_bc_128_zones_of_a_filter_are_exact_wherever_one_is(db: Path, cli: Any) -> None:
@@ -1790,6 +1909,44 @@ def test_bc_137_export_is_whole_or_absent(db: Path, cli: Any) -> None:
     else:
         assert len(target.read_text().splitlines()) == 5001
     assert not list(db.parent.glob(".*.part"))
+
+
+def test_bc_138_export_that_cannot_be_written_fails_and_destroys_nothing(db: Path, cli: Any) -> None:
+    write_segment(db, ["table"])
+    ingest(db)
+    write_segment(db, ["journal"])
+    before = db.read_bytes()
+    targets = [".", "missing/out.csv", "log.duckdb", "log.duckdb.journal/x.csv"]
+    if not os.geteuid():
+        os.mknod(db.parent / "full", 0o666 | stat.S_IFCHR, os.makedev(1, 7))  # as /dev/full
+        targets.append("full")
+    for target in targets:
+        done = cli("log", "--db", str(db), "--export", target)
+        assert done.returncode and done.stderr and "Traceback" not in done.stderr, target
+        assert db.read_bytes() == before, target
+    assert "full" not in targets or stat.S_ISCHR(os.stat(db.parent / "full").st_mode)
+    assert_whole(judge(db), {"table", "journal"})
+
+
+def test_bc_139_output_that_nobody_reads_to_the_end(db: Path) -> None:
+    write_segment(db, [str(n) for n in range(4000)])
+    command = f"{sys.executable} -m mxcp_audit log --db {db} --limit 4000"
+    environment = child_environment(PYTHONUNBUFFERED="1")
+    for line in (
+        f"{command} | head -1",
+        f"{command} --json | head -c 10",
+        f"{command} >&-",
+        f"{command} --json >&-",
+    ):
+        done = subprocess.run(
+            ["bash", "-c", f"set -o pipefail; {line}"],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=SAFETY_SECONDS,
+        )
+        assert "Traceback" not in done.stderr and "Exception" not in done.stderr
+        assert done.returncode in (0, 1, 141)
 
 
 @package
