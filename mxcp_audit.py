@@ -11176,6 +11176,7 @@ def _line_writer(options: Options) -> Callable[[Iterable[Row]], None]:
 
 def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
     """Return what posts lines until a 2xx comes, with pauses after 429, 5xx and faults."""
+    import email.utils
     import http.client
     import urllib.request
 
@@ -11198,6 +11199,14 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
             raise _UsageError(f"--header {header}: the variable is not set, or no header can be made of this")
     opener = urllib.request.build_opener(AsItComes)
 
+    def asked_pause(text: str) -> float:
+        """Return the seconds that a Retry-After asks for, a number or a date."""
+        if text.isdecimal():
+            return float(text)
+        with contextlib.suppress(Exception):  # whatever a receiver sends
+            return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+        return 0.0
+
     def post(lines: Sequence[str]) -> None:
         text = "\n".join(lines) + "\n"
         if is_otlp:  # one request of all resources: each line holds an array of one
@@ -11213,6 +11222,7 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
                     if 200 <= code < 300:
                         return
                     told, is_final = f"{shown} answered {code}: ", code != 429 and code < 500
+                    pause = max(pause, min(asked_pause(answer.headers.get("Retry-After", "").strip()), 300.0))
                     told += answer.read(500).decode(errors="replace").strip()
             except (OSError, http.client.HTTPException) as error:
                 told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
