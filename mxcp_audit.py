@@ -10751,6 +10751,7 @@ statement SELECT | the statement; - reads it from standard input
 --raw | no apostrophe in CSV before what a spreadsheet takes for a formula
 
 @config show the settings that hold, and who set them
+> config --profile production
 --json | JSON
 
 @redact show what would be recorded of an input, and why
@@ -10760,8 +10761,10 @@ Read JSON on standard input. Without a site file the default rules hold.
 --json | JSON
 
 @ingest move what no running server writes from the journal into the database
+> ingest
 
 @doctor say how the log is doing, and what to do about it
+> doctor --json
 --json | JSON
 --prometheus | the numbers as gauges of Prometheus
 
@@ -10821,6 +10824,7 @@ The backup takes the place of the database; what only the database holds is adde
 file FILE | what `backup` made
 
 @compact give the space of purged events back to the file system
+> compact
 
 @completion print what makes a shell complete this program's words
 > completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
@@ -10905,10 +10909,10 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
         if name[0] == "&":
             continue
         about = f"{brief[0].upper()}{brief[1:]}."
-        if lines and lines[0][0].isupper():
+        if lines[0][0].isupper():
             about += f" {_worded(lines.pop(0))}"
         examples = "".join(f"\n  mxcp-audit {line[2:]}" for line in lines if line[0] == ">")
-        about, examples = textwrap.fill(about, 78), examples and f"examples:{examples}\n"
+        about, examples = textwrap.fill(about, 78), f"examples:{examples}\n"
         command = commands.add_parser(name[1:], **form, help=brief, description=about, epilog=examples)
         if name not in ("@config", "@redact", "@wrap", "@completion"):  # they open no database
             lines.insert(0, "&waiting")
