@@ -7938,6 +7938,11 @@ SELECT {public_select()} FROM (
 WHERE abs(place - mine) <= {count} ORDER BY place"""
         return self.ask(Filter(session=session), sql)
 
+    def ids_like(self, part: str) -> list[Row]:
+        """Return up to three event ids that begin with `part`, or that have it behind the time."""
+        condition = f"event_id LIKE {sql_literal(f'{part}%')} OR event_id LIKE {sql_literal(f'%-{part}')}"
+        return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
+
     def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
         return self.engine.execute(LOSSES, {"since": since}) if self.has_ledger else []
@@ -10724,8 +10729,8 @@ _OPTIONS = """
 --bom | begin CSV with a byte order mark: for Excel
 
 @show show one event in full
-> show EVENT_ID --around 5
-event EVENT_ID | as log --wide shows it
+> show 1f2e3d4c:17 --around 5
+event EVENT_ID | as log --wide shows it, or a part that tells: 1f2e3d4c:17
 --around N | a table of N events of its session before it, the event, and N after it
 &times
 --json | JSON
@@ -11274,9 +11279,18 @@ input_json result_bytes context"""
 
 def cmd_show(options: Options) -> int | None:
     name, count = options.event.strip(), options.around
-    parse_event_id(name)
+    ids = [name]
+    try:
+        parse_event_id(name)
+    except EventError:
+        if not re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", name):
+            raise
+        ids = []  # its beginning, or what follows the time
     with _store_of(options).reading(wait=options.wait) as reading:
-        rows = list(reading.rows(Filter(event_id=name), count=1))
+        ids = ids or [str(each) for (each,) in reading.ids_like(name)]
+        if len(ids) > 1:
+            raise _UsageError(f"{name} may be any of {', '.join(ids)} …")
+        rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
         if not rows:
             if reading.problem is not None:
                 raise reading.problem
@@ -11286,7 +11300,7 @@ def cmd_show(options: Options) -> int | None:
         if count:
             if event["session_id"] is None:
                 raise _UsageError(f"{name} has no session; leave --around out")
-            rows = reading.around(event["session_id"], name, count)
+            rows = reading.around(event["session_id"], ids[0], count)
     if options.json:
         write_json(sys.stdout, rows) if count else _print_json(event)
     elif count:

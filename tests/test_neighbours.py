@@ -153,6 +153,17 @@ def test_without_a_temporary_directory_the_journal_s_is_used(
 
 
 @one_engine
+def test_show_takes_the_part_of_an_id_that_tells(log: Path, cli: Cli) -> None:
+    ids = [event["event_id"] for event in json.loads(cli("log", "--json", "--db", str(log)).stdout)]
+    chosen = ids[3]
+    for part in (chosen, chosen.rpartition("-")[2]):
+        assert json.loads(cli("show", part, "--json", "--db", str(log)).stdout)["event_id"] == chosen
+    done = cli("show", chosen[:8], "--db", str(log))
+    assert done.returncode == 2 and "may be any of" in done.stderr
+    assert cli("show", "0:9", "--db", str(log)).returncode == 1
+
+
+@one_engine
 def test_log_of_a_database_without_our_table_says_so(log: Path, cli: Cli) -> None:
     with store_of(log).target.session(read_only=False, wait=SAFETY_SECONDS) as engine:
         engine.execute("DROP TABLE audit.logs")
