@@ -7983,6 +7983,7 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         oldest_first: bool = False,
         raw: bool = False,
         bom: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write the matching events to a file, whole or not at all, with mode 0600; return their number."""
         self.freeze_journal()  # or the two queries below would see two ends of a live segment
@@ -7998,7 +7999,8 @@ WHERE abs(place - mine) <= {count} ORDER BY place"""
         with _scratch(path, problem) as scratch:
             target = os.path.join(scratch, "export")
             try:
-                written = self._write(sql, target, form)
+                with _watched(target, progress):
+                    written = self._write(sql, target, form)
             except QueryError as error:
                 raise StoreError(f"{problem}: {error}") from error
             if written not in (expected, None):
@@ -8068,6 +8070,12 @@ def _meanwhile(act: Callable[[], object], seconds: float, name: str) -> Iterator
     finally:
         done.set()
         thread.join()
+
+
+def _watched(path: str, progress: Callable[[int], None] | None) -> contextlib.AbstractContextManager[None]:
+    if progress is None:
+        return contextlib.nullcontext()
+    return _meanwhile(lambda: progress(_size_of(path)), 0.5, "progress")
 
 
 @contextlib.contextmanager
@@ -10970,6 +10978,13 @@ def _say(text: str) -> None:
         print("\n".join(map(printable, text.splitlines())), file=sys.stderr, flush=True)
 
 
+def _progress(done: int, total: int | None = None) -> None:
+    text = f"written {done >> 20} MiB" if total is None else f"verified {done} of {counted(total, 'event')}"
+    if sys.stderr.isatty():
+        with contextlib.suppress(OSError, ValueError):
+            print(f"\r{text}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
+
+
 def _terminal() -> tuple[int | None, bool]:
     """Return the width to fit to, None for a pipe, and whether to use colour (no-color.org)."""
     is_terminal = sys.stdout.isatty()
@@ -11263,8 +11278,11 @@ def _export(options: Options, store: Store, what: Filter) -> None:
         else:
             store.refuse_own_files(path)
         chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
+        progress = _progress if sys.stderr.isatty() else None
         with _whole_log(store, options) as reading:
-            count = reading.export(what, path, form=form, count=options.limit, **chosen)
+            count = reading.export(what, path, form=form, count=options.limit, progress=progress, **chosen)
+        if progress:
+            print("\r\x1b[K", end="", file=sys.stderr)
         if to_stdout:
             file = stack.enter_context(open(path, "rb"))
             shutil.copyfileobj(file, sys.stdout.buffer)
@@ -11460,7 +11478,7 @@ def cmd_report(options: Options) -> None:
 def cmd_verify(options: Options) -> int:
     checkpoint = _read_checkpoint(options.checkpoint, options.signed_by) if options.checkpoint else []
     store = Store(_config_of(options))
-    verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait)
+    verdict = store.verify(checkpoint=checkpoint, since=options.since, wait=options.wait, progress=_progress)
     if options.json:
         _print_json(_verdict_object(verdict), indent=None)
     else:

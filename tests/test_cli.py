@@ -913,12 +913,14 @@ def test_commands_of_a_program_answer_in_any_of_its_threads(filled: Path, run: C
 
 
 @one_engine
-def test_terminal_csv_is_harmless(filled: Path) -> None:
+def test_terminal_csv_and_progress_of_verify(filled: Path) -> None:
     with AuditLogger(filled / "log.duckdb") as audit:
         audit.log_event("http", "tool", NASTY)
-    command = [sys.executable, "-m", "mxcp_audit", "sql", "SELECT name FROM logs", "--csv", *DB]
-    shown = Session(command, filled)
+    module = [sys.executable, "-m", "mxcp_audit"]
+    shown = Session([*module, "sql", "SELECT name FROM logs", "--csv", *DB], filled)
     assert shown.end() == 0 and "get_user" in shown.text and "\x1b[2J" not in shown.text
+    verified = Session([*module, "verify", *DB], filled)
+    assert verified.end() == 0 and re.search(r"\rverified (\d+) of \1 events\S*\r\n", verified.text)
 
 
 def test_version_of_a_module_inside_of_an_archive(tmp_path: Path, process_cli: Cli) -> None:

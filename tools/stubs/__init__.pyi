@@ -725,6 +725,7 @@ class Reading:
         oldest_first: bool = False,
         raw: bool = False,
         bom: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> int: ...
 
 class Finding(NamedTuple):
