@@ -9168,6 +9168,16 @@ class Follower:
                     raise
         return rows if rows or self.is_behind else self._new_lines()
 
+    def running(self) -> list[Row]:
+        """Return the matching calls that have run for a second on this host."""
+        lines = self._journal.running()
+        if not lines:
+            return []
+        with scratch_folder(self._journal.directory) as folder:
+            reading = Reading(self._session(), folder, self._target)
+            reading.open_running(lines)
+            return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
+
     def _session(self) -> Engine:
         self._engine = self._engine or self._target.open_engine()
         return self._engine
@@ -11108,18 +11118,17 @@ def _stream(options: Options, store: Store, what: Filter) -> None:
             with _whole_log(store, options) as reading:
                 write(reading.rows(what, count=count, oldest_first=order, columns=columns))
             return
-    else:
-        write = _event_writer(options)
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
     past = [] if place else _past(options, store, what, follower, columns)
+    if not options.format:
+        write = _table_writer(options, follower)
     told = saved = ""
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
             try:
                 fresh, past = past or follower.look(wait=wait), []
-                if fresh:
-                    write(fresh)
+                write(fresh)
             except (JournalError, StoreError) as error:
                 if not options.follow:
                     raise
@@ -11153,6 +11162,36 @@ def _past(options: Options, store: Store, what: Filter, follower: Follower, colu
     except DatabaseNotFoundError:
         _say(f"there is no log at {store.target.name} yet; waiting for the first event")
     return [row for row in reversed(past) if follower.is_seen(row)]
+
+
+def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Row]], None]:
+    """Return what shows rows as JSON, or as a table; on a terminal the running calls stay below it."""
+    write, is_terminal, width = _event_writer(options), sys.stdout.isatty(), _terminal()[0] or 200
+    if options.json:
+        return write
+    due, below = 0.0, list[str]()
+
+    def show(rows: Iterable[Row]) -> None:
+        nonlocal due, below
+        running = below
+        if is_terminal:
+            sys.stdout.write("\x1b[1F\x1b[2K" * len(below))
+            below = []
+        if rows:
+            write(list(rows))
+        if time.monotonic() >= due:
+            due, running = time.monotonic() + 1, []
+            for row in follower.running():
+                call = dict(zip(PUBLIC_COLUMNS, row))
+                passed = f", {int(call['duration_ms']) // 1000} s" if is_terminal else ""
+                text = f"running since {call['timestamp']}{passed}: {call['type']} {call['name']}"
+                running.append(fit(printable(text), width).rstrip())
+        for line in running:
+            if line not in below:
+                _print(line)
+        below = running
+
+    return show
 
 
 def _read_cursor(path: str) -> dict[str, Any]:

@@ -659,6 +659,17 @@ def test_terminal_follow_shows_new_events_until_ctrl_c(filled: Path) -> None:
 
 
 @one_engine
+def test_terminal_follow_replaces_a_running_call_when_it_ends(filled: Path) -> None:
+    session = Session([sys.executable, "-m", "mxcp_audit", "log", *DB, "-f", "--limit", "1"], filled)
+    with AuditLogger(filled / "log.duckdb") as audit:
+        with audit.record("tool", "long"):
+            session.read_until(lambda text: re.search("running since .*Z, [1-9] s: tool long\r\n", text))
+        session.read_until(lambda text: re.search("\x1b\\[1F\x1b\\[2K[^\n]* long [^\n]*\r\n$", text))
+    session.type("\x03")
+    assert session.end() == 130
+
+
+@one_engine
 def test_terminal_export_to_it_is_refused(filled: Path) -> None:
     refused = Session([sys.executable, "-m", "mxcp_audit", "log", *DB, "--export", "-"], filled)
     assert refused.end() == 2 and "not for a terminal" in refused.text

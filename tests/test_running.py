@@ -262,6 +262,25 @@ def now() -> str:
     return m.utc_now().strftime(m.LINE_TIME)
 
 
+def test_follow_shows_what_runs_and_then_its_end(db: Path, slow: Any) -> None:
+    audit = m.AuditLogger(db)
+    command = [sys.executable, "-u", "-m", "mxcp_audit", "log", "--db", str(db), "-f"]
+    follower = subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    try:
+        assert follower.stdout is not None and "waiting for the first event" in follower.stdout.readline()
+        slow(audit, "long")
+        line = follower.stdout.readline()
+        assert line.startswith("running since ") and "tool long" in line
+        let_go(slow)
+        rest = [follower.stdout.readline() for _ in range(2)]
+        assert "long" in rest[1] and "success" in rest[1]
+    finally:
+        follower.kill()
+        follower.communicate()
+
+
 def test_begun_file_is_written_anew_when_it_grows_moves_or_is_closed(db: Path, slow: Any) -> None:
     audit = m.AuditLogger(db)
     slow(audit, "first", size=1000)
