@@ -11267,7 +11267,7 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
         if text.isdecimal():
             return float(text)
         with contextlib.suppress(Exception):  # whatever a receiver sends
-            return email.utils.parsedate_to_datetime(text).timestamp() - time.time()
+            return (email.utils.parsedate_to_datetime(text) - utc_now()).total_seconds()
         return 0.0
 
     def post(lines: Sequence[str]) -> None:
