@@ -1339,7 +1339,7 @@ def _is_mixed(value: str) -> bool:
 
 def _is_basic(credentials: str) -> bool:
     """Return True for `user:password` in Base64."""
-    with contextlib.suppress(ValueError):
+    with suppress(ValueError):
         return b":" in binascii.a2b_base64(credentials)
     return False
 
@@ -2122,7 +2122,7 @@ class _Walk:
     def declared(self, definition: object) -> _Declared | None:
         """Return what a definition hides; most are JSON, and hide nothing."""
         if type(definition) is dict:
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 text = encode_json(definition)
                 return _declare(json.loads(text)) if '"sensitive"' in text else None
         return _declare(self.plain(definition))
@@ -2359,7 +2359,7 @@ class _Walk:
                 size = len(text) if text.isascii() else len(text.encode("utf-8", "surrogatepass"))
                 text, note = text[: allowed + min(allowed, _SLACK)], f"…[CUT: {size} bytes]"
         if not note and text[:1] in '{[" \t\r\n' and text.lstrip()[:1] in ("{", "[", '"'):
-            with contextlib.suppress(ValueError, RecursionError):  # no JSON after all
+            with suppress(ValueError, RecursionError):  # no JSON after all
                 tree = json.loads(text, object_pairs_hook=_unlike)
                 walked = json.loads(self.value(tree, declared))
                 return text if walked == tree else json.dumps(walked, ensure_ascii=False)
@@ -4059,7 +4059,7 @@ class Writer:
         self._writing.acquire(timeout=1.0)
 
     def after_fork_in_parent(self) -> None:
-        with contextlib.suppress(RuntimeError):  # it took too long
+        with suppress(RuntimeError):  # it took too long
             self._writing.release()
 
     # --- the caller's side
@@ -4181,7 +4181,7 @@ class Writer:
                 gate.acquire(timeout=min(left, _RETRY_SECONDS if thread is None else threading.TIMEOUT_MAX))
             finally:
                 if entry in self._waiting:
-                    with self._lock, contextlib.suppress(ValueError):
+                    with self._lock, suppress(ValueError):
                         self._waiting.remove(entry)
         return True
 
@@ -4350,7 +4350,7 @@ class Writer:
             for entry in due:
                 self._waiting.remove(entry)
         for _, callback in due:
-            with contextlib.suppress(RuntimeError):  # its event loop is closed
+            with suppress(RuntimeError):  # its event loop is closed
                 callback()
 
 
@@ -4502,7 +4502,7 @@ class Call:
             if error is not None and not isinstance(error, GeneratorExit):
                 if self.status != "error":  # else it is known from nearer to the cause
                     self.fail(describe_exception(error), type_of_error(error))
-                with contextlib.suppress(TypeError):  # of a `denied_by` that holds no exceptions
+                with suppress(TypeError):  # of a `denied_by` that holds no exceptions
                     causes = _errors_in(error, with_causes=True)
                     denial = next((each for each in causes if isinstance(each, self.denied_by)), None)
                     if denial is not None and self.policy_decision == "n/a":
@@ -4787,11 +4787,11 @@ def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     origin: dict[str, Any] = {"caller": "cli", "details": {}}
     trace = None
     if context is not None:
-        with contextlib.suppress(Exception):  # of the framework; the rest is known
+        with suppress(Exception):  # of the framework; the rest is known
             trace = _read_request(context, origin, proxies)
     current_span = _loaded("opentelemetry.trace", "get_current_span")
     if trace is None and current_span is not None:
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             span = current_span().get_span_context()
             trace = span.trace_id and (f"{span.trace_id:032x}", f"{span.span_id:016x}")
     origin["trace_id"], parent = trace or (None, None)
@@ -4806,12 +4806,12 @@ _peers: weakref.WeakKeyDictionary[Any, Any] = weakref.WeakKeyDictionary()
 def _peer_of(session: object) -> Any:
     """Return client and protocol version as a session knows them."""
     connection = getattr(session, "_connection", session)  # the SDK 2 makes a session for each request
-    with contextlib.suppress(KeyError, TypeError):  # no weak references
+    with suppress(KeyError, TypeError):  # no weak references
         return _peers[connection]
     init = _get(session, "client_params")
     version = _text(_get(init, "protocol_version", "protocolVersion"))
     peer = client_of(_get(init, "client_info", "clientInfo")), version
-    with contextlib.suppress(TypeError):
+    with suppress(TypeError):
         if peer[0] is not None:
             _peers[connection] = peer
     return peer
@@ -4877,7 +4877,7 @@ def address_of(request: object, headers: Mapping[str, str], proxies: Sequence[st
 
         trusted = [ipaddress.ip_network(each, strict=False) for each in proxies]
         place = r"(?:^|,)\s*\[?([^\],\s]+)" if said else r'(?i)\bfor="?\[?([^\];,"\s]+)'
-        with contextlib.suppress(ValueError):  # what is no address is nobody's proxy
+        with suppress(ValueError):  # what is no address is nobody's proxy
             for hop in reversed(re.findall(place, said or headers.get("forwarded", ""))):
                 if not any(ipaddress.ip_address(host) in network for network in trusted):
                     break
@@ -4903,7 +4903,7 @@ def _watch_spans() -> None:
         if call is not None and call.trace_id is None:
             call.trace_id = f"{span.get_span_context().trace_id:032x}"
 
-    with contextlib.suppress(Exception):  # of another provider than the SDK's
+    with suppress(Exception):  # of another provider than the SDK's
         provider = sys.modules["opentelemetry.trace"].get_tracer_provider()
         if not hasattr(provider, "__mxcp_audit__"):
             provider.add_span_processor(type("Spans", (kind,), {"on_start": on_start})())
@@ -5075,7 +5075,7 @@ class Middleware(Exchange):
         kind = call.event_type
         before = transport.set("stdio")  # over which FastMCP asks no `auth=`
         try:
-            with contextlib.suppress(Exception):  # it is as unknown as it was
+            with suppress(Exception):  # it is as unknown as it was
                 for find in (f"get_{kind}", "get_resource_template")[: 1 + (kind == "resource")]:
                     if _get(await getattr(server, find)(call.name), "auth") is not None:
                         call.policy("deny", f"the {kind}'s auth refuses the caller")
@@ -5089,7 +5089,7 @@ class Middleware(Exchange):
         functions = _get(docket, "tasks")
         path, watching = self._logger.config.path, getattr(docket, "__mxcp_audit__", ())
         if type(functions) is dict and path not in watching:
-            with contextlib.suppress(AttributeError):
+            with suppress(AttributeError):
                 docket.__mxcp_audit__ = (*watching, path)
                 for key, function in functions.items():
                     run = functools.partial(self._run_task, str(key), function, _binder(function))
@@ -5189,7 +5189,7 @@ def auditing(
         if not hasattr(function, "__name__"):  # a partial or an object
             wrapper.__name__ = wrapper.__qualname__ = own
             wrapper.__annotations__ = {}
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 body = bodies[1] if bare is function else bare
                 wrapper.__annotations__ = inspect.get_annotations(body, eval_str=True)
         return cast(Function, wrapper)
@@ -5310,7 +5310,7 @@ def _binder(function: Callable[..., Any]) -> Callable[..., object]:
 
     signature = None
     for eval_str in (False, True):  # True fails on some annotations
-        with contextlib.suppress(Exception):
+        with suppress(Exception):
             signature = inspect.signature(function, eval_str=eval_str)
     if signature is None:  # some functions in C have none
         return lambda args, kwargs: {"args": args, "kwargs": kwargs}
@@ -5526,7 +5526,7 @@ class AuditLogger:
         try:
             line = self._encoder.line(*event)
         except INTERRUPTS:  # they pass, after the event is recorded
-            with contextlib.suppress(Exception):
+            with suppress(Exception):
                 self._put(self._encoder.line(*event) + end)
             raise
         except BaseException as fault:
@@ -6359,7 +6359,7 @@ class Engine(Protocol):
 def _duckdb() -> Any:
     """Return DuckDB's package, or its compiled part alone: 40 ms instead of 140."""
     if "duckdb" not in sys.modules:
-        with contextlib.suppress(ImportError):
+        with suppress(ImportError):
             import _duckdb
 
             return _duckdb
@@ -6384,7 +6384,7 @@ class PackageEngine(Engine):
             if self._connection is None:
                 self._process_id, self._connection = os.getpid(), duckdb.connect(":memory:")
                 self._connection.execute(_session_settings(guest=self._guest))
-                with contextlib.suppress(duckdb.Error):  # some builds know no time zones
+                with suppress(duckdb.Error):  # some builds know no time zones
                     self._connection.execute("SET TimeZone = 'UTC'")
             result = self._connection.execute(text)
             while rows := result.fetchmany(1000):
@@ -6466,7 +6466,7 @@ class CliEngine(Engine):
         process, mark, finished = self._process, self._mark.encode() + b"\n", False
         assert process.stdin is not None and process.stdout is not None
         try:
-            with contextlib.suppress(OSError):  # it has ended, and says why
+            with suppress(OSError):  # it has ended, and says why
                 process.stdin.write(text.encode())
                 process.stdin.flush()
             for line in process.stdout:
@@ -6491,7 +6491,7 @@ class CliEngine(Engine):
         if process is None:
             return
         for pipe in filter(None, (process.stdin, process.stdout)):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 pipe.close()
         try:
             process.wait(1)
@@ -6534,7 +6534,7 @@ def temporary_place() -> str:
     """Return the directory of temporary files, "" if there is none (a read-only root)."""
     import tempfile
 
-    with contextlib.suppress(FileNotFoundError):
+    with suppress(FileNotFoundError):
         return tempfile.gettempdir()
     return ""
 
@@ -6547,8 +6547,8 @@ def _scratch_directory() -> str:
         return ""  # it keeps to its memory
     owner = getattr(os, "getuid", int)()
     private = os.path.join(place, f"mxcp_audit-{owner}")
-    with contextlib.suppress(OSError):  # it may not be needed
-        with contextlib.suppress(FileExistsError):
+    with suppress(OSError):  # it may not be needed
+        with suppress(FileExistsError):
             os.mkdir(private, 0o700)
         found = os.lstat(private)
         if os.name == "posix" and (found.st_uid != owner or not stat.S_ISDIR(found.st_mode)):
@@ -6583,7 +6583,7 @@ def _in_subinterpreter() -> bool:
     import importlib
 
     for name in ("_interpreters", "_xxsubinterpreters"):  # 3.13 and later; before
-        with contextlib.suppress(ImportError, AttributeError):
+        with suppress(ImportError, AttributeError):
             interpreters = importlib.import_module(name)
             return bool(interpreters.get_current() != interpreters.get_main())
     return False
@@ -6794,7 +6794,7 @@ class Target:
                 if self.is_file or not read_only:
                     engine.execute("DETACH audit")
                 else:
-                    with contextlib.suppress(StoreError):  # a statement that failed has ended the session
+                    with suppress(StoreError):  # a statement that failed has ended the session
                         engine.execute("COMMIT")
                         engine.execute("DETACH audit")
             except BaseException as error:
@@ -6843,7 +6843,7 @@ class Target:
         text = postgres_message(text)
         if "due to lock timeout" in text:
             catalogue = "__ducklake_metadata_audit" if self.is_lake else "audit"
-            with contextlib.suppress(StoreError), contextlib.closing(self.open_engine()) as engine:
+            with suppress(StoreError), contextlib.closing(self.open_engine()) as engine:
                 attach(engine, self.path, "audit", {**self.options, "READ_ONLY": True})
                 for (holder,) in engine.execute(LOCK_HOLDER.format(catalogue)):
                     text += f" (held by {holder})"
@@ -6856,11 +6856,11 @@ class Target:
             yield
             return
         wal, mark = self.path + ".wal", self.journal.wal_mark
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
             os.close(make_file(mark, os.O_WRONLY))
         yield
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             if not _size_of(wal):
                 os.unlink(mark)
                 os.unlink(wal)  # nothing was written
@@ -6868,7 +6868,7 @@ class Target:
     def set_wal_aside(self) -> str | None:
         """Rename a damaged WAL whose content is in the journal; None if it holds more."""
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
-        with contextlib.suppress(OSError):
+        with suppress(OSError):
             os.unlink(self.journal.wal_mark)
             os.rename(self.path + ".wal", aside)
             return aside
@@ -6957,7 +6957,7 @@ class Target:
             return time.monotonic() // 2
         stamps = []
         for path in (self.path, self.path + ".wal"):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 found = os.stat(path)
                 # Kernels keep times to 1 … 10 ms, some file systems to one or two seconds.
                 tick_ns = 50_000_000 if found.st_mtime_ns % 1_000_000_000 else 2_100_000_000
@@ -7583,6 +7583,7 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
         oldest_first: bool = False,
         raw: bool = False,
         bom: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write matching events to a file, whole or not at all; return their number."""
         self.freeze_journal()  # two queries see the same
@@ -7597,7 +7598,8 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
         with _scratch(path, problem) as scratch:
             target = os.path.join(scratch, "export")
             try:
-                self._write(sql, target, form)
+                with _watched(target, progress) if progress else contextlib.nullcontext():
+                    self._write(sql, target, form)
             except QueryError as error:
                 raise StoreError(f"{problem}: {error}") from error
             os.chmod(target, FILE_MODES[False])
@@ -7627,6 +7629,24 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
             execute("DETACH copy")
         else:
             execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
+
+
+@contextlib.contextmanager
+def _watched(path: str, progress: Callable[[int], None]) -> Iterator[None]:
+    """Tell the size of a file that grows, twice a second."""
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(0.5):
+            progress(_size_of(path))
+
+    thread = threading.Thread(target=watch, name="mxcp_audit progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
@@ -8072,7 +8092,7 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
 
     problem = f"{directory}: no archive can be written"
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
-    with contextlib.suppress(OSError):  # it exists; or `_scratch` says that it doesn't
+    with suppress(OSError):  # it exists; or `_scratch` says that it doesn't
         os.makedirs(directory, mode=_DIRECTORY_MODE)
         give_to_owner(directory)
     files: dict[str, dict[str, object]] = {}
@@ -8167,7 +8187,7 @@ def _take_in(segments: Iterable[str], path: str, like: Target) -> int:
     journal = Journal(path + ".journal")
     journal.make_directory()
     for segment in segments:
-        with contextlib.suppress(FileNotFoundError):
+        with suppress(FileNotFoundError):
             if lines := read_lines(segment):
                 write_file(os.path.join(journal.directory, os.path.basename(segment)), lines)
     target = Ledger(Config(path, attach=like.options), journal)
@@ -8302,7 +8322,7 @@ class Store:
                 (self._retain, "old events could not be purged"),
             ):
                 try:
-                    with contextlib.suppress(DatabaseLockedError):  # the next ingest does it
+                    with suppress(DatabaseLockedError):  # the next ingest does it
                         chore()
                 except AuditError as error:
                     self._diagnostics.report(fault, fault, error=error)
@@ -8372,7 +8392,7 @@ class Store:
         """Return how many events of a segment are ingested and the time of the last, or None."""
         sql = "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') FROM audit.ledger "
         sql += "WHERE kind = 'segment' AND segment = $segment"
-        with contextlib.suppress(DatabaseNotFoundError), self._ledger(0.0) as engine:
+        with suppress(DatabaseNotFoundError), self._ledger(0.0) as engine:
             for row in engine.execute(sql, {"segment": segment_id}) if engine else ():
                 return row
         return None
@@ -8798,7 +8818,7 @@ class Checkup:
         import shutil
 
         for path in (database, database + ".wal", journal):
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
                 if mode & others and os.name == "posix":
                     self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
@@ -8806,7 +8826,7 @@ class Checkup:
                     self._fault(f"{path} can't be read and written by this user", "check owner and mode")
         space = self.report["free_bytes"] = {}
         for path in {os.path.dirname(database), os.path.dirname(journal)}:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 free = space[path] = shutil.disk_usage(path).free
                 if free < self._LITTLE_SPACE_BYTES:
                     self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
@@ -8908,7 +8928,7 @@ def write_json(
 
 def indented_json(text: str) -> str:
     """Return JSON text with a line for each value; unchanged what Python would spell otherwise."""
-    with contextlib.suppress(ValueError, RecursionError):
+    with suppress(ValueError, RecursionError):
         value = json.loads(text)
         dump = functools.partial(json.dumps, value, ensure_ascii=text.isascii())
         if text in (dump(separators=(",", ":")), dump()):
@@ -9018,7 +9038,7 @@ def _aligned(
 
 def local_time(text: str) -> str:
     """Return an ISO time in this machine's time zone, with its offset."""
-    with contextlib.suppress(ValueError, OverflowError):  # of a foreign table
+    with suppress(ValueError, OverflowError):  # of a foreign table
         return parse_iso(text).astimezone().isoformat()
     return text
 
@@ -9455,7 +9475,7 @@ def event_of_mxcp(line: bytes) -> tuple[int, dict[str, Any]] | None:
         name, *names = (line_of_names.split() * 3)[:3]  # one word: the same everywhere
         event[name] = record.get(names[is_new])
     if not is_new and isinstance(event["input_params"], str):
-        with contextlib.suppress(ValueError, RecursionError):  # else it is a text
+        with suppress(ValueError, RecursionError):  # else it is a text
             event["input_params"] = json.loads(event["input_params"])
     moment = record.get("timestamp")
     try:
@@ -9799,13 +9819,13 @@ class WrappedServer:
         import signal
 
         def forward(number: int, frame: object) -> None:
-            with contextlib.suppress(OSError):
+            with suppress(OSError):
                 self._signal(number)
 
         for name in ("SIGTERM", "SIGHUP", "SIGINT", "SIGQUIT", "SIGUSR1", "SIGUSR2"):
             number = getattr(signal, name, None)
             if number and signal.getsignal(number) is not signal.SIG_IGN:  # nohup, for one
-                with contextlib.suppress(ValueError, OSError):
+                with suppress(ValueError, OSError):
                     signal.signal(number, forward)
 
     def _pass_requests(self) -> None:
@@ -9882,7 +9902,7 @@ class WrappedServer:
 
     def _end_group(self, *numbers: int) -> None:
         """Send signals, each if the one before didn't end the whole group."""
-        with contextlib.suppress(OSError):  # nobody is left
+        with suppress(OSError):  # nobody is left
             for number in numbers:
                 deadline = time.monotonic() + self.GRACE_SECONDS * (number != _SIGKILL)
                 self._signal(number)
@@ -9897,7 +9917,7 @@ def _child_setup() -> Callable[[], object] | None:
         return None
     steps: list[Callable[[], object]] = [functools.partial(os.setpgid, 0, 0)]
     if sys.platform == "linux":
-        with contextlib.suppress(ImportError, OSError, AttributeError):
+        with suppress(ImportError, OSError, AttributeError):
             import ctypes
 
             steps.append(functools.partial(ctypes.CDLL(None).prctl, 1, _SIGKILL))  # PR_SET_PDEATHSIG
@@ -9924,15 +9944,16 @@ def _give_up(fd: int) -> None:
     os.close(null)
 
 
-def _reader_is_gone(fd: int) -> bool:
-    """Return True once nobody reads `fd` any more; False if unknown."""
+def _reader_is_gone(fd: int, seconds: float | None = None) -> bool:
+    """Return True once nobody reads `fd` any more; False if unknown in time."""
     import select
 
     if not hasattr(select, "poll"):
+        time.sleep(seconds or 0)
         return False
     poll = select.poll()
     poll.register(fd, 0)
-    return bool(poll.poll())
+    return bool(poll.poll(seconds and 1000 * seconds))
 
 
 def end_like(code: int) -> int:
@@ -9940,7 +9961,7 @@ def end_like(code: int) -> int:
     if code < 0:
         import signal
 
-        with contextlib.suppress(OSError, ValueError):  # SIGKILL has no handler to reset
+        with suppress(OSError, ValueError):  # SIGKILL has no handler to reset
             signal.signal(-code, signal.SIG_DFL)
         os.kill(os.getpid(), -code)
     return code if code >= 0 else 128 - code
@@ -9952,9 +9973,7 @@ def end_like(code: int) -> int:
 # One table says what each command is for and takes; its `cmd_…` does it and returns an exit status.
 
 Options: TypeAlias = "argparse.Namespace"
-EXIT_FAILED = 1
-EXIT_USAGE = 2
-EXIT_LOCKED = 75  # EX_TEMPFAIL of sysexits.h: try again later
+EXIT_FAILED, EXIT_USAGE, EXIT_LOCKED = 1, 2, 75  # 75 is EX_TEMPFAIL of sysexits.h: try again later
 
 
 class _UsageError(AuditError):
@@ -9964,6 +9983,8 @@ class _UsageError(AuditError):
 # --- words: what options mean
 
 _SORTS = tuple(name.removesuffix("_ms") for name in STATS_COLUMNS[:7])
+_FORMATS = sorted({*EXPORT_FORMATS, *STREAM_FORMS})
+_SHELLS = ("bash", "zsh")
 
 
 def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool = False) -> str:
@@ -9983,43 +10004,38 @@ def parse_time(text: str, *, now: datetime.datetime | None = None, local: bool =
         raise ValueError(f"{text!r} is neither a duration nor a time: write {examples}") from None
 
 
+_NUMBERS: Mapping[str, tuple[type, str, str]] = {
+    "N": (int, "0*[1-9][0-9]{,17}", "whole number above 0"),
+    "SECONDS": (float, r"[0-9]{1,5}(\.[0-9]*)?", "number of seconds below 100000"),
+}
+
+
 def _value(metavar: str, text: str, *, local: bool) -> Any:
     """Return what the text behind an option with this metavar means."""
-    import argparse
-
-    try:
-        if metavar == "COMMAND":
-            return text
-        if metavar in ("FILE", "DIR", "KEY", "TARGET"):  # it may be no UTF-8
-            if not text:
-                raise ValueError("the file name is empty")
-            return text
-        if re.search("[\ud800-\udfff]", text):
-            raise ValueError(f"{text!r} is no UTF-8")
-        if metavar == "WHEN":
-            return parse_time(text, local=local)
-        if metavar == "N":
-            if not re.fullmatch("0*[1-9][0-9]{,17}", text):
-                raise ValueError(f"{text!r} is no whole number above 0")
-            return int(text)
-        if metavar == "SECONDS":
-            if not re.fullmatch(r"[0-9]{1,5}(\.[0-9]*)?", text) or float(text) > 86_400:
-                raise ValueError(f"{text!r} is no number of seconds from 0 to 86400")
-            return float(text)
-        if metavar == "A,B,...":
-            names = dict.fromkeys(name.strip() for name in text.split(","))
-            for name in names.keys() - set(PUBLIC_COLUMNS):
-                raise ValueError(f"there is no column {name!r}; there are {', '.join(PUBLIC_COLUMNS)}")
-            return tuple(names)
-    except ValueError as error:
-        raise argparse.ArgumentTypeError(str(error)) from None
+    if metavar in ("FILE", "DIR", "KEY", "TARGET"):  # it may be no UTF-8
+        if not text:
+            raise ValueError("the file name is empty")
+    elif metavar != "COMMAND" and re.search("[\ud800-\udfff]", text):
+        raise ValueError(f"{text!r} is no UTF-8")
+    elif metavar == "WHEN":
+        return parse_time(text, local=local)
+    elif metavar in _NUMBERS:
+        kind, form, meaning = _NUMBERS[metavar]
+        if not re.fullmatch(form, text):
+            raise ValueError(f"{text!r} is no {meaning}")
+        return kind(text)
+    elif metavar == "A,B,...":
+        names = dict.fromkeys(map(str.strip, text.split(",")))
+        for name in names.keys() - set(PUBLIC_COLUMNS):
+            raise ValueError(f"there is no column {name!r}; there are {', '.join(PUBLIC_COLUMNS)}")
+        return tuple(names)
     return text
 
 
 # --- the options: one table, of which the parser, its help and the completion are made, and docs/cli.md
 
 # `@` begins a command, with one line about it; then come more about it, examples (`>`), groups (`[…]`, or `&`
-# for those of another) and options: names, metavar or {choices} of _WORDS, `=` a default, _MARKS, the help.
+# for those of another) and options: names, metavar or {constant} of choices, `=` a default, _MARKS, the help.
 _OPTIONS = """
 &common
 [which log]
@@ -10030,8 +10046,8 @@ _OPTIONS = """
 --debug | show tracebacks and what is going on
 
 &times
---utc | read and show times in UTC (the default); JSON, exports and the groups of `stats` are always UTC
---local | read and show times in the time zone of this machine
+--utc | times are UTC (the default), as in JSON, exports and groups of `stats` always
+--local | times are those of this machine's time zone
 
 &waiting
 --wait SECONDS =5.0 | how long to try again while another process holds the database (default: 5)
@@ -10041,11 +10057,11 @@ _OPTIONS = """
 --tool NAME * | of this tool; repeated: of any of these
 --resource URI * | likewise
 --prompt NAME * | likewise
---type {types} | of this type
---policy {policies} | with this decision; denied means deny, and so on
---status {statuses} | that ended so
---since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or since an ISO date or time
---until WHEN | before that long ago, or before an ISO time
+--type {EVENT_TYPES} | of this type
+--policy {POLICY_DECISIONS} | with this decision (denied means deny)
+--status {STATUSES} | that ended so
+--since WHEN | 10s 10m 2h 1d 1w 1h30m ago, today, yesterday, 15:00, or an ISO date or time
+--until WHEN | before such a time
 --caller NAME | from this caller: http, stdio, cli ...
 --user ID | by this user
 --session ID | in this session
@@ -10067,74 +10083,68 @@ _OPTIONS = """
 &times
 -n --limit N | at most N events (default: 100)
 --running | the calls that run on this host instead, longest first; MS is for how long
---oldest-first | the other order, from the other end of the log
---json | a JSON array of objects; with -f one a line
---columns A,B,... | these of: {columns}
+--oldest-first | the oldest events, oldest first
+--json | JSON; with -f an object a line
+--columns A,B,... | these of: {PUBLIC_COLUMNS}
 --wide | more columns, nothing cut to the terminal
 --input | the redacted input under each event
--f --follow | go on with new events as they happen; past ones come first with --limit or --since
+-f --follow | new events as they happen; past ones first with --limit or --since
 [export]
---export FILE | write every match (or --limit) with all columns; the extension is one of {exports}; \
+--export FILE | write every match (or --limit) with all columns, as the extension says: {EXPORT_FORMATS}; \
 - is standard output
---format FORMAT {formats} | of an export, instead of its extension; without one, print lines of {streams}
+--format FORMAT {_FORMATS} | of an export, instead of its extension; else of lines: {STREAM_FORMS}
 --cursor-file FILE | print what is new since the last run with this file
---post URL | send the lines there instead, in batches
+--post URL | send the lines there, in batches
 --header NAME=VARIABLE * | of --post: a header from an environment variable
 --raw | no apostrophe in CSV before what a spreadsheet takes for a formula
---bom | begin CSV with a byte order mark, so that Excel reads it as UTF-8
+--bom | begin CSV with a byte order mark: for Excel
 
 @show show one event in full
-`log --wide` and `log --json` tell its event_id.
 > show 1f2e3d4c:17 --around 5
-event EVENT_ID | such as 20261125T010203123456Z-1f2e3d4c:17, or a part of it that tells: 1f2e3d4c:17
---around N | a table of N events of the same session before it, the event, and N after it
+event EVENT_ID | as log --wide shows it, or a part that tells: 1f2e3d4c:17
+--around N | a table of N events of its session before it, the event, and N after it
 &times
---json | print a JSON object
+--json | JSON
 
 @stats count calls, errors and denials; find what is slow
 A line for each group of events; P50, P95, P99 and MAX are milliseconds.
 > stats --type tool --sort p95
-> stats --by user --policy denied --json
 &filters
 [what is shown]
 &times
---by {groups} =name | what makes a group (default: name)
---sort {sorts} =calls | what is largest first, and what bars show (default: calls); hours and days go by time
+--by {STATS_BY} =name | what makes a group (default: name)
+--sort {_SORTS} =calls | what is largest first, and what bars show (default: calls); not for hours and days
 -n --limit N =100 | at most N groups (default: 100)
---json | print a JSON array of objects
+--json | JSON
 
 @sql ask in SQL, read-only
-Run one SELECT of DuckDB's SQL over the view `logs`, which has every event with the columns {columns}. \
-It can write nothing and read nothing else. While it runs, servers keep their events in the journal.
+Run one SELECT of DuckDB over the view `logs`, which has every event with the columns {PUBLIC_COLUMNS}. \
+It can write nothing and read nothing else.
 > sql "SELECT name, avg(duration_ms) FROM logs WHERE type = 'tool' GROUP BY name"
-> sql - --csv < question.sql
 statement SELECT | the statement; - reads it from standard input
---json | print a JSON array of objects
---csv | print CSV
+--json | JSON
+--csv | CSV
 --raw | no apostrophe in CSV before what a spreadsheet takes for a formula
 
 @config show the settings that hold, and who set them
-Secrets are left out.
 > config --profile production
---json | print a JSON object of value and source
+--json | JSON
 
 @redact show what would be recorded of an input, and why
 Read JSON on standard input. Without a site file the default rules hold.
 > redact --tool login --json < input.json
 --tool NAME | as the input of this tool
---json | print one object: recorded, redacted
+--json | JSON
 
 @ingest move what no running server writes from the journal into the database
 > ingest
 
 @doctor say how the log is doing, and what to do about it
-Exit status: 0 healthy, 1 not.
 > doctor --json
---json | print a JSON object
---prometheus | print the numbers as gauges of Prometheus
+--json | JSON
+--prometheus | the numbers as gauges of Prometheus
 
 @report write a report as one HTML file
-It loads nothing and has no script.
 > report --out report.html --since 30d
 &filters
 &times
@@ -10142,40 +10152,38 @@ It loads nothing and has no script.
 -n --limit N | the newest N events in full (default: 100)
 
 @import take in MXCP's own JSONL logs
-Any version, plain or gzip. What was imported before is not imported again, so a log that grew can be \
-given again.
+Any version, plain or gzip. A log that grew can be given again: nothing is imported twice.
 > import logs-2025.jsonl.gz logs-2026.jsonl
 files FILE + | a JSONL log of MXCP's
 
 @wrap run any stdio MCP server and record what it executes
-COMMAND talks over standard input and output, in any language. Every byte passes unchanged.
-> wrap --profile production -- npx -y @modelcontextprotocol/server-everything
+COMMAND talks over standard input and output, in any language.
+> wrap -- npx -y @modelcontextprotocol/server-everything
 --strict | refuse each call that can't be recorded (default: as the site file says)
 server COMMAND … | the server's command with its arguments, behind --
 
 @verify prove that nothing was changed, removed or inserted
-Recompute the ledger from the events. Exit status: 0 intact, 1 not.
+Recompute the ledger from the events.
 > verify --checkpoint heads.json
 &times
---json | print the whole answer as a JSON object
+--json | JSON
 --since WHEN | recompute segments with events since then only
 --checkpoint FILE | what `checkpoint` printed: nothing up to there may be missing
---signed-by FILE | the checkpoint must be signed by one of these allowed signers of OpenSSH
+--signed-by FILE | it must be signed by one of these allowed signers of OpenSSH
 
 @checkpoint print where the ledger ends, to be kept elsewhere
-Kept where nobody who can write the database can, it lets \
-`verify --checkpoint FILE` tell whether anything up to it was cut off or rewritten.
+Kept out of reach of who can write the database, it lets `verify --checkpoint FILE` tell whether \
+anything up to it was cut off or rewritten.
 > checkpoint --sign ~/.ssh/id_ed25519 > heads.json
 --sign KEY | sign it with a private key of OpenSSH
 
 @prove print what shows somebody else that one event is in the log
-With a checkpoint that was made since, whoever has no access to the log \
-can check it by tools/verify_independently.py.
-> prove 20260101T120000000000Z-1a2b3c4d:17 > proof.json
-event EVENT_ID | as `log --json` shows it
+With a checkpoint made since, it can be checked without the log, by tools/verify_independently.py.
+> prove EVENT_ID > proof.json
+event EVENT_ID | as log --wide shows it
 
 @purge delete old events, so that the rest still verifies
-Delete every segment whose last event is older than that, and enter into the ledger what went.
+Delete every segment whose last event is older, and enter into the ledger what went.
 > purge --older-than 90d --archive archive
 &times
 --older-than WHEN ! | 90d, or before an ISO date or time
@@ -10183,36 +10191,21 @@ Delete every segment whose last event is older than that, and enter into the led
 --archive DIR | write what goes as Parquet into DIR first
 
 @backup copy the log while the server runs
-> backup /backup/audit-2026-11-25.duckdb
+> backup copy.duckdb
 file FILE | a new file; nothing is overwritten
 
 @restore put a backup back, without losing what came after it
 The backup takes the place of the database; what only the database holds is added.
-> restore /backup/audit-2026-11-25.duckdb
+> restore copy.duckdb
 file FILE | what `backup` made
 
 @compact give the space of purged events back to the file system
-The database is written anew and takes the place of the old one.
 > compact
 
 @completion print what makes a shell complete this program's words
-Load it from your shell's start file.
 > completion bash > ~/.local/share/bash-completion/completions/mxcp-audit
-> completion zsh >> ~/.zshrc
-shell {shells} | which shell
+shell {_SHELLS} | which shell
 """
-_WORDS: Mapping[str, Collection[str]] = {
-    "types": EVENT_TYPES,
-    "policies": POLICY_DECISIONS,
-    "statuses": STATUSES,
-    "columns": PUBLIC_COLUMNS,
-    "exports": EXPORT_FORMATS,
-    "streams": STREAM_FORMS,
-    "formats": sorted({*EXPORT_FORMATS, *STREAM_FORMS}),
-    "groups": tuple(STATS_BY),
-    "sorts": _SORTS,
-    "shells": ("bash", "zsh"),
-}
 _SAME_WORDS = {"denied": "deny", "allowed": "allow", "warned": "warn"}
 _MARKS: Mapping[str, Mapping[str, Any]] = {
     "!": {"required": True},
@@ -10220,36 +10213,39 @@ _MARKS: Mapping[str, Mapping[str, Any]] = {
     "+": {"nargs": "+"},
     "…": {"nargs": "A..."},  # all that follows
 }
-# Options, what they do not go with, and why; then options with what they need.
+# Options, and what they do not go with; then options with what they need.
 _EXCLUDES = """\
-db: config profile: it needs no site file
-utc: local: name one time zone
-json: csv: name one form
-export: columns wide input json: it has every column
-export: cursor-file post: they are for lines that are printed or sent
-format: columns wide input json: it says what is written
-running: export follow format oldest-first: it shows what has not ended
-follow: export until oldest-first: it shows what is yet to come
-cursor-file: limit oldest-first: it prints everything that is new"""
+db config profile
+utc local
+json csv
+export columns wide input json cursor-file post
+format columns wide input json
+running export follow format oldest-first
+follow export until oldest-first
+cursor-file limit oldest-first"""
 _NEEDS = "header post, post format, cursor-file format, bom export, raw export, signed-by checkpoint"
 
 
 def option_blocks() -> dict[str, list[str]]:
     """Return the lines of each block of _OPTIONS by its first word; the first line is what follows it."""
-    blocks: dict[str, list[str]] = {}
-    for block in _OPTIONS.replace("\\\n", "").strip().split("\n\n"):
-        head, *lines = block.split("\n")
-        name, _, one_line = head.partition(" ")
-        blocks[name] = [one_line, *lines]
-    return blocks
+    blocks = (block.split("\n") for block in _OPTIONS.replace("\\\n", "").strip().split("\n\n"))
+    return {head.split(" ")[0]: [head.partition(" ")[2], *lines] for head, *lines in blocks}
 
 
 def _worded(text: str) -> str:
-    return re.sub(r"\{(\w+)\}", lambda match: ", ".join(_WORDS[match[1]]), text)
+    return re.sub(r"\{(\w+)\}", lambda match: ", ".join(globals()[match[1]]), text)
 
 
 def _add_option(place: Any, line: str, local: bool) -> None:
     """Add one line of _OPTIONS to a parser or a group of one."""
+    import argparse
+
+    def value(text: str) -> Any:
+        try:
+            return _value(settings["metavar"], text, local=local)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error)) from None
+
     form, _, text = line.partition(" | ")
     names: list[str] = []
     settings: dict[str, Any] = {}
@@ -10257,11 +10253,10 @@ def _add_option(place: Any, line: str, local: bool) -> None:
         if word.startswith("-") or not names:
             names.append(word)
         elif word.startswith("{"):
-            settings |= {"choices": _WORDS[word[1:-1]], "type": lambda word: _SAME_WORDS.get(word, word)}
+            settings |= {"choices": globals()[word[1:-1]], "type": lambda word: _SAME_WORDS.get(word, word)}
         elif word.startswith("="):
             settings["default"] = word[1:]
         else:
-            value = functools.partial(_value, word, local=local)
             settings |= _MARKS.get(word) or {"metavar": word, "type": value}
     if not settings and form.startswith("-"):
         settings["action"] = "store_true"
@@ -10276,55 +10271,45 @@ def build_parser(*, local: bool = False) -> argparse.ArgumentParser:
     class Parser(argparse.ArgumentParser):
         version = property(lambda self: version_text())  # made only when asked for
 
-        def parse_known_args(self, *args: Any, **named: Any) -> Any:
-            options, unknown = super().parse_known_args(*args, **named)
-            if unknown:  # here, so that the command's own help is named
-                self.error(f"unrecognized arguments: {' '.join(unknown)}")
-            return options, unknown
-
         def error(self, message: str) -> NoReturn:
             raise _UsageError(f"{message}; see {self.prog} --help")
 
     form: Any = {"allow_abbrev": False, "formatter_class": argparse.RawDescriptionHelpFormatter}
-    parser = Parser(
-        **form,
-        prog="mxcp-audit",
-        description="Query the audit log of an MCP server, while the server runs.",
-        epilog="examples:\n  mxcp-audit log --follow\n  mxcp-audit COMMAND --help\n",
-    )
+    about = "Query the audit log of an MCP server, while the server runs."
+    examples = "examples:\n  mxcp-audit log --follow\n  mxcp-audit COMMAND --help\n"
+    parser = Parser(**form, prog="mxcp-audit", description=about, epilog=examples)
     parser.add_argument("--version", action="version", help="print version, journal format and file")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     blocks = option_blocks()
-    for name, (one_line, *lines) in [(name[1:], lines) for name, lines in blocks.items() if name[0] == "@"]:
-        more = "" if lines[0].startswith(">") else " " + lines.pop(0)
-        command = commands.add_parser(
-            name,
-            **form,
-            help=one_line,
-            description=textwrap.fill(one_line[0].upper() + one_line[1:] + "." + _worded(more), 78),
-            epilog="examples:\n" + "".join(f"  mxcp-audit {line[2:]}\n" for line in lines if line[0] == ">"),
-        )
-        if name not in ("config", "redact", "wrap", "completion"):  # they open no database
+    for name, (brief, *lines) in blocks.items():
+        if name[0] == "&":
+            continue
+        about = f"{brief[0].upper()}{brief[1:]}."
+        if lines[0][0].isupper():
+            about += f" {_worded(lines.pop(0))}"
+        examples = "".join(f"\n  mxcp-audit {line[2:]}" for line in lines if line[0] == ">")
+        about, examples = textwrap.fill(about, 78), f"examples:{examples}\n"
+        command = commands.add_parser(name[1:], **form, help=brief, description=about, epilog=examples)
+        if name not in ("@config", "@redact", "@wrap", "@completion"):  # they open no database
             lines.insert(0, "&waiting")
-        if name != "completion":
+        if name != "@completion":
             lines.insert(0, "&common")
         place: Any = command
         for line in itertools.chain.from_iterable(blocks.get(line, ["", line])[1:] for line in lines):
-            if line.startswith("["):
+            if line[0] == "[":
                 place = command.add_argument_group(line[1:-1]) if line != "[]" else command
-            elif not line.startswith(">"):
+            elif line[0] != ">":
                 _add_option(place, line, local)
-        command.set_defaults(run=globals()[f"cmd_{name}"])
+        command.set_defaults(run=globals()[f"cmd_{name[1:]}"])
     return parser
 
 
 def _check_options(options: Options) -> None:
-    """Check the options together."""
     values = {name.replace("_", "-"): value for name, value in vars(options).items()}
     given = {name for name, value in values.items() if value not in (None, False)}
-    for name, others, why in (line.split(": ") for line in _EXCLUDES.splitlines()):
-        if name in given and (clash := given.intersection(others.split())):
-            raise _UsageError(f"--{name} does not go with --{clash.pop()}: {why}")
+    for name, *others in map(str.split, _EXCLUDES.splitlines()):
+        if name in given and (clash := given.intersection(others)):
+            raise _UsageError(f"--{name} does not go with --{clash.pop()}")
     for name, other in map(str.split, _NEEDS.split(", ")):
         if name in given and other in values and other not in given:
             raise _UsageError(f"--{name} needs --{other}")
@@ -10334,11 +10319,9 @@ def version_text() -> str:
     """Return the version, the journal's format and what this very file is, so that an edited copy shows."""
     import hashlib
 
-    try:
-        with open(__file__, "rb") as file:
-            digest = hashlib.sha256(file.read()).hexdigest()[:12]
-    except OSError:  # inside of an archive
-        digest = "unknown"
+    digest = "unknown"
+    with suppress(OSError), open(__file__, "rb") as file:  # else inside of an archive
+        digest = hashlib.sha256(file.read()).hexdigest()[:12]
     return f"mxcp_audit {__version__}, journal format {JOURNAL_FORMAT}, file {digest}"
 
 
@@ -10354,14 +10337,14 @@ def _print_json(value: object, indent: int | None = 2) -> None:
 
 
 def _say(text: str) -> None:
-    with contextlib.suppress(OSError, ValueError):  # a closed standard error is no failure
+    with suppress(OSError, ValueError):  # a closed standard error is no failure
         print("\n".join(map(printable, text.splitlines())), file=sys.stderr, flush=True)
 
 
 def _progress(done: int, total: int | None = None) -> None:
     text = f"written {done >> 20} MiB" if total is None else f"verified {done} of {counted(total, 'event')}"
     if sys.stderr.isatty():
-        with contextlib.suppress(OSError, ValueError):
+        with suppress(OSError, ValueError):
             print(f"\r{text}\x1b[K", end="\n" * (done == total), file=sys.stderr, flush=True)
 
 
@@ -10372,7 +10355,7 @@ def _terminal() -> tuple[int | None, bool]:
         return None, False
     import shutil
 
-    colour = is_terminal and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+    colour = is_terminal and not os.environ.get("NO_COLOR")
     return max(40, min(shutil.get_terminal_size().columns, 999)), colour
 
 
@@ -10387,32 +10370,24 @@ def _standard_input() -> str:
 
 
 def _config_of(options: Options) -> Config:
-    if options.db is not None:
-        # Beside a target that is no file there is no place: look for the default profile's journal here.
-        journal = "logs-default.journal" if is_attach_target(options.db) else None
-        return config_from_arguments(path=options.db, journal=journal)
-    try:
+    if options.db is None:
         return load_config(config=options.config, profile=options.profile)
-    except ConfigError:
-        logs = [name for name in os.listdir() if os.path.isdir(f"{name}.journal")]
-        if options.config or len(logs) != 1 or find_site_file(os.getcwd()):
-            raise
-        raise _UsageError(f"there is no {SITE_FILE} here or above; say --db {logs[0]}") from None
+    # Of a target that is no file: the default profile's, here.
+    journal = "logs-default.journal" if is_attach_target(options.db) else None
+    return config_from_arguments(path=options.db, journal=journal)
 
 
 def _store_of(options: Options, opener: Callable[..., Engine] = open_engine) -> Store:
     config = _config_of(options)
     if not config.enabled and not is_attach_target(config.path) and not os.path.exists(config.path):
-        raise _UsageError(
-            f"audit logging is not enabled for profile {config.profile!r}; add to {config.site_file}:\n"
-            f"profiles:\n  {config.profile}:\n    audit:\n      enabled: true"
-        )
+        remedy = f"set `enabled: true` in its `audit` section of {config.site_file}"
+        raise _UsageError(f"audit logging is not enabled for profile {config.profile!r}; {remedy}")
     return Store(config, opener=opener)
 
 
 @contextlib.contextmanager
 def _whole_log(store: Store, options: Options) -> Iterator[Reading]:
-    """Open table and journal; raise where only half of the log can be had, which must not look like all."""
+    """Open the whole log, or raise: half of it must not look like all."""
     with store.reading(wait=options.wait) as reading:
         if reading.problem is not None:
             raise reading.problem
@@ -10433,27 +10408,27 @@ def _write_whole(path: str, text: str) -> None:
     try:
         replace_file(path, text.encode("utf-8", "backslashreplace"))
     except OSError as error:
-        raise AuditError(f"{path} can't be written: {error.strerror}; name another place") from error
+        raise AuditError(f"{path} can't be written: {error.strerror}") from error
 
 
 def cmd_log(options: Options) -> int | None:
-    """Show, follow or export events. 75 or 1 if only those of the journal could be shown."""
     what, store = _filter_of(options), _store_of(options)
     if options.export or options.format or options.follow:
         (_export if options.export else _stream)(options, store, what)
         return None
+    count = options.limit or 100
     with store.reading(wait=options.wait) as reading:
-        count = options.limit or 100
-        rows: Iterable[Row] = (
-            reading.running(what, count=count)
-            if options.running
-            else reading.rows(what, count=count, oldest_first=options.oldest_first)
-        )
+        rows: Iterable[Row]
+        if options.running:
+            rows = reading.running(what, count=count)
+        else:
+            rows = reading.rows(what, count=count, oldest_first=options.oldest_first)
+        write = _event_writer(options)
         if options.json:
-            write_json(sys.stdout, rows, columns=options.columns)
+            write(rows)
         else:
             shown = list(rows)
-            _event_table(options)(shown)
+            write(shown)
             sys.stdout.flush()
             _say(summary(len(shown), "event", count))
         if problem := reading.problem:
@@ -10464,8 +10439,10 @@ def cmd_log(options: Options) -> int | None:
     return None
 
 
-def _event_table(options: Options) -> Callable[[Sequence[Row]], None]:
-    """Return what writes events as a table, and more of it when it is called again to follow."""
+def _event_writer(options: Options) -> Callable[..., None]:
+    """Return what writes events as JSON or a table, and more of it when it is called again to follow."""
+    if options.json:
+        return functools.partial(write_json, sys.stdout, columns=options.columns, by_line=options.follow)
     width, colour = _terminal()
     return functools.partial(
         write_events,
@@ -10482,28 +10459,28 @@ def _event_table(options: Options) -> Callable[[Sequence[Row]], None]:
 
 def _stream(options: Options, store: Store, what: Filter) -> None:
     """Show events in a form; or new ones, or those since a cursor, which moves when they are written."""
-    columns, place = "", options.cursor_file
+    columns, place, wait = "", options.cursor_file, 0 if options.follow else options.wait
     if options.format:
         if options.format not in STREAM_FORMS:
-            known = ", ".join(STREAM_FORMS)
-            raise _UsageError(f"--format {options.format} needs --export; lines have {known}")
-        columns, show = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id", _line_writer(options)
+            raise _UsageError(f"--format {options.format} needs --export; else: {', '.join(STREAM_FORMS)}")
+        columns = f"{form_sql(options.format)} AS line, {EVENT_ID} AS event_id"
+        write = _line_writer(options)
         if not (place or options.follow):
+            count, order = options.limit or 100, options.oldest_first
             with _whole_log(store, options) as reading:
-                count, order = options.limit or 100, options.oldest_first
-                show(reading.rows(what, count=count, oldest_first=order, columns=columns))
+                write(reading.rows(what, count=count, oldest_first=order, columns=columns))
             return
     follower = Follower(store, what, columns, _read_cursor(place) if place else None)
     past = [] if place else _past(options, store, what, follower, columns)
     if not options.format:
-        show = _table_writer(options, follower)
-    told, saved = "", None
+        write = _table_writer(options, follower)
+    told = saved = ""
     with contextlib.closing(follower):
         while True:
             begun = time.monotonic()
             try:
-                fresh, past = past or follower.look(wait=0 if options.follow else options.wait), []
-                show(fresh)
+                fresh, past = past or follower.look(wait=wait), []
+                write(fresh)
             except (JournalError, StoreError) as error:
                 if not options.follow:
                     raise
@@ -10518,8 +10495,10 @@ def _stream(options: Options, store: Store, what: Filter) -> None:
                 if not (options.follow or fresh or follower.is_behind):
                     return
             sys.stdout.flush()
-            if options.follow and not follower.is_behind:  # 1 % of a core, within half a second
-                _pause(min(0.4, max(0.1, 100 * (time.monotonic() - begun))))
+            if options.follow and not follower.is_behind:
+                pause = min(0.4, max(0.1, 100 * (time.monotonic() - begun)))  # 1 % of a core
+                if _reader_is_gone(sys.stdout.fileno(), pause):
+                    raise BrokenPipeError
 
 
 def _past(options: Options, store: Store, what: Filter, follower: Follower, columns: str) -> list[Row]:
@@ -10539,14 +10518,13 @@ def _past(options: Options, store: Store, what: Filter, follower: Follower, colu
 
 def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Row]], None]:
     """Return what shows rows as JSON, or as a table; on a terminal the running calls stay below it."""
-    write, is_terminal, width = _event_table(options), sys.stdout.isatty(), _terminal()[0] or 200
+    write, is_terminal, width = _event_writer(options), sys.stdout.isatty(), _terminal()[0] or 200
+    if options.json:
+        return write
     due, below = 0.0, list[str]()
 
     def show(rows: Iterable[Row]) -> None:
         nonlocal due, below
-        if options.json:
-            write_json(sys.stdout, rows, columns=options.columns, by_line=True)
-            return
         running = below
         if is_terminal:
             sys.stdout.write("\x1b[1F\x1b[2K" * len(below))
@@ -10571,28 +10549,15 @@ def _table_writer(options: Options, follower: Follower) -> Callable[[Iterable[Ro
 def _read_cursor(path: str) -> dict[str, Any]:
     try:
         with open(path, encoding="utf-8") as file:
-            cursor = json.load(file)
+            cursor: dict[str, Any] = json.load(file)
         places = [*cursor["journals"].values(), *cursor["segments"].values()]
         if cursor["version"] != 1 or not all(type(each) is int for each in places):
             raise ValueError("of another version")
-        return dict(cursor)
+        return cursor
     except FileNotFoundError:
         return {}
     except Exception as error:  # whatever somebody edited
         raise _UsageError(f"{path} is no cursor of ours ({error}); to begin anew, remove it") from error
-
-
-def _pause(seconds: float) -> None:
-    """Wait, but not longer than there is somebody to write for: then BrokenPipeError."""
-    import select
-
-    if not hasattr(select, "poll"):
-        time.sleep(seconds)
-        return
-    watch = select.poll()
-    watch.register(sys.stdout.fileno(), 0)
-    if watch.poll(1000 * seconds):  # an error, or nobody at the other end
-        raise BrokenPipeError
 
 
 _POST_LINES = 500  # of a batch
@@ -10626,6 +10591,7 @@ def _line_writer(options: Options) -> Callable[[Iterable[Row]], None]:
 
 def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
     """Return what posts lines until a 2xx comes, with pauses after 429, 5xx and faults."""
+    import email.utils
     import http.client
     import urllib.request
 
@@ -10644,11 +10610,17 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
     for header in options.header or ():
         name, _, variable = header.partition("=")
         headers[name] = value = os.environ.get(variable, "").strip()
-        if not value:
-            raise _UsageError(f"--header {header}: the environment has no variable {variable!r}")
         if not re.fullmatch(r"[\w!#$%&'*+.^`|~-]+=[ -~\xa0-\xff]+", f"{name}={value}", re.ASCII):
-            raise _UsageError(f"--header {header}: the name or the value can't stand in a header")
+            raise _UsageError(f"--header {header}: the variable is not set, or no header can be made of this")
     opener = urllib.request.build_opener(AsItComes)
+
+    def asked_pause(text: str) -> float:
+        """Return the seconds that a Retry-After asks for, a number or a date."""
+        if text.isdecimal():
+            return float(text)
+        with suppress(Exception):  # whatever a receiver sends
+            return (email.utils.parsedate_to_datetime(text) - utc_now()).total_seconds()
+        return 0.0
 
     def post(lines: Sequence[str]) -> None:
         text = "\n".join(lines) + "\n"
@@ -10658,22 +10630,19 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
         request = urllib.request.Request(options.post, text.encode(), headers, method="POST")
         pause, end = 1.0, time.monotonic() + _POST_SECONDS
         while True:
+            told, is_final = "", False
             try:
                 with opener.open(request, timeout=30) as answer:
-                    if 200 <= answer.status < 300:
+                    code = answer.status
+                    if 200 <= code < 300:
                         return
-                    told = f"{shown} answered {answer.status}"
-                    is_final = answer.status != 429 and answer.status < 500
-                    asked = answer.headers.get("Retry-After", "").strip()
-                    pause = max(pause, min(float(asked), 300.0)) if asked.isdecimal() else pause
-                    with contextlib.suppress(OSError, http.client.HTTPException):  # while it says why
-                        told += f": {answer.read(500).decode(errors='replace').strip()}"
+                    told, is_final = f"{shown} answered {code}: ", code != 429 and code < 500
+                    pause = max(pause, min(asked_pause(answer.headers.get("Retry-After", "").strip()), 300.0))
+                    told += answer.read(500).decode(errors="replace").strip()
             except (OSError, http.client.HTTPException) as error:
-                told, is_final = f"{shown} can't be reached: {getattr(error, 'reason', error)}", False
-            if is_final:
+                told = told or f"{shown} can't be reached: {getattr(error, 'reason', error)}"
+            if is_final or not (options.follow or time.monotonic() + pause <= end):
                 raise AuditError(f"{told}; nothing more was sent, and the cursor stays")
-            if not options.follow and time.monotonic() + pause > end:
-                raise AuditError(f"{told}; the cursor stays, try again later")
             _say(f"{told}; trying again in {pause:.0f} s")
             time.sleep(pause)
             pause = min(pause * 2, 60.0)
@@ -10682,16 +10651,17 @@ def _poster_of(options: Options) -> Callable[[Sequence[str]], None]:
 
 
 def _export(options: Options, store: Store, what: Filter) -> None:
+    import shutil
+
     path: str = options.export
-    to_stdout, is_terminal = path == "-", sys.stdout.isatty()
+    to_stdout = path == "-"
     form = options.format or ("csv" if to_stdout else export_format(path))
     if form not in EXPORT_FORMATS:
-        known = ", ".join(EXPORT_FORMATS)
-        raise _UsageError(f"{path}: the extension, or --format, must be one of {known}")
+        raise _UsageError(f"{path}: the extension, or --format, must be of {', '.join(EXPORT_FORMATS)}")
     if options.bom and not form.startswith("csv"):
         raise _UsageError(f"--bom is for CSV, not for {form}")
-    if to_stdout and is_terminal and form not in ("csv", "json", "jsonl"):
-        raise _UsageError(f"{form} is not for a terminal: write to a file, or into a pipe")
+    if to_stdout and sys.stdout.isatty():
+        raise _UsageError("an export is not for a terminal: write to a file, or into a pipe")
     with contextlib.ExitStack() as stack:
         if to_stdout:
             folder = stack.enter_context(scratch_folder(store.journal.directory))
@@ -10699,67 +10669,59 @@ def _export(options: Options, store: Store, what: Filter) -> None:
         else:
             store.refuse_own_files(path)
         chosen = {name: getattr(options, name) for name in ("oldest_first", "raw", "bom")}
+        progress = _progress if sys.stderr.isatty() else None
         with _whole_log(store, options) as reading:
-            count = reading.export(what, path, form=form, count=options.limit, **chosen)
+            count = reading.export(what, path, form=form, count=options.limit, progress=progress, **chosen)
+        if progress:
+            print("\r\x1b[K", end="", file=sys.stderr)
         if to_stdout:
             file = stack.enter_context(open(path, "rb"))
-            if is_terminal:  # here it is text
-                for line in file:
-                    _print(line.decode().removesuffix("\n"))
-            else:
-                sys.stdout.buffer.writelines(iter(functools.partial(file.read, 1 << 20), b""))
+            shutil.copyfileobj(file, sys.stdout.buffer)
     _say(f"{counted(count, 'event')} written to {'standard output' if to_stdout else path}")
 
 
-# How `show` groups what it shows: what happened, who did it, where, with what, what came of it.
 _SHOWN = """\
 event_id timestamp type name status duration_ms policy_decision reason error error_type
-caller user_id agent client address
-server session_id request_id trace_id
-input_json
-result_bytes context"""
+caller user_id agent client address server session_id request_id trace_id
+input_json result_bytes context"""
 
 
 def cmd_show(options: Options) -> int | None:
-    ids, is_whole = [options.event.strip()], True
+    name, count = options.event.strip(), options.around
+    ids = [name]
     try:
-        parse_event_id(ids[0])
+        parse_event_id(name)
     except EventError:
-        if not re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", ids[0]):
+        if not re.fullmatch(r"[0-9TZ]*-?[0-9a-f]*(:[0-9]*)?", name):
             raise
-        is_whole = False  # its beginning, or what follows the time
+        ids = []  # its beginning, or what follows the time
     with _store_of(options).reading(wait=options.wait) as reading:
-        if not is_whole:
-            ids = [str(name) for (name,) in reading.ids_like(ids[0])]
+        ids = ids or [str(each) for (each,) in reading.ids_like(name)]
         if len(ids) > 1:
-            raise _UsageError(f"{options.event} may be any of {', '.join(ids)} …")
+            raise _UsageError(f"{name} may be any of {', '.join(ids)} …")
         rows = list(reading.rows(Filter(event_id=ids[0]), count=1)) if ids else []
         if not rows:
             if reading.problem is not None:
                 raise reading.problem
-            _say(f"there is no event {options.event}")
+            _say(f"there is no event {name}")
             return EXIT_FAILED
         event = dict(zip(PUBLIC_COLUMNS, rows[0]))
-        if options.around:
+        if count:
             if event["session_id"] is None:
-                raise _UsageError(f"{ids[0]} has no session; leave --around out")
-            rows = reading.around(event["session_id"], ids[0], options.around)
-    width, colour = _terminal()
-    if options.around and options.json:
-        write_json(sys.stdout, rows)
-    elif options.around:
+                raise _UsageError(f"{name} has no session; leave --around out")
+            rows = reading.around(event["session_id"], ids[0], count)
+    if options.json:
+        write_json(sys.stdout, rows) if count else _print_json(event)
+    elif count:
+        width, colour = _terminal()
         columns = ("event_id", *SHORT_COLUMNS[:-1])
         write_events(sys.stdout, rows, columns=columns, width=width, colour=colour, local=options.local)
-    elif options.json:
-        _print_json(event)
     else:
         fields = {name: None if value is None else str(value) for name, value in event.items()}
         fields |= {name: indented_json(event[name] or "null") for name in ("input_json", "context")}
         if options.local:
             fields["timestamp"] = local_time(event["timestamp"])
-        for number, names in enumerate(_SHOWN.splitlines()):
-            sys.stdout.write("\n" * (number > 0))
-            write_fields(sys.stdout, [(name, fields[name]) for name in names.split()])
+        write_fields(sys.stdout, [(name, fields[name]) for name in _SHOWN.split()])
     return None
 
 
@@ -10811,17 +10773,17 @@ def cmd_config(options: Options) -> None:
 
 
 def cmd_redact(options: Options) -> None:
-    if options.db is None and not (options.config or options.profile or find_site_file(os.getcwd())):
-        redactor, limit = Redactor(), 1 << 20
-    else:
+    if options.db or options.config or options.profile or find_site_file(os.getcwd()):
         config = _config_of(options)
-        redactor, limit = redactor_of(config), config.max_input_bytes
+    else:
+        config = config_from_arguments("none")  # the default rules
+    redactor = redactor_of(config)
     try:
         value = json.loads(_standard_input())
     except (ValueError, RecursionError) as error:
         raise _UsageError(f"standard input is no JSON: {error}") from error
-    encoder = Encoder(redactor, max_input_bytes=limit)
-    recorded = json.loads(encoder.input_json(value, options.tool, None, None))
+    encoder = Encoder(redactor, max_input_bytes=config.max_input_bytes)
+    recorded = json.loads(encoder.input_json(value, options.tool, None, None)) or "null"
     reasons = redactor.explain(value, tool=options.tool)
     if options.json:
         redacted = [{"path": path, "reason": reason} for path, reason in reasons]
@@ -10834,7 +10796,6 @@ def cmd_redact(options: Options) -> None:
 
 
 def cmd_ingest(options: Options) -> int:
-    """Take in what dead processes left. 1 if lines had to be rejected."""
     told = Diagnostics()
     store = Store(_config_of(options), diagnostics=told)
 
@@ -10849,13 +10810,12 @@ def cmd_ingest(options: Options) -> int:
 
 
 def cmd_import(options: Options) -> int:
-    """Take in MXCP's JSONL logs. 1 if a line was no event, or a file ended early."""
     import zlib
 
-    def tell(path: str, number: int, reason: str) -> None:
-        _say(f"{path}:{number}: {reason}")
-
-    importer, code = Importer(_config_of(options), on_bad_line=tell, wait=options.wait), 0
+    code = 0
+    importer = Importer(
+        _config_of(options), on_bad_line=lambda *line: _say("{}:{}: {}".format(*line)), wait=options.wait
+    )
     for path in options.files:
         try:
             events, known, bad = importer.take(path)
@@ -10863,9 +10823,9 @@ def cmd_import(options: Options) -> int:
             _say(f"{path}: can't be read to its end: {getattr(error, 'strerror', None) or error}")
             code = EXIT_FAILED
             continue
+        code = EXIT_FAILED if bad else code
         more = f", {known} known already" if known else ""
-        if bad:
-            code, more = EXIT_FAILED, f"{more}, {counted(bad, 'bad line')} left out"
+        more += f", {counted(bad, 'bad line')} left out" if bad else ""
         _say(f"{path}: {counted(events, 'event')} imported{more}")
     return code
 
@@ -10894,7 +10854,7 @@ def cmd_report(options: Options) -> None:
     facts = {
         "log": store.target.name,
         "made at": sql_time(utc_now())[:19] + " UTC",
-        "filter": json.dumps(chosen, ensure_ascii=False) if chosen else "none: all events",
+        "filter": json.dumps(chosen, ensure_ascii=False),
     }
     try:
         verdict = store.verify(wait=options.wait)
@@ -10919,11 +10879,10 @@ def cmd_verify(options: Options) -> int:
         if verdict.more_findings:
             lines.append(f"and {verdict.more_findings} more")
         for purge in verdict.purges if checkpoint else ():
-            text = f"{counted(purge['events'], 'event')} at {purge['moment']} by {purge['host']}"
-            lines.append(f"purge     {text}, newer than the checkpoint")
+            text = "purge     {} at {moment} by {host}, newer than the checkpoint"
+            lines.append(text.format(counted(purge["events"], "event"), **purge))
         lines += [f"note      {note}" for note in verdict.notes]
-        for line in [*lines, _verdict_summary(verdict, options.since)]:
-            _print(line)
+        _print("\n".join([*lines, _verdict_summary(verdict, options.since)]))
     return 0 if verdict.intact else EXIT_FAILED
 
 
@@ -10938,14 +10897,14 @@ def _verdict_object(verdict: Verdict) -> dict[str, object]:
 
 def _verdict_summary(verdict: Verdict, since: str | None = None) -> str:
     found, waiting = len(verdict.findings) + verdict.more_findings, verdict.waiting_bytes
+    events, segments = counted(verdict.events, "event"), counted(verdict.segments, "segment")
+    legacy = "older than the ledger: what they were before it began is not proved"
     parts = (
-        "intact" if verdict.intact else f"NOT intact, {counted(found, 'finding')}",
-        f"{counted(verdict.events, 'event')} in {counted(verdict.segments, 'segment')} "
-        f"of {counted(len(verdict.heads), 'journal')}",
+        f"NOT intact, {counted(found, 'finding')}" if found else "intact",
+        f"{events} in {segments} of {counted(len(verdict.heads), 'journal')}",
         verdict.purged and f"{verdict.purged} purged since",
         verdict.lost and f"{verdict.lost} lost, as the ledger says",
-        verdict.legacy
-        and f"{verdict.legacy} older than the ledger: what they were before it began is not proved",
+        verdict.legacy and f"{verdict.legacy} {legacy}",
         waiting and f"{counted(waiting, 'byte')} in the journal, not sealed yet",
         since and f"segments before {since} UTC were not recomputed",
     )
@@ -10961,10 +10920,9 @@ def _read_checkpoint(path: str, signers: str | None = None) -> list[Head]:
             Head(str(head["journal"]), int(head["position"]), int(head["events"]), str(head["seal"]))
             for head in said["journals"]
         ]
-    except OSError as error:
-        raise _UsageError(f"{path} can't be read: {error.strerror}") from error
     except Exception as error:
-        raise _UsageError(f"{path} is no checkpoint; `mxcp-audit checkpoint` prints one") from error
+        problem = f"{path} is no checkpoint that can be read ({error})"
+        raise _UsageError(f"{problem}; `mxcp-audit checkpoint` prints one") from error
     if signers:
         _say(f"the checkpoint is signed by {check_signature(signers, said)}")
     return heads
@@ -10986,14 +10944,12 @@ def cmd_purge(options: Options) -> None:
         raise _UsageError("--older-than lies in the future; everything would go")
     store, archive, dry_run = Store(_config_of(options)), options.archive, options.dry_run
     if archive:
-        if os.path.lexists(archive) and not os.path.isdir(archive):
-            raise _UsageError(f"{archive} is no directory; name one for --archive")
         store.refuse_journal(archive)
     removal = store.purge(options.older_than, archive=archive, dry_run=dry_run, wait=options.wait)
-    span = (
-        f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}" if removal.events else ""
-    )
-    _print(f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged{span}")
+    text = f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged"
+    if removal.events:
+        text += f", from {iso_time(removal.first_event)} to {iso_time(removal.last_event)}"
+    _print(text)
     if removal.kept:
         _print(f"{counted(removal.kept, 'event')} as old stay until the last event of their segment is")
     if removal.archive:
@@ -11020,13 +10976,12 @@ def cmd_compact(options: Options) -> None:
 
 
 def cmd_wrap(options: Options) -> int:
-    """Run an MCP server and record what it executes. Ends as the server did."""
     command = options.server[1:] if options.server[0] == "--" else options.server
     config = _config_of(options)
     if not config.enabled:
         problem = f"audit logging is not enabled for profile {config.profile!r}"
         if options.strict:
-            raise _UsageError(f"{problem}; enable it in {config.site_file}, or leave --strict out")
+            raise _UsageError(f"{problem} in {config.site_file}")
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
     audit = AuditLogger.__new__(AuditLogger)
     audit.__setstate__(config._replace(strict=("*",)) if options.strict else config)
@@ -11045,7 +11000,6 @@ _mxcp_audit() {{
     local words=""  # without any, the shell completes file names
     case "$COMP_CWORD ${{COMP_WORDS[1]}} ${{COMP_WORDS[COMP_CWORD-1]}}" in
         "1 "*) words="{commands} --help --version" ;;
-        *" --export"|*" --config"|*" --db") ;;
 {cases}
     esac
     COMPREPLY=($(compgen -W "$words" -- "${{COMP_WORDS[COMP_CWORD]}}"))
@@ -11054,26 +11008,19 @@ complete -o default -F _mxcp_audit mxcp-audit"""
 
 
 def cmd_completion(options: Options) -> None:
+    words = {
+        f'*" {name}"': globals()[kind]
+        for name, kind in re.findall(r"(--\w+)(?: [A-Z]+)? \{(\w+)\}", _OPTIONS)
+    }
     actions = {action.dest: action for action in build_parser()._actions}
     commands = cast("Mapping[str, argparse.ArgumentParser]", actions["command"].choices)
-    words: dict[str, Iterable[str]] = {}
-    for name, command in commands.items():
-        flags: list[str] = []
-        for action in command._actions:
-            flags += action.option_strings or action.choices or ()
-            if action.choices:
-                words |= {f'*" {name} {flag}"': action.choices for flag in action.option_strings}
-        words[f'*" {name} "*'] = flags
+    words |= {f'*" {name} "*': command._option_string_actions for name, command in commands.items()}
     cases = "\n".join(f'        {case}) words="{" ".join(each)}" ;;' for case, each in words.items())
     print(_COMPLETION.format(commands=" ".join(commands), cases=cases))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit code; never a traceback, except with --debug.
-
-    Args:
-        argv: the arguments without the program's name; those of the process if None.
-    """
+    """Run a command and return its exit code; never a traceback, except with --debug."""
     if sys.stdout is None or sys.stderr is None:  # >&-
         sink = open(os.devnull, "w")
         sys.stdout, sys.stderr = sys.stdout or sink, sys.stderr or sink
@@ -11089,9 +11036,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         code = int(options.run(options) or 0)
         sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        # What reads us has seen enough. Nothing more may be flushed into the pipe at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # nothing more may be flushed into the pipe at exit
+        _give_up(sys.stdout.fileno())
         return 0
     except KeyboardInterrupt:
         return 130

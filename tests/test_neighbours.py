@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import codecs
 import contextlib
-import datetime
 import json
 import os
 import shutil
@@ -153,23 +152,6 @@ def test_without_a_temporary_directory_the_journal_s_is_used(
 # --- words and names
 
 
-@pytest.mark.parametrize(
-    ("text", "expected"),
-    [
-        ("today", "2026-03-02 00:00:00.000000"),
-        ("yesterday", "2026-03-01 00:00:00.000000"),
-        ("15:00", "2026-03-02 15:00:00.000000"),
-        ("15:00:30+02:00", "2026-03-02 13:00:30.000000"),
-        ("30min", "2026-03-02 09:30:00.000000"),
-        ("2026-01-31t12:00:00.123456789z", "2026-01-31 12:00:00.123456"),
-        ("2026-01-31 12:00:00,5", "2026-01-31 12:00:00.500000"),
-    ],
-)
-def test_times_are_taken_as_other_tools_print_them(text: str, expected: str) -> None:
-    now = datetime.datetime(2026, 3, 2, 10, 0, tzinfo=datetime.timezone.utc)
-    assert m.parse_time(text, now=now) == expected
-
-
 @one_engine
 def test_show_takes_the_part_of_an_id_that_tells(log: Path, cli: Cli) -> None:
     ids = [event["event_id"] for event in json.loads(cli("log", "--json", "--db", str(log)).stdout)]
@@ -188,12 +170,6 @@ def test_log_of_a_database_without_our_table_says_so(log: Path, cli: Cli) -> Non
     done = cli("log", "--db", str(log))
     assert done.returncode == 1 and done.stderr.startswith("mxcp-audit: Audit database not found")
     assert "vanished" not in done.stderr
-
-
-@one_engine
-def test_log_beside_a_database_without_a_site_file_names_it(log: Path, cli: Cli) -> None:
-    done = cli("log")
-    assert done.returncode == 2 and "say --db log.duckdb" in done.stderr
 
 
 def test_paths_and_keys_that_cannot_be_are_refused_with_the_reason(tmp_path: Path, cli: Cli) -> None:
@@ -437,28 +413,6 @@ def test_ingest_that_waits_is_let_pass_by_readers(log: Path, tmp_path: Path) -> 
 # --- at the terminal
 
 
-def test_times_are_read_and_shown_as_this_machine_s_if_asked(tmp_path: Path, cli: Cli) -> None:
-    database = tmp_path / "log.duckdb"
-    write_segment(database, START_NS, 3)
-    with m.Store(m.config_from_arguments(str(database))).reading() as reading:
-        (first, *_) = [row[0] for row in reading.rows(m.Filter(), oldest_first=True)]
-    moment = datetime.datetime.fromisoformat(first.replace("Z", "+00:00"))
-    there = moment.astimezone(datetime.timezone(datetime.timedelta(hours=5, minutes=30)))
-    for options, shown, head in (
-        ([], moment, "TIME (UTC)"),
-        (["--utc"], moment, "TIME (UTC)"),
-        (["--local"], there, "TIME (local)"),
-    ):
-        text = f"{shown:%Y-%m-%dT%H:%M:%S}"
-        asked = ["log", "--db", str(database), *options, "--since", text]
-        out = cli(*asked, "--oldest-first", TZ="Asia/Kolkata").stdout.splitlines()
-        assert out[0].startswith(head) and out[1].startswith(text.replace("T", " ")), options
-        done = cli("log", "--db", str(database), "--json", *options, "--until", text, TZ="Asia/Kolkata")
-        assert json.loads(done.stdout) == []
-        stats = cli("stats", "--db", str(database), *options, "--since", text, TZ="Asia/Kolkata").stdout
-        assert text.replace("T", " ") in stats
-
-
 def test_show_around_an_event_is_its_session_and_no_other(tmp_path: Path, cli: Cli) -> None:
     database = str(tmp_path / "log.duckdb")
     with m.AuditLogger(database) as audit:
@@ -490,8 +444,6 @@ def test_csv_is_harmless_whatever_cannot_be_seen_before_a_formula(tmp_path: Path
         ).stdout
         head, *cells = out.splitlines()
         assert head == f"'{start}=2" and sorted(cells) == sorted(f"'{start}=1+1" for start in starts)
-    done = cli("log", "--db", database, "--export", str(tmp_path / "t.json"), "--bom")
-    assert done.returncode == 2 and "--bom is for CSV" in done.stderr
 
 
 # --- users and groups

@@ -6,7 +6,6 @@ import csv
 import io
 import json
 import random
-import unicodedata
 from typing import Any
 
 import pytest
@@ -256,10 +255,3 @@ def test_json_text_escapes_in_every_place() -> None:
 def test_summary_counts() -> None:
     assert summary(0, "event", 100) == "0 events"
     assert summary(2, "group", 2) == "2 groups (there may be more: --limit)"
-
-
-def test_display_width_agrees_with_the_database_of_unicode() -> None:
-    for code in range(0x20, 0x30000):
-        character = chr(code)
-        if character.isprintable() and unicodedata.east_asian_width(character) == "W":
-            assert display_width(character) in (0, 2)

@@ -1800,28 +1800,12 @@ def test_bc_124_every_field_is_shown_before_and_after_ingest(
 ) -> None:
     monkeypatch.setattr(AuditLogger, "_ingest", None)
     audit = AuditLogger(db)
-    audit.log_event(
-        "http",
-        "prompt",
-        "the name",
-        {"in": "put"},
-        12,
-        "warn",
-        "the reason",
-        "error",
-        "the error",
-        None,
-        "the user",
-        "the session",
-        "the trace",
-    )
+    same = {"caller": "http", "name": "the name", "duration_ms": 12, "policy_decision": "warn"}
+    same |= {"reason": "the reason", "status": "error", "error": "the error", "user_id": "the user"}
+    same |= {"session_id": "the session", "trace_id": "the trace"}
+    audit.log_event(event_type="prompt", input_params={"in": "put"}, **same)  # type: ignore[arg-type]
     audit.shutdown()
-    expected = {
-        **{"caller": "http", "type": "prompt", "name": "the name", "input_json": '{"in":"put"}'},
-        **{"duration_ms": 12, "policy_decision": "warn", "reason": "the reason", "status": "error"},
-        **{"error": "the error", "user_id": "the user", "session_id": "the session"},
-        "trace_id": "the trace",
-    }
+    expected = {**same, "type": "prompt", "input_json": '{"in":"put"}'}
     views = []
     for step in range(2):
         (event,) = shown(cli, db)

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 
+import pytest
 from conftest import ROOT
 
 SOURCE = (ROOT / "mxcp_audit.py").read_text(encoding="utf-8")
@@ -47,27 +48,15 @@ def test_check_sections_on_misplaced_names_says_where_and_why() -> None:
     assert [reason for _, _, reason in MISPLACED if reason not in faults] == []
 
 
-def test_check_sections_on_a_section_that_depends_on_one_below_is_red() -> None:
-    broken = SOURCE.replace(
-        "# === Events ===\n# depends on: Errors", "# === Events ===\n# depends on: Errors, Store"
-    )
-    assert any("not above it" in fault for fault in check_sections.check(broken))
+BROKEN = (  # a pattern, what takes its place, and the fault
+    (r"(=== Events ===\n# depends on: Errors)", r"\1, Store", "not above it"),
+    (r"(=== Output ===\n# depends on: )", r"\1Calls, ", "Calls, but doesn't"),
+    (r"(== Target ==\n# depends on: )", r"\1Calls, ", "Calls, which Store doesn't say"),
+    (r"# == Ingest ==", r"_ = Verdict\n\g<0>", "Ledger names Verdict of Evidence"),
+    (r"# === Output ===", "# Output", "restore them"),
+)
 
 
-def test_check_sections_on_a_section_that_depends_on_more_than_it_does_is_red() -> None:
-    broken = re.sub(r"(# === Output ===\n# depends on: )", r"\1Calls, ", SOURCE)
-    assert any("Calls, but doesn't" in fault for fault in check_sections.check(broken))
-
-
-def test_check_sections_on_a_part_that_depends_on_what_its_section_may_not_is_red() -> None:
-    broken = re.sub(r"(# == Target ==\n# depends on: )", r"\1Calls, ", SOURCE)
-    assert any("Calls, which Store doesn't say" in fault for fault in check_sections.check(broken))
-
-
-def test_check_sections_on_a_part_that_names_one_below_is_red() -> None:
-    broken = SOURCE.replace("# == Ingest ==", "_ = Verdict\n# == Ingest ==")
-    assert any("Ledger names Verdict of Evidence" in fault for fault in check_sections.check(broken))
-
-
-def test_check_sections_on_a_missing_section_is_red() -> None:
-    assert "restore them" in check_sections.check(SOURCE.replace("# === Output ===", "# Output"))[0]
+@pytest.mark.parametrize(("pattern", "change", "fault"), BROKEN)
+def test_check_sections_on_a_broken_heading_is_red(pattern: str, change: str, fault: str) -> None:
+    assert any(fault in each for each in check_sections.check(re.sub(pattern, change, SOURCE)))

@@ -429,6 +429,22 @@ def test_export_refuses_what_would_destroy_or_is_no_file(filled: Store, tmp_path
     assert (tmp_path / "log.duckdb").read_bytes() == before
 
 
+def test_export_tells_its_progress(tmp_path: Path) -> None:
+    told: list[int] = []
+    came = threading.Event()
+
+    def progress(size: int) -> None:
+        told.append(size)
+        came.set()
+
+    path = tmp_path / "growing"
+    path.write_bytes(b"12345")
+    with mxcp_audit._watched(str(path), progress):
+        assert came.wait(60)
+    assert told[0] == 5
+    assert not [each for each in threading.enumerate() if "progress" in each.name]
+
+
 # --- statistics and SQL
 
 

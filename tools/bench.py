@@ -45,7 +45,6 @@ SCRIPTS = {  # with options of their own, and an environment
 
 MAIN_ENVIRONMENT = ("bench", "duckdb", "duckdb-cli", "fastmcp", "structlog", "loguru")
 ENVIRONMENTS = {  # of peers that can't live beside the others
-    "picologging": ("bench-picologging", "picologging"),
     "mxcp-0.2": (
         "bench-mxcp02",
         *("mxcp==0.2.2", "dbt-core<1.10", "dbt-duckdb<1.10", "mcp<1.12", "cel-python<0.4", "pydantic<2.12"),
@@ -66,7 +65,6 @@ PEERS = {  # what the tables call them
     "queue-json": "QueueHandler, JSON formatter, file",
     "structlog": "structlog, JSON, buffered file",
     "loguru": "loguru, enqueue, serialize, file",
-    "picologging": "picologging, JSON message, file",
     "sqlite": "sqlite3, insert and commit (WAL)",
     "duckdb": "DuckDB, `executemany` an event",
     "mxcp-0.2": "MXCP 0.2.2's logger, JSONL",
@@ -74,7 +72,6 @@ PEERS = {  # what the tables call them
 }
 ONE_THREAD = {  # who can't be asked from several threads
     "mxcp-0.12": "MXCP 0.12's logger belongs to one event loop, and so to one thread.",
-    "picologging": "picologging 0.9.3 did not end here with several threads: it is measured with one.",
 }
 SMALL = "small"  # the 5-key nested input
 

@@ -209,25 +209,6 @@ class Loguru(FilePeer):
         self.logger.remove()
 
 
-class Picologging(FilePeer):
-    def __init__(self, folder: Path) -> None:
-        import picologging
-
-        self.path = folder / "log.jsonl"
-        logger = picologging.Logger("audit", picologging.INFO)
-        self.handler = picologging.FileHandler(str(self.path))
-        self.handler.setFormatter(picologging.Formatter("%(asctime)s %(message)s"))
-        logger.addHandler(self.handler)
-        dumps = json.dumps
-        self.log = lambda params: logger.info("tool %s %s", "get_user", dumps(params, ensure_ascii=False))
-
-    def drain(self) -> None:
-        self.handler.flush()
-
-    def close(self) -> None:
-        self.handler.close()
-
-
 _TABLE = """CREATE TABLE logs (timestamp TIMESTAMP, caller TEXT, type TEXT, name TEXT, input_json TEXT,
     duration_ms INTEGER, policy_decision TEXT, reason TEXT, status TEXT, error TEXT)"""
 _INSERT = "INSERT INTO logs VALUES (?, 'http', 'tool', 'get_user', ?, 12, 'n/a', NULL, 'success', NULL)"
@@ -356,7 +337,6 @@ PEERS: dict[str, Callable[[Path], Any]] = {
     "queue-json": QueuedJson,
     "structlog": Structlog,
     "loguru": Loguru,
-    "picologging": Picologging,
     "sqlite": Sqlite,
     "duckdb": DuckDB,
     "mxcp-0.2": Mxcp02,

@@ -693,6 +693,7 @@ class Reading:
         oldest_first: bool = False,
         raw: bool = False,
         bom: bool = False,
+        progress: Callable[[int], None] | None = None,
     ) -> int: ...
 
 class Finding(NamedTuple):
