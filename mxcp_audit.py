@@ -6933,6 +6933,16 @@ class Target:
                 if not others or chore not in LAKE_CLEANING:
                     engine.execute(chore)
 
+    def change_logs(self, engine: Engine, statement: str) -> None:
+        """Run a statement that a foreign table may refuse."""
+        try:
+            engine.execute(statement)
+        except QueryError as error:
+            if "permission denied" in (reason := str(error).splitlines()[0]):
+                raise
+            text = f"its table `logs` takes no events of ours ({reason}); set `path` to a database of our own"
+            raise StoreError(f"{self.name}: {text}") from error
+
     def create_tables(self, engine: Engine) -> None:
         """Make missing tables and columns, and what two ingests of a journal collide at."""
         present = self.columns(engine)
@@ -6940,7 +6950,7 @@ class Target:
             engine.execute(CREATE_LOGS)
         for name, sql_type in COLUMNS[10:] if "logs" in present else ():
             if name not in present["logs"]:
-                engine.execute(f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
+                self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
         if "ledger" not in present:
             engine.execute(CREATE_LEDGER)
             if self.is_postgres:
@@ -7310,7 +7320,7 @@ class Ingest:
                     engine.execute(f"{touch} AND {where}")
             losses = {**losses, **self._put_aside_late(engine, claims)}
             if fresh:
-                engine.execute(INSERT_ROWS)
+                target.change_logs(engine, INSERT_ROWS)
                 entries.append(entries_of(fresh))
                 text = "lines that could not be ingested, kept in the journal as .rejected"
                 lossy = [segment for segment in fresh if losses.get(segment)]
@@ -10944,6 +10954,8 @@ def cmd_purge(options: Options) -> None:
         raise _UsageError("--older-than lies in the future; everything would go")
     store, archive, dry_run = Store(_config_of(options)), options.archive, options.dry_run
     if archive:
+        if os.path.lexists(archive) and not os.path.isdir(archive):
+            raise _UsageError(f"{archive} is no directory; name one for --archive")
         store.refuse_journal(archive)
     removal = store.purge(options.older_than, archive=archive, dry_run=dry_run, wait=options.wait)
     text = f"{counted(removal.events, 'event')} {'would be ' if dry_run else ''}purged"
@@ -10981,7 +10993,7 @@ def cmd_wrap(options: Options) -> int:
     if not config.enabled:
         problem = f"audit logging is not enabled for profile {config.profile!r}"
         if options.strict:
-            raise _UsageError(f"{problem} in {config.site_file}")
+            raise _UsageError(f"{problem}; enable it in {config.site_file}, or leave --strict out")
         _say(f"mxcp-audit: {problem}: the traffic passes unaudited")
     audit = AuditLogger.__new__(AuditLogger)
     audit.__setstate__(config._replace(strict=("*",)) if options.strict else config)
