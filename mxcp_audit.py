@@ -3552,21 +3552,14 @@ class Begun:
         self._refs: dict[int, tuple[str, Any]] = {}  # of calls on record, or nearly: name in lines, call
         self.on_record: set[int] = set()
         self._over: dict[int, int] = {}  # by number, the ticket of its line
-        self._ready: dict[int, bytes] = {}  # begins of strict calls that go on record
         self._size, self._signed = 0, 0.0  # of the file when it was begun; the last sign of life
         self.fresh = False  # calls came on record that nobody was told of
 
     def begin(self, call: Any) -> int:
         """Return the number of a call that begins."""
         number = next(self._numbers)
-        if call.strict:  # encoded here, where the call is at hand: a switch of threads makes it twice as slow
-            self._prepare(number, call)
         self._running[number] = call
         return number
-
-    def _prepare(self, number: int, call: Any) -> None:
-        self._refs[number] = ref, _ = new_segment_id(wall_clock_ns()), call
-        self._ready[number] = self._encode(call, ref)
 
     def end(self, number: int) -> str | None:
         """Return how the line of a call must name it; None if its begin is not on record."""
@@ -3580,35 +3573,37 @@ class Begun:
 
     def write(self, done: int, *, ends: bool = False) -> None:
         """Put on record what runs and, each second or with `ends`, what the first `done` lines ended."""
-        for due, number, call in self._waiting():
-            if due <= 0.0 and number not in self._refs:
-                self._prepare(number, call)
-                if number not in self._running:  # it has ended, and its line names no begin
-                    del self._refs[number], self._ready[number]
-        fresh, now = self._ready.copy(), time.monotonic()
-        is_due = self.on_record and now >= self._signed + _SIGN_SECONDS
+        fresh = {number: call for due, number, call in self._waiting() if due <= 0.0}
+        is_due = self.on_record and time.monotonic() >= self._signed + _SIGN_SECONDS
         if not (fresh or is_due or (ends and self._over)):
             return
         over = {number for number, ticket in self._over.copy().items() if ticket <= done}
-        lines, file = list(fresh.values()), self._file
+        for number, call in fresh.items():
+            self._refs.setdefault(number, (new_segment_id(wall_clock_ns()), call))
+            if number not in self._running:  # it has ended
+                del self._refs[number]
+        refs = {number: self._refs[number] for number in fresh if number in self._refs}
+        file = self._file
         if file is None or not file.is_usable() or file.size > self._size + _BEGUN_BYTES:
-            again = [self._refs[number] for number in self.on_record - over]
-            lines += [self._encode(call, ref) for ref, call in again]
-            self._replace_file(lines)
+            refs |= {number: self._refs[number] for number in self.on_record - over}
+            self._replace_file(self._lines(refs))
         else:
+            lines = self._lines(refs)
             if ended := [self._refs[number][0] for number in over & self.on_record]:
                 lines.append(b'%b["%b"]}\n' % (_ENDED, '","'.join(ended).encode()))
             if not lines:
                 os.utime(file.path)  # a sign of life
             file.append(b"".join(lines), len(lines), durable=self._durable)
-        self.on_record.update(fresh)
-        self.fresh, self._signed = bool(fresh), now
-        for number in fresh:
-            del self._ready[number]
+        self.on_record.update(refs)
+        self.fresh = bool(fresh)
         for number in over:
             del self._over[number]
             self._refs.pop(number, None)
             self.on_record.discard(number)
+        self._signed = time.monotonic()
+
+    def _lines(self, refs: Mapping[int, tuple[str, Any]]) -> list[bytes]:
+        return [self._encode(call, ref) for ref, call in refs.values()]
 
     def _replace_file(self, lines: list[bytes]) -> None:
         old, file = self._file, self._journal.open_segment(suffix=_BEGUN_SUFFIX + ".part")
@@ -4042,6 +4037,7 @@ class Writer:
         self._ingester.start_afresh()
         self._threads = threads = native_threads()
         self._lock = threads.RLock()  # of the queue
+        self._progress = threads.Condition(self._lock)
         self._writing = threads.RLock()  # of the appender
         self._wake = threads.Lock()
         self._wake.acquire()
@@ -4103,8 +4099,10 @@ class Writer:
 
     def call_when(self, done: Callable[[], bool], callback: Callable[[], object]) -> None:
         """Call back, in any thread, when the writer has done something, or is closed."""
+        with self._lock:
+            self._waiting.append((done, callback))
         self._hurry()
-        self._await((done, callback))
+        self._call_back()
 
     def flush(self, timeout: float) -> bool:
         """Write what was put before, and try once to ingest it; False if it could not be written."""
@@ -4126,15 +4124,17 @@ class Writer:
         with self._lock:
             self._closing = True
             thread = self._thread
-        self._call_back()
+            self._progress.notify_all()
         if thread is not None:
             self._release_wake()
             if thread is not self._threads.current_thread():
                 thread.join(max(0.0, deadline - time.monotonic()))
         while self._thread is None and not self._work_inline() and time.monotonic() < deadline:
-            time.sleep(_RETRY_SECONDS)
+            with self._lock:
+                self._progress.wait(_RETRY_SECONDS)
         with self._lock:
             self._closed = True
+            self._progress.notify_all()
             left = self.pending
         self._call_back()
         return left
@@ -4170,25 +4170,14 @@ class Writer:
         while not done():
             if self._asleep:  # a caller was interrupted before it woke the writer, or there is none
                 self._rouse()
-            left, thread = deadline - time.monotonic(), self._thread
+            left = deadline - time.monotonic()
             if left <= 0:
                 return False
-            gate = self._threads.Lock()
-            gate.acquire()
-            entry = (lambda thread=thread: done() or self._thread is not thread, gate.release)
-            try:
-                self._await(entry)
-                gate.acquire(timeout=min(left, _RETRY_SECONDS if thread is None else threading.TIMEOUT_MAX))
-            finally:
-                if entry in self._waiting:
-                    with self._lock, suppress(ValueError):
-                        self._waiting.remove(entry)
+            longest = _RETRY_SECONDS if self._thread is None else threading.TIMEOUT_MAX
+            with self._lock:
+                if not done():
+                    self._progress.wait(min(left, longest))
         return True
-
-    def _await(self, entry: tuple[Callable[[], bool], Callable[[], object]]) -> None:
-        with self._lock:
-            self._waiting.append(entry)
-        self._call_back()
 
     def _rouse(self) -> None:
         """Wake the writer, start it, or do its work here."""
@@ -4204,10 +4193,9 @@ class Writer:
             self._release_wake()
 
     def _release_wake(self) -> None:
-        try:  # noqa: SIM105 - with each strict call: `suppress` would take longer
-            self._wake.release()
-        except RuntimeError:  # it was
-            pass
+        if self._wake.locked():
+            with suppress(RuntimeError):  # another thread was faster
+                self._wake.release()
 
     def _start_thread(self) -> bool:
         with self._lock:
@@ -4268,11 +4256,11 @@ class Writer:
                 with self._lock:
                     if self._closing and not (done and self._queue):  # `close` tries again what is not done
                         self._retire()
-                    elif done and not self._queue:
+                    elif not done:
+                        self._progress.wait(_RETRY_SECONDS)
+                    elif not self._queue:
                         self._asleep = True
-                if not done:
-                    self._wake.acquire(timeout=_RETRY_SECONDS)
-                elif self._asleep and self._thread is me:
+                if self._asleep and self._thread is me:
                     due = min(self._due, self.begun.due_in(), threading.TIMEOUT_MAX)
                     self._wake.acquire(timeout=due)
         except BaseException as error:
@@ -4285,7 +4273,7 @@ class Writer:
         """Leave the next line to its caller, or to a new thread; hold the lock."""
         self._thread = None
         self._asleep = True
-        self._call_back()
+        self._progress.notify_all()
 
     def _work(self) -> bool:
         """Write what is queued and let the ingester work; False if something is left to do."""
@@ -4302,7 +4290,8 @@ class Writer:
             self._step_at, tried = now + _GATHER_SECONDS, ingester.tried
             self._due = ingester.step()
             if ingester.tried > tried or ingester.stopped:
-                self._call_back()
+                with self._lock:
+                    self._progress.notify_all()
         return done
 
     def _drain(self) -> bool:
@@ -4328,27 +4317,25 @@ class Writer:
 
     def _trim(self) -> None:
         """Take what is in the journal out of the queue, and wake those who wait for it."""
-        if self.written > self._finished:
-            with self._lock:
-                written = self.written
-                gone = self._queue[: written - self._finished]
-                count, left = len(gone), self._queued_bytes - sum(map(len, gone))
-                # An interrupt comes with a call: it never finds half of this.
-                del self._queue[:count]
-                self._finished = written
-                self._queued_bytes = left if self._queue else 0
-        elif not self.begun.fresh:
-            return
-        self.begun.fresh = False
-        self._call_back()
-
-    def _call_back(self) -> None:
-        if not self._waiting:
+        if self.written == self._finished and not self.begun.fresh:
             return
         with self._lock:
+            written = self.written
+            gone = self._queue[: written - self._finished]
+            count, left = len(gone), self._queued_bytes - sum(map(len, gone))
+            # An interrupt comes with a call: it never finds half of this.
+            del self._queue[:count]
+            self._finished = written
+            self._queued_bytes = left if self._queue else 0
+            self.begun.fresh = False
+            self._progress.notify_all()
+        if self._waiting:
+            self._call_back()
+
+    def _call_back(self) -> None:
+        with self._lock:
             due = [entry for entry in self._waiting if entry[0]() or self._closed]
-            for entry in due:
-                self._waiting.remove(entry)
+            self._waiting = [entry for entry in self._waiting if entry not in due]
         for _, callback in due:
             with suppress(RuntimeError):  # its event loop is closed
                 callback()

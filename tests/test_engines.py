@@ -230,5 +230,6 @@ def test_engine_apart_never_starts_a_frozen_program_again(
     monkeypatch.delenv("MXCP_AUDIT_ENGINE", raising=False)
     if mxcp_audit.find_program() is not None:
         assert type(mxcp_audit.open_engine(apart=True)) is mxcp_audit.CliEngine
+    pytest.importorskip("duckdb")
     with pytest.raises(mxcp_audit.EngineNotFoundError, match="no Python"):
         mxcp_audit.open_engine(apart=True, environ={"MXCP_AUDIT_ENGINE": "package"})
