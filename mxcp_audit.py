@@ -4457,11 +4457,9 @@ class Call:
             return None
         self.strict = logger.is_strict(self.name)
         self.number = logger._writer.begin(self)
-        return (
-            functools.partial(logger._writer.begun.on_record.__contains__, self.number)
-            if self.strict
-            else None
-        )
+        if not self.strict:
+            return None
+        return functools.partial(logger._writer.begun.on_record.__contains__, self.number)
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""

@@ -24,6 +24,12 @@ def test_check_sections_on_the_file_as_it_is_is_silent() -> None:
     assert (done.returncode, done.stdout) == (0, "")
 
 
+def test_each_mutant_of_torture_breaks_one_place(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(ROOT / "tools"))
+    mutants = importlib.import_module("torture").MUTANTS
+    assert [m.name for m in mutants for old, _ in m.patches if SOURCE.count(old) != 1] == []
+
+
 MISPLACED = (
     (
         "Events",

@@ -1198,8 +1198,8 @@ MUTANTS = (
         "S16",
         (
             (
-                "            return lambda: call.number in self._writer.begun.on_record, ",
-                "            return lambda: True, ",
+                "        return functools.partial(logger._writer.begun.on_record.__contains__, self.number)\n",
+                "        return lambda: True\n",
             ),
         ),
     ),
