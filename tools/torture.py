@@ -1198,8 +1198,8 @@ MUTANTS = (
         "S16",
         (
             (
-                "        return functools.partial(logger._writer.begun.on_record.__contains__, self.number)\n",
-                "        return lambda: True\n",
+                "functools.partial(logger._writer.begun.on_record.__contains__, self.number)\n",
+                "lambda: True\n",
             ),
         ),
     ),
