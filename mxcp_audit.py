@@ -336,6 +336,7 @@ class _YamlReader:
     # --- blocks
 
     def document(self) -> object:
+        """Return the value of the whole text."""
         self.take(_BLANKS)
         explicit = self.column() < 0 and self.char == "-"
         started = explicit or self.column() >= 0
@@ -479,6 +480,7 @@ class _YamlReader:
         return part.sub(lambda part: self.meant(part[0], offset + part.start()), match[1])
 
     def meant(self, part: str, at: int) -> str:
+        """Return what a piece of quoted text means."""
         if part[0] != "\\":
             return "'" if part == "''" else _folded(part)
         if part[1] == "\n":
@@ -3048,6 +3050,7 @@ class Segment:
         return self._fd
 
     def is_open(self) -> bool:
+        """Return True while the descriptor is this file's."""
         try:
             return self.number() >= 0
         except OSError as error:
@@ -3070,12 +3073,14 @@ class Segment:
             self.discard()
 
     def close(self) -> None:
+        """Close the file as it is, and release its lock."""
         self.closed = True  # an interrupt may come before it is
         with suppress(OSError):
             unlock(self.number())
         self.forget()
 
     def discard(self) -> None:
+        """Delete the file."""
         with suppress(OSError):
             if self.is_in_place():
                 os.unlink(self.path)
@@ -3307,6 +3312,7 @@ class Journal:
             yield locked
 
     def record_loss(self, loss: Loss) -> str:
+        """Put a loss on record as a file; return its path."""
         self.make_directory()
         path = self._path(new_segment_id(self._clock()) + _LOSS_SUFFIX)
         replace_file(path, json.dumps(loss._asdict()).encode() + b"\n")
@@ -3493,6 +3499,7 @@ class Diagnostics:
         self.start_afresh()
 
     def start_afresh(self) -> None:
+        """Begin anew, as in a child after a fork."""
         self.errors = self.dropped = self.rejected = self.ingested = 0
         self.last_error: str | None = None
         self.untold: list[tuple[int, str, str]] = []  # level, kind, text
@@ -3657,6 +3664,7 @@ class Appender:
         self.start_afresh()
 
     def start_afresh(self) -> None:
+        """Begin anew, as in a child after a fork."""
         self.begun.start_afresh()
         if self._segment is not None:
             self._segment.forget()
@@ -3756,6 +3764,7 @@ class Appender:
             return False
 
     def record_losses(self) -> bool:
+        """Put losses on record; False if it must be tried again."""
         while self._lost:
             with self._losing:
                 loss = self._lost.pop(0)
@@ -3821,6 +3830,7 @@ class Ingester:
         self.start_afresh()
 
     def start_afresh(self) -> None:
+        """Begin anew, as in a child after a fork."""
         if self._child is not None:
             self._child.returncode = 0  # so that nothing waits for it here, or warns
             self._child.stdout.close()
@@ -4508,6 +4518,7 @@ class Call:
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
+        """Be the call that runs, within the block."""
         before = _running.set(self)
         try:
             yield
