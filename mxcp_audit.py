@@ -4435,10 +4435,9 @@ class Call:
 
     def event(self) -> tuple[Any, ...]:
         """Return the arguments of `Encoder.line`."""
-        details = self.details
-        context: object = {**details, **self.context} if self.context else None
-        if details and context is None:
-            context = _json_of(tuple(details.items()))
+        context: object = {**self.details, **self.context} if self.context else None
+        if context is None and self.details:
+            context = _json_of(tuple(self.details.items()))
         return (
             *(self.caller, self.event_type, self.name, self.input_json, self.duration_ms),
             *(self.policy_decision, self.reason, self.status, self.error),
@@ -4457,8 +4456,7 @@ class Call:
 
     def begin(self) -> None:
         """Put the call on record as running; AuditUnavailableError if `strict` and too late."""
-        if (is_done := self._begin()) is not None:
-            self._logger.wait(self, is_done)
+        self._logger.wait(self, self._begin())
 
     def _begin(self) -> Callable[[], bool] | None:
         """Begin, once; return what the body must wait for, if anything."""
@@ -4467,24 +4465,12 @@ class Call:
             return None
         self.strict = logger.is_strict(self.name)
         self.number = logger._writer.begin(self)
-        if not self.strict:
-            return None
-        return functools.partial(logger._writer.begun.on_record.__contains__, self.number)
+        is_on_record = logger._writer.begun.on_record.__contains__
+        return functools.partial(is_on_record, self.number) if self.strict else None
 
     def end(self, error: BaseException | None = None) -> None:
         """Record the call, once: for code that can't use `with`."""
-        if (is_done := self._end(error)) is not None:
-            self._logger.wait(self, is_done, error)
-
-    async def end_async(self, error: BaseException | None = None) -> None:
-        """Record the call, once, without blocking the event loop."""
-        if (is_done := self._end(error)) is not None:
-            try:
-                await self._logger.wait_async(self, is_done, error)
-            except BaseException:
-                # A cancelled scope cancels each `await` again; the first error leaves.
-                if error is None or isinstance(error, Exception):
-                    raise
+        self._logger.wait(self, self._end(error), error)
 
     def _end(self, error: BaseException | None) -> Callable[[], bool] | None:
         """End, once; return what the answer must wait for, if anything."""
@@ -4550,8 +4536,13 @@ class Call:
 
     async def __aexit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         self._leave()
-        if not self.waits:
-            await self.end_async(error)
+        if not self.waits and (is_done := self._end(error)) is not None:
+            try:
+                await self._logger.wait_async(self, is_done, error)
+            except BaseException:
+                # A cancelled scope cancels each `await` again; the first error leaves.
+                if error is None or isinstance(error, Exception):
+                    raise
 
 
 @functools.lru_cache(1024)  # most calls of a session are alike in this
@@ -4748,12 +4739,12 @@ def _leg_of(call: Call, message: object) -> object:
 # --- where a call came from
 
 
-def _get(owner: object, name: str, *others: str) -> Any:
+def _get(owner: Any, name: str, *others: str) -> Any:
     """Return the first key or attribute that isn't None. Never raises."""
     kind: Any = type(owner)
-    value: Any = None
+    value = None
     if kind is dict:
-        value = cast("dict[str, Any]", owner).get(name)
+        value = owner.get(name)
     elif owner is not None:
         try:
             if not _lacks(kind, name):
@@ -4780,19 +4771,17 @@ def _text(value: object) -> str | None:
 
 def origin_of(context: object, proxies: Sequence[str] = ()) -> dict[str, Any]:
     """Return where a request came from, as attributes of a Call."""
-    origin: dict[str, Any] = {"caller": "cli", "details": {}}
-    trace = None
-    if context is not None:
-        with suppress(Exception):  # of the framework; the rest is known
-            trace = _read_request(context, origin, proxies)
-    current_span = _loaded("opentelemetry.trace", "get_current_span")
-    if trace is None and current_span is not None:
-        with suppress(Exception):
+    origin: dict[str, Any] = {"caller": "cli", "trace_id": None, "details": {}}
+    try:
+        trace = _read_request(context, origin, proxies) if context is not None else None
+        current_span = _loaded("opentelemetry.trace", "get_current_span")
+        if trace is None and current_span is not None:
             span = current_span().get_span_context()
             trace = span.trace_id and (f"{span.trace_id:032x}", f"{span.span_id:016x}")
-    origin["trace_id"], parent = trace or (None, None)
-    if parent:
-        origin["details"]["parent_span_id"] = parent
+        if trace:
+            origin["trace_id"], origin["details"]["parent_span_id"] = trace
+    except Exception:  # of a framework; the rest is known
+        pass
     return origin
 
 
@@ -4853,7 +4842,8 @@ def _read_request(context: object, origin: dict[str, Any], proxies: Sequence[str
 
 def client_of(client: object) -> str | None:
     """Return a client's name and version: "claude-ai/1.2"."""
-    return "/".join(filter(None, (_text(_get(client, name)) for name in ("name", "version")))) or None
+    name, version = _text(_get(client, "name")), _text(_get(client, "version"))
+    return f"{name}/{version}" if name and version else name or version
 
 
 def server_of(result: object) -> str | None:
@@ -5000,8 +4990,10 @@ class Exchange:
         origin = origin_of(context, self._logger.config.trusted_proxies)
         origin.update(arguments=arguments, denied_by=self._denied_by, caller=self._caller or origin["caller"])
         origin["server"] = _text(_get(server, "name")) or self.server
-        call = Call(self._logger, event_type, name_of(message), arguments, **origin)
-        return cast(Call, self._logger.unfinished.resumed(call, message))
+        unfinished: Unfinished = self._logger.unfinished
+        return unfinished.resumed(
+            Call(self._logger, event_type, name_of(message), arguments, **origin), message
+        )
 
     def see(self, method: str, message: object, result: object) -> None:
         """Take the server's name, or the state of a task, from another answer."""
@@ -5023,7 +5015,8 @@ class Middleware(Exchange):
         event_type = MCP_METHODS.get(method)
         message, inside = _get(context, "message", "params"), getattr(context, "fastmcp_context", None)
         server = _get(inside, "fastmcp")
-        self._watch_tasks(server)
+        if (docket := getattr(server, "_docket", None)) is not None:
+            self._watch_tasks(docket)
         is_note = getattr(context, "request_id", "") is None
         if event_type is None or is_note or not self._logger.enabled:
             result = await call_next(context)
@@ -5079,9 +5072,8 @@ class Middleware(Exchange):
         finally:
             transport.reset(before)
 
-    def _watch_tasks(self, server: object) -> None:
-        """Wrap what a FastMCP server runs in the background, by docket."""
-        docket: Any = getattr(server, "_docket", None)
+    def _watch_tasks(self, docket: Any) -> None:
+        """Wrap what a FastMCP server runs in the background."""
         functions = _get(docket, "tasks")
         path, watching = self._logger.config.path, getattr(docket, "__mxcp_audit__", ())
         if type(functions) is dict and path not in watching:
@@ -5589,10 +5581,10 @@ class AuditLogger:
         call._end(error)
         raise error
 
-    def wait(self, call: Call, done: Callable[[], bool], error: BaseException | None = None) -> None:
-        """Wait for a call's begin or line; refuse it if late, unless it failed."""
+    def wait(self, call: Call, done: Callable[[], bool] | None, error: BaseException | None = None) -> None:
+        """Wait for a call's begin or line, if for anything; refuse it if late, unless it failed."""
         timeout = self.config.strict_timeout if call.strict else None
-        if not (done() or self._writer.wait_for(done, timeout)) and error is None:
+        if done and not (done() or self._writer.wait_for(done, timeout)) and error is None:
             self._refuse(call)
 
     async def wait_async(
