@@ -1071,23 +1071,23 @@ still: value string str text plain plaintext cleartext base b binary raw hex enc
 documents: pem material blob wo string plaintext
 flags: is has use using no without with allow allowed require required enable enabled disable disabled show
   hide prevent ignore skip force forgot detect scan support include want generate regenerate manage mask
-  redact max min always automount ask return reuse persist inject block
+  redact max min always automount ask return reuse persist inject block existing
 verbs: add change check clear copy create delete deny edit enforce exclude export fetch get import issue list
   mount prompt reject remove rename renew reset resolve revoke rotate save set update validate imagepull
 glue: db my mysql sql pg smtp imap ftp ldap mail wifi credit debit cc id aws web www github gitlab slack
-  public next page sort
-none: compass bypass trespass surpass overpass underpass encompass
+  public next page sort  none: compass bypass trespass surpass overpass underpass encompass
 stems: sensitive social verifier answer saml json card ccn cc_n cc-n community account.num account_num
-  connect.sid _wo sig=
+  connect.sid _wo sig= phrase
 """)
 SPEC_NAMES, STRONG_WORDS, STILL_SECRET, KEY_DOCUMENTS = list(_NAME_WORDS.values())[:4]
 FLAG_WORDS, VERBS, GLUE_WORDS, NO_SECRETS, _STEMS = list(_NAME_WORDS.values())[4:]
 # Two words that are one: of forms, or torn apart (`passWord`); imagePullSecrets are names of secrets.
 _PHRASES = _words_by_head("""
 creditcard: credit+card debit+card payment+card card+number card+num card+no cc+number cc+num cc+no
-primary+account  cvv: card+verification  ssn: social+security  securityanswer: security+answer secret+answer
-recovery+answer challenge+answer  codeverifier: code+verifier oauth+verifier  credential: service+json
-account+json  password: pass+word  passphrase: pass+phrase snmp+community community+string
+  primary+account  cvv: card+verification  ssn: social+security
+securityanswer: security+answer secret+answer recovery+answer challenge+answer
+codeverifier: code+verifier oauth+verifier  credential: service+json account+json  password: pass+word
+passphrase: pass+phrase seed+phrase recovery+phrase mnemonic+phrase snmp+community community+string
 passcode: pass+code  motdepasse: de+passe  apikey: api+key  oauth: o+auth  assertion: saml+response
 sessid: connect+sid  imagepull: image+pull  idempotency: client+request
 """)
@@ -1100,13 +1100,12 @@ token: next starting page paging pagination continuation continue cursor sync de
   parser syntax environment n budget base reward nft explained fee staked pool lp key
 key: public pub publishable anon foreign sort partition cache object idempotency ttl kv event group hash map
   project file config ctrl input output parent label field error primary issue tag bucket table column index
-  kms managed
-jwt: verify validate decode parse  cookie: consent third party
+  kms managed  jwt: verify validate decode parse  cookie: consent third party
 pass: first second single multi two one last did test checks high low band boarding ski bus season day poe
   render
 pin: gpio led gpu map data clock input output board analog digital header reset power clk cs tx rx dout din
-  sda scl mosi miso sck irq rst push
-auth:  authorization:  code: result response error status reason  signature:
+  sda scl mosi miso sck irq rst push  auth:  authorization:  code: result response error status reason
+signature:
 """)
 # A secret behind these words; `Authorization` is a header alone or beside its own words, else a decision.
 OPENERS = _words_by_head("""
@@ -1119,11 +1118,11 @@ key: access private priv auth authentication authorization encryption encrypt de
   transaction terminal openai anthropic gemini mailgun sendgrid
 token: access refresh api auth bearer oauth security session jwt csrf xsrf personal login reset bot service
   deploy user device registration verification recovery invite
-auth: http basic digest bearer docker registry proxy api x npm redis git repo
+auth: http basic digest bearer docker registry proxy api x npm redis rediscli git repo
 authorization: proxy http x ms amz basic bearer forwarded original header request custom
 code: authorization auth oauth mfa otp totp pin recovery backup security secret verification factor fa sms
-  access device reset login time cvv cvc card token
-cookie: session auth http request set login  signature: amz goog access
+  access device reset login time cvv cvc card token  cookie: session auth http request set login
+signature: amz goog access
 """)
 # A secret whatever is glued before it (`csrfmiddlewaretoken`), but for a few words.
 GLUED_SUFFIXES = r"""(?x)(?:密[码碼]|パスワード|비밀번호|pass(?:phrase|word|code|wd)?|credential|secret
@@ -1225,10 +1224,6 @@ def _read_names(entries: Iterable[str]) -> frozenset[tuple[str, str]]:
     return frozenset((_normal(tool), _normal(name)) for tool, _, name in parts)
 
 
-def _lower(text: str) -> str:
-    return text.lower() if text.isascii() else text.replace("\u0130", "i").lower()
-
-
 def _any_of(words: Iterable[str]) -> re.Pattern[str]:
     """Compile a search for words, grouped by first letters for speed."""
     groups = itertools.groupby(sorted(set(words)), key=lambda word: word[0])
@@ -1248,26 +1243,29 @@ def _re(pattern: str) -> re.Pattern[str]:
 # How a name in a text leads to its value, by the group's name. Every repeat is bounded.
 _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<typed>(?::[ ]?&?|[ ]As[ ])[A-Za-z_][\w.,\[\]]{0,40}(?:[ ]\|[ ]\w{1,20}){0,2}
-      [ ]?=[ ]?(?=[bBrRuUfF]{0,2}["'`]))
-  | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?[ \t]{0,40}
+      [ ]?=[ ]?(?=(?:\w{1,16}\((?:default=)?)?[bBrRuUfF]{0,2}["'`]))
+  | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?(?:[ ]\([^()\n]{1,40}\)(?=:)|[ ]\.{2,40})?[ \t]{0,40}
       (?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))(?:\*\*)?
-      (?:[ \t]{9,40}(?=\S)|\s{0,8})(?:!!\w{1,16}\s{1,4})?)
-  | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?[vV]alue\\{0,32}["']?\s{0,8}[=:]\s{0,8}
-      | ["']?[ \t]{1,4}-[vV]alue[ \t]{1,4} | </(?:key|name)>\s{0,64}(?:<(?:string|value)>){1,2}
+      (?:[ \t]{9,40}(?=\S)|\s{0,8})(?:!(?:vault|!\w{1,16})\s{1,4})?)
+  | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?\w{0,16}[vV]alue\\{0,32}["']?\s{0,8}[=:]
+      \s{0,8}|["']?[ \t]-[vV]alue[ \t]{1,4}|</(?:key|name|t[hd]|dt)>\s{0,64}(?:<(?:string|value|td|dd)>){1,2}
       | ["']\s{0,4}\{(?:\s{0,16}[a-z]{4,12}\s{0,16}=[^\n]{0,200}\n){0,4}?\s{0,16}default\s{0,16}=\s{0,8})
-  | (?P<percent>%(?:25)?3[dD]) | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
+  | (?P<percent>%(?:25)?(?:3[dD]|22%(?:25)?3[aA](?:%20|\+)?%(?:25)?22))
+  | (?P<model>\r?\n[ \t]{1,8}[^\n]{1,300}?\binput_value=)
   | (?P<part>\\{0,8}"(?:\r\n[^\r\n]{1,80}){0,3}(?:\r\n\r\n|\\r\\n\\r\\n|\n\n))
-  | (?P<pair>(?:\]?\\{0,8}["']|(?<=[A-Z]))(?:\s{0,2},\s{0,8}|\)\.\w{3,16}\(\s{0,4})(?=b?\\{0,8}["']))
-  | (?P<prose>[ \t](?:for[ ]\S{1,40}(?<!:)[ ])?(?:for[ ]\S{1,40}:[ ]|\(
-      |(?:is|was|are|ist|lautet|es|est|è|é|provided|given|(?:(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}))
-  | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["']))
+  | (?P<pair>(?:\]?\\{0,8}["']|(?<=[A-Z]))(?:\s?,\s{0,8}(?:default=)?|\)\.(?:\w{3,16}\(|value[ ]?=)\s{0,4})
+      (?=b?\\{0,8}["'`])) | (?P<quoted>[ \t]{1,4}(?:(?:I?LIKE|IN|BY|TO)[ \t]{1,4}\(?)?(?=["']))
+  | (?P<prose>[ \t](?:(?:for|of)[ ](?:\S{1,40}(?<!:)[ ]){1,5}?|(?:you|we|I)[ ](?:\w{1,12}[ ]){1,4}?)?(?:
+      (?:for[ ]\S{1,40}|(?<=[ ])(?:for|you|below|with)):[ ]|\(|(?:is|was|are|ist|lautet|es|est|è|é|provided
+      |given|from(?=[ ]["'`])|(?:(?:ha[sd][ ]been[ ])?(?:re)?(?:set|changed)[ ])?to|[-–—])[ :][ \t]{0,4}))
   | (?P<element>(?:["']?|["']?\s[^<>]{0,200})>\s{0,8}(?:<!\[CDATA\[|<[vV]alue>)?(?=[^<\s]))
   | (?P<call>\(\s{0,4}(?=[bBrRuUfF]{0,2}\\{0,8}["'`])) | (?P<option>[ \t]{1,4}(?=[^\s-]))
 )"""
-_QUOTE = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]{1,24}\()?
-    [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:\2{1,2}(?=[\w!@#$%^*+]))?"""
+_NO_ELEMENT = _SEPARATOR.replace("<element>", "<element>(?!)")  # outside of `<`
+_QUOTE = r"""(?x)(?:(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]\w{0,23})?\(\s{0,16}(?:default=)?)?
+    [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:(\2\2)(?!\2)|\2(?=[\w!@#$%^*+]))?"""
+_MORE = r"""["'`](?: (?:->|=>|to) |\s{1,20})(?=(["'`]))(?!\1[^"'`\n]*\1\s*[:=])"""  # another value follows
 _MARKED = r"\[REDACTED(?::[0-9a-f]{8})?\]"
-# A bare value ends at a space or at what separates it from the next.
 _BARE = rf"""(?x)(?:{_MARKED}|(?:[^\s,;&'"`<>)\]}}\\]
   |,(?!\s|[A-Za-z_][A-Za-z_.\-]{{1,40}}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{{1,40}}[0-9]?=|\Z)
   |&(?![A-Za-z_](?:[A-Za-z_.%\[\]\-]{{1,64}}[0-9]{{0,2}})?=|amp;)
@@ -1277,15 +1275,15 @@ _BRACKETS = r"""(?s)\\.|[()\[\]{}]|"(?:[^"\\]|\\.)*(?:"|\Z)|'(?:[^'\\]|\\.)*(?:'
 _PLACEHOLDER = r"""(?x)(?:(?i:bearer|basic|token)[ ]+(?=[$%{<*.x]))?(?:
     \?|\[\s*\]|\{[\s.]*\}|\{[a-z_]+(?:\.[a-z_]+)*(?::\w*|[\[(][^{}\n]{0,80})?\}|\$(?:env:)?\w+
   | [$#%]\{[^\n]{0,200}|\{\{(?!\s*['"])[^\n]*|\$\([^\n]{0,200}|%s|%\(\w*\)s|%\w+%|<[\w .-]*>?
-  | <[%?]=?|~|[*•●]{2,}|\.\*\S*|DEFAULT
-  | (?:\w{1,12}[-_])?(?:[xX]{3,}|\.{3}|…)|\[(?:[A-Z]{4,16}|\w{2,12}(?:ed|den))\]|!\w+|@[\w.]+@)
+  | [0-9]{1,2}|<[%?]=?|~|[*!•●]+(?:[A-Z]+\*+)?|\.\*\S*|DEFAULT
+  | (?:\w{1,12}[-_])?(?:[xX]{3,}|\.{3}|…)|\[(?:[A-Z]{3,16}|\w{2,12}(?:ed|den)|secure)\]|!\w+|@[\w.]+@)
   | \{\s*\\{0,8}["']?\$ref\\{0,8}["']?:[^\n]*
   | \{\s*\\{0,8}["']?type\\{0,8}["']?:\s*\\{0,8}["']?(?i:string|integer|number|boolean|array|object)\b
     (?![\s\S]*(?:value|default|example))[\s\S]*  # a schema; a file; an entry of a secret manager
-  | [\w.~/-]*\.(?:txt|pem|key|json|ya?ml|conf|cfg|ini|crt|env)|[.~]{0,2}/(?:[a-z._-]+/)+[a-z._-]+
-  | (?:env|file|op|vault|ssm|arn|secretref):\S+|projects/[\w-]+/secrets/\S+
-  | (?i:null|none|nil|undefined|true|false|string|utf-?8|include|inherit|same-origin|[a-z]+(?:error|exception)
-    |(?:your|insert|enter|replace|change)[_ -][\w -]*)
+  | [\w.~/-]*\.(?:txt|pem|key|json|ya?ml|conf|cfg|ini|crt|env)|projects/[\w-]+/secrets/\S+
+  | (?:[.~]{0,2}/(?:[a-z._-]+/)+|[.~]{1,2}/)[a-z._-]+|(?:env|file|op|vault|ssm|arn|secretref):\S+
+  | (?i:null|none|nil|undefined|true|false|string|utf-?8|include|inherit|same-origin|enter|escape|tab
+    |backspace|[a-z]+(?:error|exception)|(?:your|insert|enter|replace|change)[_ -][\w -]*)
   | (?:process|var|self|this|env|os|vars|local)\.[\w.#]+!?(?:[\[(][^\n]{0,80})?|lambda\b.*
   | (?=[^\n]*[%{][a-z_])(?:[^\w{}%]|%[sdr]|\{[a-z_][\w.]*(?:[!:\[(][^{}\n]{0,40})?\})+|__\w+__|[$@&:][a-z_]+
   | [\^~v]?[0-9]{1,3}(?:\.[0-9]{1,3}){1,3}|\#[0-9a-fA-F]{0,8}|//  # a version, a colour; a pattern
@@ -1296,7 +1294,7 @@ gh[opsur]_ github_pat_ gl(?:pat|dt|rt|rtr|cbt|ptt|ft|imt|agent|oas|soat|ffct|wt)
 [sr]k_(?:live|test)_ whsec_ sk-ant- sk-proj- sk-svcacct- sk-admin- sk-or- sk-(?=[a-zA-Z_-]{0,40}[0-9]) gsk_
 xai- pplx- nvapi- r8_ tvly- lsv2_(?:pt|sk)_ jina_ fc-(?=[0-9a-f]{32}) hf_ api_org_ pcsk_ tgp_v1_
 sk_(?=[0-9a-f]{48}) AIza GOCSPX- A(?:KIA|SIA|BIA|CCA)(?=[A-Z0-9]{16}(?![A-Za-z0-9])) npm_ pypi- rubygems_
-oy2(?=[a-z0-9]{43}) dckr_[po]at_ do[opr]_v1_ shp(?:at|ca|pa|ss|tka)_ SK(?=[0-9a-f]{32}) key-(?=[0-9a-f]{32})
+oy2(?=[a-z0-9]{43}) dckr_[po]at_ do[opr]_v1_ shp(?:at|ca|pa|ss|tka)_ SK(?=[0-9a-f]{32}) key-(?=[0-9a-z]{32}\b)
 sq0(?:atp|csp|idp)- EAAA(?=[\w-]{60}) EAA(?=[A-Za-z0-9]{40}) tskey-(?:auth|api|client)- fm[12]_
 pat-(?:na|eu)[0-9]- ntn_ secret_(?=[A-Za-z0-9]{43}) lin_(?:api|oauth)_ figd_ figo_ glsa_ glc_ sntry[su]_ PMAK-
 pul- dapi(?=[0-9a-f]{32}) sbp_ sb_secret_ pscale_(?:tkn|pw|oauth)_ nfp_ fo1_ NRAK- NRII- HRKU- CCIPAT_ bkua_
@@ -1308,17 +1306,17 @@ cio(?=[A-Za-z0-9]{32}(?![\w-])) AKID(?=[A-Za-z0-9]{32}(?![\w-]))
 # In `\nghp_…` and `%3Dghp_…` an escape's end comes first.
 _TOKEN = rf"""(?x)(?<![A-Za-z0-9_\-])(?=[A-Za-z0-9_\-]{{16}})(?:(?<=\\)[nrtfb]|(?<=%)..)?
   ((?:{"|".join(TOKEN_PREFIXES.split())})(?=[a-z_\-]{{0,40}}[A-Z0-9])[A-Za-z0-9_\-]{{16,}})"""
-# Formats with other signs, each behind a text that must be there.
 DOTTED_TOKENS = r"""
 eyJ (?:(?<![\w-])|(?<=\\[nrt]))eyJ[\w-]{8,}(?:\.[\w-]*){1,4}  8Q~ (?<![\w~.-])[\w~.-]{3}8Q~[\w~.-]{31,34}
 hooks.slack.com/ (?<=hooks\.slack\.com/)(?:services|workflows|triggers)/[\w/-]+  sl. \bsl\.(?:u\.)?[\w-]{60,}
-webhook (?<=/webhooks/)[0-9]{16,20}/[\w-]{40,}|(?<=/webhookb2/)[\w@/-]+  .atlasv1. \w{14}\.atlasv1\.[\w-]{20,}
-. [MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])  . \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}
-$ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}  : [0-9]{8,10}:[\w-]{34,40}(?![\w-])
-/ \b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b  dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b
-dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}  SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?  1// \b1//0[\w-]{20,}
-xoxe. \bxoxe\.xox[bp]-[\w-]{16,}  pat \bpat\w{14}\.[0-9a-f]{64}\b  -us [0-9a-f]{32}-us[0-9]{1,2}\b
-vk1.a. \bvk1\.a\.[\w-]{60,}  sha256~ \bsha256~[\w-]{43}
+webhook (?<=/webhooks/)[0-9]{9,20}/[\w-]{30,}|(?:(?<=/webhookb2/)|(?<=\.com/webhook/))[\w@/-]+
+.atlasv1. \w{14}\.atlasv1\.[\w-]{20,}  . [MNO](?<![\w.-][MNO])[\w-]{23,27}\.[\w-]{6}\.[\w-]{27,40}(?![\w-])
+. \b(?:ya29|AQ|hv[sbr])\.[\w-]{16,}  $ \$(?:apr1|[1567y]|2[abxy]|argon2(?:id?|d))\$[\w./+,=$-]{20,}
+: [0-9]{8,10}:[\w-]{34,40}(?![\w-])  / \b[12]/[0-9]{13,19}(?:/[0-9]{13,19})?:[0-9a-f]{32}\b
+dt0 \bdt0[a-z][0-9]{2}\.[A-Z0-9]{24}\.[A-Z0-9]{64}\b  dp. \bdp\.(?:pt|st|ct|sa|scim|audit)\.[\w.-]{16,}
+SG. \bSG\.[\w-]{16,}(?:\.[\w-]+)?  1// \b1//0[\w-]{20,}  xoxe. \bxoxe\.xox[bp]-[\w-]{16,}
+pat \bpat\w{14}\.[0-9a-f]{64}\b  -us [0-9a-f]{32}-us[0-9]{1,2}\b  vk1.a. \bvk1\.a\.[\w-]{60,}
+sha256~ \bsha256~[\w-]{43}
 """
 _CARD = r"""(?x)([2-6](?:(?<![\w\-][2-6])(?<![0-9]\.[2-6])|(?<=\\[nrt][2-6]))(?:[0-9]{13,18}
   |[0-9]{3}([ -])[0-9]{4}\2[0-9]{4}\2[0-9]{4}|[0-9]{3}([ -])[0-9]{6}\3[0-9]{4,5})(?![\w-]|\.[0-9]))"""
@@ -1328,22 +1326,14 @@ _SSN = r"""(?x)([0-8](?:(?<![\w\-][0-8])(?<![0-9]\.[0-8])|(?<=\\[nrt][0-8]))
 
 def _looks_secret(value: str) -> bool:
     """Return True if a bare word can't be ordinary language."""
-    size = len(value)
     if any(map(str.isdigit, value)):
-        return size >= 4
-    mixed = value[1:] != value[1:].lower() and value != value.upper()
-    return (mixed and size >= 6) or size >= 24 or re.search(r"[!@#$%^&*+=?~].", value) is not None
+        return len(value) >= 4
+    mixed = len(value) >= 6 and value[1:] != value[1:].lower() and value != value.upper()
+    return mixed or len(value) >= 24 or re.search(r"[!@#$%^&*+=?~\n].", value) is not None
 
 
 def _is_mixed(value: str) -> bool:
-    return _re(r"(?=.*[a-z])(?=.*[A-Z!#$%^&*+=?~])(?=.*[0-9]).{8,}").match(value) is not None
-
-
-def _is_basic(credentials: str) -> bool:
-    """Return True for `user:password` in Base64."""
-    with suppress(ValueError):
-        return b":" in binascii.a2b_base64(credentials)
-    return False
+    return _re(r"(?=.*[a-z])(?=.*[A-Z!#$%^&*+?~])(?=.*[0-9]).{8,}").match(value) is not None
 
 
 def _is_card(number: str) -> bool:
@@ -1356,11 +1346,10 @@ def _is_card(number: str) -> bool:
 
 _USER = r"[^\s/?#\"'<>\\`:@]{0,200}"
 _STRING = r"""(?:"[^"\n]{0,200}"|'[^'\n]{0,200}'|[\w.]{1,60})"""
-# Functions whose arguments are secrets if they can't be words.
 _CALL_WORDS = _words_in("""auth credential passw crypt cipher hmac jwt keyspec pbkdf2 hs256 bind login connect
 signer signwith pdo aes fernet hashpw cookieparser""")
 _CALLS = rf"(?i)(?:{'|'.join(sorted(_CALL_WORDS))})\w{{0,16}}(?:(?:\.|::|->)\w{{1,16}})?\("
-_LITERAL = r"""["'`]([^\s"'`\\/,]{8,128})["'`]|\)[;\s]|\n"""
+_LITERAL = r"""["'`]([^\s"'`\\/,;]{8,128})["'`]|\)[;\s]|\n"""
 # The rule ~ texts of which one must be there ~ what the last group must pass ~ the pattern: without a group a
 # quoted value follows.
 _PLACES = r"""
@@ -1369,9 +1358,10 @@ a password in a URL ~ :// ~ ~ ://(?!\[)<USER>:(?![0-9]+(?:[/?#\s]|\Z))([^\s/?#"'
 a token in a URL ~ :// ~ secret ~ ://([^\s/?#"'<>\\`:@]{16,200})(?=@)
 a private key ~ -----begin ~ ~ (-----BEGIN [A-Z0-9 ]{0,40}PRIVATE KEY[A-Z ]{0,9}-----[\s\S]*?
  (?:-----END[^\n-]{0,60}--|\Z)-*)
-credentials after Bearer ~ bearer ~ ~ \b(?i:bearer)[ \t]+((?=[A-Za-z_.~+/-]{0,40}[0-9])[\w.~+/-]{8,}=*
- |[\w.~+/-]{24,}=*)
-credentials after Basic ~ basic ~ basic ~ \b(?i:basic)[ \t]+([A-Za-z0-9+/]{8,}={0,2})
+credentials after Bearer ~ bearer ~ secret ~ \b(?i:bearer)[ \t]+(?=[\w.~+/-]{24}|[A-Za-z_.~+/-]{0,40}[0-9])
+ ([\w.~+/-]{8,}=*)
+credentials after Basic, Base64 of a colon and more ~ basic ~ ~ \b(?i:basic)[ \t]+
+ ((?=(?:\w{4})*(?:O[g-v]|.[DTjz][o-r]|..[AEIMQUYcgkosw048]6))[\w+/]{8,}={0,2})
 a password in a connection string ~ :thin:|@tcp(|@unix(|@localhost|@127.|@10.|@192.168.|@172. ~ ~
  :thin:[^\s/@]{1,64}/([^\s@]{1,128})(?=@)|(?<![\w./-])[\w.-]{1,64}:([^\s"'`/]{1,128})
  (?=@(?:(?:tcp|unix)\(|localhost\b|1(?:0|27|72|92\.168)\.))
@@ -1388,32 +1378,37 @@ a secret of a device ~ community|setuser|on >|secret |password |key  ~ ~ \bcommu
  |(?i:\b(?:set)?user\s+\S{1,64}(?:\s+(?:on|off|reset\w*|[~&%+-]\S{1,64})){1,8}\s+>)(\S{1,128})
 a key of a device ~ createuser|snmp-server |-digest-key|ascii-text ~ secret ~ (?i)(?:host[ ]\S{1,64}[ ](?:
  version[ ]\w{1,2}[ ])?|ascii-text[ ]|[ ](?:md5|sha|3?des|aes)(?:[ -]?\d+)?[ ]+(?:\d[ ])?)["']?([^\s"']{4,99})
-a protocol's line ~ pass |ogin |auth |dentify |:5432:|:*:|:587|:465 ~ secret ~ (?m)^(?:
+a protocol's line ~ pass |ogin |auth |dentify |334 ug|:587|:465 ~ secret ~ (?m)^(?:
  (?:[<>*CS]:?\s)?(?:PASS(?![ ]\S+/\S+\.[a-z]{1,4}\b)
- |AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]
- |[\w.*-]{1,100}:(?:[0-9]{2,5}|\*):[\w*-]{1,64}:[\w*.-]{1,64}:
- |\[[\w.-]{1,100}\]:[0-9]{2,3}[ \t]+[\w.@-]{1,64}:)(?![0-9]+\s*$)(\S{4,200})\s*$
+ |AUTH(?: PLAIN)?|\w{1,8} LOGIN \S{1,64}|:?IDENTIFY|user \S{1,64})[ ]|334 UGFzc3dvcmQ6\s+(?:C: )?
+ |\[[\w.-]{1,100}\]:[0-9]{2,3}[ \t]+[\w.@-]{1,64}:)(?![0-9]+\s*$)("(?:[^"\\\n]|\\.){1,99}"|\S{4,200})\s*$
+a line of a client's file ~ :5432:|:*:|login ~ ~ (?m)^[\w.*-]{1,99}:(?:\d{2,5}|\*):[\w*-]{1,64}:[\w*.-]{1,64}:
+ (.+)|\blogin[ ]\S{1,64}\s{1,40}password[ ](\S+)
 what is sent to a prompt ~ send "|send -- " ~ ~ (?i)ass(?:word|phrase|code)[^"\n]{0,10}"[;\s{}]{1,8}send\s+
  (?:--\s+)?"([^"\n\\]{1,128})
 a code for one use ~ code=|otp|code is|se code|passcode ~ secret ~ [?&](?:code=([\w.~/%+-]{8,})&
  (?=(?:state|scope|iss|session_state)=)|state=[\w.%~+-]{1,200}&code=([\w.~/%+-]{8,}))|(?i:\b(?:otp|passcode|
  (?:verification|one-time|security|login|access|2fa|mfa|your|use)[ ]code)(?:[ ]is)?[ :]{1,3})
  ((?:[A-Z]-)?[0-9]{3}[ -]?[0-9]{1,5})\b
-a password beside its user ~ login: |credentials|creds ~ secret ~ (?i)\b(?:login|credentials?|creds)
+a password beside its user ~ login: |credentials|creds|ign in|og in ~ secret ~ (?i)\b(?:login|credentials?
+ |creds|(?:log|sign)[ ]in[ ](?:to[ ]\S{1,40}[ ])?(?:with|as))
  (?:[ ](?:are|is))?[ :]{1,3}[\w.@-]{1,64}[ ]/[ ](\S{6,64})
 what shall be a password ~ as the |as your |as my ~ secret ~ (?i)\buse[ ]([^\s"']{6,64})[ ]as
  [ ](?:the|your|my)[ ](?:\w{1,12}[ ])?(?:password|passphrase|token|key|secret|pin)\b
 what is piped to a prompt ~ cho|printf ~ ~ \b(?:echo|printf)[ ]+(?:-n[ ]+|['"]?%s(?:\\n)?['"]?[ ]+)?['"]?
- (?:[\w.@-]{1,64}:(?=[^|\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}
+ (?:[\w.@-]{1,64}:(?=[^\n]{1,200}chpasswd))?([^\s'"|$][^'"|\n]{0,200}?)['"]?[ ]*\|(?=[^|;\n]{0,200}
  (?:sudo\s+-\w*S|stdin|-with-token|chpasswd|kinit|secrets?[ ](?:\w+[ ])?(?:put|set|add)|cryptsetup|se-fd))
+a step's secret ~ ::add-mask:: ~ ~ ::add-mask::([^\r\n]{4,500})
 what is handed to a prompt ~ <<< ~ ~ (?<!["'])<<<[ ]?(?=["'])
 IDENTIFIED BY ~ dentified|password for ~ ~ (?i:identified\s+(?:with\s+\S{1,60}\s+)?(?:by|as)\s+
- (?:password\s+)?|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])|\bIDENTIFIED\s+BY\s+([^\s"';(]+)
+ (?:password\s+)?|["']\s+replace\s+|password\s+for\s[^=\n]{1,100}=\s*(?:password\()?)(?=["'])
+ |\bIDENTIFIED\s+BY\s+([^\s"';(]+)
 an array of characters ~ chararray() ~ secret ~ "([^"\n]{4,200})(?="\.toCharArray\(\))
-a function's argument ~ crypt(|connect|sqli|pdo(|jwt.|sp_addl|securestring ~ ~ (?i:
+a function's argument ~ crypt(|connect|sqli|pdo(|ftp|smtp.start|jwt.|sp_addl|securestring ~ ~ (?i:
  pgp_sym_(?:en|de)crypt\([^,()]{1,200},\s*|\bcrypt\(\s*|sp_addlinkedsrvlogin(?:[^,\n]{1,80},){4}\s*
- |(?:getconnection|mysqli?_connect|mysqli|pdo)\(\s*<STRING>\s*,\s*<STRING>\s*,\s*|sp_addlogin\s+<STRING>\s*,
- \s*|\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|securestring\s+(?:-\w+\s+){0,2})(?=["'])
+ |(?:getconnection|mysqli?_connect|mysqli|pdo|\bftp(?:_tls)?|dbi->connect)\(\s*<STRING>\s*,\s*<STRING>\s*,
+ \s*|sp_addlogin\s+<STRING>\s*,\s*|\bsmtp\.start\(\s*(?:<STRING>\s*,\s*){4}
+ |\bjwt\.\w{4,6}\(\s*[^,()]{1,100},\s*|securestring\s+(?:-\w+\s+){0,2})(?=["'])
 credentials of a user ~ auth|ogin|cred ~ ~ (?i:\b(?:\w{0,24}basic_?auth|\w{0,24}login|auth|authenticate
  |\w{0,24}credentials?)\s?[=(][\s(]{0,3}<STRING>\s*,\s*)(?=b?["'])
 a password behind its scheme ~ ssha}|plain}|crypt}|sha}|d5} ~ ~ (?i)\{(?:S?SHA(?:256|512)?|PLAIN|S?MD5
@@ -1427,18 +1422,19 @@ _COMMANDS = r"""
 mysql mysqldump mysqladmin mysqlimport mysqlshow mysqlsh mariadb mariadb-dump mariadb-admin || -p+
 curl http https xh wget skopeo || -u: -U: --user: --proxy-user: --creds: --auth: -a: -b= --cookie=
 ldapsearch ldapadd ldapmodify ldapdelete ldapwhoami ldapcompare ldapmodrdn vsql || -w ; ldappasswd || -w -s -a
+cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget altool || -p ; wpa_passphrase || #2
 snmpget snmpset snmpwalk snmpgetnext snmpbulkget snmpbulkwalk snmptrap || -c -A -X ; openssl | passwd | #1 #2
-cqlsh rabbitmqadmin winrs twine useradd usermod psexec ncftpput ncftpget || -p ; aws | SecureString | --value
-sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P ; redis-cli valkey-cli || -a
-sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p ; security certutil || -p -w
+sqlcmd bcp osql tsql isql ipmitool zip unzip mosquitto_pub mosquitto_sub || -P ; aws | SecureString | --value
+sshpass mongo mongosh mongodump mongorestore mongoexport mongoimport || -p ; redis-cli valkey-cli || -a
 docker podman buildah nerdctl helm oras crane oc az cf | login | -p ; htpasswd mosquitto_passwd | -b | #2 #3
 gh az flyctl databricks | secret | -b --body --value --string-value ; 7z 7za 7zr 7zz rar unrar || -p+ -hp+
 curl http https xh || -E: --cert: --bearer. --oauth2-bearer. ; smbclient rpcclient smbget smbcacls net || -U%
 openssl || -k. -K. -hmac. -pass: -passin: -passout: ; poetry composer | http-basic\.[^\x1f]+ | #2
-xfreerdp signtool schtasks || /p /rp ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2 ; cargo vault | login | #1
-ansible-vault | encrypt_string | #1 ; wpa_passphrase || #2 ; isql iusql | -v | #3 ; ssh-keygen || -N -P
-vault | unseal | #1 ; mc mcli | set | #4 ; net | use | #2 #3 ; db2 | using | #1 ; net | user | #2
-influx doctl || -t. ; lftp || -u, ; poetry | pypi-token\.[^\x1f]+ | #1
+xfreerdp signtool schtasks || /p /rp ; rabbitmqctl | [ac][a-z]+_[a-z]+ | #2 ; security certutil || -p -w
+redis-cli valkey-cli | AUTH | #1 #2 ; reg | [^\x1f]*[pP]assw[^\x1f]* | /d ; poetry | pypi-token\.[^\x1f]+ | #1
+ansible-vault | encrypt_string | #1 ; cargo vault | login | #1 ; isql iusql | -v | #3 ; ssh-keygen || -N -P
+vault | unseal | #1 ; influx doctl || -t. ; mc mcli | set | #4 ; net | use | #2 #3 ; db2 | using | #1
+net | user | #2 ; lftp || -u,
 """
 _LISTED_WORD = r"""["'](?:\s{0,4},\s{0,4}|\sa[0-9]{1,3}=)["']((?:[^"'\\]|\\.)*)(?=["'])"""
 _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
@@ -1446,30 +1442,29 @@ _SHELL_WORD = r"""(?x)[ \t]+(?:\\\r?\n[ \t]*)*
 _PASSWORDS = _words_in("password passwd pwd passphrase passcode pass pw")
 _REFERENCES = _words_in("secret secrets credential credentials")
 _ALGORITHMS = _words_in("sha1 sha256 sha384 sha512 md5 argon2 argon2id pbkdf2 base64 oauth2 ed25519")
-_REMARKS = _words_in("""a an the this that is are was must should may can cannot will not no yes on off too
-at in of for from to and or with field required optional missing invalid incorrect wrong expired empty unset
+_REMARKS = _words_in("""a an the this that is are was must should may can cannot will not no yes on off too at
+in of for from to and or with field required optional missing invalid incorrect wrong expired empty unset
 unknown expected unexpected got see value string str text int integer bool boolean bytes object read write
 option options flag flags argument arguments parameter array list dict number type any strict bearer basic
 only same all different varchar char secretstr uuid float password raise return stored accepted rejected
-generated created valid using""")
+generated created valid using enabled disabled needs min max""")
 _HEADER_NAMES = _words_in("authorization proxy-authorization cookie set-cookie")
-_SCHEMES = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt oauth")
+_SCHEMES = _words_in("bearer basic token apikey api-key key bot negotiate ntlm jwt")
 # In "API key: …" and "verification code is …" the word before belongs to the name.
 _OPENERS = STRONG_WORDS.union(OPENERS["key"], OPENERS["token"], OPENERS["code"], {"api", "de"})
-_KEY_WORDS = (*OPENERS["key"], *STRONG_WORDS, "api")
 _NAME_CHARS = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789_.-"
-_PLAIN_SIGNS = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”‘’", "   ,:===\"\"''", "\0")
-_DISGUISES = r"(?:\x1b|\\(?:x1b|u001b|033|e))\[[0-9;]{0,16}m|(&quot;|&#34;|\\u0022)|\\u00(26|3[a-eA-E])"
+_PLAIN_SIGNS = str.maketrans("\u00a0\u3000\u202f，：＝→⇒“”„«»‘’‚", '   ,:==="""""\'\'\'', "\0")
+_DISGUISES = r"(?:\x1b|\\(?:x1b|u001b|033|e))\[[0-9;]{0,16}m|&(?:quot|#34|lt|gt);|\\u00(?:22|(26|3[a-eA-E]))"
+_SIGNS = {"&quot;": '\\"', "&#34;": '\\"', "\\u0022": '\\"', "&lt;": "<", "&gt;": ">"}
 _INSERT = r"\b(?i:insert|replace)\s+(?i:into)\s[^()]{1,200}\(([^()]{1,1000})\)\s*(?i:values)"
 _SQL_TEXT = r"""(?s:'(?:[^'\\]|\\.|'')*(?:'(?!')|\Z)|"[^"]*")"""
 _SQL_ROW = rf"""\s*,?\s*\(((?:{_SQL_TEXT}|\([^()]*\)|[^()'"])*)(?:\)|\Z)"""
 _SQL_ITEM = rf"""\s*({_SQL_TEXT}|(?:\([^()]*\)|[^,()'"])*)\s*(?:,|\Z)"""
-# Values; characters of a value's beginning or end; longer values are no names and no remarks.
 _MAX_ECHOES, _MIN_ECHO, _MAX_DOUBTED = 64, 12, 1000
 _ASKING = r"(?i:get|env|input|prompt|read|load|ask|open|file|param|lookup|fetch|find|credential|require)\w*\("
 # Where a bare value would stand: a call or an index; an expression; a type; a sentence.
 _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|\?\.|::|->)*(?:(?:<[\w, ]{1,40}>)?[(\[]|->) | \( | \\&\w
-  | (?:new|await|yield|not|async|function)[ ] | [A-Za-z_.]+[ ][+%?][ ]
+  | (?:new|await|yield|not|async|function|[A-Z][a-z]+-[A-Z]\w+)[ ] | [A-Za-z_.]+[ ][+%?][ ]
   | (?<==[ ])[A-Za-z_.]+[ ](?:or|and|if|else|\|\||&&)[ ]
   | (?<=:[ ])[A-Za-z_.]+(?:[ ]=[ ]
       |(?:\[[^\n]{0,80}\])?(?:[ ]\|[ ][\w.]+(?:\[[^\n]{0,80}\])?){0,4}[ ]\|[ ](?:None|str|bytes)\b)
@@ -1477,9 +1472,8 @@ _SOURCE = r"""(?x)[\\&*$@%]{0,2}[A-Za-z_](?:[\w.]|\?\.|::|->)*(?:(?:<[\w, ]{1,40
 _SCHEMA = r"(?:description|type|title|name|\$ref):(?![\s\S]*\b(?:value|default|example)s?:)"  # of a field
 _SENTENCE = _words_in("a an the to of for used if is are with from by in as or key token secret password")
 _REFERENCE = r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w*)+|(?!my|super|top|your|test|very)_?[a-z]+(?:[_-][a-z]+)+"
-# Bytes as their kinds: of tokens as `w`, digits as `0`.
 _RUNS = bytes(ord("w") if chr(byte) in _NAME_CHARS and byte != 46 else 32 for byte in range(256))
-_DIGITS = bytes.maketrans(b"123456789", b"000000000")
+_DIGITS = bytes.maketrans(b"123456789", b"000000000")  # all digits as `0`, as those of tokens are `w`
 
 
 def _argument_pattern(place: str, need: str) -> str:
@@ -1492,6 +1486,7 @@ def _argument_pattern(place: str, need: str) -> str:
     option, how = (place[:-1], place[-1]) if place[-1] in ":%,=+." else (place, "")
     joined = "[=:]?" if len(option) < 4 else "[=:]"
     apart = {"+": joined, ".": r"\x1f"}.get(how, rf"(?:\x1f(?!-)|{joined})")
+    apart += r"(?![0-9]{2,5}(?:\x1f|\Z))" if place == "-p" else ""  # a port
     user = "" if how in "+." else rf"(?!(?:env|file|fd|https?):)[^\x1f{how}]*{how}"
     return rf"\x1f{option}{apart}{user}([^\x1f]+)"
 
@@ -1506,8 +1501,7 @@ class _Rules:
         self._places: list[tuple[str, Iterable[str], _Find]] = []
         for rule, gates, check, pattern in re.findall(r"(.+) ~ (.+) ~ (.*?)~\s+(.+(?:\n .+)*)", _PLACES):
             pattern = pattern.replace("\n ", "").replace("<USER>", _USER).replace("<STRING>", _STRING)
-            accept = {"secret ": _looks_secret, "basic ": _is_basic}.get(check)
-            find = functools.partial(self._placed, pattern=pattern, accept=accept)
+            find = functools.partial(self._placed, pattern=pattern, accept=_looks_secret if check else None)
             self._places.append((rule, gates.split("|"), find))
         self._places += [
             ("a function's argument", _CALL_WORDS, self._literals),
@@ -1519,7 +1513,6 @@ class _Rules:
         gates = {gate for row in self._places for gate in row[1] if gate[:1] > " "}
         gates |= {*STEMS, *own, "db2 ", "c alias", "rabbitmqctl"}
         self._gate = _any_of(gate.lstrip("fghlnrtux") or gate for gate in gates if gate.isascii())
-        # What the joined words hold, where the secret is, whether its look decides.
         self.programs: dict[str, list[tuple[str, str, bool]]] = {}
         for row in re.findall(r"[^;\s][^;\n]+", _COMMANDS):
             programs, need, places = map(str.strip, row.split("|"))
@@ -1544,11 +1537,11 @@ class _Rules:
         taken: list[_Strings] = []
         if len(text) < 5 or (len(text) < 11 and text.isalnum()):  # the shortest is `pwd=x`
             return text, taken
-        low = _lower(text)
+        low = text.replace("\u0130", "i").lower()  # of equal length
         led = bool(self._gate.search(" ".join(set(low.split())) if len(text) > 2000 else low))
         led = led or (not low.isascii() and bool(self.stems.search(low)))
         if "[" in text or not text.isascii() or (led and ("&" in text or "\\u00" in text)):
-            plain = _re(_DISGUISES).sub(lambda sign: '\\"' if sign[1] else chr(int(sign[2] or "0", 16)), text)
+            plain = _re(_DISGUISES).sub(lambda at: _SIGNS.get(at[0]) or chr(int(at[1] or "0", 16)), text)
             plain = plain.translate(_PLAIN_SIGNS)
             if plain != text:
                 cleaned, taken = self.clean(plain)
@@ -1649,7 +1642,8 @@ class _Rules:
     def _inserted(self, text: str) -> Iterator[_Span]:
         at = 0
         for insert in _re(_INSERT).finditer(text):
-            columns = [self.strength(column.strip("\"'`[] \t\r\n")) for column in insert[1].split(",")]
+            names = [column.strip("\"'`[] \t\r\n").lower() for column in insert[1].split(",")]
+            columns = [0 if name == "key" and "value" in names else self.strength(name) for name in names]
             at = max(at, insert.end()) if any(columns) else len(text)
             while row := _re(_SQL_ROW).match(text, at):
                 items = _re(_SQL_ITEM).finditer(text, row.start(1), row.end(1))
@@ -1661,7 +1655,6 @@ class _Rules:
 
     def _cells(self, text: str) -> Iterator[_Span]:
         """Yield a table's cells under or behind a sensitive name."""
-        # Cells of the table that is read, cells of the line before, columns that are hidden.
         columns, before, hidden, sign = 0, 0, list[int](), ""
         for row in re.finditer(r"(?m)^(?=.*[^-=+:| \t\r\n]).+", text):
             sign = sign if columns else next((sign for sign in "|\t;," if sign in row[0]), "")
@@ -1679,7 +1672,10 @@ class _Rules:
                 heads = sum(map(bool, shown)) > 1 and re.fullmatch(rf"[\w{signs}#/\n-]*", "\n".join(shown))
                 columns = len(cells) if heads and hidden and not inner else 0
                 value = max(hidden, default=-2) + 1  # `| API key | X |`
-                if row[0].lstrip()[:1] != "|" or not any(map(_looks_secret, shown[value:][:1])) or value < 0:
+                bare = row[0].lstrip()[:1] != "|" and (
+                    sign != "|" or not re.fullmatch(r"[\w.-]+\s+\|[^|]+", row[0])
+                )
+                if bare or not any(map(_looks_secret, shown[value:][:1])) or value < 0:
                     continue
                 hidden, columns = [value], 0
             for index in hidden:
@@ -1690,10 +1686,11 @@ class _Rules:
 
     def _named(self, text: str) -> Iterator[_Span]:
         """Find a stem, widen it to a name, judge it, yield its value."""
-        low, done, at = _lower(text), 0, 0
+        low, done, at = text.replace("\u0130", "i").lower(), 0, 0
         while stem := self.stems.search(low, at):
             at = stem.end() - (text[stem.end() - 1] == "=")  # of `sig=`
-            if (lead := _re(_SEPARATOR).match(text, at)) is None:
+            opened = text.rfind("<", max(0, at - 200), at) > text.rfind(">", max(0, at - 200), at)
+            if (lead := _re(_SEPARATOR if opened else _NO_ELEMENT).match(text, at)) is None:
                 continue
             at = lead.end("rest")
             left = text[max(done, stem.start() - 64) : stem.start()]
@@ -1705,6 +1702,9 @@ class _Rules:
             if strength and (span := self._value(text, start, lead, name, strength)):
                 if span[0] < span[1] and _re("(?:[A-Za-z]+[0-9]+){3}").search(name):
                     span = start, span[1]  # a secret with a colon
+                if lead.lastgroup in ("assign", "prose") and lead[0][-1:] == " ":
+                    while more := _re(_MORE).match(text, span[1]):
+                        span = span[0], self._extent(text, more.end())[1]
                 yield span  # an empty one passes it
                 done = at = max(at, span[1])
 
@@ -1712,7 +1712,7 @@ class _Rules:
         """Judge a name, to which the word before may belong (`API key: …`)."""
         if name[-1] == "." and lead.lastgroup == "option":  # the end of a sentence
             return 0
-        if name == "sig" and text[start - 1 : start] in ("?", "&", ";"):
+        if name.lower() in ("sig", "signature") and text[start - 1 : start] in ("?", "&", ";"):
             return 2  # of a pre-signed URL; elsewhere it may be anything
         name = name.strip("-.是为は")
         if lead.lastgroup == "call":  # `setPassword("X")`
@@ -1720,16 +1720,17 @@ class _Rules:
             is_no_name = re.search(r"(?i)(?:auth|credentials?)$|^(?:invalid|missing|expired)", name)
             return 0 if is_no_name else self.strength(name)
         word = re.search(r"([a-zA-Z]+)[^a-zA-Z\n]*[ _]\Z", text[max(0, start - 20) : start])
-        opened = word is not None and word[1].lower() in _OPENERS and self.strength(f"{word[1]} {name}")
-        return max(self.strength(name), opened)
+        before, alone = word[1].lower() if word else "", self.strength(name)
+        if before == "public" and alone < 2:
+            return 0
+        return max(alone, self.strength(f"{before} {name}") if before in _OPENERS else 0)
 
     def _value(self, text: str, start: int, lead: re.Match[str], name: str, strength: int) -> _Span | None:
         kind, at, low, flag = lead.lastgroup, lead.end(), name.lower(), name[:1] == "-"
         left, before = text[max(0, start - 200) : start], text[start - 1 : start]
         line, bare_key = left[-80:].rpartition("\n")[2], low.rstrip("0123456789") in ("key", "keys")
         if kind == "element":
-            within = left.rfind("<") > left.rfind(">")
-            if bare_key or not within or re.search(r"[^<:\"'/ ]\Z|(?:type|class)=\W{1,3}\Z|[:/]<\w*\Z", left):
+            if bare_key or re.search(r"[^<:\"'/ ]\Z|(?:type|class)=\W{1,3}\Z|[:/]<\w*\Z", left):
                 return None
             end = self._until(text, at, "]]>" if lead[0][-1] == "[" else "<")
             shown = text[at : min(end, at + 300)].strip()
@@ -1764,10 +1765,9 @@ class _Rules:
             return None if names or said or (low in _REFERENCES and not name.isupper()) else value
         if kind == "prose" or (kind == "option" and not flag):
             return None if flag or before == "/" else self._spoken(text, line, at, kind, low, strength)
-        if kind == "assign" and quote:
-            if quote[2] == before and lead["assign"][0] not in "\\\"'`":
-                return None  # `input("Password: ")`
-        elif kind == "assign":
+        if kind == "assign" and quote and quote[2] == before and lead["assign"][0] not in "\\\"'`":
+            return None  # `input("Password: ")`
+        if kind == "assign" and not quote:
             if re.search(r"\barn:\S*:\Z", text[max(0, at - 200) : at]):
                 return None  # `arn:aws:…:secret:prod-db`
             if (header := low.replace("_", "-")) in _HEADER_NAMES and not text.startswith(("[", "{"), at):
@@ -1781,12 +1781,15 @@ class _Rules:
         if self._is_none(shown) or not _looks_secret(shown) or re.match(r"\w+[(=]|[\[(<]", shown):
             return None
         known: object = strength > 1 or size >= 8 or name == "pin"  # `the password is x`
+        if name == "pin" and re.fullmatch("[0-9]{4,8}", shown):
+            return at, at + size
         if kind == "option":  # `login u password x`, `set NAME x`
             passes = name == "pass" and (shown.isupper() or re.search(r"/.*\.\w", shown))
             if size < 6 or passes or shown.lower() in _ALGORITHMS:  # `pass FLAG_2 to make`, `PASS tests/x.py`
                 return None
             given = re.search(r"\b(?:setx?|setenv|--secret)\s+(?:-\w+\s+)?[\w.:/]*\Z", line)
             mixed = size >= 8 and shown.lower() != shown and any(map(str.isdigit, shown))
+            mixed = mixed or (strength > 1 and not line.strip() and text[at + size : at + size + 1] in "\r\n")
             known = given or name in _PASSWORDS or (mixed and (size > 12 or name not in _REFERENCES))
         return (at, at + size) if known else None
 
@@ -1798,6 +1801,8 @@ class _Rules:
         wrapper, quoted, name = text[at : value[0]], value[0] > at, name.lower()
         if _re(_ASKING).search(wrapper):
             return None
+        if lead == "=" and re.search(r"""(?:-e|--env|--build-arg|export|set)[ =]["']\Z""", line):
+            return at, self._until(text, at, rf"{line[-1]}|\s[\w.]+=")
         if len(shown) > _MAX_DOUBTED:
             return value
         bare_key, called = name in ("key", "keys") and strength < 2, "(" in wrapper
@@ -1833,7 +1838,7 @@ class _Rules:
                     return at, end
                 if re.match(r"- |[\w.-]+:\s", text[at:end]):
                     return None
-            elif indent and re.match(r"[\w.-]+:\s", text[at : at + 80]):
+            elif re.match(r"[\w.-]+(?: [\w.-]+)?:\s", text[at : at + 80]):
                 return None  # the next entry
         # No value: `--secret dbPassword X`, source text such as `= f(x)`, `= config.password`, a remark.
         after = lead.isspace() and re.match(r"\s+(?!-)\S*(?:[0-9]|\[R)", text[value[1] : value[1] + 80])
@@ -1847,7 +1852,7 @@ class _Rules:
         if re.split(r"[\[|(]", shown.rstrip(".,:;!").lower(), maxsplit=1)[0] in _REMARKS:
             return passed
         queried = line[-1:] in ("?", "&") and lead == "="
-        entry = name in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown)  # `credentials: username=u`
+        entry = name.strip("-") in _REFERENCES and re.match(r"[a-z_]{2,20}=[^=\s]", shown)  # `--secret id=x`
         directory = name in ("pwd", "oldpwd") and re.match(r"[/~]|[A-Za-z]:\\", shown)
         short = bare_key and not queried and (len(shown) < 12 or re.search("[:/]", shown))
         asked = (lead[-1:] != "=" or name in ("key", "pass", "pin", "auth")) and not queried
@@ -1864,7 +1869,7 @@ class _Rules:
     def _is_key_name(self, name: str, shown: str) -> bool:
         """Return True for what a key is called, as in `key="theme"` and `STATS_KEY = "stats"`."""
         key = re.fullmatch(r"(?:.*?([a-z]*)[_-]?)?keys?[0-9]*", name)
-        known = key and key[1] and key[1].endswith(_KEY_WORDS)
+        known = key and key[1] and key[1].endswith((*OPENERS["key"], *STRONG_WORDS, "api"))
         own = _re(r"[-_{]?[a-z]{1,14}(?:[._:{}-]+[a-z]{1,14})*\}?").fullmatch(shown)
         return bool(key and own and not known)
 
@@ -1891,7 +1896,7 @@ class _Rules:
                 return None
         elif len(words) > 1 and first.lower() in _SCHEMES:
             at = text.index(words[1], at + len(first))
-            end = self._bare_end(text, at)
+            end = self._extent(text, at)[1]
             return (end if self._is_none(text[at:end]) or re.match(r"\w+\(", text[at:end]) else at), end
         elif len(words) == 1 or before in ("?", "&"):
             end = self._bare_end(text, at)
@@ -1915,8 +1920,8 @@ class _Rules:
         if quote := _re(_QUOTE).match(text, at):
             own, twice = quote[2], "|''" if quote[2] == "'" else ""
             inner = rf"(?s)[^{own}\\]*(?:(?:\\.{twice})[^{own}\\]*)*"
-            body = None if quote[1] else _re(inner).match(text, quote.end())
-            end = body.end() if body else text.find(quote[1] + own, quote.end())
+            body = None if quote[1] or quote[3] else _re(inner).match(text, quote.end())
+            end = body.end() if body else text.find(quote[1] + (quote[3] or "") + own, quote.end())
             return quote.end(), len(text) if end < 0 else end
         if text[at : at + 1] in ("[", "{") and not _re(_MARKED).match(text, at):
             # In `Pwd={a}}b;c}` two braces are one; `{SSHA}X` goes on.
@@ -1962,9 +1967,6 @@ def _declare(plain: Any, outer: bool = True) -> _Declared | None:
     return _Declared(yes, fields, items) if yes or fields or items else None
 
 
-# --- what an object holds
-
-
 def _type_name(value: object) -> str:
     return str(type.__dict__["__name__"].__get__(type(value)))
 
@@ -1981,13 +1983,13 @@ def _members(value: object) -> dict[str, Any] | None:
     keepers = ("__dataclass_fields__", "__attrs_attrs__", "__struct_fields__")
     kept = (getattr(kind, keeper, None) for keeper in (("_fields",) if issubclass(kind, tuple) else keepers))
     fields = next((fields for fields in kept if isinstance(fields, (dict, tuple))), None)
-    if fields is None and not issubclass(kind, tuple):
-        pydantic = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None)
-        if issubclass(kind, types.SimpleNamespace) or isinstance(pydantic, dict):
-            extra = getattr(value, "__pydantic_extra__", None)
-            return {**object.__getattribute__(value, "__dict__"), **(extra if type(extra) is dict else {})}
     if fields is None:
-        return None
+        pydantic = getattr(kind, "__pydantic_fields__", None) or getattr(kind, "__fields__", None)
+        known = isinstance(pydantic, dict) or issubclass(kind, types.SimpleNamespace)
+        if issubclass(kind, tuple) or not known:
+            return None
+        extra = getattr(value, "__pydantic_extra__", None)
+        return {**object.__getattribute__(value, "__dict__"), **(extra if type(extra) is dict else {})}
     members = {}
     for field in fields:
         name = field if isinstance(field, str) else field.name  # attrs describes them by objects
@@ -2041,23 +2043,21 @@ def _content(value: Any, kind: type) -> object:
     return value.tolist() if array else _text_of(value)
 
 
-# --- the walk
+# --- what an object holds
 
 _MAX_DEPTH, _MAX_NODES = 64, 500_000  # deeper than people write; more than `max_input_bytes` takes
-_MAX_HARMLESS, _MAX_HARMLESS_CHARS = 4096, 64
-_CARD_NUMBERS = 10**12  # an integer from here on may be a card's number
+_MAX_HARMLESS, _MAX_HARMLESS_CHARS, _CARD_NUMBERS = 4096, 64, 10**12  # from here on a number may be a card's
 _SLACK = 4096  # characters read beyond what is kept, so that no secret is cut in half
 _LABELS = _words_in("""name key header field param parameter property variable attribute setting label element
-selector path id type column""")
-_VALUES = _words_in("value values val default content text newvalue new_value")
+selector path id type column target locator k""")
+_VALUES = _words_in("value values val default content text v old new before after")
 _COLUMN_LISTS = _words_in("columns column_names columnnames headers header fields cols schema")
-_ROW_LISTS = _words_in("rows values data records")
+_ROW_LISTS = _words_in("rows values data records stringdata")
 _PROGRAMS = _words_in("command cmd program executable")
 _ARGUMENTS = _words_in("args argv arguments")
 # A key's value goes; booleans too, by a setting; its text holds a secret, or it is no text; siblings decide.
 _SENSITIVE, _CERTAIN, _ODD, _BESIDE = 1, 3, 4, 8
 
-_CONSTANTS = {None: "null", True: "true", False: "false"}
 encode_json = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 encode_text: Callable[[str], str] = json.encoder.encode_basestring
 
@@ -2072,7 +2072,6 @@ class _Verdicts(dict[str, int]):
 
     def __init__(self, rules: _Rules, tool: str | None = "") -> None:
         self.rules, self.tool = rules, tool
-        # As JSON: harmless names, hidden ones with a marker, texts that label nothing.
         self.harmless, self.hidden, self.inert = dict[str, str](), dict[str, str](), dict[str, str]()
 
     def __missing__(self, name: str) -> int:
@@ -2080,7 +2079,8 @@ class _Verdicts(dict[str, int]):
             return 0
         verdict = (0, _SENSITIVE, _SENSITIVE, _CERTAIN)[self.rules.judge(name, self.tool)]
         low = name.lower()
-        if low in _VALUES | _ROW_LISTS | _ARGUMENTS or (low == "key" and verdict == _SENSITIVE):
+        beside = low in _VALUES | _ROW_LISTS | _ARGUMENTS or low.endswith("value")
+        if beside or (low == "key" and verdict == _SENSITIVE):
             verdict |= _BESIDE
         if self.rules.clean(name)[0] != name:
             return verdict | _ODD
@@ -2098,7 +2098,7 @@ class _Verdicts(dict[str, int]):
     def is_label(self, item: object) -> bool:
         """Return True for a sensitive name, or a `Password field` of a page."""
         said = _label(item)
-        if not 2 < len(said) <= _MAX_NAME_CHARS or not self.rules.stems.search(_lower(said)):
+        if not 2 < len(said) <= _MAX_NAME_CHARS or not self.rules.stems.search(said.lower()):
             return False
         said = re.sub(r"(?i)\s+(?:input|text)?\s*(?:field|input|box|entry|value)$", "", said.strip("-"))
         return self[said] & _SENSITIVE > 0
@@ -2136,11 +2136,9 @@ class _Walk:
         plain = value if type(value) is str else self.plain(value)
         waiting: list[Any] = [plain]
         while self.echoes is not None and waiting and len(self.echoes) < _MAX_ECHOES:
-            item = waiting.pop()
-            kind = type(item)
-            if kind is dict or kind is list:
-                waiting += list(item.values() if kind is dict else item)[:_MAX_ECHOES]
-            elif item is not None and kind is not bool:
+            if isinstance(item := waiting.pop(), (dict, list)):
+                waiting += list(item.values() if isinstance(item, dict) else item)[:_MAX_ECHOES]
+            elif item is not None and not isinstance(item, bool):
                 self.echoes.append(str(item))
         return self.rules.mark(plain if type(plain) is str else json.dumps(plain, sort_keys=True))
 
@@ -2162,7 +2160,7 @@ class _Walk:
         if kind is list or kind is tuple:
             return self.sequence(value, declared)
         if value is None or kind is bool:
-            return _CONSTANTS[value]
+            return "null" if value is None else "true" if value else "false"
         if kind is float:  # what is no number as a text, which differs from null and from 0
             return float.__repr__(value) if value - value == 0.0 else f'"{json.dumps(value)}"'
         if kind is int and -_CARD_NUMBERS < value < _CARD_NUMBERS:
@@ -2205,8 +2203,8 @@ class _Walk:
                 verdict = verdicts[name] if type(name) is str else _ODD
                 if verdict & _ODD:
                     opened.pop()
-                    renamed = _unlike([(self.name(key), item) for key, item in value.items()])
-                    return self.mapping(renamed, declared, ident)
+                    names = [self.text(self.as_text(key), None) for key in value]
+                    return self.mapping(_unlike(list(zip(names, value.values()))), declared, ident)
                 if verdict & _BESIDE:
                     verdict, item = self.beside(name.lower(), verdict, item, value)
                 hides = verdict > _SENSITIVE or (verdict and kind is not bool and item is not None)
@@ -2216,24 +2214,27 @@ class _Walk:
         opened.pop()
         return "{" + ",".join(out) + "}"
 
-    def name(self, name: object) -> str:
-        plain = name if type(name) is str else self.plain(name)
-        return self.text(plain if isinstance(plain, str) else json.dumps(plain), None)
+    def as_text(self, value: object) -> str:
+        plain = value if type(value) is str else self.plain(value)
+        return plain if isinstance(plain, str) else json.dumps(plain, ensure_ascii=False)
 
     def beside(self, name: str, verdict: int, item: Any, value: dict[Any, Any]) -> tuple[int, Any]:
         """Return a field's verdict and value after a look at its siblings."""
         for key, said in value.items():
             label = _label(key).lower()
-            # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
-            if name in _VALUES and label in _LABELS:
-                verdict |= self.verdicts.is_label(said)
-            # A key beside its value is a label, and stays where it reads like one.
-            elif name == "key" and label in _VALUES:
-                verdict &= ~_SENSITIVE if re.fullmatch("[A-Za-z][A-Za-z_. ]{0,63}", _label(item)) else -1
-            elif name in _ROW_LISTS and label in _COLUMN_LISTS:
+            if name in _ROW_LISTS and label in _COLUMN_LISTS:
                 item = self.rows(item, said)
+            elif name in ("data", "stringdata") and said == "Secret" and isinstance(item, dict):
+                item = dict.fromkeys(item, REDACTED)
             elif name in _ARGUMENTS and label in _PROGRAMS and type(item) in (list, tuple):
                 item = self.arguments([said, *item])[1:]
+            # A key beside its value is a label, and stays where it reads like one.
+            elif name == "key" and (label in _VALUES or self.verdicts.is_label(item)):
+                verdict &= ~_SENSITIVE if re.fullmatch("[A-Za-z][A-Za-z_. ]{0,63}", _label(item)) else -1
+            # `{"name": "API_KEY", "value": …}`: the verdict on the label is that on the value.
+            elif name in _VALUES or name.endswith("value"):
+                labels = label in _LABELS or label.endswith(("name", "key"))
+                verdict |= self.verdicts.is_label(said) if labels else said is True and label == "sensitive"
         return verdict & _CERTAIN, item
 
     def rows(self, rows: Any, heads: Any) -> Any:
@@ -2344,9 +2345,10 @@ class _Walk:
             note = f"…[CUT: {len(value)} bytes]"
             return encode_text(self.text(str(_content(value[: self.limit + _SLACK], bytes)), declared) + note)
         content = _content(value, kind)
-        writers: dict[Any, Any] = {dict: self.mapping, list: self.sequence}
-        write = writers.get(type(content))
-        return str(write(content, declared, id(value)) if write else self.value(content, declared))
+        if isinstance(content, (dict, list)):
+            write: Any = self.mapping if isinstance(content, dict) else self.sequence
+            return str(write(content, declared, id(value)))
+        return self.value(content, declared)
 
     def text(self, text: str, declared: _Declared | None) -> str:
         """Clean a text; one that holds JSON is walked as what it holds."""
@@ -2493,8 +2495,7 @@ class Redactor:
             if not echoes and type(text) is str and text in self._rules.harmless:
                 return text
             walk = _Walk(self._verdicts)
-            shown = text if type(text) is str else walk.plain(text)
-            shown = shown if isinstance(shown, str) else json.dumps(shown, ensure_ascii=False)
+            shown = walk.as_text(text)
             return walk.text(without_echoes(shown, echoes, self._rules.mark) if echoes else shown, None)
         except INTERRUPTS:
             raise
@@ -2517,9 +2518,8 @@ class Redactor:
                 taken = self._rules.clean(before)[1] if isinstance(before, str) else ()
                 rules = " and ".join(dict.fromkeys(rule for rule, _ in taken)) or "what stands beside it"
                 words, judge = _name_words(name), self._rules.strength
-                parts = (
-                    " ".join(words[at:end]) for end in range(len(words) + 1) for at in reversed(range(end))
-                )
+                spans = sorted(itertools.combinations(range(len(words) + 1), 2), key=lambda at: at[1] - at[0])
+                parts = (" ".join(words[slice(*span)]) for span in spans)
                 named = f"{next((each for each in parts if judge(each) >= strength), name)!r} in its name"
                 why = (rules, named, named, "listed under `redact`")[strength]
                 yield path, "declared sensitive" if part else why

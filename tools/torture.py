@@ -1198,8 +1198,8 @@ MUTANTS = (
         "S16",
         (
             (
-                "functools.partial(logger._writer.begun.on_record.__contains__, self.number)\n",
-                "lambda: True\n",
+                "        is_on_record = logger._writer.begun.on_record.__contains__\n",
+                "        is_on_record = lambda number: True\n",
             ),
         ),
     ),
