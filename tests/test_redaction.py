@@ -399,6 +399,14 @@ def test_redact_sensitive_key_hides_any_value_whole_but_switches(redactor: Redac
         (["mysql", "-u", "root", "-pX7y", "shop"], ["mysql", "-u", "root", f"-p{REDACTED}", "shop"]),
         ({"command": "redis-cli", "args": ["-a", "X"]}, {"command": "redis-cli", "args": ["-a", REDACTED]}),
         ({"command": "cp", "args": ["-a", "X"]}, {"command": "cp", "args": ["-a", "X"]}),
+        ({"ParameterKey": "DbPassword", "ParameterValue": "X"}, {"ParameterKey": "DbPassword", "ParameterValue": REDACTED}),
+        ({"field": "password", "old": "X", "new": "Y"}, {"field": "password", "old": REDACTED, "new": REDACTED}),
+        ({"sensitive": True, "type": "string", "value": "X"}, {"sensitive": True, "type": "string", "value": REDACTED}),
+        ({"sensitive": False, "value": "X"}, {"sensitive": False, "value": "X"}),
+        ({"kind": "Secret", "data": {"a.yml": "WA=="}}, {"kind": "Secret", "data": {"a.yml": REDACTED}}),
+        ({"kind": "ConfigMap", "data": {"a.yml": "X"}}, {"kind": "ConfigMap", "data": {"a.yml": "X"}}),
+        ({"ref": {"name": "db", "key": "password"}}, {"ref": {"name": "db", "key": "password"}}),
+        ({"target": "#password", "text": "X"}, {"target": "#password", "text": REDACTED}),
     ],
 )  # fmt: skip
 def test_redact_structure_judges_by_the_sibling(redactor: Redactor, value: Any, expected: Any) -> None:
