@@ -1243,8 +1243,8 @@ def _re(pattern: str) -> re.Pattern[str]:
 # How a name in a text leads to its value, by the group's name. Every repeat is bounded.
 _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
     (?P<typed>(?::[ ]?&?|[ ]As[ ])[A-Za-z_][\w.,\[\]]{0,40}(?:[ ]\|[ ]\w{1,20}){0,2}
-      [ ]?=[ ]?(?=(?:\w{1,16}\((?:default=)?)?[bBrRuUfF]{0,2}["'`]))
-  | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?(?:[ ]\([^()\n]{1,40}\)(?=:)|[ ]\.{2,40})?[ \t]{0,40}
+      [ ]?=[ ]?(?=(?:\w{1,16}\(default=)?[bBrRuUfF]{0,2}["'`]))
+  | (?P<assign>\\{0,32}(?:["'`]|\*\*)?(?:\[\]|\])?(?:[ ]\(\w+(?:[ ]\w+){1,5}\)(?=:)|[ ]\.{2,40})?[ \t]{0,40}
       (?:=>|->[ ]|:=|[!<>=|?]{0,2}=|<>|<-[ ]|::[ ]|:(?![:/]))(?:\*\*)?
       (?:[ \t]{9,40}(?=\S)|\s{0,8})(?:!(?:vault|!\w{1,16})\s{1,4})?)
   | (?P<sibling>(?:\\{0,32}["']|\r?\n)\s{0,64},?\s{0,8}\\{0,32}["']?\w{0,16}[vV]alue\\{0,32}["']?\s{0,8}[=:]
@@ -1262,9 +1262,9 @@ _SEPARATOR = r"""(?x)(?P<rest>[\w.\-]{0,64})(?![\w.\-])(?:
   | (?P<call>\(\s{0,4}(?=[bBrRuUfF]{0,2}\\{0,8}["'`])) | (?P<option>[ \t]{1,4}(?=[^\s-]))
 )"""
 _NO_ELEMENT = _SEPARATOR.replace("<element>", "<element>(?!)")  # outside of `<`
-_QUOTE = r"""(?x)(?:(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]\w{0,23})?\(\s{0,16}(?:default=)?)?
+_QUOTE = r"""(?x)(?:(?:new\s|[A-Za-z_]{1,24}(?:::|\.))?[A-Za-z_]\w{0,23}\((?:default=)?|\([ ]?\n\s{1,40})?
     [@$bBrRuUfFN]{0,2}(\\{0,32})(["'`])(?:(\2\2)(?!\2)|\2(?=[\w!@#$%^*+]))?"""
-_MORE = r"""["'`](?: (?:->|=>|to) |\s{1,20})(?=(["'`]))(?!\1[^"'`\n]*\1\s*[:=])"""  # another value follows
+_MORE = r"""["'`](?: (?:->|=>|to) |\s{1,20})(?=(["'`]))(?!\1\1|\1[^"'`\n]*\1\s*[:=])"""  # `"old" -> "new"`
 _MARKED = r"\[REDACTED(?::[0-9a-f]{8})?\]"
 _BARE = rf"""(?x)(?:{_MARKED}|(?:[^\s,;&'"`<>)\]}}\\]
   |,(?!\s|[A-Za-z_][A-Za-z_.\-]{{1,40}}[0-9]?[=:]|\Z) | ;(?!\s|[A-Za-z_][A-Za-z_ .\-]{{1,40}}[0-9]?=|\Z)
@@ -1329,7 +1329,7 @@ def _looks_secret(value: str) -> bool:
     if any(map(str.isdigit, value)):
         return len(value) >= 4
     mixed = len(value) >= 6 and value[1:] != value[1:].lower() and value != value.upper()
-    return mixed or len(value) >= 24 or re.search(r"[!@#$%^&*+=?~\n].", value) is not None
+    return mixed or len(value) >= 24 or re.search(r"[!@#$%^&*+=?~].|^[|>].*\n", value) is not None
 
 
 def _is_mixed(value: str) -> bool:
@@ -1702,7 +1702,7 @@ class _Rules:
             if strength and (span := self._value(text, start, lead, name, strength)):
                 if span[0] < span[1] and _re("(?:[A-Za-z]+[0-9]+){3}").search(name):
                     span = start, span[1]  # a secret with a colon
-                if lead.lastgroup in ("assign", "prose") and lead[0][-1:] == " ":
+                if lead.lastgroup in ("assign", "prose") and lead[0][-1:] == " " and span[0] < span[1]:
                     while more := _re(_MORE).match(text, span[1]):
                         span = span[0], self._extent(text, more.end())[1]
                 yield span  # an empty one passes it
