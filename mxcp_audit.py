@@ -5826,8 +5826,8 @@ if hasattr(os, "register_at_fork"):
 # === SQL ===
 # depends on: Errors, Events, Journal
 #
-# A statement has `$name` parameters or literals, never both, because a literal may hold a `$name`. The target
-# is attached as `audit`.
+# A statement has `$name` parameters or literals, never both: a literal may hold a `$name`. The target is
+# attached as `audit`.
 
 
 def sql_literal(value: object) -> str:
@@ -5837,7 +5837,7 @@ def sql_literal(value: object) -> str:
     if isinstance(value, int):
         return str(value).lower()
     if isinstance(value, (list, tuple)):
-        return "[" + ", ".join(map(sql_literal, value)) + "]" + ("" if value else "::VARCHAR[]")
+        return f"[{', '.join(map(sql_literal, value))}]{'' if value else '::VARCHAR[]'}"
     if not isinstance(value, str):
         raise QueryError(f"a value of type {type(value).__name__} has no SQL literal")
     if "\0" in value:
@@ -5849,7 +5849,7 @@ def sql_literal(value: object) -> str:
 
 
 def listed(columns: str, rows: Collection[Sequence[object]]) -> str:
-    """Return the SELECT of rows of values in columns that are defined as `name TYPE, …`."""
+    """Return the SELECT of rows in columns that are defined as `name TYPE, …`."""
     definitions = [definition.split() for definition in columns.split(", ")]
     values = zip(*rows) if rows else [()] * len(definitions)
     return "SELECT " + ", ".join(
@@ -5865,7 +5865,7 @@ def among(column: str, values: Iterable[object]) -> str:
 _NAMES = ", ".join(column.name for column in COLUMNS)
 _DEFINITIONS = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
 _ISO_FORMAT = "'%Y-%m-%dT%H:%M:%S.%fZ'"
-# Nothing is detected: versions differ in types, and `name=x` in a path is no value.
+# Nothing is detected: versions differ, and `name=x` in a path is no value.
 _LINES = f"""\
 SELECT * EXCLUDE (filename) REPLACE
   (CASE parse_filename(filename, true) WHEN '{COMBINED}' THEN segment ELSE parse_filename(filename, true) END
@@ -5883,7 +5883,7 @@ _OUR_TABLES = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
 CREATE_LOGS = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
-# docs/security.md tells what these columns mean.
+# For their meaning see docs/security.md.
 LEDGER_DEFINITIONS = (
     "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
     "last_event TIMESTAMP, digest VARCHAR, marks VARCHAR, detail VARCHAR, host VARCHAR, "
@@ -5902,21 +5902,20 @@ def lake_chores(commit: int) -> list[str]:
     """Return the chores after a commit: each 256th merges small files, each 4,096th larger."""
     if commit % 256:
         return []
-    size, chores = (2**20, []) if commit % 4096 else (2**26, [*LAKE_CLEANING])
-    for table in ("ledger", "logs"):
-        merge = f"CALL ducklake_merge_adjacent_files('audit', '{table}', max_file_size => {size})"
-        chores = [f"CALL ducklake_flush_inlined_data('audit', table_name => '{table}')", merge, *chores]
-    return chores
+    size, cleaning = (2**20, ()) if commit % 4096 else (2**26, LAKE_CLEANING)
+    flush = "CALL ducklake_flush_inlined_data('audit', table_name => '{}')"
+    merge = f"CALL ducklake_merge_adjacent_files('audit', '{{}}', max_file_size => {size})"
+    return [*(chore.format(table) for table in ("logs", "ledger") for chore in (flush, merge)), *cleaning]
 
 
 # --- digests
 
-# An infinity has no microseconds, and must not look like NULL.
+# An infinity must not look like NULL.
 _TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
 
 
 def row_hash(columns: Sequence[Column]) -> str:
-    """Return the SQL of a row's hash (docs/security.md); an event's lacks the segment."""
+    """Return the SQL of a row's hash (docs/security.md)."""
     new = NEW_COLUMNS if columns is COLUMNS else ()
     numbers = {"TIMESTAMP": _TIME_NUMBER, "VARCHAR": "strlen({0})"}
     old = [column for column in columns if column not in new]
@@ -5935,7 +5934,7 @@ ENTRY_HASH = row_hash(LEDGER_COLUMNS[:-1])
 def digests(
     source: str, condition: str = "true", *, segment: str = "segment", order: str = "seq, hash"
 ) -> str:
-    """Return the SELECT of what the ledger says of segments."""
+    """Return the SELECT of what the ledger records of segments."""
     return f"""\
 SELECT segment, events, first_event, last_event, sha256(array_to_string(hashes, '')) AS digest,
   CASE WHEN low = 1 AND high = events THEN array_to_string([h[1:4] for h in hashes], '') END AS marks
@@ -5950,7 +5949,7 @@ SEGMENT_OR_DAY = "coalesce(segment, strftime(timestamp, 'legacy-%Y-%m-%d'), 'leg
 
 
 def ranges(condition: str = "true") -> str:
-    """Return the SELECT of the first and the last segment of ranges with about $size rows."""
+    """Return the SELECT of first and last segment of ranges of about $size rows."""
     return f"""\
 SELECT min(key), max(key) FROM (
     SELECT key, floor(sum(events) OVER (ORDER BY key ROWS UNBOUNDED PRECEDING) / $size) AS part
@@ -5961,7 +5960,7 @@ GROUP BY part ORDER BY part"""
 # --- ingest: through the temporary table `batch`
 
 STAGE = f"CREATE OR REPLACE TEMP TABLE batch AS {_LINES}"
-# How many events of a known segment the ledger has, if these are its first lines.
+# How many events the ledger has of a segment, if these are its first lines.
 KNOWN_LINES = f"""\
 SELECT segment, events FROM ({
     digests(
@@ -5995,7 +5994,7 @@ SAME_VALUES = {
 
 
 VIEW = "is a view"
-_OUR_COLUMNS = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))  # others may be there
+_OUR_COLUMNS = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))
 # What keeps a table from being a plain one.
 ODDITIES = f"""\
 SELECT view_name AS name, '{VIEW}' AS what FROM duckdb_views()
@@ -6018,14 +6017,13 @@ FROM pg_class c WHERE relname IN ('logs', 'ledger') AND relnamespace = to_regnam
 def sound_rows(
     types: Mapping[str, str], table: str = "audit.logs", columns: Sequence[Column] = COLUMNS
 ) -> str:
-    """Return the SELECT of a table's rows in our columns and types, NULL where that fails."""
+    """Return the SELECT of a table in our columns and types, NULL where that fails."""
 
     def sound(name: str, sql_type: str) -> str:
-        given = types.get(name)
-        if given == sql_type:
+        if (given := types.get(name)) == sql_type:
             return name
-        zoned = f"timezone('UTC', {name})" if given == "TIMESTAMP WITH TIME ZONE" else name
-        return f"TRY_CAST({zoned if given else 'NULL'} AS {sql_type}) AS {name}"
+        zoned = f"timezone('UTC', {name})" if given == "TIMESTAMP WITH TIME ZONE" else given and name
+        return f"TRY_CAST({zoned or 'NULL'} AS {sql_type}) AS {name}"
 
     selected = ", ".join(sound(*column) for column in columns)
     return f"SELECT {selected} {f'FROM {table}' if types else 'WHERE false'}"
@@ -6043,7 +6041,7 @@ PURGES = f"""\
 SELECT coalesce(strftime(ingested_at, {_ISO_FORMAT}), '') AS moment, coalesce(host, '') AS host,
   coalesce(events, 0) AS events, coalesce(journal, '') AS journal, coalesce(position, 0) AS position, detail
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
-# The entries that purges name, and what is left of each.
+# The entries that purges name, and what they left of each.
 GONE = """\
 CREATE OR REPLACE TEMP TABLE gone AS
 SELECT number, journal, position, entered.events AS held, coalesce(last_event < moment, true) AS is_past,
@@ -6113,17 +6111,16 @@ EVENT_ID = "segment || ':' || seq::VARCHAR"
 
 
 def public_select(**more: bool) -> str:
-    """Return `public_values` as the SELECT list of every output."""
     return ", ".join(f"{value} AS {name}" for name, value in public_values(**more))
 
 
 def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tuple[str, str]]:
-    """Yield the public columns, each with its SQL, which both engines return alike."""
+    """Yield the public columns with their SQL, whose values both engines return alike."""
     formula = sql_literal(FORMULA)
     for name in PUBLIC_COLUMNS:
         value = f"({EVENT_ID})" if name == "event_id" else name
         if name == "timestamp":
-            value = name if typed else f"strftime(timestamp, {_ISO_FORMAT})"
+            value = value if typed else f"strftime(timestamp, {_ISO_FORMAT})"
         elif harmless and name not in ("duration_ms", "result_bytes"):
             value = f"CASE WHEN regexp_matches({value}, {formula}) THEN '''' || {value} ELSE {value} END"
         yield name, value
@@ -6131,15 +6128,15 @@ def public_values(*, typed: bool = False, harmless: bool = False) -> Iterator[tu
 
 # --- exports, figures, and SQL of a person's own
 
-# What spreadsheets take for a formula, also behind what is invisible, and the apostrophe, so that a cell
-# without its first one is as it was.
+# What spreadsheets take for a formula, also behind invisible characters; and the apostrophe, so that a cell
+# without its first one is the original.
 _INVISIBLE = (
     r"\x01-\x20\x7f-\xa0\xad"
     "\u034f\u061c\u115f\u1160\u1680\u17b4\u17b5\u180b-\u180f\u2000-\u200f\u2028-\u202f\u205f-\u206f"
     "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
 )
 FORMULA = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
-# What COPY is told for each export format.
+# COPY's options for each export format.
 _CSV = "csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)"
 COPY_OPTIONS = {
     name + suffix: f"FORMAT {options}, COMPRESSION {codec}, USE_TMP_FILE false"
@@ -6150,12 +6147,10 @@ EXPORT_FORMATS = (*COPY_OPTIONS, "duckdb", "sqlite")
 
 
 def export_format(path: str) -> str | None:
-    """Return the export format of a file's name, None if its extension is unknown."""
-    name = path.lower()
-    return next((form for form in EXPORT_FORMATS if name.endswith("." + form)), None)
+    return next((form for form in EXPORT_FORMATS if path.lower().endswith("." + form)), None)
 
 
-# What `stats` groups by, and how the group is written.
+# What `stats` groups by, and how it shows the group `k`.
 _TEXT_GROUPS = "name type caller status user_id client agent address server error_type policy_decision"
 STATS_BY = {
     re.sub("_id$|_decision$", "", name).replace("_", "-"): (name, "k") for name in _TEXT_GROUPS.split()
@@ -6221,13 +6216,12 @@ class Filter(NamedTuple):
             for kind in ("tools", "resources", "prompts")
             for name in getattr(self, kind)
         ]
-        given = {field: value for field, value in self._asdict().items() if value is not None}
         conditions = [f"({' OR '.join(named)})"] if named else []
-        conditions += [
-            text.format(sql_literal(given[field])) for field, text in _FILTERS.items() if field in given
-        ]
-        names = ("client", "agent", "address", "server", "error_type")
-        conditions += [_has_name(field, given[field]) for field in names if field in given]
+        for field, value in self._asdict().items():
+            if field in _FILTERS and value is not None:
+                conditions.append(f"{_FILTERS[field]} {sql_literal(value)}")
+            elif field in ("client", "agent", "address", "server", "error_type") and value is not None:
+                conditions.append(_has_name(field, value))
         if self.event_id is not None:
             conditions.append("segment = '{}' AND seq = {}".format(*parse_event_id(self.event_id)))
         if self.text is not None:
@@ -6237,21 +6231,21 @@ class Filter(NamedTuple):
 
 
 _FILTERS = {
-    "event_type": "type = {}",
-    "policy": "policy_decision = {}",
-    "status": "status = {}",
-    "since": "timestamp >= {}::TIMESTAMP",
-    "until": "timestamp < {}::TIMESTAMP",
-    "caller": "caller = {}",
-    "user": "user_id = {}",
-    "session": "session_id = {}",
-    "trace": "trace_id = {}",
-    "min_ms": "duration_ms >= {}",
+    "event_type": "type =",
+    "policy": "policy_decision =",
+    "status": "status =",
+    "since": "timestamp >= TIMESTAMP",
+    "until": "timestamp < TIMESTAMP",
+    "caller": "caller =",
+    "user": "user_id =",
+    "session": "session_id =",
+    "trace": "trace_id =",
+    "min_ms": "duration_ms >=",
 }
 
 
 def _like(text: str) -> str:
-    r"""Return the LIKE pattern, with the escape `\`, of the text itself."""
+    r"""Return the LIKE pattern of the text itself, with the escape `\`."""
     return re.sub(r"[\\%_]", r"\\\g<0>", text)
 
 
@@ -6290,7 +6284,7 @@ _ENGINE_ERRORS: Mapping[type[StoreError], str] = {
 
 
 def store_error(message: str) -> StoreError:
-    """Return our error for a message of DuckDB's, without regard to what that quotes."""
+    """Return our error for a message of DuckDB's, whatever that quotes."""
     message = re.split(r"\n(?:DETAIL|CONTEXT):", message)[0]  # PostgreSQL's, with what was recorded
     said = re.sub(r""""[^"]*"|'[^']*'|\nLINE \d+:(?s:.*)""", "", message).lower()
     if said.startswith(("parser error", "conversion error", "out of range error")):
@@ -6302,7 +6296,7 @@ def store_error(message: str) -> StoreError:
 
 
 def postgres_message(text: str) -> str:
-    """Return the part of PostgreSQL, without our statement; all if there is none."""
+    """Return PostgreSQL's part of a message, without our statement; else all."""
     return text[max(0, text.rfind("ERROR:  ")) :]
 
 
@@ -6324,7 +6318,7 @@ _PROCESS = os.getpid()
 
 
 def _session_settings(*, guest: bool) -> str:
-    # A guest's memory takes a batch of 64 MiB. A progress bar goes to standard output: perhaps a protocol.
+    # A guest's memory takes a batch of 64 MiB. A progress bar would go to standard output.
     return (
         "SET autoinstall_known_extensions = false; SET autoload_known_extensions = false; "
         f"SET enable_progress_bar = false; SET temp_directory = {sql_literal(_scratch_directory())}; "
@@ -6338,22 +6332,19 @@ class Engine(Protocol):
     name: str
 
     def version(self) -> str:
-        """Return DuckDB's version, such as "2.0.1"."""
         return str(self.execute("SELECT version() AS version")[0][0]).lstrip("v")
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
-        """Run one statement and return its rows."""
         return list(self.stream(sql, params))
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
-        """Run one statement and yield its rows; end it before the next statement."""
+        """Run one statement and yield its rows; read them all before the next."""
 
-    def close(self) -> None:
-        """End the session. Twice is harmless."""
+    def close(self) -> None: ...
 
 
 def _duckdb() -> Any:
-    """Return DuckDB's package, or its compiled part alone: 40 ms instead of 140."""
+    """Return DuckDB's package, or its compiled part: 40 ms instead of 140."""
     if "duckdb" not in sys.modules:
         with suppress(ImportError):
             import _duckdb
@@ -6365,7 +6356,7 @@ def _duckdb() -> Any:
 
 
 class PackageEngine(Engine):
-    """The package in this process; a `guest` gets one thread and little memory."""
+    """The package in this process; a guest gets one thread and little memory."""
 
     name = "package"
 
@@ -6389,12 +6380,12 @@ class PackageEngine(Engine):
             self.close()
             if isinstance(error, duckdb.Error):
                 raise store_error(str(error)) from error
-            if "interrupted" in str(error):  # by Ctrl+C, of which DuckDB makes a RuntimeError
+            if "interrupted" in str(error):  # what DuckDB makes of Ctrl+C
                 raise KeyboardInterrupt from error
             raise
 
     def close(self) -> None:
-        """Close the database; a forked child lacks its threads and keeps it."""
+        """Close the database; a forked child, which lacks its threads, keeps it."""
         connection, self._connection = self._connection, None
         if connection is not None and self._process_id == os.getpid():
             connection.close()
@@ -6407,7 +6398,7 @@ class PackageEngine(Engine):
 
 
 def decode_json(text: str) -> Any:
-    """Return what DuckDB's JSON means: a row is a list, and NaN or infinity None."""
+    """Decode DuckDB's JSON: a row becomes a list, NaN and infinity None."""
 
     def members(pairs: list[tuple[str, object]]) -> object:
         is_row = len(pairs) > 1 and not any(name for name, _ in pairs)
@@ -6421,20 +6412,15 @@ _COLOUR = re.compile(rb"^(?:\x1b\[[0-9;]*m)+")  # ends a warning, on the line th
 
 
 class CliEngine(Engine):
-    """DuckDB in a child: its program, or Python with the package, which lies in a folder `package`.
-
-    The latter is for targets that are no file, forked processes and subinterpreters. A `.print` of a random
-    word ends the rows of a statement.
-    """
+    """DuckDB in a child: its program, or Python with the package from a folder `package`."""
 
     def __init__(self, program: str, *, guest: bool, package: str = "") -> None:
         self.program, self._guest = program, guest
         self.name = "package" if package else "cli"
-        self._mark = os.urandom(8).hex()
-        # `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`.
-        ours = ("-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
-        words = ("-X", "utf8", "-c", _APART, self._mark, package) if package else ours
-        self._command = (program, *words)
+        self._mark = os.urandom(8).hex()  # printed after the rows of a statement
+        self._command = (program, "-X", "utf8", "-c", _APART, self._mark, package)
+        if not package:  # `-init` keeps ~/.duckdbrc out: 1.4 knows no `-no-init`
+            self._command = (program, "-init", os.devnull, "-batch", "-bail", "-jsonlines", ":memory:")
         self._process: subprocess.Popen[bytes] | None = None
 
     def _open(self) -> subprocess.Popen[bytes]:
@@ -6450,7 +6436,7 @@ class CliEngine(Engine):
                 stdout=subprocess.PIPE,
                 stderr=self._complaints,
                 umask=0o077 if hasattr(os, "fork") else -1,
-                start_new_session=not self._guest,  # Ctrl+C is for us; a guest ends with its process
+                start_new_session=not self._guest,  # Ctrl+C is for us
             )
         except OSError as error:
             raise EngineNotFoundError(f"{self.program} can't be run: {error.strerror}") from error
@@ -6462,7 +6448,7 @@ class CliEngine(Engine):
         process, mark, finished = self._process, self._mark.encode() + b"\n", False
         assert process.stdin is not None and process.stdout is not None
         try:
-            with suppress(OSError):  # it has ended, and says why
+            with suppress(OSError):  # the child has ended, and says why
                 process.stdin.write(text.encode())
                 process.stdin.flush()
             for line in process.stdout:
@@ -6476,18 +6462,19 @@ class CliEngine(Engine):
             raise store_error(self._complaint or "the duckdb program ended without a word (was it killed?)")
         finally:
             if not finished:
-                process.kill()  # the transaction that it was in never happened
+                process.kill()  # this undoes its transaction
                 self.close()
 
     def close(self) -> None:
-        """End the child, kill it if it goes on computing, and keep its complaint."""
+        """End the child, by force if need be, and keep its complaint."""
         import subprocess
 
         process, self._process = self._process, None
         if process is None:
             return
-        for pipe in filter(None, (process.stdin, process.stdout)):
+        for pipe in (process.stdin, process.stdout):
             with suppress(OSError):
+                assert pipe is not None
                 pipe.close()
         try:
             process.wait(1)
@@ -6499,7 +6486,7 @@ class CliEngine(Engine):
             self._complaint = complaints.read().decode("utf-8", "replace").strip()
 
 
-# Run by CliEngine's Python. The current directory must not shadow modules.
+# What CliEngine's Python runs. The current directory must not shadow modules.
 _APART = """
 import sys
 sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
@@ -6527,7 +6514,7 @@ for line in sys.stdin:
 
 
 def temporary_place() -> str:
-    """Return the directory of temporary files, "" if there is none (a read-only root)."""
+    """Return the directory of temporary files, "" if there is none."""
     import tempfile
 
     with suppress(FileNotFoundError):
@@ -6536,11 +6523,11 @@ def temporary_place() -> str:
 
 
 def _scratch_directory() -> str:
-    """Return where DuckDB may spill: a directory that it makes in a private one."""
+    """Return a directory that DuckDB may make, in a private one, to spill."""
     import tempfile
 
     if not (place := temporary_place()):
-        return ""  # it keeps to its memory
+        return ""
     owner = getattr(os, "getuid", int)()
     private = os.path.join(place, f"mxcp_audit-{owner}")
     with suppress(OSError):  # it may not be needed
@@ -6556,22 +6543,19 @@ def _scratch_directory() -> str:
 
 
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
-    """Return the path of the `duckdb` program, None if there is none."""
     import shutil
 
     # The package's own `duckdb` on PATH is a wrapper in Python, and slow.
-    paths = (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe"))
-    ours = next((path for path in paths if path and os.access(path, os.X_OK)), None)
-    named = environ.get("MXCP_AUDIT_DUCKDB")
-    return named or ours or shutil.which("duckdb", path=environ.get("PATH"))
+    paths = filter(None, (file_of_package("duckdb_cli", name) for name in ("duckdb", "duckdb.exe")))
+    ours = next((path for path in paths if os.access(path, os.X_OK)), None)
+    return environ.get("MXCP_AUDIT_DUCKDB") or ours or shutil.which("duckdb", path=environ.get("PATH"))
 
 
 def file_of_package(name: str, *parts: str) -> str | None:
-    """Return the path of a file in a Python package, which isn't imported, or None."""
+    """Return the path of a file in a package, without importing that, or None."""
     import importlib.util
 
-    package = importlib.util.find_spec(name)
-    folders = (package and package.submodule_search_locations) or ()
+    folders = getattr(importlib.util.find_spec(name), "submodule_search_locations", None) or ()
     return next(filter(os.path.exists, (os.path.join(folder, *parts) for folder in folders)), None)
 
 
@@ -6588,7 +6572,7 @@ def _in_subinterpreter() -> bool:
 def open_engine(
     *, guest: bool = False, apart: bool = False, environ: Mapping[str, str] = os.environ
 ) -> Engine:
-    """Return the engine that MXCP_AUDIT_ENGINE names, by default what is there."""
+    """Return the engine that MXCP_AUDIT_ENGINE names, or what is there; `apart`: in a child."""
     choice = environ.get("MXCP_AUDIT_ENGINE") or "auto"
     if choice not in ("auto", "package", "cli"):
         raise EngineNotFoundError(f"MXCP_AUDIT_ENGINE={choice}: write auto, package or cli")
@@ -6609,10 +6593,8 @@ def open_engine(
             raise EngineNotFoundError(reason)
     if program := find_program(environ):
         return CliEngine(program, guest=guest)
-    raise EngineNotFoundError(
-        "no DuckDB here: `pip install duckdb`, or put the duckdb program on PATH or name it in "
-        "MXCP_AUDIT_DUCKDB"
-    )
+    text = "`pip install duckdb`, or put the duckdb program on PATH or name it in MXCP_AUDIT_DUCKDB"
+    raise EngineNotFoundError(f"no DuckDB here: {text}")
 
 
 # === Store ===
@@ -6659,7 +6641,7 @@ def _stamp_of(found: os.stat_result) -> tuple[int, int, int]:
 
 @contextlib.contextmanager
 def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
-    """Make a private directory beside `path`; with a `name`, in place of a killed process's."""
+    """Make a private directory beside `path`; a `name` replaces a killed process's."""
     import shutil
 
     folder, file = os.path.split(os.path.abspath(path))
@@ -6676,7 +6658,7 @@ def _scratch(path: str, problem: str, *, name: str = "") -> Iterator[str]:
 
 
 def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManager[str]:
-    """Make a private temporary directory, in `beside` if there is no place for such."""
+    """Make a private temporary directory, in `beside` if there is no other place."""
     import tempfile
 
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
@@ -6698,7 +6680,7 @@ NEW_FILE = {"STORAGE_VERSION": "v1.0.0"}  # made by DuckDB 2.0 without this, 1.5
 
 
 def attach(engine: Engine, target: str, name: str, options: Mapping[str, object]) -> None:
-    """Attach a database under a name: a file, which NEW_FILE makes, or something else."""
+    """Attach a database under a name: a file, which is made if absent, or another target."""
     if is_attach_target(target):
         load_extensions(engine, target, options)
         if re.match("postgres(ql)?://", target.lower()):
@@ -6716,7 +6698,7 @@ _ATTACHED: dict[tuple[int, str], object] = {}  # by process
 
 @contextlib.contextmanager
 def _alone_in_process(path: str) -> Iterator[None]:
-    """Let one thread attach a file: DuckDB's lock is the process's, not the reader's."""
+    """Let one thread attach a file: DuckDB's lock is the whole process's."""
     key, mine = (os.getpid(), os.path.realpath(path)), object()
     if _ATTACHED.setdefault(key, mine) is not mine:  # in one step
         raise DatabaseLockedError(f"{path}: in use by this process (PID {key[0]}) already; try again")
@@ -6738,8 +6720,6 @@ WHERE granted AND relation::regclass::text ~ 'logs|ledger|ducklake' AND pid <> p
 
 
 class Target:
-    """The database of a configuration."""
-
     def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = open_engine) -> None:
         self.path: str = config.path
         self.is_file: bool = not is_attach_target(config.path)
@@ -6747,19 +6727,17 @@ class Target:
         self.is_postgres: bool = scheme in ("postgres", "postgresql")
         self.is_lake: bool = scheme == "ducklake"
         self._is_quack = scheme == "quack"
-        self.name: str = public_target(config.path)  # for people: without passwords
+        self.name: str = public_target(config.path)  # without passwords
         self.journal: Journal = journal
         self.options = {name.upper(): value for name, value in config.attach.items()}
         self.new_file = {**({} if "ENCRYPTION_KEY" in self.options else NEW_FILE), **self.options}
         self._group = config.group
         self.commits: list[int] = []  # of a lake, since it was tended
-        if not self.is_file:
-            opener = functools.partial(opener, apart=True)
-        self.open_engine: Callable[..., Engine] = opener
+        self.open_engine = opener if self.is_file else functools.partial(opener, apart=True)
 
     @contextlib.contextmanager
     def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
-        """Open a session with the existing target; while it is locked, try for `wait` seconds."""
+        """Open a session with the existing target, trying for `wait` seconds."""
         if read_only:
             self.let_ingest_pass(wait)
         with contextlib.closing(self.open_engine(guest=guest)) as engine, contextlib.ExitStack() as stack:
@@ -6775,8 +6753,8 @@ class Target:
 
     def let_ingest_pass(self, wait: float) -> None:
         """Wait while an ingest asks for a file: readers could starve it."""
-        for _ in tries(wait):
-            if not (self.is_file and self.journal.is_ingest_waiting()):
+        for _ in tries(wait if self.is_file else 0.0):
+            if not self.journal.is_ingest_waiting():
                 return
 
     @contextlib.contextmanager
@@ -6847,7 +6825,7 @@ class Target:
 
     @contextlib.contextmanager
     def _private_wal(self, read_only: bool) -> Iterator[None]:
-        """Make the WAL privately, and a mark: it held nothing before what we write."""
+        """Make the WAL privately, with a mark: it held nothing before."""
         if read_only or os.path.islink(self.path) or not self.is_file:
             yield
             return
@@ -6857,12 +6835,12 @@ class Target:
             os.close(make_file(mark, os.O_WRONLY))
         yield
         with suppress(OSError):
-            if not _size_of(wal):
+            if not _size_of(wal):  # nothing was written
                 os.unlink(mark)
-                os.unlink(wal)  # nothing was written
+                os.unlink(wal)
 
     def set_wal_aside(self) -> str | None:
-        """Rename a damaged WAL whose content is in the journal; None if it holds more."""
+        """Rename a damaged WAL whose content the journal has; None if it holds more."""
         aside = f"{self.path}.wal.damaged-{new_segment_id(wall_clock_ns())[:22]}"
         with suppress(OSError):
             os.unlink(self.journal.wal_mark)
@@ -6902,8 +6880,9 @@ class Target:
         if not self._is_quack:
             return column_types(engine)
         columns = "column_name, column_type FROM (DESCRIBE audit."  # duckdb_columns() lists none there
-        sql = f"SELECT 'logs' AS t, {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
-        return column_types(engine, sql)
+        return column_types(
+            engine, f"SELECT 'logs', {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
+        )
 
     def oddities(self, engine: Engine) -> list[str]:
         """Return why our tables may show what nobody recorded."""
@@ -6920,13 +6899,13 @@ class Target:
         self.commits = []
         if not chores:
             return
+        others = """\
+SELECT 1 FROM duckdb_tables()
+WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"""
         with self.session(read_only=False, wait=0.0, guest=True) as engine:
-            ((others,),) = engine.execute(
-                "SELECT count(*) FROM duckdb_tables() WHERE database_name = 'audit' "
-                "AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"
-            )
+            withheld = LAKE_CLEANING if engine.execute(others) else ()
             for chore in chores:
-                if not others or chore not in LAKE_CLEANING:
+                if chore not in withheld:
                     engine.execute(chore)
 
     def change_logs(self, engine: Engine, statement: str) -> None:
@@ -6941,21 +6920,21 @@ class Target:
 
     def create_tables(self, engine: Engine) -> None:
         """Make missing tables and columns, and what two ingests of a journal collide at."""
-        present = self.columns(engine)
+        ask, present = engine.execute, self.columns(engine)
         if "logs" not in present:
-            engine.execute(CREATE_LOGS)
+            ask(CREATE_LOGS)
         for name, sql_type in COLUMNS[10:] if "logs" in present else ():
             if name not in present["logs"]:
                 self.change_logs(engine, f"ALTER TABLE audit.logs ADD COLUMN IF NOT EXISTS {name} {sql_type}")
         if "ledger" not in present:
-            engine.execute(CREATE_LEDGER)
+            ask(CREATE_LEDGER)
             if self.is_postgres:
                 index = "INDEX IF NOT EXISTS"
-                engine.execute(f"CREATE UNIQUE {index} ledger_position ON audit.ledger (journal, position)")
-                engine.execute(f"CREATE {index} logs_timestamp ON audit.logs (timestamp)")
+                ask(f"CREATE UNIQUE {index} ledger_position ON audit.ledger (journal, position)")
+                ask(f"CREATE {index} logs_timestamp ON audit.logs (timestamp)")
         if self.is_lake:
             turn = f"audit.turn_{self.journal.identity()}"
-            engine.execute(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
+            ask(f"CREATE TABLE IF NOT EXISTS {turn} AS SELECT 0::BIGINT AS taken")
 
     def signature(self) -> object:
         """Return what differs after every ingest; None while that can't be told."""
@@ -6966,7 +6945,7 @@ class Target:
             with suppress(OSError):
                 found = os.stat(path)
                 # Kernels keep times to 1 … 10 ms, some file systems to one or two seconds.
-                tick_ns = 50_000_000 if found.st_mtime_ns % 1_000_000_000 else 2_100_000_000
+                tick_ns = 5e7 if found.st_mtime_ns % 10**9 else 2.1e9
                 if abs(wall_clock_ns() - found.st_mtime_ns) < tick_ns:
                     return None
                 stamps.append(_stamp_of(found))
@@ -6974,7 +6953,6 @@ class Target:
 
 
 def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, str]]:
-    """Return types of columns, by table and name."""
     types: dict[str, dict[str, str]] = {}
     for table, column, sql_type in engine.execute(sql):
         types.setdefault(table, {})[column] = sql_type
@@ -7032,26 +7010,23 @@ def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
     """Return the keys of the chain, of which the first one seals."""
     import hashlib  # it loads OpenSSL, which takes 4 ms
 
-    path, problem = environ.get("MXCP_AUDIT_KEY_FILE"), None
     lines = [environ.get("MXCP_AUDIT_KEY", "").encode("utf-8", "surrogateescape")]
-    if path:
+    if path := environ.get("MXCP_AUDIT_KEY_FILE"):
         try:
             with open(path, "rb") as file:
                 lines = [line.strip() for line in file]
                 if os.name == "posix" and os.fstat(file.fileno()).st_mode & 0o077:
-                    problem = "others may read the key file; run chmod 600 on it"
+                    raise ConfigError("others may read the key file; run chmod 600 on it", path=path)
         except OSError as error:
-            problem = f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE"
-        if not (problem or any(lines)):
-            problem = "the key file is empty; write a key on its first line"
-        if problem:
-            raise ConfigError(problem, path=path)
+            text = f"the key file can't be read: {error.strerror}; correct MXCP_AUDIT_KEY_FILE"
+            raise ConfigError(text, path=path) from error
+        if not any(lines):
+            raise ConfigError("the key file is empty; write a key on its first line", path=path)
     # Not the keys themselves: redaction shows HMACs with the first.
     return tuple(hashlib.sha256(b"mxcp_audit seal\0" + line).digest() for line in lines if line)
 
 
 def make_seal(previous: str, row: str, key: bytes | None) -> str:
-    """Return the seal of an entry."""
     import hashlib
     import hmac
 
@@ -7062,21 +7037,19 @@ def make_seal(previous: str, row: str, key: bytes | None) -> str:
 
 
 def entries_of(segments: Iterable[str]) -> str:
-    """Return the statement that prepares the entries of staged segments."""
+    """Return the query of the entries of staged segments."""
     return f"""\
-INSERT INTO entries BY NAME SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events,
-  first_event, last_event, digest, marks
-FROM (SELECT unnest({sql_literal(list(segments))}) AS claimed)
+SELECT 'segment' AS kind, claimed AS segment, coalesce(events, 0) AS events, first_event, last_event, digest,
+  marks FROM (SELECT unnest({sql_literal(list(segments))}) AS claimed)
 LEFT JOIN ({digests("batch", order="seq")}) ON segment = claimed ORDER BY claimed"""
 
 
 def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> str:
-    """Return the statement that prepares another entry; times are in microseconds."""
-    values = [
+    """Return the query of another entry; times are in microseconds."""
+    return "SELECT " + ", ".join(
         f"{'make_timestamp' if name.endswith('_event') else ''}({sql_literal(value)}) AS {name}"
         for name, value in {"kind": kind, "events": events, "detail": detail, **more}.items()
-    ]
-    return f"INSERT INTO entries BY NAME SELECT {', '.join(values)}"
+    )
 
 
 # --- writing and asking
@@ -7088,71 +7061,72 @@ class Ledger(Target):
     """A target with its ledger, which continues the chain of one journal."""
 
     head: Head | None = None  # as this process last committed it
-    _next_head: Head | None = None  # within a transaction
+    _next_head: Head | None = None
 
     @contextlib.contextmanager
     def writing(self, engine: Engine) -> Iterator[None]:
         """Run the block as one durable transaction; a journal has one at a time."""
         self.create_tables(engine)
-        engine.execute("BEGIN")
+        ask, self._next_head = engine.execute, self.head
+        ask("BEGIN")
         if self.is_lake:
-            engine.execute(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
-        self._next_head = self.head
+            ask(f"UPDATE audit.turn_{self.journal.identity()} SET taken = taken + 1")
         yield
-        engine.execute("COMMIT")
+        ask("COMMIT")
         self.head = self._next_head
         if self.is_lake:
-            ((commit,),) = engine.execute("SELECT id::BIGINT FROM ducklake_last_committed_snapshot('audit')")
+            ((commit,),) = ask("SELECT id::BIGINT FROM ducklake_last_committed_snapshot('audit')")
             self.commits.append(commit or 0)
         if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
-            engine.execute("CHECKPOINT audit")
+            ask("CHECKPOINT audit")
 
     def enter(self, engine: Engine, entries: Iterable[str]) -> None:
-        """Append entries to the chain; the rows of an older table come first."""
-        keys = seal_keys()
-        journal = self.journal.identity()
-        host = os.uname().nodename if hasattr(os, "uname") else os.environ.get("COMPUTERNAME", "")
+        """Append the entries of queries to the chain; the rows of an older table come first."""
+        import platform
+
+        ask, keys, journal = engine.execute, seal_keys(), self.journal.identity()
         (head,) = chain_heads(engine, journal) or [Head(journal, 0, 0, "")]
         if head.seal.startswith(_KEYED) and not keys:
             text = "the ledger is sealed with a key, and an entry without it would look forged: "
             raise StoreError(text + "set MXCP_AUDIT_KEY or MXCP_AUDIT_KEY_FILE")
-        engine.execute(f"CREATE OR REPLACE TEMP TABLE entries ({LEDGER_DEFINITIONS})")
+        ask(f"CREATE OR REPLACE TEMP TABLE entries ({LEDGER_DEFINITIONS})")
         if is_ledger_empty(engine):
-            engine.execute(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
-            for first, last in engine.execute(ranges("segment IS NULL"), {"size": _LEGACY_ROWS}):
-                days = f"segment IS NULL AND {SEGMENT_OR_DAY} BETWEEN '{first}' AND '{last}'"
-                legacy = digests("sound_logs", days, segment=SEGMENT_OR_DAY)
-                engine.execute(
-                    "INSERT INTO entries BY NAME SELECT 'legacy' AS kind, segment, events, first_event, "
-                    f"last_event, digest FROM ({legacy}) ORDER BY segment"
-                )
-        for sql in entries:
-            engine.execute(sql)
-        engine.execute(
-            "CREATE OR REPLACE TEMP TABLE numbered AS SELECT * REPLACE ($journal AS journal, "
-            "$position + row_number() OVER (ORDER BY rowid) AS position, $host AS host, "
-            "$now::TIMESTAMP AS ingested_at) FROM entries",
-            {"journal": journal, "position": head.position, "host": host, "now": sql_time(utc_now())},
-        )
+            ask(SOUND_LOGS + sound_rows(self.columns(engine)["logs"]))
+            days = ask(ranges("segment IS NULL"), {"size": _LEGACY_ROWS})
+            entries = [*(_legacy_entries(*span) for span in days), *entries]
+        for query in entries:
+            ask(f"INSERT INTO entries BY NAME {query}")
+        now = {"journal": journal, "last": head.position, "host": platform.node(), "now": sql_time(utc_now())}
+        numbered = """\
+CREATE OR REPLACE TEMP TABLE numbered AS SELECT * REPLACE ($journal AS journal, $host AS host,
+  $last + row_number() OVER (ORDER BY rowid) AS position, $now::TIMESTAMP AS ingested_at) FROM entries"""
+        ask(numbered, now)
         seals = []
-        numbered = f"SELECT position, kind, events, {ENTRY_HASH} FROM numbered ORDER BY position"
-        for place, kind, count, row in engine.execute(numbered):
+        rows = f"SELECT position, kind, events, {ENTRY_HASH} FROM numbered ORDER BY position"
+        for place, kind, count, row in ask(rows):
             seal = make_seal(head.seal, row, keys[0] if keys else None)
-            head = Head(journal, place, head.events + (count if kind == "segment" else 0), seal)
+            head = Head(journal, place, head.events + count * (kind == "segment"), seal)
             seals.append((place, seal))
-        engine.execute(
-            "INSERT INTO audit.ledger BY NAME SELECT numbered.* REPLACE (sealed AS seal) FROM numbered "
-            f"JOIN ({listed('place BIGINT, sealed VARCHAR', seals)}) ON position = place"
-        )
+        sealed = listed("place BIGINT, sealed VARCHAR", seals)
+        ask(f"""\
+INSERT INTO audit.ledger BY NAME
+SELECT numbered.* REPLACE (sealed AS seal) FROM numbered JOIN ({sealed}) ON position = place""")
         self._next_head = head
 
 
+def _legacy_entries(first: str, last: str) -> str:
+    days = f"segment IS NULL AND {SEGMENT_OR_DAY} BETWEEN '{first}' AND '{last}'"
+    return f"""\
+SELECT 'legacy' AS kind, segment, events, first_event, last_event, digest
+FROM ({digests("sound_logs", days, segment=SEGMENT_OR_DAY)}) ORDER BY segment"""
+
+
 def is_ledger_empty(engine: Engine) -> bool:
-    return bool(engine.execute("SELECT count(*) = 0 FROM audit.ledger")[0][0])
+    return not engine.execute("SELECT true FROM audit.ledger LIMIT 1")
 
 
 def chain_heads(engine: Engine, journal: str | None = None) -> list[Head]:
-    """Return the end of each journal's chain, or of one's."""
+    """Return the end of each journal's chain, or of one."""
     sql = """\
 SELECT coalesce(journal, ''), max(position), coalesce(sum(events) FILTER (WHERE kind = 'segment'), 0)::BIGINT,
   coalesce(arg_max(seal, position), '')
@@ -7184,6 +7158,9 @@ _LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
 _CONFLICT_SECONDS = 1.5  # tries while other hosts write, too
 
 
+_Faults: TypeAlias = dict[str, list[tuple[int, str, bytes]]]  # by segment: number, reason, line
+
+
 class Ingest:
     """Takes sealed and orphaned segments, and losses, into the database."""
 
@@ -7193,8 +7170,7 @@ class Ingest:
         self._diagnostics = diagnostics
 
     def run(self) -> list[JournalError]:
-        """Ingest everything that can be claimed."""
-        seen: set[str] = set()  # an undeletable one would be claimed for ever
+        seen: set[str] = set()  # an undeletable segment would be claimed for ever
         while True:
             claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
             is_more = self._journal.take_unfinished()
@@ -7206,20 +7182,20 @@ class Ingest:
                 return problems
 
     def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
-        """Ingest segments, in halves if they are too much at once; then delete and count them."""
+        """Ingest segments, in halves if need be; then delete and count them."""
         refuse_fatal_limit()
-        target = self._target
+        target, told = self._target, self._diagnostics
 
-        def move() -> tuple[Mapping[str, int], set[str]]:
-            losses = self._stage(engine, claims, folder)
-            return losses, self._commit(engine, claims, losses, lost)
+        def move() -> tuple[_Faults, set[str]]:
+            faults = self._stage(engine, claims, folder)
+            return faults, self._commit(engine, claims, faults, lost)
 
         try:
             with (
                 contextlib.closing(target.open_engine(guest=True)) as engine,
                 scratch_folder(self._journal.directory) as folder,
             ):
-                losses, fresh = patiently(move, 0.0 if target.is_file else _CONFLICT_SECONDS)
+                faults, fresh = patiently(move, 0.0 if target.is_file else _CONFLICT_SECONDS)
         except QueryError as error:
             if not is_data_fault(error) or len(claims) < 2:
                 raise
@@ -7228,28 +7204,27 @@ class Ingest:
             self._take(claims[half:], {})
             return
         for claim in claims:
-            faults = losses.get(claim.id, 0)
             if claim.id in fresh:
-                self._diagnostics.ingested += claim.lines - faults
-                if faults:
-                    self._reject(claim, faults)
+                count = len(faults.get(claim.id, ()))
+                told.ingested += claim.lines - count
+                if count:
+                    self._reject(claim, count)
             if claim.torn:
                 text = f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
-                self._diagnostics.report("torn", text)
+                told.report("torn", text)
         for path in [*(claim.path for claim in claims), *lost]:
             try:
                 os.unlink(path)
             except OSError as error:
-                text = f"{path} can't be deleted; it is not ingested again"
-                self._diagnostics.report("delete", text, error=error)
+                told.report("delete", f"{path} can't be deleted; it is not ingested again", error=error)
 
     def _reject(self, claim: Claim, faults: int) -> None:
         self._diagnostics.rejected += faults
         text = f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
         self._diagnostics.report("rejected", text)
 
-    def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> dict[str, int]:
-        """Read the segments into `batch`; return how many lines each lost."""
+    def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> _Faults:
+        """Read the segments into `batch`; return the lines that can't be."""
         wanted = {claim.id: [claim.lines] * 3 for claim in claims}
         try:
             if not claims or self._read(engine, combine([claim.path for claim in claims], folder)) == wanted:
@@ -7262,17 +7237,17 @@ class Ingest:
         return {claims[0].id: self._salvage(engine, claims[0], folder)}
 
     def _read(self, engine: Engine, files: Sequence[str], *, lenient: bool = False) -> dict[str, list[int]]:
-        """Stage files; return of each segment how many seqs, different seqs and times it has."""
+        """Stage files; return each segment's numbers of seqs, different seqs and times."""
         longest = min(max(LONGEST_LINE, *(os.stat(path).st_size + 1 for path in files)), _LONGEST_READ)
         engine.execute(STAGE, {"files": files, "longest": longest, "lenient": lenient})
         sql = "SELECT segment, count(seq), count(DISTINCT seq), count(timestamp) FROM batch GROUP BY ALL"
         return {segment: counts for segment, *counts in engine.execute(sql)}
 
-    def _salvage(self, engine: Engine, claim: Claim, folder: str) -> int:
-        """Stage the good lines of a segment, put the others aside and count those."""
+    def _salvage(self, engine: Engine, claim: Claim, folder: str) -> list[tuple[int, str, bytes]]:
+        """Stage the good lines of a segment, and return the others."""
         good: dict[int, tuple[int, bytes]] = {}  # by seq
         faults: list[tuple[int, str, bytes]] = []
-        # A power loss leaves NULs for blocks that never reached the disk; the line after them is whole.
+        # After a power loss NULs stand for lost blocks; the line after them is whole.
         lines = re.split(rb"\n|\0(?=\{)", read_file(claim.path))[:-1]
         claim.lines = len(lines)
         for number, line in enumerate(lines, 1):
@@ -7288,24 +7263,20 @@ class Ingest:
         scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
         replace_file(scratch, named_lines(claim.id, b"".join(line + b"\n" for _, line in good.values())))
         self._read(engine, [scratch], lenient=True)  # what DuckDB can't read has no seq
-        engine.execute(
-            f"DELETE FROM batch WHERE timestamp IS NULL OR ({among('seq', [0, *good])}) IS NOT TRUE"
-        )
+        seqs = among("seq", [0, *good])
+        engine.execute(f"DELETE FROM batch WHERE timestamp IS NULL OR ({seqs}) IS NOT TRUE")
         for (seq,) in engine.execute("SELECT seq FROM batch"):
             good.pop(seq, None)
-        faults += [(number, "DuckDB can't read it", line) for number, line in good.values()]
-        if faults:
-            claim.reject(sorted(faults))
-        return len(faults)
+        return faults + [(number, "DuckDB can't read it", line) for number, line in good.values()]
 
     def _commit(
-        self, engine: Engine, claims: list[Claim], losses: Mapping[str, int], lost: Mapping[str, Loss]
+        self, engine: Engine, claims: list[Claim], faults: _Faults, lost: Mapping[str, Loss]
     ) -> set[str]:
         """Move `batch` into the database; return the segments that were new to it."""
-        target, segments = self._target, [claim.id for claim in claims]
+        target = self._target
         with target.attached(engine, read_only=False), target.writing(engine):
-            known = known_segments(engine, segments)
-            fresh = [segment for segment in segments if segment not in known]
+            known = known_segments(engine, [claim.id for claim in claims])
+            fresh = [claim for claim in claims if claim.id not in known]
             entries: list[str] = []
             if known:
                 entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
@@ -7314,13 +7285,15 @@ class Ingest:
                 if target.is_file:  # let the checkpoint write: after a failed fsync the disk may lack it
                     touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
                     engine.execute(f"{touch} AND {where}")
-            losses = {**losses, **self._put_aside_late(engine, claims)}
+            self._put_aside_late(engine, fresh, faults)
             if fresh:
                 target.change_logs(engine, INSERT_ROWS)
-                entries.append(entries_of(fresh))
-                text = "lines that could not be ingested, kept in the journal as .rejected"
-                lossy = [segment for segment in fresh if losses.get(segment)]
-                entries += [entry_of("loss", losses[each], text, segment=each) for each in lossy]
+                entries.append(entries_of(claim.id for claim in fresh))
+            text = "lines that could not be ingested, kept in the journal as .rejected"
+            for claim in fresh:
+                if lines := faults.get(claim.id):
+                    claim.reject(sorted(lines))
+                    entries.append(entry_of("loss", len(lines), text, segment=claim.id))
             of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
             for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
                 loss = of_writers[segment]
@@ -7328,33 +7301,29 @@ class Ingest:
                 entries.append(entry_of("loss", loss.events, text, segment=segment))
             if entries:
                 target.enter(engine, entries)
-        return set(fresh)
+        return {claim.id for claim in fresh}
 
-    def _put_aside_late(self, engine: Engine, claims: list[Claim]) -> dict[str, int]:
-        """Put aside the ends of calls on record as unfinished; count them by segment."""
-        calls = {call: (claim, seq) for claim in claims for call, seq in claim.calls.items()}
+    def _put_aside_late(self, engine: Engine, claims: list[Claim], faults: _Faults) -> None:
+        """Take the ends of calls on record as unfinished out of `batch`."""
+        calls = {call for claim in claims for call in claim.calls}
         if not calls:
-            return {}
+            return
         since = f"try_strptime({sql_literal(min(calls)[:22])}, '%Y%m%dT%H%M%S%fZ') - INTERVAL 1 MINUTE"
         call_of = """regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1)"""
         sql = f"""\
 SELECT DISTINCT {call_of} AS call FROM audit.logs WHERE timestamp >= coalesce({since}, '-infinity')
   AND error = {sql_literal(UNFINISHED)} AND {among(call_of, calls)}"""
-        late = collections.defaultdict[str, list[tuple[int, str, bytes]]](list)
-        for (call,) in engine.execute(sql):
-            claim, seq = calls[call]
-            lines = read_file(claim.path).splitlines()
-            line = next((line for line in lines if call.encode() in line), b"")
-            late[claim.id].append((seq, "its call is on record already, as unfinished", line))
+        late = {call for (call,) in engine.execute(sql)}
         for claim in claims:
-            if faults := late.get(claim.id):
-                seqs = among("seq", [seq for seq, *_ in faults])
-                engine.execute(f"DELETE FROM batch WHERE segment = '{claim.id}' AND {seqs}")
-                claim.reject(sorted(faults))
-        return {segment: len(faults) for segment, faults in late.items()}
+            for call in claim.calls.keys() & late:
+                seq, lines = claim.calls[call], read_file(claim.path).splitlines()
+                engine.execute(f"DELETE FROM batch WHERE segment = '{claim.id}' AND seq = {seq}")
+                line = next((line for line in lines if call.encode() in line), b"")
+                reason = "its call is on record already, as unfinished"
+                faults.setdefault(claim.id, []).append((seq, reason, line))
 
     def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[str]:
-        """Keep lines of known segments that the ledger lacks: a cloned host continues a copy."""
+        """Keep lines that the ledger lacks of known segments, of a cloned host."""
         same: dict[str, int] = dict(engine.execute(KNOWN_LINES, {"segments": [claim.id for claim in claims]}))
         for claim in claims:
             lines = read_file(claim.path).split(b"\n")[:-1]
@@ -7368,8 +7337,8 @@ SELECT DISTINCT {call_of} AS call FROM audit.logs WHERE timestamp >= coalesce({s
             elif events is None and lines:
                 reason = "the ledger knows a segment of this name with other lines"
                 claim.reject((number, reason, line) for number, line in enumerate(lines, 1))
-                text = f"{reason}; these are kept in the journal as .rejected"
                 self._reject(claim, len(lines))
+                text = f"{reason}; these are kept in the journal as .rejected"
                 yield entry_of("loss", len(lines), text, segment=claim.id)
 
 

@@ -187,6 +187,17 @@ def test_late_end_of_a_call_that_is_on_record_as_unfinished_is_put_aside(db: Pat
     assert store_of(db).verify().intact and store_of(db).verify().lost == 1
 
 
+def test_late_end_beside_a_line_that_cannot_be_read_leaves_both_on_record(db: Path) -> None:
+    write_begun(db, late=MIDNIGHT)
+    store_of(db).ingest()
+    path = write_end(db, "late")
+    path.write_bytes(path.read_bytes() + b"{broken\n")
+    store_of(db).ingest()
+    (rejected,) = path.parent.glob("*.rejected")
+    assert "as unfinished" in rejected.read_text() and "{broken" in rejected.read_text()
+    assert store_of(db).verify().intact and store_of(db).verify().lost == 2
+
+
 # --- a logger
 
 

@@ -629,7 +629,7 @@ class Target:
     options: Incomplete
     new_file: Incomplete
     commits: list[int]
-    open_engine: Callable[..., Engine]
+    open_engine: Incomplete
     def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = ...) -> None: ...
     @contextlib.contextmanager
     def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]: ...
