@@ -5863,7 +5863,6 @@ def among(column: str, values: Iterable[object]) -> str:
 
 
 _NAMES = ", ".join(column.name for column in COLUMNS)
-_DEFINITIONS = ", ".join(f"{column.name} {column.sql_type}" for column in COLUMNS)
 _ISO_FORMAT = "'%Y-%m-%dT%H:%M:%S.%fZ'"
 # Nothing is detected: versions differ, and `name=x` in a path is no value.
 _LINES = f"""\
@@ -5876,13 +5875,11 @@ FROM read_json($files, format = 'newline_delimited', filename = true, hive_parti
 LONGEST_LINE = 2**20  # more where a segment has a longer line
 
 
-# --- tables
-
 # Other schemas of a shared target may have tables of the same names.
 _OUR_TABLES = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
-CREATE_LOGS = f"CREATE TABLE IF NOT EXISTS audit.logs ({_DEFINITIONS})"
+CREATE_LOGS = f"CREATE TABLE IF NOT EXISTS audit.logs ({', '.join(map(' '.join, COLUMNS))})"
 # For their meaning see docs/security.md.
 LEDGER_DEFINITIONS = (
     "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
@@ -5970,11 +5967,8 @@ SELECT segment, events FROM ({
         order="seq",
     )
 }) SEMI JOIN (SELECT segment, digest FROM audit.ledger WHERE kind = 'segment') USING (segment, digest)"""
-STAGE_NOTHING = f"CREATE OR REPLACE TEMP TABLE batch ({_DEFINITIONS})"
 INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
 
-
-# --- entering: through the temporary table `entries`
 
 CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
@@ -6082,8 +6076,6 @@ def numeric_times(columns: Sequence[Column]) -> str:
     time = _TIME_NUMBER + " AS {0}"
     return ", ".join((time if sql_type == "TIMESTAMP" else "{0}").format(name) for name, sql_type in columns)
 
-
-# --- removing and copying
 
 # What a purge takes, and what `verify --since` looks at.
 OLD = "FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
@@ -6265,8 +6257,6 @@ Params: TypeAlias = Mapping[str, object]
 Row: TypeAlias = tuple[Any, ...]
 
 
-# --- what DuckDB says
-
 # The first whose pattern is in the message decides.
 _ENGINE_ERRORS: Mapping[type[StoreError], str] = {
     DatabaseLockedError: "could not serialize access|duplicate key value violates unique constraint|tuple "
@@ -6304,9 +6294,6 @@ def is_data_fault(error: QueryError) -> bool:
     """Return True if a statement failed because of its input."""
     kinds = ("invalid input error", "conversion error", "out of range error", "out of memory")
     return str(error).lower().startswith(kinds)
-
-
-# --- the engines
 
 
 def bind(sql: str, params: Params) -> str:
@@ -6539,9 +6526,6 @@ def _scratch_directory() -> str:
     return os.path.join(private, f"{os.getpid()}-{os.urandom(4).hex()}")
 
 
-# --- which engine there is
-
-
 def find_program(environ: Mapping[str, str] = os.environ) -> str | None:
     import shutil
 
@@ -6663,8 +6647,6 @@ def scratch_folder(beside: str | None = None) -> contextlib.AbstractContextManag
 
     return tempfile.TemporaryDirectory(prefix="mxcp_audit-", dir=temporary_place() or beside)
 
-
-# --- the database
 
 _EVENTS_WAIT = "events wait in the journal"
 _NOT_FOUND = "Audit database not found at "
@@ -6959,8 +6941,6 @@ def column_types(engine: Engine, sql: str = TABLE_TYPES) -> dict[str, dict[str, 
     return types
 
 
-# --- targets that are no file
-
 # What `duckdb_extensions()` doesn't know of words before a colon.
 _EXTENSIONS = {"postgresql": "postgres", "quack": "httpfs", "gs": "httpfs", "gcs": "httpfs", "r2": "httpfs"}
 
@@ -7000,8 +6980,6 @@ class Head(NamedTuple):
     events: int  # of all segments so far, purged ones included
     seal: str
 
-
-# --- seals
 
 _KEYED = "k:"  # marks a seal that was made with a key
 
@@ -7051,8 +7029,6 @@ def entry_of(kind: str, events: int, detail: str, **more: str | int | None) -> s
         for name, value in {"kind": kind, "events": events, "detail": detail, **more}.items()
     )
 
-
-# --- writing and asking
 
 _LEGACY_ROWS = 250_000  # whose hashes fit a guest's memory
 
@@ -7368,14 +7344,14 @@ class Reading:
         self.problem: StoreError | None = None
         self.schema: str | None = None  # in which PostgreSQL itself selects first rows
         self.oddities: list[str] = []
-        self.has_table = self.has_journal = self.has_ledger = self.has_running = self._is_attached = False
+        self.has_table = self.has_journal = self.has_ledger = self._is_attached = False
 
     def open(self, wait: float) -> contextlib.ExitStack:
         """Open both, or the journal alone; closing the result closes them."""
         for _ in tries(wait):
             try:
                 self.problem = None
-                return self._open_both()
+                return self._open(with_table=True)
             except (DatabaseLockedError, DatabaseNotFoundError) as error:
                 if isinstance(error, DatabaseNotFoundError) and not self._target.is_file:
                     break
@@ -7383,33 +7359,33 @@ class Reading:
             except (DatabaseCorruptError, DatabaseUnreachableError) as error:
                 self.problem = error
                 break
-        with contextlib.ExitStack() as stack:
-            self._keep_segments(stack)
-            self.open_views(None, self._segments())
-            return stack.pop_all()
+        return self._open(with_table=False)
 
-    def _open_both(self) -> contextlib.ExitStack:
-        target = self._target
+    def _open(self, *, with_table: bool) -> contextlib.ExitStack:
+        target, present = self._target, dict[str, dict[str, str]]()
         with contextlib.ExitStack() as stack:
-            if not target.is_file or target.is_absent():  # there is no lock of DuckDB's on it
-                if not self._keep_segments(stack):
-                    raise DatabaseLockedError(
-                        f"{target.name}: this host's journal is being ingested; try again"
-                    )
-                if target.is_absent():
-                    self.open_views(None, self._segments())
-                    return stack.pop_all()
-            stack.enter_context(target.attached(self.engine, read_only=True))
+            has_file = with_table and not target.is_absent()
+            if not (has_file and target.is_file):  # no lock of DuckDB's keeps ingests out
+                is_ours = True
+                with suppress(JournalError):  # this user may only read the journal
+                    is_ours = stack.enter_context(self._journal.ingest_lock(shared=True))
+                if with_table and not is_ours:
+                    text = "this host's journal is being ingested; try again"
+                    raise DatabaseLockedError(f"{target.name}: {text}")
+            if has_file:
+                stack.enter_context(target.attached(self.engine, read_only=True))
+                self._is_attached = True
+                self.schema = target.schema if target.is_postgres else None
             segments = self._segments()
-            self._is_attached = True
-            self.schema = target.schema if target.is_postgres else None
-            present = target.columns(self.engine)
-            self.oddities = target.oddities(self.engine)
-            if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
-                present = {}
-                self.problem = StoreError(f"{target.name}: what should be a table is a view, and is not read")
-            self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
+            if has_file:
+                present = target.columns(self.engine)
+                self.oddities = target.oddities(self.engine)
+                if any(text.endswith(VIEW) for text in self.oddities):  # it could read any file
+                    present = {}
+                    text = "what should be a table is a view, and is not read"
+                    self.problem = StoreError(f"{target.name}: {text}")
             self.has_ledger = "ledger" in present
+            self.open_views(present.get("logs"), unknown_segments(self.engine, segments, present))
             return stack.pop_all()
 
     def _segments(self) -> list[str]:
@@ -7422,18 +7398,8 @@ class Reading:
         segments = self._journal.segments()  # later: a call may end in between
         return [*segments, *(left[path] for path in left.keys() - set(segments))]
 
-    def _keep_segments(self, stack: contextlib.ExitStack) -> bool:
-        """Keep ingests out where no lock on the database does; False if one runs."""
-        try:
-            return stack.enter_context(self._journal.ingest_lock(shared=True))
-        except JournalError:  # this user may only read the journal
-            return True
-
-    # --- asking and exporting
-
     def open_running(self, lines: bytes) -> None:
         """Define the view `running_rows` of calls that run, with seq 0."""
-        self.has_running = bool(lines)
         path = os.path.join(self._folder, new_segment_id(0) + SEGMENT_SUFFIX)
         if lines:
             write_file(path, lines)
@@ -7482,7 +7448,7 @@ class Reading:
     def rows(
         self, what: Filter, *, count: int | None = 100, oldest_first: bool = False, columns: str = ""
     ) -> Iterator[Row]:
-        """Yield matching events, newest first, as PUBLIC_COLUMNS or other SQL expressions."""
+        """Yield matching events, newest first, as PUBLIC_COLUMNS or other columns."""
         return self.engine.stream(self._select(columns or public_select(), what, count, oldest_first))
 
     def running(self, what: Filter, *, count: int = 100) -> list[Row]:
@@ -7501,35 +7467,33 @@ class Reading:
     def around(self, session: str, event_id: str, count: int) -> list[Row]:
         """Return an event and up to `count` of its session before and after it."""
         sql = f"""\
-SELECT {public_select()} FROM (
-  SELECT *, max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER () AS mine
-  FROM (SELECT *, row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events))
-WHERE abs(place - mine) <= {count} ORDER BY place"""
+SELECT {public_select()} FROM (SELECT *, row_number() OVER (ORDER BY {OLDEST_FIRST}) AS place FROM events)
+QUALIFY abs(place - max(place) FILTER (WHERE event_id = {sql_literal(event_id)}) OVER ()) <= {count}
+ORDER BY place"""
         return self.ask(Filter(session=session), sql)
 
     def ids_like(self, part: str) -> list[Row]:
-        """Return up to three event ids that begin with `part`, or have it after the time."""
+        """Return up to three event ids with `part` at the beginning or behind the time."""
         condition = f"event_id LIKE {sql_literal(f'{part}%')} OR event_id LIKE {sql_literal(f'%-{part}')}"
         return self.ask(Filter(), f"SELECT event_id FROM events WHERE {condition} LIMIT 3")
 
     def losses(self, since: str = "-infinity") -> list[Row]:
         """Return when lost events were entered, how many, and why."""
         sql = f"""\
-SELECT strftime(ingested_at, {_ISO_FORMAT}) AS entered, events, coalesce(detail, '') AS detail
-FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
+SELECT strftime(ingested_at, {_ISO_FORMAT}), events, coalesce(detail, '') FROM audit.ledger
+WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER BY ingested_at, position"""
         return self.engine.execute(sql, {"since": since}) if self.has_ledger else []
 
     def query(self, statement: str) -> tuple[list[str], Iterator[Row]]:
         """Run one SELECT over the view `logs` and return its column names and its rows.
 
-        It can read nothing else: files, extensions and settings are locked for the rest of the session.
-        Values are those of JSON; what it lacks (times, intervals, bytes) is text.
+        It can read nothing else, because the rest of the session is locked. Values are those of JSON, and
+        text if it has none such (times, bytes).
         """
         ask = self.engine.execute
         self.freeze_journal()
         columns = ", ".join(PUBLIC_COLUMNS[:-1])
-        rows = "SELECT * FROM table_rows UNION ALL BY NAME SELECT * FROM journal_rows"
-        self._define("logs", f"SELECT {columns}, {EVENT_ID} AS event_id FROM ({rows})")
+        self._define("logs", f"SELECT {columns}, {EVENT_ID} AS event_id FROM ({self._source(Filter())})")
         if self._is_attached and self._target.is_lake:
             metadata = "__ducklake_metadata_audit.ducklake_metadata"
             for (path,) in ask(f"SELECT value FROM {metadata} WHERE key = 'data_path'"):
@@ -7540,13 +7504,13 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
         described = "SELECT column_name, column_type FROM (DESCRIBE SELECT * FROM query($statement))"
         names, types = zip(*ask(described, params))
         places = [f"c{number}" for number in range(len(names))]
-        texts = ["::VARCHAR" if sql_type in ("BLOB", "BIT") else "" for sql_type in types]  # for DuckDB 1.2
-        values = ", ".join(
-            f"to_json({place}{text})::VARCHAR AS {place}" for place, text in zip(places, texts)
+        values = ", ".join(  # as text, for DuckDB 1.2
+            f"to_json({place}{'::VARCHAR' if kind in ('BLOB', 'BIT') else ''})::VARCHAR AS {place}"
+            for place, kind in zip(places, types)
         )
         sql = f"SELECT {values} FROM (SELECT * FROM query($statement)) AS result({', '.join(places)})"
         found = self.engine.stream(sql, params)
-        return list(names), (tuple(text and decode_json(text) for text in row) for row in found)
+        return [*names], (tuple(text and decode_json(text) for text in row) for row in found)
 
     def export(
         self,
@@ -7561,12 +7525,12 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
         progress: Callable[[int], None] | None = None,
     ) -> int:
         """Write matching events to a file, whole or not at all; return their number."""
-        self.freeze_journal()  # two queries see the same
+        self.freeze_journal()
         ((matching,),) = self.engine.execute(f"SELECT count(*) FROM ({self._source(what)})")
         columns = _NAMES
         if form != "duckdb":
             columns = public_select(typed=form == "parquet", harmless=form.startswith("csv") and not raw)
-        if bom:  # a byte order mark is the beginning of the first column's name
+        if bom:  # it begins the first column's name
             columns = columns.replace(" AS timestamp,", ' AS "\ufefftimestamp",', 1)
         sql = self._select(columns, what, count, oldest_first)
         problem = f"{path} can't be written"
@@ -7583,7 +7547,6 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
         return int(matching if count is None else min(count, matching))
 
     def _write(self, sql: str, target: str, form: str) -> None:
-        """Write a query's rows to a new file."""
         execute = self.engine.execute
         if form == "sqlite":
             import sqlite3
@@ -7593,29 +7556,27 @@ FROM audit.ledger WHERE kind = 'loss' AND ingested_at > $since::TIMESTAMP ORDER 
                 file.execute(f"CREATE TABLE logs ({', '.join(PUBLIC_COLUMNS)})")
                 file.executemany(f"INSERT INTO logs VALUES ({marks})", self.engine.stream(sql))
         elif form == "duckdb":
-            if self._is_attached and not self._target.is_file:
-                # In its transaction nothing but a temporary table can be made.
+            if self._is_attached and not self._target.is_file:  # its transaction writes nowhere else
                 execute(f"CREATE TEMP TABLE exported AS {sql}")
                 execute("COMMIT")
                 sql = "SELECT * FROM exported"
             attach(self.engine, target, "copy", NEW_FILE)
-            execute(f"CREATE TABLE copy.logs AS {sql}")
-            execute("CHECKPOINT copy")
-            execute("DETACH copy")
+            for statement in (f"CREATE TABLE copy.logs AS {sql}", "CHECKPOINT copy", "DETACH copy"):
+                execute(statement)
         else:
             execute(f"COPY ({sql}) TO {sql_literal(target)} ({COPY_OPTIONS[form]})")
 
 
 @contextlib.contextmanager
 def _watched(path: str, progress: Callable[[int], None]) -> Iterator[None]:
-    """Tell the size of a file that grows, twice a second."""
+    """Tell the size of a growing file twice a second."""
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(0.5):
             progress(_size_of(path))
 
-    thread = threading.Thread(target=watch, name="mxcp_audit progress", daemon=True)
+    thread = threading.Thread(target=watch, daemon=True)
     thread.start()
     try:
         yield
@@ -7625,7 +7586,7 @@ def _watched(path: str, progress: Callable[[int], None]) -> Iterator[None]:
 
 
 def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
-    """Return the first rows by PostgreSQL: DuckDB hands it no ORDER BY and no LIMIT."""
+    """Let PostgreSQL select the first rows: DuckDB hands it no ORDER BY and no LIMIT."""
     table = f'''SELECT * FROM "{schema.replace('"', '""')}".logs WHERE {where} AND timestamp IS'''
     way = "" if oldest_first else " DESC"
     order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
@@ -7642,8 +7603,8 @@ def journal_rows(files: Sequence[str], size: int) -> str:
 # == Evidence ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger
 #
-# Recomputes what the ledger says and names the differences. A purge asks here first: what was changed stays
-# known as changed when it is gone.
+# Recomputes what the ledger records and names the differences. A purge asks here first, so that what was
+# changed stays known as changed.
 
 _MAX_FINDINGS = 1000  # more are counted, not kept
 _SCOPE = "CREATE OR REPLACE TEMP TABLE scope AS"
@@ -7652,12 +7613,10 @@ SELECT segment FROM sound_ledger WHERE kind IN ('segment', 'legacy') AND last_ev
 
 
 class Finding(NamedTuple):
-    """One difference from what the ledger says."""
-
     kind: str  # changed, removed, inserted (events); chain, cut (the ledger); table (its form)
     text: str
     segment: str | None = None
-    seqs: tuple[int, ...] = ()  # of the segment's events, as far as that can be known
+    seqs: tuple[int, ...] = ()  # of its events, as far as known
     journal: str | None = None  # whose chain
 
 
@@ -7667,9 +7626,9 @@ class Compared(NamedTuple):
     journal: str
     position: int  # -1: it is not in the ledger
     segment: str
-    entered: int  # events, as the ledger says
-    due: int  # events that purges left of them
-    as_due: bool  # whether exactly these were found
+    entered: int  # events
+    due: int  # of these, after purges
+    as_due: bool  # exactly these were found
     found: int
     first: int | None  # microseconds since the epoch
     last: int | None
@@ -7727,7 +7686,7 @@ def taken_by(detail: str | None) -> Taken | None:
 
 
 class Verdict:
-    """What `verify` finds when it recomputes all that the ledger says."""
+    """What `verify` finds when it recomputes all that the ledger records."""
 
     more_findings = 0  # beyond those that are listed
     entries = segments = purged = lost = 0
@@ -7787,7 +7746,7 @@ class Verdict:
                 name, sql_type = column
                 given = types[table].get(name)
                 same = SAME_VALUES[sql_type] if table == "logs" else {sql_type}
-                # A column that a table of 0.1 lacks is NULL, which leaves the hash as it was.
+                # What a table of 0.1 lacks is NULL, which leaves the hash as it was.
                 if given not in same and (given or column not in NEW_COLUMNS):
                     self._add("table", f"{table}.{name} is {given or 'missing'}, not {sql_type}")
         if not has_ledger:
@@ -7795,8 +7754,6 @@ class Verdict:
         self._walk_chains({(head.journal, head.position): head for head in checkpoint})
         self._read_purges(has_checkpoint=bool(checkpoint))
         return has_ledger
-
-    # --- the chains
 
     def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
         """Check every seal, and that the chains meet the checkpoints."""
@@ -7836,10 +7793,8 @@ class Verdict:
             text = f"journal {name} doesn't lead to the checkpoint at entry {position}: cut or rewritten"
             self._add("cut", text, journal=name)
 
-    # --- the purges
-
     def _read_purges(self, *, has_checkpoint: bool) -> None:
-        """Compare each purge that is believed with the entries that it names."""
+        """Compare each believed purge with the entries that it names."""
         purges: list[tuple[int, dict[str, Any], Taken, str]] = []
         for number, (*values, detail) in enumerate(self._engine.execute(PURGES)):
             entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
@@ -7879,8 +7834,6 @@ class Verdict:
             text = "purges by an earlier version kept parts of segments, of which nothing else is known"
             self.notes.append(text)
 
-    # --- the segments
-
     def compare(self, *, scoped: bool) -> Iterator[Compared]:
         """Yield the segments in scope; without a scope, those that differ."""
         ask, size, sql = self._engine.execute, self.range_events, comparison(scoped=scoped)
@@ -7890,7 +7843,7 @@ class Verdict:
             self._progress(min(number * size, self.events), self.events)
 
     def _judge(self, row: Compared) -> None:
-        """Report a segment that differs: its events if it has marks, else how many."""
+        """Report a segment that differs, its events if marks tell them."""
         segment, found, due = row.segment, row.found, row.due
         if not self.entries and segment.startswith("legacy-"):
             self.legacy += found  # an older table, of which nothing was entered yet
@@ -7905,7 +7858,7 @@ class Verdict:
             self._add(kind, f"segment {segment}: {counted(found, 'event')}, {text}", segment=segment)
 
     def _marked(self, row: Compared) -> dict[str, list[int]]:
-        """Return which events were changed, inserted or removed, as far as marks tell."""
+        """Return which events were changed, inserted or removed, by marks."""
         ask = functools.partial(self._engine.execute, params={"segment": row.segment})
         ((text,),) = ask("SELECT max(marks) FROM sound_ledger WHERE kind = 'segment' AND segment = $segment")
         due = dict(enumerate(re.findall("(?s)....", text or ""), 1))
@@ -7921,11 +7874,8 @@ class Verdict:
         return states
 
 
-# --- one event, for somebody who has no database
-
-
 def plain_seals(engine: Engine) -> dict[str, str]:
-    """Return the end of each journal's chain as if sealed without a key."""
+    """Return the last seals of the journals as if made without a key."""
     view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
@@ -7934,7 +7884,7 @@ def plain_seals(engine: Engine) -> dict[str, str]:
 
 
 def prove(engine: Engine, event_id: str) -> dict[str, Any]:
-    """Do what `Store.prove` says; docs/security.md describes the form."""
+    """Do what `Store.prove` says, in the form of docs/security.md."""
     view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
@@ -7957,9 +7907,6 @@ def prove(engine: Engine, event_id: str) -> dict[str, Any]:
     return {"event": event, "entry": entry, "hashes": rows, "before": before, "after": after}
 
 
-# --- signed checkpoints
-
-
 def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
     import subprocess
 
@@ -7979,7 +7926,7 @@ def sign_checkpoint(key: str, checkpoint: Mapping[str, Any]) -> str:
 
 
 def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
-    """Return which allowed signer signed a checkpoint. Raises StoreError if none did."""
+    """Return which allowed signer signed a checkpoint. Raises StoreError."""
     with scratch_folder() as folder:
         path = os.path.join(folder, "signature")
         write_file(path, str(checkpoint.get("signature", "")).encode())
@@ -7992,7 +7939,7 @@ def check_signature(signers: str, checkpoint: Mapping[str, Any]) -> str:
 # == Removal ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Ledger, Evidence
 #
-# Removes old events by whole segments, compared with the ledger, in one transaction that enters what went.
+# Removes old events by whole segments, compared with the ledger, and enters what went.
 
 
 class Removal(NamedTuple):
@@ -8004,14 +7951,14 @@ class Removal(NamedTuple):
     kept: int  # events that are as old, in segments whose last event is not
     first_event: int | None  # microseconds since the epoch
     last_event: int | None
-    digest: str  # SHA-256 over the digests of the segments, in order of their names
-    removed: Mapping[str, Sequence[tuple[int, int]]]  # by journal: positions of the entries, from and to
+    digest: str  # SHA-256 over the segments' digests, in order of their names
+    removed: Mapping[str, Sequence[tuple[int, int]]]  # by journal: runs of entries
     wrong: Mapping[str, tuple[int, str | None, int]]  # segments that were not as entered
     archive: str | None = None
 
 
 def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
-    """Compare the segments that are older than a moment with the ledger."""
+    """Compare the segments before a moment with the ledger."""
     import hashlib
 
     verdict = Verdict(engine, target, seal_keys())
@@ -8042,7 +7989,7 @@ def plan_removal(engine: Engine, target: Target, before: str) -> Removal:
 
 
 def purge_before(engine: Engine, target: Ledger, before: str, archive: str | None = None) -> Removal:
-    """Do what `Store.purge` says. What was changed stays known as changed, apart in an archive."""
+    """Do what `Store.purge` says; what was changed stays known as changed."""
     with target.writing(engine):
         if is_ledger_empty(engine):
             target.enter(engine, [])  # the rows of an older table
@@ -8062,7 +8009,7 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
 
 
 def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
-    """Write the events as Parquet, a file a day, with a manifest, and read them back."""
+    """Write the events as Parquet files of a day, with a manifest, and read them back."""
     import hashlib
 
     problem = f"{directory}: no archive can be written"
@@ -8104,8 +8051,6 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     return removal._replace(archive=name)
 
 
-# --- retention: a purge a day
-
 _SILENCE = 25 * 3_600_000_000  # longer ones don't count as time that passed; retention runs daily
 
 
@@ -8118,15 +8063,14 @@ def retain(engine: Engine, target: Ledger, retention: float) -> str:
     limit = vouched_limit(engine, sql_time(utc_now()), int(retention * 1e6), verdict.doubted)
     if limit and (events := purge_before(engine, target, limit).events):
         return f"retention: {counted(events, 'event')} before {limit} purged"
-    # So that a log without events doesn't look as if it had been off.
-    with target.writing(engine):
+    with target.writing(engine):  # a log without events must not look as if it had been off
         target.enter(engine, [entry_of("check", 0, none)])
     return none
 
 
 def vouched_limit(engine: Engine, now: str, left: int, doubted: Collection[tuple[str, int]]) -> str | None:
     """Return the moment since which the log was alive for `left` microseconds."""
-    # A clock that jumped forward makes everything look old: only time counts in which the ledger grew.
+    # A clock that jumped forward makes all look old: only time in which the ledger grew counts.
     hours = f"""\
 SELECT DISTINCT epoch_us(date_trunc('hour', ingested_at)) AS hour FROM audit.ledger
 ANTI JOIN ({listed("journal VARCHAR, position BIGINT", doubted)}) USING (journal, position)
@@ -8150,15 +8094,13 @@ WHERE ingested_at <= {sql_literal(now)}::TIMESTAMP AND isfinite(ingested_at) ORD
 
 
 class Restored(NamedTuple):
-    """What a restore did."""
-
     events: int  # that the database holds now
     back: int  # of these, how many it did not hold before
-    kept: str | None  # where the replaced database is; None if there was none
+    kept: str | None  # where the replaced database is, if there was one
 
 
 def _take_in(segments: Iterable[str], path: str, like: Target) -> int:
-    """Ingest copies of segments into a copy of the database, and count its events."""
+    """Ingest copies of segments into a copy of the database; count its events."""
     journal = Journal(path + ".journal")
     journal.make_directory()
     for segment in segments:
@@ -8173,7 +8115,7 @@ def _take_in(segments: Iterable[str], path: str, like: Target) -> int:
 
 
 def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
-    """Add to a copy what it lacks of the database at `place`; count the events of each."""
+    """Add to a copy what it lacks of the database at `place`; count the events of both."""
     target = Ledger(Config(path, attach=mine.options), mine.journal)
     with target.session(read_only=False, wait=0.0) as engine:
         ask = engine.execute
@@ -8184,8 +8126,7 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
         unknown += " AND segment IS NOT NULL"
         with target.writing(engine):
             if {"logs", "ledger"} <= present.keys():
-                ask(STAGE_NOTHING)
-                ask(f"INSERT INTO batch BY NAME {rows} WHERE {unknown.format('segment')}")
+                ask(f"CREATE OR REPLACE TEMP TABLE batch AS {rows} WHERE {unknown.format('segment')}")
                 ask(INSERT_ROWS)
                 segments = [segment for (segment,) in ask("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
@@ -8205,7 +8146,7 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
 
 
 def _copy_database(engine: Engine, target: Target, folder: str) -> str:
-    """Copy the attached target into a new file, read that back, and return its path."""
+    """Copy the attached target into a new file, and read that back."""
     path = os.path.join(folder, "copy")
     attach(engine, path, "fresh", target.new_file)
     os.chmod(path, FILE_MODES[False])
@@ -8221,7 +8162,7 @@ def _copy_database(engine: Engine, target: Target, folder: str) -> str:
 
 
 def _put_in_place(path: str, target: str) -> None:
-    """Give a file another name, but never overwrite another file."""
+    """Rename a file, but never overwrite another."""
     give_to_owner(path)
     try:
         os.link(path, target)
@@ -8242,7 +8183,7 @@ def _replace(path: str, place: str, old: os.stat_result) -> None:
 # depends on: Errors, Config, Events, Journal, Writer, Engines, Target, Ledger, Ingest,
 # Evidence, Removal, Copies, Reading
 #
-# What can be done with the log of a configuration, in the order that keeps others out.
+# What can be done with a log, in the order that keeps others out.
 
 _WRITTEN_MEANWHILE = ": another process wrote to it meanwhile; try again"
 
@@ -8252,7 +8193,7 @@ def month_ago() -> str:
 
 
 class Store:
-    """The log of a configuration: its database (`target`) and its journal (`journal`) as one.
+    """The log of a configuration: its database (`target`) and its `journal` as one.
 
     Methods try for `wait` seconds while another process holds the database. They raise StoreError if it
     can't be used (DatabaseNotFoundError: there is none), and ConfigError if the key file can't.
@@ -8270,21 +8211,16 @@ class Store:
         self._diagnostics = diagnostics or Diagnostics()
         self._retention = config.retention
 
-    # --- ingesting
-
     def ingest(self, *, wait: float = 0.0) -> bool:
-        """Move all sealed and orphaned segments into the database; True if no retry could move more.
+        """Move what waits into the database, then apply the retention; True if no retry could move more.
 
-        The first time, apply the retention too.
-
-        Raises:
-            JournalError: a segment can't be claimed; the others are done.
-            StoreError: everything stays in the journal.
+        Raises JournalError if a segment can't be claimed (the others are done), and StoreError if everything
+        stays in the journal.
         """
         return bool(self.ingest_for_logger(wait=wait)["done"])
 
     def ingest_for_logger(self, *, wait: float) -> dict[str, Any]:
-        """Do what `ingest` says, and return what a logger's ingester expects."""
+        """Do what `ingest` says; return what a logger's ingester expects."""
         with self.journal.ingest_lock() as mine:
             if not mine:
                 waiting = bool(self.journal.segments())
@@ -8307,7 +8243,6 @@ class Store:
         return {"done": True, "retained": self._retention is None, "head": head}
 
     def _run_ingest(self, wait: float) -> list[JournalError]:
-        """Ingest; wait for a database that others hold."""
         end, pause = time.monotonic() + wait, 0.0
         while True:
             try:
@@ -8332,15 +8267,11 @@ class Store:
             self._diagnostics.note("retention", news, level=INFO)
             self._retention = None
 
-    # --- reading
-
     @contextlib.contextmanager
     def reading(self, *, wait: float = 5.0) -> Iterator[Reading]:
         """Open table and journal as one log; nobody can ingest until the block ends.
 
-        Raises:
-            DatabaseNotFoundError: there is neither a database nor a journal.
-            JournalError: the journal can't be read.
+        Raises DatabaseNotFoundError if there is neither, and JournalError if the journal can't be read.
         """
         target, journal = self.target, self.journal
         target.let_ingest_pass(wait)
@@ -8348,8 +8279,9 @@ class Store:
         with scratch_folder(journal.directory) as folder, contextlib.closing(engine):
             reading = Reading(engine, folder, target)
             with reading.open(wait):
-                reading.open_running(journal.running())
-                if not (reading.has_table or reading.has_journal or reading.has_running or reading.problem):
+                running = journal.running()
+                reading.open_running(running)
+                if not (reading.has_table or reading.has_journal or running or reading.problem):
                     raise DatabaseNotFoundError(
                         f"{_NOT_FOUND}{target.name}. Either audit logging is not enabled for the "
                         "profile, or no events have been logged yet (the database is created on first write)."
@@ -8359,24 +8291,23 @@ class Store:
                 yield reading
 
     def losses(self, reading: Reading) -> list[tuple[int, str]]:
-        """Return the losses of the last 30 days: how many events each time, and why."""
+        """Return how many events were lost in the last 30 days, and why."""
         found = [(events, detail) for _, events, detail in reading.losses(month_ago())]
         return found + [(loss.events, str(loss)) for loss in self.journal.losses().values()]
 
     def imported(self, segment_id: str) -> tuple[int, str] | None:
-        """Return how many events of a segment are ingested and the time of the last, or None."""
-        sql = "SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f') FROM audit.ledger "
-        sql += "WHERE kind = 'segment' AND segment = $segment"
+        """Return the number of a segment's ingested events and the time of the last, or None."""
+        sql = """\
+SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')
+FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         with suppress(DatabaseNotFoundError), self._ledger(0.0) as engine:
             for row in engine.execute(sql, {"segment": segment_id}) if engine else ():
                 return row
         return None
 
-    # --- proving
-
     @contextlib.contextmanager
     def _ledger(self, wait: float) -> Iterator[Engine | None]:
-        """Attach the target for reading; None for the block if it has no ledger."""
+        """Attach the target for reading; yield None if it has no ledger."""
         with self.target.session(read_only=True, wait=wait) as engine:
             yield engine if "ledger" in self.target.columns(engine) else None
 
@@ -8390,10 +8321,8 @@ class Store:
     ) -> Verdict:
         """Recompute the ledger from `logs` and return what isn't as it was recorded.
 
-        Args:
-            checkpoint: heads noted earlier, which the chains must lead through.
-            since: naive UTC text; of older segments only the chain is recomputed.
-            progress: called with the events done and their total.
+        The chains must lead through the heads of a `checkpoint`. Of segments before `since`, naive UTC, only
+        the chain is recomputed. `progress` is called with the events done and their total.
         """
         keys = seal_keys()
         with self.target.session(read_only=True, wait=wait) as engine:
@@ -8403,27 +8332,24 @@ class Store:
         return verdict
 
     def heads(self, *, wait: float = 5.0) -> list[Head]:
-        """Return the end of each journal's chain, to be kept elsewhere."""
+        """Return the ends of the journals' chains, to be kept elsewhere."""
         with self._ledger(wait) as engine:
             return chain_heads(engine) if engine else []
 
     def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
-        """Return the heads, with seals for those who have no key, for JSON."""
+        """Return the heads for JSON, with seals for those who have no key."""
         with self._ledger(wait) as engine:
             plain, heads = (plain_seals(engine), chain_heads(engine)) if engine else ({}, [])
         journals = [{**head._asdict(), "plain": plain.get(head.journal)} for head in heads]
         return {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": journals}
 
     def prove(self, event_id: str, *, wait: float = 5.0) -> dict[str, Any]:
-        """Return what proves, with a checkpoint made since, that an event is in the database."""
+        """Return what proves, with a later checkpoint, that an event is in the database."""
         with self.target.session(read_only=True, wait=wait) as engine:
             return prove(engine, event_id)
 
-    # --- removing and copying
-
     @contextlib.contextmanager
     def _alone(self, wait: float) -> Iterator[None]:
-        """Hold the ingest lock, trying for `wait` seconds."""
         self.journal.make_directory()
         for _ in tries(wait):
             with self.journal.ingest_lock() as mine:
@@ -8437,12 +8363,8 @@ class Store:
     ) -> Removal:
         """Delete the segments whose events are all older than `before`, a naive UTC text.
 
-        Args:
-            archive: a directory where the events are written first, and read back.
-            dry_run: only return what would be deleted.
-
-        Raises:
-            StoreError: nothing was deleted.
+        They are first written to a directory `archive`, and read back. `dry_run` only returns what would be
+        deleted. Raises StoreError if nothing was deleted.
         """
         if dry_run:
             with self.target.session(read_only=True, wait=wait) as engine:
@@ -8453,8 +8375,7 @@ class Store:
     def backup(self, path: str, *, wait: float = 5.0) -> int:
         """Copy the whole log into a new database file; return how many events that holds.
 
-        Raises:
-            StoreError: `path` exists, or the copy can't be written or differs.
+        Raises StoreError if `path` exists, or the copy can't be written or differs.
         """
         self._refuse_remote("backup")
         self.refuse_own_files(path)
@@ -8475,10 +8396,7 @@ class Store:
         """Put a backup in place of the database, with all that the database holds besides.
 
         The old database stays beside it, and purged events return. If it holds all of the backup, nothing is
-        changed.
-
-        Raises:
-            StoreError: nothing was changed, because something would be lost.
+        changed. Raises StoreError if something would be lost; then nothing is changed.
         """
         place, target = self._refuse_remote("restore"), self.target
         old = Journal(path + ".journal")  # of backups by earlier versions
@@ -8508,8 +8426,7 @@ class Store:
     def compact(self, *, wait: float = 5.0) -> tuple[int, int]:
         """Write the database anew, without the room of purged rows; return both sizes in bytes.
 
-        Raises:
-            StoreError: the old database is still in place.
+        Raises StoreError if the old one is still in place.
         """
         path, target = self._refuse_remote("compact"), self.target
         with self._alone(wait):
@@ -8524,26 +8441,26 @@ class Store:
                 return old.st_size, os.stat(path).st_size
 
     def _settled(self, path: str, wait: float) -> os.stat_result:
-        """Write the WAL into the database file, and return the file's state."""
+        """Write the WAL into the database file; return that one's state."""
         with self.target.session(read_only=False, wait=wait) as engine:
             engine.execute("CHECKPOINT audit")
         return os.stat(path)
 
     def _refuse_remote(self, command: str) -> str:
-        """Return the database file. Raises StoreError if the target is none."""
+        """Return the path of the database file. Raises StoreError if there is none."""
         if not self.target.is_file:
             system = self.target.path.partition(":")[0]
             raise StoreError(f"{command} is for database files; use what {system} has for it")
         return os.path.realpath(self.target.path)
 
     def refuse_journal(self, path: str) -> None:
-        """Raise StoreError if `path` lies in the journal, where nothing else belongs."""
+        """Raise StoreError if `path` lies in the journal."""
         journal = os.path.realpath(self.journal.directory)
         if os.path.join(os.path.realpath(path), "").startswith(os.path.join(journal, "")):
             raise StoreError(f"{path} lies in the journal; name a place elsewhere")
 
     def refuse_own_files(self, path: str) -> None:
-        """Raise StoreError if an export to `path` is impossible, or would destroy the log."""
+        """Raise StoreError if an export to `path` can't be, or would destroy the log."""
         own = os.path.realpath(self.target.path)
         try:
             self.refuse_journal(path)
@@ -8561,8 +8478,8 @@ class Store:
 # == Follow ==
 # depends on: Errors, Events, Journal, SQL, Engines, Target, Reading, Operations
 #
-# New events as they come, known by position in the ledger, and in the segments that it lacks: late ingests,
-# other hosts and clocks that jump lose nothing.
+# New events as they come, by position in the ledger and in the segments that it lacks: late ingests, other
+# hosts and clocks that jump lose nothing.
 
 _LOOK_EVENTS = 20_000  # of the table, in one look: bounds memory and time
 _LOOK_ENTRIES = 1000  # of the ledger, likewise
@@ -8596,7 +8513,7 @@ WHERE kind = 'loss' OR (kind IN ('segment', 'legacy') AND missing > 0)"""
 
 
 class Follower:
-    """Returns events as they are recorded, by whatever process or host: each once."""
+    """Returns events as they are recorded, each once."""
 
     def __init__(
         self, store: Store, what: Filter, columns: str = "", cursor: Mapping[str, Any] | None = None
@@ -8643,7 +8560,7 @@ class Follower:
         return rows if rows or self.is_behind else self._new_lines()
 
     def running(self) -> list[Row]:
-        """Return the matching calls that have run for a second on this host."""
+        """Return matching calls that have run for a second on this host."""
         lines = self._journal.running()
         if not lines:
             return []
@@ -8653,7 +8570,7 @@ class Follower:
             return reading.running(self._what._replace(min_ms=max(1000, self._what.min_ms or 0)))
 
     def _new_table_rows(self) -> list[Row]:
-        """Return what the ledger entered and the journal didn't show before."""
+        """Return what was entered since the last look, and not seen in the journal."""
         target, ask = self._target, self._engine.execute
         asked = _NEW_ENTRIES.format(
             positions=listed("known VARCHAR, last BIGINT", self._positions.items()),
@@ -8679,7 +8596,7 @@ class Follower:
         return rows
 
     def _new_lines(self) -> list[Row]:
-        """Return what segments got that the table lacks."""
+        """Return what segments got that the table doesn't have."""
         paths = {segment_id_of(path): path for path in self._journal.segments()}
         self._tails = {each: tail for each, tail in self._tails.items() if tail != _SETTLED or each in paths}
         sizes = {each: _size_of(path) for each, path in paths.items() if self._tails.get(each) != _SETTLED}
@@ -8701,7 +8618,7 @@ class Follower:
         return matching
 
     def _matching(self, rows: str, tails: str) -> list[Row]:
-        """Put the rows behind the tails into `fresh`, and return those that match."""
+        """Put the rows behind the tails into `fresh`; return those that match."""
         ask, where = self._engine.execute, f"({self._what.where()})"
         ask(_FRESH.format(rows=rows, tails=tails))
         if self._notices and tails == _ENTERED:
