@@ -5874,7 +5874,6 @@ FROM read_json($files, format = 'newline_delimited', filename = true, hive_parti
   maximum_object_size = $longest, ignore_errors = $lenient)"""
 LONGEST_LINE = 2**20  # more where a segment has a longer line
 
-
 # Other schemas of a shared target may have tables of the same names.
 _OUR_TABLES = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
@@ -5908,13 +5907,13 @@ def lake_chores(commit: int) -> list[str]:
 # --- digests
 
 # An infinity must not look like NULL.
-_TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
+TIME_NUMBER = "CASE WHEN isfinite({0}) THEN epoch_us({0})::VARCHAR ELSE {0}::VARCHAR END"
 
 
 def row_hash(columns: Sequence[Column]) -> str:
     """Return the SQL of a row's hash (docs/security.md)."""
     new = NEW_COLUMNS if columns is COLUMNS else ()
-    numbers = {"TIMESTAMP": _TIME_NUMBER, "VARCHAR": "strlen({0})"}
+    numbers = {"TIMESTAMP": TIME_NUMBER, "VARCHAR": "strlen({0})"}
     old = [column for column in columns if column not in new]
     head = ", '|', ".join(numbers.get(sql_type, "{0}").format(name) for name, sql_type in old)
     texts = [name for name, sql_type in old if sql_type == "VARCHAR" and not (new and name == "segment")]
@@ -5968,8 +5967,6 @@ SELECT segment, events FROM ({
     )
 }) SEMI JOIN (SELECT segment, digest FROM audit.ledger WHERE kind = 'segment') USING (segment, digest)"""
 INSERT_ROWS = f"INSERT INTO audit.logs BY NAME SELECT {_NAMES} FROM batch"
-
-
 CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 
 
@@ -5985,8 +5982,6 @@ SAME_VALUES = {
     "BIGINT": {"INTEGER", "BIGINT"},
     "VARCHAR": {"VARCHAR"},
 }
-
-
 VIEW = "is a view"
 _OUR_COLUMNS = tuple(column.name for column in (*COLUMNS, *LEDGER_COLUMNS))
 # What keeps a table from being a plain one.
@@ -6023,10 +6018,7 @@ def sound_rows(
     return f"SELECT {selected} {f'FROM {table}' if types else 'WHERE false'}"
 
 
-NO_ROWS = sound_rows({})
 SOUND_LOGS = "CREATE OR REPLACE TEMP VIEW sound_logs AS "
-
-
 CHAIN = f"""\
 SELECT coalesce(journal, '') AS journal, coalesce(position, 0) AS position, coalesce(kind, ''),
   coalesce(events, 0), coalesce(seal, '') AS seal, {ENTRY_HASH}
@@ -6069,12 +6061,6 @@ FROM (SELECT sound_ledger.*, coalesce(remains.events, sound_ledger.events) AS du
       WHERE kind IN ('segment', 'legacy') AND {inside.format("segment")}) AS entered
 FULL JOIN ({found}) AS found ON found.segment = entered.segment
 {"" if scoped else "WHERE NOT as_due"} ORDER BY segment"""
-
-
-def numeric_times(columns: Sequence[Column]) -> str:
-    """Return the SELECT list of columns, with timestamps in microseconds."""
-    time = _TIME_NUMBER + " AS {0}"
-    return ", ".join((time if sql_type == "TIMESTAMP" else "{0}").format(name) for name, sql_type in columns)
 
 
 # What a purge takes, and what `verify --since` looks at.
@@ -6202,7 +6188,6 @@ class Filter(NamedTuple):
     min_ms: int | None = None
 
     def where(self) -> str:
-        """Return the WHERE condition, `true` if everything is meant."""
         named = [
             f"(type = '{kind[:-1]}' AND {_has_name('name', name)})"
             for kind in ("tools", "resources", "prompts")
@@ -6256,7 +6241,6 @@ def _has_name(column: str, name: str) -> str:
 Params: TypeAlias = Mapping[str, object]
 Row: TypeAlias = tuple[Any, ...]
 
-
 # The first whose pattern is in the message decides.
 _ENGINE_ERRORS: Mapping[type[StoreError], str] = {
     DatabaseLockedError: "could not serialize access|duplicate key value violates unique constraint|tuple "
@@ -6291,13 +6275,11 @@ def postgres_message(text: str) -> str:
 
 
 def is_data_fault(error: QueryError) -> bool:
-    """Return True if a statement failed because of its input."""
     kinds = ("invalid input error", "conversion error", "out of range error", "out of memory")
     return str(error).lower().startswith(kinds)
 
 
 def bind(sql: str, params: Params) -> str:
-    """Replace the `$name` parameters of a statement by literals."""
     return re.sub(r"\$([a-z_]+)", lambda name: sql_literal(params[name[1]]), sql) if params else sql
 
 
@@ -6581,6 +6563,9 @@ def open_engine(
     raise EngineNotFoundError(f"no DuckDB here: {text}")
 
 
+Opener: TypeAlias = Callable[..., Engine]
+
+
 # === Store ===
 # depends on: Errors, Config, Events, Encoding, Journal, Writer, SQL, Engines
 #
@@ -6702,7 +6687,7 @@ WHERE granted AND relation::regclass::text ~ 'logs|ledger|ducklake' AND pid <> p
 
 
 class Target:
-    def __init__(self, config: Config, journal: Journal, opener: Callable[..., Engine] = open_engine) -> None:
+    def __init__(self, config: Config, journal: Journal, opener: Opener = open_engine) -> None:
         self.path: str = config.path
         self.is_file: bool = not is_attach_target(config.path)
         scheme = config.path.partition(":")[0].lower()
@@ -6718,9 +6703,9 @@ class Target:
         self.open_engine = opener if self.is_file else functools.partial(opener, apart=True)
 
     @contextlib.contextmanager
-    def session(self, *, read_only: bool, wait: float, guest: bool = False) -> Iterator[Engine]:
+    def session(self, wait: float = 0.0, *, write: bool = False, guest: bool = False) -> Iterator[Engine]:
         """Open a session with the existing target, trying for `wait` seconds."""
-        if read_only:
+        if not write:
             self.let_ingest_pass(wait)
         with contextlib.closing(self.open_engine(guest=guest)) as engine, contextlib.ExitStack() as stack:
 
@@ -6728,7 +6713,7 @@ class Target:
                 if self.is_absent():
                     text = "correct the path, or run `ingest` if events wait"
                     raise DatabaseNotFoundError(f"{_NOT_FOUND}{self.path}: {text}")
-                stack.enter_context(self.attached(engine, read_only=read_only))
+                stack.enter_context(self.attached(engine, write=write))
 
             patiently(enter, wait)
             yield engine
@@ -6740,14 +6725,15 @@ class Target:
                 return
 
     @contextlib.contextmanager
-    def attached(self, engine: Engine, *, read_only: bool) -> Iterator[None]:
+    def attached(self, engine: Engine, *, write: bool = False) -> Iterator[None]:
         """Attach the target as `audit`; writing makes an absent file."""
         with _alone_in_process(self.path) if self.is_file else contextlib.nullcontext():
             try:
-                self._attach(engine, read_only=read_only)
-                with self._private_wal(read_only):
+                self._attach(engine, write=write)
+                is_ours = write and self.is_file and not os.path.islink(self.path)
+                with self._private_wal() if is_ours else contextlib.nullcontext():
                     yield
-                if self.is_file or not read_only:
+                if self.is_file or write:
                     engine.execute("DETACH audit")
                 else:
                     with suppress(StoreError):  # a statement that failed has ended the session
@@ -6761,16 +6747,16 @@ class Target:
                 # Causes may repeat passwords.
                 raise explained from (error if self.is_file else None)
 
-    def _attach(self, engine: Engine, *, read_only: bool) -> None:
-        options = {**self.options, **({"READ_ONLY": True} if read_only else {})}
+    def _attach(self, engine: Engine, *, write: bool) -> None:
+        options = self.options if write else {**self.options, "READ_ONLY": True}
         if self.is_file:
-            if not read_only and self.is_absent():
+            if write and self.is_absent():
                 self._make_file(engine)
             attach(engine, self.path, "audit", options)
             return
-        if self.is_lake and not read_only:  # fewer rows stay in its catalogue at first
+        if self.is_lake and write:  # fewer rows stay in its catalogue at first
             options = {"DATA_INLINING_ROW_LIMIT": 1000, **options}
-        if self._is_quack and not read_only:
+        if self._is_quack and write:
             text = "it has no transactions; write to a file, DuckLake or PostgreSQL"
             raise StoreError(f"quack: is for reading only: {text}")
         try:
@@ -6779,7 +6765,7 @@ class Target:
             raise DatabaseUnreachableError(str(error).splitlines()[0]) from error
         self.schema = str(options.get("SCHEMA", "public" if self.is_postgres else "main"))
         engine.execute("SET VARIABLE audit_schema = $schema", {"schema": self.schema})
-        if read_only:
+        if not write:
             engine.execute("BEGIN")
 
     def _explained(self, error: StoreError) -> StoreError:
@@ -6806,11 +6792,8 @@ class Target:
         return kind(f"{self.name}: {text}{remedy and '; '}{remedy}")
 
     @contextlib.contextmanager
-    def _private_wal(self, read_only: bool) -> Iterator[None]:
+    def _private_wal(self) -> Iterator[None]:
         """Make the WAL privately, with a mark: it held nothing before."""
-        if read_only or os.path.islink(self.path) or not self.is_file:
-            yield
-            return
         wal, mark = self.path + ".wal", self.journal.wal_mark
         with suppress(OSError):
             os.close(make_file(wal, os.O_WRONLY | os.O_EXCL, group=self._group))
@@ -6849,7 +6832,6 @@ class Target:
                 sync_directory(folder)
 
     def is_absent(self) -> bool:
-        """Return True if there is no database file, or an empty one."""
         try:
             return self.is_file and os.stat(self.path).st_size == 0
         except FileNotFoundError:
@@ -6858,13 +6840,11 @@ class Target:
             raise StoreError(f"{self.path}: {error.strerror}; check the path and its permissions") from error
 
     def columns(self, engine: Engine) -> dict[str, dict[str, str]]:
-        """Return the column types of `logs` and `ledger`, if they exist."""
         if not self._is_quack:
             return column_types(engine)
         columns = "column_name, column_type FROM (DESCRIBE audit."  # duckdb_columns() lists none there
-        return column_types(
-            engine, f"SELECT 'logs', {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
-        )
+        sql = f"SELECT 'logs', {columns}logs) UNION ALL SELECT 'ledger', {columns}ledger)"
+        return column_types(engine, sql)
 
     def oddities(self, engine: Engine) -> list[str]:
         """Return why our tables may show what nobody recorded."""
@@ -6884,7 +6864,7 @@ class Target:
         others = """\
 SELECT 1 FROM duckdb_tables()
 WHERE database_name = 'audit' AND NOT regexp_full_match(table_name, 'logs|ledger|turn_.*')"""
-        with self.session(read_only=False, wait=0.0, guest=True) as engine:
+        with self.session(write=True, guest=True) as engine:
             withheld = LAKE_CLEANING if engine.execute(others) else ()
             for chore in chores:
                 if chore not in withheld:
@@ -7056,6 +7036,14 @@ class Ledger(Target):
         if self.is_file:  # elsewhere CHECKPOINT means maintenance, or nothing
             ask("CHECKPOINT audit")
 
+    def take(self, engine: Engine, segments: Collection[str], entries: list[str]) -> None:
+        """Move `batch`, the rows of segments, into `logs`, and enter that, and other entries."""
+        if segments:
+            self.change_logs(engine, INSERT_ROWS)
+            entries = [entries_of(segments), *entries]
+        if entries:
+            self.enter(engine, entries)
+
     def enter(self, engine: Engine, entries: Iterable[str]) -> None:
         """Append the entries of queries to the chain; the rows of an older table come first."""
         import platform
@@ -7111,7 +7099,6 @@ FROM audit.ledger WHERE $journal IS NULL OR journal = $journal GROUP BY ALL ORDE
 
 
 def known_segments(engine: Engine, segments: Collection[str], *, kind: str = "segment") -> set[str]:
-    """Return which of the segments have an entry of a kind."""
     sql = f"SELECT segment FROM audit.ledger WHERE kind = '{kind}' AND {among('segment', segments)}"
     return {segment for (segment,) in engine.execute(sql)} if segments else set()
 
@@ -7132,190 +7119,176 @@ INGEST_BYTES = 64 * 2**20  # in one transaction: fits a guest's memory
 _LONGEST_READ = 2**25  # a longer line is put aside: DuckDB needs several times its size
 _LINE_SEQ = re.compile(rb',"seq":[0-9]+\}$')
 _CONFLICT_SECONDS = 1.5  # tries while other hosts write, too
-
-
 _Faults: TypeAlias = dict[str, list[tuple[int, str, bytes]]]  # by segment: number, reason, line
 
 
-class Ingest:
-    """Takes sealed and orphaned segments, and losses, into the database."""
+def ingest_journal(target: Ledger, told: Diagnostics) -> list[JournalError]:
+    """Ingest all that can be claimed; return what prevented the rest."""
+    seen: set[str] = set()  # an undeletable segment would be claimed for ever
+    while True:
+        claims, problems = target.journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
+        is_more = target.journal.take_unfinished()
+        lost = target.journal.losses()
+        if claims or lost:
+            _take(target, told, claims, lost)
+        seen.update(claim.id for claim in claims)
+        if not claims and not is_more:
+            return problems
 
-    def __init__(self, target: Ledger, diagnostics: Diagnostics) -> None:
-        self._target = target
-        self._journal = target.journal
-        self._diagnostics = diagnostics
 
-    def run(self) -> list[JournalError]:
-        seen: set[str] = set()  # an undeletable segment would be claimed for ever
-        while True:
-            claims, problems = self._journal.claim(limit_bytes=INGEST_BYTES, skip=seen)
-            is_more = self._journal.take_unfinished()
-            lost = self._journal.losses()
-            if claims or lost:
-                self._take(claims, lost)
-            seen.update(claim.id for claim in claims)
-            if not claims and not is_more:
-                return problems
-
-    def _take(self, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
-        """Ingest segments, in halves if need be; then delete and count them."""
-        refuse_fatal_limit()
-        target, told = self._target, self._diagnostics
-
-        def move() -> tuple[_Faults, set[str]]:
-            faults = self._stage(engine, claims, folder)
-            return faults, self._commit(engine, claims, faults, lost)
-
+def _take(target: Ledger, told: Diagnostics, claims: list[Claim], lost: Mapping[str, Loss]) -> None:
+    """Ingest segments, in halves if need be; then delete and count them."""
+    refuse_fatal_limit()
+    wait = 0.0 if target.is_file else _CONFLICT_SECONDS
+    try:
+        with (
+            contextlib.closing(target.open_engine(guest=True)) as engine,
+            scratch_folder(target.journal.directory) as folder,
+        ):
+            faults, fresh = patiently(lambda: _move(engine, target, claims, lost, folder), wait)
+    except QueryError as error:
+        if not is_data_fault(error) or len(claims) < 2:
+            raise
+        half = len(claims) // 2  # one of them is damaged, or needs too much memory
+        _take(target, told, claims[:half], lost)
+        _take(target, told, claims[half:], {})
+        return
+    for claim in claims:
+        count = len(faults.get(claim.id, ()))
+        if claim.id in fresh:
+            told.ingested += claim.lines - count
+        if count:
+            told.rejected += count
+            text = f"{counted(count, 'line')} of {claim.path} can't be ingested; they are in .rejected"
+            told.report("rejected", text)
+        if claim.torn:
+            text = f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
+            told.report("torn", text)
+    for path in [*(claim.path for claim in claims), *lost]:
         try:
-            with (
-                contextlib.closing(target.open_engine(guest=True)) as engine,
-                scratch_folder(self._journal.directory) as folder,
-            ):
-                faults, fresh = patiently(move, 0.0 if target.is_file else _CONFLICT_SECONDS)
-        except QueryError as error:
-            if not is_data_fault(error) or len(claims) < 2:
-                raise
-            half = len(claims) // 2  # one of them is damaged, or needs too much memory
-            self._take(claims[:half], lost)
-            self._take(claims[half:], {})
-            return
+            os.unlink(path)
+        except OSError as error:
+            told.report("delete", f"{path} can't be deleted; it is not ingested again", error=error)
+
+
+def _stage(engine: Engine, claims: list[Claim], folder: str) -> _Faults:
+    """Read the segments into `batch`; return the lines that can't be."""
+    wanted = {claim.id: [claim.lines] * 3 for claim in claims}
+    try:
+        if not claims or _stage_files(engine, combine([claim.path for claim in claims], folder)) == wanted:
+            return {}
+    except QueryError as error:
+        if not is_data_fault(error):
+            raise
+    if len(claims) > 1:
+        raise QueryError("Invalid Input Error: a segment holds lines that can't be read")
+    return {claims[0].id: _salvage(engine, claims[0], folder)}
+
+
+def _stage_files(engine: Engine, files: Sequence[str], *, lenient: bool = False) -> dict[str, list[int]]:
+    """Stage files; return each segment's numbers of seqs, different seqs and times."""
+    longest = min(max(LONGEST_LINE, *(os.stat(path).st_size + 1 for path in files)), _LONGEST_READ)
+    engine.execute(STAGE, {"files": files, "longest": longest, "lenient": lenient})
+    sql = "SELECT segment, count(seq), count(DISTINCT seq), count(timestamp) FROM batch GROUP BY ALL"
+    return {segment: counts for segment, *counts in engine.execute(sql)}
+
+
+def _salvage(engine: Engine, claim: Claim, folder: str) -> list[tuple[int, str, bytes]]:
+    """Stage the good lines of a segment, and return the others."""
+    good: dict[int, tuple[int, bytes]] = {}  # by seq
+    faults: list[tuple[int, str, bytes]] = []
+    # After a power loss NULs stand for lost blocks; the line after them is whole.
+    lines = re.split(rb"\n|\0(?=\{)", read_file(claim.path))[:-1]
+    claim.lines = len(lines)
+    for number, line in enumerate(lines, 1):
+        try:
+            seq = event_of_line(line)["seq"]
+            if seq in good:
+                raise ValueError(f"seq {seq} stands twice")
+            if len(line) > _LONGEST_READ:
+                raise ValueError("it is too long for DuckDB's memory")
+            good[seq] = number, line
+        except ValueError as error:
+            faults.append((number, str(error), line))
+    scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
+    replace_file(scratch, named_lines(claim.id, b"".join(line + b"\n" for _, line in good.values())))
+    _stage_files(engine, [scratch], lenient=True)  # what DuckDB can't read has no seq
+    seqs = among("seq", [0, *good])
+    engine.execute(f"DELETE FROM batch WHERE timestamp IS NULL OR ({seqs}) IS NOT TRUE")
+    for (seq,) in engine.execute("SELECT seq FROM batch"):
+        good.pop(seq, None)
+    return faults + [(number, "DuckDB can't read it", line) for number, line in good.values()]
+
+
+def _move(
+    engine: Engine, target: Ledger, claims: list[Claim], lost: Mapping[str, Loss], folder: str
+) -> tuple[_Faults, set[str]]:
+    """Move segments into the database; return bad lines, and the segments that were new to it."""
+    faults, more, entries = _stage(engine, claims, folder), list[list[bytes]](), list[str]()
+    with target.attached(engine, write=True), target.writing(engine):
+        known = known_segments(engine, [claim.id for claim in claims])
+        fresh = [claim for claim in claims if claim.id not in known]
+        if known:
+            more = _strange_lines(engine, [claim for claim in claims if claim.id in known], faults)
+            where = among("segment", known)
+            engine.execute(f"DELETE FROM batch WHERE {where}")
+            if target.is_file:  # let the checkpoint write: after a failed fsync the disk may lack it
+                touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
+                engine.execute(f"{touch} AND {where}")
+        _put_aside_late(engine, fresh, faults)
+        text = "lines that could not be ingested, kept in the journal as .rejected"
         for claim in claims:
-            if claim.id in fresh:
-                count = len(faults.get(claim.id, ()))
-                told.ingested += claim.lines - count
-                if count:
-                    self._reject(claim, count)
-            if claim.torn:
-                text = f"{claim.path} ended within a line; {counted(claim.torn, 'byte')} kept in .torn"
-                told.report("torn", text)
-        for path in [*(claim.path for claim in claims), *lost]:
-            try:
-                os.unlink(path)
-            except OSError as error:
-                told.report("delete", f"{path} can't be deleted; it is not ingested again", error=error)
+            if lines := faults.get(claim.id):
+                claim.reject(sorted(lines))
+                entries.append(entry_of("loss", len(lines), text, segment=claim.id))
+        of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
+        for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
+            loss = of_writers[segment]
+            text = f"{loss.reason}, between {loss.first} and {loss.last}"
+            entries.append(entry_of("loss", loss.events, text, segment=segment))
+        target.take(engine, ids := [claim.id for claim in fresh], entries)
+    for rest in more:  # not before the commit: after a failed one they come again
+        numbered = [finish_line(_LINE_SEQ.sub(b"", line), seq) for seq, line in enumerate(rest, 1)]
+        opened = target.journal.open_segment()
+        opened.append(b"".join(numbered), len(numbered), durable=True)
+        opened.seal()
+    return faults, {*ids}
 
-    def _reject(self, claim: Claim, faults: int) -> None:
-        self._diagnostics.rejected += faults
-        text = f"{counted(faults, 'line')} of {claim.path} can't be ingested; they are in .rejected"
-        self._diagnostics.report("rejected", text)
 
-    def _stage(self, engine: Engine, claims: list[Claim], folder: str) -> _Faults:
-        """Read the segments into `batch`; return the lines that can't be."""
-        wanted = {claim.id: [claim.lines] * 3 for claim in claims}
-        try:
-            if not claims or self._read(engine, combine([claim.path for claim in claims], folder)) == wanted:
-                return {}
-        except QueryError as error:
-            if not is_data_fault(error):
-                raise
-        if len(claims) > 1:
-            raise QueryError("Invalid Input Error: a segment holds lines that can't be read")
-        return {claims[0].id: self._salvage(engine, claims[0], folder)}
-
-    def _read(self, engine: Engine, files: Sequence[str], *, lenient: bool = False) -> dict[str, list[int]]:
-        """Stage files; return each segment's numbers of seqs, different seqs and times."""
-        longest = min(max(LONGEST_LINE, *(os.stat(path).st_size + 1 for path in files)), _LONGEST_READ)
-        engine.execute(STAGE, {"files": files, "longest": longest, "lenient": lenient})
-        sql = "SELECT segment, count(seq), count(DISTINCT seq), count(timestamp) FROM batch GROUP BY ALL"
-        return {segment: counts for segment, *counts in engine.execute(sql)}
-
-    def _salvage(self, engine: Engine, claim: Claim, folder: str) -> list[tuple[int, str, bytes]]:
-        """Stage the good lines of a segment, and return the others."""
-        good: dict[int, tuple[int, bytes]] = {}  # by seq
-        faults: list[tuple[int, str, bytes]] = []
-        # After a power loss NULs stand for lost blocks; the line after them is whole.
-        lines = re.split(rb"\n|\0(?=\{)", read_file(claim.path))[:-1]
-        claim.lines = len(lines)
-        for number, line in enumerate(lines, 1):
-            try:
-                seq = event_of_line(line)["seq"]
-                if seq in good:
-                    raise ValueError(f"seq {seq} stands twice")
-                if len(line) > _LONGEST_READ:
-                    raise ValueError("it is too long for DuckDB's memory")
-                good[seq] = number, line
-            except ValueError as error:
-                faults.append((number, str(error), line))
-        scratch = os.path.join(folder, COMBINED + SEGMENT_SUFFIX)
-        replace_file(scratch, named_lines(claim.id, b"".join(line + b"\n" for _, line in good.values())))
-        self._read(engine, [scratch], lenient=True)  # what DuckDB can't read has no seq
-        seqs = among("seq", [0, *good])
-        engine.execute(f"DELETE FROM batch WHERE timestamp IS NULL OR ({seqs}) IS NOT TRUE")
-        for (seq,) in engine.execute("SELECT seq FROM batch"):
-            good.pop(seq, None)
-        return faults + [(number, "DuckDB can't read it", line) for number, line in good.values()]
-
-    def _commit(
-        self, engine: Engine, claims: list[Claim], faults: _Faults, lost: Mapping[str, Loss]
-    ) -> set[str]:
-        """Move `batch` into the database; return the segments that were new to it."""
-        target = self._target
-        with target.attached(engine, read_only=False), target.writing(engine):
-            known = known_segments(engine, [claim.id for claim in claims])
-            fresh = [claim for claim in claims if claim.id not in known]
-            entries: list[str] = []
-            if known:
-                entries += self._keep_strangers(engine, [claim for claim in claims if claim.id in known])
-                where = among("segment", known)
-                engine.execute(f"DELETE FROM batch WHERE {where}")
-                if target.is_file:  # let the checkpoint write: after a failed fsync the disk may lack it
-                    touch = "UPDATE audit.ledger SET ingested_at = ingested_at WHERE kind = 'segment'"
-                    engine.execute(f"{touch} AND {where}")
-            self._put_aside_late(engine, fresh, faults)
-            if fresh:
-                target.change_logs(engine, INSERT_ROWS)
-                entries.append(entries_of(claim.id for claim in fresh))
-            text = "lines that could not be ingested, kept in the journal as .rejected"
-            for claim in fresh:
-                if lines := faults.get(claim.id):
-                    claim.reject(sorted(lines))
-                    entries.append(entry_of("loss", len(lines), text, segment=claim.id))
-            of_writers = {segment_id_of(path): loss for path, loss in lost.items()}
-            for segment in sorted(of_writers.keys() - known_segments(engine, of_writers, kind="loss")):
-                loss = of_writers[segment]
-                text = f"{loss.reason}, between {loss.first} and {loss.last}"
-                entries.append(entry_of("loss", loss.events, text, segment=segment))
-            if entries:
-                target.enter(engine, entries)
-        return {claim.id for claim in fresh}
-
-    def _put_aside_late(self, engine: Engine, claims: list[Claim], faults: _Faults) -> None:
-        """Take the ends of calls on record as unfinished out of `batch`."""
-        calls = {call for claim in claims for call in claim.calls}
-        if not calls:
-            return
-        since = f"try_strptime({sql_literal(min(calls)[:22])}, '%Y%m%dT%H%M%S%fZ') - INTERVAL 1 MINUTE"
-        call_of = """regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1)"""
-        sql = f"""\
+def _put_aside_late(engine: Engine, claims: list[Claim], faults: _Faults) -> None:
+    """Take the ends of calls on record as unfinished out of `batch`."""
+    calls = {call for claim in claims for call in claim.calls}
+    if not calls:
+        return
+    since = f"try_strptime({sql_literal(min(calls)[:22])}, '%Y%m%dT%H%M%S%fZ') - INTERVAL 1 MINUTE"
+    call_of = """regexp_extract(context, '"mxcp.call": ?"([^"]+)"', 1)"""
+    sql = f"""\
 SELECT DISTINCT {call_of} AS call FROM audit.logs WHERE timestamp >= coalesce({since}, '-infinity')
   AND error = {sql_literal(UNFINISHED)} AND {among(call_of, calls)}"""
-        late = {call for (call,) in engine.execute(sql)}
-        for claim in claims:
-            for call in claim.calls.keys() & late:
-                seq, lines = claim.calls[call], read_file(claim.path).splitlines()
-                engine.execute(f"DELETE FROM batch WHERE segment = '{claim.id}' AND seq = {seq}")
-                line = next((line for line in lines if call.encode() in line), b"")
-                reason = "its call is on record already, as unfinished"
-                faults.setdefault(claim.id, []).append((seq, reason, line))
+    late = {call for (call,) in engine.execute(sql)}
+    reason = "its call is on record already, as unfinished"
+    for claim in claims:
+        calls = claim.calls.keys() & late
+        lines = read_file(claim.path).splitlines() if calls else []
+        for seq, call in sorted((claim.calls[call], call.encode()) for call in calls):
+            engine.execute(f"DELETE FROM batch WHERE segment = '{claim.id}' AND seq = {seq}")
+            line = next((line for line in lines if call in line), b"")
+            faults.setdefault(claim.id, []).append((seq, reason, line))
 
-    def _keep_strangers(self, engine: Engine, claims: list[Claim]) -> Iterator[str]:
-        """Keep lines that the ledger lacks of known segments, of a cloned host."""
-        same: dict[str, int] = dict(engine.execute(KNOWN_LINES, {"segments": [claim.id for claim in claims]}))
-        for claim in claims:
-            lines = read_file(claim.path).split(b"\n")[:-1]
-            events = same.get(claim.id)
-            if events is not None and len(lines) > events:
-                more = self._journal.open_segment()
-                rest = [_LINE_SEQ.sub(b"", line) for line in lines[events:]]
-                numbered = [finish_line(line, seq) for seq, line in enumerate(rest, 1)]
-                more.append(b"".join(numbered), len(rest), durable=True)
-                more.seal()
-            elif events is None and lines:
-                reason = "the ledger knows a segment of this name with other lines"
-                claim.reject((number, reason, line) for number, line in enumerate(lines, 1))
-                self._reject(claim, len(lines))
-                text = f"{reason}; these are kept in the journal as .rejected"
-                yield entry_of("loss", len(lines), text, segment=claim.id)
+
+def _strange_lines(engine: Engine, claims: list[Claim], faults: _Faults) -> list[list[bytes]]:
+    """Return lines that the ledger lacks at the end of known segments: a cloned host goes on with a copy."""
+    same: dict[str, int] = dict(engine.execute(KNOWN_LINES, {"segments": [claim.id for claim in claims]}))
+    more = []
+    for claim in claims:
+        lines = read_file(claim.path).split(b"\n")[:-1]
+        faults[claim.id] = []
+        if claim.id in same:
+            more.append(lines[same[claim.id] :])
+        else:
+            reason = "the ledger knows a segment of this name with other lines"
+            faults[claim.id] = [(number, reason, line) for number, line in enumerate(lines, 1)]
+    return [*filter(None, more)]
 
 
 def refuse_fatal_limit() -> None:
@@ -7332,15 +7305,15 @@ def refuse_fatal_limit() -> None:
 #
 # Table and journal as one log, in which every event is seen once (docs/design.md).
 
+_BOTH = ("table_rows", "journal_rows")
+
 
 class Reading:
     """Table and journal, open for reading; the journal alone if there is a `problem`."""
 
     def __init__(self, engine: Engine, folder: str, target: Target) -> None:
-        self.engine = engine
+        self.engine, self._target, self._journal = engine, target, target.journal
         self._folder = folder  # for small segments together
-        self._target = target
-        self._journal = target.journal
         self.problem: StoreError | None = None
         self.schema: str | None = None  # in which PostgreSQL itself selects first rows
         self.oddities: list[str] = []
@@ -7373,7 +7346,7 @@ class Reading:
                     text = "this host's journal is being ingested; try again"
                     raise DatabaseLockedError(f"{target.name}: {text}")
             if has_file:
-                stack.enter_context(target.attached(self.engine, read_only=True))
+                stack.enter_context(target.attached(self.engine))
                 self._is_attached = True
                 self.schema = target.schema if target.is_postgres else None
             segments = self._segments()
@@ -7406,7 +7379,6 @@ class Reading:
         self._define("running_rows", journal_rows([path] if lines else [], len(lines)))
 
     def open_views(self, table: Mapping[str, str] | None, segments: Sequence[str]) -> None:
-        """Define the views `table_rows` and `journal_rows`."""
         self.has_table = table is not None
         if table is None or dict(COLUMNS) != table:
             self.schema = None  # PostgreSQL lacks what is converted
@@ -7423,27 +7395,21 @@ class Reading:
         self.engine.execute("CREATE OR REPLACE TEMP TABLE journal_copy AS SELECT * FROM journal_rows")
         self._define("journal_rows", "SELECT * FROM journal_copy")
 
-    def _source(
-        self, what: Filter, count: int | None = None, order: str = "", *, running: bool | None = False
-    ) -> str:
-        """Return the query of the events; `running`: of running calls, None: of both."""
-        # A limit on the union alone is 40 times slower on 10 million rows.
-        where, table, tail = what.where(), "table_rows", ""
-        if count is not None:
-            tail = f" ORDER BY {order} LIMIT {count}"
-            if self.schema is not None and what.text is None:  # ILIKE differs there
-                table = _postgres_rows(self.schema, where, count, oldest_first=order == OLDEST_FIRST)
-        views = [] if running else [table, "journal_rows"]
-        views += [] if running is False else ["running_rows"]
+    def _source(self, what: Filter, views: Sequence[str] = _BOTH, tail: str = "") -> str:
+        where = what.where()
         return " UNION ALL BY NAME ".join(f"(SELECT * FROM {view} WHERE {where}{tail})" for view in views)
 
     def _select(
-        self, columns: str, what: Filter, count: int | None, oldest_first: bool, *, running: bool = False
+        self, columns: str, what: Filter, count: int | None, oldest_first: bool, views: Sequence[str] = _BOTH
     ) -> str:
         order = OLDEST_FIRST if oldest_first else NEWEST_FIRST
-        tail = "" if count is None else f" LIMIT {count}"
-        source = self._source(what, count, order, running=running)
-        return f"SELECT {columns} FROM (SELECT * FROM ({source}) ORDER BY {order}{tail})"
+        tail = f" ORDER BY {order}{'' if count is None else f' LIMIT {count}'}"
+        if self.schema is not None and count is not None and what.text is None and views is _BOTH:
+            way = "" if oldest_first else " DESC"  # not for a text, because ILIKE differs there
+            views = (_postgres_rows(self.schema, what.where(), count, way), "journal_rows")
+        # A limit on the union alone is 40 times slower on 10 million rows.
+        source = self._source(what, views, "" if count is None else tail)
+        return f"SELECT {columns} FROM (SELECT * FROM ({source}){tail})"
 
     def rows(
         self, what: Filter, *, count: int | None = 100, oldest_first: bool = False, columns: str = ""
@@ -7453,11 +7419,12 @@ class Reading:
 
     def running(self, what: Filter, *, count: int = 100) -> list[Row]:
         """Return matching calls that run on this host, oldest first."""
-        return self.engine.execute(self._select(public_select(), what, count, True, running=True))
+        return self.engine.execute(self._select(public_select(), what, count, True, ("running_rows",)))
 
     def stats(self, what: Filter, *, by: str, sort: str = "calls", count: int = 100) -> list[Row]:
         """Return a row for each group of events: its name, then STATS_COLUMNS."""
-        return self.engine.execute(stats_query(self._source(what, running=None), by, sort, count))
+        source = self._source(what, (*_BOTH, "running_rows"))
+        return self.engine.execute(stats_query(source, by, sort, count))
 
     def ask(self, what: Filter, sql: str) -> list[Row]:
         """Run a query over `events`, the matching ones with their ids."""
@@ -7585,10 +7552,9 @@ def _watched(path: str, progress: Callable[[int], None]) -> Iterator[None]:
         thread.join()
 
 
-def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -> str:
+def _postgres_rows(schema: str, where: str, count: int, way: str) -> str:
     """Let PostgreSQL select the first rows: DuckDB hands it no ORDER BY and no LIMIT."""
     table = f'''SELECT * FROM "{schema.replace('"', '""')}".logs WHERE {where} AND timestamp IS'''
-    way = "" if oldest_first else " DESC"
     order = f'timestamp{way}, segment COLLATE "C"{way} NULLS LAST, seq{way} NULLS LAST'  # as here
     query = f"({table} NOT NULL ORDER BY {order} LIMIT {count}) UNION ALL ({table} NULL LIMIT {count})"
     return f"(SELECT * FROM postgres_query('audit', {sql_literal(query)}))"
@@ -7597,7 +7563,9 @@ def _postgres_rows(schema: str, where: str, count: int, *, oldest_first: bool) -
 def journal_rows(files: Sequence[str], size: int) -> str:
     """Return the SELECT of the events in files of up to `size` bytes."""
     longest = max(LONGEST_LINE, size + 1)
-    return bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else NO_ROWS
+    return (
+        bind(JOURNAL_ROWS, {"files": files, "longest": longest, "lenient": True}) if files else sound_rows({})
+    )
 
 
 # == Evidence ==
@@ -7694,15 +7662,10 @@ class Verdict:
     legacy = 0  # rows that are older than the ledger
     waiting_bytes = 0  # in the journal, not sealed yet
     range_events = 1_000_000  # whose hashes, 100 to 300 bytes each, are held at once
+    progress: Callable[[int, int], None] | None = None  # told events done and all
 
-    def __init__(
-        self,
-        engine: Engine,
-        target: Target,
-        keys: Sequence[bytes] = (),
-        progress: Callable[[int, int], None] = lambda done, total: None,
-    ) -> None:
-        self._engine, self._target, self._keys, self._progress = engine, target, keys, progress
+    def __init__(self, engine: Engine, target: Target, keys: Sequence[bytes] = ()) -> None:
+        self._engine, self._target, self._keys, self._ask = engine, target, keys, engine.execute
         self._covered: dict[str, int] = {}  # by journal: the last position that a checkpoint covers
         self.doubted: set[tuple[str, int]] = set()  # entries that are not believed
         self.findings: list[Finding] = []
@@ -7721,11 +7684,10 @@ class Verdict:
             self.more_findings += 1
 
     def run(self, *, checkpoint: Sequence[Head] = (), since: str | None = None) -> None:
-        """Verify the chains, then each segment."""
         if self.open(checkpoint):
             if since is not None:
                 rows = f"SELECT {SEGMENT_OR_DAY} FROM sound_logs WHERE timestamp >= $moment::TIMESTAMP"
-                self._engine.execute(f"{_SCOPE} {_YOUNGER} UNION {rows}", {"moment": since})
+                self._ask(f"{_SCOPE} {_YOUNGER} UNION {rows}", {"moment": since})
             for row in self.compare(scoped=since is not None):
                 if not row.as_due:
                     self._judge(row)
@@ -7750,13 +7712,12 @@ class Verdict:
                 if given not in same and (given or column not in NEW_COLUMNS):
                     self._add("table", f"{table}.{name} is {given or 'missing'}, not {sql_type}")
         if not has_ledger:
-            ((self.legacy,),) = self._engine.execute("SELECT count(*) FROM sound_logs")
+            ((self.legacy,),) = self._ask("SELECT count(*) FROM sound_logs")
         self._walk_chains({(head.journal, head.position): head for head in checkpoint})
         self._read_purges(has_checkpoint=bool(checkpoint))
         return has_ledger
 
     def _walk_chains(self, wanted: dict[tuple[str, int], Head]) -> None:
-        """Check every seal, and that the chains meet the checkpoints."""
         totals = collections.Counter[str]()
         for name, entries in itertools.groupby(self._engine.stream(CHAIN), key=lambda row: row[0]):
             head, unkeyed = Head(name, 0, 0, ""), list[tuple[str, int]]()
@@ -7796,7 +7757,7 @@ class Verdict:
     def _read_purges(self, *, has_checkpoint: bool) -> None:
         """Compare each believed purge with the entries that it names."""
         purges: list[tuple[int, dict[str, Any], Taken, str]] = []
-        for number, (*values, detail) in enumerate(self._engine.execute(PURGES)):
+        for number, (*values, detail) in enumerate(self._ask(PURGES)):
             entry = dict(zip(("moment", "host", "events", "journal", "position"), values))
             if (entry["journal"], entry["position"]) in self.doubted:
                 continue
@@ -7815,9 +7776,9 @@ class Verdict:
         kept = [(number, *left) for number, _, taken, _ in purges for left in taken.kept]
         spans_sql = "number BIGINT, is_old BOOLEAN, before BIGINT, journal VARCHAR, low BIGINT, high BIGINT"
         kept_sql = "number BIGINT, segment VARCHAR, events BIGINT, digest VARCHAR"
-        self._engine.execute(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
+        self._ask(GONE.format(spans=listed(spans_sql, spans), kept=listed(kept_sql, kept)))
         sums = "least(sum(held), 2::HUGEINT**62)::BIGINT, bool_and(is_past)"
-        rows = self._engine.execute(f"SELECT number, {sums} FROM gone GROUP BY number")
+        rows = self._ask(f"SELECT number, {sums} FROM gone GROUP BY number")
         named = {number: rest for number, *rest in rows}
         for number, entry, taken, text in purges:
             held, is_past = named.get(number, (0, True))
@@ -7836,11 +7797,12 @@ class Verdict:
 
     def compare(self, *, scoped: bool) -> Iterator[Compared]:
         """Yield the segments in scope; without a scope, those that differ."""
-        ask, size, sql = self._engine.execute, self.range_events, comparison(scoped=scoped)
+        ask, size, sql = self._ask, self.range_events, comparison(scoped=scoped)
         ends = [last for _, last in ask(ranges(), {"size": size})][:-1]  # the last range is open
         for number, (low, high) in enumerate(zip([None, *ends], [*ends, None]), 1):
             yield from itertools.starmap(Compared, ask(sql, {"low": low, "high": high}))
-            self._progress(min(number * size, self.events), self.events)
+            if self.progress is not None:
+                self.progress(min(number * size, self.events), self.events)
 
     def _judge(self, row: Compared) -> None:
         """Report a segment that differs, its events if marks tell them."""
@@ -7859,7 +7821,7 @@ class Verdict:
 
     def _marked(self, row: Compared) -> dict[str, list[int]]:
         """Return which events were changed, inserted or removed, by marks."""
-        ask = functools.partial(self._engine.execute, params={"segment": row.segment})
+        ask = functools.partial(self._ask, params={"segment": row.segment})
         ((text,),) = ask("SELECT max(marks) FROM sound_ledger WHERE kind = 'segment' AND segment = $segment")
         due = dict(enumerate(re.findall("(?s)....", text or ""), 1))
         left, states = dict(due), collections.defaultdict[str, list[int]](list)
@@ -7875,7 +7837,6 @@ class Verdict:
 
 
 def plain_seals(engine: Engine) -> dict[str, str]:
-    """Return the last seals of the journals as if made without a key."""
     view_tables(engine)
     seals: dict[str, str] = {}
     for name, *_, row in engine.stream(CHAIN):
@@ -7884,27 +7845,28 @@ def plain_seals(engine: Engine) -> dict[str, str]:
 
 
 def prove(engine: Engine, event_id: str) -> dict[str, Any]:
-    """Do what `Store.prove` says, in the form of docs/security.md."""
     view_tables(engine)
     segment, _, seq = event_id.rpartition(":")
     asked = {"segment": segment, "seq": int(seq) if seq.isdecimal() else -1}
 
     def first(columns: Sequence[Column], rest: str) -> dict[str, Any]:
-        for row in engine.execute(f"SELECT {numeric_times(columns)} {rest} AND segment = $segment", asked):
+        numbers = {"TIMESTAMP": TIME_NUMBER + " AS {0}"}
+        values = ", ".join(numbers.get(sql_type, "{0}").format(name) for name, sql_type in columns)
+        for row in engine.execute(f"SELECT {values} {rest} AND segment = $segment", asked):
             return dict(zip((column.name for column in columns), row))
         raise StoreError(f"{event_id} is in no segment of the ledger; the journal proves nothing")
 
     event = first(COLUMNS, "FROM sound_logs WHERE seq = $seq")
     entry = first(LEDGER_COLUMNS[:-1], "FROM sound_ledger WHERE kind = 'segment'")
-    hashes = f"SELECT {EVENT_HASH} AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"
-    rows = [row for (row,) in engine.execute(hashes, asked)]
+    sql = f"SELECT {EVENT_HASH} AS hash FROM sound_logs WHERE segment = $segment ORDER BY seq, hash"
+    hashes = [row for (row,) in engine.execute(sql, asked)]
     before, after = "", []
     for name, place, *_, row in engine.stream(CHAIN):
         if name == entry["journal"] and place < entry["position"]:
             before = make_seal(before, row, None)
         elif name == entry["journal"] and place > entry["position"]:
             after.append(row)
-    return {"event": event, "entry": entry, "hashes": rows, "before": before, "after": after}
+    return {"event": event, "entry": entry, "hashes": hashes, "before": before, "after": after}
 
 
 def _ssh_keygen(arguments: Sequence[str], checkpoint: Mapping[str, Any]) -> str:
@@ -8010,8 +7972,6 @@ def purge_before(engine: Engine, target: Ledger, before: str, archive: str | Non
 
 def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
     """Write the events as Parquet files of a day, with a manifest, and read them back."""
-    import hashlib
-
     problem = f"{directory}: no archive can be written"
     name = f"purged-{re.sub('[^0-9]', '', removal.before[:19])}-{os.urandom(4).hex()}"
     with suppress(OSError):  # it exists; or `_scratch` says that it doesn't
@@ -8019,7 +7979,6 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
         give_to_owner(directory)
     files: dict[str, dict[str, object]] = {}
     params = {"wrong": sorted(removal.wrong), "apart": "not-as-entered.parquet"}
-    digest = hashlib.sha256()
     with _scratch(os.path.join(directory, name), problem, name="part") as scratch:
         for file, events in engine.execute(OLD_FILES, params):
             path = os.path.join(scratch, file)
@@ -8028,11 +7987,11 @@ def _archive(engine: Engine, directory: str, removal: Removal) -> Removal:
             engine.execute(f"COPY ({rows}) TO {sql_literal(path)} ({COPY_OPTIONS['parquet']})")
             sync_file(path)
             files[path] = {"name": file, "events": events, "sha256": file_digest(path)}
-        source = f"read_parquet({sql_literal(list(files))}, hive_partitioning = false)"
-        rows = digests(source, segment=SEGMENT_OR_DAY)
-        for (part,) in engine.stream(f"SELECT digest FROM ({rows}) ORDER BY segment") if files else ():
-            digest.update(part.encode())
-        if digest.hexdigest() != removal.digest:
+        rows = digests(
+            f"read_parquet({sql_literal([*files])}, hive_partitioning = false)", segment=SEGMENT_OR_DAY
+        )
+        digest = f"SELECT sha256(array_to_string(list(digest ORDER BY segment), '')) FROM ({rows})"
+        if engine.execute(digest) != [(removal.digest,)]:
             raise StoreError(f"{scratch}: the archive doesn't read back as written; nothing was purged")
         manifest = {
             "filter": {"before": iso_time(microseconds(removal.before))},
@@ -8109,15 +8068,15 @@ def _take_in(segments: Iterable[str], path: str, like: Target) -> int:
                 write_file(os.path.join(journal.directory, os.path.basename(segment)), lines)
     target = Ledger(Config(path, attach=like.options), journal)
     with journal.ingest_lock():
-        Ingest(target, Diagnostics(silent=True)).run()
-    with target.session(read_only=True, wait=0.0) as engine:
+        ingest_journal(target, Diagnostics(silent=True))
+    with target.session() as engine:
         return int(engine.execute("SELECT count(*) FROM audit.logs")[0][0])
 
 
 def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
     """Add to a copy what it lacks of the database at `place`; count the events of both."""
     target = Ledger(Config(path, attach=mine.options), mine.journal)
-    with target.session(read_only=False, wait=0.0) as engine:
+    with target.session(write=True) as engine:
         ask = engine.execute
         attach(engine, place, "ours", {**mine.options, "READ_ONLY": True})
         present = column_types(engine, TABLE_TYPES.replace("'audit'", "'ours'"))
@@ -8127,14 +8086,10 @@ def _merge(path: str, place: str, mine: Target) -> tuple[int, int]:
         with target.writing(engine):
             if {"logs", "ledger"} <= present.keys():
                 ask(f"CREATE OR REPLACE TEMP TABLE batch AS {rows} WHERE {unknown.format('segment')}")
-                ask(INSERT_ROWS)
                 segments = [segment for (segment,) in ask("SELECT DISTINCT segment FROM batch")]
                 losses = "SELECT events, detail, segment FROM ours.ledger WHERE kind = 'loss' AND "
-                entries = [entries_of(segments)] if segments else []
-                for *loss, segment in ask(losses + unknown.format("loss")):
-                    entries.append(entry_of("loss", *loss, segment=segment))
-                if entries:
-                    target.enter(engine, entries)
+                lost = ask(losses + unknown.format("loss"))
+                target.take(engine, segments, [entry_of("loss", *loss, segment=each) for *loss, each in lost])
             now = sound_rows(target.columns(engine)["logs"])
             ((missing,),) = ask(f"SELECT count(*) FROM ({rows} EXCEPT ALL {now})")
             if missing:
@@ -8200,11 +8155,7 @@ class Store:
     """
 
     def __init__(
-        self,
-        config: Config,
-        *,
-        diagnostics: Diagnostics | None = None,
-        opener: Callable[..., Engine] = open_engine,
+        self, config: Config, *, diagnostics: Diagnostics | None = None, opener: Opener = open_engine
     ) -> None:
         self.journal: Journal = Journal(config.journal_directory, group=config.group)
         self.target: Ledger = Ledger(config, self.journal, opener)
@@ -8246,7 +8197,7 @@ class Store:
         end, pause = time.monotonic() + wait, 0.0
         while True:
             try:
-                return Ingest(self.target, self._diagnostics).run()
+                return ingest_journal(self.target, self._diagnostics)
             except DatabaseCorruptError as error:
                 if not (DAMAGED_WAL in str(error) and (aside := self.target.set_wal_aside())):
                     raise
@@ -8262,7 +8213,7 @@ class Store:
 
     def _retain(self) -> None:
         if self._retention is not None and not self.target.is_absent():
-            with self.target.session(read_only=False, wait=0.0, guest=True) as engine:
+            with self.target.session(write=True, guest=True) as engine:
                 news = retain(engine, self.target, self._retention)
             self._diagnostics.note("retention", news, level=INFO)
             self._retention = None
@@ -8282,10 +8233,11 @@ class Store:
                 running = journal.running()
                 reading.open_running(running)
                 if not (reading.has_table or reading.has_journal or running or reading.problem):
-                    raise DatabaseNotFoundError(
-                        f"{_NOT_FOUND}{target.name}. Either audit logging is not enabled for the "
-                        "profile, or no events have been logged yet (the database is created on first write)."
+                    text = (
+                        "Either audit logging is not enabled for the profile, or no events have been logged "
                     )
+                    text = f"{text}yet (the database is created on first write)."
+                    raise DatabaseNotFoundError(f"{_NOT_FOUND}{target.name}. {text}")
                 for text in reading.oddities:
                     self._diagnostics.report("table", f"{text}; what is shown may not be what was recorded")
                 yield reading
@@ -8300,16 +8252,10 @@ class Store:
         sql = """\
 SELECT events, strftime(last_event, '%Y-%m-%d %H:%M:%S.%f')
 FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
-        with suppress(DatabaseNotFoundError), self._ledger(0.0) as engine:
-            for row in engine.execute(sql, {"segment": segment_id}) if engine else ():
-                return row
+        with suppress(DatabaseNotFoundError), self.target.session() as engine:
+            if "ledger" in self.target.columns(engine):
+                return next(iter(engine.execute(sql, {"segment": segment_id})), None)
         return None
-
-    @contextlib.contextmanager
-    def _ledger(self, wait: float) -> Iterator[Engine | None]:
-        """Attach the target for reading; yield None if it has no ledger."""
-        with self.target.session(read_only=True, wait=wait) as engine:
-            yield engine if "ledger" in self.target.columns(engine) else None
 
     def verify(
         self,
@@ -8317,7 +8263,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         checkpoint: Sequence[Head] = (),
         since: str | None = None,
         wait: float = 5.0,
-        progress: Callable[[int, int], None] = lambda done, total: None,
+        progress: Callable[[int, int], None] | None = None,
     ) -> Verdict:
         """Recompute the ledger from `logs` and return what isn't as it was recorded.
 
@@ -8325,27 +8271,29 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         the chain is recomputed. `progress` is called with the events done and their total.
         """
         keys = seal_keys()
-        with self.target.session(read_only=True, wait=wait) as engine:
-            verdict = Verdict(engine, self.target, keys, progress)
+        with self.target.session(wait) as engine:
+            verdict = Verdict(engine, self.target, keys)
+            verdict.progress = progress
             verdict.run(checkpoint=checkpoint, since=since)
         verdict.waiting_bytes = self.journal.waiting_bytes()
         return verdict
 
     def heads(self, *, wait: float = 5.0) -> list[Head]:
         """Return the ends of the journals' chains, to be kept elsewhere."""
-        with self._ledger(wait) as engine:
-            return chain_heads(engine) if engine else []
+        journals = self.checkpoint(wait=wait)["journals"]
+        return [Head(*(journal[name] for name in Head._fields)) for journal in journals]
 
     def checkpoint(self, *, wait: float = 5.0) -> dict[str, Any]:
         """Return the heads for JSON, with seals for those who have no key."""
-        with self._ledger(wait) as engine:
-            plain, heads = (plain_seals(engine), chain_heads(engine)) if engine else ({}, [])
+        with self.target.session(wait) as engine:
+            heads = chain_heads(engine) if "ledger" in self.target.columns(engine) else []
+            plain = plain_seals(engine)
         journals = [{**head._asdict(), "plain": plain.get(head.journal)} for head in heads]
         return {"time": iso_time(microseconds(sql_time(utc_now()))), "journals": journals}
 
     def prove(self, event_id: str, *, wait: float = 5.0) -> dict[str, Any]:
         """Return what proves, with a later checkpoint, that an event is in the database."""
-        with self.target.session(read_only=True, wait=wait) as engine:
+        with self.target.session(wait) as engine:
             return prove(engine, event_id)
 
     @contextlib.contextmanager
@@ -8367,9 +8315,9 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         deleted. Raises StoreError if nothing was deleted.
         """
         if dry_run:
-            with self.target.session(read_only=True, wait=wait) as engine:
+            with self.target.session(wait) as engine:
                 return plan_removal(engine, self.target, before)
-        with self._alone(wait), self.target.session(read_only=False, wait=wait) as engine:
+        with self._alone(wait), self.target.session(wait, write=True) as engine:
             return purge_before(engine, self.target, before, archive)
 
     def backup(self, path: str, *, wait: float = 5.0) -> int:
@@ -8384,10 +8332,9 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
             if os.path.lexists(name):
                 raise StoreError(f"{name} exists; nothing is overwritten: name another file or remove it")
         with _scratch(place, f"{path} can't be written") as scratch:
-            with target.session(read_only=True, wait=wait) as engine:
+            with target.session(wait) as engine:
                 copy = _copy_database(engine, target, scratch)
-                tables = target.columns(engine)
-                waiting = unknown_segments(engine, self.journal.segments(), tables)
+                waiting = unknown_segments(engine, self.journal.segments(), target.columns(engine))
                 events = _take_in(waiting, copy, target)
             _put_in_place(copy, place)
         return events
@@ -8402,7 +8349,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         old = Journal(path + ".journal")  # of backups by earlier versions
         source = Target(Config(os.path.abspath(path), attach=target.options), old)
         with self._alone(wait), _scratch(place, f"{place} can't be restored", name="restore") as scratch:
-            with source.session(read_only=True, wait=wait) as engine:
+            with source.session(wait) as engine:
                 if "logs" not in source.columns(engine):
                     raise StoreError(f"{path} holds no audit log; name a copy that `backup` made")
                 copy = _copy_database(engine, source, scratch)
@@ -8416,7 +8363,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
                 return Restored(events, 0, None)
             give_to_owner(copy)
             kept = f"{place}.replaced-{utc_now():%Y%m%dT%H%M%S}-{os.urandom(2).hex()}"
-            with target.session(read_only=True, wait=wait):
+            with target.session(wait):
                 if _stamp_of(os.stat(place)) != _stamp_of(ours):
                     raise DatabaseLockedError(place + _WRITTEN_MEANWHILE)
                 _put_in_place(place, kept)
@@ -8432,7 +8379,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         with self._alone(wait):
             self._settled(path, wait)
             # Read-only, DuckDB keeps writers out and leaves the WAL alone, that of the new file too.
-            with target.session(read_only=True, wait=wait) as engine:
+            with target.session(wait) as engine:
                 old = os.stat(path)
                 if _size_of(path + ".wal"):
                     raise DatabaseLockedError(path + _WRITTEN_MEANWHILE)
@@ -8441,8 +8388,7 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
                 return old.st_size, os.stat(path).st_size
 
     def _settled(self, path: str, wait: float) -> os.stat_result:
-        """Write the WAL into the database file; return that one's state."""
-        with self.target.session(read_only=False, wait=wait) as engine:
+        with self.target.session(wait, write=True) as engine:
             engine.execute("CHECKPOINT audit")
         return os.stat(path)
 
@@ -8454,7 +8400,6 @@ FROM audit.ledger WHERE kind = 'segment' AND segment = $segment"""
         return os.path.realpath(self.target.path)
 
     def refuse_journal(self, path: str) -> None:
-        """Raise StoreError if `path` lies in the journal."""
         journal = os.path.realpath(self.journal.directory)
         if os.path.join(os.path.realpath(path), "").startswith(os.path.join(journal, "")):
             raise StoreError(f"{path} lies in the journal; name a place elsewhere")
@@ -8550,13 +8495,9 @@ class Follower:
         """Return new matching events, oldest first, not too many at once."""
         signature, rows = self._target.signature(), []
         if signature is None or signature != self._signature:
-            try:
+            later = (DatabaseNotFoundError,) if wait else (DatabaseNotFoundError, DatabaseLockedError)
+            with suppress(*later):
                 rows = patiently(self._new_table_rows, wait)
-            except DatabaseNotFoundError:
-                pass
-            except DatabaseLockedError:
-                if wait:
-                    raise
         return rows if rows or self.is_behind else self._new_lines()
 
     def running(self) -> list[Row]:
@@ -8579,7 +8520,7 @@ class Follower:
         )
         entries: list[Row] = []
         rows: list[Row] = []
-        with target.attached(self._engine, read_only=True):
+        with target.attached(self._engine):
             signature = target.signature()  # nobody can ingest now
             present = target.columns(self._engine)
             if "ledger" in present:
@@ -8641,28 +8582,28 @@ class Checkup:
     def __init__(self, config: Config, *, wait: float) -> None:
         self.faults: list[dict[str, str]] = []
         self.report: dict[str, Any] = {"healthy": False, "faults": self.faults, "profile": config.profile}
+        for problem, remedy in self._examine(config, Store(config), wait):
+            self.faults.append({"problem": problem, "remedy": remedy})
+        self.report["healthy"] = not self.faults
+
+    def _examine(self, config: Config, store: Store, wait: float) -> Iterator[tuple[str, str]]:
         self.report["engine"] = None
-        store = Store(config)
         if not config.enabled:
             text = f"audit logging is not enabled for profile {config.profile!r}"
-            self._fault(text, "set `enabled: true` in its `audit` section")
-        self._examine_journal(store.journal)
+            yield text, "set `enabled: true` in its `audit` section"
+        yield from self._examine_journal(store.journal)
         try:
             with contextlib.closing(open_engine()) as engine:
                 self.report["engine"] = {"name": engine.name, "version": engine.version()}
-            self._examine_database(store, wait)
+            yield from self._examine_database(store, wait)
         except StoreError as error:
-            self._fault(str(error), "pip install duckdb; events wait in the journal meanwhile")
+            yield str(error), "pip install duckdb; events wait in the journal meanwhile"
         if store.target.is_file:
-            self._examine_files(store.target.path, store.journal.directory, 0o007 if config.group else 0o077)
-        self.report["healthy"] = not self.faults
+            others = 0o007 if config.group else 0o077
+            yield from self._examine_files(store.target.path, store.journal.directory, others)
 
-    def _fault(self, problem: str, remedy: str) -> None:
-        self.faults.append({"problem": problem, "remedy": remedy})
-
-    def _examine_database(self, store: Store, wait: float) -> None:
-        state: dict[str, Any] = {"path": store.target.name, "readable": False, "events": None}
-        self.report["database"] = state
+    def _examine_database(self, store: Store, wait: float) -> Iterator[tuple[str, str]]:
+        state = self.report["database"] = {"path": store.target.name, "readable": False, "events": None}
         try:
             with store.reading(wait=wait) as reading:
                 if reading.problem is not None:
@@ -8670,58 +8611,57 @@ class Checkup:
                 state["readable"] = reading.has_table
                 ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
                 for text in reading.oddities:
-                    text += ": what is shown may not be what was recorded"
-                    self._fault(text, "see what `verify` finds")
+                    yield f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
                 for row in reading.running(Filter(min_ms=3_600_000)):
                     text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
-                    self._fault(text, "see `log --running`; if it hangs, end it or its server")
+                    yield text, "see `log --running`; if it hangs, end it or its server"
                 refused = Filter(since=month_ago(), error_type="AuditUnavailableError")
                 sql = "SELECT count(*), arg_max(error, timestamp) FROM events"
                 ((count, last),) = reading.ask(refused, sql)
                 self.report["refused"] = count
                 if count:
                     text = f"{counted(count, 'call')} refused in 30 days, as no record could be made: {last}"
-                    self._fault(text, "make room, or mend the journal's disk")
+                    yield text, "make room, or mend the journal's disk"
                 for _, text in store.losses(reading):
-                    self._fault(f"events were lost: {text}", "mend the reason; it is shown for 30 days")
+                    yield f"events were lost: {text}", "mend the reason; it is shown for 30 days"
         except DatabaseNotFoundError:
             state["events"] = 0  # nothing was logged yet: no fault
         except StoreError as error:
             text, _, remedy = str(error).rpartition("; ")  # as `Target.attached` puts it
-            self._fault(text or remedy, remedy if text else "run with --debug")
+            yield text or remedy, remedy if text else "run with --debug"
         except JournalError:  # a fault already
             pass
 
-    def _examine_journal(self, journal: Journal) -> None:
+    def _examine_journal(self, journal: Journal) -> Iterator[tuple[str, str]]:
         state = self.report["journal"] = {"path": journal.directory}
         try:
             state |= journal.survey()
         except JournalError as error:
-            self._fault(str(error), "check its permissions, and whether its file system has locks")
+            yield str(error), "check its permissions, and whether its file system has locks"
             return
         if orphaned := state["orphaned"]:
             text = f"{counted(orphaned, 'segment')} since {state['oldest_pending']}, taken in by nobody"
-            self._fault(text, "run `python -m mxcp_audit ingest`; if that fails, it says why")
+            yield text, "run `python -m mxcp_audit ingest`; if that fails, it says why"
         if rejected := state["rejected"]:
             text = f"lines could not be ingested: {counted(rejected, 'file')} in {journal.directory}"
-            self._fault(text, "read the .rejected files, keep what matters, and remove them")
+            yield text, "read the .rejected files, keep what matters, and remove them"
 
-    def _examine_files(self, database: str, journal: str, others: int) -> None:
+    def _examine_files(self, database: str, journal: str, others: int) -> Iterator[tuple[str, str]]:
         import shutil
 
         for path in (database, database + ".wal", journal):
             with suppress(OSError):
                 mode = stat.S_IMODE(os.stat(path).st_mode)
                 if mode & others and os.name == "posix":
-                    self._fault(f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}")
+                    yield f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}"
                 if not os.access(path, os.R_OK | os.W_OK):
-                    self._fault(f"{path} can't be read and written by this user", "check owner and mode")
+                    yield f"{path} can't be read and written by this user", "check owner and mode"
         space = self.report["free_bytes"] = {}
         for path in {os.path.dirname(database), os.path.dirname(journal)}:
             with suppress(OSError):
                 free = space[path] = shutil.disk_usage(path).free
                 if free < self._LITTLE_SPACE_BYTES:
-                    self._fault(f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`")
+                    yield f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`"
 
 
 # === Output ===

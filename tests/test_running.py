@@ -175,7 +175,7 @@ def test_unfinished_of_an_attempt_that_was_killed_is_taken_once(
 def test_late_end_of_a_call_that_is_on_record_as_unfinished_is_put_aside(db: Path) -> None:
     write_begun(db, late=MIDNIGHT, other=MIDNIGHT)
     store_of(db).ingest()
-    with store_of(db).target.session(read_only=False, wait=SAFETY_SECONDS) as engine:  # somebody's own column
+    with store_of(db).target.session(SAFETY_SECONDS, write=True) as engine:  # somebody's own column
         engine.execute("ALTER TABLE audit.logs ADD COLUMN call VARCHAR")
     path = write_end(db, "late")
     end = write_end(db, "elsewhere")
