@@ -5872,14 +5872,13 @@ SELECT * EXCLUDE (filename) REPLACE
 FROM read_json($files, format = 'newline_delimited', filename = true, hive_partitioning = false,
   columns = {{{", ".join(f"{name}: '{sql_type}'" for name, sql_type in COLUMNS)}}},
   maximum_object_size = $longest, ignore_errors = $lenient)"""
-LONGEST_LINE = 2**20  # more where a segment has a longer line
+LONGEST_LINE = 2**20
 
 # Other schemas of a shared target may have tables of the same names.
 _OUR_TABLES = """\
 database_name = 'audit' AND lower(table_name) IN ('logs', 'ledger')
 AND schema_name = coalesce(getvariable('audit_schema'), 'main')"""
 CREATE_LOGS = f"CREATE TABLE IF NOT EXISTS audit.logs ({', '.join(map(' '.join, COLUMNS))})"
-# For their meaning see docs/security.md.
 LEDGER_DEFINITIONS = (
     "journal VARCHAR, position BIGINT, kind VARCHAR, segment VARCHAR, events BIGINT, first_event TIMESTAMP, "
     "last_event TIMESTAMP, digest VARCHAR, marks VARCHAR, detail VARCHAR, host VARCHAR, "
@@ -5975,7 +5974,6 @@ CHAIN_ENDS = "SELECT journal, max(position) FROM audit.ledger GROUP BY journal"
 TABLE_TYPES = f"""\
 SELECT lower(table_name), lower(column_name), data_type FROM duckdb_columns()
 WHERE {_OUR_TABLES}"""
-# Types of columns that hold the same values.
 SAME_VALUES = {
     "TIMESTAMP": {"TIMESTAMP", "TIMESTAMP WITH TIME ZONE", "TIMESTAMP_S", "TIMESTAMP_MS"},
     "INTEGER": {"INTEGER", "BIGINT", "SMALLINT"},
@@ -6024,8 +6022,8 @@ SELECT coalesce(journal, '') AS journal, coalesce(position, 0) AS position, coal
   coalesce(events, 0), coalesce(seal, '') AS seal, {ENTRY_HASH}
 FROM sound_ledger ORDER BY journal, position, seal"""
 PURGES = f"""\
-SELECT coalesce(strftime(ingested_at, {_ISO_FORMAT}), '') AS moment, coalesce(host, '') AS host,
-  coalesce(events, 0) AS events, coalesce(journal, '') AS journal, coalesce(position, 0) AS position, detail
+SELECT coalesce(strftime(ingested_at, {_ISO_FORMAT}), ''), coalesce(host, ''), coalesce(events, 0),
+  coalesce(journal, ''), coalesce(position, 0), detail
 FROM sound_ledger WHERE kind = 'purge' ORDER BY ingested_at, journal, position"""
 # The entries that purges name, and what they left of each.
 GONE = """\
@@ -6047,12 +6045,11 @@ def comparison(*, scoped: bool) -> str:
     inside += " AND {0} IN (SELECT segment FROM scope)" if scoped else ""
     found = digests("sound_logs", inside.format(SEGMENT_OR_DAY), segment=SEGMENT_OR_DAY)
     return f"""\
-SELECT coalesce(entered.journal, '') AS journal, coalesce(entered.position, -1) AS position,
-  coalesce(entered.segment, found.segment, '') AS segment, coalesce(entered.events, 0) AS entered,
-  coalesce(due, 0) AS due, (entered.position IS NOT NULL AND coalesce(found.events, 0) = coalesce(due, 0)
+SELECT coalesce(entered.journal, ''), coalesce(entered.position, -1),
+  coalesce(entered.segment, found.segment, '') AS segment, coalesce(entered.events, 0), coalesce(due, 0),
+  (entered.position IS NOT NULL AND coalesce(found.events, 0) = coalesce(due, 0)
     AND found.digest IS NOT DISTINCT FROM due_digest) AS as_due,
-  coalesce(found.events, 0) AS found, epoch_us(found.first_event) AS first,
-  epoch_us(found.last_event) AS last, found.digest AS digest
+  coalesce(found.events, 0), epoch_us(found.first_event), epoch_us(found.last_event), found.digest
 FROM (SELECT sound_ledger.*, coalesce(remains.events, sound_ledger.events) AS due,
         CASE WHEN remains.events IS NULL THEN sound_ledger.digest
              WHEN remains.events > 0 THEN remains.digest END AS due_digest
@@ -6063,7 +6060,6 @@ FULL JOIN ({found}) AS found ON found.segment = entered.segment
 {"" if scoped else "WHERE NOT as_due"} ORDER BY segment"""
 
 
-# What a purge takes, and what `verify --since` looks at.
 OLD = "FROM audit.logs WHERE timestamp < $moment::TIMESTAMP"
 IN_SCOPE = f"{SEGMENT_OR_DAY} IN (SELECT segment FROM scope)"
 # An archive has a file for each day, and one for what is not as it was entered.
@@ -6114,7 +6110,6 @@ _INVISIBLE = (
     "\u3000\u3164\ufe00-\ufe0f\ufeff\uffa0\U000e0000-\U000e0fff"
 )
 FORMULA = rf"^[{_INVISIBLE}]*[=+\-@|＝＋－＠]|^[\t\r\n']"
-# COPY's options for each export format.
 _CSV = "csv, HEADER true, FORCE_QUOTE (input_json, name, reason, error)"
 COPY_OPTIONS = {
     name + suffix: f"FORMAT {options}, COMPRESSION {codec}, USE_TMP_FILE false"
@@ -6301,7 +6296,7 @@ class Engine(Protocol):
     name: str
 
     def version(self) -> str:
-        return str(self.execute("SELECT version() AS version")[0][0]).lstrip("v")
+        return str(self.execute("SELECT version()")[0][0]).lstrip("v")
 
     def execute(self, sql: str, params: Params = {}) -> list[Row]:
         return list(self.stream(sql, params))
@@ -6332,7 +6327,6 @@ class PackageEngine(Engine):
     def __init__(self, *, guest: bool) -> None:
         self._guest = guest
         self._connection: Any = None
-        self._process_id = 0
 
     def stream(self, sql: str, params: Params = {}) -> Iterator[Row]:
         duckdb, text = _duckdb(), bind(sql, params)
@@ -6461,7 +6455,7 @@ import sys
 sys.path[:] = [folder for folder in sys.path if folder] + sys.argv[2:]
 import json, os
 try:
-    import _duckdb as duckdb  # the compiled part alone
+    import _duckdb as duckdb
 except ImportError:
     import duckdb
 answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
@@ -6961,7 +6955,7 @@ class Head(NamedTuple):
     seal: str
 
 
-_KEYED = "k:"  # marks a seal that was made with a key
+_KEYED = "k:"  # begins a seal made with a key
 
 
 def seal_keys(environ: Mapping[str, str] = os.environ) -> tuple[bytes, ...]:
@@ -7312,8 +7306,7 @@ class Reading:
     """Table and journal, open for reading; the journal alone if there is a `problem`."""
 
     def __init__(self, engine: Engine, folder: str, target: Target) -> None:
-        self.engine, self._target, self._journal = engine, target, target.journal
-        self._folder = folder  # for small segments together
+        self.engine, self._folder, self._target, self._journal = engine, folder, target, target.journal
         self.problem: StoreError | None = None
         self.schema: str | None = None  # in which PostgreSQL itself selects first rows
         self.oddities: list[str] = []
@@ -8513,18 +8506,14 @@ class Follower:
     def _new_table_rows(self) -> list[Row]:
         """Return what was entered since the last look, and not seen in the journal."""
         target, ask = self._target, self._engine.execute
-        asked = _NEW_ENTRIES.format(
-            positions=listed("known VARCHAR, last BIGINT", self._positions.items()),
-            tails=listed(_TAILS, self._tails.items()),
-            since=sql_literal(self._since),
-        )
-        entries: list[Row] = []
-        rows: list[Row] = []
+        positions = listed("known VARCHAR, last BIGINT", self._positions.items())
+        tails, since = listed(_TAILS, self._tails.items()), sql_literal(self._since)
+        entries, rows = list[Row](), list[Row]()
         with target.attached(self._engine):
             signature = target.signature()  # nobody can ingest now
             present = target.columns(self._engine)
             if "ledger" in present:
-                ask(asked)
+                ask(_NEW_ENTRIES.format(positions=positions, tails=tails, since=since))
                 entries = ask("SELECT journal, position, kind, segment, waiting FROM entries")
             if entries:
                 rows = self._matching(sound_rows(present.get("logs", {})), _ENTERED)
@@ -8574,6 +8563,10 @@ class Follower:
 # What `doctor` looks at; it changes nothing.
 
 
+_Report: TypeAlias = dict[str, Any]
+_Faulty: TypeAlias = Iterator[tuple[str, str]]  # problem and remedy
+
+
 class Checkup:
     """The state of a log: `report`, an object for JSON, and `faults`."""
 
@@ -8581,87 +8574,91 @@ class Checkup:
 
     def __init__(self, config: Config, *, wait: float) -> None:
         self.faults: list[dict[str, str]] = []
-        self.report: dict[str, Any] = {"healthy": False, "faults": self.faults, "profile": config.profile}
-        for problem, remedy in self._examine(config, Store(config), wait):
+        self.report: _Report = {"healthy": False, "faults": self.faults, "profile": config.profile}
+        for problem, remedy in _examine(self.report, config, Store(config), wait):
             self.faults.append({"problem": problem, "remedy": remedy})
         self.report["healthy"] = not self.faults
 
-    def _examine(self, config: Config, store: Store, wait: float) -> Iterator[tuple[str, str]]:
-        self.report["engine"] = None
-        if not config.enabled:
-            text = f"audit logging is not enabled for profile {config.profile!r}"
-            yield text, "set `enabled: true` in its `audit` section"
-        yield from self._examine_journal(store.journal)
-        try:
-            with contextlib.closing(open_engine()) as engine:
-                self.report["engine"] = {"name": engine.name, "version": engine.version()}
-            yield from self._examine_database(store, wait)
-        except StoreError as error:
-            yield str(error), "pip install duckdb; events wait in the journal meanwhile"
-        if store.target.is_file:
-            others = 0o007 if config.group else 0o077
-            yield from self._examine_files(store.target.path, store.journal.directory, others)
 
-    def _examine_database(self, store: Store, wait: float) -> Iterator[tuple[str, str]]:
-        state = self.report["database"] = {"path": store.target.name, "readable": False, "events": None}
-        try:
-            with store.reading(wait=wait) as reading:
-                if reading.problem is not None:
-                    raise reading.problem
-                state["readable"] = reading.has_table
-                ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
-                for text in reading.oddities:
-                    yield f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
-                for row in reading.running(Filter(min_ms=3_600_000)):
-                    text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
-                    yield text, "see `log --running`; if it hangs, end it or its server"
-                refused = Filter(since=month_ago(), error_type="AuditUnavailableError")
-                sql = "SELECT count(*), arg_max(error, timestamp) FROM events"
-                ((count, last),) = reading.ask(refused, sql)
-                self.report["refused"] = count
-                if count:
-                    text = f"{counted(count, 'call')} refused in 30 days, as no record could be made: {last}"
-                    yield text, "make room, or mend the journal's disk"
-                for _, text in store.losses(reading):
-                    yield f"events were lost: {text}", "mend the reason; it is shown for 30 days"
-        except DatabaseNotFoundError:
-            state["events"] = 0  # nothing was logged yet: no fault
-        except StoreError as error:
-            text, _, remedy = str(error).rpartition("; ")  # as `Target.attached` puts it
-            yield text or remedy, remedy if text else "run with --debug"
-        except JournalError:  # a fault already
-            pass
+def _examine(report: _Report, config: Config, store: Store, wait: float) -> _Faulty:
+    report["engine"] = None
+    if not config.enabled:
+        text = f"audit logging is not enabled for profile {config.profile!r}"
+        yield text, "set `enabled: true` in its `audit` section"
+    yield from _examine_journal(report, store.journal)
+    try:
+        with contextlib.closing(open_engine()) as engine:
+            report["engine"] = {"name": engine.name, "version": engine.version()}
+        yield from _examine_database(report, store, wait)
+    except StoreError as error:
+        yield str(error), "pip install duckdb; events wait in the journal meanwhile"
+    if store.target.is_file:
+        others = 0o007 if config.group else 0o077
+        yield from _examine_files(report, store.target.path, store.journal.directory, others)
 
-    def _examine_journal(self, journal: Journal) -> Iterator[tuple[str, str]]:
-        state = self.report["journal"] = {"path": journal.directory}
-        try:
-            state |= journal.survey()
-        except JournalError as error:
-            yield str(error), "check its permissions, and whether its file system has locks"
-            return
-        if orphaned := state["orphaned"]:
-            text = f"{counted(orphaned, 'segment')} since {state['oldest_pending']}, taken in by nobody"
-            yield text, "run `python -m mxcp_audit ingest`; if that fails, it says why"
-        if rejected := state["rejected"]:
-            text = f"lines could not be ingested: {counted(rejected, 'file')} in {journal.directory}"
-            yield text, "read the .rejected files, keep what matters, and remove them"
 
-    def _examine_files(self, database: str, journal: str, others: int) -> Iterator[tuple[str, str]]:
-        import shutil
+def _examine_database(report: _Report, store: Store, wait: float) -> _Faulty:
+    state = report["database"] = {"path": store.target.name, "readable": False, "events": None}
+    try:
+        with store.reading(wait=wait) as reading:
+            if reading.problem is not None:
+                raise reading.problem
+            state["readable"] = reading.has_table
+            ((state["events"],),) = reading.engine.execute("SELECT count(*) FROM table_rows")
+            for text in reading.oddities:
+                yield f"{text}: what is shown may not be what was recorded", "see what `verify` finds"
+            for row in reading.running(Filter(min_ms=3_600_000)):
+                text = "{type} {name} has run since {timestamp}".format(**dict(zip(PUBLIC_COLUMNS, row)))
+                yield text, "see `log --running`; if it hangs, end it or its server"
+            refused = Filter(since=month_ago(), error_type="AuditUnavailableError")
+            sql = "SELECT count(*), arg_max(error, timestamp) FROM events"
+            ((count, last),) = reading.ask(refused, sql)
+            report["refused"] = count
+            if count:
+                text = f"{counted(count, 'call')} refused in 30 days, as no record could be made: {last}"
+                yield text, "make room, or mend the journal's disk"
+            for _, text in store.losses(reading):
+                yield f"events were lost: {text}", "mend the reason; it is shown for 30 days"
+    except DatabaseNotFoundError:
+        state["events"] = 0  # nothing was logged yet: no fault
+    except StoreError as error:
+        text, _, remedy = str(error).rpartition("; ")  # as `Target.attached` puts it
+        yield text or remedy, remedy if text else "run with --debug"
+    except JournalError:  # a fault already
+        pass
 
-        for path in (database, database + ".wal", journal):
-            with suppress(OSError):
-                mode = stat.S_IMODE(os.stat(path).st_mode)
-                if mode & others and os.name == "posix":
-                    yield f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}"
-                if not os.access(path, os.R_OK | os.W_OK):
-                    yield f"{path} can't be read and written by this user", "check owner and mode"
-        space = self.report["free_bytes"] = {}
-        for path in {os.path.dirname(database), os.path.dirname(journal)}:
-            with suppress(OSError):
-                free = space[path] = shutil.disk_usage(path).free
-                if free < self._LITTLE_SPACE_BYTES:
-                    yield f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`"
+
+def _examine_journal(report: _Report, journal: Journal) -> _Faulty:
+    state = report["journal"] = {"path": journal.directory}
+    try:
+        state |= journal.survey()
+    except JournalError as error:
+        yield str(error), "check its permissions, and whether its file system has locks"
+        return
+    if orphaned := state["orphaned"]:
+        text = f"{counted(orphaned, 'segment')} since {state['oldest_pending']}, taken in by nobody"
+        yield text, "run `python -m mxcp_audit ingest`; if that fails, it says why"
+    if rejected := state["rejected"]:
+        text = f"lines could not be ingested: {counted(rejected, 'file')} in {journal.directory}"
+        yield text, "read the .rejected files, keep what matters, and remove them"
+
+
+def _examine_files(report: _Report, database: str, journal: str, others: int) -> _Faulty:
+    import shutil
+
+    for path in (database, database + ".wal", journal):
+        with suppress(OSError):
+            mode = stat.S_IMODE(os.stat(path).st_mode)
+            if mode & others and os.name == "posix":
+                yield f"{path} is open to other users (mode {mode:o})", f"chmod go= {path}"
+            if not os.access(path, os.R_OK | os.W_OK):
+                yield f"{path} can't be read and written by this user", "check owner and mode"
+    space = report["free_bytes"] = {}
+    for path in {os.path.dirname(database), os.path.dirname(journal)}:
+        with suppress(OSError):
+            free = space[path] = shutil.disk_usage(path).free
+            if free < Checkup._LITTLE_SPACE_BYTES:
+                yield f"only {free >> 20} MiB are free in {path}", "make room, or set `retention`"
 
 
 # === Output ===

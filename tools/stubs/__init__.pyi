@@ -805,7 +805,7 @@ class Follower:
 
 class Checkup:
     faults: list[dict[str, str]]
-    report: dict[str, Any]
+    report: _Report
     def __init__(self, config: Config, *, wait: float) -> None: ...
 
 class Importer:
@@ -838,3 +838,4 @@ _Names: TypeAlias = "Sequence[str]"
 _Tool: TypeAlias = "str | None"
 _Echo: TypeAlias = "list[str] | None"
 _Strings: TypeAlias = tuple[str, str]
+_Report: TypeAlias = dict[str, Any]
